@@ -1,0 +1,38 @@
+# Everything runs in .venv, which is made on first use. `make` alone prints this list.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help why test check bench docs clean browser
+
+help:            ## print this list
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# torch first and by its own line: the version that the tests are written for
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -qq --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+why: $(STAMP)    ## run every claim of the lecture, print verdicts, write why.html
+	$(BIN)/batchnorm why
+
+test: $(STAMP) browser  ## the whole test suite
+	$(BIN)/pytest -n 2
+
+check: $(STAMP)  ## format, lint, types, imports and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+# pages are tested in the system's Chromium; playwright drives it and downloads none of its own
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
+	  { echo "the page tests need Chromium: install the package 'chromium', then run make again"; exit 1; }
+
+clean:           ## remove what make made
+	rm -rf .venv build dist why.html .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,65 @@
+"""Batch normalization for PyTorch, from the first input feature to the deployed model.
+
+Public names are loaded on first use, so that ``import batchnorm`` costs milliseconds and works where
+torch is not installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchnorm.inputs import InputNorm
+    from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from batchnorm.moments import Moments
+    from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "InputNorm",
+    "Moments",
+    "__version__",
+    "freeze",
+    "frozen",
+    "preserve_state",
+    "recalibrate",
+    "unfreeze",
+]
+
+_HOMES = {
+    "BatchNorm1d": "layers",
+    "BatchNorm2d": "layers",
+    "BatchNorm3d": "layers",
+    "InputNorm": "inputs",
+    "Moments": "moments",
+    "freeze": "population",
+    "frozen": "population",
+    "preserve_state": "population",
+    "recalibrate": "population",
+    "unfreeze": "population",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in {"torch", "numpy"}:
+            raise
+        raise ModuleNotFoundError(
+            f"batchnorm.{name} needs {error.name}, which is not installed. Run: pip install 'batchnorm[torch]'",
+            name=error.name,
+        ) from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

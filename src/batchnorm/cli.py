@@ -1,0 +1,205 @@
+"""The command line: ``batchnorm why``. It imports neither torch nor altair before a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from batchnorm import __version__
+from batchnorm.lecture import NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from batchnorm.lecture.claim import Settings, Verdict
+    from batchnorm.lecture.verdicts import Outcome, Verdicts
+
+FULL_SEEDS = 10
+_GLYPHS = {"SUPPORTED": "✓", "NOT SUPPORTED": "–", "OPPOSITE": "✗", "INVALID": "?"}
+_STYLES = {"SUPPORTED": "green", "NOT SUPPORTED": "yellow", "OPPOSITE": "red", "INVALID": "dim"}
+_SUFFIXES = (".html", ".json", ".md")
+_EXTRAS = {
+    "lecture": ("torch", "numpy", "scipy", "sklearn"),
+    "report": ("altair", "vl_convert", "jinja2"),
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands end with cause and remedy instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what it raises for the user becomes one message and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.UsageError(_explained(error)) from error
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot write {error.filename}: {error.strerror}. Choose another place with -o FILE."
+    return str(error)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="batchnorm %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Batch normalization for PyTorch: why it works, measured."""
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option(
+    "--claim",
+    "names",
+    multiple=True,
+    type=click.Choice(NAMES),
+    help="Run this claim only; may be given again.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="First seed.")
+@click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 10]")
+@click.option("--full", is_flag=True, help=f"{FULL_SEEDS} seeds, for narrower intervals.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("why.html"), show_default=True,
+    help="Report: .html, .json or .md by its suffix.",
+)  # fmt: skip
+@click.option(
+    "--output-format", type=click.Choice(("rich", "json", "md")), default="rich", show_default=True,
+    help="What is printed.",
+)  # fmt: skip
+@click.option("--interactive", is_flag=True, help="Interactive charts in the HTML report (larger, needs JavaScript).")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def why(
+    model: str | None, names: tuple[str, ...], seed: int, seeds: int | None, full: bool,
+    output: Path, output_format: str, interactive: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Run the lecture's claims about why batch norm works and write a report.
+
+    Every claim is an experiment on data that comes with the package, with a criterion fixed beforehand. The same
+    seed gives the same numbers.
+    """
+    if model is not None:
+        raise click.UsageError(f"why runs the lecture's own networks only, got {model!r}. Leave the argument out.")
+    _require("lecture", *(["report"] if output.suffix == ".html" else []))
+    _check_output(output, interactive=interactive)
+
+    from batchnorm.lecture.claim import Settings
+
+    settings = Settings(seed, seeds or (FULL_SEEDS if full else 5))
+    names = tuple(name for name in NAMES if name in names) or NAMES
+    talk = Console(stderr=output_format != "rich", highlight=False)
+    verdicts = _run_claims(names, settings, talk, _command(names, settings), quiet=quiet)
+    _write(verdicts, output, interactive=interactive)
+    _show(verdicts, output_format)
+    talk.print(f"report: {output}", soft_wrap=True)
+
+
+def _require(*extras: str) -> None:
+    for extra in extras:
+        missing = [module for module in _EXTRAS[extra] if find_spec(module) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"this command needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[{extra}]'"
+            )
+
+
+def _check_output(output: Path, *, interactive: bool) -> None:
+    """Find out before the experiments run, not after, that the report cannot be written."""
+    if output.suffix not in _SUFFIXES:
+        raise ValueError(f"-o needs a file that ends in {', '.join(_SUFFIXES)}, got {str(output)!r}.")
+    if interactive and output.suffix != ".html":
+        raise ValueError(f"--interactive needs an .html report, got {str(output)!r}. Leave one of the two out.")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+        if output.exists() and not os.access(output, os.W_OK):
+            raise PermissionError(None, "the file is write-protected")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
+
+
+def _command(names: Iterable[str], settings: Settings) -> str:
+    """The shortest command line that repeats the numbers of this run."""
+    claims = "" if tuple(names) == NAMES else "".join(f" --claim {name}" for name in names)
+    return f"batchnorm why{claims} --seed {settings.seed} --seeds {settings.seeds}"
+
+
+def _run_claims(names: tuple[str, ...], settings: Settings, talk: Console, command: str, *, quiet: bool) -> Verdicts:
+    from batchnorm import lecture
+    from batchnorm.lecture.criteria import VERSION
+    from batchnorm.lecture.verdicts import Verdicts
+
+    talk.print(f"{len(names)} claims, {settings.seeds} seeds each, criteria version {VERSION} (set before the runs)\n")
+    outcomes = []
+    with _progress(quiet=quiet) as bar:
+        task = bar.add_task("", total=len(names))
+        for done, name in enumerate(names):
+            _announce(name, talk)
+            bar.update(task, description=name, completed=done)
+            outcome = lecture.run(name, settings, lambda share, done=done: bar.update(task, completed=done + share))
+            talk.print(_line(outcome.main, f"{outcome.seconds:.0f} s"))
+            outcomes.append(outcome)
+    return Verdicts(settings, outcomes, command)
+
+
+def _announce(name: str, talk: Console) -> None:
+    from batchnorm.lecture.criteria import criteria_of
+
+    talk.print(f"[bold]{name}[/bold]")
+    for criterion in criteria_of(name):
+        talk.print(f"  [dim]{escape(criterion.question)}[/dim]")
+
+
+def _progress(*, quiet: bool) -> Progress:
+    """A bar on standard error, on a terminal only."""
+    console = Console(stderr=True)
+    off = quiet or not console.is_terminal or os.environ.get("BATCHNORM_PROGRESS") == "0"
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=off)
+
+
+def _line(verdict: Verdict, after: str = "") -> str:
+    status = str(verdict.status)
+    style = _STYLES[status]
+    text = verdict.failed_guard or verdict.sentence
+    tail = f" [dim]{after}[/dim]" if after else ""
+    return f"  [{style}]{_GLYPHS[status]} {status}[/{style}]  {escape(text)}{tail}\n"
+
+
+def _show(verdicts: Verdicts, output_format: str) -> None:
+    if output_format == "json":
+        click.echo(json.dumps(verdicts.to_dict(), indent=1))
+    elif output_format == "md":
+        click.echo(verdicts.to_markdown())
+    else:
+        Console(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{verdicts.headline}[/bold]")
+
+
+def _write(verdicts: Verdicts, output: Path, *, interactive: bool) -> None:
+    from batchnorm import report
+
+    report.write(verdicts, output, interactive=interactive)
+
+
+def _table(outcomes: Iterable[Outcome]) -> Table:
+    table = Table("criterion", "verdict", "measured", box=SIMPLE, expand=False)
+    for outcome in outcomes:
+        for verdict in outcome.result.verdicts:
+            status = str(verdict.status)
+            word = f"[{_STYLES[status]}]{_GLYPHS[status]} {status}[/{_STYLES[status]}]"
+            table.add_row(verdict.criterion.key, word, escape(verdict.failed_guard or verdict.sentence))
+    return table

@@ -1,0 +1,35 @@
+"""The lecture's claims about why batch norm works, each as an experiment with a pre-set criterion."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchnorm.lecture.claim import Claim, Progress, Settings
+    from batchnorm.lecture.verdicts import Outcome
+
+# In the lecture's order. Names only: a claim's module imports torch, so it is loaded when the claim runs.
+NAMES = ("scale", "hidden", "layer3", "cause", "cats", "noise", "test-time", "smooth")
+
+
+def load(name: str) -> Claim:
+    """The claim called ``name``.
+
+    Raises:
+        ValueError: If there is no such claim.
+    """
+    if name not in NAMES:
+        raise ValueError(f"claim must be one of {', '.join(NAMES)}, got {name!r}.")
+    return import_module(f"{__name__}.{name.replace('-', '_')}").CLAIM
+
+
+def run(name: str, settings: Settings, progress: Progress = lambda _: None) -> Outcome:
+    """Run one claim's experiment and time it."""
+    from batchnorm.lecture.verdicts import Outcome
+
+    claim = load(name)
+    start = time.perf_counter()
+    result = claim.run(settings, progress)
+    return Outcome(claim, result, time.perf_counter() - start)

@@ -1,0 +1,238 @@
+"""Every criterion of the lecture, fixed before its experiment runs: change one, and VERSION goes up.
+
+Log ratios are base 2 for steps, rates and drifts (1 = twice) and base 10 for input scales (1 = ten times), so a
+margin reads the same in both directions.
+"""
+
+from __future__ import annotations
+
+from math import inf, log2, log10
+
+from batchnorm.lecture.claim import Criterion
+
+VERSION = "1"
+
+# Eight claims are made in one run. An interval of level 1 - 0.05 / 8 each makes all eight hold together with
+# 95 % (Bonferroni), and gives one claim run alone the same verdict as in the full run.
+LEVEL = 1 - 0.05 / 8
+
+_LEARNED = "both arms reach 90 % training accuracy"
+_MORE = (log2(1.5), inf)
+_LESS = (-inf, -log2(1.5))
+
+_TABLE = (
+    Criterion(
+        "scale-wine",
+        "Does normalizing the input features of the wine data (ranges 0.13 to 1680) speed up learning?",
+        "log10 of steps to the target loss, raw / normalized, each at its best learning rate",
+        (log10(2), inf),
+        (-inf, -log10(2)),
+        guard="the normalized arm reaches the target loss",
+    ),
+    Criterion(
+        "scale-cancer",
+        "Does normalizing the input features of the breast cancer data (sd 0.003 to 569) speed up learning?",
+        "log10 of steps to the target loss, raw / normalized, each at its best learning rate",
+        (log10(2), inf),
+        (-inf, -log10(2)),
+        guard="the normalized arm reaches the target loss",
+    ),
+    Criterion(
+        "scale-digits",
+        "Control: does it change little where all features already have one range (pixels 0 to 16)?",
+        "log10 of steps to the target loss, pixels / 16 against normalized, each at its best learning rate",
+        (-log10(2), log10(2)),
+        guard="both arms reach the target loss",
+    ),
+    Criterion(
+        "hidden-speed-relu",
+        "Does batch norm on hidden units reach 95 % training accuracy in fewer steps (ReLU)?",
+        "log2 of steps to 95 %, without / with batch norm, each at its best learning rate",
+        _MORE,
+        _LESS,
+        guard="the arm with batch norm reaches 95 %",
+    ),
+    Criterion(
+        "hidden-speed-sigmoid",
+        "Does batch norm on hidden units reach 95 % training accuracy in fewer steps (sigmoid)?",
+        "log2 of steps to 95 %, without / with batch norm, each at its best learning rate",
+        _MORE,
+        _LESS,
+        guard="the arm with batch norm reaches 95 %",
+    ),
+    Criterion(
+        "hidden-rate-relu",
+        "Does batch norm widen the range of usable learning rates (ReLU)?",
+        "log2 of the largest rate that ends at 90 % or more, with / without batch norm",
+        (log2(3), inf),
+        (-inf, -log2(3)),
+        guard="the arm with batch norm has a usable rate",
+    ),
+    Criterion(
+        "hidden-rate-sigmoid",
+        "Does batch norm widen the range of usable learning rates (sigmoid)?",
+        "log2 of the largest rate that ends at 90 % or more, with / without batch norm",
+        (log2(3), inf),
+        (-inf, -log2(3)),
+        guard="the arm with batch norm has a usable rate",
+    ),
+    Criterion(
+        "layer3-wide",
+        "Does batch norm reduce how much the values that layer 3 receives keep shifting (wide layers)?",
+        "log2 of the drift of a[2] per 10 steps in standard deviations, without / with batch norm, equal rate",
+        (1, inf),
+        (-inf, -1),
+        guard=_LEARNED,
+    ),
+    Criterion(
+        "layer3-four",
+        "Does it for the lecture's four units a[2]1 to a[2]4?",
+        "log2 of the drift of a[2] per 10 steps in standard deviations, without / with batch norm, equal rate",
+        (1, inf),
+        (-inf, -1),
+        guard=_LEARNED,
+    ),
+    Criterion(
+        "layer3-governed",
+        "Do mean and standard deviation of z~ land on beta and |gamma|, for examples outside the batch too?",
+        "median over units and steps of the distance of (mean, sd) from (beta, |gamma|), in units of |gamma|",
+        (-inf, 0.25),
+        (0.5, inf),
+    ),
+    Criterion(
+        "cause-drift",
+        "Is the reduced shift the reason why batch norm trains faster?",
+        "share of batch norm's log speed-up that is lost when noise after it brings the shift back",
+        (0.5, inf),
+        (-inf, 0.2),
+        guard="with the noise, layer 3 sees at least the drift that it sees without batch norm",
+    ),
+    Criterion(
+        "cats-shift",
+        "Does a model that learned from black cats fail on coloured cats?",
+        "accuracy on black minus accuracy on coloured, with batch norm",
+        (0.05, inf),
+        (-inf, -0.05),
+        guard="at least 85 % accuracy on black",
+    ),
+    Criterion(
+        "cats-robust",
+        "Is a model with batch norm, as it stands, the better one on coloured cats?",
+        "accuracy on coloured, with minus without batch norm",
+        (0.02, inf),
+        (-inf, -0.02),
+    ),
+    Criterion(
+        "cats-repair-coloured",
+        "Does re-estimating the statistics on unlabelled coloured images win back half of what was lost?",
+        "share of the lost accuracy that is won back",
+        (0.5, inf),
+        (-inf, 0),
+        guard="at least 5 points were lost",
+    ),
+    Criterion(
+        "cats-repair-affine",
+        "Does it for a change of contrast and brightness?",
+        "share of the lost accuracy that is won back",
+        (0.5, inf),
+        (-inf, 0),
+        guard="at least 5 points were lost",
+    ),
+    Criterion(
+        "cats-repair-noise",
+        "Does it for added noise?",
+        "share of the lost accuracy that is won back",
+        (0.5, inf),
+        (-inf, 0),
+        guard="at least 5 points were lost",
+    ),
+    Criterion(
+        "cats-repair-inversion",
+        "Does it for inverted images (light cats on a dark ground)?",
+        "share of the lost accuracy that is won back",
+        (0.5, inf),
+        (-inf, 0),
+        guard="at least 5 points were lost",
+    ),
+    Criterion(
+        "cats-repair-mix",
+        "Is it harmless where only the mix of classes shifts (one class in twenty is a cat)?",
+        "accuracy after minus before re-estimation, on black images with the shifted mix",
+        (-0.02, inf),
+        (-inf, -0.02),
+    ),
+    Criterion(
+        "noise-slope",
+        "Does the noise that a mini-batch adds fall as one over its size, from 2 to 512?",
+        "slope of log noise power on log batch size",
+        (-1.15, -0.85),
+    ),
+    Criterion(
+        "noise-regularizes",
+        "Does the noise of small batches regularize: is the test loss lower with groups of 16 than with 512?",
+        "test loss with 512 minus with 16, nats, at an optimizer batch of 512",
+        (0.005, inf),
+        (-inf, -0.005),
+        guard="both arms reach 95 % training accuracy",
+    ),
+    Criterion(
+        "test-time-small",
+        "At test time, are stored statistics better than those of a batch of 2?",
+        "accuracy with population statistics minus with batches of 2",
+        (0.02, inf),
+        (-inf, -0.02),
+    ),
+    Criterion(
+        "test-time-medium",
+        "At test time, are stored statistics better than those of a batch of 8?",
+        "accuracy with population statistics minus with batches of 8",
+        (0.02, inf),
+        (-inf, -0.02),
+    ),
+    Criterion(
+        "test-time-alone",
+        "Does an example get one answer, alone and in any batch, with stored statistics?",
+        "largest difference of a logit, in units of the logits' standard deviation",
+        (-inf, 1e-4),
+        (1e-2, inf),
+    ),
+    Criterion(
+        "smooth-equal",
+        "Is the loss smoother along the gradient with batch norm, at an equal learning rate?",
+        "log2 of the gradient's change per distance (beta-hat), without / with batch norm",
+        _MORE,
+        _LESS,
+        guard=_LEARNED,
+    ),
+    Criterion(
+        "smooth-variation",
+        "Does the loss vary less along the gradient with batch norm, at an equal learning rate?",
+        "log2 of the range of the loss over steps of 1/2 to 4 times the rate, without / with batch norm",
+        _MORE,
+        _LESS,
+        guard=_LEARNED,
+    ),
+    Criterion(
+        "smooth-predictive",
+        "Does the gradient predict the next gradient better with batch norm, at an equal learning rate?",
+        "log2 of the largest distance between gradients over the same steps, without / with batch norm",
+        _MORE,
+        _LESS,
+        guard=_LEARNED,
+    ),
+    Criterion(
+        "smooth-best",
+        "Is it still smoother when each arm trains at its own best learning rate?",
+        "log2 of rate times beta-hat, without / with batch norm, each at its best rate",
+        _MORE,
+        _LESS,
+        guard=_LEARNED,
+    ),
+)
+
+CRITERIA: dict[str, Criterion] = {criterion.key: criterion for criterion in _TABLE}
+
+
+def criteria_of(claim: str) -> list[Criterion]:
+    """The criteria of one claim, the main one first."""
+    return [criterion for key, criterion in CRITERIA.items() if key.startswith(f"{claim}-")]

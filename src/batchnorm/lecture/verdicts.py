@@ -1,0 +1,136 @@
+"""All claims of one run together: the numbers, and what they were measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.lecture.claim import Status
+from batchnorm.lecture.criteria import LEVEL, VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchnorm.lecture.claim import Claim, Result, Settings, Verdict
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A claim, what its experiment measured, and how many seconds that took."""
+
+    claim: Claim
+    result: Result
+    seconds: float
+
+    @property
+    def main(self) -> Verdict:
+        """The verdict on the claim itself; the others qualify it."""
+        return self.result.verdicts[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """Every outcome of one run of the lecture.
+
+    Args:
+        settings: Seeds and effort.
+        outcomes: One for each claim that ran.
+        command: The command line that repeats the run.
+    """
+
+    settings: Settings
+    outcomes: Sequence[Outcome]
+    command: str
+
+    @property
+    def headline(self) -> str:
+        """One sentence: how many claims hold."""
+        total = len(self.outcomes)
+        count = Counter(outcome.main.status for outcome in self.outcomes)
+        noun = "claim" if total == 1 else "claims"
+        held = f"{count[Status.SUPPORTED]} of {total} {noun} held in these experiments"
+        others = [
+            f"{count[status]} {words}"
+            for status, words in (
+                (Status.NOT_SUPPORTED, "not supported"),
+                (Status.OPPOSITE, "came out opposite"),
+                (Status.INVALID, "could not be tested"),
+            )
+            if count[status]
+        ]
+        return held + (f"; {', '.join(others)}." if others else ".")
+
+    @property
+    def seconds(self) -> float:
+        """Time that the experiments took together."""
+        return sum(outcome.seconds for outcome in self.outcomes)
+
+    def to_markdown(self) -> str:
+        """The headline and a table of every verdict."""
+        lines = [f"**{self.headline}**", "", "| criterion | verdict | measured |", "|---|---|---|"]
+        for outcome in self.outcomes:
+            for verdict in outcome.result.verdicts:
+                measured = (verdict.failed_guard or verdict.sentence).replace("|", "\\|")
+                lines.append(f"| {verdict.criterion.key} | {verdict.status} | {measured} |")
+        return "\n".join([*lines, "", f"Repeat: `{self.command}`"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data without times, so that two runs with the same settings compare equal."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "criteria_version": VERSION,
+            "level": LEVEL,
+            "headline": self.headline,
+            "seeds": list(self.settings.all_seeds),
+            "effort": self.settings.effort,
+            "environment": environment(),
+            "claims": {
+                outcome.claim.name: {
+                    "title": outcome.claim.title,
+                    "sentence": outcome.claim.sentence,
+                    "arms": outcome.claim.arms,
+                    "how_to_read": outcome.claim.how_to_read,
+                    "not_shown": outcome.claim.not_shown,
+                    "sources": list(outcome.claim.sources),
+                    **outcome.result.to_dict(),
+                }
+                for outcome in self.outcomes
+            },
+        }
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine that numbers depend on; no host name, no path."""
+    import torch
+
+    versions = {name: _version(name) for name in ("batchnorm", "torch", "numpy", "scipy", "scikit-learn")}
+    return versions | {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a Linux interface, absent elsewhere
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from batchnorm.cli import main
+
+
+def call(*args):
+    return CliRunner().invoke(main, list(args))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import batchnorm",
+        "import batchnorm.cli",
+        "from batchnorm.cli import main; main(['--help'], standalone_mode=False)",
+    ],
+)
+def test_start_up_loads_no_heavy_package(code):
+    heavy = ["torch", "altair", "numpy", "sklearn", "scipy", "jinja2"]
+    check = f"{code}\nimport sys\nprint('LOADED', sorted(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_the_start_up_test_can_fail():
+    check = "from batchnorm import Moments\nimport sys\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("args", [("--help",), ("why", "--help"), ("--version",)])
+def test_help_and_version_succeed(args):
+    result = call(*args)
+    assert result.exit_code == 0
+    assert "batchnorm" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--claim", "nonsense"], ["'nonsense' is not one of", "scale"]),
+        (["--seeds", "1"], ["--seeds", "x>=2"]),
+        (["--seed", "-1"], ["--seed", "x>=0"]),
+        (["-o", "why.pdf"], [".html, .json, .md", "why.pdf"]),
+        (["-o", "why.md", "--interactive"], ["--interactive needs an .html report"]),
+        (["model.py:make"], ["lecture's own networks only", "model.py:make"]),
+        (["-o", "/proc/why.html"], ["cannot write /proc/why.html", "-o FILE"]),
+        (["-o", "no/such/folder/why.html"], ["cannot write no/such/folder/why.html", "No such file"]),
+    ],
+)
+def test_a_wrong_argument_ends_with_its_remedy_and_code_2(args, words):
+    result = call("why", *args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "extra", "output"), [("altair", "report", "why.html"), ("sklearn", "lecture", "why.json")]
+)
+def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path, hidden, extra, output):
+    monkeypatch.setattr("batchnorm.cli.find_spec", lambda name: None if name == hidden else object())
+    result = call("why", "-o", str(tmp_path / output))
+    assert result.exit_code == 2
+    assert f"pip install 'batchnorm[{extra}]'" in result.output
+    assert hidden in result.output
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = call("--debug", "why", "-o", "why.pdf")
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Little training: the machinery without its minutes."""
+    from batchnorm.lecture import claim
+
+    class Quick(claim.Settings):
+        def steps(self, full):
+            return 20
+
+    monkeypatch.setattr(claim, "Settings", Quick)
+
+
+def test_why_prints_criteria_then_verdicts_then_the_report(quick, tmp_path):
+    target = tmp_path / "why.html"
+    result = call("why", "--claim", "hidden", "--seeds", "2", "-o", str(target))
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    question = text.index("Does batch norm on hidden units reach")
+    assert question < text.index("INVALID") < text.index("held in these experiments")
+    assert target.exists()
+
+
+def test_json_output_is_alone_on_standard_output_and_repeats_exactly(quick, tmp_path):
+    from batchnorm.lecture.sweep import sweep
+
+    outputs = []
+    for name in ("a.json", "b.json"):
+        sweep.cache_clear()
+        result = call("why", "--claim", "hidden", "--seeds", "2", "-o", str(tmp_path / name), "--output-format", "json")
+        assert result.exit_code == 0, result.output
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[0])["claims"]["hidden"]["verdicts"][0]["status"] == "INVALID"
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(outputs[0])
+
+
+def test_markdown_output_is_a_table(quick, tmp_path):
+    result = call("why", "--claim", "hidden", "--seeds", "2", "-o", str(tmp_path / "a.md"), "--output-format", "md")
+    assert "| hidden-speed-relu | INVALID |" in result.stdout
+    assert (tmp_path / "a.md").read_text().strip() == result.stdout.strip()
