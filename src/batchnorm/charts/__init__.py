@@ -1,0 +1,378 @@
+"""Drawings: the data of a `lecture.claim.Chart` as Altair charts, one for each panel.
+
+Every panel of a chart has the same explicit scales, so a page may put panels side by side or one below the
+other without losing the comparison. Titles and the legend are left to the page, where text wraps. Colours are
+the page's CSS variables, such as ``var(--with)``, so a drawing follows its light or dark theme.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.charts.scales import Scale, scale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import altair as alt
+
+    from batchnorm.lecture.claim import Chart
+
+    Row = Mapping[str, Any]
+
+# Size in pixels of a panel with its axes, by the number of panels in a row. None is much wider than a telephone,
+# where panels stack, so that their labels stay readable.
+_SIZES = {1: (380, 230), 2: (380, 230), 3: (300, 200)}
+_SMALL = (250, 170)
+_LOW = 150  # height where three or more rows stack
+
+_SHAPES = ("circle", "square", "triangle-up", "diamond")
+_DASHES = ((5, 4), (2, 3))
+
+# A line through at most this many values also shows the values themselves.
+_DOTTED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One drawing of a chart, and the titles of the row and column it stands in; "" where there are none."""
+
+    row: str
+    column: str
+    drawing: alt.LayerChart
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a series is drawn: colour says the role; shade, shape and dash tell series of one role apart."""
+
+    colour: str
+    shape: str
+    dash: Sequence[int]
+
+
+def looks(chart: Chart) -> dict[str, Look]:
+    """The look of each series of ``chart``, in the order of the legend."""
+    count: dict[tuple[str, bool], int] = {}
+    result = {}
+    for name, role in chart.series.items():
+        dashed = name in chart.dashed
+        nth = count[role, dashed] = count.get((role, dashed), -1) + 1
+        shade = nth % len(_SHAPES)
+        colour = f"var(--{role}-{shade + 1})" if shade else f"var(--{role})"
+        result[name] = Look(colour, _SHAPES[shade], _DASHES[nth % len(_DASHES)] if dashed else ())
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One entry of a chart's legend: a series' name, its look, and whether it has a line, a symbol or a band."""
+
+    name: str
+    look: Look
+    line: bool
+    symbol: bool
+    band: bool
+
+
+def legend(chart: Chart) -> list[Key]:
+    """The legend of ``chart``."""
+    return [_key(chart, name, look) for name, look in looks(chart).items()]
+
+
+def _key(chart: Chart, name: str, look: Look) -> Key:
+    measured = chart.kind in {"points", "dots"}
+    line = bool(look.dash) or not measured
+    mine = [row for row in chart.rows if row["series"] == name]
+    longest = max(Counter((row.get("row"), row.get("panel")) for row in mine).values(), default=0)
+    marked = longest <= _DOTTED or name in _siblings(chart)
+    symbol = not look.dash and (measured or (chart.kind == "lines" and marked))
+    band = chart.kind == "ribbons" or (chart.kind == "lines" and bool(_with_interval(mine)))
+    return Key(name, look, line and chart.kind != "dots", symbol or chart.kind == "dots", band)
+
+
+def _siblings(chart: Chart) -> set[str]:
+    """The solid series that share their role with another one, so that colour alone does not tell them."""
+    solid = {name: role for name, role in chart.series.items() if name not in chart.dashed}
+    count = Counter(solid.values())
+    return {name for name, role in solid.items() if count[role] > 1}
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the panels of a chart have in common."""
+
+    chart: Chart
+    looks: dict[str, Look]
+    x: Scale
+    y: Scale | None
+
+    @property
+    def clip(self) -> bool:
+        """Whether a scale was set by hand, so that values may lie outside it."""
+        return any(axis is not None and axis.domain is not None for axis in (self.chart.x, self.chart.y))
+
+
+def panels(chart: Chart) -> list[Panel]:
+    """Every panel of ``chart``, row by row; rows and columns in their order of appearance.
+
+    A panel without data is drawn empty, so that columns stay aligned.
+
+    Raises:
+        ValueError: If the chart's data cannot be drawn; the message names the chart.
+    """
+    unknown = sorted({str(row.get("series")) for row in chart.rows} - set(chart.series))
+    if unknown:
+        raise ValueError(
+            f"every row's series must be one of {', '.join(chart.series)}, got {unknown[0]!r} in {chart.title!r}. "
+            "Add it to the chart's series."
+        )
+    y = None if chart.kind == "dots" else scale(chart, "y")
+    frame = _Frame(chart, looks(chart), scale(chart, "x"), y)
+    rows = list(dict.fromkeys(row.get("row", "") for row in chart.rows))
+    columns = list(dict.fromkeys(row.get("panel", "") for row in chart.rows))
+    width, height = _SIZES.get(len(columns), _SMALL)
+    height = _dots_height(chart) if chart.kind == "dots" else min(height, _LOW if len(rows) > 2 else height)
+    return [
+        Panel(row, column, _draw(frame, _inside(chart, row, column), width, height))
+        for row in rows
+        for column in columns
+    ]
+
+
+def _inside(chart: Chart, row: str, column: str) -> list[Row]:
+    return [r for r in chart.rows if (r.get("row", ""), r.get("panel", "")) == (row, column)]
+
+
+def _draw(frame: _Frame, rows: Sequence[Row], width: int, height: int) -> alt.LayerChart:
+    import altair as alt
+
+    # Altair checks every object against its schema while it is built, four fifths of all the time. Only data
+    # differ between our drawings, so it is enough that the tests check one of each kind.
+    with alt.utils.schemapi.debug_mode(False):
+        layers = _KINDS[frame.chart.kind](frame, rows)
+        fit = alt.AutoSizeParams(type="fit", contains="padding")
+        return alt.LayerChart(layer=layers, width=width, height=height, autosize=fit, config=_config())
+
+
+def _config() -> alt.Config:
+    """Settings of all drawings; the font is close in width to the page's, which replaces it."""
+    import altair as alt
+
+    labels = {"labelColor": "var(--muted)", "labelFontSize": 11, "labelPadding": 4, "tickSize": 4}
+    rules = {"gridColor": "var(--grid)", "domainColor": "var(--axis)", "tickColor": "var(--axis)"}
+    return alt.Config(
+        aria=False,
+        axis=alt.AxisConfig.from_dict({**labels, **rules}),
+        axisX=alt.AxisConfig(grid=False),
+        axisY=alt.AxisConfig(domain=False, ticks=False),
+        background="transparent",
+        font="Liberation Sans, Arial, Helvetica, sans-serif",
+        lineBreak="\n",
+        padding=2,
+        view=alt.ViewConfig(stroke=None),
+    )
+
+
+# -- kinds of chart -------------------------------------------------------------------------------------------
+
+
+def _lines(frame: _Frame, rows: Sequence[Row]) -> list[alt.Chart]:
+    rows = with_gaps(rows, frame.chart.dashed)
+    bands = [_band(frame, rows, "low", "high", 0.2)] if _with_interval(rows) else []
+    lines = [_line(frame, rows, name, "y") for name in frame.looks]
+    return [*bands, *lines, _symbols(frame, _marked(frame.chart, rows), 36)]
+
+
+def _points(frame: _Frame, rows: Sequence[Row]) -> list[alt.Chart]:
+    theory = [_line(frame, rows, name, "y") for name in frame.chart.dashed]
+    measured = [row for row in rows if row["series"] not in frame.chart.dashed]
+    bars = _base(frame, _with_interval(measured)).mark_rule(strokeWidth=1.5, clip=frame.clip)
+    bars = bars.encode(x=_x(frame, "x"), y=_y(frame, "low"), y2="high:Q")
+    return [*theory, bars, _symbols(frame, measured, 55)]
+
+
+def _ribbons(frame: _Frame, rows: Sequence[Row]) -> list[alt.Chart]:
+    bands = [_band(frame, rows, "p2", "p98", 0.18), _band(frame, rows, "p16", "p84", 0.3)]
+    return [*bands, *(_line(frame, rows, name, "p50") for name in frame.looks)]
+
+
+def _dots(frame: _Frame, rows: Sequence[Row]) -> list[alt.Chart]:
+    rows = [{**row, "label": _wrapped(row["label"])} for row in rows]
+    place = _category(frame)
+    bars = _base(frame, _with_interval(rows)).mark_rule(strokeWidth=1.5, clip=frame.clip)
+    bars = bars.encode(x=_x(frame, "low"), x2="high:Q", **place)
+    symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=65, clip=frame.clip)
+    return [bars, symbols.encode(x=_x(frame, "value"), shape=_shape(frame), **place)]
+
+
+_KINDS: dict[str, Callable[[_Frame, Sequence[Row]], list[alt.Chart]]] = {
+    "lines": _lines,
+    "points": _points,
+    "ribbons": _ribbons,
+    "dots": _dots,
+}
+
+
+# -- marks ----------------------------------------------------------------------------------------------------
+
+
+def _base(frame: _Frame, rows: Iterable[Row]) -> alt.Chart:
+    """A chart of ``rows`` in the colours of their series, with what an interactive page shows for a mark."""
+    import altair as alt
+
+    values = [{key: value for key, value in row.items() if key not in {"row", "panel"}} for row in rows]
+    colours = alt.Scale(domain=list(frame.looks), range=[look.colour for look in frame.looks.values()])
+    return alt.Chart(alt.InlineData(values=values)).encode(
+        color=alt.Color("series:N", legend=None, scale=colours), tooltip=_tooltip(frame)
+    )
+
+
+def _tooltip(frame: _Frame) -> list[alt.Tooltip]:
+    import altair as alt
+
+    series = alt.Tooltip("series:N", title="series")
+    if frame.y is None:
+        return [alt.Tooltip("label:N", title="what"), series, alt.Tooltip("value:Q", title=frame.x.title)]
+    value = "p50" if frame.chart.kind == "ribbons" else "y"
+    return [
+        series,
+        alt.Tooltip("x:Q", title=frame.x.title),
+        alt.Tooltip(f"{value}:Q", title=frame.y.title),
+    ]
+
+
+def _line(frame: _Frame, rows: Sequence[Row], series: str, field: str) -> alt.Chart:
+    import altair as alt
+
+    dash = list(frame.looks[series].dash) or alt.Undefined
+    line = _base(frame, [row for row in rows if row["series"] == series])
+    line = line.mark_line(strokeWidth=2, strokeDash=dash, clip=frame.clip)
+    return line.encode(x=_x(frame, "x"), y=_y(frame, field))
+
+
+def _band(frame: _Frame, rows: Sequence[Row], low: str, high: str, opacity: float) -> alt.Chart:
+    area = _base(frame, rows).mark_area(opacity=opacity, clip=frame.clip)
+    return area.encode(x=_x(frame, "x"), y=_y(frame, low), y2=f"{high}:Q")
+
+
+def _symbols(frame: _Frame, rows: Sequence[Row], size: int) -> alt.Chart:
+    symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=size, clip=frame.clip)
+    return symbols.encode(x=_x(frame, "x"), y=_y(frame, "y"), shape=_shape(frame))
+
+
+def _shape(frame: _Frame) -> alt.Shape:
+    import altair as alt
+
+    shapes = alt.Scale(domain=list(frame.looks), range=[look.shape for look in frame.looks.values()])
+    return alt.Shape("series:N", legend=None, scale=shapes)
+
+
+# -- axes -----------------------------------------------------------------------------------------------------
+
+
+def _x(frame: _Frame, field: str) -> alt.X:
+    import altair as alt
+
+    axis = _axis(frame.x, grid=frame.chart.kind == "dots")
+    return alt.X(f"{field}:Q", title=None, scale=_scale(frame.x), axis=axis)
+
+
+def _y(frame: _Frame, field: str) -> alt.Y:
+    import altair as alt
+
+    assert frame.y is not None  # noqa: S101 - only charts of dots have none, and they place categories instead
+    return alt.Y(f"{field}:Q", title=None, scale=_scale(frame.y), axis=_axis(frame.y, grid=True))
+
+
+def _category(frame: _Frame) -> dict[str, Any]:
+    """The vertical place of a dot: its category, and its series beside the others of that category."""
+    import altair as alt
+
+    labels = [_wrapped(label) for label in _labels(frame.chart)]
+    lanes = alt.Scale(domain=labels, paddingInner=0.25, paddingOuter=0.1)
+    axis = alt.Axis(labelLimit=0, labelColor="var(--ink)", labelPadding=8)
+    place: dict[str, Any] = {"y": alt.Y("label:N", title=None, sort=labels, scale=lanes, axis=axis)}
+    if len(frame.looks) > 1:
+        place["yOffset"] = alt.YOffset("series:N", scale=alt.Scale(domain=list(frame.looks)))
+    return place
+
+
+def _scale(shared: Scale) -> alt.Scale:
+    import altair as alt
+
+    domain = [shared.low, shared.high]
+    if shared.log:
+        return alt.Scale(type="log", domain=domain, nice=False)
+    return alt.Scale(type="linear", domain=domain, nice=shared.nice, zero=False)
+
+
+def _axis(shared: Scale, *, grid: bool) -> alt.Axis:
+    import altair as alt
+
+    if shared.ticks is None:
+        return alt.Axis(tickCount=5, format=shared.form or alt.Undefined, grid=grid)
+    # left to itself, a logarithmic axis blanks the labels of some of its ticks
+    label = f"format(datum.value, '{shared.form}')"
+    return alt.Axis(values=list(shared.ticks), labelExpr=label, labelOverlap="greedy", grid=grid)
+
+
+# -- rows -----------------------------------------------------------------------------------------------------
+
+
+def _labels(chart: Chart) -> list[str]:
+    return list(dict.fromkeys(row["label"] for row in chart.rows))
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, 22)) or " "
+
+
+def _dots_height(chart: Chart) -> int:
+    """Height that gives each series of each category its own line, and wrapped labels their room."""
+    series = 10 + 14 * len(chart.series)
+    return 34 + sum(max(series, 14 * (1 + _wrapped(label).count("\n"))) for label in _labels(chart))
+
+
+def _with_interval(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.get("low") is not None and row.get("high") is not None]
+
+
+def with_gaps(rows: Sequence[Row], dashed: Sequence[str] = ()) -> list[Row]:
+    """``rows`` with an empty one wherever a series lacks an x that the panel's other series have, by x.
+
+    A line breaks there instead of bridging a value that does not exist. A series that lacks more than a third of
+    the values within its range was sampled on another grid, and keeps its line; so do dashed ones.
+    """
+    solid = [row for row in rows if row["series"] not in dashed]
+    grid = sorted({row["x"] for row in solid})
+    gaps = []
+    for name in dict.fromkeys(row["series"] for row in solid):
+        mine = {row["x"] for row in solid if row["series"] == name}
+        missing = [x for x in grid if min(mine) < x < max(mine) and x not in mine]
+        if 2 * len(missing) <= len(mine):
+            gaps += [{"x": x, "y": None, "low": None, "high": None, "series": name} for x in missing]
+    return sorted([*rows, *gaps], key=lambda row: row["x"])
+
+
+def _marked(chart: Chart, rows: Sequence[Row]) -> list[Row]:
+    """The rows of lines that get a symbol.
+
+    They are all rows of a short series, values between two gaps, and of series that share a role about six.
+    """
+    result = []
+    for nth, name in enumerate(name for name in chart.series if name not in chart.dashed):
+        mine = [row for row in rows if row["series"] == name]
+        if len(mine) <= _DOTTED:
+            result += mine
+            continue
+        there = [False, *(row["y"] is not None for row in mine), False]
+        neighbours = zip(there, there[2:], strict=False)
+        result += [row for row, sides in zip(mine, neighbours, strict=True) if not any(sides)]
+        if name in _siblings(chart):
+            every = len(mine) // 6
+            result += mine[(nth + 1) * every // (len(chart.series) + 1) :: every]
+    return [row for row in result if row["y"] is not None]

@@ -1,0 +1,111 @@
+"""Scales: where the axes of a chart begin and end, the same for all of its panels, and which data fit them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchnorm.lecture.claim import Axis, Chart
+
+# What a scale must hold, by axis and kind of chart.
+_QUANTILES = ("p2", "p16", "p50", "p84", "p98")
+_FIELDS = {
+    "x": {"lines": ("x",), "points": ("x",), "ribbons": ("x",), "dots": ("value", "low", "high")},
+    "y": {"lines": ("y", "low", "high"), "points": ("y", "low", "high"), "ribbons": _QUANTILES},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One axis of a chart, shared by its panels.
+
+    Args:
+        title: What is shown, with its unit.
+        low: Value at the beginning.
+        high: Value at the end, above ``low``.
+        log: Whether it is logarithmic.
+        nice: Whether it may grow to the next round numbers.
+        ticks: The values that are marked; None where the drawing library chooses.
+        form: How values are written, as a d3 format; "" where the drawing library chooses.
+    """
+
+    title: str
+    low: float
+    high: float
+    log: bool
+    nice: bool
+    ticks: Sequence[float] | None
+    form: str
+
+
+def scale(chart: Chart, which: Literal["x", "y"]) -> Scale:
+    """The scale of ``chart`` that holds every value with its interval, in all panels.
+
+    It has a margin of 4 % unless it is the steps of a line; the margin never crosses 0, nor 100 % of a share.
+
+    Raises:
+        ValueError: If the axis is missing, a value is not finite, or a logarithmic axis meets one that is not
+            positive; the message names the chart.
+    """
+    axis = chart.x if which == "x" else chart.y
+    if axis is None:
+        raise ValueError(f"a chart of {chart.kind} needs an {which} axis, got None in {chart.title!r}. Give it one.")
+    values = _values(chart, which)
+    _check(chart, which, axis, [*values, *(axis.domain or ())])
+    low, high = axis.domain or _ends(chart, which, axis, values)
+    run = which == "x" and chart.kind in {"lines", "ribbons"}
+    form = "~%" if axis.percent else ",~g" if axis.log else ""
+    measured = values if which == "x" and chart.kind in {"lines", "points"} else []
+    ticks = log_ticks(low, high, measured) if axis.log else None
+    return Scale(axis.title, low, high, axis.log, not (run or axis.log or axis.domain), ticks, form)
+
+
+def _values(chart: Chart, which: str) -> list[float]:
+    fields = _FIELDS[which][chart.kind]
+    return [row[field] for row in chart.rows for field in fields if row.get(field) is not None]
+
+
+def _check(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> None:
+    """Raise where the data cannot be drawn as they are."""
+    if not values:
+        raise ValueError(f"a chart needs at least one {which} value, got none in {chart.title!r}. Leave the chart out.")
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{which} values must be finite, got {value} in {chart.title!r}. Leave such rows out: a gap is drawn."
+            )
+        if axis.log and value <= 0:
+            raise ValueError(
+                f"a logarithmic {which} axis needs positive values, got {value} in {chart.title!r}. "
+                "Leave such rows out, or use a linear axis."
+            )
+
+
+def _ends(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    if axis.log:
+        margin = max((high / low) ** 0.04, 1.02)
+        return low / margin, high * margin
+    if which == "x" and chart.kind in {"lines", "ribbons"} and low < high:
+        return low, high
+    margin = 0.04 * (high - low) or 0.04 * abs(high) or 1.0
+    bottom = 0.0 if low >= 0 > low - margin else low - margin
+    top = 1.0 if axis.percent and high <= 1 < high + margin else high + margin
+    return bottom, top
+
+
+def log_ticks(low: float, high: float, measured: Sequence[float] = ()) -> list[float]:
+    """Ticks of a logarithmic scale: the measured values where they are few, else at most eight round numbers."""
+    if 2 <= len(set(measured)) <= 9:
+        return sorted(set(measured))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for multiples in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**d for d in decades for m in multiples if low <= m * 10.0**d <= high]
+        if len(ticks) <= 6:
+            break
+    return ticks[:: 1 + len(ticks) // 9]

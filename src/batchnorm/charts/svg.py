@@ -1,0 +1,58 @@
+"""SVG: a drawing as the smallest element that shows it inside a page."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import altair as alt
+
+_TAG = re.compile(r"<[^>]+>")
+_INVISIBLE = re.compile(r'<path[^>]*(?:display="none"|class="background")[^>]*/>')
+_UNUSED = re.compile(
+    r' (?:(?:class|role|pointer-events|version|xmlns|xmlns:xlink|font-family|stroke-miterlimit|aria-[a-z]+)="[^"]*"'
+    r'|opacity="1"|stroke-width="1")(?=[ />])'
+)
+_LONG_NUMBER = re.compile(r"-?\d+\.\d+")
+_EMPTY = re.compile(r"<g(?: [^>]*)?></g>|<g(?: [^>]*)?/>")
+
+
+def to_svg(drawing: alt.LayerChart, prefix: str) -> str:
+    """The drawing as an SVG element for a page; the same drawing always gives the same text.
+
+    It is hidden from screen readers: the page says what it shows.
+
+    Args:
+        drawing: The drawing of a panel.
+        prefix: Begins the names inside the element, which must be unique in the page.
+    """
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg(drawing.to_dict(validate=False))
+    svg = _TAG.sub(lambda tag: _slim(tag[0]), _INVISIBLE.sub("", svg))
+    svg = _EMPTY.sub("", _EMPTY.sub("", svg))
+    # The library numbers clip paths through a whole process; a page needs names that repeat.
+    for number, name in enumerate(dict.fromkeys(re.findall(r'id="([^"]+)"', svg))):
+        svg = re.sub(rf'(id="|url\(#){name}(?=["\)])', rf"\g<1>{prefix}-{number}", svg)
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def to_specification(drawing: alt.LayerChart, *, zoom: bool) -> dict[str, Any]:
+    """The drawing as Vega-Lite for an interactive page, as wide as its place there.
+
+    Args:
+        drawing: The drawing of a panel.
+        zoom: Whether dragging moves it, and Shift with the wheel zooms; the wheel alone still scrolls the page.
+            Both scales must be of numbers.
+    """
+    specification: dict[str, Any] = {**drawing.to_dict(validate=False), "width": "container"}
+    if zoom:
+        select = {"type": "interval", "zoom": "wheel![event.shiftKey]"}
+        specification["layer"][0]["params"] = [{"name": "zoom", "select": select, "bind": "scales"}]
+    return specification
+
+
+def _slim(tag: str) -> str:
+    """A tag without what a page does not use, and without digits below a tenth of a pixel."""
+    return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), _UNUSED.sub("", tag))

@@ -1,0 +1,226 @@
+"""BatchNorm1d, 2d and 3d: torch.nn's layers with exact statistics, guarded buffers and ensembles under vmap.
+
+In train mode a batch is normalized by its own mean and biased variance, and the stored statistics move towards
+them; in eval mode the stored statistics normalize (Ioffe and Szegedy 2015, algorithms 1 and 2). A layer takes
+torch.nn's arguments, has its five state_dict keys and is an instance of its class.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm import kernels
+from batchnorm.kernels.reference import wide_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+class _Layer(_BatchNorm):
+    """What the three layers share; mixed in before torch.nn's class."""
+
+    _shapes: ClassVar[dict[int, str]]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight: bool = True,
+        bias: bool = True,
+        single_element: Literal["error", "population"] = "error",
+    ) -> None:
+        if single_element not in {"error", "population"}:
+            raise ValueError(f"single_element must be 'error' or 'population', got {single_element!r}.")
+        _check_eps(eps)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not weight:
+            self.register_parameter("weight", None)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.single_element = single_element
+        # a plain attribute: a buffer would be a sixth key of the state_dict
+        self._skipped = torch.zeros((), dtype=torch.long, device=device)
+        self._reported = 0
+        self._widen_statistics({})
+
+    @property
+    def skipped_updates(self) -> int:
+        """Batches in which a channel's statistics were NaN or infinite and were not stored."""
+        return int(self._skipped)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
+        """The input normalized, in its own type and memory format.
+
+        By the statistics of the batch in train mode, and where none are stored; else by the stored ones. Train
+        mode moves the stored statistics, unless the batch is empty.
+
+        Raises:
+            ValueError: If the shape does not fit the layer, or a batch of one value per channel would have to
+                be measured.
+            TypeError: If the input is not floating-point.
+        """
+        self._check_input(input)
+        stored = self._stored()
+        if stored and not self._measures(input):
+            return kernels.normalize(input, *stored, self.weight, self.bias, self.eps)
+        count = _values_per_channel(input)
+        if count == 1:
+            raise ValueError(self._about_a_single_value(input))
+        y, mean, var = kernels.train(input, self.weight, self.bias, self.eps)
+        if stored and self.training and self.track_running_stats and count:
+            batches = cast("Tensor", self.num_batches_tracked)
+            kernels.update_running(*stored, batches, self._skipped, mean, var, count, self.momentum)
+        return y
+
+    def _stored(self) -> tuple[Tensor, Tensor] | None:
+        mean, var = self.running_mean, self.running_var
+        return None if mean is None or var is None else (mean, var)
+
+    def _measures(self, x: Tensor) -> bool:
+        """Whether ``x`` is normalized by its own statistics although there are stored ones."""
+        alone = self.single_element == "population" and _values_per_channel(x) == 1
+        return self.training and not alone
+
+    def _about_a_single_value(self, x: Tensor) -> str:
+        advice = "or keep statistics to use instead: track_running_stats=True and eval()."
+        if self._stored():
+            advice = "call eval(), or construct the layer with single_element='population'."
+        return (
+            f"{type(self).__name__} needs more than 1 value per channel, got shape {tuple(x.shape)}: one value "
+            f"has no variance. Use drop_last=True in the loader, {advice}"
+        )
+
+    def _check_input(self, x: Tensor) -> None:
+        name = type(self).__name__
+        _check_eps(self.eps)
+        if x.ndim not in self._shapes:
+            shapes = " or ".join(self._shapes.values())
+            raise ValueError(f"{name} needs {shapes}, got {tuple(x.shape)}. {_layer_for(x.ndim)}")
+        if not x.is_floating_point():
+            fix = "Normalize x.real and x.imag apart" if x.is_complex() else "Call x.float() first"
+            raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
+        if x.shape[1] != self.num_features:
+            last = x.shape[-1] == self.num_features
+            fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
+            raise ValueError(
+                f"{name}({self.num_features}) needs {self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
+            )
+
+    def train(self, mode: bool = True) -> _Layer:
+        """Set train or eval mode.
+
+        Going to eval warns of batches whose statistics were not stored, where the device could not at once.
+        """
+        super().train(mode)
+        if not mode and not self._skipped.is_meta and not kernels.warns_at_once(self._skipped.device):
+            self._report_skipped()
+        return self
+
+    def _report_skipped(self) -> None:
+        skipped = self.skipped_updates
+        new, self._reported = skipped - self._reported, skipped
+        if new > 0:
+            warnings.warn(
+                f"{type(self).__name__}({self.num_features}) met NaN or infinity in the statistics of {new} "
+                f"batch{'es' if new > 1 else ''} since it last said so, and did not store them. "
+                "layer.skipped_updates counts such batches.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def reset_parameters(self) -> None:
+        """Set gamma to 1, beta to 0 and the statistics to those of no batches: mean 0 and variance 1."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """torch.nn's line, and what differs from it."""
+        parts = [super().extra_repr()]
+        if self.affine and self.weight is None:
+            parts.append("weight=False")
+        if self.single_element != "error":
+            parts.append(f"single_element={self.single_element!r}")
+        if not self._skipped.is_meta and self.skipped_updates:
+            parts.append(f"skipped_updates={self.skipped_updates}")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        """Move or cast as every module does, but keep statistics at float32 or wider: half precision ruins them."""
+        before = {name: getattr(self, name) for name in _STATISTICS}
+        super()._apply(fn, recurse)
+        self._widen_statistics(before)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen_statistics({})  # load_state_dict(assign=True) takes tensors over as they are
+
+    def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
+        """Give statistics that were narrowed their type back, and their digits where ``before`` has them."""
+        for name in _STATISTICS:
+            now = getattr(self, name)
+            if now is None:
+                continue
+            if now.dtype != (wide := wide_dtype(now.dtype)):
+                full = before.get(name)
+                source = now if full is None or full.is_meta else full
+                setattr(self, name, source.to(now.device, wide))
+            if self._skipped.is_meta:  # nothing was counted without memory
+                self._skipped = torch.zeros_like(self._skipped, device=now.device)
+            self._skipped = self._skipped.to(now.device)
+
+
+class BatchNorm1d(_Layer, nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L)."""
+
+    _shapes: ClassVar[dict[int, str]] = {2: "(N, C)", 3: "(N, C, L)"}
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W)."""
+
+    _shapes: ClassVar[dict[int, str]] = {4: "(N, C, H, W)"}
+
+
+class BatchNorm3d(_Layer, nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W)."""
+
+    _shapes: ClassVar[dict[int, str]] = {5: "(N, C, D, H, W)"}
+
+
+def _values_per_channel(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2:].numel()
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero.")
+
+
+def _layer_for(ndim: int) -> str:
+    """What to do with an input of ``ndim`` dimensions."""
+    for layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+        if ndim in layer._shapes:
+            return f"Use {layer.__name__} for {layer._shapes[ndim]}."
+    return "Add the batch axis with x.unsqueeze(0)." if ndim < 2 else "Flatten the axes behind the channels."
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

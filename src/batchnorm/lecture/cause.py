@@ -1,0 +1,303 @@
+"""Claim "cause": the reduced shift is why batch norm trains faster - tested by bringing the shift back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.data import Examples
+from batchnorm.lecture.drift import behind, drift, noise_floor
+from batchnorm.lecture.hidden import TARGET, steps_at_best
+from batchnorm.lecture.layer3 import over_seeds
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.sweep import ARMS, RATES, SIZES, Sweep, digits, probe_indices, sweep, training_indices
+from batchnorm.lecture.training import accuracies, losses, sgd
+from batchnorm.lecture.verdict import estimate, judge
+
+# Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
+# round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
+SHIFT = 1.0  # a unit's mean moves by -SHIFT .. SHIFT
+SCALE = 1.5  # its standard deviation is multiplied by 1 / SCALE .. SCALE
+WINDOW = 100  # steps over which the drift counts: about what the slowest arm needs to reach the target
+EVERY = 10  # steps between two looks at a[2]
+READ = 5  # steps between two readings of the accuracy in train mode, as in the sweeps
+PROBE = 256
+LAYER = 3
+CALLED = {
+    "without": "without batch norm",
+    "with": "with batch norm",
+    "noisy": "with batch norm and noise",
+    "half": "with batch norm and half the noise",
+}
+JUDGED = ("without", "with", "noisy")
+
+
+class Noisy(nn.Module):
+    """Batch norm, followed in train mode by a random shift and scale of every unit, fresh at each call.
+
+    All examples of a batch get the same, so that nothing but the distribution which the next layer receives moves.
+
+    Args:
+        width: Number of units.
+        strength: 1 for shifts up to SHIFT and factors up to SCALE, 0.5 for half of that (factors on a log scale).
+    """
+
+    def __init__(self, width: int, strength: float = 1.0) -> None:
+        super().__init__()
+        self.norm = BatchNorm1d(width)
+        self.strength = strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized values, (N, width), moved in train mode only."""
+        y = self.norm(x)
+        if not self.training:
+            return y
+        shift, scale = self.strength * (2 * torch.rand(2, y.shape[1]) - 1)
+        return y * SCALE**scale + SHIFT * shift
+
+
+ARMS.update(noisy=Noisy, half=partial(Noisy, strength=0.5))
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Tune three arms on one grid, then look at what layer 3 receives at each arm's best rate."""
+    sweeps: dict[str, Sweep] = {}
+    watched: dict[str, Watched] = {}
+    for arm in CALLED:
+        with _noise_from(settings.seed):
+            sweeps[arm] = sweep(settings, "relu", arm)
+        progress(len(sweeps) / 5)
+    for arm in CALLED:
+        with _noise_from(settings.seed):
+            watched[arm] = _watch(settings, arm, RATES[sweeps[arm].best_rate()])
+        progress(0.8 + len(watched) / 20)
+    lost = _lost(*(steps_at_best(sweeps[arm])[0] for arm in JUDGED))
+    charts = [_curves(sweeps), _drifts(watched)]
+    return Result([_judge(sweeps, watched, lost)], charts, _numbers(sweeps, watched))
+
+
+@contextmanager
+def _noise_from(seed: int) -> Iterator[None]:
+    """The same noise at every run, and the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watched:
+    """What layer 3 of one arm saw at its best rate; S seeds.
+
+    Args:
+        rate: That rate.
+        drift: Drift of a[2] per EVERY steps, averaged over the window, (S,).
+        floor: Its noise floor, (S,).
+        relative: Change of layer 3's gradient by the step of the layers before it, in lengths of the gradient, (S,).
+        cosine: Cosine between the two gradients, (S,).
+        reached: First step with the target accuracy read in train mode, noise on, (S,); infinity if not in the window.
+    """
+
+    rate: float
+    drift: Tensor
+    floor: Tensor
+    relative: Tensor
+    cosine: Tensor
+    reached: Tensor
+
+
+def _watch(settings: Settings, arm: str, rate: float) -> Watched:
+    steps = settings.steps(WINDOW)
+    net = Ensemble.of(lambda: fully_connected(SIZES, "relu", ARMS[arm]), settings.all_seeds)
+    probe = digits()[probe_indices(settings, PROBE)]
+    indices = training_indices(settings, steps)
+    values: list[Tensor] = []
+    curve: list[Tensor] = []
+    changes: list[Tensor] = []
+    before: dict[str, Tensor] = {}
+
+    def observe(step: int) -> None:
+        if step % EVERY == 1:
+            changes.append(gradient_shift(net, before, digits()[indices[:, step - 1]], settings.seed + step))
+        if step % EVERY == 0:
+            values.append(behind(net, f"act{LAYER - 1}", probe.x, train=True))
+            before.update({name: value.detach().clone() for name, value in net.parameters.items()})
+        if step % READ == 0:
+            with torch.no_grad():
+                curve.append(accuracies(net(probe.x, train=True, keep_statistics=True), probe.y))
+
+    sgd(net, digits(), indices, torch.full((settings.seeds,), rate), observe)
+    seen = torch.stack(values)
+    relative, cosine = torch.stack(changes).mean(0)
+    return Watched(
+        rate, drift(seen[:-1], seen[1:]).total.mean(0), noise_floor(seen).mean(0), relative, cosine, _first(curve)
+    )
+
+
+def _first(curve: list[Tensor]) -> Tensor:
+    """First step at which each seed's accuracy reached the target; infinity where it did not."""
+    reached = torch.stack(curve) >= TARGET
+    return torch.where(reached.any(0), reached.float().argmax(0) * float(READ), torch.inf)
+
+
+def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
+    """How a step of the layers before layer 3 changes the gradient of W3: relative change and cosine, (2, R).
+
+    Santurkar et al. 2018, definition 2.1: the gradient with all parameters as they were, against the one with the
+    layers before as they are after the step; on the same batch and with the same noise.
+    """
+    moved = {
+        name: after.parameters[name].detach() if int(name.split(".")[0][-1]) < LAYER else value
+        for name, value in before.items()
+    }
+    first, second = (_gradient(after, parameters, batch, seed) for parameters in (before, moved))
+    relative = (first - second).norm(dim=1) / first.norm(dim=1)
+    return torch.stack([relative, F.cosine_similarity(first, second, dim=1)])
+
+
+def _gradient(net: Ensemble, parameters: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
+    """Gradient of the loss with respect to W3, (R, entries)."""
+    weight = f"w{LAYER}.weight"
+    parameters = parameters | {weight: parameters[weight].detach().requires_grad_()}
+    with _noise_from(seed):
+        logits = Ensemble(net.template, parameters, net.buffers)(batch.x, train=True, keep_statistics=True)
+    return torch.autograd.grad(losses(logits, batch.y).sum(), parameters[weight])[0].flatten(1)
+
+
+def _lost(without: Tensor, batch_norm: Tensor, noisy: Tensor) -> Tensor:
+    """Share of batch norm's log speed-up that is gone with the noise, for each seed."""
+    return 1 - (without / noisy).log() / (without / batch_norm).log()
+
+
+def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched], lost: Tensor) -> Verdict:
+    steps = {arm: steps_at_best(sweeps[arm]) for arm in CALLED}
+    medians = {arm: f"{'more than ' if cut else ''}{count.median():.0f}" for arm, (count, cut) in steps.items()}
+    moved = {arm: float(watched[arm].drift.mean()) for arm in CALLED}
+    sentence = (
+        f"{medians['with']} steps to {TARGET:.0%} with batch norm, {medians['noisy']} with noise behind it, "
+        f"{medians['without']} without: the noise costs {lost.mean():.0%} of the (log) speed-up, while a[2] moves by "
+        f"{moved['noisy']:.2g} standard deviations per {EVERY} steps, against {moved['with']:.2g} with batch norm and "
+        f"{moved['without']:.2g} without."
+    )
+    failed = ""
+    if steps["without"][1] or steps["with"][1]:
+        failed = (
+            f"in {int(sweeps['with'].steps[-1])} steps not every seed reached {TARGET:.0%} without and with batch norm"
+        )
+    elif not bool((steps["without"][0] > steps["with"][0]).all()):
+        failed = "there is a seed in which batch norm gave no speed-up to lose"
+    elif not moved["noisy"] >= moved["without"]:
+        failed = f"the drift is {moved['noisy']:.2g} with the noise, below {moved['without']:.2g} without batch norm"
+    return judge("cause-drift", lost.tolist(), sentence, failed_guard=failed)
+
+
+def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {}
+    for arm, seen in watched.items():
+        figures = {
+            "best learning rate": torch.tensor(seen.rate),
+            f"drift of a[2] per {EVERY} steps, sd": seen.drift,
+            "noise floor, sd": seen.floor,
+            "change of layer 3's gradient by the layers before it, relative": seen.relative,
+            "change of layer 3's gradient by the layers before it, cosine": seen.cosine,
+        }
+        numbers |= {f"{what}, {CALLED[arm]}": over_seeds(value) for what, value in figures.items()}
+    read = [watched[arm].reached for arm in ("with", "noisy")]
+    for arm, reached in zip(("with", "noisy"), read, strict=True):
+        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds(reached.median())
+    without = steps_at_best(sweeps["without"])[0]
+    half = _lost(without, *(steps_at_best(sweeps[arm])[0] for arm in ("with", "half")))
+    numbers["share of the log speed-up lost with half the noise"] = over_seeds(half)
+    share = _lost(without, *read)
+    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds(share)
+    return numbers
+
+
+_SERIES = {called: arm if arm in {"without", "with"} else "neutral" for arm, called in CALLED.items()}
+
+
+def _curves(sweeps: dict[str, Sweep]) -> Chart:
+    rows = []
+    for arm, swept in sweeps.items():
+        curve = swept.accuracy[:, :, swept.best_rate()]  # (T, seeds)
+        rows += [
+            {
+                "x": int(step), "y": round(float(curve[t].median()), 4), "low": round(float(curve[t].min()), 4),
+                "high": round(float(curve[t].max()), 4), "series": CALLED[arm],
+            }
+            for t, step in enumerate(swept.steps)
+        ]  # fmt: skip
+    found = ", ".join(f"{steps_at_best(swept)[0].median():.0f} {CALLED[arm]}" for arm, swept in sweeps.items())
+    return Chart(
+        "lines",
+        f"Steps to {TARGET:.0%} training accuracy, each at its best learning rate: {found}",
+        "Training accuracy against steps for four arms with bands over all seeds: orange without batch norm, blue "
+        "with, grey with batch norm and noise behind it, at full and at half strength.",
+        rows,
+        Axis("training step"),
+        Axis("training accuracy", domain=(0, 1), percent=True),
+        _SERIES,
+    )
+
+
+def _drifts(watched: dict[str, Watched]) -> Chart:
+    rows = []
+    for arm, seen in watched.items():
+        for label, values in ((CALLED[arm], seen.drift), (f"noise floor {CALLED[arm]}", seen.floor)):
+            if bool((values > 0).all() & values.isfinite().all()):
+                interval = estimate(values.tolist())
+                rows.append({
+                    "label": label, "value": round(interval.mean, 4), "low": round(interval.low, 4),
+                    "high": round(interval.high, 4), "series": CALLED[arm],
+                })  # fmt: skip
+    found = ", ".join(f"{seen.drift.mean():.2g} {CALLED[arm]}" for arm, seen in watched.items())
+    return Chart(
+        "dots",
+        f"Drift of what layer 3 receives, in standard deviations per {EVERY} steps: {found}",
+        f"Drift of a[2] over the first {WINDOW} steps for four arms with intervals over seeds, each above its noise "
+        "floor, the distance of two random halves of the probe.",
+        rows,
+        Axis(f"drift of a[2] per {EVERY} steps [sd]"),
+        None,
+        _SERIES,
+    )
+
+
+CLAIM = Claim(
+    name="cause",
+    title="Is the reduced shift the reason?",
+    sentence=(
+        "Batch norm makes the values that a layer receives shift less while the layers before it learn, and that is "
+        "why each layer learns more by itself and the whole network learns faster."
+    ),
+    arms=(
+        "Three arms of the lecture's five-layer network (ReLU): without batch norm, with it, and with batch norm whose "
+        f"output is disturbed again in training: at every step each unit is shifted by up to {SHIFT:g} and stretched "
+        f"by a factor of up to {SCALE:g} either way, drawn anew (after Santurkar et al.). The strength was chosen by "
+        f"the drift alone; a fourth arm with half of it is shown, not judged. Each arm has its learning rate tuned on the same grid of {len(RATES)}; accuracy is read in "
+        f"eval mode, where the noise is off, and the drift of a[2] over the first {WINDOW} steps at the best rate, "
+        "with the noise on, because layer 3 receives it."
+    ),
+    how_to_read=(
+        "If the reduced shift were the reason, the grey curve would fall back to the orange one. The second chart is "
+        "the check that the noise does bring the shift back: grey must lie at or beyond orange."
+    ),
+    not_shown=(
+        "The noise moves distributions only, and the next batch norm takes part of it out again; it leaves the shift "
+        "of gradients as it was, so only the distributional version of the explanation is tested. Noise may also slow "
+        "learning for other reasons than drift, so a loss of speed is weak evidence and none lost is strong. Read with "
+        "the noise on, accuracy arrives later (see the figures), because noise disturbs the answer itself."
+    ),
+    sources=(
+        "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",
+        "Ioffe and Szegedy 2015, Batch Normalization, section 2",
+    ),
+    run=run,
+)

@@ -1,0 +1,353 @@
+"""Claim "layer3": what the third layer receives shifts less with batch norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.drift import IDLE, behind, drift, noise_floor
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.sweep import ARMS, SIZES, STEPS, digits, probe_indices, training_indices
+from batchnorm.lecture.training import accuracies, losses, sgd
+from batchnorm.lecture.verdict import judge
+
+RATE = 0.1
+EVERY = 10  # steps between two looks at a[2]
+PROBE = 256
+LEARNED = 0.9
+# Widths and training steps. The lecture's picture is the wide network with its second hidden layer narrowed to the
+# four units a[2]1 .. a[2]4; without batch norm that bottleneck needs the longer training to reach 90 %.
+NETWORKS = {"four": ((64, 64, 4, 64, 64, 10), 800), "wide": (SIZES, STEPS)}
+CALLED = {"four": "four units", "wide": "wide"}
+BOTH = ("without", "with")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What layer 3 of one arm received, at times T for S seeds, on the probe of N examples.
+
+    Args:
+        steps: Training steps at which it was read, (T,).
+        train: a[2] by the probe's own statistics, as in training, (T, S, N, units).
+        eval: a[2] by stored statistics, (T, S, N, units).
+        stored: z~[2] (z[2] without batch norm) by stored statistics, (T, S, N, units).
+        batch: The same by the probe's own statistics.
+        beta, gamma: Parameters of the second batch norm, (T, S, units); None without.
+        loss: Loss on the probe by stored statistics before and after training, nats, (2, S).
+        accuracy: Final accuracy on the probe by stored statistics, (S,).
+    """
+
+    steps: Tensor
+    train: Tensor
+    eval: Tensor
+    stored: Tensor
+    batch: Tensor
+    beta: Tensor | None
+    gamma: Tensor | None
+    loss: Tensor
+    accuracy: Tensor
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Watch a[2] of both arms of both networks while they learn."""
+    seen: dict[str, dict[str, Seen]] = {}
+    for done, (name, (sizes, steps)) in enumerate(NETWORKS.items(), start=1):
+        seen[name] = {arm: _watch(settings, net, steps) for arm, net in _paired(settings, sizes).items()}
+        progress(done / len(NETWORKS))
+    shifts = {name: {arm: Shift.of(s) for arm, s in arms.items()} for name, arms in seen.items()}
+    verdicts = [_judge_shift(name, seen[name], shifts[name]) for name in ("wide", "four")]
+    governed = {name: _distances(arms["with"]) for name, arms in seen.items()}
+    charts = [_ribbons(seen["four"], shifts["four"], settings.seed), _over_time(seen, shifts)]
+    charts.append(_governed_chart(seen["four"]["with"], governed["four"], settings.seed))
+    return Result([*verdicts, _judge_governed(governed)], charts, _numbers(seen, shifts, governed))
+
+
+def _paired(settings: Settings, sizes: tuple[int, ...]) -> dict[str, Ensemble]:
+    """Both arms, for every seed from the same weights."""
+    arms = {
+        arm: Ensemble.of(lambda arm=arm: fully_connected(sizes, "relu", ARMS[arm]), settings.all_seeds) for arm in BOTH
+    }
+    with torch.no_grad():
+        for layer in range(1, len(sizes)):
+            weight = f"w{layer}.weight"
+            arms["with"].parameters[weight].copy_(arms["without"].parameters[weight])
+    return arms
+
+
+def _watch(settings: Settings, net: Ensemble, full_steps: int) -> Seen:
+    steps = settings.steps(full_steps)
+    probe = digits()[probe_indices(settings, PROBE)]
+    last = "norm2" if "norm2.weight" in net.parameters else "w2"
+    taken: list[tuple[Tensor, ...]] = []
+    ends: list[tuple[Tensor, Tensor]] = []
+
+    def observe(step: int) -> None:
+        if step % EVERY == 0:
+            taken.append((
+                torch.tensor(step), behind(net, last, probe.x, train=False), behind(net, last, probe.x, train=True),
+                *(net.parameters[name].detach().clone() for name in ("norm2.bias", "norm2.weight") if last == "norm2"),
+            ))  # fmt: skip
+        if step in {0, steps}:
+            with torch.no_grad():
+                logits = net(probe.x)
+            ends.append((losses(logits, probe.y), accuracies(logits, probe.y)))
+
+    sgd(net, digits(), training_indices(settings, steps), torch.full((settings.seeds,), RATE), observe)
+    at, stored, batch, *affine = (torch.stack(values) for values in zip(*taken, strict=True))
+    beta, gamma = affine or (None, None)
+    loss = torch.stack([value for value, _ in ends])
+    return Seen(at, batch.relu(), stored.relu(), stored, batch, beta, gamma, loss, ends[-1][1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shift:
+    """Drift of a[2] per EVERY steps over a training run.
+
+    Args:
+        total: In train mode at every time but the last, (T - 1, S).
+        floor: Noise floor at every time, (T, S).
+        mean, log_sd, idle, eval: Averages over the run for each seed: parts, idle units, drift in eval mode, (S,).
+    """
+
+    total: Tensor
+    floor: Tensor
+    mean: Tensor
+    log_sd: Tensor
+    idle: Tensor
+    eval: Tensor
+
+    @classmethod
+    def of(cls, seen: Seen) -> Shift:
+        """Measured between neighbouring times."""
+        moved, stored = drift(seen.train[:-1], seen.train[1:]), drift(seen.eval[:-1], seen.eval[1:])
+        return cls(
+            moved.total, noise_floor(seen.train), moved.mean.mean(0), moved.log_sd.mean(0), moved.idle.mean(0),
+            stored.total.mean(0),
+        )  # fmt: skip
+
+    @property
+    def average(self) -> Tensor:
+        """Drift per EVERY steps averaged over the run, (S,)."""
+        return self.total.mean(0)
+
+
+def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> Verdict:
+    plain, normed = (shifts[arm].average for arm in BOTH)
+    ratio = (plain / normed).log2()
+    sentence = (
+        f"{CALLED[name]}: a[2] moves by {normed.mean():.2g} standard deviations per {EVERY} steps with batch norm, "
+        f"by {plain.mean():.2g} without ({float(ratio.mean().exp2()):.1f} times as much); by stored statistics it is "
+        f"{shifts['with'].eval.mean():.2g} against {shifts['without'].eval.mean():.2g}."
+    )
+    lowest = {arm: float(seen[arm].accuracy.min()) for arm in BOTH}
+    late = [f"{low:.0%} {arm} batch norm" for arm, low in lowest.items() if not low >= LEARNED]
+    failed = f"{CALLED[name]}: the worst seed ended at {' and '.join(late)}" if late else ""
+    return judge(f"layer3-{name}", ratio.tolist(), sentence, failed_guard=failed)
+
+
+def _distances(seen: Seen) -> Tensor:
+    """Distance of z~'s mean and sd by stored statistics from beta and |gamma|, in |gamma|, (T, S, units)."""
+    assert seen.beta is not None and seen.gamma is not None  # noqa: PT018, S101 - only asked of the arm with batch norm
+    mean, sd = seen.stored.mean(2), seen.stored.std(2, correction=0)
+    return torch.hypot(mean - seen.beta, sd - seen.gamma.abs()) / seen.gamma.abs()
+
+
+def _judge_governed(distances: dict[str, Tensor]) -> Verdict:
+    """Each seed counts with the network in which it is further off."""
+    medians = {name: _median_of_seeds(values) for name, values in distances.items()}
+    figures = " and ".join(f"{medians[name].mean():.2g} ({CALLED[name]})" for name in ("wide", "four"))
+    sentence = (
+        f"By stored statistics, mean and standard deviation of z~ lie {figures} times |gamma| from (beta, |gamma|) "
+        "in the median over units and steps."
+    )
+    return judge("layer3-governed", torch.stack([*medians.values()]).amax(0).tolist(), sentence)
+
+
+def _median_of_seeds(values: Tensor) -> Tensor:
+    """(T, S, units) -> (S,)."""
+    return values.transpose(0, 1).flatten(1).median(1).values
+
+
+def _in_batch_errors(seen: Seen) -> tuple[float, float]:
+    """Largest error of z~'s mean and of its sd in the batch that normalizes, against beta and |gamma|, in |gamma|."""
+    assert seen.beta is not None and seen.gamma is not None  # noqa: PT018, S101 - as above
+    scale = seen.gamma.abs()
+    mean, sd = seen.batch.mean(2), seen.batch.std(2, correction=0)
+    return float(((mean - seen.beta) / scale).abs().max()), float(((sd - scale) / scale).abs().max())
+
+
+def _numbers(
+    seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]], governed: dict[str, Tensor]
+) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {}
+    for name, arms in shifts.items():
+        for arm, shift in arms.items():
+            fall = seen[name][arm].loss[0] - seen[name][arm].loss[1]
+            figures = {
+                f"drift per {EVERY} steps, sd": shift.average,
+                "its part in the mean, sd": shift.mean,
+                "its part in the log of the sd": shift.log_sd,
+                "noise floor, sd": shift.floor.mean(0),
+                "drift over noise floor": shift.average / shift.floor.mean(0),
+                "drift over the whole run per nat of loss decrease, sd": shift.total.sum(0) / fall,
+                f"drift per {EVERY} steps in eval mode, sd": shift.eval,
+                "share of idle units": shift.idle,
+                "final training accuracy of the worst seed": seen[name][arm].accuracy.min(),
+            }
+            numbers |= {f"{what}, {CALLED[name]}, {arm} batch norm": over_seeds(v) for what, v in figures.items()}
+    for name, distances in governed.items():
+        mean, sd = _in_batch_errors(seen[name]["with"])
+        numbers[f"z~ off (beta, |gamma|) by stored statistics, median, |gamma|, {CALLED[name]}"] = over_seeds(
+            _median_of_seeds(distances)
+        )
+        numbers[f"z~ mean off beta in the batch (rounding), largest, |gamma|, {CALLED[name]}"] = float(f"{mean:.2g}")
+        numbers[f"z~ sd off |gamma| in the batch (rounding and eps), largest, |gamma|, {CALLED[name]}"] = float(
+            f"{sd:.2g}"
+        )
+    return numbers
+
+
+def over_seeds(values: Tensor) -> float | None:
+    """Mean over seeds to three figures; None where it does not exist."""
+    mean = float(values.mean())
+    return float(f"{mean:.3g}") if abs(mean) < float("inf") else None
+
+
+def _every(count: int, most: int) -> range:
+    """Indices of at most ``most + 1`` of ``count`` times, evenly spaced from the first on."""
+    return range(0, count, -(-(count - 1) // most))
+
+
+def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Chart:
+    levels = {"p2": 0.02, "p16": 0.16, "p50": 0.5, "p84": 0.84, "p98": 0.98}
+    rows = []
+    for arm, what in seen.items():
+        bands = what.train[:, 0].quantile(torch.tensor([*levels.values()]), dim=1)  # (levels, T, units)
+        rows += [
+            {
+                "x": int(what.steps[t]), **{p: round(float(bands[i, t, unit]), 3) for i, p in enumerate(levels)},
+                "series": f"{arm} batch norm", "panel": f"{arm} batch norm", "row": f"a[2]{unit + 1}",
+            }
+            for unit in range(bands.shape[2])
+            for t in _every(len(what.steps), 40)
+            if bool(bands[:, t, unit].isfinite().all())
+        ]  # fmt: skip
+    plain, normed = (float(shifts[arm].average.mean()) for arm in BOTH)
+    return Chart(
+        "ribbons",
+        f"What layer 3 receives moves by {plain:.2g} standard deviations per {EVERY} steps without batch norm and by "
+        f"{normed:.2g} with",
+        f"Distribution of the four values a[2]1 to a[2]4 on {PROBE} fixed examples over training steps, seed {seed}: 2, "
+        "16, 50, 84 and 98 % quantiles as ribbons, one row for each unit, without batch norm on the left and with it "
+        "on the right, on the same axes.",
+        rows,
+        Axis("training step"),
+        Axis("value of the unit"),
+        _SERIES,
+    )
+
+
+_SERIES = {"without batch norm": "without", "with batch norm": "with"}
+
+
+def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Chart:
+    rows = []
+    for name in ("wide", "four"):
+        for arm, shift in shifts[name].items():
+            steps = seen[name][arm].steps
+            for series, values in ((f"{arm} batch norm", shift.total), (f"noise floor {arm}", shift.floor)):
+                kept = [t for t in _every(len(values), 40) if bool((values[t] > 0).all() & values[t].isfinite().all())]
+                rows += [
+                    {
+                        "x": int(steps[t]), "y": round(float(values[t].median()), 5), "series": series,
+                        "panel": CALLED[name],
+                    }
+                    | (_range(values[t]) if series in _SERIES else {})
+                    for t in kept
+                ]  # fmt: skip
+    apart = " and ".join(
+        f"{float((shifts[name]['without'].average / shifts[name]['with'].average).log2().mean().exp2()):.1f} times "
+        f"({CALLED[name]})"
+        for name in ("wide", "four")
+    )
+    return Chart(
+        "lines",
+        f"Averaged over training, a[2] drifts {apart} as much without batch norm as with it",
+        f"Drift of a[2] per {EVERY} steps in standard deviations against training steps on a log scale, one panel for "
+        "the wide network and one for the four units: orange without, blue with batch norm, bands over all seeds; the "
+        "dashed lines are the distance of two random halves of the probe.",
+        rows,
+        Axis("training step"),
+        Axis(f"drift per {EVERY} steps [sd]", log=True),
+        _SERIES | {"noise floor without": "without", "noise floor with": "with"},
+        dashed=("noise floor without", "noise floor with"),
+    )
+
+
+def _range(values: Tensor) -> dict[str, float]:
+    return {"low": round(float(values.min()), 5), "high": round(float(values.max()), 5)}
+
+
+def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
+    assert seen.beta is not None and seen.gamma is not None  # noqa: PT018, S101 - as above
+    panels = {
+        "mean, beta": (seen.stored.mean(2), seen.beta),
+        "sd, |gamma|": (seen.stored.std(2, correction=0), seen.gamma.abs()),
+    }
+    rows = [
+        {
+            "x": int(seen.steps[t]), "y": round(float(values[t, 0, unit]), 3), "series": series,
+            "panel": panel, "row": f"z~[2]{unit + 1}",
+        }
+        for panel, (measured, set_to) in panels.items()
+        for series, values in (("z~ by stored statistics", measured), ("beta, |gamma|", set_to))
+        for unit in range(measured.shape[2])
+        for t in _every(len(seen.steps), 27)
+        if bool(values[t, 0, unit].isfinite())
+    ]  # fmt: skip
+    return Chart(
+        "lines",
+        f"By stored statistics, mean and standard deviation of z~ lie {_median_of_seeds(distances).mean():.2g} |gamma| "
+        "from beta and |gamma|",
+        f"Mean of z~[2] with beta, and its standard deviation with |gamma|, over training steps for the four units, "
+        f"seed {seed}, on {PROBE} fixed examples in eval mode: blue measured, grey dashed the parameter.",
+        rows,
+        Axis("training step"),
+        Axis("value"),
+        {"z~ by stored statistics": "with", "beta, |gamma|": "neutral"},
+        dashed=("beta, |gamma|",),
+    )
+
+
+CLAIM = Claim(
+    name="layer3",
+    title="What the third layer receives",
+    sentence=(
+        "While W1 and W2 learn, the values a[2] that layer 3 learns from keep shifting; batch norm makes them shift "
+        "less: whatever happens before, mean and standard deviation of z~ are set by beta and gamma."
+    ),
+    arms=(
+        "The lecture's network without and with batch norm (ReLU), from the same weights and on the same batches of "
+        f"64, plain SGD at the same rate of {RATE:g}, which both arms learn at: the wide one (64 units in every hidden "
+        "layer, 300 steps) and one whose second hidden layer has the picture's four units (800 steps, because the "
+        f"bottleneck learns more slowly). Every {EVERY} steps a[2] is read on {PROBE} fixed training examples with the "
+        "statistics that training uses; the drift is the distance (Wasserstein 2) of each unit's values from those "
+        f"{EVERY} steps before in its own standard deviations, averaged over the whole training. Units that are "
+        f"constant but for 1 in {IDLE} examples (idle ReLUs) are left out in both arms."
+    ),
+    how_to_read=(
+        "Ribbons that stay level are values that keep their distribution; the drift below them says the same as one "
+        "number, and the dashed line what two random halves of the same examples differ by. The last chart shows "
+        "whether beta and gamma govern z~ for single examples too, where stored statistics stand in for the batch's."
+    ),
+    not_shown=(
+        "That the smaller shift is why batch norm helps: see claim cause. Only mean and standard deviation are "
+        "governed, not the shape, and the identity is exact only in the batch that normalizes. Drift is measured unit "
+        "by unit, so a change of the correlation between units is not seen."
+    ),
+    sources=("Ioffe and Szegedy 2015, Batch Normalization, sections 2 and 4.1",),
+    run=run,
+)

@@ -1,0 +1,351 @@
+"""Moments: the count, mean and sum of squared deviations of every channel, as one value with an algebra.
+
+With ``count`` n, ``mean`` m and ``m2`` = sum (x - m)^2, two sets of examples merge exactly (Chan, Golub and
+LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1):
+
+    n = n_a + n_b        d = m_b - m_a
+    m = m_a + d n_b / n  m2 = m2_a + m2_b + d^2 n_a n_b / n
+
+Everything is float64, and E[x^2] - E[x]^2 is never formed: it loses all digits of the variance once the
+mean is far from zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# Elements that are widened to float64 at a time (32 MB): bounds the memory that `of` needs beside its input.
+_CHUNK = 1 << 22
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Count, mean and sum of squared deviations of every channel, in float64.
+
+    Values form a commutative monoid under ``+`` with ``Moments.empty()`` as identity, so examples can be
+    counted in any order, over batches, ranks and files; ``-`` takes examples out again.
+
+    A channel with count 0 has ``mean`` and ``var`` NaN; with count 1 it has ``var`` 0 and ``unbiased_var``
+    NaN. NaN and infinite values are measured as they are; leave them out with ``mask``.
+
+    Args:
+        count: Number of values (or their total weight), 0 or more: a scalar, or one for each channel.
+        mean: Mean of each channel, any shape.
+        m2: Sum of squared deviations from the mean, shape of ``mean``.
+
+    Example:
+        >>> import torch
+        >>> a = Moments.of(torch.tensor([[1.0], [2.0]]))
+        >>> b = Moments.of(torch.tensor([[6.0]]))
+        >>> a + b
+        Moments(count=3, mean=[3], std=[2.16])
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("count", "mean", "m2"):
+            value = torch.as_tensor(getattr(self, name), dtype=torch.float64)
+            # a copy: a value must not follow a buffer that is updated in place
+            object.__setattr__(self, name, value.detach().clone())
+        if self.mean.shape != self.m2.shape or self.count.shape not in {torch.Size(), self.mean.shape}:
+            raise ValueError(
+                "Moments needs mean and m2 of one shape and count a scalar or of that shape, got "
+                f"count {tuple(self.count.shape)}, mean {tuple(self.mean.shape)}, m2 {tuple(self.m2.shape)}."
+            )
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        channel_axis: int | Sequence[int] | None = 1,
+        *,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Moments:
+        """Moments of every channel of ``x`` over all its other axes, by a two-pass sum in float64.
+
+        Args:
+            x: Real tensor of any dtype; integers and half precision are widened before anything is added.
+            channel_axis: The axis, or axes, that stay apart. None takes all values as one channel.
+            weight: Weight 0 or more of each value, broadcastable to ``x``; an integer weight w is the same
+                as w copies of the value.
+            mask: Boolean, broadcastable to ``x``; False leaves a value out, whatever it holds, NaN included.
+
+        Shape:
+            ``mean`` and ``m2`` have the sizes of the channel axes. ``count`` is a scalar, or of that
+            shape where a weight or mask is given.
+
+        Raises:
+            TypeError: If ``x`` is complex or ``mask`` is not boolean.
+            ValueError: If ``channel_axis`` is not an axis of ``x``, a weight or mask does not broadcast to
+                ``x``, or a weight is negative, NaN or infinite.
+        """
+        if x.is_complex():
+            raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Take x.real and x.imag apart.")
+        channels = _axes(channel_axis, x.ndim)
+        others = [axis for axis in range(x.ndim) if axis not in channels]
+        order = (*others, *channels)
+        kept = _weight_of_each_value(x, weight, mask)
+        kept = None if kept is None else kept.permute(order)
+        return _in_chunks(x.detach().permute(order), kept, len(others))  # (others..., channels...)
+
+    @staticmethod
+    def empty(shape: Sequence[int] = ()) -> Moments:
+        """Moments of no values at all: ``a + Moments.empty()`` is ``a``, bit for bit."""
+        return Moments(torch.zeros(()), torch.full(tuple(shape), torch.nan), torch.zeros(tuple(shape)))
+
+    @staticmethod
+    def from_var(count: Tensor | float, mean: Tensor, var: Tensor, *, correction: int = 0) -> Moments:
+        """Moments with a known variance: m2 = var (count - correction), or 0 where the count is below that.
+
+        Args:
+            count: Number of values that ``mean`` and ``var`` stand for.
+            mean: Mean of each channel.
+            var: Variance of each channel, of the same shape.
+            correction: 0 for a biased variance, 1 for an unbiased one, such as torch's running_var.
+        """
+        count = torch.as_tensor(count, dtype=torch.float64)
+        mean = torch.where(count == 0, torch.nan, mean.double())
+        return Moments(count, mean, var.double() * (count - correction).clamp_min(0))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the channels."""
+        return self.mean.shape
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance, m2 / count: NaN at count 0, 0 at count 1."""
+        return self.m2 / self.count
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """Unbiased variance, m2 / (count - 1): NaN at count 0 and 1."""
+        return torch.where(self.count > 1, self.m2 / (self.count - 1), torch.nan)
+
+    @property
+    def std(self) -> Tensor:
+        """Biased standard deviation: NaN at count 0, 0 at count 1."""
+        return self.var.sqrt()
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Standard error of the mean of independent values, sqrt(unbiased_var / count).
+
+        NaN at count 0 and 1.
+        """
+        return (self.unbiased_var / self.count).sqrt()
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both sets of values together."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        a, b = self._matched(other)
+        count = a.count + b.count
+        delta = b.mean - a.mean
+        mean = a.mean + delta * (b.count / count)
+        m2 = a.m2 + b.m2 + delta.square() * (a.count * b.count / count)
+        return Moments(
+            count,
+            torch.where(b.count == 0, a.mean, torch.where(a.count == 0, b.mean, mean)),
+            torch.where(b.count == 0, a.m2, torch.where(a.count == 0, b.m2, m2)),
+        )
+
+    def __sub__(self, other: Moments) -> Moments:
+        """Moments of the values that remain when those of ``other`` are taken out.
+
+        Raises:
+            ValueError: If ``other`` counts more values than ``self``, so it cannot be a part of it.
+        """
+        if not isinstance(other, Moments):
+            return NotImplemented
+        a, b = self._matched(other)
+        if bool((b.count > a.count).any()):
+            raise ValueError(
+                f"Moments a - b needs b to be a part of a, got count {_brief(a.count)} - {_brief(b.count)}. "
+                "Subtract only what was added."
+            )
+        count = a.count - b.count
+        delta = a.mean - b.mean
+        mean = a.mean + delta * (b.count / count)
+        # a.mean lies between the two parts, so b.mean is count / a.count of their distance away from it
+        m2 = a.m2 - b.m2 - delta.square() * (a.count * b.count / count)
+        kept = [torch.where(b.count == 0, a.mean, mean), torch.where(b.count == 0, a.m2, m2.clamp_min(0))]
+        gone = count == 0
+        return Moments(count, torch.where(gone, torch.nan, kept[0]), torch.where(gone, 0.0, kept[1]))
+
+    def scaled(self, factor: Tensor | float) -> Moments:
+        """The same distribution at ``factor`` times the weight: count and m2 are multiplied, mean and var stay.
+
+        Forgetting (factor < 1) and prior strength (``m.scaled(n / m.count)`` counts as n values) are this.
+        Factor 0 leaves no values.
+        """
+        factor = torch.as_tensor(factor, dtype=torch.float64, device=self.mean.device)
+        if bool((factor < 0).any()) or not bool(torch.isfinite(factor).all()):
+            raise ValueError(f"Moments.scaled needs a finite factor of 0 or more, got {_brief(factor)}.")
+        mean = torch.where(factor == 0, torch.nan, self.mean)
+        return Moments(self.count * factor, mean, self.m2 * factor)
+
+    def ema(self, new: Moments, momentum: float) -> Moments:
+        """Exponential moving average with torch's rule: (1 - momentum) old + momentum new.
+
+        Mean and *unbiased* variance are averaged apart, as BatchNorm's running_mean and running_var are,
+        so the spread between the two means is not counted; ``+`` counts it. The count becomes the effective
+        number of values of the average, 1 / ((1 - momentum)^2 / n_old + momentum^2 / n_new), so
+        ``standard_error`` stays honest: it settles at n (2 - momentum) / momentum for batches of n.
+
+        An empty side leaves the other as it is. A side with count 1 has no unbiased variance, and the result none.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"Moments.ema needs momentum in 0..1, got {momentum}.")
+        a, b = self._matched(new)
+        keep = 1 - momentum
+        count = 1 / (keep**2 / a.count + momentum**2 / b.count)
+        mean = keep * a.mean + momentum * b.mean
+        m2 = (keep * a.unbiased_var + momentum * b.unbiased_var) * (count - 1)
+        parts = [(a.count, b.count, count), (a.mean, b.mean, mean), (a.m2, b.m2, m2)]
+        return Moments(*(torch.where(b.count == 0, x, torch.where(a.count == 0, y, z)) for x, y, z in parts))
+
+    def standardized_mean_difference(self, other: Moments) -> Tensor:
+        """(other.mean - self.mean) / self.std, in standard deviations of ``self`` (Glass's delta).
+
+        ``self`` is the reference, such as the statistics that a layer stores.
+        """
+        a, b = self._matched(other)
+        return (b.mean - a.mean) / a.std
+
+    def w2(self, other: Moments) -> Tensor:
+        """2-Wasserstein distance of two normal laws with these moments, in the units of the values.
+
+        sqrt((mean_a - mean_b)^2 + (std_a - std_b)^2). For laws of one shape it is exact, else a lower bound
+        (Gelbrich 1990).
+        """
+        a, b = self._matched(other)
+        return torch.hypot(a.mean - b.mean, a.std - b.std)
+
+    def symmetric_kl(self, other: Moments) -> Tensor:
+        """KL(a || b) + KL(b || a) of two normal laws with these moments, in nats (Jeffreys 1946).
+
+        A constant channel (variance 0) is 0 away from the same constant and infinitely far from all else.
+        """
+        a, b = self._matched(other)
+        between, spread = (a.mean - b.mean).square(), a.var - b.var
+        # a sum of terms of 0 or more: close laws lose no digits to a difference from 1
+        distance = (spread.square() + between * (a.var + b.var)) / (2 * a.var * b.var)
+        constants = torch.where(between == 0, 0.0, torch.inf)
+        return torch.where((a.var == 0) & (b.var == 0), constants, distance)
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments on another device."""
+        return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
+
+    def __repr__(self) -> str:
+        return f"Moments(count={_brief(self.count)}, mean={_brief(self.mean)}, std={_brief(self.std)})"
+
+    def _matched(self, other: Moments) -> tuple[Moments, Moments]:
+        """Both sides at one shape: an empty one without a shape takes the other's."""
+        if self.shape == other.shape:
+            return self, other
+        if self.shape == () and not self.count.any():
+            return Moments.empty(other.shape).to(other.mean.device), other
+        if other.shape == () and not other.count.any():
+            return self, Moments.empty(self.shape).to(self.mean.device)
+        raise ValueError(
+            "Moments of the same channels are needed, got shapes "
+            f"{tuple(self.shape)} and {tuple(other.shape)}. Measure both with the same channel_axis."
+        )
+
+
+def _axes(channel_axis: int | Sequence[int] | None, ndim: int) -> list[int]:
+    if channel_axis is None:
+        return []
+    axes = [channel_axis] if isinstance(channel_axis, int) else list(channel_axis)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"Moments.of needs channel_axis inside a tensor of {ndim} dimensions, got {channel_axis}. "
+                "Use channel_axis=None for one channel."
+            )
+    axes = [axis % ndim for axis in axes]
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"Moments.of needs each channel axis once, got {channel_axis}.")
+    return axes
+
+
+def _weight_of_each_value(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """``weight`` where ``mask`` holds and 0 elsewhere, in the shape of ``x``; None if all values count once."""
+    if weight is None and mask is None:
+        return None
+    kept = torch.ones((), device=x.device) if weight is None else weight.detach()
+    mask = torch.ones((), device=x.device, dtype=torch.bool) if mask is None else mask
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Moments.of needs a boolean mask, got {mask.dtype}. Use weight= for numbers.")
+    try:
+        counted = torch.where(mask, kept.double(), 0.0)
+        expanded = counted.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"Moments.of needs weight and mask that broadcast to {tuple(x.shape)}, got {tuple(kept.shape)} and "
+            f"{tuple(mask.shape)}. Give them size 1 on the axes where they do not vary."
+        ) from None
+    if bool((counted < 0).any()) or not bool(torch.isfinite(counted).all()):
+        raise ValueError(
+            "Moments.of needs weights that are finite and 0 or more, got a negative, NaN or infinite one. "
+            "Leave values out with mask=."
+        )
+    return expanded
+
+
+def _in_chunks(x: Tensor, weight: Tensor | None, reduced: int) -> Moments:
+    """Moments over the first ``reduced`` axes of ``x``; a large one is halved along the longest of these axes."""
+    longest = max(range(reduced), key=lambda axis: x.shape[axis], default=0)
+    if x.numel() <= _CHUNK or not reduced or x.shape[longest] < 2:
+        return _two_pass(x, weight, reduced)
+    halves = x.tensor_split(2, longest)
+    weights = (None, None) if weight is None else weight.tensor_split(2, longest)
+    first, second = (_in_chunks(*half, reduced) for half in zip(halves, weights, strict=True))
+    return first + second
+
+
+def _two_pass(x: Tensor, weight: Tensor | None, reduced: int) -> Moments:
+    shape = (x.shape[:reduced].numel(), *x.shape[reduced:])  # (values, channels...)
+    rows = x.double().reshape(shape)
+    return _of_rows(rows) if weight is None else _of_weighted_rows(rows, weight.reshape(shape))
+
+
+def _of_rows(rows: Tensor) -> Moments:
+    count = torch.tensor(float(len(rows)), device=rows.device)
+    mean = rows.sum(0) / count
+    deviation = rows - mean
+    # deviations sum to 0 but for the rounding of the mean, whose share in the squares this takes out
+    m2 = deviation.square().sum(0) - deviation.sum(0).square() / count
+    return Moments(count, mean, torch.where(count == 0, 0.0, m2.clamp_min(0)))
+
+
+def _of_weighted_rows(rows: Tensor, weight: Tensor) -> Moments:
+    out = weight == 0
+    count = weight.sum(0)
+    rows = torch.where(out, 0.0, rows)  # what is left out must not spread its NaN
+    mean = (weight * rows).sum(0) / count
+    deviation = torch.where(out, 0.0, rows - mean)
+    m2 = (weight * deviation.square()).sum(0) - (weight * deviation).sum(0).square() / count
+    return Moments(count, mean, torch.where(count == 0, 0.0, m2.clamp_min(0)))
+
+
+def _brief(x: Tensor) -> str:
+    """A scalar as a number; a tensor as at most four numbers and an ellipsis."""
+    values = [f"{value:.3g}" for value in x.flatten()[:4].tolist()]
+    if x.ndim == 0:
+        return values[0]
+    return f"[{', '.join(values)}{', ...' if x.numel() > 4 else ''}]"

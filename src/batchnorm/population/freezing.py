@@ -1,0 +1,155 @@
+"""Freezing: a batch norm layer that normalizes by its stored statistics, whatever mode it is put in.
+
+``layer.eval()`` is undone by the next ``model.train()``. A frozen layer is of a subclass whose ``training``
+always reads False; what is asked of it is remembered and holds again once it is unfrozen. The layer stays the
+same object with the same parameters, buffers and state_dict keys.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.layers import batch_norms
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_BEFORE = "_requires_grad_before_freeze"
+
+
+class Frozen(nn.Module):
+    """Mixed into the class of a frozen layer; ``isinstance(layer, Frozen)`` tells one."""
+
+    __jit_unused_properties__ = ("training",)  # torch.jit.script takes the flag's value, not the property
+
+    @property
+    def training(self) -> bool:
+        """False; what was asked for is kept for the time after the freeze."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        vars(self)["training"] = mode
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # the class is made at run time, so pickle and deepcopy get the class that it was made from
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _empty_layer, (_thawed_class(type(self)),), *state
+
+
+@cache
+def _frozen_class(kind: type) -> Any:
+    # the module's name is kept because torch.fx takes a layer for a leaf by it
+    return type(f"Frozen{kind.__name__}", (Frozen, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _thawed_class(kind: type) -> type:
+    return kind.__bases__[1]
+
+
+def _empty_layer(kind: type) -> object:
+    frozen_kind = _frozen_class(kind)
+    return frozen_kind.__new__(frozen_kind)
+
+
+def freeze(model: Model, affine: bool = False) -> Model:
+    """The same model, changed in place: its batch norm layers use their stored statistics and keep them.
+
+    This holds through ``model.train()``, ``layer.train()``, ``layer.training = True`` and tools that set training
+    flags, for the layers of torch.nn, SyncBatchNorm and ours, until ``unfreeze``. It survives pickle, deepcopy
+    and ``torch.save`` of the whole model; a state_dict looks as before. A frozen layer is an instance of its
+    former class, and its type is named ``FrozenBatchNorm2d`` and so on; only tools that compare types exactly
+    see a difference. Freezing twice is harmless. A model without batch norm layers is left as it is.
+
+    Args:
+        model: Changed in place.
+        affine: Also set ``requires_grad`` of gamma and beta to False, so that they are not trained.
+
+    Raises:
+        ValueError: If a layer has no stored statistics; then no layer is changed.
+
+    Example:
+        >>> import torch
+        >>> model = freeze(torch.nn.Sequential(torch.nn.BatchNorm1d(2))).train()
+        >>> model[0].training, unfreeze(model)[0].training
+        (False, True)
+    """
+    layers = batch_norms(model)
+    for path, layer in layers.items():
+        if not has_stored_statistics(layer):
+            raise ValueError(
+                f"freeze needs layers with stored statistics, got none in {path!r} "
+                f"({type(layer).__name__}). Construct it with track_running_stats=True and train it, or freeze the "
+                "other layers one by one."
+            )
+    for layer in layers.values():
+        if not isinstance(layer, Frozen):
+            layer.__class__ = _frozen_class(type(layer))
+        if affine:
+            _hold_affine(layer)
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """The same model, changed in place: ``freeze`` undone, bit for bit.
+
+    Classes are as before, ``requires_grad`` of gamma and beta as before ``affine=True``, and each layer is in the
+    mode that was last asked of it. Layers that are not frozen are left as they are.
+    """
+    for layer in reversed(batch_norms(model).values()):
+        _thaw(layer)
+    return model
+
+
+@contextmanager
+def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
+    """The model, frozen inside the block as by ``freeze``; layers that were frozen before it stay frozen after it."""
+    layers = list(batch_norms(model).values())
+    were_open = [layer for layer in layers if not isinstance(layer, Frozen)]
+    were_free = [layer for layer in layers if _BEFORE not in vars(layer)]
+    try:
+        yield freeze(model, affine)
+    finally:
+        for layer in reversed(were_free):
+            _release_affine(layer)
+        for layer in were_open:
+            _thaw(layer)
+
+
+def has_stored_statistics(layer: _BatchNorm) -> bool:
+    """Whether a layer has a running mean and variance, with a shape."""
+    found = [layer.running_mean, layer.running_var]
+    return not any(buffer is None or is_lazy(buffer) for buffer in found)
+
+
+def _thaw(layer: _BatchNorm) -> None:
+    if isinstance(layer, Frozen):
+        if Frozen not in type(layer).__bases__:
+            raise RuntimeError(
+                f"unfreeze needs the class that freeze made, got {type(layer).__name__} derived from it. "
+                "Undo first what was done to the layer since, such as a parametrization."
+            )
+        layer.__class__ = _thawed_class(type(layer))
+    _release_affine(layer)
+
+
+def _hold_affine(layer: _BatchNorm) -> None:
+    parameters = dict(layer.named_parameters())
+    vars(layer).setdefault(_BEFORE, {name: parameter.requires_grad for name, parameter in parameters.items()})
+    layer.requires_grad_(False)
+
+
+def _release_affine(layer: _BatchNorm) -> None:
+    before = vars(layer).pop(_BEFORE, {})
+    parameters = dict(layer.named_parameters()) if before else {}
+    for name in parameters.keys() & before.keys():
+        parameters[name].requires_grad_(before[name])

@@ -1,0 +1,227 @@
+"""preserve_state: whatever a tool does to a model inside the block, nothing is left of it behind the block.
+
+A model is a graph of modules, containers and tensors. On entry every one of them is visited once and gives a
+step that takes it back; on exit all steps run. A step changes only what differs, and changes it in place, so
+that optimizers, ties between parameters and graphs recorded before the block go on working.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Undo = Callable[[], object]
+
+# an integer type for every size of element: NaN is equal to itself only as bits
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, to be looked at by any tool; on leaving the block, also by an exception, it is as it was, bit for bit.
+
+    Restored are parameters, buffers, gradients, ``requires_grad``, the training flag of every module, hooks of
+    modules and tensors, submodules, classes, plain attributes (momentum, lists, tensors that are no buffers),
+    and the random states of torch (CPU, and CUDA if it was in use), Python and NumPy. Tensors stay the same
+    objects in the same memory, and one whose bits did not change is not written, so autograd graphs recorded
+    before the block stay valid. Restored memory is compared as bits: a NaN stays the NaN that it was.
+
+    The block needs the memory of one more copy of the model. Objects of other classes that a module refers to
+    (a configuration, a logger, a NumPy array) are put back as references; what changes inside them stays changed.
+
+    Args:
+        model: Any module, also one whose lazy layers have no shape yet.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+        >>> with preserve_state(model):
+        ...     y = model(torch.randn(8, 2) + 5)
+        >>> model[0].running_mean, int(model[0].num_batches_tracked)
+        (tensor([0., 0.]), 0)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"preserve_state needs an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    steps = _remember(model)
+    with preserve_random_state():
+        try:
+            yield model
+        finally:
+            for step in steps:
+                step()
+
+
+@contextmanager
+def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
+    """A block after which every global random state, and that of ``generators``, is what it was before."""
+    sources: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        (torch.get_rng_state, torch.set_rng_state),
+        (random.getstate, random.setstate),
+        *((generator.get_state, generator.set_state) for generator in generators),
+    ]
+    if torch.cuda.is_initialized():
+        sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    if numpy_random := sys.modules.get("numpy.random"):
+        sources.append((numpy_random.get_state, numpy_random.set_state))
+    states = [(put_back, read()) for read, put_back in sources]
+    try:
+        yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
+
+
+def _remember(model: nn.Module) -> list[Undo]:
+    """The steps that take everything reachable from ``model`` back to what it is now."""
+    seen: dict[int, object] = {}  # holds what it has seen, so that no id is given out twice
+    waiting: list[object] = [model]
+    steps: list[Undo] = []
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        step, parts = _remember_one(item)
+        waiting.extend(parts)
+        if step is not None:
+            steps.append(step)
+    return steps
+
+
+def _remember_one(item: object) -> tuple[Undo | None, list[Any]]:
+    """The step that takes ``item`` itself back, and what it refers to."""
+    if isinstance(item, Tensor):
+        return _undo_tensor(item), _parts_of_tensor(item)
+    if isinstance(item, nn.Module):
+        # a scripted module keeps its parts outside of its attributes, so they are asked for
+        tensors = [*item.parameters(recurse=False), *item.buffers(recurse=False)]
+        return _undo_module(item), [vars(item), *item.children(), *tensors]
+    if isinstance(item, dict):
+        return _undo_dict(item), list(item.values())
+    if isinstance(item, (list, deque)):
+        return _undo_list(item), list(item)
+    if isinstance(item, set):
+        return _undo_set(item), []
+    if isinstance(item, tuple):
+        return None, list(item)
+    if isinstance(item, torch.Generator):
+        state = item.get_state()
+        return lambda: item.set_state(state), []
+    return None, []
+
+
+def _undo_module(module: nn.Module) -> Undo:
+    kind, training = type(module), module.training
+
+    def undo() -> None:
+        if type(module) is not kind:
+            module.__class__ = kind
+        if module.training != training:
+            module.training = training
+
+    return undo
+
+
+def _undo_dict(found: dict) -> Undo:
+    before = dict(found)
+
+    def undo() -> None:
+        same = len(found) == len(before) and all(
+            k is key and v is value for (k, v), (key, value) in zip(found.items(), before.items(), strict=True)
+        )
+        if not same:
+            found.clear()
+            found.update(before)
+
+    return undo
+
+
+def _undo_list(found: list | deque) -> Undo:
+    before = list(found)
+
+    def undo() -> None:
+        if len(found) != len(before) or any(v is not value for v, value in zip(found, before, strict=True)):
+            found.clear()
+            found.extend(before)
+
+    return undo
+
+
+def _undo_set(found: set) -> Undo:
+    before = set(found)
+
+    def undo() -> None:
+        if found != before:
+            found.clear()
+            found.update(before)
+
+    return undo
+
+
+def _parts_of_tensor(tensor: Tensor) -> list[Any]:
+    # a tensor's own attributes, its hooks, and its gradient, which only some tensors can be asked for
+    grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+    return [vars(tensor), grad, *(getattr(tensor, name) for name in _TENSOR_HOOKS)]
+
+
+def _undo_tensor(tensor: Tensor) -> Undo:
+    kind, memory, needs_grad = type(tensor), _memory(tensor), tensor.requires_grad
+    owns_grad = tensor.is_leaf or tensor.retains_grad
+    grad = tensor.grad if owns_grad else None
+    hooks = {name: getattr(tensor, name) for name in _TENSOR_HOOKS}
+    before = memory.clone()
+
+    def undo() -> None:
+        if not _same_memory(_memory(tensor), memory):  # cast, moved, resized, or given a shape by a lazy layer
+            tensor.data = memory
+        if type(tensor) is not kind:
+            tensor.__class__ = kind
+        if not _same_bits(memory, before):
+            # written through the tensor and not its alias, so that a graph recorded inside the block knows
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(before)
+        if tensor.is_leaf and tensor.requires_grad != needs_grad:
+            tensor.requires_grad_(needs_grad)
+        if owns_grad and tensor.grad is not grad:
+            tensor.grad = grad
+        for name, own in hooks.items():
+            if (now := getattr(tensor, name)) is not own:
+                if now is not None:
+                    now.clear()  # autograd may hold on to a dict of hooks that the tensor has let go of
+                setattr(tensor, name, own)
+
+    return undo
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """An alias without gradient and without the class of the tensor: lazy ones would not answer questions."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.data
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    if a.layout != b.layout or a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
+        return False
+    return a.layout != torch.strided or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:
+        return True
+    if a.layout != torch.strided or a.is_quantized:
+        return False  # cheaper to write again than to tell
+    a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a, b))
+    return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))

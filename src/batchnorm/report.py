@@ -1,0 +1,345 @@
+"""One HTML file that shows what was measured: the verdicts of the lecture with their charts.
+
+The file stands alone. It loads nothing, runs no script unless it was asked to be interactive, and says before
+each result by which criterion it was judged. A Verdicts value becomes plain text, numbers and SVG here; what
+they look like is in templates/.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.lecture import NAMES
+from batchnorm.lecture.claim import Status
+from batchnorm.lecture.criteria import LEVEL, VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    from batchnorm.charts import Panel
+    from batchnorm.lecture.claim import Axis, Chart, Verdict
+    from batchnorm.lecture.verdicts import Outcome, Verdicts
+
+_TEMPLATES = Path(__file__).with_name("templates")
+
+# Rows that the table under a chart shows at most: enough to read the finding off, small enough for one file.
+_TABLE_ROWS = 40
+
+# Share of a strip's width in percent, below which the labels of two bounds would touch.
+_CLOSE = 22
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
+    """The report as the text of one HTML page; the same verdicts give the same text.
+
+    Args:
+        verdicts: What was measured.
+        interactive: Whether charts answer the pointer. The page then holds the Vega library (0.9 MB) and runs
+            it; it still loads nothing, and shows the same charts where scripts are off.
+
+    Raises:
+        ModuleNotFoundError: If a package of the extra ``report`` is missing.
+        ValueError: If a chart's data cannot be drawn; the message names the chart.
+    """
+    require_extra()
+    from batchnorm.lecture.verdicts import environment
+
+    page = {
+        "verdicts": verdicts,
+        "environment": environment(),
+        "sections": [_section(outcome) for outcome in verdicts.outcomes],
+        "failed": list(_failed(verdicts)),
+        "LEVEL": LEVEL,
+        "VERSION": VERSION,
+        "claims_in_all": len(NAMES),
+    }
+    live = {"script": _script(), "specifications": _specifications(page["sections"])} if interactive else {}
+    return _environment().get_template("report.html").render(page, **live)
+
+
+def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool = False) -> None:
+    """Write the report to ``path``, whole or not at all: an error leaves the file that was there.
+
+    Args:
+        verdicts: What was measured.
+        path: The file, in a folder that exists.
+        interactive: As in `render`.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    text = render(verdicts, interactive=interactive)
+    path = Path(path).resolve()
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with fresh.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def require_extra() -> None:
+    """Return if everything that draws a report is installed; call it before an experiment that takes minutes.
+
+    Raises:
+        ModuleNotFoundError: If something is missing; the message says what to run.
+    """
+    try:
+        for name in ("altair", "jinja2", "vl_convert"):
+            import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The report needs altair, vl-convert-python and jinja2. Run: pip install 'batchnorm[report]'",
+            name=error.name,
+        ) from error
+
+
+# -- the page's contents --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """A chart with its drawings; a picture has none.
+
+    A chart of one column takes half of the page's width; it is ``lone`` where none stands beside it.
+    """
+
+    chart: Chart
+    name: str
+    panels: Sequence[Panel]
+    lone: bool = False
+
+    @property
+    def rows(self) -> list[tuple[str, list[tuple[str, Panel]]]]:
+        """Row titles, each with the row's panels and the names they have in the page."""
+        named = [(f"{self.name}-{n}", panel) for n, panel in enumerate(self.panels, start=1)]
+        return [(row, list(group)) for row, group in groupby(named, key=lambda pair: pair[1].row)]
+
+    @property
+    def columns(self) -> int:
+        """Number of panels side by side."""
+        return min(len({panel.column for panel in self.panels}) or 1, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A claim as the page shows it."""
+
+    outcome: Outcome
+    figures: Sequence[_Figure]
+
+    @property
+    def further(self) -> str:
+        """What the claim's other criteria came to, such as "2 supported, 1 opposite"."""
+        words = [verdict.status.lower() for verdict in self.outcome.result.verdicts[1:]]
+        return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+
+
+def _section(outcome: Outcome) -> _Section:
+    from batchnorm.charts import panels
+
+    name, charts = outcome.claim.name, outcome.result.charts
+    drawn = [() if chart.kind == "picture" else panels(chart) for chart in charts]
+    figures = [_Figure(chart, f"{name}-{n}", drawn[n - 1]) for n, chart in enumerate(charts, start=1)]
+    lone = {id(pair[0]) for pair in _neighbours(figures) if len(pair) == 1}
+    return _Section(outcome, [replace(figure, lone=id(figure) in lone) for figure in figures])
+
+
+def _neighbours(figures: Sequence[_Figure]) -> Iterator[list[_Figure]]:
+    """Figures of one column by twos, as they come to stand beside each other."""
+    for narrow, group in groupby(figures, key=lambda figure: figure.columns == 1):
+        run = list(group)
+        yield from ([run[i : i + 2] for i in range(0, len(run), 2)] if narrow else [])
+
+
+def _failed(verdicts: Verdicts) -> Iterator[tuple[Outcome, Verdict]]:
+    """Every verdict that does not support its claim, with the claim."""
+    for outcome in verdicts.outcomes:
+        for verdict in outcome.result.verdicts:
+            if verdict.status != Status.SUPPORTED:
+                yield outcome, verdict
+
+
+def _table(chart: Chart) -> dict[str, Any]:
+    """The chart's data as text: column titles, cells, and of how many rows they are a selection."""
+    rows = _selection(chart.rows)
+    columns = [(key, title, axis) for key, title, axis in _columns(chart) if any(key in row for row in rows)]
+    return {
+        "head": [title for _, title, _ in columns],
+        "body": [[_cell(row.get(key), axis) for key, _, axis in columns] for row in rows],
+        "total": len(chart.rows),
+    }
+
+
+def _columns(chart: Chart) -> list[tuple[str, str, Axis | None]]:
+    """Key, title and axis of every field that a row may have."""
+    along, across = (chart.x.title if chart.x else "", chart.y.title if chart.y else "")
+    quantiles = [(f"p{p}", f"{p} %", chart.y) for p in (2, 16, 50, 84, 98)]
+    measured = chart.x if chart.kind == "dots" else chart.y
+    return [
+        ("row", "Row", None),
+        ("panel", "Panel", None),
+        ("label", "What", None),
+        ("series", "Series", None),
+        ("x", along, chart.x),
+        ("y", across, chart.y),
+        ("value", along, chart.x),
+        ("low", "From", measured),
+        ("high", "To", measured),
+        *quantiles,
+    ]
+
+
+def _selection(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """About ``_TABLE_ROWS`` of the rows, evenly spread over each series of each panel."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row.get("row"), row.get("panel"), row.get("series")), []).append(row)
+    if len(rows) <= _TABLE_ROWS:
+        return [row for group in groups.values() for row in group]
+    size = max(2, _TABLE_ROWS // len(groups))
+    return [group[round(i)] for group in groups.values() for i in _spread(len(group), size)]
+
+
+def _spread(total: int, size: int) -> list[float]:
+    """At most ``size`` positions from 0 to ``total`` - 1, both ends included."""
+    return [i * (total - 1) / (size - 1) for i in range(size)] if total > size else list(range(total))
+
+
+def _cell(value: Any, axis: Axis | None) -> str:
+    if isinstance(value, float | int) and axis is not None and axis.percent:
+        return f"{_number(100 * value)} %"
+    return _number(value)
+
+
+# -- words ----------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | int | str | None) -> str:
+    """A number with four digits that count, as people write it; a dash for what does not exist."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    digits, _, power = f"{value:.4g}".partition("e")
+    if power:
+        return f"{digits} × 10{str(int(power)).translate(_SUPERSCRIPT)}".replace("-", "−")
+    return digits.replace("-", "−")
+
+
+def _region(interval: tuple[float, float]) -> str:
+    """An open interval in words: "above 0.301"."""
+    low, high = interval
+    if high == float("inf"):
+        return f"above {_number(low)}"
+    if low == -float("inf"):
+        return f"below {_number(high)}"
+    return f"between {_number(low)} and {_number(high)}"
+
+
+def _text(sentence: str) -> str:
+    """The sentence with its percent signs kept on the line of their numbers."""
+    return sentence.replace(" %", "\u00a0%")
+
+
+def _percent(share: float) -> str:
+    return _text(f"{100 * share:g} %")
+
+
+def _strip(verdict: Verdict) -> dict[str, Any] | None:
+    """Where the estimate lies against the criterion's regions, as percentages of a strip's width."""
+    if verdict.estimate is None:
+        return None
+    regions = {"supported": verdict.criterion.supported, "opposite": verdict.criterion.opposite}
+    bounds = [edge for region in regions.values() for edge in region or () if abs(edge) != float("inf")]
+    shown = [verdict.estimate.low, verdict.estimate.high, *verdict.estimate.values, *bounds]
+    margin = 0.08 * (max(shown) - min(shown)) or 1.0
+    low, high = min(shown) - margin, max(shown) + margin
+
+    def at(value: float) -> float:
+        return round(100 * (min(max(value, low), high) - low) / (high - low), 2)
+
+    return {
+        "regions": {name: (at(region[0]), at(region[1])) for name, region in regions.items() if region},
+        "bounds": _labels([(at(edge), _number(edge)) for edge in sorted(set(bounds))]),
+        "interval": (at(verdict.estimate.low), at(verdict.estimate.high)),
+        "mean": at(verdict.estimate.mean),
+        "values": [at(value) for value in verdict.estimate.values],
+    }
+
+
+def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
+    """Position, text and anchor of the labels of bounds; two that are close lean away from each other."""
+    close = len(bounds) == 2 and bounds[1][0] - bounds[0][0] < _CLOSE
+    anchors = ("end", "start") if close else ("middle", "middle")
+    return [(at, text, anchor) for (at, text), anchor in zip(bounds, anchors, strict=False)]
+
+
+# -- the template ---------------------------------------------------------------------------------------------
+
+
+def _environment() -> Environment:
+    import jinja2
+
+    from batchnorm.charts import legend
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(number=_number, region=_region, percent=_percent, text=_text)
+    environment.filters.update(strip=_strip, table=_table, legend=legend, svg=_svg)
+    return environment
+
+
+def _svg(panel: Panel, name: str) -> Markup:
+    from markupsafe import Markup
+
+    from batchnorm.charts.svg import to_svg
+
+    return Markup(to_svg(panel.drawing, name))  # noqa: S704 - vl-convert has escaped every text in it
+
+
+def _specifications(sections: Sequence[_Section]) -> dict[str, Any]:
+    """What the script draws, by the name of the panel."""
+    from batchnorm.charts.svg import to_specification
+
+    return {
+        name: to_specification(panel.drawing, zoom=figure.chart.kind != "dots")
+        for section in sections
+        for figure in section.figures
+        for _, panels in figure.rows
+        for name, panel in panels
+    }
+
+
+def _script() -> dict[str, Any]:
+    """The library that makes charts interactive, and the hash by which the page's policy allows it."""
+    import vl_convert
+    from markupsafe import Markup
+
+    snippet = _TEMPLATES.joinpath("interactive.js").read_text(encoding="utf-8")
+    text = vl_convert.javascript_bundle(snippet).replace("</script", "<\\/script")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": Markup(text), "hash": f"sha256-{digest}"}  # noqa: S704 - a library's code, not data

@@ -1,0 +1,45 @@
+"""What every test starts from: its own fixed seed, a compiler without a past, and Hypothesis without a clock."""
+
+from __future__ import annotations
+
+import collections
+import sys
+import zlib
+
+import pytest
+from hypothesis import settings
+
+# wall-clock limits fail on a busy machine and say nothing about the code
+settings.register_profile("suite", deadline=None, print_blob=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seed_of_its_own(request: pytest.FixtureRequest) -> None:
+    """Random tensors depend on the test's name alone: not on the order of tests, nor on which others run."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _compiler_without_a_past() -> None:
+    """A test that compiles may not fail because others have compiled the same code eight times."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many of PyTorch's own samples passed, train and eval mode apart, as tests recorded them."""
+    checks = collections.Counter(
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "PyTorch sample" and report.when == "call"
+    )
+    groups = collections.defaultdict(list)
+    for sample, times in checks.items():
+        groups[" ".join(sample.split()[:2])].append(times)
+    if groups:
+        terminalreporter.section("PyTorch's own samples")
+    for group, times in sorted(groups.items()):
+        terminalreporter.line(f"{group:20} {len(times):3} samples passed {sum(times):4} checks")

@@ -1,0 +1,104 @@
+"""Wrong input to a layer is named, with what to do; what a layer prints says how it differs from torch.nn's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (
+            BatchNorm2d,
+            (8, 3, 5),
+            r"BatchNorm2d needs \(N, C, H, W\), got \(8, 3, 5\)\. Use BatchNorm1d for \(N, C, L\)\.",
+        ),
+        (BatchNorm2d, (8, 3), r"got \(8, 3\)\. Use BatchNorm1d for \(N, C\)\."),
+        (BatchNorm1d, (8, 3, 5, 5), r"BatchNorm1d needs \(N, C\) or \(N, C, L\), got .* Use BatchNorm2d for \(N, C, H"),
+        (BatchNorm1d, (8, 3, 5, 5, 5), r"Use BatchNorm3d for \(N, C, D, H, W\)\."),
+        (
+            BatchNorm3d,
+            (8, 3, 5, 5),
+            r"BatchNorm3d needs \(N, C, D, H, W\), got .* Use BatchNorm2d for \(N, C, H, W\)\.",
+        ),
+        (BatchNorm3d, (1, 3, 1, 1, 1, 1), r"got \(1, 3, 1, 1, 1, 1\)\. Flatten the axes behind the channels\."),
+        (BatchNorm1d, (3,), r"got \(3,\)\. Add the batch axis with x\.unsqueeze\(0\)\."),
+        (BatchNorm1d, (), r"got \(\)\. Add the batch axis"),
+        (BatchNorm2d, (8, 5, 4, 4), r"BatchNorm2d\(3\) needs 3 channels on axis 1, got \(8, 5, 4, 4\)\.$"),
+        (
+            BatchNorm2d,
+            (8, 4, 4, 3),
+            r"on axis 1, got \(8, 4, 4, 3\)\. Its last axis has that size: x\.movedim\(-1, 1\)",
+        ),
+        (BatchNorm1d, (8, 4), r"BatchNorm1d\(3\) needs 3 channels on axis 1, got \(8, 4\)\.$"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_wrong_shape_is_named_with_what_to_do(layer, shape, message, training):
+    layer = layer(3).train(training)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(shape))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.int64, r"BatchNorm1d needs a floating-point input, got torch\.int64\. Call x\.float\(\) first\."),
+        (torch.bool, r"got torch\.bool\. Call x\.float\(\) first\."),
+        (torch.complex64, r"got torch\.complex64\. Normalize x\.real and x\.imag apart"),
+    ],
+    ids=str,
+)
+def test_a_wrong_type_is_named_with_what_to_do(dtype, message):
+    with pytest.raises(TypeError, match=message):
+        BatchNorm1d(3)(torch.zeros(4, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan")])
+def test_an_eps_that_is_not_positive_is_refused_when_made_and_when_used(eps):
+    with pytest.raises(ValueError, match=f"eps must be positive, got {eps}. It keeps a constant channel from"):
+        BatchNorm1d(3, eps)
+    layer = BatchNorm1d(3)
+    layer.eps = eps
+    for training in (True, False):
+        with pytest.raises(ValueError, match=f"eps must be positive, got {eps}."):
+            layer.train(training)(torch.randn(4, 3))
+
+
+def test_an_unknown_policy_for_single_values_is_refused():
+    with pytest.raises(ValueError, match="single_element must be 'error' or 'population', got 'ignore'"):
+        BatchNorm1d(3, single_element="ignore")
+
+
+def test_what_is_ours_can_only_be_given_by_name():
+    with pytest.raises(TypeError, match="positional arguments"):
+        BatchNorm1d(3, 1e-5, 0.1, True, True, None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({}, "track_running_stats=True)"),
+        ({"single_element": "population"}, "track_running_stats=True, single_element='population')"),
+        ({"weight": False}, "track_running_stats=True, weight=False)"),
+        ({"affine": False, "weight": False}, "track_running_stats=True)"),
+    ],
+    ids=str,
+)
+def test_a_layer_prints_torchs_line_and_what_differs(options, ending):
+    printed = repr(BatchNorm2d(3, **options))
+    assert printed.startswith("BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=")
+    assert printed.endswith(ending)
+
+
+def test_a_layer_prints_how_many_updates_it_skipped():
+    layer = BatchNorm1d(2)
+    with pytest.warns(RuntimeWarning, match="NaN or infinity"):
+        layer(torch.tensor([[1.0, torch.nan], [2.0, 0.0]]))
+    assert repr(layer).endswith("track_running_stats=True, skipped_updates=1)")
+    assert "skipped" not in repr(BatchNorm1d(2, device="meta"))

@@ -1,0 +1,247 @@
+"""Claim "noise": the noise of a batch against theory, groups against separate batches, and the contract."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture import data, noise
+from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.criteria import CRITERIA
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.noise import (
+    MEASURED,
+    SIZES,
+    TRAIN,
+    GhostNorm,
+    Noise,
+    dropout,
+    gaussian,
+    kurtosis,
+    noise_of_batches,
+    theory,
+    train_arm,
+    with_population,
+)
+from batchnorm.lecture.sweep import digits
+from batchnorm.population import recalibrate
+
+QUICK = Settings(seeds=2, effort=0.1)
+EPS32 = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return noise.run(QUICK, lambda _: None)
+
+
+def test_every_criterion_of_the_claim_is_judged_the_main_one_first(result: Result) -> None:
+    judged = [verdict.criterion.key for verdict in result.verdicts]
+    assert judged == [key for key in CRITERIA if key.startswith("noise-")]
+
+
+def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) -> None:
+    assert len(result.charts) >= 2
+    for chart in result.charts:
+        assert 0 < len(chart.rows) <= 400
+        assert {row["series"] for row in chart.rows} == set(chart.series)
+        json.dumps(chart.rows, allow_nan=False)
+        assert chart.y is not None
+        assert not chart.y.log or all(row["y"] > 0 for row in chart.rows)
+
+
+def test_the_same_settings_give_the_same_result_whatever_the_global_random_state(result: Result) -> None:
+    torch.manual_seed(12345)
+    before = torch.get_rng_state()
+    seen: list[float] = []
+    again = noise.run(QUICK, seen.append)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.to_dict() == result.to_dict()
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+def test_too_few_steps_make_the_effect_invalid_not_a_crash(result: Result) -> None:
+    effect = result.verdicts[1]
+    assert effect.status is Status.INVALID
+    assert "groups of 16 ended at" in effect.failed_guard
+
+
+# -- noise of a batch -----------------------------------------------------------------------------------------
+
+
+def normal_population(channels: int) -> torch.Tensor:
+    z = torch.randn(4096, channels, generator=torch.Generator().manual_seed(0))
+    return (z - z.mean(0)) / z.std(0, correction=0)
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 128])
+def test_noise_power_of_normal_values_is_the_exact_formula_within_five_standard_errors(size: int) -> None:
+    power, mean = noise_of_batches(normal_population(200), size, torch.Generator().manual_seed(size))
+    # channels share the drawn rows but are independent, so their spread gives the standard error
+    for found, expected in ((power, gaussian(size)), (mean, 1 / size)):
+        assert abs(float(found.mean()) - expected) < 5 * float(found.std()) / math.sqrt(len(found))
+
+
+def test_noise_power_is_what_separate_layers_do_to_the_drawn_batches() -> None:
+    z, size = normal_population(3), 8
+    power, mean = noise_of_batches(z, size, torch.Generator().manual_seed(1))
+    batches = max(noise.ROWS // size, noise.AT_LEAST)
+    drawn = z[torch.randint(len(z), (size, batches), generator=torch.Generator().manual_seed(1))]
+    layer = BatchNorm1d(3, affine=False)
+    normalized = torch.stack([layer(drawn[:, b]) for b in range(batches)], 1)
+    # sums of some thousand terms of one size, in another order: below sqrt(count) roundings
+    bound = {"rtol": 64 * EPS32, "atol": 0.0}
+    torch.testing.assert_close(power, (normalized - drawn).square().mean((0, 1)), **bound)
+    torch.testing.assert_close(mean, drawn.mean(0).square().mean(0), **bound)
+
+
+def test_noise_power_is_twice_what_the_mean_standard_deviation_of_a_batch_lacks_of_one() -> None:
+    z, size = normal_population(50), 4
+    power, _ = noise_of_batches(z, size, torch.Generator().manual_seed(2))
+    batches = max(noise.ROWS // size, noise.AT_LEAST)
+    drawn = z[torch.randint(len(z), (size, batches), generator=torch.Generator().manual_seed(2))].double()
+    # E[(z^ - z)^2] = E[z^^2] - 2 E[z^ z] + E[z^2] with E[z^ z] = E[s], apart from the layer's eps
+    expected = 1 - 2 * drawn.std(0, correction=0).mean() + drawn.square().mean()
+    assert float(power.double().mean()) == pytest.approx(float(expected), abs=5e-5)  # eps = 1e-5 within the root
+
+
+@pytest.mark.parametrize("size", MEASURED)
+def test_the_exact_formula_meets_the_first_order_one_with_an_error_of_7_over_16_m_squared(size: int) -> None:
+    # E[s] = 1 - 3 / (4 M) - 7 / (32 M^2) - O(M^-3), from Stirling's series for the gamma function
+    assert abs(gaussian(size) - theory(3.0, size) - 7 / (16 * size**2)) < 1 / size**3
+
+
+def test_theory_of_values_without_spread_in_size_leaves_the_noise_of_the_mean_alone() -> None:
+    signs = torch.tensor([[-1.0], [1.0]])
+    assert kurtosis(signs).tolist() == [1.0]
+    assert theory(float(kurtosis(signs)), 64) == 1 / 64
+    power, mean = noise_of_batches(signs, 64, torch.Generator().manual_seed(3))
+    assert float(power) == pytest.approx(float(mean), rel=0.1)  # next order in 1 / M
+
+
+def test_kurtosis_of_equally_spaced_values_is_nine_fifths() -> None:
+    z = torch.linspace(-1, 1, 10_001).double()[:, None]
+    z = z / z.std(0, correction=0)
+    assert float(kurtosis(z)) == pytest.approx(1.8, rel=1e-3)
+
+
+def test_dropout_of_the_equivalent_rate_has_the_same_noise_power() -> None:
+    for power in (0.001, 0.2, 1.0):
+        p = dropout(power)
+        assert p / (1 - p) == pytest.approx(power, rel=1e-12)
+
+
+def test_the_slope_of_one_over_m_is_minus_one_and_of_its_root_minus_one_half() -> None:
+    exact = 1 / torch.tensor(MEASURED, dtype=torch.float64)
+    measured = Noise(torch.stack([exact, exact.sqrt()], 1), exact[:, None], torch.tensor([3.0]))
+    assert measured.slopes().tolist() == pytest.approx([-1.0, -0.5], abs=1e-12)
+
+
+def test_pre_activations_are_what_a_hook_sees_before_each_batch_norm_layer() -> None:
+    ensemble = Ensemble.of(lambda: fully_connected(SIZES), [5])
+    x = digits().x[:100]
+    torch.manual_seed(5)
+    net = fully_connected(SIZES).eval()
+    seen: list[torch.Tensor] = []
+    for name in ("norm1", "norm2"):
+        net.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    net(x)
+    found = noise.pre_activations(ensemble, x)
+    assert len(found) == 2
+    for z, received in zip(found, seen, strict=True):
+        expected = (received - received.mean(0)) / received.std(0, correction=0)
+        # sums over 64 inputs in another order, in units of the channel's standard deviation
+        torch.testing.assert_close(z[0], expected, rtol=0, atol=64 * 8 * EPS32)
+
+
+# -- groups ---------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_normalized_and_differentiated_like_separate_batches() -> None:
+    ghost, plain = GhostNorm(5, size=4), BatchNorm1d(5)
+    with torch.no_grad():
+        for layer in (ghost, plain):
+            layer.weight.copy_(torch.linspace(0.5, 2, 5))
+            layer.bias.copy_(torch.linspace(-1, 1, 5))
+    x = torch.randn(12, 5, requires_grad=True)
+    pull = torch.randn(12, 5)
+    together, apart = ghost(x), torch.cat([plain(group) for group in x.split(4)])
+    torch.testing.assert_close(together, apart, rtol=4 * EPS32, atol=4 * EPS32)
+    found = torch.autograd.grad((together * pull).sum(), [x, ghost.weight, ghost.bias])
+    expected = torch.autograd.grad((apart * pull).sum(), [x, plain.weight, plain.bias])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=32 * EPS32, atol=32 * EPS32)
+
+
+def test_groups_store_nothing_in_train_mode_and_use_what_is_stored_in_eval_mode() -> None:
+    layer, x = GhostNorm(3, size=2), torch.randn(6, 3) + 5
+    layer(x)
+    assert layer.running_mean is not None
+    assert layer.running_mean.tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(layer.eval()(x), x / math.sqrt(1 + layer.eps), rtol=4 * EPS32, atol=0.0)
+
+
+def test_one_group_of_everything_is_plain_batch_norm_for_an_ensemble_too() -> None:
+    x = digits().x[:64].expand(2, -1, -1)
+    outputs = [
+        Ensemble.of(lambda norm=norm: fully_connected(SIZES, norm=norm), [0, 1])(x, train=True)
+        for norm in (partial(GhostNorm, size=64), BatchNorm1d)
+    ]
+    torch.testing.assert_close(*outputs, rtol=0, atol=64 * 8 * EPS32)
+
+
+def test_population_statistics_are_those_that_recalibrate_stores() -> None:
+    ensemble = Ensemble.of(lambda: fully_connected(SIZES), [0, 1])
+    x = torch.stack([digits().x[:200], digits().x[200:400]])
+    exact = with_population(ensemble.parameters, SIZES, x)
+    for index in range(2):
+        net = one_network(ensemble, index)
+        recalibrate(net, list(x[index].split(64)))
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                # float32 over 200 examples, through sums over 64 inputs at each of two layers
+                torch.testing.assert_close(exact.buffers[name][index], buffer, rtol=2e-4, atol=2e-5)
+
+
+def one_network(ensemble: Ensemble, index: int) -> nn.Module:
+    net = fully_connected(SIZES)
+    net.load_state_dict({k: v[index].detach().clone() for k, v in {**ensemble.parameters, **ensemble.buffers}.items()})
+    return net
+
+
+def test_the_effect_is_the_difference_of_test_losses_of_networks_taken_one_by_one(result: Result) -> None:
+    def test_loss(size: int, index: int) -> float:
+        net = one_network(train_arm(QUICK, partial(GhostNorm, size=size)).ensemble, index)
+        train, test = (digits()[part] for part in data.split(len(digits()), TRAIN, index))
+        recalibrate(net, [train.x])
+        with torch.no_grad():
+            return float(F.cross_entropy(net.eval()(test.x), test.y))
+
+    estimate = result.verdicts[1].estimate
+    assert estimate is not None
+    for index in range(2):
+        # losses of size 1 in float32
+        assert estimate.values[index] == pytest.approx(test_loss(512, index) - test_loss(16, index), abs=1e-5)
+
+
+def test_all_arms_start_from_one_network_and_differ_only_by_their_groups() -> None:
+    plain, ghost = (
+        Ensemble.of(lambda norm=norm: fully_connected(SIZES, norm=norm), [3])
+        for norm in (BatchNorm1d, partial(GhostNorm, size=4))
+    )
+    assert plain.parameters.keys() == ghost.parameters.keys()
+    assert all(torch.equal(plain.parameters[name], ghost.parameters[name]) for name in plain.parameters)
+
+
+def test_outputs_of_population_networks_are_those_of_the_template_run_alone() -> None:
+    arm = train_arm(QUICK, partial(GhostNorm, size=512))
+    state = {k: v[1] for k, v in {**arm.ensemble.parameters, **arm.ensemble.buffers}.items()}
+    alone = functional_call(arm.ensemble.template.eval(), state, (digits().x[:50],))
+    torch.testing.assert_close(arm.ensemble(digits().x[:50])[1], alone, rtol=1e-5, atol=1e-4)
