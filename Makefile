@@ -9,7 +9,7 @@ help:            ## print this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # torch first and by its own line: the version that the tests are written for
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
@@ -34,5 +34,12 @@ browser:
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
 	  { echo "the page tests need Chromium: install the package 'chromium', then run make again"; exit 1; }
 
+bench: $(STAMP)  ## time our layers against torch.nn's and write benchmarks/results
+	$(BIN)/python benchmarks/bench_layers.py
+
+docs: $(STAMP)   ## build the documentation into docs/_build/html
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[docs]'
+	$(BIN)/sphinx-build -W -q docs docs/_build/html
+
 clean:           ## remove what make made
-	rm -rf .venv build dist why.html .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist docs/_build why.html why.json why.md .pytest_cache .ruff_cache .hypothesis .import_linter_cache

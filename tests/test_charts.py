@@ -184,7 +184,7 @@ def test_a_constant_value_still_gets_a_scale_of_some_width():
 def test_a_domain_that_is_set_is_taken_as_it_is_and_cuts_off_what_lies_outside():
     shared = scale(groups(), "y")
     assert (shared.low, shared.high, shared.nice) == (0, 1, False)
-    assert all(layer["mark"]["clip"] for layer in panels(groups())[0].drawing.to_dict(validate=False)["layer"])
+    assert all(layer["mark"]["clip"] for layer in panels(groups())[0].drawing.to_dict(validate=False)["layer"][:-1])
 
 
 def test_a_logarithmic_axis_marks_measured_values_where_they_are_few():
@@ -196,6 +196,50 @@ def test_a_logarithmic_axis_has_two_to_eight_ticks_within_its_ends(low, high):
     ticks = log_ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert all(low <= tick <= high for tick in ticks)
+
+
+def labels(drawing) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]+)</text>", to_svg(drawing, "a"))
+
+
+def test_every_tick_of_a_logarithmic_axis_is_labelled_and_small_ones_shortly():
+    sizes = ["2", "4", "8", "16", "32", "64", "128", "256", "512"]
+    assert labels(panels(noise_power())[0].drawing)[:9] == sizes
+    assert {"1e-6", "0.0001", "0.01", "1"} <= set(labels(panels(lines([1e-6, 1.0], y=Axis("y", log=True)))[0].drawing))
+
+
+def test_a_symbol_on_the_edge_of_a_set_scale_stays_whole_and_one_beyond_it_is_left_out():
+    drawing = panels(lines([0.0, 1.0, 5.0], y=Axis("y", domain=(0, 1))))[0].drawing.to_dict(validate=False)
+    symbols = drawing["layer"][-1]
+    assert [row["y"] for row in drawing["datasets"][symbols["data"]["name"]]] == [0.0, 1.0]
+    assert "clip" not in symbols["mark"]
+
+
+# -- categories -----------------------------------------------------------------------------------------------
+
+
+def dots(names: list[str], series: list[str]) -> Chart:
+    rows = [{"label": name, "value": n, "series": one} for n, name in enumerate(names) for one in series]
+    return Chart("dots", "A title", "alt", rows, Axis("x"), None, PAIR)
+
+
+def test_a_long_category_takes_two_lines():
+    name = "noise floor with batch norm and half the noise"
+    svg = to_svg(panels(dots([name, "short"], ["with batch norm"]))[0].drawing, "a")
+    assert re.findall(r"<tspan[^>]*>([^<]+)</tspan>", svg) == ["noise floor with batch", "norm and half the noise"]
+
+
+def test_series_get_lanes_of_their_own_only_where_a_category_has_several():
+    one, both = (
+        panels(dots(["a", "b"], series))[0].drawing.to_dict(validate=False) for series in (list(PAIR)[:1], list(PAIR))
+    )
+    assert all("yOffset" not in layer["encoding"] for layer in one["layer"])
+    assert all("yOffset" in layer["encoding"] for layer in both["layer"])
+    assert one["height"] < both["height"]
+
+
+def test_categories_stand_in_their_order_of_appearance():
+    assert labels(panels(dots(["b", "a", "c"], list(PAIR)))[0].drawing)[-3:] == ["b", "a", "c"]
 
 
 # -- what cannot be drawn -------------------------------------------------------------------------------------

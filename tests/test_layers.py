@@ -132,7 +132,7 @@ def test_tracking_turned_off_later_keeps_the_statistics_and_eval_uses_them(cls, 
 @cases
 @modes
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_half_precision_activations_meet_float32_parameters_under_autocast(cls, shape, training, narrow):
+def test_half_precision_activations_meet_float32_parameters(cls, shape, training, narrow):
     check_against_the_oracle(made(cls, 3).train(training), (2 + 3 * torch.randn(shape)).to(narrow))
 
 

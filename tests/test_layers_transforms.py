@@ -176,6 +176,7 @@ def test_a_compiled_network_equals_the_eager_one(options, training):
     assert_compiled_equals_eager(network(**options).train(training), x, "aot_eager")
 
 
+@pytest.mark.slow
 def test_a_compiled_network_equals_the_eager_one_through_inductor():
     assert_compiled_equals_eager(network(momentum=None), torch.randn(8, 4, dtype=torch.float64), "inductor")
 

@@ -19,10 +19,12 @@ from batchnorm.lecture.noise import (
     MEASURED,
     SIZES,
     TRAIN,
+    Arm,
     GhostNorm,
     Noise,
     dropout,
     gaussian,
+    judge_effect,
     kurtosis,
     noise_of_batches,
     theory,
@@ -67,10 +69,26 @@ def test_the_same_settings_give_the_same_result_whatever_the_global_random_state
     assert seen[-1] == 1
 
 
-def test_too_few_steps_make_the_effect_invalid_not_a_crash(result: Result) -> None:
-    effect = result.verdicts[1]
+def test_an_arm_that_has_not_learned_makes_the_effect_invalid_whatever_its_test_loss() -> None:
+    ensemble = Ensemble.of(lambda: fully_connected(SIZES), [0, 1])
+    learned, loss = torch.tensor([1.0, 0.96]), torch.tensor([0.3, 0.4])
+    arms = {size: Arm(ensemble, learned, loss / size, learned) for size in (16, 512)}
+    assert judge_effect(arms).status is not Status.INVALID
+    arms[16] = Arm(ensemble, torch.tensor([1.0, 0.949]), loss / 16, learned)
+    effect = judge_effect(arms)
     assert effect.status is Status.INVALID
-    assert "groups of 16 ended at" in effect.failed_guard
+    assert effect.failed_guard == "groups of 16 ended at 94.9% training accuracy"
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [([0.1, 0.2, 0.3], "the smaller the groups, the lower the loss"), ([0.2, 0.1, 0.3], "not monotone: lowest with")],
+)
+def test_the_sentence_says_whether_the_effect_is_monotone(losses: list[float], said: str) -> None:
+    ensemble = Ensemble.of(lambda: fully_connected(SIZES), [0, 1])
+    one = torch.ones(2)
+    arms = {size: Arm(ensemble, one, loss * one, one) for size, loss in zip((4, 16, 512), losses, strict=True)}
+    assert said in judge_effect(arms).sentence
 
 
 # -- noise of a batch -----------------------------------------------------------------------------------------
@@ -84,13 +102,16 @@ def normal_population(channels: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [2, 4, 16, 128])
 def test_noise_power_of_normal_values_is_the_exact_formula_within_five_standard_errors(size: int) -> None:
     power, mean = noise_of_batches(normal_population(200), size, torch.Generator().manual_seed(size))
+    # two values can be so close that the layer's eps outweighs their variance: with v = ((a - b) / 2)^2 and the
+    # density 1 / sqrt(pi) of (a - b) / 2 at 0, E[eps / (v + eps)] = sqrt(pi eps) is missing from the squared output
+    missing = math.sqrt(math.pi * 1e-5) if size == 2 else 0.0
     # channels share the drawn rows but are independent, so their spread gives the standard error
-    for found, expected in ((power, gaussian(size)), (mean, 1 / size)):
+    for found, expected in ((power, gaussian(size) - missing), (mean, 1 / size)):
         assert abs(float(found.mean()) - expected) < 5 * float(found.std()) / math.sqrt(len(found))
 
 
 def test_noise_power_is_what_separate_layers_do_to_the_drawn_batches() -> None:
-    z, size = normal_population(3), 8
+    z, size = normal_population(3), 64
     power, mean = noise_of_batches(z, size, torch.Generator().manual_seed(1))
     batches = max(noise.ROWS // size, noise.AT_LEAST)
     drawn = z[torch.randint(len(z), (size, batches), generator=torch.Generator().manual_seed(1))]
@@ -200,14 +221,15 @@ def test_one_group_of_everything_is_plain_batch_norm_for_an_ensemble_too() -> No
 def test_population_statistics_are_those_that_recalibrate_stores() -> None:
     ensemble = Ensemble.of(lambda: fully_connected(SIZES), [0, 1])
     x = torch.stack([digits().x[:200], digits().x[200:400]])
-    exact = with_population(ensemble.parameters, SIZES, x)
+    exact = with_population(ensemble, SIZES, x)
     for index in range(2):
         net = one_network(ensemble, index)
         recalibrate(net, list(x[index].split(64)))
         for name, buffer in net.named_buffers():
             if "running" in name:
-                # float32 over 200 examples, through sums over 64 inputs at each of two layers
-                torch.testing.assert_close(exact.buffers[name][index], buffer, rtol=2e-4, atol=2e-5)
+                # moments are float64; products of 64 terms in another order come before them, two layers deep, and
+                # a mean near 0 keeps the error of values of size 1
+                torch.testing.assert_close(exact.buffers[name][index], buffer, rtol=128 * EPS32, atol=128 * EPS32)
 
 
 def one_network(ensemble: Ensemble, index: int) -> nn.Module:

@@ -142,7 +142,7 @@ def test_condition_number_of_orthogonal_features_is_the_ratio_of_their_mean_squa
 
 def test_a_mean_that_is_not_zero_makes_the_condition_number_worse_though_the_range_is_one() -> None:
     design = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)))
-    # one feature x = m + s with E s^2 = 1: E[x~ x~^T] = [[1 + m^2, m], [m, 1]] has eigenvalues of product 1, sum 2 + m^2
+    # x = m + s with E s^2 = 1: the eigenvalues of [[1 + m^2, m], [m, 1]] have product 1 and sum 2 + m^2
     mean = 3.0
     largest = ((2 + mean**2) + math.sqrt((2 + mean**2) ** 2 - 4)) / 2
     assert condition_number(design[:, :1] + mean) == pytest.approx(largest**2, rel=1e-12)

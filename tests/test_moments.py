@@ -208,6 +208,17 @@ def test_six_digits_survive_taking_a_part_out_again(million):
     assert relative_error_of_var(rest, million[:1000]) < 1e-6
 
 
+@pytest.mark.parametrize("weight", [None, torch.ones(())], ids=["plain", "weighted"])
+def test_the_rounding_of_the_mean_does_not_enter_the_variance(weight):
+    """Values a few ulps apart: their mean is wrong by half an ulp, their deviations are exact."""
+    ulp = 2.0**-12
+    x = 2.0**40 + ulp * torch.randint(0, 4, (101, 5), dtype=torch.float64)
+    found = Moments.of(x, weight=weight)
+    for i, column in enumerate(x.T.tolist()):
+        true = float(exact(column)[1])
+        assert found.m2[i].item() == pytest.approx(true, rel=(101 + 8) * U)
+
+
 @pytest.mark.parametrize("shape", [(7, 3), (1, 3, 50), (2, 3, 5, 6)], ids=str)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["plain", "masked"])
 def test_measuring_in_chunks_gives_the_same_as_at_once(monkeypatch, shape, with_mask):

@@ -182,7 +182,8 @@ def test_a_printed_page_is_light_and_cuts_no_chart(visit):
     assert set(figures.evaluate_all("all => all.map(e => getComputedStyle(e).breakInside)")) == {"avoid"}
     # a page of A4 within its margins is as high as this when it is 700 wide
     assert max(height for _, _, height in figures.evaluate_all(EDGES)) < 1000
-    assert not page.locator("details").first.is_visible()
+    assert not page.locator("figure details").first.is_visible()
+    assert page.locator("#noise ~ .part .more dd").last.is_visible()  # folded on the screen, open on paper
     assert page.evaluate("document.documentElement.scrollWidth") <= 700
     assert page.pdf(format="A4").startswith(b"%PDF")
 

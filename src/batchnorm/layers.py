@@ -187,19 +187,47 @@ class _Layer(_BatchNorm):
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
-    """Batch normalization of (N, C) or (N, C, L)."""
+    """Batch normalization of (N, C) or (N, C, L): gamma (x - mean) / sqrt(var + eps) + beta for each channel.
+
+    ``var`` is biased where it normalizes a batch; ``running_var`` stores unbiased variances, as torch.nn's does.
+    Sums and stored statistics are in float32, or float64 for float64 layers and inputs, whatever ``half()`` or
+    ``to()`` make of the parameters. A batch of no values changes nothing. A channel whose batch statistics are
+    NaN or infinite keeps its stored ones; the batch is counted in ``skipped_updates`` and reported by a
+    RuntimeWarning. With ``momentum=None`` such a batch is left out for all channels.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance; more than 0.
+        momentum: Weight of a new batch in the stored statistics; None averages all batches equally.
+        affine: Whether to learn gamma (``weight``) and beta (``bias``).
+        track_running_stats: Whether to store statistics. Without them eval mode uses the batch's.
+        device: Device of parameters and statistics.
+        dtype: Type of the parameters.
+        weight: False leaves gamma out and keeps beta.
+        bias: False leaves beta out and keeps gamma.
+        single_element: What train mode does with one value per channel, which has no variance: "error" raises
+            ValueError; "population" normalizes it by the stored statistics and leaves them as they are.
+
+    Example:
+        >>> layer = BatchNorm1d(3)
+        >>> layer(torch.randn(16, 3)).shape
+        torch.Size([16, 3])
+
+    References:
+        Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
+    """
 
     _shapes: ClassVar[dict[int, str]] = {2: "(N, C)", 3: "(N, C, L)"}
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """Batch normalization of (N, C, H, W)."""
+    """Batch normalization of (N, C, H, W); arguments and behaviour are those of BatchNorm1d."""
 
     _shapes: ClassVar[dict[int, str]] = {4: "(N, C, H, W)"}
 
 
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
-    """Batch normalization of (N, C, D, H, W)."""
+    """Batch normalization of (N, C, D, H, W); arguments and behaviour are those of BatchNorm1d."""
 
     _shapes: ClassVar[dict[int, str]] = {5: "(N, C, D, H, W)"}
 

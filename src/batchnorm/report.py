@@ -164,8 +164,9 @@ def _section(outcome: Outcome) -> _Section:
 def _neighbours(figures: Sequence[_Figure]) -> Iterator[list[_Figure]]:
     """Figures of one column by twos, as they come to stand beside each other."""
     for narrow, group in groupby(figures, key=lambda figure: figure.columns == 1):
-        run = list(group)
-        yield from ([run[i : i + 2] for i in range(0, len(run), 2)] if narrow else [])
+        if narrow:
+            run = list(group)
+            yield from (run[i : i + 2] for i in range(0, len(run), 2))
 
 
 def _failed(verdicts: Verdicts) -> Iterator[tuple[Outcome, Verdict]]:
@@ -241,7 +242,7 @@ def _number(value: float | int | str | None) -> str:
         return f"{value:,}".replace("-", "−")
     digits, _, power = f"{value:.4g}".partition("e")
     if power:
-        return f"{digits} × 10{str(int(power)).translate(_SUPERSCRIPT)}".replace("-", "−")
+        return f"{digits}\u00a0×\u00a010{str(int(power)).translate(_SUPERSCRIPT)}".replace("-", "−")
     return digits.replace("-", "−")
 
 

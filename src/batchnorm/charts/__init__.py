@@ -167,7 +167,7 @@ def _config() -> alt.Config:
     return alt.Config(
         aria=False,
         axis=alt.AxisConfig.from_dict({**labels, **rules}),
-        axisX=alt.AxisConfig(grid=False),
+        axisX=alt.AxisConfig(grid=False, labelFlush=False),
         axisY=alt.AxisConfig(domain=False, ticks=False),
         background="transparent",
         font="Liberation Sans, Arial, Helvetica, sans-serif",
@@ -205,7 +205,8 @@ def _dots(frame: _Frame, rows: Sequence[Row]) -> list[alt.Chart]:
     place = _category(frame)
     bars = _base(frame, _with_interval(rows)).mark_rule(strokeWidth=1.5, clip=frame.clip)
     bars = bars.encode(x=_x(frame, "low"), x2="high:Q", **place)
-    symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=65, clip=frame.clip)
+    rows = [row for row in rows if _inside_scale(frame.x, row["value"])]
+    symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=65)
     return [bars, symbols.encode(x=_x(frame, "value"), shape=_shape(frame), **place)]
 
 
@@ -260,8 +261,14 @@ def _band(frame: _Frame, rows: Sequence[Row], low: str, high: str, opacity: floa
 
 
 def _symbols(frame: _Frame, rows: Sequence[Row], size: int) -> alt.Chart:
-    symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=size, clip=frame.clip)
+    # left out beyond the scale rather than clipped: one that lies on the edge stays whole
+    rows = [row for row in rows if _inside_scale(frame.x, row["x"]) and _inside_scale(frame.y, row["y"])]
+    symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=size)
     return symbols.encode(x=_x(frame, "x"), y=_y(frame, "y"), shape=_shape(frame))
+
+
+def _inside_scale(shared: Scale | None, value: float) -> bool:
+    return shared is None or shared.nice or shared.low <= value <= shared.high
 
 
 def _shape(frame: _Frame) -> alt.Shape:
@@ -277,7 +284,7 @@ def _shape(frame: _Frame) -> alt.Shape:
 def _x(frame: _Frame, field: str) -> alt.X:
     import altair as alt
 
-    axis = _axis(frame.x, grid=frame.chart.kind == "dots")
+    axis = _axis(frame.x, grid=frame.y is None)
     return alt.X(f"{field}:Q", title=None, scale=_scale(frame.x), axis=axis)
 
 
@@ -294,9 +301,11 @@ def _category(frame: _Frame) -> dict[str, Any]:
 
     labels = [_wrapped(label) for label in _labels(frame.chart)]
     lanes = alt.Scale(domain=labels, paddingInner=0.25, paddingOuter=0.1)
-    axis = alt.Axis(labelLimit=0, labelColor="var(--ink)", labelPadding=8)
+    # two lines stand in the middle when the first ends there
+    baseline = alt.condition("indexof(datum.value, '\\n') >= 0", alt.value("bottom"), alt.value("middle"))
+    axis = alt.Axis(labelLimit=0, labelColor="var(--ink)", labelPadding=8, labelBaseline=baseline)
     place: dict[str, Any] = {"y": alt.Y("label:N", title=None, sort=labels, scale=lanes, axis=axis)}
-    if len(frame.looks) > 1:
+    if _lanes(frame.chart) > 1:
         place["yOffset"] = alt.YOffset("series:N", scale=alt.Scale(domain=list(frame.looks)))
     return place
 
@@ -316,7 +325,7 @@ def _axis(shared: Scale, *, grid: bool) -> alt.Axis:
     if shared.ticks is None:
         return alt.Axis(tickCount=5, format=shared.form or alt.Undefined, grid=grid)
     # left to itself, a logarithmic axis blanks the labels of some of its ticks
-    label = f"format(datum.value, '{shared.form}')"
+    label = f"format(datum.value, datum.value < 1e-4 || datum.value >= 1e6 ? '~e' : '{shared.form}')"
     return alt.Axis(values=list(shared.ticks), labelExpr=label, labelOverlap="greedy", grid=grid)
 
 
@@ -328,13 +337,22 @@ def _labels(chart: Chart) -> list[str]:
 
 
 def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, 22)) or " "
+    """The label on at most two lines, the longer the more it has to say."""
+    lines = (textwrap.wrap(label, width, break_on_hyphens=False) for width in range(22, 22 + len(label)))
+    return "\n".join(next((wrapped for wrapped in lines if len(wrapped) <= 2), [label]))
 
 
 def _dots_height(chart: Chart) -> int:
     """Height that gives each series of each category its own line, and wrapped labels their room."""
-    series = 10 + 14 * len(chart.series)
-    return 34 + sum(max(series, 14 * (1 + _wrapped(label).count("\n"))) for label in _labels(chart))
+    labels = [_wrapped(label) for label in _labels(chart)]
+    room = 34 if any("\n" in label for label in labels) else 23
+    return 34 + len(labels) * max(room, 10 + 13 * _lanes(chart))
+
+
+def _lanes(chart: Chart) -> int:
+    """Lines that a category needs: the number of series, or one where no category has more."""
+    places = Counter((row.get("row"), row.get("panel"), row["label"]) for row in chart.rows)
+    return len(chart.series) if max(places.values()) > 1 else 1
 
 
 def _with_interval(rows: Iterable[Row]) -> list[Row]:

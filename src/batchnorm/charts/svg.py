@@ -12,7 +12,7 @@ _TAG = re.compile(r"<[^>]+>")
 _INVISIBLE = re.compile(r'<path[^>]*(?:display="none"|class="background")[^>]*/>')
 _UNUSED = re.compile(
     r' (?:(?:class|role|pointer-events|version|xmlns|xmlns:xlink|font-family|stroke-miterlimit|aria-[a-z]+)="[^"]*"'
-    r'|opacity="1"|stroke-width="1")(?=[ />])'
+    r'|opacity="1"|stroke-width="1"|transform="translate\(0,0\)"|[xy]2="-?0"|font-size="11px")(?=[ />])'
 )
 _LONG_NUMBER = re.compile(r"-?\d+\.\d+")
 _EMPTY = re.compile(r"<g(?: [^>]*)?></g>|<g(?: [^>]*)?/>")
@@ -54,5 +54,5 @@ def to_specification(drawing: alt.LayerChart, *, zoom: bool) -> dict[str, Any]:
 
 
 def _slim(tag: str) -> str:
-    """A tag without what a page does not use, and without digits below a tenth of a pixel."""
-    return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), _UNUSED.sub("", tag))
+    """A tag without what a page does not use or sets itself, and without digits below a tenth of a pixel."""
+    return _UNUSED.sub("", _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag))

@@ -137,10 +137,10 @@ def _picture(found: Findings, seed: int) -> Chart:
     silhouettes = data.cats()
     shown = torch.cat([(silhouettes.y == c).nonzero().flatten()[:5] for c in (0, 1)])
     picture = mosaic([paint(name, silhouettes.x[shown], seed) for name in PAINTINGS], zoom=3)
-    below = ", ".join(f"{NAMES[name]} {found.mean('with', name):.0%}" for name in PAINTINGS if name != "black")
+    below = ", ".join(f"{found.mean('with', name):.0%} ({NAMES[name]})" for name in PAINTINGS if name != "black")
     return Chart(
         "picture",
-        f"Learned from the first row ({found.mean('with', 'black'):.0%} right); tested on the rows below it: {below}",
+        f"Learned from the first row ({found.mean('with', 'black'):.0%} right); right on the rows below it: {below}",
         "Five rows of the same ten silhouettes, five cats and five dogs: black on a light ground; in many colours on a "
         "light ground; black with less contrast, grey on grey; black with strong noise; light on a dark ground.",
         [{"png": base64.b64encode(png(picture)).decode(), "width": picture.shape[2]}],
@@ -163,7 +163,7 @@ def _shifts(found: Findings) -> Chart:
         "dots",
         f"Re-estimating {won}; where 1 in 20 is a cat: {_change(found['again', 'mix'] - found['with', 'mix'])}",
         "Accuracy for each kind of test image. Orange: without batch norm; blue: with batch norm as it stands; "
-        "the other blue: with batch norm after re-estimating its statistics on unlabelled images of that kind.",
+        "below it, its second shade: after re-estimating its statistics on unlabelled images of that kind.",
         rows,
         Axis("accuracy on test images, with 95 % interval", domain=(0, 1), percent=True),
         series=_SERIES,
@@ -234,17 +234,17 @@ CLAIM = Claim(
     ),
     arms=(
         "Silhouettes of cats and dogs of 28 × 28 pixels, not photographs. Learned: black on a light ground (each "
-        f"colour {LIGHT:g} to 1). Tested: in random colours on such a ground; black with the whole picture x changed to "
-        f"{CONTRAST:g} x + {BRIGHTNESS:g}, to 1 − x, or by Gaussian noise of standard deviation {NOISE:g} (half of "
-        "that took too little to ask what is won back); and black with 1 cat in 20. Three convolutions without and with "
-        f"batch norm, {STEPS} steps of SGD with momentum 0.9 on {PARTS['train']} images, batches of {BATCH}, learning "
-        f"rates falling to 0 from {', '.join(map(str, RATES))}: each network keeps the rate that is best on "
+        f"colour {LIGHT:g} to 1). Tested: in random colours on such a ground; black with the whole picture x changed "
+        f"to {CONTRAST:g} x + {BRIGHTNESS:g}, to 1 − x, or by Gaussian noise of standard deviation {NOISE:g} (half of "
+        "that took too little to ask what is won back); and black with 1 cat in 20. Three convolutions without and "
+        f"with batch norm, {STEPS} steps of SGD with momentum 0.9 on {PARTS['train']} images, batches of {BATCH}, "
+        f"learning rates falling to 0 from {', '.join(map(str, RATES))}: each network keeps the rate that is best on "
         f"{PARTS['validation']} other black images. Statistics are re-estimated on up to {PARTS['adaptation']} "
         "unlabelled images of the test's kind, none of them a test image. A seed varies split, order, initialization "
         "and colours; a share won back is what all seeds won over what all lost."
     ),
     how_to_read=(
-        "In the second chart compare the two blue marks of a line: their distance is what new statistics change "
+        "In the second chart compare the last two marks of a line: their distance is what new statistics change "
         "without a label, and where they reach the first line all is repaired. In the last chart a shift that batch "
         "norm cancels moves the first layer only; others move later layers too, beyond the first line."
     ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.data import Examples
 from batchnorm.lecture.drift import behind, drift, noise_floor
 from batchnorm.lecture.hidden import TARGET, steps_at_best
@@ -37,7 +37,6 @@ CALLED = {
     "noisy": "with batch norm and noise",
     "half": "with batch norm and half the noise",
 }
-JUDGED = ("without", "with", "noisy")
 
 
 class Noisy(nn.Module):
@@ -79,9 +78,8 @@ def run(settings: Settings, progress: Progress) -> Result:
         with _noise_from(settings.seed):
             watched[arm] = _watch(settings, arm, RATES[sweeps[arm].best_rate()])
         progress(0.8 + len(watched) / 20)
-    lost = _lost(*(steps_at_best(sweeps[arm])[0] for arm in JUDGED))
     charts = [_curves(sweeps), _drifts(watched)]
-    return Result([_judge(sweeps, watched, lost)], charts, _numbers(sweeps, watched))
+    return Result([_judge(sweeps, watched)], charts, _numbers(sweeps, watched))
 
 
 @contextmanager
@@ -176,21 +174,25 @@ def _lost(without: Tensor, batch_norm: Tensor, noisy: Tensor) -> Tensor:
     return 1 - (without / noisy).log() / (without / batch_norm).log()
 
 
-def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched], lost: Tensor) -> Verdict:
+def _share(values: Tensor) -> str:
+    return f"{values.mean():.0%}" if bool(values.isfinite().all()) else "an unknown share"
+
+
+def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
     steps = {arm: steps_at_best(sweeps[arm]) for arm in CALLED}
     medians = {arm: f"{'more than ' if cut else ''}{count.median():.0f}" for arm, (count, cut) in steps.items()}
+    lost, half = (_lost(*(steps[name][0] for name in ("without", "with", arm))) for arm in ("noisy", "half"))
     moved = {arm: float(watched[arm].drift.mean()) for arm in CALLED}
     sentence = (
         f"{medians['with']} steps to {TARGET:.0%} with batch norm, {medians['noisy']} with noise behind it, "
-        f"{medians['without']} without: the noise costs {lost.mean():.0%} of the (log) speed-up, while a[2] moves by "
+        f"{medians['without']} without: the noise costs {_share(lost)} of the (log) speed-up, while a[2] moves by "
         f"{moved['noisy']:.2g} standard deviations per {EVERY} steps, against {moved['with']:.2g} with batch norm and "
-        f"{moved['without']:.2g} without."
+        f"{moved['without']:.2g} without. Half the noise ({moved['half']:.2g}) costs {_share(half)}."
     )
     failed = ""
     if steps["without"][1] or steps["with"][1]:
-        failed = (
-            f"in {int(sweeps['with'].steps[-1])} steps not every seed reached {TARGET:.0%} without and with batch norm"
-        )
+        last = int(sweeps["with"].steps[-1])
+        failed = f"not every seed reached {TARGET:.0%} in {last} steps with and without batch norm"
     elif not bool((steps["without"][0] > steps["with"][0]).all()):
         failed = "there is a seed in which batch norm gave no speed-up to lose"
     elif not moved["noisy"] >= moved["without"]:
@@ -213,14 +215,17 @@ def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> dict[str,
     for arm, reached in zip(("with", "noisy"), read, strict=True):
         numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds(reached.median())
     without = steps_at_best(sweeps["without"])[0]
-    half = _lost(without, *(steps_at_best(sweeps[arm])[0] for arm in ("with", "half")))
-    numbers["share of the log speed-up lost with half the noise"] = over_seeds(half)
     share = _lost(without, *read)
     numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds(share)
     return numbers
 
 
-_SERIES = {called: arm if arm in {"without", "with"} else "neutral" for arm, called in CALLED.items()}
+_SERIES: dict[str, Role] = {
+    CALLED["without"]: "without",
+    CALLED["with"]: "with",
+    CALLED["noisy"]: "neutral",
+    CALLED["half"]: "neutral",
+}
 
 
 def _curves(sweeps: dict[str, Sweep]) -> Chart:
@@ -281,19 +286,19 @@ CLAIM = Claim(
         "Three arms of the lecture's five-layer network (ReLU): without batch norm, with it, and with batch norm whose "
         f"output is disturbed again in training: at every step each unit is shifted by up to {SHIFT:g} and stretched "
         f"by a factor of up to {SCALE:g} either way, drawn anew (after Santurkar et al.). The strength was chosen by "
-        f"the drift alone; a fourth arm with half of it is shown, not judged. Each arm has its learning rate tuned on the same grid of {len(RATES)}; accuracy is read in "
-        f"eval mode, where the noise is off, and the drift of a[2] over the first {WINDOW} steps at the best rate, "
-        "with the noise on, because layer 3 receives it."
+        "the drift alone; a fourth arm with half of it is shown, not judged. Each arm has its learning rate tuned on "
+        f"the same grid of {len(RATES)}; accuracy is read in eval mode, where the noise is off, and the drift of a[2] "
+        f"over the first {WINDOW} steps at the best rate with the noise on, because layer 3 receives it."
     ),
     how_to_read=(
         "If the reduced shift were the reason, the grey curve would fall back to the orange one. The second chart is "
         "the check that the noise does bring the shift back: grey must lie at or beyond orange."
     ),
     not_shown=(
-        "The noise moves distributions only, and the next batch norm takes part of it out again; it leaves the shift "
-        "of gradients as it was, so only the distributional version of the explanation is tested. Noise may also slow "
-        "learning for other reasons than drift, so a loss of speed is weak evidence and none lost is strong. Read with "
-        "the noise on, accuracy arrives later (see the figures), because noise disturbs the answer itself."
+        "The noise moves distributions, which the next batch norm partly undoes, and not what a step does to later "
+        "layers' gradients (see the figures): only the distributional version of the explanation is tested. Noise may "
+        "also slow learning for other reasons than drift, so a loss of speed is weak evidence and none lost is strong. "
+        "Accuracy read with the noise on (in the figures) includes what the noise does to the answer itself."
     ),
     sources=(
         "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",

@@ -51,7 +51,7 @@ def table(name: str) -> Examples:
 @cache
 def cats() -> Examples:
     """All silhouettes: x is 1 on the shape and 0 on the ground, (N, 28, 28); y is 0 for a cat, 1 for a dog."""
-    with np.load(files("batchnorm.lecture").joinpath("cats.npz").open("rb")) as stored:
+    with files("batchnorm.lecture").joinpath("cats.npz").open("rb") as file, np.load(file) as stored:
         return Examples(torch.tensor(stored["images"]).float() / 255, torch.tensor(stored["is_dog"]).long())
 
 

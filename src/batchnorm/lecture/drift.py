@@ -16,11 +16,12 @@ high, is called idle and left out of the mean over units, in both arms; the shar
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from batchnorm.lecture.networks import Ensemble
@@ -94,7 +95,7 @@ def behind(ensemble: Ensemble, child: str, x: Tensor, *, train: bool) -> Tensor:
 
     In train mode the values are what the next layer receives in training; stored statistics stay as they are.
     """
-    children = [name for name, _ in ensemble.template.named_children()]
-    part = ensemble.template[: children.index(child) + 1]
+    children = dict(ensemble.template.named_children())
+    part = nn.Sequential(OrderedDict(list(children.items())[: list(children).index(child) + 1]))
     with torch.no_grad():
         return ensemble.through(part, x, train=train, keep_statistics=True)

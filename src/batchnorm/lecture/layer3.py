@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.drift import IDLE, behind, drift, noise_floor
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.sweep import ARMS, SIZES, STEPS, digits, probe_indices, training_indices
@@ -31,24 +31,25 @@ class Seen:
 
     Args:
         steps: Training steps at which it was read, (T,).
-        train: a[2] by the probe's own statistics, as in training, (T, S, N, units).
-        eval: a[2] by stored statistics, (T, S, N, units).
-        stored: z~[2] (z[2] without batch norm) by stored statistics, (T, S, N, units).
-        batch: The same by the probe's own statistics.
-        beta, gamma: Parameters of the second batch norm, (T, S, units); None without.
+        batch: z~[2] (z[2] without batch norm) by the probe's own statistics, as in training, (T, S, N, units).
+        stored: The same by stored statistics, as in eval mode.
+        beta, gamma: Parameters of the second batch norm, (T, S, units); (T, S, 0) without.
         loss: Loss on the probe by stored statistics before and after training, nats, (2, S).
         accuracy: Final accuracy on the probe by stored statistics, (S,).
     """
 
     steps: Tensor
-    train: Tensor
-    eval: Tensor
-    stored: Tensor
     batch: Tensor
-    beta: Tensor | None
-    gamma: Tensor | None
+    stored: Tensor
+    beta: Tensor
+    gamma: Tensor
     loss: Tensor
     accuracy: Tensor
+
+    @property
+    def received(self) -> Tensor:
+        """a[2] as layer 3 receives it in training, (T, S, N, units)."""
+        return self.batch.relu()
 
 
 def run(settings: Settings, progress: Progress) -> Result:
@@ -87,7 +88,7 @@ def _watch(settings: Settings, net: Ensemble, full_steps: int) -> Seen:
     def observe(step: int) -> None:
         if step % EVERY == 0:
             taken.append((
-                torch.tensor(step), behind(net, last, probe.x, train=False), behind(net, last, probe.x, train=True),
+                torch.tensor(step), behind(net, last, probe.x, train=True), behind(net, last, probe.x, train=False),
                 *(net.parameters[name].detach().clone() for name in ("norm2.bias", "norm2.weight") if last == "norm2"),
             ))  # fmt: skip
         if step in {0, steps}:
@@ -96,10 +97,10 @@ def _watch(settings: Settings, net: Ensemble, full_steps: int) -> Seen:
             ends.append((losses(logits, probe.y), accuracies(logits, probe.y)))
 
     sgd(net, digits(), training_indices(settings, steps), torch.full((settings.seeds,), RATE), observe)
-    at, stored, batch, *affine = (torch.stack(values) for values in zip(*taken, strict=True))
-    beta, gamma = affine or (None, None)
+    at, batch, stored, *affine = (torch.stack(values) for values in zip(*taken, strict=True))
+    beta, gamma = affine or (stored.new_empty(len(at), settings.seeds, 0),) * 2
     loss = torch.stack([value for value, _ in ends])
-    return Seen(at, batch.relu(), stored.relu(), stored, batch, beta, gamma, loss, ends[-1][1])
+    return Seen(at, batch, stored, beta, gamma, loss, ends[-1][1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,11 +123,9 @@ class Shift:
     @classmethod
     def of(cls, seen: Seen) -> Shift:
         """Measured between neighbouring times."""
-        moved, stored = drift(seen.train[:-1], seen.train[1:]), drift(seen.eval[:-1], seen.eval[1:])
-        return cls(
-            moved.total, noise_floor(seen.train), moved.mean.mean(0), moved.log_sd.mean(0), moved.idle.mean(0),
-            stored.total.mean(0),
-        )  # fmt: skip
+        moved, stored = (drift(values[:-1], values[1:]) for values in (seen.received, seen.stored.relu()))
+        parts = (moved.mean.mean(0), moved.log_sd.mean(0), moved.idle.mean(0))
+        return cls(moved.total, noise_floor(seen.received), *parts, stored.total.mean(0))
 
     @property
     def average(self) -> Tensor:
@@ -150,7 +149,6 @@ def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> 
 
 def _distances(seen: Seen) -> Tensor:
     """Distance of z~'s mean and sd by stored statistics from beta and |gamma|, in |gamma|, (T, S, units)."""
-    assert seen.beta is not None and seen.gamma is not None  # noqa: PT018, S101 - only asked of the arm with batch norm
     mean, sd = seen.stored.mean(2), seen.stored.std(2, correction=0)
     return torch.hypot(mean - seen.beta, sd - seen.gamma.abs()) / seen.gamma.abs()
 
@@ -171,12 +169,11 @@ def _median_of_seeds(values: Tensor) -> Tensor:
     return values.transpose(0, 1).flatten(1).median(1).values
 
 
-def _in_batch_errors(seen: Seen) -> tuple[float, float]:
+def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:
     """Largest error of z~'s mean and of its sd in the batch that normalizes, against beta and |gamma|, in |gamma|."""
-    assert seen.beta is not None and seen.gamma is not None  # noqa: PT018, S101 - as above
     scale = seen.gamma.abs()
     mean, sd = seen.batch.mean(2), seen.batch.std(2, correction=0)
-    return float(((mean - seen.beta) / scale).abs().max()), float(((sd - scale) / scale).abs().max())
+    return ((mean - seen.beta) / scale).abs().max(), ((sd - scale) / scale).abs().max()
 
 
 def _numbers(
@@ -200,13 +197,12 @@ def _numbers(
             numbers |= {f"{what}, {CALLED[name]}, {arm} batch norm": over_seeds(v) for what, v in figures.items()}
     for name, distances in governed.items():
         mean, sd = _in_batch_errors(seen[name]["with"])
-        numbers[f"z~ off (beta, |gamma|) by stored statistics, median, |gamma|, {CALLED[name]}"] = over_seeds(
-            _median_of_seeds(distances)
-        )
-        numbers[f"z~ mean off beta in the batch (rounding), largest, |gamma|, {CALLED[name]}"] = float(f"{mean:.2g}")
-        numbers[f"z~ sd off |gamma| in the batch (rounding and eps), largest, |gamma|, {CALLED[name]}"] = float(
-            f"{sd:.2g}"
-        )
+        figures = {
+            "z~ off (beta, |gamma|) by stored statistics, median, |gamma|": _median_of_seeds(distances),
+            "mean of z~ off beta in the batch (rounding), largest, |gamma|": mean,
+            "sd of z~ off |gamma| in the batch (rounding and eps), largest, |gamma|": sd,
+        }
+        numbers |= {f"{what}, {CALLED[name]}": over_seeds(v) for what, v in figures.items()}
     return numbers
 
 
@@ -225,7 +221,7 @@ def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Char
     levels = {"p2": 0.02, "p16": 0.16, "p50": 0.5, "p84": 0.84, "p98": 0.98}
     rows = []
     for arm, what in seen.items():
-        bands = what.train[:, 0].quantile(torch.tensor([*levels.values()]), dim=1)  # (levels, T, units)
+        bands = what.received[:, 0].quantile(torch.tensor([*levels.values()]), dim=1)  # (levels, T, units)
         rows += [
             {
                 "x": int(what.steps[t]), **{p: round(float(bands[i, t, unit]), 3) for i, p in enumerate(levels)},
@@ -240,9 +236,9 @@ def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Char
         "ribbons",
         f"What layer 3 receives moves by {plain:.2g} standard deviations per {EVERY} steps without batch norm and by "
         f"{normed:.2g} with",
-        f"Distribution of the four values a[2]1 to a[2]4 on {PROBE} fixed examples over training steps, seed {seed}: 2, "
-        "16, 50, 84 and 98 % quantiles as ribbons, one row for each unit, without batch norm on the left and with it "
-        "on the right, on the same axes.",
+        f"Distribution of the four values a[2]1 to a[2]4 on {PROBE} fixed examples over training steps, seed {seed}: "
+        "2, 16, 50, 84 and 98 % quantiles as ribbons, one row for each unit, without batch norm on the left and with "
+        "it on the right, on the same axes.",
         rows,
         Axis("training step"),
         Axis("value of the unit"),
@@ -250,7 +246,7 @@ def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Char
     )
 
 
-_SERIES = {"without batch norm": "without", "with batch norm": "with"}
+_SERIES: dict[str, Role] = {"without batch norm": "without", "with batch norm": "with"}
 
 
 def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Chart:
@@ -292,7 +288,6 @@ def _range(values: Tensor) -> dict[str, float]:
 
 
 def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
-    assert seen.beta is not None and seen.gamma is not None  # noqa: PT018, S101 - as above
     panels = {
         "mean, beta": (seen.stored.mean(2), seen.beta),
         "sd, |gamma|": (seen.stored.std(2, correction=0), seen.gamma.abs()),

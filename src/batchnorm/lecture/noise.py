@@ -2,8 +2,8 @@
 
 For a population-standardized value z and a batch of M with mean d and standard deviation s, batch norm gives
 (z - d) / s instead of z. Averaged over the batch, E[((z - d) / s - z)^2] = 2 (1 - E[s]), because the batch's own
-covariance of both is s. To first order in 1 / M this is (kurtosis + 3) / (4 M): 1 / M from the mean and
-(kurtosis - 1) / (4 M) from the standard deviation.
+covariance of both is s (the layer's eps aside). To first order in 1 / M this is (kurtosis + 3) / (4 M): 1 / M from
+the mean and (kurtosis - 1) / (4 M) from the standard deviation.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.sweep import digits
 from batchnorm.lecture.training import accuracies, losses, sgd
 from batchnorm.lecture.verdict import estimate, judge
+from batchnorm.moments import Moments
 
 SIZES = (64, 64, 64, 10)
 TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
@@ -64,21 +65,28 @@ class GhostNorm(BatchNorm1d):
         return vmap(lambda x: kernels.train(x, self.weight, self.bias, self.eps)[0])(groups).flatten(0, 1)
 
 
-def with_population(parameters: Mapping[str, Tensor], sizes: Sequence[int], x: Tensor) -> Ensemble:
-    """Fully connected networks with the exact statistics of all of ``x`` stored at every layer.
+def with_norm(trained: Ensemble, sizes: Sequence[int], norm: Norm = BatchNorm1d) -> Ensemble:
+    """Fully connected networks that share the parameters of ``trained``, with new normalization, not filled."""
+    fresh = Ensemble.of(lambda: fully_connected(sizes, norm=norm), range(trained.size))
+    return Ensemble(fresh.template, trained.parameters, fresh.buffers)
 
-    All of x as one batch in train mode is normalized, layer after layer, by its own statistics, and with momentum 1
-    these are what is stored.
+
+def with_population(trained: Ensemble, sizes: Sequence[int], x: Tensor) -> Ensemble:
+    """The same networks with exact population statistics, layer by layer as ``recalibrate`` measures them.
 
     Args:
-        parameters: Of networks with batch norm, stacked; shared, not copied.
+        trained: Networks with batch norm of some kind; parameters are shared, nothing is changed.
         sizes: As for fully_connected.
-        x: Examples of each network, (R, N, features).
+        x: All examples of each network's population, (R, N, features).
     """
-    fresh = Ensemble.of(lambda: fully_connected(sizes, norm=partial(BatchNorm1d, momentum=1.0)), range(len(x)))
-    exact = Ensemble(fresh.template, dict(parameters), fresh.buffers)
+    exact = with_norm(trained, sizes)
     with torch.no_grad():
-        exact(x, train=True)
+        for name, child in exact.template.named_children():
+            if isinstance(child, BatchNorm1d):
+                received = Moments.of(x, (0, 2))  # (R, N, C) -> (R, C)
+                exact.buffers[f"{name}.running_mean"] = received.mean.float()
+                exact.buffers[f"{name}.running_var"] = received.unbiased_var.float()
+            x = exact.through(child, x, prefix=f"{name}.")
     return exact
 
 
@@ -109,7 +117,7 @@ def train_arm(settings: Settings, norm: Norm, batch: int = TRAIN) -> Arm:
     ensemble = Ensemble.of(lambda: fully_connected(SIZES, norm=norm), settings.all_seeds)
     sgd(ensemble, digits(), torch.stack(indices), torch.full((settings.seeds,), RATE))
     train, test = (digits()[torch.stack(part)] for part in zip(*splits, strict=True))
-    exact = with_population(ensemble.parameters, SIZES, train.x)
+    exact = with_population(ensemble, SIZES, train.x)
     with torch.no_grad():
         fitted, unseen = exact(train.x), exact(test.x)
     return Arm(exact, accuracies(fitted, train.y), losses(unseen, test.y), accuracies(unseen, test.y))
@@ -207,19 +215,17 @@ def measure_noise(ensemble: Ensemble, settings: Settings) -> Noise:
 
 def run(settings: Settings, progress: Progress) -> Result:
     """Train with every group size and batch, and measure the noise on the networks trained with one group."""
-    total = len(GROUPS) + len(BATCHES) + 1
     arms: dict[int, Arm] = {}
-    for size in GROUPS:
-        arms[size] = train_arm(settings, partial(GhostNorm, size=size))
-        progress(len(arms) / total)
     naive: dict[int, Arm] = {}
-    for batch in BATCHES:
-        naive[batch] = train_arm(settings, BatchNorm1d, batch)
-        progress((len(arms) + len(naive)) / total)
+    for done, size in enumerate(GROUPS + BATCHES):
+        if done < len(GROUPS):
+            arms[size] = train_arm(settings, partial(GhostNorm, size=size))
+        else:
+            naive[size] = train_arm(settings, BatchNorm1d, size)
+        progress((done + 1) / (len(GROUPS) + len(BATCHES) + 1))
     noise = measure_noise(arms[TRAIN].ensemble, settings)
     progress(1.0)
-    slope = _judge_slope(noise)
-    effect = _judge_effect(arms)
+    slope, effect = _judge_slope(noise), judge_effect(arms)
     charts = [_power_chart(noise, slope), _dropout_chart(noise), _effect_chart(arms, naive)]
     return Result([slope, effect], charts, _numbers(noise, arms, naive))
 
@@ -233,7 +239,7 @@ def _judge_slope(noise: Noise) -> Verdict:
     return judge("noise-slope", slopes.tolist(), sentence)
 
 
-def _judge_effect(arms: Mapping[int, Arm]) -> Verdict:
+def judge_effect(arms: Mapping[int, Arm]) -> Verdict:
     """Test loss with groups of 512 minus with 16."""
     small, large = arms[16], arms[512]
     effect = large.test_loss - small.test_loss
@@ -278,9 +284,8 @@ def _numbers(noise: Noise, arms: Mapping[int, Arm], naive: Mapping[int, Arm]) ->
 
 def _spread(values: Tensor) -> dict[str, float]:
     """Mean with the range over seeds."""
-    return {
-        key: float(f"{v:.4g}") for key, v in (("y", values.mean()), ("low", values.amin()), ("high", values.amax()))
-    }
+    spread = {"y": values.mean(), "low": values.amin(), "high": values.amax()}
+    return {key: float(f"{value:.4g}") for key, value in spread.items()}
 
 
 _MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal law, exact"
@@ -289,12 +294,9 @@ _MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal l
 def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> list[dict[str, float | str]]:
     """Measured values (sizes, seeds) and dashed theories at every size of MEASURED."""
     measured = [{"x": m, **_spread(v), "series": _MEASURED} for m, v in zip(MEASURED, values, strict=True)]
-    expected = [
-        {"x": m, "y": float(f"{formula(m):.4g}"), "series": name}
-        for name, formula in theories.items()
-        for m in MEASURED
-    ]
-    return [{**row, "panel": panel} for row in measured + expected]
+    for name, formula in theories.items():
+        measured += [{"x": m, "y": float(f"{formula(m):.4g}"), "series": name} for m in MEASURED]
+    return [{**row, "panel": panel} for row in measured]
 
 
 def _power_chart(noise: Noise, slope: Verdict) -> Chart:
@@ -319,14 +321,14 @@ def _power_chart(noise: Noise, slope: Verdict) -> Chart:
 def _dropout_chart(noise: Noise) -> Chart:
     kappa = float(noise.kurtosis.mean())
     equal = dropout(noise.power)
-    at = {size: float(equal[MEASURED.index(size)].mean()) for size in (8, 32, 512)}
-    said = ", ".join(f"{share:.2g} at batches of {size}" for size, share in ((m, 100 * p) for m, p in at.items()))
+    at = {size: 100 * equal[MEASURED.index(size)].mean() for size in (8, 32, 512)}
+    said = ", ".join(f"{share:.2g} % with batches of {size}" for size, share in at.items())
     return Chart(
         "points",
-        f"As strong as dropout of this many percent: {said}",
+        f"The noise of a batch is as strong as that of dropout at {said}",
         "Dropout rate with the same noise power against batch size, both on log scales. Blue points fall along a "
         "dashed line from tens of percent at the smallest batches to a fraction of a percent at 512.",
-        _lines("dropout", equal, {_FIRST_ORDER: lambda m: dropout(theory(kappa, m))}),
+        _lines("", equal, {_FIRST_ORDER: lambda m: dropout(theory(kappa, m))}),
         Axis("batch size M", log=True),
         Axis("equivalent dropout rate p", log=True, percent=True),
         {_MEASURED: "with", _FIRST_ORDER: "neutral"},
@@ -341,12 +343,10 @@ def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
         for size, arm in found.items():
             change = estimate((arm.test_loss - arms[TRAIN].test_loss).tolist())
             spread = {"y": change.mean, "low": change.low, "high": change.high}
-            rows.append({"x": size, **{k: round(v, 4) for k, v in spread.items()}, "series": kind, "panel": kind})
+            rows.append({"x": size, **{k: round(v, 3) + 0.0 for k, v in spread.items()}, "series": kind, "panel": kind})
         rows += [{"x": size, "y": 0.0, "series": _SAME, "panel": kind} for size in (min(GROUPS), TRAIN)]
-    change = {size: float((arm.test_loss - arms[TRAIN].test_loss).mean()) for size, arm in arms.items()}
-    said = ", ".join(
-        f"{round(change[size], 3) + 0.0:+.3f} with groups of {size}" for size in sorted(GROUPS) if size != TRAIN
-    )
+    changes = {row["x"]: row["y"] for row in rows if row["series"] == _GROUPED and row["x"] != TRAIN}
+    said = ", ".join(f"{change:+.3f} with groups of {size}" for size, change in changes.items())
     return Chart(
         "points",
         f"Test loss in nats against one group of {TRAIN}: {said}",
@@ -387,8 +387,7 @@ CLAIM = Claim(
     not_shown=(
         "Equal noise power is not equal noise: batch norm's is shared by all examples of a batch. The grey points mix "
         "in the noise of the optimizer's own small batches and fewer examples seen, so they do not speak for batch "
-        "norm. "
-        "Small networks on few examples, all stopped at the same step; with more data there is less to regularize."
+        "norm. Small networks on few examples, all stopped at the same step; more data leave less to regularize."
     ),
     sources=(
         "Ioffe and Szegedy 2015, Batch Normalization, section 3.4",

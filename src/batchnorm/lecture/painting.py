@@ -1,7 +1,8 @@
 """Silhouettes painted: black cats, coloured cats, and pictures of black cats that were changed as a whole.
 
-A silhouette is 1 on the shape and 0 on the ground; a picture is (3, H, W), red, green and blue from 0 to 1. Of one
-seed every painting has the same grounds, so "contrast" and "inverted" are affine maps of "black", value by value.
+A silhouette is 1 on the shape, 0 on the ground and between them at its edge; a picture is (3, H, W), red, green and
+blue from 0 to 1. The paintings of one seed share their grounds, so "contrast" and "inverted" are affine maps of
+"black", value by value.
 """
 
 from __future__ import annotations

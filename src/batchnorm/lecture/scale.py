@@ -172,7 +172,8 @@ def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
     sentence = (
         f"{table.title}: {_count(fast, fast_cut)} steps with normalized features, {_count(raw, raw_cut)} as "
         f"{'recorded' if table.divisor == 1 else f'pixels / {table.divisor:g}'} "
-        f"({'at least ' if raw_cut else ''}{10**ratio:.3g} times as many)."
+        f"({'at least ' if raw_cut else ''}{10**ratio:.3g} times as many), "
+        f"{_count(*descents[CENTRED].steps_at_best())} if only centred."
     )
     control = name == "digits"
     late = [arm for arm, cut in ((NORMALIZED, fast_cut), (RAW, raw_cut and control)) if cut]
@@ -208,7 +209,8 @@ def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
         f"Steps to {TARGET} nats with normalized features, each form at its best learning rate: {', '.join(counts)}",
         "Training loss against steps, both on log scales, one panel for each table. On wine and breast cancer the "
         "blue curve of normalized features falls through the dashed target while the orange curve of features as "
-        "recorded stays above it.",
+        "recorded and the grey one of features that are only centred stay above it. On digits all three arrive, grey "
+        "close behind blue.",
         rows,
         Axis("training step", log=True),
         Axis(f"training loss, nats (at least {FLOOR})", log=True),
@@ -283,8 +285,8 @@ CLAIM = Claim(
     ),
     how_to_read=(
         "In the first chart look where a curve crosses the dashed line: that is the number of steps, each form at its "
-        "own best rate, with the band spanning all seeds. In the second look at how far apart the best rates are, and "
-        "how low the points get there."
+        "own best rate, with the band spanning all seeds; grey shows how much of it is due to the mean alone. In the "
+        "second look at how far apart the best rates are, and how low the points get there."
     ),
     not_shown=(
         "An arm that never arrives counts with the last step, so its ratio is a lower bound. Optimizers that scale "

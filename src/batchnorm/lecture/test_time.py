@@ -18,7 +18,7 @@ from batchnorm.lecture import data
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.data import Examples
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.noise import GhostNorm, with_population
+from batchnorm.lecture.noise import GhostNorm, with_norm, with_population
 from batchnorm.lecture.sweep import SIZES, digits
 from batchnorm.lecture.training import accuracies, losses, sgd
 from batchnorm.lecture.verdict import judge
@@ -80,11 +80,11 @@ def train(settings: Settings) -> Trained:
 
     def observe(step: int) -> None:
         if step in READ or step == steps:
-            exact = with_population(ensemble.parameters, SIZES, fitted.x)
+            exact = with_population(ensemble, SIZES, fitted.x)
             readings.extend(_read(step, kind, nets, test) for kind, nets in ((EMA, ensemble), (POPULATION, exact)))
 
     sgd(ensemble, digits(), torch.stack(indices), torch.full((settings.seeds,), RATE), observe)
-    return Trained(ensemble, with_population(ensemble.parameters, SIZES, fitted.x), test, readings)
+    return Trained(ensemble, with_population(ensemble, SIZES, fitted.x), test, readings)
 
 
 def _read(step: int, statistics: str, ensemble: Ensemble, test: Examples) -> Reading:
@@ -105,9 +105,9 @@ def logits_in_batches(ensemble: Ensemble, x: Tensor, size: int, settings: Settin
     orders = torch.stack([_partitions(x.shape[1], seed) for seed in settings.all_seeds])  # (seeds, PARTITIONS, N)
     mixed = x.gather(1, orders.flatten(1)[:, :, None].expand(-1, -1, x.shape[2]))
     # all batches at once: groups of ``size`` neighbours are normalized by themselves
-    template = fully_connected(SIZES, norm=partial(GhostNorm, size=size))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = Ensemble(template, ensemble.parameters, ensemble.buffers)(mixed, train=True)
+    in_groups = with_norm(ensemble, SIZES, partial(GhostNorm, size=size))
+    with torch.no_grad():
+        logits = in_groups(mixed, train=True)
     logits = logits.unflatten(1, orders.shape[1:])
     return torch.empty_like(logits).scatter_(2, orders[..., None].expand_as(logits), logits)
 

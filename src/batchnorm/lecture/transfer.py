@@ -171,7 +171,7 @@ def _test(found: Findings, seed: int, without: nn.Sequential, with_norm: nn.Sequ
             found.values["moved", shift, layer].append(distance)
         for number in NUMBERS if shift in COUNTED else ():
             found.values["again", shift, number].append(accuracy(adapted(with_norm, fresh.x[:number]), test))
-    found.values["changed",].append(float((answers["black"] != answers["contrast"]).double().mean()))
+    found.values[("changed",)].append(float((answers["black"] != answers["contrast"]).double().mean()))
 
 
 def shifted(shift: str, seed: int) -> tuple[data.Examples, data.Examples]:

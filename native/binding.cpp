@@ -1,0 +1,64 @@
+// The Python module batchnorm._native: addresses and sizes in, nothing returned. No arithmetic here.
+#include "arithmetic.hpp"
+#include "threads.hpp"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <string>
+
+namespace nb = nanobind;
+using namespace batchnorm;
+
+namespace {
+
+struct Choice {
+    const char *name;
+    const Arithmetic *arithmetic;
+};
+
+Choice widest_instruction_set() {
+#ifdef BATCHNORM_X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return {"avx512", &avx512::arithmetic};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return {"avx2", &avx2::arithmetic};
+#endif
+    return {"portable", &portable::arithmetic};
+}
+
+Choice chosen = widest_instruction_set();
+
+void *at(uintptr_t address) { return reinterpret_cast<void *>(address); }
+
+void train(int type, int64_t outer, int64_t channels, int64_t inner, uintptr_t x, uintptr_t y, uintptr_t mean,
+           uintptr_t residual, uintptr_t var, uintptr_t weight, uintptr_t bias, double eps) {
+    nb::gil_scoped_release free;
+    chosen.arithmetic->train(Type(type), {{outer, channels, inner}, at(x), at(y), at(mean), at(residual), at(var),
+                                          at(weight), at(bias), eps});
+}
+
+void backward(int type, int64_t outer, int64_t channels, int64_t inner, uintptr_t grad, uintptr_t x, uintptr_t mean,
+              uintptr_t residual, uintptr_t var, uintptr_t weight, uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias,
+              double eps) {
+    nb::gil_scoped_release free;
+    chosen.arithmetic->backward(Type(type), {{outer, channels, inner}, at(grad), at(x), at(mean), at(residual), at(var),
+                                             at(weight), at(d_x), at(d_weight), at(d_bias), eps});
+}
+
+void normalize(int type, int64_t outer, int64_t channels, int64_t inner, uintptr_t x, uintptr_t y, uintptr_t mean,
+               uintptr_t var, uintptr_t weight, uintptr_t bias, double eps) {
+    nb::gil_scoped_release free;
+    chosen.arithmetic->normalize(
+        Type(type), {{outer, channels, inner}, at(x), at(y), at(mean), at(var), at(weight), at(bias), eps});
+}
+
+} // namespace
+
+NB_MODULE(_native, module) {
+    find_threads();
+    module.attr("instruction_set") = chosen.name;
+    module.def("train", &train);
+    module.def("backward", &backward);
+    module.def("normalize", &normalize);
+}

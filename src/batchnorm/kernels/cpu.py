@@ -1,0 +1,93 @@
+"""The native kernels on CPU tensors: the same functions as reference.py for the layouts and types that they know.
+
+``supports`` says which; everything else stays with the reference. Sums are blocked by shape alone, so results have the
+same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels.reference import wide_dtype
+
+
+def _built() -> Any:
+    """The native module; None where the package was built without a compiler."""
+    try:
+        return import_module("batchnorm._native")
+    except ImportError:
+        return None
+
+
+_native = _built()
+INSTRUCTION_SET: str | None = _native and _native.instruction_set
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the native kernels take ``x``: built, on the CPU, of a known type, contiguous or channels_last."""
+    return (
+        _native is not None and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0 and _sizes(x) is not None
+    )
+
+
+def train_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As reference.train_forward."""
+    wide = wide_dtype(x.dtype)
+    y = torch.empty_like(x)
+    mean, residual, var = (torch.empty(x.shape[1], dtype=wide) for _ in range(3))
+    weight, bias = _as(weight, wide), _as(bias, wide)
+    _native.train(*_head(x), _at(x), _at(y), _at(mean), _at(residual), _at(var), _at(weight), _at(bias), eps)
+    return y, mean, residual, var
+
+
+def train_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, residual: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first."""
+    wide = wide_dtype(x.dtype)
+    if grad.stride() != x.stride() or grad.dtype != x.dtype:
+        grad = torch.empty_like(x).copy_(grad)
+    d_x = torch.empty_like(x)
+    d_weight, d_bias = (torch.empty(x.shape[1], dtype=wide) for _ in range(2))
+    channels = [_as(t, wide) for t in (mean, residual, var, weight)]
+    inputs = (_at(t) for t in (grad, x, *channels))
+    _native.backward(*_head(x), *inputs, _at(d_x), _at(d_weight), _at(d_bias), eps)
+    return d_x, d_weight, d_bias
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As reference.normalize."""
+    y = torch.empty_like(x)
+    channels = [_as(t, wide_dtype(x.dtype)) for t in (mean, var, weight, bias)]
+    _native.normalize(*_head(x), _at(x), _at(y), *(_at(t) for t in channels), eps)
+    return y
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int] | None:
+    """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last; None otherwise."""
+    channels = x.shape[1]
+    if x.is_contiguous():
+        return x.shape[0], channels, x.shape[2:].numel()
+    if x.movedim(1, -1).is_contiguous():
+        return x.numel() // channels, channels, 1
+    return None
+
+
+def _head(x: Tensor) -> tuple[int, ...]:
+    return _TYPES[x.dtype], *(_sizes(x) or ())
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()

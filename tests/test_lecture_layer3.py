@@ -1,0 +1,207 @@
+"""Claim "layer3": the measure of drift against closed forms, what layer 3 receives, and the contract of a claim."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture import layer3
+from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.criteria import CRITERIA
+from batchnorm.lecture.drift import IDLE, behind, drift, noise_floor
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.sweep import digits, probe_indices
+
+QUICK = Settings(seeds=2, effort=0.1)
+EPS32 = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return layer3.run(QUICK, lambda _: None)
+
+
+# A sum of 64 values of up to 4 sd in float32 is off by less than 64 * EPS32 of an sd; so are the ratios made of it.
+ROUNDING = 64 * EPS32
+
+
+def values(n: int = 64, units: int = 5) -> Tensor:
+    """Values of a layer, every unit with another standard deviation."""
+    return torch.randn(n, units) * torch.arange(1.0, units + 1)
+
+
+def test_a_shift_by_d_standard_deviations_is_a_drift_of_d() -> None:
+    before = values()
+    d = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5])
+    moved = drift(before, before + d * before.std(0, correction=0))
+    rms = float(d.square().mean().sqrt())
+    assert float(moved.total) == pytest.approx(rms, rel=ROUNDING)
+    assert float(moved.mean) == pytest.approx(rms, rel=ROUNDING)
+    assert float(moved.log_sd) == pytest.approx(0, abs=ROUNDING)
+
+
+def test_a_stretch_by_c_is_a_drift_of_c_less_one_in_root_mean_squares() -> None:
+    before, c = values() + 2, 1.25
+    mean, sd = before.mean(0), before.std(0, correction=0)
+    moved = drift(before, c * before)
+    # W2(P, cP)^2 = (c - 1)^2 E[x^2]
+    expected = (c - 1) * ((mean.square() + sd.square()) / sd.square()).mean().sqrt()
+    assert float(moved.total) == pytest.approx(float(expected), rel=ROUNDING)
+    assert float(moved.mean) == pytest.approx((c - 1) * float((mean / sd).square().mean().sqrt()), rel=ROUNDING)
+    assert float(moved.log_sd) == pytest.approx(math.log(c), rel=ROUNDING)
+
+
+def test_the_same_values_in_another_order_do_not_drift() -> None:
+    before = values()
+    moved = drift(before, before[torch.randperm(len(before))])
+    assert moved.total == moved.log_sd == moved.mean == 0
+
+
+def test_rescaling_or_mirroring_a_unit_changes_no_drift() -> None:
+    before, after = values(), values()
+    factor = torch.tensor([1e-3, 1.0, -1.0, 7.0, -1e4])
+    moved, rescaled = drift(before, after), drift(factor * before, factor * after)
+    for part in ("total", "mean", "log_sd", "idle"):
+        assert float(getattr(rescaled, part)) == pytest.approx(float(getattr(moved, part)), rel=ROUNDING)
+
+
+def test_a_swap_of_units_is_a_drift_though_the_layer_as_a_set_stays() -> None:
+    before = values()
+    assert drift(before, before.flip(1)).total > 0.5
+
+
+def test_an_idle_unit_is_left_out_and_counted() -> None:
+    before = torch.cat([values(), torch.zeros(64, 3)], 1)
+    before[: 64 // IDLE, 5] = 1.0  # active on just as few examples as still count as idle
+    after = before + 1.0
+    alone, together = drift(before[:, :5], after[:, :5]), drift(before, after)
+    assert together.total == alone.total
+    assert float(together.idle) == pytest.approx(3 / 8)
+    before[: 64 // IDLE + 1, 5] = 1.0
+    assert float(drift(before, before).idle) == pytest.approx(2 / 8)
+
+
+def test_a_layer_of_idle_units_does_not_drift() -> None:
+    moved = drift(torch.full((20, 3), 0.1), torch.randn(20, 3))
+    assert (float(moved.total), float(moved.log_sd), float(moved.idle)) == (0, 0, 1)
+
+
+def test_a_unit_that_falls_idle_drifts_but_has_no_logarithm() -> None:
+    moved = drift(values(), torch.zeros(64, 5))
+    assert float(moved.log_sd) == 0
+    assert 0 < float(moved.total) < math.inf
+
+
+def test_the_noise_floor_falls_as_the_root_of_the_probe() -> None:
+    floors = {n: float(noise_floor(torch.randn(50, n, 8)).mean()) for n in (64, 1024)}
+    # W2 of two samples of n / 2 falls as n ** -0.5 up to logarithms: 4 from 64 to 1024; 400 draws leave a few percent
+    assert 3.2 < floors[64] / floors[1024] < 4.8
+
+
+def test_the_noise_floor_is_the_drift_from_even_to_odd_places() -> None:
+    half = values()
+    both = torch.stack([half, half + 0.25 * half.std(0, correction=0)], 1).flatten(0, 1)
+    assert float(noise_floor(both)) == pytest.approx(0.25, rel=4 * ROUNDING)
+    assert float(noise_floor(half.repeat_interleave(2, 0))) == 0
+    assert float(noise_floor(both[:-1])) < 0.5  # an odd probe leaves its last example out
+
+
+def test_values_behind_a_child_are_those_of_the_network_cut_there_and_change_nothing() -> None:
+    net = Ensemble.of(lambda: fully_connected((64, 8, 4, 10)), range(2))
+    x = digits()[probe_indices(QUICK, 32)].x
+    kept = {name: value.clone() for name, value in net.buffers.items()}
+    seen = behind(net, "act2", x, train=True)
+    assert seen.shape == (2, 32, 4)
+    last = {name: net.parameters[f"w3.{name}"].detach() for name in ("weight", "bias")}
+    logits = torch.baddbmm(last["bias"].unsqueeze(1), seen, last["weight"].mT)
+    # sums of 4 products, in another order
+    torch.testing.assert_close(
+        logits, net(x, train=True, keep_statistics=True).detach(), rtol=16 * EPS32, atol=16 * EPS32
+    )
+    assert all(torch.equal(kept[name], value) for name, value in net.buffers.items())
+
+
+def test_both_arms_start_from_the_same_weights() -> None:
+    arms = layer3._paired(QUICK, (64, 8, 4, 10))
+    for layer in (1, 2, 3):
+        assert torch.equal(arms["with"].parameters[f"w{layer}.weight"], arms["without"].parameters[f"w{layer}.weight"])
+    assert arms["with"].parameters["w1.weight"].is_leaf
+
+
+def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
+    norm = BatchNorm1d(3, eps=1e-12)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -2.0, 1.0]))
+        norm.bias.copy_(torch.tensor([1.0, 0.0, -3.0]))
+    z = norm(torch.randn(200, 3) * 5 + 1).detach()[None, None]
+    seen = layer3.Seen(
+        torch.zeros(1),
+        z,
+        z,
+        norm.bias.detach()[None, None],
+        norm.weight.detach()[None, None],
+        torch.zeros(2, 1),
+        torch.ones(1),
+    )
+    # mean and standard deviation of 200 values in float32, up to 3 sd around 3
+    assert max(map(float, layer3._in_batch_errors(seen))) < 200 * EPS32
+    assert float(layer3._distances(seen).max()) < 200 * EPS32
+
+
+def test_every_criterion_of_the_claim_is_judged_the_main_one_first(result: Result) -> None:
+    judged = [verdict.criterion.key for verdict in result.verdicts]
+    assert judged == [key for key in CRITERIA if key.startswith("layer3-")]
+
+
+def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) -> None:
+    assert [chart.kind for chart in result.charts] == ["ribbons", "lines", "lines"]
+    for chart in result.charts:
+        assert 0 < len(chart.rows) <= 600
+        assert {row["series"] for row in chart.rows} == set(chart.series)
+        assert set(chart.dashed) <= set(chart.series)
+        assert chart.title
+        assert chart.alt
+        json.dumps(chart.rows, allow_nan=False)
+        assert chart.y is not None
+        assert not chart.y.log or all(row["y"] > 0 for row in chart.rows)
+    json.dumps(result.numbers, allow_nan=False)
+
+
+def test_the_picture_has_the_four_units_in_both_arms(result: Result) -> None:
+    cells = {(row["row"], row["panel"]) for row in result.charts[0].rows}
+    assert cells == {(f"a[2]{unit}", f"{arm} batch norm") for unit in range(1, 5) for arm in ("without", "with")}
+
+
+def test_a_full_run_stays_within_the_rows_that_a_chart_can_show() -> None:
+    for count in (2, 3, 31, 81):
+        shown = layer3._every(count, 40)
+        assert shown[0] == 0
+        assert len(shown) <= 41
+
+
+def test_arms_that_did_not_learn_make_no_verdict(result: Result) -> None:
+    wide = result.verdicts[0]
+    assert wide.status is Status.INVALID  # a tenth of the training is not enough without batch norm
+    assert "without batch norm" in wide.failed_guard
+
+
+def test_titles_state_the_measured_drift(result: Result) -> None:
+    drifts = [result.numbers[f"drift per 10 steps, sd, four units, {arm} batch norm"] for arm in ("without", "with")]
+    assert all(isinstance(value, float) and f"{value:.2g}" in result.charts[0].title for value in drifts)
+
+
+def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert layer3.run(QUICK, lambda _: None).to_dict() == result.to_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_progress_ends_at_one() -> None:
+    seen: list[float] = []
+    layer3.run(Settings(seeds=2, effort=0.01), seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1

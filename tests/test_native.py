@@ -1,0 +1,195 @@
+"""The native kernels against the reference in float64: every type, layout, plane size and lane remainder."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("batchnorm._native", reason="built without a compiler: the reference runs, and is tested")
+
+from batchnorm.kernels import cpu, reference
+
+EPS = 1e-5
+SHAPES = [
+    (7, 5),
+    (300, 33),
+    (1000, 144),
+    (2, 1),
+    (8, 6, 7),
+    (5, 3, 1, 1),
+    (8, 6, 7, 7),
+    (4, 3, 23, 23),
+    (3, 2, 50, 50),
+    (3, 17, 5, 3, 4),
+]
+ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def case(shape, dtype, *, channels_last=False, mean=3.0):
+    x = (torch.randn(shape, dtype=torch.float64) * 2 + mean).to(dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    wide = reference.wide_dtype(dtype)
+    weight, bias = torch.rand(shape[1], dtype=wide) + 0.5, torch.randn(shape[1], dtype=wide)
+    return x, weight, bias, torch.randn_like(x)
+
+
+def close(actual, expected, dtype, *, count, terms=1.0):
+    """Within the rounding of the result's own type at its largest value, and of sums of ``count`` values in lanes.
+
+    The latter is at the size of the ``terms`` that are added up, which may cancel.
+    """
+    wide = ROUNDOFF[reference.wide_dtype(dtype)]
+    largest = expected.abs().max()
+    allowed = ROUNDOFF[dtype] * largest + wide * (16 + count**0.5) * max(float(largest), float(terms))
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_backward_and_eval_equal_the_reference_in_float64(shape, channels_last, dtype):
+    x, weight, bias, grad = case(shape, dtype, channels_last=channels_last)
+    assert cpu.supports(x)
+    count = x.numel() // shape[1]
+    y, mean, residual, var = cpu.train_forward(x, weight, bias, EPS)
+    wide = (t.double() for t in (x, weight, bias))
+    y_, mean_, residual_, var_ = reference.train_forward(*wide, EPS)
+    close(y, y_, dtype, count=count)
+    close(mean.double() + residual.double() - mean_ - residual_, torch.zeros(()), torch.float64, count=count * 2**58)
+    assert ((var.double() - var_).abs() <= (16 + count**0.5) * ROUNDOFF[mean.dtype] * var_).all()
+    assert y.stride() == x.stride()
+
+    found = cpu.train_backward(grad, x, mean, residual, var, weight, EPS)
+    expected = reference.train_backward(grad.double(), x.double(), mean_, residual_, var_, weight.double(), EPS)
+    # d_x = slope (g - mean g - z mean gz): each term is at most slope |g| (1 + z^2)
+    z = reference.train_forward(x.double(), None, None, EPS)[0]
+    terms = (weight.double() * (var_ + EPS).rsqrt()).max() * grad.double().abs().max() * (1 + z.square().max())
+    close(found[0], expected[0], dtype, count=count, terms=terms)
+    for sums, sums_ in zip(found[1:], expected[1:], strict=True):
+        # a sum's rounding grows with the sum of magnitudes, not with the sum
+        scale = grad.double().abs().amax() * count * (3 + weight.max())
+        assert ((sums.double() - sums_).abs() <= 16 * ROUNDOFF[sums.dtype] * scale).all()
+
+    close(
+        cpu.normalize(x, mean, var, weight, bias, EPS),
+        reference.normalize(*(t.double() for t in (x, mean, var, weight, bias)), EPS),
+        dtype,
+        count=1,
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_values_far_from_zero_keep_the_digits_that_their_format_has(channels_last):
+    x, *_ = case((32, 16, 28, 28), torch.float32, channels_last=channels_last, mean=1e5)
+    y, *_ = cpu.train_forward(x, None, None, EPS)
+    expected, *_ = reference.train_forward(x.double(), None, None, EPS)
+    assert (y.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_a_first_image_of_zeros_and_an_outlier_do_not_spoil_the_statistics():
+    x = torch.randn(16, 4, 40, 40) + 1000
+    x[0] = 0
+    x[3, 1, 5, 5] = 1e6
+    _, mean, residual, var = cpu.train_forward(x, None, None, EPS)
+    _, mean_, _, var_ = reference.train_forward(x.double(), None, None, EPS)
+    assert ((mean.double() + residual - mean_).abs() <= 1e-6 * var_.sqrt()).all()
+    assert ((var - var_).abs() <= 1e-6 * var_).all()
+
+
+def test_nan_and_infinity_stay_in_their_channel():
+    x = torch.randn(8, 3, 9, 9)
+    x[2, 0, 1, 1], x[1, 1, 0, 0] = torch.nan, torch.inf
+    y, *_ = cpu.train_forward(x, None, None, EPS)
+    assert y[:, 0].isnan().all()
+    assert y[:, 1].isnan().any()
+    assert y[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48, 30, 30), (64, 48, 7, 7), (5000, 100)], ids=str)
+def test_results_have_the_same_bits_for_any_number_of_threads(shape, channels_last):
+    x, weight, bias, grad = case(shape, torch.float32, channels_last=channels_last)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            forward = cpu.train_forward(x, weight, bias, EPS)
+            results.append([*forward, *cpu.train_backward(grad, x, *forward[1:], weight, EPS)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(32, 19), (32, 19, 7, 7), (32, 3, 33, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_example_has_the_same_bits_alone_and_in_any_batch(shape, dtype):
+    x, weight, bias, _ = case(shape, dtype)
+    mean, var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.1
+    whole = cpu.normalize(x, mean, var, weight, bias, EPS)
+    for i in (0, 1, 31):
+        assert torch.equal(cpu.normalize(x[i : i + 1].clone(), mean, var, weight, bias, EPS), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_tensors_that_start_anywhere_in_memory_are_read_right(offset):
+    x = torch.randn(4 * 6 * 19 + offset)[offset:].view(4, 6, 19)
+    y, *_ = cpu.train_forward(x, None, None, EPS)
+    expected, *_ = reference.train_forward(x.double(), None, None, EPS)
+    close(y, expected, torch.float32, count=76)
+
+
+def test_a_gradient_of_another_layout_or_type_is_taken():
+    x, weight, bias, grad = case((4, 6, 5, 5), torch.float32)
+    forward = cpu.train_forward(x, weight, bias, EPS)
+    expected = cpu.train_backward(grad, x, *forward[1:], weight, EPS)
+    for other in (grad.to(memory_format=torch.channels_last), grad.double()):
+        found = cpu.train_backward(other, x, *forward[1:], weight, EPS)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_the_kernels_do_not_know_is_left_to_the_reference():
+    x = torch.randn(4, 6, 5, 5)
+    assert not cpu.supports(x[..., ::2])
+    assert not cpu.supports(x[:0])
+    assert not cpu.supports(x.to("meta"))
+
+
+def test_four_python_threads_at_once_give_the_single_thread_bits():
+    x, weight, bias, _ = case((32, 64, 28, 28), torch.float32)
+    expected = cpu.train_forward(x, weight, bias, EPS)
+    wrong = []
+
+    def work():
+        for _ in range(5):
+            found = cpu.train_forward(x, weight, bias, EPS)
+            wrong.extend(1 for a, b in zip(found, expected, strict=True) if not torch.equal(a, b))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_forked_child_finishes_after_the_parent_ran_in_parallel():
+    program = """
+import os, sys, torch
+from batchnorm.kernels import cpu
+torch.set_num_threads(2)
+x = torch.randn(64, 64, 28, 28)
+cpu.train_forward(x, None, None, 1e-5)
+child = os.fork()
+if child == 0:
+    cpu.train_forward(x, None, None, 1e-5)
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
+    assert done.returncode == 7
