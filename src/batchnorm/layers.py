@@ -125,7 +125,7 @@ class _Layer(_BatchNorm):
         Going to eval warns of batches whose statistics were not stored, where the device could not at once.
         """
         super().train(mode)
-        if not mode and not self._skipped.is_meta and not kernels.warns_at_once(self._skipped.device):
+        if not mode and not self._skipped.is_meta and not kernels.running.warns_at_once(self._skipped.device):
             self._report_skipped()
         return self
 
