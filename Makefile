@@ -19,14 +19,14 @@ why: $(STAMP)    ## run every claim of the lecture, print verdicts, write why.ht
 	$(BIN)/batchnorm why
 
 test: $(STAMP) browser  ## the whole test suite
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: $(STAMP)  ## format, lint, types, imports and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
 # pages are tested in the system's Chromium; playwright drives it and downloads none of its own
 browser:

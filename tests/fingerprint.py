@@ -68,7 +68,7 @@ def traits(value: object) -> object:
     """A value to compare, written down independently of how the shield remembers it."""
     if isinstance(value, torch.Tensor):
         grad = value.grad if value.is_leaf else None
-        hooks = [len(h or ()) for h in (value._backward_hooks, value._post_accumulate_grad_hooks)]
+        hooks = [None if h is None else len(h) for h in (value._backward_hooks, value._post_accumulate_grad_hooks)]
         own = {key: traits(v) for key, v in vars(value).items()}
         return id(value), type(value), bits(value), value.requires_grad, id(grad), bits(grad), hooks, own
     if isinstance(value, nn.Module):
@@ -79,7 +79,9 @@ def traits(value: object) -> object:
         return id(value), [traits(v) for v in value]
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
-    return value if isinstance(value, (int, float, str, bool, set, type(None))) else id(value)
+    if isinstance(value, set):
+        return id(value), sorted(map(repr, value))
+    return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
 def fingerprint(model: nn.Module) -> object:

@@ -20,8 +20,9 @@ from sample_verdicts import (
     usable_rates,
 )
 
-from batchnorm.charts import legend, looks, panels, with_gaps
+from batchnorm.charts import panels, with_gaps
 from batchnorm.charts.scales import log_ticks, scale
+from batchnorm.charts.series import legend, looks
 from batchnorm.charts.svg import to_specification, to_svg
 from batchnorm.lecture.claim import Axis, Chart
 
@@ -134,6 +135,19 @@ def test_an_interactive_drawing_leaves_the_wheel_to_the_page_and_zooms_only_numb
     assert moving["layer"][0]["params"][0]["select"]["zoom"] == "wheel![event.shiftKey]"
     still = to_specification(panels(accuracies())[0].drawing, zoom=False)
     assert not any("params" in layer for layer in still["layer"])
+
+
+def test_a_series_has_symbols_in_all_panels_or_in_none():
+    def symbols(drawing) -> int:
+        specification = drawing.to_dict(validate=False)
+        return len(specification["datasets"][specification["layer"][-1]["data"]["name"]])
+
+    rows = [{"x": x, "y": 1.0, "series": "with batch norm", "panel": "long"} for x in range(40)]
+    rows += [{"x": x, "y": 1.0, "series": "with batch norm", "panel": "short"} for x in range(5)]
+    chart = Chart("lines", "t", "a", rows, Axis("x"), Axis("y"), PAIR)
+    assert [symbols(panel.drawing) for panel in panels(chart)] == [0, 0]
+    chart = dataclasses.replace(chart, rows=rows[30:])
+    assert [symbols(panel.drawing) for panel in panels(chart)] == [10, 5]
 
 
 # -- gaps -----------------------------------------------------------------------------------------------------

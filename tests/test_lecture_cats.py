@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from batchnorm import lecture
 from batchnorm.layers import BatchNorm2d
 from batchnorm.lecture import cats, data, transfer
 from batchnorm.lecture.claim import Result, Settings, Status
@@ -250,7 +251,7 @@ def test_both_arms_start_by_one_rule():
 def quick() -> tuple[Result, tuple[float, ...]]:
     """A short run, and the progress that it reported."""
     steps: list[float] = []
-    return cats.run(QUICK, steps.append), tuple(steps)
+    return lecture.run("cats", QUICK, steps.append).result, tuple(steps)
 
 
 def test_every_criterion_of_the_claim_is_judged_the_main_one_first():
@@ -308,7 +309,7 @@ def test_a_second_run_gives_the_same_numbers_whatever_the_threads_and_leaves_the
     torch.set_num_threads(threads + 1)
     try:
         state = torch.get_rng_state()
-        again = cats.run(QUICK, lambda _: None)
+        again = lecture.run("cats", QUICK).result
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.get_num_threads() == threads + 1
     finally:

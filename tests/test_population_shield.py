@@ -129,6 +129,11 @@ def write_data(net: Net) -> None:
 
 
 @tool
+def transpose(net: Net) -> None:
+    net.last.weight.data = net.last.weight.data.t()
+
+
+@tool
 def poison(net: Net) -> None:
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):

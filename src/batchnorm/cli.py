@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,19 @@ def _explained(error: Exception) -> str:
     return str(error)
 
 
+def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print the version and which kernels are active, and leave."""
+    if not asked:
+        return
+    kernels = "reference, built without a compiler"
+    if find_spec("batchnorm._native"):
+        kernels = f"native, {import_module('batchnorm._native').instruction_set}"
+    click.echo(f"batchnorm {__version__} (CPU kernels: {kernels})")
+    ctx.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, message="batchnorm %(version)s")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Batch normalization for PyTorch: why it works, measured."""

@@ -42,7 +42,7 @@ class InputNorm(nn.Module):
     ``InputNorm.fit(data)`` measures them; ``InputNorm(num_features)`` is the empty one, to load a checkpoint into
     (``strict=True``). Train and eval mode are the same, and forward never changes the module. The variance is the
     biased one, and a constant feature has scale 1, both as in scikit-learn's StandardScaler: a variance no larger
-    than its rounding error, n eps var + (n eps mean)^2, counts as 0 (n is taken as 65536 at most).
+    than its rounding error, (n eps mean)^2, counts as 0 (n is taken as 65536 at most).
 
     Forward takes floating-point tensors, which keep their dtype, and integer ones (images, counts), which come
     out in the dtype that the module was cast to (``model.half()``; float32 by default). The statistics themselves
@@ -157,8 +157,8 @@ class InputNorm(nn.Module):
     @property
     def scale(self) -> Tensor:
         """What deviations are divided by, float64: the biased standard deviation, or 1 for a constant feature."""
-        error = self.count.clamp_max(_ROUNDING_COUNT) * torch.finfo(torch.float64).eps
-        constant = self.var <= error * self.var + (error * self.mean).square()
+        error = self.count.clamp_max(_ROUNDING_COUNT) * torch.finfo(torch.float64).eps * self.mean
+        constant = self.var <= error.square()  # scikit-learn adds n eps var, which decides nothing below n = 1e15
         return torch.where(constant, 1.0, self.var.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -300,7 +300,7 @@ def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
 def _environment() -> Environment:
     import jinja2
 
-    from batchnorm.charts import legend
+    from batchnorm.charts.series import legend
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.charts.scales import Scale, scale
+from batchnorm.charts.series import Look, looks, short, siblings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,12 +30,6 @@ _SIZES = {1: (380, 230), 2: (380, 230), 3: (300, 200)}
 _SMALL = (250, 170)
 _LOW = 150  # height where three or more rows stack
 
-_SHAPES = ("circle", "square", "triangle-up", "diamond")
-_DASHES = ((5, 4), (2, 3))
-
-# A line through at most this many values also shows the values themselves.
-_DOTTED = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Panel:
@@ -43,62 +38,6 @@ class Panel:
     row: str
     column: str
     drawing: alt.LayerChart
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """How a series is drawn: colour says the role; shade, shape and dash tell series of one role apart."""
-
-    colour: str
-    shape: str
-    dash: Sequence[int]
-
-
-def looks(chart: Chart) -> dict[str, Look]:
-    """The look of each series of ``chart``, in the order of the legend."""
-    count: dict[tuple[str, bool], int] = {}
-    result = {}
-    for name, role in chart.series.items():
-        dashed = name in chart.dashed
-        nth = count[role, dashed] = count.get((role, dashed), -1) + 1
-        shade = nth % len(_SHAPES)
-        colour = f"var(--{role}-{shade + 1})" if shade else f"var(--{role})"
-        result[name] = Look(colour, _SHAPES[shade], _DASHES[nth % len(_DASHES)] if dashed else ())
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One entry of a chart's legend: a series' name, its look, and whether it has a line, a symbol or a band."""
-
-    name: str
-    look: Look
-    line: bool
-    symbol: bool
-    band: bool
-
-
-def legend(chart: Chart) -> list[Key]:
-    """The legend of ``chart``."""
-    return [_key(chart, name, look) for name, look in looks(chart).items()]
-
-
-def _key(chart: Chart, name: str, look: Look) -> Key:
-    measured = chart.kind in {"points", "dots"}
-    line = bool(look.dash) or not measured
-    mine = [row for row in chart.rows if row["series"] == name]
-    longest = max(Counter((row.get("row"), row.get("panel")) for row in mine).values(), default=0)
-    marked = longest <= _DOTTED or name in _siblings(chart)
-    symbol = not look.dash and (measured or (chart.kind == "lines" and marked))
-    band = chart.kind == "ribbons" or (chart.kind == "lines" and bool(_with_interval(mine)))
-    return Key(name, look, line and chart.kind != "dots", symbol or chart.kind == "dots", band)
-
-
-def _siblings(chart: Chart) -> set[str]:
-    """The solid series that share their role with another one, so that colour alone does not tell them."""
-    solid = {name: role for name, role in chart.series.items() if name not in chart.dashed}
-    count = Counter(solid.values())
-    return {name for name, role in solid.items() if count[role] > 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +107,7 @@ def _config() -> alt.Config:
         aria=False,
         axis=alt.AxisConfig.from_dict({**labels, **rules}),
         axisX=alt.AxisConfig(grid=False, labelFlush=False),
-        axisY=alt.AxisConfig(domain=False, ticks=False),
+        axisY=alt.AxisConfig(domain=False, ticks=False, labelPadding=8),
         background="transparent",
         font="Liberation Sans, Arial, Helvetica, sans-serif",
         lineBreak="\n",
@@ -384,13 +323,13 @@ def _marked(chart: Chart, rows: Sequence[Row]) -> list[Row]:
     result = []
     for nth, name in enumerate(name for name in chart.series if name not in chart.dashed):
         mine = [row for row in rows if row["series"] == name]
-        if len(mine) <= _DOTTED:
+        if name in short(chart):
             result += mine
             continue
         there = [False, *(row["y"] is not None for row in mine), False]
         neighbours = zip(there, there[2:], strict=False)
         result += [row for row, sides in zip(mine, neighbours, strict=True) if not any(sides)]
-        if name in _siblings(chart):
-            every = len(mine) // 6
+        if name in siblings(chart):
+            every = max(len(mine) // 6, 1)
             result += mine[(nth + 1) * every // (len(chart.series) + 1) :: every]
     return [row for row in result if row["y"] is not None]

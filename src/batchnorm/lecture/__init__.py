@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from batchnorm.lecture.claim import Claim, Progress, Settings
     from batchnorm.lecture.verdicts import Outcome
 
@@ -29,7 +32,23 @@ def run(name: str, settings: Settings, progress: Progress = lambda _: None) -> O
     """Run one claim's experiment and time it."""
     from batchnorm.lecture.verdicts import Outcome
 
-    claim = load(name)
     start = time.perf_counter()
-    result = claim.run(settings, progress)
+    claim = load(name)
+    with _one_thread():
+        result = claim.run(settings, progress)
     return Outcome(claim, result, time.perf_counter() - start)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The experiments' matrices are small: handing them between threads costs more than it saves, far more on a busy
+    machine, and one thread gives the same numbers on every machine.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -334,8 +334,9 @@ CLAIM = Claim(
         f"constant but for 1 in {IDLE} examples (idle ReLUs) are left out in both arms."
     ),
     how_to_read=(
-        "Ribbons that stay level are values that keep their distribution; the drift below them says the same as one "
-        "number, and the dashed line what two random halves of the same examples differ by. The last chart shows "
+        "Ribbons that stay level are values that keep their distribution (flat at 0: a ReLU that is off); the drift "
+        "below them says the same as one number, and the dashed line what two random halves of the same examples "
+        "differ by. The last chart shows "
         "whether beta and gamma govern z~ for single examples too, where stored statistics stand in for the batch's."
     ),
     not_shown=(

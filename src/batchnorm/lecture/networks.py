@@ -45,13 +45,13 @@ def fully_connected(sizes: Sequence[int], activation: str = "relu", norm: Norm |
 
 
 def _linear(fan_in: int, fan_out: int, activation: str, *, bias: bool) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out, bias=bias)
-    if activation == "relu":
-        nn.init.kaiming_normal_(layer.weight)
-    else:
-        nn.init.xavier_normal_(layer.weight)
-    if bias:
-        nn.init.zeros_(layer.bias)
+    """A layer whose weights do not depend on ``bias``: with and without, the same random numbers are drawn."""
+    layer = nn.Linear(fan_in, fan_out)
+    initialize = nn.init.kaiming_normal_ if activation == "relu" else nn.init.xavier_normal_
+    initialize(layer.weight)
+    nn.init.zeros_(layer.bias)
+    if not bias:
+        layer.register_parameter("bias", None)
     return layer
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,25 +67,13 @@ def measure(settings: Settings, tick: Callable[[], None]) -> Findings:
         tick: Called after each trained network: for every seed, both arms and every rate of RATES.
     """
     found = Findings()
-    with _one_thread():
-        for seed in settings.all_seeds:
-            models = {}
-            for arm, norm in (("without", None), ("with", BatchNorm2d)):
-                rate, models[arm] = _tuned(norm, seed, settings.steps(STEPS), tick)
-                found.values["rate", arm].append(rate)
-            _test(found, seed, models["without"], models["with"])
+    for seed in settings.all_seeds:
+        models = {}
+        for arm, norm in (("without", None), ("with", BatchNorm2d)):
+            rate, models[arm] = _tuned(norm, seed, settings.steps(STEPS), tick)
+            found.values["rate", arm].append(rate)
+        _test(found, seed, models["without"], models["with"])
     return found
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread: a batch is too small to share, and sums then have one order whatever the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # -- training -------------------------------------------------------------------------------------------------
@@ -100,7 +87,7 @@ def convolutional(norm: Norm | None) -> nn.Sequential:
     """
     net, channels = nn.Sequential(), 3
     for layer, (out, kernel, stride) in enumerate(((8, 4, 2), (16, 3, 2), (32, 3, 1)), start=1):
-        net.add_module(f"w{layer}", nn.Conv2d(channels, out, kernel, stride, bias=norm is None))  # 28 -> 13 -> 6 -> 4
+        net.add_module(f"w{layer}", nn.Conv2d(channels, out, kernel, stride))  # 28 -> 13 -> 6 -> 4
         if norm is not None:
             net.add_module(f"norm{layer}", norm(out))
         net.add_module(f"act{layer}", nn.ReLU())
@@ -110,8 +97,9 @@ def convolutional(norm: Norm | None) -> nn.Sequential:
     for module in net:
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d) and norm is not None:  # drawn and dropped: both arms get the same weights
+            module.register_parameter("bias", None)
     return net
 
 

@@ -107,7 +107,7 @@ class Verdicts:
 
 def environment() -> dict[str, str]:
     """Versions and machine that numbers depend on; no host name, no path."""
-    import torch
+    from batchnorm.kernels.cpu import INSTRUCTION_SET
 
     versions = {name: _version(name) for name in ("batchnorm", "torch", "numpy", "scipy", "scikit-learn")}
     return versions | {
@@ -115,7 +115,7 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
+        "kernels": f"native, {INSTRUCTION_SET}" if INSTRUCTION_SET else "reference",
     }
 
 
