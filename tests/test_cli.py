@@ -9,7 +9,7 @@ from batchnorm.cli import main
 
 
 def call(*args):
-    return CliRunner().invoke(main, list(args))
+    return CliRunner().invoke(main, list(args), prog_name="batchnorm")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,8 @@ def test_a_wrong_argument_ends_with_its_remedy_and_code_2(args, words):
     ("hidden", "extra", "output"), [("altair", "report", "why.html"), ("sklearn", "lecture", "why.json")]
 )
 def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path, hidden, extra, output):
-    monkeypatch.setattr("batchnorm.cli.find_spec", lambda name: None if name == hidden else object())
+    monkeypatch.setitem(sys.modules, hidden, None)
+    monkeypatch.setattr("batchnorm.cli.find_spec", lambda name: None if sys.modules.get(name, ...) is None else ...)
     result = call("why", "-o", str(tmp_path / output))
     assert result.exit_code == 2
     assert f"pip install 'batchnorm[{extra}]'" in result.output

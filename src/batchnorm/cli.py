@@ -14,6 +14,7 @@ import click
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -29,11 +30,7 @@ if TYPE_CHECKING:
 FULL_SEEDS = 10
 _GLYPHS = {"SUPPORTED": "✓", "NOT SUPPORTED": "–", "OPPOSITE": "✗", "INVALID": "?"}
 _STYLES = {"SUPPORTED": "green", "NOT SUPPORTED": "yellow", "OPPOSITE": "red", "INVALID": "dim"}
-_SUFFIXES = (".html", ".json", ".md")
-_EXTRAS = {
-    "lecture": ("torch", "numpy", "scipy", "sklearn"),
-    "report": ("altair", "vl_convert", "jinja2"),
-}
+_LECTURE = ("torch", "numpy", "scipy", "sklearn")
 
 
 class _Commands(click.Group):
@@ -66,7 +63,9 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    "batchnorm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -106,33 +105,37 @@ def why(
     """
     if model is not None:
         raise click.UsageError(f"why runs the lecture's own networks only, got {model!r}. Leave the argument out.")
-    _require("lecture", *(["report"] if output.suffix == ".html" else []))
     _check_output(output, interactive=interactive)
-
+    _require_lecture()
+    from batchnorm import report
     from batchnorm.lecture.claim import Settings
+
+    if output.suffix == ".html":
+        report.require_extra()
 
     settings = Settings(seed, seeds or (FULL_SEEDS if full else 5))
     names = tuple(name for name in NAMES if name in names) or NAMES
     talk = Console(stderr=output_format != "rich", highlight=False)
     verdicts = _run_claims(names, settings, talk, _command(names, settings), quiet=quiet)
-    _write(verdicts, output, interactive=interactive)
+    report.write(verdicts, output, interactive=interactive)
     _show(verdicts, output_format)
     talk.print(f"report: {output}", soft_wrap=True)
 
 
-def _require(*extras: str) -> None:
-    for extra in extras:
-        missing = [module for module in _EXTRAS[extra] if find_spec(module) is None]
-        if missing:
-            raise ModuleNotFoundError(
-                f"this command needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[{extra}]'"
-            )
+def _require_lecture() -> None:
+    missing = [module for module in _LECTURE if find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"the lecture needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[lecture]'"
+        )
 
 
 def _check_output(output: Path, *, interactive: bool) -> None:
     """Find out before the experiments run, not after, that the report cannot be written."""
-    if output.suffix not in _SUFFIXES:
-        raise ValueError(f"-o needs a file that ends in {', '.join(_SUFFIXES)}, got {str(output)!r}.")
+    from batchnorm.report import SUFFIXES
+
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"-o needs a file that ends in {', '.join(SUFFIXES)}, got {str(output)!r}.")
     if interactive and output.suffix != ".html":
         raise ValueError(f"--interactive needs an .html report, got {str(output)!r}. Leave one of the two out.")
     try:
@@ -163,7 +166,7 @@ def _run_claims(names: tuple[str, ...], settings: Settings, talk: Console, comma
             _announce(name, talk)
             bar.update(task, description=name, completed=done)
             outcome = lecture.run(name, settings, lambda share, done=done: bar.update(task, completed=done + share))
-            talk.print(_line(outcome.main, f"{outcome.seconds:.0f} s"))
+            talk.print(Padding(_line(outcome.main, f"{outcome.seconds:.0f} s"), (0, 0, 1, 2)))
             outcomes.append(outcome)
     return Verdicts(settings, outcomes, command)
 
@@ -173,7 +176,7 @@ def _announce(name: str, talk: Console) -> None:
 
     talk.print(f"[bold]{name}[/bold]")
     for criterion in criteria_of(name):
-        talk.print(f"  [dim]{escape(criterion.question)}[/dim]")
+        talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
 
 
 def _progress(*, quiet: bool) -> Progress:
@@ -189,7 +192,7 @@ def _line(verdict: Verdict, after: str = "") -> str:
     style = _STYLES[status]
     text = verdict.failed_guard or verdict.sentence
     tail = f" [dim]{after}[/dim]" if after else ""
-    return f"  [{style}]{_GLYPHS[status]} {status}[/{style}]  {escape(text)}{tail}\n"
+    return f"[{style}]{_GLYPHS[status]} {status}[/{style}]  {escape(text)}{tail}"
 
 
 def _show(verdicts: Verdicts, output_format: str) -> None:
@@ -199,12 +202,6 @@ def _show(verdicts: Verdicts, output_format: str) -> None:
         click.echo(verdicts.to_markdown())
     else:
         Console(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{verdicts.headline}[/bold]")
-
-
-def _write(verdicts: Verdicts, output: Path, *, interactive: bool) -> None:
-    from batchnorm import report
-
-    report.write(verdicts, output, interactive=interactive)
 
 
 def _table(outcomes: Iterable[Outcome]) -> Table:

@@ -1,4 +1,4 @@
-"""One HTML file that shows what was measured: the verdicts of the lecture with their charts.
+"""One file that shows what was measured: the verdicts of the lecture with their charts.
 
 The file stands alone. It loads nothing, runs no script unless it was asked to be interactive, and says before
 each result by which criterion it was judged. A Verdicts value becomes plain text, numbers and SVG here; what
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from batchnorm.charts import Panel
     from batchnorm.lecture.claim import Axis, Chart, Verdict
     from batchnorm.lecture.verdicts import Outcome, Verdicts
+
+# What a report's file may end in, and so be.
+SUFFIXES = (".html", ".json", ".md")
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -74,14 +78,15 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
 
     Args:
         verdicts: What was measured.
-        path: The file, in a folder that exists.
-        interactive: As in `render`.
+        path: The file, in a folder that exists: .html for the page, .json for the numbers, .md for a table.
+        interactive: As in `render`; for a page only.
 
     Raises:
         OSError: If the file cannot be written.
+        ValueError: If its name has another ending.
     """
-    text = render(verdicts, interactive=interactive)
     path = Path(path).resolve()
+    text = _as_text(verdicts, path.suffix, interactive=interactive)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("x", encoding="utf-8", newline="\n") as file:
@@ -92,6 +97,16 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def _as_text(verdicts: Verdicts, suffix: str, *, interactive: bool) -> str:
+    if suffix == ".html":
+        return render(verdicts, interactive=interactive)
+    if suffix == ".json":
+        return json.dumps(verdicts.to_dict(), indent=1) + "\n"
+    if suffix == ".md":
+        return verdicts.to_markdown() + "\n"
+    raise ValueError(f"a report needs a file that ends in {', '.join(SUFFIXES)}, got {suffix!r}. Name it so.")
 
 
 def require_extra() -> None:

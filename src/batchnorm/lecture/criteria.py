@@ -13,10 +13,10 @@ from batchnorm.lecture.claim import Criterion
 VERSION = "1"
 
 # Eight claims are made in one run. An interval of level 1 - 0.05 / 8 each makes all eight hold together with
-# 95 % (Bonferroni), and gives one claim run alone the same verdict as in the full run.
+# 95% (Bonferroni), and gives one claim run alone the same verdict as in the full run.
 LEVEL = 1 - 0.05 / 8
 
-_LEARNED = "both arms reach 90 % training accuracy"
+_LEARNED = "both arms reach 90% training accuracy"
 _MORE = (log2(1.5), inf)
 _LESS = (-inf, -log2(1.5))
 
@@ -46,24 +46,24 @@ _TABLE = (
     ),
     Criterion(
         "hidden-speed-relu",
-        "Does batch norm on hidden units reach 95 % training accuracy in fewer steps (ReLU)?",
-        "log2 of steps to 95 %, without / with batch norm, each at its best learning rate",
+        "Does batch norm on hidden units reach 95% training accuracy in fewer steps (ReLU)?",
+        "log2 of steps to 95%, without / with batch norm, each at its best learning rate",
         _MORE,
         _LESS,
-        guard="the arm with batch norm reaches 95 %",
+        guard="the arm with batch norm reaches 95%",
     ),
     Criterion(
         "hidden-speed-sigmoid",
-        "Does batch norm on hidden units reach 95 % training accuracy in fewer steps (sigmoid)?",
-        "log2 of steps to 95 %, without / with batch norm, each at its best learning rate",
+        "Does batch norm on hidden units reach 95% training accuracy in fewer steps (sigmoid)?",
+        "log2 of steps to 95%, without / with batch norm, each at its best learning rate",
         _MORE,
         _LESS,
-        guard="the arm with batch norm reaches 95 %",
+        guard="the arm with batch norm reaches 95%",
     ),
     Criterion(
         "hidden-rate-relu",
         "Does batch norm widen the range of usable learning rates (ReLU)?",
-        "log2 of the largest rate that ends at 90 % or more, with / without batch norm",
+        "log2 of the largest rate that ends at 90% or more, with / without batch norm",
         (log2(3), inf),
         (-inf, -log2(3)),
         guard="the arm with batch norm has a usable rate",
@@ -71,7 +71,7 @@ _TABLE = (
     Criterion(
         "hidden-rate-sigmoid",
         "Does batch norm widen the range of usable learning rates (sigmoid)?",
-        "log2 of the largest rate that ends at 90 % or more, with / without batch norm",
+        "log2 of the largest rate that ends at 90% or more, with / without batch norm",
         (log2(3), inf),
         (-inf, -log2(3)),
         guard="the arm with batch norm has a usable rate",
@@ -113,7 +113,7 @@ _TABLE = (
         "accuracy on black minus accuracy on coloured, with batch norm",
         (0.05, inf),
         (-inf, -0.05),
-        guard="at least 85 % accuracy on black",
+        guard="at least 85% accuracy on black",
     ),
     Criterion(
         "cats-robust",
@@ -173,7 +173,7 @@ _TABLE = (
         "test loss with 512 minus with 16, nats, at an optimizer batch of 512",
         (0.005, inf),
         (-inf, -0.005),
-        guard="both arms reach 95 % training accuracy",
+        guard="both arms reach 95% training accuracy",
     ),
     Criterion(
         "test-time-small",

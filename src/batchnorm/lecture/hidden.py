@@ -9,6 +9,7 @@ from batchnorm.lecture.sweep import EVERY, RATES, Sweep, sweep
 from batchnorm.lecture.verdict import judge
 
 ACTIVATIONS = ("relu", "sigmoid")
+_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}
 TARGET = 0.95
 USABLE = 0.9
 
@@ -19,14 +20,14 @@ def run(settings: Settings, progress: Progress) -> Result:
     for done, activation in enumerate(ACTIVATIONS, start=1):
         sweeps[activation] = {arm: sweep(settings, activation, arm) for arm in ("without", "with")}
         progress(done / len(ACTIVATIONS))
-    verdicts = [judge_speed(name, arms) for name, arms in sweeps.items()]
-    verdicts += [_judge_rate(name, arms) for name, arms in sweeps.items()]
+    speeds = [judge_speed(name, arms) for name, arms in sweeps.items()]
+    ranges = [_judge_rate(name, arms) for name, arms in sweeps.items()]
     numbers = {
-        f"best learning rate, {name}, {arm} batch norm": RATES[s.best_rate()]
+        f"best learning rate, {_NAMES[name]}, {arm} batch norm": RATES[s.best_rate()]
         for name, arms in sweeps.items()
         for arm, s in arms.items()
     }
-    return Result(verdicts, [_curves(sweeps, verdicts[0]), _usable(sweeps)], numbers)
+    return Result([*speeds, *ranges], [_curves(sweeps, speeds), _usable(sweeps, ranges)], numbers)
 
 
 def steps_at_best(arm: Sweep) -> tuple[Tensor, bool]:
@@ -40,7 +41,7 @@ def judge_speed(activation: str, arms: dict[str, Sweep]) -> Verdict:
     (slow, slow_cut), (fast, fast_cut) = steps_at_best(arms["without"]), steps_at_best(arms["with"])
     ratio = float((slow / fast).log2().mean().exp2())
     sentence = (
-        f"{activation}: {fast.median():.0f} steps with batch norm, "
+        f"{_NAMES[activation]}: {fast.median():.0f} steps with batch norm, "
         f"{'more than ' if slow_cut else ''}{slow.median():.0f} without "
         f"({'at least ' if slow_cut else ''}{ratio:.1f} times as many)."
     )
@@ -58,7 +59,7 @@ def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
     none = bool((largest["without"] == 0).any())
     ratio = largest["with"].clamp_min(RATES[0]) / largest["without"].clamp_min(RATES[0])
     plain = "no rate of the grid works without" if none else f"up to {largest['without'].median():g} without"
-    sentence = f"{activation}: learning rates up to {largest['with'].median():g} work with batch norm, {plain}."
+    sentence = f"{_NAMES[activation]}: learning rates up to {largest['with'].median():g} work with batch norm, {plain}."
     failed = f"no rate reached {USABLE:.0%} with batch norm" if bool((largest["with"] == 0).any()) else ""
     return judge(f"hidden-rate-{activation}", ratio.log2().tolist(), sentence, failed_guard=failed)
 
@@ -66,24 +67,17 @@ def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
 _SERIES: dict[str, Role] = {"without batch norm": "without", "with batch norm": "with"}
 
 
-def _curves(sweeps: dict[str, dict[str, Sweep]], main: Verdict) -> Chart:
+def _curves(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Chart:
     rows = []
     for activation, arms in sweeps.items():
         for name, arm in arms.items():
             curve = arm.accuracy[:, :, arm.best_rate()]  # (T, seeds)
-            middle, low, high = curve.median(1).values, curve.amin(1), curve.amax(1)
-            rows += [
-                {
-                    "x": int(step), "y": round(float(middle[t]), 4), "low": round(float(low[t]), 4),
-                    "high": round(float(high[t]), 4), "series": f"{name} batch norm", "panel": activation,
-                }
-                for t, step in enumerate(arm.steps)
-            ]  # fmt: skip
+            rows += [_row(int(step), curve[t], name, activation) for t, step in enumerate(arm.steps)]
     return Chart(
         "lines",
-        f"At its best learning rate each: {main.sentence.rstrip('.')}",
-        "Training accuracy against steps, one panel for ReLU and one for sigmoid. The blue curves with batch norm rise "
-        "first; the orange curves without follow later or not at all.",
+        f"At its best learning rate each: {verdicts[0].sentence.rstrip('.')}",
+        "Training accuracy against steps, one panel for ReLU and one for sigmoid, with a curve and its band over seeds "
+        f"for each arm. {' '.join(verdict.sentence for verdict in verdicts)}",
         rows,
         Axis("training step"),
         Axis("training accuracy", domain=(0, 1), percent=True),
@@ -91,28 +85,28 @@ def _curves(sweeps: dict[str, dict[str, Sweep]], main: Verdict) -> Chart:
     )
 
 
-def _usable(sweeps: dict[str, dict[str, Sweep]]) -> Chart:
+def _row(x: float, accuracy: Tensor, arm: str, activation: str) -> dict[str, float | str]:
+    """One point with its range over seeds."""
+    y, low, high = (round(float(value), 4) for value in (accuracy.median(), accuracy.min(), accuracy.max()))
+    return {"x": x, "y": y, "low": low, "high": high, "series": f"{arm} batch norm", "panel": _NAMES[activation]}
+
+
+def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Chart:
     rows = []
     for activation, arms in sweeps.items():
         for name, arm in arms.items():
             final = arm.accuracy[-1]  # (seeds, rates)
-            rows += [
-                {
-                    "x": rate, "y": round(float(final[:, r].median()), 4), "low": round(float(final[:, r].min()), 4),
-                    "high": round(float(final[:, r].max()), 4), "series": f"{name} batch norm", "panel": activation,
-                }
-                for r, rate in enumerate(arm.rates)
-            ]  # fmt: skip
+            rows += [_row(rate, final[:, r], name, activation) for r, rate in enumerate(arm.rates)]
     counts = {
         activation: [int((arm.accuracy[-1].median(0).values >= USABLE).sum()) for arm in arms.values()]
         for activation, arms in sweeps.items()
     }
-    found = " and ".join(f"{w} instead of {wo} ({name})" for name, (wo, w) in counts.items())
+    found = " and ".join(f"{w} instead of {wo} ({_NAMES[name]})" for name, (wo, w) in counts.items())
     return Chart(
         "points",
         f"Of {len(RATES)} learning rates, batch norm makes {found} end at {USABLE:.0%} or more",
-        "Final training accuracy against learning rate on a log scale, one panel for each activation. The blue points "
-        "with batch norm stay high over a wider range of rates than the orange points without.",
+        "Final training accuracy against learning rate on a log scale, one panel for each activation, one point with "
+        f"its range over seeds for each arm and rate. {' '.join(verdict.sentence for verdict in verdicts)}",
         rows,
         Axis("learning rate", log=True),
         Axis("final training accuracy", domain=(0, 1), percent=True),

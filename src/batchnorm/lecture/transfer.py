@@ -94,11 +94,11 @@ def convolutional(norm: Norm | None) -> nn.Sequential:
         channels = out
     net.add_module("flat", nn.Flatten())
     net.add_module("w4", nn.Linear(channels * 4 * 4, 2))
-    for module in net:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight)
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Conv2d) and norm is not None:  # drawn and dropped: both arms get the same weights
+    for name, parameter in net.named_parameters():
+        if name.startswith("w"):
+            nn.init.kaiming_normal_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
+    for module in net if norm is not None else ():
+        if isinstance(module, nn.Conv2d):  # drawn and dropped, so that both arms get the same weights
             module.register_parameter("bias", None)
     return net
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,12 @@ if TYPE_CHECKING:
     from batchnorm.lecture.claim import Claim, Result, Settings, Verdict
 
 SCHEMA_VERSION = 1
+
+_FAILED = {
+    Status.NOT_SUPPORTED: "not supported",
+    Status.OPPOSITE: "opposite",
+    Status.INVALID: "could not be tested",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +55,15 @@ class Verdicts:
 
     @property
     def headline(self) -> str:
-        """One sentence: how many claims hold."""
+        """One sentence: how many claims held, and which did not."""
         total = len(self.outcomes)
-        count = Counter(outcome.main.status for outcome in self.outcomes)
+        held = sum(outcome.main.status is Status.SUPPORTED for outcome in self.outcomes)
         noun = "claim" if total == 1 else "claims"
-        held = f"{count[Status.SUPPORTED]} of {total} {noun} held in these experiments"
-        others = [
-            f"{count[status]} {words}"
-            for status, words in (
-                (Status.NOT_SUPPORTED, "not supported"),
-                (Status.OPPOSITE, "came out opposite"),
-                (Status.INVALID, "could not be tested"),
-            )
-            if count[status]
-        ]
-        return held + (f"; {', '.join(others)}." if others else ".")
+        parts = [f"{held} of {total} {noun} held in these experiments"]
+        for status, words in _FAILED.items():
+            names = [outcome.claim.name for outcome in self.outcomes if outcome.main.status is status]
+            parts += [f"{words}: {', '.join(names)}"] if names else []
+        return "; ".join(parts) + "."
 
     @property
     def seconds(self) -> float:

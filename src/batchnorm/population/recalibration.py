@@ -115,7 +115,7 @@ def recalibrate(
 
 
 def _uncompiled() -> AbstractContextManager:
-    """A block that runs compiled models eagerly: made without our hooks, their code ignores them or stumbles over them."""
+    """A block that runs compiled models eagerly: their code was made without our hooks, and may stumble over them."""
     loaded = "torch._dynamo" in sys.modules  # loading the compiler takes seconds, and no compiled model is without it
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
