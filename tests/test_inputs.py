@@ -373,8 +373,7 @@ def test_batches_that_differ_in_their_features_are_refused():
 
 
 def test_a_feature_of_nothing_but_nan_is_passed_on_and_named():
-    x = table()
-    x[:, 2] = np.nan
+    (x := table())[:, 2] = np.nan
     message = r"^InputNorm.fit found nothing but NaN in feature 2 \(200 times\): such a feature is passed on as it is\."
     with pytest.warns(RuntimeWarning, match=message):
         norm = InputNorm.fit(x, nan="omit")

@@ -223,3 +223,17 @@ def test_an_exported_network_equals_the_eager_one_on_any_batch_size(options, tra
         x = torch.randn(n, 4, dtype=torch.float64)
         torch.testing.assert_close(exported(x), net(x), **SAME)
     assert_same_buffers([net], {name: b[None] for name, b in exported.named_buffers() if "skipped" not in name})
+
+
+def test_fx_takes_a_layer_for_a_leaf_as_it_does_with_torchs_own():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm2d(4), torch.nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    assert [(node.op, node.target) for node in traced.graph.nodes if node.op == "call_module"] == [
+        ("call_module", "0"),
+        ("call_module", "1"),
+        ("call_module", "2"),
+    ]
+    assert traced.get_submodule("1") is model[1]
+    x = torch.randn(2, 3, 8, 8)
+    model.eval()
+    assert torch.equal(traced(x), model(x))

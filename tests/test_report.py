@@ -112,7 +112,7 @@ def test_a_verdict_without_an_estimate_shows_its_guard_and_no_interval():
     outcome = verdicts.outcomes[0]
     result = dataclasses.replace(outcome.result, verdicts=[verdict])
     text = words(report.render(dataclasses.replace(verdicts, outcomes=[dataclasses.replace(outcome, result=result)])))
-    assert "nothing to compare Not comparable: the noise was 3 % short" in text
+    assert "Nothing to compare Not comparable: the noise was 3 % short" in text
     assert "interval nan" not in text
 
 

@@ -8,10 +8,11 @@ torch.nn's arguments, has its five state_dict keys and is an instance of its cla
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
@@ -72,6 +73,9 @@ class _Layer(_BatchNorm):
                 be measured.
             TypeError: If the input is not floating-point.
         """
+        if isinstance(input, Proxy):  # torch.fx takes torch.nn's layers as they are, by their module's name
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         self._check_input(input)
         stored = self._stored()
         if stored and not self._measures(input):

@@ -34,7 +34,7 @@ def judge(key: str, values: Sequence[float], sentence: str, *, failed_guard: str
         failed_guard: What did not hold, with its number; it makes the verdict INVALID.
     """
     criterion = CRITERIA[key]
-    sentence, failed_guard = (text[:1].upper() + text[1:] for text in (sentence, failed_guard))
+    sentence = sentence[:1].upper() + sentence[1:]
     if failed_guard:
         measured = estimate(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
         return Verdict(criterion, Status.INVALID, measured, sentence, failed_guard)
