@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <string>
+#include <vector>
 
 namespace nb = nanobind;
 using namespace batchnorm;
@@ -16,18 +17,37 @@ struct Choice {
     const Arithmetic *arithmetic;
 };
 
-Choice widest_instruction_set() {
+// Those that this processor runs, widest first.
+std::vector<Choice> runnable() {
+    std::vector<Choice> found;
 #ifdef BATCHNORM_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        return {"avx512", &avx512::arithmetic};
+        found.push_back({"avx512", &avx512::arithmetic});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return {"avx2", &avx2::arithmetic};
+        found.push_back({"avx2", &avx2::arithmetic});
 #endif
-    return {"portable", &portable::arithmetic};
+    found.push_back({"portable", &portable::arithmetic});
+    return found;
 }
 
-Choice chosen = widest_instruction_set();
+const std::vector<Choice> choices = runnable();
+Choice chosen = choices.front();
+
+nb::list instruction_sets() {
+    nb::list names;
+    for (const Choice &choice : choices) names.append(choice.name);
+    return names;
+}
+
+void use(const std::string &name) {
+    for (const Choice &choice : choices)
+        if (name == choice.name) {
+            chosen = choice;
+            return;
+        }
+    throw nb::value_error("use needs one of instruction_sets(), the sets that this processor runs.");
+}
 
 void *at(uintptr_t address) { return reinterpret_cast<void *>(address); }
 
@@ -57,7 +77,8 @@ void normalize(int type, int64_t outer, int64_t channels, int64_t inner, uintptr
 
 NB_MODULE(_native, module) {
     find_threads();
-    module.attr("instruction_set") = chosen.name;
+    module.def("instruction_sets", &instruction_sets);
+    module.def("use", &use);
     module.def("train", &train);
     module.def("backward", &backward);
     module.def("normalize", &normalize);

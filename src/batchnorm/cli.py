@@ -58,7 +58,7 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         return
     kernels = "reference, built without a compiler"
     if find_spec("batchnorm._native"):
-        kernels = f"native, {import_module('batchnorm._native').instruction_set}"
+        kernels = f"native, {import_module('batchnorm._native').instruction_sets()[0]}"
     click.echo(f"batchnorm {__version__} (CPU kernels: {kernels})")
     ctx.exit()
 

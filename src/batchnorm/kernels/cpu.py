@@ -24,7 +24,7 @@ def _built() -> Any:
 
 
 _native = _built()
-INSTRUCTION_SET: str | None = _native and _native.instruction_set
+INSTRUCTION_SET: str | None = _native and _native.instruction_sets()[0]
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
