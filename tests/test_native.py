@@ -71,10 +71,11 @@ def test_forward_backward_and_eval_equal_the_reference_in_float64(instruction_se
     wide = (t.double() for t in (x, weight, bias))
     y_, mean_, residual_, var_ = reference.train_forward(*wide, EPS)
     close(y, y_, dtype, count=count)
-    # deviations are rounded at their own size, whatever the mean is; a lane adds up to 64 of them, twice
+    # deviations are rounded at their own size, whatever the mean is; blocks are merged in float64
     furthest = (x.double() - reference.along_channels(mean_, x)).abs().max()
     difference = (mean.double() - mean_) + (residual.double() - residual_)
-    assert (difference.abs() <= 4 * ROUNDOFF[mean.dtype] * furthest).all()
+    merged = 2 * ROUNDOFF[torch.float64] * mean_.abs()
+    assert (difference.abs() <= 4 * ROUNDOFF[mean.dtype] * furthest + merged).all()
     assert ((var.double() - var_).abs() <= (16 + count**0.5) * ROUNDOFF[mean.dtype] * var_).all()
     assert y.stride() == x.stride()
 
