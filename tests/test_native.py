@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 
-native = pytest.importorskip("batchnorm._native", reason="built without a compiler: the reference runs, and is tested")
-
 from batchnorm.kernels import cpu, reference
+
+native = pytest.importorskip("batchnorm._native", reason="built without a compiler: the reference runs, and is tested")
 
 EPS = 1e-5
 SHAPES = [
