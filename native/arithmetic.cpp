@@ -522,6 +522,26 @@ template <class T> void normalize_rows(const Normalize &job) {
     });
 }
 
+// ---- running statistics
+
+template <class W> int64_t update_running(const Update &job) {
+    const W *mean = static_cast<const W *>(job.mean), *var = static_cast<const W *>(job.var);
+    W *running_mean = static_cast<W *>(job.running_mean), *running_var = static_cast<W *>(job.running_var);
+    const W momentum = W(job.momentum), unbias = W(job.unbias);
+    const auto finite = [&](int64_t c) { return std::isfinite(mean[c]) && std::isfinite(var[c] * unbias); };
+    int64_t skipped = 0;
+    for (int64_t c = 0; c < job.channels; ++c) skipped += !finite(c);
+    if (job.whole && skipped) return skipped;
+    for (int64_t c = 0; c < job.channels; ++c) {
+        if (!finite(c)) continue;
+        const W m = running_mean[c] + momentum * (mean[c] - running_mean[c]);
+        const W v = running_var[c] + momentum * (var[c] * unbias - running_var[c]);
+        if (std::isfinite(m)) running_mean[c] = m;
+        if (std::isfinite(v)) running_var[c] = v;
+    }
+    return skipped;
+}
+
 // ---- which loop for which type and shape
 
 // Calls run.template operator()<T>() with the C++ type that `type` names.
@@ -552,8 +572,12 @@ void normalize(Type type, const Normalize &job) {
     with_type(type, [&]<class T>() { job.shape.inner == 1 ? normalize_rows<T>(job) : normalize_planes<T>(job); });
 }
 
+int64_t update(Type type, const Update &job) {
+    return type == Type::float64 ? update_running<double>(job) : update_running<float>(job);
+}
+
 } // namespace
 
-extern const Arithmetic arithmetic{train, backward, normalize};
+extern const Arithmetic arithmetic{train, backward, normalize, update};
 
 } // namespace batchnorm::ISA

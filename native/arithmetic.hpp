@@ -37,10 +37,20 @@ struct Normalize {
     double eps;
 };
 
+// Running statistics and those of a batch, all of one type, float32 or float64.
+struct Update {
+    int64_t channels;
+    void *running_mean, *running_var;
+    const void *mean, *var;
+    double momentum, unbias; // the batch's variance times `unbias` is unbiased
+    bool whole;              // a batch with a non-finite channel is left out for all channels
+};
+
 struct Arithmetic {
     void (*train)(Type, const Train &);
     void (*backward)(Type, const Backward &);
     void (*normalize)(Type, const Normalize &);
+    int64_t (*update)(Type, const Update &); // the number of channels that are not finite
 };
 
 namespace portable { extern const Arithmetic arithmetic; }

@@ -73,6 +73,12 @@ void normalize(int type, int64_t outer, int64_t channels, int64_t inner, uintptr
         Type(type), {{outer, channels, inner}, at(x), at(y), at(mean), at(var), at(weight), at(bias), eps});
 }
 
+int64_t update(int type, int64_t channels, uintptr_t running_mean, uintptr_t running_var, uintptr_t mean, uintptr_t var,
+               double momentum, double unbias, bool whole) {
+    return chosen.arithmetic->update(
+        Type(type), {channels, at(running_mean), at(running_var), at(mean), at(var), momentum, unbias, whole});
+}
+
 } // namespace
 
 NB_MODULE(_native, module) {
@@ -82,4 +88,5 @@ NB_MODULE(_native, module) {
     module.def("train", &train);
     module.def("backward", &backward);
     module.def("normalize", &normalize);
+    module.def("update", &update);
 }

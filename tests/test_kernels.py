@@ -248,7 +248,8 @@ def test_the_models_of_an_ensemble_are_updated_each_by_its_own():
     for i, single in enumerate(one_by_one):
         kernels.update_running(*single, new[0][i], new[1][i], 7, None)
         for found, expected in zip(at_once, single, strict=False):
-            assert torch.equal(found[i], expected)
+            # other kernels may contract a multiplication with an addition: one rounding less
+            torch.testing.assert_close(found[i], expected, rtol=2**-23, atol=2**-24)
 
 
 # --- what torch.library demands ---------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
 
-from batchnorm.kernels import cpu, reference
+from batchnorm.kernels import cpu, reference, running
 
 native = pytest.importorskip("batchnorm._native", reason="built without a compiler: the reference runs, and is tested")
 
@@ -150,6 +151,25 @@ def test_an_example_has_the_same_bits_alone_and_in_any_batch(instruction_set, sh
     whole = cpu.normalize(x, mean, var, weight, bias, EPS)
     for i in (0, 1, 31):
         assert torch.equal(cpu.normalize(x[i : i + 1].clone(), mean, var, weight, bias, EPS), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
+def test_running_statistics_move_as_the_reference_moves_them(instruction_set, monkeypatch, bad, dtype, momentum):
+    def moved(natively):
+        monkeypatch.setattr(running, "updates_natively", lambda *_: natively)
+        stored = [torch.zeros(37, dtype=dtype), torch.ones(37, dtype=dtype), torch.tensor(4), torch.tensor(2)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            running.update(*stored, mean, var, 9, momentum)
+        return stored
+
+    mean, var = torch.randn(37, dtype=dtype), torch.rand(37, dtype=dtype)
+    if bad is not None:
+        mean[3], var[5] = bad, bad
+    for found, expected in zip(moved(True), moved(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=4 * ROUNDOFF[dtype], atol=4 * ROUNDOFF[dtype])
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

@@ -25,6 +25,11 @@ def kernel_for(x: Tensor) -> ModuleType:
     return cpu if _FORCED != "reference" and cpu.supports(x) else reference
 
 
+def updates_natively(*statistics: Tensor) -> bool:
+    """Whether running statistics and a batch's are moved by the native kernel."""
+    return _FORCED != "reference" and cpu.supports_update(*statistics)
+
+
 def _check_forced() -> None:
     if _FORCED not in {"", "reference", "native"}:
         raise ValueError(

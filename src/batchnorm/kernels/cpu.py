@@ -71,6 +71,34 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
     return y
 
 
+def supports_update(*statistics: Tensor) -> bool:
+    """Whether ``update_running`` takes these statistics: one CPU type, float32 or float64, contiguous, of one model."""
+    kinds = {t.dtype for t in statistics}
+    plain = all(t.device.type == "cpu" and t.ndim == 1 and t.is_contiguous() for t in statistics)
+    return _native is not None and plain and len(kinds) == 1 and kinds <= {torch.float32, torch.float64}
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+) -> int:
+    """As running.update; returns how many channels were not finite, and leaves counting and warning to the caller."""
+    num_batches_tracked.add_(1)
+    statistics = (running_mean, running_var, mean, var)
+    factor = 1 / int(num_batches_tracked) if momentum is None else momentum
+    head = (_TYPES[mean.dtype], mean.numel(), *(_at(t) for t in statistics))
+    bad = _native.update(*head, factor, count / (count - 1), momentum is None)
+    if bad and momentum is None:
+        num_batches_tracked.sub_(1)
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    return bad
+
+
 def _sizes(x: Tensor) -> tuple[int, int, int] | None:
     """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last; None otherwise."""
     channels = x.shape[1]

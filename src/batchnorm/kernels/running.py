@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import reference
+from batchnorm.kernels import cpu, reference
+from batchnorm.kernels.choice import updates_natively
 
 
 def update(
@@ -33,6 +34,12 @@ def update(
         count: Values of each channel in the batch, at least 2.
         momentum: Weight of the new value; None averages all batches equally.
     """
+    if updates_natively(running_mean, running_var, mean, var):
+        bad = cpu.update_running(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+        if bad:
+            skipped.add_(1)
+            _warn_of_skipped(bad, mean, momentum)
+        return
     unbiased = var * (count / (count - 1))
     finite = torch.isfinite(mean) & torch.isfinite(unbiased)
     if momentum is None:  # one count serves all channels, so a batch enters the average of each or of none
@@ -47,12 +54,15 @@ def update(
         stored.copy_(reference.moving_average(stored, torch.where(used, new, torch.nan), factor))
     skipped.add_((~finite).any())
     if warns_at_once(finite.device) and not finite.all():
-        _warn_of_skipped(finite, "this batch is left out of all" if momentum is None else "these channels keep their")
+        _warn_of_skipped(int((~finite).sum()), mean, momentum)
 
 
-def _warn_of_skipped(finite: Tensor, what_happens: str) -> None:
+def _warn_of_skipped(bad: int, mean: Tensor, momentum: float | None) -> None:
+    if not warns_at_once(mean.device):
+        return
+    what_happens = "this batch is left out of all" if momentum is None else "these channels keep their"
     warnings.warn(
-        f"NaN or infinity in the batch statistics of {int((~finite).sum())} of {finite.numel()} channels: "
+        f"NaN or infinity in the batch statistics of {bad} of {mean.numel()} channels: "
         f"{what_happens} running statistics. layer.skipped_updates counts such batches.",
         RuntimeWarning,
         stacklevel=3,
