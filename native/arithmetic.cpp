@@ -19,7 +19,7 @@ constexpr int LANES = 16;         // values in one vector: a register of AVX-512
 constexpr int64_t BLOCK = 2048;   // values in a block of a plane: 8 KiB of float32
 constexpr int64_t SMALL = 512;    // planes up to this size are walked in memory order, larger ones channel by channel
 constexpr int64_t ROWS = 64;      // rows in a block of rows
-constexpr int64_t GRAIN = 16384;  // values worth a thread
+constexpr int64_t GRAIN = 32768;  // values worth a thread
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { _Float16 value; };

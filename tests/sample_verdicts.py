@@ -20,32 +20,32 @@ PAIR = {"without batch norm": "without", "with batch norm": "with"}
 
 # Mean effect and a sentence for each criterion; the rest of its seeds scatters by a tenth around the mean.
 EFFECTS = {
-    "scale-wine": (1.62, "24 steps instead of 1,010 to the target loss (42x fewer)"),
-    "scale-cancer": (0.94, "31 steps instead of 268 to the target loss (8.7x fewer)"),
-    "scale-digits": (0.08, "118 steps instead of 142 to the target loss (1.2x fewer)"),
-    "hidden-speed-relu": (2.0, "20 steps instead of 80 to 95 % training accuracy (4.0x fewer)"),
-    "hidden-speed-sigmoid": (3.3, "40 steps; without batch norm 95 % was not reached in 400 steps"),
-    "hidden-rate-relu": (3.3, "largest usable learning rate 3 instead of 0.3 (10x larger)"),
+    "scale-wine": (1.62, "24 steps instead of 1,010 to the target loss (42× fewer)"),
+    "scale-cancer": (0.94, "31 steps instead of 268 to the target loss (8.7× fewer)"),
+    "scale-digits": (0.08, "118 steps instead of 142 to the target loss (1.2× fewer)"),
+    "hidden-speed-relu": (2.0, "20 steps instead of 80 to 95% training accuracy (4.0× fewer)"),
+    "hidden-speed-sigmoid": (3.3, "40 steps; without batch norm 95% was not reached in 400 steps"),
+    "hidden-rate-relu": (3.3, "largest usable learning rate 3 instead of 0.3 (10× larger)"),
     "hidden-rate-sigmoid": (0.4, "no learning rate is usable without batch norm"),
-    "layer3-wide": (4.2, "drift 0.011 instead of 0.198 SD per 10 steps (18x less)"),
-    "layer3-four": (0.7, "drift 0.14 instead of 0.23 SD per 10 steps (1.6x less)"),
+    "layer3-wide": (4.2, "drift 0.011 instead of 0.198 SD per 10 steps (18× less)"),
+    "layer3-four": (0.7, "drift 0.14 instead of 0.23 SD per 10 steps (1.6× less)"),
     "layer3-governed": (0.11, "median distance from (beta, |gamma|) is 0.11 |gamma|"),
     "cause-drift": (-0.02, "with the shift brought back 20 steps instead of 20: no speed-up is lost"),
-    "cats-shift": (0.31, "accuracy falls from 94 % on black to 63 % on coloured cats"),
-    "cats-robust": (-0.12, "63 % on coloured cats instead of 75 % without batch norm (12 points lower)"),
-    "cats-repair-coloured": (0.74, "88 % after re-estimation: 0.74 of the lost accuracy is won back"),
-    "cats-repair-affine": (0.97, "93 % after re-estimation: 0.97 of the lost accuracy is won back"),
+    "cats-shift": (0.31, "accuracy falls from 94% on black to 63% on coloured cats"),
+    "cats-robust": (-0.12, "63% on coloured cats instead of 75% without batch norm (12 points lower)"),
+    "cats-repair-coloured": (0.74, "88% after re-estimation: 0.74 of the lost accuracy is won back"),
+    "cats-repair-affine": (0.97, "93% after re-estimation: 0.97 of the lost accuracy is won back"),
     "cats-repair-noise": (0.2, "0.20 of the lost accuracy is won back"),
     "cats-repair-inversion": (0.04, "0.04 of the lost accuracy is won back"),
-    "cats-repair-mix": (-0.31, "accuracy falls from 94 % to 63 % by re-estimating (31 points lower)"),
+    "cats-repair-mix": (-0.31, "accuracy falls from 94% to 63% by re-estimating (31 points lower)"),
     "noise-slope": (-1.0, "noise power falls with slope -1.00 from M = 2 to 512"),
     "noise-regularizes": (0.018, "test loss 0.018 nats lower with groups of 16 than with 512"),
-    "test-time-small": (0.557, "97 % with population statistics instead of 41 % with batches of 2"),
-    "test-time-medium": (0.133, "97 % with population statistics instead of 84 % with batches of 8"),
+    "test-time-small": (0.557, "97% with population statistics instead of 41% with batches of 2"),
+    "test-time-medium": (0.133, "97% with population statistics instead of 84% with batches of 8"),
     "test-time-alone": (2e-6, "largest difference of a logit 2.0e-6 of the logits' standard deviation"),
-    "smooth-equal": (2.0, "beta-hat 4.5 instead of 18.3 at rate 0.1 (4.0x smaller)"),
-    "smooth-variation": (4.1, "loss range 0.096 instead of 1.62 (17x smaller)"),
-    "smooth-predictive": (4.1, "largest gradient distance 0.61 instead of 10.8 (18x smaller)"),
+    "smooth-equal": (2.0, "beta-hat 4.5 instead of 18.3 at rate 0.1 (4.0× smaller)"),
+    "smooth-variation": (4.1, "loss range 0.096 instead of 1.62 (17× smaller)"),
+    "smooth-predictive": (4.1, "largest gradient distance 0.61 instead of 10.8 (18× smaller)"),
     "smooth-best": (0.1, "rate times beta-hat 1.91 instead of 2.07 at each arm's best rate"),
 }
 FAILED_GUARDS = {"hidden-rate-sigmoid": "without batch norm the arm ends at 10 % training accuracy, chance level"}
@@ -116,7 +116,7 @@ def _result(name: str, seeds: int) -> Result:
 # -- charts ---------------------------------------------------------------------------------------------------
 
 
-def learning(title: str = "With batch norm 95 % is reached in 20 steps instead of 80", row: str = "") -> Chart:
+def learning(title: str = "With batch norm 95% is reached in 20 steps instead of 80", row: str = "") -> Chart:
     """Accuracy over 100 steps, as two lines with bands."""
     rows = [
         {"x": step, "y": y, "low": max(0, y - 0.04), "high": min(1, y + 0.04), "series": name, "panel": panel}

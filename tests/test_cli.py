@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -45,8 +47,9 @@ def test_help_and_version_succeed(args):
     [
         (["--claim", "nonsense"], ["'nonsense' is not one of", "scale"]),
         (["--seeds", "1"], ["--seeds", "x>=2"]),
-        (["--seed", "-1"], ["--seed", "x>=0"]),
-        (["-o", "why.pdf"], [".html, .json, .md", "why.pdf"]),
+        (["--seed", "-1"], ["--seed", "0<=x"]),
+        (["--seed", str(2**64)], ["--seed", "2147483647"]),
+        (["-o", "why.pdf"], [".html, .json, .md", "why.pdf", "Name it why.html"]),
         (["-o", "why.md", "--interactive"], ["--interactive needs an .html report"]),
         (["model.py:make"], ["lecture's own networks only", "model.py:make"]),
         (["-o", "/proc/why.html"], ["cannot write /proc/why.html", "-o FILE"]),
@@ -110,6 +113,8 @@ def test_json_output_is_alone_on_standard_output_and_repeats_exactly(quick, tmp_
         assert result.exit_code == 0, result.output
         outputs.append(result.stdout)
     assert outputs[0] == outputs[1]
+    assert "Infinity" not in outputs[0]
+    assert "NaN" not in outputs[0]
     assert json.loads(outputs[0])["claims"]["hidden"]["verdicts"][0]["status"] == "INVALID"
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(outputs[0])
 
@@ -118,3 +123,40 @@ def test_markdown_output_is_a_table(quick, tmp_path):
     result = call("why", "--claim", "hidden", "--seeds", "2", "-o", str(tmp_path / "a.md"), "--output-format", "md")
     assert "| hidden-speed-relu | INVALID |" in result.stdout
     assert (tmp_path / "a.md").read_text().strip() == result.stdout.strip()
+
+
+SCALE = "from batchnorm.cli import main; main(['why', '--claim', 'scale', '--seeds', '2', '-o', {target!r}])"
+
+
+def scale(target, **kwargs):
+    return subprocess.run([sys.executable, "-c", SCALE.format(target=str(target))], check=False, timeout=300, **kwargs)
+
+
+@pytest.mark.slow
+def test_a_terminal_without_unicode_does_not_cost_the_report(tmp_path):
+    target = tmp_path / "why.md"
+    done = scale(target, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"? SUPPORTED" in done.stdout
+    assert target.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["closed pipe", "full disk"])
+def test_a_stream_that_takes_nothing_does_not_cost_the_report(tmp_path, stream):
+    target = tmp_path / "why.md"
+    if stream == "full disk":
+        with Path("/dev/full").open("w") as full:
+            done = scale(target, stdout=full, stderr=subprocess.PIPE)
+    else:
+        read, write = os.pipe()
+        os.close(read)
+        done = scale(target, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+    assert target.exists()
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_module_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "batchnorm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("batchnorm 0.1.0 (CPU kernels: ")

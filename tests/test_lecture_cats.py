@@ -318,7 +318,7 @@ def test_a_second_run_gives_the_same_numbers_whatever_the_threads_and_leaves_the
 
 
 def test_networks_that_have_not_learned_make_the_claim_invalid():
-    """Twenty steps are too few to reach 85 %."""
+    """Twenty steps are too few to reach 85%."""
     main = quick()[0].verdicts[0]
     assert main.status == Status.INVALID
     assert main.failed_guard.endswith("on black")
@@ -345,7 +345,7 @@ def test_a_repair_is_judged_by_the_share_of_what_was_lost():
 def test_a_repair_of_a_shift_that_cost_little_is_not_judged():
     verdict = cats._repair(made_up(noise=(0.6, 0.87, 0.9)), "noise")
     assert verdict.status == Status.INVALID
-    assert verdict.failed_guard == "3.0 points lost"
+    assert verdict.failed_guard == "only 3.0 points lost"
 
 
 def test_losing_accuracy_by_re_estimation_under_another_class_mix_is_the_opposite():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -189,8 +190,14 @@ def test_arms_that_did_not_learn_make_no_verdict(result: Result) -> None:
 
 
 def test_titles_state_the_measured_drift(result: Result) -> None:
-    drifts = [result.numbers[f"drift per 10 steps, sd, four units, {arm} batch norm"] for arm in ("without", "with")]
-    assert all(isinstance(value, float) and f"{value:.2g}" in result.charts[0].title for value in drifts)
+    drifts = []
+    for arm in ("without", "with"):
+        series = {"series": f"{arm} batch norm", "panel": "four units"}
+        rows = [row for row in result.charts[1].rows if series.items() <= row.items()]
+        drifts.append(sum((row["low"] + row["high"]) / 2 for row in rows) / len(rows))  # the range of two seeds
+    plain, normed = re.findall(r"by ([\d.]+)", result.charts[0].title)
+    assert float(plain) == pytest.approx(drifts[0], rel=0.05)  # two figures
+    assert float(normed) == pytest.approx(drifts[1], rel=0.05)
 
 
 def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:

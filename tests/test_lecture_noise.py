@@ -20,7 +20,6 @@ from batchnorm.lecture.noise import (
     SIZES,
     TRAIN,
     Arm,
-    GhostNorm,
     Noise,
     dropout,
     gaussian,
@@ -29,8 +28,8 @@ from batchnorm.lecture.noise import (
     noise_of_batches,
     theory,
     train_arm,
-    with_population,
 )
+from batchnorm.lecture.renormalized import GhostNorm, with_population
 from batchnorm.lecture.sweep import digits
 from batchnorm.population import recalibrate
 

@@ -110,15 +110,15 @@ def test_steps_are_counted_to_the_first_loss_at_the_target_and_infinite_where_th
     descent = Descent(losses)
     assert descent.steps_to_target().tolist() == [[math.inf, 2.0, math.inf]]
     assert descent.best_rate() == 1
-    assert descent.steps_at_best()[0].tolist() == [2.0]
+    assert descent.best().steps.tolist() == [2.0]
 
 
 def test_an_arm_that_never_arrives_counts_with_the_last_step_at_its_lowest_finite_loss() -> None:
     losses = torch.tensor([[[2.0, 2.0, 2.0]], [[1.0, 0.5, torch.nan]]])
     descent = Descent(losses)
     assert descent.best_rate() == 1
-    steps, cut = descent.steps_at_best()
-    assert (steps.tolist(), cut) == ([1.0], True)
+    best = descent.best()
+    assert (best.steps.tolist(), best.late, str(best)) == ([1.0], 1, "more than 1")
 
 
 def test_normalized_features_learn_alike_whatever_unit_they_were_recorded_in() -> None:
@@ -190,3 +190,15 @@ def test_the_verdict_on_wine_is_the_log_of_steps_counted_by_hand(result: Result)
     expected = [math.log10(by_hand(RAW, s) / by_hand(NORMALIZED, s)) for s in range(2)]
     assert estimate.values == pytest.approx(expected, rel=1e-6)
     assert f"more than {cap} as recorded" in result.verdicts[0].sentence
+
+
+def test_the_control_says_what_of_its_ratio_is_left_once_features_are_centred() -> None:
+    def reaching(first: int) -> Descent:
+        return Descent(torch.where(torch.arange(41) < first, 1.0, 0.0)[:, None, None].expand(-1, 3, 1))
+
+    verdict = scale._judge("digits", {RAW: reaching(40), CENTRED: reaching(10), NORMALIZED: reaching(5)})
+    assert verdict.sentence == (
+        "Digits: 5 steps with normalized features, 40 as pixels / 16 (8 times as many), 10 if only centred. "
+        "Normalizing also centres, and the control counts that too: features that are only centred take 2 times as "
+        "many steps as normalized ones."
+    )

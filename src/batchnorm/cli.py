@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 import tempfile
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,6 +35,22 @@ _STYLES = {"SUPPORTED": "green", "NOT SUPPORTED": "yellow", "OPPOSITE": "red", "
 _LECTURE = ("torch", "numpy", "scipy", "sklearn")
 
 
+class _Talk(Console):
+    """A console that falls silent when nobody listens: a closed pipe or a full disk must not cost the experiments."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """As in rich, but an error of the stream ends the talk and nothing else."""
+        try:
+            super().print(*args, **kwargs)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        """Rich would leave the program here."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+
+
 class _Commands(click.Group):
     """A group whose commands end with cause and remedy instead of a traceback."""
 
@@ -57,7 +75,9 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if not asked:
         return
     kernels = "reference, built without a compiler"
-    if find_spec("batchnorm._native"):
+    if os.environ.get("BATCHNORM_KERNELS") == "reference":
+        kernels = "reference, by BATCHNORM_KERNELS"
+    elif find_spec("batchnorm._native"):
         kernels = f"native, {import_module('batchnorm._native').instruction_sets()[0]}"
     click.echo(f"batchnorm {__version__} (CPU kernels: {kernels})")
     ctx.exit()
@@ -68,8 +88,11 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
+def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
     """Batch normalization for PyTorch: why it works, measured."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? beside the word
 
 
 @main.command()
@@ -81,7 +104,7 @@ def main(debug: bool) -> None:
     type=click.Choice(NAMES),
     help="Run this claim only; may be given again.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="First seed.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 10]")
 @click.option("--full", is_flag=True, help=f"{FULL_SEEDS} seeds, for narrower intervals.")
 @click.option(
@@ -98,9 +121,10 @@ def why(
     model: str | None, names: tuple[str, ...], seed: int, seeds: int | None, full: bool,
     output: Path, output_format: str, interactive: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Run the lecture's claims about why batch norm works and write a report.
+    """Measure why batch norm works; write a report.
 
-    Every claim is an experiment on data that comes with the package, with a criterion fixed beforehand. The same
+    Every claim of the lecture is an experiment on data that comes with the package, with a criterion fixed
+    beforehand. The same
     seed gives the same numbers.
     """
     if model is not None:
@@ -110,12 +134,12 @@ def why(
     from batchnorm import report
     from batchnorm.lecture.claim import Settings
 
-    if output.suffix == ".html":
+    if output.suffix.lower() == ".html":
         report.require_extra()
 
     settings = Settings(seed, seeds or (FULL_SEEDS if full else 5))
     names = tuple(name for name in NAMES if name in names) or NAMES
-    talk = Console(stderr=output_format != "rich", highlight=False)
+    talk = _Talk(stderr=output_format != "rich", highlight=False)
     verdicts = _run_claims(names, settings, talk, _command(names, settings), quiet=quiet)
     report.write(verdicts, output, interactive=interactive)
     _show(verdicts, output_format)
@@ -134,9 +158,11 @@ def _check_output(output: Path, *, interactive: bool) -> None:
     """Find out before the experiments run, not after, that the report cannot be written."""
     from batchnorm.report import SUFFIXES
 
-    if output.suffix not in SUFFIXES:
-        raise ValueError(f"-o needs a file that ends in {', '.join(SUFFIXES)}, got {str(output)!r}.")
-    if interactive and output.suffix != ".html":
+    if output.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"-o needs a file that ends in {', '.join(SUFFIXES)}, got {str(output)!r}. Name it why.html, for example."
+        )
+    if interactive and output.suffix.lower() != ".html":
         raise ValueError(f"--interactive needs an .html report, got {str(output)!r}. Leave one of the two out.")
     try:
         with tempfile.TemporaryFile(dir=output.parent):
@@ -153,12 +179,13 @@ def _command(names: Iterable[str], settings: Settings) -> str:
     return f"batchnorm why{claims} --seed {settings.seed} --seeds {settings.seeds}"
 
 
-def _run_claims(names: tuple[str, ...], settings: Settings, talk: Console, command: str, *, quiet: bool) -> Verdicts:
+def _run_claims(names: tuple[str, ...], settings: Settings, talk: _Talk, command: str, *, quiet: bool) -> Verdicts:
     from batchnorm import lecture
     from batchnorm.lecture.criteria import VERSION
     from batchnorm.lecture.verdicts import Verdicts
 
-    talk.print(f"{len(names)} claims, {settings.seeds} seeds each, criteria version {VERSION} (set before the runs)\n")
+    claims = "1 claim" if len(names) == 1 else f"{len(names)} claims"
+    talk.print(f"{claims}, {settings.seeds} seeds each, criteria version {VERSION} (set before the runs)\n")
     outcomes = []
     with _progress(quiet=quiet) as bar:
         task = bar.add_task("", total=len(names))
@@ -171,7 +198,7 @@ def _run_claims(names: tuple[str, ...], settings: Settings, talk: Console, comma
     return Verdicts(settings, outcomes, command)
 
 
-def _announce(name: str, talk: Console) -> None:
+def _announce(name: str, talk: _Talk) -> None:
     from batchnorm.lecture.criteria import criteria_of
 
     talk.print(f"[bold]{name}[/bold]")
@@ -197,11 +224,11 @@ def _line(verdict: Verdict, after: str = "") -> str:
 
 def _show(verdicts: Verdicts, output_format: str) -> None:
     if output_format == "json":
-        click.echo(json.dumps(verdicts.to_dict(), indent=1))
+        click.echo(json.dumps(verdicts.to_dict(), indent=1, allow_nan=False))
     elif output_format == "md":
         click.echo(verdicts.to_markdown())
     else:
-        Console(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{verdicts.headline}[/bold]")
+        _Talk(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{verdicts.headline}[/bold]")
 
 
 def _table(outcomes: Iterable[Outcome]) -> Table:

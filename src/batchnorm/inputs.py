@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from batchnorm.moments import Moments
+from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -163,6 +164,8 @@ class InputNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` normalized, in its own dtype; integers come out as floating point."""
+        if (node := call_whole(self, x)) is not None:
+            return node
         self._check_input(x)
         high, low, scale = self._parts(x)
         z = ((x.to(high.dtype) - high) - low) / scale
@@ -191,6 +194,8 @@ class InputNorm(nn.Module):
         return _as_tuple(self.channel_axis)
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"InputNorm needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
         if x.is_complex():
             raise TypeError(f"InputNorm needs a real tensor, got {x.dtype}. Use torch.view_as_real(x).")
         axes = self._axes()
@@ -332,6 +337,11 @@ def _blocks(data: Any, channel_axis: int | Sequence[int] | None) -> Iterator[Ten
     """An array, a slice of rows at a time: torch takes neither foreign byte orders nor negative strides."""
     import numpy as np
 
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError(
+            "InputNorm.fit needs an array without a mask, got a masked one. "
+            "Use data.filled(np.nan) and nan='omit' to leave masked values out."
+        )
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
         raise TypeError(

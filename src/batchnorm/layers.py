@@ -8,15 +8,15 @@ torch.nn's arguments, has its five state_dict keys and is an instance of its cla
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
 from batchnorm.kernels.reference import wide_dtype
+from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,9 @@ class _Layer(_BatchNorm):
         single_element: Literal["error", "population"] = "error",
     ) -> None:
         if single_element not in {"error", "population"}:
-            raise ValueError(f"single_element must be 'error' or 'population', got {single_element!r}.")
+            raise ValueError(
+                f"single_element must be 'error' or 'population', got {single_element!r}. Leave it out for 'error'."
+            )
         _check_eps(eps)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not weight:
@@ -73,10 +75,10 @@ class _Layer(_BatchNorm):
                 be measured.
             TypeError: If the input is not floating-point.
         """
-        if isinstance(input, Proxy):  # torch.fx takes torch.nn's layers as they are, by their module's name
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if (node := call_whole(self, input)) is not None:
+            return node
         self._check_input(input)
+        self._check_state(input)
         stored = self._stored()
         if stored and not self._measures(input):
             return kernels.normalize(input, *stored, self.weight, self.bias, self.eps)
@@ -85,9 +87,16 @@ class _Layer(_BatchNorm):
             raise ValueError(self._about_a_single_value(input))
         y, mean, var = kernels.train(input, self.weight, self.bias, self.eps)
         if stored and self.training and self.track_running_stats and count:
-            batches = cast("Tensor", self.num_batches_tracked)
-            kernels.update_running(*stored, batches, self._skipped, mean, var, count, self.momentum)
+            kernels.update_running(*stored, *self._counters(), mean, var, count, self.momentum)
         return y
+
+    def _counters(self) -> tuple[Tensor, Tensor]:
+        """Batches tracked and batches skipped; one that nothing can keep is counted and forgotten."""
+        tracked, skipped = self.num_batches_tracked, self._skipped
+        if tracked is None:
+            tracked = torch.zeros_like(skipped)
+        # an exported program keeps parameters and buffers only
+        return tracked, torch.zeros_like(skipped) if torch.compiler.is_exporting() else skipped
 
     def _stored(self) -> tuple[Tensor, Tensor] | None:
         mean, var = self.running_mean, self.running_var
@@ -110,6 +119,8 @@ class _Layer(_BatchNorm):
     def _check_input(self, x: Tensor) -> None:
         name = type(self).__name__
         _check_eps(self.eps)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
         if x.ndim not in self._shapes:
             shapes = " or ".join(self._shapes.values())
             raise ValueError(f"{name} needs {shapes}, got {tuple(x.shape)}. {_layer_for(x.ndim)}")
@@ -122,6 +133,17 @@ class _Layer(_BatchNorm):
             raise ValueError(
                 f"{name}({self.num_features}) needs {self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
             )
+
+    def _check_state(self, x: Tensor) -> None:
+        """Refuse parameters and statistics that do not fit the input: someone replaced or moved them."""
+        for name in ("weight", "bias", *_STATISTICS):
+            values = getattr(self, name)
+            if values is not None and (values.shape != (self.num_features,) or values.device != x.device):
+                raise ValueError(
+                    f"{type(self).__name__} needs {name} of shape ({self.num_features},) on {x.device}, got "
+                    f"{tuple(values.shape)} on {values.device}. Move the model with model.to(), or load a state "
+                    "that fits it."
+                )
 
     def train(self, mode: bool = True) -> _Layer:
         """Set train or eval mode.
@@ -160,7 +182,7 @@ class _Layer(_BatchNorm):
             parts.append("weight=False")
         if self.single_element != "error":
             parts.append(f"single_element={self.single_element!r}")
-        if not self._skipped.is_meta and self.skipped_updates:
+        if type(self._skipped) is Tensor and not self._skipped.is_meta and self.skipped_updates:
             parts.append(f"skipped_updates={self.skipped_updates}")
         return ", ".join(parts)
 
@@ -255,4 +277,6 @@ def _layer_for(ndim: int) -> str:
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}. Pass the model itself.")
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

@@ -64,6 +64,11 @@ class Moments:
                 "Moments needs mean and m2 of one shape and count a scalar or of that shape, got "
                 f"count {tuple(self.count.shape)}, mean {tuple(self.mean.shape)}, m2 {tuple(self.m2.shape)}."
             )
+        if bool((self.count < 0).any()) or bool((self.m2 < 0).any()):
+            raise ValueError(
+                f"Moments needs count and m2 of 0 or more, got count {_brief(self.count)}, m2 {_brief(self.m2)}. "
+                "A negative variance is a sign of E[x^2] - E[x]^2: measure with Moments.of."
+            )
 
     @staticmethod
     def of(
@@ -91,6 +96,8 @@ class Moments:
             ValueError: If ``channel_axis`` is not an axis of ``x``, a weight or mask does not broadcast to
                 ``x``, or a weight is negative, NaN or infinite.
         """
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"Moments.of needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
         if x.is_complex():
             raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Take x.real and x.imag apart.")
         channels = _axes(channel_axis, x.ndim)

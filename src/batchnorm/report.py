@@ -86,7 +86,7 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
         ValueError: If its name has another ending.
     """
     path = Path(path).resolve()
-    text = _as_text(verdicts, path.suffix, interactive=interactive)
+    text = _as_text(verdicts, path.suffix.lower(), interactive=interactive)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("x", encoding="utf-8", newline="\n") as file:
@@ -103,7 +103,7 @@ def _as_text(verdicts: Verdicts, suffix: str, *, interactive: bool) -> str:
     if suffix == ".html":
         return render(verdicts, interactive=interactive)
     if suffix == ".json":
-        return json.dumps(verdicts.to_dict(), indent=1) + "\n"
+        return json.dumps(verdicts.to_dict(), indent=1, allow_nan=False) + "\n"
     if suffix == ".md":
         return verdicts.to_markdown() + "\n"
     raise ValueError(f"a report needs a file that ends in {', '.join(SUFFIXES)}, got {suffix!r}. Name it so.")

@@ -43,7 +43,7 @@ def train_forward(
     wide = wide_dtype(x.dtype)
     y = torch.empty_like(x)
     mean, residual, var = (torch.empty(x.shape[1], dtype=wide) for _ in range(3))
-    weight, bias = _as(weight, wide), _as(bias, wide)
+    weight, bias = _per_channel(x, weight, bias)
     _native.train(*_head(x), _at(x), _at(y), _at(mean), _at(residual), _at(var), _at(weight), _at(bias), eps)
     return y, mean, residual, var
 
@@ -57,7 +57,7 @@ def train_backward(
         grad = torch.empty_like(x).copy_(grad)
     d_x = torch.empty_like(x)
     d_weight, d_bias = (torch.empty(x.shape[1], dtype=wide) for _ in range(2))
-    channels = [_as(t, wide) for t in (mean, residual, var, weight)]
+    channels = _per_channel(x, mean, residual, var, weight)
     inputs = (_at(t) for t in (grad, x, *channels))
     _native.backward(*_head(x), *inputs, _at(d_x), _at(d_weight), _at(d_bias), eps)
     return d_x, d_weight, d_bias
@@ -66,7 +66,7 @@ def train_backward(
 def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """As reference.normalize."""
     y = torch.empty_like(x)
-    channels = [_as(t, wide_dtype(x.dtype)) for t in (mean, var, weight, bias)]
+    channels = _per_channel(x, mean, var, weight, bias)
     _native.normalize(*_head(x), _at(x), _at(y), *(_at(t) for t in channels), eps)
     return y
 
@@ -75,7 +75,8 @@ def supports_update(*statistics: Tensor) -> bool:
     """Whether ``update_running`` takes these statistics: one CPU type, float32 or float64, contiguous, of one model."""
     kinds = {t.dtype for t in statistics}
     plain = all(t.device.type == "cpu" and t.ndim == 1 and t.is_contiguous() for t in statistics)
-    return _native is not None and plain and len(kinds) == 1 and kinds <= {torch.float32, torch.float64}
+    same = len(kinds) == 1 and len({t.shape for t in statistics}) == 1
+    return _native is not None and plain and same and kinds <= {torch.float32, torch.float64}
 
 
 def update_running(
@@ -117,5 +118,13 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+def _per_channel(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Statistics and parameters in the type to compute with; the kernels read as many as ``x`` has channels."""
+    wide, shape = wide_dtype(x.dtype), x.shape[1:2]
+    for t in tensors:
+        if t is not None and (t.shape != shape or t.device != x.device):
+            raise ValueError(
+                f"batch norm needs statistics and parameters of shape {tuple(shape)} on {x.device}, got "
+                f"{tuple(t.shape)} on {t.device}. Give one value for each channel."
+            )
+    return [None if t is None else t.to(wide).contiguous() for t in tensors]

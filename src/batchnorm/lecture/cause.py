@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture import over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.data import Examples
 from batchnorm.lecture.drift import behind, drift, noise_floor
-from batchnorm.lecture.hidden import TARGET, steps_at_best
-from batchnorm.lecture.layer3 import over_seeds
-from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.sweep import ARMS, RATES, SIZES, Sweep, digits, probe_indices, sweep, training_indices
-from batchnorm.lecture.training import accuracies, losses, sgd
-from batchnorm.lecture.verdict import estimate, judge
+from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
+from batchnorm.lecture.sweep import BOTH, RATES, SIZES, TARGET, Sweep, digits, probe_indices, sweep, training_indices
+from batchnorm.lecture.training import accuracies, first_step, losses, sgd
+from batchnorm.lecture.verdict import judge
 
 # Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
 # round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
@@ -63,18 +62,18 @@ class Noisy(nn.Module):
         return y * SCALE**scale + SHIFT * shift
 
 
-ARMS.update(noisy=Noisy, half=partial(Noisy, strength=0.5))
+ARMS: dict[str, Norm | None] = {**BOTH, "noisy": Noisy, "half": partial(Noisy, strength=0.5)}
 
 
 def run(settings: Settings, progress: Progress) -> Result:
-    """Tune three arms on one grid, then look at what layer 3 receives at each arm's best rate."""
+    """Tune every arm on one grid, then look at what layer 3 receives at each arm's best rate."""
     sweeps: dict[str, Sweep] = {}
     watched: dict[str, Watched] = {}
-    for arm in CALLED:
+    for arm, norm in ARMS.items():
         with _noise_from(settings.seed):
-            sweeps[arm] = sweep(settings, "relu", arm)
+            sweeps[arm] = sweep(settings, "relu", norm)
         progress(len(sweeps) / 5)
-    for arm in CALLED:
+    for arm in ARMS:
         with _noise_from(settings.seed):
             watched[arm] = _watch(settings, arm, RATES[sweeps[arm].best_rate()])
         progress(0.8 + len(watched) / 20)
@@ -134,15 +133,9 @@ def _watch(settings: Settings, arm: str, rate: float) -> Watched:
     sgd(net, digits(), indices, torch.full((settings.seeds,), rate), observe)
     seen = torch.stack(values)
     relative, cosine = torch.stack(changes).mean(0)
-    return Watched(
-        rate, drift(seen[:-1], seen[1:]).total.mean(0), noise_floor(seen).mean(0), relative, cosine, _first(curve)
-    )
-
-
-def _first(curve: list[Tensor]) -> Tensor:
-    """First step at which each seed's accuracy reached the target; infinity where it did not."""
-    reached = torch.stack(curve) >= TARGET
-    return torch.where(reached.any(0), reached.float().argmax(0) * float(READ), torch.inf)
+    reached = first_step(torch.stack(curve) >= TARGET, torch.arange(len(curve)) * READ)
+    moved = drift(seen[:-1], seen[1:]).total.mean(0)
+    return Watched(rate, moved, noise_floor(seen).mean(0), relative, cosine, reached)
 
 
 def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
@@ -179,21 +172,19 @@ def _share(values: Tensor) -> str:
 
 
 def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
-    steps = {arm: steps_at_best(sweeps[arm]) for arm in CALLED}
-    medians = {arm: f"{'more than ' if cut else ''}{count.median():.0f}" for arm, (count, cut) in steps.items()}
-    lost, half = (_lost(*(steps[name][0] for name in ("without", "with", arm))) for arm in ("noisy", "half"))
-    moved = {arm: float(watched[arm].drift.mean()) for arm in CALLED}
+    best = {arm: sweeps[arm].best() for arm in ARMS}
+    lost, half = (_lost(*(best[name].steps for name in ("without", "with", arm))) for arm in ("noisy", "half"))
+    moved = {arm: float(watched[arm].drift.mean()) for arm in ARMS}
     sentence = (
-        f"{medians['with']} steps to {TARGET:.0%} with batch norm, {medians['noisy']} with noise behind it, "
-        f"{medians['without']} without: the noise costs {_share(lost)} of the (log) speed-up, while a[2] moves by "
+        f"{best['with']} steps to {TARGET:.0%} with batch norm, {best['noisy']} with noise behind it, "
+        f"{best['without']} without: the noise costs {_share(lost)} of the (log) speed-up, while a[2] moves by "
         f"{moved['noisy']:.2g} standard deviations per {EVERY} steps, against {moved['with']:.2g} with batch norm and "
         f"{moved['without']:.2g} without. Half the noise ({moved['half']:.2g}) costs {_share(half)}."
     )
     failed = ""
-    if steps["without"][1] or steps["with"][1]:
-        last = int(sweeps["with"].steps[-1])
-        failed = f"not every seed reached {TARGET:.0%} in {last} steps with and without batch norm"
-    elif not bool((steps["without"][0] > steps["with"][0]).all()):
+    if best["without"].late or best["with"].late:
+        failed = f"not every seed reached {TARGET:.0%} in {best['with'].last} steps with and without batch norm"
+    elif not bool((best["without"].steps > best["with"].steps).all()):
         failed = "there is a seed in which batch norm gave no speed-up to lose"
     elif not moved["noisy"] >= moved["without"]:
         failed = f"the drift is {moved['noisy']:.2g} with the noise, below {moved['without']:.2g} without batch norm"
@@ -203,20 +194,17 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
 def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {}
     for arm, seen in watched.items():
-        figures = {
-            "best learning rate": torch.tensor(seen.rate),
-            f"drift of a[2] per {EVERY} steps, sd": seen.drift,
-            "noise floor, sd": seen.floor,
-            "change of layer 3's gradient by the layers before it, relative": seen.relative,
-            "change of layer 3's gradient by the layers before it, cosine": seen.cosine,
-        }
-        numbers |= {f"{what}, {CALLED[arm]}": over_seeds(value) for what, value in figures.items()}
-    read = [watched[arm].reached for arm in ("with", "noisy")]
-    for arm, reached in zip(("with", "noisy"), read, strict=True):
-        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds(reached.median())
-    without = steps_at_best(sweeps["without"])[0]
-    share = _lost(without, *read)
-    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds(share)
+        shift = "change of layer 3's gradient by the layers before it"
+        numbers[f"best learning rate, {CALLED[arm]}"] = seen.rate
+        numbers[f"{shift}, relative, {CALLED[arm]}"] = over_seeds.mean(seen.relative)
+        numbers[f"{shift}, cosine, {CALLED[arm]}"] = over_seeds.mean(seen.cosine)
+    read = {arm: watched[arm].reached for arm in ("with", "noisy")}
+    for arm, reached in read.items():
+        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds.mean(
+            reached.median()
+        )
+    share = _lost(sweeps["without"].best().steps, *read.values())
+    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds.mean(share)
     return numbers
 
 
@@ -229,22 +217,18 @@ _SERIES: dict[str, Role] = {
 
 
 def _curves(sweeps: dict[str, Sweep]) -> Chart:
-    rows = []
-    for arm, swept in sweeps.items():
-        curve = swept.accuracy[:, :, swept.best_rate()]  # (T, seeds)
-        rows += [
-            {
-                "x": int(step), "y": round(float(curve[t].median()), 4), "low": round(float(curve[t].min()), 4),
-                "high": round(float(curve[t].max()), 4), "series": CALLED[arm],
-            }
-            for t, step in enumerate(swept.steps)
-        ]  # fmt: skip
-    found = ", ".join(f"{steps_at_best(swept)[0].median():.0f} {CALLED[arm]}" for arm, swept in sweeps.items())
+    rows = [
+        row
+        for arm, swept in sweeps.items()
+        for row in over_seeds.curve(swept.steps.tolist(), swept.best_curve(), series=CALLED[arm])
+    ]
+    found = ", ".join(f"{swept.best()} {CALLED[arm]}" for arm, swept in sweeps.items())
     return Chart(
         "lines",
         f"Steps to {TARGET:.0%} training accuracy, each at its best learning rate: {found}",
         "Training accuracy against steps for four arms with bands over all seeds: orange without batch norm, blue "
-        "with, grey with batch norm and noise behind it, at full and at half strength.",
+        f"with, grey with batch norm and noise behind it, at full and at half strength. Steps to {TARGET:.0%}: "
+        f"{found}.",
         rows,
         Axis("training step"),
         Axis("training accuracy", domain=(0, 1), percent=True),
@@ -253,21 +237,18 @@ def _curves(sweeps: dict[str, Sweep]) -> Chart:
 
 
 def _drifts(watched: dict[str, Watched]) -> Chart:
-    rows = []
-    for arm, seen in watched.items():
-        for label, values in ((CALLED[arm], seen.drift), (f"noise floor {CALLED[arm]}", seen.floor)):
-            if bool((values > 0).all() & values.isfinite().all()):
-                interval = estimate(values.tolist())
-                rows.append({
-                    "label": label, "value": round(interval.mean, 4), "low": round(interval.low, 4),
-                    "high": round(interval.high, 4), "series": CALLED[arm],
-                })  # fmt: skip
+    rows = [
+        {"label": label, **over_seeds.interval(values), "series": CALLED[arm]}
+        for arm, seen in watched.items()
+        for label, values in ((CALLED[arm], seen.drift), (f"noise floor {CALLED[arm]}", seen.floor))
+        if bool((values > 0).all() & values.isfinite().all())
+    ]
     found = ", ".join(f"{seen.drift.mean():.2g} {CALLED[arm]}" for arm, seen in watched.items())
     return Chart(
         "dots",
         f"Drift of what layer 3 receives, in standard deviations per {EVERY} steps: {found}",
-        f"Drift of a[2] over the first {WINDOW} steps for four arms with intervals over seeds, each above its noise "
-        "floor, the distance of two random halves of the probe.",
+        f"Drift of a[2] over the first {WINDOW} steps for four arms with intervals over seeds, each followed by its "
+        f"noise floor, the distance of two random halves of the probe. Mean drift: {found}.",
         rows,
         Axis(f"drift of a[2] per {EVERY} steps [sd]"),
         None,
@@ -285,20 +266,21 @@ CLAIM = Claim(
     arms=(
         "Three arms of the lecture's five-layer network (ReLU): without batch norm, with it, and with batch norm whose "
         f"output is disturbed again in training: at every step each unit is shifted by up to {SHIFT:g} and stretched "
-        f"by a factor of up to {SCALE:g} either way, drawn anew (after Santurkar et al.). The strength was chosen by "
-        "the drift alone; a fourth arm with half of it is shown, not judged. Each arm has its learning rate tuned on "
-        f"the same grid of {len(RATES)}; accuracy is read in eval mode, where the noise is off, and the drift of a[2] "
-        f"over the first {WINDOW} steps at the best rate with the noise on, because layer 3 receives it."
+        f"by a factor of up to {SCALE:g} either way, drawn anew (after Santurkar et al.). The strength was chosen "
+        "after a look at the drift, and at nothing else; a fourth arm with half of it is shown, not judged. Each arm "
+        f"has its learning rate tuned on the same grid of {len(RATES)}; accuracy is read in eval mode, where the noise "
+        f"is off, and the drift of a[2] over the first {WINDOW} steps (about what the slowest arm needs) at the best "
+        "rate with the noise on, because layer 3 receives it."
     ),
     how_to_read=(
-        "If the reduced shift were the reason, the grey curve would fall back to the orange one. The second chart is "
-        "the check that the noise does bring the shift back: grey must lie at or beyond orange."
+        "If the reduced shift were the reason, the curve with the full noise would fall back to the orange one. The "
+        "second chart is the check that this noise brings the shift back: its dot must lie at or beyond the orange one."
     ),
     not_shown=(
-        "The noise moves distributions, which the next batch norm partly undoes, and not what a step does to later "
-        "layers' gradients (see the figures): only the distributional version of the explanation is tested. Noise may "
-        "also slow learning for other reasons than drift, so a loss of speed is weak evidence and none lost is strong. "
-        "Accuracy read with the noise on (in the figures) includes what the noise does to the answer itself."
+        "The noise moves distributions, which the next batch norm partly undoes: only the distributional version of "
+        "the explanation is tested. How a step of earlier layers changes layer 3's gradient is in the figures. Noise "
+        "may also slow learning for other reasons than drift, so a loss of speed is weak evidence and none lost is "
+        "strong. Accuracy read with the noise on (in the figures) includes what the noise does to the answer itself."
     ),
     sources=(
         "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",

@@ -100,7 +100,7 @@ class Verdict:
         criterion: What was asked.
         status: The outcome.
         estimate: The effect; None where a guard failed before it could be computed.
-        sentence: The measurement in plain words with its numbers, such as "30 steps instead of 120 (4.0x fewer)".
+        sentence: The measurement in plain words with its numbers, such as "30 steps instead of 120 (4.0× as many)".
         failed_guard: For INVALID, what did not hold, with its number.
     """
 
@@ -113,6 +113,9 @@ class Verdict:
 
 # Colour follows meaning in every chart: orange = without batch norm, blue = with, grey = neither.
 Role = Literal["without", "with", "neutral"]
+
+# The two arms of most claims, as charts call them
+SERIES: dict[str, Role] = {"without batch norm": "without", "with batch norm": "with"}
 
 
 @dataclass(frozen=True, slots=True)

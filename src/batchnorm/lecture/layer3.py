@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Settings, Verdict
 from batchnorm.lecture.drift import IDLE, behind, drift, noise_floor
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.sweep import ARMS, SIZES, STEPS, digits, probe_indices, training_indices
+from batchnorm.lecture.sweep import BOTH, SIZES, STEPS, digits, probe_indices, training_indices
 from batchnorm.lecture.training import accuracies, losses, sgd
 from batchnorm.lecture.verdict import judge
 
@@ -19,10 +21,9 @@ EVERY = 10  # steps between two looks at a[2]
 PROBE = 256
 LEARNED = 0.9
 # Widths and training steps. The lecture's picture is the wide network with its second hidden layer narrowed to the
-# four units a[2]1 .. a[2]4; without batch norm that bottleneck needs the longer training to reach 90 %.
+# four units a[2]1 .. a[2]4; without batch norm that bottleneck needs the longer training to reach 90%.
 NETWORKS = {"four": ((64, 64, 4, 64, 64, 10), 800), "wide": (SIZES, STEPS)}
 CALLED = {"four": "four units", "wide": "wide"}
-BOTH = ("without", "with")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,13 +64,14 @@ def run(settings: Settings, progress: Progress) -> Result:
     governed = {name: _distances(arms["with"]) for name, arms in seen.items()}
     charts = [_ribbons(seen["four"], shifts["four"], settings.seed), _over_time(seen, shifts)]
     charts.append(_governed_chart(seen["four"]["with"], governed["four"], settings.seed))
-    return Result([*verdicts, _judge_governed(governed)], charts, _numbers(seen, shifts, governed))
+    return Result([*verdicts, _judge_governed(governed)], charts, _numbers(seen, shifts))
 
 
 def _paired(settings: Settings, sizes: tuple[int, ...]) -> dict[str, Ensemble]:
     """Both arms, for every seed from the same weights."""
     arms = {
-        arm: Ensemble.of(lambda arm=arm: fully_connected(sizes, "relu", ARMS[arm]), settings.all_seeds) for arm in BOTH
+        arm: Ensemble.of(partial(fully_connected, sizes, "relu", norm), settings.all_seeds)
+        for arm, norm in BOTH.items()
     }
     with torch.no_grad():
         for layer in range(1, len(sizes)):
@@ -135,16 +137,16 @@ class Shift:
 
 def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> Verdict:
     plain, normed = (shifts[arm].average for arm in BOTH)
-    ratio = (plain / normed).log2()
+    ratio = plain / normed
     sentence = (
         f"{CALLED[name]}: a[2] moves by {normed.mean():.2g} standard deviations per {EVERY} steps with batch norm, "
-        f"by {plain.mean():.2g} without ({float(ratio.mean().exp2()):.1f} times as much); by stored statistics it is "
+        f"by {plain.mean():.2g} without ({over_seeds.factor(ratio):.1f} times as much); by stored statistics it is "
         f"{shifts['with'].eval.mean():.2g} against {shifts['without'].eval.mean():.2g}."
     )
     lowest = {arm: float(seen[arm].accuracy.min()) for arm in BOTH}
     late = [f"{low:.0%} {arm} batch norm" for arm, low in lowest.items() if not low >= LEARNED]
     failed = f"{CALLED[name]}: the worst seed ended at {' and '.join(late)}" if late else ""
-    return judge(f"layer3-{name}", ratio.tolist(), sentence, failed_guard=failed)
+    return judge(f"layer3-{name}", ratio.log2().tolist(), sentence, failed_guard=failed)
 
 
 def _distances(seen: Seen) -> Tensor:
@@ -177,39 +179,24 @@ def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(
-    seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]], governed: dict[str, Tensor]
+    seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]
 ) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {}
     for name, arms in shifts.items():
         for arm, shift in arms.items():
-            fall = seen[name][arm].loss[0] - seen[name][arm].loss[1]
             figures = {
-                f"drift per {EVERY} steps, sd": shift.average,
-                "its part in the mean, sd": shift.mean,
-                "its part in the log of the sd": shift.log_sd,
-                "noise floor, sd": shift.floor.mean(0),
-                "drift over noise floor": shift.average / shift.floor.mean(0),
-                "drift over the whole run per nat of loss decrease, sd": shift.total.sum(0) / fall,
-                f"drift per {EVERY} steps in eval mode, sd": shift.eval,
+                "part of the drift in the mean, sd": shift.mean,
+                "part of the drift in the log of the sd": shift.log_sd,
                 "share of idle units": shift.idle,
-                "final training accuracy of the worst seed": seen[name][arm].accuracy.min(),
             }
-            numbers |= {f"{what}, {CALLED[name]}, {arm} batch norm": over_seeds(v) for what, v in figures.items()}
-    for name, distances in governed.items():
-        mean, sd = _in_batch_errors(seen[name]["with"])
-        figures = {
-            "z~ off (beta, |gamma|) by stored statistics, median, |gamma|": _median_of_seeds(distances),
-            "mean of z~ off beta in the batch (rounding), largest, |gamma|": mean,
-            "sd of z~ off |gamma| in the batch (rounding and eps), largest, |gamma|": sd,
-        }
-        numbers |= {f"{what}, {CALLED[name]}": over_seeds(v) for what, v in figures.items()}
+            numbers |= {f"{what}, {CALLED[name]}, {arm} batch norm": over_seeds.mean(v) for what, v in figures.items()}
+        plain, normed = (arms[arm].total.sum(0) / (seen[name][arm].loss[0] - seen[name][arm].loss[1]) for arm in BOTH)
+        what = f"drift per nat of loss decrease, {CALLED[name]}, log2 of without / with batch norm"
+        numbers[what] = over_seeds.mean((plain / normed).log2())
+    off = torch.stack([error for arms in seen.values() for error in _in_batch_errors(arms["with"])]).max()
+    what = "mean or sd of z~ off beta or |gamma| in the batch (rounding and eps), largest, |gamma|"
+    numbers[what] = over_seeds.mean(off)
     return numbers
-
-
-def over_seeds(values: Tensor) -> float | None:
-    """Mean over seeds to three figures; None where it does not exist."""
-    mean = float(values.mean())
-    return float(f"{mean:.3g}") if abs(mean) < float("inf") else None
 
 
 def _every(count: int, most: int) -> range:
@@ -234,38 +221,28 @@ def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Char
     plain, normed = (float(shifts[arm].average.mean()) for arm in BOTH)
     return Chart(
         "ribbons",
-        f"What layer 3 receives moves by {plain:.2g} standard deviations per {EVERY} steps without batch norm and by "
-        f"{normed:.2g} with",
+        f"What layer 3 receives from the four units moves by {plain:.2g} standard deviations per {EVERY} steps without "
+        f"batch norm and by {normed:.2g} with",
         f"Distribution of the four values a[2]1 to a[2]4 on {PROBE} fixed examples over training steps, seed {seed}: "
-        "2, 16, 50, 84 and 98 % quantiles as ribbons, one row for each unit, without batch norm on the left and with "
-        "it on the right, on the same axes.",
+        "2%, 16%, 50%, 84% and 98% quantiles as ribbons, one row for each unit, without batch norm on the left and "
+        "with it on the right, on the same axes.",
         rows,
         Axis("training step"),
         Axis("value of the unit"),
-        _SERIES,
+        SERIES,
     )
-
-
-_SERIES: dict[str, Role] = {"without batch norm": "without", "with batch norm": "with"}
 
 
 def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Chart:
     rows = []
     for name in ("wide", "four"):
         for arm, shift in shifts[name].items():
-            steps = seen[name][arm].steps
+            kept = list(_every(len(shift.total), 40))
+            steps = seen[name][arm].steps[kept].tolist()
             for series, values in ((f"{arm} batch norm", shift.total), (f"noise floor {arm}", shift.floor)):
-                kept = [t for t in _every(len(values), 40) if bool((values[t] > 0).all() & values[t].isfinite().all())]
-                rows += [
-                    {
-                        "x": int(steps[t]), "y": round(float(values[t].median()), 5), "series": series,
-                        "panel": CALLED[name],
-                    }
-                    | (_range(values[t]) if series in _SERIES else {})
-                    for t in kept
-                ]  # fmt: skip
+                rows += over_seeds.curve(steps, values[kept], positive=True, series=series, panel=CALLED[name])
     apart = " and ".join(
-        f"{float((shifts[name]['without'].average / shifts[name]['with'].average).log2().mean().exp2()):.1f} times "
+        f"{over_seeds.factor(shifts[name]['without'].average / shifts[name]['with'].average):.1f} times "
         f"({CALLED[name]})"
         for name in ("wide", "four")
     )
@@ -274,17 +251,14 @@ def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shi
         f"Averaged over training, a[2] drifts {apart} as much without batch norm as with it",
         f"Drift of a[2] per {EVERY} steps in standard deviations against training steps on a log scale, one panel for "
         "the wide network and one for the four units: orange without, blue with batch norm, bands over all seeds; the "
-        "dashed lines are the distance of two random halves of the probe.",
-        rows,
+        f"dashed lines are the distance of two random halves of the probe. Averaged over training it is {apart} as "
+        "much without batch norm as with it.",
+        [{k: v for k, v in row.items() if row["series"] in SERIES or k not in ("low", "high")} for row in rows],
         Axis("training step"),
         Axis(f"drift per {EVERY} steps [sd]", log=True),
-        _SERIES | {"noise floor without": "without", "noise floor with": "with"},
+        SERIES | {"noise floor without": "without", "noise floor with": "with"},
         dashed=("noise floor without", "noise floor with"),
     )
-
-
-def _range(values: Tensor) -> dict[str, float]:
-    return {"low": round(float(values.min()), 5), "high": round(float(values.max()), 5)}
 
 
 def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
@@ -305,8 +279,8 @@ def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
     ]  # fmt: skip
     return Chart(
         "lines",
-        f"By stored statistics, mean and standard deviation of z~ lie {_median_of_seeds(distances).mean():.2g} |gamma| "
-        "from beta and |gamma|",
+        "By stored statistics, mean and standard deviation of the four units' z~ lie "
+        f"{_median_of_seeds(distances).mean():.2g} |gamma| from beta and |gamma|",
         f"Mean of z~[2] with beta, and its standard deviation with |gamma|, over training steps for the four units, "
         f"seed {seed}, on {PROBE} fixed examples in eval mode: blue measured, grey dashed the parameter.",
         rows,
@@ -326,22 +300,23 @@ CLAIM = Claim(
     ),
     arms=(
         "The lecture's network without and with batch norm (ReLU), from the same weights and on the same batches of "
-        f"64, plain SGD at the same rate of {RATE:g}, which both arms learn at: the wide one (64 units in every hidden "
-        "layer, 300 steps) and one whose second hidden layer has the picture's four units (800 steps, because the "
-        f"bottleneck learns more slowly). Every {EVERY} steps a[2] is read on {PROBE} fixed training examples with the "
-        "statistics that training uses; the drift is the distance (Wasserstein 2) of each unit's values from those "
-        f"{EVERY} steps before in its own standard deviations, averaged over the whole training. Units that are "
-        f"constant but for 1 in {IDLE} examples (idle ReLUs) are left out in both arms."
+        f"64, plain SGD at the same rate of {RATE:g}: the wide one (64 units in every hidden layer, "
+        f"{NETWORKS['wide'][1]} steps) and one whose second hidden layer has the picture's four units "
+        f"({NETWORKS['four'][1]} steps, chosen after a look: without batch norm the bottleneck learns more slowly). "
+        f"Every {EVERY} steps a[2] is read on {PROBE} fixed training examples with the statistics that training uses; "
+        f"the drift is the distance (Wasserstein 2) of each unit's values from those {EVERY} steps before in its own "
+        f"standard deviations, averaged over the whole training. Units that are constant but for 1 in {IDLE} examples "
+        "(idle ReLUs) are left out in both arms."
     ),
     how_to_read=(
         "Ribbons that stay level are values that keep their distribution (flat at 0: a ReLU that is off); the drift "
         "below them says the same as one number, and the dashed line what two random halves of the same examples "
-        "differ by. The last chart shows "
-        "whether beta and gamma govern z~ for single examples too, where stored statistics stand in for the batch's."
+        "differ by. The last chart shows whether beta and gamma govern z~ for single examples too, where stored "
+        "statistics stand in for the batch's."
     ),
     not_shown=(
-        "That the smaller shift is why batch norm helps: see claim cause. Only mean and standard deviation are "
-        "governed, not the shape, and the identity is exact only in the batch that normalizes. Drift is measured unit "
+        "That a smaller shift is why batch norm helps: see claim cause. Only mean and standard deviation are governed, "
+        "not the shape, and the identity holds (up to eps) only in the batch that normalizes. Drift is measured unit "
         "by unit, so a change of the correlation between units is not seen."
     ),
     sources=("Ioffe and Szegedy 2015, Batch Normalization, sections 2 and 4.1",),

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from batchnorm import kernels
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import data
+from batchnorm.lecture import data, over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
+from batchnorm.lecture.renormalized import GhostNorm, with_population
 from batchnorm.lecture.sweep import digits
 from batchnorm.lecture.training import accuracies, losses, sgd
-from batchnorm.lecture.verdict import estimate, judge
-from batchnorm.moments import Moments
+from batchnorm.lecture.verdict import judge, minus
 
 SIZES = (64, 64, 64, 10)
 TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
@@ -41,53 +40,6 @@ ROWS = 16384  # examples drawn for each batch size, at least
 AT_LEAST = 64  # batches
 
 Value = TypeVar("Value", Tensor, float)
-
-
-class GhostNorm(BatchNorm1d):
-    """BatchNorm1d that normalizes each group of ``size`` neighbours in the batch by itself (Hoffer et al. 2017).
-
-    In train mode it stores nothing; eval mode takes the stored statistics, as ever.
-
-    Args:
-        num_features: Channels.
-        size: Examples in a group; the batch must be a multiple of it.
-    """
-
-    def __init__(self, num_features: int, *, size: int) -> None:
-        super().__init__(num_features)
-        self.size = size
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
-        """The batch (N, C), each group by its own mean and variance in train mode."""
-        if not self.training:
-            return super().forward(input)
-        groups = input.unflatten(0, (-1, self.size))  # (N, C) -> (groups, size, C)
-        return vmap(lambda x: kernels.train(x, self.weight, self.bias, self.eps)[0])(groups).flatten(0, 1)
-
-
-def with_norm(trained: Ensemble, sizes: Sequence[int], norm: Norm = BatchNorm1d) -> Ensemble:
-    """Fully connected networks that share the parameters of ``trained``, with new normalization, not filled."""
-    fresh = Ensemble.of(lambda: fully_connected(sizes, norm=norm), range(trained.size))
-    return Ensemble(fresh.template, trained.parameters, fresh.buffers)
-
-
-def with_population(trained: Ensemble, sizes: Sequence[int], x: Tensor) -> Ensemble:
-    """The same networks with exact population statistics, layer by layer as ``recalibrate`` measures them.
-
-    Args:
-        trained: Networks with batch norm of some kind; parameters are shared, nothing is changed.
-        sizes: As for fully_connected.
-        x: All examples of each network's population, (R, N, features).
-    """
-    exact = with_norm(trained, sizes)
-    with torch.no_grad():
-        for name, child in exact.template.named_children():
-            if isinstance(child, BatchNorm1d):
-                received = Moments.of(x, (0, 2))  # (R, N, C) -> (R, C)
-                exact.buffers[f"{name}.running_mean"] = received.mean.float()
-                exact.buffers[f"{name}.running_var"] = received.unbiased_var.float()
-            x = exact.through(child, x, prefix=f"{name}.")
-    return exact
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,7 +185,7 @@ def run(settings: Settings, progress: Progress) -> Result:
 def _judge_slope(noise: Noise) -> Verdict:
     slopes, power = noise.slopes(), noise.power.mean(1)
     sentence = (
-        f"The noise power falls from {power[0]:.2f} at batches of {MEASURED[0]} to {power[-1]:.4f} at {MEASURED[-1]}: "
+        f"The noise power is {power[0]:.2f} at batches of {MEASURED[0]} and {power[-1]:.4f} at {MEASURED[-1]}: it goes "
         f"as batch size to the power {slopes.mean():.2f} (theory: -1)."
     )
     return judge("noise-slope", slopes.tolist(), sentence)
@@ -246,8 +198,8 @@ def judge_effect(arms: Mapping[int, Arm]) -> Verdict:
     points = 100 * (small.test_accuracy - large.test_accuracy).mean()
     sentence = (
         f"Test loss {small.test_loss.mean():.3f} nats with groups of 16, {large.test_loss.mean():.3f} with 512 "
-        f"({abs(effect.mean()):.3f} {'lower' if effect.mean() >= 0 else 'higher'}; accuracy {points:+.1f} points); "
-        f"{_shape(arms)}."
+        f"({abs(effect.mean()):.3f} {'lower' if effect.mean() >= 0 else 'higher'}; accuracy {points:+.1f} points with "
+        f"16); {_shape(arms)}."
     )
     worst = {size: float(arms[size].train_accuracy.min()) for size in (16, 512)}
     failed = "; ".join(f"groups of {g} ended at {w:.1%} training accuracy" for g, w in worst.items() if w < LEARNED)
@@ -265,38 +217,29 @@ def _shape(arms: Mapping[int, Arm]) -> str:
 
 def _numbers(noise: Noise, arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {
-        "kurtosis of pre-activations (3 for a normal law)": round(float(noise.kurtosis.mean()), 3),
-        "test loss against group size": _shape(arms),
+        "kurtosis of pre-activations (3 for a normal law)": over_seeds.mean(noise.kurtosis)
     }
-    for row, size in enumerate(MEASURED):
-        power = float(noise.power[row].mean())
-        ratio = power / float(theory(noise.kurtosis, size).mean())
-        numbers[f"batches of {size}, noise power"] = float(f"{power:.3g}")
-        numbers[f"batches of {size}, noise power over theory"] = round(ratio, 3)
-        numbers[f"batches of {size}, dropout with the same noise power, %"] = float(f"{100 * dropout(power):.2g}")
-    for kind, found in (("groups", arms), ("optimizer batches", naive)):
-        for size, arm in found.items():
-            numbers[f"{kind} of {size}, test loss, nats"] = round(float(arm.test_loss.mean()), 4)
-            numbers[f"{kind} of {size}, test accuracy, %"] = round(100 * float(arm.test_accuracy.mean()), 2)
-            numbers[f"{kind} of {size}, training accuracy, %"] = round(100 * float(arm.train_accuracy.mean()), 2)
+    for size in (2, 8, 32, 512):
+        ratio = noise.power[MEASURED.index(size)].mean() / theory(noise.kurtosis, size).mean()
+        numbers[f"batches of {size}, noise power over theory"] = over_seeds.figures(ratio, 3)
+    for size in (16, TRAIN):
+        numbers[f"groups of {size}, test accuracy, %"] = over_seeds.mean(100 * arms[size].test_accuracy)
+        numbers[f"groups of {size}, training accuracy, %"] = over_seeds.mean(100 * arms[size].train_accuracy)
+    for size, arm in naive.items():
+        numbers[f"optimizer batches of {size}, test loss, nats"] = over_seeds.mean(arm.test_loss)
+        numbers[f"optimizer batches of {size}, training accuracy, %"] = over_seeds.mean(100 * arm.train_accuracy)
     return numbers
-
-
-def _spread(values: Tensor) -> dict[str, float]:
-    """Mean with the range over seeds."""
-    spread = {"y": values.mean(), "low": values.amin(), "high": values.amax()}
-    return {key: float(f"{value:.4g}") for key, value in spread.items()}
 
 
 _MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal law, exact"
 
 
-def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> list[dict[str, float | str]]:
+def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> list[dict[str, Any]]:
     """Measured values (sizes, seeds) and dashed theories at every size of MEASURED."""
-    measured = [{"x": m, **_spread(v), "series": _MEASURED} for m, v in zip(MEASURED, values, strict=True)]
+    rows = over_seeds.curve(MEASURED, values, middle=torch.mean, series=_MEASURED, panel=panel)
     for name, formula in theories.items():
-        measured += [{"x": m, "y": float(f"{formula(m):.4g}"), "series": name} for m in MEASURED]
-    return [{**row, "panel": panel} for row in measured]
+        rows += [{"x": m, "y": over_seeds.figures(formula(m)), "series": name, "panel": panel} for m in MEASURED]
+    return rows
 
 
 def _power_chart(noise: Noise, slope: Verdict) -> Chart:
@@ -306,9 +249,9 @@ def _power_chart(noise: Noise, slope: Verdict) -> Chart:
         "points",
         slope.sentence.rstrip("."),
         "Noise power against batch size, both on log scales, in two panels: of a normalized value, and of the batch "
-        "mean alone. Blue measured points lie along straight dashed lines that halve whenever the batch doubles; only "
-        "at the smallest batches do they lie above the first-order line, where the exact line for a normal law follows "
-        "them.",
+        "mean alone. Blue points with the range over seeds are measured; dashed lines are the theory to first order, "
+        "which halves whenever the batch doubles, and in the first panel the exact one for a normal law. "
+        f"{slope.sentence}",
         _lines("of a normalized value", noise.power, whole)
         + _lines("of the batch mean", noise.mean, {_FIRST_ORDER: lambda m: 1 / m}),
         Axis("batch size M", log=True),
@@ -322,12 +265,12 @@ def _dropout_chart(noise: Noise) -> Chart:
     kappa = float(noise.kurtosis.mean())
     equal = dropout(noise.power)
     at = {size: 100 * equal[MEASURED.index(size)].mean() for size in (8, 32, 512)}
-    said = ", ".join(f"{share:.2g} % with batches of {size}" for size, share in at.items())
+    said = ", ".join(f"{share:.2g}% with batches of {size}" for size, share in at.items())
     return Chart(
         "points",
         f"The noise of a batch is as strong as that of dropout at {said}",
-        "Dropout rate with the same noise power against batch size, both on log scales. Blue points fall along a "
-        "dashed line from tens of percent at the smallest batches to a fraction of a percent at 512.",
+        "Dropout rate with the same noise power against batch size, both on log scales: blue points measured, "
+        f"with the range over seeds, the dashed line by theory to first order. Measured: {said}.",
         _lines("", equal, {_FIRST_ORDER: lambda m: dropout(theory(kappa, m))}),
         Axis("batch size M", log=True),
         Axis("equivalent dropout rate p", log=True, percent=True),
@@ -341,15 +284,14 @@ def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
     rows = []
     for kind, found in kinds.items():
         for size, arm in found.items():
-            change = estimate((arm.test_loss - arms[TRAIN].test_loss).tolist())
-            spread = {"y": change.mean, "low": change.low, "high": change.high}
-            rows.append({"x": size, **{k: round(v, 3) + 0.0 for k, v in spread.items()}, "series": kind, "panel": kind})
+            change = over_seeds.interval(arm.test_loss - arms[TRAIN].test_loss, "y")
+            rows.append({"x": size, **change, "series": kind, "panel": kind})
         rows += [{"x": size, "y": 0.0, "series": _SAME, "panel": kind} for size in (min(GROUPS), TRAIN)]
     changes = {row["x"]: row["y"] for row in rows if row["series"] == _GROUPED and row["x"] != TRAIN}
     said = ", ".join(f"{change:+.3f} with groups of {size}" for size, change in changes.items())
     return Chart(
         "points",
-        f"Test loss in nats against one group of {TRAIN}: {said}",
+        minus(f"Test loss in nats against one group of {TRAIN}: {said}"),
         f"Change of the test loss from one group of {TRAIN}, against the number of examples normalized together on a "
         "log scale, with intervals over seeds. Blue points in the first panel: groups at a fixed optimizer batch. Grey "
         "points in the second: the optimizer's batch itself has that size. A dashed line marks no change; lower is "
@@ -380,9 +322,9 @@ CLAIM = Claim(
         f"statistics. As a contrast, optimizer batches of {', '.join(map(str, BATCHES))} for as many steps."
     ),
     how_to_read=(
-        "In the first two charts follow the points down: doubling the batch halves the noise. In the third, a point "
-        "below the dashed line is a better test loss than without the noise of groups, and its interval says whether "
-        "more seeds would agree."
+        "In the first two charts hold the points against the dashed theory, by which doubling the batch about halves "
+        "the noise. In the third, a point below the dashed line is a better test loss than without the "
+        "noise of groups, and its interval says how sure that is."
     ),
     not_shown=(
         "Equal noise power is not equal noise: batch norm's is shared by all examples of a batch. The grey points mix "

@@ -6,6 +6,7 @@ condition number of that matrix says how long the bowl is that the lecture draws
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,11 +16,12 @@ from sklearn import datasets
 from torch import Tensor
 
 from batchnorm.inputs import InputNorm
-from batchnorm.lecture import data
+from batchnorm.lecture import data, over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.training import Arrival, first_step
 from batchnorm.lecture.verdict import judge
 
-# Half decades, wide enough that the best rate of every arm that arrives lies inside.
+# Half decades, widened after a look until the best rate of every arm that arrives lay inside.
 RATES = tuple(10 ** (k / 2) for k in range(-16, 7))
 # At 0.1 nats the true class has a probability of 0.9 (geometric mean over examples), whatever the number of classes.
 TARGET = 0.1
@@ -63,8 +65,7 @@ class Descent:
 
     def steps_to_target(self) -> Tensor:
         """First step with a loss of TARGET or less, (seeds, rates); infinity where there was none."""
-        reached = self.losses <= TARGET
-        return torch.where(reached.any(0), reached.float().argmax(0).float(), torch.inf)
+        return first_step(self.losses <= TARGET, torch.arange(len(self.losses)))
 
     def best_rate(self) -> int:
         """Index of the rate that is fastest to the target in the median over seeds; of the lowest last loss if none."""
@@ -72,10 +73,9 @@ class Descent:
         last = self.losses[-1].nan_to_num(torch.inf).median(0).values
         return int(median.argmin() if median.isfinite().any() else last.argmin())
 
-    def steps_at_best(self) -> tuple[Tensor, bool]:
-        """Each seed's steps to the target at the best rate; and whether a seed never got there and has the cap."""
-        steps = self.steps_to_target()[:, self.best_rate()]
-        return steps.clamp_max(self.cap), bool(steps.isinf().any())
+    def best(self) -> Arrival:
+        """Steps to the target at the best rate."""
+        return Arrival(self.steps_to_target()[:, self.best_rate()], self.cap)
 
 
 def descend(x: Tensor, y: Tensor, steps: int) -> Descent:
@@ -146,71 +146,61 @@ def run(settings: Settings, progress: Progress) -> Result:
 def _numbers(
     table: Table, inputs: Mapping[str, Tensor], descents: Mapping[str, Descent]
 ) -> dict[str, float | int | str | None]:
-    raw = inputs[RAW][0]
-    ranges = (raw.amax(0) - raw.amin(0))[raw.std(0) > 0]
     numbers: dict[str, float | int | str | None] = {
-        f"{table.title}, narrowest feature, range as recorded": float(f"{ranges.min():.3g}"),
-        f"{table.title}, widest feature, range as recorded": float(f"{ranges.max():.3g}"),
+        f"{table.title}, {_called(arm, table)}, condition number (first seed)": over_seeds.figures(
+            condition_number(x[0]), 3
+        )
+        for arm, x in inputs.items()
     }
-    for arm, x in inputs.items():
-        numbers[f"{table.title}, {arm}, condition number"] = float(f"{condition_number(x[0]):.3g}")
-        numbers[f"{table.title}, {arm}, best learning rate"] = float(f"{RATES[descents[arm].best_rate()]:.2g}")
-        steps, cut = descents[arm].steps_at_best()
-        numbers[f"{table.title}, {arm}, median steps to {TARGET} nats"] = _count(steps, cut)
+    for arm in (RAW, NORMALIZED):
+        rate = RATES[descents[arm].best_rate()]
+        numbers[f"{table.title}, {_called(arm, table)}, best learning rate"] = over_seeds.figures(rate, 2)
     return numbers
 
 
-def _count(steps: Tensor, cut: bool) -> str:
-    return f"{'more than ' if cut else ''}{steps.median():.0f}"
+def _called(arm: str, table: Table) -> str:
+    return f"as pixels / {table.divisor:g}" if arm == RAW and table.divisor != 1 else arm
 
 
 def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
     """Steps to the target as recorded against normalized, each at its best rate."""
-    table = TABLES[name]
-    (raw, raw_cut), (fast, fast_cut) = descents[RAW].steps_at_best(), descents[NORMALIZED].steps_at_best()
-    ratio = float((raw / fast).log10().mean())
+    table, control = TABLES[name], name == "digits"
+    raw, centred, fast = (descents[arm].best() for arm in (RAW, CENTRED, NORMALIZED))
+    ratios = raw.steps / fast.steps
     sentence = (
-        f"{table.title}: {_count(fast, fast_cut)} steps with normalized features, {_count(raw, raw_cut)} as "
-        f"{'recorded' if table.divisor == 1 else f'pixels / {table.divisor:g}'} "
-        f"({'at least ' if raw_cut else ''}{10**ratio:.3g} times as many), "
-        f"{_count(*descents[CENTRED].steps_at_best())} if only centred."
+        f"{table.title}: {fast} steps with normalized features, {raw} {_called(RAW, table)} "
+        f"({_times(raw, fast)} as many), {centred} if only centred"
     )
-    control = name == "digits"
-    late = [arm for arm, cut in ((NORMALIZED, fast_cut), (RAW, raw_cut and control)) if cut]
-    failed = f"{' and '.join(late)}: not every seed reached {TARGET} nats in {descents[RAW].cap} steps" if late else ""
-    return judge(f"scale-{name}", (raw / fast).log10().tolist(), sentence, failed_guard=failed)
+    if control:
+        sentence += (
+            ". Normalizing also centres, and the control counts that too: features that are only centred take "
+            f"{_times(centred, fast)} as many steps as normalized ones"
+        )
+    late = [arm for arm, arrival in ((NORMALIZED, fast), (RAW, raw)) if arrival.late and (control or arrival is fast)]
+    failed = f"{' and '.join(late)}: not every seed reached {TARGET} nats in {fast.last} steps" if late else ""
+    return judge(f"scale-{name}", ratios.log10().tolist(), f"{sentence}.", failed_guard=failed)
 
 
-def _span(values: Tensor) -> dict[str, float]:
-    """Median with the range over seeds, of values (seeds,)."""
-    values = values.clamp_min(FLOOR)
-    spread = {"y": values.median(), "low": values.amin(), "high": values.amax()}
-    return {key: float(f"{value:.4g}") for key, value in spread.items()}
+def _times(slow: Arrival, fast: Arrival) -> str:
+    return f"{'at least ' if slow.late else ''}{over_seeds.factor(slow.steps / fast.steps):.3g} times"
 
 
 def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
     rows, counts = [], []
     for name, descents in found.items():
-        panel = TABLES[name].title
-        cap = descents[RAW].cap
+        panel, cap = TABLES[name].title, descents[RAW].cap
         shown = sorted({round(cap ** (k / 30)) for k in range(31)})
         for arm, descent in descents.items():
-            best = descent.losses[:, :, descent.best_rate()]  # (steps + 1, seeds)
-            rows += [
-                {"x": step, **_span(best[step]), "series": arm, "panel": panel}
-                for step in shown
-                if best[step].isfinite().all()
-            ]
+            best = descent.losses[shown, :, descent.best_rate()]  # (shown, seeds)
+            rows += over_seeds.curve(shown, best.clamp_min(FLOOR), series=arm, panel=panel)
         rows += [{"x": x, "y": TARGET, "series": "target", "panel": panel} for x in (1, cap)]
-        fast, slow = (_count(*descents[arm].steps_at_best()) for arm in (NORMALIZED, RAW))
-        counts.append(f"{panel} {fast} instead of {slow}")
+        counts.append(f"{panel} {descents[NORMALIZED].best()} instead of {descents[RAW].best()}")
     return Chart(
         "lines",
         f"Steps to {TARGET} nats with normalized features, each form at its best learning rate: {', '.join(counts)}",
-        "Training loss against steps, both on log scales, one panel for each table. On wine and breast cancer the "
-        "blue curve of normalized features falls through the dashed target while the orange curve of features as "
-        "recorded and the grey one of features that are only centred stay above it. On digits all three arrive, grey "
-        "close behind blue.",
+        "Training loss against steps, both on log scales, one panel for each table: blue with normalized features, "
+        "orange with features as recorded (digits: pixels / 16), grey with features that are only centred, each with "
+        f"its band over seeds; the target of {TARGET} nats is dashed. Steps to it: {', '.join(counts)}.",
         rows,
         Axis("training step", log=True),
         Axis(f"training loss, nats (at least {FLOOR})", log=True),
@@ -222,22 +212,19 @@ def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
 def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
     rows, reached = [], []
     for name, descents in found.items():
+        panel = TABLES[name].title
         for arm, descent in descents.items():
-            last = descent.losses[-1]  # (seeds, rates)
-            rows += [
-                {"x": float(f"{rate:.3g}"), **_span(last[:, r]), "series": arm, "panel": TABLES[name].title}
-                for r, rate in enumerate(RATES)
-                if last[:, r].isfinite().all()
-            ]
+            last = descent.losses[-1].T.clamp_min(FLOOR)  # (rates, seeds)
+            rows += over_seeds.curve(map(over_seeds.figures, RATES), last, series=arm, panel=panel)
         count = {arm: int(d.steps_to_target().median(0).values.isfinite().sum()) for arm, d in descents.items()}
-        reached.append(f"{TABLES[name].title} {count[NORMALIZED]} instead of {count[RAW]}")
+        reached.append(f"{panel} {count[NORMALIZED]} instead of {count[RAW]}")
     return Chart(
         "points",
-        f"Of {len(RATES)} learning rates, so many arrive with normalized features instead of as recorded: "
+        f"Of {len(RATES)} learning rates, so many reach {TARGET} nats with normalized features instead of as recorded: "
         f"{', '.join(reached)}",
-        "Training loss after the last step against the learning rate, both on log scales, one panel for each table. "
-        "Blue points, normalized, are low over a wide range of rates; orange points, as recorded, are lowest at much "
-        "smaller rates on wine and breast cancer and explode beyond.",
+        "Training loss after the last step against the learning rate, both on log scales, one panel for each table: "
+        "blue normalized, orange as recorded (digits: pixels / 16), grey only centred, with the range over seeds. "
+        f"Rates that reach {TARGET} nats in the median seed: {', '.join(reached)}.",
         rows,
         Axis("learning rate", log=True),
         Axis(f"last training loss, nats (at least {FLOOR})", log=True, domain=(FLOOR, 100)),
@@ -258,9 +245,10 @@ def _spreads() -> Chart:
     return Chart(
         "dots",
         f"Wine as recorded has features with standard deviations from {before.min():.2g} to {before.max():.3g}; "
-        f"normalized they all have {after.median():.3g}",
-        f"One row for each of the {len(names)} features of wine. Orange dots, as recorded, spread over more than "
-        "three powers of ten; blue dots, normalized, stand in one column.",
+        f"normalized, from {after.min():.3g} to {after.max():.3g}",
+        f"One row for each of the {len(names)} features of wine. The orange dots, as recorded, span "
+        f"{math.log10(before.max() / before.min()):.1f} powers of ten, the blue ones, normalized, "
+        f"{math.log10(after.max() / after.min()):.1f}.",
         rows,
         Axis("standard deviation, in the feature's unit (log)", log=True),
         series={arm: _SERIES[arm] for arm in (RAW, NORMALIZED)},
@@ -275,22 +263,25 @@ CLAIM = Claim(
         "and variance 1 makes it rounder, so that gradient descent can take larger steps and learns faster."
     ),
     arms=(
-        f"Softmax regression on wine ({TABLES['wine'].train} of 178 examples), breast cancer "
-        f"({TABLES['cancer'].train} of 569) and, as a control, digits ({TABLES['digits'].train} of 1797, pixels / 16), "
-        "with features as recorded, only centred, and normalized by InputNorm fitted on the training examples. "
-        "Full-batch gradient descent from zero weights, so every form starts at the same loss; "
-        f"{len(RATES)} learning rates from 1e-8 to 1000 for each; a seed is a draw of training examples. Counted are "
-        f"the steps to a training loss of {TARGET} nats, where the true class has a probability of 0.9, "
-        f"{TABLES['wine'].steps} at most ({TABLES['digits'].steps} for digits)."
+        f"Softmax regression on wine ({TABLES['wine'].train} of 178 examples), breast cancer ({TABLES['cancer'].train} "
+        f"of 569) and, as a control, digits ({TABLES['digits'].train} of 1797, pixels / 16), with features as "
+        "recorded, only centred, and normalized by InputNorm fitted on the training examples. Full-batch gradient "
+        f"descent from zero weights, so every form starts at the same loss; {len(RATES)} learning rates from 1e-8 to "
+        "1000, the same for each (a grid that was widened after a look, until the best rate of every form that arrives "
+        f"lay inside); a seed is a draw of training examples. Counted are the steps to a training loss of {TARGET} "
+        f"nats, where the true class has a probability of 0.9, {TABLES['wine'].steps} at most "
+        f"({TABLES['digits'].steps} for digits)."
     ),
     how_to_read=(
         "In the first chart look where a curve crosses the dashed line: that is the number of steps, each form at its "
-        "own best rate, with the band spanning all seeds; grey shows how much of it is due to the mean alone. In the "
+        "own best rate, with the band spanning all seeds; grey shows how much centring does alone. In the "
         "second look at how far apart the best rates are, and how low the points get there."
     ),
     not_shown=(
-        "An arm that never arrives counts with the last step, so its ratio is a lower bound. Optimizers that scale "
-        "each weight's step, such as Adam, and second-order methods narrow the gap; the test loss is not looked at."
+        "An arm that never arrives counts with the last step, so its ratio is a lower bound. Normalizing changes mean "
+        "and spread together, and the criterion counts both, on the control too: there the grey arm tells what of it "
+        "is the mean. Optimizers that scale each weight's step, such as Adam, and second-order methods narrow the gap; "
+        "the test loss is not looked at."
     ),
     sources=(
         "LeCun, Bottou, Orr and Müller 1998, Efficient BackProp, sections 4.3 and 5",

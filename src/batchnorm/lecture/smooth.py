@@ -8,13 +8,14 @@ at w - d g for distances d = rate * (1/2, 1, 2, 4):
     beta-hat = max |grad L(w - d g) - g| / |d g|               (effective smoothness, 1 / rate)
     cosine between g and grad L(w - rate g)
 
-On a quadratic with curvature c along g, beta-hat is c, and gradient descent is stable while rate * beta-hat < 2.
+On a quadratic with curvature c along g, beta-hat is c, and gradient descent is stable while rate × beta-hat < 2.
 beta-hat depends on the scale of the weights: a network with batch norm computes the same with all weights before
-it doubled, but its beta-hat is a quarter. So rate * beta-hat and the cosine are always told too.
+it doubled, but its beta-hat is a quarter. So rate × beta-hat and the cosine are always told too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -23,20 +24,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.data import Examples
-from batchnorm.lecture.layer3 import over_seeds
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.sweep import ARMS, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
+from batchnorm.lecture.sweep import BOTH, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
 from batchnorm.lecture.training import accuracies, losses, sgd
-from batchnorm.lecture.verdict import estimate, judge
+from batchnorm.lecture.verdict import judge, minus
 
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the rate, as in the paper
-RATE = 0.1  # equal for both arms: a rate at which both learn, below the best of either
+RATE = 0.1  # equal for both arms: a rate at which both learn
 EVERY = 10  # steps between two probes
 LEARNED = 0.9
 EDGE = 2.0
-BOTH = ("without", "with")
 
 # The loss of R networks, (R,), and its gradient, of the parameters' shapes (R, ...), at given parameters
 Evaluate = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
@@ -126,8 +126,8 @@ class Course:
 def run(settings: Settings, progress: Progress) -> Result:
     """Probe both arms at an equal rate and at the best rate of each."""
     best: dict[str, float] = {}
-    for arm in BOTH:
-        best[arm] = RATES[sweep(settings, "relu", arm).best_rate()]
+    for arm, norm in BOTH.items():
+        best[arm] = RATES[sweep(settings, "relu", norm).best_rate()]
         progress(len(best) / 4)
     courses: dict[str, Course] = {}
     for arm in BOTH:
@@ -141,7 +141,7 @@ def run(settings: Settings, progress: Progress) -> Result:
 
 def _course(settings: Settings, arm: str, rates: tuple[float, float]) -> Course:
     steps = settings.steps(STEPS)
-    net = Ensemble.of(lambda: fully_connected(SIZES, "relu", ARMS[arm]), settings.all_seeds, repeat=2)
+    net = Ensemble.of(lambda: fully_connected(SIZES, "relu", BOTH[arm]), settings.all_seeds, repeat=2)
     indices = training_indices(settings, steps).repeat_interleave(2, 0)
     probe = digits()[probe_indices(settings).repeat_interleave(2, 0)]
     each = torch.tensor(rates).repeat(settings.seeds)
@@ -168,11 +168,11 @@ _ASKED = {
     "smooth-equal": ("beta-hat", 0),
     "smooth-variation": ("loss range", 0),
     "smooth-predictive": ("gradient change", 0),
-    "smooth-best": ("rate x beta-hat", 1),
+    "smooth-best": ("rate × beta-hat", 1),
 }
 _QUANTITIES: dict[str, Callable[[Course], Tensor]] = {
     "beta-hat": lambda course: course.met.beta,
-    "rate x beta-hat": lambda course: course.rate_beta,
+    "rate × beta-hat": lambda course: course.rate_beta,
     "loss range": lambda course: course.met.loss_range,
     "gradient change": lambda course: course.met.gradient_change,
     "cosine": lambda course: course.met.cosine,
@@ -182,9 +182,9 @@ _POSITIVE = tuple(name for name in _QUANTITIES if name != "cosine")
 _EDGE = "edge of stability"
 # What has a chart over steps: its title, its axis
 _SHOWN = {
-    "rate x beta-hat": (
-        "Rate x beta-hat, the roughness as a step of that rate meets it",
-        Axis("rate x beta-hat", log=True),
+    "rate × beta-hat": (
+        "Rate × beta-hat, the roughness as a step of that rate meets it",
+        Axis("rate × beta-hat", log=True),
     ),
     "loss range": (
         "Range of the loss over steps of 1/2 to 4 times the rate, in nats",
@@ -266,39 +266,31 @@ def _numbers(courses: dict[str, Course], effects: dict[str, Tensor]) -> dict[str
     numbers: dict[str, float | int | str | None] = {}
     for which, at in enumerate(("equal rate", "best rate")):
         for arm, course in courses.items():
-            numbers[f"rate, {at}, {arm} batch norm"] = course.rates[which]
-            for name in _QUANTITIES:
-                unit = f", {_UNITS[name]}" if name in _UNITS else ""
-                typical = torch.tensor(_typical(course, name, which))
-                numbers[f"{name}{unit}, {at}, {arm} batch norm"] = over_seeds(typical)
-        for name, effect in effects.items():
-            numbers[f"{name}, {at}, log2 of without / with"] = over_seeds(effect[:, which])
+            for name in ("rate × beta-hat", "cosine"):
+                typical = over_seeds.figures(_typical(course, name, which), 3)
+                numbers[f"{name}, {at}, {arm} batch norm"] = typical if math.isfinite(typical) else None
+    for name in ("loss range", "gradient change"):
+        numbers[f"{name}, best rate, log2 of without / with"] = over_seeds.mean(effects[name][:, 1])
     for name in ("beta-hat", "loss range", "gradient change"):
-        matched = over_seeds(at_equal_loss(courses, name))
+        matched = over_seeds.mean(at_equal_loss(courses, name))
         numbers[f"{name} where both arms have the same loss, equal rate, log2 of without / with"] = matched
     return numbers
 
 
-_SERIES: dict[str, Role] = {"without batch norm": "without", "with batch norm": "with"}
-
-
 def _ratios(effects: dict[str, Tensor]) -> Chart:
     names = ("equal rate", "each at its best rate")
-    rows = []
-    for name in _POSITIVE:
-        for which, series in enumerate(names):
-            if bool(effects[name][:, which].isfinite().all()):
-                interval = estimate(effects[name][:, which].tolist())
-                rows.append({
-                    "label": name, "value": round(interval.mean, 3), "low": round(interval.low, 3),
-                    "high": round(interval.high, 3), "series": series,
-                })  # fmt: skip
+    rows = [
+        {"label": name, **over_seeds.interval(effects[name][:, which]), "series": series}
+        for name in _POSITIVE
+        for which, series in enumerate(names)
+        if bool(effects[name][:, which].isfinite().all())
+    ]
     equal, best = (
-        float(effects[name][:, which].mean().exp2()) for name, which in (("beta-hat", 0), ("rate x beta-hat", 1))
+        float(effects[name][:, which].mean().exp2()) for name, which in (("beta-hat", 0), ("rate × beta-hat", 1))
     )
     return Chart(
         "dots",
-        f"Without batch norm, beta-hat is {equal:.2g} times as large at an equal rate; at the best rates, rate x "
+        f"Without batch norm, beta-hat is {equal:.2g} times as large at an equal rate; at the best rates, rate × "
         f"beta-hat is {best:.2g} times as large",
         "Logarithm to base 2 of four measures of roughness, without over with batch norm, at an equal learning rate "
         "and at the best rate of each arm, with intervals over seeds; 0 is no difference.",
@@ -315,37 +307,32 @@ def _lines(name: str, courses: dict[str, Course]) -> Chart:
     rows = []
     for which, panel in enumerate(panels):
         for arm, course in courses.items():
-            rows += [
-                {
-                    "x": int(step), "y": _shown(values.median()), "low": _shown(values.min()),
-                    "high": _shown(values.max()), "series": f"{arm} batch norm", "panel": panel,
-                }
-                for step, values in zip(course.steps, _QUANTITIES[name](course)[:, :, which], strict=True)
-                if bool(values.isfinite().all()) and (name not in _POSITIVE or bool((values > 0).all()))
-            ]  # fmt: skip
-        if name == "rate x beta-hat":
+            values = _QUANTITIES[name](course)[:, :, which]
+            positive = name in _POSITIVE
+            rows += over_seeds.curve(
+                course.steps.tolist(), values, positive=positive, series=f"{arm} batch norm", panel=panel
+            )
+        if name == "rate × beta-hat":
             ends = (0, int(courses["with"].steps[-1]))
             rows += [{"x": x, "y": EDGE, "series": _EDGE, "panel": panel} for x in ends]
     title, axis = _SHOWN[name]
     means = [[_typical(courses[arm], name, which) for arm in BOTH] for which in (0, 1)]
-    edge = "; the dashed line is the edge of stability, 2" if name == "rate x beta-hat" else ""
+    edge = "; the dashed line is the edge of stability, 2" if name == "rate × beta-hat" else ""
     reference: dict[str, Role] = {_EDGE: "neutral"} if edge else {}
     return Chart(
         "lines",
-        f"{title}: {means[0][0]:.2g} without and {means[0][1]:.2g} with batch norm at an equal rate, "
-        f"{means[1][0]:.2g} and {means[1][1]:.2g} at the best rates",
-        f"{title} against training steps, orange without and blue with batch norm, with bands over all seeds; "
+        minus(
+            f"{title}: {means[0][0]:.2g} without and {means[0][1]:.2g} with batch norm at an equal rate, "
+            f"{means[1][0]:.2g} and {means[1][1]:.2g} at the best rates"
+        ),
+        f"{title}, against training steps: orange without and blue with batch norm, with bands over all seeds; "
         f"one panel at an equal rate and one at the best rate of each arm{edge}.",
         rows,
         Axis("training step"),
         axis,
-        _SERIES | reference,
+        SERIES | reference,
         dashed=tuple(reference),
     )
-
-
-def _shown(value: Tensor) -> float:
-    return float(f"{float(value):.4g}")
 
 
 CLAIM = Claim(
@@ -357,7 +344,7 @@ CLAIM = Claim(
     ),
     arms=(
         "The lecture's five-layer network (ReLU) without and with batch norm on digits, plain SGD, batches of 64, "
-        f"{STEPS} steps: at an equal rate of {RATE:g}, at which both arms learn, and at each arm's best rate from the "
+        f"{STEPS} steps: at an equal rate of {RATE:g} and at each arm's best rate from the "
         f"same grid of {len(RATES)}. Every {EVERY} steps the loss and its gradient are evaluated on the step's own "
         "batch with its own statistics, at 1/2, 1, 2 and 4 times the rate along the negative gradient. Quantities are "
         "averaged over the whole run by their logarithms, so that no single spike decides."
@@ -369,7 +356,7 @@ CLAIM = Claim(
     ),
     not_shown=(
         "That smoothness is the cause of the speed. beta-hat is not invariant to rescaling weights in front of batch "
-        "norm, so only rate x beta-hat and the cosine compare steps. At an equal step the arm with batch norm is "
+        "norm, so only rate × beta-hat and the cosine compare steps. At an equal step the arm with batch norm is "
         "further along in training; the figures give the ratios at an equal loss too."
     ),
     sources=(

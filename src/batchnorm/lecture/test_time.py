@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from batchnorm.lecture import data
+from batchnorm.lecture import data, over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.data import Examples
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.noise import GhostNorm, with_norm, with_population
+from batchnorm.lecture.renormalized import GhostNorm, with_norm, with_population
 from batchnorm.lecture.sweep import SIZES, digits
 from batchnorm.lecture.training import accuracies, losses, sgd
 from batchnorm.lecture.verdict import judge
@@ -168,16 +168,18 @@ class Alone:
         largest: Largest difference of a logit in units of the logits' standard deviation, (seeds,).
         same_bits: Share of logits that are equal to the bit.
         layer_same_bits: Share of a batch norm layer's outputs that are equal to the bit.
+        changes: Share of classes that differ between alone and in a batch.
     """
 
     largest: Tensor
     same_bits: float
     layer_same_bits: float
+    changes: float
 
 
 def measure_alone(trained: Trained, settings: Settings) -> Alone:
     """Put ALONE test examples through each network one at a time, and in random batches of every size."""
-    largest, logit_bits, layer_bits = [], [], []
+    largest, logit_bits, layer_bits, changes = [], [], [], []
     for index, seed in enumerate(settings.all_seeds):
         net = partial(_one_network, trained.exact, index)
         x = trained.test.x[index, :ALONE]
@@ -186,11 +188,13 @@ def measure_alone(trained: Trained, settings: Settings) -> Alone:
         batched = torch.stack([net("", x, size, order) for size in MEASURED])
         largest.append((batched - alone).abs().max() / alone.std())
         logit_bits.append((batched == alone).double().mean())
+        changes.append((batched.argmax(-1) != alone.argmax(-1)).double().mean())
         received = net("w1", x, ALONE, order)
         layer_alone = net("norm1", received, 1, order)
         layer_batched = torch.stack([net("norm1", received, size, order) for size in MEASURED])
         layer_bits.append((layer_batched == layer_alone).double().mean())
-    return Alone(torch.stack(largest), float(torch.stack(logit_bits).mean()), float(torch.stack(layer_bits).mean()))
+    shares = (float(torch.stack(share).mean()) for share in (logit_bits, layer_bits, changes))
+    return Alone(torch.stack(largest), *shares)
 
 
 def _one_network(ensemble: Ensemble, index: int, child: str, x: Tensor, size: int, order: Tensor) -> Tensor:
@@ -223,8 +227,8 @@ def run(settings: Settings, progress: Progress) -> Result:
     progress(1.0)
     verdicts = [_judge_size(trained, batches, name, size) for name, size in (("small", 2), ("medium", 8))]
     verdicts.append(_judge_alone(alone, batches))
-    charts = [_accuracy_chart(trained, batches), _flip_chart(batches), _early_chart(trained)]
-    return Result(verdicts, charts, _numbers(trained, batches, alone))
+    charts = [_accuracy_chart(trained, batches), _flip_chart(batches, alone), _early_chart(trained)]
+    return Result(verdicts, charts, _numbers(trained, batches))
 
 
 def _judge_size(trained: Trained, batches: InBatches, name: str, size: int) -> Verdict:
@@ -247,7 +251,7 @@ def _judge_alone(alone: Alone, batches: InBatches) -> Verdict:
     return judge("test-time-alone", alone.largest.tolist(), sentence)
 
 
-def _numbers(trained: Trained, batches: InBatches, alone: Alone) -> dict[str, float | int | str | None]:
+def _numbers(trained: Trained, batches: InBatches) -> dict[str, float | int | str | None]:
     numbers: dict[str, float | int | str | None] = {"a batch of 1 in train mode": refusal_of_one(trained)}
     last = trained.readings[-1].step
     for step in sorted({EARLY, last}):
@@ -255,43 +259,35 @@ def _numbers(trained: Trained, batches: InBatches, alone: Alone) -> dict[str, fl
             reading = trained.reading(kind, step)
             numbers[f"after {step} steps, {kind}, test accuracy, %"] = round(100 * float(reading.accuracy.mean()), 2)
             numbers[f"after {step} steps, {kind}, test loss, nats"] = round(float(reading.loss.mean()), 4)
-    for row, size in enumerate(MEASURED):
-        numbers[f"batches of {size} in train mode, accuracy, %"] = round(100 * float(batches.accuracy[row].mean()), 2)
-        numbers[f"batches of {size} in train mode, class changes with the batch, %"] = round(
-            100 * float(batches.flips[row].mean()), 2
+    for size in (MEASURED[0], BATCH, MEASURED[-1]):
+        spread = batches.spread[MEASURED.index(size)]
+        numbers[f"batches of {size} in train mode, spread of a logit, standard deviations of logits"] = over_seeds.mean(
+            spread
         )
-        numbers[f"batches of {size} in train mode, spread of a logit, standard deviations of logits"] = round(
-            float(batches.spread[row].mean()), 4
-        )
-    numbers["stored statistics, largest difference of a logit, standard deviations of logits"] = float(
-        f"{alone.largest.max():.2g}"
-    )
     return numbers
 
 
-def _spread(values: Tensor) -> dict[str, float]:
-    """Mean with the range over seeds."""
-    return {
-        key: round(float(v), 4) for key, v in (("y", values.mean()), ("low", values.amin()), ("high", values.amax()))
-    }
-
-
-_SERIES: dict[str, Role] = {OWN: "without", POPULATION: "with", EMA: "neutral"}
+# Every series is with batch norm; grey is the one whose statistics are not stored
+_SERIES: dict[str, Role] = {OWN: "neutral", POPULATION: "with", EMA: "with"}
+_STORED = "stored statistics"
 
 
 def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
-    rows = [{"x": m, **_spread(v), "series": OWN} for m, v in zip(MEASURED, batches.accuracy, strict=True)]
+    rows = over_seeds.curve(MEASURED, batches.accuracy, middle=torch.mean, series=OWN)
     stored = {kind: float(trained.reading(kind).accuracy.mean()) for kind in (POPULATION, EMA)}
     rows += [
         {"x": m, "y": round(y, 4), "series": kind} for kind, y in stored.items() for m in (MEASURED[0], MEASURED[-1])
     ]
     small, large = (float(batches.accuracy[row].mean()) for row in (0, -1))
+    found = (
+        f"Batches of {MEASURED[0]} reach {small:.1%} and of {MEASURED[-1]} {large:.1%}; population statistics "
+        f"{stored[POPULATION]:.1%}, the running average {stored[EMA]:.1%}"
+    )
     return Chart(
         "points",
-        f"Batches of {MEASURED[0]} reach {small:.1%} and of {MEASURED[-1]} {large:.1%}; population statistics "
-        f"{stored[POPULATION]:.1%}, the running average {stored[EMA]:.1%}",
-        "Accuracy on test data against the size of test batches on a log scale. Orange points, statistics of the test "
-        "batch, climb with the batch towards two dashed horizontal lines for the stored statistics.",
+        found,
+        "Accuracy on test data against the size of test batches on a log scale: grey points with the range over seeds "
+        f"for statistics of the test batch, two dashed horizontal lines for the stored statistics. {found}.",
         rows,
         Axis("examples in a test batch", log=True),
         Axis("accuracy on test data", domain=(0, 1), percent=True),
@@ -300,36 +296,43 @@ def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
     )
 
 
-def _flip_chart(batches: InBatches) -> Chart:
-    rows = [{"x": m, **_spread(v), "series": OWN} for m, v in zip(MEASURED, batches.flips, strict=True)]
-    rows += [{"x": m, "y": 0.0, "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
+def _flip_chart(batches: InBatches, alone: Alone) -> Chart:
+    rows = over_seeds.curve(MEASURED, batches.flips, middle=torch.mean, series=OWN)
+    rows += [{"x": m, "y": over_seeds.figures(alone.changes), "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
     first, middle = batches.flips[0].mean(), batches.flips[MEASURED.index(BATCH)].mean()
     return Chart(
         "points",
         f"Other companions in the batch change an example's class with probability {first:.1%} in batches of "
         f"{MEASURED[0]} and {middle:.1%} in batches of {BATCH}",
-        "Probability that an example gets another class in another random batch, against batch size on a log scale. "
-        "Orange points fall towards the dashed line at zero, where stored statistics are.",
+        "Probability that an example gets another class in another random batch, against batch size on a log scale: "
+        "grey points with the range over seeds for statistics of the test batch; dashed, the share of classes that "
+        f"differ between alone and in a batch with stored statistics, {alone.changes:.2%}.",
         rows,
         Axis("examples in a test batch", log=True),
         Axis("class changes with the batch", percent=True),
-        {OWN: "without", _STORED: "with"},
+        {OWN: "neutral", _STORED: "with"},
         dashed=(_STORED,),
     )
 
 
-_STORED = "stored statistics"
-
-
 def _early_chart(trained: Trained) -> Chart:
-    rows = [{"x": r.step, **_spread(r.accuracy), "series": r.statistics} for r in trained.readings]
+    rows = [
+        row
+        for reading in trained.readings
+        for row in over_seeds.curve(
+            [reading.step], reading.accuracy[None], middle=torch.mean, series=reading.statistics
+        )
+    ]
     early = {kind: float(trained.reading(kind, EARLY).accuracy.mean()) for kind in (POPULATION, EMA)}
+    found = (
+        f"After {EARLY} steps the running average gives {early[EMA]:.1%} accuracy, population statistics "
+        f"{early[POPULATION]:.1%}"
+    )
     return Chart(
         "lines",
-        f"After {EARLY} steps the running average gives {early[EMA]:.1%} accuracy, population statistics "
-        f"{early[POPULATION]:.1%}",
-        "Accuracy on test data against training steps on a log scale. The blue curve, population statistics, rises "
-        "first; the grey curve of the running average lags behind it early and joins it later.",
+        found,
+        "Accuracy on test data against training steps on a log scale, one curve with its range over seeds for "
+        f"population statistics and one, in the second shade, for the running average. {found}.",
         rows,
         Axis("training step", log=True),
         Axis("accuracy on test data", domain=(0, 1), percent=True),
@@ -354,7 +357,7 @@ CLAIM = Claim(
     ),
     how_to_read=(
         "In the first chart see how large a test batch must be before its own statistics do as well as stored ones. In "
-        "the second, every point above zero is a prediction that depends on who else is in the batch."
+        "the second, a point above zero says that predictions depend on who else is in the batch."
     ),
     not_shown=(
         "A batch of 1 has no variance, so train mode refuses it. Test data come from the same source as training data; "

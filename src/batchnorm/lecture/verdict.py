@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,12 +35,17 @@ def judge(key: str, values: Sequence[float], sentence: str, *, failed_guard: str
         failed_guard: What did not hold, with its number; it makes the verdict INVALID.
     """
     criterion = CRITERIA[key]
-    sentence = sentence[:1].upper() + sentence[1:]
+    sentence = minus(sentence[:1].upper() + sentence[1:])
     if failed_guard:
         measured = estimate(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
         return Verdict(criterion, Status.INVALID, measured, sentence, failed_guard)
     measured = estimate(values)
     return Verdict(criterion, _status(criterion, measured), measured, sentence)
+
+
+def minus(text: str) -> str:
+    """The text with a true minus sign before negative numbers; hyphens and exponents stay."""
+    return re.sub(r"(?<![\w)\]])-(?=[\d.])", "−", text)
 
 
 def _status(criterion: Criterion, measured: Estimate) -> Status:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -97,11 +98,20 @@ class Verdicts:
                     "how_to_read": outcome.claim.how_to_read,
                     "not_shown": outcome.claim.not_shown,
                     "sources": list(outcome.claim.sources),
-                    **outcome.result.to_dict(),
+                    **_jsonable(outcome.result.to_dict()),
                 }
                 for outcome in self.outcomes
             },
         }
+
+
+def _jsonable(value: Any) -> Any:
+    """``value`` with None for what JSON has no number for: the open ends of intervals, and NaN."""
+    if isinstance(value, dict):
+        return {key: _jsonable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, str]:

@@ -281,6 +281,13 @@ def _store_all(measured: dict[_BatchNorm, _Gauge]) -> None:
 
 
 def _report(layers: dict[str, _BatchNorm], gauges: dict[str, _Gauge]) -> None:
+    if not layers:
+        warnings.warn(
+            "recalibrate measured nothing: the model has no batch norm layer that stores statistics and is not frozen. "
+            "Unfreeze its layers, or leave the call out.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     missed = [path for path in layers if path not in gauges]
     if missed:
         warnings.warn(

@@ -1,0 +1,5 @@
+"""``python -m batchnorm`` is the command line."""
+
+from batchnorm.cli import main
+
+main(prog_name="batchnorm")

@@ -1,0 +1,61 @@
+"""The same networks normalized by other statistics: those of groups within a batch, or of the whole population."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from batchnorm import kernels
+from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
+from batchnorm.moments import Moments
+
+
+class GhostNorm(BatchNorm1d):
+    """BatchNorm1d that normalizes each group of ``size`` neighbours in the batch by itself (Hoffer et al. 2017).
+
+    In train mode it stores nothing; eval mode takes the stored statistics, as ever.
+
+    Args:
+        num_features: Channels.
+        size: Examples in a group; the batch must be a multiple of it.
+    """
+
+    def __init__(self, num_features: int, *, size: int) -> None:
+        super().__init__(num_features)
+        self.size = size
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
+        """The batch (N, C), each group by its own mean and variance in train mode."""
+        if not self.training:
+            return super().forward(input)
+        groups = input.unflatten(0, (-1, self.size))  # (N, C) -> (groups, size, C)
+        return vmap(lambda x: kernels.train(x, self.weight, self.bias, self.eps)[0])(groups).flatten(0, 1)
+
+
+def with_norm(trained: Ensemble, sizes: Sequence[int], norm: Norm = BatchNorm1d) -> Ensemble:
+    """Fully connected networks that share the parameters of ``trained``, with new normalization, not filled."""
+    fresh = Ensemble.of(lambda: fully_connected(sizes, norm=norm), range(trained.size))
+    return Ensemble(fresh.template, trained.parameters, fresh.buffers)
+
+
+def with_population(trained: Ensemble, sizes: Sequence[int], x: Tensor) -> Ensemble:
+    """The same networks with exact population statistics, layer by layer as ``recalibrate`` measures them.
+
+    Args:
+        trained: Networks with batch norm of some kind; parameters are shared, nothing is changed.
+        sizes: As for fully_connected.
+        x: All examples of each network's population, (R, N, features).
+    """
+    exact = with_norm(trained, sizes)
+    with torch.no_grad():
+        for name, child in exact.template.named_children():
+            if isinstance(child, BatchNorm1d):
+                received = Moments.of(x, (0, 2))  # (R, N, C) -> (R, C)
+                exact.buffers[f"{name}.running_mean"] = received.mean.float()
+                exact.buffers[f"{name}.running_var"] = received.unbiased_var.float()
+            x = exact.through(child, x, prefix=f"{name}.")
+    return exact

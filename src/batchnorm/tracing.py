@@ -1,0 +1,22 @@
+"""torch.fx: a model is traced around our modules, as it is around torch.nn's, not through them.
+
+torch.fx takes a module whole if its class is of torch.nn. Ours ask for it themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
+
+
+def call_whole(module: nn.Module, x: Any) -> Any:
+    """The call of ``module`` as one node, where torch.fx traces a model that holds it; else None."""
+    if not isinstance(x, Proxy):
+        return None
+    tracer: Any = x.tracer
+    if tracer.root is module:
+        raise TraceError(f"torch.fx traces models that hold a {type(module).__name__}, got one alone. Wrap it in one.")
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
