@@ -65,7 +65,7 @@ def test_a_wrong_argument_ends_with_its_remedy_and_code_2(args, words):
 
 
 @pytest.mark.parametrize(
-    ("hidden", "extra", "output"), [("altair", "report", "why.html"), ("sklearn", "lecture", "why.json")]
+    ("hidden", "extra", "output"), [("altair", "report", "why.html"), ("sklearn", "torch,lecture", "why.json")]
 )
 def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path, hidden, extra, output):
     monkeypatch.setitem(sys.modules, hidden, None)

@@ -398,3 +398,23 @@ def test_wrong_inputs_to_a_filled_one_are_refused():
         InputNorm(3, (1, 2))
     with pytest.raises(ValueError, match="channel_axis inside a tensor of 1 dimension"):
         InputNorm.fit(np.ones(3))
+
+
+def test_masked_arrays_are_refused_because_their_mask_would_be_ignored():
+    data = np.ma.masked_array([[1.0, 999.0], [3.0, 2.0]], mask=[[0, 1], [0, 0]])
+    with pytest.raises(TypeError, match=r"without a mask, got a masked one. Use data.filled\(np.nan\)"):
+        InputNorm.fit(data)
+    assert InputNorm.fit(data.filled(np.nan), nan="omit").mean.tolist() == [2.0, 2.0]
+
+
+def test_fx_traces_a_model_around_it():
+    model = torch.nn.Sequential(InputNorm.fit(torch.randn(20, 4)), torch.nn.Linear(4, 2))
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(3, 4)
+    assert traced.get_submodule("0") is model[0]
+    assert torch.equal(traced(x), model(x))
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match="InputNorm needs a tensor, got ndarray"):
+        InputNorm.fit(torch.randn(5, 2))(np.zeros((5, 2)))

@@ -395,3 +395,23 @@ MASK = torch.ones(4, 1, dtype=torch.bool)
 
 def shapes(mean: int, m2: int, *, count: int | None = None) -> Moments:
     return Moments(torch.ones(()) if count is None else torch.ones(count), torch.ones(mean), torch.ones(m2))
+
+
+def test_sum_adds_moments_up():
+    parts = [Moments.of(torch.randn(5, 2)) for _ in range(3)]
+    total, expected = sum(parts), parts[0] + parts[1] + parts[2]
+    assert torch.equal(total.mean, expected.mean)
+    assert torch.equal(total.m2, expected.m2)
+    with pytest.raises(TypeError):
+        1 + parts[0]
+
+
+@pytest.mark.parametrize(("count", "m2"), [(-1.0, 1.0), (3.0, -1e-9)])
+def test_a_negative_count_or_spread_is_refused(count, m2):
+    with pytest.raises(ValueError, match="needs count and m2 of 0 or more"):
+        Moments(torch.tensor(count), torch.zeros(1), torch.tensor([m2]))
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"needs a tensor, got list. Convert it with torch.as_tensor"):
+        Moments.of([1.0, 2.0], None)

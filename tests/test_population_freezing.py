@@ -290,3 +290,9 @@ def test_ensembles_of_frozen_models_run_under_vmap():
     for net, alone, together in zip(nets, x, y, strict=True):
         # a batched matmul may add in another order: a few roundings of sums of 3 and 4 products
         torch.testing.assert_close(net(alone), together, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("action", [freeze, unfreeze])
+def test_what_is_no_model_is_refused(action):
+    with pytest.raises(TypeError, match=r"must be an nn.Module, got int"):
+        action(3)

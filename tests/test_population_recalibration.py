@@ -377,11 +377,6 @@ def test_mean_far_from_zero_keeps_its_digits():
     torch.testing.assert_close(net[0].running_var, truth, rtol=1e9 * U, atol=0)
 
 
-def test_a_model_without_layers_to_measure_gives_nothing():
-    assert recalibrate(nn.Linear(2, 2), [X]) == {}
-    assert recalibrate(freeze(nn.BatchNorm1d(2)), [X]) == {}
-
-
 def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was():
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Identity())
     before = fingerprint(net)
@@ -398,3 +393,13 @@ def test_moments_of_two_data_sets_add_up_to_those_of_both():
     whole: Moments = parts[0] + parts[1]
     assert whole.mean.equal(both.mean)
     torch.testing.assert_close(whole.m2, both.m2, rtol=8 * U, atol=0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(3, 2), nn.BatchNorm1d(3, track_running_stats=False), freeze(nn.BatchNorm1d(3))],
+    ids=["no layer", "no statistics", "frozen"],
+)
+def test_a_model_with_nothing_to_measure_is_told_of(model):
+    with pytest.warns(RuntimeWarning, match="recalibrate measured nothing"):
+        assert recalibrate(model, [torch.randn(8, 3)]) == {}

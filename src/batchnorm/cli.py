@@ -150,7 +150,7 @@ def _require_lecture() -> None:
     missing = [module for module in _LECTURE if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the lecture needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[lecture]'"
+            f"the lecture needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[torch,lecture]'"
         )
 
 

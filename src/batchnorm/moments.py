@@ -169,6 +169,10 @@ class Moments:
             torch.where(b.count == 0, a.m2, torch.where(a.count == 0, b.m2, m2)),
         )
 
+    def __radd__(self, other: object) -> Moments:
+        """``sum(parts)`` starts from 0, which counts as no values."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __sub__(self, other: Moments) -> Moments:
         """Moments of the values that remain when those of ``other`` are taken out.
 

@@ -104,6 +104,7 @@ def recalibrate(
     batches = Batches(loader, max_examples, _device_of(model) if device is None else torch.device(device))
     layers = _open_layers(model)
     if not layers:
+        _warn_of_nothing()
         return {}
     with preserve_state(model), torch.no_grad(), _uncompiled():
         model.eval()
@@ -280,14 +281,16 @@ def _store_all(measured: dict[_BatchNorm, _Gauge]) -> None:
         raise
 
 
+def _warn_of_nothing() -> None:
+    warnings.warn(
+        "recalibrate measured nothing: the model has no batch norm layer that stores statistics and is not frozen. "
+        "Unfreeze its layers, or leave the call out.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def _report(layers: dict[str, _BatchNorm], gauges: dict[str, _Gauge]) -> None:
-    if not layers:
-        warnings.warn(
-            "recalibrate measured nothing: the model has no batch norm layer that stores statistics and is not frozen. "
-            "Unfreeze its layers, or leave the call out.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
     missed = [path for path in layers if path not in gauges]
     if missed:
         warnings.warn(
