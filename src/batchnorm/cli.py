@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from batchnorm.lecture.claim import Settings, Verdict
     from batchnorm.lecture.verdicts import Outcome, Verdicts
 
-FULL_SEEDS = 10
+FULL_SEEDS = 20
 _GLYPHS = {"SUPPORTED": "✓", "NOT SUPPORTED": "–", "OPPOSITE": "✗", "INVALID": "?"}
 _STYLES = {"SUPPORTED": "green", "NOT SUPPORTED": "yellow", "OPPOSITE": "red", "INVALID": "dim"}
 _LECTURE = ("torch", "numpy", "scipy", "sklearn")
@@ -105,7 +105,7 @@ def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
     help="Run this claim only; may be given again.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
-@click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 10]")
+@click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 20]")
 @click.option("--full", is_flag=True, help=f"{FULL_SEEDS} seeds, for narrower intervals.")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("why.html"), show_default=True,
@@ -150,7 +150,8 @@ def _require_lecture() -> None:
     missing = [module for module in _LECTURE if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the lecture needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[torch,lecture]'"
+            f"the lecture needs {' and '.join(missing)}, not installed here. "
+            "Run: pip install 'batchnorm[torch,lecture]'"
         )
 
 

@@ -86,7 +86,7 @@ _TABLE = (
     ),
     Criterion(
         "layer3-four",
-        "Does it for the lecture's four units a[2]1 to a[2]4?",
+        "Does batch norm reduce the shift of the lecture's four units a[2]1 to a[2]4?",
         "log2 of the drift of a[2] per 10 steps in standard deviations, without / with batch norm, equal rate",
         (1, inf),
         (-inf, -1),
@@ -132,7 +132,7 @@ _TABLE = (
     ),
     Criterion(
         "cats-repair-affine",
-        "Does it for a change of contrast and brightness?",
+        "Does re-estimating win back half of what a change of contrast and brightness costs?",
         "share of the lost accuracy that is won back",
         (0.5, inf),
         (-inf, 0),
@@ -140,7 +140,7 @@ _TABLE = (
     ),
     Criterion(
         "cats-repair-noise",
-        "Does it for added noise?",
+        "Does re-estimating win back half of what added noise costs?",
         "share of the lost accuracy that is won back",
         (0.5, inf),
         (-inf, 0),
@@ -148,7 +148,7 @@ _TABLE = (
     ),
     Criterion(
         "cats-repair-inversion",
-        "Does it for inverted images (light cats on a dark ground)?",
+        "Does re-estimating win back half of what inversion costs (light cats on a dark ground)?",
         "share of the lost accuracy that is won back",
         (0.5, inf),
         (-inf, 0),
@@ -156,7 +156,7 @@ _TABLE = (
     ),
     Criterion(
         "cats-repair-mix",
-        "Is it harmless where only the mix of classes shifts (one class in twenty is a cat)?",
+        "Is re-estimating harmless where only the mix of classes shifts (one example in twenty is a cat)?",
         "accuracy after minus before re-estimation, on black images with the shifted mix",
         (-0.02, inf),
         (-inf, -0.02),
