@@ -176,7 +176,19 @@ def test_a_compiled_network_equals_the_eager_one(options, training):
     assert_compiled_equals_eager(network(**options).train(training), x, "aot_eager")
 
 
+def _inductor_has_a_compiler():
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not _inductor_has_a_compiler(), reason="inductor itself needs a C++ compiler")
 def test_a_compiled_network_equals_the_eager_one_through_inductor():
     assert_compiled_equals_eager(network(momentum=None), torch.randn(8, 4, dtype=torch.float64), "inductor")
 

@@ -76,7 +76,7 @@ def moving_average(old: Tensor, new: Tensor, momentum: Tensor | float) -> Tensor
 
 def along_channels(values: Tensor, x: Tensor) -> Tensor:
     """Values of each channel, shaped to broadcast over ``x``."""
-    return values.reshape(1, -1, *[1] * (x.ndim - 2))  # (C,) -> (1, C, 1, ...)
+    return values.reshape(1, x.shape[1], *[1] * (x.ndim - 2))  # (C,) -> (1, C, 1, ...)
 
 
 def _standardize(x: Tensor, mean: Tensor, residual: Tensor, var: Tensor, eps: float) -> Tensor:
