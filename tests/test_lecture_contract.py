@@ -1,0 +1,89 @@
+"""What every claim owes the report and the command line, whatever it measures."""
+
+import json
+
+import pytest
+import torch
+
+from batchnorm import lecture
+from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.criteria import CRITERIA, criteria_of
+from batchnorm.lecture.sweep import sweep
+
+QUICK = Settings(seeds=2, effort=0.05)
+FIELDS = {"x": "x", "y": "y", "low": "y", "high": "y"}
+
+
+@pytest.fixture(scope="module", params=lecture.NAMES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def progress() -> list[float]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(name, progress) -> Result:
+    progress.clear()
+    return lecture.run(name, QUICK, progress.append).result
+
+
+def test_every_criterion_is_judged_in_the_order_of_the_table(name, result):
+    assert [verdict.criterion for verdict in result.verdicts] == criteria_of(name)
+    assert criteria_of(name)
+
+
+def test_no_criterion_is_without_a_claim():
+    assert sum(len(criteria_of(name)) for name in lecture.NAMES) == len(CRITERIA)
+
+
+def test_a_verdict_says_what_it_is_based_on(result):
+    for verdict in result.verdicts:
+        assert verdict.sentence.endswith(".")
+        assert verdict.sentence[0] == verdict.sentence[0].upper()
+        assert (verdict.failed_guard != "") == (verdict.status is Status.INVALID)
+        if verdict.estimate is not None:
+            assert len(verdict.estimate.values) == QUICK.seeds
+
+
+def test_texts_are_there(name):
+    claim = lecture.load(name)
+    assert claim.name == name
+    for text in (claim.title, claim.sentence, claim.arms, claim.how_to_read, claim.not_shown, *claim.sources):
+        assert text.strip()
+    assert claim.sources
+
+
+def test_charts_hold_numbers_that_json_takes_of_declared_series(result):
+    assert result.charts
+    for chart in result.charts:
+        assert chart.rows
+        assert chart.title
+        assert chart.alt
+        assert {row["series"] for row in chart.rows if "series" in row} == set(chart.series)
+        assert set(chart.dashed) <= set(chart.series)
+        json.dumps(chart.rows, allow_nan=False)
+
+
+def test_a_logarithmic_axis_has_positive_values(result):
+    for chart in result.charts:
+        for field, axis in FIELDS.items():
+            scale = getattr(chart, axis)
+            if scale is not None and scale.log:
+                assert all(row[field] > 0 for row in chart.rows if field in row)
+
+
+def test_progress_rises_to_one(result, progress):
+    assert progress == sorted(progress)
+    assert progress[-1] == 1
+
+
+def test_a_second_run_gives_the_same_numbers_and_leaves_the_random_state_alone(name, result):
+    sweep.cache_clear()
+    torch.manual_seed(12345)
+    before = torch.get_rng_state()
+    again = lecture.run(name, QUICK).result
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.to_dict() == result.to_dict()
