@@ -229,3 +229,21 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
     assert done.returncode == 7
+
+
+def test_a_gradient_of_fewer_examples_is_refused_although_its_strides_agree():
+    x, weight, *_ = case((4, 6, 5, 5), torch.float32)
+    forward = cpu.train_forward(x, weight, None, EPS)
+    with pytest.raises((ValueError, RuntimeError)):
+        cpu.train_backward(torch.randn(3, 6, 5, 5), x, *forward[1:], weight, EPS)
+
+
+def test_a_lazily_negated_tensor_is_read_with_its_sign():
+    x, weight, bias, grad = case((8, 6, 5, 5), torch.float32)
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    assert not cpu.supports(negated)
+    forward = cpu.train_forward(x, weight, bias, EPS)
+    expected = cpu.train_backward(-grad, x, *forward[1:], weight, EPS)
+    found = cpu.train_backward(torch._neg_view(grad), x, *forward[1:], weight, EPS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -31,9 +31,9 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 def supports(x: Tensor) -> bool:
     """Whether the native kernels take ``x``: built, on the CPU, of a known type, contiguous or channels_last."""
-    return (
-        _native is not None and x.device.type == "cpu" and x.dtype in _TYPES and x.numel() > 0 and _sizes(x) is not None
-    )
+    known = _native is not None and x.device.type == "cpu" and x.dtype in _TYPES
+    # a lazily negated tensor holds the other sign in memory
+    return known and not x.is_neg() and x.numel() > 0 and _sizes(x) is not None
 
 
 def train_forward(
@@ -53,7 +53,9 @@ def train_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first."""
     wide = wide_dtype(x.dtype)
-    if grad.stride() != x.stride() or grad.dtype != x.dtype:
+    if grad.shape != x.shape:
+        raise ValueError(f"a gradient of y needs shape {tuple(x.shape)}, got {tuple(grad.shape)}. Pass that of y.")
+    if grad.stride() != x.stride() or grad.dtype != x.dtype or grad.device != x.device or grad.is_neg():
         grad = torch.empty_like(x).copy_(grad)
     d_x = torch.empty_like(x)
     d_weight, d_bias = (torch.empty(x.shape[1], dtype=wide) for _ in range(2))
@@ -74,7 +76,7 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
 def supports_update(*statistics: Tensor) -> bool:
     """Whether ``update_running`` takes these statistics: one CPU type, float32 or float64, contiguous, of one model."""
     kinds = {t.dtype for t in statistics}
-    plain = all(t.device.type == "cpu" and t.ndim == 1 and t.is_contiguous() for t in statistics)
+    plain = all(t.device.type == "cpu" and t.ndim == 1 and t.is_contiguous() and not t.is_neg() for t in statistics)
     same = len(kinds) == 1 and len({t.shape for t in statistics}) == 1
     return _native is not None and plain and same and kinds <= {torch.float32, torch.float64}
 
@@ -127,4 +129,4 @@ def _per_channel(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
                 f"batch norm needs statistics and parameters of shape {tuple(shape)} on {x.device}, got "
                 f"{tuple(t.shape)} on {t.device}. Give one value for each channel."
             )
-    return [None if t is None else t.to(wide).contiguous() for t in tensors]
+    return [None if t is None else t.to(wide).contiguous().resolve_neg() for t in tensors]
