@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 import tempfile
@@ -124,8 +123,7 @@ def why(
     """Measure why batch norm works; write a report.
 
     Every claim of the lecture is an experiment on data that comes with the package, with a criterion fixed
-    beforehand. The same
-    seed gives the same numbers.
+    beforehand. The same seed gives the same numbers.
     """
     if model is not None:
         raise click.UsageError(f"why runs the lecture's own networks only, got {model!r}. Leave the argument out.")
@@ -215,17 +213,18 @@ def _progress(*, quiet: bool) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=off)
 
 
-def _line(verdict: Verdict, after: str = "") -> str:
+def _line(verdict: Verdict, after: str) -> str:
+    return f"{_word(verdict)}  {escape(verdict.told)} [dim]{after}[/dim]"
+
+
+def _word(verdict: Verdict) -> str:
     status = str(verdict.status)
-    style = _STYLES[status]
-    text = verdict.failed_guard or verdict.sentence
-    tail = f" [dim]{after}[/dim]" if after else ""
-    return f"[{style}]{_GLYPHS[status]} {status}[/{style}]  {escape(text)}{tail}"
+    return f"[{_STYLES[status]}]{_GLYPHS[status]} {status}[/{_STYLES[status]}]"
 
 
 def _show(verdicts: Verdicts, output_format: str) -> None:
     if output_format == "json":
-        click.echo(json.dumps(verdicts.to_dict(), indent=1, allow_nan=False))
+        click.echo(verdicts.to_json())
     elif output_format == "md":
         click.echo(verdicts.to_markdown())
     else:
@@ -236,7 +235,5 @@ def _table(outcomes: Iterable[Outcome]) -> Table:
     table = Table("criterion", "verdict", "measured", box=SIMPLE, expand=False)
     for outcome in outcomes:
         for verdict in outcome.result.verdicts:
-            status = str(verdict.status)
-            word = f"[{_STYLES[status]}]{_GLYPHS[status]} {status}[/{_STYLES[status]}]"
-            table.add_row(verdict.criterion.key, word, escape(verdict.failed_guard or verdict.sentence))
+            table.add_row(verdict.criterion.key, _word(verdict), escape(verdict.told))
     return table

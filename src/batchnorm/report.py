@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -103,7 +102,7 @@ def _as_text(verdicts: Verdicts, suffix: str, *, interactive: bool) -> str:
     if suffix == ".html":
         return render(verdicts, interactive=interactive)
     if suffix == ".json":
-        return json.dumps(verdicts.to_dict(), indent=1, allow_nan=False) + "\n"
+        return verdicts.to_json() + "\n"
     if suffix == ".md":
         return verdicts.to_markdown() + "\n"
     raise ValueError(f"a report needs a file that ends in {', '.join(SUFFIXES)}, got {suffix!r}. Name it so.")

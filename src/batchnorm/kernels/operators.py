@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@torch.library.custom_op("batchnorm::train_forward", mutates_args=())
-def train_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``reference.train_forward``."""
-    return laid_out_forward(x, weight, bias, eps)
-
-
 def laid_out_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,17 +32,12 @@ def laid_out_forward(
     return _laid_out_as(x, y), mean, residual, var
 
 
+train_forward = torch.library.custom_op("batchnorm::train_forward", laid_out_forward, mutates_args=())
+
+
 @train_forward.register_fake
 def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _empty_channels(x), _empty_channels(x), _empty_channels(x)
-
-
-@torch.library.custom_op("batchnorm::train_backward", mutates_args=())
-def train_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, residual: Tensor, var: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.train_backward``."""
-    return laid_out_backward(grad, x, mean, residual, var, weight, eps)
 
 
 def laid_out_backward(
@@ -59,6 +46,9 @@ def laid_out_backward(
     """train_backward by the kernels that the table names, with d_x in the memory layout of x."""
     d_x, d_weight, d_bias = kernel_for(x).train_backward(grad, x, mean, residual, var, weight, eps)
     return _laid_out_as(x, d_x), d_weight, d_bias
+
+
+train_backward = torch.library.custom_op("batchnorm::train_backward", laid_out_backward, mutates_args=())
 
 
 @train_backward.register_fake
@@ -162,21 +152,11 @@ def _(info, in_dims, grad, x, mean, residual, var, weight, eps):
     return (d_x.unflatten(1, (models, x.shape[2])), *unflat), (1, 0, 0)
 
 
-@torch.library.custom_op(
-    "batchnorm::update_running", mutates_args={"running_mean", "running_var", "num_batches_tracked", "skipped"}
+update_running = torch.library.custom_op(
+    "batchnorm::update_running",
+    running.update,
+    mutates_args={"running_mean", "running_var", "num_batches_tracked", "skipped"},
 )
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    skipped: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float | None,
-) -> None:
-    """As ``running.update``."""
-    running.update(running_mean, running_var, num_batches_tracked, skipped, mean, var, count, momentum)
 
 
 @update_running.register_fake

@@ -110,6 +110,11 @@ class Verdict:
     sentence: str
     failed_guard: str = ""
 
+    @property
+    def told(self) -> str:
+        """What to print beside the status: the guard that failed, else the sentence."""
+        return self.failed_guard or self.sentence
+
 
 # Colour follows meaning in every chart: orange = without batch norm, blue = with, grey = neither.
 Role = Literal["without", "with", "neutral"]

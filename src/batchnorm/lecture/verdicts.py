@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -76,9 +77,13 @@ class Verdicts:
         lines = [f"**{self.headline}**", "", "| criterion | verdict | measured |", "|---|---|---|"]
         for outcome in self.outcomes:
             for verdict in outcome.result.verdicts:
-                measured = (verdict.failed_guard or verdict.sentence).replace("|", "\\|")
+                measured = verdict.told.replace("|", "\\|")
                 lines.append(f"| {verdict.criterion.key} | {verdict.status} | {measured} |")
         return "\n".join([*lines, "", f"Repeat: `{self.command}`"])
+
+    def to_json(self) -> str:
+        """``to_dict`` as text, which every JSON reader takes."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data without times, so that two runs with the same settings compare equal."""
