@@ -1,338 +1,192 @@
-// Training forward, its backward, and normalization by given statistics, for one instruction set (the macro ISA): in
-// which order memory is walked. The blocks depend on the shape only, so a result has the same bits for any number of
-// threads.
+// Training forward, its backward, and normalization by given statistics, for one instruction set (the macro ISA).
 #include "arithmetic.hpp"
-#include "blocks.hpp"
-#include "threads.hpp"
+#include "plan.hpp"
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 namespace batchnorm::ISA {
 namespace {
 
-constexpr int64_t BLOCK = 2048;  // values in a block of a plane: 8 KiB of float32
-constexpr int64_t SMALL = 512;   // planes up to this size are walked in memory order, larger ones channel by channel
-constexpr int64_t ROWS = 64;     // rows in a block of rows
-constexpr int64_t GRAIN = 32768; // values worth a thread
+template <class W> using All = std::vector<Coefficients<W>>;
 
-// Items (rows, or examples) in tasks of several, by shape alone: about 64 tasks, none too small for a thread.
-struct Tasks {
-    int64_t items, each, count;
-    Tasks(int64_t items, int64_t values_each, int64_t multiple) : items(items) {
-        const int64_t worth = std::max(items / 64, GRAIN / std::max<int64_t>(1, values_each));
-        each = (worth / multiple + 1) * multiple;
-        count = (items + each - 1) / each;
+// ---- moments
+
+// A guess of every channel's mean: that of a few values of a few rows.
+template <class T, class A> std::vector<Guess<A>> guess(const T *x, const Window &window) {
+    const int64_t length = window.columns / window.channels, values = std::min<int64_t>(length, 4);
+    // so many that a standard deviation and a half away from the mean is all but impossible
+    const int64_t step = std::max<int64_t>(1, window.rows / (values == 1 ? 16 : 8));
+    std::vector<double> sums(window.channels);
+    int64_t count = 0;
+    for (int64_t row = 0; row < window.rows; row += step, count += values)
+        for (int64_t c = 0; c < window.channels; ++c)
+            for (int64_t i = 0; i < values; ++i) sums[c] += widen(x[window.at + row * window.stride + c * length + i]);
+    std::vector<Guess<A>> guesses(window.channels);
+    for (int64_t c = 0; c < window.channels; ++c)
+        if (const A mean = A(sums[c] / double(count)); std::isfinite(mean)) guesses[c].shift = mean;
+    return guesses;
+}
+
+// Calls sum(guesses, sums) until the guesses were good, and writes mean and variance.
+template <class A, class Sum> void measure(double count, std::vector<Guess<A>> guesses, double *mean, double *var, const Sum &sum) {
+    std::vector<Sums> sums(guesses.size());
+    bool again = true;
+    for (int attempt = 0; again; ++attempt) {
+        std::fill(sums.begin(), sums.end(), Sums{});
+        sum(guesses.data(), sums.data());
+        again = false;
+        for (size_t c = 0; c < guesses.size() && attempt < 3; ++c) again |= guesses[c].improve(sums[c], count);
     }
-    template <class Work> void run(const Work &work) const {
-        parallel_for(count, 1, [&](int64_t task) { work(task, task * each, std::min(items, (task + 1) * each)); });
-    }
-};
+    for (size_t c = 0; c < guesses.size(); ++c) guesses[c].finish(sums[c], count, mean[c], var[c]);
+}
 
-// ---- large planes: one channel after the other, so that its second reading comes from the cache
-
-// Calls visit(offset, count) for the blocks of one channel, in order.
-template <class Visit> void for_blocks(const Shape &shape, int64_t channel, const Visit &visit) {
-    for (int64_t n = 0; n < shape.outer; ++n) {
-        const int64_t start = (n * shape.channels + channel) * shape.inner;
-        for (int64_t i = 0; i < shape.inner; i += BLOCK) visit(start + i, std::min(BLOCK, shape.inner - i));
+// Sums of all parts, each channel's in the order of the parts.
+template <class Sum> void sum_apart(const Plan &plan, Sums *channels, const Sum &sum) {
+    std::vector<Sums> parts(plan.tasks * plan.width);
+    plan.run([&](int64_t task, const Window &window) { sum(window, &parts[task * plan.width]); });
+    for (int64_t task = 0; task < plan.tasks; ++task) {
+        const Window window = plan.window(task);
+        for (int64_t c = 0; c < window.channels; ++c) channels[window.channel + c].add(parts[task * plan.width + c]);
     }
 }
 
-template <class Work> void for_channels(const Shape &shape, const Work &work) {
-    parallel_for(shape.channels, std::max<int64_t>(1, GRAIN / (shape.outer * shape.inner)), work);
+template <class T, class A> void measure_window(const Plan &plan, const Layer &layer, const T *x, const Window &window) {
+    measure(double(plan.count()), guess<T, A>(x, window), layer.mean + window.channel, layer.var + window.channel,
+            [&](const Guess<A> *guesses, Sums *sums) { sum_moments(x, window, guesses, sums); });
 }
 
-template <class T> void train_channels(const Train &job) {
-    const T *x = static_cast<const T *>(job.x);
-    T *y = static_cast<T *>(job.y);
-    for_channels(job.shape, [&](int64_t c) {
-        Moments moments;
-        for_blocks(job.shape, c, [&](int64_t at, int64_t count) { moments.add(block_moments(x + at, count)); });
-        const Forward<Wide<T>> to(job, c, moments);
-        for_blocks(job.shape, c, [&](int64_t at, int64_t count) { apply(to, x + at, y + at, count); });
-    });
+template <class T, class A> void measure_apart(const Plan &plan, const Layer &layer, const T *x) {
+    measure(double(plan.count()), guess<T, A>(x, plan.whole()), layer.mean, layer.var,
+            [&](const Guess<A> *guesses, Sums *sums) {
+                sum_apart(plan, sums, [&](const Window &window, Sums *part) {
+                    sum_moments(x, window, guesses + window.channel, part);
+                });
+            });
 }
 
-template <class T> void backward_channels(const Backward &job) {
-    const T *x = static_cast<const T *>(job.x), *grad = static_cast<const T *>(job.grad);
-    T *d_x = static_cast<T *>(job.d_x);
-    for_channels(job.shape, [&](int64_t c) {
-        const auto mean = static_cast<const Wide<T> *>(job.mean)[c];
-        Products products;
-        for_blocks(job.shape, c, [&](int64_t at, int64_t count) {
-            products.add(block_products(grad + at, x + at, count, mean));
-        });
-        const Back<Wide<T>> to(job, c, products, double(job.shape.outer * job.shape.inner));
-        for_blocks(job.shape, c, [&](int64_t at, int64_t count) { apply(to, grad + at, x + at, d_x + at, count); });
-    });
+template <class T> void moments(const Layer &layer, const T *x) {
+    const Plan plan(layer.shape, sizeof(T));
+    if (!plan.together) return measure_apart<T, double>(plan, layer, x);
+    plan.run([&](int64_t, const Window &window) { measure_window<T, double>(plan, layer, x, window); });
 }
 
-// ---- small planes: in memory order, with partial results of every channel for each task
+// ---- forward
 
-template <class T> void train_planes(const Train &job) {
-    const T *x = static_cast<const T *>(job.x);
-    T *y = static_cast<T *>(job.y);
-    const int64_t channels = job.shape.channels, inner = job.shape.inner;
-    const Tasks tasks(job.shape.outer, channels * inner, 1);
-    std::vector<Moments> parts(tasks.count * channels);
-    tasks.run([&](int64_t task, int64_t begin, int64_t end) {
-        Moments *part = &parts[task * channels];
-        for (int64_t n = begin; n < end; ++n) {
-            const double share = 1.0 / double(n - begin + 1);
-            for (int64_t c = 0; c < channels; ++c) {
-                part[c].add(block_moments(x + (n * channels + c) * inner, inner), share);
-                part[c].count += double(inner);
-            }
-        }
-    });
-    std::vector<Forward<Wide<T>>> to;
-    to.reserve(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-        Moments moments;
-        for (int64_t task = 0; task < tasks.count; ++task) moments.add(parts[task * channels + c]);
-        to.emplace_back(job, c, moments);
+template <class W> All<W> coefficients(const Layer &layer, int64_t first, int64_t number) {
+    All<W> all;
+    all.reserve(number);
+    for (int64_t c = first; c < first + number; ++c) all.emplace_back(layer, c);
+    return all;
+}
+
+template <class T> using ApplyForward = void (*)(const Layer &, const Forward &, const Window &, const Coefficients<Wide<T>> *);
+
+template <class T, class A> ApplyForward<T> with_residual(bool there) {
+    return there ? &apply_forward<T, A, true> : &apply_forward<T, A, false>;
+}
+template <class T> ApplyForward<T> forward_for(const Layer &layer, const Forward &job) {
+    const bool residual = job.residual != nullptr;
+    switch (layer.act) {
+    case Act::none: return with_residual<T, Identity>(residual);
+    case Act::relu: return with_residual<T, Relu>(residual);
+    default: return with_residual<T, Curve>(residual);
     }
-    tasks.run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t plane = begin * channels; plane < end * channels; ++plane)
-            apply(to[plane % channels], x + plane * inner, y + plane * inner, inner);
-    });
 }
 
-template <class T> void backward_planes(const Backward &job) {
-    const T *x = static_cast<const T *>(job.x), *grad = static_cast<const T *>(job.grad);
-    T *d_x = static_cast<T *>(job.d_x);
-    const auto *mean = static_cast<const Wide<T> *>(job.mean);
-    const int64_t channels = job.shape.channels, inner = job.shape.inner;
-    const Tasks tasks(job.shape.outer, channels * inner, 1);
-    std::vector<Products> parts(tasks.count * channels);
-    tasks.run([&](int64_t task, int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n)
-            for (int64_t c = 0; c < channels; ++c) {
-                const int64_t at = (n * channels + c) * inner;
-                parts[task * channels + c].add(block_products(grad + at, x + at, inner, mean[c]));
-            }
-    });
-    std::vector<Back<Wide<T>>> to;
-    to.reserve(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-        Products products;
-        for (int64_t task = 0; task < tasks.count; ++task) products.add(parts[task * channels + c]);
-        to.emplace_back(job, c, products, double(job.shape.outer * inner));
-    }
-    tasks.run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t plane = begin * channels; plane < end * channels; ++plane) {
-            const int64_t at = plane * inner;
-            apply(to[plane % channels], grad + at, x + at, d_x + at, inner);
-        }
-    });
-}
-
-template <class T> void normalize_planes(const Normalize &job) {
-    const T *x = static_cast<const T *>(job.x);
-    T *y = static_cast<T *>(job.y);
-    const int64_t planes = job.shape.outer * job.shape.channels, inner = job.shape.inner;
-    parallel_for(planes, std::max<int64_t>(1, GRAIN / inner), [&](int64_t plane) {
-        apply(Forward<Wide<T>>(job, plane % job.shape.channels), x + plane * inner, y + plane * inner, inner);
-    });
-}
-
-// ---- rows: the channels of one position are neighbours
-
-// Coefficients of each channel as arrays, to be read a vector at a time.
-template <class W, int Fields> struct Columns {
-    int64_t channels;
-    std::vector<W> values;
-    explicit Columns(int64_t channels) : channels(channels), values(Fields * channels) {}
-    W *operator[](int field) { return values.data() + field * channels; }
-    const W *operator[](int field) const { return values.data() + field * channels; }
-};
-
-// Calls visit.template operator()<K>(c) for K vectors of channels from c on, as many at a time as registers allow, and
-// single(c) for each channel that is left over.
-template <class Visit, class Single> inline void for_columns(int64_t channels, const Visit &visit, const Single &single) {
-    int64_t c = 0;
-    for (; c + 4 * LANES <= channels; c += 4 * LANES) visit.template operator()<4>(c);
-    for (; c + LANES <= channels; c += LANES) visit.template operator()<1>(c);
-    for (; c < channels; ++c) single(c);
-}
-
-template <class T> void rows_moments(const T *x, int64_t rows, int64_t channels, double share, Moments *moments) {
+template <class T> void train(const Layer &layer, const Forward &job) {
     using W = Wide<T>;
-    const double n = double(rows);
-    const auto merge = [&](int64_t c, double center, double d1, double d2) {
-        moments[c].add({n, center + d1 / n, d2 - d1 * d1 / n}, share);
-        moments[c].count += n;
+    const T *x = static_cast<const T *>(job.x);
+    const auto apply = forward_for<T>(layer, job);
+    const Plan plan(layer.shape, sizeof(T));
+    if (plan.together) {
+        plan.run([&](int64_t, const Window &window) {
+            measure_window<T, W>(plan, layer, x, window);
+            apply(layer, job, window, coefficients<W>(layer, window.channel, window.channels).data());
+        });
+        return;
+    }
+    measure_apart<T, W>(plan, layer, x);
+    const All<W> all = coefficients<W>(layer, 0, layer.shape.channels);
+    plan.run([&](int64_t, const Window &window) { apply(layer, job, window, &all[window.channel]); });
+}
+
+template <class T> void normalize(const Layer &layer, const Forward &job) {
+    const auto apply = forward_for<T>(layer, job);
+    const All<Wide<T>> all = coefficients<Wide<T>>(layer, 0, layer.shape.channels);
+    const Plan plan(layer.shape, sizeof(T), true);
+    plan.run([&](int64_t, const Window &window) { apply(layer, job, window, &all[window.channel]); });
+}
+
+// ---- backward
+
+template <class T> struct Passes {
+    void (*sum)(const Layer &, const Backward &, const Window &, const Coefficients<Wide<T>> *, Sums *);
+    void (*apply)(const Layer &, const Backward &, const T *, const Window &, const Coefficients<Wide<T>> *);
+};
+template <class T, class A> Passes<T> passes(const Backward &job) {
+    // with a residual the gradient of p was stored, and needs no activation any more
+    if (job.other) return {&sum_products<T, A, true, false>, &apply_backward<T, Identity, false, false>};
+    return {&sum_products<T, A, false, false>, &apply_backward<T, A, false, false>};
+}
+template <class T> Passes<T> backward_for(const Layer &layer, const Backward &job) {
+    switch (layer.act) {
+    case Act::none: return {&sum_products<T, Identity, false, false>, &apply_backward<T, Identity, false, false>};
+    case Act::relu: return passes<T, Relu>(job);
+    default: break;
+    }
+    if (!job.x_is_y) return passes<T, Curve>(job);
+    if (job.other) return {&sum_products<T, Curve, true, true>, &apply_backward<T, Identity, true, true>};
+    return {&sum_products<T, Curve, false, true>, &apply_backward<T, Curve, false, true>};
+}
+
+template <class T> void backward(const Layer &layer, const Backward &job) {
+    using W = Wide<T>;
+    const auto [sum, apply] = backward_for<T>(layer, job);
+    const T *grad = static_cast<const T *>(job.other ? job.d_residual : job.grad);
+    const Plan plan(layer.shape, (job.other ? 3 : 2) * sizeof(T));
+    const double count = double(plan.count());
+    const auto finish = [&](All<W> &all, int64_t first, const std::vector<Sums> &sums) {
+        for (size_t c = 0; c < all.size(); ++c) all[c] = Coefficients<W>(layer, job, first + int64_t(c), sums[c], count);
     };
-    for_columns(
-        channels,
-        [&]<int K>(int64_t c) {
-            Vec<T> center[K] = {}, first[K] = {}, second[K] = {};
-            for (int64_t r = 0; r < rows; ++r)
-                for (int k = 0; k < K; ++k) center[k] += load(x + r * channels + c + k * LANES);
-            for (int k = 0; k < K; ++k) center[k] /= W(rows);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int k = 0; k < K; ++k) {
-                    const Vec<T> deviation = load(x + r * channels + c + k * LANES) - center[k];
-                    first[k] += deviation;
-                    second[k] += deviation * deviation;
-                }
-            for (int k = 0; k < K; ++k)
-                for (int lane = 0; lane < LANES; ++lane)
-                    merge(c + k * LANES + lane, center[k][lane], first[k][lane], second[k][lane]);
-        },
-        [&](int64_t c) {
-            W center = 0, first = 0, second = 0;
-            for (int64_t r = 0; r < rows; ++r) center += widen(x[r * channels + c]);
-            center /= W(rows);
-            for (int64_t r = 0; r < rows; ++r) {
-                const W deviation = widen(x[r * channels + c]) - center;
-                first += deviation;
-                second += deviation * deviation;
-            }
-            merge(c, center, first, second);
+    if (plan.together) {
+        plan.run([&](int64_t, const Window &window) {
+            All<W> all = coefficients<W>(layer, window.channel, window.channels);
+            std::vector<Sums> sums(window.channels);
+            sum(layer, job, window, all.data(), sums.data());
+            finish(all, window.channel, sums);
+            apply(layer, job, grad, window, all.data());
         });
-}
-
-template <class T> void rows_products(const T *grad, const T *x, int64_t rows, int64_t channels, const Wide<T> *mean,
-                                      Products *products) {
-    for_columns(
-        channels,
-        [&]<int K>(int64_t c) {
-            Vec<T> sum[K] = {}, dot[K] = {}, center[K];
-            for (int k = 0; k < K; ++k) center[k] = load(mean + c + k * LANES);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int k = 0; k < K; ++k) {
-                    const int64_t at = r * channels + c + k * LANES;
-                    const Vec<T> g = load(grad + at);
-                    sum[k] += g;
-                    dot[k] += g * (load(x + at) - center[k]);
-                }
-            for (int k = 0; k < K; ++k)
-                for (int lane = 0; lane < LANES; ++lane)
-                    products[c + k * LANES + lane].add({sum[k][lane], dot[k][lane]});
-        },
-        [&](int64_t c) {
-            Products column;
-            for (int64_t r = 0; r < rows; ++r) {
-                const auto g = widen(grad[r * channels + c]);
-                column.add({g, double(g) * double(widen(x[r * channels + c]) - mean[c])});
-            }
-            products[c].add(column);
-        });
-}
-
-enum ForwardField { MEAN, SCALE, SHIFT };
-enum BackField { EVEN = 2, ALONG };
-
-template <class T> void apply_rows(const Columns<Wide<T>, 3> &to, const T *x, T *y, int64_t rows) {
-    const int64_t channels = to.channels;
-    const auto *mean = to[MEAN], *scale = to[SCALE], *shift = to[SHIFT];
-    for (int64_t r = 0; r < rows; ++r, x += channels, y += channels) {
-        int64_t c = 0;
-        for (; c + LANES <= channels; c += LANES)
-            store(y + c, (load(x + c) - load(mean + c)) * load(scale + c) + load(shift + c));
-        for (; c < channels; ++c) y[c] = narrow<T>((widen(x[c]) - mean[c]) * scale[c] + shift[c]);
+        return;
     }
-}
-
-template <class W, class Make> Columns<W, 3> forward_columns(int64_t channels, const Make &make) {
-    Columns<W, 3> to(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-        const Forward<W> one = make(c);
-        to[MEAN][c] = one.mean, to[SCALE][c] = one.scale, to[SHIFT][c] = one.shift;
-    }
-    return to;
-}
-
-template <class T> void train_rows(const Train &job) {
-    const T *x = static_cast<const T *>(job.x);
-    T *y = static_cast<T *>(job.y);
-    const int64_t channels = job.shape.channels;
-    const Tasks tasks(job.shape.outer, channels, ROWS);
-    std::vector<Moments> parts(tasks.count * channels);
-    tasks.run([&](int64_t task, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row += ROWS) {
-            const int64_t rows = std::min(ROWS, end - row);
-            const double share = double(rows) / double(row - begin + rows);
-            rows_moments(x + row * channels, rows, channels, share, &parts[task * channels]);
-        }
-    });
-    const auto to = forward_columns<Wide<T>>(channels, [&](int64_t c) {
-        Moments moments;
-        for (int64_t task = 0; task < tasks.count; ++task) moments.add(parts[task * channels + c]);
-        return Forward<Wide<T>>(job, c, moments);
-    });
-    tasks.run([&](int64_t, int64_t begin, int64_t end) {
-        apply_rows(to, x + begin * channels, y + begin * channels, end - begin);
-    });
-}
-
-template <class T> void backward_rows(const Backward &job) {
-    using W = Wide<T>;
-    const T *x = static_cast<const T *>(job.x), *grad = static_cast<const T *>(job.grad);
-    T *d_x = static_cast<T *>(job.d_x);
-    const int64_t channels = job.shape.channels;
-    const Tasks tasks(job.shape.outer, channels, ROWS);
-    std::vector<Products> parts(tasks.count * channels);
-    tasks.run([&](int64_t task, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row += ROWS)
-            rows_products(grad + row * channels, x + row * channels, std::min(ROWS, end - row), channels,
-                          static_cast<const W *>(job.mean), &parts[task * channels]);
-    });
-    Columns<W, 4> to(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-        Products products;
-        for (int64_t task = 0; task < tasks.count; ++task) products.add(parts[task * channels + c]);
-        const Back<W> one(job, c, products, double(job.shape.outer));
-        to[MEAN][c] = one.mean, to[SCALE][c] = one.scale, to[EVEN][c] = one.even, to[ALONG][c] = one.along;
-    }
-    const W *mean = to[MEAN], *scale = to[SCALE], *even = to[EVEN], *along = to[ALONG];
-    tasks.run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t at = row * channels;
-            int64_t c = 0;
-            for (; c + LANES <= channels; c += LANES)
-                store(d_x + at + c, load(grad + at + c) * load(scale + c) -
-                                        (load(x + at + c) - load(mean + c)) * load(along + c) - load(even + c));
-            for (; c < channels; ++c)
-                d_x[at + c] = narrow<T>(widen(grad[at + c]) * scale[c] - (widen(x[at + c]) - mean[c]) * along[c] - even[c]);
-        }
-    });
-}
-
-template <class T> void normalize_rows(const Normalize &job) {
-    const T *x = static_cast<const T *>(job.x);
-    T *y = static_cast<T *>(job.y);
-    const int64_t channels = job.shape.channels;
-    const auto to = forward_columns<Wide<T>>(channels, [&](int64_t c) { return Forward<Wide<T>>(job, c); });
-    Tasks(job.shape.outer, channels, 1).run([&](int64_t, int64_t begin, int64_t end) {
-        apply_rows(to, x + begin * channels, y + begin * channels, end - begin);
-    });
+    All<W> all = coefficients<W>(layer, 0, layer.shape.channels);
+    std::vector<Sums> sums(layer.shape.channels);
+    sum_apart(plan, sums.data(), [&](const Window &window, Sums *part) { sum(layer, job, window, &all[window.channel], part); });
+    finish(all, 0, sums);
+    plan.run([&](int64_t, const Window &window) { apply(layer, job, grad, window, &all[window.channel]); });
 }
 
 // ---- running statistics
 
-template <class W> int64_t update_running(const Update &job) {
-    const W *mean = static_cast<const W *>(job.mean), *var = static_cast<const W *>(job.var);
-    W *running_mean = static_cast<W *>(job.running_mean), *running_var = static_cast<W *>(job.running_var);
-    const W momentum = W(job.momentum), unbias = W(job.unbias);
-    const auto finite = [&](int64_t c) { return std::isfinite(mean[c]) && std::isfinite(var[c] * unbias); };
+template <class W> int64_t move_towards(int64_t channels, const double *mean, const double *var, double count, const Running &running) {
+    const bool average = std::isnan(running.momentum);
+    const double unbias = count / (count - 1);
+    const auto finite = [&](int64_t c) { return std::isfinite(W(mean[c])) && std::isfinite(W(var[c] * unbias)); };
     int64_t skipped = 0;
-    for (int64_t c = 0; c < job.channels; ++c) skipped += !finite(c);
-    if (job.whole && skipped) return skipped;
-    for (int64_t c = 0; c < job.channels; ++c) {
-        if (!finite(c)) continue;
-        const W m = running_mean[c] + momentum * (mean[c] - running_mean[c]);
-        const W v = running_var[c] + momentum * (var[c] * unbias - running_var[c]);
-        if (std::isfinite(m)) running_mean[c] = m;
-        if (std::isfinite(v)) running_var[c] = v;
-    }
+    for (int64_t c = 0; c < channels; ++c) skipped += !finite(c);
+    if (average && skipped) return skipped; // one count serves all channels, so a batch enters each average or none
+    ++*running.batches;
+    const double momentum = average ? 1 / double(*running.batches) : running.momentum;
+    const auto move = [&](void *stored, int64_t c, double to) {
+        W &old = static_cast<W *>(stored)[c];
+        const W moved = W(double(old) + momentum * (to - double(old)));
+        if (std::isfinite(moved)) old = moved;
+    };
+    for (int64_t c = 0; c < channels; ++c)
+        if (finite(c)) move(running.mean, c, mean[c]), move(running.var, c, var[c] * unbias);
     return skipped;
 }
 
-// ---- which loop for which type and shape
+// ---- by type
 
 // Calls run.template operator()<T>() with the C++ type that `type` names.
 template <class Run> void with_type(Type type, const Run &run) {
@@ -344,30 +198,27 @@ template <class Run> void with_type(Type type, const Run &run) {
     }
 }
 
-void train(Type type, const Train &job) {
-    with_type(type, [&]<class T>() {
-        if (job.shape.inner == 1) return train_rows<T>(job);
-        job.shape.inner <= SMALL ? train_planes<T>(job) : train_channels<T>(job);
-    });
+int64_t update(int64_t channels, const double *mean, const double *var, double count, const Running &running) {
+    return (running.wide ? move_towards<double> : move_towards<float>)(channels, mean, var, count, running);
 }
 
-void backward(Type type, const Backward &job) {
-    with_type(type, [&]<class T>() {
-        if (job.shape.inner == 1) return backward_rows<T>(job);
-        job.shape.inner <= SMALL ? backward_planes<T>(job) : backward_channels<T>(job);
-    });
+int64_t train_any(const Layer &layer, const Forward &job, const Running &running) {
+    with_type(layer.type, [&]<class T>() { train<T>(layer, job); });
+    if (running.batches == nullptr) return 0;
+    return update(layer.shape.channels, layer.mean, layer.var, double(layer.shape.outer * layer.shape.inner), running);
 }
-
-void normalize(Type type, const Normalize &job) {
-    with_type(type, [&]<class T>() { job.shape.inner == 1 ? normalize_rows<T>(job) : normalize_planes<T>(job); });
+void backward_any(const Layer &layer, const Backward &job) {
+    with_type(layer.type, [&]<class T>() { backward<T>(layer, job); });
 }
-
-int64_t update(Type type, const Update &job) {
-    return type == Type::float64 ? update_running<double>(job) : update_running<float>(job);
+void normalize_any(const Layer &layer, const Forward &job) {
+    with_type(layer.type, [&]<class T>() { normalize<T>(layer, job); });
+}
+void moments_any(const Layer &layer, const void *x) {
+    with_type(layer.type, [&]<class T>() { moments<T>(layer, static_cast<const T *>(x)); });
 }
 
 } // namespace
 
-extern const Arithmetic arithmetic{train, backward, normalize, update};
+extern const Arithmetic arithmetic{train_any, backward_any, normalize_any, moments_any, update};
 
 } // namespace batchnorm::ISA

@@ -5,52 +5,53 @@
 namespace batchnorm {
 
 enum class Type : int { float32, float64, bfloat16, float16 };
+enum class Act : int { none, relu, leaky_relu, elu, silu, gelu, hardswish };
 
 // A tensor of `outer` x `channels` x `inner` values, contiguous. A matrix of rows (N, C), or channels_last, has inner 1.
 struct Shape {
     int64_t outer, channels, inner;
 };
 
-// Statistics and parameters are float32, or float64 for float64 values. Null weight or bias: none.
-struct Train {
+// Running statistics, float32 or float64, that move towards those of a batch. Null counter: nothing is stored.
+struct Running {
+    int64_t *batches;
+    void *mean, *var;
+    bool wide;       // float64
+    double momentum; // NaN: the average of all batches
+};
+
+// Batch statistics are float64. Gamma and beta are float32, or float64 for float64 values; null: none.
+struct Layer {
+    Type type;
     Shape shape;
-    const void *x;
-    void *y;
-    void *mean, *residual, *var; // out, (channels)
+    double *mean, *var; // (channels)
     const void *weight, *bias;
     double eps;
+    Act act;
+    double param; // of the activation
+};
+
+struct Forward {
+    const void *x, *residual; // null residual: none
+    void *y;
 };
 
 struct Backward {
-    Shape shape;
     const void *grad, *x;
-    const void *mean, *residual, *var, *weight;
-    void *d_x, *d_weight, *d_bias; // out
-    double eps;
-};
-
-struct Normalize {
-    Shape shape;
-    const void *x;
-    void *y;
-    const void *mean, *var, *weight, *bias;
-    double eps;
-};
-
-// Running statistics and those of a batch, all of one type, float32 or float64.
-struct Update {
-    int64_t channels;
-    void *running_mean, *running_var;
-    const void *mean, *var;
-    double momentum, unbias; // the batch's variance times `unbias` is unbiased
-    bool whole;              // a batch with a non-finite channel is left out for all channels
+    const void *other; // the residual, or y where its sign shows the derivative; null: none
+    bool other_is_y, x_is_y;
+    bool constant; // whether mean and variance are constants, not those of x
+    void *d_x, *d_residual, *d_weight, *d_bias;
 };
 
 struct Arithmetic {
-    void (*train)(Type, const Train &);
-    void (*backward)(Type, const Backward &);
-    void (*normalize)(Type, const Normalize &);
-    int64_t (*update)(Type, const Update &); // the number of channels that are not finite
+    // Measures x, writes mean and var, normalizes, moves running statistics; returns how many channels are not finite.
+    int64_t (*train)(const Layer &, const Forward &, const Running &);
+    void (*backward)(const Layer &, const Backward &);
+    void (*normalize)(const Layer &, const Forward &); // by the mean and var of the layer
+    // Mean and biased variance of every channel, every value added in float64.
+    void (*moments)(const Layer &, const void *x);
+    int64_t (*update)(int64_t channels, const double *mean, const double *var, double count, const Running &);
 };
 
 namespace portable { extern const Arithmetic arithmetic; }

@@ -1,4 +1,4 @@
-// The Python module batchnorm._native: addresses and sizes in, nothing returned. No arithmetic here.
+// The Python module batchnorm._native: addresses and sizes in, counts out. No arithmetic here.
 #include "arithmetic.hpp"
 #include "threads.hpp"
 
@@ -49,34 +49,49 @@ void use(const std::string &name) {
     throw nb::value_error("use needs one of instruction_sets(), the sets that this processor runs.");
 }
 
-void *at(uintptr_t address) { return reinterpret_cast<void *>(address); }
+using Address = uintptr_t;
+template <class T = void> T *at(Address address) { return reinterpret_cast<T *>(address); }
 
-void train(int type, int64_t outer, int64_t channels, int64_t inner, uintptr_t x, uintptr_t y, uintptr_t mean,
-           uintptr_t residual, uintptr_t var, uintptr_t weight, uintptr_t bias, double eps) {
-    nb::gil_scoped_release free;
-    chosen.arithmetic->train(Type(type), {{outer, channels, inner}, at(x), at(y), at(mean), at(residual), at(var),
-                                          at(weight), at(bias), eps});
+Layer layer(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
+            Address bias, double eps, int act, double param) {
+    return {Type(type), {outer, channels, inner}, at<double>(mean), at<double>(var), at(weight), at(bias), eps,
+            Act(act),   param};
 }
 
-void backward(int type, int64_t outer, int64_t channels, int64_t inner, uintptr_t grad, uintptr_t x, uintptr_t mean,
-              uintptr_t residual, uintptr_t var, uintptr_t weight, uintptr_t d_x, uintptr_t d_weight, uintptr_t d_bias,
-              double eps) {
+int64_t train(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
+              Address bias, double eps, int act, double param, Address x, Address residual, Address y, Address batches,
+              Address running_mean, Address running_var, bool wide, double momentum) {
     nb::gil_scoped_release free;
-    chosen.arithmetic->backward(Type(type), {{outer, channels, inner}, at(grad), at(x), at(mean), at(residual), at(var),
-                                             at(weight), at(d_x), at(d_weight), at(d_bias), eps});
+    return chosen.arithmetic->train(
+        layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param), {at(x), at(residual), at(y)},
+        {at<int64_t>(batches), at(running_mean), at(running_var), wide, momentum});
 }
 
-void normalize(int type, int64_t outer, int64_t channels, int64_t inner, uintptr_t x, uintptr_t y, uintptr_t mean,
-               uintptr_t var, uintptr_t weight, uintptr_t bias, double eps) {
+void backward(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
+              Address bias, double eps, int act, double param, Address grad, Address x, Address other, bool other_is_y,
+              bool x_is_y, bool constant, Address d_x, Address d_residual, Address d_weight, Address d_bias) {
     nb::gil_scoped_release free;
-    chosen.arithmetic->normalize(
-        Type(type), {{outer, channels, inner}, at(x), at(y), at(mean), at(var), at(weight), at(bias), eps});
+    chosen.arithmetic->backward(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+                                {at(grad), at(x), at(other), other_is_y, x_is_y, constant, at(d_x), at(d_residual),
+                                 at(d_weight), at(d_bias)});
 }
 
-int64_t update(int type, int64_t channels, uintptr_t running_mean, uintptr_t running_var, uintptr_t mean, uintptr_t var,
-               double momentum, double unbias, bool whole) {
-    return chosen.arithmetic->update(
-        Type(type), {channels, at(running_mean), at(running_var), at(mean), at(var), momentum, unbias, whole});
+void normalize(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
+               Address bias, double eps, int act, double param, Address x, Address residual, Address y) {
+    nb::gil_scoped_release free;
+    chosen.arithmetic->normalize(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+                                 {at(x), at(residual), at(y)});
+}
+
+void moments(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address x) {
+    nb::gil_scoped_release free;
+    chosen.arithmetic->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0), at(x));
+}
+
+int64_t update(int64_t channels, Address mean, Address var, double count, Address batches, Address running_mean,
+               Address running_var, bool wide, double momentum) {
+    return chosen.arithmetic->update(channels, at<double>(mean), at<double>(var), count,
+                                     {at<int64_t>(batches), at(running_mean), at(running_var), wide, momentum});
 }
 
 } // namespace
@@ -88,5 +103,6 @@ NB_MODULE(_native, module) {
     module.def("train", &train);
     module.def("backward", &backward);
     module.def("normalize", &normalize);
+    module.def("moments", &moments);
     module.def("update", &update);
 }

@@ -1,4 +1,4 @@
-// Vectors of sixteen lanes of any type that a tensor has. Included once for each instruction set: everything here is
+// Vectors of float32 or float64, read from and written to any type that a tensor has. Included once for each instruction set: everything here is
 // local to the translation unit that defines ISA.
 #pragma once
 #include <cstdint>
@@ -8,7 +8,11 @@
 namespace batchnorm::ISA {
 namespace {
 
-constexpr int LANES = 16; // a register of AVX-512, two of AVX2, four of SSE or NEON
+#ifdef __AVX512F__
+constexpr int LANES = 16; // a register of float32
+#else
+constexpr int LANES = 8; // a register of AVX2, two of SSE or NEON
+#endif
 
 struct bfloat16 { uint16_t bits; };
 struct float16 { _Float16 value; };
@@ -76,18 +80,60 @@ template <class T> inline void store(T *to, Vec<T> values) {
     }
 }
 
-// The sum of all lanes, in pairs: ((0 + 8) + (4 + 12)) + ...
-inline double total(Vec32 v) {
-    typedef float Half __attribute__((vector_size(32)));
-    typedef float Quarter __attribute__((vector_size(16)));
-    const Half h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-    return (double(q[0]) + double(q[2])) + (double(q[1]) + double(q[3]));
+// ---- a last vector of fewer than LANES values
+
+template <class T> inline Vec<T> load(const T *from, int count, Wide<T> otherwise) {
+    T values[LANES];
+    for (T &value : values) value = narrow<T>(otherwise);
+    std::memcpy(values, from, count * sizeof(T));
+    return load(values);
 }
-inline double total(Vec64 v) {
-    double sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += v[lane];
+template <class T> inline void store(T *to, Vec<T> values, int count) {
+    T narrowed[LANES];
+    store(narrowed, values);
+    std::memcpy(to, narrowed, count * sizeof(T));
+}
+
+// How much of a vector is there: all lanes, or the first few. Dead lanes read as zero.
+struct Whole {};
+struct First { int count; };
+template <class T> inline Vec<T> load(const T *from, Whole) { return load(from); }
+template <class T> inline Vec<T> load(const T *from, First lanes) { return load(from, lanes.count, 0); }
+template <class T> inline void store(T *to, Vec<T> values, Whole) { store(to, values); }
+template <class T> inline void store(T *to, Vec<T> values, First lanes) { store(to, values, lanes.count); }
+
+// Calls visit(i, lanes) for the vectors of `count` values.
+template <class Visit> inline void for_vectors(int64_t count, const Visit &visit) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) visit(i, Whole{});
+    if (i < count) visit(i, First{int(count - i)});
+}
+
+inline Vec64 to_double(Vec32 v) { return __builtin_convertvector(v, Vec64); }
+inline Vec64 to_double(Vec64 v) { return v; }
+
+// Values as float64 if `A` is double, else in the type that they are computed in.
+template <class A, class T, class Lanes> inline Vec<A> load_as(const T *from, Lanes lanes) {
+    if constexpr (std::is_same_v<A, double>) return to_double(load(from, lanes));
+    else return load(from, lanes);
+}
+
+// The sum of all lanes, in pairs.
+template <class V> inline double total(V values) {
+    const Vec64 v = to_double(values);
+    double sums[LANES];
+    std::memcpy(sums, &v, sizeof sums);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    return sums[0];
+}
+
+inline double total(const double *values, int64_t count) {
+    Vec64 sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sums += read<Vec64>(values + i);
+    double sum = i ? total(sums) : 0;
+    for (; i < count; ++i) sum += values[i];
     return sum;
 }
 

@@ -40,7 +40,7 @@ def test_the_operators_refuse_them_too(size):
     with pytest.raises((ValueError, RuntimeError)):
         kernels.train_forward(X, wrong, None, 1e-5)
     with pytest.raises((ValueError, RuntimeError)):
-        kernels.train_backward(X, X, right, right, wrong, None, 1e-5)
+        kernels.train_backward(X, X, right, wrong, None, 1e-5)
     with pytest.raises((ValueError, RuntimeError)):
         kernels.normalize(X, right, wrong, None, None, 1e-5)
 

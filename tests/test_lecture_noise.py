@@ -91,7 +91,7 @@ def test_noise_power_is_what_separate_layers_do_to_the_drawn_batches() -> None:
     # sums of some thousand terms of one size, in another order: below sqrt(count) roundings
     bound = {"rtol": 64 * EPS32, "atol": 0.0}
     torch.testing.assert_close(power, (normalized - drawn).square().mean((0, 1)), **bound)
-    torch.testing.assert_close(mean, drawn.mean(0).square().mean(0), **bound)
+    torch.testing.assert_close(mean.float(), drawn.mean(0).square().mean(0), **bound)
 
 
 def test_noise_power_is_twice_what_the_mean_standard_deviation_of_a_batch_lacks_of_one() -> None:

@@ -250,8 +250,8 @@ def test_a_compiled_model_follows_freeze_and_unfreeze(make):
     expected = copy.deepcopy(net).eval()(x)
     before = statistics(net)
     freeze(net).train()
-    # one operator at a time on both sides, so the same bits
-    assert compiled(x).equal(expected)
+    # other kernels: each rounds deviation, scale and sum once
+    torch.testing.assert_close(compiled(x), expected, rtol=2**-21, atol=2**-21)
     compiled(x).sum().backward()
     assert net[0].weight.grad is not None
     assert all(now.equal(then) for now, then in zip(net.buffers(), before, strict=True))
@@ -266,7 +266,8 @@ def test_a_frozen_model_can_be_exported_in_train_mode(make):
     x = torch.randn(16, 3)
     expected = copy.deepcopy(net).eval()(x)
     exported = torch.export.export(freeze(net).train(), (x,)).module()
-    assert exported(x).equal(expected)
+    # other kernels: each rounds deviation, scale and sum once
+    torch.testing.assert_close(exported(x), expected, rtol=2**-21, atol=2**-21)
 
 
 def test_a_frozen_layer_of_torch_is_a_leaf_to_fx_and_can_be_scripted():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
+    from batchnorm.surgery import convert, find, replace, revert
 
 __version__ = "0.1.0"
 
@@ -24,10 +25,14 @@ __all__ = [
     "InputNorm",
     "Moments",
     "__version__",
+    "convert",
+    "find",
     "freeze",
     "frozen",
     "preserve_state",
     "recalibrate",
+    "replace",
+    "revert",
     "unfreeze",
 ]
 
@@ -37,10 +42,14 @@ _HOMES = {
     "BatchNorm3d": "layers",
     "InputNorm": "inputs",
     "Moments": "moments",
+    "convert": "surgery",
+    "find": "surgery",
     "freeze": "population",
     "frozen": "population",
     "preserve_state": "population",
     "recalibrate": "population",
+    "replace": "surgery",
+    "revert": "surgery",
     "unfreeze": "population",
 }
 

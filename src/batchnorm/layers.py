@@ -2,19 +2,21 @@
 
 In train mode a batch is normalized by its own mean and biased variance, and the stored statistics move towards
 them; in eval mode the stored statistics normalize (Ioffe and Szegedy 2015, algorithms 1 and 2). A layer takes
-torch.nn's arguments, has its five state_dict keys and is an instance of its class.
+torch.nn's arguments, has its five state_dict keys and is an instance of its class. It can add a residual and apply an
+activation in the same pass over memory.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
+from batchnorm.kernels import Running, activations, values_per_channel
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.tracing import call_whole
 
@@ -41,8 +43,15 @@ class _Layer(_BatchNorm):
         *,
         weight: bool = True,
         bias: bool = True,
+        act: str | None = None,
+        act_param: float | None = None,
+        memory: Literal["save"] | None = None,
         single_element: Literal["error", "population"] = "error",
     ) -> None:
+        if memory not in {None, "save"}:
+            raise ValueError(
+                f"memory must be None or 'save', got {memory!r}. Leave it out to keep what backward needs."
+            )
         if single_element not in {"error", "population"}:
             raise ValueError(
                 f"single_element must be 'error' or 'population', got {single_element!r}. Leave it out for 'error'."
@@ -53,6 +62,8 @@ class _Layer(_BatchNorm):
             self.register_parameter("weight", None)
         if not bias:
             self.register_parameter("bias", None)
+        self.act, self.act_param = act, activations.parameter(act, act_param)
+        self.memory = memory
         self.single_element = single_element
         # a plain attribute: a buffer would be a sixth key of the state_dict
         self._skipped = torch.zeros((), dtype=torch.long, device=device)
@@ -64,31 +75,58 @@ class _Layer(_BatchNorm):
         """Batches in which a channel's statistics were NaN or infinite and were not stored."""
         return int(self._skipped)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
-        """The input normalized, in its own type and memory format.
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
+        """The input normalized, in its own type and memory format; then the residual is added, and ``act`` applied.
 
         By the statistics of the batch in train mode, and where none are stored; else by the stored ones. Train
         mode moves the stored statistics, unless the batch is empty.
 
+        Args:
+            input: Values to normalize.
+            residual: Added before the activation: a tensor of the input's shape. The result has the type that
+                ``input + residual`` has.
+
         Raises:
-            ValueError: If the shape does not fit the layer, or a batch of one value per channel would have to
+            ValueError: If a shape does not fit the layer, or a batch of one value per channel would have to
                 be measured.
             TypeError: If the input is not floating-point.
         """
-        if (node := call_whole(self, input)) is not None:
+        if not isinstance(input, Tensor) and (node := call_whole(self, input, residual)) is not None:
             return node
         self._check_input(input)
-        self._check_state(input)
-        stored = self._stored()
+        weight, bias, mean, var = self._state()
+        self._check_state(input, weight, bias, mean, var)
+        if residual is not None:
+            input, residual = self._promoted(input, residual)  # noqa: A001
+        layer = (weight, bias, self.eps, self.act, self.act_param, residual)
+        stored = mean is not None and var is not None
         if stored and not self._measures(input):
-            return kernels.normalize(input, *stored, self.weight, self.bias, self.eps)
-        count = _values_per_channel(input)
+            return kernels.normalize(input, mean, var, *layer)
+        count = values_per_channel(input)
         if count == 1:
             raise ValueError(self._about_a_single_value(input))
-        y, mean, var = kernels.train(input, self.weight, self.bias, self.eps)
-        if stored and self.training and self.track_running_stats and count:
-            kernels.update_running(*stored, *self._counters(), mean, var, count, self.momentum)
-        return y
+        moves = stored and self.training and self.track_running_stats and count
+        running = Running(mean, var, *self._counters(), self.momentum) if moves else None
+        return kernels.train(input, *layer, running, save=self.memory is not None)
+
+    def _state(self) -> Any:
+        """Gamma, beta and the stored statistics; nn.Module's own look-up of a name takes ten times as long."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # somebody made them something else: torch.nn.utils.parametrize, for one
+            return self.weight, self.bias, self.running_mean, self.running_var
+
+    def _promoted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        name = type(self).__name__
+        if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.device != x.device:
+            got = f"{tuple(residual.shape)} on {residual.device}" if isinstance(residual, Tensor) else type(residual)
+            raise ValueError(
+                f"{name} needs a residual of the input's shape {tuple(x.shape)} on {x.device}, got {got}. "
+                "Expand it, or add it outside of the layer."
+            )
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(dtype), residual.to(dtype)
 
     def _counters(self) -> tuple[Tensor, Tensor]:
         """Batches tracked and batches skipped; one that nothing can keep is counted and forgotten."""
@@ -98,18 +136,14 @@ class _Layer(_BatchNorm):
         # an exported program keeps parameters and buffers only
         return tracked, torch.zeros_like(skipped) if torch.compiler.is_exporting() else skipped
 
-    def _stored(self) -> tuple[Tensor, Tensor] | None:
-        mean, var = self.running_mean, self.running_var
-        return None if mean is None or var is None else (mean, var)
-
     def _measures(self, x: Tensor) -> bool:
         """Whether ``x`` is normalized by its own statistics although there are stored ones."""
-        alone = self.single_element == "population" and _values_per_channel(x) == 1
+        alone = self.single_element == "population" and values_per_channel(x) == 1
         return self.training and not alone
 
     def _about_a_single_value(self, x: Tensor) -> str:
         advice = "or keep statistics to use instead: track_running_stats=True and eval()."
-        if self._stored():
+        if self.running_mean is not None:
             advice = "call eval(), or construct the layer with single_element='population'."
         return (
             f"{type(self).__name__} needs more than 1 value per channel, got shape {tuple(x.shape)}: one value "
@@ -117,6 +151,12 @@ class _Layer(_BatchNorm):
         )
 
     def _check_input(self, x: Tensor) -> None:
+        good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(1) == self.num_features
+        if not (good and x.is_floating_point() and self.eps > 0):
+            self._refuse(x)
+
+    def _refuse(self, x: Any) -> None:
+        """Say what is wrong with an input."""
         name = type(self).__name__
         _check_eps(self.eps)
         if not isinstance(x, Tensor):
@@ -127,18 +167,17 @@ class _Layer(_BatchNorm):
         if not x.is_floating_point():
             fix = "Normalize x.real and x.imag apart" if x.is_complex() else "Call x.float() first"
             raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
-        if x.shape[1] != self.num_features:
-            last = x.shape[-1] == self.num_features
-            fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
-            raise ValueError(
-                f"{name}({self.num_features}) needs {self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
-            )
+        last = x.shape[-1] == self.num_features
+        fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
+        raise ValueError(
+            f"{name}({self.num_features}) needs {self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
+        )
 
-    def _check_state(self, x: Tensor) -> None:
+    def _check_state(self, x: Tensor, *state: Tensor | None) -> None:
         """Refuse parameters and statistics that do not fit the input: someone replaced or moved them."""
-        for name in ("weight", "bias", *_STATISTICS):
-            values = getattr(self, name)
-            if values is not None and (values.shape != (self.num_features,) or values.device != x.device):
+        shape, device = x.shape[1:2], x.device
+        for name, values in zip(("weight", "bias", *_STATISTICS), state, strict=True):
+            if values is not None and (values.shape != shape or values.device != device):
                 raise ValueError(
                     f"{type(self).__name__} needs {name} of shape ({self.num_features},) on {x.device}, got "
                     f"{tuple(values.shape)} on {values.device}. Move the model with model.to(), or load a state "
@@ -180,6 +219,10 @@ class _Layer(_BatchNorm):
         parts = [super().extra_repr()]
         if self.affine and self.weight is None:
             parts.append("weight=False")
+        if self.act is not None:
+            parts.append(f"act={self.act!r}" + (f", act_param={self.act_param}" if self.act_param else ""))
+        if self.memory is not None:
+            parts.append(f"memory={self.memory!r}")
         if self.single_element != "error":
             parts.append(f"single_element={self.single_element!r}")
         if type(self._skipped) is Tensor and not self._skipped.is_meta and self.skipped_updates:
@@ -231,6 +274,12 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
         dtype: Type of the parameters.
         weight: False leaves gamma out and keeps beta.
         bias: False leaves beta out and keeps gamma.
+        act: Activation of the result: "relu", "leaky_relu", "elu", "silu", "gelu" (exact) or "hardswish".
+        act_param: torch's negative_slope of leaky_relu (0.01) or alpha of elu (1).
+        memory: "save" keeps fewer activations for the backward pass. Behind a leaky ReLU the result is written over
+            the input, which the backward pass recovers, unless gamma is near 0. Other results are computed again
+            where the forward pass runs inside ``batchnorm.memory.saving()``; ``convert(model, memory="save")`` sees
+            to that.
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
             ValueError; "population" normalizes it by the stored statistics and leaves them as they are.
 
@@ -256,10 +305,6 @@ class BatchNorm3d(_Layer, nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W); arguments and behaviour are those of BatchNorm1d."""
 
     _shapes: ClassVar[dict[int, str]] = {5: "(N, C, D, H, W)"}
-
-
-def _values_per_channel(x: Tensor) -> int:
-    return x.shape[0] * x.shape[2:].numel()
 
 
 def _check_eps(eps: float) -> None:

@@ -12,11 +12,13 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
 
-def call_whole(module: nn.Module, x: Any) -> Any:
+def call_whole(module: nn.Module, *inputs: Any) -> Any:
     """The call of ``module`` as one node, where torch.fx traces a model that holds it; else None."""
-    if not isinstance(x, Proxy):
+    if not any(isinstance(x, Proxy) for x in inputs):
         return None
-    tracer: Any = x.tracer
+    tracer: Any = next(x for x in inputs if isinstance(x, Proxy)).tracer
     if tracer.root is module:
         raise TraceError(f"torch.fx traces models that hold a {type(module).__name__}, got one alone. Wrap it in one.")
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
+    return tracer.create_proxy(
+        "call_module", tracer.path_of_module(module), tuple(x for x in inputs if x is not None), {}
+    )

@@ -3,42 +3,103 @@
 | tensor | kernels |
 |---|---|
 | on the CPU, float32, float64, bfloat16 or float16, contiguous or channels_last, not empty | native, where built |
+| on CUDA or ROCm, where a row of faster.json says so | triton |
+| elsewhere on CUDA or ROCm, train mode outside of transforms | torch's own batch norm, which is cuDNN's |
 | anything else | reference |
 
-``BATCHNORM_KERNELS=reference`` or ``native`` forces one; it is read when batchnorm is imported.
+faster.json holds what ``benchmarks/bench_gpu.py`` measured: the device, type, layout and number of values from which
+on the Triton kernels were faster than cuDNN's. ``BATCHNORM_KERNELS=reference``, ``native`` or ``triton`` forces one for
+all tensors that it takes; it is read when batchnorm is imported.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
 from batchnorm.kernels import cpu, reference
 
+if TYPE_CHECKING:
+    from batchnorm.kernels.running import Running
+
 _FORCED = os.environ.get("BATCHNORM_KERNELS", "")
 
 
-def kernel_for(x: Tensor) -> ModuleType:
+def kernel_for(x: Tensor) -> Any:
     """The module whose train_forward, train_backward and normalize take ``x``."""
-    return cpu if _FORCED != "reference" and cpu.supports(x) else reference
+    if _FORCED == "reference":
+        return reference
+    if _FORCED == "triton" or x.is_cuda:
+        from batchnorm.kernels import triton
+
+        return triton if triton.supports(x) and (_FORCED == "triton" or _faster_by_triton(x)) else reference
+    return cpu if cpu.supports(x) else reference
 
 
-def updates_natively(*statistics: Tensor) -> bool:
+def is_torchs(x: Tensor) -> bool:
+    """Whether torch's own batch norm measures ``x``: on CUDA, unless ours is faster or something else is forced."""
+    return x.is_cuda and _FORCED in {"", "native"} and not _faster_by_triton(x)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether tensors may be computed with by address: nothing watches, wraps or records the operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (
+        torch.jit.is_tracing()
+        or torch._C._functorch.get_interpreter_stack()  # torch has no public questions like these
+        or torch._C._len_torch_dispatch_stack()
+        or forward_mode._current_level >= 0
+        or any(t is not None and (type(t) not in _PLAIN or not torch._C._has_storage(t)) for t in tensors)
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def updates_natively(running: Running, mean: Tensor, var: Tensor) -> bool:
     """Whether running statistics and a batch's are moved by the native kernel."""
-    return _FORCED != "reference" and cpu.supports_update(*statistics)
+    return _FORCED != "reference" and mean.is_cpu and var.is_cpu and cpu.supports_update(running)
+
+
+def _faster_by_triton(x: Tensor) -> bool:
+    rows = _measured().get(torch.cuda.get_device_name(x.device)) if _measured() else None
+    if rows is None:
+        return False
+    layout = "planes" if x.is_contiguous() and x.ndim > 2 else "rows"
+    from_values = rows.get(f"{str(x.dtype).removeprefix('torch.')} {layout}")
+    return from_values is not None and x.numel() >= from_values
+
+
+@functools.cache
+def _measured() -> dict[str, dict[str, int]]:
+    """Device name to {"float32 planes": values from which on Triton was faster, ...}."""
+    return json.loads((Path(__file__).parent / "faster.json").read_text())
 
 
 def _check_forced() -> None:
-    if _FORCED not in {"", "reference", "native"}:
+    if _FORCED not in {"", "reference", "native", "triton"}:
         raise ValueError(
-            f"BATCHNORM_KERNELS must be 'reference' or 'native', got {_FORCED!r}. Unset it to choose by table."
+            f"BATCHNORM_KERNELS must be 'reference', 'native' or 'triton', got {_FORCED!r}. "
+            "Unset it to choose by table."
         )
     if _FORCED == "native" and cpu.INSTRUCTION_SET is None:
         raise RuntimeError(
             "BATCHNORM_KERNELS=native needs the native kernels, got a package built without them. "
             "Install a C++ compiler and reinstall batchnorm, or unset the variable."
+        )
+    if _FORCED == "triton" and find_spec("triton") is None:
+        raise RuntimeError(
+            "BATCHNORM_KERNELS=triton needs Triton, which is not installed. "
+            "Install a torch build for your GPU, or unset the variable."
         )
 
 

@@ -7,12 +7,17 @@ same bits for any number of threads.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from math import nan
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from batchnorm.kernels.activations import NAMES
 from batchnorm.kernels.reference import wide_dtype
+
+if TYPE_CHECKING:
+    from batchnorm.kernels.running import Running
 
 
 def _built() -> Any:
@@ -27,86 +32,149 @@ _native = _built()
 INSTRUCTION_SET: str | None = _native and _native.instruction_sets()[0]
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_STORED = {torch.float32, torch.float64}
+_ACTS = {act: number for number, act in enumerate((None, *NAMES))}
+_NOTHING = torch.empty(0)
+_NOTHING_STORED = (0, 0, 0, False, 0.0)
 
 
 def supports(x: Tensor) -> bool:
     """Whether the native kernels take ``x``: built, on the CPU, of a known type, contiguous or channels_last."""
-    known = _native is not None and x.device.type == "cpu" and x.dtype in _TYPES
+    known = _native is not None and x.dtype in _TYPES and x.is_cpu
     # a lazily negated tensor holds the other sign in memory
     return known and not x.is_neg() and x.numel() > 0 and _sizes(x) is not None
 
 
 def train_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As reference.train_forward."""
-    wide = wide_dtype(x.dtype)
-    y = torch.empty_like(x)
-    mean, residual, var = (torch.empty(x.shape[1], dtype=wide) for _ in range(3))
-    weight, bias = _per_channel(x, weight, bias)
-    _native.train(*_head(x), _at(x), _at(y), _at(mean), _at(residual), _at(var), _at(weight), _at(bias), eps)
-    return y, mean, residual, var
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None = None,
+    param: float = 0.0,
+    residual: Tensor | None = None,
+    running: Running | None = None,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.train_forward; also moves running statistics, and writes y over x, where that is asked for."""
+    y, residual = x if inplace else torch.empty_like(x), _like(x, residual)
+    mean, var = _empty(x, torch.float64), _empty(x, torch.float64)
+    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    stored = _NOTHING_STORED if running is None else _stored(x.size(1), running)
+    skipped = _native.train(
+        *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
+        _at(x), _at(residual), _at(y), *stored,
+    )  # fmt: skip
+    if running is not None:
+        running.moved(skipped, mean.numel())
+    return y, mean, var
 
 
 def train_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, residual: Tensor, var: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first."""
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bias: Tensor | None = None,
+    act: str | None = None,
+    param: float = 0.0,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    *,
+    constant: bool = False,
+    inverted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first.
+
+    With ``constant`` mean and variance are not functions of x: the backward pass of ``normalize``. With ``inverted``
+    ``x`` is what a leaky ReLU wrote over it, from which it is recovered.
+    """
     wide = wide_dtype(x.dtype)
-    if grad.shape != x.shape:
-        raise ValueError(f"a gradient of y needs shape {tuple(x.shape)}, got {tuple(grad.shape)}. Pass that of y.")
-    if grad.stride() != x.stride() or grad.dtype != x.dtype or grad.device != x.device or grad.is_neg():
-        grad = torch.empty_like(x).copy_(grad)
-    d_x = torch.empty_like(x)
-    d_weight, d_bias = (torch.empty(x.shape[1], dtype=wide) for _ in range(2))
-    channels = _per_channel(x, mean, residual, var, weight)
-    inputs = (_at(t) for t in (grad, x, *channels))
-    _native.backward(*_head(x), *inputs, _at(d_x), _at(d_weight), _at(d_bias), eps)
-    return d_x, d_weight, d_bias
+    grad, other = _like(x, grad), None if act is None else _like(x, residual if y is None else y)
+    d_x, d_residual = torch.empty_like(x), _NOTHING if other is None else torch.empty_like(x)
+    d_weight, d_bias = _empty(x, wide), _empty(x, wide)
+    mean, var = (_per_channel(x, t, torch.float64) for t in (mean, var))
+    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    _native.backward(
+        *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
+        _at(grad), _at(x), _at(other), y is not None, inverted, constant,
+        _at(d_x), _at(d_residual), _at(d_weight), _at(d_bias),
+    )  # fmt: skip
+    return d_x, d_weight, d_bias, d_residual
 
 
-def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None = None,
+    param: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
     """As reference.normalize."""
-    y = torch.empty_like(x)
-    channels = _per_channel(x, mean, var, weight, bias)
-    _native.normalize(*_head(x), _at(x), _at(y), *(_at(t) for t in channels), eps)
+    y, residual = torch.empty_like(x), _like(x, residual)
+    mean, var = (_per_channel(x, t, torch.float64) for t in (mean, var))
+    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    _native.normalize(
+        *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
+        _at(x), _at(residual), _at(y),
+    )  # fmt: skip
     return y
 
 
-def supports_update(*statistics: Tensor) -> bool:
-    """Whether ``update_running`` takes these statistics: one CPU type, float32 or float64, contiguous, of one model."""
-    kinds = {t.dtype for t in statistics}
-    plain = all(t.device.type == "cpu" and t.ndim == 1 and t.is_contiguous() and not t.is_neg() for t in statistics)
-    same = len(kinds) == 1 and len({t.shape for t in statistics}) == 1
-    return _native is not None and plain and same and kinds <= {torch.float32, torch.float64}
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel of ``x``, which ``supports`` takes, with every sum in float64."""
+    mean, var = _empty(x, torch.float64), _empty(x, torch.float64)
+    _native.moments(*_head(x), _at(mean), _at(var), _at(x))
+    return mean, var
 
 
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float | None,
-) -> int:
-    """As running.update; returns how many channels were not finite, and leaves counting and warning to the caller."""
-    num_batches_tracked.add_(1)
-    statistics = (running_mean, running_var, mean, var)
-    factor = 1 / int(num_batches_tracked) if momentum is None else momentum
-    head = (_TYPES[mean.dtype], mean.numel(), *(_at(t) for t in statistics))
-    bad = _native.update(*head, factor, count / (count - 1), momentum is None)
-    if bad and momentum is None:
-        num_batches_tracked.sub_(1)
-    torch.autograd.graph.increment_version((running_mean, running_var))
-    return bad
+def supports_update(running: Running) -> bool:
+    """Whether the kernels move these: float32 or float64 on the CPU, contiguous, of one model."""
+    mean, var, batches = running[:3]
+    known = mean.dtype == var.dtype and mean.dtype in _STORED and batches.dtype == torch.int64
+    single = mean.dim() == var.dim() == 1 and batches.dim() == 0  # of one model, not of an ensemble
+    return _native is not None and known and single and _is_readable(mean) and _is_readable(var) and batches.is_cpu
+
+
+def _is_readable(values: Tensor) -> bool:
+    return values.is_cpu and values.is_contiguous() and not values.is_neg()
+
+
+def update_running(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """As running.update."""
+    mean, var = (t.to(torch.float64).contiguous().resolve_neg() for t in (mean, var))
+    if mean.shape != var.shape:
+        raise ValueError(
+            f"mean and var need one shape, got {tuple(mean.shape)} and {tuple(var.shape)}. Pass one batch's."
+        )
+    stored = _stored(mean.numel(), running)
+    running.moved(_native.update(mean.numel(), _at(mean), _at(var), count, *stored), mean.numel())
+
+
+def _stored(channels: int, running: Running) -> tuple[Any, ...]:
+    """Addresses of running statistics for the kernels, which read and write as many values as there are channels."""
+    mean, var = running.mean, running.var
+    if mean.numel() != channels or var.numel() != channels:
+        raise ValueError(
+            f"running statistics need shape ({channels},), got {tuple(mean.shape)} and {tuple(var.shape)}. "
+            "Give one value for each channel."
+        )
+    momentum = nan if running.momentum is None else running.momentum
+    return _at(running.batches), _at(mean), _at(var), mean.dtype == torch.float64, momentum
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int] | None:
     """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last; None otherwise."""
-    channels = x.shape[1]
+    outer, channels = x.size(0), x.size(1)
     if x.is_contiguous():
-        return x.shape[0], channels, x.shape[2:].numel()
+        return outer, channels, x.numel() // (outer * channels)
     if x.movedim(1, -1).is_contiguous():
         return x.numel() // channels, channels, 1
     return None
@@ -120,13 +188,30 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _per_channel(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Statistics and parameters in the type to compute with; the kernels read as many as ``x`` has channels."""
-    wide, shape = wide_dtype(x.dtype), x.shape[1:2]
-    for t in tensors:
-        if t is not None and (t.shape != shape or t.device != x.device):
-            raise ValueError(
-                f"batch norm needs statistics and parameters of shape {tuple(shape)} on {x.device}, got "
-                f"{tuple(t.shape)} on {t.device}. Give one value for each channel."
-            )
-    return [None if t is None else t.to(wide).contiguous().resolve_neg() for t in tensors]
+def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.size(1), dtype=dtype)
+
+
+def _like(x: Tensor, other: Tensor | None) -> Any:
+    """A residual or gradient in the type and layout of ``x``: itself where it has them."""
+    if other is None:
+        return None
+    if other.shape != x.shape:
+        raise ValueError(f"a residual or gradient needs shape {tuple(x.shape)}, got {tuple(other.shape)}.")
+    if other.stride() == x.stride() and other.dtype == x.dtype and other.device == x.device and not other.is_neg():
+        return other
+    return torch.empty_like(x).copy_(other)
+
+
+def _per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+    """Statistics or parameters in the type to compute with; the kernels read as many as ``x`` has channels."""
+    if values is None:
+        return None
+    if values.dim() != 1 or values.numel() != x.size(1) or not values.is_cpu:
+        raise ValueError(
+            f"batch norm needs statistics and parameters of shape {tuple(x.shape[1:2])} on {x.device}, got "
+            f"{tuple(values.shape)} on {values.device}. Give one value for each channel."
+        )
+    dtype = dtype or wide_dtype(x.dtype)
+    plain = values.dtype == dtype and values.is_contiguous() and not values.is_neg()
+    return values if plain else values.to(dtype).contiguous().resolve_neg()

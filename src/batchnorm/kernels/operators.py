@@ -2,8 +2,9 @@
 
 Three operators are registered with torch.library:
 
-- ``batchnorm::train_forward``  (x, weight, bias, eps) -> y, mean, residual, var
-- ``batchnorm::train_backward`` (grad, x, mean, residual, var, weight, eps) -> d_x, d_weight, d_bias
+- ``batchnorm::train_forward`` (x, weight, bias, eps, act, param, residual) -> y, mean, var
+- ``batchnorm::train_backward`` (grad, x, mean, var, weight, eps, bias, act, param, residual, y)
+  -> d_x, d_weight, d_bias, d_residual
 - ``batchnorm::update_running`` moves running statistics in place
 
 An operator that mutates its arguments cannot have a gradient, which is why the update stands apart. Under
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import reference, running
+from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import kernel_for
 
 if TYPE_CHECKING:
@@ -25,35 +27,56 @@ if TYPE_CHECKING:
 
 
 def laid_out_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None = None,
+    param: float = 0.0,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """train_forward by the kernels that the table names, with y in the memory layout of x."""
-    y, mean, residual, var = kernel_for(x).train_forward(x, weight, bias, eps)
-    return _laid_out_as(x, y), mean, residual, var
+    y, mean, var = kernel_for(x).train_forward(x, weight, bias, eps, act, param, residual)
+    return _laid_out_as(x, y), mean, var
 
 
 train_forward = torch.library.custom_op("batchnorm::train_forward", laid_out_forward, mutates_args=())
 
 
 @train_forward.register_fake
-def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _empty_channels(x), _empty_channels(x), _empty_channels(x)
+def _(x: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
+    exact = reference.exact_dtype(x.device)
+    return torch.empty_like(x), _empty_channels(x, exact), _empty_channels(x, exact)
 
 
 def laid_out_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, residual: Tensor, var: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """train_backward by the kernels that the table names, with d_x in the memory layout of x."""
-    d_x, d_weight, d_bias = kernel_for(x).train_backward(grad, x, mean, residual, var, weight, eps)
-    return _laid_out_as(x, d_x), d_weight, d_bias
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bias: Tensor | None = None,
+    act: str | None = None,
+    param: float = 0.0,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """train_backward by the kernels that the table names, with d_x and d_residual in the memory layout of x."""
+    gradients = kernel_for(x).train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
+    d_x, d_weight, d_bias, d_residual = gradients
+    return _laid_out_as(x, d_x), d_weight, d_bias, _laid_out_as(x, d_residual) if d_residual.numel() else x.new_empty(0)
 
 
 train_backward = torch.library.custom_op("batchnorm::train_backward", laid_out_backward, mutates_args=())
 
 
 @train_backward.register_fake
-def _(_grad: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _empty_channels(x), _empty_channels(x)
+def _(_grad, x, _mean, _var, _weight, _eps, _bias=None, act=None, _param=0.0, residual=None, y=None):
+    wide = reference.wide_dtype(x.dtype)
+    other = act is not None and (residual is not None or y is not None)
+    d_residual = torch.empty_like(x) if other else x.new_empty(0)
+    return torch.empty_like(x), _empty_channels(x, wide), _empty_channels(x, wide), d_residual
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
@@ -64,53 +87,72 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y if y.stride() == target.stride() else target.copy_(y)
 
 
-def _empty_channels(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=reference.wide_dtype(x.dtype))
+def _empty_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=dtype)
 
 
 def save_for_backward(ctx, inputs, output) -> None:
-    """What the gradient of train_forward needs."""
-    x, weight, bias, ctx.eps = inputs
-    _, mean, residual, var = output
-    ctx.save_for_backward(x, mean, residual, var, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(mean, residual, var)
+    """What the gradient of train_forward needs: with a residual, y instead of it where the sign of y is enough."""
+    x, weight, bias, ctx.eps, ctx.act, ctx.param, residual = inputs
+    y, mean, var = output
+    by_sign = residual is not None and sign_shows(ctx.act, ctx.param)
+    kept = (None, y) if by_sign else (None if ctx.act is None else residual, None)
+    ctx.save_for_backward(x, mean, var, weight, bias, *kept)
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(mean, var)
 
 
-def backward(ctx, train_backward, grad, *_statistics):
-    """Gradients of train_forward's arguments, by one of the functions called train_backward."""
-    x, mean, residual, var, weight = ctx.saved_tensors
-    d_x, d_weight, d_bias = train_backward(grad, x, mean, residual, var, weight, ctx.eps)
-    d_weight = None if weight is None else d_weight.to(weight.dtype)
-    return d_x, d_weight, None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype), None
+def backward(ctx, train_backward, grad):
+    """Gradients of train_forward's tensors x, weight, bias and residual, by one of the functions train_backward."""
+    x, mean, var, weight, bias, residual, y = ctx.saved_tensors
+    tail = (bias, ctx.act, ctx.param, residual, y)
+    d_x, d_weight, d_bias, d_residual = train_backward(grad, x, mean, var, weight, ctx.eps, *tail)
+    d_residual = (d_residual if ctx.act else grad) if ctx.has_residual else None
+    return d_x, as_parameter(d_weight, weight), as_parameter(d_bias, bias), d_residual
 
 
-train_forward.register_autograd(
-    lambda ctx, *grads: backward(ctx, train_backward, *grads), setup_context=save_for_backward
-)
+def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """A gradient in the type of what it belongs to; None for none."""
+    return None if parameter is None else gradient.to(parameter.dtype)
+
+
+def _train_backward(ctx, grad, *_statistics):
+    d_x, d_weight, d_bias, d_residual = backward(ctx, train_backward, grad)
+    return d_x, d_weight, d_bias, None, None, None, d_residual
+
+
+train_forward.register_autograd(_train_backward, setup_context=save_for_backward)
 
 
 def _save_for_double_backward(ctx, inputs, output) -> None:  # noqa: ARG001 - torch passes it by name
-    grad, x, _mean, _residual, _var, weight, ctx.eps = inputs
-    ctx.save_for_backward(grad, x, weight)
+    grad, x, _mean, _var, weight, ctx.eps, bias, ctx.act, ctx.param, residual, y = inputs
+    ctx.save_for_backward(grad, x, weight, bias, residual, y)
 
 
 def _double_backward(ctx, *cotangents):
     """Derivatives of the backward pass: the specification is differentiated, statistics as functions of x."""
-    grad, x, weight = ctx.saved_tensors
-    if x.numel() == 0:  # the statistics are NaN, but no value depends on them
-        d_weight = None if weight is None else torch.zeros_like(weight)
-        return torch.zeros_like(grad), torch.zeros_like(x), None, None, None, d_weight, None
-    higher = torch.is_grad_enabled()
-    with torch.enable_grad():
-        grad, x = _tracked(grad), _tracked(x)
-        weight = None if weight is None else _tracked(weight)
-        outputs = reference.train_backward(grad, x, *reference.statistics(x), weight, ctx.eps)
-        wanted = [t for t in (grad, x, weight) if t is not None]
-        d_grad, d_x, *d_weight = torch.autograd.grad(
-            outputs, wanted, cotangents, create_graph=higher, allow_unused=True
-        )
-    return d_grad, d_x, None, None, None, d_weight[0] if d_weight else None, None
+    *tensors, y = ctx.saved_tensors
+    if tensors[1].numel() == 0:  # the statistics are NaN, but no value depends on them
+        d_grad, d_x, d_weight, d_bias, d_residual = (None if t is None else torch.zeros_like(t) for t in tensors)
+    else:
+        higher = torch.is_grad_enabled()
+        with torch.enable_grad():
+            grad, x, weight, bias, residual = tracked = [None if t is None else _tracked(t) for t in tensors]
+            tail = (bias, ctx.act, ctx.param, residual, y)
+            outputs = reference.train_backward(grad, x, *reference.statistics(x), weight, ctx.eps, *tail)  # pyrefly: ignore
+            found = _gradients(outputs, tracked, cotangents, create_graph=higher)
+        d_grad, d_x, d_weight, d_bias, d_residual = found
+    return d_grad, d_x, None, None, d_weight, None, d_bias, None, None, d_residual, None
+
+
+def _gradients(outputs, inputs, cotangents, **options):
+    """torch.autograd.grad for inputs of which some are None, and outputs of which some may be empty."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and c is not None]
+    wanted = [t for t in inputs if t is not None]
+    found = iter(
+        torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True, **options)
+    )
+    return [None if t is None else next(found) for t in inputs]
 
 
 def _tracked(tensor: Tensor) -> Tensor:
@@ -133,23 +175,31 @@ def _as_channels(x: Tensor) -> Tensor:
 
 
 @train_forward.register_vmap
-def _(info, in_dims, x, weight, bias, eps):
+def _(info, in_dims, x, weight, bias, eps, act=None, param=0.0, residual=None):
     models = info.batch_size
-    x, weight, bias = _models_first((x, weight, bias), in_dims, models)
+    in_dims = (*in_dims, *[None] * 7)  # defaults are not passed
+    x, weight, bias, residual = _models_first((x, weight, bias, residual), (*in_dims[:3], in_dims[6]), models)
     flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
-    y, *channels = train_forward(_as_channels(x), *flat, eps)
+    flat_residual = None if residual is None else _as_channels(residual)
+    y, *channels = train_forward(_as_channels(x), *flat, eps, act, param, flat_residual)
     unflat = [t.unflatten(0, (models, -1)) for t in channels]
-    return (y.unflatten(1, (models, x.shape[2])), *unflat), (1, 0, 0, 0)
+    return (y.unflatten(1, (models, x.shape[2])), *unflat), (1, 0, 0)
 
 
 @train_backward.register_vmap
-def _(info, in_dims, grad, x, mean, residual, var, weight, eps):
-    models = info.batch_size
-    grad, x, *channels = _models_first((grad, x, mean, residual, var, weight), in_dims, models)
-    flat = [None if t is None else t.reshape(-1) for t in channels]
-    d_x, d_weight, d_bias = train_backward(_as_channels(grad), _as_channels(x), *flat, eps)
+def _(info, in_dims, grad, x, mean, var, weight, eps, bias=None, act=None, param=0.0, residual=None, y=None):
+    models, dims = info.batch_size, (*in_dims, *[None] * 11)
+    whole = _models_first((grad, x, residual, y), (*dims[:2], *dims[9:11]), models)
+    channels = _models_first((mean, var, weight, bias), (*dims[2:5], dims[6]), models)
+    grad, x, residual, y = (None if t is None else _as_channels(t) for t in whole)
+    mean, var, weight, bias = (None if t is None else t.reshape(-1) for t in channels)
+    found = train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
+    d_x, d_weight, d_bias, d_residual = found
     unflat = [t.unflatten(0, (models, -1)) for t in (d_weight, d_bias)]
-    return (d_x.unflatten(1, (models, x.shape[2])), *unflat), (1, 0, 0)
+    sizes = (models, d_x.shape[1] // models)
+    if not d_residual.numel():
+        return (d_x.unflatten(1, sizes), *unflat, d_residual), (1, 0, 0, None)
+    return (d_x.unflatten(1, sizes), *unflat, d_residual.unflatten(1, sizes)), (1, 0, 0, 1)
 
 
 update_running = torch.library.custom_op(

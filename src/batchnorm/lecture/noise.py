@@ -103,7 +103,7 @@ def noise_of_batches(z: Tensor, size: int, random: torch.Generator) -> tuple[Ten
     """
     batches = max(ROWS // size, AT_LEAST)
     drawn = z[torch.randint(len(z), (size, batches), generator=random)].flatten(1)  # (M, batches * C)
-    normalized, mean, _ = kernels.train(drawn, None, None, BatchNorm1d(1).eps)
+    normalized, mean, _ = kernels.train_forward(drawn, None, None, BatchNorm1d(1).eps)
     power = (normalized - drawn).square().mean(0).view(batches, -1).mean(0)
     return power, mean.square().view(batches, -1).mean(0)
 

@@ -28,12 +28,12 @@ class GhostNorm(BatchNorm1d):
         super().__init__(num_features)
         self.size = size
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002, ARG002 - the layer's own
         """The batch (N, C), each group by its own mean and variance in train mode."""
         if not self.training:
             return super().forward(input)
         groups = input.unflatten(0, (-1, self.size))  # (N, C) -> (groups, size, C)
-        return vmap(lambda x: kernels.train(x, self.weight, self.bias, self.eps)[0])(groups).flatten(0, 1)
+        return vmap(lambda x: kernels.train(x, self.weight, self.bias, self.eps))(groups).flatten(0, 1)
 
 
 def with_norm(trained: Ensemble, sizes: Sequence[int], norm: Norm = BatchNorm1d) -> Ensemble:

@@ -1,0 +1,90 @@
+// What a channel's sums come to, and the coefficients by which its values are normalized and differentiated.
+//
+// Moments are summed around a guess of the mean, `shift`: with d = (x - shift) unit,
+//
+//     mean = shift + sum d / (n unit)     var = (sum d^2 - (sum d)^2 / n) / (n unit^2)
+//
+// which loses no digits while the guess is within a standard deviation or two of the mean. `unit` is 1, or a power of two
+// that keeps squares of very large values finite.
+#pragma once
+#include "arithmetic.hpp"
+#include "vectors.hpp"
+
+#include <cmath>
+#include <type_traits>
+
+namespace batchnorm::ISA {
+namespace {
+
+// Sums of d and d^2 around a shift; or of a gradient and of its products with x - mean.
+struct Sums {
+    double first = 0, second = 0;
+    void add(const Sums &other) { first += other.first, second += other.second; }
+};
+
+// The guess around which a channel is summed.
+template <class A> struct Guess {
+    A shift = 0, unit = 1;
+
+    // Whether sums around a better guess would be worth it, given those around this one; then this is the better one.
+    bool improve(const Sums &sums, double count) {
+        const double off = sums.first / count, spread = sums.second / count - off * off;
+        if (!std::isfinite(sums.second)) { // too large to be squared, or not finite
+            const A before = unit;
+            shift = 0, unit = std::is_same_v<A, double> ? A(0x1p-540) : A(0x1p-66);
+            return unit != before;
+        }
+        if (off * off <= 3 * spread || sums.second == 0) return false;
+        const A before = shift;
+        shift = A(double(shift) + off / double(unit));
+        return shift != before;
+    }
+    A operator[](int field) const { return field == 0 ? shift * unit : unit; }
+    void finish(const Sums &sums, double count, double &mean, double &var) const {
+        const double off = sums.first / count, spread = sums.second / count - off * off;
+        mean = double(shift) + off / double(unit);
+        var = (spread < 0 ? 0 : spread) / double(unit) / double(unit); // NaN stays NaN
+    }
+};
+
+template <class W> inline double or_else(const void *values, int64_t channel, double otherwise) {
+    return values ? double(static_cast<const W *>(values)[channel]) : otherwise;
+}
+
+// p = (x - mean) scale + shift, where what rounding left of the mean is in the shift; x - mean = (p - shift) unscale.
+// d_x = grad back - (x - mean) along - even
+enum Field { MEAN, SCALE, SHIFT, UNSCALE, BACK, ALONG, EVEN, FIELDS };
+
+template <class W> struct Coefficients {
+    W fields[FIELDS] = {};
+
+    W operator[](int field) const { return fields[field]; }
+
+    Coefficients(const Layer &layer, int64_t c) {
+        const double slope = rstd(layer, c) * or_else<W>(layer.weight, c, 1);
+        fields[MEAN] = W(layer.mean[c]);
+        fields[SCALE] = W(slope);
+        fields[SHIFT] = W(or_else<W>(layer.bias, c, 0) - low(layer, c) * slope);
+        fields[UNSCALE] = W(1 / slope);
+    }
+    // Also those of the gradient, which are written out for gamma and beta. The sums are of x - mean without its low part.
+    Coefficients(const Layer &layer, const Backward &job, int64_t c, const Sums &sums, double count)
+        : Coefficients(layer, c) {
+        const double inverse = rstd(layer, c), slope = inverse * or_else<W>(layer.weight, c, 1);
+        const double d_weight = (sums.second - low(layer, c) * sums.first) * inverse;
+        static_cast<W *>(job.d_weight)[c] = W(d_weight);
+        static_cast<W *>(job.d_bias)[c] = W(sums.first);
+        fields[BACK] = W(slope);
+        if (job.constant) return;
+        const double along = d_weight / count * inverse * slope;
+        fields[ALONG] = W(along);
+        fields[EVEN] = W(sums.first / count * slope - low(layer, c) * along);
+    }
+
+  private:
+    static double rstd(const Layer &layer, int64_t c) { return 1 / std::sqrt(layer.var[c] + layer.eps); }
+    static double low(const Layer &layer, int64_t c) { return layer.mean[c] - double(W(layer.mean[c])); }
+};
+
+} // namespace
+} // namespace batchnorm::ISA

@@ -1,0 +1,281 @@
+// Loops over a window of a tensor: rows of neighbouring values. The values of a row belong to one channel (a large
+// plane), to runs of channels (small planes), or to one channel each (rows of channels).
+#pragma once
+#include "activations.hpp"
+#include "channels.hpp"
+
+#include <algorithm>
+#include <new>
+
+namespace batchnorm::ISA {
+namespace {
+
+struct Window {
+    int64_t at, rows, columns, stride; // the first value; rows of `columns` values, `stride` apart
+    int64_t channel, channels;         // the channels that it holds
+    int64_t run;                       // neighbouring values of one channel, where there are several channels
+
+    // Calls visit(channel, begin, end) for the columns of each run of one channel.
+    template <class Visit> void for_runs(const Visit &visit) const {
+        const int64_t length = channels == 1 ? columns : run;
+        int64_t c = 0;
+        for (int64_t column = 0; column < columns; column += length, c = c + 1 == channels ? 0 : c + 1)
+            visit(c, column, column + length);
+    }
+};
+
+constexpr int64_t BLOCK = 4096; // values added in float32 before they go to float64, by 64 or more lanes
+constexpr int64_t ROWS = 64;    // the same for a column of rows
+
+template <class T, class Pointer> inline auto from(Pointer pointer, const Window &window) {
+    using P = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const T *, T *>;
+    return pointer ? static_cast<P>(pointer) + window.at : nullptr;
+}
+
+// ---- values for each column, or one for all
+
+constexpr std::align_val_t ALIGNED{64}; // vectors that lie across two lines of the cache cost twice
+
+template <class V> struct Array {
+    V *values;
+    explicit Array(int64_t count) : values(new (ALIGNED) V[count]) {}
+    Array(const Array &) = delete;
+    ~Array() { operator delete[](values, ALIGNED); }
+    V *operator+(int64_t i) { return values + i; }
+    V &operator[](int64_t i) { return values[i]; }
+};
+
+inline int64_t padded(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
+
+// `fields` values of one column in registers: a store to a tensor could change what is in memory, for all the compiler knows.
+template <class W, int fields> struct Values {
+    Vec<W> vectors[fields];
+    Vec<W> operator[](int field) const { return vectors[field]; }
+};
+template <class W, int fields> struct One {
+    static constexpr bool varies = false;
+    Values<W, fields> values;
+    const Values<W, fields> &at(int64_t) const { return values; }
+};
+template <class W, int fields> struct Each {
+    static constexpr bool varies = true;
+    const W *arrays;
+    int64_t width;
+    Values<W, fields> at(int64_t column) const {
+        Values<W, fields> here;
+        for (int f = 0; f < fields; ++f) here.vectors[f] = load(arrays + f * width + column);
+        return here;
+    }
+};
+
+// Calls visit(each), where each.at(column) has the first `fields` of the values of the column's channel, channels[c][field].
+template <class W, int fields, class Channel, class Visit>
+inline void spread(const Window &window, const Channel *channels, const Visit &visit) {
+    if (window.channels == 1) {
+        One<W, fields> one;
+        for (int f = 0; f < fields; ++f) one.values.vectors[f] = Vec<W>{} + (*channels)[f];
+        return visit(one);
+    }
+    const int64_t width = padded(window.columns);
+    Array<W> arrays(fields * width);
+    for (int f = 0; f < fields; ++f) std::fill(arrays + f * width + window.columns, arrays + (f + 1) * width, W(0));
+    for (int f = 0; f < fields; ++f)
+        window.for_runs([&, array = arrays + f * width](int64_t c, int64_t begin, int64_t end) {
+            const W value = channels[c][f];
+            for (int64_t column = begin; column < end; ++column) array[column] = value;
+        });
+    visit(Each<W, fields>{arrays.values, width});
+}
+
+// ---- sums
+
+inline void add_to(double *sums, Vec64 values) { write(sums, read<Vec64>(sums) + values); }
+
+// Adds R rows to sums of a pair of values for each column: visit(first, second, i, values of the column, lanes) does it.
+template <int R, class W, class Each, class Visit>
+inline void add_rows(const Window &window, int64_t row, const Each &each, W *firsts, W *seconds, const Visit &visit) {
+    const auto add = [&]<int K>(int64_t column, auto lanes) { // K vectors, so that one addition need not wait for the other
+        std::decay_t<decltype(each.at(0))> here[K];
+        Vec<W> first[K], second[K];
+        for (int k = 0; k < K; ++k) {
+            const int64_t at = column + k * LANES;
+            here[k] = each.at(at), first[k] = load(firsts + at), second[k] = load(seconds + at);
+        }
+        for (int64_t r = 0; r < R; ++r)
+            for (int k = 0; k < K; ++k)
+                visit(first[k], second[k], (row + r) * window.stride + column + k * LANES, here[k], lanes);
+        for (int k = 0; k < K; ++k) store(firsts + column + k * LANES, first[k]), store(seconds + column + k * LANES, second[k]);
+    };
+    constexpr int K = R == 1 ? 1 : LANES >= 16 ? 4 : 2; // as many as there are registers for
+    int64_t column = 0;
+    for (; column + K * LANES <= window.columns; column += K * LANES) add.template operator()<K>(column, Whole{});
+    for (; K > 1 && column + LANES <= window.columns; column += LANES) add.template operator()<1>(column, Whole{});
+    if (column < window.columns) add.template operator()<1>(column, First{int(window.columns - column)});
+}
+
+// Sums of all rows in float64. Rows that follow each other in memory are read one after the other, which is what processors
+// foresee; others several at a time.
+template <class W, class Each, class Visit>
+inline void sum_columns(const Window &window, const Each &each, double *firsts, double *seconds, const Visit &visit) {
+    const int64_t width = padded(window.columns);
+    Array<W> parts(2 * width);
+    for (int64_t row = 0; row < window.rows;) {
+        const int64_t end = std::min(row + ROWS, window.rows);
+        std::fill_n(parts.values, 2 * width, W(0));
+        for (; window.stride != window.columns && row + 8 <= end; row += 8)
+            add_rows<8>(window, row, each, parts.values, parts + width, visit);
+        for (; row < end; ++row) add_rows<1>(window, row, each, parts.values, parts + width, visit);
+        for (int64_t column = 0; column < width; column += LANES) {
+            add_to(firsts + column, to_double(load(parts + column)));
+            add_to(seconds + column, to_double(load(parts + width + column)));
+        }
+    }
+}
+
+// The same for one channel, along the rows.
+template <class W, class One, class Visit> inline Sums sum_rows(const Window &window, const One &one, const Visit &visit) {
+    const auto here = one.at(0);
+    Sums sums;
+    for (int64_t row = 0; row < window.rows; ++row)
+        for (int64_t begin = 0; begin < window.columns; begin += BLOCK) {
+            const int64_t at = row * window.stride;
+            int64_t i = at + begin;
+            const int64_t end = at + std::min(begin + BLOCK, window.columns);
+            Vec<W> first[4] = {}, second[4] = {};
+            for (; i + 4 * LANES <= end; i += 4 * LANES)
+                for (int k = 0; k < 4; ++k) visit(first[k], second[k], i + k * LANES, here, Whole{});
+            for (; i + LANES <= end; i += LANES) visit(first[0], second[0], i, here, Whole{});
+            if (i < end) visit(first[1], second[1], i, here, First{int(end - i)});
+            sums.add({total((first[0] + first[1]) + (first[2] + first[3])),
+                      total((second[0] + second[1]) + (second[2] + second[3]))});
+        }
+    return sums;
+}
+
+// Adds the sums of a window to those of its channels. Lanes that hold no value must be added as zero.
+template <class W, int fields, class Channel, class Visit>
+inline void sum(const Window &window, const Channel *channels, Sums *sums, const Visit &visit) {
+    spread<W, fields>(window, channels, [&](const auto &each) {
+        if constexpr (!std::decay_t<decltype(each)>::varies) {
+            sums->add(sum_rows<W>(window, each, visit));
+        } else {
+            const int64_t width = padded(window.columns);
+            Array<double> columns(2 * width);
+            std::fill_n(columns.values, 2 * width, 0.0);
+            sum_columns<W>(window, each, columns.values, columns + width, visit);
+            window.for_runs([&](int64_t c, int64_t begin, int64_t end) {
+                sums[c].add({total(columns + begin, end - begin), total(columns + width + begin, end - begin)});
+            });
+        }
+    });
+}
+
+template <class V> inline V alive(V values, Whole) { return values; }
+template <class V> inline V alive(V values, First lanes) {
+    for (int lane = lanes.count; lane < LANES; ++lane) values[lane] = 0;
+    return values;
+}
+
+// Moments around a guess for each channel; sums in the type A.
+template <class T, class A> void sum_moments(const T *x, const Window &window, const Guess<A> *guesses, Sums *sums) {
+    x += window.at;
+    sum<A, 2>(window, guesses, sums, [&](Vec<A> &first, Vec<A> &second, int64_t i, const Values<A, 2> &guess, auto lanes) {
+        const Vec<A> deviation = alive(load_as<A>(x + i, lanes) * guess[1] - guess[0], lanes);
+        first += deviation;
+        second += deviation * deviation;
+    });
+}
+
+// ---- values and gradients
+
+// Calls visit(i, values of the column, lanes) for all vectors of a window: of rows that lie apart several at a time.
+template <class Each, class Visit> inline void for_values(const Window &window, const Each &each, const Visit &visit) {
+    const int64_t rows = window.rows, columns = window.columns, stride = window.stride;
+    int64_t row = 0;
+    for (; Each::varies && stride != columns && row + 4 <= rows; row += 4)
+        for_vectors(columns, [&](int64_t column, auto lanes) {
+            const auto here = each.at(column);
+            for (int64_t r = 0; r < 4; ++r) visit((row + r) * stride + column, here, lanes);
+        });
+    for (; row < rows; ++row)
+        for_vectors(columns, [&](int64_t column, auto lanes) { visit(row * stride + column, each.at(column), lanes); });
+}
+
+// A value's distance from the mean, and p, of which the activation is taken. `other` is the residual, or y in its place.
+template <class T> struct Inside { Vec<T> deviation, p; };
+
+template <bool with_other, class T, class C, class Lanes>
+inline Inside<T> inside(const T *x, const T *other, bool other_is_y, const C &of, Lanes lanes) {
+    const Vec<T> deviation = load(x, lanes) - of[MEAN];
+    const Vec<T> p = deviation * of[SCALE] + of[SHIFT];
+    if constexpr (!with_other) return {deviation, p};
+    const Vec<T> o = load(other, lanes);
+    return {deviation, other_is_y ? o : p + o};
+}
+
+// The same from y of a leaky ReLU.
+template <bool with_other, class T, class C, class Lanes>
+inline Inside<T> inside_again(const T *y, const T *other, double slope, const C &of, Lanes lanes) {
+    const Vec<T> value = load(y, lanes), p = value > 0 ? value : value * Wide<T>(1 / slope);
+    Vec<T> before = p - of[SHIFT];
+    if constexpr (with_other) before -= load(other, lanes);
+    return {before * of[UNSCALE], p};
+}
+
+// y of a window.
+template <class T, class A, bool with_residual>
+void apply_forward(const Layer &layer, const Forward &job, const Window &window, const Coefficients<Wide<T>> *channels) {
+    using W = Wide<T>;
+    const T *x = from<T>(job.x, window), *residual = from<T>(job.residual, window);
+    T *y = from<T>(job.y, window);
+    spread<W, 3>(window, channels, [&](const auto &each) {
+        for_values(window, each, [&](int64_t i, const Values<W, 3> &of, auto lanes) {
+            const auto [_, p] = inside<with_residual, T>(x + i, with_residual ? residual + i : nullptr, false, of, lanes);
+            store(y + i, A::value(p, layer), lanes);
+        });
+    });
+}
+
+template <bool with_other, bool inverted, class T, class C, class Lanes>
+inline Inside<T> inside(const Layer &layer, const Backward &job, const T *x, const T *other, const C &of, Lanes lanes) {
+    if constexpr (inverted) return inside_again<with_other>(x, other, layer.param, of, lanes);
+    else return inside<with_other>(x, other, job.other_is_y, of, lanes);
+}
+
+// Sums of the gradient of p and of its products with x - mean; with a residual, that gradient is its own and is stored.
+template <class T, class A, bool with_other, bool inverted>
+void sum_products(const Layer &layer, const Backward &job, const Window &window, const Coefficients<Wide<T>> *channels,
+                  Sums *sums) {
+    using W = Wide<T>;
+    const T *grad = from<T>(job.grad, window), *x = from<T>(job.x, window), *other = from<T>(job.other, window);
+    T *d_residual = from<T>(job.d_residual, window);
+    sum<W, 4>(window, channels, sums, [&](Vec<W> &first, Vec<W> &second, int64_t i, const Values<W, 4> &of, auto lanes) {
+        const auto [deviation, p] =
+            inside<with_other, inverted>(layer, job, x + i, with_other ? other + i : nullptr, of, lanes);
+        const Vec<W> g = alive(A::gradient(load(grad + i, lanes), p, layer), lanes);
+        if constexpr (with_other) store(d_residual + i, g, lanes);
+        first += g;
+        second += alive(g * deviation, lanes);
+    });
+}
+
+// d_x of a window; the activation is Identity where the gradient of p is known already.
+template <class T, class A, bool with_other, bool inverted>
+void apply_backward(const Layer &layer, const Backward &job, const T *grad, const Window &window,
+                    const Coefficients<Wide<T>> *channels) {
+    using W = Wide<T>;
+    const T *x = from<T>(job.x, window), *other = from<T>(job.other, window);
+    T *d_x = from<T>(job.d_x, window);
+    grad += window.at;
+    spread<W, 7>(window, channels, [&](const auto &each) {
+        for_values(window, each, [&](int64_t i, const Values<W, 7> &of, auto lanes) {
+            const auto [deviation, p] =
+                inside<with_other, inverted>(layer, job, x + i, with_other ? other + i : nullptr, of, lanes);
+            const Vec<W> g = A::gradient(load(grad + i, lanes), p, layer);
+            store(d_x + i, g * of[BACK] - deviation * of[ALONG] - of[EVEN], lanes);
+        });
+    });
+}
+
+} // namespace
+} // namespace batchnorm::ISA

@@ -1,0 +1,330 @@
+"""Bench: how long a layer takes beside torch.nn's in the same rounds, and beside memory traffic that it cannot avoid.
+
+A shared machine changes from one second to the next, so times compare within a round only. A round runs every
+contestant once, in an order of its own, and a ratio is the median over rounds of the ratios inside each. The memory
+limit L of a call is the time that torch takes to move as many bytes, in the same rounds: reading x and writing y is
+a ``copy``, reading two tensors and writing a third a ``triad`` (McCalpin 1995, STREAM).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from math import ceil, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    Contestant = Callable[[], float]  # runs, and returns the seconds of one call
+
+SCHEMA_VERSION = 1
+SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32), (32, 256, 14, 14), (256, 512))
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+_LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
+ROUNDS = 21
+_LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call of a layer, and the memory traffic that it cannot avoid, in tensors of the size of x.
+
+    ``reread`` counts the reads to add where channels are last and x is larger than the cache: no part of x has all
+    values of a channel, so nothing can be normalized before all is read.
+    """
+
+    words: str
+    train: bool
+    relu: bool
+    residual: bool
+    backward: bool
+    limit: Mapping[str, int]
+    reread: int
+
+
+CASES = {
+    "forward": Case("train forward", True, False, False, False, {"copy": 1}, 1),
+    "relu": Case("BN + ReLU forward", True, True, False, False, {"copy": 1}, 1),
+    "pass": Case("forward + backward", True, False, False, True, {"copy": 1, "triad": 1}, 3),
+    "step": Case("BN + ReLU forward + backward", True, True, False, True, {"copy": 1, "triad": 1}, 3),
+    "residual": Case("BN + residual + ReLU forward + backward", True, True, True, True, {"copy": 1, "triad": 2}, 4),
+    "eval": Case("eval BN + ReLU", False, True, False, False, {"copy": 1}, 0),
+}
+SHORT = ("forward", "step", "residual", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """x, a residual and the gradient of y: normal numbers from a seed of their own."""
+
+    x: Tensor
+    residual: Tensor
+    grad: Tensor
+
+    @classmethod
+    def of(cls, shape: Sequence[int], dtype: str = "float32", *, channels_last: bool = False) -> Inputs:
+        """Inputs of a shape, type and layout.
+
+        Raises:
+            ValueError: If there is no such type, the shape fits no layer, or it has no layout with channels last.
+        """
+        import torch
+
+        _check(shape, dtype, channels_last=channels_last)
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+        layout = layouts.get(len(shape), torch.contiguous_format)
+        source = torch.Generator().manual_seed(0)
+        drawn = (torch.randn(*shape, generator=source).mul_(2).add_(0.5) for _ in range(3))
+        x, residual, grad = (t.to(getattr(torch, dtype)).contiguous(memory_format=layout) for t in drawn)
+        return cls(x.requires_grad_(), residual.requires_grad_(), grad)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The shape that a text like 32x64x56x56 names.
+
+    Raises:
+        ValueError: If it names none that fits a layer.
+    """
+    axes = text.lower().split("x")
+    if not all(axis.isdecimal() for axis in axes):
+        raise ValueError(f"a shape must be numbers joined by x, got {text!r}. Write 32x64x56x56, for example.")
+    shape = tuple(map(int, axes))
+    _check(shape, "float32", channels_last=False)
+    return shape
+
+
+def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
+    text = "x".join(map(str, shape))
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Leave it out for float32.")
+    if len(shape) not in _LAYERS or min(shape) < 1 or prod(shape) == shape[1]:
+        raise ValueError(
+            f"a shape must be NxC, NxCxL, NxCxHxW or NxCxDxHxW with more than one value a channel, got {text}. "
+            "Write 32x64x56x56, for example."
+        )
+    if channels_last and len(shape) < 4:
+        raise ValueError(
+            f"channels_last needs shapes of 4 or 5 axes, got {text}. Leave such shapes or channels_last out."
+        )
+
+
+def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, Any]:
+    """A layer of ours, which takes a ReLU along, and torch.nn's; parameters of half types are float32."""
+    import torch
+
+    from batchnorm import layers as our
+
+    name, kind = _LAYERS[len(shape)], torch.float64 if dtype == "float64" else torch.float32
+    act = "relu" if case.relu else None
+    pair = {"ours": getattr(our, name)(shape[1], act=act), "torch": getattr(torch.nn, name)(shape[1])}
+    return {side: layer.to(kind).train(case.train) for side, layer in pair.items()}
+
+
+def call(case: Case, run: Callable[..., Tensor], parameters: Sequence[Tensor], inputs: Inputs) -> Callable[[], Any]:
+    """One call of ``case``: ``run`` computes y from x and, where the case has one, a residual."""
+    import torch
+
+    given = (inputs.x, inputs.residual) if case.residual else (inputs.x,)
+    wanted = (*given, *parameters)
+
+    def one_call() -> Any:
+        with torch.set_grad_enabled(case.backward):
+            y = run(*given)
+            # torch.autograd.grad, as backward() would add up the gradients of a leaf: traffic that no network has
+            return torch.autograd.grad(y, wanted, inputs.grad) if case.backward else y
+
+    return one_call
+
+
+def composed(case: Case, layer: Callable[[Tensor], Tensor], *, inplace: bool = False) -> Callable[..., Tensor]:
+    """What torch.nn's users write for ``case``: the layer, a sum and a ReLU, which may overwrite their inputs."""
+    import torch
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = layer(x)
+        if residual is not None:
+            y = y.add_(residual) if inplace else y + residual
+        return y if not case.relu else y.relu_() if inplace else torch.relu(y)
+
+    return run
+
+
+def contestants(case: Case, inputs: Inputs) -> dict[str, Contestant]:
+    """Ours and torch.nn's for the same call, and memory traffic of the same size."""
+    sides = layers(inputs.x.shape, str(inputs.x.dtype).removeprefix("torch."), case)
+    runs = {"ours": sides["ours"], "torch": composed(case, sides["torch"])}
+    calls = {side: call(case, run, list(sides[side].parameters()), inputs) for side, run in runs.items()}
+    return {side: timed(one_call) for side, one_call in calls.items()} | traffic(inputs.x.nbytes)
+
+
+def traffic(size: int) -> dict[str, Contestant]:
+    """Contestants that move memory and do nothing else, between tensors of ``size`` bytes made beforehand."""
+    import torch
+
+    a, b, out = (torch.ones(ceil(size / 4)) for _ in range(3))
+    calls = {"copy": lambda: out.copy_(a), "triad": lambda: torch.add(a, b, alpha=2, out=out), "read": a.sum}
+    return {name: timed(one_call) for name, one_call in calls.items()}
+
+
+def timed(one_call: Callable[[], object], *, at_least: float = 2e-3) -> Contestant:
+    """A contestant that repeats a call, warmed up here, until it has taken about ``at_least`` so many seconds."""
+
+    def contestant(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            one_call()
+        return (time.perf_counter() - start) / repeats
+
+    one_call()
+    repeats = max(1, min(ceil(at_least / max(contestant(2), 1e-9)), 1000))
+    return lambda: contestant(repeats)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of two values or more."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Seconds of one call of every contestant in every round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def time(self, parts: Mapping[str, int]) -> Spread:
+        """Seconds of a weighted sum of contestants."""
+        return Spread.of(self._sums(parts))
+
+    def ratio(self, above: Mapping[str, int], below: Mapping[str, int]) -> Spread:
+        """The ratio of two weighted sums of contestants, taken inside each round."""
+        return Spread.of([a / b for a, b in zip(self._sums(above), self._sums(below), strict=True)])
+
+    def _sums(self, parts: Mapping[str, int]) -> list[float]:
+        rounds = zip(*(self.seconds[part] for part in parts), strict=True)
+        return [sum(w * s for w, s in zip(parts.values(), seconds, strict=True)) for seconds in rounds]
+
+
+def race(contestants: Mapping[str, Contestant], *, rounds: int, budget: float = float("inf")) -> Race:
+    """Every contestant once in each of ``rounds`` rounds; fewer, but 3, once ``budget`` seconds are used up."""
+    if rounds < _LEAST_ROUNDS:
+        raise ValueError(
+            f"rounds must be {_LEAST_ROUNDS} or more, got {rounds}: fewer show no spread. Leave it out for {ROUNDS}."
+        )
+    order, shuffle, end = list(contestants), random.Random(0).shuffle, time.perf_counter() + budget  # noqa: S311
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for done in range(rounds):
+        if done >= _LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        shuffle(order)  # nobody always finds the caches as the same neighbour left them
+        for name in order:
+            seconds[name].append(contestants[name]())
+    return Race(seconds)
+
+
+def short_table(
+    shapes: Sequence[Sequence[int]] | None = None,
+    dtype: str = "float32",
+    *,
+    channels_last: bool = False,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    progress: Callable[[float], None] = lambda share: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """JSON-able: the environment, and for each shape and case the times of ours, torch.nn's and the memory limit.
+
+    Args:
+        shapes: Shapes of x; by default those of ``SHAPES`` that have the layout.
+        dtype: Type of x; one of ``DTYPES``.
+        channels_last: Whether channels are last in memory.
+        threads: Threads of torch; by default as many as it has.
+        rounds: Rounds of a case.
+        progress: Called with the share of cases that are done.
+
+    Raises:
+        ValueError: If an argument names nothing that can be measured.
+    """
+    from batchnorm.lecture.verdicts import environment
+
+    if shapes is None:
+        shapes = [shape for shape in SHAPES if len(shape) > 3 or not channels_last]
+    for shape in shapes:
+        _check(shape, dtype, channels_last=channels_last)
+    rows = []
+    with threads_of_torch(threads) as count:
+        for shape, name in product(shapes, SHORT):
+            inputs = Inputs.of(shape, dtype, channels_last=channels_last)
+            rows.append(_row(name, inputs, channels_last=channels_last, rounds=rounds))
+            progress(len(rows) / (len(shapes) * len(SHORT)))
+    return {"schema_version": SCHEMA_VERSION, "environment": environment(), "threads": count, "rows": rows}
+
+
+def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> dict[str, Any]:
+    case = CASES[name]
+    run = race(contestants(case, inputs), rounds=rounds)
+    ratio, to_limit = run.ratio({"torch": 1}, {"ours": 1}), run.ratio({"ours": 1}, case.limit)
+    return {
+        "case": name,
+        "words": case.words,
+        "shape": list(inputs.x.shape),
+        "dtype": str(inputs.x.dtype).removeprefix("torch."),
+        "channels_last": channels_last,
+        "rounds": rounds,
+        "ours_ms": 1e3 * run.time({"ours": 1}).median,
+        "torch_ms": 1e3 * run.time({"torch": 1}).median,
+        "limit_ms": 1e3 * run.time(case.limit).median,
+        "ratio": ratio.median,
+        "ratio_quartiles": [ratio.low, ratio.high],
+        "to_limit": to_limit.median,
+        "to_limit_quartiles": [to_limit.low, to_limit.high],
+    }
+
+
+@contextmanager
+def threads_of_torch(count: int | None) -> Iterator[int]:
+    """Torch with ``count`` threads for some time; None leaves it as it is.
+
+    Raises:
+        ValueError: If the count is less than 1.
+    """
+    import torch
+
+    if count is not None and count < 1:
+        raise ValueError(f"threads must be 1 or more, got {count}. Leave it out for as many as torch takes.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write JSON to ``path``, whole or not at all."""
+    path = Path(path).resolve()
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise

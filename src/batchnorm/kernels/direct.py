@@ -1,0 +1,210 @@
+"""Plain tensors: kernels called as one node of the autograd graph, without the cost of a registered operator."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from batchnorm import memory
+from batchnorm.kernels import cpu, operators, reference, running
+from batchnorm.kernels.activations import sign_shows
+from batchnorm.kernels.choice import is_plain, kernel_for
+from batchnorm.kernels.running import Running
+
+# A leaky ReLU's input is recovered from its output with an error of this many roundings of z at most
+_WORST_RECOVERY = 32
+
+
+def train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    param: float,
+    residual: Tensor | None,
+    running: Running | None,
+    *,
+    save: bool,
+) -> Tensor:
+    """As kernels.train. With ``save``, a leaky ReLU's y is written over x; any other y can be computed again."""
+    inplace = save and _is_invertible(x, weight, bias, act, param)
+    call = _Call(eps, act, param, running, inplace)
+    if not _tracked(x, weight, bias, residual):
+        return _forward(x, weight, bias, residual, call)[0]
+    y = _Train.apply(x, weight, bias, residual, call)
+    if save and not inplace and not _keeps_y(act, param, residual):
+        node = y.grad_fn
+        memory.remember(y, _recipe(x, node.mean, node.var, weight, bias, eps, act, param, residual))
+    return y
+
+
+@final
+class _Call(NamedTuple):
+    """What a training step takes besides tensors."""
+
+    eps: float
+    act: str | None
+    param: float
+    running: Running | None
+    inplace: bool
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    param: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """As kernels.normalize."""
+    kernel, arguments = kernel_for(x), (x, mean, var, weight, bias, eps, act, param, residual)
+    if kernel is reference or not _tracked(x, weight, bias, residual):
+        return kernel.normalize(*arguments)
+    if kernel is not cpu or _tracked(mean, var):
+        return reference.normalize(*arguments)
+    return _Normalize.apply(*arguments)
+
+
+class _Train(Function):
+    """Batch norm by the statistics of the batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: _Call
+    ) -> Tensor:
+        y, ctx.mean, ctx.var = _forward(x, weight, bias, residual, call)
+        ctx.call = call
+        if call.inplace:
+            ctx.mark_dirty(x)
+        keep_y = not call.inplace and _keeps_y(call.act, call.param, residual)
+        _save(ctx, y if call.inplace else x, y, weight, bias, residual, keep_y=keep_y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore
+        x, weight, bias, residual, y = ctx.saved_tensors
+        eps, act, param, _, inplace = ctx.call
+        arguments = (grad, x, ctx.mean, ctx.var, weight, eps, bias, act, param, residual, y)
+        # a backward pass that will itself be differentiated goes through the operator
+        if torch.is_grad_enabled() or not is_plain(grad):
+            if inplace:
+                raise RuntimeError(
+                    "memory='save' wrote over the input, which second derivatives and batched gradients need. "
+                    "Set memory=None."
+                )
+            gradients = operators.train_backward(*arguments)
+        elif inplace or kernel_for(x) is cpu:
+            gradients = cpu.train_backward(*arguments, inverted=inplace)
+        else:
+            gradients = operators.laid_out_backward(*arguments)
+        return *_gradients(ctx, grad, gradients, weight, bias), None
+
+
+class _Normalize(Function):
+    """Batch norm by stored statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        act: str | None,
+        param: float,
+        residual: Tensor | None,
+    ) -> Tensor:
+        y = cpu.normalize(x, mean, var, weight, bias, eps, act, param, residual)
+        # stored statistics move with the next batch: those of now are needed
+        ctx.mean, ctx.var, ctx.call = mean.detach().clone(), var.detach().clone(), _Call(eps, act, param, None, False)
+        _save(ctx, x, y, weight, bias, residual, keep_y=_keeps_y(act, param, residual))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyrefly: ignore
+        x, weight, bias, residual, y = ctx.saved_tensors
+        eps, act, param = ctx.call[:3]
+        if torch.is_grad_enabled() or not is_plain(grad):
+            found = _differentiable(grad, x, ctx.mean, ctx.var, weight, bias, eps, act, param, residual, y)
+            d_x, d_weight, d_bias, d_residual = found
+        else:
+            tail = (bias, act, param, residual, y)
+            gradients = cpu.train_backward(grad, x, ctx.mean, ctx.var, weight, eps, *tail, constant=True)
+            d_x, d_weight, d_bias, d_residual = _gradients(ctx, grad, gradients, weight, bias)
+        return d_x, None, None, d_weight, d_bias, None, None, None, d_residual if ctx.has_residual else None
+
+
+def _differentiable(grad, x, mean, var, weight, bias, eps, act, param, residual, y):
+    """The gradients of normalize by operations that can be differentiated again."""
+    z = reference.normalize(x, mean, var, None, None, eps).to(reference.wide_dtype(x.dtype))
+    g = reference.gradient_before_activation(grad, z, weight, bias, act, param, residual, y)
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    d_x = (g * reference.along_channels(scale.to(g.dtype), x)).to(x.dtype)
+    d_weight = None if weight is None else (g * z).sum(axes).to(weight.dtype)
+    return d_x, d_weight, None if bias is None else g.sum(axes).to(bias.dtype), g.to(x.dtype)
+
+
+def _forward(x, weight, bias, residual, call):
+    """y, mean and var, with running statistics moved."""
+    eps, act, param, stored, inplace = call
+    if kernel_for(x) is not cpu:
+        y, mean, var = operators.laid_out_forward(x, weight, bias, eps, act, param, residual)
+    elif stored is None or cpu.supports_update(stored):
+        return cpu.train_forward(x, weight, bias, eps, act, param, residual, stored, inplace=inplace)
+    else:
+        y, mean, var = cpu.train_forward(x, weight, bias, eps, act, param, residual, inplace=inplace)
+    if stored is not None:
+        tensors, momentum = stored[:4], stored.momentum
+        running.update(*tensors, mean.detach(), var.detach(), x.numel() // x.shape[1], momentum)  # pyrefly: ignore
+    return y, mean, var
+
+
+def _save(ctx: Any, x, y, weight, bias, residual, *, keep_y: bool) -> None:
+    """What a backward pass needs; y in the place of the residual where its sign is enough."""
+    act = ctx.call.act
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, weight, bias, None if act is None or keep_y else residual, y if keep_y else None)
+
+
+def _keeps_y(act: str | None, param: float, residual: Tensor | None) -> bool:
+    return residual is not None and sign_shows(act, param)
+
+
+def _gradients(ctx: Any, grad, gradients, weight, bias):
+    """Gradients of x, weight, bias and residual as autograd wants them."""
+    d_x, d_weight, d_bias, d_residual = gradients
+    parameters = (operators.as_parameter(d_weight, weight), operators.as_parameter(d_bias, bias))
+    return d_x, *parameters, (d_residual if ctx.call.act else grad) if ctx.has_residual else None
+
+
+def _recipe(x, mean, var, weight, bias, eps, act, param, residual):
+    """How to compute y again, with the same bits."""
+    kept, kernel = [None if t is None else t.detach() for t in (x, mean, var, weight, bias, residual)], kernel_for(x)
+    return lambda: kernel.normalize(*kept[:5], eps, act, param, kept[5])
+
+
+def _is_invertible(x: Tensor, weight: Tensor | None, bias: Tensor | None, act: str | None, param: float) -> bool:
+    """Whether y may be written over x: a leaky ReLU that gives z back to within rounding, nobody else's tensor."""
+    if act != "leaky_relu" or param <= 0 or kernel_for(x) is not cpu or not _tracked(x, weight, bias):
+        return False
+    if x._is_view() or (x.is_leaf and x.requires_grad):
+        return False
+    if weight is None:
+        return bias is None or bool(bias.detach().abs().max() <= _WORST_RECOVERY)
+    shift = weight.detach().new_ones(()) if bias is None else bias.detach().abs().clamp_min(1)
+    return bool((weight.detach().abs() * _WORST_RECOVERY >= shift).all())
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

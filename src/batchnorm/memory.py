@@ -1,0 +1,88 @@
+"""Memory between forward and backward: an activation that can be computed again need not be kept.
+
+The operation behind a layer keeps the layer's result y for its own gradient, while the layer keeps its input x. Where
+y is a cheap function of x, ``saving`` keeps x alone: y's place in the graph is taken by a recipe, which runs when the
+backward pass asks for y.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@final
+class _Recipe(NamedTuple):
+    storage: StorageWeakRef
+    version: int
+    compute: Callable[[], Tensor]
+
+
+@final
+class _Layout(NamedTuple):
+    """A kept tensor in its recipe's place: how to make its storage again, and how it lay in it."""
+
+    compute: Callable[[], Tensor]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Recipes(threading.local):
+    """Recipes of the results of this thread, by the address of their memory; None outside of ``saving``."""
+
+    by_address: dict[int, _Recipe] | None = None
+
+
+_recipes = _Recipes()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Results of layers with ``memory="save"`` that run inside are computed again in the backward pass, not kept.
+
+    Enter it around the forward pass; the backward pass may run inside or after. Blocks may be nested. Gradients have
+    the same bits as without. A result that is changed in place afterwards is kept.
+    """
+    if _recipes.by_address is not None:
+        yield
+        return
+    _recipes.by_address = {}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _recipes.by_address = None
+
+
+def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
+    """Inside of ``saving``, let ``compute()`` stand for ``result``, which has memory of its own and fills it."""
+    if _recipes.by_address is not None:
+        storage = result.untyped_storage()
+        _recipes.by_address[storage.data_ptr()] = _Recipe(StorageWeakRef(storage), result._version, compute)
+
+
+def _pack(kept: Tensor) -> Any:
+    recipe = (_recipes.by_address or {}).get(kept.untyped_storage().data_ptr()) if _has_memory(kept) else None
+    if recipe is None or recipe.version != kept._version or recipe.storage != StorageWeakRef(kept.untyped_storage()):
+        return kept  # never a result of ours, changed since, or a new tensor at an address that was freed
+    return _Layout(recipe.compute, kept.size(), kept.stride(), int(kept.storage_offset()))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in {Tensor, torch.nn.Parameter} and tensor.layout == torch.strided
+
+
+def _unpack(kept: Any) -> Tensor:
+    if not isinstance(kept, _Layout):
+        return kept
+    with torch.no_grad():
+        return kept.compute().as_strided(kept.size, kept.stride, kept.offset)

@@ -1,0 +1,160 @@
+"""convert and revert: torch.nn's batch norm layers to ours and back, with what follows them if asked to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from batchnorm.population.freezing import Frozen, freeze
+from batchnorm.surgery import comparison, fusion
+from batchnorm.surgery.patterns import OURS, is_ours, written_kind
+from batchnorm.surgery.replacement import duplicate, find, replace
+from batchnorm.surgery.saving import save_memory, stop_saving
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_REMEDY = "Pass inplace=True, and neither fuse nor example,"
+_THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def convert(
+    model: Model,
+    *,
+    fuse: bool = False,
+    example: Any = None,
+    memory: Literal["save"] | None = None,
+    inplace: bool = False,
+) -> Model:
+    """A copy of the model with our layers in the place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
+
+    It computes the same in train and in eval mode. Everything about a layer is carried over: names and sharing,
+    parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The state_dict has the
+    same keys. Left as they are: SyncBatchNorm, lazy layers, subclasses of torch.nn's layers and of ours,
+    parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
+
+    With ``fuse`` a layer also applies the activation behind it (ReLU, LeakyReLU, ELU, SiLU, exact GELU, Hardswish, as
+    module, function or method), and adds the tensor that is added in between. An activation module of its own is
+    replaced by one that hands its input on. Otherwise the module around it gets a rewritten ``forward``, made by
+    torch.fx from what the present one does, and stays an instance of its class. What its forward reads from
+    attributes other than ``training`` is fixed in it. A layer is fused only if
+
+    - it is called at one place of the code, and its result goes nowhere else;
+    - neither it nor the activation has forward or backward hooks, which would see something else;
+    - what is added has the result's shape and type, as shown by ``example``: without one, nothing is added;
+    - the ``forward`` around it can be traced: it has no optional arguments, no decision by values, no ``no_grad`` or
+      other context, no side effects. Other modules are not affected by one that cannot be.
+
+    Forward passes of the whole model are what counts: code that calls a fused layer from elsewhere, a method
+    other than ``forward`` for one, gets its activated result.
+
+    With an ``example`` the original and the result are compared on it: outputs, gradients and buffers, in eval and in
+    train mode, in float64 where the model can run in it. Hooks of the model see these runs. Without an example
+    nothing is run and nothing is checked, and layers in a ``Sequential`` below code that cannot be traced, which
+    might use its parts one by one, are not fused.
+
+    Args:
+        model: Not changed, unless ``inplace``.
+        fuse: Whether layers take over activations and additions.
+        example: One batch of two or more examples: a tensor is given to the model; of a tuple or list the first
+            element; a mapping by name if ``model.forward`` accepts its keys, else whole.
+        memory: "save" makes all our layers keep less for the backward pass, in forward passes of the whole model
+            (two hooks on it see to that). A layer with leaky ReLU is left out unless its input is plainly its own: the
+            result of a convolution or a linear layer that nothing else reads.
+        inplace: Change ``model`` itself and return it; parameters stay the same objects. If anything is refused, it
+            has not been changed.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If the model does not run on ``example`` in both modes; or with ``fuse``, if nothing can be fused
+            because code around batch norm layers cannot be traced, or the model is compiled.
+        RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
+
+    Warns:
+        UserWarning: If some of the code around batch norm layers cannot be traced, and why.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(model, fuse=True, example=torch.randn(4, 3, 5, 5))[1].act
+        'relu'
+    """
+    if memory not in {None, "save"}:
+        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what layers have.")
+    if inplace and (fuse or example is not None):
+        convert(model, fuse=fuse, example=example, memory=memory)  # whatever is refused, is before anything changes
+    original, model = model, model if inplace else duplicate(model, "convert", _REMEDY)
+    _to_ours(model)
+    if fuse:
+        fusion.fuse(model, example)
+    if memory == "save":
+        save_memory(model)
+    if example is not None and not inplace:
+        comparison.check(original, model, example)
+    return model
+
+
+def revert(model: Model, *, inplace: bool = False) -> Model:
+    """A copy of the model with torch.nn's layers in the place of ours, and activations where ``convert`` found them.
+
+    Rewritten forwards are the written ones again. Everything is carried over as by ``convert``, except what torch.nn's
+    layers do not have: ``memory``, ``single_element``, the count of skipped updates, and statistics that are wider than
+    the parameters. Subclasses of our layers are left as they are.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If a layer was constructed with an activation of its own.
+        RuntimeError: If the model cannot be copied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        >>> revert(convert(model, fuse=True))[2]
+        ReLU()
+    """
+    own = [path for path, layer in find(model).items() if is_ours(layer) and fusion.applies_its_own(layer)]
+    if own:
+        raise ValueError(
+            f"revert needs layers whose activation convert fused, got an activation of its own in {', '.join(own)}. "
+            "torch.nn has no such layers: write the activation as a module behind the layer."
+        )
+    model = model if inplace else duplicate(model, "revert")
+    fusion.unfuse(model)
+    stop_saving(model)
+    layers = [layer for layer in find(model).values() if is_ours(layer)]
+    replace(model, lambda _, layer: _remade(layer, _THEIRS), inplace=True)
+    for layer in layers:
+        _narrow_statistics(layer)
+    return model
+
+
+def _to_ours(model: nn.Module) -> None:
+    layers: list[Any] = [layer for layer in find(model).values() if written_kind(layer) in OURS]
+    replace(model, lambda _, layer: _remade(layer, OURS), inplace=True)
+    for layer in layers:
+        if is_ours(layer):
+            layer._widen_statistics({})
+
+
+def _remade(layer: _BatchNorm, kinds: dict[type, type]) -> _BatchNorm | None:
+    """A layer of the other kind with the same tensors, or None if there is none that does the same."""
+    kind = kinds.get(written_kind(layer))
+    if kind is None or "forward" in vars(layer) or not layer.eps > 0:
+        return None
+    device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), None)
+    new = kind(layer.num_features, layer.eps, layer.momentum, device=device)
+    for name in ("affine", "track_running_stats"):
+        setattr(new, name, getattr(layer, name))
+    for table in ("_parameters", "_buffers"):
+        vars(new)[table].update(vars(layer)[table])
+    return freeze(new) if isinstance(layer, Frozen) else new
+
+
+def _narrow_statistics(layer: nn.Module) -> None:
+    """Give statistics the type of the parameters, without which torch.nn does not run."""
+    if isinstance(weight := layer._parameters.get("weight"), torch.Tensor):
+        for name in ("running_mean", "running_var"):
+            if (statistic := layer._buffers.get(name)) is not None:
+                layer._buffers[name] = statistic.to(weight.dtype)

@@ -1,0 +1,240 @@
+"""fuse: layers apply the activation, and add the residual, that the model's code applies to their results.
+
+What the code does is read from graphs of each module's own forward (``dataflow``), where it can be fused from
+``patterns``, and what stands in its place from ``rewriting``. A layer is fused at all only if it is called at one
+place: one name, one caller, one call in each mode.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter
+from torch.utils._pytree import tree_map
+
+from batchnorm.population import preserve_state
+from batchnorm.population.batches import call
+from batchnorm.surgery.dataflow import (
+    MODES,
+    Flow,
+    flows,
+    is_container,
+    observed_callers,
+    registrations,
+    set_mode,
+    static_callers,
+)
+from batchnorm.surgery.patterns import Site, is_ours, sites
+from batchnorm.surgery.rewriting import Absorbed, restore, rewrite
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from batchnorm.surgery.dataflow import Callers
+
+_MARK = "_act_was_fused"
+
+
+def fuse(model: nn.Module, example: Any) -> None:
+    """Change the model in place, where the conditions in ``convert``'s docstring hold.
+
+    Raises:
+        ValueError: If the model is compiled, does not run on ``example``, or has forwards that cannot be read and
+            nothing else to fuse.
+    """
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError(
+            "convert(fuse=True) needs a model before torch.compile, got a compiled one. Convert first, then compile "
+            "the result."
+        )
+    with preserve_state(model):
+        known, reasons = flows(model)
+        found = [places for flow in known.values() for places in _places(flow)]
+        callers, fits = _static(model, known) if example is None else _observed(model, found, example)
+    registered = registrations(model)
+    chosen = [places for places in found if _is_sole(places, registered, callers) and _fits(places, fits)]
+    done = [places for places in chosen if _apply(places, registered, callers)]
+    for flow in {id(places.flow): places.flow for places in done if places.is_rewritten}.values():
+        rewrite(flow.module, *(flow.graphs[mode] for mode in MODES))
+    _report(model, reasons)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Change the model in place: what ``fuse`` took away is there again."""
+    for module in list(model.modules()):
+        layer: Any = module
+        restore(module)
+        for name, child in module._modules.items():
+            if isinstance(child, Absorbed):
+                module._modules[name] = child.restored()
+        if vars(layer).pop(_MARK, False):
+            layer.act, layer.act_param = None, 0.0
+
+
+def applies_its_own(layer: Any) -> bool:
+    """Whether a layer of ours has an activation that ``fuse`` did not give it."""
+    return layer.act is not None and _MARK not in vars(layer)
+
+
+@final
+@dataclass
+class _Places:
+    """One layer's sites in the graphs of the one module that calls it, by mode."""
+
+    flow: Flow
+    sites: dict[bool, Site]
+    is_rewritten: bool = False
+
+    @property
+    def any(self) -> Site:
+        return next(iter(self.sites.values()))
+
+
+def _places(flow: Flow) -> list[_Places]:
+    """Layers that are fused alike in every mode in which they are called, and are called once in it."""
+    found = {mode: {site.layer: site for site in sites(flow, flow.graphs[mode])} for mode in MODES}
+    calls = {mode: Counter(flow.called(node) for node in flow.graphs[mode].nodes) for mode in MODES}
+    places = []
+    for layer in dict.fromkeys([*found[True], *found[False]]):
+        here = {mode: found[mode][layer] for mode in MODES if layer in found[mode]}
+        first = next(iter(here.values()))
+        count = sum(calls[mode][first.chain[0]] for mode in MODES)
+        alike = all(site.act == first.act and site.chain == first.chain for site in here.values())
+        if alike and count == len(here) and all(calls[mode][first.chain[0]] <= 1 for mode in MODES):
+            places.append(_Places(flow, here))
+    return places
+
+
+def _is_sole(places: _Places, registered: Counter, callers: Callers) -> bool:
+    around = [places.flow.module, *places.any.chain]
+    return all(registered[module] == 1 and callers.get(module) == {caller} for caller, module in pairwise(around))
+
+
+def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
+    """Whether the operands of additions were seen, and were alike wherever they were."""
+    additions = [site.addition for site in places.sites.values() if site.addition is not None]
+    return not additions or {fits[node] for node in additions if node in fits} == {True}
+
+
+def _static(model: nn.Module, known: dict[nn.Module, Flow]) -> tuple[Callers, dict[Node, bool]]:
+    return static_callers(model, known), {}
+
+
+def _observed(model: nn.Module, found: list[_Places], example: Any) -> tuple[Callers, dict[Node, bool]]:
+    """Who calls whom, and which additions have operands of one kind, when the model runs on ``example``."""
+    fits: dict[Node, bool] = {}
+    adding: dict[nn.Module, Flow] = {
+        places.flow.module: places.flow for places in found if any(site.addition for site in places.sites.values())
+    }
+    nodes = {site.addition for places in found for site in places.sites.values() if site.addition}
+    for module, flow in adding.items():
+        vars(module)["forward"] = _Watched(flow, nodes, fits)  # until preserve_state puts the module back
+    with observed_callers() as callers, torch.no_grad():
+        for mode in MODES:
+            set_mode(model, mode)
+            try:
+                call(model, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example))
+            except Exception as error:
+                raise ValueError(
+                    f"convert needs an example that the model takes in train and eval mode, got {type(error).__name__} "
+                    f"in {'train' if mode else 'eval'} mode: {error} Pass a batch of two or more, as recalibrate "
+                    "would get it from a loader."
+                ) from error
+    return callers, fits
+
+
+@final
+class _Watched:
+    """A forward that runs a flow and looks at the operands of additions."""
+
+    def __init__(self, flow: Flow, nodes: set[Node], fits: dict[Node, bool]) -> None:
+        self.flow, self.nodes, self.fits = flow, nodes, fits
+        self.signature = inspect.signature(flow.module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.flow.module
+        run = _Run(module, graph=self.flow.graphs[module.training])
+        run.nodes, run.fits = self.nodes, self.fits
+        return run.run(*self.signature.bind(*args, **kwargs).args)
+
+
+@final
+class _Run(Interpreter):
+    nodes: set[Node]
+    fits: dict[Node, bool]
+
+    def run_node(self, n: Node) -> Any:
+        if n in self.nodes:
+            a, b = self.fetch_args_kwargs_from_env(n)[0]
+            self.fits[n] = self.fits.get(n, True) and _alike(a, b)
+        return super().run_node(n)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return both and (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
+
+
+def _apply(places: _Places, registered: Counter, callers: Callers) -> bool:
+    """Fuse one layer, if its module allows it in some way."""
+    flow, layer, act = places.flow, places.any.layer, places.any.act
+    if _has_own_place(places, registered, callers):
+        path = str(places.any.activation.target)
+        parent, _, name = path.rpartition(".")
+        holder = flow.module.get_submodule(parent)
+        holder._modules[name] = Absorbed(flow.module.get_submodule(path))
+    elif flow.is_writable:
+        places.is_rewritten = True
+        for site in places.sites.values():
+            site.fuse()
+    else:
+        return False
+    layer.act, layer.act_param = act.name, act.parameter
+    vars(layer)[_MARK] = True
+    return True
+
+
+def _has_own_place(places: _Places, registered: Counter, callers: Callers) -> bool:
+    """Whether the activation is a module whose name in the model is used for nothing else."""
+    found = list(places.sites.values())
+    if any(site.addition or site.activation.op != "call_module" for site in found):
+        return False
+    flow, act = places.flow, places.flow.called(found[0].activation)
+    if any(flow.called(site.activation) is not act for site in found) or act is None:
+        return False
+    if flow.is_chain:
+        # each name in a chain is one call, so that others may have the same module under other names of theirs
+        holders = {module for module in callers if any(child is act for child in module._modules.values())}
+        return callers[act] <= holders
+    once = all(sum(flow.called(node) is act for node in site.activation.graph.nodes) == 1 for site in found)
+    return once and registered[act] == 1 and callers[act] == {flow.module}
+
+
+def _report(model: nn.Module, reasons: dict[nn.Module, str]) -> None:
+    """Say which forwards that call our layers could not be read."""
+    closed = [
+        f"{path or 'the model itself'!r} ({type(module).__name__}): {reasons[module]}"
+        for path, module in model.named_modules()
+        if module in reasons and any(is_ours(child) and _MARK not in vars(child) for child in _direct_children(module))
+    ]
+    if not closed:
+        return
+    text = (
+        f"convert(fuse=True) needs forwards that torch.fx can trace, got {len(closed)} around batch norm layers that "
+        f"it cannot: {'; '.join(closed)}. Rewrite them"
+    )
+    if not any(_MARK in vars(module) for module in model.modules()):
+        raise ValueError(f"{text}, or convert without fuse.")
+    warnings.warn(f"{text}; until then their layers are converted and not fused.", UserWarning, stacklevel=4)
+
+
+def _direct_children(module: nn.Module) -> list[nn.Module]:
+    children = list(module.children())
+    return children + [below for child in children if is_container(child) for below in _direct_children(child)]

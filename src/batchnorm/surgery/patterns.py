@@ -1,0 +1,222 @@
+"""Where act(bn(x)) and act(bn(x) + residual) are written in a graph, and nothing else sees what lies between.
+
+``_MODULES``, ``_FUNCTIONS`` and ``_METHODS`` are the tables of activations as torch writes them, by the names that
+our layers have for them (``batchnorm.kernels.activations``).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.population.freezing import Frozen
+from batchnorm.surgery.dataflow import IN_PLACE, is_chain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.fx import Graph
+
+    from batchnorm.surgery.dataflow import Flow
+
+OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+
+_MODULES = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Hardswish: "hardswish",
+}
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.elu: "elu",
+    F.elu_: "elu",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.hardswish: "hardswish",
+}
+_METHODS = {"relu": "relu", "relu_": "relu"}
+# what follows the input, in torch's order, with torch's values; inplace is of no consequence on a fresh result
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "relu": {"inplace": False},
+    "leaky_relu": {"negative_slope": 0.01, "inplace": False},
+    "elu": {"alpha": 1.0, "inplace": False},
+    "silu": {"inplace": False},
+    "gelu": {"approximate": "none"},
+    "hardswish": {"inplace": False},
+}
+_ADDITIONS = {operator.add, torch.add, "add"}
+_ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
+_MAKE_NEW = (nn.modules.conv._ConvNd, nn.Linear)  # whose result is no view of anything
+
+
+@final
+@dataclass(frozen=True)
+class Activation:
+    """An activation as a layer applies it."""
+
+    name: str
+    parameter: float
+
+
+@final
+@dataclass(frozen=True)
+class Site:
+    """One place in one graph: ``activation`` of ``call``, or of ``addition`` of ``call`` and something else.
+
+    ``chain`` are the modules around the layer whose result is the layer's: what is called first, the layer last.
+    """
+
+    chain: tuple[nn.Module, ...]
+    act: Activation
+    call: Node
+    addition: Node | None
+    activation: Node
+
+    @property
+    def layer(self) -> Any:
+        """The batch norm layer."""
+        return self.chain[-1]
+
+    def fuse(self) -> None:
+        """Change the graph: the layer's call stands where the activation was, and gets the other operand."""
+        graph, call = self.activation.graph, self.call
+        if self.addition is not None:
+            a, b = self.addition.args
+            with graph.inserting_before(self.addition):
+                call = graph.call_module(str(call.target), (call.args[0], b if a is call else a))
+        self.activation.replace_all_uses_with(call)
+        for node in (self.activation, self.addition, self.call):
+            if node is not None and node is not call:
+                graph.erase_node(node)
+
+
+def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
+    """Every site of a graph. What the layer and the activation are elsewhere is not looked at."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        act = _activation(flow, node)
+        if act is None or any(_writes(flow, user) for user in node.users):
+            continue
+        source = _input(node)
+        if source is None or set(source.users) != {node}:
+            continue
+        for call in sorted(_operands(source), key=order.__getitem__, reverse=True):
+            chain = _chain(flow, call) if set(call.users) == {source} else ()
+            if len(chain) == 1 and _may_move(flow, call, source, order):
+                yield Site(chain, act, call, source, node)
+                break
+        else:
+            if chain := _chain(flow, source):
+                yield Site(chain, act, source, None, node)
+
+
+def has_input_of_its_own(flow: Flow, node: Node) -> bool:
+    """Whether what a node gets was made by a module for it alone, and is seen by no hook."""
+    source, *others = node.args or (None,)
+    if not isinstance(source, Node) or set(source.users) != {node} or source in others:
+        return False
+    maker = flow.called(source)
+    return isinstance(maker, _MAKE_NEW) and not is_watched(maker)
+
+
+def is_ours(layer: nn.Module) -> bool:
+    """Whether a module is exactly one of our layers, frozen or not."""
+    return written_kind(layer) in OURS.values()
+
+
+def written_kind(layer: nn.Module) -> type:
+    """The class of a layer as it was written: that under a freeze."""
+    kind = type(layer)
+    return kind.__bases__[1] if Frozen in kind.__bases__ else kind
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what goes into a module and comes out of it."""
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
+    """The modules from the one that a node calls down to a layer whose result is the node's; or nothing."""
+    module = flow.called(node)
+    if module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node):
+        return ()
+    chain = [module]
+    while is_chain(chain[-1]) and chain[-1]._modules and not is_watched(chain[-1]):
+        chain.append([*chain[-1].children()][-1])
+    layer: Any = chain[-1]
+    takes_one = is_ours(layer) and layer.act is None and not is_watched(layer) and "forward" not in vars(layer)
+    return tuple(chain) if takes_one else ()
+
+
+def _activation(flow: Flow, node: Node) -> Activation | None:
+    if node.op == "call_module":
+        module: Any = flow.called(node)
+        name = _MODULES.get(type(module))
+        if name is None or is_watched(module) or "forward" in vars(module):
+            return None
+        return _with_parameter(name, {key: getattr(module, key, value) for key, value in _ARGUMENTS[name].items()})
+    table: dict[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
+    name = table.get(node.target)
+    if name is None:
+        return None
+    named = dict(zip(_ARGUMENTS[name], node.args[1:], strict=False)) | node.kwargs
+    named.pop("input", None)
+    return _with_parameter(name, named) if named.keys() <= _ARGUMENTS[name].keys() else None
+
+
+def _with_parameter(name: str, given: dict[str, Any]) -> Activation | None:
+    """The activation with these arguments, unless it is one that a layer does not have."""
+    values = _ARGUMENTS[name] | given
+    parameter = values.get("negative_slope", values.get("alpha", 0.0))
+    if values.get("approximate", "none") != "none" or not isinstance(parameter, (int, float)):
+        return None
+    return Activation(name, float(parameter))
+
+
+def _input(node: Node) -> Node | None:
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, Node) else None
+
+
+def _operands(node: Node) -> list[Node]:
+    """Those operands of an addition that a layer may have made: what is added to in place must be its own result."""
+    in_place = node.target in _ADDITIONS_IN_PLACE
+    if node.op not in {"call_function", "call_method"} or not (in_place or node.target in _ADDITIONS):
+        return []
+    operands = [arg for arg in node.args if isinstance(arg, Node)]
+    plain = len(operands) == len(node.args) == 2 and operands[0] is not operands[1]
+    if not plain or node.kwargs.keys() - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
+        return []
+    return operands[:1] if in_place else operands
+
+
+def _may_move(flow: Flow, call: Node, place: Node, order: dict[Node, int]) -> bool:
+    """Whether a layer may run as late as ``place``: nothing between could write its input."""
+    if order[place] == order[call] + 1:
+        return True
+    return has_input_of_its_own(flow, call)
+
+
+def _writes(flow: Flow, node: Node) -> bool:
+    """Whether an operation changes its input in place, as far as its name or its arguments say."""
+    if node.op == "call_module":
+        return bool(getattr(flow.called(node), "inplace", False))
+    if node.target in IN_PLACE or node.kwargs.get("inplace"):
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op.startswith("call") and name.endswith("_") and not name.endswith("__")

@@ -1,0 +1,192 @@
+"""replace: another module in a layer's place, under the layer's identity.
+
+The layer object stays and becomes the new module: it takes the new one's class and attributes, and keeps its own
+training flag, hooks, tensors of the same name and shape, and whatever its owner put on it. So every name, list
+and hook that refers to the layer goes on referring to the right thing, and what was shared stays shared.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
+from torch.nn.utils import parametrize
+
+from batchnorm.layers import BatchNorm1d, batch_norms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_TENSORS = ("_parameters", "_buffers")
+
+
+def find(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm, subclasses of them too.
+
+    A layer under several names is listed under the first. A model that is itself a layer has the path "".
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> list(find(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
+        ['1']
+    """
+    return batch_norms(model)
+
+
+def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *, inplace: bool = False) -> Model:
+    """A copy of the model in which ``make(path, layer)`` stands in the place of each batch norm layer.
+
+    What it makes takes over everything of the layer that it has a place for: the training flag, hooks of every kind,
+    parameters and buffers that both have in the same shape, with their ``requires_grad``, and attributes that were
+    put on the layer from outside. Its other tensors go to the layer's device and floating type. A layer under several
+    names is replaced once and stays shared; parameters that are tied to others stay tied. What comes in the place of
+    a frozen layer is frozen only if ``make`` freezes it.
+
+    Args:
+        model: Not changed, unless ``inplace``.
+        make: Called once for each layer; returns a new module, or None to keep the layer. It must not use the layer
+            as a part of the new module.
+        inplace: Change ``model`` itself and return it. Layers and parameters stay the same objects, so optimizers
+            go on working.
+
+    Raises:
+        TypeError: If ``model`` or what is made is not an ``nn.Module``.
+        ValueError: If what is made holds the layer or was made before, or the layer is parametrized or lazy; then
+            nothing is changed.
+        RuntimeError: If the model cannot be copied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+        >>> replace(model, lambda path, layer: nn.GroupNorm(4, layer.num_features))[1].weight.equal(model[1].weight)
+        True
+    """
+    model = model if inplace else duplicate(model, "replace")
+    pairs: list[tuple[_BatchNorm, nn.Module]] = []
+    for path, layer in find(model).items():
+        new = make(path, layer)
+        if new is not None and new is not layer:
+            _check(path, layer, new, [made for _, made in pairs])
+            pairs.append((layer, new))
+    for layer, new in pairs:
+        _become(layer, new)
+    return model
+
+
+def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> Model:
+    """A deep copy, or the reason why there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} needs an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    # torch can copy a parameter that has no shape yet, and not a buffer
+    new: Any = UninitializedBuffer
+    lazy = {id(t): new(device=t.device, dtype=t.dtype) for t in model.buffers() if is_lazy(t)}
+    try:
+        return copy.deepcopy(model, lazy)
+    except Exception as error:
+        raise RuntimeError(
+            f"{caller} needs a model that copy.deepcopy can copy, got {type(error).__name__}: {error} "
+            f"{remedy} to change the model itself."
+        ) from error
+
+
+def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) -> None:
+    if not isinstance(new, nn.Module):
+        raise TypeError(
+            f"replace needs a module or None for {path!r}, got {type(new).__name__}. Return an nn.Module from make."
+        )
+    if any(part is layer for part in new.modules()):
+        raise ValueError(
+            f"replace needs a new module for {path!r}, got a {type(new).__name__} that holds the old one. Make it of "
+            "new parts: the layer's own tensors are carried over."
+        )
+    if any(new is other for other in made):
+        raise ValueError(
+            f"replace needs a new module for each layer, got the same {type(new).__name__} again for {path!r}. "
+            "Construct it inside of make."
+        )
+    if parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"replace needs layers of plain tensors, got a parametrized one at {path!r}. Call "
+            "torch.nn.utils.parametrize.remove_parametrizations first."
+        )
+    if any(is_lazy(tensor) for tensor in [*layer.parameters(), *layer.buffers()]):
+        raise ValueError(
+            f"replace needs layers that know their size, got {type(layer).__name__} at {path!r}. Run a batch first."
+        )
+
+
+def _become(layer: nn.Module, new: nn.Module) -> None:
+    """Make ``layer`` the module that ``new`` is, with what is its own. ``new`` is used up."""
+    old, made = vars(layer), vars(new)
+    like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), None)
+    new.train(old["training"])
+    if like is not None:
+        for child in new.children():
+            child.to(like.device, like.dtype)
+    merged: dict[str, Any] = {name: _merged_tensors(old, made, name, like) for name in _TENSORS}
+    kept = {name for name, t in merged["_buffers"].items() if name in old["_buffers"] and t is old["_buffers"][name]}
+    unsaved = "_non_persistent_buffers_set"
+    merged[unsaved] = (old[unsaved] & kept) | (made[unsaved] - kept)
+    merged["_modules"] = old["_modules"] | made["_modules"]
+    for name in _names_of_hooks():
+        old[name].update(made[name])  # the same dict: handles that remove a hook refer to it
+        merged[name] = old[name]
+    if made["_is_full_backward_hook"] is None:
+        merged["_is_full_backward_hook"] = old["_is_full_backward_hook"]
+    owners = {name: value for name, value in old.items() if name not in made and name not in _own_names()}
+    layer.__class__ = type(new)
+    old.clear()
+    old.update(made | owners | merged)
+
+
+def _merged_tensors(
+    old: dict[str, Any], made: dict[str, Any], table: str, like: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The layer's tensors that fit or were put there by its owner, then the new module's other ones."""
+    carried = {
+        name: tensor
+        for name, tensor in old[table].items()
+        if name not in _own_names() or (name in made[table] and _fits(tensor, made[table][name]))
+    }
+    rest = {
+        name: _moved(tensor, like)
+        for name, tensor in made[table].items()
+        if name not in carried and name not in old  # pruning keeps the weight as a plain attribute
+    }
+    return carried | rest
+
+
+def _fits(tensor: Tensor | None, other: Tensor | None) -> bool:
+    if tensor is None or other is None:
+        return tensor is other
+    return tensor.shape == other.shape
+
+
+def _moved(tensor: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if tensor is None or like is None:
+        return tensor
+    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+    moved = tensor.detach().to(like.device, dtype)
+    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+@cache
+def _names_of_hooks() -> list[str]:
+    return [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hook" in name]
+
+
+@cache
+def _own_names() -> set[str]:
+    """Every attribute and tensor that is part of a batch norm layer, torch.nn's or ours, and not of its owner."""
+    names = {"_compiled_call_impl"}  # compiled from what the layer was
+    for layer in (nn.BatchNorm1d(1, device="meta"), BatchNorm1d(1, device="meta")):
+        names |= {*vars(layer), *layer._parameters, *layer._buffers}
+    return names

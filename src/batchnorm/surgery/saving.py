@@ -1,0 +1,93 @@
+"""memory="save" for a whole model: on each layer that can bear it, and around every forward pass of the model.
+
+A layer with a leaky ReLU writes its result over its input, so it is only told to save memory where the code shows
+that nothing else reads the input. The others let their results be computed again in the backward pass, which
+``batchnorm.memory.saving`` around the model's forward makes possible: two hooks enter and leave it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.layers import batch_norms
+from batchnorm.population import preserve_state
+from batchnorm.surgery.dataflow import Flow, flows, registrations, static_callers
+from batchnorm.surgery.patterns import has_input_of_its_own, is_ours
+
+
+def save_memory(model: nn.Module) -> None:
+    """Change the model in place: its layers keep less for the backward pass."""
+    layers: list[Any] = [layer for layer in batch_norms(model).values() if is_ours(layer)]
+    writing = [layer for layer in layers if layer.act == "leaky_relu"]
+    safe = _with_inputs_of_their_own(model) if writing else set()
+    for layer in layers:
+        if layer not in writing or layer in safe:
+            layer.memory = "save"
+    if enter_saving not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(enter_saving, prepend=True)
+        model.register_forward_hook(leave_saving, always_call=True)
+
+
+def stop_saving(model: nn.Module) -> None:
+    """Change the model in place: no module of it has the hooks."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in {enter_saving, leave_saving}]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _with_inputs_of_their_own(model: nn.Module) -> set[nn.Module]:
+    """Layers that are called at one place, on what a convolution made for them alone."""
+    with preserve_state(model):
+        known, _ = flows(model)
+        callers, registered = static_callers(model, known), registrations(model)
+    return {
+        layer
+        for flow in known.values()
+        for layer in _alone(flow)
+        if registered[layer] == 1 and callers[layer] == {flow.module}
+    }
+
+
+def _alone(flow: Flow) -> list[nn.Module]:
+    nodes = [node for node in flow.graphs[True].nodes if node.op == "call_module"]  # eval mode writes over nothing
+    calls = Counter(flow.called(node) for node in nodes)
+    found = [flow.called(node) for node in nodes if has_input_of_its_own(flow, node)]
+    return [module for module in found if module is not None and calls[module] == 1]
+
+
+class _Open(threading.local):
+    """The blocks of ``saving`` that this thread is in, with the models that opened them."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[nn.Module, AbstractContextManager[None]]] = []
+
+
+_open = _Open()
+
+# functions of this file, so that pickle and deepcopy take them as they are; a compiler plans memory by itself
+
+
+def enter_saving(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook."""
+    if torch.compiler.is_compiling():
+        return
+    from batchnorm.memory import saving
+
+    leave_saving(module, args, None)  # of a forward that Ctrl-C ended: no hook is called after that
+    block = saving()
+    block.__enter__()
+    _open.blocks.append((module, block))
+
+
+def leave_saving(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook's arguments
+    """A forward hook, called also when the forward raises."""
+    if not torch.compiler.is_compiling() and _open.blocks and _open.blocks[-1][0] is module:
+        _open.blocks.pop()[1].__exit__(None, None, None)
