@@ -91,9 +91,20 @@ inline void spread(const Window &window, const Channel *channels, const Visit &v
 
 inline void add_to(double *sums, Vec64 values) { write(sums, read<Vec64>(sums) + values); }
 
+// Rows that are walked at the same time, R of them, `apart` from each other: so far that they are in different pages, which
+// processors foresee much better than neighbours.
+struct Strides {
+    int64_t apart, next, groups; // `next`: from a group's first row to that of the next group
+    Strides(const Window &window, int64_t R) : groups(window.rows / R) {
+        const bool neighbours = window.stride == window.columns;
+        apart = neighbours ? groups : 1, next = neighbours ? 1 : R;
+    }
+};
+
 // Adds R rows to sums of a pair of values for each column: visit(first, second, i, values of the column, lanes) does it.
 template <int R, class W, class Each, class Visit>
-inline void add_rows(const Window &window, int64_t row, const Each &each, W *firsts, W *seconds, const Visit &visit) {
+inline void add_rows(const Window &window, int64_t row, int64_t apart, const Each &each, W *firsts, W *seconds,
+                     const Visit &visit) {
     const auto add = [&]<int K>(int64_t column, auto lanes) { // K vectors, so that one addition need not wait for the other
         std::decay_t<decltype(each.at(0))> here[K];
         Vec<W> first[K], second[K];
@@ -103,7 +114,7 @@ inline void add_rows(const Window &window, int64_t row, const Each &each, W *fir
         }
         for (int64_t r = 0; r < R; ++r)
             for (int k = 0; k < K; ++k)
-                visit(first[k], second[k], (row + r) * window.stride + column + k * LANES, here[k], lanes);
+                visit(first[k], second[k], (row + r * apart) * window.stride + column + k * LANES, here[k], lanes);
         for (int k = 0; k < K; ++k) store(firsts + column + k * LANES, first[k]), store(seconds + column + k * LANES, second[k]);
     };
     constexpr int K = R == 1 ? 1 : LANES >= 16 ? 4 : 2; // as many as there are registers for
@@ -113,23 +124,28 @@ inline void add_rows(const Window &window, int64_t row, const Each &each, W *fir
     if (column < window.columns) add.template operator()<1>(column, First{int(window.columns - column)});
 }
 
-// Sums of all rows in float64. Rows that follow each other in memory are read one after the other, which is what processors
-// foresee; others several at a time.
+// Sums of all rows in float64.
 template <class W, class Each, class Visit>
 inline void sum_columns(const Window &window, const Each &each, double *firsts, double *seconds, const Visit &visit) {
     const int64_t width = padded(window.columns);
     Array<W> parts(2 * width);
-    for (int64_t row = 0; row < window.rows;) {
-        const int64_t end = std::min(row + ROWS, window.rows);
-        std::fill_n(parts.values, 2 * width, W(0));
-        for (; window.stride != window.columns && row + 8 <= end; row += 8)
-            add_rows<8>(window, row, each, parts.values, parts + width, visit);
-        for (; row < end; ++row) add_rows<1>(window, row, each, parts.values, parts + width, visit);
+    constexpr int R = 8;
+    const Strides strides(window, R);
+    const auto flush = [&] {
         for (int64_t column = 0; column < width; column += LANES) {
             add_to(firsts + column, to_double(load(parts + column)));
             add_to(seconds + column, to_double(load(parts + width + column)));
         }
+        std::fill_n(parts.values, 2 * width, W(0));
+    };
+    std::fill_n(parts.values, 2 * width, W(0));
+    for (int64_t group = 0; group < strides.groups; ++group) {
+        add_rows<R>(window, group * strides.next, strides.apart, each, parts.values, parts + width, visit);
+        if (group % (ROWS / R) == ROWS / R - 1) flush();
     }
+    for (int64_t row = strides.groups * R; row < window.rows; ++row)
+        add_rows<1>(window, row, 1, each, parts.values, parts + width, visit);
+    flush();
 }
 
 // The same for one channel, along the rows.
@@ -188,16 +204,18 @@ template <class T, class A> void sum_moments(const T *x, const Window &window, c
 
 // ---- values and gradients
 
-// Calls visit(i, values of the column, lanes) for all vectors of a window: of rows that lie apart several at a time.
+// Calls visit(i, values of the column, lanes) for all vectors of a window.
 template <class Each, class Visit> inline void for_values(const Window &window, const Each &each, const Visit &visit) {
     const int64_t rows = window.rows, columns = window.columns, stride = window.stride;
-    int64_t row = 0;
-    for (; Each::varies && stride != columns && row + 4 <= rows; row += 4)
+    constexpr int R = Each::varies ? 4 : 1; // values of columns are read once for several rows
+    const Strides strides(window, R);
+    for (int64_t group = 0; group < strides.groups; ++group)
         for_vectors(columns, [&](int64_t column, auto lanes) {
             const auto here = each.at(column);
-            for (int64_t r = 0; r < 4; ++r) visit((row + r) * stride + column, here, lanes);
+            for (int64_t r = 0; r < R; ++r)
+                visit((group * strides.next + r * strides.apart) * stride + column, here, lanes);
         });
-    for (; row < rows; ++row)
+    for (int64_t row = strides.groups * R; row < rows; ++row)
         for_vectors(columns, [&](int64_t column, auto lanes) { visit(row * stride + column, each.at(column), lanes); });
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import pickle
 
@@ -136,6 +137,7 @@ def test_of_two_normalized_operands_exactly_one_is_fused():
 
 LEFT = {
     "used elsewhere": lambda self, x: (y := self.bn(self.conv(x))) * F.relu(y),
+    "used beside the sum": lambda self, x: (y := self.bn(self.conv(x))) * F.relu(y + x),
     "written and used": lambda self, x: [y := self.bn(self.conv(x)), F.relu_(y)][0],
     "returned too": lambda self, x: torch.cat([y := self.bn(self.conv(x)), y.relu()]),
     "gelu by tanh": lambda self, x: F.gelu(self.bn(self.conv(x)), approximate="tanh"),
@@ -271,6 +273,7 @@ def test_train_and_eval_mode_are_fused_apart_and_followed():
     assert_same(net, result, x)
     assert_same(net, pickle.loads(pickle.dumps(result)), x)
     assert_same(net, convert(result, fuse=True, example=x), x)
+    assert list(inspect.signature(result.forward).parameters) == ["x"]
     torch.testing.assert_close(result.eval()(x), net.eval()(x))
     assert result.train()(x).shape == x.shape
 
@@ -288,6 +291,65 @@ def test_modes_that_disagree_are_left():
     net = trained(Disagreeing(None), x)
     assert acts(convert(net, fuse=True, example=x)) == {"bn": None, "bn2": None}
     assert_same(net, convert(net, fuse=True, example=x), x)
+
+
+class OtherActivation(Net):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return F.relu(y) if self.training else F.silu(y)
+
+
+def test_modes_with_different_activations_are_left():
+    x = image()
+    net = trained(OtherActivation(None), x)
+    assert acts(convert(net, fuse=True)) == {"bn": None, "bn2": None}
+    assert_same(net, convert(net, fuse=True, example=x), x)
+
+
+def test_a_layer_with_an_activation_of_its_own_gets_no_other():
+    x = image()
+    net = trained(nn.Sequential(bn.BatchNorm2d(3, act="elu"), nn.SiLU()), x)
+    result = convert(net, fuse=True)
+    assert acts(result) == {"0": "elu"}
+    assert_same(net, result, x)
+
+
+def test_a_layer_with_a_second_name_is_left():
+    net = Net(lambda self, x: F.relu(self.bn(self.conv(x))))
+    net.alias = net.bn
+    assert acts(convert(net, fuse=True))["bn"] is None
+
+
+def test_an_activation_with_two_names_is_taken_away_under_none_of_them():
+    x = image()
+    act = nn.ELU()
+    net = trained(Net(lambda self, x: self.b(self.bn(self.conv(x))), a=act, b=act), x)
+    result = convert(net, fuse=True)
+    assert acts(result)["bn"] == "elu"
+    assert result.a is result.b
+    assert_same(net, result, x)
+
+
+class Borrows(nn.Module):
+    """Calls an activation of a part of it, which calls it behind a layer."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x) + self.part.get_submodule("1" if isinstance(self.part, nn.Sequential) else "act")(x)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_an_activation_that_another_module_calls_too_keeps_working(example):
+    x = image()
+    chain = nn.Sequential(nn.BatchNorm2d(3), nn.ELU())
+    for part in (chain, Net(lambda self, x: self.act(self.bn(x)), act=nn.ELU())):
+        net = trained(Borrows(part), x)
+        result = convert(net, fuse=True, example=x if example else None)
+        assert_same(net, result, x)
+        assert_same(net, revert(result), x)
 
 
 def test_frozen_layers_are_fused_and_stay_frozen():

@@ -142,6 +142,26 @@ def test_a_hook_that_sees_the_input_keeps_it_from_being_written_over():
     assert convert(net, memory="save")[1].memory is None
 
 
+class Again(nn.Module):
+    """Calls a layer of a part of it once more, on what others read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, 3, 1), bn.BatchNorm2d(3, act="leaky_relu"))
+
+    def forward(self, x):
+        x = x * 1
+        return self.part(x) + self.part[1](x) + x
+
+
+def test_a_layer_that_is_called_elsewhere_too_does_not_write():
+    x = image()
+    net = trained(Again(), x)
+    result = convert(net, example=x, memory="save")
+    assert result.part[1].memory is None
+    assert_same(net, result, x)
+
+
 def test_another_word_for_memory_is_refused():
     with pytest.raises(ValueError, match="memory must be None or 'save', got 'less'"):
         convert(nn.BatchNorm1d(3), memory="less")

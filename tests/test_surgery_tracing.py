@@ -332,10 +332,22 @@ def test_what_a_forward_does_in_place_a_rewritten_one_does_too():
     torch.testing.assert_close(result(x), net(y))
     assert x.equal(y)
     assert x.equal(2 * (start + 1))
+    assert result.count == net.count == 1
     x = start.clone()
     convert(net, fuse=True, example=[x, torch.tensor(1)])
     assert x.equal(start)
-    assert result.count == net.count == 1
+
+
+class WritesNumbers(Part):
+    def forward(self, x):
+        return self.normalized(x.add_(1).float())
+
+
+def test_an_example_of_numbers_is_not_written_either():
+    x = torch.arange(2 * 3 * 16).reshape(2, 3, 4, 4)
+    before = x.clone()
+    assert acts(convert(WritesNumbers(), fuse=True, example=x)) == {"bn": "relu"}
+    assert x.equal(before)
 
 
 class ByKeyword(nn.Module):

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from batchnorm.allocator import tune_allocator
     from batchnorm.inputs import InputNorm
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
@@ -33,6 +34,7 @@ __all__ = [
     "recalibrate",
     "replace",
     "revert",
+    "tune_allocator",
     "unfreeze",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "recalibrate": "population",
     "replace": "surgery",
     "revert": "surgery",
+    "tune_allocator": "allocator",
     "unfreeze": "population",
 }
 

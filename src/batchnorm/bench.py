@@ -1,38 +1,35 @@
-"""Bench: how long a layer takes beside torch.nn's in the same rounds, and beside memory traffic that it cannot avoid.
+"""Bench: how long our layers take beside torch.nn's, and beside memory traffic that nobody can avoid.
 
-A shared machine changes from one second to the next, so times compare within a round only. A round runs every
-contestant once, in an order of its own, and a ratio is the median over rounds of the ratios inside each. The memory
-limit L of a call is the time that torch takes to move as many bytes, in the same rounds: reading x and writing y is
-a ``copy``, reading two tensors and writing a third a ``triad`` (McCalpin 1995, STREAM).
+The memory limit L of a call is the time that torch takes to move as many bytes, in the same rounds: reading x and
+writing y is a ``copy``, reading two tensors and writing a third a ``triad`` (McCalpin 1995, STREAM).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import statistics
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from batchnorm.rounds import ROUNDS, others, race, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    Contestant = Callable[[], float]  # runs, and returns the seconds of one call
+    from batchnorm.rounds import Contestant
 
 SCHEMA_VERSION = 1
 SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32), (32, 256, 14, 14), (256, 512))
+SHORT = ("forward", "step", "residual", "eval")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+_TENSORS = 12  # of the size of x that a case holds at one time, at most
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
-ROUNDS = 21
-_LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,6 @@ CASES = {
     "residual": Case("BN + residual + ReLU forward + backward", True, True, True, True, {"copy": 1, "triad": 2}, 4),
     "eval": Case("eval BN + ReLU", False, True, False, False, {"copy": 1}, 0),
 }
-SHORT = ("forward", "step", "residual", "eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +99,11 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _memory() -> float:
+    """Bytes of this machine; infinite where it does not say."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else inf
+
+
 def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
     text = "x".join(map(str, shape))
     if dtype not in DTYPES:
@@ -111,6 +112,11 @@ def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
         raise ValueError(
             f"a shape must be NxC, NxCxL, NxCxHxW or NxCxDxHxW with more than one value a channel, got {text}. "
             "Write 32x64x56x56, for example."
+        )
+    if (needed := _TENSORS * 4 * prod(shape)) > (there := _memory()):
+        raise ValueError(
+            f"a shape must fit in memory some {_TENSORS} times, got {text}, which needs {needed / 1e9:.3g} GB of "
+            f"{there / 1e9:.3g}. Give a smaller one."
         )
     if channels_last and len(shape) < 4:
         raise ValueError(
@@ -176,71 +182,6 @@ def traffic(size: int) -> dict[str, Contestant]:
     return {name: timed(one_call) for name, one_call in calls.items()}
 
 
-def timed(one_call: Callable[[], object], *, at_least: float = 2e-3) -> Contestant:
-    """A contestant that repeats a call, warmed up here, until it has taken about ``at_least`` so many seconds."""
-
-    def contestant(repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            one_call()
-        return (time.perf_counter() - start) / repeats
-
-    one_call()
-    repeats = max(1, min(ceil(at_least / max(contestant(2), 1e-9)), 1000))
-    return lambda: contestant(repeats)
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median and quartiles over rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of two values or more."""
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
-
-
-@dataclass(frozen=True, slots=True)
-class Race:
-    """Seconds of one call of every contestant in every round."""
-
-    seconds: Mapping[str, Sequence[float]]
-
-    def time(self, parts: Mapping[str, int]) -> Spread:
-        """Seconds of a weighted sum of contestants."""
-        return Spread.of(self._sums(parts))
-
-    def ratio(self, above: Mapping[str, int], below: Mapping[str, int]) -> Spread:
-        """The ratio of two weighted sums of contestants, taken inside each round."""
-        return Spread.of([a / b for a, b in zip(self._sums(above), self._sums(below), strict=True)])
-
-    def _sums(self, parts: Mapping[str, int]) -> list[float]:
-        rounds = zip(*(self.seconds[part] for part in parts), strict=True)
-        return [sum(w * s for w, s in zip(parts.values(), seconds, strict=True)) for seconds in rounds]
-
-
-def race(contestants: Mapping[str, Contestant], *, rounds: int, budget: float = float("inf")) -> Race:
-    """Every contestant once in each of ``rounds`` rounds; fewer, but 3, once ``budget`` seconds are used up."""
-    if rounds < _LEAST_ROUNDS:
-        raise ValueError(
-            f"rounds must be {_LEAST_ROUNDS} or more, got {rounds}: fewer show no spread. Leave it out for {ROUNDS}."
-        )
-    order, shuffle, end = list(contestants), random.Random(0).shuffle, time.perf_counter() + budget  # noqa: S311
-    seconds: dict[str, list[float]] = {name: [] for name in order}
-    for done in range(rounds):
-        if done >= _LEAST_ROUNDS and time.perf_counter() > end:
-            break
-        shuffle(order)  # nobody always finds the caches as the same neighbour left them
-        for name in order:
-            seconds[name].append(contestants[name]())
-    return Race(seconds)
-
-
 def short_table(
     shapes: Sequence[Sequence[int]] | None = None,
     dtype: str = "float32",
@@ -280,7 +221,8 @@ def short_table(
 
 def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> dict[str, Any]:
     case = CASES[name]
-    run = race(contestants(case, inputs), rounds=rounds)
+    with others() as busy:
+        run = race(contestants(case, inputs), rounds=rounds)
     ratio, to_limit = run.ratio({"torch": 1}, {"ours": 1}), run.ratio({"ours": 1}, case.limit)
     return {
         "case": name,
@@ -296,6 +238,7 @@ def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> dict
         "ratio_quartiles": [ratio.low, ratio.high],
         "to_limit": to_limit.median,
         "to_limit_quartiles": [to_limit.low, to_limit.high],
+        **busy,
     }
 
 

@@ -1,8 +1,9 @@
-"""The command line: ``batchnorm why``. It imports neither torch nor altair before a command needs them."""
+"""The command line: ``why`` and ``bench``. It imports neither torch nor altair before a command needs them."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import tempfile
@@ -128,7 +129,7 @@ def why(
     if model is not None:
         raise click.UsageError(f"why runs the lecture's own networks only, got {model!r}. Leave the argument out.")
     _check_output(output, interactive=interactive)
-    _require_lecture()
+    _require(*_LECTURE, what="the lecture", extra="torch,lecture")
     from batchnorm import report
     from batchnorm.lecture.claim import Settings
 
@@ -144,12 +145,65 @@ def why(
     talk.print(f"report: {output}", soft_wrap=True)
 
 
-def _require_lecture() -> None:
-    missing = [module for module in _LECTURE if find_spec(module) is None]
+@main.command()
+@click.option("--shape", "shapes", multiple=True, help="Sizes as 32x64x56x56; may be given again.  [default: four]")
+@click.option("--dtype", default="float32", show_default=True, help="Type of the values: bfloat16, for example.")
+@click.option("--channels-last", is_flag=True, help="Channels last in memory.")
+@click.option("--threads", type=int, help="Threads of torch.  [default: as many as torch takes]")
+@click.option("--rounds", type=int, help="Times that every contestant runs.")
+@click.option("--tune", is_flag=True, help="Tune the allocator first: batchnorm.tune_allocator().")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write it as JSON.")
+@click.option("--output-format", type=click.Choice(("rich", "json")), default="rich", show_default=True,
+              help="What is printed.")  # fmt: skip
+def bench(
+    shapes: tuple[str, ...], dtype: str, channels_last: bool, threads: int | None, rounds: int | None, tune: bool,
+    output: Path | None, output_format: str,
+) -> None:  # fmt: skip
+    """Time our layers against torch.nn's on this machine.
+
+    Both run in turn, with copies of tensors of the same size as the limit that memory sets.
+    """
+    _require("torch", "numpy", what="bench", extra="torch")
+    from batchnorm import allocator
+    from batchnorm import bench as measured
+
+    sizes = [measured.parse_shape(shape) for shape in shapes] or None
+    if tune and not (tuning := allocator.tune_allocator()):
+        raise ValueError(f"--tune {tuning.reason}. Leave it out.")
+    talk = _Talk(stderr=output_format == "json", highlight=False)
+    with _progress(quiet=False) as bar:
+        task = bar.add_task("timing", total=1.0)
+        options = {} if rounds is None else {"rounds": rounds}
+        data = measured.short_table(
+            sizes, dtype, channels_last=channels_last, threads=threads,
+            progress=lambda done: bar.update(task, completed=done), **options,
+        )  # fmt: skip
+    if output is not None:
+        measured.write(data, output)
+    if output_format == "json":
+        click.echo(json.dumps(data, indent=1))
+    else:
+        talk.print(_bench_table(data))
+        talk.print("× torch: how many times as fast as torch.nn; × limit: our time over that of copies.", style="dim")
+
+
+def _bench_table(data: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in ("shape", "case"):
+        table.add_column(name)
+    for name in ("ours ms", "torch ms", "× torch", "× limit"):
+        table.add_column(name, justify="right")
+    for row in data["rows"]:
+        figures = (f"{row['ours_ms']:.3g}", f"{row['torch_ms']:.3g}", f"{row['ratio']:.2f}", f"{row['to_limit']:.2f}")
+        table.add_row("×".join(map(str, row["shape"])), row["words"], *figures)
+    return table
+
+
+def _require(*modules: str, what: str, extra: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the lecture needs {' and '.join(missing)}, not installed here. "
-            "Run: pip install 'batchnorm[torch,lecture]'"
+            f"{what} needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[{extra}]'"
         )
 
 

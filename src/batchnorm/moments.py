@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
+from batchnorm.kernels import cpu
+from batchnorm.kernels.choice import is_plain, kernel_for
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -78,7 +81,7 @@ class Moments:
         weight: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Moments:
-        """Moments of every channel of ``x`` over all its other axes, by a two-pass sum in float64.
+        """Moments of every channel of ``x`` over all its other axes, with every sum in float64.
 
         Args:
             x: Real tensor of any dtype; integers and half precision are widened before anything is added.
@@ -101,6 +104,9 @@ class Moments:
         if x.is_complex():
             raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Take x.real and x.imag apart.")
         channels = _axes(channel_axis, x.ndim)
+        if weight is None and mask is None and channels == (1,) and _is_native(x):
+            mean, var = cpu.moments(x.detach())
+            return Moments(torch.tensor(x.numel() // len(mean)), mean, var * (x.numel() // len(mean)))
         others = [axis for axis in range(x.ndim) if axis not in channels]
         order = (*others, *channels)
         kept = _weight_of_each_value(x, weight, mask)
@@ -276,6 +282,11 @@ class Moments:
             "Moments of the same channels are needed, got shapes "
             f"{tuple(self.shape)} and {tuple(other.shape)}. Measure both with the same channel_axis."
         )
+
+
+def _is_native(x: Tensor) -> bool:
+    """Whether the native kernels measure ``x``, in one or two passes instead of torch's three."""
+    return x.is_floating_point() and is_plain(x) and kernel_for(x) is cpu
 
 
 def _axes(channel_axis: int | Sequence[int] | None, ndim: int) -> list[int]:

@@ -62,7 +62,7 @@ def derivative(p: Tensor, act: str | None, param: float) -> Tensor:
         case "relu":
             return (p > 0).to(p.dtype)
         case "leaky_relu":
-            return torch.where(p > 0, 1.0, param).to(p.dtype)
+            return torch.where(p > 0, torch.ones_like(p), param)
         case "elu":
             return torch.where(p > 0, 1.0, param * p.clamp_max(0).exp())
         case "silu":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,13 @@ def _check_forced() -> None:
         raise ValueError(
             f"BATCHNORM_KERNELS must be 'reference', 'native' or 'triton', got {_FORCED!r}. "
             "Unset it to choose by table."
+        )
+    if _FORCED == "" and cpu.INSTRUCTION_SET is None:
+        warnings.warn(
+            "batchnorm was built without a compiler and runs on its reference kernels, which are slower. Install a "
+            "C++ compiler and reinstall it; BATCHNORM_KERNELS=reference says that this is meant.",
+            RuntimeWarning,
+            stacklevel=2,
         )
     if _FORCED == "native" and cpu.INSTRUCTION_SET is None:
         raise RuntimeError(

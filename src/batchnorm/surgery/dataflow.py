@@ -126,7 +126,7 @@ def registrations(model: nn.Module) -> Counter:
 def static_callers(model: nn.Module, known: dict[nn.Module, Flow]) -> Callers:
     """Who calls each module, as far as the flows show it.
 
-    A module without a flow is taken to call its children, and to go through containers and chains by itself.
+    A module without a flow is taken to call its children, and to go through the children of chains by itself.
     """
     callers: Callers = defaultdict(set)
     waiting: list[tuple[nn.Module | None, nn.Module]] = [(None, model)]
@@ -167,7 +167,7 @@ def observed_callers() -> Iterator[Callers]:
 def _within_reach(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield child
-        if is_chain(child) or is_container(child):
+        if is_chain(child):
             yield from _within_reach(child)
 
 

@@ -107,7 +107,7 @@ def _places(flow: Flow) -> list[_Places]:
         first = next(iter(here.values()))
         count = sum(calls[mode][first.chain[0]] for mode in MODES)
         alike = all(site.act == first.act and site.chain == first.chain for site in here.values())
-        if alike and count == len(here) and all(calls[mode][first.chain[0]] <= 1 for mode in MODES):
+        if alike and count == len(here):
             places.append(_Places(flow, here))
     return places
 

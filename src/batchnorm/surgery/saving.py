@@ -30,7 +30,7 @@ def save_memory(model: nn.Module) -> None:
         if layer not in writing or layer in safe:
             layer.memory = "save"
     if enter_saving not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(enter_saving, prepend=True)
+        model.register_forward_pre_hook(enter_saving)
         model.register_forward_hook(leave_saving, always_call=True)
 
 
