@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help why test check bench docs clean browser
+.PHONY: help why test check bench bench-quick sanitize docs clean browser
 
 help:            ## print this list
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # torch first and by its own line: the version that the tests are written for
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/*)
@@ -34,8 +34,16 @@ browser:
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
 	  { echo "the page tests need Chromium: install the package 'chromium', then run make again"; exit 1; }
 
-bench: $(STAMP)  ## time our layers against torch.nn's and write benchmarks/results
-	$(BIN)/python benchmarks/bench_layers.py
+bench: $(STAMP)  ## time everything against torch and other libraries (15 minutes), write docs/speed.md
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/run.py
+
+bench-quick: $(STAMP)  ## the same in two minutes, a few cases
+	$(BIN)/python benchmarks/run.py --quick
+
+sanitize: $(STAMP)  ## the native kernels under ThreadSanitizer and AddressSanitizer
+	native/sanitize.sh thread
+	native/sanitize.sh address
 
 docs: $(STAMP)   ## build the documentation into docs/_build/html
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[docs]'

@@ -27,11 +27,16 @@ struct Exponential {
 };
 inline Vec32 exp(Vec32 x) {
     const Exponential e(x);
-    return e.power * e.rest + e.power;
+    return x < -87.0f ? Vec32{} : e.power * e.rest + e.power;
 }
 inline Vec32 expm1(Vec32 x) {
     const Exponential e(x);
     return e.power * e.rest + (e.power - 1.0f);
+}
+
+inline Vec32 sigmoid(Vec32 p) {
+    const Vec32 e = exp(p < 0 ? p : -p); // at most 1: large values of the other sign would overflow
+    return (p < 0 ? e : Vec32{} + 1.0f) / (e + 1.0f);
 }
 
 // The standard normal distribution function, with its density.
@@ -69,7 +74,7 @@ struct Curve {
         switch (layer.act) {
         case Act::leaky_relu: return p > 0 ? p : p * param;
         case Act::elu: return p > 0 ? p : expm1(p) * param;
-        case Act::silu: return p / (exp(-p) + 1.0f);
+        case Act::silu: return p * sigmoid(p);
         case Act::gelu: return p * Normal(p).below;
         case Act::hardswish: return p * clipped(p);
         default: return p;
@@ -81,14 +86,14 @@ struct Curve {
         case Act::leaky_relu: return p > 0 ? g : g * param;
         case Act::elu: return p > 0 ? g : g * exp(p) * param;
         case Act::silu: {
-            const Vec32 s = 1.0f / (exp(-p) + 1.0f);
+            const Vec32 s = sigmoid(p);
             return g * s * (p * (1.0f - s) + 1.0f);
         }
         case Act::gelu: {
             const Normal normal(p);
             return g * (normal.below + p * normal.density);
         }
-        case Act::hardswish: return p < -3.0f ? Vec32{} : p > 3.0f ? g : g * (p * (1.0f / 3) + 0.5f);
+        case Act::hardswish: return p <= -3.0f ? Vec32{} : p >= 3.0f ? g : g * (p * (1.0f / 3) + 0.5f);
         default: return g;
         }
     }
@@ -126,7 +131,7 @@ struct Curve {
             return s * (1 + p * (1 - s));
         }
         case Act::gelu: return below(p) + p * std::exp(-0.5 * p * p) * 0.39894228040143267794;
-        case Act::hardswish: return p < -3 ? 0 : p > 3 ? 1 : p / 3 + 0.5;
+        case Act::hardswish: return p <= -3 ? 0 : p >= 3 ? 1 : p / 3 + 0.5;
         default: return 1;
         }
     }

@@ -125,18 +125,17 @@ template <class T> struct Passes {
 };
 template <class T, class A> Passes<T> passes(const Backward &job) {
     // with a residual the gradient of p was stored, and needs no activation any more
-    if (job.other) return {&sum_products<T, A, true, false>, &apply_backward<T, Identity, false, false>};
-    return {&sum_products<T, A, false, false>, &apply_backward<T, A, false, false>};
+    if (job.other) return {&sum_products<T, A, true, false>, &apply_backward<T, Identity, false>};
+    return {&sum_products<T, A, false, false>, &apply_backward<T, A, false>};
 }
 template <class T> Passes<T> backward_for(const Layer &layer, const Backward &job) {
     switch (layer.act) {
-    case Act::none: return {&sum_products<T, Identity, false, false>, &apply_backward<T, Identity, false, false>};
+    case Act::none: return {&sum_products<T, Identity, false, false>, &apply_backward<T, Identity, false>};
     case Act::relu: return passes<T, Relu>(job);
     default: break;
     }
     if (!job.x_is_y) return passes<T, Curve>(job);
-    if (job.other) return {&sum_products<T, Curve, true, true>, &apply_backward<T, Identity, true, true>};
-    return {&sum_products<T, Curve, false, true>, &apply_backward<T, Curve, false, true>};
+    return {&sum_products<T, Curve, false, true>, &apply_backward<T, Curve, true>};
 }
 
 template <class T> void backward(const Layer &layer, const Backward &job) {

@@ -2,6 +2,7 @@
 #include "arithmetic.hpp"
 #include "threads.hpp"
 
+#include <atomic>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <string>
@@ -32,7 +33,7 @@ std::vector<Choice> runnable() {
 }
 
 const std::vector<Choice> choices = runnable();
-Choice chosen = choices.front();
+std::atomic<const Arithmetic *> chosen = choices.front().arithmetic; // read without Python's lock
 
 nb::list instruction_sets() {
     nb::list names;
@@ -43,7 +44,7 @@ nb::list instruction_sets() {
 void use(const std::string &name) {
     for (const Choice &choice : choices)
         if (name == choice.name) {
-            chosen = choice;
+            chosen = choice.arithmetic;
             return;
         }
     throw nb::value_error("use needs one of instruction_sets(), the sets that this processor runs.");
@@ -62,7 +63,7 @@ int64_t train(int type, int64_t outer, int64_t channels, int64_t inner, Address 
               Address bias, double eps, int act, double param, Address x, Address residual, Address y, Address batches,
               Address running_mean, Address running_var, bool wide, double momentum) {
     nb::gil_scoped_release free;
-    return chosen.arithmetic->train(
+    return chosen.load()->train(
         layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param), {at(x), at(residual), at(y)},
         {at<int64_t>(batches), at(running_mean), at(running_var), wide, momentum});
 }
@@ -71,7 +72,7 @@ void backward(int type, int64_t outer, int64_t channels, int64_t inner, Address 
               Address bias, double eps, int act, double param, Address grad, Address x, Address other, bool other_is_y,
               bool x_is_y, bool constant, Address d_x, Address d_residual, Address d_weight, Address d_bias) {
     nb::gil_scoped_release free;
-    chosen.arithmetic->backward(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+    chosen.load()->backward(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
                                 {at(grad), at(x), at(other), other_is_y, x_is_y, constant, at(d_x), at(d_residual),
                                  at(d_weight), at(d_bias)});
 }
@@ -79,18 +80,18 @@ void backward(int type, int64_t outer, int64_t channels, int64_t inner, Address 
 void normalize(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
                Address bias, double eps, int act, double param, Address x, Address residual, Address y) {
     nb::gil_scoped_release free;
-    chosen.arithmetic->normalize(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+    chosen.load()->normalize(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
                                  {at(x), at(residual), at(y)});
 }
 
 void moments(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address x) {
     nb::gil_scoped_release free;
-    chosen.arithmetic->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0), at(x));
+    chosen.load()->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0), at(x));
 }
 
 int64_t update(int64_t channels, Address mean, Address var, double count, Address batches, Address running_mean,
                Address running_var, bool wide, double momentum) {
-    return chosen.arithmetic->update(channels, at<double>(mean), at<double>(var), count,
+    return chosen.load()->update(channels, at<double>(mean), at<double>(var), count,
                                      {at<int64_t>(batches), at(running_mean), at(running_var), wide, momentum});
 }
 

@@ -52,8 +52,8 @@ template <class W> inline double or_else(const void *values, int64_t channel, do
 }
 
 // p = (x - mean) scale + shift, where what rounding left of the mean is in the shift; x - mean = (p - shift) unscale.
-// d_x = grad back - (x - mean) along - even
-enum Field { MEAN, SCALE, SHIFT, UNSCALE, BACK, ALONG, EVEN, FIELDS };
+// d_x = grad back - (x - mean) rstd along - even: rstd apart, because its square would vanish for large values
+enum Field { MEAN, SCALE, SHIFT, UNSCALE, BACK, RSTD, ALONG, EVEN, FIELDS };
 
 template <class W> struct Coefficients {
     W fields[FIELDS] = {};
@@ -76,9 +76,9 @@ template <class W> struct Coefficients {
         static_cast<W *>(job.d_bias)[c] = W(sums.first);
         fields[BACK] = W(slope);
         if (job.constant) return;
-        const double along = d_weight / count * inverse * slope;
-        fields[ALONG] = W(along);
-        fields[EVEN] = W(sums.first / count * slope - low(layer, c) * along);
+        fields[RSTD] = W(inverse);
+        fields[ALONG] = W(d_weight / count * slope);
+        fields[EVEN] = W((sums.first - low(layer, c) * inverse * d_weight) / count * slope);
     }
 
   private:

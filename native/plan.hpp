@@ -94,7 +94,7 @@ class Plan {
     // A part of a large plane, or of several.
     Window plane(int64_t task) const {
         const int64_t piece = task % pieces, channel = task / pieces % shape.channels, part = task / pieces / shape.channels;
-        const int64_t length = (shape.inner / pieces + BLOCK - 1) / BLOCK * BLOCK, row = shape.channels * shape.inner;
+        const int64_t length = ((shape.inner + pieces - 1) / pieces + BLOCK - 1) / BLOCK * BLOCK, row = shape.channels * shape.inner;
         const int64_t begin = std::min(piece * length, shape.inner);
         return {part * each * row + channel * shape.inner + begin, std::min(each, shape.outer - part * each),
                 std::min(length, shape.inner - begin), row, channel, 1, 1};

@@ -232,12 +232,9 @@ inline Inside<T> inside(const T *x, const T *other, bool other_is_y, const C &of
 }
 
 // The same from y of a leaky ReLU.
-template <bool with_other, class T, class C, class Lanes>
-inline Inside<T> inside_again(const T *y, const T *other, double slope, const C &of, Lanes lanes) {
+template <class T, class C, class Lanes> inline Inside<T> inside_again(const T *y, double slope, const C &of, Lanes lanes) {
     const Vec<T> value = load(y, lanes), p = value > 0 ? value : value * Wide<T>(1 / slope);
-    Vec<T> before = p - of[SHIFT];
-    if constexpr (with_other) before -= load(other, lanes);
-    return {before * of[UNSCALE], p};
+    return {(p - of[SHIFT]) * of[UNSCALE], p};
 }
 
 // y of a window.
@@ -256,7 +253,7 @@ void apply_forward(const Layer &layer, const Forward &job, const Window &window,
 
 template <bool with_other, bool inverted, class T, class C, class Lanes>
 inline Inside<T> inside(const Layer &layer, const Backward &job, const T *x, const T *other, const C &of, Lanes lanes) {
-    if constexpr (inverted) return inside_again<with_other>(x, other, layer.param, of, lanes);
+    if constexpr (inverted) return inside_again(x, layer.param, of, lanes);
     else return inside<with_other>(x, other, job.other_is_y, of, lanes);
 }
 
@@ -278,19 +275,19 @@ void sum_products(const Layer &layer, const Backward &job, const Window &window,
 }
 
 // d_x of a window; the activation is Identity where the gradient of p is known already.
-template <class T, class A, bool with_other, bool inverted>
+template <class T, class A, bool inverted>
 void apply_backward(const Layer &layer, const Backward &job, const T *grad, const Window &window,
                     const Coefficients<Wide<T>> *channels) {
     using W = Wide<T>;
-    const T *x = from<T>(job.x, window), *other = from<T>(job.other, window);
+    const T *x = from<T>(job.x, window);
     T *d_x = from<T>(job.d_x, window);
     grad += window.at;
-    spread<W, 7>(window, channels, [&](const auto &each) {
-        for_values(window, each, [&](int64_t i, const Values<W, 7> &of, auto lanes) {
+    spread<W, FIELDS>(window, channels, [&](const auto &each) {
+        for_values(window, each, [&](int64_t i, const Values<W, FIELDS> &of, auto lanes) {
             const auto [deviation, p] =
-                inside<with_other, inverted>(layer, job, x + i, with_other ? other + i : nullptr, of, lanes);
+                inside<false, inverted, T>(layer, job, x + i, nullptr, of, lanes);
             const Vec<W> g = A::gradient(load(grad + i, lanes), p, layer);
-            store(d_x + i, g * of[BACK] - deviation * of[ALONG] - of[EVEN], lanes);
+            store(d_x + i, g * of[BACK] - deviation * of[RSTD] * of[ALONG] - of[EVEN], lanes);
         });
     });
 }

@@ -166,8 +166,11 @@ def bench(
     _require("torch", "numpy", what="bench", extra="torch")
     from batchnorm import allocator
     from batchnorm import bench as measured
+    from batchnorm.rounds import BUSY
 
     sizes = [measured.parse_shape(shape) for shape in shapes] or None
+    if output is not None:
+        _check_writable(output)
     if tune and not (tuning := allocator.tune_allocator()):
         raise ValueError(f"--tune {tuning.reason}. Leave it out.")
     talk = _Talk(stderr=output_format == "json", highlight=False)
@@ -184,6 +187,8 @@ def bench(
         click.echo(json.dumps(data, indent=1))
     else:
         talk.print(_bench_table(data))
+        if (busy := max(row["others"] for row in data["rows"])) > BUSY:
+            talk.print(f"Other programs used up to {busy:.0%} of the machine: repeat this when they are done.")
         talk.print("× torch: how many times as fast as torch.nn; × limit: our time over that of copies.", style="dim")
 
 
@@ -217,6 +222,10 @@ def _check_output(output: Path, *, interactive: bool) -> None:
         )
     if interactive and output.suffix.lower() != ".html":
         raise ValueError(f"--interactive needs an .html report, got {str(output)!r}. Leave one of the two out.")
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass

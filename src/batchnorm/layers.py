@@ -125,6 +125,10 @@ class _Layer(_BatchNorm):
                 f"{name} needs a residual of the input's shape {tuple(x.shape)} on {x.device}, got {got}. "
                 "Expand it, or add it outside of the layer."
             )
+        if not residual.is_floating_point():
+            raise TypeError(
+                f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first."
+            )
         dtype = torch.promote_types(x.dtype, residual.dtype)
         return x.to(dtype), residual.to(dtype)
 
@@ -220,7 +224,9 @@ class _Layer(_BatchNorm):
         if self.affine and self.weight is None:
             parts.append("weight=False")
         if self.act is not None:
-            parts.append(f"act={self.act!r}" + (f", act_param={self.act_param}" if self.act_param else ""))
+            parts.append(
+                f"act={self.act!r}" + (f", act_param={self.act_param}" if self.act in activations.PARAMETERS else "")
+            )
         if self.memory is not None:
             parts.append(f"memory={self.memory!r}")
         if self.single_element != "error":
@@ -276,10 +282,10 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
         bias: False leaves beta out and keeps gamma.
         act: Activation of the result: "relu", "leaky_relu", "elu", "silu", "gelu" (exact) or "hardswish".
         act_param: torch's negative_slope of leaky_relu (0.01) or alpha of elu (1).
-        memory: "save" keeps fewer activations for the backward pass. Behind a leaky ReLU the result is written over
-            the input, which the backward pass recovers, unless gamma is near 0. Other results are computed again
-            where the forward pass runs inside ``batchnorm.memory.saving()``; ``convert(model, memory="save")`` sees
-            to that.
+        memory: "save" keeps fewer activations for the backward pass. Behind a leaky ReLU, without a residual, the
+            result is written over the input, which the backward pass recovers, unless gamma is near 0. Other
+            results are computed again where the forward pass runs inside ``batchnorm.memory.saving()``;
+            ``convert(model, memory="save")`` sees to that.
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
             ValueError; "population" normalizes it by the stored statistics and leaves them as they are.
 

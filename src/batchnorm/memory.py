@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class _Recipe(NamedTuple):
     storage: StorageWeakRef
     version: int
+    dtype: torch.dtype
     compute: Callable[[], Tensor]
 
 
@@ -67,13 +68,17 @@ def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
     """Inside of ``saving``, let ``compute()`` stand for ``result``, which has memory of its own and fills it."""
     if _recipes.by_address is not None:
         storage = result.untyped_storage()
-        _recipes.by_address[storage.data_ptr()] = _Recipe(StorageWeakRef(storage), result._version, compute)
+        _recipes.by_address[storage.data_ptr()] = _Recipe(
+            StorageWeakRef(storage), result._version, result.dtype, compute
+        )
 
 
 def _pack(kept: Tensor) -> Any:
     recipe = (_recipes.by_address or {}).get(kept.untyped_storage().data_ptr()) if _has_memory(kept) else None
     if recipe is None or recipe.version != kept._version or recipe.storage != StorageWeakRef(kept.untyped_storage()):
         return kept  # never a result of ours, changed since, or a new tensor at an address that was freed
+    if recipe.dtype != kept.dtype or kept.is_neg() or kept.is_conj():
+        return kept  # a view that reads the same memory in another way
     return _Layout(recipe.compute, kept.size(), kept.stride(), int(kept.storage_offset()))
 
 

@@ -71,4 +71,4 @@ def derivative(p: Tensor, act: str | None, param: float) -> Tensor:
         case "gelu":
             density = torch.exp(-0.5 * p * p) / math.sqrt(2 * math.pi)
             return 0.5 * torch.erfc(-p / math.sqrt(2)) + p * density
-    return torch.where(p > 3, 1.0, torch.where(p < -3, 0.0, p / 3 + 0.5))
+    return torch.where(p >= 3, 1.0, torch.where(p <= -3, 0.0, p / 3 + 0.5))

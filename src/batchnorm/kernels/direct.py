@@ -16,6 +16,8 @@ from batchnorm.kernels.running import Running
 
 # A leaky ReLU's input is recovered from its output with an error of this many roundings of z at most
 _WORST_RECOVERY = 32
+# and not at all where its results become subnormal in half precision
+_LEAST_SLOPE = 2**-10
 
 
 def train(
@@ -31,7 +33,7 @@ def train(
     save: bool,
 ) -> Tensor:
     """As kernels.train. With ``save``, a leaky ReLU's y is written over x; any other y can be computed again."""
-    inplace = save and _is_invertible(x, weight, bias, act, param)
+    inplace = save and _is_invertible(x, weight, bias, act, param, residual)
     call = _Call(eps, act, param, running, inplace)
     if not _tracked(x, weight, bias, residual):
         return _forward(x, weight, bias, residual, call)[0]
@@ -146,7 +148,7 @@ class _Normalize(Function):
 
 def _differentiable(grad, x, mean, var, weight, bias, eps, act, param, residual, y):
     """The gradients of normalize by operations that can be differentiated again."""
-    z = reference.normalize(x, mean, var, None, None, eps).to(reference.wide_dtype(x.dtype))
+    z = reference.standardize(x, mean, var, eps)
     g = reference.gradient_before_activation(grad, z, weight, bias, act, param, residual, y)
     axes = [axis for axis in range(x.ndim) if axis != 1]
     scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
@@ -191,14 +193,27 @@ def _gradients(ctx: Any, grad, gradients, weight, bias):
 def _recipe(x, mean, var, weight, bias, eps, act, param, residual):
     """How to compute y again, with the same bits."""
     kept, kernel = [None if t is None else t.detach() for t in (x, mean, var, weight, bias, residual)], kernel_for(x)
-    return lambda: kernel.normalize(*kept[:5], eps, act, param, kept[5])
+    versions = [None if t is None else t._version for t in kept]
+
+    def compute() -> Tensor:
+        if versions != [None if t is None else t._version for t in kept]:
+            raise RuntimeError(
+                "memory='save' computes a result again in the backward pass and needs what it was made of, but the "
+                "input, gamma, beta or the residual was modified by an inplace operation. Call backward() first, or "
+                "set memory=None."
+            )
+        return kernel.normalize(*kept[:5], eps, act, param, kept[5])
+
+    return compute
 
 
-def _is_invertible(x: Tensor, weight: Tensor | None, bias: Tensor | None, act: str | None, param: float) -> bool:
-    """Whether y may be written over x: a leaky ReLU that gives z back to within rounding, nobody else's tensor."""
-    if act != "leaky_relu" or param <= 0 or kernel_for(x) is not cpu or not _tracked(x, weight, bias):
+def _is_invertible(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, act: str | None, param: float, residual: Tensor | None
+) -> bool:
+    """Whether y may be written over x: a leaky ReLU that gives z back to within rounding, and nobody else's tensor."""
+    if act != "leaky_relu" or param < _LEAST_SLOPE or residual is not None or kernel_for(x) is not cpu:
         return False
-    if x._is_view() or (x.is_leaf and x.requires_grad):
+    if not torch.is_grad_enabled() or x.grad_fn is None or x._is_view():
         return False
     if weight is None:
         return bias is None or bool(bias.detach().abs().max() <= _WORST_RECOVERY)

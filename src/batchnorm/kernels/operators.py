@@ -65,7 +65,8 @@ def laid_out_backward(
     """train_backward by the kernels that the table names, with d_x and d_residual in the memory layout of x."""
     gradients = kernel_for(x).train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
     d_x, d_weight, d_bias, d_residual = gradients
-    return _laid_out_as(x, d_x), d_weight, d_bias, _laid_out_as(x, d_residual) if d_residual.numel() else x.new_empty(0)
+    met = act is not None and (residual is not None or y is not None)
+    return _laid_out_as(x, d_x), d_weight, d_bias, _laid_out_as(x, d_residual) if met else x.new_empty(0)
 
 
 train_backward = torch.library.custom_op("batchnorm::train_backward", laid_out_backward, mutates_args=())

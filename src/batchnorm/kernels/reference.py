@@ -79,7 +79,7 @@ def train_backward(
     """
     axes = [axis for axis in range(x.ndim) if axis != 1]
     count = max(x.numel() // max(x.shape[1], 1), 1)
-    z = _standardize(x, mean, var, eps)
+    z = standardize(x, mean, var, eps)
     grad = gradient_before_activation(grad, z, weight, bias, act, param, residual, y)
     met = act is not None and (residual is not None or y is not None)
     d_residual = grad.to(x.dtype) if met else x.new_empty(0)
@@ -120,7 +120,7 @@ def normalize(
     residual: Tensor | None = None,
 ) -> Tensor:
     """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch."""
-    z = _standardize(x, mean, var, eps)
+    z = standardize(x, mean, var, eps)
     return activate(_scale_and_shift(z, weight, bias, residual), act, param).to(x.dtype)
 
 
@@ -135,7 +135,8 @@ def along_channels(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(1, x.shape[1], *[1] * (x.ndim - 2))  # (C,) -> (1, C, 1, ...)
 
 
-def _standardize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def standardize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """z, in the type that values of ``x`` are computed in."""
     x, near = x.to(wide_dtype(x.dtype)), mean.to(wide_dtype(x.dtype))
     deviation = x - along_channels(near, x)
     if mean.dtype != near.dtype:

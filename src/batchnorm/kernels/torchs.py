@@ -26,6 +26,7 @@ def train(
     """As kernels.train, for a batch of more than one value a channel."""
     wide = wide_dtype(x.dtype)
     mean, var = (x.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
     y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
     if running is not None:
         count, exact = x.numel() // x.shape[1], exact_dtype(x.device)
