@@ -141,7 +141,8 @@ template <class T> Passes<T> backward_for(const Layer &layer, const Backward &jo
 template <class T> void backward(const Layer &layer, const Backward &job) {
     using W = Wide<T>;
     const auto [sum, apply] = backward_for<T>(layer, job);
-    const T *grad = static_cast<const T *>(job.other ? job.d_residual : job.grad);
+    const bool stored = job.other && layer.act != Act::none && !job.x_is_y; // the gradient of p, by the first pass
+    const T *grad = static_cast<const T *>(stored ? job.d_residual : job.grad);
     const Plan plan(layer.shape, (job.other ? 3 : 2) * sizeof(T));
     const double count = double(plan.count());
     const auto finish = [&](All<W> &all, int64_t first, const std::vector<Sums> &sums) {
