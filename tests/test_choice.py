@@ -1,8 +1,10 @@
 """Which kernels run, told by an environment variable that is read at import: so each case is a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,19 @@ def test_the_native_kernels_can_be_demanded():
 @pytest.mark.parametrize("forced", ["cuda", "Native"])
 def test_an_unknown_choice_is_refused(forced):
     assert f"BATCHNORM_KERNELS must be 'reference', 'native' or 'triton', got '{forced}'" in run(forced).stderr
+
+
+def test_a_gpu_prefers_our_kernels_from_the_size_on_from_which_all_measured_cases_were_faster():
+    path = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    bench_gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench_gpu)
+
+    def row(size, low, case="train forward + backward", dtype="float32"):
+        what = {"device": "GPU", "dtype": dtype, "layout": "planes", "shape": [size, 2], "case": case}
+        return what | {"ratio_quartiles": [low, 9]}
+
+    rows = [row(8, 1.1), row(4, 1.2), row(4, 1.1, "train forward"), row(2, 0.9), row(1, 1.5), row(4, 0.1, "eval")]
+    assert bench_gpu.faster(rows) == {"GPU": {"float32 planes": 8}}
+    assert bench_gpu.faster([row(8, 0.9), row(4, 2.0)]) == {}
+    assert bench_gpu.faster([row(8, 1.5), row(8, 1.0, "train forward")]) == {}
