@@ -151,7 +151,7 @@ def _differentiable(grad, x, mean, var, weight, bias, eps, act, param, residual,
     z = reference.standardize(x, mean, var, eps)
     g = reference.gradient_before_activation(grad, z, weight, bias, act, param, residual, y)
     axes = [axis for axis in range(x.ndim) if axis != 1]
-    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    scale = reference.rstd(x, var, eps) if weight is None else reference.rstd(x, var, eps) * weight
     d_x = (g * reference.along_channels(scale.to(g.dtype), x)).to(x.dtype)
     d_weight = None if weight is None else (g * z).sum(axes).to(weight.dtype)
     return d_x, d_weight, None if bias is None else g.sum(axes).to(bias.dtype), g.to(x.dtype)

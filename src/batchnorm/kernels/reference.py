@@ -86,7 +86,7 @@ def train_backward(
     d_bias = grad.sum(axes)
     d_weight = (grad * z).sum(axes)
     inner = grad - along_channels(d_bias / count, x) - z * along_channels(d_weight / count, x)
-    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    scale = rstd(x, var, eps) if weight is None else rstd(x, var, eps) * weight
     return (inner * along_channels(scale.to(z.dtype), x)).to(x.dtype), d_weight, d_bias, d_residual
 
 
@@ -141,7 +141,12 @@ def standardize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     deviation = x - along_channels(near, x)
     if mean.dtype != near.dtype:
         deviation = deviation - along_channels((mean - near).to(x.dtype), x)
-    return deviation * along_channels((var + eps).rsqrt().to(x.dtype), x)
+    return deviation * along_channels(rstd(x, var, eps).to(x.dtype), x)
+
+
+def rstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(var + eps), in the wider of the types of ``var`` and of what values of ``x`` are computed in."""
+    return (var.to(torch.promote_types(var.dtype, wide_dtype(x.dtype))) + eps).rsqrt()
 
 
 def _scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
