@@ -1,0 +1,87 @@
+"""checkpoint: what a file stores of its batch norm layers, read without torch, without running any of its code.
+
+``read`` knows torch.save's two formats, safetensors and ONNX, and tells them by their content, not by their suffix.
+Only batch norm's tensors are read, so a file of gigabytes takes a moment.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchnorm.checkpoint import kinds, layers, legacy, safetensors, zips
+from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
+from batchnorm.checkpoint.stored import Checkpoint, Stored
+
+if TYPE_CHECKING:
+    import os
+    from typing import BinaryIO
+
+__all__ = ["Checkpoint", "Stored", "read"]
+
+_READERS = {"pt": zips.read, "legacy": legacy.read, "safetensors": safetensors.read}
+# what bytes that follow no format make of the code that reads them
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """What a file holds that concerns batch norm; no layers if it holds none.
+
+    Nothing of the file is executed: of a pickle only tensors and plain values are read. Bytes that are used are
+    compared with their CRC, where the format has one.
+
+    Args:
+        path: A file of torch.save (.pt, .pth, .ckpt, .bin), .safetensors or .onnx.
+
+    Raises:
+        ValueError: If the file is none of these, is damaged, or holds Python objects.
+        FileNotFoundError: If there is none.
+        PermissionError: If it may not be read.
+        ModuleNotFoundError: If it is an ONNX file and ``onnx`` is not installed.
+    """
+    place = Path(path)
+    try:
+        return _read(place)
+    except (FileNotFoundError, PermissionError, ModuleNotFoundError):
+        raise
+    except RefusalError as refusal:
+        raise ValueError(f"{place}: {refusal}") from None
+    except _DAMAGE as error:
+        raise ValueError(f"{place}: expected a whole file, got {type(error).__name__}: {error}. {DAMAGED}") from error
+
+
+def _read(place: Path) -> Checkpoint:
+    if not place.exists():
+        raise FileNotFoundError(f"{place}: expected a file, got no such path. Check its spelling.")
+    if not place.is_file():
+        kind = "a folder" if place.is_dir() else "a device or pipe"
+        raise RefusalError("a file", kind, "Give the file that holds the weights.")
+    with place.open("rb") as file:
+        return _contents(str(place), file)
+
+
+def _contents(path: str, file: BinaryIO) -> Checkpoint:
+    kind = kinds.of(file)
+    file.seek(0)
+    if kind == "onnx":
+        from batchnorm.checkpoint import onnx
+
+        return onnx.read(path, file)
+    saved, source = _READERS[kind](file)
+    return layers.checkpoint(path, "pt" if kind == "legacy" else kind, saved, source)

@@ -1,0 +1,128 @@
+"""From a file's tensors to what it stores of each batch norm layer."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.checkpoint.copies import OF_A_LAYER, Copy, Entry, Found, Words, entries, find_copies, find_layers
+from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
+from batchnorm.checkpoint.stored import Checkpoint, Stored
+from batchnorm.checkpoint.tensors import Tensor, first_bytes, numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from batchnorm.checkpoint.records import Source
+
+_MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
+_HASHED = 4  # tensors
+
+
+def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
+    """What ``saved`` holds that concerns batch norm."""
+    if not isinstance(saved, dict | list | tuple):
+        raise RefusalError("a dict of tensors", brief(saved), RESAVE)
+    tensors = list(entries(saved))
+    layers = find_layers(tensors)
+    _bounded(layers)
+    copies = find_copies(layers, tensors)
+    own = copies[0] if copies else Copy((), {})
+    if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
+        raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
+    others = _others(tensors, copies or [own], layers)
+    stored = {_name(copy.prefix): _stored(copy, source) for copy in copies}
+    return Checkpoint(
+        path,
+        kind,
+        layers=stored.get(_name(own.prefix), {}),
+        copies=stored,
+        prefix="".join(f"{word}." for word in own.prefix),
+        names=tuple(others[own.prefix]),
+        weights=_hashes(others, source) if copies else {},
+        keys={name: found.place for name, found in own.layers.items()},
+    )
+
+
+def _name(words: Words) -> str:
+    return ".".join(words)
+
+
+def _bounded(layers: Sequence[Found]) -> None:
+    total = sum(tensor.numel for layer in layers for tensor in _of_channels(layer).values())
+    if total > _MOST_VALUES:
+        raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", brief(total))
+
+
+def _stored(copy: Copy, source: Source) -> dict[str, Stored]:
+    return {name: _layer(name, found, source) for name, found in copy.layers.items()}
+
+
+def _layer(name: str, found: Found, source: Source) -> Stored:
+    tensors = _of_channels(found)
+    values: dict[str, Any] = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    counter = found.tensors.get("num_batches_tracked")
+    if counter is not None:
+        values["num_batches_tracked"] = _count(source, counter)
+        dtypes["num_batches_tracked"] = counter.dtype
+    return Stored(name, **values, dtypes=dtypes)
+
+
+def _of_channels(found: Found) -> dict[str, Tensor]:
+    """The tensors with one value for each channel. A weight of another size is a convolution's, not gamma."""
+    mean, var = found.tensors.get("running_mean"), found.tensors.get("running_var")
+    if mean is not None and var is not None and mean.numel != var.numel:
+        raise RefusalError(
+            f"as many variances as means in layer {brief(_name(found.words))}",
+            f"{brief(var.numel)} and {brief(mean.numel)}",
+            "Correct running_var or running_mean and save it again.",
+        )
+    statistics = mean if mean is not None else var
+    channels = None if statistics is None else statistics.numel
+    return {
+        key: tensor
+        for key, tensor in found.tensors.items()
+        if key != "num_batches_tracked" and (tensor.numel == channels or (channels is None and len(tensor.size) == 1))
+    }
+
+
+def _count(source: Source, counter: Tensor) -> int | None:
+    """num_batches_tracked; None for NaN, infinity and all that is not one number."""
+    if counter.numel != 1:
+        return None
+    value = numbers(source, counter)[0]
+    return int(value) if abs(value) < float("inf") else None
+
+
+def _others(
+    tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[Found]
+) -> dict[Words, dict[str, Tensor]]:
+    """For each copy, its tensors that belong to no batch norm layer, by their names in it."""
+    normalized = {(layer.path, layer.words) for layer in layers}
+    others: dict[Words, dict[str, Tensor]] = {copy.prefix: {} for copy in copies}
+    for entry in tensors:
+        words = entry.words
+        if (entry.path, words) in normalized and entry.leaf in OF_A_LAYER:
+            continue
+        # the longest prefix: the model's own may be empty
+        prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in others), None)
+        if prefix is not None:
+            others[prefix][_name((*words[len(prefix) :], entry.leaf))] = entry.tensor
+    return others
+
+
+def _hashes(others: Mapping[Words, Mapping[str, Tensor]], source: Source) -> dict[str, str]:
+    """A hash of each copy's first weights, of those that all copies have."""
+    floating = [{name for name, tensor in named.items() if tensor.is_floating} for named in others.values()]
+    chosen = sorted(set.intersection(*floating))[:_HASHED]
+    return {
+        _name(prefix): _hash([named[name] for name in chosen], source) for prefix, named in others.items() if chosen
+    }
+
+
+def _hash(tensors: Sequence[Tensor], source: Source) -> str:
+    crc = 0
+    for tensor in tensors:
+        crc = first_bytes(source, tensor, crc)
+    return f"{crc:08x}"

@@ -1,0 +1,66 @@
+"""Stored: what a file or a model stores of one batch norm layer, as plain numbers that need no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Mapping
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One layer's statistics, gamma and beta: one float64 for each channel, or None where nothing is stored.
+
+    ``running_var`` is what is stored: unbiased in torch's files.
+    """
+
+    name: str
+    running_mean: array[float] | None = None
+    running_var: array[float] | None = None
+    weight: array[float] | None = None
+    bias: array[float] | None = None
+    num_batches_tracked: int | None = None
+    # type of each tensor that is there, by its key: {"running_mean": "float32"}
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    # known where the file says it (ONNX) or a model is at hand
+    eps: float | None = None
+    # torch's: the weight of the new statistics, one minus that of ONNX
+    momentum: float | None = None
+
+    @property
+    def channels(self) -> int:
+        """Number of channels, 0 if nothing per channel is stored."""
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return max((len(values) for values in tensors if values is not None), default=0)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a file holds that concerns batch norm.
+
+    A file may hold several copies of a model (raw and averaged weights). ``layers`` are those of the first one,
+    the model's own; ``copies`` has every one by its name in the file, the model's own too. Where all weights are
+    averaged ones, the first copy of them stands in.
+    """
+
+    path: str
+    format: str  # "pt" for both formats of torch.save, "safetensors" or "onnx"
+    layers: Mapping[str, Stored]
+    copies: Mapping[str, Mapping[str, Stored]]
+    # what the own layers' names had in front in the file, such as "state_dict.module." or "_orig_mod."
+    prefix: str = ""
+    # other tensors' names: whether convolutions before a layer have a bias, for one
+    names: tuple[str, ...] = ()
+    # ONNX nodes in training mode, by layer
+    in_train_mode: tuple[str, ...] = ()
+    # hash of the first tensors outside of batch norm for each copy: tells whether weights of two copies differ
+    weights: Mapping[str, str] = field(default_factory=dict)
+    # where each own layer is in the file: ("state_dict", "module.bn1") has its mean at
+    # data["state_dict"]["module.bn1.running_mean"], and ("",) at data["running_mean"]; for ONNX, the names of the
+    # node's tensors
+    keys: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
