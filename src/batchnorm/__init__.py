@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
-    from batchnorm.surgery import convert, find, replace, revert
+    from batchnorm.surgery import convert, find, fold, replace, revert, to_group_norm, unfold
 
 __version__ = "0.1.0"
 
@@ -28,13 +28,16 @@ __all__ = [
     "__version__",
     "convert",
     "find",
+    "fold",
     "freeze",
     "frozen",
     "preserve_state",
     "recalibrate",
     "replace",
     "revert",
+    "to_group_norm",
     "tune_allocator",
+    "unfold",
     "unfreeze",
 ]
 
@@ -46,13 +49,16 @@ _HOMES = {
     "Moments": "moments",
     "convert": "surgery",
     "find": "surgery",
+    "fold": "surgery",
     "freeze": "population",
     "frozen": "population",
     "preserve_state": "population",
     "recalibrate": "population",
     "replace": "surgery",
     "revert": "surgery",
+    "to_group_norm": "surgery",
     "tune_allocator": "allocator",
+    "unfold": "surgery",
     "unfreeze": "population",
 }
 

@@ -1,0 +1,80 @@
+"""What a folded model holds in the place of a batch norm layer: the way back, and what the layer did besides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor, nn
+
+from batchnorm.kernels.activations import activate
+from batchnorm.surgery.fusion import _MARK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@final
+class FoldedAway(nn.Identity):
+    """Stands where a batch norm layer was whose work another layer now does.
+
+    It keeps the layer, and the other one's weight and bias of before, out of the state_dict; ``half``, ``to`` and the
+    like reach them. A residual and an activation that the layer applied, it applies.
+    """
+
+    def __init__(self, layer: _BatchNorm, partner: nn.Module, path: str, tensors: dict[str, Tensor | None]) -> None:
+        super().__init__()
+        # in a tuple, so that they are no children
+        self._kept = (layer, partner)
+        self._tensors = tensors
+        self._path = path
+        self.act: str | None = getattr(layer, "act", None)
+        self.act_param: float = getattr(layer, "act_param", 0.0)
+        if _MARK in vars(layer):
+            vars(self)[_MARK] = vars(layer)[_MARK]  # revert takes the activation away from what has the mark
+        self.training = layer.training
+
+    @property
+    def partner(self) -> nn.Module:
+        """The layer that does the work."""
+        return self._kept[1]
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
+        """The input, with the residual added and the activation applied where the layer did so."""
+        return activate(input if residual is None else input + residual, self.act, self.act_param)
+
+    def restored(self) -> nn.Module:
+        """The layer, in the mode that was asked of its place; the other one has its tensors of before again."""
+        layer: Any = self._kept[0]
+        set_tensors(self.partner, self._tensors)
+        if self.act is None and getattr(layer, "act", None) is not None:  # taken away since
+            vars(layer).pop(_MARK, None)
+            layer.act, layer.act_param = None, 0.0
+        return layer.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedAway:
+        super()._apply(fn, recurse)
+        self._kept[0]._apply(fn)
+        self._tensors = {name: None if t is None else fn(t) for name, t in self._tensors.items()}
+        return self
+
+    def extra_repr(self) -> str:
+        """The layer and who does its work."""
+        return f"{self._kept[0]}, folded into {self._path!r}"
+
+
+def own_tensors(partner: Any) -> dict[str, Tensor | None]:
+    """Weight and bias of a layer, in the memory that they are in."""
+    return {name: None if (p := getattr(partner, name)) is None else p.data for name in ("weight", "bias")}
+
+
+def set_tensors(partner: Any, tensors: dict[str, Tensor | None]) -> None:
+    """Change the layer in place: it has these tensors, under the parameters that it had or under new ones."""
+    for name, tensor in tensors.items():
+        parameter = getattr(partner, name)
+        if tensor is None or parameter is None:
+            new = None if tensor is None else nn.Parameter(tensor, partner.weight.requires_grad)
+            partner.register_parameter(name, new)
+        else:
+            parameter.data = tensor  # other memory: what was recorded or kept with the old one stays valid

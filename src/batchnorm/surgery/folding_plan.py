@@ -1,0 +1,315 @@
+"""What each batch norm layer can be folded into, or why it stays: read from the graphs of the forwards."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
+
+from batchnorm.population import preserve_state
+from batchnorm.population.batches import call
+from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.surgery.dataflow import flows, observed_callers, registrations, set_mode, static_callers
+from batchnorm.surgery.folding_arithmetic import RANKS, Affine, Linear, Position, channels, shifts_evenly
+from batchnorm.surgery.folding_graphs import graphs
+from batchnorm.surgery.patterns import OURS, is_watched, written_kind
+from batchnorm.surgery.replacement import find
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchnorm.surgery.dataflow import Callers, Flow
+
+_NORMS = {*OURS, *OURS.values(), nn.SyncBatchNorm}
+
+
+@final
+@dataclass(frozen=True)
+class Partner:
+    """What a batch norm layer is folded into: a layer ``before`` it or ``behind`` it."""
+
+    path: str
+    position: Position
+
+    def __str__(self) -> str:
+        return f"{self.path!r} {self.position} it"
+
+
+def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
+    """The partner of every batch norm layer, or the reason why it has none. Folds must be done in this order.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If the model is compiled or does not run on ``example``.
+    """
+    open_layers = find(model)
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError(
+            "fold needs a model before torch.compile, got a compiled one. Fold first, then compile the result."
+        )
+    with preserve_state(model):
+        known, closed = flows(model)
+        ranks = None
+        if example is None:
+            callers = static_callers(model, known)
+        else:
+            callers, ranks = _observed(model, example)
+    facts = _facts(model, known, callers, ranks)
+    found: dict[str, Partner | str] = {}
+    settled = True
+    while settled:  # what is folded is out of the way of what lies beyond it
+        settled = False
+        for path, layer in list(open_layers.items()):
+            found[path] = _answer(facts, layer) or _why_unseen(path, facts, closed)
+            if isinstance(found[path], Partner):
+                settled = True
+                del open_layers[path]
+                _take_out(facts.nodes[layer][0])
+                found[path] = found.pop(path)  # behind those that were settled before
+    return found
+
+
+def fresh(example: Any) -> Any:
+    """A copy of a batch, which a model may write to."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
+
+
+@final
+@dataclass(frozen=True)
+class _Facts:
+    """What was seen of a model. ``ranks`` is None if it was not run; tensors are known by their id."""
+
+    names: dict[nn.Module, str]
+    registered: Counter
+    callers: Callers
+    ranks: dict[nn.Module, set[int]] | None
+    nodes: dict[nn.Module, list[Node]]
+    owners: Counter
+    read: set[int]
+
+    def about_calls(self, module: nn.Module) -> str | None:
+        """Why a module is not called at one place."""
+        nodes, callers = self.nodes.get(module, []), self.callers.get(module, set())
+        if self.registered[module] != 1:
+            return "has several names" if self.registered[module] else "is the model itself"
+        if not callers:
+            return "is not called" if self.ranks is None else "did not run on the example"
+        if len(nodes) > 1:
+            return f"is called {len(nodes)} times"
+        if nodes and callers != {nodes[0].meta["caller"]}:
+            return "is called by several modules"
+        return None
+
+    def about_tensors(self, module: nn.Module) -> str | None:
+        """Why a module's tensors are not its own."""
+        tensors = {**module._parameters, **module._buffers}
+        for name, tensor in tensors.items():
+            if tensor is not None and self.owners[id(tensor)] > 1:
+                return f"shares its {name} with another module"
+            if tensor is not None and id(tensor) in self.read:
+                return f"has a {name} that other code reads"
+            if tensor is not None and (tensor.is_meta or tensor.layout != torch.strided):
+                return f"has a {name} without values" if tensor.is_meta else f"has a {name} that is not dense"
+        return None
+
+
+def _facts(
+    model: nn.Module, known: dict[nn.Module, Flow], callers: Callers, ranks: dict[nn.Module, set[int]] | None
+) -> _Facts:
+    registered = registrations(model)
+    tensors = (t for m in model.modules() for table in (m._parameters, m._buffers) for t in table.values())
+    read = {
+        id(_attribute(flow.module, str(node.target)))
+        for flow in known.values()
+        for node in flow.graphs[False].nodes
+        if node.op == "get_attr"
+    }
+    nodes: dict[nn.Module, list[Node]] = defaultdict(list)
+    for graph in graphs(known, registered, callers):
+        for node in graph.nodes:
+            if node.op == "call_module":
+                nodes[node.meta["module"]].append(node)
+    names = {module: name for name, module in model.named_modules()}
+    return _Facts(names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read)
+
+
+def _attribute(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, set[int]]]:
+    """Who calls whom, and how many axes the inputs of batch norm layers have, when the model runs in eval mode."""
+    set_mode(model, False)
+    with observed_callers() as callers, _observed_ranks() as ranks, torch.no_grad():
+        try:
+            call(model, fresh(example))
+        except Exception as error:
+            raise ValueError(
+                f"fold needs an example that the model takes in eval mode, got {type(error).__name__}: {error} "
+                "Pass a batch, as recalibrate would get it from a loader."
+            ) from error
+    return callers, ranks
+
+
+@contextmanager
+def _observed_ranks() -> Iterator[dict[nn.Module, set[int]]]:
+    ranks: dict[nn.Module, set[int]] = defaultdict(set)
+
+    def look(module: nn.Module, args: Any) -> None:
+        if isinstance(module, _BatchNorm) and args and isinstance(args[0], Tensor):
+            ranks[module].add(args[0].ndim)
+
+    handle = hooks_of_all.register_module_forward_pre_hook(look)
+    try:
+        yield ranks
+    finally:
+        handle.remove()
+
+
+def _take_out(node: Node) -> None:
+    """Remove a folded layer from its graph, unless it goes on doing something."""
+    if len(node.args) == 1 and getattr(node.meta["module"], "act", None) is None:
+        node.replace_all_uses_with(node.args[0])  # pyrefly: ignore
+        node.graph.erase_node(node)
+
+
+def _why_unseen(path: str, facts: _Facts, closed: dict[nn.Module, str]) -> str:
+    """Why a layer is in no graph."""
+    around = [m for m, name in facts.names.items() if m in closed and (name == "" or path.startswith(f"{name}."))]
+    if not around:
+        return "no code that torch.fx can trace calls it"
+    nearest = max(around, key=lambda module: len(facts.names[module]))
+    name = facts.names[nearest] or "the model itself"
+    return f"the forward of {name!r} ({type(nearest).__name__}) cannot be traced: {closed[nearest]}"
+
+
+def _answer(facts: _Facts, layer: Any) -> Partner | str | None:
+    """The partner, or why there is none; None if the layer is in no graph."""
+    if (reason := _about_layer(layer)) or (reason := facts.about_tensors(layer)):
+        return f"it {reason}"
+    if reason := facts.about_calls(layer):
+        return f"it {reason}"
+    if layer not in facts.nodes:
+        return None
+    node = facts.nodes[layer][0]
+    source = node.args[0] if node.args else None
+    if node.kwargs or not isinstance(source, Node) or len(node.args) > 1 + hasattr(layer, "act"):
+        return "it is called with other arguments than its input"
+    reasons = []
+    for position, neighbour in (("before", source), ("behind", _only_user(node))):
+        partner = neighbour.meta.get("module") if neighbour is not None else None
+        if isinstance(partner, tuple(RANKS)):
+            path = facts.names[partner]
+            reason = _about_pair(facts, layer, partner, position)
+            if reason is None:
+                return Partner(path, position)
+            reasons.append(reason)
+    return "; ".join(reasons) or _about_neighbours(facts, node, source)
+
+
+def _about_layer(layer: Any) -> str | None:
+    """What about a batch norm layer itself keeps it from being folded."""
+    if parametrize.is_parametrized(layer):
+        return "is parametrized"
+    if written_kind(layer) not in _NORMS or "forward" in vars(layer):
+        return f"is a {type(layer).__name__} with a forward that may do more than batch norm"
+    if is_watched(layer):
+        return "has hooks that see its input or its result"
+    if not has_stored_statistics(layer):
+        return "stores no statistics"
+    if layer.running_mean.is_meta or layer.running_var.is_meta:
+        return "has statistics without values"
+    if (layer.running_var < 0).any():
+        return f"has a negative running_var, {layer.running_var.min():.3g}"
+    affine = Affine.of(layer)
+    if not (affine.scale.isfinite().all() and affine.shift.isfinite().all()):
+        return "has statistics or parameters that make NaN or infinity"
+    return None
+
+
+def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> str | None:
+    """What keeps a layer from being folded into a neighbour."""
+    name, node = facts.names[partner], facts.nodes[layer][0]
+    if type(partner) not in RANKS or "forward" in vars(partner):
+        return f"{name!r} is a {type(partner).__name__} with a weight or a forward of its own"
+    if not isinstance(partner._parameters.get("weight"), nn.Parameter):
+        return f"{name!r} has a weight that is computed"
+    if not partner.weight.is_floating_point():
+        return f"{name!r} has a weight of {partner.weight.dtype}"
+    if is_watched(partner):
+        return f"{name!r} has hooks that see its input or its result"
+    if reason := facts.about_calls(partner) or facts.about_tensors(partner):
+        return f"{name!r} {reason}"
+    theirs = facts.nodes[partner][0]
+    if len(theirs.args) != 1 or theirs.kwargs:
+        return f"{name!r} is called with other arguments than its input"
+    if reason := _about_order(facts, node, theirs, position) or _about_axes(facts, layer, partner, position):
+        return f"{name!r} {reason}"
+    affine = Affine.of(layer)
+    if position == "behind" and affine.shift.any() and not shifts_evenly(partner):
+        zeros = "makes borders of less than its kernel" if hasattr(partner, "output_padding") else "pads with zeros"
+        return f"{name!r} {zeros}, which the shift of the layer does not reach"
+    joined = Linear.of(partner).joined(affine, position)
+    if not all(t.to(partner.weight.dtype).isfinite().all() for t in (joined.weight, joined.bias)):
+        return f"{name!r} would have weights that {partner.weight.dtype} cannot hold"
+    return None
+
+
+def _about_order(facts: _Facts, node: Node, theirs: Node, position: Position) -> str | None:
+    """Whether something else sees, or could write, what lies between the two."""
+    if position == "before":
+        others = [_named(facts, user) for user in theirs.users if user is not node]
+        others += ["the sum behind the layer"] if theirs in node.args[1:] else []
+        return f"has a result that also goes to {others[0]}" if others else None
+    if len(node.args) > 1 or getattr(node.meta["module"], "act", None) is not None:
+        return "comes behind an activation that the layer applies"
+    following = node.next
+    while following.op == "get_attr":
+        following = following.next
+    return None if following is theirs else "runs later, when the layer's input may have been written over"
+
+
+def _about_axes(facts: _Facts, layer: Any, partner: Any, position: Position) -> str | None:
+    """Whether the channels of both are the same axis."""
+    count = channels(partner, position)
+    verb = "makes" if position == "before" else "takes"
+    if count != layer.num_features:
+        return f"{verb} {count} channels on another axis than the {layer.num_features} that the layer normalizes"
+    if facts.ranks is None:
+        if isinstance(partner, nn.Linear):
+            return f"{verb} channels on the last axis, which is axis 1 only of (N, C): pass an example to see"
+        return None
+    ranks = facts.ranks.get(layer, set())
+    if ranks != {RANKS[type(partner)]}:
+        got = " and ".join(map(str, sorted(ranks)))
+        return f"{verb} channels on another axis than the layer normalizes in its inputs of {got} axes"
+    return None
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _about_neighbours(facts: _Facts, node: Node, source: Node) -> str:
+    users = ", ".join(dict.fromkeys(_named(facts, user) for user in node.users)) or "nothing"
+    return f"no convolution or linear layer is next to it: {_named(facts, source)} before it, {users} behind it"
+
+
+def _named(facts: _Facts, node: Node) -> str:
+    """What a node is to somebody who knows the model's code."""
+    if node.op == "call_module":
+        return repr(facts.names[node.meta["module"]])
+    if node.op in {"placeholder", "output"}:
+        return "an input" if node.op == "placeholder" else "what is returned"
+    return str(getattr(node.target, "__name__", node.target))

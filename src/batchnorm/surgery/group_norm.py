@@ -1,0 +1,112 @@
+"""to_group_norm: group normalization in the place of batch norm, for models whose batches are too small for it.
+
+For one example and a group of channels, over the group's n values (Wu and He 2018, equations 1, 2 and 6):
+
+    mean = sum x / n     var = sum (x - mean)^2 / n     y = gamma (x - mean) / sqrt(var + eps) + beta
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.kernels.activations import activate
+from batchnorm.surgery.patterns import OURS, written_kind
+from batchnorm.surgery.replacement import replace
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_NORMS = {*OURS, *OURS.values(), nn.SyncBatchNorm}
+_MOST_GROUPS = 32  # Wu and He's own, table 3
+
+
+def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = False) -> Model:
+    """A copy of the model with ``nn.GroupNorm`` in the place of each batch norm layer.
+
+    It computes something else, and needs training before it is of use: examples are normalized by their own
+    statistics, in train and in eval mode alike, and the stored statistics are gone. Gamma, beta and eps are a
+    start for it. They are carried over, and so are names, sharing, training flags, devices and types,
+    ``requires_grad`` and hooks. A layer of ours with an activation becomes a GroupNorm with that activation.
+
+    Args:
+        model: Not changed, unless ``inplace``.
+        groups: Groups of channels in each layer. None takes the largest power of two, 32 at most, that divides the
+            channels and leaves two or more of them in a group.
+        inplace: Change ``model`` itself and return it; parameters stay the same objects.
+
+    Shape:
+        (N, C) or (N, C, *), as before. On (N, C), a group of one channel has one value, and the result is beta.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If ``groups`` does not divide the channels of a layer; if a layer is lazy, parametrized, or of a
+            subclass, which may do more than batch norm. Then nothing is changed.
+        RuntimeError: If the model cannot be copied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
+        >>> type(to_group_norm(model)[1]).__name__, to_group_norm(model)[1].num_groups
+        ('GroupNorm', 32)
+
+    References:
+        Wu and He 2018, "Group Normalization".
+    """
+    return replace(model, lambda path, layer: _grouped(path, layer, groups), inplace=inplace)
+
+
+def _grouped(path: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
+    if any(is_lazy(tensor) for tensor in [*layer.parameters(), *layer.buffers()]):
+        raise ValueError(
+            f"to_group_norm needs layers that know their size, got {type(layer).__name__} at {path!r}. Run a "
+            "batch first."
+        )
+    ours: Any = layer
+    if written_kind(layer) not in _NORMS or "forward" in vars(layer):
+        raise ValueError(
+            f"to_group_norm needs layers of torch.nn or batchnorm, got {type(layer).__name__} at {path!r}, which may "
+            "do more than batch norm. Say with replace what comes in its place."
+        )
+    count = layer.num_features
+    if groups is not None and (groups < 1 or count % groups):
+        raise ValueError(
+            f"to_group_norm needs groups that divide the channels, got {groups} groups for the {count} channels at "
+            f"{path!r}. Leave groups out to choose for each layer."
+        )
+    args = (groups or _fitting_groups(count), count, layer.eps, layer.affine)
+    act = getattr(layer, "act", None)
+    new = nn.GroupNorm(*args) if act is None else GroupNormAct(*args, act=act, act_param=ours.act_param)
+    for name in ("weight", "bias"):
+        if getattr(layer, name) is None:
+            new.register_parameter(name, None)
+    return new
+
+
+def _fitting_groups(count: int) -> int:
+    groups = math.gcd(_MOST_GROUPS, count)
+    return max(groups // 2, 1) if groups == count else groups
+
+
+@final
+class GroupNormAct(nn.GroupNorm):
+    """GroupNorm that adds a residual and applies an activation, as our batch norm layers do."""
+
+    def __init__(
+        self, num_groups: int, num_channels: int, eps: float, affine: bool, *, act: str | None, act_param: float
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine)
+        self.act, self.act_param = act, act_param
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
+        """The input normalized; then the residual is added, and ``act`` applied."""
+        y = super().forward(input)
+        return activate(y if residual is None else y + residual, self.act, self.act_param)
+
+    def extra_repr(self) -> str:
+        """torch.nn's line, and the activation."""
+        return f"{super().extra_repr()}, act={self.act!r}"
