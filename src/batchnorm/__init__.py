@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from batchnorm.allocator import tune_allocator
+    from batchnorm.doctor import examine
     from batchnorm.inputs import InputNorm
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
@@ -27,6 +28,7 @@ __all__ = [
     "Moments",
     "__version__",
     "convert",
+    "examine",
     "find",
     "fold",
     "freeze",
@@ -48,6 +50,7 @@ _HOMES = {
     "InputNorm": "inputs",
     "Moments": "moments",
     "convert": "surgery",
+    "examine": "doctor",
     "find": "surgery",
     "fold": "surgery",
     "freeze": "population",

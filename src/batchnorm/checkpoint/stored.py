@@ -37,6 +37,14 @@ class Stored:
         tensors = (self.running_mean, self.running_var, self.weight, self.bias)
         return max((len(values) for values in tensors if values is not None), default=0)
 
+    @property
+    def is_initial(self) -> bool:
+        """Whether the statistics are those of a new layer: mean 0 and variance 1, exactly, in every channel."""
+        mean, var = self.running_mean, self.running_var
+        if not mean or not var:
+            return False
+        return not any(mean) and all(value == 1 for value in var)
+
 
 @final
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""examine: evidence from a file, a model, or a model with data; then every rule that has what it needs."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm import checkpoint
+from batchnorm.doctor.diagnosis import Diagnosis, LayerRow, order
+from batchnorm.doctor.environment import environment
+from batchnorm.rules import RULES
+from batchnorm.rules.evidence import Evidence
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+
+    from batchnorm.checkpoint import Stored
+    from batchnorm.rules.finding import Finding
+
+# enough for a t of 4 to be an effect of 0.2 sd in fully connected layers
+MAX_EXAMPLES = 512
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which rules run. Entries are codes or their beginnings: "BN1" stands for its whole family.
+
+    ``per_layer`` maps patterns of layer names, with * and ?, to what is left out for them.
+    """
+
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    per_layer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def takes(self, code: str) -> bool:
+        """Whether a rule runs at all."""
+        return (not self.select or code.startswith(self.select)) and not code.startswith(self.ignore or ("-",))
+
+    def silences(self, finding: Finding) -> bool:
+        """Whether a finding is left out for its layer."""
+        return any(
+            fnmatch.fnmatchcase(finding.layer, pattern) and finding.code.startswith(tuple(codes))
+            for pattern, codes in self.per_layer.items()
+        )
+
+
+def examine(
+    target: str | os.PathLike[str] | nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    example: Any = None,
+    optimizer: Any = None,
+    batch_size: int | None = None,
+    accumulation: int = 1,
+    world_size: int = 1,
+    reference: Any = None,
+    selection: Selection | None = None,
+    max_examples: int = MAX_EXAMPLES,
+    name: str = "",
+) -> Diagnosis:
+    """What is wrong with a target's batch norm, by the rules of ``batchnorm rules``.
+
+    A file is read as data: nothing in it is executed, and torch is not needed. A model is looked at as it is; with
+    data it runs as well, in eval and in train mode, and is then put back bit for bit, also if it raises: parameters,
+    buffers, training flags, hooks, gradients and random states.
+
+    Args:
+        target: A file (.pt, .pth, .ckpt, .safetensors, .onnx) or a model.
+        data: Batches for the model, such as a DataLoader of the training data. At most ``max_examples`` are used.
+        example: One batch, to see which layer follows which. The first of ``data`` is taken if this is left out.
+        optimizer: The torch optimizer that trains the model.
+        batch_size: Examples per device and step. The loader's own if this is left out.
+        accumulation: Batches for each optimizer step.
+        world_size: Processes that train together.
+        reference: A model or a file that the target was made from (before it was folded, exported or imported).
+        selection: Which rules run.
+        max_examples: Examples to measure on.
+        name: What the target is called in the result; its path or class if this is left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If the target is neither a path nor an ``nn.Module``.
+        ValueError: If the file is not a checkpoint, or a setting is out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> sick = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> _ = sick[1].running_var.fill_(-1)
+        >>> [finding.code for finding in examine(sick).findings if finding.layer == "1"]
+        ['BN103', 'BN301']
+    """
+    started = time.perf_counter()
+    _check(batch_size=batch_size, accumulation=accumulation, world_size=world_size, max_examples=max_examples)
+    if isinstance(target, (str, os.PathLike)):
+        if data is not None or example is not None or optimizer is not None or reference is not None:
+            raise ValueError(
+                f"examine needs a model to use data with, got the file {os.fspath(target)!r}. Load it into its model "
+                "and pass that."
+            )
+        evidence, measured_on = _of_file(os.fspath(target), name), ""
+    else:
+        from batchnorm.doctor.model import of_model
+
+        evidence, measured_on = of_model(
+            target, data, example=example, optimizer=optimizer, batch_size=batch_size, accumulation=accumulation,
+            world_size=world_size, reference=reference, max_examples=max_examples, name=name,
+        )  # fmt: skip
+    evidence = replace(evidence, environment=environment())
+    return _diagnosis(evidence, selection or Selection(), measured_on, time.perf_counter() - started)
+
+
+def _check(**settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}. Leave it out for the default.")
+
+
+def _of_file(path: str, name: str) -> Evidence:
+    file = checkpoint.read(path)
+    return Evidence(name or path, file.layers, file=file)
+
+
+def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, seconds: float) -> Diagnosis:
+    rules = [rule for rule in RULES.values() if selection.takes(rule.code)]
+    missing = {rule.code: "; ".join(reasons) for rule in rules if (reasons := rule.missing(evidence))}
+    ran = [rule for rule in rules if rule.code not in missing]
+    found = [finding for rule in ran for finding in rule.findings(evidence)]
+    kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
+    return Diagnosis(
+        evidence.target,
+        order(kept),
+        tuple(_row(name, evidence) for name in evidence.stored),
+        tuple(rule.code for rule in ran),
+        missing,
+        measured_on,
+        seconds,
+        len(found) - len(kept),
+        _versions(evidence),
+    )
+
+
+def _is_silenced(finding: Finding, evidence: Evidence, selection: Selection) -> bool:
+    module = (evidence.modules or {}).get(finding.layer)
+    by_owner = module is not None and finding.code.startswith(tuple(module.ignored) or ("-",))
+    return by_owner or selection.silences(finding)
+
+
+def _row(name: str, evidence: Evidence) -> LayerRow:
+    stored: Stored = evidence.stored[name]
+    module = (evidence.modules or {}).get(name)
+    measured = (evidence.measured or {}).get(name)
+    return LayerRow(
+        name=name,
+        kind=module.kind if module else "batch norm",
+        channels=stored.channels,
+        batches=stored.num_batches_tracked,
+        mean_range=_range(stored.running_mean),
+        var_range=_range(stored.running_var),
+        gamma_range=_range(stored.weight),
+        eps=module.eps if module else stored.eps,
+        momentum=module.momentum if module else stored.momentum,
+        mode="" if module is None else "frozen" if module.frozen else "train" if module.training else "eval",
+        gap=measured.gap if measured else None,
+    )
+
+
+def _range(values: array[float] | None) -> tuple[float, float] | None:
+    """Lowest and highest value; NaN for both if one is NaN."""
+    if not values:
+        return None
+    broken = any(value != value for value in values)
+    return (float("nan"), float("nan")) if broken else (min(values), max(values))
+
+
+def _versions(evidence: Evidence) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    if evidence.modules is not None:
+        import torch
+
+        versions["torch"] = torch.__version__
+    return versions

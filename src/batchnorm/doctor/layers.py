@@ -1,0 +1,49 @@
+"""The layers of a live model, and what they store, as files store it."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+from batchnorm.checkpoint import Stored
+from batchnorm.layers import batch_norms
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Batch norm layers by path: torch's and ours, and modules of others that store the same statistics."""
+    known = batch_norms(model)
+    return {path: module for path, module in model.named_modules() if path in known or _stores_the_same(module)}
+
+
+def _stores_the_same(module: nn.Module) -> bool:
+    there = all(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+    return there and not isinstance(module, _InstanceNorm)
+
+
+def stored_of(path: str, layer: Any) -> Stored:
+    """What a live layer stores; None for tensors without values (lazy, or on the meta device)."""
+    tensors = {key: getattr(layer, key, None) for key in _TENSORS}
+    there = {key: t for key, t in tensors.items() if isinstance(t, torch.Tensor) and not is_lazy(t) and not t.is_meta}
+    counter: Any = getattr(layer, "num_batches_tracked", None)
+    counted = isinstance(counter, torch.Tensor) and not counter.is_meta and counter.numel() == 1
+    return Stored(
+        path,
+        **{key: _plain(t) for key, t in there.items()},
+        num_batches_tracked=int(counter) if counted else None,
+        dtypes={key: str(t.dtype).removeprefix("torch.") for key, t in there.items()},
+        eps=getattr(layer, "eps", None),
+        momentum=getattr(layer, "momentum", None),
+    )
+
+
+def _plain(tensor: torch.Tensor) -> array[float]:
+    return array("d", tensor.detach().double().cpu().reshape(-1).tolist())

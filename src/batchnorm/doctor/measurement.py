@@ -1,0 +1,254 @@
+"""Measurement: what a model and its batch norm layers do on data, without leaving a trace in the model.
+
+One pass in eval mode sees every layer's inputs; then one example is run alone and beside others, and one training
+step is tried. A layer's fresh statistics are those of its inputs as eval mode makes them: with the layers before it
+normalizing by what they store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
+
+from batchnorm.doctor.comparison import device_of, tensors_in
+from batchnorm.doctor.gauge import Gauge, plain
+from batchnorm.doctor.trial import companions, train_step
+from batchnorm.inputs import InputNorm
+from batchnorm.layers import batch_norms
+from batchnorm.moments import Moments
+from batchnorm.population.batches import Batches, call
+from batchnorm.population.recalibration import _uncompiled
+from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.rules.evidence import Loop, Measured, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+# inputs of more features are pixels, tokens or positions rather than columns of a table
+_MOST_FEATURES = 4096
+
+
+def measure(model: nn.Module, data: Iterable[Any], *, max_examples: int | None) -> tuple[dict[str, Measured], Run, str]:
+    """Every layer on the data, the model as a whole, and what was measured on, such as "512 examples in 8 batches".
+
+    Layers are in the order in which they first ran; those that did not run, and lazy ones without a shape, are left
+    out. The model, its gradients and the random states are as before, bit for bit, also if the model raises.
+
+    Args:
+        model: Run in eval mode, and for one step of a few examples in train mode.
+        data: Batches as ``recalibrate`` takes them. An iterator is read into memory first.
+        max_examples: The last batch is cut to fit; None takes all.
+
+    Raises:
+        TypeError: If ``data`` is not an iterable of batches.
+        ValueError: If there is no batch, or its examples cannot be counted.
+        Exception: What the model raises in eval mode.
+    """
+    batches = _renamed(partial(Batches, data, max_examples, device_of(model)))
+    with preserve_state(model), preserve_random_state(*batches.generators), _uncompiled(), torch.no_grad():
+        model.eval()
+        view = _View(model)
+        with view.hooks():
+            for batch in _each(batches):
+                view.see(batch)
+        alone, tolerance = companions(model, view.first)
+        step = train_step(model, view.first)
+    is_raw = view.is_raw and bool(view.inputs.count.any())
+    run = Run(
+        never_ran=tuple(name for name in view.gauges if not view.calls[name]),
+        updates_forward=step.forward,
+        updates_backward=step.backward,
+        functional=tuple(view.functional),
+        companions=alone,
+        companions_tolerance=tolerance,
+        train_error=step.error,
+        input_scales=plain(view.inputs.std) if is_raw else None,
+        input_means=plain(view.inputs.mean) if is_raw else None,
+    )
+    order = [name for name in view.calls if view.gauges[name].values]
+    return {name: view.gauges[name].measured() for name in order}, run, view.summary()
+
+
+def _renamed(make: Any) -> Any:
+    """What ``make`` makes; complaints of ``recalibrate``'s reader of batches in the doctor's name."""
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("recalibrate needs"):
+            raise
+        raise type(error)(str(error).replace("recalibrate", "examine", 1)) from None
+
+
+def _each(batches: Batches) -> Iterator[Any]:
+    iterator = iter(batches)
+    end = object()
+    while (batch := _renamed(partial(next, iterator, end))) is not end:
+        yield batch
+
+
+class _View:
+    """What is seen of a model while it runs over the data."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.gauges = {name: Gauge(layer) for name, layer in batch_norms(model).items()}
+        self.calls: Counter[str] = Counter()  # in the order of first calls
+        self.examples = 0
+        self.batches = 0
+        self.first: Any = None  # batch
+        self.functional: dict[str, None] = {}
+        self.inputs = Moments.empty()
+        self.is_raw = True  # inputs were measured, and nothing in the model normalizes them first
+        self._lazy = {name for name, gauge in self.gauges.items() if isinstance(gauge.layer, LazyModuleMixin)}
+        self._entering: Tensor | None = None
+        self._size = 0  # examples in the batch that runs
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """A block in which the model is watched."""
+        normalizers = [module for module in self.model.modules() if isinstance(module, (InputNorm, _BatchNorm))]
+        # the root's first: where the model is one layer, all are on the same module
+        hooks = [
+            (self.model, self._enter),
+            *((module, self._normalize) for module in normalizers),
+            *((gauge.layer, partial(self._gauge, name)) for name, gauge in self.gauges.items()),
+        ]
+        with ExitStack() as stack:
+            for module, hook in hooks:
+                if _takes_hooks(module):
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def see(self, batch: Any) -> None:
+        """Run the model on one batch."""
+        tensors = tensors_in(batch)
+        self._size = len(tensors[0]) if tensors and tensors[0].ndim else 0
+        self.examples += self._size
+        self.batches += 1
+        before = Counter(self.calls)
+        if self.first is None:
+            self.first = batch
+            with _functional_calls(self.model, self.functional):
+                call(self.model, batch)
+        else:
+            call(self.model, batch)
+        for name in self.calls:
+            self.gauges[name].is_clusterable &= self.calls[name] - before[name] < 2
+
+    def summary(self) -> str:
+        """What was measured on."""
+        examples = "1 example" if self.examples == 1 else f"{self.examples} examples"
+        return f"{examples} in {'1 batch' if self.batches == 1 else f'{self.batches} batches'}"
+
+    def _enter(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = self._entering = next(iter(tensors_in((args, kwargs))), None)
+        self.is_raw &= x is not None and x.is_floating_point() and x.ndim > 1 and 0 < x.shape[1] <= _MOST_FEATURES
+        if x is not None and self.is_raw:
+            new = Moments.of(x, mask=torch.isfinite(x))
+            self.is_raw = self.inputs.shape in {torch.Size(), new.shape}
+            self.inputs = self.inputs + new if self.is_raw else self.inputs
+
+    def _normalize(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.is_raw &= not any(x is self._entering for x in tensors_in((args, kwargs)))
+
+    def _gauge(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls[name] += 1
+        if name not in self._lazy:
+            self.gauges[name].add(args[0] if args else kwargs["input"], self._size)
+
+
+def _takes_hooks(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+@contextmanager
+def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None]:
+    """A block that collects the modules whose own code calls batch norm on the batch's statistics."""
+    names = {module: name for name, module in model.named_modules()}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if running and running[-1] is module:  # one that raised before its first hook is not there
+            running.pop()
+
+    def see() -> None:
+        if running and not isinstance(running[-1], _BatchNorm):
+            found[names[running[-1]]] = None
+
+    with ExitStack() as stack:
+        for module in filter(_takes_hooks, names):
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(_Calls(see))
+        yield
+
+
+class _Calls(TorchFunctionMode):
+    """A block in which every call of batch norm that measures the batch is reported."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        # ``training`` is the sixth argument of both
+        if func in {F.batch_norm, torch.batch_norm} and (
+            kwargs["training"] if "training" in kwargs else args[5:6] == (True,)
+        ):
+            self._report()
+        return func(*args, **kwargs)
+
+
+def loop_of(data: Any, *, batch_size: int | None = None, accumulation: int = 1, world_size: int = 1) -> Loop | None:
+    """How the model is trained, as far as a loader or a list of batches, and the caller, say; None if not at all.
+
+    Args:
+        data: A DataLoader, or two or more batches in a list; anything else says nothing.
+        batch_size: Examples per device, in place of what the data say.
+        accumulation: Batches for each optimizer step.
+        world_size: Processes that train together.
+    """
+    size, last = _sizes(data, batch_size)
+    if size is None and accumulation == world_size == 1:
+        return None
+    return Loop(size, last, accumulation, world_size)
+
+
+def _sizes(data: Any, wanted: int | None) -> tuple[int | None, int | None]:
+    """Examples in a batch and in the last one."""
+    if isinstance(data, torch.utils.data.DataLoader):
+        source = data if data.batch_size is not None else data.batch_sampler
+        size = wanted or getattr(source, "batch_size", None)
+        examples = _length(getattr(data.batch_sampler, "sampler", data.sampler))
+        if not isinstance(size, int) or examples is None:
+            return size if isinstance(size, int) else None, None
+        return size, size if getattr(source, "drop_last", False) else examples % size or size
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) > 1:
+        sizes = [len(tensors[0]) for batch in (data[0], data[-1]) if (tensors := tensors_in(batch)) and tensors[0].ndim]
+        if len(sizes) == 2:
+            return wanted or sizes[0], sizes[1] if wanted in {None, sizes[0]} else None
+    return wanted, None
+
+
+def _length(source: Any) -> int | None:
+    """Its length, if it knows one: samplers of streamed data sets do not."""
+    if not isinstance(source, Sized):
+        return None
+    try:
+        return len(source)
+    except TypeError:
+        return None

@@ -1,0 +1,154 @@
+"""What can be read off a model, its optimizer and its loader: evidence for the rules."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.doctor.comparison import reference_of
+from batchnorm.doctor.graph import graph_of
+from batchnorm.doctor.layers import layers_of, stored_of
+from batchnorm.doctor.measurement import loop_of, measure
+from batchnorm.population.freezing import Frozen
+from batchnorm.rules.evidence import Evidence, Module, Optimizer, Structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+def of_model(
+    model: nn.Module, data: Iterable[Any] | None, *, example: Any, optimizer: Any, batch_size: int | None,
+    accumulation: int, world_size: int, reference: Any, max_examples: int, name: str,
+) -> tuple[Evidence, str]:  # fmt: skip
+    """Evidence about a model, and what was measured on, such as "512 examples in 8 batches"; "" without data."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"examine needs a path or an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    layers = layers_of(model)
+    if example is None:
+        example = _first(data)
+    unknown: dict[str, str] = {}
+    measured, run, words = measure(model, data, max_examples=max_examples) if data is not None else (None, None, "")
+    graph = None
+    try:
+        graph = graph_of(model, example)
+    except ValueError as error:
+        unknown["graph"] = str(error)
+    return Evidence(
+        name or type(model).__name__,
+        stored={path: stored_of(path, layer) for path, layer in layers.items()},
+        modules=modules_of(model),
+        structure=structure_of(model),
+        graph=graph,
+        measured=measured,
+        run=run,
+        loop=loop_of(data, batch_size=batch_size, accumulation=accumulation, world_size=world_size),
+        optimizer=None if optimizer is None else optimizer_of(model, optimizer),
+        reference=None if reference is None else reference_of(model, reference, example),
+        unknown=unknown,
+    ), words
+
+
+def modules_of(model: nn.Module) -> dict[str, Module]:
+    """Settings of every layer."""
+    layers = layers_of(model)
+    return {path: _settings(model, path, layer) for path, layer in layers.items()}
+
+
+def _settings(model: nn.Module, path: str, layer: Any) -> Module:
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    affine = [layer._parameters[key] for key in ("weight", "bias") if layer._parameters.get(key) is not None]
+    ignored = getattr(layer, "batchnorm_ignore", ())
+    # a layer of others that has no flag of its own to measure batches by never does
+    fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")
+    return Module(
+        kind=type(layer).__name__,
+        eps=float(getattr(layer, "eps", 1e-5)),
+        momentum=getattr(layer, "momentum", None),
+        tracks=bool(getattr(layer, "track_running_stats", True)),
+        training=layer.training,
+        frozen=isinstance(layer, Frozen) or fixed,
+        trainable=any(parameter.requires_grad for parameter in affine),
+        affine=bool(affine),
+        device=str(tensors[0].device.type) if tensors else "",
+        is_lazy=any(is_lazy(tensor) for tensor in tensors),
+        is_sync=isinstance(layer, nn.SyncBatchNorm),
+        skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
+        where=_where(model, path),
+        ignored=frozenset([ignored] if isinstance(ignored, str) else ignored),
+    )
+
+
+def _where(model: nn.Module, path: str) -> str:
+    """file:line of the user's class nearest around a layer; "" if it is all torch's."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        kind = type(model.get_submodule(".".join(parts[:end])))
+        if kind.__module__.partition(".")[0] in {"torch", "batchnorm"}:
+            continue
+        try:
+            return f"{os.path.relpath(inspect.getsourcefile(kind) or '')}:{inspect.getsourcelines(kind)[1]}"
+        except (OSError, TypeError, ValueError):
+            return ""
+    return ""
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """How the layers stand in the model: modes, wrappers, names."""
+    around = [module for module in model.modules() if _wrapper(module)]
+    parallel = next((module for module in around if _wrapper(module) == "DistributedDataParallel"), None)
+    averaged = next((module for module in around if _wrapper(module) == "AveragedModel"), None)
+    names = defaultdict(list)
+    layers = {layer: path for path, layer in layers_of(model).items()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in layers:
+            names[layers[module]].append(path)
+    return Structure(
+        training=model.training,
+        wrappers=tuple(dict.fromkeys(_wrapper(module) for module in around)),
+        broadcasts_buffers=getattr(parallel, "broadcast_buffers", None),
+        averages_buffers=getattr(averaged, "use_buffers", None),
+        names={path: tuple(paths) for path, paths in names.items() if len(paths) > 1},
+    )
+
+
+def _wrapper(module: nn.Module) -> str:
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), "")
+
+
+def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
+    """What an optimizer does to gamma and beta."""
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        raise TypeError(
+            f"examine needs a torch optimizer, got {type(optimizer).__name__}. Pass one with param_groups, or leave "
+            "it out."
+        )
+    decay = {id(parameter): group.get("weight_decay", 0.0) for group in groups for parameter in group["params"]}
+    affine = {path: [p for p in layer.parameters(recurse=False) if p.requires_grad]
+              for path, layer in layers_of(model).items()}  # fmt: skip
+    strongest = {path: max((decay.get(id(p), 0.0) for p in own), default=0.0) for path, own in affine.items()}
+    return Optimizer(
+        type(optimizer).__name__,
+        {path: value for path, value in strongest.items() if value},
+        tuple(path for path, own in affine.items() if any(id(p) not in decay for p in own)),
+        any("train_mode" in group for group in groups) or "ScheduleFree" in type(optimizer).__name__,
+    )
+
+
+def _first(data: Any) -> Any:
+    """The first batch of a loader that can be read twice."""
+    if data is None or iter(data) is data:
+        return None
+    from batchnorm.population.shield import preserve_random_state
+
+    generator = getattr(data, "generator", None)
+    with preserve_random_state(*([generator] if isinstance(generator, torch.Generator) else [])):
+        return next(iter(data), None)

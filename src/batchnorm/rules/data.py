@@ -1,0 +1,251 @@
+"""BN2: what batches hold, as measured on data."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from batchnorm.rules.finding import Finding, Fix
+from batchnorm.rules.shift import is_as_constructed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchnorm.rules.evidence import Evidence, Measured
+
+# Probability of a false alarm of a whole model, and the share of its information that a batch may lose: a batch that
+# counts for half as many examples has means with sqrt(2) times the noise.
+CLUSTERING_P = 1e-3
+CLUSTERED_SHARE = 0.5
+_LEAST_P = 1e-12  # smaller ones are the same to a reader
+# 5 % zeros among values of mean 2 sd move the mean by 0.1 sd
+PADDED_SHARE = 0.05
+# A gap of 0.25 sd disturbs outputs as the noise of a batch of 24 does: 1.5 / M = 0.25^2. Models that are still trained
+# at a high rate, whose statistics lag behind their weights, were measured up to 0.2.
+STALE_GAP = 0.25
+# 3 sd of what averaging and the choice of the examples explain
+STALE_OVER_NOISE = 3.0
+# of the batch's noise one sees little with fewer
+FEWEST_BATCHES = 4
+# parts of the stored statistics worth a word
+_SHARE_WORTH_A_WORD = 0.05
+
+
+def correlated_batches(evidence: Evidence) -> Iterator[Finding]:
+    """Batches differ from each other by more than chance: they are sorted or correlated.
+
+    Why:
+        Batch statistics stand for the data only if a batch is a random draw. Sorted by class, taken from one video
+        or one patient, a batch tells what the others hold, and the stored statistics remember the last few.
+
+    How:
+        An F-test of batch means against the means of single examples, in every channel of a layer. Fires if its p,
+        times channels and layers, is below 0.001, and batch means scatter as if a batch had fewer than half of its
+        examples. Needs 4 batches, in the loader's order; silent where a layer has other rows than the model.
+
+    Example:
+        DataLoader(images_sorted_by_class, batch_size=32)  # shuffle=False
+
+    Fix:
+        shuffle=True, or a sampler that mixes sources. If these were test data in their own order: give training data.
+
+    References:
+        Snedecor and Cochran 1989, chapters 12 and 13.
+        Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 6.
+    """
+    measured = evidence.measured or {}
+    found = {
+        name: (m.effective_examples, m.batch_examples, m.clustering_p)
+        for name, m in measured.items()
+        if m.clustering_p is not None and m.clustering_p * len(measured) < CLUSTERING_P
+        if m.effective_examples and m.batch_examples and m.effective_examples < CLUSTERED_SHARE * m.batch_examples
+    }
+    if found:
+        worst = min(found, key=lambda name: found[name][0] / found[name][1])
+        effective, size, p = found[worst]
+        chance = f"p = {p:.1g}" if p > _LEAST_P else f"p < {_LEAST_P:.0g}"
+        yield Finding(
+            "",
+            f"a batch of {size:.0f} counts for {effective:.1f} random examples in {worst!r} ({chance}; "
+            f"{len(found)} of {len(measured)} layers)",
+            f"{CLUSTERED_SHARE * size:.0f} examples",
+            "Batches are sorted or correlated: each is normalized by its own kind of examples.",
+            "DataLoader(..., shuffle=True)",
+        )
+
+
+def padding_counted(evidence: Evidence) -> Iterator[Finding]:
+    """Padding is counted in the statistics.
+
+    Why:
+        Padded positions are not data, but they weigh as much in the mean and variance. Valid positions then do not
+        come out at mean 0 and variance 1, and an example's output depends on how long its neighbours are.
+
+    How:
+        In (N, C, L) inputs, positions at the end that repeat one value in all channels, with ends that differ between
+        examples. Limit: 5 % of all positions. Other layouts, and padding that was smeared by layers before, are not
+        seen.
+
+    Example:
+        pad_sequence(sounds, batch_first=True).transpose(1, 2)  ->  Conv1d  ->  BatchNorm1d
+
+    Fix:
+        Normalize valid positions only: pick them by their mask as (values, C), and put them back.
+
+    References:
+        pytorch#70529, deepspeech.pytorch#312.
+    """
+    for name, found in (evidence.measured or {}).items():
+        if found.padded_share > PADDED_SHARE:
+            yield Finding(
+                name,
+                f"{found.padded_share:.0%} of the positions are padding",
+                f"{PADDED_SHARE:.0%}",
+                "Statistics are those of data mixed with padding, and depend on the lengths in a batch.",
+                "y = x.transpose(1, 2).clone(); y[mask] = layer(y[mask])",
+            )
+
+
+def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
+    """The data bring NaN or infinity into a layer.
+
+    Why:
+        In train mode one NaN makes a channel's batch statistics NaN, and with torch.nn's layers the stored ones for
+        ever: training goes on, eval mode gives NaN.
+
+    How:
+        NaN and infinite values in the inputs of layers, in eval mode. Only the first layer that gets any is named.
+        Silent behind a layer whose own values make them (BN102, BN103, BN107).
+
+    Example:
+        images[17, 0, 0, 0] = float("inf")
+
+    Fix:
+        Find the examples: [i for i, (x, *_) in enumerate(data) if not x.isfinite().all()]. Layers of this package
+        leave such batches out of what they store.
+
+    References:
+        pytorch#88474, pytorch#115500.
+    """
+    for name, found in (evidence.measured or {}).items():
+        if found.non_finite:
+            yield Finding(
+                name,
+                f"{found.non_finite} NaN or infinite inputs in {found.examples} examples",
+                "0",
+                "torch.nn's layers store NaN from such a batch and stay broken in eval mode.",
+                "torch.isfinite(x).all() for every batch; batchnorm.convert(model) for layers that leave it out",
+            )
+            return
+        if _breaks_outputs(evidence, name):
+            return
+
+
+def train_eval_gap(evidence: Evidence) -> Iterator[Finding]:
+    """Train mode and eval mode give different outputs for the same data.
+
+    Why:
+        The model learned with batch statistics and is used with stored ones. If these are stale, it is used with
+        other outputs than it learned with.
+
+    How:
+        The root mean square difference of a layer's outputs in units of their standard deviation, in two parts: noise
+        (batch against all the data) and stale (all the data against what is stored). Fires if the stale part is above
+        0.25 and above 3 times what averaging and the choice of examples explain, noise sqrt(m / (2 - m) + 1 / batches)
+        for momentum m. Needs 4 batches. Silent for frozen layers and those that were never updated (BN101).
+
+    Example:
+        Training stopped after 20 steps, or weights were averaged after the statistics were stored.
+
+    Fix:
+        batchnorm.recalibrate(model, loader) measures the statistics anew. If the data are not those of training, the
+        gap is their shift (BN401).
+
+    References:
+        pytorch#5406, pytorch#19902. Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
+    """
+    for name, found in (evidence.measured or {}).items():
+        stored, noise, stale = evidence.stored.get(name), found.gap_noise, found.gap_stale
+        if stale is None or noise is None or found.batches < FEWEST_BATCHES or is_as_constructed(stored):
+            continue
+        averaging = noise * math.sqrt(_noise_of_averaging(evidence, name) + 1 / found.batches)
+        limit = max(STALE_GAP, STALE_OVER_NOISE * averaging)
+        if stale > limit:
+            yield Finding(
+                name,
+                f"stored statistics move the output by {stale:.2g} sd, the batch's noise by {noise:.2g} sd",
+                f"{limit:.2g} sd",
+                f"Eval mode is not what the model was trained as: {_cause(evidence, name, found)}.",
+                "batchnorm.recalibrate(model, loader)",
+                fixable=Fix.DATA,
+            )
+
+
+def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
+    """A channel has one value on all the data.
+
+    Why:
+        Its output is beta and nothing else, and in train mode it divides by sqrt(eps): rounding errors are magnified
+        up to 316 times at eps = 1e-5.
+
+    How:
+        A standard deviation no larger than the rounding of the input's type, over all examples.
+
+    Example:
+        A column of zeros; a filter behind a ReLU that never fires.
+
+    Fix:
+        Look at what feeds the channel; remove the column or the filter.
+
+    References:
+        Ioffe and Szegedy 2015, section 3: eps.
+    """
+    for name, found in (evidence.measured or {}).items():
+        if found.constant and found.examples > 1:
+            yield Finding(
+                name,
+                f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} examples",
+                "0 channels",
+                "These channels carry no information about the data.",
+                "look at the weights or columns that feed these channels",
+                channels=found.constant,
+            )
+
+
+def _breaks_outputs(evidence: Evidence, layer: str) -> bool:
+    """Whether what a layer stores turns good inputs into NaN or infinity."""
+    stored = evidence.stored.get(layer)
+    if stored is None:
+        return False
+    tensors = (stored.running_mean, stored.running_var, stored.weight, stored.bias)
+    broken = not all(map(math.isfinite, chain.from_iterable(tensor or () for tensor in tensors)))
+    return broken or any(value + evidence.eps(layer) <= 0 for value in stored.running_var or ())
+
+
+def _momentum(evidence: Evidence, layer: str) -> float | None:
+    module = (evidence.modules or {}).get(layer)
+    stored = evidence.stored.get(layer)
+    return module.momentum if module else stored.momentum if stored else None
+
+
+def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
+    """Variance of the running average over that of one batch."""
+    momentum = _momentum(evidence, layer) or 0.0
+    return momentum / (2 - momentum)
+
+
+def _cause(evidence: Evidence, layer: str, found: Measured) -> str:
+    """What makes stored statistics differ from fresh ones, in words."""
+    stored = evidence.stored.get(layer)
+    updates = stored.num_batches_tracked if stored else None
+    momentum = _momentum(evidence, layer)
+    initial = (1 - momentum) ** updates if momentum and updates is not None else 0.0
+    if initial > _SHARE_WORTH_A_WORD:
+        return f"{initial:.0%} of the stored statistics are still the initial ones"
+    values = found.examples / found.batches * found.values_per_example
+    unbiased = 1 - math.sqrt(1 - 1 / values) if values > 1 else 1.0
+    if unbiased > _SHARE_WORTH_A_WORD:
+        return f"stored variances are unbiased, which alone shrinks outputs by {unbiased:.0%} at {values:.0f} values"
+    lag = f", which reach back {(1 - momentum) / momentum:.0f} updates," if momentum and momentum < 1 else ""
+    return f"stored statistics{lag} are those of other weights or other data"

@@ -1,0 +1,205 @@
+"""Evidence: everything that rules may look at, as plain values that need no torch.
+
+A part that was not looked at is None; ``unknown`` says why. A file gives ``stored`` only; a model adds ``modules``
+and ``structure``; data add ``measured`` and ``run``; a loop's settings add ``loop``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Mapping
+
+    from batchnorm.checkpoint.stored import Checkpoint, Stored
+
+_REASONS = {
+    "file": "needs a file",
+    "modules": "needs a model, not only a file",
+    "structure": "needs a model, not only a file",
+    "graph": "needs an example to see which layer follows which",
+    "measured": "needs data",
+    "run": "needs data",
+    "loop": "needs a loader or the settings of the training loop",
+    "optimizer": "needs the optimizer",
+    "reference": "needs a reference to compare with",
+    "environment": "needs the environment",
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Module:
+    """Settings of one live layer."""
+
+    kind: str  # class name, such as "BatchNorm2d"
+    eps: float
+    momentum: float | None
+    tracks: bool  # track_running_stats
+    training: bool
+    frozen: bool  # by batchnorm.freeze, or a class that always uses stored statistics
+    trainable: bool  # gamma or beta requires a gradient
+    affine: bool
+    device: str
+    is_lazy: bool = False
+    is_sync: bool = False
+    skipped_updates: int = 0
+    where: str = ""  # file:line of the code that defines or constructs it, if known
+    ignored: frozenset[str] = frozenset()  # codes its owner put into batchnorm_ignore
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """How the layers stand in the model."""
+
+    training: bool  # the root's flag
+    wrappers: tuple[str, ...] = ()  # class names around or in it: DistributedDataParallel, AveragedModel
+    broadcasts_buffers: bool | None = None  # of DistributedDataParallel
+    averages_buffers: bool | None = None  # of AveragedModel: use_buffers
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # every path of a layer, if several
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Who feeds whom, as traced, or observed on an example."""
+
+    calls: Mapping[str, int] = field(default_factory=dict)  # calls of each layer in one forward pass, if known
+    biased: Mapping[str, str] = field(default_factory=dict)  # layer: the conv or linear before it that has a bias
+    behind_dropout: Mapping[str, str] = field(default_factory=dict)
+    behind_batch_norm: Mapping[str, str] = field(default_factory=dict)
+    foldable: Mapping[str, str] = field(default_factory=dict)  # layer: the layer it can be folded into
+    relu_behind: frozenset[str] = frozenset()  # layers whose result goes to a ReLU
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One layer on the data, in eval mode of the whole model unless said otherwise.
+
+    Fresh statistics are exact over all examples given; variances are biased.
+    """
+
+    examples: int
+    batches: int
+    values_per_example: float  # N*H*W over N
+    mean: array[float]
+    var: array[float]
+    mean_deviation: array[float]  # (fresh mean - stored mean) / sqrt(stored variance + eps); NaN if none is stored
+    var_ratio: array[float]  # fresh variance over stored one, each with eps; NaN if none is stored
+    # t of the stored mean and of the log of the stored variance against the noise that the running average has;
+    # None where momentum or M_eff is unknown
+    t_mean: array[float] | None = None
+    t_var: array[float] | None = None
+    # effective size of a batch for its mean, in examples: var of example means over var of batch means; by the
+    # order in which the loader gave them, and what independent examples would give
+    effective_examples: float | None = None
+    batch_examples: float | None = None
+    clustering_p: float | None = None  # probability of an F this large if batches were drawn at random
+    non_finite: int = 0  # inputs that are NaN or infinite
+    constant: tuple[int, ...] = ()  # channels of one value on all the data
+    padded_share: float = 0.0  # of positions, behind the end of an example
+    # gap between train mode and eval mode in the layer's output, in units of its sd, and its parts
+    gap: float | None = None
+    gap_noise: float | None = None  # batch against population statistics
+    gap_stale: float | None = None  # population against stored statistics
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The model as a whole on the data."""
+
+    never_ran: tuple[str, ...] = ()  # layers that were not called
+    updates_forward: Mapping[str, int] = field(default_factory=dict)  # of num_batches_tracked, in one train forward
+    updates_backward: Mapping[str, int] = field(default_factory=dict)  # further ones in its backward
+    functional: tuple[str, ...] = ()  # modules that call F.batch_norm with the batch's statistics in eval mode
+    companions: float | None = None  # max relative change of an example's eval output by what is in its batch
+    companions_tolerance: float = 0.0
+    train_error: str = ""  # what a train-mode step raised
+    input_scales: array[float] | None = None  # sd of each input feature
+    input_means: array[float] | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """How the model is trained, as far as the loader and the caller say."""
+
+    batch_size: int | None = None  # per device
+    last_batch: int | None = None  # examples in the last batch; None if unknown
+    accumulation: int = 1
+    world_size: int = 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """What an optimizer does to batch norm layers."""
+
+    kind: str
+    decay: Mapping[str, float] = field(default_factory=dict)  # weight decay on gamma or beta, by layer
+    unlisted: tuple[str, ...] = ()  # trainable layers that it does not update
+    is_schedule_free: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Another version of the same model: what it was imported from, or what was folded."""
+
+    path: str
+    eps: Mapping[str, float] = field(default_factory=dict)
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    difference: float | None = None  # max |output - reference output| / max |reference output| in eval mode
+    tolerance: float = 0.0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where it runs."""
+
+    shadow: str = ""  # a file or folder that Python would import as batchnorm instead of the package
+    kernels: str = "native"  # or "reference"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that is known about one target."""
+
+    target: str  # as the user wrote it, for remedies
+    stored: Mapping[str, Stored]
+    file: Checkpoint | None = None
+    modules: Mapping[str, Module] | None = None
+    structure: Structure | None = None
+    graph: Graph | None = None
+    measured: Mapping[str, Measured] | None = None
+    run: Run | None = None
+    loop: Loop | None = None
+    optimizer: Optimizer | None = None
+    reference: Reference | None = None
+    environment: Environment | None = None
+    unknown: Mapping[str, str] = field(default_factory=dict)  # part: why it is None, if not simply not given
+
+    def why_not(self, part: str) -> str:
+        """Why a part is not there; empty if it is."""
+        if part == "stored" or getattr(self, part) is not None:
+            return ""
+        return self.unknown.get(part, _REASONS[part])
+
+    def where(self, layer: str) -> str:
+        """file:line of a layer's code, if known."""
+        module = (self.modules or {}).get(layer)
+        return module.where if module else ""
+
+    def eps(self, layer: str) -> float:
+        """A layer's eps: its own, or 1e-5 where only a file is at hand that does not say."""
+        if self.modules and layer in self.modules:
+            return self.modules[layer].eps
+        stored = self.stored[layer].eps if layer in self.stored else None
+        return 1e-5 if stored is None else stored

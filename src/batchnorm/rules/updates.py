@@ -1,0 +1,243 @@
+"""BN1: whether what a layer stores comes from the data and the weights that it is used with."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from batchnorm.rules.finding import Finding, Fix
+from batchnorm.rules.words import measure_again, some_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from batchnorm.checkpoint import Stored
+    from batchnorm.rules.evidence import Evidence, Measured
+
+RESIDUE = 0.01  # of the initial statistics
+USUAL_MOMENTUM = 0.1
+# two-sided p = 6e-5 for one channel; M_eff is an estimate, so a layer is named only if a tenth of it is beyond
+STALE_T = 4.0
+STALE_SHARE = 0.1
+# smaller ones do not matter: 0.1 sd is the noise of a batch of 100, 1.25 changes outputs by 11 %
+STALE_MEAN, STALE_VARIANCE = 0.1, 1.25
+
+
+def never_updated(evidence: Evidence) -> Iterator[Finding]:
+    """Stored statistics are the initial ones, mean 0 and variance 1 exactly, behind trained weights.
+
+    Why:
+        Train mode does not use stored statistics, so nothing is seen in training: the loss falls, and eval mode
+        answers at random.
+
+    How:
+        Every running_mean is exactly 0 and every running_var exactly 1, in a model that is trained: another layer
+        has other statistics, or some gamma or beta has moved. num_batches_tracked is not looked at: healthy shipped
+        models have 0 there.
+
+    Example:
+        Weights copied by name into a model, buffers forgotten: load_state_dict(..., strict=False).
+
+    Fix:
+        batchnorm fix with --data; or batchnorm.recalibrate(model, loader).
+
+    References:
+        Ioffe and Szegedy 2015, algorithm 2.
+    """
+    if _is_untrained(evidence):
+        return
+    for name, stored in evidence.stored.items():
+        if stored.is_initial:
+            yield Finding(
+                name,
+                "running_mean = 0 and running_var = 1 in every channel",
+                "statistics of data",
+                "Eval mode uses the initial statistics, train mode does not: expect random eval results.",
+                measure_again(evidence),
+                fixable=Fix.DATA,
+            )
+
+
+def untrained_model(evidence: Evidence) -> Iterator[Finding]:
+    """Every layer is as it was constructed.
+
+    Why:
+        If this is meant to be a trained model, its batch norm layers were not saved or not loaded.
+
+    How:
+        In every layer mean 0, variance 1, gamma 1 or 0, and beta 0, exactly.
+
+    Example:
+        batchnorm doctor model.py:make_model, without --weights
+
+    Fix:
+        --weights FILE; or nothing, for a new model.
+    """
+    if evidence.stored and _is_untrained(evidence):
+        yield Finding(
+            "",
+            f"{len(evidence.stored)} layers with initial statistics, gamma and beta",
+            "trained layers",
+            "A new model, or one whose weights were not loaded.",
+            "load the weights first, if there are any",
+        )
+
+
+def few_updates(evidence: Evidence) -> Iterator[Finding]:
+    """The stored statistics still contain part of their initial values.
+
+    Why:
+        A running average starts at mean 0 and variance 1 and forgets by 1 - momentum in each step. After a few steps
+        much of that start is still in it: 35 % after 10, 1 % after 44, for momentum 0.1.
+
+    How:
+        (1 - momentum)^num_batches_tracked > 0.01, with momentum 0.1 where a file does not tell. Silent for a count
+        of 0, which healthy converted models have, and for momentum=None, which has no such residue.
+
+    Example:
+        A short fine-tuning with momentum=0.01: after 100 batches 37 % of the start is left.
+
+    Fix:
+        batchnorm.recalibrate(model, loader): exact statistics in one pass.
+
+    References:
+        chemprop#607.
+    """
+    for name, stored in evidence.stored.items():
+        module = (evidence.modules or {}).get(name)
+        momentum = module.momentum if module else stored.momentum or USUAL_MOMENTUM
+        count = stored.num_batches_tracked
+        if not count or count < 0 or momentum is None or stored.is_initial or (module and module.frozen):
+            continue
+        residue = abs(1 - momentum) ** count
+        if momentum and residue > RESIDUE:
+            basis = "" if module or stored.momentum else ", if momentum is 0.1"
+            yield Finding(
+                name,
+                f"{count} updates: {residue:.0%} of the initial statistics left{basis}",
+                f"{RESIDUE:.0%}",
+                "Eval mode normalizes partly by mean 0 and variance 1.",
+                measure_again(evidence),
+                fixable=Fix.DATA,
+            )
+
+
+def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
+    """Weights are averages, statistics are those of other weights.
+
+    Why:
+        Averaged weights (EMA, SWA, schedule-free) make other activations than any of the weights that were averaged.
+        Statistics collected with those do not fit.
+
+    How:
+        A file holds an averaged copy whose weights differ from the model's own, with bit for bit the same statistics
+        in every layer; or a model is in an AveragedModel that does not average buffers; or the optimizer is a
+        schedule-free one, whose eval weights are averages.
+
+    Example:
+        AveragedModel(model), saved without update_bn
+
+    Fix:
+        batchnorm.recalibrate(averaged_model, loader) before it is saved or evaluated.
+
+    References:
+        Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima", section 3.2.
+    """
+    for measured, consequence in _reasons_for_averages(evidence):
+        yield Finding(
+            "",
+            measured,
+            "statistics of the averaged weights",
+            consequence,
+            "batchnorm.recalibrate(averaged_model, loader)",
+            fixable=Fix.DATA,
+        )
+
+
+def stale_statistics(evidence: Evidence) -> Iterator[Finding]:
+    """Stored statistics differ from fresh ones by more than their noise.
+
+    Why:
+        Running averages lag behind weights that still move, and forget early batches. Eval mode then normalizes by
+        what the layer used to see.
+
+    How:
+        For each channel, t = (stored - fresh) / standard error, for the mean and for the log of the variance. The
+        error is that of a running average over batches of M_eff independent values, sd sqrt(a / ((2 - a) M_eff)) for
+        momentum a, and that of the fresh estimate. Fires if a tenth of the channels have |t| > 4 and are off by more
+        than 0.1 sd or 1.25 times the variance. Given data must be training data; for others see BN401.
+
+    Example:
+        After 20 steps at a high rate: loss 0.356 with fresh statistics, 0.476 with stored ones.
+
+    Fix:
+        batchnorm.recalibrate(model, loader).
+
+    References:
+        Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
+    """
+    for name, measured in (evidence.measured or {}).items():
+        stored = evidence.stored.get(name)
+        if stored is None or stored.num_batches_tracked is None or stored.is_initial:
+            continue
+        if (channels := _stale(measured)) and len(channels) >= STALE_SHARE * len(measured.mean):
+            largest = max((abs(_t(measured, i)) for i in channels if math.isfinite(_t(measured, i))), default=math.inf)
+            yield Finding(
+                name,
+                f"|t| up to {largest:.0f}, {some_of(channels, stored)} beyond the limit",
+                f"|t| of {STALE_T:.0f} in {STALE_SHARE:.0%} of the channels",
+                "Eval mode normalizes by what the layer used to see.",
+                measure_again(evidence),
+                channels=channels,
+                fixable=Fix.DATA,
+            )
+
+
+def _stale(measured: Measured) -> tuple[int, ...]:
+    if measured.t_mean is None:
+        return ()
+    return tuple(
+        i
+        for i in range(len(measured.mean))
+        if abs(_t(measured, i)) > STALE_T and i not in measured.constant
+        if abs(measured.mean_deviation[i]) > STALE_MEAN
+        or not 1 / STALE_VARIANCE < measured.var_ratio[i] < STALE_VARIANCE
+    )  # fmt: skip
+
+
+def _t(measured: Measured, channel: int) -> float:
+    """The larger one of a channel's two t."""
+    values = [t[channel] for t in (measured.t_mean, measured.t_var) if t is not None]
+    return max(values, key=abs)
+
+
+def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """What shows that weights are averages and statistics are not, with what follows."""
+    structure, optimizer = evidence.structure, evidence.optimizer
+    wrong = "Eval mode normalizes averaged weights' activations by statistics of other weights."
+    if structure and "AveragedModel" in structure.wrappers and structure.averages_buffers is False:
+        yield "AveragedModel with use_buffers=False", wrong
+    if optimizer and optimizer.is_schedule_free:
+        yield f"{optimizer.kind} evaluates averages", wrong
+    if evidence.file is None or not evidence.file.copies:
+        return
+    (own, first), *others = evidence.file.copies.items()
+    for name, copy in others:
+        differs = evidence.file.weights.get(name) != evidence.file.weights.get(own)
+        if copy and differs and _statistics_of(first) == _statistics_of(copy):
+            yield f"{name!r} has other weights than {own!r} and the same statistics, bit for bit", wrong
+
+
+def _statistics_of(layers: Mapping[str, Stored]) -> list:
+    return [(stored.running_mean, stored.running_var) for stored in layers.values()]
+
+
+def _is_untrained(evidence: Evidence) -> bool:
+    """Whether every layer that stores statistics is as it was constructed."""
+    layers = [stored for stored in evidence.stored.values() if stored.running_var is not None]
+    return bool(layers) and all(stored.is_initial and _is_initial_affine(stored) for stored in layers)
+
+
+def _is_initial_affine(stored: Stored) -> bool:
+    gammas = set(stored.weight or (1.0,))
+    return gammas in ({1.0}, {0.0}) and not any(stored.bias or ())

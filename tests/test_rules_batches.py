@@ -1,0 +1,200 @@
+"""BN2: every rule fires on sick evidence, says what was measured, and is silent on healthy evidence."""
+
+import re
+from array import array
+from dataclasses import replace
+
+import pytest
+
+from batchnorm.checkpoint.stored import Stored
+from batchnorm.rules import RULES, Evidence, Fix
+from batchnorm.rules.evidence import Loop, Measured, Module, Optimizer, Run
+
+CODES = [code for code in RULES if code.startswith("BN2")]
+SECTIONS = ["Why:", "How:", "Example:", "Fix:", "References:"]
+
+
+def values(*numbers):
+    return array("d", numbers)
+
+
+STORED = Stored(
+    "bn", values(0.5, -1.0), values(1.0, 2.0), values(1.0, 1.0), values(0.0, 0.0), num_batches_tracked=500, momentum=0.1
+)
+MEASURED = Measured(
+    examples=256,
+    batches=8,
+    values_per_example=64.0,
+    mean=values(0.5, -1.0),
+    var=values(1.0, 2.0),
+    mean_deviation=values(0.0, 0.1),
+    var_ratio=values(1.0, 0.95),
+    effective_examples=30.0,
+    batch_examples=32.0,
+    clustering_p=0.3,
+    gap=0.05,
+    gap_noise=0.04,
+    gap_stale=0.02,
+)
+MODULE = Module("BatchNorm2d", 1e-5, 0.1, True, True, False, True, True, "cpu")
+HEALTHY = Evidence(
+    "net",
+    {"bn": STORED},
+    modules={"bn": MODULE},
+    measured={"bn": MEASURED},
+    run=Run(updates_forward={"bn": 1}, updates_backward={"bn": 0}),
+    loop=Loop(batch_size=32, last_batch=32),
+    optimizer=Optimizer("SGD", {"bn": 0.0}),
+)
+
+
+def findings(code, evidence):
+    return RULES[code].findings(evidence)
+
+
+def measured(**changes):
+    return replace(HEALTHY, measured={"bn": replace(MEASURED, **changes)})
+
+
+def looped(**settings):
+    return replace(HEALTHY, loop=Loop(**settings))
+
+
+CLUSTERED = {"effective_examples": 1.3, "clustering_p": 1e-20}
+
+SICK = {
+    "BN201": (looped(batch_size=2), "", "2 examples per batch: noise of the mean 71%"),
+    "BN202": (looped(batch_size=32, last_batch=1), "", "1 example in the last batch, 32 in the others"),
+    "BN203": (looped(batch_size=8, accumulation=4), "", "batch norm sees 8 examples, not 32"),
+    "BN204": (measured(**CLUSTERED), "", "a batch of 32 counts for 1.3 random examples in 'bn' (p < 1e-12"),
+    "BN205": (replace(HEALTHY, run=Run(updates_backward={"bn": 1})), "bn", "1 more update in the backward pass"),
+    "BN206": (replace(HEALTHY, optimizer=Optimizer("AdamW", {"bn": 0.05})), "", "weight decay 0.05 on gamma or beta"),
+    "BN207": (measured(padded_share=0.44), "bn", "44% of the positions are padding"),
+    "BN208": (measured(non_finite=3), "bn", "3 NaN or infinite inputs in 256 examples"),
+    "BN209": (measured(gap_stale=0.8), "bn", "stored statistics move the output by 0.8 sd, the batch's noise by 0.04"),
+    "BN210": (replace(HEALTHY, run=Run(never_ran=("bn",))), "bn", "0 calls on the data"),
+    "BN211": (measured(constant=(1,)), "bn", "1 of 2 channels do not vary in 256 examples"),
+    "BN212": (replace(HEALTHY, run=Run(train_error="ValueError: no labels")), "", "ValueError: no labels"),
+    "BN213": (replace(HEALTHY, optimizer=Optimizer("SGD", unlisted=("bn",))), "bn", "in no group of SGD"),
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_rule_fires_on_sick_evidence_and_says_what_was_measured(code):
+    evidence, layer, words = SICK[code]
+    (finding,) = findings(code, evidence)
+    assert (finding.code, finding.layer) == (code, layer)
+    assert words in finding.measured
+    assert all((finding.limit, finding.consequence, finding.remedy))
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_rule_is_silent_on_healthy_evidence(code):
+    assert not RULES[code].missing(HEALTHY)
+    assert findings(code, HEALTHY) == []
+
+
+@pytest.mark.parametrize("code", [code for code in RULES if code.startswith(("BN2", "BN4", "BN5"))])
+def test_a_page_has_a_title_and_its_sections_in_order(code):
+    rule = RULES[code]
+    assert rule.title.endswith(".")
+    assert re.findall(r"^\w+:$", rule.page, re.MULTILINE) == SECTIONS
+
+
+# -- limits and exceptions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "fires"), [(1, True), (7, True), (8, False), (None, False)])
+def test_eight_examples_are_enough(size, fires):
+    assert bool(findings("BN201", looped(batch_size=size))) is fires
+
+
+def test_synchronized_layers_pool_the_examples_of_all_processes():
+    loop = Loop(batch_size=2, world_size=8)
+    synced = replace(HEALTHY, loop=loop, modules={"bn": replace(MODULE, is_sync=True)})
+    assert findings("BN201", replace(HEALTHY, loop=loop))
+    assert findings("BN201", synced) == []
+
+
+@pytest.mark.parametrize("code", ["BN201", "BN202", "BN203"])
+def test_frozen_layers_do_not_depend_on_batches(code):
+    frozen = replace(SICK[code][0], modules={"bn": replace(MODULE, frozen=True)})
+    assert findings(code, frozen) == []
+
+
+def test_a_last_batch_of_one_names_the_layers_that_raise():
+    tabular = replace(measured(values_per_example=1.0), loop=Loop(32, 1))
+    assert "bn will raise ValueError" in findings("BN202", tabular)[0].consequence
+    assert findings("BN202", looped(batch_size=1, last_batch=1)) == []
+
+
+@pytest.mark.parametrize(("size", "fires"), [(31, True), (32, False), (None, True)])
+def test_accumulating_large_batches_is_fine(size, fires):
+    assert bool(findings("BN203", looped(batch_size=size, accumulation=2))) is fires
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"clustering_p": 2e-3}, {"effective_examples": 17.0}, {"clustering_p": None}, {"effective_examples": None}],
+)
+def test_batches_are_correlated_only_if_both_chance_and_size_say_so(changes):
+    assert findings("BN204", measured(**CLUSTERED | changes)) == []
+
+
+def test_the_chance_of_correlated_batches_is_counted_over_all_layers():
+    one = replace(MEASURED, effective_examples=1.3, clustering_p=4e-4)
+    assert findings("BN204", replace(HEALTHY, measured={"a": one}))
+    assert findings("BN204", replace(HEALTHY, measured={"a": one, "b": MEASURED, "c": MEASURED})) == []
+
+
+def test_the_momentum_offered_makes_two_updates_weigh_as_one():
+    (finding,) = findings("BN205", SICK["BN205"][0])
+    momentum = float(finding.remedy.rpartition("= ")[2])
+    assert (1 - momentum) ** 2 == pytest.approx(0.9, abs=1e-3)
+
+
+def test_only_the_first_layer_with_nan_is_named_and_none_behind_a_broken_layer():
+    poisoned = replace(MEASURED, non_finite=5)
+    both = replace(HEALTHY, measured={"a": poisoned, "b": poisoned})
+    assert [finding.layer for finding in findings("BN208", both)] == ["a"]
+    broken = {"a": replace(STORED, running_var=values(-0.5, 1.0))}
+    behind = replace(HEALTHY, measured={"a": MEASURED, "b": poisoned}, stored=broken, modules={})
+    assert findings("BN208", behind) == []
+    assert findings("BN208", replace(behind, stored={"a": STORED}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gap_stale": 0.24}, {"gap_stale": 0.5, "gap_noise": 0.5}, {"gap_stale": 0.8, "batches": 3}, {"gap_stale": None}],
+)
+def test_a_gap_that_is_small_or_explained_by_noise_is_fine(changes):
+    assert findings("BN209", measured(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"num_batches_tracked": 5}, "59% of the stored statistics are still the initial ones"),
+        ({}, "reach back 9 updates, are those of other weights or other data"),
+    ],
+)
+def test_a_gap_says_what_makes_it(stored, words):
+    sick = replace(measured(gap_stale=0.8), stored={"bn": replace(STORED, **stored)})
+    (finding,) = findings("BN209", sick)
+    assert words in finding.consequence
+    assert finding.fixable is Fix.DATA
+
+
+def test_tiny_batches_of_single_values_are_told_from_lag():
+    sick = measured(gap_stale=1.0, gap_noise=0.5, examples=32, batches=16, values_per_example=1.0)
+    assert "unbiased, which alone shrinks outputs by 29% at 2 values" in findings("BN209", sick)[0].consequence
+
+
+def test_a_layer_that_was_never_updated_is_left_to_its_own_rule():
+    fresh = replace(STORED, running_mean=values(0, 0), running_var=values(1, 1))
+    assert findings("BN209", replace(measured(gap_stale=0.8), stored={"bn": fresh})) == []
+
+
+def test_a_counter_at_zero_says_nothing_about_statistics():
+    converted = replace(STORED, num_batches_tracked=0)
+    assert findings("BN209", replace(measured(gap_stale=0.8), stored={"bn": converted}))
