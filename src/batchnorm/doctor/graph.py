@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,10 +21,15 @@ from batchnorm.surgery.folding_graphs import graphs
 if TYPE_CHECKING:
     from torch.fx import Node
 
+    from batchnorm.surgery.dataflow import Flow
+
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BIASED = (nn.modules.conv._ConvNd, nn.Linear)
-# between dropout and batch norm these keep what dropout does to the variance
-_POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Identity)
+_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+# between dropout and batch norm these leave the variance larger in train mode than in eval mode
+_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
+_KEEP = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Identity, nn.Flatten, *_POOLS)
+_KEEP_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.elu, F.silu, F.gelu, torch.flatten, "relu", "flatten"}
 
 
 def graph_of(model: nn.Module, example: Any = None) -> Graph:
@@ -42,20 +48,20 @@ def graph_of(model: nn.Module, example: Any = None) -> Graph:
         known, reasons = flows(model)
         if not known and reasons:
             raise ValueError(f"its code cannot be traced: {next(iter(reasons.values()))}")
-        nodes = [
-            (paths[module], node.args[0])
-            for graph in graphs(known, registrations(model), static_callers(model, known))
-            for node in graph.nodes
-            if (module := node.meta.get("module")) in paths and len(node.args) == 1
-        ]
-        dropouts = _behind_dropout(known, paths)
+        callers = static_callers(model, known)
+        every = [node for graph in graphs(known, registrations(model), callers) for node in graph.nodes]
+    count = Counter(map(_module, every))
+    nodes = [
+        (paths[layer], node.args[0]) for node in every if (layer := _module(node)) in paths and len(node.args) == 1
+    ]
     names = {module: path for path, module in model.named_modules()}
+    once = {module: path for module, path in names.items() if count[module] == len(callers[module]) == 1}
     found = foldable(model, example)
     return Graph(
         calls=calls,
-        biased=_before(nodes, names, lambda module: isinstance(module, _BIASED) and module.bias is not None),
-        behind_dropout={path: names[dropout] for path, dropout in dropouts.items()},
-        behind_batch_norm=_before(nodes, names, lambda module: isinstance(module, _BatchNorm)),
+        biased=_before(nodes, once, lambda module: isinstance(module, _BIASED) and module.bias is not None),
+        behind_dropout=_behind_dropout(known, names),
+        behind_batch_norm=_before(nodes, once, lambda module: isinstance(module, _BatchNorm)),
         foldable={path: partner.path for path, partner in found.items() if isinstance(partner, Partner)},
     )
 
@@ -84,27 +90,50 @@ def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any
     found = {}
     for path, source in nodes:
         module = _module(source)
-        if module is not None and len(source.users) == 1 and test(module):
-            found[path] = names.get(module, "")
+        if module in names and len(source.users) == 1 and test(module):
+            found[path] = names[module]
     return found
 
 
-def _behind_dropout(known: dict, paths: dict[nn.Module, str]) -> dict[str, nn.Module]:
-    """Layers with dropout before them in one and the same forward: eval graphs of folding leave dropout out."""
-    found: dict[str, nn.Module] = {}
-    for flow in known.values():
-        for node in flow.graphs[True].nodes:
-            if (layer := flow.called(node)) in paths and node.args:
-                source = node.args[0]
-                while (module := _called(flow, source)) is not None and type(module) in _POINTWISE:
-                    source = source.args[0]
-                if isinstance(module, _DROPOUTS) and module.p > 0:
-                    found[paths[layer]] = module
+def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -> dict[str, str]:
+    """Layers with dropout before them in train mode; the graphs of folding are those of eval mode."""
+    calls = [(flow, node) for flow in known.values() for node in flow.graphs[True].nodes if flow.called(node)]
+    count = Counter(flow.called(node) for flow, node in calls)
+    sites = {flow.called(node): (flow, node) for flow, node in calls if count[flow.called(node)] == 1}
+    found = {}
+    for flow, node in calls:
+        layer = flow.called(node)
+        if isinstance(layer, _BatchNorm) and (dropout := _dropout(flow, node, known, sites)):
+            found[names[layer]] = dropout if isinstance(dropout, str) else names[dropout]
     return found
 
 
-def _called(flow: Any, node: Any) -> nn.Module | None:
-    return flow.called(node) if isinstance(node, torch.fx.Node) else None
+def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[Any, tuple[Flow, Node]]) -> Any:
+    """The dropout whose result a call gets, through what keeps it and through the borders of modules."""
+    source = next(iter(node.args), None)
+    while isinstance(source, torch.fx.Node):
+        module = flow.called(source)
+        if source.op == "placeholder" and flow.module in sites:
+            inputs = [each for each in flow.graphs[True].nodes if each.op == "placeholder"]
+            flow, caller = sites[flow.module]
+            source = dict(zip(inputs, caller.args, strict=False)).get(source)
+        elif module in known:
+            flow = known[module]
+            source = next(each.args[0] for each in flow.graphs[True].nodes if each.op == "output")
+        elif isinstance(module, _DROPOUTS) and module.p > 0:
+            return module
+        elif source.target in _DROPOUT_FUNCTIONS and _drops(*source.args[1:], **source.kwargs):
+            return f"F.{source.target.__name__}"
+        elif isinstance(module, _KEEP) or source.target in _KEEP_FUNCTIONS:
+            source = next(iter(source.args), None)
+        else:
+            return None
+    return None
+
+
+def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False, **_: Any) -> bool:  # noqa: ARG001
+    """Whether a call of torch's function with these arguments drops anything."""
+    return p != 0 and training is not False
 
 
 def _module(node: Node | Any) -> nn.Module | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,8 @@ from batchnorm.doctor.graph import graph_of
 from batchnorm.doctor.layers import layers_of, stored_of
 from batchnorm.doctor.measurement import loop_of, measure
 from batchnorm.population.freezing import Frozen
+from batchnorm.population.shield import preserve_random_state
 from batchnorm.rules.evidence import Evidence, Module, Optimizer, Structure
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -64,7 +63,7 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
 
 def _settings(model: nn.Module, path: str, layer: Any) -> Module:
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    affine = [layer._parameters[key] for key in ("weight", "bias") if layer._parameters.get(key) is not None]
+    affine = list(layer.parameters())  # those under a parametrization too
     ignored = getattr(layer, "batchnorm_ignore", ())
     # a layer of others that has no flag of its own to measure batches by never does
     fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")
@@ -145,10 +144,9 @@ def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
 
 def _first(data: Any) -> Any:
     """The first batch of a loader that can be read twice."""
-    if data is None or iter(data) is data:
+    if isinstance(data, Iterator) or not isinstance(data, Iterable):
         return None
-    from batchnorm.population.shield import preserve_random_state
-
-    generator = getattr(data, "generator", None)
-    with preserve_random_state(*([generator] if isinstance(generator, torch.Generator) else [])):
+    # a DataLoader draws a seed as soon as it is iterated over
+    sources = (getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None)))
+    with preserve_random_state(*(source for source in sources if isinstance(source, torch.Generator))):
         return next(iter(data), None)

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from batchnorm import __version__
-from batchnorm.doctor.text import FAMILIES, groups, headline, place, reasons, summary
+from batchnorm.doctor.text import FAMILIES, groups, headline, place, plain, reasons, summary
 from batchnorm.rules import RULES
 
 if TYPE_CHECKING:
@@ -38,9 +38,14 @@ _COLUMNS = ("layer", "kind", "mode", "channels", "batches", "mean", "variance", 
 _NUMBERS = 3  # the first columns are words
 
 
+def _text(text: str) -> str:
+    """Text that may come from the target as HTML text, without control characters."""
+    return escape(plain(text))
+
+
 def page(diagnosis: Diagnosis) -> str:
     """One HTML file."""
-    title = escape(f"batchnorm doctor: {diagnosis.target}")
+    title = _text(f"batchnorm doctor: {diagnosis.target}")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -58,7 +63,7 @@ def fragment(diagnosis: Diagnosis) -> str:
 def _body(diagnosis: Diagnosis, *, pages: bool) -> str:
     verdict = "no error" if diagnosis.ok else "errors found"
     parts = [
-        f"<p>{escape(headline(diagnosis))}</p>\n<p><strong>{verdict}</strong>: {escape(summary(diagnosis))}</p>",
+        f"<p>{_text(headline(diagnosis))}</p>\n<p><strong>{verdict}</strong>: {_text(summary(diagnosis))}</p>",
         *(_finding(group, pages=pages) for group in groups(diagnosis.findings)),
         _layers(diagnosis.layers),
         _not_checked(diagnosis),
@@ -71,16 +76,16 @@ def _body(diagnosis: Diagnosis, *, pages: bool) -> str:
 def _finding(group: Sequence[Finding], *, pages: bool) -> str:
     first = group[0]
     rows = [
-        ("measured", "<br>".join(escape(f"{place(f)}: {f.measured}") for f in group)),
-        ("limit", escape(first.limit)),
-        ("so", escape(first.consequence)),
-        ("fix", f"<code>{escape(first.remedy)}</code>"),
-        *([("where", escape(first.where))] if first.where else []),
+        ("measured", "<br>".join(_text(f"{place(f)}: {f.measured}") for f in group)),
+        ("limit", _text(first.limit)),
+        ("so", _text(first.consequence)),
+        ("fix", f"<code>{_text(first.remedy)}</code>"),
+        *([("where", _text(first.where))] if first.where else []),
     ]
     listing = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows)
     more = f"<details><summary>About {first.code}</summary>{_rule(first.code)}</details>" if pages else ""
     return (
-        f'<section class="{first.severity}"><h3><b>{first.severity} {escape(first.code)}</b> {escape(first.slug)}</h3>'
+        f'<section class="{first.severity}"><h3><b>{first.severity} {_text(first.code)}</b> {_text(first.slug)}</h3>'
         f"<dl>{listing}</dl>{more}</section>"
     )
 
@@ -90,8 +95,8 @@ def _rule(code: str) -> str:
     rule = RULES[code]
     parts = re.split(r"^(\w+):$", rule.page, flags=re.MULTILINE)
     sections = zip(parts[1::2], parts[2::2], strict=True)
-    text = "".join(f"<h4>{escape(name)}</h4><pre>{escape(_dedented(body))}</pre>" for name, body in sections)
-    return f"<p>{escape(rule.title)}</p>{text}"
+    text = "".join(f"<h4>{_text(name)}</h4><pre>{escape(_dedented(body))}</pre>" for name, body in sections)
+    return f"<p>{_text(rule.title)}</p>{text}"
 
 
 def _dedented(text: str) -> str:
@@ -114,7 +119,7 @@ def _cells(row: LayerRow) -> str:
         f"{row.channels:,}", _number(row.batches), *map(_range, (row.mean_range, row.var_range, row.gamma_range)),
         _number(row.eps), _number(row.momentum), _number(row.gap),
     )  # fmt: skip
-    cells = (f"<td>{escape(str(word))}</td>" for word in words)
+    cells = (f"<td>{_text(str(word))}</td>" for word in words)
     return "".join(chain(cells, (f"<td class=n>{text}</td>" for text in numbers)))
 
 
@@ -129,18 +134,18 @@ def _number(value: float | None) -> str:
 def _not_checked(diagnosis: Diagnosis) -> str:
     if not diagnosis.not_checked:
         return ""
-    items = "".join(f"<li>{escape(reason)}: {_links(codes)}</li>" for reason, codes in reasons(diagnosis).items())
+    items = "".join(f"<li>{_text(reason)}: {_links(codes)}</li>" for reason, codes in reasons(diagnosis).items())
     return f"<h2>Not checked</h2><ul>{items}</ul>"
 
 
 def _links(codes: Iterable[str]) -> str:
-    return ", ".join(f'<abbr title="{escape(RULES[code].slug, quote=True)}">{code}</abbr>' for code in codes)
+    return ", ".join(f'<abbr title="{_text(RULES[code].slug)}">{code}</abbr>' for code in codes)
 
 
 def _made(diagnosis: Diagnosis) -> str:
     families = ", ".join(f"{code} {words}" for code, words in FAMILIES.items())
     versions = ", ".join(f"{name} {version}" for name, version in diagnosis.versions.items())
     return (
-        f"<h2>How this was made</h2><p>batchnorm {__version__}, {escape(versions)}. Nothing in the target was changed. "
+        f"<h2>How this was made</h2><p>batchnorm {__version__}, {_text(versions)}. Nothing in the target was changed. "
         f"Codes: {families}. <code>batchnorm explain CODE</code> shows a rule.</p>"
     )

@@ -20,7 +20,8 @@ def bias_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
         time and, with weight decay, attention.
 
     How:
-        A convolution or linear layer with a bias whose result only this layer reads, in the traced code.
+        A convolution or linear layer with a bias, called at one place, whose result only this layer reads, in the
+        traced code. Silent for frozen layers: what they subtract does not move with the bias.
 
     Example:
         nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64)
@@ -32,6 +33,8 @@ def bias_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
         Ioffe and Szegedy 2015, section 3.2.
     """
     for name, producer in evidence.graph.biased.items() if evidence.graph else ():
+        if (module := (evidence.modules or {}).get(name)) and module.frozen:
+            continue
         yield Finding(
             name,
             f"{producer!r} before it has a bias",

@@ -45,7 +45,7 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
     if parallel and alone and (size is None or size < ENOUGH_EXAMPLES):
         yield Finding(
             "",
-            f"{len(alone)} layers without synchronization ({listed(alone)}), "
+            f"no synchronization in {listed(alone)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
             f"{ENOUGH_EXAMPLES} examples, or SyncBatchNorm",
             "Each process normalizes by the noise of its own few examples.",
@@ -108,7 +108,7 @@ def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
     if alone:
         yield Finding(
             "",
-            f"broadcast_buffers=False, {len(alone)} layers",
+            f"broadcast_buffers=False, statistics in {listed(alone)}",
             "True, or SyncBatchNorm",
             "Processes evaluate with, and save, different statistics.",
             "DistributedDataParallel(model, broadcast_buffers=True)",

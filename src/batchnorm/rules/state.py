@@ -163,7 +163,8 @@ def no_statistics(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         stored = evidence.stored.get(name)
-        if not module.is_lazy and stored and stored.running_mean is None and stored.running_var is None:
+        has_values = not module.is_lazy and module.device != "meta"
+        if has_values and stored and stored.running_mean is None and stored.running_var is None:
             yield Finding(
                 name,
                 "no running_mean, no running_var",
@@ -253,13 +254,14 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
         torchvision#8250; EfficientNet-PyTorch#3.
     """
     for name, module in (evidence.modules or {}).items():
-        if module.momentum is not None and module.momentum >= HIGHEST_MOMENTUM and not module.frozen:
+        momentum = module.momentum or 0.0
+        if momentum >= HIGHEST_MOMENTUM and module.tracks and not module.frozen:
             yield Finding(
                 name,
-                f"momentum = {module.momentum:g}",
+                f"momentum = {momentum:g}",
                 f"below {HIGHEST_MOMENTUM:g}",
                 "Stored statistics are little more than those of the last batch.",
-                f"layer.momentum = {max(1 - module.momentum, 0) or 0.1:.4g}",
+                f"layer.momentum = {max(1 - momentum, 0) or 0.1:.4g}",
                 fixable=Fix.SAFE,
             )
 

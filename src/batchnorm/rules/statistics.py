@@ -88,7 +88,7 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
         batchnorm fix; with --data where it is no rounding.
     """
     for name, stored in evidence.stored.items():
-        if channels := _where(stored.running_var, lambda var: var < 0):
+        if channels := _where(stored.running_var, lambda var: -math.inf < var < 0):
             least = _least(stored, channels)
             safe = -least <= ROUNDING * evidence.eps(name)
             yield Finding(
@@ -153,7 +153,7 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding]:
         batchnorm explain BN106.
     """
     for name, stored in evidence.stored.items():
-        if evidence.modules is None and stored.eps is None:
+        if not _is_whole(stored) or (evidence.modules is None and stored.eps is None):
             continue
         channels = tuple(i for i in _constant(evidence, stored) if _gain(evidence, stored, i) > STEEP)
         if channels:
@@ -189,7 +189,7 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding]:
         Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming".
     """
     for name, stored in evidence.stored.items():
-        if stored.running_var is None or stored.is_initial or _is_silent(stored):
+        if not _is_whole(stored) or stored.is_initial or _is_silent(stored):
             continue
         if channels := tuple(i for i in range(stored.channels) if _is_dead(evidence, stored, i)):
             yield Finding(
@@ -385,6 +385,12 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
             f"batchnorm fix {evidence.target}",
             fixable=Fix.SAFE,
         )
+
+
+def _is_whole(stored: Stored) -> bool:
+    """Whether there are variances, and gammas and betas of the same number or none."""
+    sizes = {len(values) for values in (stored.running_var, stored.weight, stored.bias) if values is not None}
+    return stored.running_var is not None and len(sizes) == 1
 
 
 def _is_silent(stored: Stored) -> bool:

@@ -1,0 +1,228 @@
+"""Addresses: ``model.py:make_model`` and ``package.module:factory``, as the command line takes them.
+
+What an address names is the user's own code, so it is imported and called; whatever it raises is told with its place
+in that code, and nothing else of the traceback.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+import sys
+import traceback
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from types import ModuleType
+
+
+class AddressError(ValueError):
+    """What an address names is of no use: it raised an error, or gave something else."""
+
+
+def is_address(target: str) -> bool:
+    """Whether a target names code rather than a file of weights."""
+    return ":" in target and not Path(target).exists()
+
+
+def load(address: str) -> Any:
+    """What an address names: not called yet.
+
+    Raises:
+        ValueError: If it is no address, or its module has no such name.
+        FileNotFoundError: If its file is not there.
+        ModuleNotFoundError: If its module is not.
+        AddressError: If the module raises an error when it is imported.
+    """
+    where, _, name = address.rpartition(":")
+    if not where or not name:
+        raise ValueError(f"an address is file.py:name or package.module:name, got {address!r}. Name a function in it.")
+    module = _from_file(Path(where)) if where.endswith(".py") else _from_module(where)
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"{where} has no {name!r}. {_offers(module, name)}")
+        value = getattr(value, part)
+    return value
+
+
+def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None) -> Any:
+    """The model that an address names, or that its factory makes of ``settings``; with ``weights`` loaded, strictly."""
+    from torch import nn
+
+    made = load(address)
+    if not isinstance(made, nn.Module):
+        made = _called(address, made, settings or {})
+    elif settings:
+        raise ValueError(f"--set needs a function or class, and {address} is a model already. Leave --set out.")
+    if not isinstance(made, nn.Module):
+        raise AddressError(f"{address} gives {type(made).__name__}, expected an nn.Module. Return the model itself.")
+    if weights is not None:
+        load_weights(made, weights)
+    return made
+
+
+def data(address: str) -> Any:
+    """The loader that an address names or returns."""
+    made = load(address)
+    if callable(made) and not hasattr(made, "__iter__"):
+        made = _called(address, made, {})
+    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
+        raise AddressError(f"{address} gives {type(made).__name__}, expected batches. Return a DataLoader or a list.")
+    return made
+
+
+def parsed(settings: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` pairs: values are Python literals, or else text.
+
+    Raises:
+        ValueError: If one has no "=" or no name before it.
+    """
+    found = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--set needs key=value, got {setting!r}. For example --set width=64.")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def state_of(path: str) -> dict[str, Any]:
+    """The model's own tensors in a checkpoint, under the names that the model has for them."""
+    from batchnorm import checkpoint
+
+    file = checkpoint.read(path)
+    if file.format == "onnx":
+        raise ValueError(f"{path} is an ONNX model, expected a checkpoint. Examine it by itself.")
+    if file.format == "safetensors":
+        state = _safetensors(path)
+        prefix = file.prefix
+    else:
+        import torch
+
+        nested = torch.load(path, map_location="cpu", weights_only=True)
+        state, prefix = _inner(nested, file)
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def load_weights(network: Any, path: str) -> None:
+    """Load a checkpoint into a model, strictly.
+
+    Raises:
+        ValueError: If names or shapes do not fit; the message has the first of them.
+    """
+    state = state_of(path)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"{path} does not fit {type(network).__name__}: {' '.join(lines[1:3])[:300]} "
+            "Use the weights of this model, or --set what it was made with."
+        ) from error
+
+
+def _inner(nested: Any, file: Any) -> tuple[dict[str, Any], str]:
+    """The mapping of tensors inside a nested checkpoint, and what its names have in front."""
+    path, prefix = (), ""
+    if file.keys:
+        *path, name = next(iter(file.keys.values()))
+        layer = next(iter(file.keys))
+        prefix = name[: len(name) - len(layer)] if layer else name
+    for key in path:
+        nested = nested[key]
+    if not path and not file.keys:  # without batch norm nothing says where the tensors are
+        nested = next((nested[key] for key in ("state_dict", "model") if key in nested), nested)
+    return nested, prefix
+
+
+def _safetensors(path: str) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--weights with a .safetensors file needs safetensors. Run: pip install 'batchnorm[torch]'"
+        ) from error
+    return load_file(path)
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file. Give the path of a Python file, as in model.py:make_model.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec: Any = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # classes of the file are found by pickle and inspect
+    _run(str(path), lambda: spec.loader.exec_module(module))
+    return module
+
+
+def _from_module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds text
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise AddressError(_told(name, error)) from error
+        raise ModuleNotFoundError(
+            f"no module {error.name!r} for {name}. Run in its project's folder, or give the file: {name}.py:name"
+        ) from error
+    except Exception as error:
+        raise AddressError(_told(name, error)) from error
+
+
+def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
+    if not callable(factory):
+        raise AddressError(f"{address} is a {type(factory).__name__}, expected a function. Name what makes the model.")
+    try:
+        inspect.signature(factory).bind(**settings)
+    except TypeError as error:
+        raise ValueError(
+            f"{address} cannot be called with {dict(settings) or 'no arguments'}: {error}. Give arguments by --set."
+        ) from error
+    except ValueError:  # a builtin does not tell its signature
+        pass
+    return _run(address, lambda: factory(**settings))
+
+
+def _run(name: str, code: Callable[[], Any]) -> Any:
+    try:
+        return code()
+    except Exception as error:
+        raise AddressError(_told(name, error)) from error
+
+
+def _told(name: str, error: BaseException) -> str:
+    """The user's line that raised an error, and the error."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    line = f" at {os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        line = f" at {os.path.relpath(error.filename)}:{error.lineno}"
+    message = str(error).partition("\n")[0][:300]
+    return f"{name} raised {type(error).__name__}{line}: {message}. --debug shows where."
+
+
+def _offers(module: ModuleType, wanted: str) -> str:
+    """What a module has to offer in place of a name that it lacks."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+    close = difflib.get_close_matches(wanted, own, n=1)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return f"It has {', '.join(sorted(own)[:8])}." if own else "It has no functions."

@@ -1,0 +1,75 @@
+"""The command line. It imports neither torch nor altair, nor what one command needs before that command is given."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+from batchnorm import __version__
+
+# where each command is; its module is imported when it is asked for
+_COMMANDS = ("bench", "completion", "doctor", "explain", "rules", "why")
+_HOMES = {"rules": "explain"}
+
+
+class _Commands(click.Group):
+    """A group whose commands end with cause and remedy instead of a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """All names, none of them imported."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command; a name that is close to one is told it."""
+        if cmd_name in _COMMANDS:
+            return getattr(import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}"), cmd_name)
+        if close := difflib.get_close_matches(cmd_name, _COMMANDS, n=1):
+            ctx.fail(f"no command {cmd_name!r}. Did you mean {close[0]!r}?")
+        return None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; what it raises for the user becomes one message and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.UsageError(_explained(error)) from error
+
+
+def _explained(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot write {error.filename}: {error.strerror}. Choose another place with -o FILE."
+    return str(error)
+
+
+def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print the version and which kernels are active, and leave."""
+    if not asked:
+        return
+    kernels = "reference, built without a compiler"
+    if os.environ.get("BATCHNORM_KERNELS") == "reference":
+        kernels = "reference, by BATCHNORM_KERNELS"
+    elif find_spec("batchnorm._native"):
+        kernels = f"native, {import_module('batchnorm._native').instruction_sets()[0]}"
+    click.echo(f"batchnorm {__version__} (CPU kernels: {kernels})")
+    ctx.exit()
+
+
+@click.group(
+    "batchnorm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
+    """Batch normalization for PyTorch: why it works, measured; what is wrong with it, found and mended."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? beside the word

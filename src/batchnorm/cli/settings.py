@@ -1,0 +1,149 @@
+"""Settings: ``[tool.batchnorm]`` of the nearest pyproject.toml, then the environment, then options; and baselines."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.rules import RULES
+from batchnorm.rules.finding import Severity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from batchnorm.rules.finding import Finding
+
+FAIL_ON = ("error", "warning", "info", "never")
+_KEYS = ("select", "ignore", "per-layer-ignores", "fail-on", "output-format", "baseline")
+_FAMILY = 3  # letters of a family's code
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a project has settled."""
+
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    per_layer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fail_on: str = "error"
+    output_format: str | None = None
+    baseline: str | None = None
+
+
+def settings(folder: Path | None = None) -> Settings:
+    """The project's settings, from the nearest pyproject.toml upwards, and the environment.
+
+    Raises:
+        ValueError: If the file cannot be read, or has a key or a value that is not known.
+    """
+    found = _from_file(folder or Path.cwd())
+    found = replace(
+        found,
+        fail_on=os.environ.get("BATCHNORM_FAIL_ON") or found.fail_on,
+        output_format=os.environ.get("BATCHNORM_OUTPUT_FORMAT") or found.output_format,
+    )
+    if found.fail_on not in FAIL_ON:
+        raise ValueError(
+            f"fail-on must be {', '.join(FAIL_ON)}, got {found.fail_on!r}. {_nearest(found.fail_on, FAIL_ON)}"
+        )
+    return found
+
+
+def _from_file(folder: Path) -> Settings:
+    for parent in [folder, *folder.parents]:
+        path = parent / "pyproject.toml"
+        if path.is_file():
+            try:
+                table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("batchnorm", {})
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is not valid TOML: {error}. Mend that line.") from error
+            return _from_table(table, path)
+    return Settings()
+
+
+def _from_table(table: Mapping[str, Any], path: Path) -> Settings:
+    for key in table:
+        if key not in _KEYS:
+            raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {_nearest(key, _KEYS)}")
+    per_layer = table.get("per-layer-ignores", {})
+    if not hasattr(per_layer, "items"):
+        raise ValueError(f"{path}: per-layer-ignores must be a table, got {per_layer!r}. As {{'stem.*' = ['BN1']}}.")
+    baseline = table.get("baseline")
+    return Settings(
+        codes(_listed(table, "select", path)),
+        codes(_listed(table, "ignore", path)),
+        {layer: codes(_listed(per_layer, layer, path)) for layer in per_layer},
+        str(table.get("fail-on", "error")),
+        table.get("output-format"),
+        None if baseline is None else str(path.parent / str(baseline)),
+    )
+
+
+def _listed(table: Mapping[str, Any], key: str, path: Path) -> list[str]:
+    value = table.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{path}: {key} must be a list of codes, got {value!r}. As ['BN101'].")
+    return value
+
+
+def codes(given: Iterable[str]) -> tuple[str, ...]:
+    """Codes of what was named by code, beginning of codes, or slug, with commas between.
+
+    Raises:
+        ValueError: If one is not known; the nearest one is told.
+    """
+    return tuple(_code(name.strip()) for text in given for name in text.split(",") if name.strip())
+
+
+def _code(name: str) -> str:
+    by_slug = {rule.slug: code for code, rule in RULES.items()}
+    upper = name.upper()
+    if upper.startswith("BN") and any(code.startswith(upper) for code in RULES):
+        return upper
+    if name.lower() in by_slug:
+        return by_slug[name.lower()]
+    families = {code[:_FAMILY] for code in RULES}
+    raise ValueError(f"no rule {name!r}. {_nearest(name, [*RULES, *by_slug, *sorted(families)])}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"Did you mean {lower[close[0]]!r}?" if close else "batchnorm rules lists all."
+
+
+def fails(findings: Iterable[Finding], fail_on: str) -> bool:
+    """Whether a finding is as bad as ``fail_on`` or worse."""
+    if fail_on == "never":
+        return False
+    limit = Severity[fail_on.upper()]
+    return any(finding.severity >= limit for finding in findings)
+
+
+def read_baseline(path: str) -> set[tuple[str, str]]:
+    """Code and layer of findings that are known.
+
+    Raises:
+        ValueError: If it is not a baseline.
+    """
+    try:
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {(entry["code"], entry["layer"]) for entry in known["findings"]}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no baseline {path}. Make one with --write-baseline {path}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a baseline: {type(error).__name__}. Make one with --write-baseline."
+        ) from error
+
+
+def baseline_of(findings: Iterable[Finding]) -> str:
+    """A baseline that silences these findings."""
+    entries = [{"code": finding.code, "layer": finding.layer} for finding in findings]
+    return json.dumps({"schema_version": 1, "findings": entries}, indent=1) + "\n"

@@ -1,0 +1,66 @@
+"""BN6: several processes."""
+
+from dataclasses import replace
+
+import pytest
+from test_rules_batches import HEALTHY as ONE_PROCESS
+from test_rules_batches import MODULE, findings
+
+from batchnorm.rules.evidence import Loop, Structure
+
+PARALLEL = Structure(training=True, wrappers=("DistributedDataParallel",), broadcasts_buffers=True)
+HEALTHY = replace(ONE_PROCESS, structure=Structure(training=True))
+
+
+def processes(structure=PARALLEL, loop=None, **settings):
+    return replace(HEALTHY, structure=structure, loop=loop, modules={"bn": replace(MODULE, **settings)})
+
+
+@pytest.mark.parametrize(
+    ("evidence", "told"),
+    [
+        (processes(loop=Loop(batch_size=4)), "4 examples in a process"),
+        (processes(loop=Loop(batch_size=31, world_size=2)), "31 examples"),
+        (processes(), "an unknown number of examples"),
+        (processes(HEALTHY.structure, Loop(batch_size=4, world_size=8)), "no synchronization in bn; 4 examples"),
+        (processes(HEALTHY.structure, Loop(batch_size=4)), None),
+        (processes(loop=Loop(batch_size=32)), None),
+        (processes(is_sync=True), None),
+        (processes(frozen=True), None),
+        (HEALTHY, None),
+    ],
+)
+def test_small_batches_of_processes_that_do_not_synchronize(evidence, told):
+    found = findings("BN601", evidence)
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0].measured
+
+
+@pytest.mark.parametrize(
+    ("evidence", "fires"),
+    [
+        (processes(kind="SyncBatchNorm", is_sync=True), True),
+        (processes(is_sync=True, device="cuda"), False),
+        (processes(is_sync=True, device="xpu"), False),
+        (processes(is_sync=True, frozen=True), False),
+        (processes(), False),
+    ],
+)
+def test_synchronized_layers_on_a_cpu(evidence, fires):
+    assert bool(findings("BN602", evidence)) is fires
+
+
+@pytest.mark.parametrize(
+    ("broadcasts", "settings", "fires"),
+    [
+        (False, {}, True),
+        (True, {}, False),
+        (None, {}, False),
+        (False, {"is_sync": True}, False),
+        (False, {"frozen": True}, False),
+    ],
+)
+def test_processes_with_statistics_of_their_own(broadcasts, settings, fires):
+    found = findings("BN603", processes(replace(PARALLEL, broadcasts_buffers=broadcasts), **settings))
+    assert bool(found) is fires
+    assert not found or found[0].layer == ""
