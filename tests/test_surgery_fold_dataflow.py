@@ -145,6 +145,72 @@ def test_layers_are_left_with_the_reason(case):
         assert answers["bn"].startswith(reason)
 
 
+class Padded(nn.Conv2d):
+    """As networks from TensorFlow have it: it pads on one side more than on the other."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Clipped(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias).clamp(-1, 1)
+
+
+class Biasless(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_a_class_of_its_own_takes_what_is_behind_it(bias):
+    net = Net(lambda n, x: n.bn(n.own(x)), own=Padded(6, 6, 2, bias=bias))
+    for answers in (checked(net, features()), foldable(net)):
+        assert answers["bn"] == Partner("own", "before")
+
+
+@pytest.mark.parametrize("kind", [Clipped, Biasless])
+def test_a_convolution_that_does_something_else_is_left(kind):
+    net = Net(lambda n, x: n.bn(n.own(x)), own=kind(6, 6, 1, bias=False))
+    assert "with a weight or a forward of its own" in foldable(net, features())["bn"]
+
+
+def test_what_pads_takes_nothing_from_before_it():
+    net = Net(lambda n, x: n.own(n.bn(x)), own=Padded(6, 6, 2))
+    assert "with a weight or a forward of its own" in foldable(net, features())["bn"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x, rate=None, *, skip=True):
+        y = self.conv(x)
+        if rate:
+            y = y * rate
+        return self.bn(y) + x if skip else self.bn(y)
+
+
+OPTIONS = {
+    "none": (lambda n, x: n.own(x), True),
+    "a keyword": (lambda n, x: n.own(x, skip=False), True),
+    "one that changes nothing": (lambda n, x: n.own(x, 0.0), True),
+    "one that comes between": (lambda n, x: n.own(x, 0.5), False),
+    "a tensor": (lambda n, x: n.own(x, x.mean()), False),
+    "different ones": (lambda n, x: n.own(n.own(x), skip=False), False),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_optional_arguments_are_those_of_the_example(case):
+    run, folds = OPTIONS[case]
+    net = Net(run, own=Block())
+    answer = checked(net, features())["own.bn"]
+    assert (answer == Partner("own.conv", "before")) is folds
+    assert "optional argument" in foldable(net)["own.bn"]
+
+
 def test_a_pruned_weight_is_left():
     net = Net(lambda n, x: n.bn(n.own(x)), own=prune.l1_unstructured(nn.Conv2d(6, 6, 1), "weight", 0.3))
     assert foldable(net, features()) == foldable(net) == {"bn": "'own' has a weight that is computed"}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.rules.evidence import Evidence, Measured
 
 RESIDUE = 0.01  # of the initial statistics
+ROUNDING = 1e-3  # far above what float32 makes of a few hundred updates
 USUAL_MOMENTUM = 0.1
 # two-sided p = 6e-5 for one channel; M_eff is an estimate, so a layer is named only if a tenth of it is beyond
 STALE_T = 4.0
@@ -92,7 +93,8 @@ def few_updates(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         (1 - momentum)^num_batches_tracked > 0.01, with momentum 0.1 where a file does not tell. Silent for a count
-        of 0, which healthy converted models have, and for momentum=None, which has no such residue.
+        of 0, which healthy converted models have, for momentum=None, which has no such residue, and where a variance is
+        smaller than that share of 1: then it was measured in another way, as recalibrate does.
 
     Example:
         A short fine-tuning with momentum=0.01: after 100 batches 37 % of the start is left.
@@ -110,7 +112,9 @@ def few_updates(evidence: Evidence) -> Iterator[Finding]:
         if not count or count < 0 or momentum is None or stored.is_initial or (module and module.frozen):
             continue
         residue = abs(1 - momentum) ** count
-        if momentum and residue > RESIDUE:
+        # variances are 0 or more, so that each average still has that share of its start, which is 1
+        is_there = min(stored.running_var or (0.0,)) >= residue * (1 - ROUNDING)
+        if momentum and residue > RESIDUE and is_there:
             basis = "" if module or stored.momentum else ", if momentum is 0.1"
             yield Finding(
                 name,
@@ -132,7 +136,8 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
     How:
         A file holds an averaged copy whose weights differ from the model's own, with bit for bit the same statistics
         in every layer; or a model is in an AveragedModel that does not average buffers; or the optimizer is a
-        schedule-free one, whose eval weights are averages.
+        schedule-free one, whose eval weights are averages. Statistics that were measured again look the same without
+        data; with data that show that they fit, it is silent.
 
     Example:
         AveragedModel(model), saved without update_bn
@@ -214,6 +219,8 @@ def _t(measured: Measured, channel: int) -> float:
 def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str]]:
     """What shows that weights are averages and statistics are not, with what follows."""
     structure, optimizer = evidence.structure, evidence.optimizer
+    if evidence.measured and _fit(evidence):
+        return
     wrong = "Eval mode normalizes averaged weights' activations by statistics of other weights."
     if structure and "AveragedModel" in structure.wrappers and structure.averages_buffers is False:
         yield "AveragedModel with use_buffers=False", wrong
@@ -226,6 +233,12 @@ def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str]]:
         differs = evidence.file.weights.get(name) != evidence.file.weights.get(own)
         if copy and differs and _statistics_of(first) == _statistics_of(copy):
             yield f"{name!r} has other weights than {own!r} and the same statistics, bit for bit", wrong
+
+
+def _fit(evidence: Evidence) -> bool:
+    """Whether data show that statistics fit the weights, as after update_bn."""
+    known = all(measured.t_mean is not None for measured in (evidence.measured or {}).values())
+    return known and not any(stale_statistics(evidence))
 
 
 def _statistics_of(layers: Mapping[str, Stored]) -> list:

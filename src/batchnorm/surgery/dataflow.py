@@ -20,6 +20,7 @@ from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     Callers = dict[nn.Module, set[nn.Module | None]]
+    Arguments = dict[nn.Module, dict[str, Any]]
 
 MODES = (True, False)
 IN_PLACE = (
@@ -58,6 +60,7 @@ class Flow:
 
     module: nn.Module
     graphs: dict[bool, Graph]
+    is_bound: bool = False  # its optional arguments were given the values that they were seen to have
 
     @property
     def is_chain(self) -> bool:
@@ -79,22 +82,27 @@ class Flow:
         return [module for module in called if module is not None]
 
 
-def flows(model: nn.Module) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
+def flows(
+    model: nn.Module, modes: tuple[bool, ...] = MODES, arguments: Arguments | None = None
+) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
     """The flow of every module that has one, and why the others have none.
 
-    Training flags are changed, and whatever the forwards change; call it inside ``preserve_state``.
+    Training flags are changed, and whatever the forwards change; call it inside ``preserve_state``. Optional arguments
+    are an obstacle, unless ``arguments`` has their values: what is traced then holds for these values only.
     """
+    arguments = arguments or {}
     graphs: dict[nn.Module, dict[bool, Graph]] = defaultdict(dict)
     reasons: dict[nn.Module, str] = {}
     parents = [module for module in model.modules() if any(module.children()) and not is_container(module)]
-    for mode in MODES:
+    for mode in modes:
         set_mode(model, mode)
         for parent in parents:
             try:
-                graphs[parent][mode] = _traced(parent)
+                graphs[parent][mode] = traced(parent, arguments.get(parent))
             except TraceError as error:
                 reasons.setdefault(parent, str(error))
-    return {module: Flow(module, graphs[module]) for module in parents if module not in reasons}, reasons
+    sound = [module for module in parents if module not in reasons]
+    return {module: Flow(module, graphs[module], module in arguments) for module in sound}, reasons
 
 
 def is_chain(module: nn.Module) -> bool:
@@ -171,26 +179,65 @@ def _within_reach(module: nn.Module) -> Iterator[nn.Module]:
             yield from _within_reach(child)
 
 
-def _traced(module: nn.Module) -> Graph:
+@contextmanager
+def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
+    """The optional arguments of each module in the block, if they are the same plain values in every call."""
+    seen: Arguments = {}
+    mixed: set[nn.Module] = set()
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        values = {name: given.arguments[name] for name in _optional(module)}
+        plain = all(isinstance(value, (int, float, str, type(None))) for value in values.values())
+        if not plain or seen.setdefault(module, values) != values:
+            mixed.add(module)
+
+    handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules() if _takes_options(m)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in mixed:
+            seen.pop(module, None)
+
+
+def _takes_options(module: nn.Module) -> bool:
+    """Whether a module has children and optional arguments, and only such as have names."""
+    if not any(module.children()) or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+    return bool(_optional(module)) and not kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
+
+
+def _optional(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.items()
+    several = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}
+    return [name for name, p in parameters if p.default is not p.empty or p.kind in several]
+
+
+def traced(module: nn.Module, arguments: dict[str, Any] | None = None) -> Graph:
+    """The graph of one module's forward in its present mode, with optional arguments of these values.
+
+    Raises:
+        TraceError: If one cannot be believed, with the reason.
+    """
     if is_chain(module):
         return _chained(module)
     if "forward" in vars(module):
         raise TraceError("its forward was put on the instance")
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError("it is scripted")
-    optional = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.default is not parameter.empty
-        or parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}
-    ]
-    if optional:
+    optional = _optional(module)
+    if optional and arguments is None:
         raise TraceError(f"its forward has the optional argument {optional[0]!r}")
     attributes, random_states = _Attributes(module), _random_states()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = _Tracer().trace(module)
+            graph = _Tracer().trace(module, arguments)
+            _drop_inputs(graph, arguments or {})
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {error}") from error
     finally:
@@ -198,6 +245,17 @@ def _traced(module: nn.Module) -> Graph:
     if changed or random_states != _random_states():
         raise TraceError("its forward sets attributes, makes constants or draws random numbers")
     return graph
+
+
+def _drop_inputs(graph: Graph, arguments: dict[str, Any]) -> None:
+    """Take the inputs out whose values were given, and what torch.fx asserts of them."""
+    given = [n for n in graph.nodes if n.op == "placeholder" and n.name.rpartition("_")[0] in arguments]
+    for node in given:
+        for user in reversed([*node.users]):
+            for further in [*user.users]:
+                graph.erase_node(further)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _chained(module: nn.Module) -> Graph:

@@ -87,12 +87,14 @@ def _sole_calls(flow: Flow, callers: Callers, registered: Counter) -> Iterator[t
 
 
 def _is_plain_call(node: Node, flow: Flow) -> bool:
-    """Whether a call gives values by position to all inputs, and gets one value."""
+    """Whether a call gives values by position to all inputs, and gets one value; those of bound ones are known."""
     graph = flow.graphs[False]
     inputs = sum(inner.op == "placeholder" for inner in graph.nodes)
     result = next(inner.args[0] for inner in graph.nodes if inner.op == "output")
     given = [arg for arg in node.args if isinstance(arg, Node)]
-    return not node.kwargs and len(given) == len(node.args) == inputs and isinstance(result, Node)
+    others = len(node.args) - len(given) + len(node.kwargs)
+    named = any(isinstance(value, Node) for value in node.kwargs.values())
+    return len(given) == inputs and not named and (flow.is_bound or not others) and isinstance(result, Node)
 
 
 def _hands_on(module: nn.Module) -> bool:

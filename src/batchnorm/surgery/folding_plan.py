@@ -8,17 +8,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.surgery.dataflow import flows, observed_callers, registrations, set_mode, static_callers
+from batchnorm.surgery.dataflow import (
+    TraceError,
+    flows,
+    observed_arguments,
+    observed_callers,
+    registrations,
+    set_mode,
+    static_callers,
+    traced,
+)
 from batchnorm.surgery.folding_arithmetic import RANKS, Affine, Linear, Position, channels, shifts_evenly
 from batchnorm.surgery.folding_graphs import graphs
 from batchnorm.surgery.patterns import OURS, is_watched, written_kind
@@ -27,8 +38,9 @@ from batchnorm.surgery.replacement import find
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from batchnorm.surgery.dataflow import Callers, Flow
+    from batchnorm.surgery.dataflow import Arguments, Callers, Flow
 
+_SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _NORMS = {*OURS, *OURS.values(), nn.SyncBatchNorm}
 
 
@@ -57,13 +69,13 @@ def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
             "fold needs a model before torch.compile, got a compiled one. Fold first, then compile the result."
         )
     with preserve_state(model):
-        known, closed = flows(model)
-        ranks = None
-        if example is None:
-            callers = static_callers(model, known)
-        else:
-            callers, ranks = _observed(model, example)
-    facts = _facts(model, known, callers, ranks)
+        ranks = arguments = callers = None
+        if example is not None:
+            callers, ranks, arguments = _observed(model, example)
+        known, closed = flows(model, (False,), arguments)
+        callers = static_callers(model, known) if callers is None else callers
+        wholes = {module for module in model.modules() if isinstance(module, tuple(RANKS)) and _is_linear(module)}
+    facts = _facts(model, known, callers, ranks, wholes)
     found: dict[str, Partner | str] = {}
     settled = True
     while settled:  # what is folded is out of the way of what lies beyond it
@@ -95,6 +107,7 @@ class _Facts:
     nodes: dict[nn.Module, list[Node]]
     owners: Counter
     read: set[int]
+    linear: set[nn.Module]  # convolutions and linear layers that do nothing else with their weight and bias
 
     def about_calls(self, module: nn.Module) -> str | None:
         """Why a module is not called at one place."""
@@ -123,13 +136,15 @@ class _Facts:
 
 
 def _facts(
-    model: nn.Module, known: dict[nn.Module, Flow], callers: Callers, ranks: dict[nn.Module, set[int]] | None
-) -> _Facts:
+    model: nn.Module, known: dict[nn.Module, Flow], callers: Callers, ranks: dict[nn.Module, set[int]] | None,
+    linear: set[nn.Module],
+) -> _Facts:  # fmt: skip
     registered = registrations(model)
     tensors = (t for m in model.modules() for table in (m._parameters, m._buffers) for t in table.values())
     read = {
         id(_attribute(flow.module, str(node.target)))
         for flow in known.values()
+        if flow.module not in linear  # their own forward may read them
         for node in flow.graphs[False].nodes
         if node.op == "get_attr"
     }
@@ -139,7 +154,7 @@ def _facts(
             if node.op == "call_module":
                 nodes[node.meta["module"]].append(node)
     names = {module: name for name, module in model.named_modules()}
-    return _Facts(names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read)
+    return _Facts(names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear)
 
 
 def _attribute(value: Any, path: str) -> Any:
@@ -148,10 +163,11 @@ def _attribute(value: Any, path: str) -> Any:
     return value
 
 
-def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, set[int]]]:
-    """Who calls whom, and how many axes the inputs of batch norm layers have, when the model runs in eval mode."""
+def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, set[int]], Arguments]:
+    """Who calls whom with what, and how many axes the inputs of batch norm layers have, when it runs in eval mode."""
     set_mode(model, False)
-    with observed_callers() as callers, _observed_ranks() as ranks, torch.no_grad():
+    seen = observed_callers(), _observed_ranks(), observed_arguments(model)
+    with seen[0] as callers, seen[1] as ranks, seen[2] as arguments, torch.no_grad():
         try:
             call(model, fresh(example))
         except Exception as error:
@@ -159,7 +175,7 @@ def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, 
                 f"fold needs an example that the model takes in eval mode, got {type(error).__name__}: {error} "
                 "Pass a batch, as recalibrate would get it from a loader."
             ) from error
-    return callers, ranks
+    return callers, ranks, arguments
 
 
 @contextmanager
@@ -241,7 +257,7 @@ def _about_layer(layer: Any) -> str | None:
 def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> str | None:
     """What keeps a layer from being folded into a neighbour."""
     name, node = facts.names[partner], facts.nodes[layer][0]
-    if type(partner) not in RANKS or "forward" in vars(partner):
+    if partner not in facts.linear or (type(partner) not in RANKS and position == "behind"):
         return f"{name!r} is a {type(partner).__name__} with a weight or a forward of its own"
     if not isinstance(partner._parameters.get("weight"), nn.Parameter):
         return f"{name!r} has a weight that is computed"
@@ -264,6 +280,29 @@ def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
     if not all(t.to(partner.weight.dtype).isfinite().all() for t in (joined.weight, joined.bias)):
         return f"{name!r} would have weights that {partner.weight.dtype} cannot hold"
     return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a convolution or linear layer, also one of a class of its own, is linear in its weight and bias.
+
+    A class of its own may do what it likes with the input before, such as padding it, and nothing behind.
+    """
+    if type(module) in RANKS:
+        return "forward" not in vars(module)
+    if parametrize.is_parametrized(module) or any(map(is_lazy, module.parameters())):
+        return False
+    bias, module._parameters["bias"] = module._parameters.get("bias"), nn.Parameter(torch.zeros(1))
+    try:  # with a bias, so that one is seen to be used if there is none yet
+        flow = traced(module)
+    except TraceError:
+        return False
+    finally:
+        module._parameters["bias"] = bias
+    read = {str(node.target): node for node in flow.nodes if node.op == "get_attr"}
+    result = next(node.args[0] for node in flow.nodes if node.op == "output")
+    sums = isinstance(result, Node) and result.op == "call_function" and result.target in _SUMS and not result.kwargs
+    own = read.keys() == {"weight", "bias"} and all(list(node.users) == [result] for node in read.values())
+    return sums and own and result.args[1:3] == (read["weight"], read["bias"])
 
 
 def _about_order(facts: _Facts, node: Node, theirs: Node, position: Position) -> str | None:
@@ -291,7 +330,7 @@ def _about_axes(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
             return f"{verb} channels on the last axis, which is axis 1 only of (N, C): pass an example to see"
         return None
     ranks = facts.ranks.get(layer, set())
-    if ranks != {RANKS[type(partner)]}:
+    if ranks != {next(RANKS[kind] for kind in type(partner).__mro__ if kind in RANKS)}:
         got = " and ".join(map(str, sorted(ranks)))
         return f"{verb} channels on another axis than the layer normalizes in its inputs of {got} axes"
     return None
