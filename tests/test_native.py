@@ -196,6 +196,9 @@ def test_what_the_kernels_do_not_know_is_left_to_the_reference():
     assert not cpu.supports(x[..., ::2])
     assert not cpu.supports(x[:0])
     assert not cpu.supports(x.to("meta"))
+    assert not cpu.supports(x[0, 0, 0])
+    with pytest.raises(ValueError, match=r"need a contiguous or channels_last tensor, got strides \(150, 25, 5, 2\)"):
+        cpu.train_forward(x[..., ::2], None, None, EPS)
 
 
 def test_four_python_threads_at_once_give_the_single_thread_bits():
@@ -231,6 +234,33 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
     assert done.returncode == 7
+
+
+def test_forked_workers_of_a_data_loader_train_with_the_bits_of_the_parent():
+    program = """
+import warnings, torch
+import batchnorm as bn
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+given = torch.randn(2, 4, 64, 64, 28, 28)
+class Steps:
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        x, grad, layer = given[0, i].detach().requires_grad_(), given[1, i], bn.BatchNorm2d(64)
+        y = layer(x)
+        y.backward(grad)
+        return [y.detach(), x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+torch.set_num_threads(2)
+expected = [Steps()[i] for i in range(4)]
+# one worker with the single thread that it is given, one with two; without batches, as torch joins them in parallel
+settings = {"num_workers": 2, "batch_size": None, "worker_init_fn": lambda worker: torch.set_num_threads(worker + 1)}
+loader = torch.utils.data.DataLoader(Steps(), multiprocessing_context="fork", timeout=60, **settings)
+for found, right in zip(loader, expected, strict=True):
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_gradient_of_fewer_examples_is_refused_although_its_strides_agree():

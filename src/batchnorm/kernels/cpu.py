@@ -15,6 +15,7 @@ from torch import Tensor
 
 from batchnorm.kernels.activations import NAMES
 from batchnorm.kernels.reference import wide_dtype
+from batchnorm.kernels.shapes import TYPES, is_readable, like, per_channel, sizes
 
 if TYPE_CHECKING:
     from batchnorm.kernels.running import Running
@@ -31,7 +32,8 @@ def _built() -> Any:
 _native = _built()
 INSTRUCTION_SET: str | None = _native and _native.instruction_sets()[0]
 
-_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# as arithmetic.hpp numbers them
+_TYPES = {dtype: number for number, dtype in enumerate(TYPES)}
 _STORED = {torch.float32, torch.float64}
 _ACTS = {act: number for number, act in enumerate((None, *NAMES))}
 _NOTHING = torch.empty(0)
@@ -40,9 +42,7 @@ _NOTHING_STORED = (0, 0, 0, False, 0.0)
 
 def supports(x: Tensor) -> bool:
     """Whether the native kernels take ``x``: built, on the CPU, of a known type, contiguous or channels_last."""
-    known = _native is not None and x.dtype in _TYPES and x.is_cpu
-    # a lazily negated tensor holds the other sign in memory
-    return known and not x.is_neg() and x.numel() > 0 and _sizes(x) is not None
+    return _native is not None and x.is_cpu and is_readable(x)
 
 
 def train_forward(
@@ -58,9 +58,9 @@ def train_forward(
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.train_forward; also moves running statistics, and writes y over x, where that is asked for."""
-    y, residual = x if inplace else torch.empty_like(x), _like(x, residual)
+    y, residual, wide = x if inplace else torch.empty_like(x), like(x, residual), wide_dtype(x.dtype)
     mean, var = _empty(x, torch.float64), _empty(x, torch.float64)
-    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    weight, bias = per_channel(x, weight, wide), per_channel(x, bias, wide)
     stored = _NOTHING_STORED if running is None else _stored(x.size(1), running)
     skipped = _native.train(
         *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
@@ -93,11 +93,11 @@ def train_backward(
     ``x`` is what a leaky ReLU wrote over it, from which it is recovered.
     """
     wide = wide_dtype(x.dtype)
-    grad, other = _like(x, grad), None if act is None else _like(x, residual if y is None else y)
+    grad, other = like(x, grad), None if act is None else like(x, residual if y is None else y)
     d_x, d_residual = torch.empty_like(x), _NOTHING if other is None else torch.empty_like(x)
     d_weight, d_bias = _empty(x, wide), _empty(x, wide)
-    mean, var = (_per_channel(x, t, torch.float64) for t in (mean, var))
-    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    mean, var = per_channel(x, mean, torch.float64), per_channel(x, var, torch.float64)
+    weight, bias = per_channel(x, weight, wide), per_channel(x, bias, wide)
     _native.backward(
         *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
         _at(grad), _at(x), _at(other), y is not None, inverted, constant,
@@ -118,9 +118,9 @@ def normalize(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As reference.normalize."""
-    y, residual = torch.empty_like(x), _like(x, residual)
-    mean, var = (_per_channel(x, t, torch.float64) for t in (mean, var))
-    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    y, residual, wide = torch.empty_like(x), like(x, residual), wide_dtype(x.dtype)
+    mean, var = per_channel(x, mean, torch.float64), per_channel(x, var, torch.float64)
+    weight, bias = per_channel(x, weight, wide), per_channel(x, bias, wide)
     _native.normalize(
         *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
         _at(x), _at(residual), _at(y),
@@ -170,18 +170,8 @@ def _stored(channels: int, running: Running) -> tuple[Any, ...]:
     return _at(running.batches), _at(mean), _at(var), mean.dtype == torch.float64, momentum
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int] | None:
-    """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last; None otherwise."""
-    outer, channels = x.size(0), x.size(1)
-    if x.is_contiguous():
-        return outer, channels, x.numel() // (outer * channels)
-    if x.movedim(1, -1).is_contiguous():
-        return x.numel() // channels, channels, 1
-    return None
-
-
 def _head(x: Tensor) -> tuple[int, ...]:
-    return _TYPES[x.dtype], *(_sizes(x) or ())
+    return _TYPES[x.dtype], *sizes(x)
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -190,28 +180,3 @@ def _at(tensor: Tensor | None) -> int:
 
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.size(1), dtype=dtype)
-
-
-def _like(x: Tensor, other: Tensor | None) -> Any:
-    """A residual or gradient in the type and layout of ``x``: itself where it has them."""
-    if other is None:
-        return None
-    if other.shape != x.shape:
-        raise ValueError(f"a residual or gradient needs shape {tuple(x.shape)}, got {tuple(other.shape)}.")
-    if other.stride() == x.stride() and other.dtype == x.dtype and other.device == x.device and not other.is_neg():
-        return other
-    return torch.empty_like(x).copy_(other)
-
-
-def _per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Any:
-    """Statistics or parameters in the type to compute with; the kernels read as many as ``x`` has channels."""
-    if values is None:
-        return None
-    if values.dim() != 1 or values.numel() != x.size(1) or not values.is_cpu:
-        raise ValueError(
-            f"batch norm needs statistics and parameters of shape {tuple(x.shape[1:2])} on {x.device}, got "
-            f"{tuple(values.shape)} on {values.device}. Give one value for each channel."
-        )
-    dtype = dtype or wide_dtype(x.dtype)
-    plain = values.dtype == dtype and values.is_contiguous() and not values.is_neg()
-    return values if plain else values.to(dtype).contiguous().resolve_neg()

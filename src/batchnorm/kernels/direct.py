@@ -38,7 +38,7 @@ def train(
     if not _tracked(x, weight, bias, residual):
         return _forward(x, weight, bias, residual, call)[0]
     y = _Train.apply(x, weight, bias, residual, call)
-    if save and not inplace and not _keeps_y(act, param, residual):
+    if save and not inplace and (residual is None or not sign_shows(act, param)):  # which are kept anyway
         node = y.grad_fn
         memory.remember(y, _recipe(x, node.mean, node.var, weight, bias, eps, act, param, residual))
     return y
@@ -86,8 +86,7 @@ class _Train(Function):
         ctx.call = call
         if call.inplace:
             ctx.mark_dirty(x)
-        keep_y = not call.inplace and _keeps_y(call.act, call.param, residual)
-        _save(ctx, y if call.inplace else x, y, weight, bias, residual, keep_y=keep_y)
+        operators.save(ctx, residual, y, y if call.inplace else x, weight, bias)
         return y
 
     @staticmethod
@@ -102,12 +101,12 @@ class _Train(Function):
                     "memory='save' wrote over the input, which second derivatives and batched gradients need. "
                     "Set memory=None."
                 )
-            gradients = operators.train_backward(*arguments)
+            found = operators.train_backward(*arguments)
         elif inplace or kernel_for(x) is cpu:
-            gradients = cpu.train_backward(*arguments, inverted=inplace)
+            found = cpu.train_backward(*arguments, inverted=inplace)
         else:
-            gradients = operators.laid_out_backward(*arguments)
-        return *_gradients(ctx, grad, gradients, weight, bias), None
+            found = operators.laid_out_backward(*arguments)
+        return *operators.for_autograd(ctx, grad, found, weight, bias), None
 
 
 class _Normalize(Function):
@@ -129,7 +128,7 @@ class _Normalize(Function):
         y = cpu.normalize(x, mean, var, weight, bias, eps, act, param, residual)
         # stored statistics move with the next batch: those of now are needed
         ctx.mean, ctx.var, ctx.call = mean.detach().clone(), var.detach().clone(), _Call(eps, act, param, None, False)
-        _save(ctx, x, y, weight, bias, residual, keep_y=_keeps_y(act, param, residual))
+        operators.save(ctx, residual, y, x, weight, bias)
         return y
 
     @staticmethod
@@ -138,12 +137,11 @@ class _Normalize(Function):
         eps, act, param = ctx.call[:3]
         if torch.is_grad_enabled() or not is_plain(grad):
             found = _differentiable(grad, x, ctx.mean, ctx.var, weight, bias, eps, act, param, residual, y)
-            d_x, d_weight, d_bias, d_residual = found
         else:
             tail = (bias, act, param, residual, y)
-            gradients = cpu.train_backward(grad, x, ctx.mean, ctx.var, weight, eps, *tail, constant=True)
-            d_x, d_weight, d_bias, d_residual = _gradients(ctx, grad, gradients, weight, bias)
-        return d_x, None, None, d_weight, d_bias, None, None, None, d_residual if ctx.has_residual else None
+            found = cpu.train_backward(grad, x, ctx.mean, ctx.var, weight, eps, *tail, constant=True)
+        d_x, d_weight, d_bias, d_residual = operators.for_autograd(ctx, grad, found, weight, bias)
+        return d_x, None, None, d_weight, d_bias, None, None, None, d_residual
 
 
 def _differentiable(grad, x, mean, var, weight, bias, eps, act, param, residual, y):
@@ -153,8 +151,7 @@ def _differentiable(grad, x, mean, var, weight, bias, eps, act, param, residual,
     axes = [axis for axis in range(x.ndim) if axis != 1]
     scale = reference.rstd(x, var, eps) if weight is None else reference.rstd(x, var, eps) * weight
     d_x = (g * reference.along_channels(scale.to(g.dtype), x)).to(x.dtype)
-    d_weight = None if weight is None else (g * z).sum(axes).to(weight.dtype)
-    return d_x, d_weight, None if bias is None else g.sum(axes).to(bias.dtype), g.to(x.dtype)
+    return d_x, (g * z).sum(axes), g.sum(axes), g.to(x.dtype)
 
 
 def _forward(x, weight, bias, residual, call):
@@ -170,24 +167,6 @@ def _forward(x, weight, bias, residual, call):
         tensors, momentum = stored[:4], stored.momentum
         running.update(*tensors, mean.detach(), var.detach(), x.numel() // x.shape[1], momentum)  # pyrefly: ignore
     return y, mean, var
-
-
-def _save(ctx: Any, x, y, weight, bias, residual, *, keep_y: bool) -> None:
-    """What a backward pass needs; y in the place of the residual where its sign is enough."""
-    act = ctx.call.act
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, weight, bias, None if act is None or keep_y else residual, y if keep_y else None)
-
-
-def _keeps_y(act: str | None, param: float, residual: Tensor | None) -> bool:
-    return residual is not None and sign_shows(act, param)
-
-
-def _gradients(ctx: Any, grad, gradients, weight, bias):
-    """Gradients of x, weight, bias and residual as autograd wants them."""
-    d_x, d_weight, d_bias, d_residual = gradients
-    parameters = (operators.as_parameter(d_weight, weight), operators.as_parameter(d_bias, bias))
-    return d_x, *parameters, (d_residual if ctx.call.act else grad) if ctx.has_residual else None
 
 
 def _recipe(x, mean, var, weight, bias, eps, act, param, residual):

@@ -92,37 +92,38 @@ def _empty_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[1], dtype=dtype)
 
 
-def save_for_backward(ctx, inputs, output) -> None:
-    """What the gradient of train_forward needs: with a residual, y instead of it where the sign of y is enough."""
-    x, weight, bias, ctx.eps, ctx.act, ctx.param, residual = inputs
-    y, mean, var = output
-    by_sign = residual is not None and sign_shows(ctx.act, ctx.param)
-    kept = (None, y) if by_sign else (None if ctx.act is None else residual, None)
-    ctx.save_for_backward(x, mean, var, weight, bias, *kept)
+def save(ctx: Any, residual: Tensor | None, y: Tensor, *tensors: Tensor | None) -> None:
+    """Keep what a backward pass needs: tensors, and behind them the residual or, where its sign is enough, y."""
+    _, act, param = ctx.call[:3]
     ctx.has_residual = residual is not None
+    kept = (None, y) if ctx.has_residual and sign_shows(act, param) else (None if act is None else residual, None)
+    ctx.save_for_backward(*tensors, *kept)
+
+
+def for_autograd(ctx: Any, grad: Tensor, found: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Any:
+    """What a backward pass found for x, weight, bias and residual, in the types of parameters; None for none."""
+    d_x, d_weight, d_bias, d_residual = found
+    d_weight = None if weight is None else d_weight.to(weight.dtype)
+    d_bias = None if bias is None else d_bias.to(bias.dtype)
+    return d_x, d_weight, d_bias, (d_residual if ctx.call[1] else grad) if ctx.has_residual else None
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weight, bias, *ctx.call, residual = inputs
+    y, mean, var = output
+    save(ctx, residual, y, x, mean, var, weight, bias)
     ctx.mark_non_differentiable(mean, var)
 
 
-def backward(ctx, train_backward, grad):
-    """Gradients of train_forward's tensors x, weight, bias and residual, by one of the functions train_backward."""
-    x, mean, var, weight, bias, residual, y = ctx.saved_tensors
-    tail = (bias, ctx.act, ctx.param, residual, y)
-    d_x, d_weight, d_bias, d_residual = train_backward(grad, x, mean, var, weight, ctx.eps, *tail)
-    d_residual = (d_residual if ctx.act else grad) if ctx.has_residual else None
-    return d_x, as_parameter(d_weight, weight), as_parameter(d_bias, bias), d_residual
-
-
-def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """A gradient in the type of what it belongs to; None for none."""
-    return None if parameter is None else gradient.to(parameter.dtype)
-
-
 def _train_backward(ctx, grad, *_statistics):
-    d_x, d_weight, d_bias, d_residual = backward(ctx, train_backward, grad)
+    x, mean, var, weight, bias, residual, y = ctx.saved_tensors
+    eps, act, param = ctx.call
+    found = train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
+    d_x, d_weight, d_bias, d_residual = for_autograd(ctx, grad, found, weight, bias)
     return d_x, d_weight, d_bias, None, None, None, d_residual
 
 
-train_forward.register_autograd(_train_backward, setup_context=save_for_backward)
+train_forward.register_autograd(_train_backward, setup_context=_save_for_backward)
 
 
 def _save_for_double_backward(ctx, inputs, output) -> None:  # noqa: ARG001 - torch passes it by name

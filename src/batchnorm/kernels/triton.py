@@ -1,46 +1,34 @@
 """The same functions as reference.py for tensors on CUDA and ROCm, in Triton.
 
-A tensor is (N, C, L), with L = 1 where channels come last, and value (n, c, l) lies at (n C + c) L + l. A program holds
-a block of it in registers, n examples by l values of each of c channels, and measures each channel of its block in two
-steps, near being the rounded mean and low what is left of it:
-
-    mean = near + low, low = sum (x - near) / count     m2 = sum (x - mean)^2
-
-Where a channel fits a block one kernel does everything, and reads x once. Otherwise blocks leave (mean, m2) behind,
-which are merged in float64 (Chan, Golub and LeVeque 1983), and a second pass applies them:
-
-    mean = sum count_k mean_k / n     m2 = sum m2_k + sum count_k (mean_k - mean)^2
-
-The backward pass does the same with sum g and sum g z. Blocks are cut by shape alone and sums have no atomics, so
-results have the same bits however many programs run at once. Formulas and names are those of reference.py.
+A tensor is (N, C, L), with L = 1 where channels come last. It is cut into blocks, n examples by l values of each of c
+channels; triton_blocks.py holds what a program does with one. Where a channel fits a block one kernel does everything,
+and reads x once. Otherwise blocks leave their statistics behind, which are merged in float64, and a second pass applies
+them. The backward pass does the same with sum g and sum g z. Blocks are cut by shape alone and sums have no atomics, so
+results have the same bits however many programs run at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm.kernels.reference import wide_dtype
+from batchnorm.kernels.shapes import is_readable, like, per_channel, sizes
+from batchnorm.kernels.triton_blocks import (
+    INSTALLED,
+    INTERPRETED,
+    backward_part,
+    backward_whole,
+    forward_whole,
+    measure_part,
+    merge,
+    normalize_part,
+    sum_part,
+)
 
-
-def _installed(name: str) -> Any:
-    """A module of the package triton; None where it is not installed."""
-    try:
-        return import_module(name)
-    except ImportError:
-        return None
-
-
-_triton, tl = _installed("triton"), _installed("triton.language")
-_jit = _triton.jit if _triton else lambda kernel: kernel
-# Triton's interpreter, which needs no GPU, stands in for its compiler where this was set before Triton was imported
-_INTERPRETED = bool(_triton and _triton.knobs.runtime.interpret)
-
-_TYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 # values of a tensor in a program's registers, 16 a thread: backward, three tensors and their offsets fit the 128
 # registers that a thread of 16 warps has
 _WHOLE, _PART = 8192, 4096
@@ -51,9 +39,7 @@ _ADJACENT = 16
 
 def supports(x: Tensor) -> bool:
     """Whether these kernels take ``x``: on a GPU, or interpreted; of a known type, contiguous or channels_last."""
-    known = _triton is not None and x.dtype in _TYPES and (x.is_cuda or (_INTERPRETED and x.is_cpu))
-    # a lazily negated tensor holds the other sign in memory
-    return known and not x.is_neg() and x.ndim > 1 and x.numel() > 0 and _sizes(x) is not None
+    return INSTALLED and (x.is_cuda or (INTERPRETED and x.is_cpu)) and is_readable(x)
 
 
 def train_forward(
@@ -70,10 +56,10 @@ def train_forward(
     if cut.parts > 1:
         mean, var = _statistics(x, cut)
         return normalize(x, mean, var, weight, bias, eps, act, param, residual), mean, var
-    y, residual = torch.empty_like(x), _like(x, residual)
+    y, residual = torch.empty_like(x), like(x, residual)
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
-    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
-    cut.launch(_forward_whole, x, residual, weight, bias, y, mean, var, eps, act, float(param))
+    weight, bias = per_channel(x, weight), per_channel(x, bias)
+    cut.launch(forward_whole, x, residual, weight, bias, y, mean, var, eps, act, float(param))
     return y, mean, var
 
 
@@ -91,20 +77,20 @@ def train_backward(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first."""
-    other = None if act is None else _like(x, residual if y is None else y)
+    other = None if act is None else like(x, residual if y is None else y)
     d_x, d_residual = torch.empty_like(x), None if other is None else torch.empty_like(x)
-    mean, var, weight, bias = (_per_channel(x, t) for t in (mean, var, weight, bias))
-    given = (_like(x, grad), x, other, mean, var, weight, bias)
+    mean, var, weight, bias = (per_channel(x, t) for t in (mean, var, weight, bias))
+    given = (like(x, grad), x, other, mean, var, weight, bias)
     options = (eps, act, float(param), y is not None)
     cut = _cut(x, _WHOLE)
     if cut.parts == 1:
         sums = x.new_empty(2, x.shape[1], dtype=wide_dtype(x.dtype))
-        cut.launch(_backward_whole, *given, d_x, d_residual, sums, *options)
+        cut.launch(backward_whole, *given, d_x, d_residual, sums, *options)
     else:
         parts = x.new_empty(2, x.shape[1], cut.parts, dtype=torch.float64)
-        cut.launch(_sum_part, *given, *parts, cut.parts, *options)
+        cut.launch(sum_part, *given, *parts, cut.parts, *options)
         exact = parts.sum(-1)  # (2, C, parts) -> (2, C)
-        cut.launch(_backward_part, *given, exact, d_x, d_residual, cut.count, *options)
+        cut.launch(backward_part, *given, exact, d_x, d_residual, cut.count, *options)
         sums = exact.to(wide_dtype(x.dtype))
     return d_x, sums[1], sums[0], x.new_empty(0) if d_residual is None else d_residual
 
@@ -121,9 +107,9 @@ def normalize(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As reference.normalize."""
-    y, residual = torch.empty_like(x), _like(x, residual)
-    mean, var, weight, bias = (_per_channel(x, t) for t in (mean, var, weight, bias))
-    _cut(x, 0).launch(_normalize_part, x, residual, mean, var, weight, bias, y, eps, act, float(param))
+    y, residual = torch.empty_like(x), like(x, residual)
+    mean, var, weight, bias = (per_channel(x, t) for t in (mean, var, weight, bias))
+    _cut(x, 0).launch(normalize_part, x, residual, mean, var, weight, bias, y, eps, act, float(param))
     return y
 
 
@@ -131,11 +117,11 @@ def _statistics(x: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, in float64, measured in parts."""
     means, m2s = x.new_empty(2, x.shape[1], cut.parts, dtype=torch.float64)
     mean, var = x.new_empty(2, x.shape[1], dtype=torch.float64)
-    cut.launch(_measure_part, x, means, m2s, cut.parts)
+    cut.launch(measure_part, x, means, m2s, cut.parts)
     outer, channels, inner = cut.sizes
     together = min(_power_of_two(cut.parts), 1024)
     with torch.cuda.device_of(x):
-        _merge[(channels,)](means, m2s, mean, var, cut.parts, cut.count, outer, inner, cut.n, cut.run, together)
+        merge[(channels,)](means, m2s, mean, var, cut.parts, cut.count, outer, inner, cut.n, cut.run, together)
     return mean, var
 
 
@@ -169,13 +155,13 @@ class _Cut:
 
 def _cut(x: Tensor, whole: int) -> _Cut:
     """Channels in one block where one of ``whole`` values holds them, else in blocks of up to _PART values."""
-    sizes = outer, channels, inner = _sizes(x) or (1, 1, 1)
+    outer, channels, inner = sizes(x)
     n, run = _power_of_two(outer), _power_of_two(inner)
     c = min(_power_of_two(channels), max(_ADJACENT // run, 1))
     if n * c * run > whole:
         run = min(run, max(_PART // n, _PART // 8))  # long runs of memory, but not far past its end
         n = min(n, _PART // (c * run))
-    return _Cut(sizes, n, c, run)
+    return _Cut((outer, channels, inner), n, c, run)
 
 
 def _power_of_two(size: int) -> int:
@@ -184,290 +170,3 @@ def _power_of_two(size: int) -> int:
 
 def _ceil_div(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int] | None:
-    """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last; None otherwise."""
-    outer, channels = x.shape[:2]
-    if x.is_contiguous():
-        return outer, channels, x.numel() // (outer * channels)
-    if x.movedim(1, -1).is_contiguous():
-        return x.numel() // channels, channels, 1
-    return None
-
-
-def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    """A residual or gradient in the type and layout of ``x``: itself where it has them."""
-    if other is None:
-        return None
-    if other.shape != x.shape:
-        raise ValueError(f"a residual or gradient needs shape {tuple(x.shape)}, got {tuple(other.shape)}.")
-    same = other.stride() == x.stride() and other.dtype == x.dtype and other.device == x.device
-    return other if same and not other.is_neg() else torch.empty_like(x).copy_(other)
-
-
-def _per_channel(x: Tensor, values: Tensor | None) -> Any:
-    """Statistics or parameters, of any type; the kernels read as many as ``x`` has channels."""
-    if values is None:
-        return None
-    if values.shape != x.shape[1:2] or values.device != x.device:
-        raise ValueError(
-            f"batch norm needs statistics and parameters of shape {tuple(x.shape[1:2])} on {x.device}, got "
-            f"{tuple(values.shape)} on {values.device}. Give one value for each channel."
-        )
-    return values.contiguous().resolve_neg()
-
-
-@_jit
-def _forward_whole(
-    x, residual, weight, bias, y, means, variances, eps: tl.float64, act: tl.constexpr, param: tl.constexpr,
-    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
-):  # fmt: skip
-    block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
-    values = _load(x, block)
-    near, low, m2 = _measure(values, count, block)
-    mean, var = near.to(tl.float64) + low, m2 / count
-    _store_channels(means, mean, block)
-    _store_channels(variances, var, block)
-    z = (values - near[None, :] - low[None, :]) * _rstd(var, eps, values.dtype)[None, :]
-    _store(y, _activate(_scale_and_shift(z, weight, bias, residual, block), act, param), block)
-
-
-@_jit
-def _normalize_part(
-    x, residual, means, variances, weight, bias, y, eps: tl.float64, act: tl.constexpr, param: tl.constexpr,
-    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
-):  # fmt: skip
-    block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, _ = _standardize(x, means, variances, eps, block)
-    _store(y, _activate(_scale_and_shift(z, weight, bias, residual, block), act, param), block)
-
-
-@_jit
-def _measure_part(
-    x, means, m2s, parts,
-    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
-):  # fmt: skip
-    block, part, count = _place(outer, channels, inner, block_n, block_c, block_run)
-    near, low, m2 = _measure(_load(x, block), count, block)
-    _store_part(means, near.to(tl.float64) + low, part, parts, block)
-    _store_part(m2s, m2, part, parts, block)
-
-
-@_jit
-def _merge(
-    means, m2s, mean, var, parts, count,
-    outer, inner, block_n: tl.constexpr, block_run: tl.constexpr, together: tl.constexpr,
-):  # fmt: skip
-    channel = tl.program_id(0).to(tl.int64)
-    total, m2 = tl.zeros([together], tl.float64), tl.zeros([together], tl.float64)
-    for start in range(0, parts, together):
-        k = start + tl.arange(0, together).to(tl.int64)
-        total += _count(k, outer, inner, block_n, block_run) * tl.load(means + channel * parts + k, k < parts, 0.0)
-    middle = tl.sum(total, 0) / count
-    for start in range(0, parts, together):
-        k = start + tl.arange(0, together).to(tl.int64)
-        away = tl.load(means + channel * parts + k, k < parts, 0.0) - middle
-        between = _count(k, outer, inner, block_n, block_run) * away * away
-        m2 += tl.where(k < parts, between + tl.load(m2s + channel * parts + k, k < parts, 0.0), 0.0)
-    tl.store(mean + channel, middle)
-    tl.store(var + channel, tl.sum(m2, 0) / count)
-
-
-@_jit
-def _backward_whole(
-    grad, x, other, means, variances, weight, bias, d_x, d_residual, sums,
-    eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
-    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
-):  # fmt: skip
-    block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, rstd = _standardize(x, means, variances, eps, block)
-    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
-    sum_g, sum_gz = tl.sum(g, 0), tl.sum(g * z, 0)
-    _store_channels(sums, sum_g, block)
-    _store_channels(sums + channels, sum_gz, block)
-    _store_gradients(d_x, d_residual, g, z, sum_g / count, sum_gz / count, rstd, weight, block)
-
-
-@_jit
-def _sum_part(
-    grad, x, other, means, variances, weight, bias, sums, sums_z, parts,
-    eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
-    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
-):  # fmt: skip
-    block, part, _ = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, _ = _standardize(x, means, variances, eps, block)
-    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
-    _store_part(sums, tl.sum(g, 0), part, parts, block)
-    _store_part(sums_z, tl.sum(g * z, 0), part, parts, block)
-
-
-@_jit
-def _backward_part(
-    grad, x, other, means, variances, weight, bias, sums, d_x, d_residual, count,
-    eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
-    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
-):  # fmt: skip
-    block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, rstd = _standardize(x, means, variances, eps, block)
-    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
-    mean_g = (_load_channels(sums, block) / count).to(z.dtype)
-    mean_gz = (_load_channels(sums + channels, block) / count).to(z.dtype)
-    _store_gradients(d_x, d_residual, g, z, mean_g, mean_gz, rstd, weight, block)
-
-
-@_jit
-def _place(outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr):
-    """This program's block of (values, channels), which part of a channel it is, and the values that it has of one.
-
-    A block is where its values lie in memory and which of them exist, its channels and which of them exist; everything
-    is int64. Programs of adjacent channels follow each other, as their values do in memory.
-    """
-    groups, runs = tl.cdiv(channels, block_c), tl.cdiv(inner, block_run)
-    program = tl.program_id(0).to(tl.int64)
-    part, i = program // groups, tl.arange(0, block_n * block_run)
-    n, position = part // runs * block_n + i // block_run, part % runs * block_run + i % block_run
-    c = program % groups * block_c + tl.arange(0, block_c)
-    at = (n * channels * inner + position)[:, None] + (c * inner)[None, :]
-    there = ((n < outer) & (position < inner))[:, None] & (c < channels)[None, :]
-    return (at, there, c, c < channels), part, _count(part, outer, inner, block_n, block_run)
-
-
-@_jit
-def _count(part, outer, inner, block_n: tl.constexpr, block_run: tl.constexpr):
-    """Values of a channel in its block number ``part``."""
-    runs = tl.cdiv(inner, block_run)
-    n, run = outer - part // runs * block_n, inner - part % runs * block_run
-    return (tl.minimum(n, block_n) * tl.minimum(run, block_run)).to(tl.int32)
-
-
-@_jit
-def _load(values, block):
-    """A block in the type to compute with, 0 where nothing is."""
-    loaded = tl.load(values + block[0], block[1], 0.0)
-    return loaded if loaded.dtype == tl.float64 else loaded.to(tl.float32)
-
-
-@_jit
-def _store(target, values, block):
-    tl.store(target + block[0], values, block[1])
-
-
-@_jit
-def _load_channels(values, block):
-    return tl.load(values + block[2], block[3], 0.0)
-
-
-@_jit
-def _store_channels(target, values, block):
-    tl.store(target + block[2], values, block[3])
-
-
-@_jit
-def _store_part(target, values, part, parts, block):
-    tl.store(target + block[2] * parts + part, values, block[3])
-
-
-@_jit
-def _measure(values, count, block):
-    """near, low and m2 of each channel of a block; m2 is float64."""
-    there = block[1]
-    # divided first, as a sum of large values overflows; what that rounds away is part of low
-    near = tl.sum(values * (1.0 / count), 0)
-    low = tl.sum(tl.where(there, values - near[None, :], 0.0), 0) / count
-    away = tl.where(there, values - near[None, :] - low[None, :], 0.0)
-    # squares of 1e20 and of 1e-30 fit float32 only as multiples of the largest
-    largest = tl.minimum(tl.maximum(tl.max(tl.abs(away), 0), 1e-30), 1e30)
-    away = away / largest[None, :]
-    largest = largest.to(tl.float64)
-    return near, low, tl.sum(away * away, 0) * largest * largest
-
-
-@_jit
-def _standardize(x, means, variances, eps, block):
-    """z and rstd; the mean is subtracted in two parts."""
-    values, mean = _load(x, block), _load_channels(means, block).to(tl.float64)
-    rstd = _rstd(_load_channels(variances, block).to(tl.float64), eps, values.dtype)
-    near = mean.to(values.dtype)
-    low = (mean - near).to(values.dtype)
-    return (values - near[None, :] - low[None, :]) * rstd[None, :], rstd
-
-
-@_jit
-def _rstd(var, eps, dtype: tl.constexpr):
-    """1 / sqrt(var + eps) for var in float64, whose root most GPUs take slowly: scaled into the range of float32."""
-    var += eps
-    if dtype == tl.float64:
-        return 1.0 / tl.sqrt(var)
-    else:  # noqa: RET505 - the compiler wants one type of what follows a return
-        scale = tl.where(var > 1e30, 2.0**-80, tl.where(var < 1e-30, 2.0**50, 1.0))
-        return scale / tl.sqrt((var * scale * scale).to(tl.float32))
-
-
-@_jit
-def _scale_and_shift(z, weight, bias, residual, block):
-    """p = gamma z + beta + residual, of which each but z may be None."""
-    if weight is not None:
-        z = z * _load_channels(weight, block).to(z.dtype)[None, :]
-    if bias is not None:
-        z = z + _load_channels(bias, block).to(z.dtype)[None, :]
-    if residual is not None:
-        z = z + _load(residual, block)
-    return z
-
-
-@_jit
-def _gradient(grad, z, other, weight, bias, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr, block):
-    """g = a'(p) d_y; ``other`` is the residual, or y where its sign is enough."""
-    g = _load(grad, block)
-    if act is not None:
-        p = _load(other, block) if other_is_y else _scale_and_shift(z, weight, bias, other, block)
-        g = g * _derivative(p, act, param)
-    return g
-
-
-@_jit
-def _store_gradients(d_x, d_residual, g, z, mean_g, mean_gz, rstd, weight, block):
-    if d_residual is not None:
-        _store(d_residual, g, block)
-    if weight is not None:
-        rstd = rstd * _load_channels(weight, block).to(z.dtype)
-    _store(d_x, rstd[None, :] * (g - mean_g[None, :] - z * mean_gz[None, :]), block)
-
-
-@_jit
-def _activate(p, act: tl.constexpr, param: tl.constexpr):
-    """a(p), as activations.activate; comparisons are such that NaN stays NaN."""
-    if act == "relu":
-        p = tl.where(p < 0, 0.0, p)
-    elif act == "leaky_relu":
-        p = tl.where(p > 0, p, p * param)
-    elif act == "elu":
-        p = tl.where(p > 0, p, param * (tl.exp(p) - 1.0))
-    elif act == "silu":
-        p = p / (1.0 + tl.exp(-p))
-    elif act == "gelu":
-        p = p * 0.5 * (1.0 + tl.erf(p * 0.7071067811865476))  # 1 / sqrt(2)
-    elif act == "hardswish":
-        p = p * tl.minimum(tl.maximum(p + 3.0, 0.0), 6.0) / 6.0
-    return p
-
-
-@_jit
-def _derivative(p, act: tl.constexpr, param: tl.constexpr):
-    """a'(p), as activations.derivative."""
-    if act == "relu":
-        p = tl.where(p > 0, 1.0, 0.0)
-    elif act == "leaky_relu":
-        p = tl.where(p > 0, 1.0, param)
-    elif act == "elu":
-        p = tl.where(p > 0, 1.0, param * tl.exp(p))
-    elif act == "silu":
-        s = 1.0 / (1.0 + tl.exp(-p))
-        p = s * (1.0 + p * (1.0 - s))
-    elif act == "gelu":
-        density = tl.exp(-0.5 * p * p) * 0.3989422804014327  # 1 / sqrt(2 pi)
-        p = 0.5 * (1.0 + tl.erf(p * 0.7071067811865476)) + p * density
-    elif act == "hardswish":
-        p = tl.where(p > 3, 1.0, tl.where(p < -3, 0.0, p / 3.0 + 0.5))
-    return p

@@ -1,0 +1,60 @@
+"""What kernels that work by address take: which tensors, as which sizes, and what goes with them in the same layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether kernels take ``x``: of a known type, contiguous or channels_last, not empty."""
+    # a lazily negated tensor holds the other sign in memory
+    known = x.dtype in TYPES and x.dim() > 1 and x.numel() > 0 and not x.is_neg()
+    return known and (x.is_contiguous() or _channels_come_last(x))
+
+
+def sizes(x: Tensor) -> tuple[int, int, int]:
+    """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last.
+
+    Raises:
+        ValueError: If ``x`` is neither.
+    """
+    outer, channels = x.size(0), x.size(1)
+    if x.is_contiguous():
+        return outer, channels, x.numel() // (outer * channels)
+    if _channels_come_last(x):
+        return x.numel() // channels, channels, 1
+    raise ValueError(f"kernels need a contiguous or channels_last tensor, got strides {x.stride()}. Copy it first.")
+
+
+def _channels_come_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+def like(x: Tensor, other: Tensor | None) -> Any:
+    """A residual or gradient in the type and layout of ``x``: itself where it has them."""
+    if other is None:
+        return None
+    if other.shape != x.shape:
+        raise ValueError(f"a residual or gradient needs shape {tuple(x.shape)}, got {tuple(other.shape)}.")
+    if other.stride() == x.stride() and other.dtype == x.dtype and other.device == x.device and not other.is_neg():
+        return other
+    return torch.empty_like(x).copy_(other)
+
+
+def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+    """Statistics or parameters of ``x``, in a type if one is given; kernels read as many as ``x`` has channels."""
+    if values is None:
+        return None
+    if values.dim() != 1 or values.numel() != x.size(1) or values.device != x.device:
+        raise ValueError(
+            f"batch norm needs statistics and parameters of shape {tuple(x.shape[1:2])} on {x.device}, got "
+            f"{tuple(values.shape)} on {values.device}. Give one value for each channel."
+        )
+    dtype = dtype or values.dtype
+    plain = values.dtype == dtype and values.is_contiguous() and not values.is_neg()
+    return values if plain else values.to(dtype).contiguous().resolve_neg()

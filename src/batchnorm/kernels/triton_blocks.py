@@ -1,0 +1,297 @@
+"""What a program of triton.py does with its block of a tensor.
+
+Value (n, c, l) of a tensor (N, C, L) lies at (n C + c) L + l. A program holds a block in registers, n examples by l
+values of each of c channels, and measures each channel of its block in two steps, near being the rounded mean and low
+what is left of it:
+
+    mean = near + low, low = sum (x - near) / count     m2 = sum (x - mean)^2
+
+A kernel called whole has all values of its channels in the block; one called part has some of them. Parts leave
+(mean, m2) behind, which are merged in float64 (Chan, Golub and LeVeque 1983):
+
+    mean = sum count_k mean_k / n     m2 = sum m2_k + sum count_k (mean_k - mean)^2
+
+Formulas and names are those of reference.py.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def _installed(name: str) -> Any:
+    """A module of the package triton; None where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+_triton, tl = _installed("triton"), _installed("triton.language")
+INSTALLED = _triton is not None
+_jit = _triton.jit if _triton else lambda kernel: kernel
+# Triton's interpreter, which needs no GPU, stands in for its compiler where this was set before Triton was imported
+INTERPRETED = bool(_triton and _triton.knobs.runtime.interpret)
+
+
+@_jit
+def forward_whole(
+    x, residual, weight, bias, y, means, variances, eps: tl.float64, act: tl.constexpr, param: tl.constexpr,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """y, mean and var, from all values of a channel."""
+    block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
+    values = _load(x, block)
+    near, low, m2 = _measure(values, count, block)
+    mean, var = near.to(tl.float64) + low, m2 / count
+    _store_channels(means, mean, block)
+    _store_channels(variances, var, block)
+    z = (values - near[None, :] - low[None, :]) * _rstd(var, eps, values.dtype)[None, :]
+    _store(y, _activate(_scale_and_shift(z, weight, bias, residual, block), act, param), block)
+
+
+@_jit
+def normalize_part(
+    x, residual, means, variances, weight, bias, y, eps: tl.float64, act: tl.constexpr, param: tl.constexpr,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """y, from given statistics."""
+    block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
+    z, _ = _standardize(x, means, variances, eps, block)
+    _store(y, _activate(_scale_and_shift(z, weight, bias, residual, block), act, param), block)
+
+
+@_jit
+def measure_part(
+    x, means, m2s, parts,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """Mean and m2 of a part of each channel."""
+    block, part, count = _place(outer, channels, inner, block_n, block_c, block_run)
+    near, low, m2 = _measure(_load(x, block), count, block)
+    _store_part(means, near.to(tl.float64) + low, part, parts, block)
+    _store_part(m2s, m2, part, parts, block)
+
+
+@_jit
+def merge(
+    means, m2s, mean, var, parts, count,
+    outer, inner, block_n: tl.constexpr, block_run: tl.constexpr, together: tl.constexpr,
+):  # fmt: skip
+    """Mean and var of a channel from those of its parts."""
+    channel = tl.program_id(0).to(tl.int64)
+    total, m2 = tl.zeros([together], tl.float64), tl.zeros([together], tl.float64)
+    for start in range(0, parts, together):
+        k = start + tl.arange(0, together).to(tl.int64)
+        total += _count(k, outer, inner, block_n, block_run) * tl.load(means + channel * parts + k, k < parts, 0.0)
+    middle = tl.sum(total, 0) / count
+    for start in range(0, parts, together):
+        k = start + tl.arange(0, together).to(tl.int64)
+        away = tl.load(means + channel * parts + k, k < parts, 0.0) - middle
+        between = _count(k, outer, inner, block_n, block_run) * away * away
+        m2 += tl.where(k < parts, between + tl.load(m2s + channel * parts + k, k < parts, 0.0), 0.0)
+    tl.store(mean + channel, middle)
+    tl.store(var + channel, tl.sum(m2, 0) / count)
+
+
+@_jit
+def backward_whole(
+    grad, x, other, means, variances, weight, bias, d_x, d_residual, sums,
+    eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """d_x, d_residual and the sums of g and g z."""
+    block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
+    z, rstd = _standardize(x, means, variances, eps, block)
+    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
+    sum_g, sum_gz = tl.sum(g, 0), tl.sum(g * z, 0)
+    _store_channels(sums, sum_g, block)
+    _store_channels(sums + channels, sum_gz, block)
+    _store_gradients(d_x, d_residual, g, z, sum_g / count, sum_gz / count, rstd, weight, block)
+
+
+@_jit
+def sum_part(
+    grad, x, other, means, variances, weight, bias, sums, sums_z, parts,
+    eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """The sums of g and g z over a part of each channel."""
+    block, part, _ = _place(outer, channels, inner, block_n, block_c, block_run)
+    z, _ = _standardize(x, means, variances, eps, block)
+    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
+    _store_part(sums, tl.sum(g, 0), part, parts, block)
+    _store_part(sums_z, tl.sum(g * z, 0), part, parts, block)
+
+
+@_jit
+def backward_part(
+    grad, x, other, means, variances, weight, bias, sums, d_x, d_residual, count,
+    eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """d_x and d_residual, from the sums of g and g z over all of a channel."""
+    block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
+    z, rstd = _standardize(x, means, variances, eps, block)
+    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
+    mean_g = (_load_channels(sums, block) / count).to(z.dtype)
+    mean_gz = (_load_channels(sums + channels, block) / count).to(z.dtype)
+    _store_gradients(d_x, d_residual, g, z, mean_g, mean_gz, rstd, weight, block)
+
+
+@_jit
+def _place(outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr):
+    """This program's block of (values, channels), which part of a channel it is, and the values that it has of one.
+
+    A block is where its values lie in memory and which of them exist, its channels and which of them exist; everything
+    is int64. Programs of adjacent channels follow each other, as their values do in memory.
+    """
+    groups, runs = tl.cdiv(channels, block_c), tl.cdiv(inner, block_run)
+    program = tl.program_id(0).to(tl.int64)
+    part, i = program // groups, tl.arange(0, block_n * block_run)
+    n, position = part // runs * block_n + i // block_run, part % runs * block_run + i % block_run
+    c = program % groups * block_c + tl.arange(0, block_c)
+    at = (n * channels * inner + position)[:, None] + (c * inner)[None, :]
+    there = ((n < outer) & (position < inner))[:, None] & (c < channels)[None, :]
+    return (at, there, c, c < channels), part, _count(part, outer, inner, block_n, block_run)
+
+
+@_jit
+def _count(part, outer, inner, block_n: tl.constexpr, block_run: tl.constexpr):
+    """Values of a channel in its block number ``part``."""
+    runs = tl.cdiv(inner, block_run)
+    n, run = outer - part // runs * block_n, inner - part % runs * block_run
+    return (tl.minimum(n, block_n) * tl.minimum(run, block_run)).to(tl.int32)
+
+
+@_jit
+def _load(values, block):
+    """A block in the type to compute with, 0 where nothing is."""
+    loaded = tl.load(values + block[0], block[1], 0.0)
+    return loaded if loaded.dtype == tl.float64 else loaded.to(tl.float32)
+
+
+@_jit
+def _store(target, values, block):
+    tl.store(target + block[0], values, block[1])
+
+
+@_jit
+def _load_channels(values, block):
+    return tl.load(values + block[2], block[3], 0.0)
+
+
+@_jit
+def _store_channels(target, values, block):
+    tl.store(target + block[2], values, block[3])
+
+
+@_jit
+def _store_part(target, values, part, parts, block):
+    tl.store(target + block[2] * parts + part, values, block[3])
+
+
+@_jit
+def _measure(values, count, block):
+    """near, low and m2 of each channel of a block; m2 is float64."""
+    there = block[1]
+    # divided first, as a sum of large values overflows; what that rounds away is part of low
+    near = tl.sum(values * (1.0 / count), 0)
+    low = tl.sum(tl.where(there, values - near[None, :], 0.0), 0) / count
+    away = tl.where(there, values - near[None, :] - low[None, :], 0.0)
+    # squares of 1e20 and of 1e-30 fit float32 only as multiples of the largest
+    largest = tl.minimum(tl.maximum(tl.max(tl.abs(away), 0), 1e-30), 1e30)
+    away = away / largest[None, :]
+    largest = largest.to(tl.float64)
+    return near, low, tl.sum(away * away, 0) * largest * largest
+
+
+@_jit
+def _standardize(x, means, variances, eps, block):
+    """z and rstd; the mean is subtracted in two parts."""
+    values, mean = _load(x, block), _load_channels(means, block).to(tl.float64)
+    rstd = _rstd(_load_channels(variances, block).to(tl.float64), eps, values.dtype)
+    near = mean.to(values.dtype)
+    low = (mean - near).to(values.dtype)
+    return (values - near[None, :] - low[None, :]) * rstd[None, :], rstd
+
+
+@_jit
+def _rstd(var, eps, dtype: tl.constexpr):
+    """1 / sqrt(var + eps) for var in float64, whose root most GPUs take slowly: scaled into the range of float32."""
+    var += eps
+    if dtype == tl.float64:
+        return 1.0 / tl.sqrt(var)
+    else:  # noqa: RET505 - the compiler wants one type of what follows a return
+        scale = tl.where(var > 1e30, 2.0**-80, tl.where(var < 1e-30, 2.0**50, 1.0))
+        return scale / tl.sqrt((var * scale * scale).to(tl.float32))
+
+
+@_jit
+def _scale_and_shift(z, weight, bias, residual, block):
+    """p = gamma z + beta + residual, of which each but z may be None."""
+    if weight is not None:
+        z = z * _load_channels(weight, block).to(z.dtype)[None, :]
+    if bias is not None:
+        z = z + _load_channels(bias, block).to(z.dtype)[None, :]
+    if residual is not None:
+        z = z + _load(residual, block)
+    return z
+
+
+@_jit
+def _gradient(grad, z, other, weight, bias, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr, block):
+    """g = a'(p) d_y; ``other`` is the residual, or y where its sign is enough."""
+    g = _load(grad, block)
+    if act is not None:
+        p = _load(other, block) if other_is_y else _scale_and_shift(z, weight, bias, other, block)
+        g = g * _derivative(p, act, param)
+    return g
+
+
+@_jit
+def _store_gradients(d_x, d_residual, g, z, mean_g, mean_gz, rstd, weight, block):
+    if d_residual is not None:
+        _store(d_residual, g, block)
+    if weight is not None:
+        rstd = rstd * _load_channels(weight, block).to(z.dtype)
+    _store(d_x, rstd[None, :] * (g - mean_g[None, :] - z * mean_gz[None, :]), block)
+
+
+@_jit
+def _activate(p, act: tl.constexpr, param: tl.constexpr):
+    """a(p), as activations.activate; comparisons are such that NaN stays NaN."""
+    if act == "relu":
+        p = tl.where(p < 0, 0.0, p)
+    elif act == "leaky_relu":
+        p = tl.where(p > 0, p, p * param)
+    elif act == "elu":
+        p = tl.where(p > 0, p, param * (tl.exp(p) - 1.0))
+    elif act == "silu":
+        p = p / (1.0 + tl.exp(-p))
+    elif act == "gelu":
+        p = p * 0.5 * (1.0 + tl.erf(p * 0.7071067811865476))  # 1 / sqrt(2)
+    elif act == "hardswish":
+        p = p * tl.minimum(tl.maximum(p + 3.0, 0.0), 6.0) / 6.0
+    return p
+
+
+@_jit
+def _derivative(p, act: tl.constexpr, param: tl.constexpr):
+    """a'(p), as activations.derivative."""
+    if act == "relu":
+        p = tl.where(p > 0, 1.0, 0.0)
+    elif act == "leaky_relu":
+        p = tl.where(p > 0, 1.0, param)
+    elif act == "elu":
+        p = tl.where(p > 0, 1.0, param * tl.exp(p))
+    elif act == "silu":
+        s = 1.0 / (1.0 + tl.exp(-p))
+        p = s * (1.0 + p * (1.0 - s))
+    elif act == "gelu":
+        density = tl.exp(-0.5 * p * p) * 0.3989422804014327  # 1 / sqrt(2 pi)
+        p = 0.5 * (1.0 + tl.erf(p * 0.7071067811865476)) + p * density
+    elif act == "hardswish":
+        p = tl.where(p > 3, 1.0, tl.where(p < -3, 0.0, p / 3.0 + 0.5))
+    return p

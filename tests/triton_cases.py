@@ -1,0 +1,228 @@
+"""The Triton kernels against the reference in float64: what test_triton.py runs in a process of its own.
+
+On any CPU in Triton's interpreter, where TRITON_INTERPRET=1 was set before Triton was imported; else on the GPU.
+"""
+
+import pytest
+import torch
+
+from batchnorm.kernels import reference
+from batchnorm.kernels import triton as kernels
+from batchnorm.kernels.activations import NAMES, sign_shows
+
+EPS = 1e-5
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+if kernels.INTERPRETED:
+    ROUNDOFF[torch.bfloat16] = 2**-7  # the interpreter cuts off what does not fit instead of rounding it
+
+WHOLE = [(7, 5), (1, 4), (300, 3), (4, 7, 1), (5, 3, 3, 3), (9, 10, 2, 1), (3, 2, 5, 3, 4)]
+SPLIT = [(520, 17), (3, 1, 50, 44), (2, 2, 11, 401), (700, 2, 9)]
+
+
+def case(shape, dtype, *, rows=False, mean=3.0, device=DEVICE):
+    """x, weight, bias, residual, gradient."""
+    x = (torch.randn(shape, dtype=torch.float64, device=device) * 2 + mean).to(dtype)
+    if rows:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    channels = {"dtype": reference.wide_dtype(dtype), "device": device}
+    weight, bias = torch.rand(shape[1], **channels) + 0.5, torch.randn(shape[1], **channels)
+    return x, weight, bias, torch.randn_like(x), torch.randn_like(x)
+
+
+def wide(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def close(actual, expected, dtype, *, count, terms=1.0):
+    """Within the rounding of the result's own type at its largest value, and of sums of ``count`` values in lanes.
+
+    The latter is at the size of the ``terms`` that are added up, which may cancel.
+    """
+    largest = float(expected.abs().max())
+    sums = ROUNDOFF[reference.wide_dtype(dtype)] * (16 + count**0.5) * max(largest, float(terms))
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).abs().max() <= ROUNDOFF[dtype] * largest + sums
+
+
+def check(x, weight, bias, residual, grad, act=None, param=0.0):
+    """Forward, backward and eval equal the reference."""
+    assert kernels.supports(x)
+    dtype, count, call = x.dtype, x.numel() // x.shape[1], (EPS, act, param)
+    near, roundoff = reference.wide_dtype(dtype), ROUNDOFF[reference.wide_dtype(dtype)]
+    x_, weight_, bias_, residual_ = wide(x, weight, bias, residual)
+    y, mean, var = kernels.train_forward(x, weight, bias, *call, residual)
+    y_, mean_, var_ = reference.train_forward(x_, weight_, bias_, *call, residual_)
+    close(y, y_, dtype, count=count)
+    assert y.stride() == x.stride()
+    # deviations are rounded at their own size, whatever the mean is; blocks are merged in float64
+    furthest = (x_ - reference.along_channels(mean_, x)).abs().max()
+    assert ((mean - mean_).abs() <= 4 * roundoff * furthest + 4 * ROUNDOFF[torch.float64] * mean_.abs()).all()
+    assert ((var - var_).abs() <= (16 + count**0.5) * roundoff * var_).all()
+    close(kernels.normalize(x, mean, var, weight, bias, *call, residual), y_, dtype, count=count)
+
+    # a derivative that jumps where p is 0, 3 or -3 may be read on either side of the jump
+    p = reference.train_forward(x_, weight_, bias_, EPS, None, 0.0, residual_)[0]
+    grad = torch.where((p.abs() < 1e-4) | ((p.abs() - 3).abs() < 1e-4), 0, grad)
+    found = kernels.train_backward(grad, x, mean, var, weight, EPS, bias, act, param, residual)
+    expected = reference.train_backward(grad.double(), x_, mean_, var_, weight_, EPS, bias_, act, param, residual_)
+    # d_x = slope (g - mean g - z mean gz): each term is at most slope |g| (1 + z^2), and |a'| is at most 1.5
+    z = reference.train_forward(x_, None, None, EPS)[0].abs().max()
+    slope = ((1 if weight is None else weight_) * (var_ + EPS).rsqrt()).max()
+    g = 1.5 * grad.double().abs().max()
+    close(found[0], expected[0], dtype, count=count, terms=slope * g * (1 + z * z))
+    for sums, sums_ in zip(found[1:3], expected[1:3], strict=True):
+        # a sum's rounding grows with the sum of magnitudes, not with the sum
+        assert sums.dtype == near
+        assert ((sums.double() - sums_).abs() <= 16 * roundoff * g * count * (1 + z)).all()
+    assert found[3].shape == expected[3].shape
+    if found[3].numel():
+        close(found[3], expected[3], dtype, count=1)
+
+
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [pytest.param(shape, False, id=f"{shape}") for shape in WHOLE + SPLIT]
+    + [pytest.param(shape, True, id=f"{shape}, channels last") for shape in WHOLE + SPLIT if len(shape) > 2],
+)
+def test_forward_backward_and_eval_equal_the_reference_in_float64(shape, rows, dtype):
+    x, weight, bias, residual, grad = case(shape, dtype, rows=rows)
+    assert (kernels._cut(x, kernels._WHOLE).parts > 1) == (shape in SPLIT)
+    check(x, weight, bias, residual, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 6, 7), (520, 3)], ids=["whole", "split"])
+@pytest.mark.parametrize("met", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("act", NAMES)
+def test_activations_and_residuals_are_part_of_the_same_pass(monkeypatch, act, met, shape, dtype):
+    monkeypatch.setattr(kernels, "_WHOLE", 1024)  # so that a small tensor is split
+    x, weight, bias, residual, grad = case(shape, dtype)
+    check(x, weight, bias, residual if met else None, grad, act, {"leaky_relu": 0.2, "elu": 1.25}.get(act, 0.0))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 6, 7), (520, 17)], ids=["whole", "split"])
+@pytest.mark.parametrize("given", ["neither", "weight", "bias"])
+def test_weight_and_bias_may_be_absent(given, shape):
+    x, weight, bias, residual, grad = case(shape, torch.float32)
+    check(x, weight if given == "weight" else None, bias if given == "bias" else None, residual, grad, "silu")
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 6, 7), (520, 17)], ids=["whole", "split"])
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_y_stands_for_the_residual_where_its_sign_is_enough(act, shape):
+    assert sign_shows(act, 0.1)
+    x, weight, bias, residual, grad = case(shape, torch.float32)
+    y, mean, var = kernels.train_forward(x, weight, bias, EPS, act, 0.1, residual)
+    call = (grad, x, mean, var, weight, EPS, bias, act, 0.1)
+    found, expected = kernels.train_backward(*call, None, y), kernels.train_backward(*call, residual)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("shape", [(8, 3, 10, 10), (32, 2, 20, 23)], ids=["whole", "split"])
+def test_values_far_from_zero_keep_the_digits_that_their_format_has(shape, rows):
+    x = case(shape, torch.float32, rows=rows, mean=1e5)[0]
+    y, *_ = kernels.train_forward(x, None, None, EPS)
+    expected, *_ = reference.train_forward(x.double(), None, None, EPS)
+    assert (y.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_a_first_image_of_zeros_and_an_outlier_do_not_spoil_the_statistics():
+    x = torch.randn(16, 2, 40, 40, device=DEVICE) + 1000
+    x[0] = 0
+    x[3, 1, 5, 5] = 1e6
+    _, mean, var = kernels.train_forward(x, None, None, EPS)
+    mean_, var_ = reference.statistics(x.double())
+    assert ((mean - mean_).abs() <= 1e-6 * var_.sqrt()).all()
+    assert ((var - var_).abs() <= 1e-6 * var_).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as the channels past the last have variance 0
+@pytest.mark.parametrize("scale", [1e20, 1e-20, 1e37])
+@pytest.mark.parametrize("shape", [(8, 3, 10), (520, 17)], ids=["whole", "split"])
+def test_the_variance_of_what_float32_can_hold_is_finite_and_not_zero(shape, scale):
+    x = torch.randn(shape, device=DEVICE) * scale
+    y, mean, var = kernels.train_forward(x, None, None, 0.0)
+    y_, mean_, var_ = reference.train_forward(x.double(), None, None, 0.0)
+    close(y, y_, torch.float32, count=520)
+    assert ((mean - mean_).abs() <= 1e-6 * var_.sqrt()).all()
+    assert ((var - var_).abs() <= 1e-5 * var_).all()
+    close(kernels.normalize(x, mean, var, None, None, 0.0), y_, torch.float32, count=520)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, with which the interpreter computes
+@pytest.mark.parametrize("act", [None, *NAMES])
+@pytest.mark.parametrize("shape", [(8, 3, 9), (520, 3, 5)], ids=["whole", "split"])
+@pytest.mark.parametrize("rows", [False, True], ids=["planes", "rows"])
+def test_nan_and_infinity_stay_in_their_channel(rows, shape, act):
+    x, weight, bias, _, grad = case(shape, torch.float32, rows=rows)
+    x[2, 0, 1], x[1, 1, 0] = torch.nan, torch.inf
+    y, mean, var = kernels.train_forward(x, weight, bias, EPS, act)
+    assert y[:, 0].isnan().all()
+    assert y[:, 1].isnan().any()
+    assert y[:, 2].isfinite().all()
+    d_x, *_ = kernels.train_backward(grad, x, mean, var, weight, EPS, bias, act)
+    assert d_x[:, 0].isnan().all()
+    assert d_x[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(32, 19), (8, 19, 7, 7), (8, 3, 33, 33)], ids=str)
+def test_an_example_has_the_same_bits_alone_and_in_any_batch(shape):
+    x, weight, bias, *_ = case(shape, torch.bfloat16)
+    mean, var = torch.randn(shape[1], device=DEVICE), torch.rand(shape[1], device=DEVICE) + 0.1
+    whole = kernels.normalize(x, mean, var, weight, bias, EPS, "silu")
+    for i in (0, 7):
+        alone = kernels.normalize(x[i : i + 1].clone(), mean, var, weight, bias, EPS, "silu")
+        assert torch.equal(alone, whole[i : i + 1])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 6, 7), (520, 17)], ids=["whole", "split"])
+def test_parameters_of_any_type_and_layout_are_read(shape):
+    x, weight, bias, *_ = case(shape, torch.float32)
+    y, *_ = kernels.train_forward(x, weight.half(), torch._neg_view(bias), EPS)
+    expected, *_ = kernels.train_forward(x, weight.half().float(), -bias, EPS)
+    assert torch.equal(y, expected)
+
+
+def test_a_gradient_of_another_layout_type_or_sign_is_taken():
+    x, weight, bias, _, grad = case((4, 6, 5, 5), torch.float32)
+    _, mean, var = kernels.train_forward(x, weight, bias, EPS)
+    expected = kernels.train_backward(grad, x, mean, var, weight, EPS)
+    for other in (grad.to(memory_format=torch.channels_last), grad.double(), torch._neg_view(-grad)):
+        found = kernels.train_backward(other, x, mean, var, weight, EPS)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_has_not_the_shape_of_x_is_refused():
+    x, weight, bias, *_ = case((4, 6, 5, 5), torch.float32)
+    _, mean, var = kernels.train_forward(x, weight, bias, EPS)
+    with pytest.raises(ValueError, match=r"needs shape \(4, 6, 5, 5\), got \(3, 6, 5, 5\)"):
+        kernels.train_backward(x[:3], x, mean, var, weight, EPS)
+    with pytest.raises(ValueError, match=r"parameters of shape \(6,\) on .*, got \(5,\)"):
+        kernels.train_forward(x, weight[:5], bias, EPS)
+
+
+def test_what_the_kernels_do_not_know_is_left_to_the_reference():
+    x = torch.randn(4, 6, 5, 5, device=DEVICE)
+    assert kernels.supports(x)
+    assert not kernels.supports(x[..., ::2])
+    assert not kernels.supports(x[:0])
+    assert not kernels.supports(torch._neg_view(x))
+    assert not kernels.supports(x.to("meta"))
+    assert not kernels.supports(x.int())
+    assert not kernels.supports(x[0, 0, 0])
+
+
+def test_values_behind_the_first_2_to_the_31_are_found():
+    if DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs a GPU with 24 GiB of free memory")
+    x = torch.zeros(3, 1, 2**30 + 7, dtype=torch.float16, device=DEVICE)
+    x[2] = 3
+    y, mean, var = kernels.train_forward(x, None, None, EPS)
+    assert (mean.item(), var.item()) == pytest.approx((1, 2))
+    for i, expected in enumerate((-(0.5**0.5), -(0.5**0.5), 2**0.5)):
+        assert (float(y[i].min()), float(y[i].max())) == pytest.approx((expected, expected), rel=2**-11)
+    d_x, *_ = kernels.train_backward(y, x, mean, var, None, EPS)
+    assert d_x.abs().max() < 1e-4  # y stands for z, along which nothing changes the loss but eps
