@@ -79,7 +79,7 @@ def _finding(group: Sequence[Finding], *, pages: bool) -> str:
         ("measured", "<br>".join(_text(f"{place(f)}: {f.measured}") for f in group)),
         ("limit", _text(first.limit)),
         ("so", _text(first.consequence)),
-        ("fix", f"<code>{_text(first.remedy)}</code>"),
+        ("fix", "<br>".join(f"<code>{_text(remedy)}</code>" for remedy in dict.fromkeys(f.remedy for f in group))),
         *([("where", _text(first.where))] if first.where else []),
     ]
     listing = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows)

@@ -49,7 +49,7 @@ def full(diagnosis: Diagnosis, *, width: int = 80, verbose: bool = False, comman
         verbose: Also every check that did not run, with its reason.
         command: How to call again, for the hint at the end.
     """
-    lines = [headline(diagnosis)]
+    lines = wrap(headline(diagnosis), width)
     for group in groups(diagnosis.findings):
         lines += ["", *_block(group, width)]
     if verbose:
@@ -82,7 +82,7 @@ def groups(findings: tuple[Finding, ...]) -> list[list[Finding]]:
     """Findings of one rule with one consequence together, in their order."""
     found: dict[tuple, list[Finding]] = defaultdict(list)
     for finding in findings:
-        found[finding.code, finding.consequence, finding.remedy].append(finding)
+        found[finding.code, finding.consequence].append(finding)
     return list(found.values())
 
 
@@ -110,7 +110,8 @@ def _block(group: list[Finding], width: int) -> Iterator[str]:
     names = listed(place(finding) for finding in group)
     yield from _hanging(f"{GLYPHS[first.severity]} {first.severity} {first.code} {first.slug}  {names}{where}", width)
     more = "" if len(group) == 1 else f" (the first of {len(group)})"
-    for text in (f"{first.measured}{more}; limit: {first.limit}", first.consequence, f"fix: {first.remedy}"):
+    alike = " and so on" if len({finding.remedy for finding in group}) > 1 else ""
+    for text in (f"{first.measured}{more}; limit: {first.limit}", first.consequence, f"fix: {first.remedy}{alike}"):
         yield from wrap(text, width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
 
 

@@ -77,7 +77,7 @@ def untrained_model(evidence: Evidence) -> Iterator[Finding]:
     if evidence.stored and _is_untrained(evidence):
         yield Finding(
             "",
-            f"{len(evidence.stored)} layers with initial statistics, gamma and beta",
+            "initial statistics, gamma and beta in every layer",
             "trained layers",
             "A new model, or one whose weights were not loaded.",
             "load the weights first, if there are any",
