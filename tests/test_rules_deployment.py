@@ -117,6 +117,17 @@ def test_layers_without_statistics_are_named_as_the_cause():
     assert "no statistics are stored by bn" in findings("BN506", untracked)[0].consequence
 
 
+@pytest.mark.parametrize("prefix", ["", "state_dict.", "model.", "state_dict.net."])
+def test_what_is_around_a_state_is_no_wrapper(prefix):
+    assert findings("BN507", filed(prefix=prefix)) == []
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "state_dict.module.", "module._orig_mod."])
+def test_wrappers_are_told_from_what_is_around_them(prefix):
+    (finding,) = findings("BN507", filed(prefix=prefix))
+    assert repr(prefix.removeprefix("state_dict.")) in finding.measured
+
+
 def test_a_wrapper_prefix_has_a_safe_fix():
     (finding,) = findings("BN507", filed(prefix="module."))
     assert "'module.'" in finding.measured

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from batchnorm.allocator import tune_allocator
-    from batchnorm.doctor import examine
+    from batchnorm.doctor import examine, treat
     from batchnorm.inputs import InputNorm
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
@@ -38,6 +38,7 @@ __all__ = [
     "replace",
     "revert",
     "to_group_norm",
+    "treat",
     "tune_allocator",
     "unfold",
     "unfreeze",
@@ -60,6 +61,7 @@ _HOMES = {
     "replace": "surgery",
     "revert": "surgery",
     "to_group_norm": "surgery",
+    "treat": "doctor",
     "tune_allocator": "allocator",
     "unfold": "surgery",
     "unfreeze": "population",

@@ -217,12 +217,9 @@ def _told(name: str, error: BaseException) -> str:
 
 def _offers(module: ModuleType, wanted: str) -> str:
     """What a module has to offer in place of a name that it lacks."""
-    own = [
-        name
-        for name, value in vars(module).items()
-        if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
-    ]
-    close = difflib.get_close_matches(wanted, own, n=1)
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    own = [n for n, v in public.items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+    close = difflib.get_close_matches(wanted, public, n=1)
     if close:
         return f"Did you mean {close[0]!r}?"
     return f"It has {', '.join(sorted(own)[:8])}." if own else "It has no functions."

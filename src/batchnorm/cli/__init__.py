@@ -15,7 +15,7 @@ import click
 from batchnorm import __version__
 
 # where each command is; its module is imported when it is asked for
-_COMMANDS = ("bench", "completion", "doctor", "explain", "rules", "why")
+_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "why")
 _HOMES = {"rules": "explain"}
 
 

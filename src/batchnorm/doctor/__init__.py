@@ -3,7 +3,17 @@
 ``examine`` collects evidence and lets every rule look at it; it changes nothing. ``treat`` returns a mended copy.
 """
 
+from typing import Any
+
 from batchnorm.doctor.diagnosis import Diagnosis
 from batchnorm.doctor.examination import examine
 
-__all__ = ["Diagnosis", "examine"]
+__all__ = ["Diagnosis", "examine", "treat"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "treat":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from batchnorm.doctor.treatment import treat
+
+    return treat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -233,7 +234,7 @@ def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
         layers keep mean 0 and variance 1.
 
     How:
-        A prefix that all names of the file share.
+        "module." or "_orig_mod.", once or several times, in front of all names of the model's state.
 
     Example:
         torch.save(DataParallel(model).state_dict(), "model.pt")
@@ -244,8 +245,10 @@ def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
     References:
         torch.nn.modules.utils.consume_prefix_in_state_dict_if_present.
     """
-    if evidence.file and evidence.file.prefix:
-        prefix = evidence.file.prefix
+    # the dictionaries around the state are in the prefix too
+    found = re.search(r"(?:(?:module|_orig_mod)\.)+$", evidence.file.prefix) if evidence.file else None
+    if found:
+        prefix = found[0]
         yield Finding(
             "",
             f"every name begins with {prefix!r}",

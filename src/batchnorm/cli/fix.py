@@ -1,0 +1,235 @@
+"""``batchnorm fix``: a mended copy of a checkpoint, or what would be in it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchnorm import addresses
+from batchnorm.cli.settings import codes, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from batchnorm.doctor.examination import Selection
+    from batchnorm.doctor.outcome import Outcome
+    from batchnorm.doctor.rewriting import Plan
+
+# rules that see in a file what a model that was loaded from it does not show
+_OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
+_WIDEST = 100
+
+
+@click.command()
+@click.argument("target")
+@click.option("--weights", metavar="FILE", help="Checkpoint to load into the model, and to mend.")
+@click.option("--data", metavar="ADDRESS", help="Training data to measure statistics on: data.py:train_loader.")
+@click.option("--unsafe-fixes", "unsafe", is_flag=True, help="Also fixes that change eval outputs without data.")
+@click.option("--diff", is_flag=True, help="Show what would change; write nothing.")
+@click.option("--in-place", is_flag=True, help="Write over the checkpoint itself.")
+@click.option("--force", is_flag=True, help="Write over a file that is in the way.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write.  [default: NAME.fixed.pt]")
+@click.option(
+    "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
+)
+@click.option("--select", multiple=True, metavar="CODES", help="Only these rules: codes, families (BN1) or names.")
+@click.option("--ignore", multiple=True, metavar="CODES", help="Not these rules.")
+def fix(
+    target: str, weights: str | None, data: str | None, unsafe: bool, diff: bool, in_place: bool, force: bool,
+    output: Path | None, given: tuple[str, ...], select: tuple[str, ...], ignore: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Mend what doctor finds in TARGET, in a copy.
+
+    TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model, with --weights. Without
+    more, only what leaves eval outputs as they are is fixed. With a model and --data, statistics are measured again.
+
+    Exit codes: 0 no error is left, 1 errors are left, 2 it could not run.
+    """
+    project = settings()
+    from batchnorm.doctor.examination import Selection
+
+    selection = Selection(codes(select) or project.select, codes(ignore) + project.ignore, project.per_layer)
+    is_model = addresses.is_address(target)
+    if not is_model:
+        _check_options(target, {"--weights": weights, "--data": data, "--set": given})
+    source = weights if is_model else target
+    place = _place(target, source, output, in_place=in_place, force=force or diff)
+    if is_model:
+        outcome, write = _model(target, weights, data, given, unsafe=unsafe, selection=selection)
+    else:
+        outcome, write = _file(target, unsafe=unsafe, selection=selection)
+    if not diff and not outcome.is_empty:
+        write(place)
+    _tell(outcome, place, diff=diff, again=_again(target, source, place, given, data))
+    sys.exit(1 if outcome.has_error else 0)
+
+
+def _check_options(target: str, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value:
+            rest = "" if name == "--weights" else f" {name} {value if isinstance(value, str) else ' '.join(value)}"
+            raise ValueError(
+                f"{name} needs a model, got the file {target!r}. Give the model that it belongs to: "
+                f"batchnorm fix model.py:make_model --weights {target}{rest}"
+            )
+
+
+def _place(target: str, source: str | None, output: Path | None, *, in_place: bool, force: bool) -> Path:
+    """Where to write; found out before the work, not after it."""
+    if in_place and (output or source is None):
+        other = "-o" if output else "a model without --weights"
+        raise ValueError(f"--in-place writes over the checkpoint, got {other} as well. Leave one of the two out.")
+    if in_place:
+        return Path(str(source)).resolve()
+    is_safetensors = source is not None and Path(source).suffix == ".safetensors"
+    suffix = ".safetensors" if is_safetensors else ".pt"
+    place = output or _beside(source, suffix, Path(target.rpartition(":")[0]).stem)
+    if (place.suffix == ".safetensors") != is_safetensors:
+        raise ValueError(f"fix keeps the format of {source or target}, got -o {place}. Name it {place.stem}{suffix}.")
+    if source and place.exists() and Path(source).exists() and place.samefile(source):
+        raise ValueError(f"{place} is the checkpoint itself. Pass --in-place to write over it.")
+    if place.is_dir():
+        raise ValueError(f"cannot write {place}: it is a folder. Choose another place with -o FILE.")
+    if place.exists() and not force:
+        raise ValueError(f"{place} is there already. Pass --force to write over it, or another place with -o FILE.")
+    return place
+
+
+def _beside(source: str | None, suffix: str, name: str) -> Path:
+    """NAME.fixed.pt beside NAME.ckpt; in the current folder for a model without weights."""
+    return Path(f"{name}.fixed.pt") if source is None else Path(source).with_suffix(f".fixed{suffix}")
+
+
+def _file(path: str, *, unsafe: bool, selection: Selection) -> tuple[Outcome, Callable[[Path], None]]:
+    from batchnorm.doctor import rewriting
+    from batchnorm.doctor.outcome import Outcome
+
+    plan = rewriting.plan(path, unsafe=unsafe, selection=selection)
+    if not plan.is_empty and plan.file.format == "pt":
+        _require_torch("a file of torch.save")
+    outcome = Outcome(path, plan.changes, _prefixes(plan), plan.left, unsafe=unsafe)
+    return outcome, lambda place: rewriting.write(plan, place)
+
+
+def _prefixes(plan: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(plan.prefixes.values()))
+
+
+def _require_torch(what: str) -> None:
+    from batchnorm.cli.terminal import require
+
+    require("torch", "numpy", what=what, extra="torch")
+
+
+def _model(
+    target: str, weights: str | None, data: str | None, given: tuple[str, ...], *, unsafe: bool, selection: Selection
+) -> tuple[Outcome, Callable[[Path], None]]:
+    _require_torch("a model")
+    from batchnorm.doctor import examine, rewriting
+    from batchnorm.doctor.outcome import Outcome
+    from batchnorm.doctor.remedies import remedies
+    from batchnorm.doctor.treatment import differences, treat
+
+    with _no_bytecode(), _told_by(target):
+        model = addresses.model(target, addresses.parsed(given), weights)
+        batches = addresses.data(data) if data else None
+        found = examine(model, batches, selection=selection, name=target)
+        treated = treat(model, found, batches, unsafe=unsafe)
+        after = examine(treated, batches, selection=selection, name=target)
+    changes = differences(model, treated, found.findings, measured=batches is not None)
+    in_code = tuple(f for f in found.findings if any(remedy.setting for remedy in remedies(f)))
+    # the environment is no part of a model
+    left = tuple(f for f in after.findings if not f.code.startswith("BN9") and f.code not in _OF_FILES)
+    if weights is None:
+        outcome = Outcome(target, changes, (), left, in_code, with_data=bool(data), unsafe=unsafe)
+        return outcome, lambda place: _write_state(treated, place)
+    eps = {row.name: row.eps for row in found.layers if row.eps}
+    plan = rewriting.plan(weights, unsafe=unsafe, selection=selection, live=changes, eps=eps)
+    of_file = [f for f in plan.left if f.code in _OF_FILES or (f.layer and f.layer not in plan.file.layers)]
+    outcome = Outcome(
+        weights, plan.changes, _prefixes(plan), (*left, *of_file), in_code, with_data=bool(data), unsafe=unsafe
+    )  # fmt: skip
+    return outcome, lambda place: rewriting.write(plan, place)
+
+
+def _write_state(model: Any, place: Path) -> None:
+    import torch
+
+    from batchnorm.doctor.replacing import replacing
+
+    with replacing(place) as file:
+        torch.save(model.state_dict(), file)
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """The user's folder stays as it is: no __pycache__ of their modules."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+@contextmanager
+def _told_by(target: str) -> Iterator[None]:
+    """What the user's model raises, in one sentence; warnings as lines on standard error."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except (ValueError, OSError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        message = str(error).partition("\n")[0][:300]
+        raise ValueError(f"{target} raised {type(error).__name__}: {message}. --debug shows where.") from error
+    for text in dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)):
+        click.echo(f"warning: {text}", err=True)
+
+
+def _again(target: str, source: str | None, place: Path, given: tuple[str, ...], data: str | None) -> str:
+    """The command that looks at the result."""
+    if source == target:
+        return f"batchnorm doctor {shlex.quote(str(place))}"
+    options = ["--weights", str(place), *(word for setting in given for word in ("--set", setting))]
+    options += ["--data", data] if data else []
+    return f"batchnorm doctor {shlex.join([target, *options])}"
+
+
+def _tell(outcome: Outcome, place: Path, *, diff: bool, again: str) -> None:
+    from batchnorm.doctor import outcome as words
+
+    lines = []
+    if outcome.is_empty:
+        lines.append(
+            f"{outcome.target}: nothing to fix" + (" without more" if outcome.left and _needs(outcome) else "")
+        )
+    elif diff:
+        lines += [f"{outcome.target}", *words.differences(outcome)]
+    else:
+        lines += [f"{outcome.target}: fixed", *words.summary(outcome)]
+    if outcome.changes:
+        lines.append(words.promise(outcome))
+    if left := list(words.remainder(outcome)):
+        lines += ["not fixed:", *left]
+    if not outcome.is_empty:
+        lines += [f"would write {place} (--diff: nothing written)"] if diff else [f"wrote {place}", f"next: {again}"]
+    width = max(min(shutil.get_terminal_size((80, 24)).columns, _WIDEST), 40)
+    try:
+        click.echo(words.wrapped(lines, width))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _needs(outcome: Outcome) -> bool:
+    from batchnorm.doctor.outcome import remainder
+
+    return any("needs --" in line for line in remainder(outcome))

@@ -1,0 +1,64 @@
+"""A file written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def replacing(path: Path, *, like: Path | None = None) -> Iterator[Any]:
+    """A new binary file beside ``path`` that takes its name at the end of the block, with the mode of ``like``.
+
+    Its bytes are on the disk before it does. An error or Ctrl-C in the block leaves what was there before, and
+    nothing else.
+
+    Raises:
+        OSError: If nothing can be written there; it names ``path``.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        os.close(handle)
+        with Path(name).open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if like is None:
+            Path(name).chmod(0o666 & ~_umask())
+        else:
+            shutil.copymode(like, name)
+        Path(name).replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            Path(name).unlink()
+        if isinstance(error, OSError) and error.filename in {None, name}:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    _keep_name(path.parent)
+
+
+def _umask() -> int:
+    """It can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _keep_name(folder: Path) -> None:
+    """The folder's new entry on the disk too, where a folder can be opened."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

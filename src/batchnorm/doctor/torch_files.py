@@ -1,0 +1,148 @@
+"""Numbers put into tensors, and files of torch.save written again with other numbers.
+
+Dicts, lists and tensors stay the objects that torch.load made of the file, so everything that is not edited, and what
+shares memory with what, is saved as it was. Only devices are lost: tensors are loaded to the CPU.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from batchnorm.doctor.rewriting import Edit
+
+Place = tuple[Any, Any]  # a dict or list, and the key in it
+
+
+@torch.no_grad()
+def put(tensor: Tensor, values: array[float], channels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor with other numbers in some channels: itself, or a new one if its type changes or it repeats memory."""
+    flat = tensor.detach().to(dtype, copy=True).reshape(-1)
+    index = torch.tensor(channels, dtype=torch.long, device=flat.device)
+    flat[index] = torch.tensor([values[i] for i in channels], dtype=torch.float64).to(flat.device, dtype)
+    repeats = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if tensor.dtype != dtype or repeats:
+        return flat.view(tensor.shape)
+    tensor.data.copy_(flat.view(tensor.shape))
+    return tensor
+
+
+def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tuple, str]) -> None:
+    """Write ``source`` to an open file with its tensors edited, and names without their prefix.
+
+    Args:
+        source: A file of torch.save.
+        file: Open for writing.
+        edits: What is new.
+        prefixes: What to take off the names in the dict that some keys lead to.
+
+    Raises:
+        ValueError: If torch does not load the file as tensors and plain values.
+    """
+    saved = _loaded(source)
+    places = dict(_places(saved))
+    made: dict[int, Tensor] = {}
+    for edit in edits:
+        _apply(edit, places, made)
+    for path, prefix in prefixes.items():
+        _take_off(_at(saved, path), prefix)
+    torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
+
+
+def _loaded(source: Path) -> Any:
+    try:
+        with _plain_numpy():
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{source}: torch.load(weights_only=True) refuses it: {str(error).partition(chr(10))[0][:200]} "
+            "Save the state dict alone with torch.save(model.state_dict(), path)."
+        ) from error
+
+
+def _plain_numpy() -> AbstractContextManager:
+    """NumPy's numbers, which loops leave in checkpoints as losses and metrics, are loaded too."""
+    try:
+        import numpy as np
+    except ModuleNotFoundError:
+        return nullcontext()
+    scalar: Any = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
+    return torch.serialization.safe_globals(
+        [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]  # the name before and since NumPy 2
+    )
+
+
+def _places(saved: Any) -> Iterator[tuple[tuple[Any, ...], Place]]:
+    """Where each tensor is, by the keys that lead to it; what is there twice only once."""
+    # in the order of the checkpoint's reader, so that a dict that is there twice has the same keys
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), saved)]
+    seen: set[int] = set()
+    while waiting:
+        path, container = waiting.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        items = list(container.items() if isinstance(container, dict) else enumerate(container))
+        yield from (((*path, key), (container, key)) for key, value in items if isinstance(value, Tensor))
+        waiting += [((*path, key), value) for key, value in reversed(items) if isinstance(value, dict | list | tuple)]
+
+
+def _apply(edit: Edit, places: dict[tuple[Any, ...], Place], made: dict[int, Tensor]) -> None:
+    if edit.key not in places:
+        path, name = edit.key[:-1], edit.key[-1]
+        neighbour = next(found for found in places if found[:-1] == path and _module(found[-1]) == _module(name))
+        _insert(places[neighbour][0], name, torch.tensor(edit.count, dtype=torch.long))
+        return
+    container, key = places[edit.key]
+    old = container[key]
+    if edit.values is None:
+        old.fill_(edit.count)
+        return
+    if id(old) not in made:
+        made[id(old)] = put(old, edit.values, edit.channels, getattr(torch, edit.dtype))
+    if made[id(old)] is not old:
+        container[key] = made[id(old)]
+
+
+def _module(name: object) -> str:
+    return str(name).rpartition(".")[0]
+
+
+def _insert(container: dict, name: Any, tensor: Tensor) -> None:
+    """After the last tensor of the same layer, where torch has it."""
+    items = list(container.items())
+    last = max(i for i, (key, _) in enumerate(items) if _module(key) == _module(name))
+    container.clear()
+    container.update([*items[: last + 1], (name, tensor), *items[last + 1 :]])
+
+
+def _at(saved: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        saved = saved[key]
+    return saved
+
+
+def _take_off(state: dict, prefix: str) -> None:
+    """From names, and from those of ``_metadata``, where torch keeps the versions of modules."""
+    metadata = getattr(state, "_metadata", None)
+    for named in (state, metadata) if isinstance(metadata, dict) else (state,):
+        items = list(named.items())
+        named.clear()
+        named.update((_without(key, prefix), value) for key, value in items)
+
+
+def _without(key: Any, prefix: str) -> Any:
+    if not isinstance(key, str):
+        return key
+    return "" if f"{key}." == prefix else key.removeprefix(prefix)
