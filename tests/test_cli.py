@@ -69,7 +69,9 @@ def test_a_wrong_argument_ends_with_its_remedy_and_code_2(args, words):
 )
 def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path, hidden, extra, output):
     monkeypatch.setitem(sys.modules, hidden, None)
-    monkeypatch.setattr("batchnorm.cli.terminal.find_spec", lambda name: None if sys.modules.get(name, ...) is None else ...)
+    monkeypatch.setattr(
+        "batchnorm.cli.terminal.find_spec", lambda name: None if sys.modules.get(name, ...) is None else ...
+    )
     result = call("why", "-o", str(tmp_path / output))
     assert result.exit_code == 2
     assert f"pip install 'batchnorm[{extra}]'" in result.output
