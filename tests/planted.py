@@ -198,8 +198,11 @@ def bn115(folder: Any) -> dict:
 
 
 def bn115_averaged_model(_: Any) -> dict:
-    averaged = torch.optim.swa_utils.AveragedModel(trained())
+    averaged, later = torch.optim.swa_utils.AveragedModel(trained()), trained()
+    for layer in (later.stem[0], later.body[0]):
+        layer.weight.data *= 3
     averaged.update_parameters(trained())
+    averaged.update_parameters(later)
     return {"target": averaged.eval()}
 
 

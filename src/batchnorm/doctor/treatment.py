@@ -2,8 +2,8 @@
 
 Settings and numbers that need no data come first, by the table of remedies. Then the layers that are still sick are
 measured on data, in execution order, each behind finished ones and behind healthy ones as they are: a healthy layer
-keeps its statistics. A repaired layer changes what later ones get, so the data are looked at again until no further
-layer falls sick.
+keeps its statistics. A repaired layer changes what later ones get. So those that are sick by themselves come first;
+then the data are looked at again, for layers that do not fit what they get now, until there is none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from batchnorm.doctor.torch_files import put
 from batchnorm.layers import batch_norms
 from batchnorm.population import freeze, recalibrate, unfreeze
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.rules import RULES
 from batchnorm.rules.finding import Fix
 from batchnorm.rules.updates import RESIDUE, USUAL_MOMENTUM
 from batchnorm.surgery.replacement import duplicate
@@ -69,11 +70,12 @@ def treat(
     found = examine(model, batches) if diagnosis is None else diagnosis
     _check(new, found.findings)
     spared = [finding for finding in found.findings if batches is None or not needs_data(finding)]
-    _mend(new, spared, unsafe=unsafe)
+    mended = _mend(new, spared, unsafe=unsafe)
     if batches is not None:
-        _measure_sick(new, found, batches)
-        if unsafe:  # what no forward reached
-            _mend(new, examine(new, selection=Selection(select=("BN102", "BN103"))).findings, unsafe=True)
+        _measure_sick(new, found, batches, again=mended)
+        unreached = tuple({"BN102", "BN103"}.intersection(found.checked)) if unsafe else ()
+        if unreached:
+            _mend(new, examine(new, selection=Selection(select=unreached)).findings, unsafe=True)
     return new
 
 
@@ -117,8 +119,8 @@ def _check(model: nn.Module, findings: Iterable[Finding]) -> None:
             )
 
 
-def _mend(model: nn.Module, findings: Iterable[Finding], *, unsafe: bool) -> None:
-    """Everything that needs no data, in place."""
+def _mend(model: nn.Module, findings: Iterable[Finding], *, unsafe: bool) -> bool:
+    """Everything that needs no data, in place; whether any number changed."""
     findings = list(findings)
     layers = layers_of(model)
     for finding in findings:
@@ -126,8 +128,10 @@ def _mend(model: nn.Module, findings: Iterable[Finding], *, unsafe: bool) -> Non
             if remedy.setting is not None and finding.layer in layers:
                 remedy.setting(layers[finding.layer])
     stored = {path: stored_of(path, layer) for path, layer in layers.items()}
-    for path, change in prescribe(stored, findings, lambda path: stored[path].eps or EPS, unsafe=unsafe).items():
+    changes = prescribe(stored, findings, lambda path: stored[path].eps or EPS, unsafe=unsafe)
+    for path, change in changes.items():
         _store(layers[path], change)
+    return bool(changes)
 
 
 def _store(layer: Any, change: Change) -> None:
@@ -156,15 +160,28 @@ def _runs_with(layer: Any, dtype: torch.dtype) -> bool:
     return True
 
 
-def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any]) -> None:
-    """Statistics of sick layers from data, in place, until no further layer is found sick."""
-    open_layers = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
-    findings, sick, seen = diagnosis.findings, set(), set()
-    while more := _to_measure(findings, open_layers) - seen:
-        seen |= more
+def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *, again: bool) -> None:
+    """Statistics of sick layers from data, in place, until no further layer is found sick.
+
+    Args:
+        model: Changed.
+        diagnosis: Of the model as it was.
+        data: Batches.
+        again: The model has changed since the diagnosis.
+    """
+    known = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    selection = Selection(select=diagnosis.checked)
+    findings = diagnosis.findings
+    # what is seen on data may be the consequence of what an earlier layer stores
+    sick = _to_measure((finding for finding in findings if "measured" not in RULES[finding.code].needs), known)
+    if sick:
+        _measure(model, sick, data)
+    if sick or again:
+        findings = examine(model, data, selection=selection).findings
+    while more := _to_measure(findings, known) - sick:
         sick |= more
         _measure(model, sick, data)
-        findings = examine(model, data, selection=Selection(select=diagnosis.checked)).findings
+        findings = examine(model, data, selection=selection).findings
 
 
 def _to_measure(findings: Iterable[Finding], known: set[str]) -> set[str]:
