@@ -41,7 +41,7 @@ def replacing(path: Path, *, like: Path | None = None) -> Iterator[Any]:
     except BaseException as error:
         with suppress(OSError):
             Path(name).unlink()
-        if isinstance(error, OSError) and error.filename in {None, name}:
+        if isinstance(error, OSError) and error.errno is not None and error.filename in {None, name}:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _keep_name(path.parent)
