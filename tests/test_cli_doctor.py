@@ -199,7 +199,7 @@ def run(*args, **env):
 def test_a_terminal_of_ascii_shows_the_words(folder):
     done = run("doctor", "sick.pt", PYTHONIOENCODING="ascii")
     assert done.returncode == 1
-    assert b"? error BN103 negative-variance" in done.stdout
+    assert b"x error BN103 negative-variance" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,27 @@ import difflib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import ModuleType
+
+
+# code in these folders is not the user's own: the line to show is the last one outside of them
+_OTHERS = (
+    str(Path(__file__).parent) + os.sep,
+    sysconfig.get_path("stdlib") + os.sep,
+    sysconfig.get_path("purelib") + os.sep,
+    sysconfig.get_path("platlib") + os.sep,
+    "<frozen importlib",
+)
 
 
 class AddressError(ValueError):
@@ -29,6 +41,32 @@ class AddressError(ValueError):
 def is_address(target: str) -> bool:
     """Whether a target names code rather than a file of weights."""
     return ":" in target and not Path(target).exists()
+
+
+def refuse_code(target: str) -> None:
+    """Return unless a target is a Python file whose address lacks the name.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if target.endswith(".py") and Path(target).is_file():
+        raise ValueError(f"{target} is code, expected what makes the model in it. Name that: {target}:make_model")
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """What the user's code raises while it runs becomes an `AddressError`; our own messages pass.
+
+    Code that leaves the program (``sys.exit``) is an error as well: its exit code would say that all is fine.
+    """
+    try:
+        yield
+    except AddressError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and not _is_of_user(error):
+            raise
+        raise AddressError(_told(name, error)) from error
 
 
 def load(address: str) -> Any:
@@ -179,7 +217,7 @@ def _from_module(name: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"no module {error.name!r} for {name}. Run in its project's folder, or give the file: {name}.py:name"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AddressError(_told(name, error)) from error
 
 
@@ -200,19 +238,30 @@ def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
 def _run(name: str, code: Callable[[], Any]) -> Any:
     try:
         return code()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise AddressError(_told(name, error)) from error
 
 
 def _told(name: str, error: BaseException) -> str:
     """The user's line that raised an error, and the error."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    frames = [frame for frame in frames if "importlib" not in frame.filename]
+    frames = _of_user(error)
     line = f" at {os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
     if isinstance(error, SyntaxError) and error.filename:
         line = f" at {os.path.relpath(error.filename)}:{error.lineno}"
     message = str(error).partition("\n")[0][:300]
     return f"{name} raised {type(error).__name__}{line}: {message}. --debug shows where."
+
+
+def _of_user(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where an error passed through code that is neither ours nor installed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not frame.filename.startswith(_OTHERS)]
+
+
+def _is_of_user(error: BaseException) -> bool:
+    """Whether it was raised by the user's code, or by what that called, and not by ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(_of_user(error)) or not frames[-1].filename.startswith(_OTHERS[0])
 
 
 def _offers(module: ModuleType, wanted: str) -> str:

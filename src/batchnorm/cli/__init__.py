@@ -17,6 +17,8 @@ from batchnorm import __version__
 # where each command is; its module is imported when it is asked for
 _COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "why")
 _HOMES = {"rules": "explain"}
+# what shells report of a program that Ctrl-C ended: 128 and the signal's number
+_INTERRUPTED = 130
 
 
 class _Commands(click.Group):
@@ -38,6 +40,8 @@ class _Commands(click.Group):
         """Run the command; what it raises for the user becomes one message and exit code 2."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(_INTERRUPTED)  # 1 would mean findings
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if ctx.params.get("debug"):
                 raise

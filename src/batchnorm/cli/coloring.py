@@ -9,6 +9,8 @@ import sys
 import click
 
 _COLORS = {"✗ error": "red", "! warning": "yellow", "· info": "blue"}
+_SIGNS = "✗·–×"
+_PLAIN = str.maketrans(_SIGNS, "x--x")
 _MARKS = re.compile("|".join(map(re.escape, _COLORS)))
 
 
@@ -19,6 +21,15 @@ def colored(text: str) -> str:
     return re.sub(
         rf"^(?:{_MARKS.pattern})", lambda m: click.style(m[0], fg=_COLORS[m[0]], bold=True), text, flags=re.MULTILINE
     )
+
+
+def spelled(text: str) -> str:
+    """The text without signs that standard output cannot show: the word beside each says the same."""
+    try:
+        _SIGNS.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return text.translate(_PLAIN)
+    return text
 
 
 def _shows_colors() -> bool:

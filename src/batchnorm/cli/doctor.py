@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm import addresses
-from batchnorm.cli.settings import FAIL_ON, baseline_of, codes, fails, read_baseline, settings
+from batchnorm.cli.settings import FAIL_ON, baseline_of, codes, complete, fails, read_baseline, settings
 from batchnorm.cli.writing import write
 
 if TYPE_CHECKING:
@@ -36,8 +38,14 @@ _WIDEST = 100
 @click.option("--accumulation", type=click.IntRange(min=1), default=1, help="Batches per optimizer step.")
 @click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes that train together.")
 @click.option("--max-examples", type=click.IntRange(min=1), default=512, show_default=True, help="To measure on.")
-@click.option("--select", multiple=True, metavar="CODES", help="Only these rules: codes, families (BN1) or names.")
-@click.option("--ignore", multiple=True, metavar="CODES", help="Not these rules.")
+@click.option(
+    "--select",
+    multiple=True,
+    metavar="CODES",
+    shell_complete=complete,
+    help="Only these rules: codes, families (BN1) or names.",
+)
+@click.option("--ignore", multiple=True, metavar="CODES", shell_complete=complete, help="Not these rules.")
 @click.option("--baseline", metavar="FILE", help="Findings that are known and not told again.")
 @click.option("--write-baseline", metavar="FILE", help="Write the findings of this run as a baseline.")
 @click.option("--fail-on", type=click.Choice(FAIL_ON), help="Exit with 1 from this severity on.  [default: error]")
@@ -86,6 +94,7 @@ def _examined(
     from batchnorm.doctor import examine
 
     if not addresses.is_address(target):
+        addresses.refuse_code(target)
         for name, value in (("--weights", weights), ("--data", data), ("--set", given), ("--reference", reference)):
             if value:
                 raise ValueError(
@@ -95,11 +104,18 @@ def _examined(
         rest = {"selection": rest["selection"]}
         return examine(target, **rest)
     _require_torch()
-    model = addresses.model(target, addresses.parsed(given), weights)
-    batches = addresses.data(data) if data else None
-    other = _reference(reference) if reference else None
-    name = f"{target} with {weights}" if weights else target
-    return examine(model, batches, reference=other, name=name, **rest)
+    # what the user's code prints must not get into JSON, and what it raises must not end in a traceback
+    with contextlib.redirect_stdout(sys.stderr), addresses.told(target):
+        model = addresses.model(target, addresses.parsed(given), weights)
+        batches = addresses.data(data) if data else None
+        other = _reference(reference) if reference else None
+        return examine(model, batches, reference=other, name=_name(target, weights, given), **rest)
+
+
+def _name(target: str, weights: str | None, given: tuple[str, ...]) -> str:
+    """The target with all that it takes to make it again: remedies begin with it."""
+    options = ["--weights", weights] if weights else []
+    return shlex.join([target, *options, *(word for setting in given for word in ("--set", setting))])
 
 
 def _reference(reference: str) -> Any:
@@ -143,18 +159,17 @@ def _text(diagnosis: Diagnosis, chosen: str, limit: str, *, verbose: bool, outpu
         columns = 80 if output else min(shutil.get_terminal_size((80, 24)).columns, _WIDEST)
         return full(diagnosis, width=max(columns, 40), verbose=verbose, command="batchnorm doctor")
     if chosen == "junit":
-        # no severity is as bad as "never"
-        return junit(diagnosis, Severity[limit.upper()] if limit != "never" else Severity.ERROR)
+        return junit(diagnosis, None if limit == "never" else Severity[limit.upper()])
     return FORMATS[chosen](diagnosis)
 
 
 def _print(text: str) -> None:
     """Print; whoever closed the pipe has read what they wanted."""
-    from batchnorm.cli.coloring import colored
+    from batchnorm.cli.coloring import colored, spelled
 
     try:
         # not click.echo, which has ideas of its own about colours and encodings
-        sys.stdout.write(colored(text) + "\n")
+        sys.stdout.write(spelled(colored(text)) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

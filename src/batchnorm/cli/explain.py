@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchnorm.cli.settings import codes
+from batchnorm.cli.settings import codes, complete
 from batchnorm.rules import RULES
 
 if TYPE_CHECKING:
@@ -29,13 +29,8 @@ _FAMILY_TITLES = {
 }
 
 
-def _complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
-    names = [name for code, rule in RULES.items() for name in (code, rule.slug)]
-    return [name for name in names if name.lower().startswith(incomplete.lower())]
-
-
 @click.command()
-@click.argument("rule", nargs=-1, shell_complete=_complete)
+@click.argument("rule", nargs=-1, shell_complete=complete)
 @click.option("--all", "every", is_flag=True, help="Every rule.")
 @click.option("--output-format", type=_FORMATS, default="full", show_default=True, help="What is printed.")
 def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:

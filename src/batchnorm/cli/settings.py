@@ -16,10 +16,13 @@ from batchnorm.rules.finding import Severity
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from click import Context, Parameter
+
     from batchnorm.rules.finding import Finding
 
 FAIL_ON = ("error", "warning", "info", "never")
 _KEYS = ("select", "ignore", "per-layer-ignores", "fail-on", "output-format", "baseline")
+_KNOWN = f"Known: {', '.join(_KEYS)}."
 _FAMILY = 3  # letters of a family's code
 
 
@@ -50,7 +53,8 @@ def settings(folder: Path | None = None) -> Settings:
     )
     if found.fail_on not in FAIL_ON:
         raise ValueError(
-            f"fail-on must be {', '.join(FAIL_ON)}, got {found.fail_on!r}. {_nearest(found.fail_on, FAIL_ON)}"
+            f"fail-on must be {', '.join(FAIL_ON)}, got {found.fail_on!r}. "
+            f"{_nearest(found.fail_on, FAIL_ON, 'Set it in pyproject.toml or BATCHNORM_FAIL_ON.')}"
         )
     return found
 
@@ -60,9 +64,16 @@ def _from_file(folder: Path) -> Settings:
         path = parent / "pyproject.toml"
         if path.is_file():
             try:
-                table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("batchnorm", {})
+                tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not valid TOML: {error}. Mend that line.") from error
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read: {error.strerror}. Make it readable.") from error
+            table = tools.get("batchnorm", {}) if isinstance(tools, dict) else tools
+            if not isinstance(table, dict):
+                raise ValueError(
+                    f"{path}: tool.batchnorm must be a table, got {table!r}. Begin it with [tool.batchnorm]."
+                )
             return _from_table(table, path)
     return Settings()
 
@@ -70,7 +81,7 @@ def _from_file(folder: Path) -> Settings:
 def _from_table(table: Mapping[str, Any], path: Path) -> Settings:
     for key in table:
         if key not in _KEYS:
-            raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {_nearest(key, _KEYS)}")
+            raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {_nearest(key, _KEYS, _KNOWN)}")
     per_layer = table.get("per-layer-ignores", {})
     if not hasattr(per_layer, "items"):
         raise ValueError(f"{path}: per-layer-ignores must be a table, got {per_layer!r}. As {{'stem.*' = ['BN1']}}.")
@@ -112,10 +123,16 @@ def _code(name: str) -> str:
     raise ValueError(f"no rule {name!r}. {_nearest(name, [*RULES, *by_slug, *sorted(families)])}")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def complete(ctx: Context, parameter: Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Codes and names that begin so, for a shell."""
+    names = [name for code, rule in RULES.items() for name in (code, rule.slug)]
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
+def _nearest(name: str, known: Iterable[str], otherwise: str = "batchnorm rules lists all.") -> str:
     lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f"Did you mean {lower[close[0]]!r}?" if close else "batchnorm rules lists all."
+    return f"Did you mean {lower[close[0]]!r}?" if close else otherwise
 
 
 def fails(findings: Iterable[Finding], fail_on: str) -> bool:

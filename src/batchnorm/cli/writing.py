@@ -13,6 +13,10 @@ def write(path: Path, text: str) -> None:
     """To a new file beside it, which then takes its name: an error leaves the file that was there."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder. Choose another place with -o FILE.")
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():  # a pipe or a device, which nothing may replace
+        path.write_text(text, encoding="utf-8")
+        return
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("x", encoding="utf-8", newline="\n") as file:

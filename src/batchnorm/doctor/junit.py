@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(diagnosis: Diagnosis, fail_on: Severity = Severity.ERROR) -> str:
-    """The diagnosis as XML; findings below ``fail_on`` are told and do not fail their case."""
+def junit(diagnosis: Diagnosis, fail_on: Severity | None = Severity.ERROR) -> str:
+    """The diagnosis as XML; findings below ``fail_on`` (all, if it is None) are told and do not fail their case."""
     root = Element("testsuites", name="batchnorm doctor")
     codes = sorted([*diagnosis.checked, *diagnosis.not_checked])
     for family, members in groupby(codes, key=lambda code: code[:3]):
@@ -30,7 +30,7 @@ def junit(diagnosis: Diagnosis, fail_on: Severity = Severity.ERROR) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode")
 
 
-def _suite(root: Element, diagnosis: Diagnosis, family: str, codes: list[str], fail_on: Severity) -> None:
+def _suite(root: Element, diagnosis: Diagnosis, family: str, codes: list[str], fail_on: Severity | None) -> None:
     suite = SubElement(root, "testsuite", name=f"{family} {FAMILIES.get(family, '')}".strip())
     failures = [_case(suite, diagnosis, code, fail_on) for code in codes]
     skipped = sum(code in diagnosis.not_checked for code in codes)
@@ -39,17 +39,17 @@ def _suite(root: Element, diagnosis: Diagnosis, family: str, codes: list[str], f
         suite.set(name, str(number))
 
 
-def _case(suite: Element, diagnosis: Diagnosis, code: str, fail_on: Severity) -> bool:
+def _case(suite: Element, diagnosis: Diagnosis, code: str, fail_on: Severity | None) -> bool:
     """Add one rule; whether it fails."""
-    case = SubElement(suite, "testcase", classname=_legal(diagnosis.target), name=code, time="0")
+    case = SubElement(suite, "testcase", classname=_legal(plain(diagnosis.target)), name=code, time="0")
     if code in diagnosis.not_checked:
-        SubElement(case, "skipped").text = _legal(diagnosis.not_checked[code])
+        SubElement(case, "skipped").text = _legal(plain(diagnosis.not_checked[code]))
         return False
     found = [f for f in diagnosis.findings if f.code == code]
     lines = "\n".join(
         plain(f"{place(f)}: {f.measured} (limit: {f.limit}). {f.consequence} Fix: {f.remedy}") for f in found
     )  # fmt: skip
-    failed = any(f.severity >= fail_on for f in found)
+    failed = fail_on is not None and any(f.severity >= fail_on for f in found)
     if failed:
         failure = SubElement(case, "failure", type=str(found[0].severity), message=_legal(found[0].slug))
         failure.text = _legal(lines)

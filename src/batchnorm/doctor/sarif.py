@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from batchnorm import __version__
-from batchnorm.doctor.text import place
+from batchnorm.doctor.text import place, plain
 from batchnorm.rules import RULES
 from batchnorm.rules.finding import Severity
 
@@ -56,10 +57,10 @@ def _result(diagnosis: Diagnosis, finding: Finding) -> dict[str, Any]:
         "ruleId": finding.code,
         "ruleIndex": _ORDER[finding.code],
         "level": _LEVELS[finding.severity],
-        "message": {"text": text},
+        "message": {"text": plain(text)},
         "locations": [{
             "physicalLocation": _physical(diagnosis, finding),
-            "logicalLocations": [{"fullyQualifiedName": place(finding), "kind": "module"}],
+            "logicalLocations": [{"fullyQualifiedName": plain(place(finding)), "kind": "module"}],
         }],
         "partialFingerprints": {"codeAndLayer/v1": _fingerprint(diagnosis, finding)},
     }  # fmt: skip
@@ -68,10 +69,16 @@ def _result(diagnosis: Diagnosis, finding: Finding) -> dict[str, Any]:
 def _physical(diagnosis: Diagnosis, finding: Finding) -> dict[str, Any]:
     file, _, line = finding.where.rpartition(":")
     if file and line.isdigit():
-        return {"artifactLocation": {"uri": quote(file)}, "region": {"startLine": int(line)}}
-    # an address such as model.py:make_model is a place in its file
-    return {"artifactLocation": {"uri": quote(re.sub(r"(\.py):[\w.]+$", r"\1", diagnosis.target))}}
+        return {"artifactLocation": {"uri": _uri(file)}, "region": {"startLine": int(line)}}
+    # an address such as model.py:make_model --weights w.pt is a place in its file
+    return {"artifactLocation": {"uri": _uri(re.sub(r"(\.py):[\w.]+( --.*)?$", r"\1", diagnosis.target))}}
+
+
+def _uri(path: str) -> str:
+    return quote(path.replace(os.sep, "/"), errors="surrogatepass")
 
 
 def _fingerprint(diagnosis: Diagnosis, finding: Finding) -> str:
-    return hashlib.sha256(f"{diagnosis.target}\0{finding.code}\0{finding.layer}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{diagnosis.target}\0{finding.code}\0{finding.layer}".encode(errors="surrogatepass")
+    ).hexdigest()

@@ -28,7 +28,10 @@ FAMILIES = {
     "BN6": "distributed",
     "BN9": "environment",
 }
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# control characters, ends of lines, marks that turn the direction of writing or are not seen, lone surrogates
+_CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 def concise(diagnosis: Diagnosis) -> str:
@@ -92,7 +95,7 @@ def place(finding: Finding) -> str:
 
 
 def plain(text: str) -> str:
-    """Text without characters that would steer a terminal or begin a line."""
+    """Text without characters that would steer a terminal, begin a line, hide, or fit no file."""
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
@@ -131,8 +134,7 @@ def _next(diagnosis: Diagnosis, command: str, width: int) -> Iterator[str]:
     if not diagnosis.findings:
         return
     worst = diagnosis.findings[0]
-    fixable = {finding.fixable for finding in diagnosis.findings}
-    if fixable & {Fix.SAFE, Fix.DATA} and command:
-        data = "" if Fix.SAFE in fixable else " --data data.py:train_loader"
-        yield f"next: batchnorm fix {diagnosis.target}{data} --diff"
+    remedies = {f.fixable: f.remedy for f in reversed(diagnosis.findings) if f.remedy.startswith("batchnorm fix ")}
+    if command and (remedy := remedies.get(Fix.SAFE) or remedies.get(Fix.DATA)):
+        yield f"next: {remedy} --diff"
     yield f"more: batchnorm explain {worst.code}"

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from batchnorm.rules.finding import Finding, Fix
-from batchnorm.rules.words import measure_again, some_of
+from batchnorm.rules.words import measure_again, some_of, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +96,7 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
                 f"running_var down to {least:.3g}, {some_of(channels, stored)}",
                 "0 or more",
                 "Rounding below zero." if safe else "The channel's eval output is NaN, or far too large.",
-                f"batchnorm fix {evidence.target}" if safe else measure_again(evidence),
+                f"batchnorm fix {target_of(evidence)}" if safe else measure_again(evidence),
                 channels=channels,
                 fixable=Fix.SAFE if safe else Fix.DATA,
             )
@@ -126,7 +126,7 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
                 f"running_var down to {_least(stored, channels):.3g}, {some_of(channels, stored)}",
                 f"0, or at least {tiny:.3g}",
                 "Machines differ in what they make of it.",
-                f"batchnorm fix {evidence.target}",
+                f"batchnorm fix {target_of(evidence)}",
                 channels=channels,
                 fixable=Fix.SAFE,
             )
@@ -256,7 +256,7 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
                 f"statistics in {' and '.join(sorted(map(str, kinds)))}",
                 "float32",
                 "Large variances overflow or small updates are lost, should it be trained further.",
-                f"batchnorm fix {evidence.target}",
+                f"batchnorm fix {target_of(evidence)}",
                 fixable=Fix.SAFE,
             )
 
@@ -382,7 +382,7 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
             "no num_batches_tracked",
             "one counter for each layer",
             "load_state_dict(strict=True) may refuse the file.",
-            f"batchnorm fix {evidence.target}",
+            f"batchnorm fix {target_of(evidence)}",
             fixable=Fix.SAFE,
         )
 

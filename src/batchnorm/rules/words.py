@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ def some_of(channels: tuple[int, ...], stored: Stored) -> str:
     return f"{len(channels)} of {stored.channels} channels"
 
 
+def target_of(evidence: Evidence) -> str:
+    """The target as a shell takes it: a file's name may hold spaces and signs; an address is a command's words."""
+    return shlex.quote(evidence.target) if evidence.modules is None else evidence.target
+
+
 def measure_again(evidence: Evidence) -> str:
     """The command for a target that the command line knows, else the call."""
     if evidence.modules is None or ":" in evidence.target:
-        return f"batchnorm fix {evidence.target} --data data.py:train_loader"
+        return f"batchnorm fix {target_of(evidence)} --data data.py:train_loader"
     return "batchnorm.recalibrate(model, loader)"
