@@ -182,6 +182,17 @@ def test_what_a_layer_in_front_breaks_is_measured_once_unsafe_mends_it():
     assert codes(treat(model, data=batches(), unsafe=True)).isdisjoint({"BN102", "BN107"})
 
 
+def test_a_layer_that_no_forward_reaches_gets_typical_statistics_if_that_is_allowed():
+    model = changed(running_var=NAN)
+    model.spare = nn.BatchNorm2d(2)
+    model.spare.running_var[0] = NAN
+    with pytest.warns(RuntimeWarning, match="no forward reached 'spare'"):
+        treated = treat(model, data=batches(), unsafe=True)
+    assert treated.spare.running_var.tolist() == [1.0, 1.0]
+    fresh = examine(treated, batches()).findings
+    assert not [finding for finding in fresh if finding.layer == "stem.1" and finding.fixable is not Fix.NO]
+
+
 def test_settings_of_training():
     model = trained()
     model.stem[1].momentum, model.body[1].momentum = 0.99, 1.0

@@ -69,13 +69,9 @@ def treat(
     new = duplicate(model, "treat", "Use batchnorm.recalibrate and batchnorm.freeze")
     found = examine(model, batches) if diagnosis is None else diagnosis
     _check(new, found.findings)
-    spared = [finding for finding in found.findings if batches is None or not needs_data(finding)]
-    mended = _mend(new, spared, unsafe=unsafe)
+    mended = _mend(new, found.findings, unsafe=unsafe)
     if batches is not None:
         _measure_sick(new, found, batches, again=mended)
-        unreached = tuple({"BN102", "BN103"}.intersection(found.checked)) if unsafe else ()
-        if unreached:
-            _mend(new, examine(new, selection=Selection(select=unreached)).findings, unsafe=True)
     return new
 
 
