@@ -21,8 +21,8 @@ from batchnorm.checkpoint import read
 from batchnorm.cli import main
 from batchnorm.doctor import rewriting
 from batchnorm.doctor.examination import Selection, examine
-from batchnorm.doctor.replacing import replacing
 from batchnorm.doctor.treatment import differences, treat
+from batchnorm.replacing import replacing
 
 NAN = float("nan")
 MODEL = """

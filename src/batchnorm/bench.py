@@ -15,6 +15,7 @@ from math import ceil, inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.replacing import replacing
 from batchnorm.rounds import ROUNDS, others, race, timed
 
 if TYPE_CHECKING:
@@ -264,10 +265,6 @@ def threads_of_torch(count: int | None) -> Iterator[int]:
 def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write JSON to ``path``, whole or not at all."""
     path = Path(path).resolve()
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())

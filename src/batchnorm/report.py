@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.lecture import NAMES
 from batchnorm.lecture.claim import Status
 from batchnorm.lecture.criteria import LEVEL, VERSION
+from batchnorm.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -86,16 +87,8 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
     """
     path = Path(path).resolve()
     text = _as_text(verdicts, path.suffix.lower(), interactive=interactive)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with fresh.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _as_text(verdicts: Verdicts, suffix: str, *, interactive: bool) -> str:

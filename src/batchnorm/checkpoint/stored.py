@@ -45,6 +45,11 @@ class Stored:
             return False
         return not any(mean) and all(value == 1 for value in var)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether every gamma is 0, so that the layer returns beta whatever comes in."""
+        return bool(self.weight) and not any(self.weight or ())
+
 
 @final
 @dataclass(frozen=True, slots=True)

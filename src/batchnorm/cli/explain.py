@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm.cli.settings import codes, complete
-from batchnorm.rules import RULES
+from batchnorm.rules import FAMILIES, RULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
     from batchnorm.rules.finding import Rule
 
 _FORMATS = click.Choice(("full", "md", "json"))
-_FAMILY_TITLES = {
-    "BN0": "Mode and state",
-    "BN1": "Stored statistics",
-    "BN2": "Batches and training loop",
-    "BN3": "Architecture",
-    "BN4": "Shift",
-    "BN5": "Deployment",
-    "BN6": "Distributed",
-    "BN9": "Environment",
-}
 
 
 @click.command()
@@ -97,7 +87,7 @@ def markdown(chosen: Iterable[Rule]) -> str:
     for rule in chosen:
         if rule.code[:3] != family:
             family = rule.code[:3]
-            lines += ["", f"## {family}: {_FAMILY_TITLES[family]}"]
+            lines += ["", f"## {family}: {FAMILIES[family].capitalize()}"]
         lines += ["", _section(rule)]
     return "\n".join(lines)
 

@@ -163,7 +163,7 @@ def _model(
 def _write_state(model: Any, place: Path) -> None:
     import torch
 
-    from batchnorm.doctor.replacing import replacing
+    from batchnorm.replacing import replacing
 
     with replacing(place) as file:
         torch.save(model.state_dict(), file)

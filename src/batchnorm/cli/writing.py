@@ -1,32 +1,29 @@
-"""Write a file whole or not at all."""
+"""What ``-o`` does: a file written whole or not at all, and errors as the command line tells them."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
+
+from batchnorm.replacing import replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def write(path: Path, text: str) -> None:
-    """To a new file beside it, which then takes its name: an error leaves the file that was there."""
+    """Replace a file by this text; write to pipes and devices as they are.
+
+    Raises:
+        OSError: If it cannot be written, with the cause and a remedy.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder. Choose another place with -o FILE.")
     path = path.resolve()  # a link stays one
     if path.exists() and not path.is_file():  # a pipe or a device, which nothing may replace
         path.write_text(text, encoding="utf-8")
         return
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with fresh.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}. Choose another place with -o FILE.") from error
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import __version__
-from batchnorm.rules import RULES
 from batchnorm.rules.finding import Finding, Severity
 
 if TYPE_CHECKING:
@@ -121,11 +120,6 @@ def counted(findings: Iterable[Finding]) -> str:
 def order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Errors first, then by code; layers of one code in the model's order."""
     return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code)))
-
-
-def rule_of(finding: Finding) -> Any:
-    """The row of the table that a finding comes from."""
-    return RULES[finding.code]
 
 
 def _as_dict(finding: Finding) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from batchnorm.doctor.text import FAMILIES, place, plain
+from batchnorm.doctor.text import place, plain
+from batchnorm.rules import FAMILIES
 from batchnorm.rules.finding import Severity
 
 if TYPE_CHECKING:

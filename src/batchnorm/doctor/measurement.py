@@ -27,7 +27,7 @@ from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call
-from batchnorm.population.recalibration import _uncompiled
+from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.rules.evidence import Loop, Measured, Run
 
@@ -55,7 +55,7 @@ def measure(model: nn.Module, data: Iterable[Any], *, max_examples: int | None) 
         Exception: What the model raises in eval mode.
     """
     batches = _renamed(partial(Batches, data, max_examples, device_of(model)))
-    with preserve_state(model), preserve_random_state(*batches.generators), _uncompiled(), torch.no_grad():
+    with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
         model.eval()
         view = _View(model)
         with view.hooks():

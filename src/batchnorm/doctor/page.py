@@ -8,8 +8,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from batchnorm import __version__
-from batchnorm.doctor.text import FAMILIES, groups, headline, place, plain, reasons, summary
-from batchnorm.rules import RULES
+from batchnorm.doctor.text import groups, headline, place, plain, reasons, summary
+from batchnorm.rules import FAMILIES, RULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -15,7 +15,7 @@ from batchnorm.checkpoint import kinds, legacy, safetensors, zips
 from batchnorm.checkpoint.copies import Copy, Entry, entries, find_copies, find_layers
 from batchnorm.doctor.diagnosis import order
 from batchnorm.doctor.remedies import EPS, TENSORS, Change, changed, is_same, prescribe, remedies
-from batchnorm.doctor.replacing import replacing
+from batchnorm.replacing import replacing
 from batchnorm.rules import RULES
 from batchnorm.rules.evidence import Evidence
 from batchnorm.rules.statistics import HALF

@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from batchnorm.rules.finding import Finding
 
 GLYPHS = {Severity.ERROR: "✗", Severity.WARNING: "!", Severity.INFO: "·"}
-FAMILIES = {
-    "BN0": "mode and state",
-    "BN1": "stored statistics",
-    "BN2": "batches and training loop",
-    "BN3": "architecture",
-    "BN4": "shift",
-    "BN5": "deployment",
-    "BN6": "distributed",
-    "BN9": "environment",
-}
 # control characters, ends of lines, marks that turn the direction of writing or are not seen, lone surrogates
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"

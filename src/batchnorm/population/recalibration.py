@@ -106,7 +106,7 @@ def recalibrate(
     if not layers:
         _warn_of_nothing()
         return {}
-    with preserve_state(model), torch.no_grad(), _uncompiled():
+    with preserve_state(model), torch.no_grad(), uncompiled():
         model.eval()
         run = partial(_run, model, layers, batches, forward or call)
         gauges = _layer_by_layer(run, layers) if exact else _all_at_once(run, layers)
@@ -115,7 +115,7 @@ def recalibrate(
     return {path: gauge.moments for path, gauge in gauges.items()}
 
 
-def _uncompiled() -> AbstractContextManager:
+def uncompiled() -> AbstractContextManager:
     """A block that runs compiled models eagerly: their code was made without our hooks, and may stumble over them."""
     loaded = "torch._dynamo" in sys.modules  # loading the compiler takes seconds, and no compiled model is without it
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

@@ -8,6 +8,7 @@ distributed, BN9 environment. A code keeps its meaning for ever and is not used 
 from batchnorm.rules import (
     architecture,
     batches,
+    channels,
     data,
     deployment,
     distributed,
@@ -20,7 +21,7 @@ from batchnorm.rules import (
 from batchnorm.rules.evidence import Evidence
 from batchnorm.rules.finding import Finding, Fix, Rule, Severity
 
-__all__ = ["RULES", "Evidence", "Finding", "Fix", "Rule", "Severity"]
+__all__ = ["FAMILIES", "RULES", "Evidence", "Finding", "Fix", "Rule", "Severity"]
 
 _INFO, _WARNING, _ERROR = Severity
 
@@ -39,8 +40,8 @@ _TABLE = (
     Rule("BN102", "non-finite-statistics", _ERROR, ("stored",), statistics.non_finite_statistics),
     Rule("BN103", "negative-variance", _ERROR, ("stored",), statistics.negative_variance),
     Rule("BN104", "denormal-variance", _WARNING, ("stored",), statistics.denormal_variance),
-    Rule("BN105", "constant-channel", _WARNING, ("stored",), statistics.constant_channel),
-    Rule("BN106", "dead-channel", _INFO, ("stored",), statistics.dead_channel),
+    Rule("BN105", "constant-channel", _WARNING, ("stored",), channels.constant_channel),
+    Rule("BN106", "dead-channel", _INFO, ("stored",), channels.dead_channel),
     Rule("BN107", "non-finite-affine", _ERROR, ("stored",), statistics.non_finite_affine),
     Rule("BN108", "half-precision-statistics", _WARNING, ("stored",), statistics.half_precision_statistics),
     Rule("BN109", "incomplete-layer", _ERROR, ("stored",), statistics.incomplete_layer),
@@ -87,3 +88,15 @@ _TABLE = (
 
 # Every rule by its code.
 RULES: dict[str, Rule] = {rule.code: rule for rule in _TABLE}
+
+# What the rules of a family are about, by the beginning of their codes.
+FAMILIES = {
+    "BN0": "mode and state",
+    "BN1": "stored statistics",
+    "BN2": "batches and training loop",
+    "BN3": "architecture",
+    "BN4": "shift",
+    "BN5": "deployment",
+    "BN6": "distributed",
+    "BN9": "environment",
+}

@@ -72,7 +72,6 @@ class Graph:
     behind_dropout: Mapping[str, str] = field(default_factory=dict)
     behind_batch_norm: Mapping[str, str] = field(default_factory=dict)
     foldable: Mapping[str, str] = field(default_factory=dict)  # layer: the layer it can be folded into
-    relu_behind: frozenset[str] = frozenset()  # layers whose result goes to a ReLU
 
 
 @final
