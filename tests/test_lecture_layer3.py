@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchnorm.instruments.drift import IDLE, drift, noise_floor
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import layer3
 from batchnorm.lecture.claim import Result, Settings, Status
 from batchnorm.lecture.criteria import CRITERIA
-from batchnorm.lecture.drift import IDLE, behind, drift, noise_floor
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.sweep import digits, probe_indices
 
@@ -114,7 +114,7 @@ def test_values_behind_a_child_are_those_of_the_network_cut_there_and_change_not
     net = Ensemble.of(lambda: fully_connected((64, 8, 4, 10)), range(2))
     x = digits()[probe_indices(QUICK, 32)].x
     kept = {name: value.clone() for name, value in net.buffers.items()}
-    seen = behind(net, "act2", x, train=True)
+    seen = net.behind("act2", x, train=True)
     assert seen.shape == (2, 32, 4)
     last = {name: net.parameters[f"w3.{name}"].detach() for name in ("weight", "bias")}
     logits = torch.baddbmm(last["bias"].unsqueeze(1), seen, last["weight"].mT)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from batchnorm.allocator import tune_allocator
     from batchnorm.doctor import examine, treat
     from batchnorm.inputs import InputNorm
+    from batchnorm.instruments import probe, watch
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
@@ -34,6 +35,7 @@ __all__ = [
     "freeze",
     "frozen",
     "preserve_state",
+    "probe",
     "recalibrate",
     "replace",
     "revert",
@@ -42,6 +44,7 @@ __all__ = [
     "tune_allocator",
     "unfold",
     "unfreeze",
+    "watch",
 ]
 
 _HOMES = {
@@ -57,6 +60,7 @@ _HOMES = {
     "freeze": "population",
     "frozen": "population",
     "preserve_state": "population",
+    "probe": "instruments",
     "recalibrate": "population",
     "replace": "surgery",
     "revert": "surgery",
@@ -65,6 +69,7 @@ _HOMES = {
     "tune_allocator": "allocator",
     "unfold": "surgery",
     "unfreeze": "population",
+    "watch": "instruments",
 }
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.doctor.clustering import clustering
+from batchnorm.instruments.normalizing import difference
 from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
 from batchnorm.rules.evidence import Measured
@@ -125,9 +126,9 @@ class Gauge:
         of_batch = means, (variances + eps).rsqrt()
         output = (gain * total.var * stored[1].square()).sum()
         parts = (
-            _difference(means, variances, of_batch, stored).mul(counts).sum(0) / counts.sum(0),
-            _difference(means, variances, of_batch, fresh).mul(counts).sum(0) / counts.sum(0),
-            _difference(total.mean, total.var, fresh, stored),
+            difference(means, variances, of_batch, stored).mul(counts).sum(0) / counts.sum(0),
+            difference(means, variances, of_batch, fresh).mul(counts).sum(0) / counts.sum(0),
+            difference(total.mean, total.var, fresh, stored),
         )
         gaps = [float(((gain * part).sum() / output).sqrt()) for part in parts]
         gap, noise, stale = (value if math.isfinite(value) else None for value in gaps)
@@ -179,11 +180,6 @@ def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
         return torch.full_like(total.mean, torch.nan), torch.full_like(total.mean, torch.nan)
     mean, var = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
     return mean.double(), var.double()
-
-
-def _difference(mean: Tensor, var: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean square of (x - mean_a) r_a - (x - mean_b) r_b over values x of this mean and variance."""
-    return var * (a[1] - b[1]).square() + ((mean - a[0]) * a[1] - (mean - b[0]) * b[1]).square()
 
 
 def plain(values: Tensor) -> array[float]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm.instruments.drift import drift, noise_floor
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.data import Examples
-from batchnorm.lecture.drift import behind, drift, noise_floor
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.sweep import BOTH, RATES, SIZES, TARGET, Sweep, digits, probe_indices, sweep, training_indices
 from batchnorm.lecture.training import accuracies, first_step, losses, sgd
@@ -124,7 +124,7 @@ def _watch(settings: Settings, arm: str, rate: float) -> Watched:
         if step % EVERY == 1:
             changes.append(gradient_shift(net, before, digits()[indices[:, step - 1]], settings.seed + step))
         if step % EVERY == 0:
-            values.append(behind(net, f"act{LAYER - 1}", probe.x, train=True))
+            values.append(net.behind(f"act{LAYER - 1}", probe.x, train=True))
             before.update({name: value.detach().clone() for name, value in net.parameters.items()})
         if step % READ == 0:
             with torch.no_grad():

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from batchnorm.instruments.drift import IDLE, drift, noise_floor
 from batchnorm.lecture import over_seeds
 from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Settings, Verdict
-from batchnorm.lecture.drift import IDLE, behind, drift, noise_floor
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.sweep import BOTH, SIZES, STEPS, digits, probe_indices, training_indices
 from batchnorm.lecture.training import accuracies, losses, sgd
@@ -90,7 +90,7 @@ def _watch(settings: Settings, net: Ensemble, full_steps: int) -> Seen:
     def observe(step: int) -> None:
         if step % EVERY == 0:
             taken.append((
-                torch.tensor(step), behind(net, last, probe.x, train=True), behind(net, last, probe.x, train=False),
+                torch.tensor(step), net.behind(last, probe.x, train=True), net.behind(last, probe.x, train=False),
                 *(net.parameters[name].detach().clone() for name in ("norm2.bias", "norm2.weight") if last == "norm2"),
             ))  # fmt: skip
         if step in {0, steps}:

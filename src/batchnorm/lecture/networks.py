@@ -7,6 +7,7 @@ network. The networks stay independent: one that diverges does not touch its nei
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -121,6 +122,16 @@ class Ensemble:
             randomness="different",
         )
         return run(parameters, buffers, x)
+
+    def behind(self, child: str, x: Tensor, *, train: bool) -> Tensor:
+        """Values behind one child of every network, without gradient: (R, N, ...) -> (R, N, units).
+
+        In train mode the values are what the next layer receives in training; stored statistics stay as they are.
+        """
+        children = dict(self.template.named_children())
+        part = nn.Sequential(OrderedDict(list(children.items())[: list(children).index(child) + 1]))
+        with torch.no_grad():
+            return self.through(part, x, train=train, keep_statistics=True)
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -16,15 +16,10 @@ high, is called idle and left out of the mean over units, in both arms; the shar
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from batchnorm.lecture.networks import Ensemble
+from torch import Tensor
 
 IDLE = 20  # a unit is idle when it is constant but for one in this many examples
 
@@ -88,14 +83,3 @@ def _rms(values: Tensor, counted: Tensor) -> Tensor:
     """Root mean square over the counted units: (..., units) -> (...); 0 where none is counted."""
     squares = torch.where(counted, values, 0).square().sum(-1)
     return (squares / counted.sum(-1).clamp_min(1)).sqrt()
-
-
-def behind(ensemble: Ensemble, child: str, x: Tensor, *, train: bool) -> Tensor:
-    """Values behind one child of every network, without gradient: (R, N, ...) -> (R, N, units).
-
-    In train mode the values are what the next layer receives in training; stored statistics stay as they are.
-    """
-    children = dict(ensemble.template.named_children())
-    part = nn.Sequential(OrderedDict(list(children.items())[: list(children).index(child) + 1]))
-    with torch.no_grad():
-        return ensemble.through(part, x, train=train, keep_statistics=True)

@@ -1,0 +1,115 @@
+"""Events: what changed between two looks that somebody should know of, with the doctor's code for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+# standard errors: noise alone has 1; a doctor's finding begins where chance ends
+_STALE = 4.0
+_CALM = 2.0  # an alarm ends well below where it began, or it would flicker
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that began, in words; ``code`` is a rule of the doctor, None where there is no such rule."""
+
+    message: str
+    layer: str | None = None
+    code: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A state that a quantity can be in: when it begins, when it ends, and what to say."""
+
+    quantity: str
+    code: str | None
+    begins: Callable[[float], bool]
+    ends: Callable[[float], bool]
+    message: str
+
+    def event(self, begun: Sequence[tuple[str, float]]) -> Event:
+        """One event for all layers that began at once, in the words of the first."""
+        layer, value = begun[0]
+        others = f"; {len(begun) - 1} more layers likewise" if len(begun) > 1 else ""
+        return Event(self.message.format(value=value) + others, layer, self.code)
+
+
+_TABLE = (
+    _Watched(
+        "staleness",
+        "BN116",
+        lambda t: t > _STALE,
+        lambda t: t < _CALM,
+        "stored means are {value:.1f} standard errors from the batches' (1 is noise): eval mode lags behind",
+    ),
+    _Watched(
+        "staleness_var",
+        "BN116",
+        lambda t: t > _STALE,
+        lambda t: t < _CALM,
+        "stored variances are {value:.1f} standard errors from the batches' (1 is noise): eval mode lags behind",
+    ),
+    _Watched(
+        "m_eff",
+        "BN201",
+        lambda m: m < 8,
+        lambda m: m > 16,
+        "a batch's mean is worth {value:.1f} independent values: normalization is that noisy",
+    ),
+    _Watched("gamma", "BN111", lambda g: g < 1e-3, lambda g: g > 1e-2, "the median |gamma| fell to {value:.2g}"),
+    _Watched("dead", "BN106", lambda d: d > 0.5, lambda d: d < 0.4, "{value:.0%} of the channels are dead"),
+)
+
+
+@final
+class Events:
+    """What begins, told once until it has ended."""
+
+    def __init__(self) -> None:
+        self._on: set[tuple[str, str]] = set()
+        self._updates: dict[str, bool] = {}
+
+    def of(
+        self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]], *, early: bool
+    ) -> Iterator[Event]:
+        """Events of one look; an ``early`` one, whose averages still hold initial values, says nothing of staleness."""
+        for watched in _TABLE:
+            if early and watched.quantity.startswith("staleness"):
+                continue
+            row = zip(layers, values.get(watched.quantity, ()), strict=False)
+            begun = [(layer, v) for layer, v in row if v is not None and self._turns_on(watched, layer, v)]
+            if begun:
+                yield watched.event(begun)
+
+    def _turns_on(self, watched: _Watched, layer: str, value: float) -> bool:
+        key = watched.quantity, layer
+        if key in self._on:
+            if watched.ends(value):
+                self._on.discard(key)
+            return False
+        if watched.begins(value):
+            self._on.add(key)
+            return True
+        return False
+
+    def of_updates(self, updating: Mapping[str, bool]) -> Iterator[Event]:
+        """Layers whose statistics stopped or started to move between two looks."""
+        for layer, moves in updating.items():
+            if self._updates.get(layer, moves) != moves:
+                yield Event(
+                    "statistics move again" if moves else "statistics no longer move: frozen, or not used", layer
+                )
+        self._updates = dict(updating)
+
+    def of_poison(self, finite: Mapping[str, bool]) -> Iterator[Event]:
+        """Layers whose stored statistics became NaN or infinite."""
+        for layer, is_finite in finite.items():
+            key = "poison", layer
+            if not is_finite and key not in self._on:
+                self._on.add(key)
+                yield Event("a stored mean or variance is NaN or infinite", layer, "BN102")

@@ -1,0 +1,436 @@
+"""watch: what batch norm does while a model trains, measured at a cost that lets one leave it on.
+
+The clock is the optimizer: after each of its steps the running averages are all there, and a few copies of them say
+what the batches looked like. No module is hooked for that, so it works on compiled models, under AMP, with gradients
+accumulated over several passes and with layers of torch.nn and ours alike. At longer intervals a fixed probe batch
+passes through the model. Neither leaves a trace in the model: trained weights are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from batchnorm.instruments.census import census
+from batchnorm.instruments.events import Events
+from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
+from batchnorm.instruments.probing import Probe, View, unwrapped, with_shape
+from batchnorm.instruments.schedule import Schedule
+from batchnorm.instruments.snapshots import Layers, Snapshot
+from batchnorm.layers import batch_norms
+from batchnorm.population.batches import Batches, call
+from batchnorm.record import Record, Writer
+
+if TYPE_CHECKING:
+    import os
+
+    from batchnorm.instruments.probing import Loss
+
+WINDOW = 8  # steps of one look: 6 second differences, pooled over channels
+PROBE_EXAMPLES = 64
+_PROBE_EVERY = 2  # looks
+_PROBE_SECONDS = 0.003  # a layer, beside the two passes; only the first probe is planned by it
+_KEPT = 256  # records in memory
+_PULSE = 1.0  # seconds between progress lines
+
+
+class Sink(Protocol):
+    """Where numbers go besides the log: TensorBoard, MLflow, a metric store of one's own."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take numbers of one step, by names such as "batchnorm/noise/layer1.0.bn1" and "loss"."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def watch(
+    model: nn.Module,
+    *,
+    log: str | os.PathLike[str] | None = None,
+    every: int = 100,
+    budget: float = 0.02,
+    probe: Any = None,
+    loss: Loss | None = None,
+    sinks: Iterable[Sink] = (),
+) -> Watch:
+    """A block in which the training of ``model`` is measured; what it trains to is the same, bit for bit.
+
+    Steps are those of the first torch.optim optimizer that has one of the model's parameters; without one call
+    ``run.step()`` after each step. Looks are ``every`` steps apart, closer at the start, and further where they
+    would take more than ``budget`` of the time of training. Two tiers are measured:
+
+    - free, from the running averages after ``WINDOW`` consecutive steps: batch noise, effective batch, equivalent
+      dropout, staleness of stored statistics, stored against batch, shift, gamma and beta, dead channels;
+    - probe, every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode.
+
+    A layer whose statistics do not move (frozen, momentum 0, unused) has None for what could not be measured.
+    An error of the measuring itself ends it with a RuntimeWarning; the training goes on. Under torch.distributed
+    only rank 0 measures: its own batches with plain batch norm, all ranks' with SyncBatchNorm.
+
+    Args:
+        model: Any model with batch norm, compiled or wrapped or not.
+        log: Folder of the run's log, which ``batchnorm watch`` shows; one of the same model is continued. None keeps
+            records in memory only (``run.records``).
+        every: Steps between looks.
+        budget: Largest share of the time of training that looking may take.
+        probe: The probe batch, as ``recalibrate`` takes one: (inputs, targets) lets the loss be measured. None
+            takes the inputs of the first pass in train mode, at most 64 examples; False measures no probe.
+        loss: ``loss(output, batch)`` for the probe; None guesses as ``probe`` does.
+        sinks: Where numbers go besides the log.
+
+    Raises:
+        ValueError: If the model has no batch norm, ``every`` or ``budget`` is out of range, or the log's folder
+            has the log of another model.
+        OSError: If the log cannot be written at the start.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> with batchnorm.watch(model, every=10, budget=1.0) as run:
+        ...     for _ in range(40):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(32, 4)).square().mean().backward()
+        ...         optimizer.step()
+        >>> list(run.latest["gamma"])
+        ['1']
+    """
+    return Watch(model, log=log, schedule=Schedule(every, budget), probe=probe, loss=loss, sinks=tuple(sinks))
+
+
+@final
+class Watch:
+    """A training that is being measured; made by ``watch``.
+
+    Attributes:
+        records: The last records, oldest first.
+        steps: Optimizer steps so far, with those of a log that is continued.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, log: Any, schedule: Schedule, probe: Any, loss: Any, sinks: tuple[Sink, ...]
+    ):
+        self.records: deque[Record] = deque(maxlen=_KEPT)
+        self.steps = 0
+        self._outer, self._model = model, unwrapped(model)
+        if not batch_norms(self._model):
+            raise ValueError(
+                f"watch needs a model with batch norm layers, got {type(self._model).__name__} without one. "
+                "Watch the model that has them."
+            )
+        self._log, self._sinks, self._schedule = log, sinks, schedule
+        self._probe = self._made_probe(probe, loss)
+        self._captures = probe is None
+        self._writer: Writer | None = None
+        self._layers: Layers | None = None
+        self._clock: int | None = None  # id of the optimizer whose steps count
+        self._window: list[Snapshot] = []
+        self._last: tuple[int, Snapshot] | None = None  # the last look's step and end
+        self._view: tuple[int, View] | None = None
+        self._looks, self._next_probe = 0, 1
+        self._events = Events()
+        self._sums: dict[str, tuple[Any, int]] = {}
+        self._pulse = time.perf_counter()
+        self._handles: list[Any] = []
+        self._on = False
+
+    def __enter__(self) -> Watch:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.stop("finished" if kind is None else f"raised {kind.__name__}")
+
+    def start(self) -> Watch:
+        """Begin to measure; ``with`` does it."""
+        if self._on or not _is_first_rank():
+            return self
+        self._on = True
+        if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
+            self._begin()  # a log that cannot be written is told before the training, not after its first step
+        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        if self._captures:
+            self._handles.append(self._outer.register_forward_pre_hook(self._capture, with_kwargs=True))
+        return self
+
+    def stop(self, reason: str = "finished") -> None:
+        """Measure what is left, and end the log; ``with`` does it."""
+        if not self._on:
+            return
+        self._guarded(self._finish)
+        if not self.steps:
+            _warn(
+                "watch saw no step of an optimizer. Call run.step() after each step if no torch.optim one takes them."
+            )
+        self._release(reason)
+
+    @property
+    def latest(self) -> Record:
+        """The last record of the free tier.
+
+        Raises:
+            RuntimeError: If there is none yet.
+        """
+        for record in reversed(self.records):
+            if record.tier == "free":
+                return record
+        raise RuntimeError(f"nothing was measured yet after {self.steps} steps. Look later, or set every= lower.")
+
+    @property
+    def cost(self) -> float:
+        """Time that looking took, as a share of the time that was left for training."""
+        return self._schedule.cost
+
+    def log(self, **values: float | Tensor) -> None:
+        """Note numbers of this step, such as ``loss=loss``; the log gets their means, once a second at most.
+
+        Tensors are kept where they are and not waited for.
+        """
+        for name, value in values.items():
+            number = value.detach().double() if isinstance(value, Tensor) else float(value)
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + number, count + 1
+
+    def step(self) -> None:
+        """Count a step that no torch.optim optimizer takes."""
+        self._clock = id(self)  # from now on no optimizer's steps count
+        self._guarded(self._count)
+
+    # -- at every step --------------------------------------------------------------------------------------------
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._clock is None and _shares_parameters(optimizer, self._model):
+            self._clock = id(optimizer)
+        if self._clock == id(optimizer):
+            self._guarded(self._count)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do something that must not disturb the training whatever goes wrong in it."""
+        if not self._on:
+            return
+        try:
+            with self._schedule.spending():
+                work()
+        except Exception as error:  # noqa: BLE001 - the training is worth more than its measurement
+            _warn(f"watch stopped at step {self.steps}: {type(error).__name__}: {error}. The training goes on.")
+            self._release(f"stopped by {type(error).__name__}")
+
+    def _count(self) -> None:
+        self._begin()
+        self.steps += 1
+        if self._schedule.is_due() or self._window:
+            self._window.append(Snapshot.of(self._known))
+        if len(self._window) > WINDOW:
+            self._look()
+        if time.perf_counter() - self._pulse >= _PULSE:
+            self._beat()
+
+    @property
+    def _known(self) -> Layers:
+        assert self._layers is not None  # noqa: S101 - _begin sees to it
+        return self._layers
+
+    def _begin(self) -> None:
+        """Know the layers, and open the log; lazy layers have a shape from the first pass on."""
+        if self._layers is not None:
+            return
+        self._layers = Layers(with_shape(self._model, "watch"))
+        if self._log is not None:
+            self._writer = Writer(self._log, _described(self._layers), **self._about())
+            self.steps = self._writer.step
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "model": type(self._model).__name__,
+            "parameters": sum(p.numel() for p in self._model.parameters()),
+            "schedule": {"every": self._schedule.every, "budget": self._schedule.budget, "window": WINDOW},
+            "versions": {name: version(name) for name in ("batchnorm", "torch")},
+        }
+
+    # -- a look ---------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        with self._schedule.looking("free"):
+            self._read()
+        self._looks += 1
+        self._schedule.expect("probe", _PROBE_SECONDS * len(self._known.names))
+        if self._probe is not None and self._looks >= self._next_probe and self._schedule.affords("probe"):
+            with self._schedule.looking("probe"):
+                self._keep(self._probed(self._probe))
+            self._next_probe = self._looks + _PROBE_EVERY
+
+    def _read(self) -> None:
+        window, self._window = [snapshot.cpu() for snapshot in self._window], []
+        seen = Window.of(window, self._known)
+        values = {name: getattr(seen, name) for name in Window.__dataclass_fields__}
+        values |= self._moved(window[-1], seen.noise) | census(self._known, window[-1])
+        record = Record(self.steps, self._known.names, _rows(values), {}, "free", time.time())
+        self._keep(record)
+        self._tell(window, record)
+        self._last = self.steps, window[-1]
+
+    def _moved(self, now: Snapshot, noise: Tensor) -> dict[str, Tensor]:
+        if self._last is None:
+            return {}
+        step, before = self._last
+        scale = 100 / (self.steps - step)
+        floor = shift_floor(before, now, self._known, noise)
+        return {"shift": scale * shift(before, now, self._known), "shift_floor": scale * floor}
+
+    def _probed(self, probe: Probe) -> Record:
+        view = probe.look(self._model, self._known)
+        values = {name: row for name, row in view.values().items() if name != "gap"}  # the free tier has it
+        if self._view is not None:
+            step, earlier = self._view
+            scale = 100 / (self.steps - step)
+            values["drift"] = [None if moved is None else scale * moved for moved in view.drift_from(earlier)]
+        self._view = self.steps, view
+        return Record(self.steps, self._known.names, values, view.of_model, "probe", time.time(), view.arrays())
+
+    def _tell(self, window: list[Snapshot], record: Record) -> None:
+        moves = (window[-1].updates > window[0].updates).tolist()
+        finite = [bool(part.isfinite().all()) for part in (window[-1].mean + window[-1].var).split(self._known.sizes)]
+        early = self.steps < _early(self._known)
+        names = self._known.names
+        counts = [update >= 0 for update in window[-1].updates.tolist()]
+        for event in (
+            *self._events.of_updates({n: m for n, m, c in zip(names, moves, counts, strict=True) if c}),
+            *self._events.of_poison({n: f for n, f, c in zip(names, finite, counts, strict=True) if c}),
+            *self._events.of(names, record.values, early=early),
+        ):
+            self._note(event.message, event.layer, event.code)
+
+    def _note(self, message: str, layer: str | None = None, code: str | None = None) -> None:
+        if self._writer is not None:
+            self._writer.event(self.steps, message, layer=layer, code=code)
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        if self._writer is not None:
+            self._writer.write(record)
+        if self._sinks:
+            numbers = dict(_flat(record))
+            for sink in self._sinks:
+                sink.write(record.step, numbers)
+
+    def _beat(self) -> None:
+        """Tell how far the training is, and what the user noted."""
+        self._pulse = time.perf_counter()
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        if self._writer is not None:
+            self._writer.progress(self.steps, time.time(), means, self.cost)
+        for sink in self._sinks:
+            sink.write(self.steps, {**means, "batchnorm/cost": self.cost})
+
+    # -- the ends -------------------------------------------------------------------------------------------------
+
+    def _made_probe(self, batch: Any, loss: Any) -> Probe | None:
+        if batch is None or batch is False:
+            return None
+        device = next((p.device for p in self._model.parameters()), None)
+        batch = next(iter(Batches([batch], None, device)))
+        return Probe(lambda model: call(model, batch), batch, loss)
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the first inputs in train mode for the probe, and never look again."""
+        if not module.training or not self._on or self._probe is not None:
+            return
+        self._guarded(lambda: self._hold(args, kwargs))
+
+    def _hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ((args, kwargs),) = Batches([(args, kwargs)], PROBE_EXAMPLES, None)
+        held = _copied((args, kwargs))
+        self._probe = Probe(lambda model: model(*held[0], **held[1]), None)
+        self._handles.pop().remove()
+
+    def _finish(self) -> None:
+        if self._layers is None:
+            return
+        if len(self._window) >= LEAST:
+            self._look()
+        if self._captures and self._probe is None and self.steps:
+            self._note("no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe=")
+        if self._schedule.postponed:
+            self._note(
+                f"{self._schedule.postponed} looks were put off to stay under {self._schedule.budget:.1%} of the time"
+            )
+        self._beat()
+
+    def _release(self, reason: str) -> None:
+        self._on = False
+        while self._handles:
+            self._handles.pop().remove()
+        if self._writer is not None:
+            self._writer.end(self.steps, reason, cost=round(self.cost, 5))
+        for sink in self._sinks:
+            sink.close()
+
+
+def _rows(values: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """Plain numbers; NaN is what could not be measured."""
+    return {name: [None if math.isnan(v) else v for v in value.tolist()] for name, value in values.items()}
+
+
+def _flat(record: Record) -> Iterable[tuple[str, float]]:
+    for name, row in record.values.items():
+        yield from (
+            (f"batchnorm/{name}/{layer}", v) for layer, v in zip(record.layers, row, strict=True) if v is not None
+        )
+    yield from ((f"batchnorm/{name}", value) for name, value in record.model.items() if value is not None)
+
+
+def _described(layers: Layers) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "channels": layer.num_features,
+            "kind": type(layer).__name__,
+            "eps": layer.eps,
+            "momentum": layer.momentum,
+        }
+        for name, layer in zip(layers.names, layers.layers, strict=True)
+    ]
+
+
+def _early(layers: Layers) -> float:
+    """Steps until less than 1 % of the initial values is left in every average."""
+    momenta = [layer.momentum for layer in layers.layers if layer.momentum]
+    return max((4.6 / momentum for momentum in momenta), default=0.0)
+
+
+def _shares_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _copied(value: Any) -> Any:
+    """Inputs that later steps cannot write into."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_copied, value))
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return value
+
+
+def _is_first_rank() -> bool:
+    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not there_are_others or torch.distributed.get_rank() == 0
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

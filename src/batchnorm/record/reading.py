@@ -1,0 +1,160 @@
+"""Reading a log, also while it is written or torn, and of a long one only as much as can be shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+STREAM = "record.jsonl"
+ARRAYS = "arrays"
+_KINDS = ("start", "progress", "free", "probe", "lab", "arrays", "event", "end")
+_KIND = re.compile(rb'^\{"kind":"(\w+)"(?:,"step":(\d+))?')
+_FILE = re.compile(rf"{ARRAYS}/\d+\.safetensors")
+_READABLE = 1
+_BLOCK = 1 << 24
+
+
+class Log:
+    """A log as far as it is written; ``refresh`` takes what was appended since.
+
+    Lines are indexed when they are first met and parsed when they are asked for, so that a log of a hundred thousand
+    steps opens at once. A last line without its newline is left for the next ``refresh``; lines that are no JSON
+    are skipped and counted in ``damaged``.
+
+    Args:
+        folder: Where the log is; it may be a copy.
+
+    Raises:
+        FileNotFoundError: If there is no log.
+        ValueError: If it was written by a newer version of its schema, or does not begin as a log does.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._path = self.folder / STREAM
+        if not self._path.is_file():
+            raise FileNotFoundError(
+                f"{self.folder} has no {STREAM}. Give the folder that watch(model, log=...) writes to."
+            )
+        self.damaged = 0
+        self._size = 0
+        self._lines: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in _KINDS}  # step, offset, length
+        self.refresh()
+
+    def refresh(self) -> int:
+        """Index the lines that were appended; their number. A log that was replaced by a shorter one is read anew."""
+        size = self._path.stat().st_size
+        if size < self._size:
+            self._size, self.damaged = 0, 0
+            self._lines = {kind: [] for kind in _KINDS}
+        new = 0
+        with self._path.open("rb") as file:
+            file.seek(self._size)
+            rest = b""
+            while block := file.read(_BLOCK):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    new += self._index(line)
+        if new:
+            self._check()
+        return new
+
+    def _index(self, line: bytes) -> int:
+        """Note where a whole line is; whether it is one of ours."""
+        start, length = self._size, len(line)
+        self._size += length + 1
+        found = _KIND.match(line)
+        kind = found[1].decode() if found else ""
+        if kind not in _KINDS or not line.endswith(b"}"):
+            self.damaged += bool(line.strip())
+            return 0
+        step = int(found[2]) if found and found[2] else 0
+        self._lines[kind].append((step, start, length))
+        return 1
+
+    def _check(self) -> None:
+        version = self.start.get("schema_version", 0)
+        if not isinstance(version, int) or not 1 <= version <= _READABLE:
+            raise ValueError(
+                f"{self._path} has schema version {version!r}, expected {_READABLE}. Read it with the version of "
+                "batchnorm that wrote it."
+            )
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The last ``start`` line; {} before there is one."""
+        rows = self.rows("start")
+        return rows[-1] if rows else {}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the model's order."""
+        return tuple(layer["name"] for layer in self.start.get("layers", ()))
+
+    @property
+    def step(self) -> int:
+        """The last step that any line is about."""
+        return max((step for lines in self._lines.values() for step, _, _ in lines[-1:]), default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last start has its end; a killed process leaves none."""
+        ends, starts = self._lines["end"], self._lines["start"]
+        return bool(ends) and ends[-1][1] > starts[-1][1]
+
+    def count(self, kind: str) -> int:
+        """Number of lines of a kind."""
+        return len(self._lines[kind])
+
+    def rows(self, kind: str, *, first: int = 0, most: int | None = None) -> list[dict[str, Any]]:
+        """Lines of a kind as dicts, in the order in which they were written.
+
+        Args:
+            kind: One of the kinds of lines.
+            first: Leave out that many of the first lines.
+            most: At most about so many, evenly spread, the last one among them.
+        """
+        return self._parsed(self._thinned(self._lines[kind][first:], most))
+
+    @staticmethod
+    def _thinned(items: list[Any], most: int | None) -> list[Any]:
+        if most is None or len(items) <= most:
+            return items
+        stride = -(-len(items) // most)
+        return items[(len(items) - 1) % stride :: stride]
+
+    def _parsed(self, lines: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+        rows = []
+        with self._path.open("rb") as file:
+            for _, start, length in lines:
+                file.seek(start)
+                try:
+                    row = json.loads(file.read(length))
+                except ValueError:
+                    self.damaged += 1
+                    continue
+                rows.append(row)
+        return rows
+
+    def arrays(self, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays that an ``arrays`` line names.
+
+        Raises:
+            ValueError: If the name leads out of the log's folder.
+            OSError: If the file is not there.
+        """
+        from safetensors.numpy import load_file
+
+        name = str(row.get("file", ""))
+        path = (self.folder / name).resolve()
+        if not _FILE.fullmatch(name) or not path.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{name!r} is no file of the log in {self.folder}, expected {ARRAYS}/NUMBER.safetensors.")
+        return load_file(path)
