@@ -65,7 +65,7 @@ class Layers:
         return torch.tensor([missing if value is None else float(value) for value in found], dtype=torch.float64)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Gamma and beta of every channel, in float64 on the CPU; 1 and 0 where a layer has none."""
+        """Gamma and beta of every channel, in float64 on the CPU; 1 and 0 where a layer has none, NaN where sharded."""
         parts = [
             [getattr(layer, name) for layer in self.layers]
             for name in ("weight", "bias")
@@ -161,4 +161,6 @@ def _counts(parts: Sequence[Tensor | None]) -> Tensor:
 def _plain(value: Tensor | None, size: int, default: float) -> Tensor:
     if value is None:
         return torch.full((size,), default, dtype=torch.float64)
+    if hasattr(value, "full_tensor"):  # sharded over ranks: to read it all would wait for the others
+        return torch.full((size,), torch.nan, dtype=torch.float64)
     return value.detach().double().cpu()

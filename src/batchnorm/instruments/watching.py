@@ -263,11 +263,14 @@ class Watch:
         with self._schedule.looking("free"):
             self._read()
         self._looks += 1
-        self._schedule.expect("probe", _PROBE_SECONDS * len(self._known.names))
-        if self._probe is not None and self._looks >= self._next_probe and self._schedule.affords("probe"):
+        if self._probe is not None and self._probe_is_due():
             with self._schedule.looking("probe"):
                 self._keep(self._probed(self._probe))
             self._next_probe = self._looks + _PROBE_EVERY
+
+    def _probe_is_due(self) -> bool:
+        self._schedule.expect("probe", _PROBE_SECONDS * len(self._known.names))
+        return self._looks >= self._next_probe and not _is_sharded(self._model) and self._schedule.affords("probe")
 
     def _read(self) -> None:
         window, self._window = [snapshot.cpu() for snapshot in self._window], []
@@ -425,6 +428,11 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(part) for key, part in value.items()}
     return value
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a pass would wait for other ranks to bring their part of the parameters (FSDP)."""
+    return any(hasattr(p, "full_tensor") or hasattr(p, "_is_flat_param") for p in model.parameters())
 
 
 def _is_first_rank() -> bool:
