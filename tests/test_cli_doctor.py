@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -11,10 +12,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from click import unstyle
 from click.testing import CliRunner
 from planted import FAULTS, changed, trained
 
 from batchnorm.cli import main
+from batchnorm.cli.coloring import colored
 from batchnorm.rules import RULES
 
 MODEL = """
@@ -78,6 +81,13 @@ def test_a_healthy_file_takes_three_lines_and_exit_code_0(folder):
     result = call("doctor", "healthy.pt")
     assert result.exit_code == 0
     assert len([line for line in result.output.splitlines() if line.strip()]) == 3
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/doctor.md"])
+def test_the_documentation_shows_what_is_printed(folder, page):
+    (folder / "sick.pt").rename("checkpoint.pt")
+    printed = re.sub(r"\d+\.\d s$", "0.0 s", call("doctor", "checkpoint.pt").output, flags=re.MULTILINE)
+    assert printed in Path(__file__).parents[1].joinpath(page).read_text(encoding="utf-8")
 
 
 def test_a_model_with_weights_and_data(folder):
@@ -199,13 +209,19 @@ def run(*args, **env):
 def test_a_terminal_of_ascii_shows_the_words(folder):
     done = run("doctor", "sick.pt", PYTHONIOENCODING="ascii")
     assert done.returncode == 1
+    assert b"[x error] Stored statistics" in done.stdout
     assert b"x error BN103 negative-variance" in done.stdout
+    assert b"[+ ok] Deployment" in done.stdout
+    assert b"[- not checked] Shift: needs data" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("env", "shown"),
     [
         ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "true"}, True),
+        ({"FORCE_COLOR": "0"}, False),
+        ({"FORCE_COLOR": "False"}, False),
         ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
         ({"TERM": "dumb"}, False),
         ({}, False),
@@ -214,6 +230,23 @@ def test_a_terminal_of_ascii_shows_the_words(folder):
 def test_colour_is_shown_by_the_conventions(folder, env, shown):
     clean = dict.fromkeys(("NO_COLOR", "FORCE_COLOR"), "")
     assert (b"\x1b[" in run("doctor", "sick.pt", **(clean | env)).stdout) is shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [("0", False), ("false", False), ("", True), ("1", True)])
+def test_a_terminal_shows_no_colour_where_it_is_forced_off(monkeypatch, value, shown):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert ("\x1b[" in colored("[✓ ok] Shift")) is shown
+
+
+def test_statuses_and_findings_are_coloured_and_other_lines_are_not(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = "[✗ error] Shift\n  ! warning BN401\n      ✗ error in a sentence\n[– not checked] Distributed"
+    assert [("\x1b[" in line) for line in colored(text).splitlines()] == [True, True, False, False]
+    assert unstyle(colored(text)) == text
 
 
 def test_a_pipe_that_closes_early_is_no_error(folder):
@@ -326,6 +359,25 @@ def test_explain_and_rules_as_json_have_every_rule():
     assert all(page["why"] and page["how"] and page["fix"] for page in pages)
     assert json.loads(call("rules", "--output-format", "json").output) == pages
     assert all(code in call("rules").output for code in RULES)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("BN13", "Did you mean BN103, BN113?"),  # and not BN213, of another family
+        ("bn15", "Did you mean BN105, BN115?"),
+        ("BN1011", "Did you mean BN101?"),
+        ("BN118", "Did you mean BN110, BN111, BN112 and 4 more?"),
+        ("BN99", "Did you mean BN901, BN902?"),
+        ("BN101, BN1O9", "no rule 'BN1O9'. Did you mean BN109?"),
+        ("negative-varience", "Did you mean 'negative-variance'?"),
+        ("xyz", "batchnorm rules lists all."),
+    ],
+)
+def test_explain_suggests_the_code_that_begins_alike(name, suggestion):
+    result = call("explain", name)
+    assert result.exit_code == 2
+    assert suggestion in " ".join(result.output.split())
 
 
 def test_the_documentation_has_the_pages_as_they_are():

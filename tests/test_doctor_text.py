@@ -7,7 +7,10 @@ import pytest
 from planted import Net, batches, changed, trained
 
 from batchnorm.doctor import examine
-from batchnorm.doctor.text import full, groups
+from batchnorm.doctor.diagnosis import order
+from batchnorm.doctor.examination import Selection
+from batchnorm.doctor.text import families, full, groups
+from batchnorm.rules import FAMILIES, RULES, Finding
 
 
 def many():
@@ -28,6 +31,72 @@ def test_lines_fit_the_terminal(width):
     text = full(examine(changed(running_var=-1.0), batches()), width=width, verbose=True, command="batchnorm doctor")
     # a command stays in one piece, to be copied
     assert max(len(line) for line in text.splitlines() if not line.startswith("next: ")) <= width
+
+
+def found(*codes):
+    """A diagnosis of these findings, all rules having run."""
+    findings = [
+        Finding("layer", "m", "l", "c", "r", code=code, slug=RULES[code].slug, severity=RULES[code].severity)
+        for code in codes
+    ]
+    return replace(examine(trained()), findings=order(findings), checked=tuple(RULES), not_checked={})
+
+
+def statuses(text):
+    return [line for line in text.splitlines() if line.startswith("[")]
+
+
+def test_findings_are_read_by_family_the_worst_first():
+    text = full(found("BN003", "BN401", "BN110", "BN102", "BN104", "BN301"))
+    assert statuses(text) == [
+        "[✗ error] Stored statistics: 1 error, 1 warning, 1 info",
+        "[! warning] Shift: 1 warning",
+        "[· info] Mode and state: 1 info",
+        "[· info] Architecture: 1 info",
+        "[✓ ok] Batches and training loop, Deployment, Distributed, Environment",
+    ]
+    codes = [line.split()[2] for line in text.splitlines() if line.startswith("  ") and " BN" in line]
+    assert codes == ["BN102", "BN104", "BN110", "BN401", "BN003", "BN301"]
+
+
+def test_a_family_s_findings_are_told_worst_first_in_whatever_order_they_come():
+    diagnosis = found("BN110", "BN104", "BN102")
+    mixed = replace(diagnosis, findings=diagnosis.findings[::-1])
+    assert [f.code for f in families(mixed)[0].findings] == ["BN102", "BN104", "BN110"]
+
+
+def test_a_family_that_was_not_checked_says_why_and_one_that_was_says_how_far():
+    sick = replace(examine(changed(running_var=-1.0)), data="")
+    text = full(sick)
+    assert "[✗ error] Stored statistics (15 of 16 checks): 1 error" in text
+    assert "[– not checked] Shift: needs data" in text
+    assert "[✓ ok] Mode and state, Architecture, Distributed, Environment" in text
+
+
+def test_every_family_has_one_status():
+    for diagnosis in (many(), examine(changed(running_var=-1.0)), found("BN102")):
+        for verbose in (False, True):
+            lines = " ".join(full(diagnosis, width=1000, verbose=verbose).splitlines()).split("[")[1:]
+            assert all(sum(name.capitalize() in line for line in lines) == 1 for name in FAMILIES.values())
+
+
+def test_families_that_were_not_asked_for_are_left_out():
+    text = full(examine(changed(running_var=-1.0), selection=Selection(select=("BN1",))))
+    assert statuses(text) == ["[✗ error] Stored statistics (15 of 16 checks): 1 error"]
+    assert "not checked: needs data (-v lists all)" in text
+
+
+def test_a_healthy_target_has_no_families_unless_all_is_asked_for():
+    healthy = replace(examine(trained()), findings=())
+    assert len([line for line in full(healthy).splitlines() if line]) == 3
+    assert "[✓ ok] Mode and state\n" in full(healthy, verbose=True)
+
+
+def test_a_reason_that_a_family_has_told_is_not_told_again():
+    diagnosis = replace(found("BN102"), checked=("BN102",), not_checked={"BN401": "needs data"})
+    assert full(diagnosis).count("needs data") == 1
+    assert "-v lists the checks that did not run" in full(diagnosis)
+    assert "-v" not in full(diagnosis, verbose=True)
 
 
 def test_checks_that_did_not_run_are_counted_and_listed():

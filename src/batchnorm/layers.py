@@ -331,3 +331,13 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}. Pass the model itself.")
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside of torch.compile's and the parallel wrappers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return model

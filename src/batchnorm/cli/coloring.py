@@ -1,4 +1,4 @@
-"""Colour for severities in plain text, where a terminal shows it. The words say everything without."""
+"""Colour for statuses and severities in plain text, where a terminal shows it. The words say everything without."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import sys
 
 import click
 
-_COLORS = {"✗ error": "red", "! warning": "yellow", "· info": "blue"}
-_SIGNS = "✗·–×"
-_PLAIN = str.maketrans(_SIGNS, "x--x")
-_MARKS = re.compile("|".join(map(re.escape, _COLORS)))
+_COLORS = {"✗ error": "red", "! warning": "yellow", "· info": "blue", "✓ ok": "green"}
+_SIGNS = "✗·–×✓"
+_PLAIN = str.maketrans(_SIGNS, "x--x+")
+# a family's status in brackets, or a finding below it
+_MARKS = re.compile(rf"^(\[|  )({'|'.join(map(re.escape, _COLORS))})", re.MULTILINE)
+# how Node, chalk and their kin spell no; force-color.org says nothing of values but that an empty one is none
+_NO = ("0", "false")
 
 
 def colored(text: str) -> str:
-    """The text, with its severities in colour if standard output shows colours."""
+    """The text, with its statuses and severities in colour if standard output shows colours."""
     if not _shows_colors():
         return text
-    return re.sub(
-        rf"^(?:{_MARKS.pattern})", lambda m: click.style(m[0], fg=_COLORS[m[0]], bold=True), text, flags=re.MULTILINE
-    )
+    return _MARKS.sub(lambda m: m[1] + click.style(m[2], fg=_COLORS[m[2]], bold=True), text)
 
 
 def spelled(text: str) -> str:
@@ -36,6 +37,6 @@ def _shows_colors() -> bool:
     """By the conventions of NO_COLOR, FORCE_COLOR and TERM=dumb."""
     if os.environ.get("NO_COLOR"):
         return False
-    if os.environ.get("FORCE_COLOR"):
-        return True
+    if forced := os.environ.get("FORCE_COLOR"):
+        return forced.lower() not in _NO
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"

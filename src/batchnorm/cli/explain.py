@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchnorm.cli.settings import codes, complete
 from batchnorm.rules import FAMILIES, RULES
+from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from batchnorm.rules.finding import Rule
 
+_FAMILY = len("BN1")
 _FORMATS = click.Choice(("full", "md", "json"))
 
 
@@ -32,7 +35,7 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
         raise ValueError(
             "explain needs a rule, got none. For example batchnorm explain BN101; batchnorm rules lists all."
         )
-    wanted = codes(rule)
+    wanted = _wanted(rule)
     chosen = [r for code, r in RULES.items() if every or code.startswith(wanted)]
     if output_format == "json":
         click.echo(json.dumps([as_dict(r) for r in chosen], indent=1))
@@ -40,6 +43,31 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
         click.echo(markdown(chosen) if every else "\n\n".join(map(_section, chosen)))
     else:
         click.echo("\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in chosen))
+
+
+def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
+    """Codes of what was named; where a code is none, the ones that begin like it are told."""
+    for name in (part.strip() for text in rule for part in text.split(",")):
+        begins_a_code = any(code.startswith(name.upper()) for code in RULES)
+        if not begins_a_code and (alike := _alike(name.upper())):
+            raise ValueError(f"no rule {name!r}. Did you mean {listed(alike)}?")
+    return codes(rule)
+
+
+def _alike(name: str) -> list[str]:
+    """Codes that share the longest beginning with the name, and of those the nearest; none outside its family.
+
+    Families come first since a digit is lost more easily than it is swapped for another: BN13 is BN103 or BN113, and
+    not BN213, whose letters are as near.
+    """
+    ranks = {code: (_shared(name, code), SequenceMatcher(None, name, code).ratio()) for code in RULES}
+    best = max(ranks.values())
+    return [code for code, rank in ranks.items() if rank == best] if best[0] >= _FAMILY else []
+
+
+def _shared(name: str, code: str) -> int:
+    """How many characters both begin with."""
+    return max(length for length in range(len(name) + 1) if code.startswith(name[:length]))
 
 
 @click.command()

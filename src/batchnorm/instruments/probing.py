@@ -22,7 +22,7 @@ from batchnorm.instruments.drift import drift, noise_floor
 from batchnorm.instruments.normalizing import difference
 from batchnorm.instruments.propagation import moments_of_channels, resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.layers import batch_norms
+from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call
 from batchnorm.population.freezing import has_stored_statistics
@@ -83,16 +83,6 @@ def with_shape(model: nn.Module, what: str) -> dict[str, _BatchNorm]:
             "Run a batch through it first if its layers are lazy."
         )
     return found
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside of torch.compile's and the parallel wrappers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}. Pass the model itself.")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
-    return model
 
 
 @final

@@ -24,10 +24,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from batchnorm.instruments.census import census
 from batchnorm.instruments.events import Events
 from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
-from batchnorm.instruments.probing import Probe, View, unwrapped, with_shape
+from batchnorm.instruments.probing import Probe, View, with_shape
 from batchnorm.instruments.schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.layers import batch_norms
+from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.batches import Batches, call
 from batchnorm.record import Record, Writer
 
