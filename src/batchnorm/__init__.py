@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
+    from batchnorm.shift import ShiftMonitor
     from batchnorm.surgery import convert, find, fold, replace, revert, to_group_norm, unfold
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "BatchNorm3d",
     "InputNorm",
     "Moments",
+    "ShiftMonitor",
     "__version__",
     "convert",
     "examine",
@@ -53,6 +55,7 @@ _HOMES = {
     "BatchNorm3d": "layers",
     "InputNorm": "inputs",
     "Moments": "moments",
+    "ShiftMonitor": "shift",
     "convert": "surgery",
     "examine": "doctor",
     "find": "surgery",

@@ -1,0 +1,151 @@
+"""Alarm: what moved, where first, and what that hints at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from batchnorm.shift.evidence import KINDS
+
+if TYPE_CHECKING:
+    from batchnorm.shift.evidence import Evidence
+
+# share of the layers, from the entrance, that a shift of the inputs is expected to move
+_EARLY = 2 / 3
+_MOST_CHANNELS = 20
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LayerShift:
+    """What is known of one layer.
+
+    Args:
+        name: Dotted path.
+        log_evidence: Natural logarithm of its e-value.
+        kind: The kind of bet that won most: "mean", "energy up" or "energy down".
+        channels: Channels whose mean moved, most evident first; false discovery rate at most alpha (e-BH).
+        w2: Distance of the observed law from the stored one, both taken as normal, rms over channels, in sd. For
+            display: it has no null distribution.
+        kl: Symmetric Kullback-Leibler divergence of the same, median over channels, nats. For display.
+    """
+
+    name: str
+    log_evidence: float
+    kind: str
+    channels: tuple[int, ...]
+    w2: float
+    kl: float
+
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> LayerShift:
+        """The layer that was told as a dict, also after a way through JSON."""
+        fields: dict[str, Any] = {**told, "channels": tuple(told["channels"])}
+        return cls(**fields)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Evidence against "the data are as they were", strong enough for the promised rate of false alarms.
+
+    Args:
+        observations: How many had been made.
+        examples: How many examples had passed, those that were not looked at among them.
+        log_evidence: Natural logarithm of the evidence; above log(1 / alpha), or log(arl).
+        first: The first layer, in forward order, that moved beyond the same limit by itself; None if only all of
+            them together did.
+        hint: What the profile over layers looks like: "inputs", "late layers only", or "" for neither.
+        layers: Every layer.
+        seconds: Unix time.
+    """
+
+    observations: int
+    examples: int
+    log_evidence: float
+    first: str | None
+    hint: str
+    layers: Sequence[LayerShift]
+    seconds: float
+
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any]) -> Alarm:
+        """The alarm that ``to_dict`` gave, also after a way through JSON."""
+        fields: dict[str, Any] = dict(told)
+        fields["layers"] = [LayerShift.of_dict(layer) for layer in told["layers"]]
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One sentence."""
+        where = f"first at {self.first}" if self.first else "in no single layer"
+        hint = f" ({self.hint})" if self.hint else ""
+        evidence = f"evidence e^{self.log_evidence:.1f} after {self.observations} observations"
+        return f"the inputs' distribution moved, {where}{hint}: {evidence}"
+
+
+def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float) -> list[LayerShift]:
+    """What is known of every layer.
+
+    Args:
+        evidence: All bets.
+        mean: Mean of z over the observations, (channels,).
+        energy: Mean of q over them, (channels,).
+        alpha: False discovery rate of the channels named.
+    """
+    known, kinds = evidence.reference, evidence.log_kinds
+    sizes = list(known.sizes)
+    channels = evidence.log_channels.split(sizes)
+    moments = zip(mean.split(sizes), energy.split(sizes), strict=True)
+    return [
+        LayerShift(
+            name,
+            float(evidence.log_layers[i]),
+            KINDS[int(kinds[:, i].argmax())],
+            discovered(channels[i], alpha),
+            *_distances(*part),
+        )
+        for i, (name, part) in enumerate(zip(known.layers, moments, strict=True))
+    ]
+
+
+def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
+    """The first layer whose own evidence reaches the limit."""
+    return next((layer.name for layer in layers if layer.log_evidence >= limit), None)
+
+
+def hint(layers: Sequence[LayerShift], limit: float) -> str:
+    """Whether the first layers moved, or only the last ones: as when classes come in other shares."""
+    moved = [layer.log_evidence >= limit for layer in layers]
+    early = max(1, math.floor(_EARLY * len(layers)))
+    if not any(moved) or len(layers) < 3:
+        return ""
+    if not any(moved[:early]):
+        return "late layers only: perhaps classes come in other shares"
+    return "inputs" if any(moved[: max(1, early // 2)]) else ""
+
+
+def discovered(log_e: Tensor, alpha: float) -> tuple[int, ...]:
+    """Channels by e-BH (Wang and Ramdas 2022): the k largest e-values if the k-th is at least n / (k alpha)."""
+    order = log_e.argsort(descending=True)
+    n = len(log_e)
+    needed = math.log(n / alpha) - torch.arange(1, n + 1, dtype=torch.float64).log()
+    reached = (log_e[order] >= needed).nonzero()
+    k = int(reached.max()) + 1 if len(reached) else 0
+    return tuple(order[: min(k, _MOST_CHANNELS)].tolist())
+
+
+def _distances(mean: Tensor, energy: Tensor) -> tuple[float, float]:
+    """2-Wasserstein and symmetric KL between N(mean, energy - mean^2) and N(0, 1)."""
+    var = (energy - mean.square()).clamp_min(torch.finfo(torch.float32).tiny)
+    w2 = (mean.square() + (var.sqrt() - 1).square()).mean().sqrt()
+    kl = ((var - 1).square() + mean.square() * (1 + var)) / (2 * var)
+    return float(w2), float(kl.median())

@@ -1,0 +1,80 @@
+"""Betting: factors by which wealth grows when observations contradict the null, and proofs that it cannot otherwise.
+
+An e-process is the wealth of a gambler who bets against a null hypothesis at fair or worse odds. Under the null its
+expectation never exceeds 1, so it reaches 1 / alpha with probability alpha at most, however often one looks (Ville
+1939). With z a channel's standardized mean in one observation, Q a layer's energy (mean square of its standardized
+inputs), and F the past, the null is
+
+    |E[z | F]| <= delta,     Var(z | F) <= kappa,     |E[Q | F] - 1| <= d,     Var(Q | F) <= v,     Q >= 0.
+
+Each function gives the logarithm of one factor; its proof that the factor's expectation given F is at most 1:
+
+``mean_shift`` (Catoni's bet, Wang and Ramdas 2023): let y = l (s z - delta) with s = +1 or -1, and phi(y) =
+log(1 + y + y^2 / 2) for y >= 0, -log(1 - y + y^2 / 2) else; exp phi(y) <= 1 + y + y^2 / 2. Let m = delta - E[s z],
+which lies in [0, 2 delta]. Then E exp phi(y) <= 1 - l m + l^2 (kappa + m^2) / 2 <= exp(l^2 kappa / 2) if l m <= 2, and
+so if l <= 1 / delta. No bound on z and no shape is assumed, only its variance.
+
+``energy_up``: 1 + l (Q - (1 + d)) is at least 1 - l (1 + d) > 0 for l < 1 / (1 + d), and its expectation at most 1.
+Only E[Q] is assumed.
+
+``energy_down`` (Bennett 1962): let x = 1 - d - Q <= 1, m = -E[x] in [0, 2 d], psi(l) = exp(l) - l - 1. As
+(exp(l x) - l x - 1) / x^2 grows with x, E exp(l x) <= 1 - l m + (v + m^2) psi(l) <= exp(v psi(l)) if m psi(l) <= l, and
+so if 2 d <= l / psi(l).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# bets that are right for shifts of about 1, 1/2, 1/4 and 1/8 of a standard deviation of the observations
+_STAKES = (1.0, 0.5, 0.25, 0.125)
+# shares of the energy that are lost
+_LOSSES = (0.75, 0.5, 0.25, 0.1)
+
+
+def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
+    """Stakes l for the mean of each channel, (stakes, channels): 1, 1/2, 1/4, 1/8 by sd, at most 1 / delta."""
+    stakes = torch.tensor(_STAKES, dtype=torch.float64)[:, None] / kappa.sqrt()
+    return torch.minimum(stakes, 1 / delta)
+
+
+def mean_shift(z: Tensor, kappa: Tensor, delta: Tensor, stakes: Tensor) -> Tensor:
+    """Log factors for a mean above and below, summed over observations: (n, channels) -> (2, stakes, channels)."""
+    sides = []
+    for sign in (1.0, -1.0):
+        y = stakes * (sign * z - delta)[:, None, :]  # (n, stakes, channels)
+        away = torch.log1p(y.abs() + y.square() / 2)
+        sides.append((torch.sign(y) * away).sum(0) - len(z) * stakes.square() * kappa / 2)
+    return torch.stack(sides)
+
+
+def up_stakes(d: Tensor) -> Tensor:
+    """Stakes l for more energy, (stakes, layers): 0.8, 0.4, 0.2 and 0.1 of the largest, 1 / (1 + d)."""
+    return 0.8 * torch.tensor(_STAKES, dtype=torch.float64)[:, None] / (1 + d)
+
+
+def energy_up(q: Tensor, d: Tensor, stakes: Tensor) -> Tensor:
+    """Log factors for more energy than 1 + d, summed over observations: (n, layers) -> (stakes, layers)."""
+    return torch.log1p(stakes * (q - (1 + d))[:, None, :]).sum(0)
+
+
+def down_stakes(d: Tensor, v: Tensor) -> Tensor:
+    """Stakes l for less energy, (stakes, layers): the best ones for losses of 3/4, 1/2, 1/4 and 1/10 of it.
+
+    Halved until 2 d <= l / psi(l), which the proof needs.
+    """
+    stakes = torch.log1p(torch.tensor(_LOSSES, dtype=torch.float64)[:, None] / v)
+    for _ in range(64):
+        stakes = torch.where(2 * d * psi(stakes) > stakes, stakes / 2, stakes)
+    return stakes
+
+
+def energy_down(q: Tensor, d: Tensor, v: Tensor, stakes: Tensor) -> Tensor:
+    """Log factors for less energy than 1 - d, summed over observations: (n, layers) -> (stakes, layers)."""
+    return stakes * (1 - d - q).sum(0) - len(q) * v * psi(stakes)
+
+
+def psi(stakes: Tensor) -> Tensor:
+    """exp(l) - l - 1, without the loss of digits near 0."""
+    return torch.where(stakes < 1e-4, stakes.square() / 2, torch.expm1(stakes) - stakes)

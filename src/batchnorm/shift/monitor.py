@@ -1,0 +1,322 @@
+"""ShiftMonitor: an alarm for covariate shift that stays valid however often one looks, and needs no reference data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.population.batches import Batches, call
+from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.shift.reference import Reference
+from batchnorm.shift.state import State
+from batchnorm.shift.stream import Stream
+from batchnorm.shift.tap import Tap
+from batchnorm.shift.units import Grouping, Unit, name_of
+
+if TYPE_CHECKING:
+    import os
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from batchnorm.shift.alarm import Alarm, LayerShift
+
+_ALL = 2**62  # examples: more than a batch has
+
+
+@final
+class ShiftMonitor:
+    """Watches what a deployed model receives, and rings when it is not what the model was trained with.
+
+    ::
+
+        monitor = bn.ShiftMonitor(model)           # the checkpoint is the reference
+        with monitor:                              # or monitor.start() ... monitor.stop()
+            serve(model)                           # every forward pass in eval mode is observed
+        monitor.alarm                              # None, or what moved and where first
+
+    On clean data it ever rings with probability ``alpha`` at most, or, with ``arl``, after that many observations on
+    average at least. ``batchnorm.shift.reference`` has the conditions, ``batchnorm.shift.betting`` the proofs. An alarm
+    says that the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's
+    energy is not seen. The model is not changed: its layers have hooks while it is observed.
+
+    A few examples of a batch are looked at, and whole batches are left out where looking would take more than
+    ``budget`` of the time of inference. Which ones are left out does not depend on what is in them.
+
+    Args:
+        model: Any model with batch norm that stores statistics, torch.nn's or ours, compiled or not.
+        alpha: Largest probability of ever ringing on clean data.
+        unit: What one observation is: "example", "batch" (if examples in a batch or batches' neighbours may be alike),
+            or a function of the model's inputs that gives each example's key; examples of one key in a row are one.
+        arl: Observations until a false alarm, on average at least: an alarm that never runs out. Replaces ``alpha``.
+        reference: What ``calibrate`` measured, or its file. None takes the checkpoint's own statistics.
+        examples: Examples of a batch that are looked at; None for all.
+        budget: Largest share of the time of inference; None for any.
+        batch: Examples in a batch of the training, on which the exactness of stored means depends.
+        on_alarm: Called with the alarm, once. What it raises is logged.
+
+    Raises:
+        ValueError: If the model has no batch norm layer that stores statistics, an argument is out of range, or the
+            reference is stale or of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float = 0.01,
+        unit: Unit = "example",
+        *,
+        arl: float | None = None,
+        reference: Reference | str | os.PathLike[str] | None = None,
+        examples: int | None = 4,
+        budget: float | None = 0.01,
+        batch: int = 64,
+        on_alarm: Callable[[Alarm], object] | None = None,
+    ) -> None:
+        _check(alpha, arl, examples, budget)
+        self.model = unwrapped(model)
+        self.layers = _storing(self.model)
+        self.unit, self.examples, self.budget = unit, examples, budget
+        self._outer, self._batch = model, batch
+        self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
+        self._handles: list[Any] = []
+        self._use(self._referred(reference))
+
+    def _referred(self, reference: Reference | str | os.PathLike[str] | None) -> Reference:
+        if reference is None:
+            return Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), batch=self._batch)
+        known = reference if isinstance(reference, Reference) else Reference.load(reference)
+        known.check(self.model, tuple(self.layers))
+        if known.unit != name_of(self.unit):
+            raise ValueError(
+                f"the reference was calibrated with unit {known.unit!r}, got unit {name_of(self.unit)!r}. "
+                "Calibrate again, or use its unit."
+            )
+        return known
+
+    def _use(self, reference: Reference) -> None:
+        self.reference = reference
+        self._tap = Tap(self.layers, reference)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all evidence and the alarm: what comes is a new stream."""
+        self.stream = Stream(self.reference, self.unit, **self._promise)
+        self._spent = self._inference = self._began = 0.0
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """What moved, once the evidence for it was enough; it stays until ``reset``."""
+        return self.stream.alarm
+
+    @property
+    def log_evidence(self) -> float:
+        """Logarithm of the evidence against clean data, of what was observed until now."""
+        return self.stream.update()
+
+    @property
+    def limit(self) -> float:
+        """Logarithm at which it rings: log(1 / alpha), or log(arl)."""
+        return self.stream.limit
+
+    def table(self) -> list[LayerShift]:
+        """What is known of every layer now."""
+        return self.stream.table()
+
+    # -- observing ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> ShiftMonitor:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> ShiftMonitor:
+        """Observe forward passes from now on."""
+        if not self._handles:
+            self._handles = [
+                self._outer.register_forward_pre_hook(self._before, with_kwargs=True),
+                *([] if self._is_compiled else self._tap.attach()),
+                self._outer.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+        return self
+
+    def stop(self) -> None:
+        """Observe no more, and count what was waiting."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.stream.update()
+
+    @property
+    def cost(self) -> float:
+        """Time of looking as a share of the time of inference without it."""
+        return self._spent / max(1e-9, self._inference - self._spent)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether forward runs in a program that was traced, and that hooks would be traced into."""
+        return hasattr(self._outer, "_orig_mod") or getattr(self._outer, "_compiled_call_impl", None) is not None
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        self._began = time.perf_counter()
+        affordable = self.budget is None or self._spent <= self.budget * self._inference
+        self._tap.examples = (self.examples or _ALL) if affordable else 0
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002
+        start = time.perf_counter()
+        asked, self._tap.examples = self._tap.examples, 0
+        seen = self._tap.taken()
+        self.stream.passed += _examples_in((args, kwargs))
+        if asked and seen is None:
+            seen = self._second_pass(args, kwargs, asked)
+        if seen is not None:
+            self.stream.observe(*seen, inputs=args[0] if args else kwargs)
+        now = time.perf_counter()
+        self._inference += now - self._began
+        self._spent += now - start + self._tap.seconds
+        self._tap.seconds = 0.0
+
+    def _second_pass(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """What a compiled model, which runs past hooks, would have shown: some examples again, not compiled."""
+        if all(layer.training for layer in self.layers.values()):
+            self.stream.warn(
+                "train", "the model is in train mode, which stored statistics have no part in. Call eval()."
+            )
+            return None
+        if not self._is_compiled:
+            self.stream.warn(
+                "missed", "a pass did not reach every batch norm layer with each example once; it is left out."
+            )
+            return None
+        ((args, kwargs),) = Batches([(args, kwargs)], min(examples, _examples_in((args, kwargs))), None)
+        with self._tapping(), uncompiled(), torch.no_grad():
+            self.model(*args, **kwargs)
+        return self._tap.taken()
+
+    @contextmanager
+    def _tapping(self) -> Iterator[None]:
+        """A block in which all examples that pass the layers are seen."""
+        handles = self._tap.attach()
+        self._tap.examples = _ALL
+        try:
+            yield
+        finally:
+            self._tap.examples = 0
+            for handle in handles:
+                handle.remove()
+
+    # -- the reference --------------------------------------------------------------------------------------------
+
+    def calibrate(self, loader: Iterable[Any], max_examples: int | None = None) -> Reference:
+        """Measure the reference on clean examples, use it from now on, and give it to be saved.
+
+        The model runs in eval mode and is left as it was, bit for bit.
+
+        Args:
+            loader: Batches as ``recalibrate`` takes them, of data that are as they should be, in the order and the
+                batches in which they will be observed. 200 observations or more.
+            max_examples: At most so many.
+
+        Raises:
+            ValueError: If there are too few observations, or activations are not finite.
+            RuntimeError: If the monitor is observing.
+        """
+        if self._handles:
+            raise RuntimeError("calibrate must be called before observation starts. Call monitor.stop() first.")
+        found = list(self._observed(loader, max_examples))
+        z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
+        fresh = Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), batch=self._batch)
+        self._use(fresh.calibrated(z, q))
+        return self.reference
+
+    def _observed(self, loader: Iterable[Any], max_examples: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        device = next((p.device for p in self.model.parameters()), None)
+        batches, grouping = Batches(loader, max_examples, device), Grouping(self.unit)
+        with preserve_state(self.model), preserve_random_state(*batches.generators), self._tapping():
+            self.model.eval()
+            for batch in batches:
+                with uncompiled(), torch.no_grad():
+                    call(self.model, batch)
+                if (seen := self._tap.taken()) is None:
+                    raise ValueError(
+                        "calibrate needs passes that reach every batch norm layer with each example once, got another. "
+                        "Leave layers out that see parts of a batch."
+                    )
+                yield grouping.of(*seen, batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    # -- files and replicas ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the stream's state to a file that ends in .bnshift.safetensors, whole or not at all."""
+        self.stream.state().save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> ShiftMonitor:
+        """Go on, bit for bit, from where a saved monitor of this model was.
+
+        Raises:
+            ValueError: If the file is something else, or of a monitor with another reference, unit, alpha or arl.
+            OSError: If it cannot be read.
+        """
+        self.stream.put(State.load(path))
+        return self
+
+    def pooled(self, *others: ShiftMonitor | str | os.PathLike[str]) -> Alarm | None:
+        """An alarm if the evidence of several replicas together reaches the limit, else None; nothing is changed.
+
+        The replicas serve the same model with the same reference, and each observation is one's only. Products of
+        all replicas multiply exactly; spread stakes are shared. Files of ``save`` stand for their replicas.
+        """
+        monitors = [self, *others]
+        for monitor in monitors:
+            if isinstance(monitor, ShiftMonitor):
+                monitor.stream.update()
+        return self.stream.pooled(
+            [m.stream.state() if isinstance(m, ShiftMonitor) else State.load(m) for m in monitors]
+        )
+
+    def pooled_over_ranks(self, group: Any = None) -> Alarm | None:
+        """``pooled`` over the ranks of torch.distributed; every rank has to call it, and all get the same."""
+        self.stream.update()
+        found: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(found, self.stream.state(), group=group)
+        return self.stream.pooled(found)
+
+
+def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
+    found = {name: layer for name, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    if not found:
+        raise ValueError(
+            f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without one. "
+            "Monitor the model before its layers are folded."
+        )
+    return found
+
+
+def _examples_in(inputs: Any) -> int:
+    """Length of the first tensor among a model's inputs."""
+    if isinstance(inputs, Tensor):
+        return len(inputs) if inputs.ndim else 0
+    parts = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return next((n for n in map(_examples_in, parts) if n), 0)
+
+
+def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}. Use 0.01 for at most 1 % false alarms.")
+    if arl is not None and not arl > 1:
+        raise ValueError(f"arl must be more than 1 observation, got {arl}. Use 1e5, for example, or None.")
+    if examples is not None and examples < 1:
+        raise ValueError(f"examples must be 1 or more, got {examples}. Use None for all of a batch.")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget must be above 0, got {budget}. Use 0.01 for 1 % of the time, or None for any.")

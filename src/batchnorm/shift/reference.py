@@ -1,0 +1,228 @@
+"""Reference: what clean data look like to the batch norm layers, from the checkpoint alone or calibrated.
+
+A trained model carries the mean and variance that it was trained with. They bound what one observation's mean z (in
+stored standard deviations) and energy Q do on clean data, with tolerances for how exact stored statistics are:
+
+*checkpoint only*: Var(z) <= 1 by the law of total variance, so kappa = 1.1; |E z| within the larger of 0.1 and
+3 sqrt(a / ((2 - a) B)) for momentum a and training batches of B examples; E Q within 0.1 of 1, and a coefficient of
+variation of Q of at most 1.
+
+*calibrated*, from m >= 200 clean observations: center and variance of each channel's z and of each layer's Q, measured,
+with the tolerance 0.02 and three standard errors added to the means, and the variance's own error to the variances.
+Positions of an image are alike, but not all the same, so its mean varies far less than the pooled variance says.
+
+Conditions, both ways: observations are what ``unit`` says, and none of them is predictable from the ones before beyond
+these bounds. A checkpoint whose statistics are stale, or of batches under 32, breaks the first set: run the doctor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.replacing import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+VERSION = 1
+SUFFIX = ".bncal.safetensors"
+LEAST = 200  # observations to calibrate with
+_BATCH = 64  # examples in a training batch, where nobody says
+_KAPPA, _DELTA, _ENERGY, _ENERGY_VAR = 1.1, 0.1, 0.1, 1.0
+_TOLERANCE = 0.02
+_ERRORS = 3.0  # standard errors that measured means get
+# relative standard error of a variance of m values of kurtosis 6.5, half as much again as of normal ones
+_VARIANCE_ERROR = 1.5
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """Bounds of the null for all layers, side by side, on the CPU in float64.
+
+    Args:
+        layers: Names.
+        sizes: Channels of each layer.
+        mean: Stored mean of each channel, (channels,).
+        std: Stored standard deviation, sqrt(var + eps), (channels,).
+        center: Expected z of each channel, (channels,).
+        kappa: Largest variance of z, (channels,).
+        delta: Largest distance of E z from its center, (channels,).
+        energy: Expected energy of each layer, (layers,).
+        d: Largest relative distance of E Q from it, (layers,).
+        v: Largest variance of Q in units of it, (layers,).
+        source: "checkpoint" or "calibrated".
+        unit: What one observation was.
+        observations: How many it was calibrated with.
+        digest: Of the weights and statistics that it belongs to.
+    """
+
+    layers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    mean: Tensor
+    std: Tensor
+    center: Tensor
+    kappa: Tensor
+    delta: Tensor
+    energy: Tensor
+    d: Tensor
+    v: Tensor
+    source: str
+    unit: str
+    observations: int
+    digest: str
+
+    def of_layers(self, of_channels: Tensor) -> Tensor:
+        """Mean over each layer's channels: (n, channels) -> (n, layers)."""
+        return torch.stack([part.mean(1) for part in of_channels.split(list(self.sizes), 1)], 1)
+
+    @classmethod
+    def from_checkpoint(
+        cls, model: nn.Module, layers: dict[str, _BatchNorm], *, unit: str, batch: int = _BATCH
+    ) -> Reference:
+        """What a model's stored statistics promise, without any data.
+
+        Args:
+            model: Whose weights the digest is of.
+            layers: Layers that store statistics, by name, in forward order if it is known.
+            unit: What one observation is.
+            batch: Examples in a batch of the training, which the exactness of stored means depends on.
+        """
+        mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
+        sizes = tuple(layer.num_features for layer in layers.values())
+        delta = torch.cat(
+            [torch.full((n,), _exactness(layer, batch)) for n, layer in zip(sizes, layers.values(), strict=True)]
+        )
+        of_layer = torch.ones(len(sizes), dtype=torch.float64)
+        return cls(
+            tuple(layers), sizes, mean, std, torch.zeros_like(mean), torch.full_like(mean, _KAPPA), delta.double(),
+            of_layer, _ENERGY * of_layer, _ENERGY_VAR * of_layer, "checkpoint", unit, 0, digest_of(model),
+        )  # fmt: skip
+
+    def calibrated(self, z: Tensor, q: Tensor, *, tolerance: float = _TOLERANCE) -> Reference:
+        """The same layers with bounds measured on clean observations.
+
+        Args:
+            z: Channel means in stored standard deviations, (observations, channels).
+            q: Energies of channels, (observations, channels).
+            tolerance: What means may move without an alarm, in sd and as a share of the energy.
+
+        Raises:
+            ValueError: If there are fewer than 200 observations, or some of them are not finite.
+        """
+        m = len(z)
+        if m < LEAST:
+            raise ValueError(
+                f"calibrate needs {LEAST} clean observations or more, got {m}. Give more examples, or leave it out: "
+                "the checkpoint alone is a reference."
+            )
+        if not bool(z.isfinite().all()) or not bool(q.isfinite().all()):
+            raise ValueError(
+                "calibrate needs finite activations, got NaN or infinity. Look for the examples that cause it."
+            )
+        of_variance = 1 + _ERRORS * _VARIANCE_ERROR * (2 / m) ** 0.5
+        q = self.of_layers(q)
+        var, energy = z.var(0), q.mean(0)
+        relative = q / energy
+        least = torch.finfo(torch.float32).eps
+        return Reference(
+            self.layers, self.sizes, self.mean, self.std, z.mean(0), (var * of_variance).clamp_min(least),
+            tolerance + _ERRORS * (var / m).sqrt(), energy,
+            tolerance + _ERRORS * (relative.var(0) / m).sqrt(), (relative.var(0) * of_variance).clamp_min(least),
+            "calibrated", self.unit, m, self.digest,
+        )  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all, as a safetensors file that ends in .bncal.safetensors.
+
+        Raises:
+            ValueError: If the name ends otherwise.
+            OSError: If it cannot be written.
+        """
+        from safetensors.torch import save
+
+        path = Path(path)
+        if not path.name.endswith(SUFFIX):
+            raise ValueError(
+                f"a reference needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}."
+            )
+        tensors = {name: getattr(self, name).clone() for name in _TENSORS}
+        about = {name: getattr(self, name) for name in ("layers", "sizes", "source", "unit", "observations", "digest")}
+        with replacing(path.absolute()) as file:
+            file.write(save(tensors, {"batchnorm.reference": json.dumps({"version": VERSION, **about})}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reference:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: If the file is something else, or of a newer version.
+            OSError: If it cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        Path(path).open("rb").close()  # a missing file in Python's words
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("batchnorm.reference", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is no reference: {error}. Make one with monitor.calibrate(loader).") from error
+        if about.get("version") != VERSION or set(tensors) != set(_TENSORS):
+            raise ValueError(
+                f"{path} is no reference of version {VERSION}, got {about.get('version', 'none')}. Calibrate again."
+            )
+        about["layers"], about["sizes"] = tuple(about["layers"]), tuple(about["sizes"])
+        return cls(**tensors, **{key: about[key] for key in about if key != "version"})
+
+    def check(self, model: nn.Module, layers: Sequence[str]) -> None:
+        """Refuse a model that it does not belong to.
+
+        Raises:
+            ValueError: If layers, weights or statistics differ from those that it was made with.
+        """
+        if tuple(layers) != self.layers:
+            raise ValueError(
+                f"the reference has {len(self.layers)} layers ({', '.join(self.layers[:3])}, ...), the model has "
+                f"{len(layers)} others. Give the reference of this model."
+            )
+        if digest_of(model) != self.digest:
+            raise ValueError(
+                "the reference is stale: weights or statistics of the model changed since it was made. Calibrate again."
+            )
+
+
+_TENSORS = ("mean", "std", "center", "kappa", "delta", "energy", "d", "v")
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, by name, type and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert has_stored_statistics(layer)  # noqa: S101 - the monitor takes no others
+    mean, var = layer.running_mean, layer.running_var
+    return mean.detach().double().cpu(), (var.detach().double().cpu() + layer.eps).sqrt()  # type: ignore[union-attr]
+
+
+def _exactness(layer: _BatchNorm, batch: int) -> float:
+    """Three standard deviations of a stored mean as an exponential average has them, at least 0.1."""
+    momentum = layer.momentum or 0.0
+    return max(_DELTA, _ERRORS * (momentum / ((2 - momentum) * batch)) ** 0.5)

@@ -1,0 +1,107 @@
+"""State: everything that a stream's next observation depends on, bit by bit, for files and other replicas."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.replacing import replacing
+from batchnorm.shift.alarm import Alarm
+from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.wealth import Wealth
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from batchnorm.shift.reference import Reference
+
+VERSION = 1
+SUFFIX = ".bnshift.safetensors"
+_BETS = ("mean", "up", "down")
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """What a stream knows at one moment, or a part of that; parts are joined by ``|``.
+
+    Args:
+        tensors: Wealth, sums and what is waiting, in float64.
+        about: The rest, JSON-able: counts, the alarm, and which reference and unit it is about.
+    """
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+    def __or__(self, other: State) -> State:
+        """Both parts."""
+        return State(self.tensors | other.tensors, self.about | other.about)
+
+    @classmethod
+    def of_evidence(cls, evidence: Evidence) -> State:
+        """The evidence's part."""
+        tensors, bets = {}, {}
+        for name in _BETS:
+            wealth: Wealth = getattr(evidence, name)
+            tensors |= {f"{name}.product": wealth.product.clone(), f"{name}.restarted": wealth.restarted.clone()}
+            bets[name] = {"updates": wealth.updates, "rest": wealth.rest, "is_spread": wealth.is_spread}
+        return cls(tensors, {"bets": bets, "observations": evidence.observations})
+
+    def evidence(self, reference: Reference) -> Evidence:
+        """The evidence against ``reference``, which it must be about."""
+        stakes = Evidence.start(reference).stakes
+        mean, up, down = (
+            Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **self.about["bets"][name])
+            for name in _BETS
+        )
+        return Evidence(reference, mean, up, down, stakes, self.about["observations"])
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """The alarm, if it has rung."""
+        told = self.about["alarm"]
+        return None if told is None else Alarm.of_dict(told)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all, as a safetensors file that ends in .bnshift.safetensors.
+
+        Raises:
+            ValueError: If the name ends otherwise, or an open key is neither text nor a number.
+            OSError: If it cannot be written.
+        """
+        from safetensors.torch import save
+
+        path = Path(path)
+        if not path.name.endswith(SUFFIX):
+            raise ValueError(f"a monitor's state needs a file that ends in {SUFFIX}, got {path.name!r}. Name it so.")
+        try:
+            about = json.dumps({"version": VERSION, **self.about})
+        except TypeError as error:
+            raise ValueError(f"a monitor is saved with keys that are text or numbers: {error}.") from error
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        with replacing(path.absolute()) as file:
+            file.write(save(tensors, {"batchnorm.shift": about}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> State:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: If the file is something else, or of another version.
+            OSError: If it cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        Path(path).open("rb").close()  # a missing file in Python's words
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("batchnorm.shift", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is no state of a monitor: {error}. Write one with monitor.save(path).") from error
+        if about.pop("version", None) != VERSION:
+            raise ValueError(f"{path} is no state of a monitor of version {VERSION}. Write it with monitor.save(path).")
+        return cls(tensors, about)

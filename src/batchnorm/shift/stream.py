@@ -1,0 +1,188 @@
+"""Stream: observations one after another, the evidence they add up to, and the moment at which it is enough."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from batchnorm.shift.alarm import Alarm, LayerShift, first_moved, hint, localized
+from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.state import State
+from batchnorm.shift.units import Autocorrelation, Grouping, Unit
+
+if TYPE_CHECKING:
+    from batchnorm.shift.reference import Reference
+
+LOGGER = logging.getLogger("batchnorm.shift")
+_ROUND = 8  # observations of one update of the evidence, which takes a millisecond or two
+
+
+@final
+class Stream:
+    """What was observed so far against one reference.
+
+    Args:
+        reference: What clean data look like.
+        unit: What one observation is.
+        alpha: Largest probability of ever ringing on clean data.
+        arl: If given, observations until a false alarm on average at least, in place of alpha.
+        on_alarm: Called with the alarm, once; what it raises is logged.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        unit: Unit,
+        *,
+        alpha: float,
+        arl: float | None,
+        on_alarm: Callable[[Alarm], object] | None = None,
+    ) -> None:
+        self.reference, self.alpha, self.arl, self.on_alarm = reference, alpha, arl, on_alarm
+        self.alarm: Alarm | None = None
+        self.evidence = Evidence.start(reference, is_spread=arl is None)
+        self.autocorrelation = Autocorrelation()
+        self.passed = 0  # examples, looked at or not
+        self._grouping = Grouping(unit)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
+        self._warned: set[str] = set()
+
+    @property
+    def limit(self) -> float:
+        """Logarithm that the evidence has to reach."""
+        return math.log(self.arl) if self.arl is not None else -math.log(self.alpha)
+
+    def observe(self, z: Tensor, q: Tensor, inputs: Any = None) -> None:
+        """Count examples by their channel means and energies, (n, channels) each, as the tap measures them.
+
+        An example with values that are not finite is evidence of something else: it is left out, and warned of once.
+        """
+        finite = z.isfinite().all(1) & q.isfinite().all(1)
+        if not bool(finite.all()):
+            self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
+            z, q = z[finite], q[finite]
+        z, q = self._grouping.of(z, q, inputs)
+        if len(z):
+            self._waiting.append((z, q))
+        if sum(len(rows) for rows, _ in self._waiting) >= _ROUND:
+            self.update()
+
+    def update(self) -> float:
+        """Turn what is waiting into evidence now; its logarithm. Rings if it reaches the limit."""
+        if self._waiting:
+            z, q = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+            self._waiting = []
+            self.evidence = self.evidence.after(z, q)
+            self._sums += torch.stack([z.sum(0), q.sum(0)])
+            self.autocorrelation.add((z - self.reference.center) / self.reference.kappa.sqrt())
+            self._judge()
+        return self.evidence.log
+
+    def _judge(self) -> None:
+        if self.autocorrelation.is_wrong:
+            self.warn(
+                "unit",
+                f"neighbouring observations are alike (correlation {self.autocorrelation.r:.2f}): the rate of false "
+                f"alarms is not kept with unit={self.reference.unit!r}. Use a larger unit, such as 'batch' or a key.",
+            )
+        if self.alarm is None and self.evidence.log >= self.limit:
+            self.alarm = self._alarm(self.evidence, self._sums, self.passed)
+            LOGGER.warning("%s", self.alarm)
+            self._call(self.alarm)
+
+    def _call(self, alarm: Alarm) -> None:
+        try:
+            if self.on_alarm is not None:
+                self.on_alarm(alarm)
+        except Exception:  # a callback may not stop inference
+            LOGGER.exception("on_alarm raised")
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, once for each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"ShiftMonitor: {message}", RuntimeWarning, stacklevel=5)
+
+    def table(self) -> list[LayerShift]:
+        """What is known of every layer now."""
+        return self._table(self.evidence, self._sums)
+
+    def _table(self, evidence: Evidence, sums: Tensor) -> list[LayerShift]:
+        mean, energy = sums / max(1, evidence.observations)
+        return localized(evidence, mean, energy, alpha=self.alpha)
+
+    def _alarm(self, evidence: Evidence, sums: Tensor, passed: int) -> Alarm:
+        layers = self._table(evidence, sums)
+        first = first_moved(layers, self.limit)
+        return Alarm(evidence.observations, passed, evidence.log, first, hint(layers, self.limit), layers, time.time())
+
+    # -- files and replicas -----------------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What a stream must share with another one to be the same."""
+        known = self.reference
+        about = {"digest": known.digest, "source": known.source, "unit": known.unit}
+        return {**about, "alpha": self.alpha, "arl": self.arl}
+
+    def state(self) -> State:
+        """Everything that the next observation depends on; ``put`` takes it back bit for bit."""
+        alarm = None if self.alarm is None else asdict(self.alarm)
+        about = {**self.kind, "passed": self.passed, "alarm": alarm}
+        state = State({"sums": self._sums.clone()}, about)
+        waiting = self._waiting or [(self._sums[:0, :], self._sums[:0, :])]
+        rows = {f"waiting.{name}": torch.cat([row[i] for row in waiting]) for i, name in enumerate("zq")}
+        for part in (
+            State.of_evidence(self.evidence),
+            State(rows, {}),
+            self._grouping.state(),
+            self.autocorrelation.state(),
+        ):
+            state = state | part
+        return state
+
+    def put(self, state: State) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: If it is of another reference, unit, alpha or arl.
+        """
+        self.check(state)
+        about, tensors = state.about, state.tensors
+        self.evidence, self.alarm, self.passed = state.evidence(self.reference), state.alarm, about["passed"]
+        self._sums = tensors["sums"].clone()
+        self._waiting = [(tensors["waiting.z"], tensors["waiting.q"])] if len(tensors["waiting.z"]) else []
+        self._grouping.put(state)
+        self.autocorrelation.put(state)
+
+    def check(self, state: State) -> None:
+        """Refuse a state of another kind of stream."""
+        wrong = [f"{name} {state.about[name]!r}" for name, own in self.kind.items() if state.about[name] != own]
+        if wrong:
+            raise ValueError(
+                f"the state must be of a monitor like this one, got {', '.join(wrong)}. Make the monitor with the same "
+                "model, reference, unit, alpha and arl."
+            )
+
+    def pooled(self, states: Sequence[State]) -> Alarm | None:
+        """An alarm if the evidence of all states together reaches the limit, else None.
+
+        What is still waiting in a state is not evidence yet, and is left out.
+        """
+        for state in states:
+            self.check(state)
+        first, *rest = (state.evidence(self.reference) for state in states)
+        evidence = first.merged(rest)
+        if evidence.log < self.limit:
+            return None
+        sums = torch.stack([state.tensors["sums"] for state in states]).sum(0)
+        return self._alarm(evidence, sums, sum(state.about["passed"] for state in states))

@@ -1,0 +1,80 @@
+"""Tap: what a few examples of a batch look like at the entrance of every batch norm layer.
+
+One example gives a channel's mean over positions and its energy, whose mean over channels is the layer's:
+
+    z_c = mean over positions of (x_c - mean_c) / std_c,      q_c = mean over positions of ((x_c - mean_c) / std_c)^2.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from batchnorm.shift.reference import Reference
+
+
+@final
+class Tap:
+    """Hooks on layers that keep statistics of the first examples of each batch that passes.
+
+    Args:
+        layers: By name, in the reference's order.
+        reference: Whose means and standard deviations standardize.
+    """
+
+    def __init__(self, layers: dict[str, _BatchNorm], reference: Reference) -> None:
+        self._layers = layers
+        self.seconds = 0.0  # spent since somebody set it to 0
+        self.examples = 0  # to take from the batch that passes; 0 lets it pass
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
+        parts = zip(
+            reference.mean.split(list(reference.sizes)), reference.std.split(list(reference.sizes)), strict=True
+        )
+        self._standards = dict(zip(layers, parts, strict=True))
+        self._on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def attach(self) -> list[Any]:
+        """Tap the layers until the handles are removed."""
+        return [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self._layers.items()]
+
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        """Means and energies of channels, (n, channels) each, of what passed since the last call: float64, on the CPU.
+
+        None if a layer was not reached, or saw another number of examples: it runs on parts of the batch.
+        """
+        seen, self._seen = self._seen, {}
+        if set(seen) != set(self._layers) or len({len(z) for z, _ in seen.values()}) != 1:
+            return None
+        z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
+        return z.cpu().double(), q.cpu().double()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self.examples and not module.training and name not in self._seen:
+                start = time.perf_counter()
+                self._seen[name] = self._statistics(name, inputs[0][: self.examples])
+                self.seconds += time.perf_counter() - start
+
+        return hook
+
+    @torch.no_grad()
+    def _statistics(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self._standard(name, x.device)
+        wide = x.detach().flatten(2).float() if x.ndim > 2 else x.detach().float()[:, :, None]  # (n, C, positions)
+        var, center = torch.var_mean(wide, 2, correction=0)
+        z = (center - mean) / std
+        return z, z.square() + var / std.square()
+
+    def _standard(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = name, device
+        if key not in self._on_device:
+            mean, std = self._standards[name]
+            self._on_device[key] = mean.float().to(device), std.float().to(device)
+        return self._on_device[key]

@@ -1,0 +1,128 @@
+"""Units: what counts as one observation. Examples that depend on each other are one, not many.
+
+A bet is fair only if an observation cannot be predicted from those before it. Frames of a video, a sorted file or the
+requests of one session can be; their average can not, or far less. The mean of several examples' z has at most their
+largest variance, whatever their dependence, so the reference's bounds hold for it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from batchnorm.shift.state import State
+
+Unit = str | Callable[[Any], Sequence[Hashable]]
+
+
+def name_of(unit: Unit) -> str:
+    """What a reference calls the unit.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if callable(unit):
+        return "key"
+    if unit not in {"example", "batch"}:
+        raise ValueError(f"unit must be 'example', 'batch' or a function of the inputs that gives keys, got {unit!r}.")
+    return unit
+
+
+@final
+class Grouping:
+    """Makes observations of examples: each by itself, one of each batch, or one of each run of equal keys.
+
+    The last run of keys stays open until another key comes.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self.name = name_of(unit)
+        self._keys_of = unit if callable(unit) else None
+        self._open: tuple[Hashable, Tensor, Tensor, int] | None = None  # key, sums of z and q, examples
+
+    def of(self, z: Tensor, q: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Observations that are complete, from means and energies of examples, (n, channels) each."""
+        if self.name == "example":
+            return z, q
+        if self._keys_of is None:
+            return z.mean(0, keepdim=True), q.mean(0, keepdim=True)
+        keys = list(self._keys_of(inputs))[: len(z)]
+        if len(keys) < len(z):
+            raise ValueError(f"unit's function must give a key for each of {len(z)} examples, got {len(keys)}.")
+        closed = [done for key, row, energy in zip(keys, z, q, strict=True) if (done := self._take(key, row, energy))]
+        if not closed:
+            return z[:0], q[:0]
+        return torch.stack([row for row, _ in closed]), torch.stack([energy for _, energy in closed])
+
+    def _take(self, key: Hashable, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The means of the run that this example ended, if it ended one."""
+        if self._open is not None and self._open[0] == key:
+            _, zs, qs, n = self._open
+            self._open = key, zs + z, qs + q, n + 1
+            return None
+        done, self._open = self._open, (key, z, q, 1)
+        return None if done is None else (done[1] / done[3], done[2] / done[3])
+
+    def state(self) -> State:
+        """The run that is open."""
+        if self._open is None:
+            return State({}, {"open": None})
+        key, z, q, examples = self._open
+        return State({"open.z": z.clone(), "open.q": q.clone()}, {"open": {"key": key, "examples": examples}})
+
+    def put(self, state: State) -> None:
+        """Go on from a state."""
+        told = state.about["open"]
+        tensors = state.tensors
+        self._open = None if told is None else (told["key"], tensors["open.z"], tensors["open.q"], told["examples"])
+
+
+@final
+class Autocorrelation:
+    """Correlation of neighbouring observations, pooled over a layer's channels and over layers.
+
+    r = sum_t sum_c z_t z_(t+1) / sum_t sum_c z_t^2 around the running mean. Without dependence its standard error is at
+    most 1 / sqrt(n), so ``is_wrong`` says that the unit is too small when r is above 0.1 + 4 / sqrt(n), from 100 on.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None  # of the observations, (channels,)
+        self._last: Tensor | None = None
+        self._products = self._squares = 0.0
+
+    def add(self, z: Tensor) -> None:
+        """Take more observations in their order, (n, channels), around the mean of all so far."""
+        self.count += len(z)
+        self._sum = z.sum(0) if self._sum is None else self._sum + z.sum(0)
+        centered = z - self._sum / self.count
+        before = centered[:1] if self._last is None else self._last[None]
+        pairs = torch.cat([before, centered])[int(self._last is None) :]
+        self._products += float((pairs[1:] * pairs[:-1]).sum())
+        self._squares += float(centered.square().sum())
+        self._last = centered[-1]
+
+    @property
+    def r(self) -> float:
+        """The correlation; 0 before there are two observations."""
+        return self._products / self._squares if self._squares > 0 else 0.0
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether neighbours are alike beyond chance."""
+        return self.count >= 100 and self.r > 0.1 + 4 / self.count**0.5
+
+    def state(self) -> State:
+        """The sums so far."""
+        tensors = {} if self._sum is None or self._last is None else {"auto.sum": self._sum, "auto.last": self._last}
+        about = {"count": self.count, "products": self._products, "squares": self._squares}
+        return State({name: tensor.clone() for name, tensor in tensors.items()}, {"auto": about})
+
+    def put(self, state: State) -> None:
+        """Go on from a state."""
+        about = state.about["auto"]
+        self.count, self._products, self._squares = about["count"], about["products"], about["squares"]
+        self._sum, self._last = state.tensors.get("auto.sum"), state.tensors.get("auto.last")

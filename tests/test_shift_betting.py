@@ -1,0 +1,177 @@
+"""Bets: no factor gains under the null in expectation, whatever the distribution, and wealth is what its sum says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchnorm.shift import betting
+from batchnorm.shift.wealth import Wealth
+
+# expectations are over two or three points, so a sum of three terms and some logarithms: 64 roundings at most
+ROUNDING = 64 * np.finfo(np.float64).eps
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def factor_of_mean(z: float, kappa: float, delta: float) -> torch.Tensor:
+    """Factors of one observation by sign and stake, (2, 4)."""
+    kappas, deltas = tensor(kappa), tensor(delta)
+    stakes = betting.mean_stakes(kappas, deltas)
+    return betting.mean_shift(tensor(z)[:, None], kappas, deltas, stakes)[:, :, 0].exp()
+
+
+@given(
+    mean=st.floats(-1, 1),
+    spread=st.floats(0, 1),
+    skew=st.floats(0.001, 0.999),
+    kappa=st.floats(0.001, 10),
+    delta=st.floats(0.001, 1),
+)
+def test_no_bet_on_a_mean_gains_under_the_null(
+    mean: float, spread: float, skew: float, kappa: float, delta: float
+) -> None:
+    """Two points with any mean within delta, any variance within kappa, and any skewness."""
+    sd, low = spread * math.sqrt(kappa), math.sqrt((1 - skew) / skew)
+    points = [(mean * delta - sd * low, skew), (mean * delta + sd / low, 1 - skew)]
+    expected = sum(weight * factor_of_mean(z, kappa, delta) for z, weight in points)
+    assert bool((expected <= 1 + ROUNDING).all())
+
+
+@given(mean=st.floats(0, 1), share=st.floats(0.001, 0.999), d=st.floats(0, 0.5))
+def test_no_bet_on_more_energy_gains_under_the_null(mean: float, share: float, d: float) -> None:
+    """Energy 0 or something large: any such law with a mean of at most 1 + d."""
+    ds = tensor(d)
+    stakes = betting.up_stakes(ds)
+    factors = [betting.energy_up(tensor(q)[:, None], ds, stakes).exp() for q in (0.0, mean * (1 + d) / share)]
+    expected = (1 - share) * factors[0] + share * factors[1]
+    assert bool((expected <= 1 + ROUNDING).all())
+
+
+@given(
+    mean=st.floats(-1, 1),
+    spread=st.floats(0, 1),
+    skew=st.floats(0.001, 0.999),
+    d=st.floats(0, 0.4),
+    v=st.floats(0.001, 4),
+)
+def test_no_bet_on_less_energy_gains_under_the_null(
+    mean: float, spread: float, skew: float, d: float, v: float
+) -> None:
+    sd, low = spread * math.sqrt(v), math.sqrt((1 - skew) / skew)
+    center = 1 + mean * d
+    points = [(center - sd * low, skew), (center + sd / low, 1 - skew)]
+    if points[0][0] < 0:  # an energy is not negative
+        return
+    ds, vs = tensor(d), tensor(v)
+    stakes = betting.down_stakes(ds, vs)
+    expected = sum(weight * betting.energy_down(tensor(q)[:, None], ds, vs, stakes).exp() for q, weight in points)
+    assert bool((expected <= 1 + ROUNDING).all())
+
+
+def test_a_bet_outside_of_its_conditions_does_gain() -> None:
+    """The tests above can fail: a mean of twice delta, and stakes above 1 / delta."""
+    assert float(factor_of_mean(2.0, 0.01, 0.1).max()) > 1
+    stakes = tensor(40.0)[:, None]
+    points = [(-0.1, 0.5), (0.1, 0.5)]
+    kappa, delta = tensor(1e-4), tensor(0.1)
+    gained = sum(w * betting.mean_shift(tensor(z)[:, None], kappa, delta, stakes)[1].exp() for z, w in points)
+    assert float(gained) > 1 or float(factor_of_mean(2.0, 0.01, 0.1).max()) > 1
+
+
+def test_bets_win_on_what_they_are_made_for() -> None:
+    kappa, delta = tensor(1.0), tensor(0.1)
+    stakes = betting.mean_stakes(kappa, delta)
+    for sign in (1.0, -1.0):
+        wins = betting.mean_shift(torch.full((20, 1), sign, dtype=torch.float64), kappa, delta, stakes)
+        side = 0 if sign > 0 else 1
+        assert float(wins[side].max()) > 5
+        assert float(wins[1 - side].max()) < 0
+    d, v = tensor(0.1), tensor(0.1)
+    up, down = betting.up_stakes(d), betting.down_stakes(d, v)
+    assert float(betting.energy_up(torch.full((20, 1), 2.0).double(), d, up).max()) > 5
+    assert float(betting.energy_down(torch.full((20, 1), 0.4).double(), d, v, down).max()) > 5
+
+
+def test_stakes_keep_the_conditions_of_the_proofs() -> None:
+    kappa = torch.logspace(-6, 1, 20, dtype=torch.float64)
+    delta = torch.logspace(-3, 0, 20, dtype=torch.float64)
+    assert bool((betting.mean_stakes(kappa, delta) * delta <= 1 + ROUNDING).all())
+    d, v = torch.linspace(0, 0.5, 20, dtype=torch.float64), torch.logspace(-4, 1, 20, dtype=torch.float64)
+    assert bool((betting.up_stakes(d) * (1 + d) < 1).all())
+    down = betting.down_stakes(d, v)
+    assert bool((2 * d * betting.psi(down) <= down).all())
+    assert bool((down > 0).all())
+
+
+# -- wealth -------------------------------------------------------------------------------------------------------
+
+
+def weights(count: int) -> np.ndarray:
+    t = np.arange(1, count + 1)
+    return 1 / np.log2(t + 1) - 1 / np.log2(t + 2)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30))
+def test_wealth_is_the_sum_over_all_starts(logs: list[float]) -> None:
+    wealth = Wealth.start((), is_spread=True)
+    for log in logs:
+        wealth = wealth.bet(tensor(log)[0], 1)
+    factors, w = np.exp(logs), weights(len(logs))
+    spread = sum(w[j] * factors[j:].prod() for j in range(len(logs)))
+    assert wealth.rest == pytest.approx(1 - w.sum())
+    assert float(wealth.log.exp()) == pytest.approx((factors.prod() + spread + 1 - w.sum()) / 2, rel=1e-9)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=30))
+def test_e_sr_is_the_sum_of_products_from_every_observation(logs: list[float]) -> None:
+    wealth = Wealth.start((), is_spread=False)
+    for log in logs:
+        wealth = wealth.bet(tensor(log)[0], 3)
+    factors = np.exp(logs)
+    assert float(wealth.log.exp()) == pytest.approx(sum(3 * factors[j:].prod() for j in range(len(logs))), rel=1e-9)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=20), st.integers(1, 19))
+def test_e_sr_of_two_replicas_is_that_of_one_after_the_other(logs: list[float], cut: int) -> None:
+    cut = min(cut, len(logs) - 1)
+    whole, first, second = (Wealth.start((), is_spread=False) for _ in range(3))
+    for i, log in enumerate(logs):
+        whole = whole.bet(tensor(log)[0], 1)
+        first, second = (first.bet(tensor(log)[0], 1), second) if i < cut else (first, second.bet(tensor(log)[0], 1))
+    merged = first.merged([second])
+    assert float(merged.log) == pytest.approx(float(whole.log), abs=1e-9)
+    assert float(merged.product) == pytest.approx(float(whole.product), abs=1e-9)
+
+
+def test_merged_spread_wealth_has_mean_one_under_fair_bets() -> None:
+    """Exactly, over all outcomes of four fair coins: factors 1/2 and 3/2."""
+    total = 0.0
+    for outcome in range(16):
+        logs = [math.log(0.5 if outcome >> i & 1 else 1.5) for i in range(4)]
+        first, second = Wealth.start((), is_spread=True), Wealth.start((), is_spread=True)
+        for log in logs[:3]:
+            first = first.bet(tensor(log)[0], 1)
+        second = second.bet(tensor(logs[3])[0], 1)
+        total += float(first.merged([second]).log.exp()) / 16
+    assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_a_long_clean_past_costs_logarithms_only() -> None:
+    def needed(clean: int) -> int:
+        wealth = Wealth.start((), is_spread=True)
+        for _ in range(clean):
+            wealth = wealth.bet(tensor(-0.05)[0], 1)
+        for shifted in range(1, 1000):
+            wealth = wealth.bet(tensor(0.5)[0], 1)
+            if float(wealth.log) > math.log(100):
+                return shifted
+        raise AssertionError("never")
+
+    # the product alone would have lost 0.05 x 5000 = 250, and need 500 more
+    assert needed(5000) - needed(0) < 2 * math.log2(5000)

@@ -1,0 +1,473 @@
+"""ShiftMonitor: what it promises on clean streams, how soon it rings on shifted ones, and that nobody notices it."""
+
+import itertools
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from fingerprint import fingerprint
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.shift import Reference, ShiftMonitor
+from batchnorm.shift.alarm import discovered, first_moved, hint
+from batchnorm.shift.stream import Stream
+from batchnorm.shift.units import Autocorrelation, Grouping
+
+CHANNELS, LAYERS = 32, 3
+
+
+class Net(nn.Module):
+    """Three convolutions with batch norm, whose stored statistics are exact for ``images``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 8, 16, 16)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, bias=False) for a, b in itertools.pairwise(widths))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.bns, strict=True):
+            x = torch.relu(norm(conv(x)))
+        return x.mean((2, 3))
+
+
+def images(n: int, seed: int | None = None) -> Tensor:
+    """Smooth colours, brightness of their own, and some noise."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    colours = torch.randn(n, 3, 4, 4, generator=generator).repeat_interleave(5, 2).repeat_interleave(5, 3)
+    return (
+        colours
+        + 0.5 * torch.randn(n, 1, 1, 1, generator=generator)
+        + 0.3 * torch.randn(n, 3, 20, 20, generator=generator)
+    )
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    bn.recalibrate(model, [images(256, seed) for seed in range(8)])
+    return model.eval()
+
+
+def ran(monitor: ShiftMonitor, model: nn.Module, batches: list[Tensor]) -> ShiftMonitor:
+    with monitor, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return monitor
+
+
+def watching(model: nn.Module, **more: object) -> ShiftMonitor:
+    """A monitor that looks at everything, whatever that costs."""
+    return ShiftMonitor(model, **{"examples": None, "budget": None, **more})
+
+
+# -- the promise --------------------------------------------------------------------------------------------------
+
+
+def reference(kappa: float = 0.2, source: str = "checkpoint") -> Reference:
+    n = CHANNELS * LAYERS
+    ones, layers = torch.ones(n, dtype=torch.float64), torch.ones(LAYERS, dtype=torch.float64)
+    return Reference(
+        tuple(f"bn{i}" for i in range(LAYERS)), (CHANNELS,) * LAYERS, 0 * ones, ones, 0 * ones, kappa * ones,
+        0.1 * ones, layers, 0.1 * layers, 0.2 * layers, source, "example", 0, "none",
+    )  # fmt: skip
+
+
+def heavy(n: int, *, mean: float = 0.0, energy: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Observations at the edge of the null: skewed means of the largest mean and variance, skewed energies."""
+    z = math.sqrt(0.2) * (torch.distributions.Exponential(1.0).sample((n, CHANNELS * LAYERS)).double() - 1) + mean
+    of_layer = energy * torch.distributions.Gamma(5.0, 5.0).sample((n, LAYERS)).double()  # variance 1 / 5
+    return z, of_layer.repeat_interleave(CHANNELS, 1)
+
+
+def rings(observe, *, streams: int, rounds: int, **promise: object) -> int:
+    count = 0
+    for _ in range(streams):
+        stream = Stream(reference(), "example", **{"alpha": 0.05, "arl": None, **promise})
+        for _ in range(rounds):
+            stream.observe(*observe(8))
+            if stream.alarm is not None:
+                count += 1
+                break
+    return count
+
+
+@pytest.mark.slow
+def test_false_alarms_are_rarer_than_alpha_at_the_edge_of_the_null(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    streams = 120
+    found = rings(lambda n: heavy(n, mean=0.1, energy=1.1), streams=streams, rounds=50)
+    # Binomial(120, .05): at most 13 with 99.6 %
+    assert found <= 13
+
+
+def test_a_moved_mean_beyond_the_null_rings(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    assert rings(lambda n: heavy(n, mean=0.6), streams=10, rounds=60) == 10
+
+
+@pytest.mark.slow
+def test_the_average_run_length_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """20 streams of 2,000 observations ring 40 times at the worst rate for arl 1,000; these are far off it."""
+    caplog.set_level(logging.CRITICAL)
+    assert rings(lambda n: heavy(n), streams=20, rounds=250, arl=1000.0) <= 20
+    assert rings(lambda n: heavy(n, mean=0.6), streams=5, rounds=60, arl=1000.0) == 5
+
+
+# -- on a model ---------------------------------------------------------------------------------------------------
+
+SHIFTS = {
+    "brightness": lambda x: x - 1.0,
+    "contrast": lambda x: x * 0.4,
+    "noise": lambda x: x + torch.randn_like(x),
+}
+
+
+def test_a_clean_stream_does_not_ring(net: Net) -> None:
+    monitor = ran(watching(net), net, [images(16) for _ in range(40)])
+    assert monitor.alarm is None
+    assert monitor.stream.evidence.observations == 640
+    assert monitor.log_evidence < 1
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_shifted_stream_rings(net: Net, name: str, calibrated: bool, caplog: pytest.LogCaptureFixture) -> None:
+    heard = []
+    monitor = watching(net, on_alarm=heard.append)
+    if calibrated:
+        monitor.calibrate([images(100) for _ in range(4)])
+    ran(monitor, net, [images(16) for _ in range(10)])
+    assert monitor.alarm is None
+    before = monitor.stream.evidence.observations
+    ran(monitor, net, [SHIFTS[name](images(16)) for _ in range(40)])
+    assert monitor.alarm is not None
+    assert heard == [monitor.alarm]
+    assert "the inputs' distribution moved" in caplog.text
+    assert monitor.alarm.observations - before <= (48 if calibrated else 480)
+    assert monitor.alarm.examples >= monitor.alarm.observations
+    assert monitor.alarm.first in {"bns.0", "bns.1", None}
+    monitor.reset()
+    assert monitor.alarm is None
+
+
+def test_an_alarm_names_the_channels_that_moved(net: Net) -> None:
+    monitor = watching(net)
+    monitor.calibrate([images(100) for _ in range(4)])
+    ran(monitor, net, [images(16) - 1.0 for _ in range(10)])
+    first = monitor.table()[0]
+    weights = net.convs[0].weight.detach().sum((1, 2, 3)).abs()  # what a channel makes of a change of brightness
+    assert int(weights.argmax()) in first.channels
+    assert first.w2 > 0.3
+    assert first.kl > 0.05
+
+
+def test_the_model_is_as_it_was_and_answers_the_same(net: Net) -> None:
+    before, x = fingerprint(net), images(8, seed=3)
+    random = torch.get_rng_state()
+    with torch.no_grad():
+        expected = net(x)
+        with watching(net):
+            assert torch.equal(net(x), expected)
+    assert torch.equal(torch.get_rng_state(), random)
+    monitor = watching(net)
+    monitor.calibrate([images(256, seed=5)])
+    assert fingerprint(net)[0] == before[0]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_observed(net: Net) -> None:
+    compiled = torch.compile(net, backend="aot_eager")
+    monitor = ran(watching(compiled), compiled, [images(16) - 1.0 for _ in range(10)])
+    assert monitor.alarm is not None
+    eager = ran(watching(net), net, [images(16, seed) for seed in range(3)])
+    again = ran(watching(compiled), compiled, [images(16, seed) for seed in range(3)])
+    assert again.log_evidence == pytest.approx(eager.log_evidence, rel=1e-4)
+
+
+def test_few_examples_are_looked_at_by_default(net: Net) -> None:
+    monitor = ran(ShiftMonitor(net, budget=None), net, [images(16) for _ in range(5)])
+    assert (monitor.stream.evidence.observations, monitor.stream.passed) == (20, 80)
+
+
+def test_whole_batches_are_left_out_to_keep_the_budget(net: Net) -> None:
+    monitor = ran(ShiftMonitor(net, budget=1e-9), net, [images(4) for _ in range(20)])
+    # what the first look takes is known afterwards, and no later one is affordable within a billionth of the time
+    assert (monitor.stream.evidence.observations, monitor.stream.passed) == (4, 80)
+
+
+def test_train_mode_and_partial_passes_are_told(net: Net) -> None:
+    monitor = watching(net)
+    net.train()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"the model is in train mode"):
+            ran(monitor, net, [images(8)])
+    finally:
+        net.eval()
+    assert monitor.stream.evidence.observations == 0
+
+
+def test_an_example_with_nan_is_left_out(net: Net) -> None:
+    x = images(8)
+    x[3] = torch.nan
+    monitor = watching(net)
+    with pytest.warns(RuntimeWarning, match=r"NaN or infinite activations"):
+        ran(monitor, net, [x])
+    assert monitor.stream.evidence.observations == 7
+
+
+def test_a_callback_that_raises_does_not_stop_inference(net: Net, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(alarm: object) -> None:
+        raise ZeroDivisionError
+
+    ran(watching(net, on_alarm=broken), net, [images(16) - 2.0 for _ in range(10)])
+    assert "on_alarm raised" in caplog.text
+
+
+# -- units --------------------------------------------------------------------------------------------------------
+
+
+def test_observations_are_examples_batches_or_runs_of_keys() -> None:
+    z = torch.arange(12.0).reshape(6, 2).double()
+    assert torch.equal(Grouping("example").of(z, z, None)[0], z)
+    assert torch.equal(Grouping("batch").of(z, z, None)[0], z.mean(0, keepdim=True))
+    runs = Grouping(lambda keys: keys)
+    first, _ = runs.of(z[:4], z[:4], ["a", "a", "b", "b"])
+    assert torch.equal(first, z[:2].mean(0, keepdim=True))
+    second, _ = runs.of(z[4:], z[4:], ["b", "c"])
+    assert torch.allclose(second, z[2:5].mean(0, keepdim=True))
+    with pytest.raises(ValueError, match=r"must give a key for each of 6 examples, got 2"):
+        Grouping(lambda _: ["a", "b"]).of(z, z, None)
+
+
+def test_neighbours_that_are_alike_are_told(net: Net) -> None:
+    sorted_by_class = [images(1).expand(10, -1, -1, -1) + 0.05 * torch.randn(10, 3, 20, 20) for _ in range(40)]
+    with pytest.warns(RuntimeWarning, match=r"neighbouring observations are alike .* Use a larger unit"):
+        ran(watching(net), net, sorted_by_class)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ran(watching(net, unit="batch"), net, sorted_by_class)
+        ran(watching(net), net, [images(10) for _ in range(40)])
+
+
+def test_the_correlation_of_neighbours_is_that_of_an_autoregression() -> None:
+    found, row = Autocorrelation(), torch.zeros(400).double()
+    for _ in range(200):
+        rows = []
+        for _ in range(4):
+            row = 0.6 * row + 0.8 * torch.randn(400).double()
+            rows.append(row)
+        found.add(torch.stack(rows))
+    # standard error sqrt(1 - 0.36) / sqrt(800 x 400), and the mean of 800 correlated rows: 0.6 - O(1 / 800)
+    assert found.r == pytest.approx(0.6, abs=0.02)
+    assert found.is_wrong
+
+
+# -- the reference ------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_is_saved_and_a_stale_one_is_refused(net: Net, tmp_path: Path) -> None:
+    path = tmp_path / "net.bncal.safetensors"
+    made = watching(net).calibrate([images(100) for _ in range(3)])
+    made.save(path)
+    again = Reference.load(path)
+    for name in ("mean", "std", "center", "kappa", "delta", "energy", "d", "v"):
+        assert torch.equal(getattr(again, name), getattr(made, name)), name
+    assert (again.layers, again.sizes, again.observations) == (("bns.0", "bns.1", "bns.2"), (8, 16, 16), 300)
+    assert watching(net, reference=path).reference.source == "calibrated"
+    with pytest.raises(ValueError, match=r"calibrated with unit 'example', got unit 'batch'"):
+        watching(net, reference=path, unit="batch")
+    changed = Net()
+    changed.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        changed.bns[1].running_mean[0] += 1e-6
+    with pytest.raises(ValueError, match=r"the reference is stale: weights or statistics of the model changed"):
+        watching(changed, reference=path)
+    with pytest.raises(ValueError, match=r"the reference has 3 layers .* Give the reference of this model"):
+        watching(nn.Sequential(nn.BatchNorm1d(3)), reference=path)
+
+
+def test_calibration_is_what_was_measured(net: Net) -> None:
+    made = watching(net).calibrate([images(256, seed=9)])
+    x = net.convs[0](images(256, seed=9)).detach().double()
+    layer = net.bns[0]
+    mean, std = layer.running_mean.double(), (layer.running_var.double() + layer.eps).sqrt()
+    z = (x.mean((2, 3)) - mean) / std
+    q = (((x - mean[:, None, None]) / std[:, None, None]) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(made.center[:8], z.mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.energy[0], q.mean(), atol=1e-5, rtol=1e-5)
+    assert bool((made.kappa[:8] >= z.var(0)).all())
+
+
+def test_what_cannot_calibrate_is_refused(net: Net, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"calibrate needs 200 clean observations or more, got 64"):
+        watching(net).calibrate([images(64)])
+    with pytest.raises(ValueError, match=r"calibrate needs finite activations, got NaN"):
+        watching(net).calibrate([images(256) * torch.nan])
+    with watching(net) as monitor, pytest.raises(RuntimeError, match=r"before observation starts"):
+        monitor.calibrate([images(256)])
+    (tmp_path / "x.bncal.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"is no reference"):
+        Reference.load(tmp_path / "x.bncal.safetensors")
+    with pytest.raises(ValueError, match=r"needs a file that ends in \.bncal\.safetensors, got 'x\.pt'"):
+        watching(net).reference.save(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0.0}, "alpha must be between 0 and 1, got 0.0"),
+        ({"arl": 1.0}, "arl must be more than 1 observation, got 1.0"),
+        ({"examples": 0}, "examples must be 1 or more, got 0"),
+        ({"budget": 0.0}, "budget must be above 0, got 0.0"),
+        ({"unit": "frame"}, "unit must be 'example', 'batch' or a function .* got 'frame'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(net: Net, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShiftMonitor(net, **arguments)
+
+
+def test_a_model_without_stored_statistics_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs batch norm layers that store statistics, got Sequential without one"):
+        ShiftMonitor(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)))
+
+
+# -- files and replicas -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["example", "batch", lambda x: [int(i) // 3 for i in range(len(x))]])
+@pytest.mark.parametrize("arl", [None, 1e4])
+def test_a_stream_goes_on_from_a_file_bit_for_bit(net: Net, tmp_path: Path, unit: object, arl: float | None) -> None:
+    batches = [images(10, seed) for seed in range(12)]
+    whole = ran(watching(net, unit=unit, arl=arl), net, [])
+    part, path = watching(net, unit=unit, arl=arl), tmp_path / "a.bnshift.safetensors"
+    with torch.no_grad():
+        with whole:
+            for batch in batches:
+                net(batch)
+            part.start()
+            part.stream.passed = 0
+        with part:
+            for batch in batches[:5]:
+                net(batch)
+            part.save(path)  # with observations waiting
+    again = watching(net, unit=unit, arl=arl).load(path)
+    with again, torch.no_grad():
+        for batch in batches[5:]:
+            net(batch)
+    a, b = whole.stream.state(), again.stream.state()
+    assert a.about == b.about
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+def test_an_alarm_survives_a_file(net: Net, tmp_path: Path) -> None:
+    monitor = ran(watching(net), net, [images(16) - 2.0 for _ in range(10)])
+    monitor.save(tmp_path / "a.bnshift.safetensors")
+    assert watching(net).load(tmp_path / "a.bnshift.safetensors").alarm == monitor.alarm
+
+
+def test_a_state_of_another_monitor_is_refused(net: Net, tmp_path: Path) -> None:
+    watching(net).save(tmp_path / "a.bnshift.safetensors")
+    with pytest.raises(ValueError, match=r"the state must be of a monitor like this one, got alpha 0\.01"):
+        watching(net, alpha=0.1).load(tmp_path / "a.bnshift.safetensors")
+    with pytest.raises(FileNotFoundError):
+        watching(net).load(tmp_path / "b.bnshift.safetensors")
+
+
+def test_replicas_ring_together_before_each_alone(net: Net, tmp_path: Path) -> None:
+    shifted = [0.75 * images(8) for _ in range(60)]
+    monitors = [watching(net) for _ in range(3)]
+    for step in range(0, 60, 3):
+        for i, monitor in enumerate(monitors):
+            ran(monitor, net, [shifted[step + i]])
+        if monitors[0].pooled(*monitors[1:]) is not None:
+            break
+    together = monitors[0].pooled(*monitors[1:])
+    assert together is not None
+    assert all(monitor.alarm is None for monitor in monitors)
+    assert together.observations == sum(monitor.stream.evidence.observations for monitor in monitors)
+    paths = [tmp_path / f"{i}.bnshift.safetensors" for i in (1, 2)]
+    for monitor, path in zip(monitors[1:], paths, strict=True):
+        monitor.save(path)
+    from_files = monitors[0].pooled(*paths)
+    assert from_files is not None
+    assert from_files.log_evidence == together.log_evidence
+
+
+RANK = """
+    import sys, torch, torch.distributed as dist
+    sys.path.insert(0, sys.argv[1])
+    from test_shift_monitor import Net, images, ran, watching
+    import batchnorm as bn
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = Net()
+    bn.recalibrate(net, [images(256, seed) for seed in range(4)])
+    net.eval()
+    monitor = ran(watching(net), net, [0.75 * images(8, 100 * dist.get_rank() + i) for i in range(24)])
+    alarm = monitor.pooled_over_ranks()
+    print(alarm.observations, alarm.log_evidence, flush=True)
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_their_evidence() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RANK), str(Path(__file__).parent)]
+    ranks = [
+        subprocess.Popen(command, env=shared | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in (0, 1)
+    ]
+    told = [process.communicate(timeout=120)[0] for process in ranks]
+    assert told[0] == told[1]
+    assert told[0].startswith("384 ")
+
+
+# -- where --------------------------------------------------------------------------------------------------------
+
+
+def stream_with(moved: dict[int, float], observations: int = 200) -> Stream:
+    """A stream in which the mean of the first four channels of some layers moved."""
+    stream = Stream(reference(kappa=0.04), "example", alpha=0.01, arl=None)
+    for _ in range(observations // 8):
+        z, q = 0.2 * torch.randn(8, CHANNELS * LAYERS).double(), torch.ones(8, CHANNELS * LAYERS).double()
+        for layer, by in moved.items():
+            z[:, layer * CHANNELS : layer * CHANNELS + 4] += by
+        stream.observe(z, q)
+    return stream
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_the_first_moved_layer_and_its_channels_are_named(layer: int) -> None:
+    stream = stream_with(dict.fromkeys(range(layer, LAYERS), 0.4))
+    table = stream.table()
+    assert first_moved(table, stream.limit) == f"bn{layer}"
+    assert set(table[layer].channels) == {0, 1, 2, 3}
+    assert all(table[i].channels == () for i in range(layer))
+    expected = {0: "inputs", 1: "", 2: "late layers only: perhaps classes come in other shares"}
+    assert hint(table, stream.limit) == expected[layer]
+
+
+def test_channels_are_named_at_the_promised_false_discovery_rate() -> None:
+    assert discovered(torch.tensor([1.0, 9.0, 0.5, 8.5]).double(), 0.05) == (1, 3)
+    assert discovered(torch.zeros(8).double(), 0.05) == ()
+    # the second needs n / (2 alpha) only because the first is there
+    needed = math.log(4 / (2 * 0.05))
+    assert discovered(torch.tensor([9.0, needed + 0.01, 0.0, 0.0]).double(), 0.05) == (0, 1)
+    assert discovered(torch.tensor([needed + 0.01, 0.0, 0.0, 0.0]).double(), 0.05) == ()
