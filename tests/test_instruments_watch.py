@@ -328,6 +328,53 @@ def test_sinks_get_numbers_by_name() -> None:
     assert {"batchnorm/noise/bn1", "batchnorm/cosine/bn2", "batchnorm/cost", "batchnorm/output_gap"} <= names
 
 
+class Broken:
+    """A sink of which one method fails."""
+
+    def __init__(self, method: str) -> None:
+        self.method, self.calls = method, 0
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.calls += 1
+        if self.method == "write":
+            raise ConnectionError("gone")
+
+    def close(self) -> None:
+        if self.method == "close":
+            raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize(("method", "message"), [("write", "gets no more numbers"), ("close", "could not be closed")])
+def test_a_sink_that_fails_costs_its_numbers_only(method: str, message: str, tmp_path: Path) -> None:
+    sink = Broken(method)
+    with pytest.warns(RuntimeWarning, match=rf"Broken .*{message}.*ConnectionError: gone"):
+        trained(plain, made(), steps=40, sinks=[sink], log=tmp_path)
+    assert Log(tmp_path).count("free") > 1
+    assert sink.calls == 1 if method == "write" else sink.calls > 1
+
+
+def test_a_watch_can_be_started_again(tmp_path: Path) -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = bn.watch(model, log=tmp_path, every=10, budget=NO_LIMIT, probe=False)
+    for _ in range(2):
+        with run:
+            for i, batch in enumerate(batches(20)):
+                plain(model, optimizer, batch, i)
+    log = Log(tmp_path)
+    assert (run.steps, log.step, log.count("end"), log.count("start")) == (40, 40, 2, 2)
+
+
+def test_what_was_measured_on_demand_is_in_the_log(tmp_path: Path) -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with bn.watch(model, log=tmp_path, probe=False) as run:
+        plain(model, optimizer, batches(1)[0], 0)
+        run.lab({"share": {"bn2": 0.25}}, eta_beta=1.5)
+    (row,) = Log(tmp_path).rows("lab")
+    assert (row["step"], row["values"], row["model"]) == (1, {"share": [None, 0.25]}, {"eta_beta": 1.5})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -79,7 +79,7 @@ def reference(kappa: float = 0.2, source: str = "checkpoint") -> Reference:
     ones, layers = torch.ones(n, dtype=torch.float64), torch.ones(LAYERS, dtype=torch.float64)
     return Reference(
         tuple(f"bn{i}" for i in range(LAYERS)), (CHANNELS,) * LAYERS, 0 * ones, ones, 0 * ones, kappa * ones,
-        0.1 * ones, layers, 0.1 * layers, 0.2 * layers, source, "example", 0, "none",
+        0.1 * ones, layers, 0.1 * layers, 0.2 * layers, ones, ones, ones, source, "example", 0, "none",
     )  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def test_a_reference_is_saved_and_a_stale_one_is_refused(net: Net, tmp_path: Pat
     made = watching(net).calibrate([images(100) for _ in range(3)])
     made.save(path)
     again = Reference.load(path)
-    for name in ("mean", "std", "center", "kappa", "delta", "energy", "d", "v"):
+    for name in ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v"):
         assert torch.equal(getattr(again, name), getattr(made, name)), name
     assert (again.layers, again.sizes, again.observations) == (("bns.0", "bns.1", "bns.2"), (8, 16, 16), 300)
     assert watching(net, reference=path).reference.source == "calibrated"

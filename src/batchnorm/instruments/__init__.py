@@ -2,10 +2,28 @@
 
 ``watch`` measures a training at a cost that lets one leave it on, ``probe`` looks once. Both have two cheap tiers: what
 the running averages say (``snapshots``, ``noise``, ``census``) and what a fixed batch shows (``probing``,
-``propagation``, ``drift``). Dearer measurements are asked for one by one. None changes the model.
+``propagation``, ``drift``). Dearer measurements are asked for one by one: ``gradient_shift``, ``landscape``,
+``Angles``, ``gradient_depth``, ``train_eval_gap`` and ``companion_flips``. None changes the model.
 """
 
+from batchnorm.instruments.angles import Angles
+from batchnorm.instruments.companions import companion_flips
+from batchnorm.instruments.gaps import train_eval_gap
+from batchnorm.instruments.gradients import gradient_depth
+from batchnorm.instruments.internal_shift import gradient_shift
 from batchnorm.instruments.probing import probe
+from batchnorm.instruments.smoothness import landscape
 from batchnorm.instruments.watching import Sink, Watch, watch
 
-__all__ = ["Sink", "Watch", "probe", "watch"]
+__all__ = [
+    "Angles",
+    "Sink",
+    "Watch",
+    "companion_flips",
+    "gradient_depth",
+    "gradient_shift",
+    "landscape",
+    "probe",
+    "train_eval_gap",
+    "watch",
+]

@@ -129,7 +129,7 @@ class Watch:
                 f"watch needs a model with batch norm layers, got {type(self._model).__name__} without one. "
                 "Watch the model that has them."
             )
-        self._log, self._sinks, self._schedule = log, sinks, schedule
+        self._log, self._sinks, self._schedule = log, list(sinks), schedule
         self._probe = self._made_probe(probe, loss)
         self._captures = probe is None
         self._writer: Writer | None = None
@@ -197,9 +197,22 @@ class Watch:
         Tensors are kept where they are and not waited for.
         """
         for name, value in values.items():
-            number = value.detach().double() if isinstance(value, Tensor) else float(value)
+            number = value.detach() if isinstance(value, Tensor) else float(value)
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + number, count + 1
+
+    def lab(self, values: Mapping[str, Mapping[str, float]] | None = None, **model: float) -> None:
+        """Note what was measured on demand at this step: numbers of layers by quantity and layer, and of the model.
+
+        ``run.lab(largest_share=gap.worst.share.value)``, for example. Layers without a number have None.
+        """
+        self._guarded(lambda: self._keep(self._of_lab(values or {}, model)))
+
+    def _of_lab(self, values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]) -> Record:
+        self._begin()
+        names = self._known.names
+        rows = {name: [row.get(layer) for layer in names] for name, row in values.items()}
+        return Record(self.steps, names, rows, dict(model), "lab", time.time())
 
     def step(self) -> None:
         """Count a step that no torch.optim optimizer takes."""
@@ -321,10 +334,16 @@ class Watch:
         self.records.append(record)
         if self._writer is not None:
             self._writer.write(record)
-        if self._sinks:
-            numbers = dict(_flat(record))
-            for sink in self._sinks:
-                sink.write(record.step, numbers)
+        self._send(record.step, dict(_flat(record)) if self._sinks else {})
+
+    def _send(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Give numbers to every sink; one that fails gets no more."""
+        for sink in tuple(self._sinks):
+            try:
+                sink.write(step, numbers)
+            except Exception as error:  # noqa: BLE001 - the log and the training do without it
+                self._sinks.remove(sink)
+                _warn(f"{type(sink).__name__} failed and gets no more numbers: {type(error).__name__}: {error}.")
 
     def _beat(self) -> None:
         """Tell how far the training is, and what the user noted."""
@@ -333,8 +352,7 @@ class Watch:
         self._sums = {}
         if self._writer is not None:
             self._writer.progress(self.steps, time.time(), means, self.cost)
-        for sink in self._sinks:
-            sink.write(self.steps, {**means, "batchnorm/cost": self.cost})
+        self._send(self.steps, {**means, "batchnorm/cost": self.cost})
 
     # -- the ends -------------------------------------------------------------------------------------------------
 
@@ -376,8 +394,12 @@ class Watch:
             self._handles.pop().remove()
         if self._writer is not None:
             self._writer.end(self.steps, reason, cost=round(self.cost, 5))
+        self._writer = self._layers = self._last = self._view = None  # a second start opens the log again
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:  # noqa: BLE001 - it is over anyway
+                _warn(f"{type(sink).__name__} could not be closed: {type(error).__name__}: {error}.")
 
 
 def _rows(values: Mapping[str, Tensor]) -> dict[str, list[float | None]]:

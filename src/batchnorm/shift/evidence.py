@@ -1,15 +1,16 @@
 """Evidence: all bets against one reference together, and what they say about layers and channels.
 
 Every channel of every layer bets on a higher and a lower mean, every layer on more and on less energy, each with four
-stakes. An average of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the evidence is
-the average over stakes, signs and channels of a layer, over kinds of bets, and over layers. Looking in many places
-costs the logarithm of their number.
+stakes; where the variance of every channel's energy was measured, each channel bets on its energy as well. An average
+of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the evidence is the average over
+stakes, signs and channels of a layer, over kinds of bets, and over layers. Looking in many places costs the logarithm
+of their number.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from batchnorm.shift.reference import Reference
 
-KINDS = ("mean", "energy up", "energy down")
+KINDS = ("mean", "energy up", "energy down", "channel energy")
 
 
 @final
@@ -35,6 +36,7 @@ class Evidence:
         mean: (2, stakes, channels): higher and lower mean.
         up: (stakes, layers): more energy.
         down: (stakes, layers): less energy.
+        power: (2, stakes, channels): more and less energy of a channel; None from a checkpoint alone.
         stakes: Of each kind.
         observations: How many were made.
     """
@@ -43,7 +45,8 @@ class Evidence:
     mean: Wealth
     up: Wealth
     down: Wealth
-    stakes: tuple[Tensor, Tensor, Tensor]
+    power: Wealth | None
+    stakes: tuple[Tensor, ...]
     observations: int = 0
 
     @classmethod
@@ -52,12 +55,8 @@ class Evidence:
         channels, layers = sum(reference.sizes), len(reference.sizes)
         mean = Wealth.start((2, 4, channels), is_spread=is_spread)
         up, down = (Wealth.start((4, layers), is_spread=is_spread) for _ in range(2))
-        stakes = (
-            betting.mean_stakes(reference.kappa, reference.delta),
-            betting.up_stakes(reference.d),
-            betting.down_stakes(reference.d, reference.v),
-        )
-        return cls(reference, mean, up, down, stakes)
+        power = Wealth.start((2, 4, channels), is_spread=is_spread) if reference.knows_variance else None
+        return cls(reference, mean, up, down, power, stakes_for(reference))
 
     def after(self, z: Tensor, q: Tensor) -> Evidence:
         """With one more round of observations.
@@ -67,34 +66,44 @@ class Evidence:
             q: Energies of channels, likewise.
         """
         known, n = self.reference, len(z)
-        mean, up, down = self.stakes
-        relative = known.of_layers(q) / known.energy
-        return Evidence(
-            known,
-            self.mean.bet(betting.mean_shift(z - known.center, known.kappa, known.delta, mean), n),
-            self.up.bet(betting.energy_up(relative, known.d, up), n),
-            self.down.bet(betting.energy_down(relative, known.d, known.v, down), n),
-            self.stakes,
-            self.observations + n,
-        )
+        mean = betting.mean_shift(z - known.center, known.kappa, known.delta, self.stakes[0])
+        up, down = _energy_factors(known, known.of_layers(q) / known.energy, *self.stakes[1:3])
+        power = self.power
+        if power is not None:
+            factors = betting.mean_shift(q / known.power - 1, known.power_v, known.power_d, self.stakes[3])
+            power = power.bet(factors, n)
+        bets = {
+            "mean": self.mean.bet(mean, n),
+            "up": self.up.bet(up, n),
+            "down": self.down.bet(down, n),
+            "power": power,
+        }
+        return replace(self, **bets, observations=self.observations + n)
 
     @property
     def log_channels(self) -> Tensor:
-        """Log e-value of every channel's mean, (channels,)."""
-        return self.mean.log.flatten(0, 1).logsumexp(0) - math.log(8)
+        """Log e-value of every channel, (channels,): of its mean, and of its energy if that bets."""
+        kinds = [wealth.log.flatten(0, 1).logsumexp(0) - math.log(8) for wealth in (self.mean, self.power) if wealth]
+        return torch.stack(kinds).logsumexp(0) - math.log(len(kinds))
 
     @property
     def log_kinds(self) -> Tensor:
-        """Log e-value of every layer by each kind of bet, (3, layers)."""
-        sizes = torch.tensor(self.reference.sizes)
-        means = torch.stack([part.logsumexp(0) for part in self.log_channels.split(list(self.reference.sizes))])
+        """Log e-value of every layer by each kind of bet, (kinds, layers), in the order of KINDS."""
         energies = [wealth.log.logsumexp(0) - math.log(4) for wealth in (self.up, self.down)]
-        return torch.stack([means - sizes.double().log(), *energies])
+        power = [] if self.power is None else [self._by_layer(self.power)]
+        return torch.stack([self._by_layer(self.mean), *energies, *power])
+
+    def _by_layer(self, wealth: Wealth) -> Tensor:
+        """Log of the mean over the bets of each layer's channels: (2, stakes, channels) -> (layers,)."""
+        sizes = list(self.reference.sizes)
+        sums = torch.stack([part.logsumexp(0) for part in wealth.log.flatten(0, 1).logsumexp(0).split(sizes)])
+        return sums - torch.tensor(sizes, dtype=torch.float64).log() - math.log(8)
 
     @property
     def log_layers(self) -> Tensor:
         """Log e-value of every layer, (layers,)."""
-        return self.log_kinds.logsumexp(0) - math.log(len(KINDS))
+        kinds = self.log_kinds
+        return kinds.logsumexp(0) - math.log(len(kinds))
 
     @property
     def log(self) -> float:
@@ -114,13 +123,26 @@ class Evidence:
             raise ValueError(
                 "monitors of one model and one reference are merged, got different ones. Calibrate once, and copy."
             )
-        parts = {
-            name: getattr(self, name).merged([getattr(other, name) for other in others])
-            for name in ("mean", "up", "down")
-        }
-        return Evidence(
-            self.reference,
-            **parts,
-            stakes=self.stakes,
-            observations=self.observations + sum(o.observations for o in others),
+        mean, up, down, power = (
+            own and own.merged([getattr(other, name) for other in others])
+            for name, own in (("mean", self.mean), ("up", self.up), ("down", self.down), ("power", self.power))
         )
+        count = self.observations + sum(other.observations for other in others)
+        return replace(self, mean=mean, up=up, down=down, power=power, observations=count)
+
+
+def stakes_for(known: Reference) -> tuple[Tensor, ...]:
+    """Stakes for means, for more and for less energy, and for channels' energies where their variance is known."""
+    mean = betting.mean_stakes(known.kappa, known.delta)
+    if known.knows_variance:
+        of_layers = betting.mean_stakes(known.v, known.d)
+        return mean, of_layers, of_layers, betting.mean_stakes(known.power_v, known.power_d)
+    return mean, betting.up_stakes(known.d), betting.down_stakes(known.d, known.v)
+
+
+def _energy_factors(known: Reference, q: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Log factors for more and for less energy: the bets on a mean win sooner, but need to know a variance."""
+    if known.knows_variance:
+        more, less = betting.mean_shift(q - 1, known.v, known.d, up)
+        return more, less
+    return betting.energy_up(q, known.d, up), betting.energy_down(q, known.d, known.v, down)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -62,6 +62,9 @@ class Reference:
         energy: Expected energy of each layer, (layers,).
         d: Largest relative distance of E Q from it, (layers,).
         v: Largest variance of Q in units of it, (layers,).
+        power: Expected energy of each channel, (channels,); this and the next two are of no use uncalibrated.
+        power_d: Largest relative distance of it, (channels,).
+        power_v: Largest variance of it in units of it, (channels,).
         source: "checkpoint" or "calibrated".
         unit: What one observation was.
         observations: How many it was calibrated with.
@@ -78,10 +81,18 @@ class Reference:
     energy: Tensor
     d: Tensor
     v: Tensor
+    power: Tensor
+    power_d: Tensor
+    power_v: Tensor
     source: str
     unit: str
     observations: int
     digest: str
+
+    @property
+    def knows_variance(self) -> bool:
+        """Whether ``v`` was measured, and is not an assumption that only a bounded bet can live with."""
+        return self.source == "calibrated"
 
     def of_layers(self, of_channels: Tensor) -> Tensor:
         """Mean over each layer's channels: (n, channels) -> (n, layers)."""
@@ -104,10 +115,13 @@ class Reference:
         delta = torch.cat(
             [torch.full((n,), _exactness(layer, batch)) for n, layer in zip(sizes, layers.values(), strict=True)]
         )
-        of_layer = torch.ones(len(sizes), dtype=torch.float64)
+        of_layer, of_channel = torch.ones(len(sizes), dtype=torch.float64), torch.ones_like(mean)
         return cls(
-            tuple(layers), sizes, mean, std, torch.zeros_like(mean), torch.full_like(mean, _KAPPA), delta.double(),
-            of_layer, _ENERGY * of_layer, _ENERGY_VAR * of_layer, "checkpoint", unit, 0, digest_of(model),
+            layers=tuple(layers), sizes=sizes, mean=mean, std=std,
+            center=torch.zeros_like(mean), kappa=_KAPPA * of_channel, delta=delta.double(),
+            energy=of_layer, d=_ENERGY * of_layer, v=_ENERGY_VAR * of_layer,
+            power=of_channel, power_d=of_channel, power_v=of_channel,
+            source="checkpoint", unit=unit, observations=0, digest=digest_of(model),
         )  # fmt: skip
 
     def calibrated(self, z: Tensor, q: Tensor, *, tolerance: float = _TOLERANCE) -> Reference:
@@ -131,17 +145,17 @@ class Reference:
             raise ValueError(
                 "calibrate needs finite activations, got NaN or infinity. Look for the examples that cause it."
             )
-        of_variance = 1 + _ERRORS * _VARIANCE_ERROR * (2 / m) ** 0.5
-        q = self.of_layers(q)
-        var, energy = z.var(0), q.mean(0)
-        relative = q / energy
-        least = torch.finfo(torch.float32).eps
-        return Reference(
-            self.layers, self.sizes, self.mean, self.std, z.mean(0), (var * of_variance).clamp_min(least),
-            tolerance + _ERRORS * (var / m).sqrt(), energy,
-            tolerance + _ERRORS * (relative.var(0) / m).sqrt(), (relative.var(0) * of_variance).clamp_min(least),
-            "calibrated", self.unit, m, self.digest,
-        )  # fmt: skip
+        var = z.var(0)
+        return replace(
+            self,
+            center=z.mean(0),
+            kappa=_widened(var, m),
+            delta=tolerance + _ERRORS * (var / m).sqrt(),
+            **dict(zip(("energy", "d", "v"), _of_energy(self.of_layers(q), tolerance), strict=True)),
+            **dict(zip(("power", "power_d", "power_v"), _of_energy(q, tolerance), strict=True)),
+            source="calibrated",
+            observations=m,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it, whole or not at all, as a safetensors file that ends in .bncal.safetensors.
@@ -203,7 +217,19 @@ class Reference:
             )
 
 
-_TENSORS = ("mean", "std", "center", "kappa", "delta", "energy", "d", "v")
+def _of_energy(q: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of energies, its tolerance and the largest variance in units of it: (n, k) -> (k,) each."""
+    mean = q.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
+    var = (q / mean).var(0)
+    return mean, tolerance + _ERRORS * (var / len(q)).sqrt(), _widened(var, len(q))
+
+
+def _widened(var: Tensor, m: int) -> Tensor:
+    """A variance of m values with three standard errors of its own, above 0."""
+    return (var * (1 + _ERRORS * _VARIANCE_ERROR * (2 / m) ** 0.5)).clamp_min(torch.finfo(torch.float32).eps)
+
+
+_TENSORS = ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
 
 
 def digest_of(model: nn.Module) -> str:

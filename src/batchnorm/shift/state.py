@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.replacing import replacing
 from batchnorm.shift.alarm import Alarm
-from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.evidence import Evidence, stakes_for
 from batchnorm.shift.wealth import Wealth
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUFFIX = ".bnshift.safetensors"
-_BETS = ("mean", "up", "down")
+_BETS = ("mean", "up", "down", "power")
 
 
 @final
@@ -45,19 +45,19 @@ class State:
         """The evidence's part."""
         tensors, bets = {}, {}
         for name in _BETS:
-            wealth: Wealth = getattr(evidence, name)
+            wealth: Wealth | None = getattr(evidence, name)
+            if wealth is None:
+                continue
             tensors |= {f"{name}.product": wealth.product.clone(), f"{name}.restarted": wealth.restarted.clone()}
             bets[name] = {"updates": wealth.updates, "rest": wealth.rest, "is_spread": wealth.is_spread}
         return cls(tensors, {"bets": bets, "observations": evidence.observations})
 
     def evidence(self, reference: Reference) -> Evidence:
         """The evidence against ``reference``, which it must be about."""
-        stakes = Evidence.start(reference).stakes
-        mean, up, down = (
-            Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **self.about["bets"][name])
-            for name in _BETS
-        )
-        return Evidence(reference, mean, up, down, stakes, self.about["observations"])
+        bets: dict[str, Any] = dict.fromkeys(_BETS)
+        for name, about in self.about["bets"].items():
+            bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
+        return Evidence(reference, **bets, stakes=stakes_for(reference), observations=self.about["observations"])
 
     @property
     def alarm(self) -> Alarm | None:

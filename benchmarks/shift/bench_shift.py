@@ -1,0 +1,161 @@
+"""The alarm against its promises: python benchmarks/shift/bench_shift.py [--quick].
+
+False alarms on clean streams at alpha 0.01 and by average run length, the delay until it rings on shifted ones, what it
+names, and what a test of fixed size does when one looks again and again. Written to benchmarks/results/shift.json.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pools import ROUND, Streams, drawn, observations, prepared
+from report import save
+from worlds import WORLDS, accuracy
+
+from batchnorm.lecture.verdicts import environment
+from batchnorm.shift.alarm import discovered
+
+ALPHA, ARL = 0.01, 1e5
+POOL, BESIDE = 100_000, 50
+CLEAN_BEFORE, MOST = 400, 3000
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    quick = "--quick" in sys.argv
+    names = [name for name in WORLDS if name in sys.argv] or list(WORLDS)
+    results: dict[str, Any] = {"environment": environment(), "alpha": ALPHA, "arl": ARL, "worlds": {}}
+    for name in names:
+        start = time.perf_counter()
+        results["worlds"][name] = of_world(name, quick=quick)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    suffix = "" if len(names) == len(WORLDS) else "-" + "-".join(names)
+    save(("shift-quick" if quick else "shift") + suffix, results)
+
+
+def of_world(name: str, *, quick: bool) -> dict[str, Any]:
+    world, found = WORLDS[name], {}
+    for kind in ("checkpoint", "calibrated"):
+        net, monitor = prepared(world, calibrated=kind == "calibrated")
+        pool = observations(monitor, world.clean, POOL // (10 if quick else 1), seed=7)
+        streams, units = (100, 2000) if quick else (2000, 10_000)
+        parts: dict[str, Any] = {"channels": sum(monitor.reference.sizes), "layers": len(monitor.reference.sizes)}
+        parts["false_alarms"] = false_alarms(monitor.reference, pool, streams, units)
+        tell(name, kind, "false alarms", parts["false_alarms"])
+        parts["run_length"] = run_length(monitor.reference, pool, 50 if quick else 200, units)
+        tell(name, kind, "run length", parts["run_length"])
+        parts["delay"] = {
+            shift: delay(monitor, net, world, sampler, pool, 20 if quick else 100)
+            for shift, sampler in world.shifts.items()
+        }
+        for shift, row in parts["delay"].items():
+            tell(name, kind, shift, row)
+        parts["accuracy"] = accuracy(net, world.clean)
+        found[kind] = parts
+    net, monitor = prepared(world, calibrated=False)
+    found["planted"] = planted(monitor.reference, 20 if quick else 200)
+    tell(name, "", "planted", found["planted"])
+    found["fixed_size"] = fixed_size(pool, 20 if quick else 200)
+    tell(name, "", "KS at every window", found["fixed_size"])
+    return found
+
+
+def false_alarms(reference: Any, pool: Any, streams: int, units: int) -> dict[str, Any]:
+    """Clean streams that ever rang, with the upper end of the exact 95 % interval."""
+    random, rang = torch.Generator().manual_seed(11), 0
+    for _ in range(0, streams, BESIDE):
+        beside, most = Streams(reference, BESIDE), torch.full((BESIDE,), -math.inf, dtype=torch.float64)
+        for _ in range(units // ROUND):
+            most = torch.maximum(most, beside.observe(*drawn(pool, ROUND, BESIDE, random)))
+        rang += int((most >= -math.log(ALPHA)).sum())
+    upper = stats.binomtest(rang, streams).proportion_ci(0.9, method="exact").high
+    return {"streams": streams, "units": units, "rang": rang, "rate": rang / streams, "upper_95": upper}
+
+
+def run_length(reference: Any, pool: Any, streams: int, units: int) -> dict[str, Any]:
+    """Observations until a false alarm: all that were made, over the alarms that rang (each stream ends with its own)."""
+    random, rang, made = torch.Generator().manual_seed(12), 0, 0
+    for _ in range(0, streams, BESIDE):
+        beside, open_ = Streams(reference, BESIDE, is_spread=False), torch.ones(BESIDE, dtype=torch.bool)
+        for _ in range(units // ROUND):
+            made += ROUND * int(open_.sum())
+            rings = (beside.observe(*drawn(pool, ROUND, BESIDE, random)) >= math.log(ARL)) & open_
+            rang, open_ = rang + int(rings.sum()), open_ & ~rings
+    return {"observations": made, "rang": rang, "at_least": made / max(1, rang)}
+
+
+def delay(monitor: Any, net: Any, world: Any, sampler: Any, pool: Any, streams: int) -> dict[str, Any]:
+    """Observations from the shift to the alarm, after clean ones, and what the alarm named."""
+    random = torch.Generator().manual_seed(13)
+    shifted = observations(monitor, sampler, 20_000 if streams > 20 else 4000, seed=8)
+    beside = Streams(monitor.reference, streams)
+    for _ in range(CLEAN_BEFORE // ROUND):
+        beside.observe(*drawn(pool, ROUND, streams, random))
+    at = torch.full((streams,), math.inf)
+    for step in range(1, MOST // ROUND + 1):
+        rings = (beside.observe(*drawn(shifted, ROUND, streams, random)) >= -math.log(ALPHA)) & at.isinf()
+        at[rings] = float(ROUND * step)
+        if not at.isinf().any():
+            break
+    ordered = sorted(at.tolist())
+    ninety = ordered[math.ceil(0.9 * streams) - 1]
+    median = statistics.median(ordered)
+    finite = {"median": median if math.isfinite(median) else None, "ninety": ninety if math.isfinite(ninety) else None}
+    return {**finite, "rang": int((~at.isinf()).sum()), "streams": streams, "accuracy": accuracy(net, sampler)}
+
+
+def planted(reference: Any, streams: int) -> dict[str, Any]:
+    """Shifts of 0.5 sd in four channels of one layer and all behind it: is the first layer named, and which channels?"""
+    random = torch.Generator().manual_seed(14)
+    layers, right, false, named = len(reference.sizes), 0, 0, 0
+    starts = [sum(reference.sizes[:i]) for i in range(layers)]
+    for layer in range(layers):
+        beside = Streams(reference, streams)
+        for _ in range(50):
+            z = 0.3 * torch.randn(ROUND, streams, sum(reference.sizes), generator=random).double()
+            for behind in range(layer, layers):
+                z[:, :, starts[behind] : starts[behind] + 4] += 0.5
+            beside.observe(z, torch.ones_like(z))
+        of_layers = beside.evidence.log_layers.reshape(streams, layers) >= -math.log(ALPHA)
+        first = torch.where(of_layers.any(1), of_layers.double().argmax(1), -1)
+        right += int((first == layer).sum())
+        channels = beside.evidence.log_channels.reshape(streams, -1)
+        for stream in channels:
+            found = discovered(stream[starts[layer] : starts[layer] + reference.sizes[layer]], 0.05)
+            false, named = false + sum(c >= 4 for c in found), named + len(found)
+    total = streams * layers
+    return {"right": right / total, "trials": total, "named": named, "false_discoveries": false / max(1, named)}
+
+
+def fixed_size(pool: Any, streams: int) -> dict[str, Any]:
+    """Kolmogorov-Smirnov on every channel mean of the last layer, Bonferroni at 1 %, at each of 23 windows of 64."""
+    random = torch.Generator().manual_seed(15)
+    features = pool[0][:, -24:]
+    reference = features[torch.randint(len(features), (1000,), generator=random)].numpy()
+    rang = 0
+    for _ in range(streams):
+        for _ in range(23):
+            window = features[torch.randint(len(features), (64,), generator=random)].numpy()
+            if min(stats.ks_2samp(reference, window).pvalue) < ALPHA / features.shape[1]:
+                rang += 1
+                break
+    return {"streams": streams, "looks": 23, "rang": rang, "rate": rang / streams}
+
+
+def tell(world: str, kind: str, what: str, row: dict[str, Any]) -> None:
+    told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    print(f"{world:<8}{kind:<12}{what:<22}{told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
