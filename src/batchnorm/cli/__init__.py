@@ -15,10 +15,11 @@ import click
 from batchnorm import __version__
 
 # where each command is; its module is imported when it is asked for
-_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "why")
+_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "watch", "why")
 _HOMES = {"rules": "explain"}
-# what shells report of a program that Ctrl-C ended: 128 and the signal's number
+# what shells report of a program that Ctrl-C ended, or whose reader went away: 128 and the signal's number
 _INTERRUPTED = 130
+_UNREAD = 141
 
 
 class _Commands(click.Group):
@@ -42,6 +43,9 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)  # 1 would mean findings
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            ctx.exit(_UNREAD)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -51,7 +55,7 @@ class _Commands(click.Group):
 def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"cannot write {error.filename}: {error.strerror}. Choose another place with -o FILE."
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

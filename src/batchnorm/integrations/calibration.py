@@ -1,0 +1,40 @@
+"""Calibration: ``recalibrate`` inside of a framework's training, where several processes must agree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.layers import batch_norms
+from batchnorm.population import recalibrate
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    max_examples: int | None,
+    *,
+    forward: Callable[[nn.Module, Any], object],
+    exact: bool = True,
+) -> None:
+    """``recalibrate``, after which all ranks have what rank 0 measured on its share of the data."""
+    with torch.inference_mode(False):  # frameworks evaluate in inference mode, whose tensors cannot be trained on
+        recalibrate(model, loader, max_examples, forward=forward, exact=exact)
+    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if there_are_others and torch.distributed.get_world_size() > 1:
+        for layer in batch_norms(model).values():
+            for buffer in layer.buffers(recurse=False):
+                torch.distributed.broadcast(buffer, 0)
+
+
+def with_own_workers(loader: Any) -> Any:
+    """The loader, or one like it if reading it would start the epoch that is being trained on anew."""
+    if not getattr(loader, "persistent_workers", False):
+        return loader
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin

@@ -1,0 +1,52 @@
+"""Delivery: sending numbers to a service that may fail, at the price of those numbers and of nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import final
+
+_PATIENCE = 3  # failures in a row; a client that waits for a dead server can take minutes each time
+
+
+@final
+class Delivery:
+    """A block, entered for each sending, that an exception leaves quietly.
+
+    The first failure is a RuntimeWarning. After three in a row ``is_open`` is False, and the sender should not try
+    again.
+
+    Args:
+        where: What is sent to, for the warning.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where, self._failures, self._told = where, 0, False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is worth to try."""
+        return self._failures < _PATIENCE
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if error is None:
+            self._failures = 0
+            return False
+        if not isinstance(error, Exception):
+            return False
+        self._failures += 1
+        self._tell(error)
+        return True
+
+    def _tell(self, error: Exception) -> None:
+        if self._told:
+            return
+        self._told = True
+        warnings.warn(
+            f"{self._where} did not take numbers of batch norm: {type(error).__name__}: {error}. The training and its "
+            f"log go on; after {_PATIENCE} such failures in a row nothing more is sent.",
+            RuntimeWarning,
+            stacklevel=4,
+        )

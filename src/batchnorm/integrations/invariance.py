@@ -1,0 +1,132 @@
+"""Invariance: whether a model's answer to one example depends on which others are in its batch.
+
+In eval mode it must not: one example is asked for alone and inside a batch, and the answers are compared. What rounding
+can do bounds how far they may differ. A sum of n products, taken in any order in a format with unit u, is off by at
+most n u of the sum of their magnitudes (Higham 2002, section 3.1), and the sums on the way to an output follow each
+other, so that their n add up. Between D layers values are stored in the model's own format, whose roundings u' are
+independent and add in squares: n u + sqrt(D) u'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.layers import batch_norms
+from batchnorm.population import preserve_state
+from batchnorm.population.batches import Batches, call
+from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.recalibration import uncompiled
+
+_MOST = 8  # examples that are asked for alone
+
+
+def dependence(model: nn.Module, examples: Any, *, rtol: float | None = None, atol: float | None = None) -> str:
+    """How an answer depends on the batch, in words; "" if none does.
+
+    The model stays as it is, bit for bit. Answers are tensors of any number, with examples along their first axis.
+
+    Raises:
+        ValueError: If there are fewer than two examples, or no floating-point tensor comes out for each of them.
+    """
+    size = _count(examples)
+    if size < 2:
+        raise ValueError(f"assert_batch_invariant needs a batch of 2 examples or more, got {size}. Give more.")
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    batches = Batches([examples], None, device)  # each time in memory of its own: a model may write to its input
+    with preserve_state(model), torch.no_grad(), uncompiled():
+        model.eval()
+        together = _answers(model, next(iter(batches)), size)
+        for i in range(min(size, _MOST)):
+            try:
+                alone = _answers(model, _taken(next(iter(batches)), i, size), 1)
+            except (ValueError, RuntimeError) as error:
+                return f"one example cannot be answered alone in eval mode: {error}{_suspects(model)}"
+            fault = _difference(model, [y[i : i + 1] for y in together], alone, together, rtol, atol)
+            if fault:
+                return f"the answer to example {i} depends on its batch of {size}: {fault}{_suspects(model)}"
+    return ""
+
+
+def rounding(model: nn.Module, dtype: torch.dtype) -> float:
+    """The largest relative difference that rounding explains between two orders of the model's sums.
+
+    Args:
+        model: Every weight of two axes or more is taken to lie on the way to the output.
+        dtype: Of the output.
+    """
+    weights = [weight for weight in model.parameters() if weight.ndim > 1]
+    terms = sum(weight[0].numel() for weight in weights)
+    unit, stored = (torch.finfo(kind).eps for kind in (torch.promote_types(dtype, torch.float32), dtype))
+    return terms * unit + math.sqrt(len(weights) + 1) * stored
+
+
+def _difference(
+    model: nn.Module, expected: list[Tensor], alone: list[Tensor], together: list[Tensor],
+    rtol: float | None, atol: float | None,
+) -> str:  # fmt: skip
+    """The difference that is furthest above its limit, in words; "" if none is above."""
+    if [y.shape for y in expected] != [y.shape for y in alone]:
+        return f"its shapes are {_shapes(expected)} in the batch and {_shapes(alone)} alone."
+    for a, b, whole in zip(alone, expected, together, strict=True):
+        relative = rounding(model, b.dtype) if rtol is None else rtol
+        scale = float(whole[whole.isfinite()].double().square().mean().sqrt())
+        absolute = relative * (0.0 if math.isnan(scale) else scale) if atol is None else atol
+        if not torch.allclose(a.double(), b.double(), rtol=relative, atol=absolute, equal_nan=True):
+            off = (a.double() - b.double()).abs()
+            return f"it moves by up to {off.max():.2g} (rms of the output {scale:.2g}, limit {absolute:.2g})."
+    return ""
+
+
+def _suspects(model: nn.Module) -> str:
+    """Layers that have nothing but the batch to normalize by."""
+    names = [name for name, layer in batch_norms(model).items() if not has_stored_statistics(layer)]
+    if not names:
+        return ""
+    return (
+        f"\n  without stored statistics, normalizing by the batch in eval mode: {', '.join(map(repr, names))}. "
+        "Construct them with track_running_stats=True and train or recalibrate."
+    )
+
+
+def _answers(model: nn.Module, batch: Any, size: int) -> list[Tensor]:
+    answers = [y for y in _tensors(call(model, batch)) if y.is_floating_point() and y.ndim and len(y) == size]
+    if not answers:
+        raise ValueError(
+            f"assert_batch_invariant needs an output with a first axis of {size} examples, got none. "
+            "Wrap the model so that it returns one."
+        )
+    return answers
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    for part in parts:
+        yield from _tensors(part)
+
+
+def _count(examples: Any) -> int:
+    return next((len(tensor) for tensor in _tensors(examples) if tensor.ndim), 0)
+
+
+def _taken(value: Any, i: int, size: int) -> Any:
+    """Example i of a batch, as a batch."""
+    if isinstance(value, Tensor):
+        return value[i : i + 1] if value.ndim and len(value) == size else value
+    if isinstance(value, Mapping):
+        return {key: _taken(part, i, size) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_taken(part, i, size) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_taken(part, i, size) for part in value)
+    return value
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(y.shape)) for y in tensors)

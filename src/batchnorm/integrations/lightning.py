@@ -1,0 +1,317 @@
+"""Lightning: callbacks that watch, recalibrate and freeze; for ``lightning`` and ``pytorch_lightning`` alike."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Unpack, final
+
+from torch import nn
+
+from batchnorm.instruments import Watch
+from batchnorm.integrations.calibration import calibrate, with_own_workers
+from batchnorm.integrations.delivery import Delivery
+from batchnorm.integrations.missing import needed
+from batchnorm.integrations.session import Session, WatchArguments, raised
+from batchnorm.integrations.summary import summary
+from batchnorm.layers import batch_norms
+from batchnorm.population import freeze, frozen, unfreeze
+from batchnorm.population.batches import call
+from batchnorm.population.freezing import Frozen, has_stored_statistics
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callback() -> type:
+    """The base class of callbacks: of the package that is in use; of both if both are."""
+    loaded = [package for name in _PACKAGES if (package := sys.modules.get(name))]
+    return type("Callback", tuple(package.Callback for package in loaded or [_installed()]), {})
+
+
+def _installed() -> Any:
+    name = _PACKAGES[1] if find_spec("lightning") is None and find_spec(_PACKAGES[1]) is not None else _PACKAGES[0]
+    with needed("lightning", "lightning"):
+        return import_module(name)
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    Callback = _callback()
+
+
+@final
+class BatchNormMonitor(Callback):
+    """Measures batch norm while the trainer fits; the weights stay the same, bit for bit.
+
+    Of a LightningModule without a ``forward`` of its own the one child that has all batch norm is watched, since that
+    is what ``training_step`` calls; names of layers are then relative to it.
+
+    Args:
+        log_to_logger: Also give the trainer's loggers ``batchnorm/...``: least, median and greatest over layers.
+        watch: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``, as ``batchnorm.watch`` takes them.
+
+    Raises:
+        ValueError: When fitting begins, if the model has no batch norm or an argument is out of range.
+    """
+
+    def __init__(self, *, log_to_logger: bool = False, **watch: Unpack[WatchArguments]) -> None:
+        super().__init__()
+        self._log_to_logger = log_to_logger
+        self._session = Session(**watch)
+
+    @property
+    def run(self) -> Watch | None:
+        """The watch of this fit or of the last one."""
+        return self._session.run
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start, when weights are loaded and on their device."""
+        sinks = [_Loggers(trainer)] if self._log_to_logger else []
+        self._session.begin(_Direct(_trained_part(pl_module)), *sinks)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        # Lightning divides the loss of automatic optimization by the number of accumulated batches
+        self._session.note_loss(loss, trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop."""
+        self._session.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop, and tell the log why."""
+        self._session.end(raised(exception))
+
+
+@final
+class Recalibrate(Callback):
+    """Replaces running averages by the statistics of the training data: when training ends, and before validation.
+
+    After ``WeightAveraging`` and ``StochasticWeightAveraging`` the statistics are those of the averaged weights: the
+    callback moves itself behind them. Checkpoints that are written at validation have what was measured before it.
+    The training is not changed by it, since layers in train mode do not use what is stored. Layers that are frozen,
+    or in eval mode while the model trains, keep their statistics.
+
+    Args:
+        max_examples: Examples to measure on; None takes all that an epoch has.
+        every_n_epochs: Also before the validation of every n-th epoch.
+        loader: Batches, if not those of the trainer's training dataloader.
+        forward: ``forward(module, batch)``, where a batch is not what the module's forward takes, or (inputs, ...).
+        exact: False for one pass over the data, as in ``batchnorm.recalibrate``.
+
+    Raises:
+        ValueError: While fitting, if the trainer has several training dataloaders and ``loader`` is None, or as
+            ``batchnorm.recalibrate`` says.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_examples: int | None = None,
+        every_n_epochs: int | None = None,
+        loader: Iterable[Any] | None = None,
+        forward: Callable[[nn.Module, Any], object] | None = None,
+        exact: bool = True,
+    ) -> None:
+        super().__init__()
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be 1 or more, got {every_n_epochs}. Use None for the end only.")
+        self._max_examples, self._every, self._exact = max_examples, every_n_epochs, exact
+        self._loader, self._forward = loader, forward or call
+        self._held: list[nn.Module] = []
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Get behind what averages weights."""
+        rest = [callback for callback in trainer.callbacks if callback is not self]
+        last = max((i for i, callback in enumerate(trainer.callbacks) if _averages(callback)), default=-1)
+        if last > trainer.callbacks.index(self):
+            # a new list: Lightning is just walking through the old one
+            trainer.callbacks = [*rest[:last], self, *rest[last:]]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember which layers do not learn statistics; in validation all are in eval mode."""
+        if batch_idx == 0:
+            layers = batch_norms(pl_module).values()
+            self._held = [layer for layer in layers if not layer.training and has_stored_statistics(layer)]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measure before the first batch: by then averaged weights are in place, whatever the order of callbacks."""
+        if batch_idx == dataloader_idx == 0 and self._is_due(trainer):
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what will be used."""
+        self._measure(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self._every is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return False
+        return (trainer.current_epoch + 1) % self._every == 0
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def forward(module: nn.Module, batch: Any) -> object:
+            batch = _moved(trainer, pl_module, batch)
+            with trainer.precision_plugin.forward_context():
+                return self._forward(module, batch)
+
+        batches = _Epoch(trainer) if self._loader is None else self._loader
+        with ExitStack() as held:
+            for layer in self._held:
+                held.enter_context(frozen(layer))
+            calibrate(_trained_part(pl_module), batches, self._max_examples, forward=forward, exact=self._exact)
+
+
+@final
+class FreezeBatchNorm(Callback):
+    """Freezes batch norm: the same function in train and in eval mode, through the trainer's ``model.train()``.
+
+    ``BaseFinetuning.freeze(train_bn=False)`` and ``BackboneFinetuning`` set ``track_running_stats`` to False instead,
+    after which a layer normalizes by the batch while it trains and by stored statistics when it is evaluated. Layers
+    stay frozen after the fit; ``batchnorm.unfreeze(model)`` opens them.
+
+    Args:
+        parts: Dotted paths of modules whose layers are meant; none for all.
+        from_epoch: First epoch with frozen statistics.
+        until_epoch: First epoch that trains them again; None for never.
+        affine: Also do not train gamma and beta.
+
+    Raises:
+        ValueError: When fitting begins, if there is no such module, or a layer has no stored statistics.
+    """
+
+    def __init__(
+        self, parts: str | Sequence[str] = (), *, from_epoch: int = 0, until_epoch: int | None = None,
+        affine: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._parts = [parts] if isinstance(parts, str) else list(parts) or [""]
+        self._from, self._until, self._affine = from_epoch, until_epoch, affine
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze before a wrapper for several devices asks which parameters are trained."""
+        if stage == "fit":
+            self._apply(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze or thaw; again in each epoch, since layers may have been made or converted since."""
+        self._apply(trainer, pl_module)
+
+    def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        for part in self._parts:
+            module = _submodule(pl_module, part)
+            if self._until is not None and epoch >= self._until:
+                _thaw(module, pl_module.training)
+            elif epoch >= self._from:
+                freeze(module, self._affine)
+
+
+def _thaw(module: nn.Module, training: bool) -> None:
+    """Unfreeze into the model's mode: Lightning asks of frozen layers, after each validation, the eval mode it saw."""
+    layers = [layer for layer in batch_norms(module).values() if isinstance(layer, Frozen)]
+    unfreeze(module)
+    for layer in layers:
+        layer.train(training)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"FreezeBatchNorm needs paths of modules, got {path!r}. At the top are: {names}.") from None
+
+
+def _trained_part(pl_module: LightningModule) -> nn.Module:
+    """The module whose forward a training step calls, as far as one can know."""
+    if type(pl_module).forward.__qualname__ not in {"LightningModule.forward", "_forward_unimplemented"}:
+        return pl_module
+    children = [child for child in pl_module.children() if batch_norms(child)]
+    return children[0] if len(children) == 1 else pl_module
+
+
+@final
+class _Direct(nn.Module):
+    """A module for ``watch`` to take inputs from, as a compiled one wraps the user's: those of its own forward only.
+
+    For several devices Lightning calls the module with what ``training_step`` takes, and puts that in forward's place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+
+    def register_forward_pre_hook(self, hook: Any, **arguments: Any) -> Any:
+        """Call the hook where forward is what it was when the hook came."""
+        own = vars(self._orig_mod).get("forward")
+
+        def direct(module: nn.Module, *inputs: Any) -> Any:
+            return hook(module, *inputs) if vars(module).get("forward") is own else None
+
+        return self._orig_mod.register_forward_pre_hook(direct, **arguments)
+
+
+def _averages(callback: Any) -> bool:
+    # by name: older versions lack some of these classes, and there are two packages
+    names = {"WeightAveraging", "StochasticWeightAveraging"}
+    return any(kind.__name__ in names for kind in type(callback).__mro__)
+
+
+def _moved(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """A batch as ``training_step`` gets it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    for owner in (pl_module, getattr(trainer, "datamodule", None)):
+        if owner is not None:
+            batch = owner.on_before_batch_transfer(batch, 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@final
+class _Epoch:
+    """The batches of an epoch, of an iteration of their own."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._loader = trainer.train_dataloader
+        if self._loader is None or isinstance(self._loader, (dict, list, tuple)):
+            raise ValueError(
+                f"Recalibrate needs a trainer with one training dataloader, got {type(self._loader).__name__}. "
+                "Pass loader=."
+            )
+        self._most = trainer.num_training_batches
+        self.generator = getattr(self._loader, "generator", None)  # recalibrate starts each pass from its state
+        self.sampler = getattr(self._loader, "sampler", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(with_own_workers(self._loader), None if math.isinf(self._most) else int(self._most))
+
+
+@final
+class _Loggers:
+    """A sink into the loggers of a trainer."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._delivery = Delivery("the trainer's logger")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a summary over the layers, at the trainer's own step."""
+        numbers = summary(values)
+        if not self._delivery.is_open or not numbers:
+            return
+        with self._delivery:
+            for logger in self._trainer.loggers:
+                logger.log_metrics(numbers, self._trainer.global_step)
+
+    def close(self) -> None:
+        """Leave the loggers to their trainer."""

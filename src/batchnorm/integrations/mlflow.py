@@ -1,0 +1,76 @@
+"""MLflow: a sink that logs what is measured as metrics of a run."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from batchnorm.integrations.delivery import Delivery
+from batchnorm.integrations.missing import needed
+
+_BATCH = 1000  # the most metrics that MLflow takes at once
+_NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
+
+
+@final
+class MLflowSink:
+    """A sink for ``watch(model, sinks=[...])``: one metric for each quantity and layer.
+
+    Args:
+        run_id: The run that gets the metrics. None takes the active one, or makes one that ends with the sink.
+
+    Raises:
+        ModuleNotFoundError: If mlflow is not installed.
+        mlflow.exceptions.MlflowException: If the tracking store cannot be reached or has no such run.
+
+    Attributes:
+        run_id: The run that gets the metrics.
+    """
+
+    def __init__(self, run_id: str | None = None) -> None:
+        with needed("mlflow", "mlflow"):
+            import mlflow
+
+        self._client = mlflow.MlflowClient()
+        active = mlflow.active_run()
+        self._owns = run_id is None and active is None
+        self.run_id: str = run_id or (active or mlflow.start_run()).info.run_id
+        self._client.get_run(self.run_id)  # a run that is not there is told before the training
+        self._delivery = Delivery("MLflow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a metric for each number; a failure costs these numbers."""
+        metrics = self._metrics(step, values)
+        for first in range(0, len(metrics), _BATCH):
+            if not self._delivery.is_open:
+                return
+            with self._delivery:
+                self._client.log_batch(self.run_id, metrics[first : first + _BATCH])
+
+    def _metrics(self, step: int, values: Mapping[str, float]) -> Sequence[Any]:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        return [Metric(metric_name(name), value, now, step) for name, value in values.items()]
+
+    def close(self) -> None:
+        """End the run if it is the sink's own."""
+        if not self._owns:
+            return
+        import mlflow
+
+        active = mlflow.active_run()
+        with self._delivery:
+            if active is not None and active.info.run_id == self.run_id:
+                mlflow.end_run()
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: of letters, digits, underscores, dashes, dots, spaces, colons and slashes.
+
+    A model that is a batch norm layer itself has the name "", which becomes "model".
+    """
+    parts = [part if part.strip(".") else "model" for part in _NOT_ALLOWED.sub("_", name).split("/")]
+    return "/".join(parts)

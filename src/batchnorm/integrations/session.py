@@ -1,0 +1,65 @@
+"""Session: one ``watch`` after another, begun and ended by the events of a framework.
+
+A framework can train several times with one callback, and most do not say when a training ends by an exception. What
+is still open when the next training begins is ended then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, final
+
+from torch import Tensor, nn
+
+from batchnorm.instruments import Sink, Watch, watch
+
+if TYPE_CHECKING:
+    Loss = Callable[[Any, Any], Tensor]
+
+
+class WatchArguments(TypedDict, total=False):
+    """The arguments of ``watch``, which says what they are."""
+
+    log: str | os.PathLike[str] | None
+    every: int
+    budget: float
+    probe: Any
+    loss: Loss | None
+    sinks: Iterable[Sink]
+
+
+@final
+class Session:
+    """What is watched while a framework trains.
+
+    Attributes:
+        run: The watch of the training that goes on, or of the last one; None before there was one.
+    """
+
+    def __init__(self, **arguments: Unpack[WatchArguments]) -> None:
+        self.run: Watch | None = None
+        self._sinks = tuple(arguments.pop("sinks", ()))
+        self._arguments: dict[str, Any] = dict(arguments)
+
+    def begin(self, model: nn.Module, *sinks: Sink) -> Watch:
+        """A new watch of the model, started."""
+        self.end("interrupted")
+        self.run = watch(model, **self._arguments, sinks=(*self._sinks, *sinks)).start()
+        return self.run
+
+    def end(self, reason: str = "finished") -> None:
+        """Measure what is left and end the log; nothing if that was done."""
+        if self.run is not None:
+            self.run.stop(reason)
+
+    def note_loss(self, value: Any, times: float = 1.0) -> None:
+        """Give the log the loss of this step, if it is a number."""
+        is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        if self.run is not None and is_number:
+            self.run.log(loss=value * times)
+
+
+def raised(error: BaseException) -> str:
+    """Why a training ended, in the words that ``watch`` uses for its block."""
+    return f"raised {type(error).__name__}"

@@ -1,0 +1,90 @@
+"""skorch: a callback that watches, and can recalibrate when training ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.instruments import Sink, Watch
+from batchnorm.integrations.calibration import calibrate
+from batchnorm.integrations.missing import needed
+from batchnorm.integrations.session import Session
+
+with needed("skorch", "skorch"):
+    from skorch.callbacks import Callback
+
+if TYPE_CHECKING:
+    from skorch import NeuralNet
+    from torch import Tensor
+
+
+@final
+class BatchNormCallback(Callback):
+    """Measures batch norm while a net is fitted; the weights stay the same, bit for bit.
+
+    Attributes are the arguments, so that scikit-learn can clone and tune them. A net does not tell its callbacks of
+    an exception: the log then has no end, and a watch that was left is ended when the next training begins.
+
+    Args:
+        log, every, budget, probe, loss, sinks: As ``batchnorm.watch`` takes them.
+        recalibrate: Replace running averages by the statistics of the examples that were trained on, when training
+            ends.
+        max_examples: Examples to recalibrate on; None for all.
+
+    Raises:
+        ValueError: When training begins, if the module has no batch norm or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        log: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        budget: float = 0.02,
+        probe: Any = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        sinks: Iterable[Sink] = (),
+        recalibrate: bool = False,
+        max_examples: int | None = None,
+    ) -> None:
+        self.log, self.every, self.budget, self.probe, self.loss, self.sinks = log, every, budget, probe, loss, sinks
+        self.recalibrate, self.max_examples = recalibrate, max_examples
+
+    def initialize(self) -> BatchNormCallback:
+        """Forget an earlier training."""
+        session = getattr(self, "session_", None)
+        if session is not None:
+            session.end("interrupted")
+        self.session_ = Session(
+            log=self.log, every=self.every, budget=self.budget, probe=self.probe, loss=self.loss, sinks=self.sinks
+        )
+        return self
+
+    @property
+    def run_(self) -> Watch | None:
+        """The watch of this training or of the last one."""
+        return self.session_.run
+
+    def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        """Start."""
+        self.session_.begin(net.module_)
+
+    def on_epoch_begin(
+        self, net: NeuralNet, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any
+    ) -> None:
+        """Keep what is trained on: X and y have the examples that validate, too."""
+        self.trained_on_ = dataset_train
+
+    def on_batch_end(self, net: NeuralNet, batch: Any = None, training: bool | None = None, **kwargs: Any) -> None:
+        """Note the loss."""
+        if training:
+            self.session_.note_loss(kwargs.get("loss"))
+
+    def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+        """Stop, and measure statistics if that was asked for."""
+        self.session_.end()
+        trained_on, self.trained_on_ = getattr(self, "trained_on_", None), None
+        if self.recalibrate and trained_on is not None:
+            batches = net.get_iterator(trained_on, training=True)
+            calibrate(net.module_, batches, self.max_examples, forward=lambda _, batch: net.infer(batch[0]))

@@ -1,0 +1,32 @@
+"""Summary: a few numbers for each quantity, for a logger that draws a chart for every name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from statistics import median
+
+_PREFIX = "batchnorm/"
+
+
+def summary(values: Mapping[str, float]) -> dict[str, float]:
+    """Least, median and greatest over the layers of each quantity; numbers of the model as they are.
+
+    Takes the names that a ``Sink`` gets: ``batchnorm/noise/layer1.0.bn1`` becomes part of ``batchnorm/noise/median``.
+    Numbers that the user noted (``loss``) are left out: the logger has them.
+    """
+    of_model: dict[str, float] = {}
+    of_layers: dict[str, list[float]] = defaultdict(list)
+    for name, value in values.items():
+        _, _, rest = name.partition(_PREFIX)
+        quantity, slash, _ = rest.partition("/")
+        if slash:
+            of_layers[quantity].append(value)
+        elif quantity:
+            of_model[name] = value
+    rows = {
+        f"{_PREFIX}{quantity}/{kind}": number
+        for quantity, row in of_layers.items()
+        for kind, number in (("min", min(row)), ("median", median(row)), ("max", max(row)))
+    }
+    return rows | of_model

@@ -1,0 +1,52 @@
+"""TensorBoard: a sink that writes what is measured as scalars."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, final
+
+from batchnorm.integrations.delivery import Delivery
+from batchnorm.integrations.missing import needed
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@final
+class TensorBoardSink:
+    """A sink for ``watch(model, sinks=[...])``: one scalar for each quantity and layer.
+
+    Args:
+        target: A folder, or a SummaryWriter that is written to and flushed, and left to its owner.
+
+    Raises:
+        ModuleNotFoundError: If ``target`` is a folder and tensorboard is not installed.
+    """
+
+    def __init__(self, target: SummaryWriter | str | os.PathLike[str]) -> None:
+        self._owns = isinstance(target, (str, os.PathLike))
+        self._writer = _opened(target) if isinstance(target, (str, os.PathLike)) else target
+        self._delivery = Delivery("TensorBoard")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a scalar for each number; a failure costs these numbers."""
+        if not self._delivery.is_open:
+            return
+        with self._delivery:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush, and close what is the sink's own."""
+        with self._delivery:
+            self._writer.flush()
+            if self._owns:
+                self._writer.close()
+
+
+def _opened(folder: str | os.PathLike[str]) -> SummaryWriter:
+    with needed("tensorboard", "tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(os.fspath(folder))

@@ -1,0 +1,79 @@
+"""Who may read a page: programs of this machine that were given its address, token and all.
+
+The server listens on 127.0.0.1 alone. A web page elsewhere could still make the user's browser ask it, under a name
+that points here (DNS rebinding), so the Host header must be ours; other users of the machine could ask it, so every
+address needs the token. Nothing is allowed to other origins.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+from starlette.responses import PlainTextResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",  # the address has the token
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+_BAD_HOST = "Expected the address that batchnorm watch printed, got another host name. Open that address."
+_NOT_INVITED = "Expected the token of this page, got none or another. Open the address that batchnorm watch printed."
+
+
+class Guard:
+    """An application behind the checks of host and token, with the headers that every answer has.
+
+    Args:
+        app: What answers those who may ask.
+        port: The server's, which the Host header must name.
+        token: What every address must carry as ``?token=``.
+    """
+
+    def __init__(self, app: ASGIApp, *, port: int, token: str) -> None:
+        self.app = app
+        self._hosts = {f"{name}:{port}".encode() for name in ("127.0.0.1", "localhost")}
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or refuse."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        answer = self._refusal(scope) or self.app
+        return await answer(scope, receive, _with_headers(send))
+
+    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+        hosts = [value.lower() for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1 or hosts[0] not in self._hosts:
+            return PlainTextResponse(_BAD_HOST, 400)
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if not hmac.compare_digest(given.encode(errors="replace"), self._token):
+            return PlainTextResponse(_NOT_INVITED, 403)
+        return None
+
+
+def _with_headers(send: Send) -> Send:
+    """Add our headers to an answer that does not set them itself."""
+
+    async def added(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *_missing(message["headers"])]
+        await send(message)
+
+    return added
+
+
+def _missing(headers: Iterable[Any]) -> list[tuple[bytes, bytes]]:
+    there = {name.lower() for name, _ in headers}
+    ours = ((name.lower().encode(), value.encode()) for name, value in _HEADERS.items())
+    return [(name, value) for name, value in ours if name not in there]

@@ -1,0 +1,127 @@
+"""The page as one HTML text: style and scripts inside, allowed by their hashes, and nothing loaded from anywhere.
+
+The live page asks its server for data; the saved one carries them, and is otherwise the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.live.view import TIERS
+from batchnorm.record import QUANTITIES
+from batchnorm.replacing import replacing
+from batchnorm.rules import RULES
+
+if TYPE_CHECKING:
+    import os
+
+    from batchnorm.live.feed import Feed
+
+_TEMPLATES = Path(__file__).parents[1] / "templates"
+_SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")
+# What a saved page carries: less than the live one, which can ask. For 53 layers that is about 2 MB.
+_SAVED_LOOKS, _SAVED_PERCENTILES = 300, 100
+
+
+def render(name: str, data: dict[str, Any] | None = None) -> str:
+    """The page; with ``data`` the saved one, which asks no server."""
+    template = _environment().get_template("live.html")
+    return template.render(
+        name=name,
+        style=_style(),
+        script=_script(),
+        policy=_policy(connects=data is None),
+        words=_embedded(_words()),
+        data=_embedded(data) if data is not None else None,
+    )
+
+
+def saved(feed: Feed) -> str:
+    """The page with all that it needs inside, for a file.
+
+    Raises:
+        OSError: If the log is not there any more.
+        ValueError: If it cannot be read.
+    """
+    data = feed.whole(most=_SAVED_LOOKS)
+    layers = range(len(data["layers"]))
+    try:
+        data["percentiles"] = [feed.layer(i, most=_SAVED_PERCENTILES) for i in layers]
+    except ModuleNotFoundError as error:
+        data["percentiles"] = [{"problem": f"Percentiles needed {error.name}, which was not installed."}] * len(layers)
+    return render(feed.name, data)
+
+
+def write(feed: Feed, path: str | os.PathLike[str]) -> None:
+    """Write the page as a file, whole or not at all.
+
+    Raises:
+        OSError: If the log is gone or the file cannot be written.
+        ValueError: If the log cannot be read.
+    """
+    html = saved(feed)
+    with replacing(Path(path).resolve()) as file:
+        file.write(html.encode())
+
+
+def policy() -> str:
+    """The Content-Security-Policy header of the live page."""
+    return f"{_policy(connects=True)}; frame-ancestors 'none'"
+
+
+def _policy(*, connects: bool) -> str:
+    rules = (
+        "default-src 'none'",
+        f"script-src '{_hash(_script())}'",
+        f"style-src '{_hash(_style())}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        *(["connect-src 'self'"] if connects else []),
+    )
+    return "; ".join(rules)
+
+
+@cache
+def _style() -> str:
+    return (_TEMPLATES / "live.css").read_text(encoding="utf-8")
+
+
+@cache
+def _script() -> str:
+    """All scripts as one, in a scope of its own."""
+    parts = [(_TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _words() -> dict[str, Any]:
+    """What the page says of quantities and rules."""
+    fields = ("title", "unit", "reads", "misleads", "floor", "formula", "source")
+    quantities = {name: {field: getattr(q, field) for field in fields} for name, q in QUANTITIES.items()}
+    return {"quantities": quantities, "rules": {code: rule.slug for code, rule in RULES.items()}, "tiers": TIERS}
+
+
+def _embedded(data: Any) -> str:
+    """JSON that stays inside of its script element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _environment() -> Any:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )

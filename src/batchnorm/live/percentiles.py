@@ -1,0 +1,71 @@
+"""Percentiles over time of one layer, from the small files beside a log."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.live.view import MOST, is_step
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from batchnorm.record import Log
+
+NAMES = ("quantiles_input", "quantiles_output", "running_mean", "batch_mean", "running_var", "batch_var")
+_KEPT = 2 * MOST  # files' contents; 53 layers have 3 KB each
+_LARGEST = 1 << 24  # bytes of a file: a hundred times what a model of a thousand layers has
+
+
+class Percentiles:
+    """Reads the arrays that a log names, and keeps what it has read."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+
+    def forget(self) -> None:
+        """The log was replaced by another."""
+        self._kept.clear()
+
+    def of_layer(self, log: Log, rows: list[dict[str, Any]], layer: int) -> dict[str, Any]:
+        """Steps, and of each name five percentiles a step or None; files that cannot be read are steps of None.
+
+        Raises:
+            ModuleNotFoundError: If safetensors or numpy is missing.
+        """
+        rows = [row for row in rows if isinstance(row, dict) and is_step(row.get("step"))]
+        found = [self._load(log, row) for row in rows]
+        layers = len(log.layers)
+        names = {name: [_five(arrays.get(name), layer, layers) for arrays in found] for name in NAMES}
+        return {"steps": [row["step"] for row in rows], "names": names}
+
+    def _load(self, log: Log, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        name = str(row.get("file"))
+        if name not in self._kept:
+            self._kept[name] = _read(log, row)
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[name]
+
+
+def _read(log: Log, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a line, {} where there are none to be had: a gap is drawn there."""
+    from safetensors import SafetensorError
+
+    path = log.folder / str(row.get("file"))
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST:  # a pipe would be waited for
+            return {}
+        return log.arrays(row)
+    except (ValueError, OSError, SafetensorError):
+        return {}
+
+
+def _five(array: Any, layer: int, layers: int) -> list[float] | None:
+    if array is None or array.shape != (layers, 5):
+        return None
+    values = [float(f"{float(value):.4g}") for value in array[layer]]
+    return values if all(map(math.isfinite, values)) else None

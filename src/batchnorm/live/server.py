@@ -1,0 +1,159 @@
+"""Serving the page: the HTML, a stream of what is new, one layer's percentiles, and the page to keep."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from batchnorm.live.feed import Feed, Message, Seen
+from batchnorm.live.guard import Guard
+from batchnorm.live.page import policy, render, saved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+
+HOST = "127.0.0.1"
+PORT = 8421
+_PORTS = 40  # that are tried from PORT on
+_POLL = 0.25  # seconds between two looks at the file: a step is on the page well within 2 s
+_BEAT = 1.0  # seconds between two signs of life
+
+
+def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], None] = lambda: None) -> None:
+    """Serve the page until Ctrl-C, which is raised again as KeyboardInterrupt.
+
+    Args:
+        feed: The log.
+        listener: From ``listen``.
+        token: What the page's addresses must carry.
+        ready: Called when the server is about to answer.
+    """
+    # a long log is indexed while the browser starts
+    threading.Thread(target=feed.news, args=(Seen(),), daemon=True).start()
+    closing = threading.Event()
+    app = application(feed, port=listener.getsockname()[1], token=token, closing=closing)
+    _Server(_config(app), closing, ready).run(sockets=[listener])
+
+
+def listen(port: int = 0) -> socket.socket:
+    """A socket on 127.0.0.1; for port 0 on 8421 or the next that is free.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    for candidate in [port] if port else range(PORT, PORT + _PORTS):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
+        try:
+            listener.bind((HOST, candidate))
+            listener.listen()
+        except OSError as error:
+            listener.close()
+            if error.errno not in {errno.EADDRINUSE, errno.EACCES}:
+                raise
+        else:
+            return listener
+    taken = f"port {port}" if port else f"a port from {PORT} to {PORT + _PORTS - 1}"
+    raise OSError(f"expected {taken} of {HOST} to be free, got none. Choose another with --port N.")
+
+
+def application(feed: Feed, *, port: int, token: str, closing: threading.Event | None = None) -> Guard:
+    """The application behind its guard; streams end when ``closing`` is set."""
+    over = closing or threading.Event()
+    html, csp = render(feed.name), policy()
+
+    async def page(_: Request) -> Response:
+        return HTMLResponse(html, headers={"Content-Security-Policy": csp})
+
+    async def events(request: Request) -> Response:
+        seen = request.headers.get("last-event-id") or request.query_params.get("since", "")
+        return StreamingResponse(_stream(feed, Seen.parse(seen), over), media_type="text/event-stream")
+
+    async def layer(request: Request) -> Response:
+        return await asyncio.to_thread(_layer, feed, request.query_params)
+
+    async def file(_: Request) -> Response:
+        return await asyncio.to_thread(_file, feed)
+
+    routes = {"/": page, "/events": events, "/layer": layer, "/page.html": file}
+    return Guard(Starlette(routes=[Route(path, call) for path, call in routes.items()]), port=port, token=token)
+
+
+async def _stream(feed: Feed, seen: Seen, over: threading.Event) -> AsyncIterator[str]:
+    """Messages as server-sent events: what is new at once, a sign of life each second."""
+    yield "retry: 500\n\n"
+    beaten = 0.0
+    while not over.is_set():
+        message = await asyncio.to_thread(feed.news, seen)
+        if message.kind != "beat" or time.monotonic() - beaten >= _BEAT:
+            beaten, seen = time.monotonic(), message.seen
+            yield as_event(message)
+        await asyncio.sleep(_POLL)
+
+
+def as_event(message: Message) -> str:
+    """A message as a server-sent event."""
+    identity = f"id: {message.seen}\n" if message.seen.identity else ""
+    return f"event: {message.kind}\n{identity}data: {message.text}\n\n"
+
+
+def _layer(feed: Feed, given: Any) -> Response:
+    try:
+        found = feed.layer(int(given.get("index", "")), first=max(0, int(given.get("first", "0"))))
+    except ModuleNotFoundError as error:
+        found = {"problem": f"Percentiles need {error.name}, not installed here. Run: pip install {error.name}"}
+    except OSError:
+        found = {"problem": "The log is gone from its folder."}
+    except (ValueError, IndexError):
+        return JSONResponse({"problem": "expected the number of a layer, got something else."}, 404)
+    return JSONResponse(found)
+
+
+def _file(feed: Feed) -> Response:
+    try:
+        html = saved(feed)
+    except (OSError, ValueError) as error:
+        return Response(f"The log cannot be read now: {error}", 503, media_type="text/plain")
+    return HTMLResponse(html, headers={"Content-Disposition": 'attachment; filename="batchnorm-watch.html"'})
+
+
+def _config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_level="error",
+        access_log=False,  # addresses have the token
+        server_header=False,
+        timeout_graceful_shutdown=2,
+    )
+
+
+class _Server(uvicorn.Server):
+    """A server whose streams end when it is told to leave: it would wait for them else."""
+
+    def __init__(self, config: uvicorn.Config, closing: threading.Event, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._closing, self._ready = closing, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._closing.set()
+        super().handle_exit(sig, frame)

@@ -1,0 +1,61 @@
+"""accelerate needs no adapter: ``watch`` takes the model before or after ``prepare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import batchnorm as bn
+from batchnorm.record import Log
+
+NO_LIMIT = 1e9
+
+
+@pytest.fixture(autouse=True)
+def _state_of_its_own() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(log: Path | None, *, prepared: bool = True, **arguments: Any) -> tuple[nn.Module, bn.instruments.Watch]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, **arguments)
+    data = TensorDataset(torch.randn(96, 6), torch.randint(3, (96,)))
+    own = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    model, optimizer, loader = accelerator.prepare(
+        own, torch.optim.SGD(own.parameters(), 0.05, momentum=0.9), DataLoader(data, 8, shuffle=True)
+    )
+    run = bn.watch(model if prepared else own, log=log, every=5, budget=NO_LIMIT)
+    with run if log else torch.enable_grad():
+        for _ in range(4):
+            for x, y in loader:
+                with accelerator.accumulate(model):
+                    accelerator.backward(F.cross_entropy(model(x), y))
+                    optimizer.step()
+                    optimizer.zero_grad()
+    return accelerator.unwrap_model(model), run
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 3}, {"mixed_precision": "bf16"}], ids=str)
+def test_a_prepared_model_is_watched_and_trains_to_the_same_weights(
+    arguments: dict[str, Any], prepared: bool, tmp_path: Path
+) -> None:
+    alone, _ = trained(None, **arguments)
+    watched, run = trained(tmp_path, prepared=prepared, **arguments)
+    mine, theirs = watched.state_dict(), alone.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert run.steps == (16 if "gradient_accumulation_steps" in arguments else 48)
+    assert Log(tmp_path).layers == ("1",)
+    assert {record.tier for record in run.records} >= {"free"}
