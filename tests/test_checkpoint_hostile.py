@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import random
+import re
 import struct
 import time
 import tracemalloc
@@ -362,3 +363,30 @@ def test_a_million_steps_take_a_moment(tmp_path):
     start = time.perf_counter()
     refused(tmp_path, zipped(b"\x80\x02" + b"N0" * 500_000 + b"."))
     assert time.perf_counter() - start < 5
+
+
+def test_a_counter_that_is_a_plain_number_is_read(tmp_path):
+    state = {**Net().state_dict(), "bn.num_batches_tracked": 7}
+    torch.save({"state_dict": state, "num_batches_tracked": 3}, tmp_path / "c.pt")
+    assert [layer.num_batches_tracked for layer in read(tmp_path / "c.pt").layers.values()] == [7]
+
+
+def test_statistics_of_two_shapes_are_refused(tmp_path):
+    state = {"bn.running_mean": torch.zeros(4), "bn.running_var": torch.ones(2, 2)}
+    assert "as many variances as means in layer bn, got 2 x 2 and 4" in refused(tmp_path, saved(state))
+    state["bn.running_var"] = torch.ones(1, 4, 1, 1)
+    assert reading(tmp_path, saved(state)).layers["bn"].channels == 4
+
+
+ENTRY = '{"dtype":"F32","shape":[4],"data_offsets":[%d,%d]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"bn":{ENTRY % (0, 16)},"bn":{ENTRY % (16, 32)}}}', "each name once .* got bn twice"),
+        (f'{{"a":{ENTRY % (0, 16)},"b":{ENTRY % (8, 24)}}}', "bytes of its own .* got a and b in the same ones"),
+    ],
+)
+def test_names_and_bytes_of_two_tensors_are_refused(tmp_path, header, message):
+    assert re.search(message, refused(tmp_path, in_safetensors(header.encode(), bytes(32))))

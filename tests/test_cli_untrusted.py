@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -10,10 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
+from checkpoint_files import in_safetensors
+from click.testing import CliRunner
 from torch import nn
 
+from batchnorm import addresses
+from batchnorm.cli import main
 from batchnorm.doctor import examine
 from batchnorm.doctor.formats import FORMATS
 from batchnorm.doctor.junit import junit
@@ -51,6 +57,31 @@ def misfits():
 
 def interrupted():
     raise KeyboardInterrupt
+
+def base():
+    raise BaseException("base")
+
+def generator_exit():
+    raise GeneratorExit("x")
+
+def silent():
+    raise RuntimeError
+
+class Rows(torch.utils.data.Dataset):
+    def __getitem__(self, i):
+        return torch.zeros(3, 8, 8)
+
+rows = Rows()
+tensor = torch.zeros(8, 3, 8, 8)
+text = "abc"
+
+class Loader:
+    def __iter__(self):
+        return iter([torch.randn(8, 3, 8, 8)] * 2)
+
+def arrays():
+    import numpy
+    return [numpy.zeros((4, 3, 8, 8))]
 """
 # every one of them steers something: a terminal, a browser, a workflow, a table, XML, the direction of writing
 EVIL = (
@@ -201,3 +232,146 @@ def test_full_is_at_most_eighty_wide_for_any_name():
     for name in EVIL:
         lines = full(examine_with(name), command="batchnorm doctor").splitlines()
         assert max(len(line) for line in lines if not line.startswith("next: ")) <= 80
+
+
+# -- options, pipes and places -----------------------------------------------------------------------------------
+
+
+def shell(line, **env):
+    """What a shell makes of a line in which B is the command."""
+    line = line.replace("B ", f"{sys.executable} -m batchnorm ")
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=os.environ | env)
+
+
+@pytest.mark.parametrize(("line", "code"), [("B doctor sick.pt >&-", 1), ("B fix sick.pt --diff >&-", 1)])
+def test_a_closed_output_is_written_nothing(folder, line, code):
+    done = shell(line)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("command", ["rules", "explain --all", "completion bash"])
+def test_a_reader_that_goes_away_is_no_error(folder, command):
+    done = shell(f"set -o pipefail; B {command} | true")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("command", ["doctor /{}/sick.pt -q", "fix /{}/sick.pt --diff"])
+def test_a_current_folder_that_is_gone_does_no_harm(folder, command):
+    done = shell(f"mkdir gone; cd gone; rmdir ../gone; B {command.format(folder)}")
+    assert done.returncode == 1
+    assert "Errno" not in done.stderr
+
+
+def cli(*args):
+    return CliRunner().invoke(main, list(args), prog_name="batchnorm")
+
+
+def refused(*args):
+    """The one message of a command that did not run."""
+    done = cli(*args)
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.split())
+
+
+def test_what_is_nested_without_end_is_told(folder):
+    Path("deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert "deep.json is not a baseline: RecursionError" in refused("doctor", "sick.pt", "--baseline", "deep.json")
+    Path("pyproject.toml").write_text("a=" + "[" * 5000 + "]" * 5000)
+    assert "pyproject.toml is nested too deeply" in refused("doctor", "sick.pt")
+
+
+@pytest.mark.parametrize("value", ["false", "3", '""', '["a"]'])
+def test_a_baseline_in_the_project_file_is_a_path(folder, value):
+    Path("pyproject.toml").write_text(f"[tool.batchnorm]\nbaseline = {value}")
+    assert "baseline must be the path of a file, got" in refused("doctor", "sick.pt")
+
+
+@pytest.mark.parametrize("command", ["doctor", "fix"])
+@pytest.mark.parametrize(("name", "kind"), [("base", "BaseException"), ("generator_exit", "GeneratorExit")])
+def test_whatever_users_code_raises_is_told(folder, command, name, kind):
+    assert f"mine.py:{name} raised {kind} at mine.py:" in refused(command, f"mine.py:{name}")
+
+
+def test_an_error_without_a_message_ends_its_sentence(folder):
+    assert re.search(r"RuntimeError at mine\.py:\d+\. --debug", refused("doctor", "mine.py:silent"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("Rows", "gives Rows, whose items are examples, expected batches. Return DataLoader(rows, batch_size=32)."),
+        ("rows", "gives Rows, whose items are examples, expected batches. Return DataLoader(rows, batch_size=32)."),
+        ("tensor", "gives one Tensor, expected batches. Return a list of batches: [x]."),
+        ("text", "gives str, expected batches. Return a DataLoader or a list."),
+        ("arrays", "got ndarray without any. Make the loader yield tensors"),
+    ],
+)
+def test_data_that_are_no_batches_are_named(folder, data, words):
+    message = refused("doctor", "mine.py:sick", "--data", f"mine.py:{data}")
+    assert words in message
+    assert ".." not in message
+
+
+def test_a_class_of_batches_is_called(folder):
+    assert cli("doctor", "mine.py:sick", "--data", "mine.py:Loader", "-q").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: torch.save([], "w.pt"), "w.pt holds a list, expected a dict of tensors."),
+        (lambda: torch.save({**sick().state_dict(), "x": range(3)}, "w.pt"), "w.pt: expected tensors and plain"),
+        (
+            lambda: torch.save({"state_dict": sick().state_dict(), "loss": np.float64(3)}, "w.pt"),
+            "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",
+        ),
+        (lambda: torch.save({3: torch.ones(2), **sick().state_dict()}, "w.pt"), ""),
+        (
+            lambda: Path("w.pt").write_bytes(in_safetensors({"__metadata__": {"a": [1]}})),
+            "w.pt: safetensors refuses it: Error while deserializing header",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["doctor", "fix"])
+def test_weights_that_cannot_be_loaded_are_named(folder, command, made, words):
+    made()
+    if words:
+        message = refused(command, "mine.py:sick", "--weights", "w.pt")
+        assert words in message
+        assert "raised" not in message
+    else:
+        assert cli(command, "mine.py:sick", "--weights", "w.pt").exit_code == 1
+
+
+@pytest.mark.parametrize("value", ["{[]:1}", "(" * 10_000, "-" * 20_000 + "1"])
+def test_a_setting_that_is_no_literal_is_text(value):
+    assert addresses.parsed([f"a={value}"]) == {"a": value}
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--write-baseline", "--reference", "--weights", "--data"])
+def test_an_option_of_nothing_is_told(folder, option):
+    assert f"{option} needs a value, got ''." in refused("doctor", "mine.py:sick", option, "")
+
+
+@pytest.mark.parametrize("target", ["mine.py::sick", ".mine:sick", "a..b:c"])
+def test_an_address_of_another_form_is_told(folder, target):
+    assert "an address is file.py:name or package.module:name" in refused("doctor", target)
+
+
+def test_a_long_name_is_not_written_to(folder):
+    assert "cannot write" not in refused("doctor", "a" * 5000 + ":x")
+
+
+@pytest.mark.parametrize("rule", ["", ",", " "])
+def test_explain_needs_a_rule(rule):
+    assert "explain needs a rule, got none" in refused("explain", rule)
+
+
+@pytest.mark.parametrize("command", ["doctor", "fix"])
+def test_a_file_that_may_not_be_read_is_not_written_to(folder, command, monkeypatch):
+    def refuses(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuses)
+    assert "sick.pt cannot be read: Permission denied. Make it readable." in refused(command, "sick.pt")

@@ -159,3 +159,25 @@ def test_every_rule_has_a_page():
 
 def test_a_diagnosis_is_a_public_name():
     assert isinstance(bn.examine(trained()), Diagnosis)
+
+
+@pytest.mark.parametrize("named", ["BN103", ["BN103"], ("bn103",), ("negative-variance",), ["BN103,BN101"]])
+def test_rules_are_selected_by_code_or_name_in_any_case(named):
+    assert Selection(select=named).takes("BN103")
+    assert not Selection(select=named).takes("BN104")
+    assert not Selection(ignore=named).takes("BN103")
+
+
+def test_a_selection_of_nothing_is_none_and_one_of_an_unknown_rule_is_refused():
+    assert Selection(ignore=("",)).takes("BN103")
+    assert Selection(per_layer={"*": ("",)}).per_layer == {"*": ()}
+    for settings in ({"select": ("BN777",)}, {"ignore": ("BN777",)}, {"per_layer": {"stem.*": ("BN777",)}}):
+        with pytest.raises(ValueError, match=r"no rule 'BN777'\. Did you mean 'BN507'"):
+            Selection(**settings)
+
+
+@pytest.mark.parametrize("setting", [{"max_examples": 1.5}, {"batch_size": "8"}, {"accumulation": float("nan")}])
+def test_settings_are_whole_numbers(setting):
+    (name,) = setting
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got .* Leave it out for the default"):
+        examine(Net(), batches(), **setting)

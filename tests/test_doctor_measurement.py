@@ -337,7 +337,7 @@ def test_one_example_is_too_few_for_a_training_step():
 def test_layers_that_never_ran_are_named():
     model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "spare": nn.BatchNorm1d(3)})
     model.forward = lambda x: model["used"](x)
-    found, run, _ = measure(model, [torch.randn(8, 3)], max_examples=None)
+    found, run, *_ = measure(model, [torch.randn(8, 3)], max_examples=None)
     assert list(found) == ["used"]
     assert run.never_ran == ("spare",)
 
@@ -368,7 +368,7 @@ def test_the_model_is_as_before_bit_for_bit(mode):
     model = MODES[mode](trained_net())
     loader = DataLoader(TensorDataset(data()), 4, shuffle=True, generator=torch.Generator().manual_seed(3))
     before = fingerprint(model), loader.generator.get_state().tolist()
-    _, run, _ = measure(model, loader, max_examples=None)
+    run = run_of(model, loader)
     assert run.train_error == ""
     assert (fingerprint(model), loader.generator.get_state().tolist()) == before
 
@@ -399,7 +399,7 @@ def test_the_model_is_as_before_when_it_raises_in_the_middle(mode, place):
 def test_wrapped_models_are_measured_as_they_run(wrap):
     model, x = wrap(nn.Sequential(nn.Linear(3, 4), used(nn.BatchNorm1d(4)))), torch.randn(32, 3)
     model(x)
-    found, run, _ = measure(model, list(x.split(8)), max_examples=None)
+    found, run, *_ = measure(model, list(x.split(8)), max_examples=None)
     (name,) = found
     assert (run.updates_forward, run.train_error) == ({name: 1}, "")
 
@@ -420,7 +420,7 @@ def test_equal_batches_have_means_that_do_not_scatter():
 
 def test_lazy_layers_stay_lazy():
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
-    found, run, _ = measure(model, [torch.randn(8, 3)], max_examples=None)
+    found, run, *_ = measure(model, [torch.randn(8, 3)], max_examples=None)
     assert (found, run.never_ran, type(model[1])) == ({}, (), nn.LazyBatchNorm1d)
 
 
@@ -438,7 +438,7 @@ def test_random_layers_give_the_same_figures_twice():
 
 def test_examples_are_cut_to_the_most_wanted_and_counted_in_words():
     model, x = nn.Sequential(used(nn.BatchNorm1d(3))), torch.randn(100, 3)
-    found, _, words = measure(model, DataLoader(TensorDataset(x), 32), max_examples=50)
+    found, _, words, _ = measure(model, DataLoader(TensorDataset(x), 32), max_examples=50)
     assert (found["0"].examples, words) == (50, "50 examples in 2 batches")
     np.testing.assert_allclose(found["0"].mean, x[:50].double().mean(0), rtol=1e-9)
     assert measure(model, [{"input": x[:1]}], max_examples=None)[2] == "1 example in 1 batch"
@@ -580,7 +580,7 @@ def _learned(kind, batch, seed):
 
 
 def _codes(model, batches):
-    found, run, _ = measure(model, batches, max_examples=512)
+    found, run, *_ = measure(model, batches, max_examples=512)
     stored = dict(reference_of(model, model, None).stored)
     evidence = Evidence("net", stored, measured=found, run=run, loop=loop_of(batches))
     rules = [RULES[code] for code in RULES if code.startswith(("BN2", "BN4", "BN5"))]
@@ -609,3 +609,142 @@ def test_the_training_step_is_quiet_about_poisoned_batches():
         warnings.simplefilter("error")
         run = run_of(nn.Sequential(bn.BatchNorm1d(3)), [x])
     assert run.train_error == ""
+
+
+# -- models and batches of any kind ------------------------------------------------------------------------------
+
+
+class Writes(nn.Module):
+    """Normalizes its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.net(x.sub_(5.0).div_(3.0))
+
+
+def writing():
+    torch.manual_seed(0)
+    model = Writes().train()
+    with torch.no_grad():
+        for _ in range(80):
+            model(torch.randn(16, 3, 8, 8) * 3 + 5)
+    return model.eval(), [torch.randn(16, 3, 8, 8) * 3 + 5 for _ in range(4)]
+
+
+def test_a_model_that_writes_to_its_input_is_healthy_and_the_batches_stay():
+    model, batches = writing()
+    before = [x.clone() for x in batches]
+    reference = copy.deepcopy(model)
+    assert {f.code for f in bn.examine(model, batches, reference=reference).findings} <= {"BN501"}
+    assert all(map(torch.equal, batches, before))
+    model.net[1].running_var[1] = float("nan")
+    treated = bn.treat(model, data=batches)
+    torch.testing.assert_close(treated.net[1].running_var, reference.net[1].running_var, rtol=0.1, atol=0)
+    assert all(map(torch.equal, batches, before))
+
+
+class Named(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Masked(nn.BatchNorm1d):
+    def forward(self, pair):
+        return super().forward(pair[1])
+
+
+class Bare(nn.BatchNorm1d):
+    def forward(self):
+        return self.weight
+
+
+class Calling(nn.Module):
+    """Calls its layer in its own way."""
+
+    def __init__(self, layer, use):
+        super().__init__()
+        self.bn, self.use = layer, use
+
+    def forward(self, x):
+        return self.use(self.bn, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "use", "is_measured"),
+    [
+        (Named, lambda bn, x: bn(x=x), True),
+        (Masked, lambda bn, x: bn((x > 0, x)), True),
+        (Bare, lambda bn, x: x * bn(), False),
+    ],
+)
+def test_layers_of_a_users_own_class_are_measured_where_they_get_a_tensor(layer, use, is_measured):
+    found = measured(Calling(layer(3), use), [torch.randn(8, 3)] * 2)
+    assert [figures.examples for figures in found.values()] == [16] * is_measured
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_quantized_inputs_are_not_measured():
+    x = torch.quantize_per_tensor(torch.randn(4, 3, 2, 2), 0.1, 0, torch.quint8)
+    assert measured(nn.Sequential(nn.quantized.BatchNorm2d(3)).eval(), [x]) == {}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: x.to_sparse(), lambda x: x.to(torch.float8_e4m3fn), lambda x: {"scale": torch.ones(()), "x": x}]
+)
+def test_batches_of_other_types_are_given_to_the_model(make):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x, scale=1.0):
+            return self.bn((x.to_dense() if x.is_sparse else x.float()) * scale)
+
+    found = bn.examine(Dense(), [make(torch.randn(16, 3)) for _ in range(2)])
+    assert found.data == "32 examples in 2 batches"
+
+
+def test_a_first_batch_without_examples_says_nothing_of_the_batch_size():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    assert "BN201" not in {f.code for f in bn.examine(model, [torch.randn(0, 3), torch.randn(16, 3)]).findings}
+
+
+def test_a_momentum_of_two_is_told_with_data_too():
+    model = trained_net()
+    for layer in bn.layers.batch_norms(model).values():
+        layer.momentum = 2.0
+    assert "BN008" in {f.code for f in bn.examine(model, [data()] * 4).findings}
+
+
+def test_batches_without_tensors_are_told_as_what_they_are():
+    for batch in (np.zeros((4, 3)), None, "text", [[1.0]]):
+        with pytest.raises(ValueError, match=r"examine needs batches that hold tensors, got .* Make the loader yield"):
+            bn.examine(nn.BatchNorm1d(3), [batch])
+
+
+def test_a_model_that_asks_for_gradients_is_told_how():
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.bn(x).sum(), x)[0]
+
+    with pytest.raises(ValueError, match=r"without gradients, .* Put torch.enable_grad\(\) around"):
+        bn.examine(Slope(), [torch.randn(8, 3)])
+
+
+def test_what_gives_one_iterator_is_measured_from_its_first_batch():
+    class Once:
+        def __init__(self):
+            self.batches = iter([torch.randn(8, 3) for _ in range(3)])
+
+        def __iter__(self):
+            return self.batches
+
+    assert bn.examine(nn.Sequential(nn.BatchNorm1d(3)), Once()).data == "24 examples in 3 batches"

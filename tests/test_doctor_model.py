@@ -154,7 +154,7 @@ def test_words_say_what_was_measured_on_and_parts_are_there_as_far_as_they_are_k
 def test_an_iterator_gives_its_first_batch_to_the_measurement():
     found, words = evidence(trained(), iter(batches()))
     assert words == "64 examples in 2 batches"
-    assert found.graph.calls == {}
+    assert found.graph.calls == {"stem.1": 1, "body.1": 1}
 
 
 # -- layers ------------------------------------------------------------------------------------------------------
@@ -322,3 +322,64 @@ def test_schedule_free_optimizers_are_known_by_their_groups_or_name():
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(TypeError, match="needs a torch optimizer, got int"):
         examine(trained(), optimizer=3)
+
+
+# -- models of any kind ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("data", [None, [torch.randn(8, 3)]])
+def test_scripted_models_are_examined(data):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    model[1].running_var[0] = -1.0
+    assert "BN103" in {f.code for f in examine(torch.jit.script(model), data).findings}
+
+
+@pytest.mark.parametrize("before", [[], [nn.Linear(3, 4)]])
+def test_a_layer_of_two_sizes_is_a_finding(before):
+    layer = nn.BatchNorm1d(4)
+    layer.running_mean = torch.zeros(7)
+    layer.running_var *= 2
+    found = examine(nn.Sequential(*before, layer))
+    assert "BN109" in {finding.code for finding in found.findings}
+
+
+def test_a_model_that_makes_layers_as_it_runs_is_examined_without_its_graph():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            if not hasattr(self, "late"):
+                self.late = nn.BatchNorm1d(3)
+            return self.late(self.bn(x))
+
+    found = examine(Grows(), [torch.randn(8, 3)])
+    assert list(found.layers[0].name) == list("bn")
+
+
+def test_a_momentum_in_a_tensor_is_a_number():
+    layer = nn.BatchNorm1d(3, momentum=torch.tensor(0.25))
+    assert '"momentum": 0.25' in examine(nn.Sequential(layer)).to_json()
+
+
+@pytest.mark.parametrize("ignored", ["", (), None, [""]])
+def test_an_owner_who_ignores_nothing_silences_nothing(ignored):
+    layer = nn.BatchNorm1d(3)
+    layer.running_var[0] = -1.0
+    layer.batchnorm_ignore = ignored
+    assert "BN103" in {finding.code for finding in examine(nn.Sequential(layer)).findings}
+
+
+def test_what_an_owner_ignores_is_named_by_code_or_slug_and_must_be_known():
+    layer = nn.BatchNorm1d(3)
+    layer.running_var[0] = -1.0
+    layer.batchnorm_ignore = "negative-variance"
+    assert "BN103" not in {finding.code for finding in examine(nn.Sequential(layer)).findings}
+    layer.batchnorm_ignore = "BN777"
+    with pytest.raises(ValueError, match=r"batchnorm_ignore of layer '0': no rule 'BN777'\. Did you mean"):
+        examine(nn.Sequential(layer))
+    layer.batchnorm_ignore = 3
+    with pytest.raises(TypeError, match=r"batchnorm_ignore of layer '0' must be codes of rules, got 3\."):
+        examine(nn.Sequential(layer))

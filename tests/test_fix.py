@@ -26,6 +26,7 @@ from batchnorm.replacing import replacing
 
 NAN = float("nan")
 MODEL = """
+import sys
 import torch
 from planted import Net, batches, changed
 
@@ -43,6 +44,29 @@ def raises():
     return made
 
 loader = batches()
+
+def leaves():
+    made = Net()
+    made.forward = lambda x: sys.exit(0)
+    return made
+
+def generator():
+    yield from batches()
+
+class Missing:
+    def __iter__(self):
+        return open("pictures/1.png")
+
+missing = Missing
+
+class Wrong:
+    def __iter__(self):
+        raise ValueError("\\n".join("line" for _ in range(12)))
+
+many_lines = Wrong
+
+def arrays():
+    return [[[0.0]]]
 """
 
 
@@ -337,7 +361,8 @@ def test_a_preview_of_a_model_leaves_the_folder_as_it_was(folder, monkeypatch):
 def test_what_the_models_code_raises_is_told_in_one_sentence(folder):
     result = call("nets.py:raises", "--data", "nets.py:loader")
     assert result.exit_code == 2
-    assert "nets.py:raises raised KeyError: 'camera'" in result.output
+    assert "nets.py:raises raised KeyError at nets.py:" in result.output
+    assert "'camera'. --debug" in result.output
 
 
 # -- what may go wrong -------------------------------------------------------------------------------------------
@@ -365,7 +390,7 @@ def test_an_interrupted_write_leaves_what_was_there_and_no_litter(folder, monkey
 def test_a_copy_that_reads_differently_is_given_up(folder, monkeypatch):
     path = save("safetensors", state(running_var=-1e-14))
     monkeypatch.setattr("batchnorm.doctor.safetensors_files._packed", lambda values, _: b"\0\0\x80?" * len(values))
-    with pytest.raises(RuntimeError, match="did not read as it was written"):
+    with pytest.raises(ValueError, match=r"layer 'stem\.1' of a mended copy did not read as written"):
         rewriting.write(rewriting.plan(path), Path("out.safetensors"))
     assert {p.name for p in folder.iterdir()} == {"nets.py", path.name}
 
@@ -494,3 +519,125 @@ def test_a_layer_of_the_model_that_the_file_lacks_is_named(folder):
     torch.save({f"bn.{key}": value for key, value in layer_of(model).state_dict().items()}, "one.pt")
     with pytest.raises(ValueError, match=r"one.pt has no layer 'stem.1' of the model"):
         rewriting.plan("one.pt", live=changes)
+
+
+# -- odd counters, names and places ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counter", [torch.tensor(NAN), torch.tensor([1, 2]), torch.tensor([], dtype=torch.long)])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_counter_that_is_no_number_is_replaced(folder, kind, counter):
+    path = save(kind, {**state(running_var=1e-40), "stem.1.num_batches_tracked": counter})
+    result = call(path)
+    assert result.exit_code == 0, result.output
+    after = load(Path(f"model.fixed.{kind}"))
+    assert after["stem.1.num_batches_tracked"].shape == ()
+    assert after["stem.1.num_batches_tracked"].dtype == torch.int64
+    assert after["stem.1.num_batches_tracked"] == 0
+    assert after["stem.1.running_var"][3] == 0
+
+
+def test_a_counter_that_is_a_plain_number_stays(folder):
+    path = save("pt", {**state(running_var=1e-40), "stem.1.num_batches_tracked": 7})
+    assert "BN112" not in call(path).output
+    assert load(Path("model.fixed.pt"))["stem.1.num_batches_tracked"] == 7
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_names_that_begin_with_a_dot_keep_it(folder, kind):
+    own = {f".{key.removeprefix('stem.1.')}": t for key, t in state(running_var=1e-40).items() if "stem.1." in key}
+    assert call(save(kind, own)).exit_code == 0
+    after = load(Path(f"model.fixed.{kind}"))
+    assert after.keys() == own.keys()
+    assert after[".running_var"][3] == 0
+
+
+def test_a_copy_that_cannot_be_read_is_told_by_the_names_that_the_user_knows(folder, monkeypatch):
+    path = save("safetensors", state(running_var=-1e-14))
+    monkeypatch.setattr("batchnorm.doctor.safetensors_files._header", lambda _: b"\0" * 8 + b"{")
+    result = call(path)
+    assert result.exit_code == 2
+    assert f"{path}: a mended copy could not be read: expected" in result.output
+    assert ".fixed" not in result.output
+    assert {p.name for p in folder.iterdir()} == {"nets.py", path.name}
+
+
+def test_code_that_leaves_the_program_is_no_success(folder):
+    result = call("nets.py:leaves", "--data", "nets.py:loader")
+    assert result.exit_code == 2
+    assert "nets.py:leaves raised SystemExit at nets.py:" in result.output
+
+
+def test_data_of_a_generator_are_read_as_often_as_needed(folder):
+    result = call("nets.py:sick", "--data", "nets.py:generator")
+    assert "statistics measured anew" in result.output
+    assert Path("nets.fixed.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("missing", "raised FileNotFoundError at nets.py:"),
+        ("many_lines", "raised ValueError at nets.py:"),
+        ("arrays", "examine needs batches that hold tensors, got list without any. Make the loader yield tensors"),
+    ],
+)
+def test_what_the_users_loader_raises_is_told_in_one_line(folder, data, words):
+    result = call("nets.py:sick", "--data", f"nets.py:{data}")
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "cannot write" not in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("target", [".", "", "/"])
+def test_a_folder_is_no_checkpoint(folder, target):
+    for args in ([target], ["nets.py:model", "--weights", target or "."]):
+        result = call(*args)
+        assert result.exit_code == 2
+        assert "expected a file, got a folder" in result.output
+
+
+def test_what_is_in_the_way_and_no_file_is_not_replaced(folder):
+    path = save("pt", state(running_var=1e-40))
+    os.mkfifo("pipe.pt")
+    result = call(path, "-o", "pipe.pt", "--force")
+    assert result.exit_code == 2
+    assert "cannot write pipe.pt: it is a pipe or device" in result.output
+    assert stat.S_ISFIFO(Path("pipe.pt").stat().st_mode)
+
+
+def test_a_link_stays_one_and_is_written_through(folder):
+    path = save("pt", state(running_var=1e-40))
+    Path("real.pt").write_bytes(b"old")
+    Path("link.pt").symlink_to("real.pt")
+    Path("dangling.pt").symlink_to("fresh.pt")
+    assert call(path, "-o", "link.pt").exit_code == 2
+    assert Path("real.pt").read_bytes() == b"old"
+    assert call(path, "-o", "link.pt", "--force").exit_code == 0
+    assert call(path, "-o", "dangling.pt").exit_code == 0
+    for link, real in (("link.pt", "real.pt"), ("dangling.pt", "fresh.pt")):
+        assert Path(link).is_symlink()
+        assert load(Path(real))["stem.1.running_var"][3] == 0
+
+
+@pytest.mark.parametrize(("kind", "name"), [("safetensors", "m.bin"), ("safetensors", "m.SAFETENSORS")])
+def test_the_format_goes_by_the_content(folder, kind, name):
+    path = save(kind, state(running_var=1e-40)).rename(name)
+    assert call(path).exit_code == 0
+    assert load_file("m.fixed.safetensors")["stem.1.running_var"][3] == 0
+
+
+def test_a_torch_file_of_another_name_is_mended_and_loaded(folder):
+    path = save("pt", state(running_var=1e-40)).rename("m.safetensors")
+    assert call(path).exit_code == 0
+    assert load(Path("m.fixed.pt"))["stem.1.running_var"][3] == 0
+    assert call("nets.py:model", "--weights", path, "--diff").exit_code == 0
+
+
+def test_a_terminal_of_ascii_gets_ascii(folder):
+    save("pt", state(running_var=1e-40))
+    command = [sys.executable, "-m", "batchnorm", "fix", "model.pt", "--diff"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert " -> 0 ... " in done.stdout
+    assert "?" not in done.stdout

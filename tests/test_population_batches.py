@@ -12,9 +12,11 @@ import pytest
 import torch
 from fingerprint import fingerprint
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from batchnorm import recalibrate
+from batchnorm.population.batches import Batches
 
 Pair = namedtuple("Pair", "x y")
 
@@ -173,7 +175,7 @@ TOO_FEW = "at least 2 finite values per channel"
         (X, None, TypeError, "an iterable of batches, got Tensor. Pass a DataLoader, or a list of batches: [x]."),
         (TensorDataset(X), None, TypeError, "an iterable of batches, got TensorDataset. Pass a DataLoader, or"),
         ([X], 0, ValueError, "max_examples of 1 or more, got 0. Use None for all."),
-        (["text"], 1, ValueError, "max_examples with batches that hold tensors, got str without any. Limit the"),
+        (["text"], 1, ValueError, "batches that hold tensors, got str without any. Make the loader yield"),
         ([X[:1]], None, ValueError, f"{TOO_FEW}, got 1 in channel 0 of layer 'norm' (2 of 2 channels). Give more"),
         ([X[:0]], None, ValueError, f"{TOO_FEW}, got 0 in channel 0 of layer 'norm'"),
         ([X * math.nan], None, ValueError, f"{TOO_FEW}, got 0 in channel 0 of layer 'norm'"),
@@ -198,3 +200,76 @@ def test_a_loader_that_is_empty_in_its_second_pass_is_refused():
     with pytest.raises(ValueError, match=message):
         recalibrate(net, OneShot())
     assert fingerprint(net) == before
+
+
+class Writes(nn.Module):
+    """Normalizes its input in place, as some models do to save memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+
+    def forward(self, x):
+        return self.norms(x.sub_(5.0).div_(3.0))
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        iter,
+        lambda batches: [(x, "label") for x in batches],
+        lambda batches: [{"x": x} for x in batches],
+        lambda batches: DataLoader(batches, batch_size=None),
+        lambda batches: DataLoader(torch.cat(batches), 4),
+    ],
+    ids=["list", "iterator", "tuples", "dicts", "loader of batches", "loader"],
+)
+def test_a_model_that_writes_to_its_input_spoils_no_batch(make, limit):
+    x = torch.randn(12, 2) * 3 + 5
+    given, net = x.clone(), Writes()
+    recalibrate(net, make(given.split(4)), limit)
+    expected = (x[:limit].double() - 5) / 3
+    assert torch.equal(given, x)
+    torch.testing.assert_close(net.norms[0].running_mean.double(), expected.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(net.norms[0].running_var.double(), expected.var(0), rtol=1e-5, atol=0)
+
+
+def test_only_memory_that_is_used_again_is_copied(monkeypatch):
+    rows, thing = torch.zeros(4, 2), SimpleNamespace()
+    ((copied, kept),) = Batches([(rows, thing)], None, torch.device("cpu"))
+    assert copied.data_ptr() != rows.data_ptr()
+    assert kept is thing
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("a new batch was copied"))
+    (batch,) = Batches(DataLoader(rows, 4), None, torch.device("cpu"))
+    assert batch.shape == (4, 2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, sequences):
+        assert isinstance(sequences, PackedSequence)
+        return self.norm(sequences.data.mul_(2.0))
+
+
+def test_packed_sequences_are_cut_by_example_and_copied():
+    packed = pack_sequence([torch.full((3, 2), 1.0), torch.full((2, 2), 4.0), torch.full((1, 2), 100.0)])
+    net = Recurrent()
+    recalibrate(net, [packed], 2)
+    # 3 values of 2 and 2 of 8
+    assert net.norm.running_mean.tolist() == pytest.approx([4.4, 4.4])
+    assert packed.data.max() == 100
+
+
+def test_sparse_batches_are_cut():
+    class Dense(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to_dense())
+
+    net = Dense(nn.BatchNorm1d(2))
+    recalibrate(net, [X.to_sparse()], 2)
+    assert net[0].running_mean.tolist() == [1.5, 0]

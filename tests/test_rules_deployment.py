@@ -133,3 +133,14 @@ def test_a_wrapper_prefix_has_a_safe_fix():
     assert "'module.'" in finding.measured
     assert finding.fixable is Fix.SAFE
     assert findings("BN507", filed()) == []
+
+
+@pytest.mark.parametrize("value", [-1.0, NAN, float("inf"), -float("inf")])
+def test_statistics_that_are_broken_alike_do_not_differ(value):
+    layer = replace(STORED, running_mean=values(value, 0.0), running_var=values(value, 1.0))
+    evidence = replace(compared(stored={"bn": layer}), stored={"bn": layer})
+    assert findings("BN508", evidence) == []
+    other = replace(layer, running_var=values(value, 2.0))
+    assert findings("BN508", replace(evidence, stored={"bn": other}))[0].channels == (1,)
+    healthy = replace(layer, running_var=values(1.0, 1.0))
+    assert findings("BN508", replace(evidence, stored={"bn": healthy}))[0].channels == (0,)

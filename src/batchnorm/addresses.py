@@ -13,14 +13,15 @@ import os
 import sys
 import sysconfig
 import traceback
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
 
 
@@ -40,7 +41,7 @@ class AddressError(ValueError):
 
 def is_address(target: str) -> bool:
     """Whether a target names code rather than a file of weights."""
-    return ":" in target and not Path(target).exists()
+    return ":" in target and not os.path.exists(target)  # noqa: PTH110 - no error for a name that is too long
 
 
 def refuse_code(target: str) -> None:
@@ -55,15 +56,15 @@ def refuse_code(target: str) -> None:
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """What the user's code raises while it runs becomes an `AddressError`; our own messages pass.
+    """What the user's code raises while it runs becomes an `AddressError`; our own messages and Ctrl-C pass.
 
     Code that leaves the program (``sys.exit``) is an error as well: its exit code would say that all is fine.
     """
     try:
         yield
-    except AddressError:
+    except (AddressError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and not _is_of_user(error):
             raise
         raise AddressError(_told(name, error)) from error
@@ -79,9 +80,10 @@ def load(address: str) -> Any:
         AddressError: If the module raises an error when it is imported.
     """
     where, _, name = address.rpartition(":")
-    if not where or not name:
+    is_file = where.endswith(".py")
+    if not where or not name or (not is_file and (":" in where or "" in where.split("."))):
         raise ValueError(f"an address is file.py:name or package.module:name, got {address!r}. Name a function in it.")
-    module = _from_file(Path(where)) if where.endswith(".py") else _from_module(where)
+    module = _from_file(Path(where)) if is_file else _from_module(where)
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
@@ -108,11 +110,21 @@ def model(address: str, settings: Mapping[str, Any] | None = None, weights: str 
 
 def data(address: str) -> Any:
     """The loader that an address names or returns."""
+    from torch import Tensor
+
     made = load(address)
-    if callable(made) and not hasattr(made, "__iter__"):
+    if inspect.isclass(made) or (callable(made) and not hasattr(made, "__iter__")):
         made = _called(address, made, {})
-    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
-        raise AddressError(f"{address} gives {type(made).__name__}, expected batches. Return a DataLoader or a list.")
+    kind = type(made).__name__
+    if isinstance(made, Tensor):
+        raise AddressError(f"{address} gives one {kind}, expected batches. Return a list of batches: [x].")
+    if hasattr(made, "__getitem__") and not hasattr(made, "__iter__"):
+        raise AddressError(
+            f"{address} gives {kind}, whose items are examples, expected batches. "
+            f"Return DataLoader({kind.lower()}, batch_size=32)."
+        )
+    if not hasattr(made, "__iter__") or isinstance(made, (str, bytes, Mapping)):
+        raise AddressError(f"{address} gives {kind}, expected batches. Return a DataLoader or a list.")
     return made
 
 
@@ -129,7 +141,7 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"--set needs key=value, got {setting!r}. For example --set width=64.")
         try:
             found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             found[key] = value
     return found
 
@@ -147,24 +159,37 @@ def state_of(path: str) -> dict[str, Any]:
     else:
         import torch
 
-        nested = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            with Path(path).open("rb") as opened:  # by a path, torch goes by the suffix
+                nested = torch.load(opened, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path}: torch.load(weights_only=True) refuses it, by {type(error).__name__}. "
+                "Save the state dict alone: torch.save(model.state_dict(), path)."
+            ) from error
         state, prefix = _inner(nested, file)
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not isinstance(state, Mapping):
+        raise ValueError(  # noqa: TRY004 - it is the file that is wrong
+            f"{path} holds a {type(state).__name__}, expected a dict of tensors. "
+            "Save that: torch.save(model.state_dict(), path)."
+        )
+    names = (name for name in state if isinstance(name, str) and name.startswith(prefix))
+    return {name.removeprefix(prefix): state[name] for name in names}
 
 
 def load_weights(network: Any, path: str) -> None:
     """Load a checkpoint into a model, strictly.
 
     Raises:
-        ValueError: If names or shapes do not fit; the message has the first of them.
+        ValueError: If they are none, or names or shapes do not fit; the message has the first of them.
     """
     state = state_of(path)
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(
-            f"{path} does not fit {type(network).__name__}: {' '.join(lines[1:3])[:300]} "
+            f"{path} does not fit {type(network).__name__}: {' '.join(lines[1:3] or lines)[:300]} "
             "Use the weights of this model, or --set what it was made with."
         ) from error
 
@@ -178,7 +203,7 @@ def _inner(nested: Any, file: Any) -> tuple[dict[str, Any], str]:
         prefix = name[: len(name) - len(layer)] if layer else name
     for key in path:
         nested = nested[key]
-    if not path and not file.keys:  # without batch norm nothing says where the tensors are
+    if not path and not file.keys and isinstance(nested, Mapping):  # nothing says where the tensors are
         nested = next((nested[key] for key in ("state_dict", "model") if key in nested), nested)
     return nested, prefix
 
@@ -190,7 +215,11 @@ def _safetensors(path: str) -> dict[str, Any]:
         raise ModuleNotFoundError(
             "--weights with a .safetensors file needs safetensors. Run: pip install 'batchnorm[torch]'"
         ) from error
-    return load_file(path)
+    try:
+        return load_file(path)
+    except Exception as error:
+        message = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path}: safetensors refuses it: {message}. Copy or save it again.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -207,8 +236,9 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _from_module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds text
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    with suppress(FileNotFoundError):  # the current folder may be gone
+        if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds text
+            sys.path.insert(0, os.getcwd())  # noqa: PTH109
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -217,7 +247,9 @@ def _from_module(name: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"no module {error.name!r} for {name}. Run in its project's folder, or give the file: {name}.py:name"
         ) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise AddressError(_told(name, error)) from error
 
 
@@ -238,18 +270,31 @@ def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
 def _run(name: str, code: Callable[[], Any]) -> Any:
     try:
         return code()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise AddressError(_told(name, error)) from error
 
 
 def _told(name: str, error: BaseException) -> str:
     """The user's line that raised an error, and the error."""
     frames = _of_user(error)
-    line = f" at {os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    line = f" at {_shown(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
     if isinstance(error, SyntaxError) and error.filename:
-        line = f" at {os.path.relpath(error.filename)}:{error.lineno}"
-    message = str(error).partition("\n")[0][:300]
-    return f"{name} raised {type(error).__name__}{line}: {message}. --debug shows where."
+        line = f" at {_shown(error.filename)}:{error.lineno}"
+    try:
+        message = str(error).partition("\n")[0][:300].rstrip(". ")
+    except Exception:  # noqa: BLE001 - the error is of the user's own class
+        message = ""
+    return f"{name} raised {type(error).__name__}{line}{message and f': {message}'}. --debug shows where."
+
+
+def _shown(path: str) -> str:
+    """A path from the current folder, if there is one."""
+    try:
+        return os.path.relpath(path)
+    except (OSError, ValueError):
+        return path
 
 
 def _of_user(error: BaseException) -> list[traceback.FrameSummary]:

@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchnorm.checkpoint import kinds, layers, legacy, safetensors, zips
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
@@ -18,9 +18,10 @@ from batchnorm.checkpoint.stored import Checkpoint, Stored
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from typing import BinaryIO
 
-__all__ = ["Checkpoint", "Stored", "read"]
+__all__ = ["Checkpoint", "Stored", "format_of", "read"]
 
 _READERS = {"pt": zips.read, "legacy": legacy.read, "safetensors": safetensors.read}
 # what bytes that follow no format make of the code that reads them
@@ -55,25 +56,37 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         PermissionError: If it may not be read.
         ModuleNotFoundError: If it is an ONNX file and ``onnx`` is not installed.
     """
+    return _opened(path, _contents)
+
+
+def format_of(path: str | os.PathLike[str]) -> str:
+    """ "pt" for both formats of torch.save, "safetensors" or "onnx", by a file's first bytes; errors as ``read``."""
+    return _opened(path, lambda _, file: "pt" if (kind := kinds.of(file)) == "legacy" else kind)
+
+
+def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Any]) -> Any:
+    """What ``look`` makes of a file; what bytes that follow no format make of it as a ``ValueError``."""
     place = Path(path)
     try:
-        return _read(place)
-    except (FileNotFoundError, PermissionError, ModuleNotFoundError):
+        return _looked_at(place, look)
+    except (FileNotFoundError, ModuleNotFoundError):
         raise
+    except PermissionError as error:
+        raise PermissionError(f"{place} cannot be read: {error.strerror}. Make it readable.") from None
     except RefusalError as refusal:
         raise ValueError(f"{place}: {refusal}") from None
     except _DAMAGE as error:
         raise ValueError(f"{place}: expected a whole file, got {type(error).__name__}: {error}. {DAMAGED}") from error
 
 
-def _read(place: Path) -> Checkpoint:
+def _looked_at(place: Path, look: Callable[[str, BinaryIO], Any]) -> Any:
     if not place.exists():
         raise FileNotFoundError(f"{place}: expected a file, got no such path. Check its spelling.")
     if not place.is_file():
         kind = "a folder" if place.is_dir() else "a device or pipe"
         raise RefusalError("a file", kind, "Give the file that holds the weights.")
     with place.open("rb") as file:
-        return _contents(str(place), file)
+        return look(str(place), file)
 
 
 def _contents(path: str, file: BinaryIO) -> Checkpoint:

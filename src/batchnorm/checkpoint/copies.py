@@ -46,11 +46,11 @@ Words = tuple[str, ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor and the keys that lead to it, the last one a name with dots."""
+    """A tensor and the keys that lead to it, the last one a name with dots. A layer's counter may be a plain number."""
 
     path: tuple[str | int, ...]
     key: str
-    tensor: Tensor
+    tensor: Tensor | int
 
     @property
     def words(self) -> Words:
@@ -71,7 +71,7 @@ class Found:
 
     path: tuple[str | int, ...]
     words: Words
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | int]
 
     @property
     def place(self) -> tuple[str | int, ...]:
@@ -89,7 +89,7 @@ class Copy:
 
 
 def entries(saved: Any) -> Iterator[Entry]:
-    """Every tensor in dicts, lists and tuples, in the file's order; what is there twice only once."""
+    """Every tensor and counter in dicts, lists and tuples, in the file's order; what is there twice only once."""
     seen: set[int] = set()
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), saved)]
     while waiting:
@@ -99,13 +99,18 @@ def entries(saved: Any) -> Iterator[Entry]:
         seen.add(id(value))
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         items = [(key, item) for key, item in items if _is_name(key)]
-        yield from (Entry(path, str(key), item) for key, item in items if isinstance(item, Tensor))
+        yield from (Entry(path, str(key), item) for key, item in items if _is_entry(key, item))
         inner = [((*path, key), item) for key, item in items if isinstance(item, dict | list | tuple)]
         waiting += reversed(inner)
 
 
 def _is_name(key: object) -> bool:
     return (isinstance(key, str) and len(key) <= _LONGEST_KEY) or isinstance(key, int)
+
+
+def _is_entry(key: object, item: object) -> bool:
+    is_counter = type(item) is int and str(key).rpartition(".")[2] == "num_batches_tracked"
+    return isinstance(item, Tensor) or is_counter
 
 
 def find_layers(tensors: Iterable[Entry]) -> list[Found]:
@@ -116,7 +121,7 @@ def find_layers(tensors: Iterable[Entry]) -> list[Found]:
             words = entry.words
             module = modules.setdefault((entry.path, words), Found(entry.path, words, {}))
             module.tensors[entry.leaf] = entry.tensor
-    return [module for module in modules.values() if not module.tensors.keys().isdisjoint(STATISTICS)]
+    return [module for module in modules.values() if any(isinstance(module.tensors.get(k), Tensor) for k in STATISTICS)]
 
 
 def find_copies(layers: Sequence[Found], tensors: Sequence[Entry]) -> list[Copy]:

@@ -65,30 +65,46 @@ def _layer(name: str, found: Found, source: Source) -> Stored:
     counter = found.tensors.get("num_batches_tracked")
     if counter is not None:
         values["num_batches_tracked"] = _count(source, counter)
-        dtypes["num_batches_tracked"] = counter.dtype
+        dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
     return Stored(name, **values, dtypes=dtypes)
 
 
 def _of_channels(found: Found) -> dict[str, Tensor]:
     """The tensors with one value for each channel. A weight of another size is a convolution's, not gamma."""
-    mean, var = found.tensors.get("running_mean"), found.tensors.get("running_var")
-    if mean is not None and var is not None and mean.numel != var.numel:
+    tensors = {
+        key: tensor
+        for key, tensor in found.tensors.items()
+        if isinstance(tensor, Tensor) and key != "num_batches_tracked"
+    }
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    if mean is not None and var is not None and _axes(mean) != _axes(var):
         raise RefusalError(
             f"as many variances as means in layer {brief(_name(found.words))}",
-            f"{brief(var.numel)} and {brief(mean.numel)}",
+            f"{_shape(var)} and {_shape(mean)}",
             "Correct running_var or running_mean and save it again.",
         )
     statistics = mean if mean is not None else var
     channels = None if statistics is None else statistics.numel
     return {
         key: tensor
-        for key, tensor in found.tensors.items()
-        if key != "num_batches_tracked" and (tensor.numel == channels or (channels is None and len(tensor.size) == 1))
+        for key, tensor in tensors.items()
+        if tensor.numel == channels or (channels is None and len(tensor.size) == 1)
     }
 
 
-def _count(source: Source, counter: Tensor) -> int | None:
+def _axes(tensor: Tensor) -> list[int]:
+    """Its shape without axes of 1: statistics may be (1, C, 1, 1)."""
+    return [length for length in tensor.size if length != 1]
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(brief, tensor.size[:8])) or "1"
+
+
+def _count(source: Source, counter: Tensor | int) -> int | None:
     """num_batches_tracked; None for NaN, infinity and all that is not one number."""
+    if not isinstance(counter, Tensor):
+        return counter
     if counter.numel != 1:
         return None
     value = numbers(source, counter)[0]
@@ -107,7 +123,7 @@ def _others(
             continue
         # the longest prefix: the model's own may be empty
         prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in others), None)
-        if prefix is not None:
+        if prefix is not None and isinstance(entry.tensor, Tensor):
             others[prefix][_name((*words[len(prefix) :], entry.leaf))] = entry.tensor
     return others
 

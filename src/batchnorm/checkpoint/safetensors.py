@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.checkpoint.records import Record, Source, exactly
@@ -16,6 +17,7 @@ from batchnorm.checkpoint.refusal import RefusalError, brief
 from batchnorm.checkpoint.tensors import BYTES, Storage, Tensor, contiguous
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import BinaryIO
 
 _LONGEST_HEADER = 1 << 25  # bytes: 300,000 tensors
@@ -45,14 +47,33 @@ def read(file: BinaryIO) -> tuple[dict[str, Tensor], Source]:
     length = int.from_bytes(exactly(file, 0, 8), "little")
     if length > _LONGEST_HEADER:
         raise RefusalError(f"a header of at most {_LONGEST_HEADER:,} bytes", f"{length:,}")
-    header = json.loads(exactly(file, 8, length))
+    header = json.loads(exactly(file, 8, length), object_pairs_hook=_named)
     start, end = 8 + length, file.seek(0, os.SEEK_END)
     if not isinstance(header, dict):
         raise RefusalError("a header with a name for each tensor", brief(header))
     header.pop("__metadata__", None)
     tensors = {name: _tensor(name, entry) for name, entry in header.items()}
     records = {name: _record(name, tensors[name], entry, start, end) for name, entry in header.items()}
+    _apart(records)
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}, Source(file, records)
+
+
+def _named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose names is there once."""
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RefusalError("each name once in the header", f"{brief(twice)} twice")
+    return named
+
+
+def _apart(records: Mapping[str, Record]) -> None:
+    """Return unless bytes belong to two tensors."""
+    ordered = sorted(((record.start, record.start + record.size, name) for name, record in records.items()))
+    for (_, stop, name), (begin, _, other) in pairwise(span for span in ordered if span[0] < span[1]):
+        if begin < stop:
+            raise RefusalError("bytes of its own for each tensor", f"{brief(name)} and {brief(other)} in the same ones")
 
 
 def _tensor(name: str, entry: Any) -> Tensor | None:

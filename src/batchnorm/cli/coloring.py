@@ -9,8 +9,8 @@ import sys
 import click
 
 _COLORS = {"✗ error": "red", "! warning": "yellow", "· info": "blue", "✓ ok": "green"}
-_SIGNS = "✗·–×✓"
-_PLAIN = str.maketrans(_SIGNS, "x--x+")
+_SIGNS = {"✗": "x", "·": "-", "–": "-", "×": "x", "✓": "+", "→": "->", "…": "..."}
+_PLAIN = str.maketrans(_SIGNS)
 # a family's status in brackets, or a finding below it
 _MARKS = re.compile(rf"^(\[|  )({'|'.join(map(re.escape, _COLORS))})", re.MULTILINE)
 # how Node, chalk and their kin spell no; force-color.org says nothing of values but that an empty one is none
@@ -27,7 +27,7 @@ def colored(text: str) -> str:
 def spelled(text: str) -> str:
     """The text without signs that standard output cannot show: the word beside each says the same."""
     try:
-        _SIGNS.encode(sys.stdout.encoding or "ascii")
+        "".join(_SIGNS).encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return text.translate(_PLAIN)
     return text

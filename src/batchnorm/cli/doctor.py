@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm import addresses
-from batchnorm.cli.settings import FAIL_ON, baseline_of, codes, complete, fails, read_baseline, settings
+from batchnorm.cli.settings import (
+    FAIL_ON,
+    baseline_of,
+    codes,
+    complete,
+    fails,
+    read_baseline,
+    refuse_empty,
+    settings,
+)
 from batchnorm.cli.writing import write
 
 if TYPE_CHECKING:
@@ -68,6 +77,10 @@ def doctor(
 
     Exit codes: 0 nothing at or above --fail-on, 1 findings, 2 it could not run.
     """
+    refuse_empty(
+        {"--weights": weights, "--data": data, "--reference": reference, "--baseline": baseline,
+         "--write-baseline": write_baseline}
+    )  # fmt: skip
     project = settings()
     chosen = _chosen_format(output_format, output, project.output_format)
     baseline = baseline or project.baseline
@@ -164,7 +177,9 @@ def _text(diagnosis: Diagnosis, chosen: str, limit: str, *, verbose: bool, outpu
 
 
 def _print(text: str) -> None:
-    """Print; whoever closed the pipe has read what they wanted."""
+    """Print, if anybody listens; whoever closed the pipe has read what they wanted."""
+    if sys.stdout is None:
+        return
     from batchnorm.cli.coloring import colored, spelled
 
     try:

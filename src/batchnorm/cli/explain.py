@@ -31,11 +31,11 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
 
     RULE is a code (BN101), the beginning of codes (BN1) or a name (never-updated-statistics).
     """
-    if not rule and not every:
+    wanted = _wanted(rule)
+    if not wanted and not every:
         raise ValueError(
             "explain needs a rule, got none. For example batchnorm explain BN101; batchnorm rules lists all."
         )
-    wanted = _wanted(rule)
     chosen = [r for code, r in RULES.items() if every or code.startswith(wanted)]
     if output_format == "json":
         click.echo(json.dumps([as_dict(r) for r in chosen], indent=1))

@@ -7,17 +7,18 @@ import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchnorm import addresses
-from batchnorm.cli.settings import codes, settings
+from batchnorm import addresses, checkpoint
+from batchnorm.cli.settings import codes, refuse_empty, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from batchnorm.doctor.examination import Selection
     from batchnorm.doctor.outcome import Outcome
@@ -53,12 +54,14 @@ def fix(
 
     Exit codes: 0 no error is left, 1 errors are left, 2 it could not run.
     """
+    refuse_empty({"--weights": weights, "--data": data})
     project = settings()
     from batchnorm.doctor.examination import Selection
 
     selection = Selection(codes(select) or project.select, codes(ignore) + project.ignore, project.per_layer)
     is_model = addresses.is_address(target)
     if not is_model:
+        addresses.refuse_code(target)
         _check_options(target, {"--weights": weights, "--data": data, "--set": given})
     source = weights if is_model else target
     place = _place(target, source, output, in_place=in_place, force=force or diff)
@@ -89,18 +92,20 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
         raise ValueError(f"--in-place writes over the checkpoint, got {other} as well. Leave one of the two out.")
     if in_place:
         return Path(str(source)).resolve()
-    is_safetensors = source is not None and Path(source).suffix == ".safetensors"
+    is_safetensors = source is not None and checkpoint.format_of(source) == "safetensors"
     suffix = ".safetensors" if is_safetensors else ".pt"
     place = output or _beside(source, suffix, Path(target.rpartition(":")[0]).stem)
-    if (place.suffix == ".safetensors") != is_safetensors:
+    if (place.suffix.lower() == ".safetensors") != is_safetensors:
         raise ValueError(f"fix keeps the format of {source or target}, got -o {place}. Name it {place.stem}{suffix}.")
     if source and place.exists() and Path(source).exists() and place.samefile(source):
         raise ValueError(f"{place} is the checkpoint itself. Pass --in-place to write over it.")
     if place.is_dir():
         raise ValueError(f"cannot write {place}: it is a folder. Choose another place with -o FILE.")
+    if place.exists() and not place.is_file():
+        raise ValueError(f"cannot write {place}: it is a pipe or device. Choose another place with -o FILE.")
     if place.exists() and not force:
         raise ValueError(f"{place} is there already. Pass --force to write over it, or another place with -o FILE.")
-    return place
+    return Path(os.path.realpath(place)) if place.is_symlink() else place  # a link stays one
 
 
 def _beside(source: str | None, suffix: str, name: str) -> Path:
@@ -138,9 +143,11 @@ def _model(
     from batchnorm.doctor.remedies import remedies
     from batchnorm.doctor.treatment import differences, treat
 
-    with _no_bytecode(), _told_by(target):
+    with _no_bytecode(), _warnings_told(), addresses.told(target):
         model = addresses.model(target, addresses.parsed(given), weights)
         batches = addresses.data(data) if data else None
+        if isinstance(batches, Iterator):
+            batches = list(batches)  # it is read several times
         found = examine(model, batches, selection=selection, name=target)
         treated = treat(model, found, batches, unsafe=unsafe)
         after = examine(treated, batches, selection=selection, name=target)
@@ -180,17 +187,11 @@ def _no_bytecode() -> Iterator[None]:
 
 
 @contextmanager
-def _told_by(target: str) -> Iterator[None]:
-    """What the user's model raises, in one sentence; warnings as lines on standard error."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    except (ValueError, OSError, ModuleNotFoundError):
-        raise
-    except Exception as error:
-        message = str(error).partition("\n")[0][:300]
-        raise ValueError(f"{target} raised {type(error).__name__}: {message}. --debug shows where.") from error
+def _warnings_told() -> Iterator[None]:
+    """Warnings as lines on standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
     for text in dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)):
         click.echo(f"warning: {text}", err=True)
 
@@ -205,6 +206,9 @@ def _again(target: str, source: str | None, place: Path, given: tuple[str, ...],
 
 
 def _tell(outcome: Outcome, place: Path, *, diff: bool, again: str) -> None:
+    if sys.stdout is None:
+        return
+    from batchnorm.cli.coloring import spelled
     from batchnorm.doctor import outcome as words
 
     lines = []
@@ -224,7 +228,7 @@ def _tell(outcome: Outcome, place: Path, *, diff: bool, again: str) -> None:
         lines += [f"would write {place} (--diff: nothing written)"] if diff else [f"wrote {place}", f"next: {again}"]
     width = max(min(shutil.get_terminal_size((80, 24)).columns, _WIDEST), 40)
     try:
-        click.echo(words.wrapped(lines, width))
+        click.echo(spelled(words.wrapped(lines, width)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

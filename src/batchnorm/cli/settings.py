@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.rules import RULES
+from batchnorm.rules.codes import codes, nearest
 from batchnorm.rules.finding import Severity
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 FAIL_ON = ("error", "warning", "info", "never")
 _KEYS = ("select", "ignore", "per-layer-ignores", "fail-on", "output-format", "baseline")
 _KNOWN = f"Known: {', '.join(_KEYS)}."
-_FAMILY = 3  # letters of a family's code
 
 
 @final
@@ -45,7 +44,7 @@ def settings(folder: Path | None = None) -> Settings:
     Raises:
         ValueError: If the file cannot be read, or has a key or a value that is not known.
     """
-    found = _from_file(folder or Path.cwd())
+    found = _from_file(folder or _here())
     found = replace(
         found,
         fail_on=os.environ.get("BATCHNORM_FAIL_ON") or found.fail_on,
@@ -54,9 +53,17 @@ def settings(folder: Path | None = None) -> Settings:
     if found.fail_on not in FAIL_ON:
         raise ValueError(
             f"fail-on must be {', '.join(FAIL_ON)}, got {found.fail_on!r}. "
-            f"{_nearest(found.fail_on, FAIL_ON, 'Set it in pyproject.toml or BATCHNORM_FAIL_ON.')}"
+            f"{nearest(found.fail_on, FAIL_ON, 'Set it in pyproject.toml or BATCHNORM_FAIL_ON.')}"
         )
     return found
+
+
+def _here() -> Path:
+    """The current folder; the root, which has no project file, if it is gone."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")
 
 
 def _from_file(folder: Path) -> Settings:
@@ -67,6 +74,8 @@ def _from_file(folder: Path) -> Settings:
                 tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not valid TOML: {error}. Mend that line.") from error
+            except RecursionError as error:
+                raise ValueError(f"{path} is nested too deeply to be read. Mend it.") from error
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror}. Make it readable.") from error
             table = tools.get("batchnorm", {}) if isinstance(tools, dict) else tools
@@ -81,18 +90,20 @@ def _from_file(folder: Path) -> Settings:
 def _from_table(table: Mapping[str, Any], path: Path) -> Settings:
     for key in table:
         if key not in _KEYS:
-            raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {_nearest(key, _KEYS, _KNOWN)}")
+            raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {nearest(key, _KEYS, _KNOWN)}")
     per_layer = table.get("per-layer-ignores", {})
     if not hasattr(per_layer, "items"):
         raise ValueError(f"{path}: per-layer-ignores must be a table, got {per_layer!r}. As {{'stem.*' = ['BN1']}}.")
     baseline = table.get("baseline")
+    if baseline is not None and not (isinstance(baseline, str) and baseline):
+        raise ValueError(f"{path}: baseline must be the path of a file, got {baseline!r}. As 'known.json'.")
     return Settings(
         codes(_listed(table, "select", path)),
         codes(_listed(table, "ignore", path)),
         {layer: codes(_listed(per_layer, layer, path)) for layer in per_layer},
         str(table.get("fail-on", "error")),
         table.get("output-format"),
-        None if baseline is None else str(path.parent / str(baseline)),
+        None if baseline is None else str(path.parent / baseline),
     )
 
 
@@ -103,36 +114,21 @@ def _listed(table: Mapping[str, Any], key: str, path: Path) -> list[str]:
     return value
 
 
-def codes(given: Iterable[str]) -> tuple[str, ...]:
-    """Codes of what was named by code, beginning of codes, or slug, with commas between.
+def refuse_empty(given: Mapping[str, str | None]) -> None:
+    """Return unless an option was given as nothing, as an unset variable of a shell does.
 
     Raises:
-        ValueError: If one is not known; the nearest one is told.
+        ValueError: If one was.
     """
-    return tuple(_code(name.strip()) for text in given for name in text.split(",") if name.strip())
-
-
-def _code(name: str) -> str:
-    by_slug = {rule.slug: code for code, rule in RULES.items()}
-    upper = name.upper()
-    if upper.startswith("BN") and any(code.startswith(upper) for code in RULES):
-        return upper
-    if name.lower() in by_slug:
-        return by_slug[name.lower()]
-    families = {code[:_FAMILY] for code in RULES}
-    raise ValueError(f"no rule {name!r}. {_nearest(name, [*RULES, *by_slug, *sorted(families)])}")
+    for name, value in given.items():
+        if value == "":
+            raise ValueError(f"{name} needs a value, got ''. Give one, or leave {name} out.")
 
 
 def complete(ctx: Context, parameter: Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
     """Codes and names that begin so, for a shell."""
     names = [name for code, rule in RULES.items() for name in (code, rule.slug)]
     return [name for name in names if name.lower().startswith(incomplete.lower())]
-
-
-def _nearest(name: str, known: Iterable[str], otherwise: str = "batchnorm rules lists all.") -> str:
-    lower = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f"Did you mean {lower[close[0]]!r}?" if close else otherwise
 
 
 def fails(findings: Iterable[Finding], fail_on: str) -> bool:
@@ -154,7 +150,7 @@ def read_baseline(path: str) -> set[tuple[str, str]]:
         return {(entry["code"], entry["layer"]) for entry in known["findings"]}
     except FileNotFoundError:
         raise FileNotFoundError(f"no baseline {path}. Make one with --write-baseline {path}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a baseline: {type(error).__name__}. Make one with --write-baseline."
         ) from error

@@ -25,12 +25,23 @@ def _kernels() -> str:
 def _shadow() -> str:
     """The first batchnorm.py or batchnorm/ that an import from here would find before the package."""
     for entry in ["", *sys.path]:
-        folder = Path(entry or ".").resolve()
+        try:
+            folder = Path(entry or ".").resolve()
+        except FileNotFoundError:  # the current folder is gone
+            continue
         if folder == _PACKAGE.parent:
             if entry:
                 return ""
             continue
         for found in (folder / "batchnorm.py", folder / "batchnorm" / "__init__.py"):
             if found.is_file() and found.parent != _PACKAGE:
-                return os.path.relpath(found if found.name == "batchnorm.py" else found.parent)
+                return _shown(found if found.name == "batchnorm.py" else found.parent)
     return ""
+
+
+def _shown(path: Path) -> str:
+    """A path from the current folder, if there is one."""
+    try:
+        return os.path.relpath(path)
+    except (FileNotFoundError, ValueError):
+        return str(path)

@@ -7,12 +7,14 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import checkpoint
 from batchnorm.doctor.diagnosis import Diagnosis, LayerRow, order
 from batchnorm.doctor.environment import environment
 from batchnorm.rules import RULES
+from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -31,14 +33,22 @@ MAX_EXAMPLES = 512
 @final
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rules run. Entries are codes or their beginnings: "BN1" stands for its whole family.
+    """Which rules run. Entries are codes, their beginnings ("BN1" stands for its whole family) or names of rules.
 
     ``per_layer`` maps patterns of layer names, with * and ?, to what is left out for them.
+
+    Raises:
+        ValueError: If an entry names no rule; the nearest one is told.
     """
 
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     per_layer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "select", codes(self.select))
+        object.__setattr__(self, "ignore", codes(self.ignore))
+        object.__setattr__(self, "per_layer", {layer: codes(named) for layer, named in self.per_layer.items()})
 
     def takes(self, code: str) -> bool:
         """Whether a rule runs at all."""
@@ -47,8 +57,8 @@ class Selection:
     def silences(self, finding: Finding) -> bool:
         """Whether a finding is left out for its layer."""
         return any(
-            fnmatch.fnmatchcase(finding.layer, pattern) and finding.code.startswith(tuple(codes))
-            for pattern, codes in self.per_layer.items()
+            fnmatch.fnmatchcase(finding.layer, pattern) and finding.code.startswith(ignored)
+            for pattern, ignored in self.per_layer.items()
         )
 
 
@@ -119,7 +129,11 @@ def examine(
 
 def _check(**settings: int | None) -> None:
     for name, value in settings.items():
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}. Leave it out for the default.")
+        if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}. Leave it out for the default.")
 
 

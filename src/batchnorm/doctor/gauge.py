@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # t counts a difference of less than a thousandth of the sd, or of the variance, as one of a thousandth
 _LEAST_NOISE = 1e-3
+_WIDE = {torch.float32, torch.float64}
+_NARROW = {torch.float16, torch.bfloat16}
 
 
 @dataclass
@@ -138,7 +140,9 @@ class Gauge:
         """t of the stored mean and of the log of the stored variance; None where their noise is not known."""
         momentum, eps = self.layer.momentum, self.layer.eps
         of_means, of_squares = clustering(self.means), clustering(self.squares)
-        if not momentum or of_means is None or of_squares is None or isinstance(self.layer, Frozen):
+        if of_means is None or of_squares is None or isinstance(self.layer, Frozen):
+            return None, None
+        if momentum is None or not 0 < momentum < 2:  # no running average, or one that diverges
             return None, None
         if not has_stored_statistics(self.layer):
             return None, None
@@ -159,9 +163,14 @@ class Gauge:
         return float(padded.sum()) / positions if len(ends.unique()) > 1 else 0.0
 
 
+def is_measurable(x: Tensor) -> bool:
+    """Whether a tensor has numbers of a usual type in channels: (N, C, ...)."""
+    return x.dtype in _WIDE | _NARROW and x.layout == torch.strided and not x.is_nested and x.ndim > 1
+
+
 def _by_example(x: Tensor) -> tuple[Tensor, Tensor]:
     """Biased variance and mean of every example's channels: (N, C, ...) -> (N, C), in float64."""
-    wide = x if x.dtype in {torch.float32, torch.float64} else x.float()
+    wide = x if x.dtype in _WIDE else x.float()
     if x.ndim == 2:
         return torch.zeros_like(wide, dtype=torch.float64), wide.double()
     var, mean = torch.var_mean(wide, tuple(range(2, x.ndim)), correction=0)

@@ -25,8 +25,9 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _stores_the_same(module: nn.Module) -> bool:
-    there = all(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
-    return there and not isinstance(module, _InstanceNorm)
+    # asked by a method: a scripted module has no dict of them
+    names = {name for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
+    return {"running_mean", "running_var"} <= names and not isinstance(module, _InstanceNorm)
 
 
 def stored_of(path: str, layer: Any) -> Stored:
@@ -41,8 +42,14 @@ def stored_of(path: str, layer: Any) -> Stored:
         num_batches_tracked=int(counter) if counted else None,
         dtypes={key: str(t.dtype).removeprefix("torch.") for key, t in there.items()},
         eps=getattr(layer, "eps", None),
-        momentum=getattr(layer, "momentum", None),
+        momentum=momentum_of(layer),
     )
+
+
+def momentum_of(layer: Any) -> float | None:
+    """A layer's momentum, which may be a tensor, as a number."""
+    momentum = getattr(layer, "momentum", None)
+    return float(momentum) if isinstance(momentum, torch.Tensor) else momentum
 
 
 def _plain(tensor: torch.Tensor) -> array[float]:

@@ -20,13 +20,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from batchnorm.doctor.comparison import device_of, tensors_in
-from batchnorm.doctor.gauge import Gauge, plain
+from batchnorm.doctor.comparison import device_of, on_device_of, tensors_in
+from batchnorm.doctor.gauge import Gauge, is_measurable, plain
 from batchnorm.doctor.trial import companions, train_step
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import Batches, call, examples_in
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.rules.evidence import Loop, Measured, Run
@@ -38,8 +38,12 @@ if TYPE_CHECKING:
 _MOST_FEATURES = 4096
 
 
-def measure(model: nn.Module, data: Iterable[Any], *, max_examples: int | None) -> tuple[dict[str, Measured], Run, str]:
-    """Every layer on the data, the model as a whole, and what was measured on, such as "512 examples in 8 batches".
+def measure(
+    model: nn.Module, data: Iterable[Any], *, max_examples: int | None
+) -> tuple[dict[str, Measured], Run, str, Any]:
+    """Every layer on the data, the model as a whole, what was measured on ("512 examples in 8 batches"), and a batch.
+
+    The batch is a copy of the first one, as the loader gave it.
 
     Layers are in the order in which they first ran; those that did not run, and lazy ones without a shape, are left
     out. The model, its gradients and the random states are as before, bit for bit, also if the model raises.
@@ -51,14 +55,14 @@ def measure(model: nn.Module, data: Iterable[Any], *, max_examples: int | None) 
 
     Raises:
         TypeError: If ``data`` is not an iterable of batches.
-        ValueError: If there is no batch, or its examples cannot be counted.
+        ValueError: If there is no batch, its examples cannot be counted, or the model computes gradients.
         Exception: What the model raises in eval mode.
     """
     batches = _renamed(partial(Batches, data, max_examples, device_of(model)))
     with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
         model.eval()
         view = _View(model)
-        with view.hooks():
+        with view.hooks(), _without_gradients():
             for batch in _each(batches):
                 view.see(batch)
         alone, tolerance = companions(model, view.first)
@@ -76,7 +80,21 @@ def measure(model: nn.Module, data: Iterable[Any], *, max_examples: int | None) 
         input_means=plain(view.inputs.mean) if is_raw else None,
     )
     order = [name for name in view.calls if view.gauges[name].values]
-    return {name: view.gauges[name].measured() for name in order}, run, view.summary()
+    return {name: view.gauges[name].measured() for name in order}, run, view.summary(), view.first
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    """A block whose models must not ask for gradients: those that do are told how."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ValueError(
+            f"examine runs a model without gradients, got one that computes them in its forward: {error}. "
+            "Put torch.enable_grad() around that part of its forward."
+        ) from error
 
 
 def _renamed(make: Any) -> Any:
@@ -105,7 +123,7 @@ class _View:
         self.calls: Counter[str] = Counter()  # in the order of first calls
         self.examples = 0
         self.batches = 0
-        self.first: Any = None  # batch
+        self.first: Any = None  # batch, which the model did not write to
         self.functional: dict[str, None] = {}
         self.inputs = Moments.empty()
         self.is_raw = True  # inputs were measured, and nothing in the model normalizes them first
@@ -131,13 +149,12 @@ class _View:
 
     def see(self, batch: Any) -> None:
         """Run the model on one batch."""
-        tensors = tensors_in(batch)
-        self._size = len(tensors[0]) if tensors and tensors[0].ndim else 0
+        self._size = examples_in(batch) or 0
         self.examples += self._size
         self.batches += 1
         before = Counter(self.calls)
         if self.first is None:
-            self.first = batch
+            self.first = on_device_of(self.model, batch)
             with _functional_calls(self.model, self.functional):
                 call(self.model, batch)
         else:
@@ -152,7 +169,7 @@ class _View:
 
     def _enter(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         x = self._entering = next(iter(tensors_in((args, kwargs))), None)
-        self.is_raw &= x is not None and x.is_floating_point() and x.ndim > 1 and 0 < x.shape[1] <= _MOST_FEATURES
+        self.is_raw &= x is not None and is_measurable(x) and 0 < x.shape[1] <= _MOST_FEATURES
         if x is not None and self.is_raw:
             new = Moments.of(x, mask=torch.isfinite(x))
             self.is_raw = self.inputs.shape in {torch.Size(), new.shape}
@@ -163,8 +180,10 @@ class _View:
 
     def _gauge(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls[name] += 1
-        if name not in self._lazy:
-            self.gauges[name].add(args[0] if args else kwargs["input"], self._size)
+        # a class of the user's own may take its input by any name, or beside other things
+        x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
+        if x is not None and name not in self._lazy:
+            self.gauges[name].add(x, self._size)
 
 
 def _takes_hooks(module: nn.Module) -> bool:
@@ -238,7 +257,7 @@ def _sizes(data: Any, wanted: int | None) -> tuple[int | None, int | None]:
             return size if isinstance(size, int) else None, None
         return size, size if getattr(source, "drop_last", False) else examples % size or size
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) > 1:
-        sizes = [len(tensors[0]) for batch in (data[0], data[-1]) if (tensors := tensors_in(batch)) and tensors[0].ndim]
+        sizes = [size for batch in (data[0], data[-1]) if (size := examples_in(batch))]
         if len(sizes) == 2:
             return wanted or sizes[0], sizes[1] if wanted in {None, sizes[0]} else None
     return wanted, None

@@ -5,20 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.doctor.comparison import reference_of
 from batchnorm.doctor.graph import graph_of
-from batchnorm.doctor.layers import layers_of, stored_of
+from batchnorm.doctor.layers import layers_of, momentum_of, stored_of
 from batchnorm.doctor.measurement import loop_of, measure
 from batchnorm.population.freezing import Frozen
-from batchnorm.population.shield import preserve_random_state
+from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence, Module, Optimizer, Structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -31,15 +32,19 @@ def of_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"examine needs a path or an nn.Module, got {type(model).__name__}. Pass the model itself.")
     layers = layers_of(model)
-    if example is None:
-        example = _first(data)
     unknown: dict[str, str] = {}
-    measured, run, words = measure(model, data, max_examples=max_examples) if data is not None else (None, None, "")
+    measured, run, words, first = None, None, "", None
+    if data is not None:
+        measured, run, words, first = measure(model, data, max_examples=max_examples)
+    if example is None:
+        example = first
     graph = None
     try:
         graph = graph_of(model, example)
     except ValueError as error:
         unknown["graph"] = str(error)
+    except Exception as error:  # noqa: BLE001 - models are of any kind, and most rules do not need their graph
+        unknown["graph"] = f"its code cannot be followed: {type(error).__name__}: {error}"
     return Evidence(
         name or type(model).__name__,
         stored={path: stored_of(path, layer) for path, layer in layers.items()},
@@ -57,20 +62,20 @@ def of_model(
 
 def modules_of(model: nn.Module) -> dict[str, Module]:
     """Settings of every layer."""
-    layers = layers_of(model)
-    return {path: _settings(model, path, layer) for path, layer in layers.items()}
+    layers, known = layers_of(model), dict(model.named_modules(remove_duplicate=False))
+    return {path: _settings(known, path, layer) for path, layer in layers.items()}
 
 
-def _settings(model: nn.Module, path: str, layer: Any) -> Module:
+def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     affine = list(layer.parameters())  # those under a parametrization too
-    ignored = getattr(layer, "batchnorm_ignore", ())
+    ignored = getattr(layer, "batchnorm_ignore", None) or ()
     # a layer of others that has no flag of its own to measure batches by never does
     fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")
     return Module(
         kind=type(layer).__name__,
         eps=float(getattr(layer, "eps", 1e-5)),
-        momentum=getattr(layer, "momentum", None),
+        momentum=momentum_of(layer),
         tracks=bool(getattr(layer, "track_running_stats", True)),
         training=layer.training,
         frozen=isinstance(layer, Frozen) or fixed,
@@ -80,16 +85,28 @@ def _settings(model: nn.Module, path: str, layer: Any) -> Module:
         is_lazy=any(is_lazy(tensor) for tensor in tensors),
         is_sync=isinstance(layer, nn.SyncBatchNorm),
         skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
-        where=_where(model, path),
-        ignored=frozenset([ignored] if isinstance(ignored, str) else ignored),
+        where=_where(known, path),
+        ignored=_codes(path, ignored),
     )
 
 
-def _where(model: nn.Module, path: str) -> str:
+def _codes(path: str, ignored: Any) -> frozenset[str]:
+    """What a layer's owner put into ``batchnorm_ignore``."""
+    try:
+        return frozenset(codes(ignored))
+    except (TypeError, AttributeError):
+        raise TypeError(
+            f"batchnorm_ignore of layer {path!r} must be codes of rules, got {ignored!r}. As ('BN103',)."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"batchnorm_ignore of layer {path!r}: {error}") from None
+
+
+def _where(known: Mapping[str, nn.Module], path: str) -> str:
     """file:line of the user's class nearest around a layer; "" if it is all torch's."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
-        kind = type(model.get_submodule(".".join(parts[:end])))
+        kind = type(known[".".join(parts[:end])])
         if kind.__module__.partition(".")[0] in {"torch", "batchnorm"}:
             continue
         try:
@@ -140,13 +157,3 @@ def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
         tuple(path for path, own in affine.items() if any(id(p) not in decay for p in own)),
         any("train_mode" in group for group in groups) or "ScheduleFree" in type(optimizer).__name__,
     )
-
-
-def _first(data: Any) -> Any:
-    """The first batch of a loader that can be read twice."""
-    if isinstance(data, Iterator) or not isinstance(data, Iterable):
-        return None
-    # a DataLoader draws a seed as soon as it is iterated over
-    sources = (getattr(owner, "generator", None) for owner in (data, getattr(data, "sampler", None)))
-    with preserve_random_state(*(source for source in sources if isinstance(source, torch.Generator))):
-        return next(iter(data), None)

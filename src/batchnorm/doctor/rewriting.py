@@ -123,7 +123,7 @@ def write(plan: Plan, output: Path) -> None:
         from batchnorm.doctor import safetensors_files as files
     else:
         from batchnorm.doctor import torch_files as files
-    edits = list(_edits(plan, _structure(source)[0]))
+    edits = list(_edits(plan, *_structure(source)))
     with replacing(output, like=source) as file:
         files.write(source, file, edits, plan.prefixes)
         file.flush()
@@ -131,10 +131,18 @@ def write(plan: Plan, output: Path) -> None:
 
 
 def _verify(plan: Plan, written: str) -> None:
-    now = checkpoint.read(written)
-    pairs = zip(now.copies.values(), plan.after.copies.values(), strict=True)
-    if not all(new.keys() == old.keys() and all(is_same(new[k], old[k]) for k in old) for new, old in pairs):
-        raise RuntimeError(f"the copy of {plan.file.path} did not read as it was written; it was given up.")
+    remedy = "Nothing was written. Load it, correct that layer, and save it again with torch.save(state, path)."
+    try:
+        now = checkpoint.read(written)
+    except ValueError as error:
+        told = str(error).removeprefix(f"{written}: ")
+        raise ValueError(f"{plan.file.path}: a mended copy could not be read: {told} {remedy}") from error
+    if [*map(list, now.copies.values())] != [*map(list, plan.after.copies.values())]:
+        raise ValueError(f"{plan.file.path}: a mended copy had other layers. {remedy}")
+    new, old = _layers(now), _layers(plan.after)
+    for after, (name, before) in zip(new.values(), old.items(), strict=True):
+        if not is_same(after, before):
+            raise ValueError(f"{plan.file.path}: layer {name!r} of a mended copy did not read as written. {remedy}")
 
 
 def _path(file: Checkpoint, copy: str, layer: str) -> str:
@@ -217,17 +225,18 @@ def _without_wrappers(prefix: str) -> str:
     return "".join(word for word in words if word not in _WRAPPERS)
 
 
-def _edits(plan: Plan, copies: Sequence[Copy]) -> Iterator[Edit]:
+def _edits(plan: Plan, copies: Sequence[Copy], tensors: Sequence[Entry]) -> Iterator[Edit]:
+    # as they are in the file: names of a layer without one are "weight" or ".weight"
+    names = {(entry.path, entry.words): entry.key.removesuffix(entry.leaf) for entry in tensors}
     places = {
-        _path(plan.file, name, layer): found.place
+        _path(plan.file, name, layer): (*found.path, names[found.path, found.words])
         for name, copy in zip(plan.file.copies, copies, strict=True)
         for layer, found in copy.layers.items()
     }
     for path, change in plan.changes.items():
         *keys, base = places[path]
         for leaf in (*TENSORS, "num_batches_tracked"):
-            key = (*keys, f"{base}.{leaf}" if base else leaf)
-            yield from _edit(change, leaf, key)
+            yield from _edit(change, leaf, (*keys, f"{base}{leaf}"))
 
 
 def _edit(change: Change, leaf: str, key: Keys) -> Iterator[Edit]:

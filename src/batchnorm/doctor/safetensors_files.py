@@ -64,6 +64,10 @@ def _layout(header: dict[str, Any], fresh: dict[str, bytes], edits: Sequence[Edi
     dtypes = {edit.key[-1]: _TYPES[edit.dtype][0] for edit in edits}
     sizes = {name: len(data) for name, data in fresh.items()}
     entries = {name: {**entry, "dtype": dtypes.get(name, entry["dtype"])} for name, entry in header.items()}
+    for edit in edits:
+        entry = entries.get(edit.key[-1])
+        if edit.values is None and entry and math.prod(entry["shape"]) != 1:
+            entry["shape"] = []  # a counter is one number
     entries |= {name: {"dtype": dtypes[name], "shape": [], "data_offsets": [math.inf] * 2} for name in fresh if name not in header}  # fmt: skip # noqa: E501
     order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
     if any(name not in header or sizes[name] != _size(header[name]) for name in fresh):

@@ -61,8 +61,8 @@ def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tupl
 
 def _loaded(source: Path) -> Any:
     try:
-        with _plain_numpy():
-            return torch.load(source, map_location="cpu", weights_only=True)
+        with _plain_numpy(), source.open("rb") as opened:  # by a path, torch goes by the suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"{source}: torch.load(weights_only=True) refuses it: {str(error).partition(chr(10))[0][:200]} "
@@ -99,20 +99,30 @@ def _places(saved: Any) -> Iterator[tuple[tuple[Any, ...], Place]]:
 
 
 def _apply(edit: Edit, places: dict[tuple[Any, ...], Place], made: dict[int, Tensor]) -> None:
-    if edit.key not in places:
-        path, name = edit.key[:-1], edit.key[-1]
-        neighbour = next(found for found in places if found[:-1] == path and _module(found[-1]) == _module(name))
-        _insert(places[neighbour][0], name, torch.tensor(edit.count, dtype=torch.long))
+    if edit.values is None:
+        _count(edit, places)
         return
     container, key = places[edit.key]
     old = container[key]
-    if edit.values is None:
-        old.fill_(edit.count)
-        return
     if id(old) not in made:
         made[id(old)] = put(old, edit.values, edit.channels, getattr(torch, edit.dtype))
     if made[id(old)] is not old:
         container[key] = made[id(old)]
+
+
+def _count(edit: Edit, places: dict[tuple[Any, ...], Place]) -> None:
+    """Set a counter: in place, so that what shares its memory has it too, unless it is no tensor of one number."""
+    path, name = edit.key[:-1], edit.key[-1]
+    kind = getattr(torch, edit.dtype)
+    if edit.key in places:
+        container, key = places[edit.key]
+        if container[key].numel() == 1 and container[key].dtype == kind:
+            container[key].fill_(edit.count)
+        else:
+            container[key] = torch.tensor(edit.count, dtype=kind)
+    else:
+        neighbour = next(found for found in places if found[:-1] == path and _module(found[-1]) == _module(name))
+        _insert(places[neighbour][0], name, torch.tensor(edit.count, dtype=kind))
 
 
 def _module(name: object) -> str:
@@ -120,7 +130,10 @@ def _module(name: object) -> str:
 
 
 def _insert(container: dict, name: Any, tensor: Tensor) -> None:
-    """After the last tensor of the same layer, where torch has it."""
+    """In the place of what has this name, or after the last tensor of the same layer, where torch has it."""
+    if name in container:
+        container[name] = tensor
+        return
     items = list(container.items())
     last = max(i for i, (key, _) in enumerate(items) if _module(key) == _module(name))
     container.clear()

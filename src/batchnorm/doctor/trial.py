@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.doctor.comparison import difference, floats_in, on_device_of, tensors_in, tolerance
+from batchnorm.doctor.comparison import difference, floats_in, on_device_of, tolerance
 from batchnorm.layers import batch_norms
-from batchnorm.population.batches import call
+from batchnorm.population.batches import call, examples_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,9 +43,9 @@ def train_step(model: nn.Module, batch: Any) -> Step:
     The loss is the mean square of every floating-point output. A model that needs more than the first part of a
     batch, such as labels, is given all parts. A single example is not tried: it may well be too few.
     """
-    batch = on_device_of(model, batch, _EXAMPLES)
-    if len(tensors_in(batch)[0]) < 2:
+    if (examples_in(batch) or 0) < 2:
         return Step()
+    batch = on_device_of(model, batch, _EXAMPLES)
     model.train()
     before = _counters(model)
     forward: dict[str, int] = {}
@@ -97,10 +97,10 @@ def companions(model: nn.Module, batch: Any) -> tuple[float | None, float]:
     The model must be in eval mode. None if there is one example only, outputs are not one for each example, or the
     model does not take one alone.
     """
-    some, alone = (on_device_of(model, batch, count) for count in (_EXAMPLES, 1))
-    count = len(tensors_in(some)[0])
-    if count < 2:
+    if (examples_in(batch) or 0) < 2:
         return None, 0.0
+    some, alone = (on_device_of(model, batch, most) for most in (_EXAMPLES, 1))
+    count = examples_in(some)
     with torch.no_grad():
         beside = floats_in(call(model, some))
         if not beside or any(output.ndim == 0 or len(output) != count for output in beside):

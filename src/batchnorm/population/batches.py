@@ -1,4 +1,7 @@
-"""Batches of any kind, once for each pass: cut to a number of examples, moved to a device, given to a model."""
+"""Batches of any kind, once for each pass: cut to a number of examples, moved to a device, given to a model.
+
+A model may write to what it is given (``x.sub_(mean)``), so every pass has memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from torch.utils.data import DataLoader, default_collate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 
 def call(model: nn.Module, batch: Any) -> object:
     """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says."""
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         return model(batch[0])
     if isinstance(batch, Mapping) and _accepts(model, batch):
         return model(**batch)
@@ -33,7 +38,10 @@ def _accepts(model: nn.Module, batch: Mapping) -> bool:
 
 
 class Batches:
-    """The batches of a loader, once for each pass: cut to ``max_examples`` and moved to ``device``."""
+    """The batches of a loader, once for each pass: cut to ``max_examples`` and moved to ``device``.
+
+    Tensors are copies, one batch at a time, where they would be the loader's own.
+    """
 
     def __init__(self, loader: Iterable[Any], max_examples: int | None, device: torch.device | None) -> None:
         if max_examples is not None and max_examples < 1:
@@ -46,6 +54,8 @@ class Batches:
         self.max_examples = max_examples
         self.device = device
         self.loader = list(self._up_to_max(loader)) if isinstance(loader, Iterator) else loader
+        # what stacks examples makes a new tensor for every batch
+        self._are_new = type(loader) is DataLoader and loader.collate_fn is default_collate
         self.count: int | None = None
 
     @property
@@ -74,33 +84,55 @@ class Batches:
             return
         left = self.max_examples
         for batch in loader:
-            size = _examples_in(batch)
+            size = examples_in(batch)
+            if size is None:
+                raise ValueError(
+                    f"recalibrate needs batches that hold tensors, got {type(batch).__name__} without any. "
+                    "Make the loader yield tensors, or tuples, lists or dicts of them."
+                )
             yield batch if size <= left else _each_leaf(batch, partial(_first, left, size))
             left -= size
             if left <= 0:
                 return
 
     def _moved(self, leaf: Any) -> Any:
-        return leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf
+        moved = leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf
+        return _copied(moved) if moved is leaf and not self._are_new else moved
 
 
-def _examples_in(batch: Any) -> int:
+def examples_in(batch: Any) -> int | None:
+    """Examples in a batch, by the first tensor in it that has an axis; None without any."""
     sizes: list[int] = []
-    _each_leaf(batch, lambda leaf: sizes.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None)
-    if not sizes:
-        raise ValueError(
-            f"recalibrate needs max_examples with batches that hold tensors, got {type(batch).__name__} "
-            "without any. Limit the loader instead."
-        )
-    return sizes[0]
+    _each_leaf(batch, lambda leaf: sizes.extend(_size(leaf)))
+    return next(iter(sizes), None)
+
+
+def _size(leaf: Any) -> list[int]:
+    if isinstance(leaf, PackedSequence):
+        return [int(leaf.batch_sizes[0])]
+    return [len(leaf)] if isinstance(leaf, Tensor) and leaf.ndim else []
 
 
 def _first(count: int, size: int, leaf: Any) -> Any:
-    return leaf[:count] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+    if _size(leaf) != [size]:
+        return leaf
+    if isinstance(leaf, PackedSequence):
+        return pack_sequence(unpack_sequence(leaf)[:count], enforce_sorted=False)
+    if leaf.is_sparse:  # which cannot be sliced
+        return leaf.index_select(0, torch.arange(count, device=leaf.device))
+    return leaf[:count]
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, PackedSequence):
+        return PackedSequence(leaf.data.clone(), *leaf[1:])
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _each_leaf(value: Any, change: Callable[[Any], Any]) -> Any:
     """``value`` with ``change`` applied to everything in its tuples, lists and mappings."""
+    if isinstance(value, PackedSequence):
+        return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_each_leaf(part, change) for part in value))
     if type(value) in {tuple, list}:

@@ -99,8 +99,9 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _is_whole(stored: Stored) -> bool:
-    """Whether there are variances, and gammas and betas of the same number or none."""
-    sizes = {len(values) for values in (stored.running_var, stored.weight, stored.bias) if values is not None}
+    """Whether there are variances, and of all else as many or none."""
+    tensors = (stored.running_mean, stored.running_var, stored.weight, stored.bias)
+    sizes = {len(values) for values in tensors if values is not None}
     return stored.running_var is not None and len(sizes) == 1
 
 

@@ -230,9 +230,9 @@ def _momentum(evidence: Evidence, layer: str) -> float | None:
 
 
 def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
-    """Variance of the running average over that of one batch."""
+    """Variance of the running average over that of one batch; infinite if it diverges."""
     momentum = _momentum(evidence, layer) or 0.0
-    return momentum / (2 - momentum)
+    return momentum / (2 - momentum) if momentum < 2 else math.inf
 
 
 def _cause(evidence: Evidence, layer: str, found: Measured) -> str:

@@ -312,5 +312,10 @@ def _differing(ours: Stored, theirs: Stored, eps: float) -> tuple[int, ...]:
     return tuple(
         channel
         for channel, (a, b, v, w) in enumerate(channels)
-        if not (abs(a - b) <= SAME_MEAN * math.sqrt(max(w + eps, 0)) and abs(v - w) <= SAME_VARIANCE * (w + eps))
+        if not (_near(a, b, SAME_MEAN * math.sqrt(max(w + eps, 0))) and _near(v, w, SAME_VARIANCE * (w + eps)))
     )
+
+
+def _near(a: float, b: float, distance: float) -> bool:
+    """Whether two numbers are the same, also where they are NaN or infinite, or no farther apart."""
+    return a == b or (math.isnan(a) and math.isnan(b)) or (abs(a - b) < math.inf and abs(a - b) <= distance)

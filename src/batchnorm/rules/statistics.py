@@ -279,7 +279,7 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
         do not, and load_state_dict(strict=True) then fails.
 
     How:
-        Statistics are there and num_batches_tracked is not, in a file that is not ONNX.
+        Statistics are there and num_batches_tracked is not, or is not one number, in a file that is not ONNX.
 
     Example:
         A checkpoint of torch 0.4, or one that was converted from another framework.
@@ -297,7 +297,7 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
     for name in names:
         yield Finding(
             name,
-            "no num_batches_tracked",
+            f"{'no' if 'num_batches_tracked' not in evidence.stored[name].dtypes else 'unusable'} num_batches_tracked",
             "one counter for each layer",
             "load_state_dict(strict=True) may refuse the file.",
             f"batchnorm fix {target_of(evidence)}",

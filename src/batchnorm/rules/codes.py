@@ -1,0 +1,38 @@
+"""Codes of rules, as users name them: by code, by the beginning of codes, or by slug."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from batchnorm.rules import FAMILIES, RULES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def codes(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Codes of what was named by code, beginning of codes, or slug, with commas between.
+
+    Raises:
+        ValueError: If one is not known; the nearest one is told.
+    """
+    texts = [given] if isinstance(given, str) else given
+    return tuple(_code(name.strip()) for text in texts for name in text.split(",") if name.strip())
+
+
+def _code(name: str) -> str:
+    by_slug = {rule.slug: code for code, rule in RULES.items()}
+    upper = name.upper()
+    if upper.startswith("BN") and any(code.startswith(upper) for code in RULES):
+        return upper
+    if name.lower() in by_slug:
+        return by_slug[name.lower()]
+    raise ValueError(f"no rule {name!r}. {nearest(name, [*RULES, *by_slug, *FAMILIES])}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "batchnorm rules lists all.") -> str:
+    """A question for the known name that is most like another; else what else to do."""
+    lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"Did you mean {lower[close[0]]!r}?" if close else otherwise
