@@ -403,3 +403,25 @@ def test_moments_of_two_data_sets_add_up_to_those_of_both():
 def test_a_model_with_nothing_to_measure_is_told_of(model):
     with pytest.warns(RuntimeWarning, match="recalibrate measured nothing"):
         assert recalibrate(model, [torch.randn(8, 3)]) == {}
+
+
+def test_a_layer_whose_own_forward_names_its_input_otherwise_is_measured() -> None:
+    class Named(nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Named(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x=x)
+
+    model, x = Model(), torch.randn(16, 3) + 2
+    bn.recalibrate(model, [x])
+    torch.testing.assert_close(model.norm.running_mean, x.mean(0))
+    assert bn.probe(model, x)["mean_square"]["norm"] is not None
+    with bn.ShiftMonitor(model.eval(), examples=None, budget=None) as monitor:
+        model(x)
+    assert monitor.stream.evidence.observations == 16

@@ -55,8 +55,7 @@ def of_world(name: str, *, quick: bool) -> dict[str, Any]:
         parts["run_length"] = run_length(monitor.reference, pool, 50 if quick else 200, units)
         tell(name, kind, "run length", parts["run_length"])
         parts["delay"] = {
-            shift: delay(monitor, net, world, sampler, pool, 20 if quick else 100)
-            for shift, sampler in world.shifts.items()
+            shift: delay(monitor, net, sampler, pool, 20 if quick else 100) for shift, sampler in world.shifts.items()
         }
         for shift, row in parts["delay"].items():
             tell(name, kind, shift, row)
@@ -83,7 +82,7 @@ def false_alarms(reference: Any, pool: Any, streams: int, units: int) -> dict[st
 
 
 def run_length(reference: Any, pool: Any, streams: int, units: int) -> dict[str, Any]:
-    """Observations until a false alarm: all that were made, over the alarms that rang (each stream ends with its own)."""
+    """Observations until a false alarm: all that were made over the alarms that rang; a stream ends with its own."""
     random, rang, made = torch.Generator().manual_seed(12), 0, 0
     for _ in range(0, streams, BESIDE):
         beside, open_ = Streams(reference, BESIDE, is_spread=False), torch.ones(BESIDE, dtype=torch.bool)
@@ -94,7 +93,7 @@ def run_length(reference: Any, pool: Any, streams: int, units: int) -> dict[str,
     return {"observations": made, "rang": rang, "at_least": made / max(1, rang)}
 
 
-def delay(monitor: Any, net: Any, world: Any, sampler: Any, pool: Any, streams: int) -> dict[str, Any]:
+def delay(monitor: Any, net: Any, sampler: Any, pool: Any, streams: int) -> dict[str, Any]:
     """Observations from the shift to the alarm, after clean ones, and what the alarm named."""
     random = torch.Generator().manual_seed(13)
     shifted = observations(monitor, sampler, 20_000 if streams > 20 else 4000, seed=8)
@@ -115,7 +114,7 @@ def delay(monitor: Any, net: Any, world: Any, sampler: Any, pool: Any, streams: 
 
 
 def planted(reference: Any, streams: int) -> dict[str, Any]:
-    """Shifts of 0.5 sd in four channels of one layer and all behind it: is the first layer named, and which channels?"""
+    """Shifts of 0.5 sd in four channels of one layer and all behind it: which layer and which channels are named?"""
     random = torch.Generator().manual_seed(14)
     layers, right, false, named = len(reference.sizes), 0, 0, 0
     starts = [sum(reference.sizes[:i]) for i in range(layers)]

@@ -1,8 +1,8 @@
 """Many streams at once: observations of a large pool of clean examples, drawn again and again, against the real code.
 
 A network sees a hundred thousand clean examples once. A stream is a random sequence of them, so its law is known: that
-of the pool, not that of the stored statistics. Streams run side by side as if they were layers of one model, so the bets
-and the evidence are the product's own.
+of the pool, not that of the stored statistics. Streams run side by side as if they were layers of one model, so the
+bets and the evidence are the product's own.
 """
 
 from __future__ import annotations

@@ -333,6 +333,11 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer was called with, also under another name than torch's: its first argument that is a tensor."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own model inside of torch.compile's and the parallel wrappers."""
     if not isinstance(model, nn.Module):

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, scalar
 from batchnorm.instruments.probing import unwrapped, with_shape
+from batchnorm.layers import input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call
 from batchnorm.population.recalibration import recalibrate, uncompiled
@@ -264,7 +265,7 @@ def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -
     """A block in which the layers normalize by batches, whose moments are collected."""
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen[name].append(Moments.of(args[0] if args else kwargs["input"]))
+        seen[name].append(Moments.of(input_of(args, kwargs)))
 
     handles = [m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in layers.items()]
     for layer in layers.values():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -22,7 +23,7 @@ from batchnorm.instruments.drift import drift, noise_floor
 from batchnorm.instruments.normalizing import difference
 from batchnorm.instruments.propagation import moments_of_channels, resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.layers import batch_norms, input_of, unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call
 from batchnorm.population.freezing import has_stored_statistics
@@ -139,7 +140,7 @@ class View:
     def hooks(self) -> Iterator[None]:
         """A block in which the layers' inputs are seen."""
         handles = [
-            layer.register_forward_pre_hook(lambda _, inputs, name=name: self._see(name, inputs))
+            layer.register_forward_pre_hook(partial(self._see, name), with_kwargs=True)
             for name, layer in zip(self.layers.names, self.layers.layers, strict=True)
         ]
         try:
@@ -148,10 +149,11 @@ class View:
             for handle in handles:
                 handle.remove()
 
-    def _see(self, name: str, inputs: tuple[Any, ...]) -> None:
-        if name in self.units or not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 2:
+    def _see(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        if name in self.units or x is None or x.ndim < 2:
             return
-        x = inputs[0].detach()
+        x = x.detach()
         self.units[name], self.channels[name] = sample(x)
         moments = Moments.of(x)
         self.moments[name] = moments.to("cpu")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from batchnorm.layers import batch_norms
+from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call
 from batchnorm.population.freezing import Frozen, has_stored_statistics
@@ -219,7 +219,7 @@ def _run(
     traces: dict[tuple[str, ...], None] = {}
 
     def hook(path: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        see(before, path, args[0] if args else kwargs["input"])
+        see(before, path, input_of(args, kwargs))
 
     handles = [layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items()]
     try:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # share of the layers, from the entrance, that a shift of the inputs is expected to move
 _EARLY = 2 / 3
+# standard deviations: stored statistics are exact to about 0.05 of them, and shifts of the inputs are several tenths
+_STILL = 0.15
 _MOST_CHANNELS = 20
 
 
@@ -123,14 +125,19 @@ def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
 
 
 def hint(layers: Sequence[LayerShift], limit: float) -> str:
-    """Whether the first layers moved, or only the last ones: as when classes come in other shares."""
+    """Whether the first layers moved, or only the last ones: as when classes come in other shares.
+
+    That early layers did not move cannot be proved; they count as still where their observed law is near the stored
+    one, too, and not only where the evidence is not enough yet.
+    """
     moved = [layer.log_evidence >= limit for layer in layers]
     early = max(1, math.floor(_EARLY * len(layers)))
     if not any(moved) or len(layers) < 3:
         return ""
-    if not any(moved[:early]):
-        return "late layers only: perhaps classes come in other shares"
-    return "inputs" if any(moved[: max(1, early // 2)]) else ""
+    if any(moved[: max(1, early // 2)]):
+        return "inputs"
+    still = not any(moved[:early]) and all(layer.w2 < _STILL for layer in layers[:early])
+    return "late layers only: perhaps classes come in other shares" if still else ""
 
 
 def discovered(log_e: Tensor, alpha: float) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.layers import input_of
+
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -42,7 +44,8 @@ class Tap:
 
     def attach(self) -> list[Any]:
         """Tap the layers until the handles are removed."""
-        return [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self._layers.items()]
+        layers = self._layers.items()
+        return [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
         """Means and energies of channels, (n, channels) each, of what passed since the last call: float64, on the CPU.
@@ -55,12 +58,14 @@ class Tap:
         z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
         return z.cpu().double(), q.cpu().double()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self.examples and not module.training and name not in self._seen:
-                start = time.perf_counter()
-                self._seen[name] = self._statistics(name, inputs[0][: self.examples])
-                self.seconds += time.perf_counter() - start
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self.examples or module.training or name in self._seen:
+                return
+            start = time.perf_counter()
+            if (x := input_of(args, kwargs)) is not None:
+                self._seen[name] = self._statistics(name, x[: self.examples])
+            self.seconds += time.perf_counter() - start
 
         return hook
 
