@@ -278,7 +278,7 @@ def test_charts_are_json_able_and_finite_and_declare_their_series():
     result, _ = quick()
     json.dumps(result.to_dict()["charts"], allow_nan=False)
     json.dumps(dict(result.numbers), allow_nan=False)
-    assert [chart.kind for chart in result.charts] == ["picture", "dots", "points", "dots"]
+    assert [chart.kind for chart in result.charts] == ["picture", "dots", "points", "dots", "lines"]
     for chart in result.charts[1:]:
         assert {row["series"] for row in chart.rows} == set(chart.series)
         assert set(chart.dashed) <= set(chart.series)
@@ -357,3 +357,17 @@ def test_losing_accuracy_by_re_estimation_under_another_class_mix_is_the_opposit
 def test_the_claim_says_that_these_are_silhouettes_and_not_photographs():
     assert "not photographs" in cats.CLAIM.arms
     assert "photographs" in cats.CLAIM.not_shown
+
+
+def test_a_monitor_that_has_only_the_model_hears_coloured_cats_and_not_black_ones():
+    black = transfer.painted("black", 0)
+    part = parts(0)
+    torch.manual_seed(0)
+    model = transfer._trained(BatchNorm2d, 0, 0.1, black[part["train"]], 60)
+    found = Findings()
+    for shift in transfer.STREAMED:
+        transfer._listen(found, shift, model, shifted(shift, 0)[0].x)
+    assert found.mean("rang", "black") == math.inf
+    assert found.mean("rang", "coloured") <= 100
+    last = found.mean("evidence", "coloured", transfer.STREAM)
+    assert last > 2 > found.mean("evidence", "black", transfer.STREAM)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,14 +13,18 @@ from batchnorm.lecture import data, over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
 from batchnorm.lecture.painting import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png
 from batchnorm.lecture.transfer import (
+    ALPHA,
     BATCH,
     COUNTED,
     LAYERS,
+    LOOK,
     NUMBERS,
     PARTS,
     RATES,
     SHIFTS,
     STEPS,
+    STREAM,
+    STREAMED,
     Findings,
     measure,
     recovered,
@@ -55,7 +61,11 @@ def run(settings: Settings, progress: Progress) -> Result:
         "best learning rate, median, with batch norm": round(float(found["rate", "with"].median()), 4),
         "test answers that less contrast changes after re-estimation, share": round(found.mean("changed"), 5),
     }
-    charts = [_picture(found, settings.seed), _shifts(found), _by_number(found), _distances(found)]
+    rang = found["rang", "coloured"]
+    numbers["coloured cats and dogs until the alarm, median"] = _pictures(rang)
+    numbers["coloured cats and dogs until the alarm, most of any seed"] = _pictures(rang, of=torch.amax)
+    numbers[f"black cats and dogs, {STREAM} a seed: seeds with an alarm"] = int(found["rang", "black"].isfinite().sum())
+    charts = [_picture(found, settings.seed), _shifts(found), _by_number(found), _distances(found), _alarm(found)]
     return Result(verdicts, charts, numbers)
 
 
@@ -222,6 +232,40 @@ def _distances(found: Findings) -> Chart:
         Axis("distance of statistics, in stored standard deviations", log=True),
         series={f"layer {layer}": "with" for layer in LAYERS},
     )
+
+
+def _alarm(found: Findings) -> Chart:
+    looks = range(LOOK, STREAM + 1, LOOK)
+    names = {"black": "black, as learned", "coloured": "coloured"}
+    rows = [
+        row
+        for shift in STREAMED
+        for row in over_seeds.curve(
+            looks, torch.stack([found["evidence", shift, n] for n in looks]), series=names[shift]
+        )
+    ]
+    limit = f"alarm: {1 / ALPHA:.0f} to 1"
+    rows += [{"x": n, "y": -math.log10(ALPHA), "series": limit} for n in (looks[0], looks[-1])]
+    rang, false = found["rang", "coloured"], found["rang", "black"]
+    heard = f"after {_pictures(rang)} coloured pictures" if rang.isfinite().any() else "in no seed"
+    return Chart(
+        "lines",
+        f"A monitor that has only the model rings {heard} ({int(rang.isfinite().sum())} of {len(rang)} seeds; median), "
+        f"and on black ones in {int(false.isfinite().sum())} of {len(false)} seeds",
+        "Evidence against pictures as they were learned, as a power of ten, by the number of pictures that passed: for "
+        "black and for coloured ones, median and range over seeds, with a dashed line at the alarm.",
+        rows,
+        Axis("pictures"),
+        Axis("evidence, power of ten"),
+        {names["black"]: "neutral", names["coloured"]: "with", limit: "neutral"},
+        dashed=(limit,),
+    )
+
+
+def _pictures(rang: Tensor, of: Callable[[Tensor], Tensor] = torch.median) -> int | None:
+    """So many pictures; None for a monitor that stayed silent."""
+    number = float(of(rang))
+    return int(number) if math.isfinite(number) else None
 
 
 CLAIM = Claim(

@@ -8,6 +8,7 @@ channel. So a change of contrast and brightness is repaired but for eps; nothing
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from batchnorm.lecture.networks import Norm
 from batchnorm.lecture.painting import PAINTINGS, paint, with_share
 from batchnorm.moments import Moments
 from batchnorm.population import recalibrate
+from batchnorm.shift import ShiftMonitor
 
 RATES = (0.01, 0.03, 0.1, 0.3)
 STEPS = 160
@@ -32,9 +34,13 @@ BATCH = 32
 PARTS = {"train": 1000, "validation": 189, "adaptation": 400}
 NUMBERS = (8, 32, 128, PARTS["adaptation"])
 COUNTED = ("coloured", "contrast")  # shifts that are repaired with every one of NUMBERS
+STREAMED = ("black", "coloured")  # that a monitor listens to
 CAT, SHARE = 0, 1 / 20
 SHIFTS = (*PAINTINGS, "mix")
 LAYERS = (1, 2, 3)
+# Pictures between two looks at the evidence, and in all: each of those to adapt to once
+LOOK, STREAM = 8, PARTS["adaptation"]
+ALPHA = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class Findings:
     - ("moved", shift, layer): distance of its re-estimated statistics from the stored ones, standard deviations
     - ("rate", arm): best learning rate
     - ("changed",): share of test answers that contrast changes after re-estimation
+    - ("evidence", shift, number): log10 of a monitor's evidence after so many images; it has the model alone
+    - ("rang", shift): images until its alarm at ALPHA; infinity if it stayed silent
     """
 
     values: dict[tuple[str | int, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -159,7 +167,21 @@ def _test(found: Findings, seed: int, without: nn.Sequential, with_norm: nn.Sequ
             found.values["moved", shift, layer].append(distance)
         for number in NUMBERS if shift in COUNTED else ():
             found.values["again", shift, number].append(accuracy(adapted(with_norm, fresh.x[:number]), test))
+    for shift in STREAMED:
+        _listen(found, shift, with_norm, shifted(shift, seed)[0].x)
     found.values[("changed",)].append(float((answers["black"] != answers["contrast"]).double().mean()))
+
+
+def _listen(found: Findings, shift: str, model: nn.Sequential, x: Tensor) -> None:
+    """What a monitor that knows nothing but the model makes of images that come one after another."""
+    monitor = ShiftMonitor(model, ALPHA, examples=None, budget=None, batch=BATCH)
+    rang = float("inf")
+    with monitor, torch.no_grad():
+        for number in range(LOOK, STREAM + 1, LOOK):
+            model(x[number - LOOK : number])
+            found.values["evidence", shift, number].append(monitor.log_evidence / math.log(10))
+            rang = min(rang, number if monitor.alarm else rang)
+    found.values["rang", shift].append(rang)
 
 
 def shifted(shift: str, seed: int) -> tuple[data.Examples, data.Examples]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from batchnorm.shift.reference import Reference
 
 LOGGER = logging.getLogger("batchnorm.shift")
+LOGGER.addHandler(logging.NullHandler())  # whoever sets up logging hears it; nobody else's standard error does
 _ROUND = 8  # observations of one update of the evidence, which takes a millisecond or two
 
 
