@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,9 +271,64 @@ def test_the_correlation_of_neighbours_is_that_of_an_autoregression() -> None:
             row = 0.6 * row + 0.8 * torch.randn(400).double()
             rows.append(row)
         found.add(torch.stack(rows))
-    # standard error sqrt(1 - 0.36) / sqrt(800 x 400), and the mean of 800 correlated rows: 0.6 - O(1 / 800)
-    assert found.r == pytest.approx(0.6, abs=0.02)
+    # a window's own mean takes 1 / 64 (1 + 0.6) / (1 - 0.6) = 0.06 of the variance, of products as of squares: r falls
+    # by about 0.4 x 0.06, and rises by 1 / 64; the standard error over 12 windows of 400 channels is 0.002
+    assert found.r == pytest.approx(0.6 - 0.4 * 0.0625 + 1 / 64, abs=0.02)
     assert found.is_wrong
+
+
+def test_a_shift_in_the_middle_of_a_stream_is_not_blamed_on_the_unit(net: Net) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monitor = ran(watching(net), net, [images(10) for _ in range(22)] + [images(10) - 1.0 for _ in range(40)])
+    assert monitor.alarm is not None
+
+
+def test_passes_of_several_threads_are_kept_apart(net: Net) -> None:
+    class Slow(nn.Module):
+        """Two layers, and a wait between them for another thread's pass to be in the middle too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+            self.both = threading.Barrier(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x) * 1.0
+            self.both.wait(10)
+            return self.second(x)
+
+    model = Slow().eval()
+    monitor = watching(model)
+    seen = []
+    monitor.stream.observe = lambda z, q, inputs: seen.append(z)
+    with monitor:
+        threads = [threading.Thread(target=model, args=(torch.full((3, 2), value),)) for value in (1.0, 9.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert monitor.stream.passed == 6
+    assert sorted(round(float(z[0, 0])) for z in seen) == [1, 9]
+    assert all(torch.allclose(z[:, :2], z[:, 2:], rtol=1e-4) for z in seen)
+
+
+def test_no_observation_of_eight_threads_is_lost(net: Net) -> None:
+    monitor = watching(net, unit="example")
+    x = images(5, seed=1)
+
+    def serve() -> None:
+        with torch.no_grad():
+            for i in range(20):
+                net(x[: 1 + i % 5])
+
+    with monitor:
+        threads = [threading.Thread(target=serve) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (monitor.stream.passed, monitor.stream.evidence.observations) == (480, 480)
 
 
 # -- the reference ------------------------------------------------------------------------------------------------
@@ -296,6 +353,25 @@ def test_a_reference_is_saved_and_a_stale_one_is_refused(net: Net, tmp_path: Pat
         watching(changed, reference=path)
     with pytest.raises(ValueError, match=r"the reference has 3 layers .* Give the reference of this model"):
         watching(nn.Sequential(nn.BatchNorm1d(3)), reference=path)
+
+
+@pytest.mark.parametrize("name", ["kappa", "delta", "energy", "power_v"])
+@pytest.mark.parametrize("damage", ["nan", "negative", "short"])
+def test_a_damaged_reference_is_refused(net: Net, tmp_path: Path, name: str, damage: str) -> None:
+    made = Reference.from_checkpoint(net, watching(net).layers, unit="example")
+    value = getattr(made, name).clone()
+    value = {"nan": value * torch.nan, "negative": -value, "short": value[:1]}[damage]
+    replace(made, **{name: value}).save(tmp_path / "x.bncal.safetensors")
+    with pytest.raises(ValueError, match=r"is a damaged reference: .* Calibrate again"):
+        Reference.load(tmp_path / "x.bncal.safetensors")
+
+
+def test_a_damaged_state_is_refused(net: Net, tmp_path: Path) -> None:
+    state = ran(watching(net), net, [images(8)]).stream.state()
+    del state.tensors["sums"]
+    state.save(tmp_path / "x.bnshift.safetensors")
+    with pytest.raises(ValueError, match=r"the state is damaged: .* Start a new stream"):
+        watching(net).load(tmp_path / "x.bnshift.safetensors")
 
 
 def test_calibration_is_what_was_measured(net: Net) -> None:

@@ -15,7 +15,7 @@ import click
 from batchnorm import __version__
 
 # where each command is; its module is imported when it is asked for
-_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "watch", "why")
+_COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "shift", "watch", "why")
 _HOMES = {"rules": "explain"}
 # what shells report of a program that Ctrl-C ended, or whose reader went away: 128 and the signal's number
 _INTERRUPTED = 130

@@ -58,12 +58,12 @@ def measure(
         ValueError: If there is no batch, its examples cannot be counted, or the model computes gradients.
         Exception: What the model raises in eval mode.
     """
-    batches = _renamed(partial(Batches, data, max_examples, device_of(model)))
+    batches = Batches(data, max_examples, device_of(model), who="examine")
     with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
         model.eval()
         view = _View(model)
         with view.hooks(), _without_gradients():
-            for batch in _each(batches):
+            for batch in batches:
                 view.see(batch)
         alone, tolerance = companions(model, view.first)
         step = train_step(model, view.first)
@@ -95,23 +95,6 @@ def _without_gradients() -> Iterator[None]:
             f"examine runs a model without gradients, got one that computes them in its forward: {error}. "
             "Put torch.enable_grad() around that part of its forward."
         ) from error
-
-
-def _renamed(make: Any) -> Any:
-    """What ``make`` makes; complaints of ``recalibrate``'s reader of batches in the doctor's name."""
-    try:
-        return make()
-    except (TypeError, ValueError) as error:
-        if not str(error).startswith("recalibrate needs"):
-            raise
-        raise type(error)(str(error).replace("recalibrate", "examine", 1)) from None
-
-
-def _each(batches: Batches) -> Iterator[Any]:
-    iterator = iter(batches)
-    end = object()
-    while (batch := _renamed(partial(next, iterator, end))) is not end:
-        yield batch
 
 
 class _View:

@@ -170,7 +170,9 @@ def train_eval_gap(
     data = list(data) if isinstance(data, Iterator) else data
     with preserve_state(model), uncompiled(), torch.no_grad():
         layers, exact, stored = _measure(model, named, data, max_examples, device)
-        batches = Batches(data, max_examples, _device(model) if device is None else torch.device(device))
+        batches = Batches(
+            data, max_examples, _device(model) if device is None else torch.device(device), who="train_eval_gap"
+        )
         losses, weights, seen = _losses(model, batches, loss, layers, _choices(stored, exact))
     trained, stored_loss, exact_loss, *alone = torch.tensor(losses, dtype=torch.float64).T  # (batches,) each
     mean = partial(_estimate, torch.tensor(weights, dtype=torch.float64))

@@ -40,15 +40,19 @@ def _accepts(model: nn.Module, batch: Mapping) -> bool:
 class Batches:
     """The batches of a loader, once for each pass: cut to ``max_examples`` and moved to ``device``.
 
-    Tensors are copies, one batch at a time, where they would be the loader's own.
+    Tensors are copies, one batch at a time, where they would be the loader's own. ``who`` is what complaints call the
+    one who asks.
     """
 
-    def __init__(self, loader: Iterable[Any], max_examples: int | None, device: torch.device | None) -> None:
+    def __init__(
+        self, loader: Iterable[Any], max_examples: int | None, device: torch.device | None, *, who: str = "recalibrate"
+    ) -> None:
+        self.who = who
         if max_examples is not None and max_examples < 1:
-            raise ValueError(f"recalibrate needs max_examples of 1 or more, got {max_examples}. Use None for all.")
+            raise ValueError(f"{who} needs max_examples of 1 or more, got {max_examples}. Use None for all.")
         if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
             raise TypeError(
-                f"recalibrate needs an iterable of batches, got {type(loader).__name__}. "
+                f"{who} needs an iterable of batches, got {type(loader).__name__}. "
                 "Pass a DataLoader, or a list of batches: [x]."
             )
         self.max_examples = max_examples
@@ -70,10 +74,10 @@ class Batches:
             yield _each_leaf(batch, self._moved)
             count += 1
         if not count and not self.count:
-            raise ValueError("recalibrate needs at least one batch, got an empty loader. Check the data set's length.")
+            raise ValueError(f"{self.who} needs at least one batch, got an empty loader. Check the data set's length.")
         if self.count not in {None, count}:
             raise ValueError(
-                f"recalibrate needs a loader that gives the same batches in every pass, got {self.count} batches, "
+                f"{self.who} needs a loader that gives the same batches in every pass, got {self.count} batches, "
                 f"then {count}. Pass a DataLoader or list(loader)."
             )
         self.count = count
@@ -87,7 +91,7 @@ class Batches:
             size = examples_in(batch)
             if size is None:
                 raise ValueError(
-                    f"recalibrate needs batches that hold tensors, got {type(batch).__name__} without any. "
+                    f"{self.who} needs batches that hold tensors, got {type(batch).__name__} without any. "
                     "Make the loader yield tensors, or tuples, lists or dicts of them."
                 )
             yield batch if size <= left else _each_leaf(batch, partial(_first, left, size))

@@ -103,14 +103,14 @@ def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float)
         energy: Mean of q over them, (channels,).
         alpha: False discovery rate of the channels named.
     """
-    known, kinds = evidence.reference, evidence.log_kinds
+    known, kinds, of_layers = evidence.reference, evidence.log_kinds, evidence.log_layers
     sizes = list(known.sizes)
     channels = evidence.log_channels.split(sizes)
     moments = zip(mean.split(sizes), energy.split(sizes), strict=True)
     return [
         LayerShift(
             name,
-            float(evidence.log_layers[i]),
+            float(of_layers[i]),
             KINDS[int(kinds[:, i].argmax())],
             discovered(channels[i], alpha),
             *_distances(*part),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import batch_norms, unwrapped
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import Batches, call, examples_in
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
@@ -48,7 +49,8 @@ class ShiftMonitor:
     energy is not seen. The model is not changed: its layers have hooks while it is observed.
 
     A few examples of a batch are looked at, and whole batches are left out where looking would take more than
-    ``budget`` of the time of inference. Which ones are left out does not depend on what is in them.
+    ``budget`` of the time of inference. Which ones are left out does not depend on what is in them. Passes of several
+    threads at once are kept apart; they wait for each other while one is counted.
 
     Args:
         model: Any model with batch norm that stores statistics, torch.nn's or ours, compiled or not.
@@ -87,6 +89,7 @@ class ShiftMonitor:
         self._outer, self._batch = model, batch
         self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
         self._handles: list[Any] = []
+        self._passes = threading.local()  # each thread's own pass: when it began
         self._use(self._referred(reference))
 
     def _referred(self, reference: Reference | str | os.PathLike[str] | None) -> Reference:
@@ -109,7 +112,7 @@ class ShiftMonitor:
     def reset(self) -> None:
         """Forget all evidence and the alarm: what comes is a new stream."""
         self.stream = Stream(self.reference, self.unit, **self._promise)
-        self._spent = self._inference = self._began = 0.0
+        self._spent = self._inference = 0.0
 
     @property
     def alarm(self) -> Alarm | None:
@@ -166,7 +169,7 @@ class ShiftMonitor:
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        self._began = time.perf_counter()
+        self._passes.began = time.perf_counter()
         affordable = self.budget is None or self._spent <= self.budget * self._inference
         self._tap.examples = (self.examples or _ALL) if affordable else 0
 
@@ -175,14 +178,15 @@ class ShiftMonitor:
         start = time.perf_counter()
         asked, self._tap.examples = self._tap.examples, 0
         seen = self._tap.taken()
-        self.stream.passed += _examples_in((args, kwargs))
         if asked and seen is None:
             seen = self._second_pass(args, kwargs, asked)
-        if seen is not None:
-            self.stream.observe(*seen, inputs=args[0] if args else kwargs)
-        now = time.perf_counter()
-        self._inference += now - self._began
-        self._spent += now - start + self._tap.seconds
+        with self.stream.lock:
+            self.stream.passed += examples_in((args, kwargs)) or 0
+            if seen is not None:
+                self.stream.observe(*seen, inputs=args[0] if args else kwargs)
+            now = time.perf_counter()
+            self._inference += now - self._passes.began
+            self._spent += now - start + self._tap.seconds
         self._tap.seconds = 0.0
 
     def _second_pass(
@@ -199,7 +203,7 @@ class ShiftMonitor:
                 "missed", "a pass did not reach every batch norm layer with each example once; it is left out."
             )
             return None
-        ((args, kwargs),) = Batches([(args, kwargs)], min(examples, _examples_in((args, kwargs))), None)
+        ((args, kwargs),) = Batches([(args, kwargs)], min(examples, examples_in((args, kwargs)) or 1), None)
         with self._tapping(), uncompiled(), torch.no_grad():
             self.model(*args, **kwargs)
         return self._tap.taken()
@@ -242,7 +246,7 @@ class ShiftMonitor:
 
     def _observed(self, loader: Iterable[Any], max_examples: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         device = next((p.device for p in self.model.parameters()), None)
-        batches, grouping = Batches(loader, max_examples, device), Grouping(self.unit)
+        batches, grouping = Batches(loader, max_examples, device, who="calibrate"), Grouping(self.unit)
         with preserve_state(self.model), preserve_random_state(*batches.generators), self._tapping():
             self.model.eval()
             for batch in batches:
@@ -301,14 +305,6 @@ def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
             "Monitor the model before its layers are folded."
         )
     return found
-
-
-def _examples_in(inputs: Any) -> int:
-    """Length of the first tensor among a model's inputs."""
-    if isinstance(inputs, Tensor):
-        return len(inputs) if inputs.ndim else 0
-    parts = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else ()
-    return next((n for n in map(_examples_in, parts) if n), 0)
 
 
 def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None) -> None:

@@ -22,7 +22,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -193,12 +193,29 @@ class Reference:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is no reference: {error}. Make one with monitor.calibrate(loader).") from error
-        if about.get("version") != VERSION or set(tensors) != set(_TENSORS):
-            raise ValueError(
-                f"{path} is no reference of version {VERSION}, got {about.get('version', 'none')}. Calibrate again."
-            )
-        about["layers"], about["sizes"] = tuple(about["layers"]), tuple(about["sizes"])
-        return cls(**tensors, **{key: about[key] for key in about if key != "version"})
+        version = about.pop("version", None) if isinstance(about, dict) else None
+        if version != VERSION or set(tensors) != set(_TENSORS):
+            raise ValueError(f"{path} is no reference of version {VERSION}, got {version}. Calibrate again.")
+        try:
+            fields: dict[str, Any] = tensors | about
+            fields["layers"], fields["sizes"] = tuple(fields["layers"]), tuple(fields["sizes"])
+            if (known := cls(**fields))._is_whole():
+                return known
+        except (KeyError, TypeError, RuntimeError):
+            pass
+        raise ValueError(f"{path} is a damaged reference: parts are missing or out of range. Calibrate again.")
+
+    def _is_whole(self) -> bool:
+        """Whether every bound is there, for every channel and layer, and is one."""
+        layers, channels = len(self.sizes), sum(self.sizes)
+        of_layers = {"energy", "d", "v"}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        sized = all(t.shape == ((layers if n in of_layers else channels),) for n, t in tensors.items())
+        above = ("std", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
+        finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        return (
+            sized and finite and all(bool((tensors[name] > 0).all()) for name in above) and layers == len(self.layers)
+        )
 
     def check(self, model: nn.Module, layers: Sequence[str]) -> None:
         """Refuse a model that it does not belong to.

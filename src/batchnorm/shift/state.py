@@ -65,6 +65,26 @@ class State:
         told = self.about["alarm"]
         return None if told is None else Alarm.of_dict(told)
 
+    def check(self, channels: int, layers: int) -> None:
+        """Refuse a state that lacks something, or whose tensors are of other sizes.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        try:
+            shapes = {"mean": (2, 4, channels), "up": (4, layers), "down": (4, layers), "power": (2, 4, channels)}
+            expected = {
+                f"{name}.{part}": shapes[name] for name in self.about["bets"] for part in ("product", "restarted")
+            }
+            expected |= {"sums": (2, channels)}
+            good = all(tuple(self.tensors[name].shape) == shape for name, shape in expected.items())
+            good &= all(self.tensors[f"waiting.{name}"].shape[1] == channels for name in "zq")
+            good &= {"passed", "alarm", "open", "auto", "observations"} <= set(self.about)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            good = False
+        if not good:
+            raise ValueError("the state is damaged: parts are missing or of other sizes. Start a new stream.")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it, whole or not at all, as a safetensors file that ends in .bnshift.safetensors.
 
@@ -102,6 +122,6 @@ class State:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is no state of a monitor: {error}. Write one with monitor.save(path).") from error
-        if about.pop("version", None) != VERSION:
+        if not isinstance(about, dict) or about.pop("version", None) != VERSION:
             raise ValueError(f"{path} is no state of a monitor of version {VERSION}. Write it with monitor.save(path).")
         return cls(tensors, about)

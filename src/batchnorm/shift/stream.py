@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class Stream:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
         self._warned: set[str] = set()
+        self.lock = threading.RLock()  # held while something is counted; on_alarm is called under it
 
     @property
     def limit(self) -> float:
@@ -67,6 +69,10 @@ class Stream:
 
         An example with values that are not finite is evidence of something else: it is left out, and warned of once.
         """
+        with self.lock:
+            self._observe(z, q, inputs)
+
+    def _observe(self, z: Tensor, q: Tensor, inputs: Any) -> None:
         finite = z.isfinite().all(1) & q.isfinite().all(1)
         if not bool(finite.all()):
             self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
@@ -79,14 +85,18 @@ class Stream:
 
     def update(self) -> float:
         """Turn what is waiting into evidence now; its logarithm. Rings if it reaches the limit."""
-        if self._waiting:
-            z, q = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
-            self._waiting = []
-            self.evidence = self.evidence.after(z, q)
-            self._sums += torch.stack([z.sum(0), q.sum(0)])
-            self.autocorrelation.add((z - self.reference.center) / self.reference.kappa.sqrt())
-            self._judge()
-        return self.evidence.log
+        with self.lock:
+            if self._waiting:
+                z, q = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+                self._waiting = []
+                self._count(z, q)
+            return self.evidence.log
+
+    def _count(self, z: Tensor, q: Tensor) -> None:
+        self.evidence = self.evidence.after(z, q)
+        self._sums += torch.stack([z.sum(0), q.sum(0)])
+        self.autocorrelation.add((z - self.reference.center) / self.reference.kappa.sqrt())
+        self._judge()
 
     def _judge(self) -> None:
         if self.autocorrelation.is_wrong:
@@ -115,7 +125,9 @@ class Stream:
 
     def table(self) -> list[LayerShift]:
         """What is known of every layer now."""
-        return self._table(self.evidence, self._sums)
+        with self.lock:
+            evidence, sums = self.evidence, self._sums.clone()
+        return self._table(evidence, sums)
 
     def _table(self, evidence: Evidence, sums: Tensor) -> list[LayerShift]:
         mean, energy = sums / max(1, evidence.observations)
@@ -137,6 +149,10 @@ class Stream:
 
     def state(self) -> State:
         """Everything that the next observation depends on; ``put`` takes it back bit for bit."""
+        with self.lock:
+            return self._state()
+
+    def _state(self) -> State:
         alarm = None if self.alarm is None else asdict(self.alarm)
         about = {**self.kind, "passed": self.passed, "alarm": alarm}
         state = State({"sums": self._sums.clone()}, about)
@@ -158,6 +174,10 @@ class Stream:
             ValueError: If it is of another reference, unit, alpha or arl.
         """
         self.check(state)
+        with self.lock:
+            self._put(state)
+
+    def _put(self, state: State) -> None:
         about, tensors = state.about, state.tensors
         self.evidence, self.alarm, self.passed = state.evidence(self.reference), state.alarm, about["passed"]
         self._sums = tensors["sums"].clone()
@@ -166,13 +186,15 @@ class Stream:
         self.autocorrelation.put(state)
 
     def check(self, state: State) -> None:
-        """Refuse a state of another kind of stream."""
-        wrong = [f"{name} {state.about[name]!r}" for name, own in self.kind.items() if state.about[name] != own]
+        """Refuse a state of another kind of stream, or a damaged one."""
+        about = state.about
+        wrong = [f"{name} {about.get(name)!r}" for name, own in self.kind.items() if about.get(name) != own]
         if wrong:
             raise ValueError(
                 f"the state must be of a monitor like this one, got {', '.join(wrong)}. Make the monitor with the same "
                 "model, reference, unit, alpha and arl."
             )
+        state.check(sum(self.reference.sizes), len(self.reference.sizes))
 
     def pooled(self, states: Sequence[State]) -> Alarm | None:
         """An alarm if the evidence of all states together reaches the limit, else None.

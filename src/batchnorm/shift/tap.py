@@ -7,6 +7,7 @@ One example gives a channel's mean over positions and its energy, whose mean ove
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 
 @final
+class _Pass(threading.local):
+    """What one thread's pass is about."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.examples = 0
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
+
+
+@final
 class Tap:
     """Hooks on layers that keep statistics of the first examples of each batch that passes.
 
@@ -33,14 +44,30 @@ class Tap:
 
     def __init__(self, layers: dict[str, _BatchNorm], reference: Reference) -> None:
         self._layers = layers
-        self.seconds = 0.0  # spent since somebody set it to 0
-        self.examples = 0  # to take from the batch that passes; 0 lets it pass
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
+        self._pass = _Pass()
         parts = zip(
             reference.mean.split(list(reference.sizes)), reference.std.split(list(reference.sizes)), strict=True
         )
         self._standards = dict(zip(layers, parts, strict=True))
         self._on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def examples(self) -> int:
+        """Examples to take from the batch that passes in this thread; 0 lets it pass."""
+        return self._pass.examples
+
+    @examples.setter
+    def examples(self, number: int) -> None:
+        self._pass.examples = number
+
+    @property
+    def seconds(self) -> float:
+        """Time that this thread spent since it set it to 0."""
+        return self._pass.seconds
+
+    @seconds.setter
+    def seconds(self, number: float) -> None:
+        self._pass.seconds = number
 
     def attach(self) -> list[Any]:
         """Tap the layers until the handles are removed."""
@@ -52,7 +79,7 @@ class Tap:
 
         None if a layer was not reached, or saw another number of examples: it runs on parts of the batch.
         """
-        seen, self._seen = self._seen, {}
+        seen, self._pass.seen = self._pass.seen, {}
         if set(seen) != set(self._layers) or len({len(z) for z, _ in seen.values()}) != 1:
             return None
         z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
@@ -60,12 +87,13 @@ class Tap:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.examples or module.training or name in self._seen:
+            here = self._pass
+            if not here.examples or module.training or name in here.seen:
                 return
             start = time.perf_counter()
             if (x := input_of(args, kwargs)) is not None:
-                self._seen[name] = self._statistics(name, x[: self.examples])
-            self.seconds += time.perf_counter() - start
+                here.seen[name] = self._statistics(name, x[: here.examples])
+            here.seconds += time.perf_counter() - start
 
         return hook
 

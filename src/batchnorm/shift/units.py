@@ -15,6 +15,9 @@ from torch import Tensor
 
 from batchnorm.shift.state import State
 
+_WINDOW = 64  # longer than runs of examples that are alike, as they come from a sorted file
+_CHANNELS = 256
+
 Unit = str | Callable[[Any], Sequence[Hashable]]
 
 
@@ -82,47 +85,52 @@ class Grouping:
 
 @final
 class Autocorrelation:
-    """Correlation of neighbouring observations, pooled over a layer's channels and over layers.
+    """Correlation of neighbouring observations, in windows of 64 and pooled over channels.
 
-    r = sum_t sum_c z_t z_(t+1) / sum_t sum_c z_t^2 around the running mean. Without dependence its standard error is at
-    most 1 / sqrt(n), so ``is_wrong`` says that the unit is too small when r is above 0.1 + 4 / sqrt(n), from 100 on.
+    In each window, around its own mean, r = sum_t z_t z_(t+1) / sum_t z_t^2 + 1 / 64; the addend makes up for the mean
+    that was taken from the same observations. The mean over windows is what counts: a shift in the middle of a stream
+    is inside one of them. Its standard error is at most 1 / sqrt(n), so ``is_wrong`` says that the unit is too small
+    when r is above 0.1 + 4 / sqrt(n), from two windows on.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._sum: Tensor | None = None  # of the observations, (channels,)
-        self._last: Tensor | None = None
-        self._products = self._squares = 0.0
+        self.count = 0  # observations in whole windows
+        self._open: Tensor | None = None  # (fewer than 64, channels)
+        self._sum = 0.0  # of the windows' correlations
 
     def add(self, z: Tensor) -> None:
-        """Take more observations in their order, (n, channels), around the mean of all so far."""
-        self.count += len(z)
-        self._sum = z.sum(0) if self._sum is None else self._sum + z.sum(0)
-        centered = z - self._sum / self.count
-        before = centered[:1] if self._last is None else self._last[None]
-        pairs = torch.cat([before, centered])[int(self._last is None) :]
-        self._products += float((pairs[1:] * pairs[:-1]).sum())
-        self._squares += float(centered.square().sum())
-        self._last = centered[-1]
+        """Take more observations in their order, (n, channels); of many channels some."""
+        z = z[:, :: -(-z.shape[1] // _CHANNELS)]
+        rows = z if self._open is None else torch.cat([self._open, z])
+        while len(rows) >= _WINDOW:
+            self._sum += _correlation(rows[:_WINDOW])
+            self.count += _WINDOW
+            rows = rows[_WINDOW:]
+        self._open = rows.clone()
 
     @property
     def r(self) -> float:
-        """The correlation; 0 before there are two observations."""
-        return self._products / self._squares if self._squares > 0 else 0.0
+        """The correlation; 0 before there is a window."""
+        return self._sum * _WINDOW / self.count if self.count else 0.0
 
     @property
     def is_wrong(self) -> bool:
         """Whether neighbours are alike beyond chance."""
-        return self.count >= 100 and self.r > 0.1 + 4 / self.count**0.5
+        return self.count >= 2 * _WINDOW and self.r > 0.1 + 4 / self.count**0.5
 
     def state(self) -> State:
-        """The sums so far."""
-        tensors = {} if self._sum is None or self._last is None else {"auto.sum": self._sum, "auto.last": self._last}
-        about = {"count": self.count, "products": self._products, "squares": self._squares}
-        return State({name: tensor.clone() for name, tensor in tensors.items()}, {"auto": about})
+        """The windows so far."""
+        tensors = {} if self._open is None else {"auto.open": self._open.clone()}
+        return State(tensors, {"auto": {"count": self.count, "sum": self._sum}})
 
     def put(self, state: State) -> None:
         """Go on from a state."""
-        about = state.about["auto"]
-        self.count, self._products, self._squares = about["count"], about["products"], about["squares"]
-        self._sum, self._last = state.tensors.get("auto.sum"), state.tensors.get("auto.last")
+        self.count, self._sum = state.about["auto"]["count"], state.about["auto"]["sum"]
+        self._open = state.tensors.get("auto.open")
+
+
+def _correlation(z: Tensor) -> float:
+    """Lag-1 correlation of one window, (64, channels)."""
+    centered = z - z.mean(0)
+    squares = float(centered.square().sum())
+    return float((centered[1:] * centered[:-1]).sum()) / squares + 1 / len(z) if squares else 0.0

@@ -1,0 +1,133 @@
+"""Prometheus: what a live ``ShiftMonitor`` knows, read at the moment of a scrape.
+
+    batchnorm_shift_log_evidence       log of the evidence E against clean data
+    batchnorm_shift_limit              log at which it rings
+    batchnorm_shift_alarm              1 once it has rung
+    batchnorm_shift_layer_log_evidence{layer}, ...
+
+A scrape reads and changes nothing: up to seven observations that wait for the next round are not in it yet, and it
+takes no lock that inference could wait for. Evidence is a value that is replaced as a whole, so a scrape beside a
+forward pass sees the one before or the one after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from threading import Lock
+from typing import TYPE_CHECKING, Any, final
+from weakref import WeakKeyDictionary
+
+from batchnorm.integrations.missing import needed
+
+with needed("prometheus_client", "'batchnorm[prometheus]'"):
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from batchnorm.shift import LayerShift, ShiftMonitor
+
+_PREFIX = "batchnorm_shift_"
+# names and labels are what alert rules are written with: they do not change
+_GAUGES: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
+    "log_evidence": ("Natural logarithm of the evidence against clean data.", lambda m: m.stream.evidence.log),
+    "limit": ("Logarithm of the evidence at which the alarm rings.", lambda m: m.limit),
+    "alarm": ("1 once the alarm has rung, until it is reset.", lambda m: float(m.alarm is not None)),
+    "alarm_timestamp_seconds": ("Unix time of the alarm; 0 before.", lambda m: m.alarm.seconds if m.alarm else 0.0),
+    "cost_ratio": ("Time of looking as a share of the time of inference.", lambda m: m.cost),
+    "autocorrelation": ("Correlation of neighbouring observations.", lambda m: m.stream.autocorrelation.r),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
+    "observations": ("Observations that evidence was made of.", lambda m: m.stream.evidence.observations),
+    "examples": ("Examples that passed the model, looked at or not.", lambda m: m.stream.passed),
+}
+_LAYERS: dict[str, tuple[str, Callable[[LayerShift], float]]] = {
+    "layer_log_evidence": ("Natural logarithm of a layer's own evidence.", lambda layer: layer.log_evidence),
+    "layer_distance": ("2-Wasserstein distance from the stored law, in sd, for display.", lambda layer: layer.w2),
+}
+_collectors: WeakKeyDictionary[CollectorRegistry, _Collector] = WeakKeyDictionary()
+_joining = Lock()
+
+
+def register(
+    monitor: ShiftMonitor, registry: CollectorRegistry = REGISTRY, labels: Mapping[str, str] | None = None
+) -> Callable[[], None]:
+    """A function that takes the monitor out again; until then every scrape of ``registry`` has what it knows.
+
+    Args:
+        monitor: Observing or not.
+        registry: Where other metrics of the process are.
+        labels: Constant labels, such as {"model": "cats"}. Monitors of one registry differ in their values and have
+            the same names.
+
+    Raises:
+        ValueError: If a monitor with these labels is there, those there have labels of other names, or one is named
+            "layer".
+        ModuleNotFoundError: If prometheus_client is not installed.
+    """
+    with _joining:
+        if registry not in _collectors:
+            _collectors[registry] = _Collector(registry)
+        return _collectors[registry].add(monitor, dict(labels or {}))
+
+
+@final
+class _Collector:
+    """All monitors of one registry: a metric has one description, however many models it is of."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._monitors: dict[tuple[str, ...], ShiftMonitor] = {}
+        self._tables: dict[tuple[str, ...], tuple[Any, list[LayerShift]]] = {}
+        self._names: tuple[str, ...] = ()
+        registry.register(self)
+
+    def add(self, monitor: ShiftMonitor, labels: dict[str, str]) -> Callable[[], None]:
+        """Show this monitor under these labels, until what is returned is called."""
+        names, values = tuple(labels), tuple(str(value) for value in labels.values())
+        if "layer" in names:
+            raise ValueError("labels must not be named 'layer', which tells layers apart. Name it model or stage.")
+        if self._monitors and set(names) != set(self._names):
+            raise ValueError(
+                f"labels must have the names {sorted(self._names)} as those of other monitors here, got "
+                f"{sorted(names)}. Use the same names."
+            )
+        self._names = self._names if self._monitors else names
+        values = tuple(str(labels[name]) for name in self._names)
+        if values in self._monitors:
+            raise ValueError(f"a monitor with labels {labels} is registered already. Give it other labels.")
+        self._monitors = {**self._monitors, values: monitor}  # a new dict: a scrape may be reading the old one
+        return lambda: self._remove(values)
+
+    def _remove(self, values: tuple[str, ...]) -> None:
+        with _joining:
+            self._monitors = {key: monitor for key, monitor in self._monitors.items() if key != values}
+            self._tables.pop(values, None)
+
+    def describe(self) -> list[Metric]:
+        """Every metric without samples, so that the registry knows the names."""
+        gauges = [GaugeMetricFamily(_PREFIX + name, about) for name, (about, _) in (_GAUGES | _LAYERS).items()]
+        return [*gauges, *(CounterMetricFamily(_PREFIX + name, about) for name, (about, _) in _COUNTERS.items())]
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric with what the monitors know now."""
+        monitors, names = self._monitors, self._names
+        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (about, value_of) in table.items():
+                family = kind(_PREFIX + name, about, labels=names)
+                for values, monitor in monitors.items():
+                    family.add_metric(values, value_of(monitor))
+                yield family
+        layers = [(values, layer) for values, monitor in monitors.items() for layer in self._table(values, monitor)]
+        for name, (about, number) in _LAYERS.items():
+            family = GaugeMetricFamily(_PREFIX + name, about, labels=(*names, "layer"))
+            for values, layer in layers:
+                family.add_metric((*values, layer.name), number(layer))
+            yield family
+
+    def _table(self, values: tuple[str, ...], monitor: ShiftMonitor) -> list[LayerShift]:
+        """What is known of every layer, made anew only if there was another round."""
+        evidence = monitor.stream.evidence
+        known, table = self._tables.get(values, (None, []))
+        if known is not evidence:
+            table = monitor.table()
+            self._tables[values] = evidence, table
+        return table

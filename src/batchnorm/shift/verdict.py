@@ -1,0 +1,380 @@
+"""Verdict: one data set judged offline, by the evidence that a monitor gathers live.
+
+The evidence E is that of ``ShiftMonitor``: on data as the reference knows them, the probability that it ever reaches x
+is 1 / x at most (Ville 1939). So the greatest E on the way through the data set can be quoted as it is.
+
+What n observations could not show: a bet of stake l on a channel's mean wins phi(l (s - delta)) - l^2 kappa / 2 from
+each observation whose mean moved by s, and needs log(K / alpha) in all, where K is what the averages over stakes,
+signs, channels, kinds of bets, layers and starts cost. The least s solves n (phi(l (s - delta)) - l^2 kappa / 2) =
+log(K / alpha) for the best of the stakes, with phi from ``betting``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from batchnorm.population.batches import Batches, call, examples_in
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.shift.alarm import first_moved, hint
+from batchnorm.shift.stream import Stream
+from batchnorm.shift.tap import Tap
+
+if TYPE_CHECKING:
+    from batchnorm.shift.alarm import Alarm, LayerShift
+    from batchnorm.shift.evidence import Evidence
+    from batchnorm.shift.monitor import ShiftMonitor
+
+# changes when a key of to_dict() changes its meaning or goes away
+SCHEMA_VERSION = 1
+_ALL = 2**62  # examples: more than a batch has
+_ROUND = 8  # observations of one update, as live
+_AROUND = 32  # examples before the alarm, and after it, among which pictures are chosen
+_ENOUGH = 100  # observations, before which a correlation is not judged
+_BETS = 8 * 2  # stakes and signs, and starts that the evidence on one channel's mean is averaged with
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A channel that moved: its mean by how many stored sd, its energy to how many times what it was, the evidence."""
+
+    index: int
+    moved: float
+    energy: float
+    log_evidence: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What is known of one layer; ``moved`` if its own evidence reaches the limit. See ``LayerShift``."""
+
+    name: str
+    size: int
+    moved: bool
+    log_evidence: float
+    kind: str
+    channels: tuple[Channel, ...]
+    w2: float
+    kl: float
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """An example near the alarm: its place in the data, from 0, its pixels (C, H, W), and what it adds to log E."""
+
+    example: int
+    gain: float
+    pixels: Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What ``judge`` returns. A value: it holds no model.
+
+    Args:
+        target: The model, in the caller's words.
+        data: The data, likewise.
+        command: What was typed, to be repeated.
+        source: "checkpoint", or "calibrated" with ``calibrated`` observations.
+        unit: What one observation is.
+        alpha: Largest probability of a false alarm.
+        examples: How many passed, in ``batches`` batches; ``left_out`` of them had activations that are not finite.
+        observations: How many they made.
+        log_evidence: Natural logarithm of the greatest evidence on the way.
+        trail: (examples, log evidence) after each round.
+        rang: Examples after which it reached the limit, or None.
+        rise: Examples after which it began to rise to it, roughly.
+        first: The first layer in forward order that moved by itself.
+        hint: What the profile over layers looks like, or "".
+        layers: Every layer, over all examples; over those until the alarm if the evidence has gone since.
+        correlation: Of neighbouring observations, before the evidence rose if there were 100 of them.
+        dependent: Whether that is too much for the unit.
+        sight: The least move of a channel's mean, in stored sd, that so many observations could have shown: the
+            median over channels.
+        seconds: How long it took.
+        pictures: The examples that contribute most around the alarm, as far as they were asked for.
+    """
+
+    target: str
+    data: str
+    command: str
+    source: str
+    calibrated: int
+    unit: str
+    alpha: float
+    examples: int
+    batches: int
+    left_out: int
+    observations: int
+    log_evidence: float
+    trail: tuple[tuple[int, float], ...]
+    rang: int | None
+    rise: int | None
+    first: str | None
+    hint: str
+    layers: tuple[Layer, ...]
+    correlation: float
+    dependent: bool
+    sight: float
+    seconds: float
+    pictures: tuple[Picture, ...] = ()
+
+    @property
+    def log_limit(self) -> float:
+        """Logarithm at which it rings."""
+        return -math.log(self.alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, as the schema beside this file describes them; pictures are left out."""
+        told = {name: getattr(self, name) for name in self.__slots__ if name not in {"pictures", "layers"}}
+        layers = [asdict(layer) for layer in self.layers]
+        versions = {"torch": str(torch.__version__)}
+        head = {"schema_version": SCHEMA_VERSION, "batchnorm": version("batchnorm"), "shift": self.rang is not None}
+        return {**head, **told, "log_limit": self.log_limit, "layers": layers, "versions": versions}
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON: NaN and infinities as strings, since JSON has none."""
+        return json.dumps(_plain(self.to_dict()), indent=1, allow_nan=False)
+
+
+def judge(
+    monitor: ShiftMonitor,
+    loader: Iterable[Any],
+    *,
+    max_examples: int | None = None,
+    pictures: int = 0,
+    target: str = "",
+    data: str = "",
+    command: str = "",
+) -> Verdict:
+    """Whether a data set is what a monitor's reference knows.
+
+    Every example is looked at. The monitor keeps its own stream, and its model is left as it was, bit for bit.
+
+    Args:
+        monitor: Of the model, with the reference, the unit and alpha to judge by.
+        loader: Batches as ``recalibrate`` takes them, in the order in which they came.
+        max_examples: At most so many.
+        pictures: How many examples to keep from around the alarm; the inputs must be pictures.
+        target: What to call the model.
+        data: What to call the data.
+        command: How to repeat it.
+
+    Raises:
+        ValueError: If no example could be judged, the reference's numbers are not finite, or the inputs are no pictures
+            though some were asked for.
+    """
+    start = time.perf_counter()
+    stream = Stream(monitor.reference, monitor.unit, alpha=monitor.stream.alpha, arl=None)
+    watch = _Watch(stream, _Album(pictures))
+    with _unwarned():
+        for inputs, z, q in _passes(monitor, loader, max_examples):
+            watch.see(inputs, z, q)
+    if not stream.evidence.observations:
+        raise ValueError("shift needs examples with finite activations, got none. Look for the cause: batchnorm doctor")
+    if any(math.isnan(log) for _, log in watch.trail):
+        raise ValueError(
+            "shift needs a reference whose numbers are finite, got evidence that is none. Calibrate again."
+        )
+    names = {"target": target, "data": data, "command": command}
+    return _verdict(watch, seconds=time.perf_counter() - start, **names)
+
+
+def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
+    stream, alarm = watch.stream, watch.stream.alarm
+    known = stream.reference
+    rise = _rise(watch.trail, alarm)
+    correlation, dependent = watch.dependence(rise)
+    is_past = alarm is not None and stream.evidence.log < stream.limit
+    table = list(alarm.layers) if alarm is not None and is_past else stream.table()
+    return Verdict(
+        **names, source=known.source, calibrated=known.observations, unit=known.unit, alpha=stream.alpha,
+        examples=stream.passed, batches=watch.batches, left_out=watch.left_out,
+        observations=stream.evidence.observations, log_evidence=max(log for _, log in watch.trail),
+        trail=tuple(watch.trail), rang=alarm and alarm.examples, rise=rise,
+        first=first_moved(table, stream.limit), hint=hint(table, stream.limit),
+        layers=tuple(_layers(stream, table)), correlation=correlation,
+        dependent=dependent, sight=sight(stream.evidence, stream.alpha), seconds=seconds,
+        pictures=tuple(watch.album.chosen()),
+    )  # fmt: skip
+
+
+def sight(evidence: Evidence, alpha: float) -> float:
+    """The least move of a channel's mean, in stored sd, that would have rung: the median over channels."""
+    known, n = evidence.reference, evidence.observations
+    sizes = torch.tensor(known.sizes)
+    places = len(evidence.log_kinds) * len(sizes) * sizes.double()
+    cost = (_BETS * places / alpha).log().repeat_interleave(sizes)
+    stakes = evidence.stakes[0]
+    won = cost / n + stakes.square() * known.kappa / 2  # that phi has to reach
+    moves = ((2 * won.exp() - 1).sqrt() - 1) / stakes  # phi(y) = log(1 + y + y^2 / 2), inverted
+    return float((known.delta + moves.amin(0)).median())
+
+
+def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
+    """Examples at the least evidence before the alarm: on clean data it only sinks, so that a change follows there."""
+    if alarm is None:
+        return None
+    before = [(log, -examples) for examples, log in trail if examples <= alarm.examples]
+    least = -min(before)[1]
+    return 0 if least == trail[0][0] else least
+
+
+def _layers(stream: Stream, table: list[LayerShift]) -> Iterator[Layer]:
+    known, n = stream.reference, stream.evidence.observations
+    sizes = list(known.sizes)
+    mean, energy = stream.state().tensors["sums"] / n
+    found = (row.split(sizes) for row in (mean - known.center, energy / known.power, stream.evidence.log_channels))
+    for layer, size, *rows in zip(table, sizes, *found, strict=True):
+        channels = tuple(Channel(c, *(float(row[c]) for row in rows)) for c in layer.channels)
+        is_moved = layer.log_evidence >= stream.limit
+        yield Layer(layer.name, size, is_moved, layer.log_evidence, layer.kind, channels, layer.w2, layer.kl)
+
+
+# -- on the way through the data ----------------------------------------------------------------------------------
+
+
+@final
+class _Watch:
+    """A stream that is fed round by round, with the evidence after each."""
+
+    def __init__(self, stream: Stream, album: _Album) -> None:
+        self.stream, self.album = stream, album
+        self.trail: list[tuple[int, float]] = []
+        self._alike: list[tuple[float, bool, int]] = []  # correlation, whether it is too much, of how many
+        self.batches = self.left_out = 0
+
+    def see(self, inputs: Any, z: Tensor, q: Tensor) -> None:
+        """Count one batch. Examples are observed in rounds of 8, however large the batches are."""
+        self.batches += 1
+        finite = z.isfinite().all(1) & q.isfinite().all(1)
+        self.left_out += int((~finite).sum())
+        size = _ROUND if self.stream.reference.unit == "example" else len(z)
+        for at in range(0, len(z), size):
+            part = slice(at, at + size)
+            self.album.add(inputs, self.stream.passed, z[part], q[part], at)
+            self.stream.passed += len(z[part])
+            self.stream.observe(z[part], q[part])
+            self.trail.append((self.stream.passed, self.stream.update()))
+            found = self.stream.autocorrelation
+            self._alike.append((found.r, found.is_wrong, found.count))
+            self.album.note(self.stream)
+
+    def dependence(self, rise: int | None) -> tuple[float, bool]:
+        """Correlation of neighbours and whether it is too much, before a change if that can be told.
+
+        A change within the data makes neighbours alike too, and is no fault of the unit.
+        """
+        before = [row for (n, _), row in zip(self.trail, self._alike, strict=True) if rise is not None and n <= rise]
+        r, is_wrong, _ = before[-1] if before and before[-1][2] >= _ENOUGH else self._alike[-1]
+        return r, is_wrong
+
+
+@final
+class _Album:
+    """Examples from shortly before the alarm to shortly after it, and the evidence there."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._rows: deque[tuple[int, Tensor, Tensor, Tensor]] = deque(maxlen=2 * _AROUND)
+        self._evidence: Evidence | None = None
+        self._left = _AROUND  # examples to take after the alarm
+
+    def add(self, inputs: Any, example: int, z: Tensor, q: Tensor, at: int) -> None:
+        """Keep these examples, whose inputs begin at ``at``, while they are near."""
+        if not self._wanted or self._left <= 0:
+            return
+        if self._evidence is not None:
+            self._left -= len(z)
+        pixels = _pixels(inputs)[at : at + len(z)]
+        rows = zip(range(example, example + len(z)), z, q, pixels, strict=True)
+        self._rows.extend((i, z1, q1, x.detach().cpu()) for i, z1, q1, x in rows if bool(z1.isfinite().all()))
+
+    def note(self, stream: Stream) -> None:
+        """Remember the evidence of the alarm."""
+        if self._evidence is None and stream.alarm is not None:
+            self._evidence = stream.evidence
+
+    def chosen(self) -> list[Picture]:
+        """Those that would add most to the evidence of the alarm if they came once more, the largest first."""
+        if self._evidence is None:
+            return []
+        before = self._evidence
+        pictures = [
+            Picture(i, before.after(z[None], q[None]).log - before.log, pixels) for i, z, q, pixels in self._rows
+        ]
+        return sorted(pictures, key=lambda picture: -picture.gain)[: self._wanted]
+
+
+def _pixels(inputs: Any) -> Tensor:
+    """The inputs as pictures, (N, C, H, W) with 1 or 3 channels."""
+    x = next(iter(inputs.values()), None) if isinstance(inputs, dict) else inputs
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in {1, 3}:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"pictures need inputs (N, C, H, W) with C = 1 or 3, got {shape}. Leave --images out.")
+    return x
+
+
+def _passes(
+    monitor: ShiftMonitor, loader: Iterable[Any], max_examples: int | None
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each batch's inputs, with the means and energies of its examples, (n, channels), at all layers."""
+    model, tap = monitor.model, Tap(monitor.layers, monitor.reference)
+    device = next((p.device for p in model.parameters()), None)
+    batches = Batches(loader, max_examples, device, who="shift")
+    with preserve_state(model), preserve_random_state(*batches.generators), _attached(tap):
+        model.eval()
+        for batch in batches:
+            tap.examples = _ALL
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
+            with uncompiled(), torch.no_grad():
+                call(model, batch)
+            if (seen := tap.taken()) is None or len(seen[0]) != examples_in(batch):
+                raise ValueError(
+                    "shift needs passes that reach every batch norm layer with each example once, got another. "
+                    "Give a model whose layers all see whole batches."
+                )
+            yield kept, *seen
+
+
+@contextmanager
+def _attached(tap: Tap) -> Iterator[None]:
+    handles = tap.attach()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """A block in which a stream's warnings are not given: the verdict tells the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ShiftMonitor:", RuntimeWarning)
+        yield
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
