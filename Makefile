@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help why test check bench bench-quick acceptance sanitize docs clean browser
+.PHONY: help why test check bench bench-quick bench-shift bench-watch acceptance sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,6 +40,14 @@ bench: $(STAMP)  ## time everything against torch and other libraries (15 minute
 
 bench-quick: $(STAMP)  ## the same in two minutes, a few cases
 	$(BIN)/python benchmarks/run.py --quick
+
+bench-shift: $(STAMP)  ## the shift alarm's promises at full size, and other detectors on the same streams (an hour)
+	$(BIN)/python benchmarks/shift/bench_shift.py
+	$(BIN)/python benchmarks/shift/bench_peers.py
+
+bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and TensorBoard (ten minutes)
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/bench_watch.py
 
 # other people's models: their files only, without what those packages depend on
 acceptance: $(STAMP)  ## the doctor on models that others shipped, and on a large file; writes acceptance/results.json

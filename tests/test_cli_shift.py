@@ -308,7 +308,8 @@ WRONG = {
         lambda: _ok("--reference", _altered(lambda tensors, _: tensors["kappa"].fill_(torch.nan)))(), "Calibrate again"
     ),
     "a reference cut short": (
-        lambda: _ok("--reference", _altered(lambda t, _: t.update(kappa=t["kappa"][:3].clone())))(), "is a damaged reference"
+        lambda: _ok("--reference", _altered(lambda t, _: t.update(kappa=t["kappa"][:3].clone())))(),
+        "is a damaged reference",
     ),
     "a reference of another model": (lambda: _ok("--reference", _of_another_model())(), "stale"),
     "a reference of another unit": (lambda: _ok("--reference", _of_batches())(), "Calibrate again, or use its unit"),

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from batchnorm.adaptation import Adapter, DomainBank, adapt, adapted
     from batchnorm.allocator import tune_allocator
     from batchnorm.doctor import examine, treat
     from batchnorm.inputs import InputNorm
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "DomainBank",
     "InputNorm",
     "Moments",
     "ShiftMonitor",
     "__version__",
+    "adapt",
+    "adapted",
     "convert",
     "examine",
     "find",
@@ -50,12 +55,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": "adaptation",
     "BatchNorm1d": "layers",
     "BatchNorm2d": "layers",
     "BatchNorm3d": "layers",
+    "DomainBank": "adaptation",
     "InputNorm": "inputs",
     "Moments": "moments",
     "ShiftMonitor": "shift",
+    "adapt": "adaptation",
+    "adapted": "adaptation",
     "convert": "surgery",
     "examine": "doctor",
     "find": "surgery",

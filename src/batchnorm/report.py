@@ -1,4 +1,4 @@
-"""One file that shows what was measured: the verdicts of the lecture with their charts.
+"""One file that shows what was measured: verdicts, of the lecture or of a user's model, with their charts.
 
 The file stands alone. It loads nothing, runs no script unless it was asked to be interactive, and says before
 each result by which criterion it was judged. A Verdicts value becomes plain text, numbers and SVG here; what
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm.lecture import NAMES
 from batchnorm.lecture.claim import Status
-from batchnorm.lecture.criteria import LEVEL, VERSION
 from batchnorm.replacing import replacing
 
 if TYPE_CHECKING:
@@ -65,8 +64,8 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
         "environment": environment(),
         "sections": [_section(outcome) for outcome in verdicts.outcomes],
         "failed": list(_failed(verdicts)),
-        "LEVEL": LEVEL,
-        "VERSION": VERSION,
+        "LEVEL": verdicts.level,
+        "VERSION": verdicts.version,
         "claims_in_all": len(NAMES),
     }
     live = {"script": _script(), "specifications": _specifications(page["sections"])} if interactive else {}

@@ -1,9 +1,13 @@
-"""``batchnorm why``: the lecture's claims, measured on its own networks."""
+"""``batchnorm why``: the lecture's claims measured on its own networks, or its questions asked of the user's model."""
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
@@ -11,12 +15,15 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from batchnorm import addresses
 from batchnorm.cli.terminal import Talk, check_writable, progress_bar, require
 from batchnorm.lecture import NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from batchnorm.ablation.answers import Answers
+    from batchnorm.ablation.subject import Subject
     from batchnorm.lecture.claim import Settings, Verdict
     from batchnorm.lecture.verdicts import Outcome, Verdicts
 
@@ -24,6 +31,21 @@ FULL_SEEDS = 20
 _GLYPHS = {"SUPPORTED": "✓", "NOT SUPPORTED": "–", "OPPOSITE": "✗", "INVALID": "?"}
 _STYLES = {"SUPPORTED": "green", "NOT SUPPORTED": "yellow", "OPPOSITE": "red", "INVALID": "dim"}
 _LECTURE = ("torch", "numpy", "scipy", "sklearn")
+_MODEL = ("torch", "numpy", "scipy")
+_DRAWS = 5  # random draws of examples where nothing is trained
+
+
+def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:  # noqa: ARG001
+    """Learning rates from text with commas, in rising order."""
+    if value is None:
+        return None
+    try:
+        rates = sorted({float(part) for part in value.split(",")})
+    except ValueError:
+        rates = []
+    if len(rates) < 2 or not 0 < rates[0] <= rates[-1] < float("inf"):
+        raise click.BadParameter(f"two positive numbers or more are needed, got {value!r}. As 0.01,0.1,1.")
+    return tuple(rates)
 
 
 @click.command()
@@ -33,11 +55,19 @@ _LECTURE = ("torch", "numpy", "scipy", "sklearn")
     "names",
     multiple=True,
     type=click.Choice(NAMES),
-    help="Run this claim only; may be given again.",
+    help="Run this claim of the lecture only; may be given again.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 20]")
 @click.option("--full", is_flag=True, help=f"{FULL_SEEDS} seeds, for narrower intervals.")
+@click.option("--data", metavar="ADDRESS", help="Batches for MODEL: data.py:loader.")
+@click.option("--test", metavar="ADDRESS", help="Held-out batches.  [default: every fifth of --data]")
+@click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of MODEL's function; repeatable.")
+@click.option("--loss", metavar="ADDRESS", help="loss(output, batch) -> scalar.  [default: by the targets]")
+@click.option("--weights", metavar="FILE", help="Checkpoint of MODEL, for what needs no training.")
+@click.option("--no-train", is_flag=True, help="Only what MODEL shows as it is.")
+@click.option("--steps", type=click.IntRange(min=10), help="Training steps of each run.  [default: about 2 minutes]")
+@click.option("--rates", callback=_rates, metavar="R,R,...", help="Learning rates of every arm.  [default: five]")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("why.html"), show_default=True,
     help="Report: .html, .json or .md by its suffix.",
@@ -50,30 +80,53 @@ _LECTURE = ("torch", "numpy", "scipy", "sklearn")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def why(
     model: str | None, names: tuple[str, ...], seed: int, seeds: int | None, full: bool,
-    output: Path, output_format: str, interactive: bool, quiet: bool,
+    output: Path, output_format: str, interactive: bool, quiet: bool, **asked: Any,
 ) -> None:  # fmt: skip
     """Measure why batch norm works; write a report.
 
-    Every claim of the lecture is an experiment on data that comes with the package, with a criterion fixed
-    beforehand. The same seed gives the same numbers.
+    Without MODEL, every claim of the lecture is an experiment on data that comes with the package. With a MODEL of
+    yours (model.py:make_model --data data.py:loader), its questions are asked of it: it is trained with batch norm,
+    without, and normalized once, and measured. Criteria are fixed beforehand. The same seed gives the same numbers.
     """
-    if model is not None:
-        raise click.UsageError(f"why runs the lecture's own networks only, got {model!r}. Leave the argument out.")
+    _check_options(model, names, asked, full=full)
     _check_output(output, interactive=interactive)
-    require(*_LECTURE, what="the lecture", extra="torch,lecture")
+    require(*(_MODEL if model else _LECTURE), what="a model" if model else "the lecture", extra="torch,lecture")
     from batchnorm import report
-    from batchnorm.lecture.claim import Settings
 
     if output.suffix.lower() == ".html":
         report.require_extra()
-
-    settings = Settings(seed, seeds or (FULL_SEEDS if full else 5))
-    names = tuple(name for name in NAMES if name in names) or NAMES
-    talk = Talk(stderr=output_format != "rich", highlight=False)
-    verdicts = _run_claims(names, settings, talk, _command(names, settings), quiet=quiet)
+    # the stream itself: standard output is kept from the user's code while that runs
+    talk = Talk(file=sys.stdout if output_format == "rich" else sys.stderr, highlight=False)
+    if model is None:
+        verdicts: Verdicts = _lecture(names, seed, seeds or (FULL_SEEDS if full else 5), talk, quiet=quiet)
+    else:
+        verdicts = _model(_Asked(model, seed, seeds or (FULL_SEEDS if full else None), **asked), talk, quiet=quiet)
     report.write(verdicts, output, interactive=interactive)
     _show(verdicts, output_format)
     talk.print(f"report: {output}", soft_wrap=True)
+
+
+def _check_options(model: str | None, names: tuple[str, ...], asked: dict[str, Any], *, full: bool) -> None:
+    """Find options that do not go together."""
+    if model is None:
+        for name, value in asked.items():
+            if value:
+                option = "--set" if name == "given" else f"--{name.replace('_', '-')}"
+                raise click.UsageError(f"{option} is about a model, got none. Name one: why model.py:make_model.")
+        return
+    if names:
+        raise click.UsageError(f"--claim is for the lecture's own networks, got {model!r} too. Leave one of them out.")
+    addresses.refuse_code(model)
+    if not addresses.is_address(model):
+        raise click.UsageError(
+            f"a model is file.py:function or package.module:function, got {model!r}. Name a function."
+        )
+    if not asked["data"]:
+        raise click.UsageError("a model is asked with data. Give its batches: --data data.py:loader.")
+    if asked["no_train"]:
+        for name, value in (("--steps", asked["steps"]), ("--rates", asked["rates"]), ("--full", full)):
+            if value:
+                raise click.UsageError(f"{name} is about training, and --no-train was given. Leave one of them out.")
 
 
 def _check_output(output: Path, *, interactive: bool) -> None:
@@ -87,6 +140,17 @@ def _check_output(output: Path, *, interactive: bool) -> None:
     if interactive and output.suffix.lower() != ".html":
         raise ValueError(f"--interactive needs an .html report, got {str(output)!r}. Leave one of the two out.")
     check_writable(output)
+
+
+# -- the lecture ----------------------------------------------------------------------------------------------
+
+
+def _lecture(names: tuple[str, ...], seed: int, seeds: int, talk: Talk, *, quiet: bool) -> Verdicts:
+    from batchnorm.lecture.claim import Settings
+
+    settings = Settings(seed, seeds)
+    names = tuple(name for name in NAMES if name in names) or NAMES
+    return _run_claims(names, settings, talk, _command(names, settings), quiet=quiet)
 
 
 def _command(names: Iterable[str], settings: Settings) -> str:
@@ -122,6 +186,147 @@ def _announce(name: str, talk: Talk) -> None:
         talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
 
 
+# -- the user's model -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the command line says of a model."""
+
+    target: str
+    seed: int
+    seeds: int | None
+    data: str
+    test: str | None
+    given: tuple[str, ...]
+    loss: str | None
+    weights: str | None
+    no_train: bool
+    steps: int | None
+    rates: tuple[float, ...] | None
+
+    def command(self, seeds: int, steps: int | None = None) -> str:
+        """The command line that repeats the numbers, with what was chosen by the time that a step takes."""
+        options = {"--data": self.data, "--test": self.test, "--loss": self.loss, "--weights": self.weights}
+        words = [self.target, *(word for name, value in options.items() if value for word in (name, value))]
+        words += [word for setting in self.given for word in ("--set", setting)]
+        words += ["--rates", ",".join(f"{rate:g}" for rate in self.rates)] if self.rates else []
+        words += ["--no-train"] if self.no_train else []
+        words += ["--steps", str(steps)] if steps else []
+        return shlex.join(["batchnorm", "why", *words, "--seed", str(self.seed), "--seeds", str(seeds)])
+
+
+def _model(asked: _Asked, talk: Talk, *, quiet: bool) -> Answers:
+    """Ask the user's model; what its code raises is told with its place, and what it prints goes to standard error."""
+    with addresses.told(asked.target), contextlib.redirect_stdout(sys.stderr):
+        subject = _subject(asked)
+        return (
+            _looked(asked, subject, talk, quiet=quiet)
+            if asked.no_train
+            else _trained(asked, subject, talk, quiet=quiet)
+        )
+
+
+def _subject(asked: _Asked) -> Subject:
+    from batchnorm.ablation.data import Data
+    from batchnorm.ablation.subject import Subject
+
+    loss = addresses.load(asked.loss) if asked.loss else None
+    if loss is not None and not callable(loss):
+        raise ValueError(f"--loss needs a function of output and batch, got {type(loss).__name__}. Name a function.")
+    data = Data.of(addresses.data(asked.data), addresses.data(asked.test) if asked.test else None)
+    return Subject(asked.target, _factory(asked), data, loss).to_device()
+
+
+def _factory(asked: _Asked) -> Callable[[], Any]:
+    """What makes the model, with its file run once and not for every arm; called once, so that errors come here."""
+    from torch import nn
+
+    settings = addresses.parsed(asked.given)
+    made = addresses.model(asked.target, settings)
+    factory = addresses.load(asked.target)
+    if not isinstance(factory, nn.Module):
+        return lambda: factory(**settings)
+    if not asked.no_train:
+        raise ValueError(
+            f"{asked.target} is a model already, and every arm needs fresh weights. Name the function or class that "
+            "makes it, or give --no-train."
+        )
+    return lambda: made
+
+
+def _trained(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
+    from batchnorm.ablation import train_and_ask
+    from batchnorm.ablation.plan import plan
+    from batchnorm.ablation.training import RATES
+
+    checkpoint = _checkpoint(asked, subject) if asked.weights else None
+    chosen = plan(subject, seed=asked.seed, seeds=asked.seeds, steps=asked.steps, rates=asked.rates or RATES)
+    command = asked.command(chosen.seeds, chosen.steps)
+    train, held = subject.data.counts
+    talk.print(
+        f"{train:,} examples to train with, {held:,} held out; {len(chosen.arms)} arms, {chosen.seeds} seeds, "
+        f"{len(chosen.rates)} learning rates, {chosen.steps} steps of {subject.data.size}: about "
+        f"{_duration(chosen.estimate)} ({1000 * chosen.seconds:.0f} ms a step)"
+    )
+    _announce_questions(talk)
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("training", total=1.0)
+        return train_and_ask(
+            subject, chosen, command, checkpoint=checkpoint,
+            advance=lambda share: bar.update(task, completed=share), say=lambda outcome: _say(outcome, talk),
+        )  # fmt: skip
+
+
+def _looked(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
+    from batchnorm.ablation import look
+
+    draws = range(asked.seed, asked.seed + (asked.seeds or _DRAWS))
+    model = _checkpoint(asked, subject)
+    talk.print("nothing is trained, so nothing is said about learning")
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("measuring", total=1.0)
+        return look(
+            subject, model, draws, asked.command(len(draws)),
+            advance=lambda share: bar.update(task, completed=share), say=lambda outcome: _say(outcome, talk),
+        )  # fmt: skip
+
+
+def _checkpoint(asked: _Asked, subject: Subject) -> Any:
+    """The model as it is, with --weights if given."""
+    from batchnorm.population import preserve_state
+
+    model = subject.fresh(asked.seed)
+    if asked.weights:
+        addresses.load_weights(model, asked.weights)
+    with preserve_state(model):
+        subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # tells at once what does not fit
+    return model
+
+
+def _announce_questions(talk: Talk) -> None:
+    from batchnorm.ablation.criteria import CRITERIA, VERSION
+
+    talk.print(f"criteria version {VERSION}, set before the runs:\n")
+    for criterion in CRITERIA.values():
+        if not criterion.key.startswith(("depth", "census")):
+            talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
+    talk.print()
+
+
+def _say(outcome: Outcome, talk: Talk) -> None:
+    talk.print(f"[bold]{outcome.claim.name}[/bold]")
+    for verdict in outcome.result.verdicts:
+        talk.print(Padding(_line(verdict, ""), (0, 0, 0, 2)))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+# -- words ----------------------------------------------------------------------------------------------------
+
+
 def _line(verdict: Verdict, after: str) -> str:
     return f"{_word(verdict)}  {escape(verdict.told)} [dim]{after}[/dim]"
 
@@ -137,7 +342,8 @@ def _show(verdicts: Verdicts, output_format: str) -> None:
     elif output_format == "md":
         click.echo(verdicts.to_markdown())
     else:
-        Talk(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{verdicts.headline}[/bold]")
+        second = getattr(verdicts, "second", "")
+        Talk(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{escape(verdicts.headline)}[/bold]", second)
 
 
 def _table(outcomes: Iterable[Outcome]) -> Table:

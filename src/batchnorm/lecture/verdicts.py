@@ -14,9 +14,11 @@ from batchnorm.lecture.claim import Status
 from batchnorm.lecture.criteria import LEVEL, VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from batchnorm.lecture.claim import Claim, Result, Settings, Verdict
+
+    Facts = Mapping[str, str]
 
 SCHEMA_VERSION = 1
 
@@ -42,6 +44,15 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One figure at the head of a page: what it is, the figure, and a line on it."""
+
+    what: str
+    figure: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class Verdicts:
     """Every outcome of one run of the lecture.
 
@@ -54,6 +65,41 @@ class Verdicts:
     settings: Settings
     outcomes: Sequence[Outcome]
     command: str
+
+    @property
+    def title(self) -> str:
+        """What the page is called."""
+        return "Why batch norm works, measured"
+
+    @property
+    def level(self) -> float:
+        """Level of the intervals that verdicts were read off."""
+        return LEVEL
+
+    @property
+    def version(self) -> str:
+        """Version of the criteria."""
+        return VERSION
+
+    @property
+    def second(self) -> str:
+        """What stands below the headline; "" for nothing."""
+        return ""
+
+    @property
+    def cards(self) -> Sequence[Card]:
+        """Figures at the head of the page."""
+        return ()
+
+    @property
+    def measured(self) -> Facts:
+        """How it was measured, where a run has its own words for it."""
+        return {}
+
+    @property
+    def unasked(self) -> Facts:
+        """Question -> why it was not asked."""
+        return {}
 
     @property
     def headline(self) -> str:
@@ -89,8 +135,8 @@ class Verdicts:
         """JSON-able data without times, so that two runs with the same settings compare equal."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "criteria_version": VERSION,
-            "level": LEVEL,
+            "criteria_version": self.version,
+            "level": self.level,
             "headline": self.headline,
             "seeds": list(self.settings.all_seeds),
             "effort": self.settings.effort,

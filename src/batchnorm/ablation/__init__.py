@@ -1,0 +1,113 @@
+"""The lecture's questions asked of the user's own model: trained with batch norm, without it, and normalized once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from batchnorm.ablation.answers import Answers
+    from batchnorm.ablation.plan import Plan
+    from batchnorm.ablation.subject import Subject
+    from batchnorm.lecture.claim import Claim
+    from batchnorm.lecture.verdicts import Outcome
+
+Advance = Callable[[float], None]
+Say = Callable[[Any], None]
+
+_TRAINING = 0.93  # share of the time that training takes
+
+
+def train_and_ask(
+    subject: Subject, plan: Plan, command: str, *, checkpoint: nn.Module | None = None,
+    advance: Advance = lambda _: None, say: Say = lambda _: None,
+) -> Answers:  # fmt: skip
+    """Train every arm of the plan and answer every question.
+
+    Args:
+        subject: The model, its data and its loss.
+        plan: What is trained.
+        command: The command line that repeats it.
+        checkpoint: A trained model, of which noise and test time are asked in place of those trained here.
+        advance: Told the share that is done.
+        say: Given each outcome as it comes.
+    """
+    from batchnorm.ablation import noise, snapshot, test_time
+    from batchnorm.ablation.scale import can_ask, scale
+    from batchnorm.ablation.shift import shift
+    from batchnorm.ablation.smooth import smooth
+    from batchnorm.ablation.speed import rates, speed
+    from batchnorm.ablation.study import study
+    from batchnorm.ablation.subject import undisturbed
+
+    with undisturbed(subject):
+        start = time.perf_counter()
+        trained = study(subject, plan, lambda share: advance(_TRAINING * share))
+        seconds = time.perf_counter() - start
+        makers = [speed, rates, *([scale] if can_ask(trained) else []), shift, smooth]
+        claims = [make(trained) for make in makers]
+        if checkpoint is None:
+            claims += [noise.noise(trained), test_time.test_time(trained)]
+        else:
+            claims += [c for c in snapshot.claims(subject, checkpoint, plan.all_seeds) if c.name != "scale"]
+        outcomes = _asked(claims, plan.seed, plan.seeds, seconds, say)
+        advance(1.0)
+        answers = _answers(subject, outcomes, command, plan=plan, checkpoint=checkpoint)
+    return replace(answers, steps=plan.steps, idle=trained.idle(), advice=trained.advice())
+
+
+def look(
+    subject: Subject, model: nn.Module, seeds: range, command: str, *,
+    advance: Advance = lambda _: None, say: Say = lambda _: None,
+) -> Answers:  # fmt: skip
+    """Ask one model as it is what can be asked without training; it is left as it was."""
+    from batchnorm.ablation.snapshot import claims
+    from batchnorm.ablation.subject import undisturbed
+
+    with undisturbed(subject):
+        asked = claims(subject, model, seeds)
+        outcomes = []
+        for done, claim in enumerate(asked, start=1):
+            outcomes += _asked([claim], seeds[0], len(seeds), 0.0, say)
+            advance(done / len(asked))
+        return _answers(subject, outcomes, command, draws=seeds)
+
+
+def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say) -> list[Outcome]:
+    """Outcomes, each with its time; the first one has the training's."""
+    from batchnorm.lecture.claim import Settings
+    from batchnorm.lecture.verdicts import Outcome
+
+    outcomes = []
+    for claim in claims:
+        start = time.perf_counter()
+        result = claim.run(Settings(seed, seeds), lambda _: None)
+        result = replace(result, charts=[chart for chart in result.charts if chart.rows])
+        outcomes.append(Outcome(claim, result, seconds + time.perf_counter() - start))
+        say(outcomes[-1])
+        seconds = 0.0
+    return outcomes
+
+
+def _answers(
+    subject: Subject, outcomes: list[Outcome], command: str, *,
+    plan: Plan | None = None, draws: range = range(2), checkpoint: nn.Module | None = None,
+) -> Answers:  # fmt: skip
+    from batchnorm.ablation.answers import Answers
+    from batchnorm.ablation.facts import facts, left_out
+    from batchnorm.lecture.claim import Settings
+
+    seeds = plan.all_seeds if plan else draws
+    return Answers(
+        Settings(seeds[0], len(seeds)),
+        outcomes,
+        command,
+        model=subject.name,
+        measured=facts(subject, plan, seeds, checkpoint=checkpoint is not None),
+        unasked=left_out(plan),
+        trained=plan is not None,
+    )

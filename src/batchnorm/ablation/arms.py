@@ -1,0 +1,115 @@
+"""The arms: one model, four ways to normalize, the same number of parameters and the same first weights in all.
+
+    with       y = gamma (x - mu_B) / sqrt(var_B + eps) + beta      batch norm as it is in the model
+    without    y = gamma x + beta                                   the same parameters, no statistics
+    once       y = gamma (x - mu_0) / sqrt(var_0 + eps) + beta      mu_0, var_0 of the first training batch, fixed
+    scaled     without, behind an InputNorm                         only for float inputs with features
+
+A layer that does not normalize by its batch is a frozen layer: ``without`` stores mean 0 and variance 1 - eps, and
+``once`` the statistics of the first batch. So whatever else a layer does (an activation, a residual) goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.ablation.data import Data, inputs_of
+from batchnorm.ablation.subject import Subject
+from batchnorm.inputs import InputNorm
+from batchnorm.layers import batch_norms, input_of
+from batchnorm.moments import Moments
+from batchnorm.population.batches import call
+from batchnorm.population.freezing import freeze, has_stored_statistics
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+WITH, WITHOUT, ONCE, SCALED = "with", "without", "once", "scaled"
+CALLED = {
+    WITH: "with batch norm",
+    WITHOUT: "without batch norm",
+    ONCE: "normalized once",
+    SCALED: "with normalized inputs only",
+}
+
+
+def make_arm(subject: Subject, arm: str, seed: int) -> nn.Module:
+    """A new model of an arm with the first weights of a seed, in train mode."""
+    model = subject.fresh(seed)
+    if arm == ONCE:
+        fix(model, next(subject.data.deal(seed)))
+    elif arm in {WITHOUT, SCALED}:
+        strip(model)
+    if arm == SCALED:
+        normalize_inputs(model, subject.data)
+    return model
+
+
+def strip(model: nn.Module) -> None:
+    """Make every batch norm layer gamma x + beta."""
+    for layer in batch_norms(model).values():
+        _store(layer, torch.zeros(layer.num_features), torch.full((layer.num_features,), 1.0 - layer.eps))
+    freeze(model)
+
+
+def fix(model: nn.Module, batch: Any) -> None:
+    """Make every batch norm layer normalize by the statistics of this batch, in train mode, from now on.
+
+    On this batch the outputs are those of the model as it was in train mode, but for rounding: the variance that is
+    stored is the biased one, by which train mode normalizes.
+    """
+    found: dict[str, Moments] = {}
+
+    def hook(path: str) -> Any:
+        def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = input_of(args, kwargs)
+            found[path] = found.get(path, Moments.empty()) + Moments.of(x.detach())
+
+        return look
+
+    layers = batch_norms(model)
+    handles = [layer.register_forward_pre_hook(hook(path), with_kwargs=True) for path, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, layer in layers.items():
+        if path in found:
+            _store(layer, found[path].mean, found[path].var)
+        elif not has_stored_statistics(layer):  # one that no forward reaches
+            _store(layer, torch.zeros(layer.num_features), torch.ones(layer.num_features))
+    freeze(model)
+
+
+def normalize_inputs(model: nn.Module, data: Data) -> None:
+    """Put an InputNorm of the training data in front of the model."""
+    norm = input_norm(data)
+
+    def hook(_: nn.Module, args: tuple) -> tuple:
+        return (norm(args[0]), *args[1:])
+
+    model.register_forward_pre_hook(hook)
+
+
+def input_norm(data: Data) -> InputNorm:
+    """Normalization of each feature, (N, F), or channel, (N, C, ...), by the training data."""
+    inputs = [inputs_of(batch) for batch in data.train]
+    return InputNorm.from_moments(sum((Moments.of(x) for x in inputs if x is not None), Moments.empty()))
+
+
+def _store(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    if has_stored_statistics(layer):
+        pair = (layer.running_mean, mean), (layer.running_var, var)
+        with torch.no_grad():
+            for buffer, value in pair:
+                assert buffer is not None  # noqa: S101 - has_stored_statistics says so
+                buffer.copy_(value)
+        return
+    like = next((t for t in layer.parameters() if t.is_floating_point()), torch.empty(0))
+    layer.track_running_stats = True
+    layer.running_mean, layer.running_var = (t.to(like.device, torch.float32) for t in (mean, var))

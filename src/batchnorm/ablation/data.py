@@ -1,0 +1,233 @@
+"""The user's data: a pass of a loader in memory, split into training and held-out batches, and dealt out by seed.
+
+Where batches can be joined (the same tensors in every batch, of one shape for each example), examples are dealt into
+new batches each epoch, so that a loader sorted by class does not decide the outcome. Where they cannot, such as
+sentences of different lengths, the loader's own batches come in a new order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+EXAMPLES = 4096  # of a pass that are read: enough for every question, and some hundred steps
+_BYTES = 2**28  # of memory that the examples may take
+_EVERY = 5  # one batch in so many is held out
+
+
+class _ApartError(Exception):
+    """Batches that cannot be joined into one."""
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Data:
+    """Training and held-out batches.
+
+    Args:
+        train: Training batches, as the loader gave them.
+        held: Held-out batches.
+        pool: All training examples as one batch, or None where they cannot be joined.
+        size: Examples in a batch.
+        dropped: Batches of one example, which cannot be normalized by themselves, that were left out.
+    """
+
+    train: Sequence[Any]
+    held: Sequence[Any]
+    pool: Any
+    size: int
+    dropped: int = 0
+
+    @classmethod
+    def of(cls, train: Iterable[Any], test: Iterable[Any] | None = None, *, examples: int = EXAMPLES) -> Data:
+        """Read a pass, up to ``examples``; without ``test`` every fifth batch is held out.
+
+        Raises:
+            ValueError: If there are no batches, none has two examples, or one alone is left to train with.
+        """
+        kept, dropped = _usable(_read(train, examples, "--data"))
+        held = kept[_EVERY - 1 :: _EVERY] or kept[-1:]
+        if test is not None:
+            held = _read(test, examples, "--test")
+        fitted = [batch for batch in kept if test is not None or not any(batch is other for other in held)]
+        if not fitted:
+            raise ValueError(
+                "--data needs 2 batches or more, one of them to be held out, got 1. Use a smaller batch_size, or "
+                "give held-out data by --test."
+            )
+        return cls(fitted, held, joined(fitted), examples_in(fitted[0]), dropped)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Examples to train with, and held out."""
+        return sum(map(examples_in, self.train)), sum(map(examples_in, self.held))
+
+    def deal(self, seed: int) -> Iterator[Any]:
+        """Training batches without end, the same for the same seed; each is a copy."""
+        random = torch.Generator().manual_seed(seed)
+        if self.pool is None:
+            while True:
+                for index in torch.randperm(len(self.train), generator=random).tolist():
+                    yield each(self.train[index], _copied)
+        total = examples_in(self.pool)
+        while True:
+            for drawn in torch.randperm(total, generator=random).split(min(self.size, total)):
+                if len(drawn) == min(self.size, total):
+                    yield take(self.pool, drawn)
+
+    def to(self, device: torch.device) -> Data:
+        """The same on another device."""
+
+        def moved(batch: Any) -> Any:
+            return each(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+        train, held = [moved(b) for b in self.train], [moved(b) for b in self.held]
+        return Data(train, held, moved(self.pool), self.size, self.dropped)
+
+
+def regrouped(batches: Sequence[Any], size: int, seed: int) -> list[Any] | None:
+    """The examples of ``batches`` in batches of ``size``, at random; None where they cannot be joined."""
+    pool = joined(batches)
+    if pool is None:
+        return None
+    random = torch.Generator().manual_seed(seed)
+    groups = torch.randperm(examples_in(pool), generator=random).split(size)
+    return [take(pool, group) for group in groups if len(group) == size]
+
+
+def inputs_of(batch: Any) -> Tensor | None:
+    """The input that a model gets of a batch where that is one floating-point tensor with features, else None."""
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    is_one = isinstance(first, Tensor) and first.is_floating_point() and first.ndim >= 2
+    return first if is_one else None
+
+
+def examples_in(batch: Any) -> int:
+    """The length of the first tensor in a batch.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    sizes: list[int] = []
+    each(batch, lambda leaf: sizes.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None)
+    if not sizes:
+        raise ValueError(f"a batch must hold tensors, got {type(batch).__name__} without any. Convert it to tensors.")
+    return sizes[0]
+
+
+def take(batch: Any, chosen: Tensor) -> Any:
+    """Some of a batch's examples, copied."""
+    count = examples_in(batch)
+
+    def part(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf[chosen.to(leaf.device)] if leaf.ndim and len(leaf) == count else leaf.clone()
+
+    return each(batch, part)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """All examples in one batch, or None where the batches do not fit together."""
+    try:
+        return _joined(list(batches), [examples_in(batch) for batch in batches])
+    except _ApartError:
+        return None
+
+
+def each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` applied to everything in its tuples, lists and mappings."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each(part, change) for part in value))
+    if type(value) in {tuple, list}:
+        return type(value)(each(part, change) for part in value)
+    if isinstance(value, Mapping):
+        return _mapped(value, {key: each(part, change) for key, part in value.items()})
+    return change(value)
+
+
+def _read(loader: Iterable[Any], examples: int, option: str) -> list[Any]:
+    if isinstance(loader, Tensor):
+        raise TypeError(f"{option} needs batches, got one tensor. Return a DataLoader or a list of batches.")
+    read, count, memory = [], 0, 0
+    for batch in loader:
+        read.append(batch)
+        count += examples_in(batch)
+        memory += _bytes(batch)
+        if count >= examples or memory >= _BYTES:
+            break
+    if not read:
+        raise ValueError(f"{option} gives no batches. Check the data set's length and the sampler.")
+    return read
+
+
+def _usable(batches: list[Any]) -> tuple[list[Any], int]:
+    """Batches that can be normalized by their own statistics, and the number of the others."""
+    kept = [batch for batch in batches if examples_in(batch) > 1]
+    if not kept:
+        raise ValueError(
+            "batch norm learns from batches of 2 examples or more, got batches of 1. Give --data a larger batch_size."
+        )
+    return kept, len(batches) - len(kept)
+
+
+def _bytes(batch: Any) -> int:
+    sizes: list[int] = []
+    each(batch, lambda leaf: sizes.append(leaf.numel() * leaf.element_size()) if isinstance(leaf, Tensor) else None)
+    return sum(sizes)
+
+
+def _joined(parts: list[Any], counts: list[int]) -> Any:
+    first = parts[0]
+    if any(type(part) is not type(first) for part in parts):
+        raise _ApartError
+    if isinstance(first, Tensor):
+        return _concatenated(parts, counts)
+    if isinstance(first, (tuple, list)):
+        columns = [_joined(list(column), counts) for column in _columns(parts)]
+        return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
+    if isinstance(first, Mapping):
+        if any(part.keys() != first.keys() for part in parts):
+            raise _ApartError
+        return _mapped(first, {key: _joined([part[key] for part in parts], counts) for key in first})
+    if not isinstance(first, (int, float, str, type(None))) or any(part != first for part in parts):
+        raise _ApartError
+    return first
+
+
+def _columns(parts: list[Any]) -> Iterator[Any]:
+    if len({len(part) for part in parts}) > 1:
+        raise _ApartError
+    return zip(*parts, strict=True)
+
+
+def _concatenated(parts: list[Tensor], counts: list[int]) -> Tensor:
+    first = parts[0]
+    alike = all(part.ndim and part.shape[1:] == first.shape[1:] and part.dtype == first.dtype for part in parts)
+    if not alike or [len(part) for part in parts] != counts:
+        raise _ApartError
+    return torch.cat(parts)
+
+
+def _mapped(like: Mapping, values: dict) -> Any:
+    if type(like) is dict:
+        return values
+    try:
+        changed: Any = copy(like)
+        for key, value in values.items():
+            changed[key] = value
+    except TypeError:  # a mapping that takes no values
+        return values
+    return changed
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

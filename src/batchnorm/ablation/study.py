@@ -1,0 +1,86 @@
+"""A study: everything that is trained for one model, in one place that all questions read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
+from batchnorm.ablation.grid import Grid, sweep
+from batchnorm.ablation.watching import Watched, watch
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.plan import Plan
+    from batchnorm.ablation.subject import Subject
+
+Advance = Callable[[float], None]
+PAIR = (WITHOUT, WITH)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """A model with its runs.
+
+    Args:
+        subject: The model, its data and its loss.
+        plan: What was trained.
+        grid: Every arm at every rate.
+        watched: Runs that were looked at, (arm, index of the rate) -> one for each seed.
+    """
+
+    subject: Subject
+    plan: Plan
+    grid: Grid
+    watched: Mapping[tuple[str, int], list[Watched]]
+
+    def equal(self, arm: str) -> list[Watched]:
+        """An arm's runs at the rate that both share."""
+        return self.watched[arm, self.grid.shared()]
+
+    def best(self, arm: str) -> list[Watched]:
+        """An arm's runs at its own best rate."""
+        return self.watched[arm, self.grid.best(arm)]
+
+    def idle(self) -> tuple[str, ...]:
+        """Arms, of those with and without batch norm, that learned at no rate."""
+        return tuple(arm for arm in PAIR if all(self.grid.unlearned(arm, n) for n in range(len(self.plan.rates))))
+
+    def advice(self) -> str:
+        """What would do an arm more justice; "" for nothing."""
+        at = {arm: self.grid.edge(arm) for arm in PAIR if self.grid.edge(arm)}
+        if not at:
+            return ""
+        said = " and ".join(f"{edge} {CALLED[arm]}" for arm, edge in at.items())
+        return f"The best learning rate is {said}: a better one may lie beyond it, which --rates can reach."
+
+    def diverged(self) -> str:
+        """Why the models trained with batch norm cannot be asked; "" if they can."""
+        finite = all(bool(p.isfinite().all()) for run in self.best(WITH) for p in run.model.state_dict().values())
+        return "" if finite else "with batch norm a seed diverged at every rate"
+
+    def unlearned(self, *, equal: bool) -> str:
+        """Why the arms with and without cannot be compared at the equal rate or at the best rates; "" if they can."""
+        at = {arm: self.grid.shared() if equal else self.grid.best(arm) for arm in PAIR}
+        return " and ".join(filter(None, (self.grid.unlearned(arm, at[arm]) for arm in PAIR)))
+
+
+def study(subject: Subject, plan: Plan, advance: Advance = lambda _: None) -> Study:
+    """Train everything; ``advance`` is told the share that is done."""
+    done, total = 0, plan.runs + 4 * plan.seeds
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        advance(done / total)
+
+    grid = sweep(subject, plan.arms, plan.all_seeds, plan.rates, plan.steps, one_more)
+    watched: dict[tuple[str, int], list[Watched]] = {}
+    for key in dict.fromkeys((arm, rate) for arm in PAIR for rate in (grid.shared(), grid.best(arm))):
+        watched[key] = []
+        for seed in plan.all_seeds:
+            watched[key].append(watch(subject, key[0], seed, plan.rates[key[1]], plan.steps))
+            one_more()
+    advance(1.0)
+    return Study(subject, plan, grid, watched)

@@ -1,0 +1,329 @@
+"""Adapter: a deployed model whose statistics follow a shift once a monitor has rung, under guard, and come back.
+
+    watching     the deployed statistics are in use. The monitor rings: gathering
+    gathering    they still are. Each batch is also given to the model under trial statistics, out of sight. If no guard
+                 objects these are used: adapted. If one goes on objecting: refused
+    adapted      statistics that grow with each batch are in use. A guard objects: rolled back
+    refused, rolled back     the deployed statistics are in use until the evidence changes, or ``reset``
+
+What guards ask is in ``guards``, how statistics grow in ``cumulative``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.adaptation.cumulative import energy
+from batchnorm.adaptation.guards import Limits, against, less_than
+from batchnorm.adaptation.measuring import finite_moments
+from batchnorm.adaptation.predictions import Predictions
+from batchnorm.adaptation.statistics import Statistics, adaptable, seeing
+from batchnorm.adaptation.trial import Trial
+from batchnorm.adaptation.window import Window
+from batchnorm.population.batches import examples_in
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from batchnorm.shift import ShiftMonitor
+
+    Layers = dict[str, _BatchNorm]
+
+LOGGER = logging.getLogger("batchnorm.adaptation")
+State = Literal["watching", "gathering", "adapted", "refused", "rolled back"]
+_PATIENCE = 4  # windows that a trial lasts before it is refused
+_CHANGED = 1.25  # a layer's energy moved by so much says that the stream is another one
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change of an adapter's state.
+
+    Args:
+        state: The new one.
+        reason: Why.
+        examples: Examples that had passed.
+        seconds: Unix time.
+    """
+
+    state: State
+    reason: str
+    examples: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.state} after {self.examples} examples: {self.reason}"
+
+
+@final
+class Adapter:
+    """Lets a deployed model follow its inputs from a monitor's alarm on, for as long as that does good.
+
+    ::
+
+        monitor = bn.ShiftMonitor(model, examples=None, budget=None)
+        adapter = bn.Adapter(monitor)
+        with adapter:                       # observes through the monitor, which it starts and stops
+            serve(model)
+        adapter.state, adapter.history
+
+    Until the alarm answers are those of the deployed model, bit for bit. After it each batch is also given to the model
+    under trial statistics, which count every example since the alarm and ``prior`` stored ones. Once ``minimum``
+    examples are counted and no guard objects they are used, and go on growing; those of a batch include it. When a
+    guard objects during use, the batches that follow are answered by the deployed statistics again, bit for bit. These
+    stay until ``reset``, or until a layer's energy under them moves by a quarter: then another trial begins.
+
+    Guards take the outputs for class logits. For other models give ``classes``: without any, only energies are judged,
+    and a stream whose neighbours are alike is refused where the monitor has noticed it. ``history`` says so.
+
+    Nothing but ``running_mean`` and ``running_var`` is written, and after the block they are as before it. The model is
+    followed in eval mode only. A trial calls ``model.forward`` a second time on copies of the inputs, without hooks on
+    the model itself; a compiled model is measured that way, not compiled, for as long as it is adapted.
+
+    Args:
+        monitor: Whose alarm begins it. It rings sooner if it observes all examples of a batch.
+        prior: Examples that the stored statistics count as.
+        minimum: Examples to count before their statistics are used.
+        floor: Least weight of a new example; 1 / floor examples are remembered.
+        window: Examples that the guards look back on.
+        limits: What the guards ask.
+        classes: "logits" if outputs are logits (N, K); a function from the output to logits, or to the predicted class
+            of each example, (N,); None if there are no classes.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model has no layer to adapt.
+    """
+
+    def __init__(
+        self,
+        monitor: ShiftMonitor,
+        *,
+        prior: float = 16,
+        minimum: int = 16,
+        floor: float = 1 / 1024,
+        window: int = 64,
+        limits: Limits | None = None,
+        classes: Literal["logits"] | Callable[[Any], Tensor] | None = "logits",
+    ) -> None:
+        _check(prior, minimum, floor, window)
+        self.monitor, self.minimum, self.limits = monitor, minimum, limits or Limits()
+        self.history: list[Event] = []
+        self._window, self._options = window, {"prior": prior, "floor": floor, "window": window}
+        self._classes = classes
+        self._layers: Layers = adaptable(monitor.model, "Adapter")
+        self._handles: list[Any] = []
+        self._attached = ExitStack()  # what is on the layers for the pass that runs
+        self._start()
+
+    def _start(self) -> None:
+        self.state: State = "watching"
+        self._deployed = Statistics.of(self._layers)
+        self._known: Predictions | None = None  # before the alarm
+        self._renew()
+
+    def _renew(self) -> None:
+        self._trial = Trial(self._layers, self._deployed, **self._options)
+        self._is_counted = False  # whether the pass that runs was counted by a trial before it
+        self._energies: dict[str, tuple[float, float]] = {}  # of a pass under the deployed statistics
+        self._since, self._then = Window(self._window), {}  # energies under the deployed statistics, and at refusal
+
+    def reset(self) -> None:
+        """Take the stream for a new one: deployed statistics, no evidence, no alarm. The history goes on."""
+        self._deployed.put(self._layers)
+        self.monitor.reset()
+        self._start()
+        self._become("watching", "reset")
+
+    def __enter__(self) -> Adapter:
+        if self._handles:
+            raise RuntimeError("an adapter observes one block at a time, got a second one. Leave the first one before.")
+        if not self._deployed.are_in(self._layers):  # somebody trained or recalibrated the model since
+            self._start()
+        if self.state == "adapted":
+            self._trial.statistics.put(self._layers)
+        self._starts_monitor = not self.monitor._handles
+        self.monitor.start()
+        outer = self.monitor._outer
+        self._handles = [
+            # before the monitor's: a trial is none of its observations
+            outer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            outer.register_forward_pre_hook(self._hush),
+            outer.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._attached.close()
+        if self._starts_monitor:
+            self.monitor.stop()
+        if self.state == "adapted":
+            self._trial.statistics = Statistics.of(self._layers)
+            self._deployed.put(self._layers)
+
+    # -- one pass -------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        if not self._is_followed:
+            return
+        if self.state == "gathering":
+            self._gather(args, kwargs)
+        elif self.state == "adapted" and self.monitor._is_compiled:
+            self._trial.begin()
+            self._trial.shadow(self.monitor.model, args, kwargs)
+            self._trial.statistics.put(self._layers)
+        elif self.state == "adapted":
+            self._trial.begin()
+            self._attached.enter_context(seeing(self._layers, self._trial.growing.see))
+        elif self.state != "watching":
+            self._attached.enter_context(seeing(self._layers, self._look))
+
+    def _hush(self, *_: object) -> None:
+        """Keep the monitor, which has rung, from layers whose inputs move because those before them were adapted."""
+        if self.state == "adapted":
+            self.monitor._tap.examples = 0
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+        self._attached.close()
+        examples = examples_in((args, kwargs)) or 0
+        if not self._is_followed or not examples:
+            return
+        if output is None:  # the pass failed
+            if self.state == "adapted" and not self._is_counted:
+                self._trial.undo()
+        elif self.state == "watching":
+            self._watch(args, kwargs, output)
+        elif self.state == "gathering":
+            self._trial.old.add_answers(self._answers(output), examples)
+        elif self.state == "adapted":
+            self._judge(output, examples)
+        else:
+            self._reconsider(examples)
+        self._is_counted = False
+
+    @property
+    def _is_followed(self) -> bool:
+        return not any(layer.training for layer in self._layers.values())
+
+    def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        answers = self._answers(output)
+        if self.monitor.alarm is None:
+            if answers is not None:
+                new = Predictions.of(answers)
+                self._known = new if self._known is None else self._known + new
+            return
+        self._become("gathering", str(self.monitor.alarm))
+        if answers is None:
+            self._note("there are no classes: only energies are judged")
+        elif self._known is None:
+            self._known = Predictions.of(answers[:0])
+        self._gather(args, kwargs)
+        self._trial.old.add_answers(answers, len(answers) if answers is not None else 0)
+
+    def _gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a batch in the trial, and judge it."""
+        trial, examples = self._trial, examples_in((args, kwargs)) or 0
+        try:
+            output = trial.shadow(self.monitor.model, args, kwargs)
+        except Exception as error:  # what fails out of sight may not stop inference
+            LOGGER.exception("a trial pass raised")
+            self._leave("refused", f"the trial pass raised {error!r}")
+            return
+        trial.count(self._answers(output), examples)
+        if trial.new.examples < self.minimum:
+            return
+        objection = self._objection() or less_than(trial.new, trial.old)
+        if objection is None:
+            trial.statistics.put(self._layers)
+            self._is_counted = True
+            self._become("adapted", f"no guard objects to the statistics of {trial.new.examples} examples")
+        elif trial.new.examples >= _PATIENCE * self._window:
+            self._leave("refused", objection)
+
+    def _objection(self) -> str | None:
+        if self._known is None and self.monitor.stream.autocorrelation.is_wrong:
+            return "neighbouring examples are alike, and without classes nothing shows whether the mix is a fair one"
+        return against(self._trial.new, self._known, self.limits, in_use=self.state == "adapted")
+
+    def _judge(self, output: Any, examples: int) -> None:
+        """Count a batch that was answered under new statistics, and go back if a guard objects."""
+        if not self._is_counted:
+            self._trial.count(self._answers(output), examples)
+        if objection := self._objection():
+            self._deployed.put(self._layers)
+            self._leave("rolled back", objection)
+
+    def _leave(self, state: State, reason: str) -> None:
+        self._renew()
+        self._become(state, reason)
+
+    def _look(self, path: str, layer: _BatchNorm, x: Tensor) -> None:
+        self._energies[path] = energy(layer, finite_moments(x.detach())), 1.0
+
+    def _reconsider(self, examples: int) -> None:
+        """Begin another trial if the energies are no longer those at the end of the last one."""
+        if not self._energies:
+            return  # the trial was refused in this very pass
+        self._since.add_energies(self._energies, examples)
+        self._since.add_answers(None, examples)
+        if self._since.examples < self._window:
+            return
+        if not self._then:
+            self._then = dict(self._since.energies)
+        for path, then in self._then.items():
+            now = self._since.energies[path]
+            if not then / _CHANGED <= now <= then * _CHANGED:
+                self._renew()
+                self._become("gathering", f"the energy of layer {path!r} moved from {then:.2f} to {now:.2f}")
+                return
+
+    def _answers(self, output: Any) -> Tensor | None:
+        """Predicted probabilities, (N, K), float64 on the CPU; None without classes."""
+        if self._classes is None:
+            return None
+        found = output if self._classes == "logits" else self._classes(output)
+        is_tensor = isinstance(found, Tensor)
+        if is_tensor and found.is_floating_point() and found.ndim == 2 and found.shape[1] > 1:
+            p = found.detach().cpu().double().softmax(1)
+            # NaN says nothing, and so do all classes alike
+            return torch.where(p.isfinite().all(1, keepdim=True), p, 1 / p.shape[1])
+        if self._classes == "logits":
+            return None
+        if is_tensor and not found.is_floating_point() and found.ndim == 1:
+            return nn.functional.one_hot(found.detach().cpu().long()).double()
+        got = f"{tuple(found.shape)} of {found.dtype}" if is_tensor else type(found).__name__
+        raise ValueError(f"classes must give logits (N, K) or predicted classes (N,), got {got}. Change the function.")
+
+    # -- what happened --------------------------------------------------------------------------------------------
+
+    def _become(self, state: State, reason: str) -> None:
+        self.state = state
+        self._note(reason)
+
+    def _note(self, reason: str) -> None:
+        event = Event(self.state, reason, self.monitor.stream.passed, time.time())
+        self.history.append(event)
+        LOGGER.warning("%s", event)
+
+
+def _check(prior: float, minimum: int, floor: float, window: int) -> None:
+    if not (prior >= 0 and math.isfinite(prior)):
+        raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
+    if minimum < 2 or window < minimum:
+        raise ValueError(f"Adapter needs 2 <= minimum <= window, got minimum {minimum}, window {window}.")
+    if not 0 < floor < 1:
+        raise ValueError(f"floor must be between 0 and 1, got {floor}. 0.001 remembers about 1000 examples.")

@@ -1,0 +1,230 @@
+"""DomainBank: one set of statistics for each place where a model works, and a switch between them.
+
+The weights are shared, the statistics are a domain's own (Chang et al. 2019, "Domain-specific batch normalization for
+unsupervised domain adaptation", keep gamma and beta apart too; here they stay the model's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.adaptation.estimation import adapted
+from batchnorm.adaptation.statistics import Statistics, adaptable
+from batchnorm.layers import unwrapped
+from batchnorm.replacing import replacing
+
+if TYPE_CHECKING:
+    from batchnorm.adaptation.measuring import Layers
+
+VERSION = 1
+SUFFIX = ".bnbank.safetensors"
+STORED = "stored"
+
+
+@final
+class DomainBank:
+    """Statistics of a model by the name of a domain; "stored" are those that it came with.
+
+    ::
+
+        bank = bn.DomainBank(model)
+        bank.add("night", night_loader)
+        with bank.using("night"):
+            model(x)
+
+    Switching writes ``running_mean`` and ``running_var`` in place and nothing else, bit for bit what was added.
+
+    Args:
+        model: Whose statistics are switched. Frozen layers, and those in eval mode inside a model in train mode, are
+            not, like layers without stored statistics.
+
+    Raises:
+        ValueError: If there is no layer to switch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrapped(model)
+        self._layers: Layers = adaptable(self.model, "DomainBank")
+        self._sets = {STORED: Statistics.of(self._layers)}
+
+    def add(
+        self,
+        name: str,
+        loader: Iterable[Any] | None = None,
+        *,
+        prior: float | None = None,
+        ema: float | None = None,
+        max_examples: int | None = None,
+    ) -> Statistics:
+        """Statistics of a domain, measured as by ``adapt`` from the stored ones on; the model is left as it is.
+
+        Args:
+            name: Of the domain, new.
+            loader: Its examples. None takes the statistics that the model uses now, such as an ``Adapter``'s.
+            prior: As in ``adapt``.
+            ema: As in ``adapt``.
+            max_examples: As in ``adapt``.
+
+        Raises:
+            ValueError: If there is such a domain already, or ``adapt`` raises it.
+            TypeError: If ``adapt`` raises it.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a domain's name must be text of at least one letter, got {name!r}.")
+        if name in self._sets:
+            raise ValueError(f"a domain needs a name of its own, got {name!r} again. Remove the one there is before.")
+        if loader is None:
+            self._sets[name] = Statistics.of(self._layers)
+            return self._sets[name]
+        with self.using(STORED), adapted(self.model, loader, prior=prior, ema=ema, max_examples=max_examples):
+            found = Statistics.of(self._layers)
+        self._sets[name] = found
+        return found
+
+    def use(self, name: str) -> None:
+        """Switch the model to a domain's statistics.
+
+        Raises:
+            KeyError: If there is no such domain.
+        """
+        self[name].put(self._layers)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[nn.Module]:
+        """The model with a domain's statistics inside the block, and with those from before it after it, bit for bit.
+
+        Raises:
+            KeyError: If there is no such domain.
+        """
+        chosen, before = self[name], Statistics.of(self._layers)
+        try:
+            chosen.put(self._layers)
+            yield self.model
+        finally:
+            before.put(self._layers)
+
+    @property
+    def current(self) -> str | None:
+        """The domain whose statistics the model has now, by their bits; None if they are no domain's."""
+        return next((name for name, found in self._sets.items() if found.are_in(self._layers)), None)
+
+    def remove(self, name: str) -> None:
+        """Forget a domain; the model keeps what it uses.
+
+        Raises:
+            KeyError: If there is no such domain.
+            ValueError: If it is "stored".
+        """
+        if name == STORED:
+            raise ValueError("the stored statistics are the way back and stay, got remove('stored').")
+        del self._sets[self._checked(name)]
+
+    def __getitem__(self, name: str) -> Statistics:
+        return self._sets[self._checked(name)]
+
+    def __delitem__(self, name: str) -> None:
+        self.remove(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sets)
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def _checked(self, name: str) -> str:
+        if name not in self._sets:
+            raise KeyError(f"no domain {name!r}, there are {', '.join(self._sets)}. Add it with bank.add.")
+        return name
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all domains to a file that ends in .bnbank.safetensors, whole or not at all.
+
+        Raises:
+            ValueError: If the name ends otherwise.
+            OSError: If it cannot be written.
+        """
+        from safetensors.torch import save
+
+        path = Path(path)
+        if not path.name.endswith(SUFFIX):
+            raise ValueError(f"a bank needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}.")
+        about = {"version": VERSION, "names": list(self._sets), "digest": weights_digest(self.model, self._layers)}
+        with replacing(path.absolute()) as file:
+            file.write(save(self._tensors(), {"batchnorm.bank": json.dumps(about)}))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All statistics; domains by number, since a name may hold anything."""
+        return {
+            f"{i}/{kind}/{path}": value.cpu().contiguous()
+            for i, found in enumerate(self._sets.values())
+            for kind, values in (("mean", found.mean), ("var", found.var))
+            for path, value in values.items()
+        }
+
+    def load(self, path: str | os.PathLike[str]) -> DomainBank:
+        """This bank with the domains of a file in place of its own, "stored" among them; the model is left as it is.
+
+        Raises:
+            ValueError: If the file is something else, or of other weights or layers.
+            OSError: If it cannot be read.
+        """
+        about, tensors = _read(path)
+        if about["digest"] != weights_digest(self.model, self._layers):
+            raise ValueError(
+                f"a bank belongs to the weights that it was made with, got other ones than those of {path}. "
+                "Load the weights before, or make a new bank."
+            )
+        self._sets = {name: self._set(i, tensors) for i, name in enumerate(about["names"])}
+        return self
+
+    def _set(self, i: int, tensors: dict[str, Tensor]) -> Statistics:
+        now = self._sets[STORED]
+        parts = [
+            {path: tensors[f"{i}/{kind}/{path}"].to(like.device) for path, like in values.items()}
+            for kind, values in (("mean", now.mean), ("var", now.var))
+        ]
+        return Statistics(*parts)
+
+
+def weights_digest(model: nn.Module, layers: Layers) -> str:
+    """SHA-256 of everything in a state_dict but the statistics that a bank switches, by name, type, shape and bits."""
+    digest = hashlib.sha256()
+    switched = {f"{path}.{name}".lstrip(".") for path in layers for name in _STATISTICS}
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if name not in switched and flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    Path(path).open("rb").close()  # a missing file in Python's words
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("batchnorm.bank", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no bank: {error}. Write one with bank.save(path).") from error
+    if about.get("version") != VERSION:
+        raise ValueError(f"{path} is no bank of version {VERSION}. Write it with bank.save(path).")
+    return about, tensors

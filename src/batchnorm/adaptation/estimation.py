@@ -1,0 +1,132 @@
+"""adapt: the statistics of shifted inputs in place of the stored ones, by themselves or mixed with them.
+
+What a network learned is in its weights; what its inputs look like is in the statistics of its batch norm layers. When
+only the latter changed, new statistics are the whole repair (Li et al. 2016, "Revisiting batch normalization for
+practical domain adaptation": AdaBN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.adaptation import measuring
+from batchnorm.adaptation.statistics import Statistics, adaptable
+from batchnorm.moments import Moments
+from batchnorm.population.batches import Batches
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.shield import preserve_state
+
+
+def adapt(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    prior: float | None = None,
+    ema: float | None = None,
+    max_examples: int | None = None,
+) -> dict[str, Moments]:
+    """The moments that each batch norm layer receives on the given data, by path; its statistics are moved to them.
+
+    Without options the statistics become those of the data, as ``recalibrate`` measures them: layer by layer, dropout
+    off, independent of batch sizes and order. Changed are ``running_mean`` and ``running_var``, in place and at the
+    very end, and nothing else: not weights, gamma, beta, ``num_batches_tracked``, modes or random states. An exception
+    on the way leaves the model bit-identical.
+
+    Frozen layers, and layers in eval mode inside a model in train mode, keep their statistics.
+
+    Args:
+        model: Changed in place, its stored statistics only.
+        loader: Batches as ``recalibrate`` takes them; labels are not used.
+        prior: The stored statistics count as so many examples (not values), the spread between stored and measured
+            means included in the variance (see ``batchnorm.adaptation.statistics``). 0 is the same as None, infinity
+            keeps what is stored. Each layer is measured with those before it normalizing by their mixture.
+        ema: Weight of each batch in an exponential average that starts from the stored statistics, in the order of the
+            loader, each batch normalized by statistics that include it (Yuan et al. 2023, "Robust test-time
+            adaptation in dynamic scenarios", eq. 5; they leave the spread between means out of the variance, here it is
+            in). One pass.
+        max_examples: Stop after this many examples; the last batch is cut to fit.
+
+    Returns:
+        Moments of what each layer received, float64. With ``ema`` over all batches, each under the statistics of its
+        time.
+
+    Raises:
+        TypeError: If ``loader`` is not an iterable of batches.
+        ValueError: If the model has no layer to adapt, an option is out of range, there is no batch, a channel gets
+            fewer than 2 finite values, or a statistic does not fit its buffer.
+
+    Warns:
+        RuntimeWarning: About layers that no forward reached, and batches with NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))  # stores mean 0 and variance 1
+        >>> _ = adapt(model, [torch.tensor([[3.0], [5.0]])], prior=2)
+        >>> model[0].running_mean, model[0].running_var  # (1 + 2) / 2, and (4 - 0)^2 / 4 between the means
+        (tensor([2.]), tensor([5.5000]))
+    """
+    _check(prior, ema)
+    layers = adaptable(model, "adapt")
+    with preserve_state(model), torch.no_grad(), uncompiled(), _own_words():
+        batches = Batches(loader, max_examples, _device_of(model))
+        model.eval()
+        if ema is not None:
+            measured = measuring.exponential(model, batches, layers, ema)
+        else:
+            measured = measuring.exact(model, batches, layers, prior or 0.0)
+        found = Statistics.of(layers)
+    found.put(layers)
+    return measured
+
+
+@contextmanager
+def adapted(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    prior: float | None = None,
+    ema: float | None = None,
+    max_examples: int | None = None,
+) -> Iterator[nn.Module]:
+    """The model, adapted inside the block as by ``adapt``; its statistics are as before after it, bit for bit.
+
+    Also where the block raises. Only statistics are put back: what else the block does to the model stays.
+    """
+    layers = adaptable(model, "adapted")
+    before = Statistics.of(layers)
+    try:
+        adapt(model, loader, prior=prior, ema=ema, max_examples=max_examples)
+        yield model
+    finally:
+        before.put(layers)
+
+
+def _check(prior: float | None, ema: float | None) -> None:
+    if prior is not None and ema is not None:
+        raise ValueError("adapt needs prior or ema, got both. An exponential average starts from what is stored.")
+    if prior is not None and not prior >= 0:
+        raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
+    if ema is not None and not 0 < ema <= 1:
+        raise ValueError(f"ema must be above 0 and at most 1, got {ema}. 0.05 is usual.")
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """Errors about batches under the name of the function that was called."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("recalibrate needs"):
+            raise
+        raise type(error)(str(error).replace("recalibrate", "adapt", 1)) from error
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device

@@ -1,0 +1,121 @@
+"""What guards are made of: information, energies and the fading of old examples, by NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.adaptation.cumulative import Cumulative, energy, faded
+from batchnorm.adaptation.guards import Limits, against, less_than
+from batchnorm.adaptation.predictions import Predictions
+from batchnorm.adaptation.statistics import Statistics, seeing
+from batchnorm.adaptation.window import Window
+from batchnorm.moments import Moments
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    return -(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0)).sum(-1)
+
+
+def of_classes(*classes: int, k: int = 4) -> torch.Tensor:
+    return nn.functional.one_hot(torch.tensor(classes), k).double()
+
+
+def window_of(p: torch.Tensor) -> Window:
+    window = Window(64)
+    window.add_answers(p, len(p))
+    return window
+
+
+def test_information_is_the_entropy_of_the_mix_less_that_of_single_answers():
+    p = torch.randn(30, 5).double().softmax(1)
+    expected = entropy(p.numpy().mean(0)) - entropy(p.numpy()).mean()
+    assert Predictions.of(p).information == pytest.approx(expected)
+    halves = Predictions.of(p[:11]) + Predictions.of(p[11:])
+    assert halves.information == pytest.approx(expected)
+    assert halves.top_share == pytest.approx(p.mean(0).max().item())
+
+
+def test_predictions_of_more_classes_add_to_those_of_fewer():
+    both = Predictions.of(of_classes(0, 1, k=2)) + Predictions.of(of_classes(3, 3, k=4))
+    assert both.total.tolist() == [1, 1, 0, 2]
+
+
+@pytest.mark.parametrize(("k", "size"), [(10, 64), (10, 16), (2, 32), (100, 64), (1000, 64)])
+def test_the_information_expected_of_a_window_is_what_draws_have_on_average(k, size):
+    random = np.random.default_rng(0)
+    before = Predictions(torch.full((k,), 1000.0, dtype=torch.float64), 0.0, 1000 * k)
+    counts = [np.bincount(random.integers(k, size=size), minlength=k) / size for _ in range(400)]
+    assert before.expected(size) == pytest.approx(np.mean([entropy(c) for c in counts]), rel=0.06)
+
+
+def test_few_predictions_of_one_class_do_not_lower_what_is_expected():
+    assert Predictions.of(of_classes(*[1] * 40)).expected(64) > 1.3  # of log 4 = 1.39
+
+
+def test_energy_is_the_mean_square_of_what_is_standardized():
+    layer, x = nn.BatchNorm1d(3), torch.randn(20, 3) * 2 + 1
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.5, 2)
+    z = (x.double() - layer.running_mean) / (layer.running_var.double() + layer.eps).sqrt()
+    assert energy(layer, Moments.of(x)) == pytest.approx(z.square().mean().item())
+
+
+def test_examples_count_equally_until_the_floor_and_fade_from_then_on():
+    assert faded(0, 8, 0.01) == 1
+    assert faded(50, 8, 0.01) == pytest.approx(1)
+    kept = faded(1000, 1, 0.01)
+    assert 1 / (1000 * kept + 1) == pytest.approx(0.01)
+    examples = 0.0
+    for _ in range(2000):
+        examples = examples * faded(examples, 8, 0.01) + 8
+    assert 8 / examples == pytest.approx(1 - 0.99**8)
+
+
+def test_cumulative_statistics_are_those_of_all_examples_and_the_prior():
+    layer = nn.BatchNorm2d(3).eval()
+    x = torch.randn(24, 3, 4, 4) * 2 + 1
+    growing = Cumulative(Statistics.of({"norm": layer}), 16, 1e-3)
+    with seeing({"norm": layer}, growing.see):
+        for part in x.split([1, 8, 15]):
+            layer(part)
+    values = x.double().movedim(1, -1).reshape(-1, 3).numpy()
+    w = 16 / 40
+    mean, var = values.mean(0), values.var(0, ddof=1)
+    np.testing.assert_allclose(layer.running_mean.numpy(), (1 - w) * mean, rtol=1e-5)
+    np.testing.assert_allclose(layer.running_var.numpy(), w + (1 - w) * var + w * (1 - w) * mean**2, rtol=1e-5)
+
+
+def test_a_window_forgets_what_is_older():
+    window = Window(4)
+    window.add_answers(of_classes(0, 0, 0), 3)
+    window.add_answers(of_classes(1, 1, 1), 3)
+    assert window.answers is not None
+    assert window.answers.total.tolist() == [1, 3, 0, 0]
+    assert window.examples == 6
+
+
+def test_energies_are_judged_in_units_of_what_they_should_have_been():
+    window = Window(8)
+    window.add_energies({"norm": (4.0, 2.0)}, 4)
+    assert against(window, None, Limits(), in_use=False) is None
+    window.add_energies({"norm": (20.0, 2.0)}, 4)
+    assert window.energies == {"norm": 6.0}
+    assert "layer 'norm' under the new statistics is 6.00 times" in str(against(window, None, Limits(), in_use=True))
+    window.add_energies({"norm": (math.nan, 2.0)}, 4)
+    assert against(window, None, Limits(), in_use=True) is not None
+
+
+def test_answers_of_one_class_and_answers_without_information_are_objected_to():
+    before = Predictions.of(of_classes(*[0, 1, 2, 3] * 100))
+    mixed, one = window_of(of_classes(*[0, 1, 2, 3] * 16)), window_of(of_classes(*[2] * 60, 0, 1, 3, 3))
+    unsure = window_of(torch.full((64, 4), 0.25).double())
+    assert against(mixed, before, Limits(), in_use=False) is None
+    assert "of the predictions are of one class" in str(against(one, before, Limits(), in_use=True))
+    assert "carry 0.00 nats of information" in str(against(unsure, before, Limits(), in_use=True))
+    assert against(window_of(of_classes(2, 2, 2)), before, Limits(), in_use=True) is None  # too few to tell
+    assert less_than(mixed, unsure) is None
+    assert "less information than under the deployed statistics" in str(less_than(unsure, mixed))
+    assert less_than(Window(8), mixed) is None
