@@ -38,7 +38,9 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> object:
     dependence(nn.Linear(2, 2), torch.randn(2, 2))
 
     def run_it(test: str) -> pytest.RunResult:
-        pytester.makeini("[pytest]\nfilterwarnings = error")
+        # the process that runs this test has the plugin loaded already
+        loaded = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+        pytester.makeini(f"[pytest]\nfilterwarnings =\n    error\n    {loaded}")
         pytester.makepyfile(models=MODELS, test_theirs="from models import *\n" + test)
         return pytester.runpytest_inprocess("-p", "batchnorm.integrations.pytest", "-q")
 
