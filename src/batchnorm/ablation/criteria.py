@@ -22,7 +22,6 @@ from batchnorm.lecture.claim import Criterion, Status, Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchnorm.lecture.claim import Estimate
 
 VERSION = "1"
 
@@ -166,7 +165,7 @@ def judge(key: str, values: Sequence[float], sentence: str, *, failed_guard: str
         sentence: The measurement in plain words, with its numbers.
         failed_guard: What did not hold, with its number; it makes the verdict INVALID.
     """
-    from batchnorm.lecture.verdict import estimate, minus
+    from batchnorm.lecture.verdict import estimate, minus, status_of
 
     criterion, sentence = CRITERIA[key], minus(sentence[:1].upper() + sentence[1:])
     finite = len(values) > 1 and all(map(math.isfinite, values))
@@ -175,7 +174,7 @@ def judge(key: str, values: Sequence[float], sentence: str, *, failed_guard: str
     sentence = sentence if finite else "The arms could not be compared."
     if failed or measured is None:
         return Verdict(criterion, Status.INVALID, measured, sentence, failed)
-    return Verdict(criterion, _status(criterion, measured), measured, sentence)
+    return Verdict(criterion, status_of(criterion, measured), measured, sentence)
 
 
 def times(ratio: float) -> str:
@@ -183,15 +182,3 @@ def times(ratio: float) -> str:
     if ratio >= 100:
         return f"{ratio:.0f}"
     return f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2g}"
-
-
-def _status(criterion: Criterion, measured: Estimate) -> Status:
-    if _inside(measured, criterion.supported):
-        return Status.SUPPORTED
-    if criterion.opposite is not None and _inside(measured, criterion.opposite):
-        return Status.OPPOSITE
-    return Status.NOT_SUPPORTED
-
-
-def _inside(measured: Estimate, region: tuple[float, float]) -> bool:
-    return region[0] < measured.low and measured.high < region[1]

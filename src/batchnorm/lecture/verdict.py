@@ -40,7 +40,7 @@ def judge(key: str, values: Sequence[float], sentence: str, *, failed_guard: str
         measured = estimate(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
         return Verdict(criterion, Status.INVALID, measured, sentence, failed_guard)
     measured = estimate(values)
-    return Verdict(criterion, _status(criterion, measured), measured, sentence)
+    return Verdict(criterion, status_of(criterion, measured), measured, sentence)
 
 
 def minus(text: str) -> str:
@@ -48,7 +48,8 @@ def minus(text: str) -> str:
     return re.sub(r"(?<![\w)\]])-(?=[\d.])", "−", text)
 
 
-def _status(criterion: Criterion, measured: Estimate) -> Status:
+def status_of(criterion: Criterion, measured: Estimate) -> Status:
+    """The outcome by where the whole interval lies."""
     if _inside(measured, criterion.supported):
         return Status.SUPPORTED
     if criterion.opposite is not None and _inside(measured, criterion.opposite):
