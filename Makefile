@@ -44,6 +44,7 @@ bench-quick: $(STAMP)  ## the same in two minutes, a few cases
 bench-shift: $(STAMP)  ## the shift alarm's promises at full size, and other detectors on the same streams (an hour)
 	$(BIN)/python benchmarks/shift/bench_shift.py
 	$(BIN)/python benchmarks/shift/bench_peers.py
+	$(BIN)/python benchmarks/shift/bench_overhead.py
 
 bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and TensorBoard (ten minutes)
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'

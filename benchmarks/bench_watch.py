@@ -52,7 +52,7 @@ class OwnTime:
 
 
 def main() -> None:
-    rounds = 30 if "--quick" in sys.argv else 300
+    rounds = 30 if "--quick" in sys.argv else 200
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         arms = {name: make(folder) for name, make in ARMS.items() if _is_there(name)}
