@@ -51,7 +51,6 @@ def trained() -> nn.Module:
 
 @pytest.fixture
 def model(trained) -> nn.Module:
-    logging.getLogger("batchnorm").setLevel(logging.ERROR)
     return copy.deepcopy(trained)
 
 

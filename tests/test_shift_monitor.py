@@ -53,12 +53,6 @@ def images(n: int, seed: int | None = None) -> Tensor:
     )
 
 
-@pytest.fixture(autouse=True)
-def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other packages' logging set-up (alembic's, for one) disables every logger that is there already."""
-    monkeypatch.setattr(logging.getLogger("batchnorm.shift"), "disabled", False)
-
-
 @pytest.fixture(scope="module")
 def net() -> Net:
     torch.manual_seed(0)
