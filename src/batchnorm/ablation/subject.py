@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.ablation.data import Data
 from batchnorm.ablation.losses import accuracy, default_loss
 from batchnorm.layers import batch_norms, input_of
-from batchnorm.population.batches import call
+from batchnorm.population.batches import call, tensors_in
 from batchnorm.population.freezing import Frozen
 from batchnorm.population.shield import preserve_random_state
 
@@ -156,10 +156,7 @@ def received(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 def first_tensor(output: Any) -> Tensor | None:
     """The first floating-point tensor in what a model gives."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((found for part in parts if (found := first_tensor(part)) is not None), None)
+    return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
 
 
 def _seed(seed: int) -> None:

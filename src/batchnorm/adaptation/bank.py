@@ -7,7 +7,6 @@ unsupervised domain adaptation", keep gamma and beta apart too; here they stay t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm import sidecar
 from batchnorm.adaptation.estimation import adapted
 from batchnorm.adaptation.statistics import Statistics, adaptable
 from batchnorm.layers import unwrapped
-from batchnorm.replacing import replacing
 
 if TYPE_CHECKING:
     from batchnorm.adaptation.measuring import Layers
@@ -157,19 +156,16 @@ class DomainBank:
             ValueError: If the name ends otherwise.
             OSError: If it cannot be written.
         """
-        from safetensors.torch import save
-
         path = Path(path)
         if not path.name.endswith(SUFFIX):
             raise ValueError(f"a bank needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}.")
         about = {"version": VERSION, "names": list(self._sets), "digest": weights_digest(self.model, self._layers)}
-        with replacing(path.absolute()) as file:
-            file.write(save(self._tensors(), {"batchnorm.bank": json.dumps(about)}))
+        sidecar.write(path, "bank", about, self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
         """All statistics; domains by number, since a name may hold anything."""
         return {
-            f"{i}/{kind}/{path}": value.cpu().contiguous()
+            f"{i}/{kind}/{path}": value.cpu()
             for i, found in enumerate(self._sets.values())
             for kind, values in (("mean", found.mean), ("var", found.var))
             for path, value in values.items()
@@ -216,14 +212,9 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    Path(path).open("rb").close()  # a missing file in Python's words
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("batchnorm.bank", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, ValueError) as error:
+        about, tensors = sidecar.read(path, "bank")
+    except ValueError as error:
         raise ValueError(f"{path} is no bank: {error}. Write one with bank.save(path).") from error
     if about.get("version") != VERSION:
         raise ValueError(f"{path} is no bank of version {VERSION}. Write it with bank.save(path).")

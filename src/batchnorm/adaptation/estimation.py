@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from batchnorm.adaptation import measuring
 from batchnorm.adaptation.statistics import Statistics, adaptable
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches
+from batchnorm.population.batches import Batches, device_of
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_state
 
@@ -73,8 +72,8 @@ def adapt(
     """
     _check(prior, ema)
     layers = adaptable(model, "adapt")
-    with preserve_state(model), torch.no_grad(), uncompiled(), _own_words():
-        batches = Batches(loader, max_examples, _device_of(model))
+    with preserve_state(model), torch.no_grad(), uncompiled():
+        batches = Batches(loader, max_examples, device_of(model), who="adapt")
         model.eval()
         if ema is not None:
             measured = measuring.exponential(model, batches, layers, ema)
@@ -114,19 +113,3 @@ def _check(prior: float | None, ema: float | None) -> None:
         raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
     if ema is not None and not 0 < ema <= 1:
         raise ValueError(f"ema must be above 0 and at most 1, got {ema}. 0.05 is usual.")
-
-
-@contextmanager
-def _own_words() -> Iterator[None]:
-    """Errors about batches under the name of the function that was called."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if not str(error).startswith("recalibrate needs"):
-            raise
-        raise type(error)(str(error).replace("recalibrate", "adapt", 1)) from error
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return None if first is None else first.device

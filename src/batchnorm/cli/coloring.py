@@ -33,6 +33,18 @@ def spelled(text: str) -> str:
     return text
 
 
+def show(text: str) -> None:
+    """Print the text, if anybody listens; whoever closed the pipe has read what they wanted."""
+    if sys.stdout is None:
+        return
+    try:
+        # not click.echo, which has ideas of its own about colours and encodings
+        sys.stdout.write(spelled(colored(text)) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _shows_colors() -> bool:
     """By the conventions of NO_COLOR, FORCE_COLOR and TERM=dumb."""
     if os.environ.get("NO_COLOR"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm import addresses
+from batchnorm.cli.coloring import show
 from batchnorm.cli.settings import (
     FAIL_ON,
     baseline_of,
@@ -97,7 +98,7 @@ def doctor(
     if output is not None:
         write(output, text.rstrip("\n") + "\n")
     elif not quiet and text:
-        _print(text)
+        show(text)
     sys.exit(1 if fails(diagnosis.findings, limit) else 0)
 
 
@@ -174,17 +175,3 @@ def _text(diagnosis: Diagnosis, chosen: str, limit: str, *, verbose: bool, outpu
     if chosen == "junit":
         return junit(diagnosis, None if limit == "never" else Severity[limit.upper()])
     return FORMATS[chosen](diagnosis)
-
-
-def _print(text: str) -> None:
-    """Print, if anybody listens; whoever closed the pipe has read what they wanted."""
-    if sys.stdout is None:
-        return
-    from batchnorm.cli.coloring import colored, spelled
-
-    try:
-        # not click.echo, which has ideas of its own about colours and encodings
-        sys.stdout.write(spelled(colored(text)) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

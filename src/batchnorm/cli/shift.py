@@ -18,6 +18,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 import click
 
 from batchnorm import __version__, addresses
+from batchnorm.cli.coloring import show
 from batchnorm.cli.settings import refuse_empty, settings
 from batchnorm.cli.writing import write
 
@@ -80,7 +81,7 @@ def shift(
     if output is not None:
         write(output, text.rstrip("\n") + "\n")
     elif not quiet and text:
-        _print(text)
+        show(text)
     sys.exit(0 if verdict.rang is None else 1)
 
 
@@ -226,15 +227,15 @@ def _text(verdict: Verdict, chosen: str, *, to_file: bool) -> str:
 
 def markdown(verdict: Verdict) -> str:
     """Tables, for a pull request."""
-    from batchnorm.doctor.formats import _cell, _row
+    from batchnorm.doctor.formats import cell, row
     from batchnorm.shift.page import cells, facts, follows, headline, sentence, unseen
 
-    lines = [f"**{_cell(headline(verdict))}**: {_cell(sentence(verdict))}", "", "| | |", "|---|---|"]
-    lines += [_row(fact) for fact in facts(verdict)]
+    lines = [f"**{cell(headline(verdict))}**: {cell(sentence(verdict))}", "", "| | |", "|---|---|"]
+    lines += [row(fact) for fact in facts(verdict)]
     lines += ["", "| layer | evidence | kind | channels moved | W2 | KL |", "|---|---|---|---|---|---|"]
-    lines += [_row(cells(layer)) for layer in verdict.layers]
-    lines += ["", "Not seen:", "", *(f"- {_cell(text)}" for text in unseen(verdict)), ""]
-    return "\n".join([*lines, *map(_cell, follows(verdict))])
+    lines += [row(cells(layer)) for layer in verdict.layers]
+    lines += ["", "Not seen:", "", *(f"- {cell(text)}" for text in unseen(verdict)), ""]
+    return "\n".join([*lines, *map(cell, follows(verdict))])
 
 
 def _findings(verdict: Verdict) -> Iterator[tuple[str, str, str, str]]:
@@ -257,11 +258,11 @@ _RULES = {
 
 def github(verdict: Verdict) -> str:
     """Workflow commands; nothing if nothing was found."""
-    from batchnorm.doctor.formats import _message, _property
+    from batchnorm.doctor.formats import message, property_value
     from batchnorm.shift.page import plain
 
-    file = f"file={_property(plain(_file_of(verdict)))},line=1,"
-    return "\n".join(f"::{level} {file}title={rule}::{_message(text)}" for rule, level, _, text in _findings(verdict))
+    file = f"file={property_value(plain(_file_of(verdict)))},line=1,"
+    return "\n".join(f"::{level} {file}title={rule}::{message(text)}" for rule, level, _, text in _findings(verdict))
 
 
 def sarif(verdict: Verdict) -> str:
@@ -329,16 +330,3 @@ def _case(suite: Element, verdict: Verdict, name: str) -> Element:
 
     place = plain(f"{verdict.target} {verdict.data}").strip() or "model"
     return SubElement(suite, "testcase", classname=place, name=name, time="0")
-
-
-def _print(text: str) -> None:
-    """Print, if anybody listens; whoever closed the pipe has read what they wanted."""
-    if sys.stdout is None:
-        return
-    from batchnorm.cli.coloring import colored, spelled
-
-    try:
-        sys.stdout.write(spelled(colored(text)) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

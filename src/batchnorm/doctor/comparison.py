@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from batchnorm import checkpoint
 from batchnorm.doctor.layers import layers_of, stored_of
 from batchnorm.population import preserve_state
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import call, on_device_of, tensors_in
 from batchnorm.rules.evidence import Reference
 
 # Sums of float32 terms in another order differ by eps sqrt(terms), for each layer on the way: 2^10 is 4096 terms
@@ -64,14 +63,6 @@ def floats_in(value: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return list(chain.from_iterable(map(tensors_in, parts)))
-
-
 def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:
     """Largest max |output - reference| / max |reference| of the pairs; None if they do not pair by shape.
 
@@ -105,14 +96,3 @@ def _eval_outputs(model: nn.Module, example: Any) -> list[Tensor]:
     with preserve_state(model), torch.no_grad():
         model.eval()
         return [output.clone() for output in floats_in(call(model, on_device_of(model, example)))]
-
-
-def on_device_of(model: nn.Module, batch: Any, most: int | None = None) -> Any:
-    """The batch where the model is, cut to ``most`` examples."""
-    return next(iter(Batches([batch], most, device_of(model))))
-
-
-def device_of(model: nn.Module) -> torch.device | None:
-    """Where a model's first tensor is; None for a model without any."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return None if first is None else first.device

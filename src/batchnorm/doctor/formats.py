@@ -32,21 +32,23 @@ def github(diagnosis: Diagnosis) -> str:
 
 def markdown(diagnosis: Diagnosis) -> str:
     """A table of findings, for a pull request."""
-    lines = [f"**{_cell(diagnosis.target)}**: {_cell(summary(diagnosis))}"]
+    lines = [f"**{cell(diagnosis.target)}**: {cell(summary(diagnosis))}"]
     if diagnosis.findings:
         lines += ["", "| | code | layer | measured | limit | fix |", "|---|---|---|---|---|---|"]
-        lines += [_row((str(f.severity), f"{f.code} {f.slug}", place(f), f.measured, f.limit, f.remedy))
+        lines += [row((str(f.severity), f"{f.code} {f.slug}", place(f), f.measured, f.limit, f.remedy))
                   for f in diagnosis.findings]  # fmt: skip
     if diagnosis.not_checked:
-        lines += ["", *(f"- not checked, {_cell(why)}: {', '.join(c)}" for why, c in reasons(diagnosis).items())]
+        lines += ["", *(f"- not checked, {cell(why)}: {', '.join(c)}" for why, c in reasons(diagnosis).items())]
     return "\n".join(lines)
 
 
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |"
+def row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(map(cell, cells)) + " |"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """The text as Markdown shows it, in a table too."""
     text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_|[]":
         text = text.replace(mark, "\\" + mark)
@@ -59,16 +61,18 @@ def _command(diagnosis: Diagnosis, f: Finding) -> str:
     if file:
         options |= {"file": file, "line": line}
     text = f"{diagnosis.target} {place(f)}: {f.measured} (limit: {f.limit}). {f.consequence} Fix: {f.remedy}"
-    given = ",".join(f"{name}={_property(value)}" for name, value in options.items())
-    return f"::{_COMMANDS[f.severity]} {given}::{_message(plain(text))}"
+    given = ",".join(f"{name}={property_value(value)}" for name, value in options.items())
+    return f"::{_COMMANDS[f.severity]} {given}::{message(plain(text))}"
 
 
-def _message(text: str) -> str:
+def message(text: str) -> str:
+    """The text as a message of GitHub's workflow commands."""
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
-    return _message(text).replace(":", "%3A").replace(",", "%2C")
+def property_value(text: str) -> str:
+    """The text as a property's value of GitHub's workflow commands."""
+    return message(text).replace(":", "%3A").replace(",", "%2C")
 
 
 # what -o and --output-format take; "full" is made by the command line, which knows its width

@@ -69,7 +69,7 @@ def graph_of(model: nn.Module, example: Any = None) -> Graph:
 def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Any) -> dict[str, int]:
     if example is None:
         return {}
-    from batchnorm.doctor.comparison import on_device_of
+    from batchnorm.population.batches import on_device_of
 
     counts: Counter[str] = Counter()
     hooks = [

@@ -20,13 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from batchnorm.doctor.comparison import device_of, on_device_of, tensors_in
 from batchnorm.doctor.gauge import Gauge, is_measurable, plain
 from batchnorm.doctor.trial import companions, train_step
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches, call, examples_in
+from batchnorm.population.batches import Batches, call, device_of, examples_in, on_device_of, tensors_in
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.rules.evidence import Loop, Measured, Run

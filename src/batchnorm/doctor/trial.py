@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.doctor.comparison import difference, floats_in, on_device_of, tolerance
+from batchnorm.doctor.comparison import difference, floats_in, tolerance
 from batchnorm.layers import batch_norms
-from batchnorm.population.batches import call, examples_in
+from batchnorm.population.batches import call, examples_in, on_device_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

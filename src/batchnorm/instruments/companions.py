@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.instruments.gaps import examples_in
-from batchnorm.instruments.gradients import moved, refuse_single_values
+from batchnorm.instruments.gradients import refuse_single_values
 from batchnorm.instruments.probing import unwrapped
 from batchnorm.layers import batch_norms
-from batchnorm.population.batches import call
+from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 
@@ -115,7 +115,7 @@ def companion_flips(
     what = "companion_flips"
     model = unwrapped(model)
     _check(examples, pool, batch, repeats)
-    examples, pool = moved(model, examples), moved(model, pool)
+    examples, pool = on_device_of(model, examples), on_device_of(model, pool)
     generator = torch.Generator().manual_seed(seed)
     draws = [torch.randperm(examples_in(pool), generator=generator)[: batch - 1] for _ in range(repeats)]
     with preserve_state(model), uncompiled(), torch.no_grad():

@@ -39,7 +39,7 @@ from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, 
 from batchnorm.instruments.probing import unwrapped, with_shape
 from batchnorm.layers import input_of
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.recalibration import recalibrate, uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 
@@ -171,7 +171,7 @@ def train_eval_gap(
     with preserve_state(model), uncompiled(), torch.no_grad():
         layers, exact, stored = _measure(model, named, data, max_examples, device)
         batches = Batches(
-            data, max_examples, _device(model) if device is None else torch.device(device), who="train_eval_gap"
+            data, max_examples, device_of(model) if device is None else torch.device(device), who="train_eval_gap"
         )
         losses, weights, seen = _losses(model, batches, loss, layers, _choices(stored, exact))
     trained, stored_loss, exact_loss, *alone = torch.tensor(losses, dtype=torch.float64).T  # (batches,) each
@@ -326,7 +326,3 @@ def _noise_of_average(layer: _BatchNorm) -> float:
     if layer.momentum is None:
         return 1 / max(int(layer.num_batches_tracked or 1), 1)
     return layer.momentum / (2 - layer.momentum)
-
-
-def _device(model: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)

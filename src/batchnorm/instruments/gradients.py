@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations, pairwise
+from itertools import combinations, pairwise
 from statistics import median
 from typing import Any, final
 
@@ -34,7 +34,7 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm.instruments.probing import unwrapped, with_shape
 from batchnorm.kernels.reference import exact_dtype
 from batchnorm.layers import batch_norms
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_state
 
@@ -131,7 +131,7 @@ def gradient_depth(model: nn.Module, batch: Any, loss: Loss, layers: Sequence[st
     what = "gradient_depth"
     model = unwrapped(model)
     wanted = _modules(model, layers) if layers is not None else dict(with_shape(model, what))
-    batch = moved(model, batch)
+    batch = on_device_of(model, batch)
     with training(model, what), ExitStack() as hooks:
         inputs = hooks.enter_context(_inputs_of(wanted))
         calls = hooks.enter_context(_calls_of(_linear_layers(model)))
@@ -179,12 +179,6 @@ def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def moved(model: nn.Module, batch: Any) -> Any:
-    """A batch on the model's device."""
-    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
-    return next(iter(Batches([batch], None, device)))
 
 
 def scalar(value: Any, what: str) -> Tensor:

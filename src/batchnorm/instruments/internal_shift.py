@@ -30,11 +30,11 @@ from batchnorm.instruments.gradients import (
     inner,
     loss_and_gradients,
     minus,
-    moved,
     norm,
     training,
 )
 from batchnorm.instruments.probing import unwrapped
+from batchnorm.population.batches import on_device_of
 
 _WEIGHTS = 5  # by default: each costs a forward and a backward pass
 
@@ -126,7 +126,7 @@ def gradient_shift(
     tensors = list(parameters.values())
     check_optimizer(optimizer, tensors, what)
     chosen = _chosen(model, list(parameters), layers)
-    batch = moved(model, batch)
+    batch = on_device_of(model, batch)
     with training(model, what):
         value, gradients = loss_and_gradients(model, batch, loss, tensors, what)
         finite(value, what)

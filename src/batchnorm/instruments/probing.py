@@ -7,7 +7,7 @@ bit for bit (``preserve_state``). Dropout is off in both, so that what differs b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from batchnorm.instruments.propagation import moments_of_channels, resemblance, 
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms, input_of, unwrapped
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import call, on_device_of, tensors_in
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
@@ -69,7 +69,7 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
     """
     model = unwrapped(model)
     layers = Layers(with_shape(model, "probe"))
-    batch = next(iter(Batches([batch], None, _device_of(model))))
+    batch = on_device_of(model, batch)
     view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
     values = {**view.values(), **_row(census(layers, Snapshot.of(layers)))}
     return Record(0, layers.names, values, view.of_model, "probe", time.time(), view.arrays())
@@ -265,19 +265,12 @@ def _output_gap(trained: Any, evaluated: Any) -> float | None:
 
 def _floats(value: Any) -> list[Tensor]:
     """Every floating-point tensor of two axes or more in an output of any kind."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() and value.ndim > 1 else []
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _floats(part)]
+    return [x for x in tensors_in(value) if x.is_floating_point() and x.ndim > 1]
 
 
 def _communicates(layers: Layers) -> bool:
     there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
     return there_are_others and any(isinstance(layer, SyncBatchNorm) for layer in layers.layers)
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
 
 
 def _row(values: dict[str, Tensor]) -> dict[str, list[float | None]]:

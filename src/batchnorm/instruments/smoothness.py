@@ -24,9 +24,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.instruments.gradients import Loss, finite, inner, loss_and_gradients, minus, moved, norm, training
+from batchnorm.instruments.gradients import Loss, finite, inner, loss_and_gradients, minus, norm, training
 from batchnorm.instruments.internal_shift import check_optimizer, moved_parameters, values_after_step
 from batchnorm.instruments.probing import unwrapped
+from batchnorm.population.batches import on_device_of
 
 FRACTIONS = (0.5, 1.0, 2.0, 4.0)  # of the update, as in the paper
 
@@ -117,7 +118,7 @@ def landscape(
     model = unwrapped(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     _check(optimizer, fractions, lr, parameters)
-    batch = moved(model, batch)
+    batch = on_device_of(model, batch)
     with training(model, what):
         value, gradients = loss_and_gradients(model, batch, loss, parameters, what)
         finite(value, what)

@@ -28,7 +28,7 @@ from batchnorm.instruments.probing import Probe, View, with_shape
 from batchnorm.instruments.schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms, unwrapped
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import Batches, call, on_device_of
 from batchnorm.record import Record, Writer
 
 if TYPE_CHECKING:
@@ -359,8 +359,7 @@ class Watch:
     def _made_probe(self, batch: Any, loss: Any) -> Probe | None:
         if batch is None or batch is False:
             return None
-        device = next((p.device for p in self._model.parameters()), None)
-        batch = next(iter(Batches([batch], None, device)))
+        batch = on_device_of(self._model, batch)
         return Probe(lambda model: call(model, batch), batch, loss)
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -370,9 +369,9 @@ class Watch:
         self._guarded(lambda: self._hold(args, kwargs))
 
     def _hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ((args, kwargs),) = Batches([(args, kwargs)], PROBE_EXAMPLES, None)
-        held = _copied((args, kwargs))
-        self._probe = Probe(lambda model: model(*held[0], **held[1]), None)
+        with torch.no_grad():
+            ((args, kwargs),) = Batches([(args, kwargs)], PROBE_EXAMPLES, None)  # copies, that no step writes into
+        self._probe = Probe(lambda model: model(*args, **kwargs), None)
         self._handles.pop().remove()
 
     def _finish(self) -> None:
@@ -437,19 +436,6 @@ def _early(layers: Layers) -> float:
 def _shares_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
     own = {id(parameter) for parameter in model.parameters()}
     return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _copied(value: Any) -> Any:
-    """Inputs that later steps cannot write into."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_copied, value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_copied, value))
-    if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
-    return value
 
 
 def _is_sharded(model: nn.Module) -> bool:

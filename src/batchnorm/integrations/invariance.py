@@ -10,7 +10,7 @@ independent and add in squares: n u + sqrt(D) u'.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import Batches, call, device_of, tensors_in
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.recalibration import uncompiled
 
@@ -36,8 +36,9 @@ def dependence(model: nn.Module, examples: Any, *, rtol: float | None = None, at
     size = _count(examples)
     if size < 2:
         raise ValueError(f"assert_batch_invariant needs a batch of 2 examples or more, got {size}. Give more.")
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    batches = Batches([examples], None, device)  # each time in memory of its own: a model may write to its input
+    batches = Batches(
+        [examples], None, device_of(model)
+    )  # each time in memory of its own: a model may write to its input
     with preserve_state(model), torch.no_grad(), uncompiled():
         model.eval()
         together = _answers(model, next(iter(batches)), size)
@@ -94,7 +95,7 @@ def _suspects(model: nn.Module) -> str:
 
 
 def _answers(model: nn.Module, batch: Any, size: int) -> list[Tensor]:
-    answers = [y for y in _tensors(call(model, batch)) if y.is_floating_point() and y.ndim and len(y) == size]
+    answers = [y for y in tensors_in(call(model, batch)) if y.is_floating_point() and y.ndim and len(y) == size]
     if not answers:
         raise ValueError(
             f"assert_batch_invariant needs an output with a first axis of {size} examples, got none. "
@@ -103,16 +104,8 @@ def _answers(model: nn.Module, batch: Any, size: int) -> list[Tensor]:
     return answers
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    for part in parts:
-        yield from _tensors(part)
-
-
 def _count(examples: Any) -> int:
-    return next((len(tensor) for tensor in _tensors(examples) if tensor.ndim), 0)
+    return next((len(tensor) for tensor in tensors_in(examples) if tensor.ndim), 0)
 
 
 def _taken(value: Any, i: int, size: int) -> Any:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from copy import copy
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,25 @@ def _accepts(model: nn.Module, batch: Mapping) -> bool:
     except TypeError:
         return False
     return True
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return list(chain.from_iterable(map(tensors_in, parts)))
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where a model's first tensor is; None for a model without any."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device
+
+
+def on_device_of(model: nn.Module, batch: Any, most: int | None = None) -> Any:
+    """The batch where the model is, cut to ``most`` examples, in memory of its own."""
+    return next(iter(Batches([batch], most, device_of(model))))
 
 
 class Batches:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches, call
+from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.freezing import Frozen, has_stored_statistics
 from batchnorm.population.shield import preserve_random_state, preserve_state
 
@@ -101,7 +101,7 @@ def recalibrate(
         >>> model[0].running_var
         tensor([13.])
     """
-    batches = Batches(loader, max_examples, _device_of(model) if device is None else torch.device(device))
+    batches = Batches(loader, max_examples, device_of(model) if device is None else torch.device(device))
     layers = _open_layers(model)
     if not layers:
         _warn_of_nothing()
@@ -233,11 +233,6 @@ def _run(
         for handle in handles:
             handle.remove()
     return list(traces)
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return None if first is None else first.device
 
 
 def _check(path: str, layer: _BatchNorm, moments: Moments) -> None:

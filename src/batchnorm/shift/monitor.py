@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import batch_norms, unwrapped
-from batchnorm.population.batches import Batches, call, examples_in
+from batchnorm.population.batches import Batches, call, device_of, examples_in
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
@@ -245,8 +245,7 @@ class ShiftMonitor:
         return self.reference
 
     def _observed(self, loader: Iterable[Any], max_examples: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        device = next((p.device for p in self.model.parameters()), None)
-        batches, grouping = Batches(loader, max_examples, device, who="calibrate"), Grouping(self.unit)
+        batches, grouping = Batches(loader, max_examples, device_of(self.model), who="calibrate"), Grouping(self.unit)
         with preserve_state(self.model), preserve_random_state(*batches.generators), self._tapping():
             self.model.eval()
             for batch in batches:

@@ -18,7 +18,6 @@ these bounds. A checkpoint whose statistics are stale, or of batches under 32, b
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm import sidecar
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,8 +163,6 @@ class Reference:
             ValueError: If the name ends otherwise.
             OSError: If it cannot be written.
         """
-        from safetensors.torch import save
-
         path = Path(path)
         if not path.name.endswith(SUFFIX):
             raise ValueError(
@@ -173,8 +170,7 @@ class Reference:
             )
         tensors = {name: getattr(self, name).clone() for name in _TENSORS}
         about = {name: getattr(self, name) for name in ("layers", "sizes", "source", "unit", "observations", "digest")}
-        with replacing(path.absolute()) as file:
-            file.write(save(tensors, {"batchnorm.reference": json.dumps({"version": VERSION, **about})}))
+        sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:
@@ -184,16 +180,11 @@ class Reference:
             ValueError: If the file is something else, or of a newer version.
             OSError: If it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        Path(path).open("rb").close()  # a missing file in Python's words
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("batchnorm.reference", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, ValueError) as error:
+            about, tensors = sidecar.read(path, "reference")
+        except ValueError as error:
             raise ValueError(f"{path} is no reference: {error}. Make one with monitor.calibrate(loader).") from error
-        version = about.pop("version", None) if isinstance(about, dict) else None
+        version = about.pop("version", None)
         if version != VERSION or set(tensors) != set(_TENSORS):
             raise ValueError(f"{path} is no reference of version {VERSION}, got {version}. Calibrate again.")
         try:

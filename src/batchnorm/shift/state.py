@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from batchnorm.replacing import replacing
+from batchnorm import sidecar
 from batchnorm.shift.alarm import Alarm
 from batchnorm.shift.evidence import Evidence, stakes_for
 from batchnorm.shift.wealth import Wealth
@@ -92,18 +91,13 @@ class State:
             ValueError: If the name ends otherwise, or an open key is neither text nor a number.
             OSError: If it cannot be written.
         """
-        from safetensors.torch import save
-
         path = Path(path)
         if not path.name.endswith(SUFFIX):
             raise ValueError(f"a monitor's state needs a file that ends in {SUFFIX}, got {path.name!r}. Name it so.")
         try:
-            about = json.dumps({"version": VERSION, **self.about})
+            sidecar.write(path, "shift", {"version": VERSION, **self.about}, self.tensors)
         except TypeError as error:
             raise ValueError(f"a monitor is saved with keys that are text or numbers: {error}.") from error
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        with replacing(path.absolute()) as file:
-            file.write(save(tensors, {"batchnorm.shift": about}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
@@ -113,15 +107,10 @@ class State:
             ValueError: If the file is something else, or of another version.
             OSError: If it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        Path(path).open("rb").close()  # a missing file in Python's words
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("batchnorm.shift", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, ValueError) as error:
+            about, tensors = sidecar.read(path, "shift")
+        except ValueError as error:
             raise ValueError(f"{path} is no state of a monitor: {error}. Write one with monitor.save(path).") from error
-        if not isinstance(about, dict) or about.pop("version", None) != VERSION:
+        if about.pop("version", None) != VERSION:
             raise ValueError(f"{path} is no state of a monitor of version {VERSION}. Write it with monitor.save(path).")
         return cls(tensors, about)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.population.batches import Batches, call, examples_in
+from batchnorm.population.batches import Batches, call, device_of, examples_in
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.shift.alarm import first_moved, hint
@@ -336,8 +336,7 @@ def _passes(
 ) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Each batch's inputs, with the means and energies of its examples, (n, channels), at all layers."""
     model, tap = monitor.model, Tap(monitor.layers, monitor.reference)
-    device = next((p.device for p in model.parameters()), None)
-    batches = Batches(loader, max_examples, device, who="shift")
+    batches = Batches(loader, max_examples, device_of(model), who="shift")
     with preserve_state(model), preserve_random_state(*batches.generators), _attached(tap):
         model.eval()
         for batch in batches:
