@@ -81,7 +81,7 @@ def reference(kappa: float = 0.2, source: str = "checkpoint") -> Reference:
     ones, layers = torch.ones(n, dtype=torch.float64), torch.ones(LAYERS, dtype=torch.float64)
     return Reference(
         tuple(f"bn{i}" for i in range(LAYERS)), (CHANNELS,) * LAYERS, 0 * ones, ones, 0 * ones, kappa * ones,
-        0.1 * ones, layers, 0.1 * layers, 0.2 * layers, ones, ones, ones, source, "example", 0, "none",
+        0.1 * ones, layers, 0.1 * layers, 0.2 * layers, ones, ones, ones, None, source, "example", 0, "none",
     )  # fmt: skip
 
 
@@ -536,8 +536,47 @@ def test_the_first_moved_layer_and_its_channels_are_named(layer: int) -> None:
     assert first_moved(table, stream.limit) == f"bn{layer}"
     assert set(table[layer].channels) == {0, 1, 2, 3}
     assert all(table[i].channels == () for i in range(layer))
-    expected = {0: "inputs", 1: "", 2: "late layers only: perhaps classes come in other shares"}
+    expected = {0: "inputs", 1: "", 2: "late layers only"}
     assert hint(table, stream.limit) == expected[layer]
+
+
+@pytest.mark.parametrize("promise", [{"alpha": 0.01, "arl": None}, {"alpha": 0.01, "arl": 1e4}])
+def test_what_moved_is_told_by_observations_since_the_change(
+    caplog: pytest.LogCaptureFixture, promise: dict[str, float | None]
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    stream = Stream(reference(kappa=0.04), "example", **promise)
+    random = torch.Generator().manual_seed(3)
+    for step in range(400):
+        z = 0.2 * torch.randn(8, CHANNELS * LAYERS, generator=random).double()
+        stream.observe(z + (0.5 if step >= 380 else 0.0), torch.ones_like(z))
+        assert (stream.alarm is None) or step >= 380
+    # of all 3,200 observations the mean is 0.025; some clean ones from just before the change are in this one
+    assert stream.means[0].mean() == pytest.approx(0.5, abs=0.06)
+    assert all(layer.w2 == pytest.approx(0.5, abs=0.15) for layer in stream.table())
+
+
+def mix_of(kept: float, n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Observations of two groups; so many of the first group are kept."""
+    group = (torch.rand(n, 1, generator=random) > 1 / (1 + kept)).double()
+    z = 0.5 * group + 0.2 * torch.randn(n, CHANNELS * LAYERS, generator=random).double()
+    return z, 1 + 0.1 * torch.randn(z.shape, generator=random).double()
+
+
+@pytest.mark.parametrize("is_mix", [True, False])
+def test_another_mix_of_the_same_examples_is_told_from_other_inputs(
+    caplog: pytest.LogCaptureFixture, *, is_mix: bool
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    random = torch.Generator().manual_seed(1)
+    known = replace(reference().calibrated(*mix_of(1.0, 1000, random)), unit="example")
+    stream = Stream(known, "example", alpha=0.01, arl=None)
+    for _ in range(50):
+        stream.observe(*mix_of(1.0, 8, random))
+    while stream.alarm is None:
+        z, q = mix_of(0.0 if is_mix else 1.0, 8, random)
+        stream.observe(z if is_mix else z + 0.7, q)
+    assert stream.alarm.hint == ("another mix" if is_mix else "inputs")
 
 
 def test_channels_are_named_at_the_promised_false_discovery_rate() -> None:

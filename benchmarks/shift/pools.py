@@ -8,13 +8,14 @@ bets and the evidence are the product's own.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from worlds import World, trained
 
 from batchnorm.shift import Reference, ShiftMonitor
+from batchnorm.shift.components import Components
 from batchnorm.shift.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -44,11 +45,16 @@ def prepared(world: World, *, calibrated: bool) -> tuple[nn.Module, ShiftMonitor
 
 def side_by_side(reference: Reference, streams: int) -> Reference:
     """One reference for so many streams: each stream's layers as layers of their own."""
-    tensors = {
+    tensors: dict[str, Any] = {
         name: getattr(reference, name).repeat(streams)
         for name in ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
     }
-    return replace(reference, layers=reference.layers * streams, sizes=reference.sizes * streams, **tensors)
+    layers, sizes = reference.layers * streams, reference.sizes * streams
+    if (of := reference.components) is not None:
+        # those of z of all streams, then those of energies
+        bounds = {n: getattr(of, n).reshape(2, -1).repeat(1, streams).flatten() for n in ("center", "delta", "kappa")}
+        tensors["components"] = Components(sizes, of.axes.repeat(1, streams, 1, 1), **bounds)
+    return replace(reference, layers=layers, sizes=sizes, **tensors)
 
 
 class Streams:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 Sampler = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 SIZE, LENGTH, FEATURES = 24, 256, 16
+LABELS = "two of four classes"
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,16 @@ def _noise(x: Tensor, random: torch.Generator, sd: float) -> Tensor:
     return x + sd * torch.randn(x.shape, generator=random)
 
 
-def _fewer_classes(n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    x, y = _shapes()(3 * n, random)
-    kept = torch.cat([(y < 2).nonzero().flatten(), (y >= 2).nonzero().flatten()])[:n]
-    order = kept[torch.randperm(len(kept), generator=random)]
-    return x[order], y[order]
+def _fewer_classes(clean: Sampler) -> Sampler:
+    """The first two of four classes: label shift."""
+
+    def sample(n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, y = clean(3 * n, random)
+        kept = torch.cat([(y < 2).nonzero().flatten(), (y >= 2).nonzero().flatten()])[:n]
+        order = kept[torch.randperm(len(kept), generator=random)]
+        return x[order], y[order]
+
+    return sample
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -103,7 +109,7 @@ SHAPES = World(
         "noise 0.15": _shapes(lambda x, random: _noise(x, random, 0.15)),
         "contrast 0.4": _shapes(lambda x, _: 0.4 * x + 0.3),
         "brightness -0.1": _shapes(lambda x, _: x - 0.1),
-        "two of four classes": _fewer_classes,
+        LABELS: _fewer_classes(_shapes()),
     },
     shapes_net,
 )
@@ -140,6 +146,7 @@ TONES = World(
         "noise 0.5": _tones(lambda x, random: _noise(x, random, 0.5)),
         "clipped at 0.4": _tones(lambda x, _: x.clamp(-0.4, 0.4)),
         "offset 0.3": _tones(lambda x, _: x + 0.3),
+        LABELS: _fewer_classes(_tones()),
     },
     tones_net,
 )
@@ -179,6 +186,7 @@ TABLE = World(
         "all columns x 2": _rows(lambda x, _: 2 * x),
         "columns missing": _rows(lambda x, _: torch.cat([torch.zeros_like(x[:, :4]), x[:, 4:]], 1)),
         "noise 1": _rows(lambda x, random: _noise(x, random, 1.0)),
+        LABELS: _fewer_classes(_rows()),
     },
     table_net,
 )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _EARLY = 2 / 3
 # standard deviations: stored statistics are exact to about 0.05 of them, and shifts of the inputs are several tenths
 _STILL = 0.15
+# sd of the weights with which old examples would make up the new mix: that of a mix which lacks half of them
+_MIX = 1.0
 _MOST_CHANNELS = 20
 
 
@@ -62,7 +64,7 @@ class Alarm:
         log_evidence: Natural logarithm of the evidence; above log(1 / alpha), or log(arl).
         first: The first layer, in forward order, that moved beyond the same limit by itself; None if only all of
             them together did.
-        hint: What the profile over layers looks like: "inputs", "late layers only", or "" for neither.
+        hint: What the change looks like: "inputs", "late layers only", "another mix", or "" for none of them.
         layers: Every layer.
         seconds: Unix time.
     """
@@ -99,7 +101,7 @@ def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float)
 
     Args:
         evidence: All bets.
-        mean: Mean of z over the observations, (channels,).
+        mean: Mean of z over observations, (channels,).
         energy: Mean of q over them, (channels,).
         alpha: False discovery rate of the channels named.
     """
@@ -124,20 +126,30 @@ def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
     return next((layer.name for layer in layers if layer.log_evidence >= limit), None)
 
 
-def hint(layers: Sequence[LayerShift], limit: float) -> str:
-    """Whether the first layers moved, or only the last ones: as when classes come in other shares.
+def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = None) -> str:
+    """What the change looks like; no proof.
 
-    That early layers did not move cannot be proved; they count as still where their observed law is near the stored
-    one, too, and not only where the evidence is not enough yet.
+    - "inputs": the first layers moved, or a component moved further than another mix can move it.
+    - "another mix": none did. Old examples with weights w make up the new ones if only classes come in other shares.
+      They move the mean of anything by sd(w) of its standard deviations at most (Cauchy and Schwarz), and sd(w) is 1
+      where half of the examples no longer come.
+    - "late layers only": early layers are near their stored law. Fine noise does so, and another mix can.
+
+    Args:
+        layers: What is known of each.
+        limit: Log evidence from which a layer has moved.
+        furthest: How far the component that moved most did; None if that is not known, as from a checkpoint alone.
     """
     moved = [layer.log_evidence >= limit for layer in layers]
+    if furthest is not None:
+        return "inputs" if furthest > _MIX else "another mix"
     early = max(1, math.floor(_EARLY * len(layers)))
     if not any(moved) or len(layers) < 3:
         return ""
     if any(moved[: max(1, early // 2)]):
         return "inputs"
     still = not any(moved[:early]) and all(layer.w2 < _STILL for layer in layers[:early])
-    return "late layers only: perhaps classes come in other shares" if still else ""
+    return "late layers only" if still else ""
 
 
 def discovered(log_e: Tensor, alpha: float) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
 """Evidence: all bets against one reference together, and what they say about layers and channels.
 
 Every channel of every layer bets on a higher and a lower mean, every layer on more and on less energy, each with four
-stakes; where the variance of every channel's energy was measured, each channel bets on its energy as well. An average
-of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the evidence is the average over
-stakes, signs and channels of a layer, over kinds of bets, and over layers. Looking in many places costs the logarithm
-of their number.
+stakes. Against a calibrated reference each channel bets on its energy as well, and each component of neighbouring
+channels on its mean. An average of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the
+evidence is the average over stakes, signs and channels of a layer, over kinds of bets, and over layers. Looking in many
+places costs the logarithm of their number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from batchnorm.shift.reference import Reference
 
-KINDS = ("mean", "energy up", "energy down", "channel energy")
+KINDS = ("mean", "energy up", "energy down", "channel energy", "components")
+BETS = ("mean", "up", "down", "power", "components")  # the fields of Evidence that they are made with
 
 
 @final
@@ -37,6 +38,7 @@ class Evidence:
         up: (stakes, layers): more energy.
         down: (stakes, layers): less energy.
         power: (2, stakes, channels): more and less energy of a channel; None from a checkpoint alone.
+        components: (2, stakes, 2 * channels): higher and lower components; None from a checkpoint alone.
         stakes: Of each kind.
         observations: How many were made.
     """
@@ -46,6 +48,7 @@ class Evidence:
     up: Wealth
     down: Wealth
     power: Wealth | None
+    components: Wealth | None
     stakes: tuple[Tensor, ...]
     observations: int = 0
 
@@ -55,8 +58,11 @@ class Evidence:
         channels, layers = sum(reference.sizes), len(reference.sizes)
         mean = Wealth.start((2, 4, channels), is_spread=is_spread)
         up, down = (Wealth.start((4, layers), is_spread=is_spread) for _ in range(2))
-        power = Wealth.start((2, 4, channels), is_spread=is_spread) if reference.knows_variance else None
-        return cls(reference, mean, up, down, power, stakes_for(reference))
+        power = components = None
+        if reference.components is not None:
+            power = Wealth.start((2, 4, channels), is_spread=is_spread)
+            components = Wealth.start((2, 4, 2 * channels), is_spread=is_spread)
+        return cls(reference, mean, up, down, power, components, stakes_for(reference))
 
     def after(self, z: Tensor, q: Tensor) -> Evidence:
         """With one more round of observations.
@@ -68,16 +74,16 @@ class Evidence:
         known, n = self.reference, len(z)
         mean = betting.mean_shift(z - known.center, known.kappa, known.delta, self.stakes[0])
         up, down = _energy_factors(known, known.of_layers(q) / known.energy, *self.stakes[1:3])
-        power = self.power
-        if power is not None:
-            factors = betting.mean_shift(q / known.power - 1, known.power_v, known.power_d, self.stakes[3])
-            power = power.bet(factors, n)
-        bets = {
+        bets: dict[str, Wealth | None] = {
             "mean": self.mean.bet(mean, n),
             "up": self.up.bet(up, n),
             "down": self.down.bet(down, n),
-            "power": power,
         }
+        if known.components is not None and self.power is not None and self.components is not None:
+            of, relative = known.components, q / known.power
+            power = betting.mean_shift(relative - 1, known.power_v, known.power_d, self.stakes[3])
+            components = betting.mean_shift(of.of(z, relative), of.kappa, of.delta, self.stakes[4])
+            bets |= {"power": self.power.bet(power, n), "components": self.components.bet(components, n)}
         return replace(self, **bets, observations=self.observations + n)
 
     @property
@@ -90,14 +96,15 @@ class Evidence:
     def log_kinds(self) -> Tensor:
         """Log e-value of every layer by each kind of bet, (kinds, layers), in the order of KINDS."""
         energies = [wealth.log.logsumexp(0) - math.log(4) for wealth in (self.up, self.down)]
-        power = [] if self.power is None else [self._by_layer(self.power)]
-        return torch.stack([self._by_layer(self.mean), *energies, *power])
+        measured = [self._by_layer(wealth) for wealth in (self.power, self.components) if wealth is not None]
+        return torch.stack([self._by_layer(self.mean), *energies, *measured])
 
     def _by_layer(self, wealth: Wealth) -> Tensor:
-        """Log of the mean over the bets of each layer's channels: (2, stakes, channels) -> (layers,)."""
+        """Log of the mean over the bets of each layer's channels: (2, stakes, k * channels) -> (layers,)."""
         sizes = list(self.reference.sizes)
-        sums = torch.stack([part.logsumexp(0) for part in wealth.log.flatten(0, 1).logsumexp(0).split(sizes)])
-        return sums - torch.tensor(sizes, dtype=torch.float64).log() - math.log(8)
+        bets = wealth.log.unflatten(2, (-1, sum(sizes))).flatten(0, 2)  # of each channel
+        sums = torch.stack([part.logsumexp(0) for part in bets.logsumexp(0).split(sizes)])
+        return sums - torch.tensor(sizes, dtype=torch.float64).log() - math.log(len(bets))
 
     @property
     def log_layers(self) -> Tensor:
@@ -123,26 +130,28 @@ class Evidence:
             raise ValueError(
                 "monitors of one model and one reference are merged, got different ones. Calibrate once, and copy."
             )
-        mean, up, down, power = (
-            own and own.merged([getattr(other, name) for other in others])
-            for name, own in (("mean", self.mean), ("up", self.up), ("down", self.down), ("power", self.power))
-        )
+        merged = {
+            name: own.merged([getattr(other, name) for other in others])
+            for name in BETS
+            if (own := getattr(self, name)) is not None
+        }
         count = self.observations + sum(other.observations for other in others)
-        return replace(self, mean=mean, up=up, down=down, power=power, observations=count)
+        return replace(self, **merged, observations=count)
 
 
 def stakes_for(known: Reference) -> tuple[Tensor, ...]:
-    """Stakes for means, for more and for less energy, and for channels' energies where their variance is known."""
+    """Stakes for means, for more and for less energy, and, calibrated, for channels' energies and for components."""
     mean = betting.mean_stakes(known.kappa, known.delta)
-    if known.knows_variance:
-        of_layers = betting.mean_stakes(known.v, known.d)
-        return mean, of_layers, of_layers, betting.mean_stakes(known.power_v, known.power_d)
+    if known.components is not None:
+        of_layers, power = betting.mean_stakes(known.v, known.d), betting.mean_stakes(known.power_v, known.power_d)
+        components = betting.mean_stakes(known.components.kappa, known.components.delta)
+        return mean, of_layers, of_layers, power, components
     return mean, betting.up_stakes(known.d), betting.down_stakes(known.d, known.v)
 
 
 def _energy_factors(known: Reference, q: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Log factors for more and for less energy: the bets on a mean win sooner, but need to know a variance."""
-    if known.knows_variance:
+    if known.components is not None:
         more, less = betting.mean_shift(q - 1, known.v, known.d, up)
         return more, less
     return betting.energy_up(q, known.d, up), betting.energy_down(q, known.d, known.v, down)

@@ -70,7 +70,7 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "rang", f"after {verdict.rang:,} of {_many(verdict.examples, 'example')}; {began}"
         yield "first moved", _first(verdict)
     if verdict.hint:
-        yield "hint", _HINTS.get(verdict.hint, verdict.hint)
+        yield "hint", _HINTS[verdict.hint]
     yield "neighbours", _neighbours(verdict)
     if verdict.left_out:
         what = "it has" if verdict.left_out == 1 else "they have"
@@ -78,10 +78,9 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 
 _HINTS = {
-    "inputs": "the first layers moved: the inputs themselves look different (sensor, scale, preprocessing, noise)",
-    "late layers only: perhaps classes come in other shares": (
-        "only late layers moved: perhaps the classes come in other shares"
-    ),
+    "inputs": "the inputs themselves look different (sensor, scale, preprocessing, noise), not only their mix",
+    "another mix": "the same inputs in another mix would look like this: perhaps classes come in other shares",
+    "late layers only": "early layers hardly moved: perhaps fine noise, perhaps classes that come in other shares",
 }
 
 

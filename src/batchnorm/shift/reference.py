@@ -9,7 +9,8 @@ variation of Q of at most 1.
 
 *calibrated*, from m >= 200 clean observations: center and variance of each channel's z and of each layer's Q, measured,
 with the tolerance 0.02 and three standard errors added to the means, and the variance's own error to the variances.
-Positions of an image are alike, but not all the same, so its mean varies far less than the pooled variance says.
+Positions of an image are alike, but not all the same, so its mean varies far less than the pooled variance says. The
+same is measured of components, in which neighbouring channels do not vary together (``components``).
 
 Conditions, both ways: observations are what ``unit`` says, and none of them is predictable from the ones before beyond
 these bounds. A checkpoint whose statistics are stale, or of batches under 32, breaks the first set: run the doctor.
@@ -28,13 +29,14 @@ from torch import Tensor, nn
 
 from batchnorm import sidecar
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.shift.components import Components, axes_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".bncal.safetensors"
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, where nobody says
@@ -64,6 +66,7 @@ class Reference:
         power: Expected energy of each channel, (channels,); this and the next two are of no use uncalibrated.
         power_d: Largest relative distance of it, (channels,).
         power_v: Largest variance of it in units of it, (channels,).
+        components: Of neighbouring channels; None uncalibrated.
         source: "checkpoint" or "calibrated".
         unit: What one observation was.
         observations: How many it was calibrated with.
@@ -83,19 +86,30 @@ class Reference:
     power: Tensor
     power_d: Tensor
     power_v: Tensor
+    components: Components | None
     source: str
     unit: str
     observations: int
     digest: str
 
-    @property
-    def knows_variance(self) -> bool:
-        """Whether ``v`` was measured, and is not an assumption that only a bounded bet can live with."""
-        return self.source == "calibrated"
-
     def of_layers(self, of_channels: Tensor) -> Tensor:
         """Mean over each layer's channels: (n, channels) -> (n, layers)."""
         return torch.stack([part.mean(1) for part in of_channels.split(list(self.sizes), 1)], 1)
+
+    def furthest(self, z: Tensor, q: Tensor) -> float | None:
+        """How far the component that moved most did, in sd of an observation and beyond its tolerance.
+
+        Args:
+            z: Channel means, (channels,), averaged over observations.
+            q: Energies of channels, likewise.
+
+        Returns:
+            None where no example's spread was measured: from a checkpoint alone, and with other units.
+        """
+        if (of := self.components) is None or self.unit != "example":
+            return None
+        moved = of.of(z[None], (q / self.power)[None])[0].abs() - of.delta
+        return float((moved / of.kappa.sqrt()).max())
 
     @classmethod
     def from_checkpoint(
@@ -120,7 +134,7 @@ class Reference:
             center=torch.zeros_like(mean), kappa=_KAPPA * of_channel, delta=delta.double(),
             energy=of_layer, d=_ENERGY * of_layer, v=_ENERGY_VAR * of_layer,
             power=of_channel, power_d=of_channel, power_v=of_channel,
-            source="checkpoint", unit=unit, observations=0, digest=digest_of(model),
+            components=None, source="checkpoint", unit=unit, observations=0, digest=digest_of(model),
         )  # fmt: skip
 
     def calibrated(self, z: Tensor, q: Tensor, *, tolerance: float = _TOLERANCE) -> Reference:
@@ -144,14 +158,16 @@ class Reference:
             raise ValueError(
                 "calibrate needs finite activations, got NaN or infinity. Look for the examples that cause it."
             )
-        var = z.var(0)
-        return replace(
-            self,
-            center=z.mean(0),
-            kappa=_widened(var, m),
-            delta=tolerance + _ERRORS * (var / m).sqrt(),
+        measured = {
+            **dict(zip(("center", "delta", "kappa"), _bounds(z, tolerance), strict=True)),
             **dict(zip(("energy", "d", "v"), _of_energy(self.of_layers(q), tolerance), strict=True)),
             **dict(zip(("power", "power_d", "power_v"), _of_energy(q, tolerance), strict=True)),
+        }
+        components = Components.measured(self.sizes, z, q / measured["power"], lambda found: _bounds(found, tolerance))
+        return replace(
+            self,
+            **measured,
+            components=components,
             source="calibrated",
             observations=m,
         )
@@ -168,7 +184,7 @@ class Reference:
             raise ValueError(
                 f"a reference needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}."
             )
-        tensors = {name: getattr(self, name).clone() for name in _TENSORS}
+        tensors = {name: getattr(self, name).clone() for name in _TENSORS} | self._of_components()
         about = {name: getattr(self, name) for name in ("layers", "sizes", "source", "unit", "observations", "digest")}
         sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
 
@@ -185,28 +201,39 @@ class Reference:
         except ValueError as error:
             raise ValueError(f"{path} is no reference: {error}. Make one with monitor.calibrate(loader).") from error
         version = about.pop("version", None)
-        if version != VERSION or set(tensors) != set(_TENSORS):
+        if version != VERSION:
             raise ValueError(f"{path} is no reference of version {VERSION}, got {version}. Calibrate again.")
         try:
-            fields: dict[str, Any] = tensors | about
-            fields["layers"], fields["sizes"] = tuple(fields["layers"]), tuple(fields["sizes"])
-            if (known := cls(**fields))._is_whole():
+            sizes = tuple(about.pop("sizes"))
+            of_components = {name: tensors.pop(f"components.{name}", None) for name in _OF_COMPONENTS}
+            has_components = about["source"] == "calibrated"
+            components = Components(sizes, **of_components) if has_components else None  # pyrefly: ignore
+            fields: dict[str, Any] = tensors | about | {"layers": tuple(about["layers"])}
+            if (known := cls(sizes=sizes, components=components, **fields))._is_whole():
                 return known
-        except (KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, RuntimeError):
             pass
         raise ValueError(f"{path} is a damaged reference: parts are missing or out of range. Calibrate again.")
+
+    def _of_components(self) -> dict[str, Tensor]:
+        if self.components is None:
+            return {}
+        return {f"components.{name}": getattr(self.components, name).clone() for name in _OF_COMPONENTS}
 
     def _is_whole(self) -> bool:
         """Whether every bound is there, for every channel and layer, and is one."""
         layers, channels = len(self.sizes), sum(self.sizes)
-        of_layers = {"energy", "d", "v"}
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        sized = all(t.shape == ((layers if n in of_layers else channels),) for n, t in tensors.items())
-        above = ("std", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
+        tensors = {name: getattr(self, name) for name in _TENSORS} | self._of_components()
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, (channels,))
+        shapes |= dict.fromkeys(("energy", "d", "v"), (layers,))
+        if self.components is not None:
+            shapes |= {f"components.{name}": (2 * channels,) for name in _OF_COMPONENTS}
+            shapes["components.axes"] = axes_shape(self.sizes)
+        sized = all(tensors[name].shape == shape for name, shape in shapes.items())
         finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-        return (
-            sized and finite and all(bool((tensors[name] > 0).all()) for name in above) and layers == len(self.layers)
-        )
+        either = ("mean", "center", "components.center", "components.axes")  # sign; all others are positive
+        positive = all(bool((tensor > 0).all()) for name, tensor in tensors.items() if name not in either)
+        return sized and finite and positive and layers == len(self.layers)
 
     def check(self, model: nn.Module, layers: Sequence[str]) -> None:
         """Refuse a model that it does not belong to.
@@ -225,11 +252,17 @@ class Reference:
             )
 
 
+def _bounds(x: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, its tolerance and the largest variance of observations, (n, k) -> (k,) each."""
+    var = x.var(0)
+    return x.mean(0), tolerance + _ERRORS * (var / len(x)).sqrt(), _widened(var, len(x))
+
+
 def _of_energy(q: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of energies, its tolerance and the largest variance in units of it: (n, k) -> (k,) each."""
     mean = q.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
-    var = (q / mean).var(0)
-    return mean, tolerance + _ERRORS * (var / len(q)).sqrt(), _widened(var, len(q))
+    _, d, v = _bounds(q / mean, tolerance)
+    return mean, d, v
 
 
 def _widened(var: Tensor, m: int) -> Tensor:
@@ -238,6 +271,7 @@ def _widened(var: Tensor, m: int) -> Tensor:
 
 
 _TENSORS = ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
+_OF_COMPONENTS = ("axes", "center", "delta", "kappa")
 
 
 def digest_of(model: nn.Module) -> str:

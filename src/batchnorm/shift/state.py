@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import sidecar
 from batchnorm.shift.alarm import Alarm
-from batchnorm.shift.evidence import Evidence, stakes_for
+from batchnorm.shift.evidence import BETS, Evidence, stakes_for
 from batchnorm.shift.wealth import Wealth
 
 if TYPE_CHECKING:
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from batchnorm.shift.reference import Reference
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".bnshift.safetensors"
-_BETS = ("mean", "up", "down", "power")
 
 
 @final
@@ -43,7 +42,7 @@ class State:
     def of_evidence(cls, evidence: Evidence) -> State:
         """The evidence's part."""
         tensors, bets = {}, {}
-        for name in _BETS:
+        for name in BETS:
             wealth: Wealth | None = getattr(evidence, name)
             if wealth is None:
                 continue
@@ -53,7 +52,7 @@ class State:
 
     def evidence(self, reference: Reference) -> Evidence:
         """The evidence against ``reference``, which it must be about."""
-        bets: dict[str, Any] = dict.fromkeys(_BETS)
+        bets: dict[str, Any] = dict.fromkeys(BETS)
         for name, about in self.about["bets"].items():
             bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
         return Evidence(reference, **bets, stakes=stakes_for(reference), observations=self.about["observations"])
@@ -71,14 +70,16 @@ class State:
             ValueError: If it is damaged.
         """
         try:
-            shapes = {"mean": (2, 4, channels), "up": (4, layers), "down": (4, layers), "power": (2, 4, channels)}
+            of_channels, of_layers = (2, 4, channels), (4, layers)
+            shapes = {"mean": of_channels, "up": of_layers, "down": of_layers, "power": of_channels}
+            shapes["components"] = (2, 4, 2 * channels)
             expected = {
                 f"{name}.{part}": shapes[name] for name in self.about["bets"] for part in ("product", "restarted")
             }
-            expected |= {"sums": (2, channels)}
+            expected |= {"sums": (2, channels), "recent": (2, channels)}
             good = all(tuple(self.tensors[name].shape) == shape for name, shape in expected.items())
             good &= all(self.tensors[f"waiting.{name}"].shape[1] == channels for name in "zq")
-            good &= {"passed", "alarm", "open", "auto", "observations"} <= set(self.about)
+            good &= {"passed", "alarm", "open", "auto", "recent", "observations"} <= set(self.about)
         except (KeyError, TypeError, AttributeError, IndexError):
             good = False
         if not good:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchnorm.shift.alarm import Alarm, LayerShift, first_moved, hint, localized
 from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.recent import Recent
 from batchnorm.shift.state import State
 from batchnorm.shift.units import Autocorrelation, Grouping, Unit
 
@@ -56,6 +57,7 @@ class Stream:
         self._grouping = Grouping(unit)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
+        self._recent = Recent(sum(reference.sizes))
         self._warned: set[str] = set()
         self.lock = threading.RLock()  # held while something is counted; on_alarm is called under it
 
@@ -94,9 +96,15 @@ class Stream:
 
     def _count(self, z: Tensor, q: Tensor) -> None:
         self.evidence = self.evidence.after(z, q)
-        self._sums += torch.stack([z.sum(0), q.sum(0)])
+        sums = torch.stack([z.sum(0), q.sum(0)])
+        self._sums += sums
+        self._recent.add(sums, len(z), self._since_clean(self.evidence))
         self.autocorrelation.add((z - self.reference.center) / self.reference.kappa.sqrt())
         self._judge()
+
+    def _since_clean(self, evidence: Evidence) -> float:
+        """Log evidence, of which e-SR gains one with every observation on clean data."""
+        return evidence.log - (math.log(evidence.observations) if self.arl is not None else 0.0)
 
     def _judge(self) -> None:
         if self.autocorrelation.is_wrong:
@@ -106,7 +114,7 @@ class Stream:
                 f"alarms is not kept with unit={self.reference.unit!r}. Use a larger unit, such as 'batch' or a key.",
             )
         if self.alarm is None and self.evidence.log >= self.limit:
-            self.alarm = self._alarm(self.evidence, self._sums, self.passed)
+            self.alarm = self._alarm(self.evidence, self._means(), self.passed)
             LOGGER.warning("%s", self.alarm)
             self._call(self.alarm)
 
@@ -126,17 +134,25 @@ class Stream:
     def table(self) -> list[LayerShift]:
         """What is known of every layer now."""
         with self.lock:
-            evidence, sums = self.evidence, self._sums.clone()
-        return self._table(evidence, sums)
+            evidence, means = self.evidence, self._means()
+        return localized(evidence, *means, alpha=self.alpha)
 
-    def _table(self, evidence: Evidence, sums: Tensor) -> list[LayerShift]:
-        mean, energy = sums / max(1, evidence.observations)
-        return localized(evidence, mean, energy, alpha=self.alpha)
+    @property
+    def means(self) -> Tensor:
+        """Means of z and q, (2, channels): since the evidence began to rise if it is enough, else since the start."""
+        with self.lock:
+            return self._means()
 
-    def _alarm(self, evidence: Evidence, sums: Tensor, passed: int) -> Alarm:
-        layers = self._table(evidence, sums)
-        first = first_moved(layers, self.limit)
-        return Alarm(evidence.observations, passed, evidence.log, first, hint(layers, self.limit), layers, time.time())
+    def _means(self) -> Tensor:
+        if self._recent.count and self.evidence.log >= self.limit:
+            return self._recent.sums / self._recent.count
+        return self._sums / max(1, self.evidence.observations)
+
+    def _alarm(self, evidence: Evidence, means: Tensor, passed: int) -> Alarm:
+        layers = localized(evidence, *means, alpha=self.alpha)
+        furthest = evidence.reference.furthest(*means)
+        first, about = first_moved(layers, self.limit), hint(layers, self.limit, furthest)
+        return Alarm(evidence.observations, passed, evidence.log, first, about, layers, time.time())
 
     # -- files and replicas -----------------------------------------------------------------------------------------
 
@@ -162,6 +178,7 @@ class Stream:
             State.of_evidence(self.evidence),
             State(rows, {}),
             self._grouping.state(),
+            self._recent.state(),
             self.autocorrelation.state(),
         ):
             state = state | part
@@ -183,6 +200,7 @@ class Stream:
         self._sums = tensors["sums"].clone()
         self._waiting = [(tensors["waiting.z"], tensors["waiting.q"])] if len(tensors["waiting.z"]) else []
         self._grouping.put(state)
+        self._recent.put(state)
         self.autocorrelation.put(state)
 
     def check(self, state: State) -> None:
@@ -207,5 +225,6 @@ class Stream:
         evidence = first.merged(rest)
         if evidence.log < self.limit:
             return None
-        sums = torch.stack([state.tensors["sums"] for state in states]).sum(0)
-        return self._alarm(evidence, sums, sum(state.about["passed"] for state in states))
+        sums = torch.stack([state.tensors["recent"] for state in states]).sum(0)
+        means = sums / max(1, sum(state.about["recent"]["count"] for state in states))
+        return self._alarm(evidence, means, sum(state.about["passed"] for state in states))

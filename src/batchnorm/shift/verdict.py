@@ -28,7 +28,7 @@ from torch import Tensor
 from batchnorm.population.batches import Batches, call, device_of, examples_in
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
-from batchnorm.shift.alarm import first_moved, hint
+from batchnorm.shift.alarm import first_moved
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.tap import Tap
 
@@ -101,7 +101,7 @@ class Verdict:
         rang: Examples after which it reached the limit, or None.
         rise: Examples after which it began to rise to it, roughly.
         first: The first layer in forward order that moved by itself.
-        hint: What the profile over layers looks like, or "".
+        hint: What the change looked like when it rang, or "".
         layers: Every layer, over all examples; over those until the alarm if the evidence has gone since.
         correlation: Of neighbouring observations, before the evidence rose if there were 100 of them.
         dependent: Whether that is too much for the unit.
@@ -208,7 +208,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
         examples=stream.passed, batches=watch.batches, left_out=watch.left_out,
         observations=stream.evidence.observations, log_evidence=max(log for _, log in watch.trail),
         trail=tuple(watch.trail), rang=alarm and alarm.examples, rise=rise,
-        first=first_moved(table, stream.limit), hint=hint(table, stream.limit),
+        first=first_moved(table, stream.limit), hint=alarm.hint if alarm else "",
         layers=tuple(_layers(stream, table)), correlation=correlation,
         dependent=dependent, sight=sight(stream.evidence, stream.alpha), seconds=seconds,
         pictures=tuple(watch.album.chosen()),
@@ -237,9 +237,9 @@ def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
 
 
 def _layers(stream: Stream, table: list[LayerShift]) -> Iterator[Layer]:
-    known, n = stream.reference, stream.evidence.observations
+    known = stream.reference
     sizes = list(known.sizes)
-    mean, energy = stream.state().tensors["sums"] / n
+    mean, energy = stream.means
     found = (row.split(sizes) for row in (mean - known.center, energy / known.power, stream.evidence.log_channels))
     for layer, size, *rows in zip(table, sizes, *found, strict=True):
         channels = tuple(Channel(c, *(float(row[c]) for row in rows)) for c in layer.channels)

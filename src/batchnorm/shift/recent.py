@@ -1,0 +1,44 @@
+"""Recent: what was observed since the evidence was least.
+
+On clean data the evidence sinks, to its least again and again; from a change on it rises. Means over the whole stream
+would show a change the less, the longer all was well before it.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from batchnorm.shift.state import State
+
+
+@final
+class Recent:
+    """Sums of channel means and energies since then.
+
+    Args:
+        channels: Of all layers.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.sums = torch.zeros(2, channels, dtype=torch.float64)
+        self.count = 0  # observations
+        self._least = 0.0  # evidence before any observation
+
+    def add(self, sums: Tensor, count: int, log: float) -> None:
+        """Take a round of observations, after which the logarithm of the evidence was ``log``."""
+        if log <= self._least:
+            self.sums, self.count, self._least = torch.zeros_like(self.sums), 0, log
+        else:
+            self.sums, self.count = self.sums + sums, self.count + count
+
+    def state(self) -> State:
+        """All of it."""
+        return State({"recent": self.sums}, {"recent": {"count": self.count, "least": self._least}})
+
+    def put(self, state: State) -> None:
+        """Go on from a state."""
+        self.sums = state.tensors["recent"].clone()
+        self.count, self._least = state.about["recent"]["count"], state.about["recent"]["least"]
