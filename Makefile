@@ -41,9 +41,12 @@ bench: $(STAMP)  ## time everything against torch and other libraries (15 minute
 bench-quick: $(STAMP)  ## the same in two minutes, a few cases
 	$(BIN)/python benchmarks/run.py --quick
 
-bench-shift: $(STAMP)  ## the shift alarm's promises at full size, and other detectors on the same streams (an hour)
+bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other detectors and rules beside them (two hours)
+	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/shift/bench_shift.py
+	$(BIN)/python benchmarks/shift/bench_hints.py
 	$(BIN)/python benchmarks/shift/bench_peers.py
+	$(BIN)/python benchmarks/shift/bench_adaptation.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
 
 bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and TensorBoard (ten minutes)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.adaptation.cumulative import Cumulative, energy, faded
-from batchnorm.adaptation.guards import Limits, against, less_than
+from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.statistics import Statistics, seeing
 from batchnorm.adaptation.window import Window
@@ -100,22 +100,82 @@ def test_a_window_forgets_what_is_older():
 def test_energies_are_judged_in_units_of_what_they_should_have_been():
     window = Window(8)
     window.add_energies({"norm": (4.0, 2.0)}, 4)
-    assert against(window, None, Limits(), in_use=False) is None
+    assert against_use(window, None, Limits(), 0.7) is None
     window.add_energies({"norm": (20.0, 2.0)}, 4)
     assert window.energies == {"norm": 6.0}
-    assert "layer 'norm' under the new statistics is 6.00 times" in str(against(window, None, Limits(), in_use=True))
+    assert "layer 'norm' under the new statistics is 6.00 times" in str(against_use(window, None, Limits(), 0.7))
+    assert against_start(window, Window(8), None, Limits()) == against_use(window, None, Limits(), 0.7)
     window.add_energies({"norm": (math.nan, 2.0)}, 4)
-    assert against(window, None, Limits(), in_use=True) is not None
+    assert against_use(window, None, Limits(), 0.7) is not None
 
 
-def test_answers_of_one_class_and_answers_without_information_are_objected_to():
-    before = Predictions.of(of_classes(*[0, 1, 2, 3] * 100))
-    mixed, one = window_of(of_classes(*[0, 1, 2, 3] * 16)), window_of(of_classes(*[2] * 60, 0, 1, 3, 3))
-    unsure = window_of(torch.full((64, 4), 0.25).double())
-    assert against(mixed, before, Limits(), in_use=False) is None
-    assert "of the predictions are of one class" in str(against(one, before, Limits(), in_use=True))
-    assert "carry 0.00 nats of information" in str(against(unsure, before, Limits(), in_use=True))
-    assert against(window_of(of_classes(2, 2, 2)), before, Limits(), in_use=True) is None  # too few to tell
-    assert less_than(mixed, unsure) is None
-    assert "less information than under the deployed statistics" in str(less_than(unsure, mixed))
-    assert less_than(Window(8), mixed) is None
+BEFORE = Predictions.of(of_classes(*[0, 1, 2, 3] * 100))
+MIXED, ONE = of_classes(*[0, 1, 2, 3] * 16), of_classes(*[2] * 60, 0, 1, 3, 3)
+
+
+def unsure(doubt: float, p: Tensor = MIXED) -> Tensor:
+    """Predictions of the same classes with so much probability spread over all classes."""
+    return (1 - doubt) * p + doubt / p.shape[1]
+
+
+def test_during_use_answers_of_one_class_and_answers_without_information_are_objected_to():
+    assert against_use(window_of(MIXED), BEFORE, Limits(), 0.7) is None
+    assert "of the predictions are of one class" in str(against_use(window_of(ONE), BEFORE, Limits(), 0.7))
+    assert "carry 0.00 nats of information" in str(against_use(window_of(unsure(1.0)), BEFORE, Limits(), 0.7))
+    assert against_use(window_of(of_classes(2, 2, 2)), BEFORE, Limits(), 0.7) is None  # too few to tell
+    assert against_use(window_of(torch.full_like(MIXED, math.nan)), BEFORE, Limits(), 0.7) is not None
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "furthest", "objection"),
+    [
+        # unsure before, sure now
+        (MIXED, unsure(0.4), None, None),
+        # answers that do not depend on the input are no use, however sure
+        (MIXED, ONE, None, None),
+        # nothing to win: the deployed statistics are sure
+        (MIXED, unsure(0.02), None, "the deployed statistics are as sure as ever"),
+        # ... unless nothing but other inputs can be the reason: K = 4 classes alone move by sqrt(3) at most
+        (MIXED, unsure(0.05), (2.0, 0.2), None),
+        (MIXED, unsure(0.02), (1.9, 0.2), "the deployed statistics are as sure as ever"),
+        (MIXED, unsure(0.4), (0.9, 0.2), "another mix of known examples would look like this"),
+        # no gain
+        (unsure(0.4), unsure(0.4), None, "hardly more than"),
+        # a gain, but little information: enough if much surer than the deployed ones, or if inputs moved for certain
+        (unsure(0.25), unsure(0.3), None, "nats of information, not the"),
+        (unsure(0.25), unsure(0.3), (3.0, 1.0), None),
+        (unsure(0.25), unsure(0.45), None, None),
+        (ONE, unsure(0.9), (9.0, 1.0), "of the predictions are of one class"),
+    ],
+)
+def test_what_speaks_against_beginning(new, old, furthest, objection):
+    found = against_start(window_of(torch.cat([new, new])), window_of(old), BEFORE, Limits(), furthest)
+    assert (found is None) if objection is None else objection in str(found)
+
+
+def test_who_begins_with_less_information_is_asked_for_less_during_use():
+    windows = window_of(torch.cat([unsure(0.25)] * 2)), window_of(unsure(0.3))
+    assert asked(*windows, BEFORE, Limits()) == 0.7
+    assert asked(*windows, BEFORE, Limits(), (3.0, 1.0)) == 0.5
+    assert asked(window_of(unsure(0.25)), windows[1], BEFORE, Limits(), (3.0, 1.0)) == 0.7
+    # 0.52 nats are carried; of log 4 less 3 / 128, half (0.7 * 5 / 7) or 0.36 (0.5 * 5 / 7) are asked for
+    less = window_of(unsure(0.35))
+    assert "nats of information, not the 0.68" in str(against_use(less, BEFORE, Limits(), 0.7))
+    assert against_use(less, BEFORE, Limits(), 0.5) is None
+
+
+def test_little_information_is_never_enough_before_twice_a_window():
+    found = against_start(window_of(unsure(0.25)), window_of(unsure(0.3)), BEFORE, Limits(), (3.0, 1.0))
+    assert "nats of information, not the" in str(found)
+
+
+def test_a_beginning_needs_answers_of_the_deployed_statistics_to_compare_with():
+    assert "have not answered any" in str(against_start(window_of(MIXED), Window(64), BEFORE, Limits()))
+    assert against_start(window_of(MIXED), Window(64), None, Limits()) is None  # there are no classes
+
+
+def test_more_doubt_is_usual_for_some_models():
+    before = Predictions.of(unsure(0.3, of_classes(*[0, 1, 2, 3] * 100)))
+    found = against_start(window_of(MIXED), window_of(unsure(0.35)), before, Limits())
+    assert "as sure as ever" in str(found)
+    assert against_start(window_of(MIXED), window_of(unsure(0.7)), before, Limits()) is None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.adaptation.cumulative import energy
-from batchnorm.adaptation.guards import Limits, against, less_than
+from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
 from batchnorm.adaptation.measuring import finite_moments
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.statistics import Statistics, adaptable, seeing
@@ -134,6 +134,7 @@ class Adapter:
 
     def _renew(self) -> None:
         self._trial = Trial(self._layers, self._deployed, **self._options)
+        self._share = self.limits.accept  # of the information, that was asked for when use began
         self._is_counted = False  # whether the pass that runs was counted by a trial before it
         self._energies: dict[str, tuple[float, float]] = {}  # of a pass under the deployed statistics
         self._since, self._then = Window(self._window), {}  # energies under the deployed statistics, and at refusal
@@ -231,8 +232,8 @@ class Adapter:
             self._note("there are no classes: only energies are judged")
         elif self._known is None:
             self._known = Predictions.of(answers[:0])
-        self._gather(args, kwargs)
         self._trial.old.add_answers(answers, len(answers) if answers is not None else 0)
+        self._gather(args, kwargs)
 
     def _gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count a batch in the trial, and judge it."""
@@ -246,8 +247,9 @@ class Adapter:
         trial.count(self._answers(output), examples)
         if trial.new.examples < self.minimum:
             return
-        objection = self._objection() or less_than(trial.new, trial.old)
+        objection = self._objection()
         if objection is None:
+            self._share = asked(*self._circumstances())
             trial.statistics.put(self._layers)
             self._is_counted = True
             self._become("adapted", f"no guard objects to the statistics of {trial.new.examples} examples")
@@ -257,7 +259,12 @@ class Adapter:
     def _objection(self) -> str | None:
         if self._known is None and self.monitor.stream.autocorrelation.is_wrong:
             return "neighbouring examples are alike, and without classes nothing shows whether the mix is a fair one"
-        return against(self._trial.new, self._known, self.limits, in_use=self.state == "adapted")
+        if self.state == "adapted":
+            return against_use(self._trial.new, self._known, self.limits, self._share)
+        return against_start(*self._circumstances())
+
+    def _circumstances(self) -> tuple[Window, Window, Predictions | None, Limits, tuple[float, float] | None]:
+        return self._trial.new, self._trial.old, self._known, self.limits, self.monitor.stream.furthest()
 
     def _judge(self, output: Any, examples: int) -> None:
         """Count a batch that was answered under new statistics, and go back if a guard objects."""
@@ -288,6 +295,7 @@ class Adapter:
             now = self._since.energies[path]
             if not then / _CHANGED <= now <= then * _CHANGED:
                 self._renew()
+                self.monitor.stream.look_anew()
                 self._become("gathering", f"the energy of layer {path!r} moved from {then:.2f} to {now:.2f}")
                 return
 

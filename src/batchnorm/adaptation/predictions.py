@@ -58,9 +58,14 @@ class Predictions:
         return float(self.total.max()) / max(1, self.count)
 
     @property
+    def doubt_each(self) -> float:
+        """Mean entropy of a prediction, nats."""
+        return self.doubt / max(1, self.count)
+
+    @property
     def information(self) -> float:
         """I, nats."""
-        return self.diversity - self.doubt / max(1, self.count)
+        return self.diversity - self.doubt_each
 
     @property
     def is_whole(self) -> bool:
@@ -75,7 +80,7 @@ class Predictions:
         whole = math.log(len(self.total))
         if not self.is_whole:
             return max(_in_window(whole, window), self.information)
-        return max(0.0, _in_window(self.diversity, window) - self.doubt / self.count)
+        return max(0.0, _in_window(self.diversity, window) - self.doubt_each)
 
 
 def _in_window(entropy: float, window: int) -> float:

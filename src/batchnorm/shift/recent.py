@@ -30,9 +30,14 @@ class Recent:
     def add(self, sums: Tensor, count: int, log: float) -> None:
         """Take a round of observations, after which the logarithm of the evidence was ``log``."""
         if log <= self._least:
-            self.sums, self.count, self._least = torch.zeros_like(self.sums), 0, log
+            self.restart()
+            self._least = log
         else:
             self.sums, self.count = self.sums + sums, self.count + count
+
+    def restart(self) -> None:
+        """Forget what came until now."""
+        self.sums, self.count = torch.zeros_like(self.sums), 0
 
     def state(self) -> State:
         """All of it."""

@@ -143,6 +143,24 @@ class Stream:
         with self.lock:
             return self._means()
 
+    def furthest(self) -> tuple[float, float] | None:
+        """How far the component that moved most did since the evidence began to rise, or since ``look_anew``.
+
+        Returns:
+            The distance, in sd of an observation (see ``Reference.furthest``), and by how much chance can raise it:
+            sqrt(2 log m / n), the largest of m components' errors after n observations. None without observations, and
+            where distances are not known.
+        """
+        with self.lock:
+            means, n = self._means(), self._recent.count
+        far = self.reference.furthest(*means) if n else None
+        return None if far is None else (far, math.sqrt(2 * math.log(2 * len(means[0])) / n))
+
+    def look_anew(self) -> None:
+        """What moved is told by observations from now on: an alarm has rung, and other inputs came since."""
+        with self.lock:
+            self._recent.restart()
+
     def _means(self) -> Tensor:
         if self._recent.count and self.evidence.log >= self.limit:
             return self._recent.sums / self._recent.count

@@ -1,0 +1,100 @@
+"""Published rules for statistics at test time, each written from its formula, and ours.
+
+A rule is a context in which a model answers a stream batch by batch. With mu_s and v_s stored, mu and v of the batch
+(biased, as all three papers' code has it) and n examples in it:
+
+    batch       mu, v                                     Nado et al. 2020; the "norm" of Wang et al. 2021 (TENT)
+    prior       w s + (1 - w) b, w = N / (N + n)          Schneider et al. 2020, of means and of variances alike
+    average     s <- (1 - a) s + a b, then used           Yuan et al. 2023 (RoTTA), likewise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.adaptation.statistics import Statistics, mixed, seeing
+from batchnorm.layers import batch_norms
+from batchnorm.moments import Moments
+
+# stored mean and variance, mean and variance of the batch, examples -> mean and variance to normalize by
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Rule = Callable[[nn.Module, Tensor], Any]  # model and calibration examples -> context
+PRIOR = 16
+
+
+@contextmanager
+def deployed(_: nn.Module, __: Tensor) -> Iterator[None]:
+    """Nothing is done."""
+    yield
+
+
+def by_formula(formula: Formula, *, keeps: bool = False) -> Rule:
+    """A rule that puts the formula's result into each layer; ``keeps`` makes it what is stored for the next batch."""
+
+    @contextmanager
+    def rule(model: nn.Module, _: Tensor) -> Iterator[None]:
+        layers = batch_norms(model)
+        before = Statistics.of(layers)
+        stored = {path: (before.mean[path], before.var[path]) for path in layers}
+
+        def see(path: str, layer: Any, x: Tensor) -> None:
+            var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+            new = formula(*stored[path], mean, var, len(x))
+            layer.running_mean.copy_(new[0])
+            layer.running_var.copy_(new[1])
+            if keeps:
+                stored[path] = new
+
+        try:
+            with seeing(layers, see):
+                yield
+        finally:
+            before.put(layers)
+
+    return rule
+
+
+def _prior(ms: Tensor, vs: Tensor, mean: Tensor, var: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    w = PRIOR / (PRIOR + n)
+    return w * ms + (1 - w) * mean, w * vs + (1 - w) * var
+
+
+def _prior_with_spread(ms: Tensor, vs: Tensor, mean: Tensor, var: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    new = mixed((ms, vs), PRIOR, Moments.from_var(2, mean, var / 2), n)  # two values of this biased variance
+    return new.mean.float(), new.var.float()
+
+
+def _average(a: float) -> Formula:
+    return lambda ms, vs, mean, var, n: ((1 - a) * ms + a * mean, (1 - a) * vs + a * var)  # noqa: ARG005
+
+
+def adapter(*, calibrated: bool, **options: Any) -> Rule:
+    """Ours, which begins with an alarm; every example is looked at."""
+
+    @contextmanager
+    def rule(model: nn.Module, clean: Tensor) -> Iterator[bn.Adapter]:
+        monitor = bn.ShiftMonitor(model, examples=None, budget=None)
+        if calibrated:
+            monitor.calibrate(clean.split(100))
+        with bn.Adapter(monitor, **options) as made:
+            yield made
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "as deployed": deployed,
+    "batch (TENT's norm)": by_formula(lambda ms, vs, mean, var, n: (mean, var)),  # noqa: ARG005
+    "prior of 16, published": by_formula(_prior),
+    "prior of 16, with spread": by_formula(_prior_with_spread),
+    "average 0.05 (RoTTA's)": by_formula(_average(0.05), keeps=True),
+    "average 0.01": by_formula(_average(0.01), keeps=True),
+    "Adapter": adapter(calibrated=False),
+    "Adapter, calibrated": adapter(calibrated=True),
+}
