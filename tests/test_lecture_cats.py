@@ -371,3 +371,22 @@ def test_a_monitor_that_has_only_the_model_hears_coloured_cats_and_not_black_one
     assert found.mean("rang", "coloured") <= 100
     last = found.mean("evidence", "coloured", transfer.STREAM)
     assert last > 2 > found.mean("evidence", "black", transfer.STREAM)
+
+
+def test_a_guarded_adapter_repairs_coloured_cats_and_leaves_black_ones_alone():
+    black, part = transfer.painted("black", 0), parts(0)
+    torch.manual_seed(0)
+    model = transfer._trained(BatchNorm2d, 0, 0.1, black[part["train"]], 160)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = Findings()
+    for shift in transfer.STREAMED:
+        fresh, test = shifted(shift, 0)
+        transfer._follow(found, shift, model, black[part["train"]].x, fresh.x, test)
+        found.values["with", shift].append(transfer.accuracy(model, test))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.mean("adapted", "black") == math.inf
+    assert found.mean("guarded", "black") == found.mean("with", "black")
+    assert found.mean("adapted", "coloured") <= 200
+    # 400 test pictures: five standard errors of a difference are 0.17 at most, and pairing makes them less
+    assert found.mean("guarded", "coloured") > found.mean("with", "coloured") + 0.1
+    assert "(it began in 1 of 1 seeds)" in cats._repaired(found)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Layers = dict[str, _BatchNorm]
 
 LOGGER = logging.getLogger("batchnorm.adaptation")
+LOGGER.addHandler(logging.NullHandler())  # as the monitor's
 State = Literal["watching", "gathering", "adapted", "refused", "rolled back"]
 _PATIENCE = 4  # windows that a trial lasts before it is refused
 _CHANGED = 1.25  # a layer's energy moved by so much says that the stream is another one

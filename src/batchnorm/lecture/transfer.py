@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm.adaptation import Adapter, Statistics
 from batchnorm.layers import BatchNorm2d, batch_norms
 from batchnorm.lecture import data
 from batchnorm.lecture.claim import Settings
@@ -54,6 +55,8 @@ class Findings:
     - ("changed",): share of test answers that contrast changes after re-estimation
     - ("evidence", shift, number): log10 of a monitor's evidence after so many images; it has the model alone
     - ("rang", shift): images until its alarm at ALPHA; infinity if it stayed silent
+    - ("adapted", shift): images until a guarded adapter used new statistics; infinity if it did not
+    - ("guarded", shift): test accuracy with the statistics that it left after all of them
     """
 
     values: dict[tuple[str | int, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -167,8 +170,11 @@ def _test(found: Findings, seed: int, without: nn.Sequential, with_norm: nn.Sequ
             found.values["moved", shift, layer].append(distance)
         for number in NUMBERS if shift in COUNTED else ():
             found.values["again", shift, number].append(accuracy(adapted(with_norm, fresh.x[:number]), test))
+    learned = painted("black", seed)[parts(seed)["train"]].x
     for shift in STREAMED:
-        _listen(found, shift, with_norm, shifted(shift, seed)[0].x)
+        fresh, test = shifted(shift, seed)
+        _listen(found, shift, with_norm, fresh.x)
+        _follow(found, shift, with_norm, learned, fresh.x, test)
     found.values[("changed",)].append(float((answers["black"] != answers["contrast"]).double().mean()))
 
 
@@ -182,6 +188,21 @@ def _listen(found: Findings, shift: str, model: nn.Sequential, x: Tensor) -> Non
             found.values["evidence", shift, number].append(monitor.log_evidence / math.log(10))
             rang = min(rang, number if monitor.alarm else rang)
     found.values["rang", shift].append(rang)
+
+
+def _follow(found: Findings, shift: str, model: nn.Sequential, learned: Tensor, x: Tensor, test: data.Examples) -> None:
+    """What an adapter makes of the same images, whose monitor was calibrated on what the model learned from."""
+    model = copy.deepcopy(model)
+    monitor = ShiftMonitor(model, ALPHA, examples=None, budget=None)
+    monitor.calibrate(learned.split(100))
+    with Adapter(monitor) as adapter, torch.no_grad():
+        for part in x.split(LOOK):
+            model(part)
+        left = Statistics.of(batch_norms(model))
+    left.put(batch_norms(model))
+    began = (event.examples for event in adapter.history if event.state == "adapted")
+    found.values["adapted", shift].append(next(began, float("inf")))
+    found.values["guarded", shift].append(accuracy(model, test))
 
 
 def shifted(shift: str, seed: int) -> tuple[data.Examples, data.Examples]:
