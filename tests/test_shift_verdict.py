@@ -131,6 +131,12 @@ def test_model_monitor_and_random_state_are_as_they_were_and_the_verdict_is_the_
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
 
 
+def test_a_monitor_that_observes_is_not_asked_to_judge(net: nn.Module) -> None:
+    monitor = ShiftMonitor(net)
+    with monitor, pytest.raises(RuntimeError, match=r"not observing, got one that is. Call monitor.stop\(\) first"):
+        judge(monitor, batches(1, 3))
+
+
 def test_a_model_in_train_mode_is_judged_in_eval_mode_and_left_in_train_mode(net: nn.Module) -> None:
     expected = judge(ShiftMonitor(net), batches(2, 8))
     net.train()

@@ -17,6 +17,8 @@ from worlds import World, trained
 from batchnorm.shift import Reference, ShiftMonitor
 from batchnorm.shift.components import Components
 from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.passes import passes
+from batchnorm.shift.tap import Tap
 
 if TYPE_CHECKING:
     from worlds import Sampler
@@ -28,7 +30,8 @@ def observations(monitor: ShiftMonitor, sampler: Sampler, n: int, seed: int) -> 
     """Means and energies of channels of n examples, as the monitor's tap measures them."""
     random = torch.Generator().manual_seed(seed)
     parts = [(sampler(min(1000, n - i), random)[0], None) for i in range(0, n, 1000)]
-    found = list(monitor._observed(parts, None))
+    tap = Tap(monitor.layers, monitor.reference)
+    found = [(z, q) for _, z, q in passes(monitor.model, tap, parts, None, "the benchmark")]
     z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
     return z, q
 

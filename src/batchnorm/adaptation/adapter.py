@@ -154,9 +154,9 @@ class Adapter:
             self._start()
         if self.state == "adapted":
             self._trial.statistics.put(self._layers)
-        self._starts_monitor = not self.monitor._handles
+        self._starts_monitor = not self.monitor.is_observing
         self.monitor.start()
-        outer = self.monitor._outer
+        outer = self.monitor.observed
         self._handles = [
             # before the monitor's: a trial is none of its observations
             outer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -183,7 +183,7 @@ class Adapter:
             return
         if self.state == "gathering":
             self._gather(args, kwargs)
-        elif self.state == "adapted" and self.monitor._is_compiled:
+        elif self.state == "adapted" and self.monitor.is_compiled:
             self._trial.begin()
             self._trial.shadow(self.monitor.model, args, kwargs)
             self._trial.statistics.put(self._layers)
@@ -196,7 +196,7 @@ class Adapter:
     def _hush(self, *_: object) -> None:
         """Keep the monitor, which has rung, from layers whose inputs move because those before them were adapted."""
         if self.state == "adapted":
-            self.monitor._tap.examples = 0
+            self.monitor.leave_out()
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import batch_norms, unwrapped
-from batchnorm.population.batches import Batches, call, device_of, examples_in
+from batchnorm.population.batches import Batches, examples_in
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.recalibration import uncompiled
-from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.shift.passes import passes
 from batchnorm.shift.reference import Reference
 from batchnorm.shift.state import State
 from batchnorm.shift.stream import Stream
-from batchnorm.shift.tap import Tap
+from batchnorm.shift.tap import ALL, Tap
 from batchnorm.shift.units import Grouping, Unit, name_of
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.shift.alarm import Alarm, LayerShift
-
-_ALL = 2**62  # examples: more than a batch has
 
 
 @final
@@ -86,7 +83,7 @@ class ShiftMonitor:
         self.model = unwrapped(model)
         self.layers = _storing(self.model)
         self.unit, self.examples, self.budget = unit, examples, budget
-        self._outer, self._batch = model, batch
+        self.observed, self._batch = model, batch
         self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
         self._handles: list[Any] = []
         self._passes = threading.local()  # each thread's own pass: when it began
@@ -143,11 +140,11 @@ class ShiftMonitor:
 
     def start(self) -> ShiftMonitor:
         """Observe forward passes from now on."""
-        if not self._handles:
+        if not self.is_observing:
             self._handles = [
-                self._outer.register_forward_pre_hook(self._before, with_kwargs=True),
-                *([] if self._is_compiled else self._tap.attach()),
-                self._outer.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                self.observed.register_forward_pre_hook(self._before, with_kwargs=True),
+                *([] if self.is_compiled else self._tap.attach()),
+                self.observed.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
         return self
 
@@ -158,20 +155,29 @@ class ShiftMonitor:
         self.stream.update()
 
     @property
+    def is_observing(self) -> bool:
+        """Whether it has been started."""
+        return bool(self._handles)
+
+    def leave_out(self) -> None:
+        """Do not look at the pass that this thread is in."""
+        self._tap.examples = 0
+
+    @property
     def cost(self) -> float:
         """Time of looking as a share of the time of inference without it."""
         return self._spent / max(1e-9, self._inference - self._spent)
 
     @property
-    def _is_compiled(self) -> bool:
+    def is_compiled(self) -> bool:
         """Whether forward runs in a program that was traced, and that hooks would be traced into."""
-        return hasattr(self._outer, "_orig_mod") or getattr(self._outer, "_compiled_call_impl", None) is not None
+        return hasattr(self.observed, "_orig_mod") or getattr(self.observed, "_compiled_call_impl", None) is not None
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
         affordable = self.budget is None or self._spent <= self.budget * self._inference
-        self._tap.examples = (self.examples or _ALL) if affordable else 0
+        self._tap.examples = (self.examples or ALL) if affordable else 0
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002
@@ -198,27 +204,15 @@ class ShiftMonitor:
                 "train", "the model is in train mode, which stored statistics have no part in. Call eval()."
             )
             return None
-        if not self._is_compiled:
+        if not self.is_compiled:
             self.stream.warn(
                 "missed", "a pass did not reach every batch norm layer with each example once; it is left out."
             )
             return None
         ((args, kwargs),) = Batches([(args, kwargs)], min(examples, examples_in((args, kwargs)) or 1), None)
-        with self._tapping(), uncompiled(), torch.no_grad():
+        with self._tap.attached(), uncompiled(), torch.no_grad():
             self.model(*args, **kwargs)
         return self._tap.taken()
-
-    @contextmanager
-    def _tapping(self) -> Iterator[None]:
-        """A block in which all examples that pass the layers are seen."""
-        handles = self._tap.attach()
-        self._tap.examples = _ALL
-        try:
-            yield
-        finally:
-            self._tap.examples = 0
-            for handle in handles:
-                handle.remove()
 
     # -- the reference --------------------------------------------------------------------------------------------
 
@@ -236,27 +230,14 @@ class ShiftMonitor:
             ValueError: If there are too few observations, or activations are not finite.
             RuntimeError: If the monitor is observing.
         """
-        if self._handles:
+        if self.is_observing:
             raise RuntimeError("calibrate must be called before observation starts. Call monitor.stop() first.")
-        found = list(self._observed(loader, max_examples))
-        z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
+        grouping = Grouping(self.unit)
+        seen = passes(self.model, self._tap, loader, max_examples, "calibrate")
+        z, q = (torch.cat(rows) for rows in zip(*(grouping.of(z, q, inputs) for inputs, z, q in seen), strict=True))
         fresh = Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), batch=self._batch)
         self._use(fresh.calibrated(z, q))
         return self.reference
-
-    def _observed(self, loader: Iterable[Any], max_examples: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        batches, grouping = Batches(loader, max_examples, device_of(self.model), who="calibrate"), Grouping(self.unit)
-        with preserve_state(self.model), preserve_random_state(*batches.generators), self._tapping():
-            self.model.eval()
-            for batch in batches:
-                with uncompiled(), torch.no_grad():
-                    call(self.model, batch)
-                if (seen := self._tap.taken()) is None:
-                    raise ValueError(
-                        "calibrate needs passes that reach every batch norm layer with each example once, got another. "
-                        "Leave layers out that see parts of a batch."
-                    )
-                yield grouping.of(*seen, batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     # -- files and replicas ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.shift.reference import Reference
+
+ALL = 2**62  # examples: more than a batch has
 
 
 @final
@@ -73,6 +76,17 @@ class Tap:
         """Tap the layers until the handles are removed."""
         layers = self._layers.items()
         return [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """A block in which all examples that pass the layers are seen."""
+        handles, self.examples = self.attach(), ALL
+        try:
+            yield
+        finally:
+            self.examples = 0
+            for handle in handles:
+                handle.remove()
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
         """Means and energies of channels, (n, channels) each, of what passed since the last call: float64, on the CPU.

@@ -25,10 +25,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.population.batches import Batches, call, device_of, examples_in
-from batchnorm.population.recalibration import uncompiled
-from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.shift.alarm import first_moved
+from batchnorm.shift.passes import passes
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.tap import Tap
 
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 # changes when a key of to_dict() changes its meaning or goes away
 SCHEMA_VERSION = 1
-_ALL = 2**62  # examples: more than a batch has
 _ROUND = 8  # observations of one update, as live
 _AROUND = 32  # examples before the alarm, and after it, among which pictures are chosen
 _ENOUGH = 100  # observations, before which a correlation is not judged
@@ -179,12 +176,16 @@ def judge(
     Raises:
         ValueError: If no example could be judged, the reference's numbers are not finite, or the inputs are no pictures
             though some were asked for.
+        RuntimeError: If the monitor is observing: these passes would be in its stream.
     """
+    if monitor.is_observing:
+        raise RuntimeError("judge needs a monitor that is not observing, got one that is. Call monitor.stop() first.")
     start = time.perf_counter()
     stream = Stream(monitor.reference, monitor.unit, alpha=monitor.stream.alpha, arl=None)
     watch = _Watch(stream, _Album(pictures))
     with _unwarned():
-        for inputs, z, q in _passes(monitor, loader, max_examples):
+        tap = Tap(monitor.layers, monitor.reference)
+        for inputs, z, q in passes(monitor.model, tap, loader, max_examples, "shift"):
             watch.see(inputs, z, q)
     if not stream.evidence.observations:
         raise ValueError("shift needs examples with finite activations, got none. Look for the cause: batchnorm doctor")
@@ -329,38 +330,6 @@ def _pixels(inputs: Any) -> Tensor:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"pictures need inputs (N, C, H, W) with C = 1 or 3, got {shape}. Leave --images out.")
     return x
-
-
-def _passes(
-    monitor: ShiftMonitor, loader: Iterable[Any], max_examples: int | None
-) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Each batch's inputs, with the means and energies of its examples, (n, channels), at all layers."""
-    model, tap = monitor.model, Tap(monitor.layers, monitor.reference)
-    batches = Batches(loader, max_examples, device_of(model), who="shift")
-    with preserve_state(model), preserve_random_state(*batches.generators), _attached(tap):
-        model.eval()
-        for batch in batches:
-            tap.examples = _ALL
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
-            with uncompiled(), torch.no_grad():
-                call(model, batch)
-            if (seen := tap.taken()) is None or len(seen[0]) != examples_in(batch):
-                raise ValueError(
-                    "shift needs passes that reach every batch norm layer with each example once, got another. "
-                    "Give a model whose layers all see whole batches."
-                )
-            yield kept, *seen
-
-
-@contextmanager
-def _attached(tap: Tap) -> Iterator[None]:
-    handles = tap.attach()
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 from torch import Tensor, nn
 
@@ -29,8 +29,8 @@ class FoldedAway(nn.Identity):
         self._kept = (layer, partner)
         self._tensors = tensors
         self._path = path
-        self.act: str | None = getattr(layer, "act", None)
-        self.act_param: float = getattr(layer, "act_param", 0.0)
+        self.act = cast("str | None", getattr(layer, "act", None))
+        self.act_param = cast("float", getattr(layer, "act_param", 0.0))
         if _MARK in vars(layer):
             vars(self)[_MARK] = vars(layer)[_MARK]  # revert takes the activation away from what has the mark
         self.training = layer.training

@@ -8,7 +8,7 @@ For one example and a group of channels, over the group's n values (Wu and He 20
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -79,7 +79,7 @@ def _grouped(path: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
             f"{path!r}. Leave groups out to choose for each layer."
         )
     args = (groups or _fitting_groups(count), count, layer.eps, layer.affine)
-    act = getattr(layer, "act", None)
+    act = cast("str | None", getattr(layer, "act", None))
     new = nn.GroupNorm(*args) if act is None else GroupNormAct(*args, act=act, act_param=ours.act_param)
     for name in ("weight", "bias"):
         if getattr(layer, name) is None:

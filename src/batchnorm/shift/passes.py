@@ -1,0 +1,47 @@
+"""Passes: what a data set looks like at the entrance of every batch norm layer, with the model left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.population.batches import Batches, call, device_of, examples_in
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.shield import preserve_random_state, preserve_state
+
+if TYPE_CHECKING:
+    from batchnorm.shift.tap import Tap
+
+
+def passes(
+    model: nn.Module, tap: Tap, loader: Iterable[Any], max_examples: int | None, who: str
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
+
+    Args:
+        model: That ``tap`` is for.
+        tap: It is attached meanwhile.
+        loader: Batches as ``recalibrate`` takes them.
+        max_examples: At most so many.
+        who: Asks, for error messages.
+
+    Raises:
+        ValueError: If a pass does not reach every layer with each example once.
+    """
+    batches = Batches(loader, max_examples, device_of(model), who=who)
+    with preserve_state(model), preserve_random_state(*batches.generators), tap.attached():
+        model.eval()
+        for batch in batches:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
+            with uncompiled(), torch.no_grad():
+                call(model, batch)
+            if (seen := tap.taken()) is None or len(seen[0]) != examples_in(batch):
+                raise ValueError(
+                    f"{who} needs passes that reach every batch norm layer with each example once, got another. "
+                    "Give a model whose layers all see whole batches."
+                )
+            yield kept, *seen
