@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_shift import ALPHA
-from peer_worker import DETECTORS, WINDOW
+from peer_worker import DETECTORS, ERT, WINDOW
 from pools import observations, prepared
 from report import save
 from worlds import SHAPES
@@ -79,6 +79,7 @@ def main() -> None:
             "looks": LOOKS,
             "window": WINDOW,
             "alpha": ALPHA,
+            "ert": ERT,
             "rows": rows,
         },
     )
