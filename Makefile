@@ -45,6 +45,7 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other de
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/shift/bench_shift.py
 	$(BIN)/python benchmarks/shift/bench_hints.py
+	$(BIN)/python benchmarks/shift/bench_units.py
 	$(BIN)/python benchmarks/shift/bench_peers.py
 	$(BIN)/python benchmarks/shift/bench_adaptation.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
