@@ -11,9 +11,10 @@ from batchnorm.instruments.companions import companion_flips
 from batchnorm.instruments.gaps import train_eval_gap
 from batchnorm.instruments.gradients import gradient_depth
 from batchnorm.instruments.internal_shift import gradient_shift
+from batchnorm.instruments.outlets import Sink
 from batchnorm.instruments.probing import probe
 from batchnorm.instruments.smoothness import landscape
-from batchnorm.instruments.watching import Sink, Watch, watch
+from batchnorm.instruments.watching import Watch, watch
 
 __all__ = [
     "Angles",

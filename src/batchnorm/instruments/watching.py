@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from batchnorm.instruments.census import census
 from batchnorm.instruments.events import Events
 from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
+from batchnorm.instruments.outlets import Outlets, Sink
 from batchnorm.instruments.probing import Probe, View, with_shape
 from batchnorm.instruments.schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.batches import Batches, call, on_device_of
-from batchnorm.record import Record, Writer
+from batchnorm.record import Record
 
 if TYPE_CHECKING:
     import os
@@ -42,16 +43,6 @@ _PROBE_EVERY = 2  # looks
 _PROBE_SECONDS = 0.003  # a layer, beside the two passes; only the first probe is planned by it
 _KEPT = 256  # records in memory
 _PULSE = 1.0  # seconds between progress lines
-
-
-class Sink(Protocol):
-    """Where numbers go besides the log: TensorBoard, MLflow, a metric store of one's own."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take numbers of one step, by names such as "batchnorm/noise/layer1.0.bn1" and "loss"."""
-
-    def close(self) -> None:
-        """Nothing more will come."""
 
 
 def watch(
@@ -129,10 +120,9 @@ class Watch:
                 f"watch needs a model with batch norm layers, got {type(self._model).__name__} without one. "
                 "Watch the model that has them."
             )
-        self._log, self._sinks, self._schedule = log, list(sinks), schedule
+        self._outlets, self._schedule = Outlets(log, sinks), schedule
         self._probe = self._made_probe(probe, loss)
         self._captures = probe is None
-        self._writer: Writer | None = None
         self._layers: Layers | None = None
         self._clock: int | None = None  # id of the optimizer whose steps count
         self._window: list[Snapshot] = []
@@ -140,7 +130,6 @@ class Watch:
         self._view: tuple[int, View] | None = None
         self._looks, self._next_probe = 0, 1
         self._events = Events()
-        self._sums: dict[str, tuple[Any, int]] = {}
         self._pulse = time.perf_counter()
         self._handles: list[Any] = []
         self._on = False
@@ -196,10 +185,7 @@ class Watch:
 
         Tensors are kept where they are and not waited for.
         """
-        for name, value in values.items():
-            number = value.detach() if isinstance(value, Tensor) else float(value)
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = total + number, count + 1
+        self._outlets.note(values)
 
     def lab(self, values: Mapping[str, Mapping[str, float]] | None = None, **model: float) -> None:
         """Note what was measured on demand at this step: numbers of layers by quantity and layer, and of the model.
@@ -258,9 +244,8 @@ class Watch:
         if self._layers is not None:
             return
         self._layers = Layers(with_shape(self._model, "watch"))
-        if self._log is not None:
-            self._writer = Writer(self._log, _described(self._layers), **self._about())
-            self.steps = self._writer.step
+        steps = self._outlets.open(self._layers, self._about())
+        self.steps = self.steps if steps is None else steps
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -324,35 +309,15 @@ class Watch:
             *self._events.of_poison({n: f for n, f, c in zip(names, finite, counts, strict=True) if c}),
             *self._events.of(names, record.values, early=early),
         ):
-            self._note(event.message, event.layer, event.code)
-
-    def _note(self, message: str, layer: str | None = None, code: str | None = None) -> None:
-        if self._writer is not None:
-            self._writer.event(self.steps, message, layer=layer, code=code)
+            self._outlets.event(self.steps, event.message, event.layer, event.code)
 
     def _keep(self, record: Record) -> None:
         self.records.append(record)
-        if self._writer is not None:
-            self._writer.write(record)
-        self._send(record.step, dict(_flat(record)) if self._sinks else {})
-
-    def _send(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Give numbers to every sink; one that fails gets no more."""
-        for sink in tuple(self._sinks):
-            try:
-                sink.write(step, numbers)
-            except Exception as error:  # noqa: BLE001 - the log and the training do without it
-                self._sinks.remove(sink)
-                _warn(f"{type(sink).__name__} failed and gets no more numbers: {type(error).__name__}: {error}.")
+        self._outlets.record(record)
 
     def _beat(self) -> None:
-        """Tell how far the training is, and what the user noted."""
         self._pulse = time.perf_counter()
-        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
-        self._sums = {}
-        if self._writer is not None:
-            self._writer.progress(self.steps, time.time(), means, self.cost)
-        self._send(self.steps, {**means, "batchnorm/cost": self.cost})
+        self._outlets.progress(self.steps, self.cost)
 
     # -- the ends -------------------------------------------------------------------------------------------------
 
@@ -380,10 +345,14 @@ class Watch:
         if len(self._window) >= LEAST:
             self._look()
         if self._captures and self._probe is None and self.steps:
-            self._note("no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe=")
+            self._outlets.event(
+                self.steps,
+                "no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe=",
+            )
         if self._schedule.postponed:
-            self._note(
-                f"{self._schedule.postponed} looks were put off to stay under {self._schedule.budget:.1%} of the time"
+            self._outlets.event(
+                self.steps,
+                f"{self._schedule.postponed} looks were put off to stay under {self._schedule.budget:.1%} of the time",
             )
         self._beat()
 
@@ -391,40 +360,13 @@ class Watch:
         self._on = False
         while self._handles:
             self._handles.pop().remove()
-        if self._writer is not None:
-            self._writer.end(self.steps, reason, cost=round(self.cost, 5))
-        self._writer = self._layers = self._last = self._view = None  # a second start opens the log again
-        for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:  # noqa: BLE001 - it is over anyway
-                _warn(f"{type(sink).__name__} could not be closed: {type(error).__name__}: {error}.")
+        self._outlets.close(self.steps, reason, self.cost)
+        self._layers = self._last = self._view = None  # a second start opens the log again
 
 
 def _rows(values: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
     """Plain numbers; NaN is what could not be measured."""
     return {name: [None if math.isnan(v) else v for v in value.tolist()] for name, value in values.items()}
-
-
-def _flat(record: Record) -> Iterable[tuple[str, float]]:
-    for name, row in record.values.items():
-        yield from (
-            (f"batchnorm/{name}/{layer}", v) for layer, v in zip(record.layers, row, strict=True) if v is not None
-        )
-    yield from ((f"batchnorm/{name}", value) for name, value in record.model.items() if value is not None)
-
-
-def _described(layers: Layers) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "channels": layer.num_features,
-            "kind": type(layer).__name__,
-            "eps": layer.eps,
-            "momentum": layer.momentum,
-        }
-        for name, layer in zip(layers.names, layers.layers, strict=True)
-    ]
 
 
 def _early(layers: Layers) -> float:
