@@ -163,6 +163,26 @@ def test_after_a_rollback_other_evidence_begins_another_trial(model):
     assert states(adapter)[2:] == ["rolled back", "gathering", "adapted"]
 
 
+def test_a_trial_is_judged_in_large_batches_too(model):
+    adapter = adapter_of(model)
+    with adapter:
+        answers(model, 40 * stream(600, 12)[0], 300)
+        assert adapter.state == "refused"
+        answers(model, dim(stream(1500, 14)[0]), 300)
+    assert states(adapter)[-2:] == ["gathering", "adapted"]
+
+
+def test_another_mix_of_classes_is_not_adapted_to(trained, model):
+    x, classes = stream(900, 15)
+    x = x[classes < CLASSES // 2]
+    adapter = adapter_of(model)
+    with adapter:
+        answered = answers(model, x)
+    assert torch.equal(answered, answers(trained, x))
+    assert states(adapter)[0] == "gathering"
+    assert "another mix of known examples" in adapter.history[1].reason
+
+
 def test_reset_takes_the_deployed_statistics_back(trained, model):
     adapter = adapter_of(model)
     with adapter:

@@ -138,7 +138,7 @@ def test_during_use_answers_of_one_class_and_answers_without_information_are_obj
         # ... unless nothing but other inputs can be the reason: K = 4 classes alone move by sqrt(3) at most
         (MIXED, unsure(0.05), (2.0, 0.2), None),
         (MIXED, unsure(0.02), (1.9, 0.2), "the deployed statistics are as sure as ever"),
-        (MIXED, unsure(0.4), (0.9, 0.2), "another mix of known examples would look like this"),
+        (MIXED, unsure(0.4), (0.9, 0.2), "another mix of known examples could look like this"),
         # no gain
         (unsure(0.4), unsure(0.4), None, "hardly more than"),
         # a gain, but little information: enough if much surer than the deployed ones, or if inputs moved for certain

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm.shift import Reference
-from batchnorm.shift.components import TOGETHER, Components, axes_shape
+from batchnorm.shift.components import TOGETHER, Components, axes_shape, halves
 from batchnorm.shift.evidence import KINDS, Evidence
 
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple)
@@ -57,7 +57,8 @@ def test_components_are_projections_of_eight_channels_of_one_layer_on_unit_vecto
 def test_components_do_not_vary_together_on_the_observations_that_chose_them() -> None:
     z, q = observed(400, 16, seed=2)
     made = Components.measured((16,), z, q, bounds)
-    chosen = made.of(z[::2], q[::2])
+    half, _ = halves(400)
+    chosen = made.of(z[half], q[half])
     covariance = torch.cov(chosen.T)
     of_block = covariance[:8, :8]
     sd = of_block.diagonal().sqrt()
@@ -69,7 +70,8 @@ def test_components_do_not_vary_together_on_the_observations_that_chose_them() -
 def test_bounds_are_measured_on_other_observations_than_directions() -> None:
     z, q = observed(200, 8, seed=3)
     made = Components.measured((8,), z, q, bounds)
-    other = made.of(z[1::2], q[1::2])
+    _, rest = halves(200)
+    other = made.of(z[rest], q[rest])
     torch.testing.assert_close(other.mean(0), torch.zeros(16, dtype=torch.float64), atol=1e-9, rtol=0)
     torch.testing.assert_close(made.kappa, other.var(0))
 
@@ -111,6 +113,37 @@ def test_a_difference_between_channels_that_no_channel_shows_is_seen() -> None:
     assert evidence.log > -math.log(0.01)
     # 40 observations of a move of a fifth of their sd: all that bets on channels could win is 40 * 0.2^2 / 2
     assert float(kinds[KINDS.index("mean")]) < 40 * 0.2**2 / 2
+
+
+def test_calibration_examples_may_come_in_turns() -> None:
+    """Two groups whose channels differ, one after the other and back; then in any order, as clean as before."""
+    random = torch.Generator().manual_seed(6)
+
+    def drawn(group: Tensor) -> tuple[Tensor, Tensor]:
+        z = 0.4 * torch.randn(len(group), 8, generator=random, dtype=torch.float64)
+        z[:, ::2] += 0.8 * group[:, None]
+        return z, torch.ones_like(z)
+
+    evidence = Evidence.start(reference().calibrated(*drawn(torch.arange(1000) % 2)))
+    for _ in range(50):
+        evidence = evidence.after(*drawn(torch.randint(2, (8,), generator=random)))
+        assert evidence.log < -math.log(0.01)
+
+
+@pytest.mark.slow
+def test_many_channels_keep_the_promise_with_200_observations() -> None:
+    """Of 3,000 channels with exact bounds of three standard errors each, some would be outside of theirs."""
+    channels, random = 3000, torch.Generator().manual_seed(7)
+
+    def drawn(n: int) -> tuple[Tensor, Tensor]:
+        z = torch.randn(n, channels, generator=random, dtype=torch.float64)
+        return z, z.square()
+
+    for _ in range(2):
+        evidence = Evidence.start(reference(channels).calibrated(*drawn(200)))
+        for _ in range(40):
+            evidence = evidence.after(*drawn(100))
+        assert evidence.log < -math.log(0.01)
 
 
 @pytest.mark.slow

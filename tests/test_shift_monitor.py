@@ -1,10 +1,12 @@
 """ShiftMonitor: what it promises on clean streams, how soon it rings on shifted ones, and that nobody notices it."""
 
+import copy
 import itertools
 import logging
 import math
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -366,6 +368,46 @@ def test_a_damaged_reference_is_refused(net: Net, tmp_path: Path, name: str, dam
         Reference.load(tmp_path / "x.bncal.safetensors")
 
 
+def test_calibration_that_ends_early_leaves_the_model_and_later_calibrations_alone(net: Net) -> None:
+    def broken(_: object) -> list[int]:
+        raise LookupError
+
+    net.train()
+    monitor = watching(net, unit=broken)
+    with pytest.raises(LookupError) as raised:
+        monitor.calibrate([images(100) for _ in range(3)])
+    assert net.training, raised  # while the exception is still there
+    net.eval()
+    whole = watching(net)
+    with pytest.raises(RuntimeError):
+        whole.calibrate([images(100)[:, :2]])  # too few channels: raises in the first layer
+    again = whole.calibrate([images(100, seed=9) for _ in range(3)])
+    assert torch.equal(again.center, watching(net).calibrate([images(100, seed=9) for _ in range(3)]).center)
+
+
+def test_calibration_measures_by_statistics_as_they_are_now(net: Net) -> None:
+    moved = copy.deepcopy(net)
+    monitor = watching(moved)
+    with torch.no_grad():
+        moved.bns[0].running_mean += 5
+    made = monitor.calibrate([images(100, seed=s) for s in range(3)])
+    assert torch.equal(made.center, watching(moved).calibrate([images(100, seed=s) for s in range(3)]).center)
+
+
+def test_layers_that_see_several_rows_of_an_example_are_calibrated_as_they_are_observed() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x.flatten(0, 1))
+
+    model = Frames().eval()
+    monitor = watching(model, unit="batch")
+    assert monitor.calibrate([torch.randn(4, 5, 3) for _ in range(200)]).observations == 200
+
+
 def test_a_damaged_state_is_refused(net: Net, tmp_path: Path) -> None:
     state = ran(watching(net), net, [images(8)]).stream.state()
     del state.tensors["sums"]
@@ -554,6 +596,61 @@ def test_what_moved_is_told_by_observations_since_the_change(
     # of all 3,200 observations the mean is 0.025; some clean ones from just before the change are in this one
     assert stream.means[0].mean() == pytest.approx(0.5, abs=0.06)
     assert all(layer.w2 == pytest.approx(0.5, abs=0.15) for layer in stream.table())
+
+
+@pytest.mark.parametrize("arl", [None, 1e5])
+def test_after_a_long_clean_past_too(caplog: pytest.LogCaptureFixture, arl: float | None) -> None:
+    """Recent observations stay recent: the least of the evidence is met again and again, or forgotten."""
+    caplog.set_level(logging.CRITICAL)
+    stream = Stream(reference(kappa=0.04), "example", alpha=0.01, arl=arl)
+    random = torch.Generator().manual_seed(4)
+    counts = []
+    for _ in range(2500):
+        z = 0.2 * torch.randn(8, CHANNELS * LAYERS, generator=random).double()
+        stream.observe(z, torch.ones_like(z))
+        counts.append(int(stream.state().about["recent"]["count"]))
+    assert statistics.median(counts[1500:]) <= 200
+    while stream.alarm is None:
+        z = 0.5 + 0.2 * torch.randn(8, CHANNELS * LAYERS, generator=random).double()
+        stream.observe(z, torch.ones_like(z))
+    for _ in range(30):
+        stream.observe(0.5 + z - z.mean(), torch.ones_like(z))
+    assert stream.means[0].mean() > 0.25  # of all 20,000 it would be 0.01 at most
+
+
+def test_how_far_components_moved_is_of_recent_observations(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    random = torch.Generator().manual_seed(2)
+    monitor = Stream(reference().calibrated(*mix_of(1.0, 1000, random)), "example", alpha=0.01, arl=None)
+    assert monitor.furthest() is None
+    for _ in range(40):
+        monitor.observe(*mix_of(1.0, 8, random))
+    for _ in range(5):
+        z, q = mix_of(1.0, 8, random)
+        monitor.observe(z + 1.0, q)
+    far, error = monitor.furthest() or (0.0, 0.0)
+    # eight channels of sd 0.32 that move by 1 together: sqrt(8) / 0.32 in a component, at most
+    assert 2 < far < 9
+    assert 0.3 < error < 0.8  # sqrt(2 log 96 / 40) = 0.48
+    monitor.look_anew()
+    assert monitor.furthest() is None
+    pooled = monitor.pooled([monitor.state()])
+    assert pooled is not None  # means of all observations, as there are no recent ones
+    assert pooled.layers[0].w2 == pytest.approx(monitor.table()[0].w2)
+    assert Stream(reference(), "example", alpha=0.01, arl=None).furthest() is None
+
+
+def test_a_state_of_another_calibration_is_refused() -> None:
+    random = torch.Generator().manual_seed(2)
+    one, other = (
+        Stream(reference().calibrated(*mix_of(1.0, 300, random)), "example", alpha=0.01, arl=None) for _ in range(2)
+    )
+    with pytest.raises(ValueError, match=r"the state must be of a monitor like this one, got bounds"):
+        one.put(other.state())
+    damaged = one.state()
+    del damaged.about["bets"]["components"]
+    with pytest.raises(ValueError, match=r"the state is damaged"):
+        one.put(damaged)
 
 
 def mix_of(kept: float, n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,9 @@ class Adapter:
     stay until ``reset``, or until a layer's energy under them moves by a quarter: then another trial begins.
 
     Guards take the outputs for class logits. For other models give ``classes``: without any, only energies are judged,
-    and a stream whose neighbours are alike is refused where the monitor has noticed it. ``history`` says so.
+    and a stream whose neighbours are alike is refused where the monitor has noticed it. ``history`` says so. Predicted
+    classes without probabilities show a need only where they are much alike. A calibrated monitor tells another mix of
+    classes, which needs no new statistics, from other inputs.
 
     Nothing but ``running_mean`` and ``running_var`` is written, and after the block they are as before it. The model is
     followed in eval mode only. A trial calls ``model.forward`` a second time on copies of the inputs, without hooks on
@@ -246,8 +248,8 @@ class Adapter:
             self._leave("refused", f"the trial pass raised {error!r}")
             return
         trial.count(self._answers(output), examples)
-        if trial.new.examples < self.minimum:
-            return
+        if trial.new.examples < self.minimum or (trial.old.answers is None and self._known is not None):
+            return  # the deployed statistics answer this batch only after it was tried
         objection = self._objection()
         if objection is None:
             self._share = asked(*self._circumstances())

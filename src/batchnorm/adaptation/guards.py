@@ -5,7 +5,7 @@
 - Mix. Another mix of the same examples cannot have moved the inputs so far. Statistics of inputs whose classes only
   come in other shares fit no worse than before, and new ones would fit worse. Known with a calibrated monitor.
 - Need. The deployed statistics have become unsure, or answer nearly the same whatever they are shown.
-- Gain. On the same examples the new ones carry clearly more information.
+- Gain. On the latest examples the new ones carry clearly more information.
 - Information. They carry most of what there was before the alarm. A window of few classes, whose statistics should not
   be used either, cannot. Half will do, after twice a window, where no mix of classes moves inputs so far, or
   where the deployed statistics are very unsure and the new ones surer.
@@ -23,12 +23,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from batchnorm.shift.alarm import MIX
+
 if TYPE_CHECKING:
     from batchnorm.adaptation.predictions import Predictions
     from batchnorm.adaptation.window import Window
 
 _FEW = 32  # examples in use before their predictions are judged
-_MIX = 1.0  # sd that a mix without half of the examples moves anything by, at most
 _UNSURE = 0.1  # mean entropy of a prediction that is more than a good network's, in units of log K; twice: very unsure
 _THAN_BEFORE = 1.5  # times the mean entropy before the alarm, where that is known
 _SURER = 0.8  # times the mean entropy under the deployed statistics
@@ -76,7 +77,7 @@ def asked(
     is_grown = window.examples >= 2 * window.size
     if before is None or new is None or old is None or not is_grown:
         return limits.accept
-    is_certain = _is_beyond_classes(furthest, before) or _is_much_surer(new, old, before)
+    is_certain = _is_beyond_classes(furthest, new, before) or _is_much_surer(new, old, before)
     return limits.keep if is_certain else limits.accept
 
 
@@ -122,7 +123,7 @@ def against_start(
     if old is None:
         return "the deployed statistics have not answered any of these examples"
     return (
-        (None if _is_beyond_classes(furthest, before) else _need(old, before))
+        (None if _is_beyond_classes(furthest, new, before) else _need(old, before))
         or _gain(new, old)
         or _crowd(new, before, limits.crowd)
         or _information(new, before, share)
@@ -130,15 +131,17 @@ def against_start(
 
 
 def _mix(furthest: tuple[float, float] | None) -> str | None:
-    if furthest is None or furthest[0] > _MIX:
+    if furthest is None or furthest[0] > MIX:
         return None
     far = max(0.0, furthest[0])
-    return f"another mix of known examples would look like this: nothing moved by more than {far:.2f} sd"
+    return f"another mix of known examples could look like this: nothing moved by more than {far:.2f} sd"
 
 
-def _is_beyond_classes(furthest: tuple[float, float] | None, before: Predictions) -> bool:
+def _is_beyond_classes(furthest: tuple[float, float] | None, new: Predictions, before: Predictions) -> bool:
     """Whether no mix of K equally frequent classes, not even one class alone, moves anything so far."""
-    return furthest is not None and furthest[0] - furthest[1] > math.sqrt(len(before.total) - 1)
+    if furthest is None or not new.doubt:  # predicted classes without probabilities do not say how many there are
+        return False
+    return furthest[0] - furthest[1] > math.sqrt(len(before.total) - 1)
 
 
 def _is_much_surer(new: Predictions, old: Predictions, before: Predictions) -> bool:

@@ -20,7 +20,7 @@ _EARLY = 2 / 3
 # standard deviations: stored statistics are exact to about 0.05 of them, and shifts of the inputs are several tenths
 _STILL = 0.15
 # sd of the weights with which old examples would make up the new mix: that of a mix which lacks half of them
-_MIX = 1.0
+MIX = 1.0
 _MOST_CHANNELS = 20
 
 
@@ -32,7 +32,8 @@ class LayerShift:
     Args:
         name: Dotted path.
         log_evidence: Natural logarithm of its e-value.
-        kind: The kind of bet that won most: "mean", "energy up" or "energy down".
+        kind: The kind of bet that won most: "mean", "energy up" or "energy down", and, calibrated, "channel energy" or
+            "components".
         channels: Channels whose mean moved, most evident first; false discovery rate at most alpha (e-BH).
         w2: Distance of the observed law from the stored one, both taken as normal, rms over channels, in sd. For
             display: it has no null distribution.
@@ -129,10 +130,11 @@ def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
 def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = None) -> str:
     """What the change looks like; no proof.
 
-    - "inputs": the first layers moved, or a component moved further than another mix can move it.
+    - "inputs": the first layers moved, or a component moved further than a mix that keeps half of the examples can move
+      it.
     - "another mix": none did. Old examples with weights w make up the new ones if only classes come in other shares.
       They move the mean of anything by sd(w) of its standard deviations at most (Cauchy and Schwarz), and sd(w) is 1
-      where half of the examples no longer come.
+      where half of the examples no longer come, 3 where one of ten equal classes is left.
     - "late layers only": early layers are near their stored law. Fine noise does so, and another mix can.
 
     Args:
@@ -140,9 +142,9 @@ def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = No
         limit: Log evidence from which a layer has moved.
         furthest: How far the component that moved most did; None if that is not known, as from a checkpoint alone.
     """
-    moved = [layer.log_evidence >= limit for layer in layers]
     if furthest is not None:
-        return "inputs" if furthest > _MIX else "another mix"
+        return "inputs" if furthest > MIX else "another mix"
+    moved = [layer.log_evidence >= limit for layer in layers]
     early = max(1, math.floor(_EARLY * len(layers)))
     if not any(moved) or len(layers) < 3:
         return ""

@@ -4,9 +4,9 @@ Channels of a layer vary together from one example to the next, and what differs
 that moves each of them by one standard deviation may move such a difference by several. So the channels of each layer
 are taken eight at a time, and their means, and likewise their energies, are turned into principal components.
 
-Directions are chosen on every other calibration observation, and center and variance are measured on the rest: chosen
-and measured on the same ones, the least variance would come out too small. A direction is a unit vector and does not
-change afterwards, so the bets and proofs for a channel's mean are those for a component.
+Directions are chosen on a random half of the calibration observations, and center and variance are measured on the
+rest: chosen and measured on the same ones, the least variance would come out too small. A direction is a unit vector
+and does not change afterwards, so the bets and proofs for a channel's mean are those for a component.
 """
 
 from __future__ import annotations
@@ -53,12 +53,22 @@ class Components:
             q: Relative energies of channels, (n, channels).
             bounds: Gives center, delta and kappa of observations of components.
         """
-        axes = torch.stack([_axes(x[::2], sizes) for x in (z, q)])
-        return cls(sizes, axes, *bounds(_turned(axes, sizes, z[1::2], q[1::2])))
+        chosen, rest = halves(len(z))
+        axes = torch.stack([_axes(x[chosen], sizes) for x in (z, q)])
+        return cls(sizes, axes, *bounds(_turned(axes, sizes, z[rest], q[rest])))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
         """Distances of observations' components from their centers, (n, 2 * channels)."""
         return _turned(self.axes, self.sizes, z, q) - self.center
+
+
+def halves(n: int) -> tuple[Tensor, Tensor]:
+    """Which of n observations choose directions, and which are measured along them.
+
+    At random, always the same way: observations may come in turns, such as a picture and its mirror image.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[: n // 2], order[n // 2 :]
 
 
 def axes_shape(sizes: Sequence[int]) -> tuple[int, int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -212,7 +213,7 @@ class ShiftMonitor:
         ((args, kwargs),) = Batches([(args, kwargs)], min(examples, examples_in((args, kwargs)) or 1), None)
         with self._tap.attached(), uncompiled(), torch.no_grad():
             self.model(*args, **kwargs)
-        return self._tap.taken()
+            return self._tap.taken()
 
     # -- the reference --------------------------------------------------------------------------------------------
 
@@ -232,10 +233,11 @@ class ShiftMonitor:
         """
         if self.is_observing:
             raise RuntimeError("calibrate must be called before observation starts. Call monitor.stop() first.")
-        grouping = Grouping(self.unit)
-        seen = passes(self.model, self._tap, loader, max_examples, "calibrate")
-        z, q = (torch.cat(rows) for rows in zip(*(grouping.of(z, q, inputs) for inputs, z, q in seen), strict=True))
         fresh = Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), batch=self._batch)
+        grouping, tap = Grouping(self.unit), Tap(self.layers, fresh)
+        with closing(passes(self.model, tap, loader, max_examples, "calibrate")) as seen:
+            found = [grouping.of(z, q, inputs) for inputs, z, q in seen]
+        z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
         self._use(fresh.calibrated(z, q))
         return self.reference
 

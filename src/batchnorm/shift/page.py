@@ -78,8 +78,8 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 
 _HINTS = {
-    "inputs": "the inputs themselves look different (sensor, scale, preprocessing, noise), not only their mix",
-    "another mix": "the same inputs in another mix would look like this: perhaps classes come in other shares",
+    "inputs": "the inputs look different (sensor, scale, preprocessing, noise), or most kinds of them are gone",
+    "another mix": "the same inputs in another mix could look like this: perhaps classes come in other shares",
     "late layers only": "early layers hardly moved: perhaps fine noise, perhaps classes that come in other shares",
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.batches import Batches, call, device_of, examples_in
+from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def passes(
     model: nn.Module, tap: Tap, loader: Iterable[Any], max_examples: int | None, who: str
-) -> Iterator[tuple[Any, Tensor, Tensor]]:
+) -> Generator[tuple[Any, Tensor, Tensor]]:
     """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
 
     Args:
@@ -39,9 +39,14 @@ def passes(
             kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
             with uncompiled(), torch.no_grad():
                 call(model, batch)
-            if (seen := tap.taken()) is None or len(seen[0]) != examples_in(batch):
-                raise ValueError(
-                    f"{who} needs passes that reach every batch norm layer with each example once, got another. "
-                    "Give a model whose layers all see whole batches."
-                )
+            if (seen := tap.taken()) is None:
+                raise ValueError(passes_needed(who))
             yield kept, *seen
+
+
+def passes_needed(who: str) -> str:
+    """What to say of a model whose layers see parts of a batch."""
+    return (
+        f"{who} needs passes that reach every batch norm layer with each example once, got another. "
+        "Give a model whose layers all see whole batches."
+    )

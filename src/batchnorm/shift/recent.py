@@ -1,7 +1,8 @@
 """Recent: what was observed since the evidence was least.
 
 On clean data the evidence sinks, to its least again and again; from a change on it rises. Means over the whole stream
-would show a change the less, the longer all was well before it.
+would show a change the less, the longer all was well before it. With an average run length the evidence goes up and
+down on clean data: so the least is forgotten little by little.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.shift.state import State
+
+_FORGOTTEN = 0.05  # of the least logarithm, with each round
 
 
 @final
@@ -29,11 +32,17 @@ class Recent:
 
     def add(self, sums: Tensor, count: int, log: float) -> None:
         """Take a round of observations, after which the logarithm of the evidence was ``log``."""
+        self._least += _FORGOTTEN
         if log <= self._least:
             self.restart()
             self._least = log
         else:
             self.sums, self.count = self.sums + sums, self.count + count
+
+    @property
+    def means(self) -> Tensor | None:
+        """Means of z and q, (2, channels); None without observations."""
+        return self.sums / self.count if self.count else None
 
     def restart(self) -> None:
         """Forget what came until now."""

@@ -63,12 +63,13 @@ class State:
         told = self.about["alarm"]
         return None if told is None else Alarm.of_dict(told)
 
-    def check(self, channels: int, layers: int) -> None:
-        """Refuse a state that lacks something, or whose tensors are of other sizes.
+    def check(self, reference: Reference) -> None:
+        """Refuse a state that lacks something, or whose tensors are of other sizes than ``reference`` says.
 
         Raises:
             ValueError: If it is damaged.
         """
+        channels, layers = sum(reference.sizes), len(reference.sizes)
         try:
             of_channels, of_layers = (2, 4, channels), (4, layers)
             shapes = {"mean": of_channels, "up": of_layers, "down": of_layers, "power": of_channels}
@@ -79,6 +80,8 @@ class State:
             expected |= {"sums": (2, channels), "recent": (2, channels)}
             good = all(tuple(self.tensors[name].shape) == shape for name, shape in expected.items())
             good &= all(self.tensors[f"waiting.{name}"].shape[1] == channels for name in "zq")
+            good &= set(self.about["bets"]) == set(shapes if reference.components is not None else BETS[:3])
+            good &= {"count", "least"} <= set(self.about["recent"])
             good &= {"passed", "alarm", "open", "auto", "recent", "observations"} <= set(self.about)
         except (KeyError, TypeError, AttributeError, IndexError):
             good = False

@@ -53,6 +53,7 @@ class Stream:
         self.alarm: Alarm | None = None
         self.evidence = Evidence.start(reference, is_spread=arl is None)
         self.autocorrelation = Autocorrelation()
+        self._bounds = reference.digest_of_bounds()
         self.passed = 0  # examples, looked at or not
         self._grouping = Grouping(unit)
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -147,14 +148,14 @@ class Stream:
         """How far the component that moved most did since the evidence began to rise, or since ``look_anew``.
 
         Returns:
-            The distance, in sd of an observation (see ``Reference.furthest``), and by how much chance can raise it:
-            sqrt(2 log m / n), the largest of m components' errors after n observations. None without observations, and
+            The distance, in sd of an observation (see ``Reference.furthest``), and about by how much chance raises it:
+            sqrt(2 log(2 m) / n), the largest of m normal errors after n observations. None without observations, and
             where distances are not known.
         """
         with self.lock:
-            means, n = self._means(), self._recent.count
-        far = self.reference.furthest(*means) if n else None
-        return None if far is None else (far, math.sqrt(2 * math.log(2 * len(means[0])) / n))
+            means, n = self._recent.means, self._recent.count
+        far = None if means is None else self.reference.furthest(*means)
+        return None if far is None else (far, math.sqrt(2 * math.log(4 * sum(self.reference.sizes)) / n))
 
     def look_anew(self) -> None:
         """What moved is told by observations from now on: an alarm has rung, and other inputs came since."""
@@ -162,8 +163,9 @@ class Stream:
             self._recent.restart()
 
     def _means(self) -> Tensor:
-        if self._recent.count and self.evidence.log >= self.limit:
-            return self._recent.sums / self._recent.count
+        recent = self._recent.means
+        if recent is not None and self.evidence.log >= self.limit:
+            return recent
         return self._sums / max(1, self.evidence.observations)
 
     def _alarm(self, evidence: Evidence, means: Tensor, passed: int) -> Alarm:
@@ -178,7 +180,7 @@ class Stream:
     def kind(self) -> dict[str, Any]:
         """What a stream must share with another one to be the same."""
         known = self.reference
-        about = {"digest": known.digest, "source": known.source, "unit": known.unit}
+        about = {"digest": known.digest, "source": known.source, "unit": known.unit, "bounds": self._bounds}
         return {**about, "alpha": self.alpha, "arl": self.arl}
 
     def state(self) -> State:
@@ -230,7 +232,7 @@ class Stream:
                 f"the state must be of a monitor like this one, got {', '.join(wrong)}. Make the monitor with the same "
                 "model, reference, unit, alpha and arl."
             )
-        state.check(sum(self.reference.sizes), len(self.reference.sizes))
+        state.check(self.reference)
 
     def pooled(self, states: Sequence[State]) -> Alarm | None:
         """An alarm if the evidence of all states together reaches the limit, else None.
@@ -243,6 +245,7 @@ class Stream:
         evidence = first.merged(rest)
         if evidence.log < self.limit:
             return None
-        sums = torch.stack([state.tensors["recent"] for state in states]).sum(0)
-        means = sums / max(1, sum(state.about["recent"]["count"] for state in states))
+        count = sum(state.about["recent"]["count"] for state in states)
+        name, count = ("recent", count) if count else ("sums", max(1, evidence.observations))
+        means = torch.stack([state.tensors[name] for state in states]).sum(0) / count
         return self._alarm(evidence, means, sum(state.about["passed"] for state in states))

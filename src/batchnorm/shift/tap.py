@@ -80,11 +80,11 @@ class Tap:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A block in which all examples that pass the layers are seen."""
-        handles, self.examples = self.attach(), ALL
+        handles, self.examples, self._pass.seen = self.attach(), ALL, {}
         try:
             yield
         finally:
-            self.examples = 0
+            self.examples, self._pass.seen = 0, {}  # a pass that failed leaves the first layers' part
             for handle in handles:
                 handle.remove()
 

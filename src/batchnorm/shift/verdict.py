@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, final
@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from batchnorm.population.batches import examples_in
 from batchnorm.shift.alarm import first_moved
-from batchnorm.shift.passes import passes
+from batchnorm.shift.passes import passes, passes_needed
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.tap import Tap
 
@@ -99,7 +100,8 @@ class Verdict:
         rise: Examples after which it began to rise to it, roughly.
         first: The first layer in forward order that moved by itself.
         hint: What the change looked like when it rang, or "".
-        layers: Every layer, over all examples; over those until the alarm if the evidence has gone since.
+        layers: Every layer: by examples since the evidence began to rise if there is enough of it, else by all; as of
+            the alarm if the evidence has gone since.
         correlation: Of neighbouring observations, before the evidence rose if there were 100 of them.
         dependent: Whether that is too much for the unit.
         sight: The least move of a channel's mean, in stored sd, that so many observations could have shown: the
@@ -185,8 +187,11 @@ def judge(
     watch = _Watch(stream, _Album(pictures))
     with _unwarned():
         tap = Tap(monitor.layers, monitor.reference)
-        for inputs, z, q in passes(monitor.model, tap, loader, max_examples, "shift"):
-            watch.see(inputs, z, q)
+        with closing(passes(monitor.model, tap, loader, max_examples, "shift")) as seen:
+            for inputs, z, q in seen:
+                if len(z) != examples_in(inputs):
+                    raise ValueError(passes_needed("shift"))
+                watch.see(inputs, z, q)
     if not stream.evidence.observations:
         raise ValueError("shift needs examples with finite activations, got none. Look for the cause: batchnorm doctor")
     if any(math.isnan(log) for _, log in watch.trail):
@@ -204,13 +209,14 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
     correlation, dependent = watch.dependence(rise)
     is_past = alarm is not None and stream.evidence.log < stream.limit
     table = list(alarm.layers) if alarm is not None and is_past else stream.table()
+    moved = watch.at_alarm if is_past and watch.at_alarm is not None else (stream.means, stream.evidence.log_channels)
     return Verdict(
         **names, source=known.source, calibrated=known.observations, unit=known.unit, alpha=stream.alpha,
         examples=stream.passed, batches=watch.batches, left_out=watch.left_out,
         observations=stream.evidence.observations, log_evidence=max(log for _, log in watch.trail),
         trail=tuple(watch.trail), rang=alarm and alarm.examples, rise=rise,
         first=first_moved(table, stream.limit), hint=alarm.hint if alarm else "",
-        layers=tuple(_layers(stream, table)), correlation=correlation,
+        layers=tuple(_layers(stream, table, *moved)), correlation=correlation,
         dependent=dependent, sight=sight(stream.evidence, stream.alpha), seconds=seconds,
         pictures=tuple(watch.album.chosen()),
     )  # fmt: skip
@@ -237,11 +243,11 @@ def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
     return 0 if least == trail[0][0] else least
 
 
-def _layers(stream: Stream, table: list[LayerShift]) -> Iterator[Layer]:
+def _layers(stream: Stream, table: list[LayerShift], means: Tensor, log_channels: Tensor) -> Iterator[Layer]:
     known = stream.reference
     sizes = list(known.sizes)
-    mean, energy = stream.means
-    found = (row.split(sizes) for row in (mean - known.center, energy / known.power, stream.evidence.log_channels))
+    mean, energy = means
+    found = (row.split(sizes) for row in (mean - known.center, energy / known.power, log_channels))
     for layer, size, *rows in zip(table, sizes, *found, strict=True):
         channels = tuple(Channel(c, *(float(row[c]) for row in rows)) for c in layer.channels)
         is_moved = layer.log_evidence >= stream.limit
@@ -258,6 +264,7 @@ class _Watch:
     def __init__(self, stream: Stream, album: _Album) -> None:
         self.stream, self.album = stream, album
         self.trail: list[tuple[int, float]] = []
+        self.at_alarm: tuple[Tensor, Tensor] | None = None  # means, and evidence of channels
         self._alike: list[tuple[float, bool, int]] = []  # correlation, whether it is too much, of how many
         self.batches = self.left_out = 0
 
@@ -276,6 +283,8 @@ class _Watch:
             found = self.stream.autocorrelation
             self._alike.append((found.r, found.is_wrong, found.count))
             self.album.note(self.stream)
+            if self.at_alarm is None and self.stream.alarm is not None:
+                self.at_alarm = self.stream.means, self.stream.evidence.log_channels
 
     def dependence(self, rise: int | None) -> tuple[float, bool]:
         """Correlation of neighbours and whether it is too much, before a change if that can be told.
