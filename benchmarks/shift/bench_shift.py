@@ -1,11 +1,14 @@
-"""The alarm against its promises: python benchmarks/shift/bench_shift.py [--quick].
+"""The alarm against its promises: python benchmarks/shift/bench_shift.py [--quick] [WORLD or KIND ...].
 
 False alarms on clean streams at alpha 0.01 and by average run length, the delay until it rings on shifted ones, what it
-names, and what a test of fixed size does when one looks again and again. Written to benchmarks/results/shift.json.
+names, and what a test of fixed size does when one looks again and again. Every world (shapes, tones, table) and kind
+(checkpoint, calibrated) unless some are named. Written to benchmarks/results/shift-WORLD.json, where kinds that are not
+measured stay as they were.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -19,13 +22,14 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pools import ROUND, Streams, drawn, observations, prepared
-from report import save
+from report import FOLDER, save
 from worlds import WORLDS, accuracy
 
 from batchnorm.lecture.verdicts import environment
 from batchnorm.shift.alarm import discovered
 
 ALPHA, ARL = 0.01, 1e5
+KINDS = ("checkpoint", "calibrated")
 POOL, BESIDE = 100_000, 50
 CLEAN_BEFORE, MOST = 400, 3000
 
@@ -33,38 +37,49 @@ CLEAN_BEFORE, MOST = 400, 3000
 def main() -> None:
     torch.set_num_threads(1)
     quick = "--quick" in sys.argv
-    names = [name for name in WORLDS if name in sys.argv] or list(WORLDS)
-    results: dict[str, Any] = {"environment": environment(), "alpha": ALPHA, "arl": ARL, "worlds": {}}
-    for name in names:
-        start = time.perf_counter()
-        results["worlds"][name] = of_world(name, quick=quick)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    suffix = "" if len(names) == len(WORLDS) else "-" + "-".join(names)
-    save(("shift-quick" if quick else "shift") + suffix, results)
+    kinds = [kind for kind in KINDS if kind in sys.argv] or list(KINDS)
+    for name in [name for name in WORLDS if name in sys.argv] or list(WORLDS):
+        file = f"shift-{name}" + ("-quick" if quick else "")
+        results = {"alpha": ALPHA, "arl": ARL, "worlds": {name: before(file, name)}}
+        for kind in kinds:
+            start = time.perf_counter()
+            results["worlds"][name][kind] = of_kind(name, kind, quick=quick)
+            results["worlds"][name] |= of_world(name, quick=quick)
+            print(f"{name}, {kind}: {time.perf_counter() - start:.0f} s", flush=True)
+            save(file, results)
+
+
+def before(file: str, name: str) -> dict[str, Any]:
+    """What a world's file has."""
+    path = FOLDER / f"{file}.json"
+    return json.loads(path.read_text())["worlds"][name] if path.exists() else {}
+
+
+def of_kind(name: str, kind: str, *, quick: bool) -> dict[str, Any]:
+    world = WORLDS[name]
+    net, monitor = prepared(world, calibrated=kind == "calibrated")
+    pool = observations(monitor, world.clean, POOL // (10 if quick else 1), seed=7)
+    streams, units = (100, 2000) if quick else (2000, 10_000)
+    sizes = monitor.reference.sizes
+    parts: dict[str, Any] = {"environment": environment(), "channels": sum(sizes), "layers": len(sizes)}
+    parts["accuracy"] = accuracy(net, world.clean)
+    parts["delay"] = {}
+    for shift, sampler in world.shifts.items():
+        parts["delay"][shift] = delay(monitor, net, sampler, pool, 20 if quick else 100)
+        tell(name, kind, shift, parts["delay"][shift])
+    parts["run_length"] = run_length(monitor.reference, pool, 50 if quick else 200, units)
+    tell(name, kind, "run length", parts["run_length"])
+    parts["false_alarms"] = false_alarms(monitor.reference, pool, streams, units)
+    tell(name, kind, "false alarms", parts["false_alarms"])
+    return parts
 
 
 def of_world(name: str, *, quick: bool) -> dict[str, Any]:
-    world, found = WORLDS[name], {}
-    for kind in ("checkpoint", "calibrated"):
-        net, monitor = prepared(world, calibrated=kind == "calibrated")
-        pool = observations(monitor, world.clean, POOL // (10 if quick else 1), seed=7)
-        streams, units = (100, 2000) if quick else (2000, 10_000)
-        parts: dict[str, Any] = {"channels": sum(monitor.reference.sizes), "layers": len(monitor.reference.sizes)}
-        parts["false_alarms"] = false_alarms(monitor.reference, pool, streams, units)
-        tell(name, kind, "false alarms", parts["false_alarms"])
-        parts["run_length"] = run_length(monitor.reference, pool, 50 if quick else 200, units)
-        tell(name, kind, "run length", parts["run_length"])
-        parts["delay"] = {
-            shift: delay(monitor, net, sampler, pool, 20 if quick else 100) for shift, sampler in world.shifts.items()
-        }
-        for shift, row in parts["delay"].items():
-            tell(name, kind, shift, row)
-        parts["accuracy"] = accuracy(net, world.clean)
-        found[kind] = parts
-    net, monitor = prepared(world, calibrated=False)
-    found["planted"] = planted(monitor.reference, 20 if quick else 200)
+    """What does not depend on the kind."""
+    _, monitor = prepared(WORLDS[name], calibrated=False)
+    found = {"planted": planted(monitor.reference, 20 if quick else 200)}
     tell(name, "", "planted", found["planted"])
-    found["fixed_size"] = fixed_size(pool, 20 if quick else 200)
+    found["fixed_size"] = fixed_size(observations(monitor, WORLDS[name].clean, 10_000, seed=7), 20 if quick else 200)
     tell(name, "", "KS at every window", found["fixed_size"])
     return found
 
