@@ -135,10 +135,13 @@ def test_during_use_answers_of_one_class_and_answers_without_information_are_obj
         (MIXED, ONE, None, None),
         # nothing to win: the deployed statistics are sure
         (MIXED, unsure(0.02), None, "the deployed statistics are as sure as ever"),
+        (MIXED, of_classes(*[0, 1] * 32), None, "the deployed statistics are as sure as ever"),
         # ... unless nothing but other inputs can be the reason: K = 4 classes alone move by sqrt(3) at most
         (MIXED, unsure(0.05), (2.0, 0.2), None),
         (MIXED, unsure(0.02), (1.9, 0.2), "the deployed statistics are as sure as ever"),
         (MIXED, unsure(0.4), (0.9, 0.2), "another mix of known examples could look like this"),
+        (MIXED, unsure(0.4), (1.3, 0.4), "another mix of known examples could look like this"),
+        (MIXED, unsure(0.4), (1.5, 0.4), None),
         # no gain
         (unsure(0.4), unsure(0.4), None, "hardly more than"),
         # a gain, but little information: enough if much surer than the deployed ones, or if inputs moved for certain

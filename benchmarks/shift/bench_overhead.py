@@ -1,7 +1,8 @@
 """What the shift monitor costs: python benchmarks/shift/bench_overhead.py. ResNet-18, (16, 3, 96, 96), eval mode.
 
 One forward pass of every arm in each round: not monitored, as the monitor comes (4 examples of a batch, 1 % of the
-time), the same calibrated, 4 examples of every batch, and all examples of every batch. Written to benchmarks/results/shift_overhead.json.
+time), the same calibrated, 4 examples of every batch, and all examples of every batch. Written to
+benchmarks/results/shift_overhead.json.
 """
 
 from __future__ import annotations
