@@ -101,9 +101,8 @@ class Reference:
 
     def digest_of_bounds(self) -> str:
         """SHA-256 of all that was measured: another calibration of the same model has another one."""
-        tensors = {name: getattr(self, name) for name in _TENSORS} | self._of_components()
         digest = hashlib.sha256()
-        for tensor in tensors.values():
+        for tensor in self._tensors().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -196,7 +195,7 @@ class Reference:
             raise ValueError(
                 f"a reference needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}."
             )
-        tensors = {name: getattr(self, name).clone() for name in _TENSORS} | self._of_components()
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
         about = {name: getattr(self, name) for name in ("layers", "sizes", "source", "unit", "observations", "digest")}
         sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
 
@@ -227,15 +226,17 @@ class Reference:
             pass
         raise ValueError(f"{path} is a damaged reference: parts are missing or out of range. Calibrate again.")
 
-    def _of_components(self) -> dict[str, Tensor]:
-        if self.components is None:
-            return {}
-        return {f"components.{name}": getattr(self.components, name).clone() for name in _OF_COMPONENTS}
+    def _tensors(self) -> dict[str, Tensor]:
+        """All of them, by their names in a file."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        if self.components is not None:
+            tensors |= {f"components.{name}": getattr(self.components, name) for name in _OF_COMPONENTS}
+        return tensors
 
     def _is_whole(self) -> bool:
         """Whether every bound is there, for every channel and layer, and is one."""
         layers, channels = len(self.sizes), sum(self.sizes)
-        tensors = {name: getattr(self, name) for name in _TENSORS} | self._of_components()
+        tensors = self._tensors()
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, (channels,))
         shapes |= dict.fromkeys(("energy", "d", "v"), (layers,))
         if self.components is not None:
