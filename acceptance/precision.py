@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import judges
+import running
 from independent import Layer, layers
+from networks import networks
 
 import batchnorm
 from batchnorm.doctor import examine
@@ -30,6 +32,7 @@ _TORCH = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors", ".pkl", ".pick
 FORMATS = frozenset((*_TORCH, ".onnx", ".h5", ".hdf5", ".tflite", ".pb", ".mlmodel", ".npz"))
 SMALLEST = 10_000  # bytes: a network with batch norm has more
 WORDS = (b"running_var", b"moving_variance", b"BatchNorm")  # that tell of batch norm in a file that is not read
+NETWORK = "(network)"  # in place of a file
 VERDICTS = ("true", "false", "useless", "unjudged")
 
 
@@ -65,6 +68,16 @@ def main(column: str, folders: list[Path]) -> None:
             read[name] = {"layers": len(diagnosis.layers), "findings": len(judged)}
         elif norms := mentions(path):
             refused[name] = f"{norms}; read, and no layer found"
+    for package, model, batches in (found for folder in folders for found in networks(folder)):
+        name = f"{package}/{NETWORK}"
+        try:
+            diagnosis = examine(model, batches)
+        except (ValueError, TypeError, RuntimeError) as error:
+            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            diagnosis = examine(model, example=batches[0])
+        judged = list(judge_network(diagnosis.findings, model, batches, package))
+        rows += judged
+        read[name] = {"layers": len(diagnosis.layers), "findings": len(judged)}
     write(column, rows, read, refused)
 
 
@@ -115,6 +128,32 @@ def judge(findings, path: Path, package: str):
         yield Judged(
             package, path.name, finding.code, str(finding.severity), finding.layer, finding.measured,
             finding.remedy.replace(str(path), path.name), finding.consequence, verdict, why,
+        )  # fmt: skip
+
+
+def judge_network(findings, model, batches, package: str):
+    """Every finding on a network with its verdict."""
+    live = running.Live.of(model, [batch if isinstance(batch, tuple) else (batch,) for batch in batches])
+    named = defaultdict(set)  # channels that other findings of a layer name
+    for finding in findings:
+        if finding.code in {"BN105", "BN106"}:
+            named[finding.layer].update(finding.channels)
+    for finding in findings:
+        live.finding = finding
+        known = running.CODES.get(finding.code)
+        verdict, why = known(live) if known else ("unjudged", "no judge for this code")
+        if verdict == "true" and (reason := running.impossible(finding)):
+            verdict, why = "useless", f"{why}; {reason}"
+        before = live.before(finding.layer)
+        if (
+            verdict == "true"
+            and finding.code == "BN211"
+            and set(finding.channels) <= named[finding.layer] | named[before]
+        ):
+            verdict, why = "useless", f"{why}; other findings name these channels of {finding.layer} or {before}"
+        yield Judged(
+            package, NETWORK, finding.code, str(finding.severity), finding.layer, finding.measured,
+            finding.remedy, finding.consequence, verdict, why,
         )  # fmt: skip
 
 
@@ -196,12 +235,19 @@ def page(columns: dict) -> str:
         out += [f"## Why, {name}", "", "One of each kind:", "", *reasons(columns[name]["findings"]), ""]
     for name in names:
         content = columns[name]
-        out += [
-            f"## {name}: {len(content['read'])} files read, {len(content['refused or without layers'])} not",
-            "",
-        ]
-        out += [f"- `{file}`: {why}" for file, why in content["refused or without layers"].items()] + [""]
+        left = unread(content["refused or without layers"])
+        out += [f"## {name}: {len(content['read'])} files and networks read", "", "Not read, and why:", "", *left, ""]
     return "\n".join(out)
+
+
+def unread(refused: dict[str, str]) -> list[str]:
+    """One line for the files of one package and reason."""
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for file, why in refused.items():
+        package, _, name = file.partition("/")
+        words, _, reason = why.partition("; ")
+        groups[package, reason or words].append(f"{name} ({words})" if reason else name)
+    return [f"- {package}, {len(names)}: `{names[0]}`: {reason}" for (package, reason), names in groups.items()]
 
 
 def reasons(findings: list[dict]) -> list[str]:
