@@ -36,8 +36,9 @@ class Layer:
     training: bool = False
     readers: frozenset[str] = frozenset()  # operators that read its result, in a graph
     filters: np.ndarray | None = None  # of the convolution or matrix that feeds it, in a graph: one row a channel
-    container: Any = None  # the dictionary that holds its tensors
-    keys: dict[str, str] = field(default_factory=dict)  # torch: tensor's name in that dictionary
+    container: Any = None  # torch: the dictionary that holds its tensors
+    keys: dict[str, str] = field(default_factory=dict)  # names of its tensors in that dictionary, or in the graph
+    fed: str = ""  # by which value of the graph
 
     @property
     def channels(self) -> int:
@@ -206,4 +207,6 @@ def _onnx_layer(node: Any, constants: dict[str, np.ndarray], readers: dict[str, 
         eps=attributes["epsilon"].f if "epsilon" in attributes else 1e-5,
         training=bool("training_mode" in attributes and attributes["training_mode"].i),
         readers=frozenset(readers[node.output[0]]),
+        keys=dict(zip(TENSORS[:4], node.input[1:5], strict=True)),
+        fed=node.input[0],
     )  # fmt: skip

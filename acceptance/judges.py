@@ -8,6 +8,7 @@ loading is carried out, a network is run on inputs. ``impossible`` tells whether
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -88,6 +89,13 @@ def dead_channel(case: Case) -> tuple[str, str]:
     if left and "prune" in words and not any(word in words for word in ("constant", "beta", "bias")):
         return "useless", f"{told}: pruned as told, {len(left)} would lose a constant of up to {max(left):.2g}"
     return "true", f"{told}: at most {max(layer.sd[c] for c in case.channels):.2g}, or active in less than 1 %"
+
+
+def rarely_active(layer: Layer) -> list[int]:
+    """Channels that a ReLU, where one alone is known to follow, lets through in less than 1 % of the positions."""
+    if _threshold(layer) != 0:
+        return []
+    return [c for c in range(layer.channels) if _share_above(layer.offset[c], layer.sd[c], 0.0) < RARELY]
 
 
 def _threshold(layer: Layer) -> float | None:
@@ -175,7 +183,7 @@ def missing_counter(case: Case) -> tuple[str, str]:
     import torch
 
     layer = case.layer
-    if "running_var" not in layer.keys:
+    if layer.container is None:
         return "unjudged", "the file has no state to load"
     stem = layer.keys["running_var"].removesuffix("running_var").rstrip(".")
     part = OrderedDict((name, layer.container[key]) for name, key in layer.keys.items())
@@ -293,8 +301,42 @@ def untrained(finding: Any, found: list[Layer]) -> tuple[str, str]:  # noqa: ARG
     return ("false" if moved else "true"), f"gamma or beta of {moved} of {len(found)} layers has moved"
 
 
+def shared_layer(finding: Any, found: list[Layer]) -> tuple[str, str]:
+    """Claimed: one layer at several places, whose statistics mix them. Looked up: who reads and who feeds its tensors.
+
+    Two layers with a gamma each that read one value have the same statistics, which an exporter may store once.
+    """
+    named = [layer for layer in found if finding.layer in layer.names]
+    if not named:
+        return "unjudged", f"no layer of the name {finding.layer!r} was found by the second reading"
+    if named[0].container is None:
+        alike = [layer for layer in found if layer.keys["running_var"] == named[0].keys["running_var"]]
+        fed, gammas = {layer.fed for layer in alike}, {layer.keys["weight"] for layer in alike}
+        words = f"{len(alike)} nodes read these statistics, {len(gammas)} gammas, fed by {len(fed)} values"
+        return ("true" if len(fed) > 1 and len(gammas) == 1 else "false"), words
+    first = named[0].container[named[0].keys["running_var"]].data_ptr()
+    names = [layer.names[-1] for layer in found if layer.container[layer.keys["running_var"]].data_ptr() == first]
+    return ("true" if len(names) > 1 else "false"), f"{len(names)} names share the memory of these statistics"
+
+
+def averaged_weights(finding: Any, found: list[Layer]) -> tuple[str, str]:
+    """Claimed: two parts of the file have other weights and the same statistics. Compared: gamma, beta, statistics."""
+    parts = re.findall(r"'([^']*)'", finding.measured)
+    if len(parts) < len("ab"):
+        return "unjudged", "the finding names no two parts of the file"
+    one, other = ({layer.names[0].removeprefix(part): layer for layer in found if layer.names[0].startswith(part)}
+                  for part in parts[:2])  # fmt: skip
+    both = one.keys() & other.keys()
+    same = sum(
+        bool(np.array_equal(one[k].mean, other[k].mean) and np.array_equal(one[k].var, other[k].var)) for k in both
+    )
+    moved = sum(not np.array_equal(one[k].gamma, other[k].gamma) for k in both)
+    words = f"{same} of {len(both)} layers of both have the same statistics, {moved} another gamma"
+    return ("true" if both and same == len(both) and moved else "unjudged"), words
+
+
 # of the whole file
-WHOLE = {"BN113": untrained, "BN507": wrapper_prefix}
+WHOLE = {"BN113": untrained, "BN115": averaged_weights, "BN302": shared_layer, "BN507": wrapper_prefix}
 
 _TRIED: dict[tuple[Path, str], str] = {}
 

@@ -62,10 +62,11 @@ def main(column: str, folders: list[Path]) -> None:
             if norms := mentions(path):
                 refused[name] = f"{norms}; {str(error).removeprefix(f'{path}: ')}"
             continue
-        judged = list(judge(diagnosis.findings, path, package))
+        found = layers(path) if diagnosis.layers else []
+        judged = list(judge(diagnosis.findings, found, path, package))
         rows += judged
         if diagnosis.layers:
-            read[name] = {"layers": len(diagnosis.layers), "findings": len(judged)}
+            read[name] = {"layers": len(diagnosis.layers), **named_dead(diagnosis.findings, found)}
         elif norms := mentions(path):
             refused[name] = f"{norms}; read, and no layer found"
     for package, model, batches in (found for folder in folders for found in networks(folder)):
@@ -75,9 +76,8 @@ def main(column: str, folders: list[Path]) -> None:
         except (ValueError, TypeError, RuntimeError) as error:
             refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             diagnosis = examine(model, example=batches[0])
-        judged = list(judge_network(diagnosis.findings, model, batches, package))
-        rows += judged
-        read[name] = {"layers": len(diagnosis.layers), "findings": len(judged)}
+        rows += judge_network(diagnosis.findings, model, batches, package)
+        read[name] = {"layers": len(diagnosis.layers), **named_dead(diagnosis.findings, running.stored(model))}
     write(column, rows, read, refused)
 
 
@@ -109,11 +109,18 @@ def mentions(path: Path) -> str:
     return ", ".join(f"{word.decode()} {number} times" for word in WORDS if (number := content.count(word)))
 
 
-def judge(findings, path: Path, package: str):
+def named_dead(findings, found: list[Layer]) -> dict[str, int]:
+    """Channels that are active in less than 1 % by a ReLU that is known to follow, and how many of them are named."""
+    named = {
+        (finding.layer, channel) for finding in findings if finding.code == "BN106" for channel in finding.channels
+    }
+    dead = [(layer, channel) for layer in found for channel in judges.rarely_active(layer)]
+    told = sum(any((name, channel) in named for name in layer.names) for layer, channel in dead)
+    return {"dead channels": len(dead), "named": told}
+
+
+def judge(findings, found: list[Layer], path: Path, package: str):
     """Every finding with its verdict."""
-    if not findings:
-        return
-    found = layers(path)
     named = {name: layer for layer in found for name in reversed(layer.names)}
     elsewhere = defaultdict(set)  # channels that more telling findings of a layer name
     for finding in findings:
@@ -229,7 +236,12 @@ def page(columns: dict) -> str:
             out.append(f"| {entry} | {' | '.join(cell(tables[name].get(entry, Counter())) for name in names)} |")
         out += [f"| **all** | {' | '.join(cell(total(tables[name])) for name in names)} |", ""]
     out += ["## Printed rows", "", f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    out += [f"| rows | {' | '.join(cell(printed(columns[name]['findings'])) for name in names)} |", ""]
+    out += [f"| rows | {' | '.join(cell(printed(columns[name]['findings'])) for name in names)} |"]
+    dead = [
+        [sum(entry[key] for entry in columns[name]["read"].values()) for key in ("named", "dead channels")]
+        for name in names
+    ]
+    out += [f"| dead channels named, of those behind a known ReLU | {' | '.join(f'{a} of {b}' for a, b in dead)} |", ""]
     out += ["A row is what one page shows of one code and consequence; it is as true as its best finding.", ""]
     for name in names:
         out += [f"## Why, {name}", "", "One of each kind:", "", *reasons(columns[name]["findings"]), ""]

@@ -42,22 +42,26 @@ class Live:
     @property
     def layer(self) -> Layer:
         """The named layer as the judges of files take it."""
-        module = self.module
-        values = (module.weight, module.bias, module.running_mean, module.running_var)
-        tensors = [None if value is None else value.detach().double().numpy() for value in values]
-        return Layer(
-            (self.finding.layer,),
-            *tensors,
-            dtype=str(module.running_var.dtype).removeprefix("torch."),
-            eps=module.eps,
-            readers=self.readers.get(self.finding.layer, frozenset()),
-        )
+        return _stored(self.finding.layer, self.module, self.readers)
 
     def before(self, name: str) -> str:
         """The layer that ran before one and has as many channels, as before a depthwise convolution; else ""."""
         order = list(self.seen)
         earlier = order[order.index(name) - 1] if name in order[1:] else ""
         return earlier if earlier and len(self.seen[earlier]) == len(self.seen[name]) else ""
+
+
+def stored(model: nn.Module) -> list[Layer]:
+    """Every layer as the judges of files take it."""
+    readers = _readers(model)
+    return [_stored(name, module, readers) for name, module in norms(model).items()]
+
+
+def _stored(name: str, module: nn.Module, readers: dict[str, frozenset[str]]) -> Layer:
+    values = (module.weight, module.bias, module.running_mean, module.running_var)
+    tensors = [None if value is None else value.detach().double().numpy() for value in values]
+    dtype = str(module.running_var.dtype).removeprefix("torch.")
+    return Layer((name,), *tensors, dtype=dtype, eps=module.eps, readers=readers.get(name, frozenset()))
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
