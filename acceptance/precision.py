@@ -86,7 +86,7 @@ def files(folders: list[Path]):
     held_out = {line.split()[-1].lower() for line in lines(HERE / "held_out.txt")}
     for folder in folders:
         for package in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-            if package.name.lower() in held_out:
+            if package.name.lower().replace("_", "-") in held_out:
                 raise SystemExit(f"{package.name} is held out: expected packages of tuning.txt. Remove {package}.")
             for path in sorted(package.rglob("*")):
                 if path.is_file() and path.suffix in FORMATS and path.stat().st_size > SMALLEST:
