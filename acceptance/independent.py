@@ -79,6 +79,10 @@ def loaded(path: Path) -> Any:
     """What torch.save wrote, without running anything in it."""
     import torch
 
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
     if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
         raise ValueError(f"expected tensors, got a TorchScript program in {path}")
     with warnings.catch_warnings():
@@ -95,6 +99,14 @@ def _of_torch(path: Path) -> list[Layer]:
         stems = {key.rpartition(".")[0] for key in state if isinstance(key, str) and key.endswith("running_var")}
         found += [_torch_layer(where, stem, state) for stem in sorted(stems)]
     return found
+
+
+def states(value: Any) -> list[dict]:
+    """The dictionaries that hold tensors and nothing else."""
+    import torch
+
+    found = [state for _, state in _dictionaries(value, "")]
+    return [state for state in found if state and all(isinstance(item, torch.Tensor) for item in state.values())]
 
 
 def _dictionaries(value: Any, where: str):

@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import judges
 import running
+from halved import halved
 from independent import Layer, layers
 from networks import networks
 
@@ -54,31 +58,57 @@ class Judged:
 
 def main(column: str, folders: list[Path]) -> None:
     rows, read, refused = [], {}, {}
-    for package, path in files(folders):
-        name = f"{package}/{path.name}"
-        try:
-            diagnosis = examine(path)
-        except (ValueError, OSError, ImportError) as error:
-            if norms := mentions(path):
-                refused[name] = f"{norms}; {str(error).removeprefix(f'{path}: ')}"
-            continue
-        found = layers(path) if diagnosis.layers else []
-        judged = list(judge(diagnosis.findings, found, path, package))
-        rows += judged
-        if diagnosis.layers:
-            read[name] = {"layers": len(diagnosis.layers), **named_dead(diagnosis.findings, found)}
-        elif norms := mentions(path):
-            refused[name] = f"{norms}; read, and no layer found"
+    with tempfile.TemporaryDirectory() as scratch:
+        for package, path in [*files(folders), *copies(folders, Path(scratch))]:
+            rows += of_file(package, path, read, refused)
     for package, model, batches in (found for folder in folders for found in networks(folder)):
-        name = f"{package}/{NETWORK}"
-        try:
-            diagnosis = examine(model, batches)
-        except (ValueError, TypeError, RuntimeError) as error:
-            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            diagnosis = examine(model, example=batches[0])
-        rows += judge_network(diagnosis.findings, model, batches, package)
-        read[name] = {"layers": len(diagnosis.layers), **named_dead(diagnosis.findings, running.stored(model))}
+        rows += of_network(package, model, batches, read, refused)
     write(column, rows, read, refused)
+
+
+def of_file(package: str, path: Path, read: dict, refused: dict) -> list[Judged]:
+    name = f"{package}/{path.name}"
+    try:
+        diagnosis = examine(path)
+    except (ValueError, OSError, ImportError) as error:
+        if norms := mentions(path):
+            refused[name] = f"{norms}; {str(error).removeprefix(f'{path}: ')}"
+        return []
+    found = layers(path) if diagnosis.layers else []
+    if found:
+        read[name] = {"layers": len(diagnosis.layers), **named_dead(diagnosis.findings, found)}
+    elif norms := mentions(path):
+        refused[name] = f"{norms}; read, and no layer found"
+    return list(judge(diagnosis.findings, found, path, package))
+
+
+def of_network(package: str, model, batches, read: dict, refused: dict) -> list[Judged]:
+    name = f"{package}/{NETWORK}"
+    try:
+        diagnosis = examine(model, batches)
+    except (ValueError, TypeError, RuntimeError) as error:
+        refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        diagnosis = examine(model, example=batches[0])
+    read[name] = {"layers": len(diagnosis.layers), **named_dead(diagnosis.findings, running.stored(model))}
+    return list(judge_network(diagnosis.findings, model, batches, package))
+
+
+def copies(folders: list[Path], scratch: Path):
+    """One file of each package in half precision, which no package of the list has."""
+    done = set()
+    for package, path in files(folders):
+        if package not in done and path.suffix in {".pt", ".pth", ".tar", ".onnx"} and has_layers(path):
+            (scratch / package).mkdir(exist_ok=True)
+            if copy := halved(path, scratch / package):
+                done.add(package)
+                yield f"{package}, halved", copy
+
+
+def has_layers(path: Path) -> bool:
+    try:
+        return bool(layers(path))
+    except (ValueError, RuntimeError, pickle.UnpicklingError):
+        return False
 
 
 def files(folders: list[Path]):
@@ -121,13 +151,12 @@ def named_dead(findings, found: list[Layer]) -> dict[str, int]:
 
 def judge(findings, found: list[Layer], path: Path, package: str):
     """Every finding with its verdict."""
-    named = {name: layer for layer in found for name in reversed(layer.names)}
     elsewhere = defaultdict(set)  # channels that more telling findings of a layer name
     for finding in findings:
         if finding.code in {"BN105", "BN106"}:
             elsewhere[finding.layer].update(finding.channels)
     for finding in findings:
-        verdict, why = verdict_of(finding, found, layer_of(finding.layer, named), path)
+        verdict, why = verdict_of(finding, found, layer_of(finding.layer, found), path)
         if verdict == "true" and (reason := judges.impossible(finding, path)):
             verdict, why = "useless", f"{why}; {reason}"
         if verdict == "true" and finding.code == "BN104" and set(finding.channels) <= elsewhere[finding.layer]:
@@ -164,14 +193,15 @@ def judge_network(findings, model, batches, package: str):
         )  # fmt: skip
 
 
-def layer_of(name: str, named: dict[str, Layer]) -> Layer | None:
-    """The layer that a finding names: by its name, or by the only one that ends so."""
-    if name in named:
-        return named[name]
-    ends = {
-        id(layer): layer for other, layer in named.items() if other.endswith(f".{name}") or name.endswith(f".{other}")
-    }
-    return next(iter(ends.values())) if len(ends) == 1 else None
+def layer_of(name: str, found: list[Layer]) -> Layer | None:
+    """The layer that a finding names, "name (2)" the second of that name; or the only one whose name ends so."""
+    repeated = re.fullmatch(r"(.+) \((\d+)\)", name)
+    base, number = (repeated[1], int(repeated[2])) if repeated else (name, 1)
+    exact = [layer for layer in found if base in layer.names]
+    if len(exact) >= number:
+        return exact[number - 1]
+    ends = [layer for layer in found if any(o.endswith(f".{name}") or name.endswith(f".{o}") for o in layer.names)]
+    return ends[0] if len(ends) == 1 else None
 
 
 def verdict_of(finding, found: list[Layer], layer: Layer | None, path: Path) -> tuple[str, str]:
