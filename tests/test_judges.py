@@ -13,7 +13,7 @@ from torch import nn
 from batchnorm.rules import Finding, Severity
 
 ACCEPTANCE = Path(__file__).parents[1] / "acceptance"
-sys.path.insert(0, str(ACCEPTANCE))
+sys.path.append(str(ACCEPTANCE))
 
 import independent  # noqa: E402
 import judges  # noqa: E402
