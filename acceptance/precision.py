@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import judges
@@ -216,14 +217,14 @@ def verdict_of(finding, found: list[Layer], layer: Layer | None, path: Path) -> 
 
 def write(column: str, rows: list[Judged], read: dict, refused: dict) -> None:
     path = HERE / "precision.json"
-    columns = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    columns = unpacked(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     columns[column] = {
         "commit": product_commit(),
         "read": read,
         "refused or without layers": refused,
         "findings": [asdict(row) for row in rows],
     }
-    replaced(path, text_of(columns))
+    replaced(path, packed(columns))
     replaced(HERE / "precision.md", page(columns))
     print((HERE / "precision.md").read_text(encoding="utf-8"))
 
@@ -240,14 +241,28 @@ def replaced(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def text_of(columns: dict) -> str:
-    """JSON with one finding a line, so that a diff shows which ones changed."""
+REPEATED = ("remedy", "row")  # the same words in many findings: stored once, and by their number
+
+
+def packed(columns: dict) -> str:
+    """JSON with one finding a line, a list in the order of ``Judged``, so that a diff shows which ones changed."""
+    words: dict[str, int] = {}
     parts = []
     for column, content in columns.items():
-        found = ",\n".join("   " + json.dumps(row) for row in content["findings"])
-        head = json.dumps({k: v for k, v in content.items() if k != "findings"}, indent=1)[:-2]
-        parts.append(f'"{column}": {head},\n "findings": [\n{found}\n ]\n}}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+        found = [[words.setdefault(v, len(words)) if k in REPEATED else v for k, v in row.items()]
+                 for row in content["findings"]]  # fmt: skip
+        head = json.dumps({key: value for key, value in content.items() if key != "findings"}, indent=1)[:-2]
+        parts.append(f'"{column}": {head},\n "findings": [\n' + ",\n".join(map(json.dumps, found)) + "\n ]\n}")
+    fields = json.dumps([field.name for field in dataclass_fields(Judged)])
+    return f'{{\n"fields": {fields},\n"words": {json.dumps(list(words), indent=1)},\n' + ",\n".join(parts) + "\n}\n"
+
+
+def unpacked(stored: dict) -> dict:
+    fields, words = stored.pop("fields"), stored.pop("words")
+    for content in stored.values():
+        rows = (dict(zip(fields, row, strict=True)) for row in content["findings"])
+        content["findings"] = [{k: words[v] if k in REPEATED else v for k, v in row.items()} for row in rows]
+    return stored
 
 
 def page(columns: dict) -> str:

@@ -1,6 +1,7 @@
 """The second reading of other people's files, and the judges of the doctor's findings, on files made for it."""
 
 import hashlib
+import json
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -142,3 +143,11 @@ def test_a_row_is_as_true_as_its_best_finding():
     ]
     assert precision.printed(rows) == {"true": 1, "useless": 1}
     assert precision.cell(precision.printed(rows)) == "2 / 0 / 1 / 0"
+
+
+def test_judgements_come_back_from_the_file_as_they_were():
+    row = precision.Judged("a", "b.pt", "BN104", "info", "bn", "x", "batchnorm fix", "Machines differ.", "true", "so")
+    columns = {"before": {"commit": "c", "findings": [precision.asdict(row), precision.asdict(row)]}}
+    text = precision.packed(columns)
+    assert text.count("Machines differ.") == 1
+    assert precision.unpacked(json.loads(text)) == columns
