@@ -411,7 +411,7 @@ def without_statistics(norm):
 
 class Own(nn.BatchNorm2d):
     def forward(self, x):
-        return super().forward(x) + 1
+        return super().forward(x) * self.running_var.view(1, -1, 1, 1).sub(x).abs()
 
 
 def set_first(name: str, value: float):
@@ -431,8 +431,11 @@ def own_forward(norm):
 
 LAYERS = {
     "no statistics": (without_statistics, "it stores no statistics"),
-    "subclass": (lambda norm: Own(6), "it is a Own with a forward that may do more than batch norm"),
-    "own forward": (own_forward, "it is a BatchNorm2d with a forward that may do more than batch norm"),
+    "subclass": (
+        lambda norm: Own(6),
+        "it is a Own with a forward that does other things with its tensors than batch norm",
+    ),
+    "own forward": (own_forward, "it is a BatchNorm2d that has a forward that may do more than batch norm"),
     "parametrized": (parametrized, "it is parametrized"),
     "hook": (hooked, "it has hooks that see its input or its result"),
     "backward hook": (lambda norm: hooked(norm, "full_backward_hook"), "it has hooks that see its input or its result"),

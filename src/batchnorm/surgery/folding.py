@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.surgery.dataflow import set_mode
-from batchnorm.surgery.folding_arithmetic import Affine, Linear
+from batchnorm.surgery.folding_arithmetic import Linear
 from batchnorm.surgery.folding_placeholder import FoldedAway, own_tensors, set_tensors
 from batchnorm.surgery.folding_plan import Partner, fresh, plan
 from batchnorm.surgery.replacement import duplicate, find
+from batchnorm.surgery.subclasses import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -191,10 +192,11 @@ def _put_in(model: nn.Module, found: Mapping[str, Partner | str]) -> None:
             continue
         layer: Any = model.get_submodule(path)
         partner = model.get_submodule(answer.path)
-        joined[partner] = joined.get(partner, Linear.of(partner)).joined(Affine.of(layer), answer.position)
+        parts: Any = parts_of(layer)
+        joined[partner] = joined.get(partner, Linear.of(partner)).joined(parts.affine, answer.position)
         tensors = before.setdefault(id(partner), own_tensors(partner))
         parent, _, name = path.rpartition(".")
-        model.get_submodule(parent)._modules[name] = FoldedAway(layer, partner, answer.path, dict(tensors))
+        model.get_submodule(parent)._modules[name] = FoldedAway(layer, partner, answer.path, dict(tensors), parts.code)
     for partner, new in joined.items():
         like: Any = partner.weight
         weight = torch.empty_like(like, requires_grad=False).copy_(new.weight)  # in its memory format

@@ -51,7 +51,7 @@ class Affine:
     @classmethod
     def of(cls, layer: Any) -> Affine:
         """By a layer's stored statistics; NaN where they are, or where a variance is negative."""
-        scale = 1 / (wide(layer.running_var) + layer.eps).sqrt()
+        scale = 1 / (wide(layer.running_var) + layer.eps).sqrt()  # by torch's formula
         if layer.weight is not None:
             scale = scale * wide(layer.weight)
         shift = -wide(layer.running_mean) * scale

@@ -16,27 +16,18 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.foreign import is_of_others
 from batchnorm.surgery.folding_arithmetic import RANKS
 from batchnorm.surgery.folding_placeholder import FoldedAway
 from batchnorm.surgery.patterns import is_watched
-from batchnorm.surgery.rewriting import Absorbed
+from batchnorm.surgery.subclasses import hands_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchnorm.surgery.dataflow import Callers, Flow
 
-_WHOLE = (*RANKS, _BatchNorm)  # also if a parametrization makes them modules with children
-_HAND_ON = {
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    Absorbed,
-}
+_WHOLE = (*RANKS, _BatchNorm)  # also with children: activations, or what a parametrization adds
 
 
 def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) -> list[Graph]:
@@ -45,7 +36,7 @@ def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) 
         child
         for flow in known.values()
         for child, node in _sole_calls(flow, callers, registered)
-        if child in known and not isinstance(child, _WHOLE) and not is_watched(child)
+        if child in known and not isinstance(child, _WHOLE) and not is_of_others(child) and not is_watched(child)
         if _is_plain_call(node, known[child])
     }
 
@@ -99,5 +90,4 @@ def _is_plain_call(node: Node, flow: Flow) -> bool:
 
 def _hands_on(module: nn.Module) -> bool:
     """Whether a module in eval mode returns its input, and nothing looks at it there."""
-    plain = type(module) in _HAND_ON or (isinstance(module, FoldedAway) and module.act is None)
-    return plain and not is_watched(module) and "forward" not in vars(module)
+    return hands_on(module) or (isinstance(module, FoldedAway) and module.is_empty and not is_watched(module))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast, final
 
 from torch import Tensor, nn
 
 from batchnorm.kernels.activations import activate
+from batchnorm.layers import _Layer
 from batchnorm.surgery.fusion import _MARK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.nn.modules.batchnorm import _BatchNorm
+
+    from batchnorm.surgery.rewriting import Code
 
 
 @final
@@ -23,14 +27,26 @@ class FoldedAway(nn.Identity):
     like reach them. A residual and an activation that the layer applied, it applies.
     """
 
-    def __init__(self, layer: _BatchNorm, partner: nn.Module, path: str, tensors: dict[str, Tensor | None]) -> None:
+    def __init__(
+        self,
+        layer: _BatchNorm,
+        partner: nn.Module,
+        path: str,
+        tensors: dict[str, Tensor | None],
+        then: Code | None = None,
+    ) -> None:
         super().__init__()
         # in a tuple, so that they are no children
         self._kept = (layer, partner)
         self._tensors = tensors
         self._path = path
-        self.act = cast("str | None", getattr(layer, "act", None))
-        self.act_param = cast("float", getattr(layer, "act_param", 0.0))
+        self._then = then
+        if then is not None:  # the code calls the layer's children by their names, ``act`` among them
+            self._modules.update(layer._modules)
+        else:
+            ours = isinstance(layer, _Layer)
+            self.act = cast("str | None", layer.act if ours else None)
+            self.act_param = cast("float", layer.act_param if ours else 0.0)
         if _MARK in vars(layer):
             vars(self)[_MARK] = vars(layer)[_MARK]  # revert takes the activation away from what has the mark
         self.training = layer.training
@@ -40,15 +56,22 @@ class FoldedAway(nn.Identity):
         """The layer that does the work."""
         return self._kept[1]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the layer did nothing but batch norm."""
+        return self._then is None and self.act is None
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
         """The input, with the residual added and the activation applied where the layer did so."""
+        if self._then is not None:
+            return _compiled(self._then)(self, input)
         return activate(input if residual is None else input + residual, self.act, self.act_param)
 
     def restored(self) -> nn.Module:
         """The layer, in the mode that was asked of its place; the other one has its tensors of before again."""
         layer: Any = self._kept[0]
         set_tensors(self.partner, self._tensors)
-        if self.act is None and getattr(layer, "act", None) is not None:  # taken away since
+        if isinstance(layer, _Layer) and self.act is None and layer.act is not None:  # taken away since
             vars(layer).pop(_MARK, None)
             layer.act, layer.act_param = None, 0.0
         return layer.train(self.training)
@@ -62,6 +85,11 @@ class FoldedAway(nn.Identity):
     def extra_repr(self) -> str:
         """The layer and who does its work."""
         return f"{self._kept[0]}, folded into {self._path!r}"
+
+
+@cache
+def _compiled(code: Code) -> Any:
+    return code.compiled()
 
 
 def own_tensors(partner: Any) -> dict[str, Tensor | None]:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules import module as hooks_of_all
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
+from batchnorm.foreign import channels_of
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
@@ -32,16 +32,16 @@ from batchnorm.surgery.dataflow import (
 )
 from batchnorm.surgery.folding_arithmetic import RANKS, Affine, Linear, Position, channels, shifts_evenly
 from batchnorm.surgery.folding_graphs import graphs
-from batchnorm.surgery.patterns import OURS, is_watched, written_kind
+from batchnorm.surgery.patterns import is_ours, is_watched
 from batchnorm.surgery.replacement import find
+from batchnorm.surgery.subclasses import Parts, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     from batchnorm.surgery.dataflow import Arguments, Callers, Flow
 
 _SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-_NORMS = {*OURS, *OURS.values(), nn.SyncBatchNorm}
 
 
 @final
@@ -75,7 +75,7 @@ def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
         known, closed = flows(model, (False,), arguments)
         callers = static_callers(model, known) if callers is None else callers
         wholes = {module for module in model.modules() if isinstance(module, tuple(RANKS)) and _is_linear(module)}
-    facts = _facts(model, known, callers, ranks, wholes)
+    facts = _facts(model, known, callers, ranks, wholes, _parts(open_layers))
     found: dict[str, Partner | str] = {}
     settled = True
     while settled:  # what is folded is out of the way of what lies beyond it
@@ -85,7 +85,7 @@ def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
             if isinstance(found[path], Partner):
                 settled = True
                 del open_layers[path]
-                _take_out(facts.nodes[layer][0])
+                _take_out(facts.nodes[layer][0], facts.applying)
                 found[path] = found.pop(path)  # behind those that were settled before
     return found
 
@@ -108,6 +108,19 @@ class _Facts:
     owners: Counter
     read: set[int]
     linear: set[nn.Module]  # convolutions and linear layers that do nothing else with their weight and bias
+    parts: dict[nn.Module, Parts | str]  # what each layer does, or why that is not known
+
+    @property
+    def applying(self) -> set[nn.Module]:
+        """The layers that do something with what they have normalized."""
+        after = {layer for layer, parts in self.parts.items() if isinstance(parts, Parts) and parts.then is not None}
+        return after | {layer for layer in self.parts if is_ours(layer) and layer.act is not None}
+
+    def affine(self, layer: nn.Module) -> Affine:
+        """What a layer does that can be folded."""
+        parts = self.parts[layer]
+        assert isinstance(parts, Parts)  # noqa: S101 - the reason why it is not known was given before
+        return parts.affine
 
     def about_calls(self, module: nn.Module) -> str | None:
         """Why a module is not called at one place."""
@@ -137,14 +150,14 @@ class _Facts:
 
 def _facts(
     model: nn.Module, known: dict[nn.Module, Flow], callers: Callers, ranks: dict[nn.Module, set[int]] | None,
-    linear: set[nn.Module],
+    linear: set[nn.Module], parts: dict[nn.Module, Parts | str],
 ) -> _Facts:  # fmt: skip
     registered = registrations(model)
     tensors = (t for m in model.modules() for table in (m._parameters, m._buffers) for t in table.values())
     read = {
         id(_attribute(flow.module, str(node.target)))
         for flow in known.values()
-        if flow.module not in linear  # their own forward may read them
+        if flow.module not in linear and flow.module not in parts  # their own forward may read them
         for node in flow.graphs[False].nodes
         if node.op == "get_attr"
     }
@@ -154,7 +167,7 @@ def _facts(
             if node.op == "call_module":
                 nodes[node.meta["module"]].append(node)
     names = {module: name for name, module in model.named_modules()}
-    return _Facts(names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear)
+    return _Facts(names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear, parts)
 
 
 def _attribute(value: Any, path: str) -> Any:
@@ -166,7 +179,7 @@ def _attribute(value: Any, path: str) -> Any:
 def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, set[int]], Arguments]:
     """Who calls whom with what, and how many axes the inputs of batch norm layers have, when it runs in eval mode."""
     set_mode(model, False)
-    seen = observed_callers(), _observed_ranks(), observed_arguments(model)
+    seen = observed_callers(), _observed_ranks({*find(model).values()}), observed_arguments(model)
     with seen[0] as callers, seen[1] as ranks, seen[2] as arguments, torch.no_grad():
         try:
             call(model, fresh(example))
@@ -179,11 +192,11 @@ def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, 
 
 
 @contextmanager
-def _observed_ranks() -> Iterator[dict[nn.Module, set[int]]]:
+def _observed_ranks(layers: Container[nn.Module]) -> Iterator[dict[nn.Module, set[int]]]:
     ranks: dict[nn.Module, set[int]] = defaultdict(set)
 
     def look(module: nn.Module, args: Any) -> None:
-        if isinstance(module, _BatchNorm) and args and isinstance(args[0], Tensor):
+        if module in layers and args and isinstance(args[0], Tensor):
             ranks[module].add(args[0].ndim)
 
     handle = hooks_of_all.register_module_forward_pre_hook(look)
@@ -193,9 +206,9 @@ def _observed_ranks() -> Iterator[dict[nn.Module, set[int]]]:
         handle.remove()
 
 
-def _take_out(node: Node) -> None:
+def _take_out(node: Node, applying: Container[nn.Module]) -> None:
     """Remove a folded layer from its graph, unless it goes on doing something."""
-    if len(node.args) == 1 and getattr(node.meta["module"], "act", None) is None:
+    if len(node.args) == 1 and node.meta["module"] not in applying:
         node.replace_all_uses_with(node.args[0])  # pyrefly: ignore
         node.graph.erase_node(node)
 
@@ -212,7 +225,7 @@ def _why_unseen(path: str, facts: _Facts, closed: dict[nn.Module, str]) -> str:
 
 def _answer(facts: _Facts, layer: Any) -> Partner | str | None:
     """The partner, or why there is none; None if the layer is in no graph."""
-    if (reason := _about_layer(layer)) or (reason := facts.about_tensors(layer)):
+    if (reason := _about_layer(facts, layer)) or (reason := facts.about_tensors(layer)):
         return f"it {reason}"
     if reason := facts.about_calls(layer):
         return f"it {reason}"
@@ -220,7 +233,7 @@ def _answer(facts: _Facts, layer: Any) -> Partner | str | None:
         return None
     node = facts.nodes[layer][0]
     source = node.args[0] if node.args else None
-    if node.kwargs or not isinstance(source, Node) or len(node.args) > 1 + hasattr(layer, "act"):
+    if node.kwargs or not isinstance(source, Node) or len(node.args) > 1 + is_ours(layer):
         return "it is called with other arguments than its input"
     reasons = []
     for position, neighbour in (("before", source), ("behind", _only_user(node))):
@@ -234,12 +247,30 @@ def _answer(facts: _Facts, layer: Any) -> Partner | str | None:
     return "; ".join(reasons) or _about_neighbours(facts, node, source)
 
 
-def _about_layer(layer: Any) -> str | None:
+def _parts(layers: dict[str, Any]) -> dict[nn.Module, Parts | str]:
+    """What each layer does that stores statistics and has its own tensors."""
+    return {layer: parts_of(layer) for layer in layers.values() if _about_state(layer) is None}
+
+
+def _about_layer(facts: _Facts, layer: Any) -> str | None:
     """What about a batch norm layer itself keeps it from being folded."""
+    if reason := _about_state(layer):
+        return reason
+    parts = facts.parts[layer]
+    if isinstance(parts, str):
+        return parts
+    if not (parts.affine.scale.isfinite().all() and parts.affine.shift.isfinite().all()):
+        return "has statistics or parameters that make NaN or infinity"
+    return None
+
+
+def _about_state(layer: Any) -> str | None:
+    """What about a layer's tensors and hooks keeps it from being looked at."""
     if parametrize.is_parametrized(layer):
         return "is parametrized"
-    if written_kind(layer) not in _NORMS or "forward" in vars(layer):
-        return f"is a {type(layer).__name__} with a forward that may do more than batch norm"
+    if "forward" in vars(layer) or any(map(is_lazy, [*layer.parameters(), *layer.buffers()])):
+        what = "has no size yet" if "forward" not in vars(layer) else "has a forward that may do more than batch norm"
+        return f"is a {type(layer).__name__} that {what}"
     if is_watched(layer):
         return "has hooks that see its input or its result"
     if not has_stored_statistics(layer):
@@ -248,8 +279,8 @@ def _about_layer(layer: Any) -> str | None:
         return "has statistics without values"
     if (layer.running_var < 0).any():
         return f"has a negative running_var, {layer.running_var.min():.3g}"
-    affine = Affine.of(layer)
-    if not (affine.scale.isfinite().all() and affine.shift.isfinite().all()):
+    values = [t for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias) if t is not None]
+    if not all(t.isfinite().all() for t in values):
         return "has statistics or parameters that make NaN or infinity"
     return None
 
@@ -272,7 +303,7 @@ def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
         return f"{name!r} is called with other arguments than its input"
     if reason := _about_order(facts, node, theirs, position) or _about_axes(facts, layer, partner, position):
         return f"{name!r} {reason}"
-    affine = Affine.of(layer)
+    affine = facts.affine(layer)
     if position == "behind" and affine.shift.any() and not shifts_evenly(partner):
         zeros = "makes borders of less than its kernel" if hasattr(partner, "output_padding") else "pads with zeros"
         return f"{name!r} {zeros}, which the shift of the layer does not reach"
@@ -311,7 +342,7 @@ def _about_order(facts: _Facts, node: Node, theirs: Node, position: Position) ->
         others = [_named(facts, user) for user in theirs.users if user is not node]
         others += ["the sum behind the layer"] if theirs in node.args[1:] else []
         return f"has a result that also goes to {others[0]}" if others else None
-    if len(node.args) > 1 or getattr(node.meta["module"], "act", None) is not None:
+    if len(node.args) > 1 or node.meta["module"] in facts.applying:
         return "comes behind an activation that the layer applies"
     following = node.next
     while following.op == "get_attr":
@@ -323,8 +354,8 @@ def _about_axes(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
     """Whether the channels of both are the same axis."""
     count = channels(partner, position)
     verb = "makes" if position == "before" else "takes"
-    if count != layer.num_features:
-        return f"{verb} {count} channels on another axis than the {layer.num_features} that the layer normalizes"
+    if count != channels_of(layer):
+        return f"{verb} {count} channels on another axis than the {channels_of(layer)} that the layer normalizes"
     if facts.ranks is None:
         if isinstance(partner, nn.Linear):
             return f"{verb} channels on the last axis, which is axis 1 only of (N, C): pass an example to see"

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels.activations import activate
-from batchnorm.surgery.patterns import OURS, written_kind
+from batchnorm.surgery.patterns import written_kind
 from batchnorm.surgery.replacement import replace
+from batchnorm.surgery.subclasses import KINDS
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_NORMS = {*OURS, *OURS.values(), nn.SyncBatchNorm}
 _MOST_GROUPS = 32  # Wu and He's own, table 3
 
 
@@ -67,7 +67,7 @@ def _grouped(path: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
             "batch first."
         )
     ours: Any = layer
-    if written_kind(layer) not in _NORMS or "forward" in vars(layer):
+    if written_kind(layer) not in KINDS or "forward" in vars(layer):
         raise ValueError(
             f"to_group_norm needs layers of torch.nn or batchnorm, got {type(layer).__name__} at {path!r}, which may "
             "do more than batch norm. Say with replace what comes in its place."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
+from batchnorm.foreign import layers_of_others
 from batchnorm.layers import BatchNorm1d, batch_norms
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ _TENSORS = ("_parameters", "_buffers")
 def find(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm, subclasses of them too.
 
-    A layer under several names is listed under the first. A model that is itself a layer has the path "".
+    Modules of other libraries that hold the same four tensors, such as frozen layers of torchvision and detectron2,
+    are among them, although they are no instances of torch.nn's class. A layer under several names is listed under the
+    first. A model that is itself a layer has the path "".
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
@@ -39,7 +42,8 @@ def find(model: nn.Module) -> dict[str, _BatchNorm]:
         >>> list(find(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']
     """
-    return batch_norms(model)
+    found: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
+    return {path: found[path] for path, _ in model.named_modules() if path in found}
 
 
 def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *, inplace: bool = False) -> Model:

@@ -1,0 +1,171 @@
+"""Batch norm of other libraries: what is a layer though torch.nn's class does not say so, and what is out of reach.
+
+A module is a layer if it holds the four tensors by which batch norm in eval mode is computed (Ioffe and Szegedy 2015,
+algorithm 2): ``running_mean`` and ``running_var``, with ``weight`` and ``bias`` or None in their place, one value for
+each channel. What it makes of them is not taken for granted: ``response`` asks the module itself.
+
+``MEASURES`` is the table of known classes and of what each measures in train mode, which no run in one process shows.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Measured = Literal["its batch", "the batches of all processes", "nothing"]
+
+MEASURES: dict[tuple[str, str], Measured] = {
+    ("timm", "BatchNormAct2d"): "its batch",
+    ("timm", "SyncBatchNormAct"): "the batches of all processes",
+    ("timm", "FrozenBatchNormAct2d"): "nothing",
+    ("torchvision", "FrozenBatchNorm2d"): "nothing",
+    ("detectron2", "FrozenBatchNorm2d"): "nothing",
+    ("detectron2", "NaiveSyncBatchNorm"): "the batches of all processes",
+    ("detectron2", "NaiveSyncBatchNorm1d"): "the batches of all processes",
+    ("detectron2", "NaiveSyncBatchNorm3d"): "the batches of all processes",
+    ("mmcv", "SyncBatchNorm"): "the batches of all processes",
+    ("mmcv", "NaiveSyncBatchNorm1d"): "the batches of all processes",
+    ("mmdet3d", "NaiveSyncBatchNorm1d"): "the batches of all processes",
+    ("mmdet3d", "NaiveSyncBatchNorm2d"): "the batches of all processes",
+    ("mmcv", "_BatchNormXd"): "its batch",
+    ("mmengine", "_BatchNormXd"): "its batch",
+    ("inplace_abn", "ABN"): "its batch",
+    ("inplace_abn", "InPlaceABN"): "its batch",
+    ("inplace_abn", "InPlaceABNSync"): "the batches of all processes",
+    ("apex", "SyncBatchNorm"): "the batches of all processes",
+}
+# what code calls that exchanges values between processes
+_EXCHANGES = {"all_reduce", "all_gather", "AllReduce", "get_world_size", "dist", "distributed"}
+_STATISTICS = ("running_mean", "running_var")
+_AFFINE = ("weight", "bias")
+_USUAL_EPS = 1e-5
+_RANKS = (4, 2, 3, 5)
+# probing in float64: half of its digits, as where whole models are compared
+_LINE = torch.finfo(torch.float64).eps ** 0.5
+
+
+def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their dotted path that hold the four tensors of batch norm and are not of torch.nn's class or ours."""
+    return {name: module for name, module in model.named_modules() if is_of_others(module)}
+
+
+def is_of_others(module: nn.Module) -> bool:
+    """Whether a module holds the four tensors, runs, and is not of torch.nn's class."""
+    if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)):
+        return False
+    own = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
+    mean, var = (own.get(name) for name in _STATISTICS)
+    if not _is_vector(mean) or not _is_vector(var) or mean.shape != var.shape or not _runs(module):
+        return False
+    affine = [own.get(name, getattr(module, name, False)) for name in _AFFINE]
+    return all(t is None or (_is_vector(t) and t.shape == mean.shape) for t in affine)
+
+
+def measures(layer: nn.Module) -> Measured:
+    """What a layer normalizes by in train mode."""
+    for kind in type(layer).__mro__:
+        if known := MEASURES.get((kind.__module__.partition(".")[0], kind.__name__)):
+            return known
+    if isinstance(layer, nn.SyncBatchNorm) or _exchanges(type(layer)):
+        return "the batches of all processes"
+    learns = isinstance(layer, _BatchNorm) or hasattr(layer, "momentum") or hasattr(layer, "track_running_stats")
+    return "its batch" if learns else "nothing"
+
+
+def channels_of(layer: Any) -> int:
+    """How many channels a layer normalizes."""
+    count = getattr(layer, "num_features", None)
+    return count if isinstance(count, int) else layer.running_mean.numel()
+
+
+def eps_of(layer: Any) -> float:
+    """The eps of a layer: its attribute, or what its results tell, where it is written in the code."""
+    if isinstance(eps := getattr(layer, "eps", None), (int, float)):
+        return float(eps)
+    found = response_of(layer)
+    if found is None:
+        return _USUAL_EPS
+    gain = torch.ones_like(found[0]) if layer.weight is None else layer.weight.detach().double().cpu()
+    told = (gain != 0) & (found[0] != 0)
+    eps = (gain / found[0]).square() - layer.running_var.detach().double().cpu()
+    return max(float(eps[told].median()), 0.0) if told.any() else _USUAL_EPS
+
+
+def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of each channel of what a layer does in eval mode; None if it is no such map.
+
+    A copy of the layer is run. Shape: (C,) both, in float64 on the CPU.
+    """
+    try:
+        probe = copy.deepcopy(layer).cpu().double().eval()
+    except Exception:  # noqa: BLE001 - what cannot be copied is not probed
+        return None
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        getattr(probe, name).clear()
+    found = (response(probe, layer, rank) for rank in _RANKS)
+    return next((each for each in found if each is not None), None)
+
+
+def response(run: Callable[[Tensor], Any], layer: Any, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of each channel of ``run``, if it is such a map on inputs of ``rank`` axes, else None.
+
+    It is asked with inputs of 0 and 1, and with values of many sizes around the layer's mean, in float64.
+    """
+    mean, var = (getattr(layer, name).detach().double().cpu() for name in _STATISTICS)
+    shape = (2, len(mean), *[2] * (rank - 2))
+    spread = [1, -1, *[1] * (rank - 2)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        sizes = var.abs().sqrt().clamp(min=1e-6).reshape(spread) * torch.tensor(
+            [1.0, 1e3, 1e6], dtype=torch.float64
+        ).reshape(3, *[1] * rank)
+        inputs = [mean.reshape(spread) + size * torch.randn(shape, dtype=torch.float64) for size in sizes]
+        try:
+            shift = _channel_values(run(torch.zeros(shape, dtype=torch.float64)))
+            scale = _channel_values(run(torch.ones(shape, dtype=torch.float64))) - shift
+            fits = all(_is_close(run(x.clone()), x, scale.reshape(spread), shift.reshape(spread)) for x in inputs)
+        except Exception:  # noqa: BLE001 - it does not take this input, or is no such map
+            return None
+    return (scale, shift) if fits else None
+
+
+def _channel_values(y: Tensor) -> Tensor:
+    values = y.transpose(0, 1).flatten(1)  # (N, C, ...) -> (C, N...)
+    if not torch.equal(values, values[:, :1].expand_as(values)):
+        raise ValueError("expected one value for each channel, got several. The result depends on the place.")
+    return values[:, 0].clone()
+
+
+def _is_close(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    bound = _LINE * ((x * scale).abs() + shift.abs())
+    return y.shape == x.shape and bool(((y - (x * scale + shift)).abs() <= bound).all())
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, Tensor) and not is_lazy(value) and value.ndim == 1 and value.is_floating_point()
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a module has a forward: what an exported program keeps tensors in has none."""
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
+
+
+def _exchanges(kind: type) -> bool:
+    """Whether the forward of a class, as far as it is not torch.nn's, names what exchanges values."""
+    own = (each for each in kind.__mro__ if not each.__module__.startswith("torch.nn") and each is not object)
+    return any(_EXCHANGES & set(_names(vars(each)["forward"])) for each in own if "forward" in vars(each))
+
+
+def _names(function: Any) -> Iterator[str]:
+    """The names that a function's code reads."""
+    code = getattr(function, "__code__", None)
+    return iter(()) if code is None else iter((*code.co_names, *code.co_varnames))
