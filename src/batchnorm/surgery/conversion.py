@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from batchnorm.layers import _Layer
 from batchnorm.population.freezing import Frozen, freeze
-from batchnorm.surgery import comparison, fusion
+from batchnorm.surgery import adoption, comparison, fusion
 from batchnorm.surgery.patterns import OURS, is_ours, written_kind
 from batchnorm.surgery.replacement import duplicate, find, replace
 from batchnorm.surgery.saving import save_memory, stop_saving
@@ -34,8 +37,13 @@ def convert(
 
     It computes the same in train and in eval mode. Everything about a layer is carried over: names and sharing,
     parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The state_dict has the
-    same keys. Left as they are: SyncBatchNorm, lazy layers, subclasses of torch.nn's layers and of ours,
-    parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
+    same keys. Left as they are: SyncBatchNorm, lazy layers, subclasses of ours, parametrized layers, layers whose
+    ``forward`` was replaced, and layers with ``eps=0``.
+
+    A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
+    both modes and is batch norm and at most an activation that our layers have; ours has to do the same with numbers,
+    in eval and in train mode. ``revert`` gives it its class back. Other layers of other libraries stay, and a warning
+    names them.
 
     With ``fuse`` a layer also applies the activation behind it (ReLU, LeakyReLU, ELU, SiLU, exact GELU, Hardswish, as
     module, function or method), and adds the tensor that is added in between. An activation module of its own is
@@ -75,7 +83,8 @@ def convert(
         RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
 
     Warns:
-        UserWarning: If some of the code around batch norm layers cannot be traced, and why.
+        UserWarning: If some of the code around batch norm layers cannot be traced, or layers of other classes stay,
+            and why.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
@@ -124,23 +133,66 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     fusion.unfuse(model)
     stop_saving(model)
     layers = [layer for layer in find(model).values() if is_ours(layer)]
-    replace(model, lambda _, layer: _remade(layer, _THEIRS), inplace=True)
+    replace(model, lambda _, layer: _remade(layer, _THEIRS.get(written_kind(layer))), inplace=True)
     for layer in layers:
         _narrow_statistics(layer)
+        if adoption.origin_of(layer) is not None:
+            adoption.give_back(layer)
     return model
 
 
 def _to_ours(model: nn.Module) -> None:
-    layers: list[Any] = [layer for layer in find(model).values() if written_kind(layer) in OURS]
-    replace(model, lambda _, layer: _remade(layer, OURS), inplace=True)
-    for layer in layers:
+    layers: dict[str, Any] = find(model)
+    others = {path: layer for path, layer in layers.items() if adoption.is_of_another_class(layer)}
+    found = {path: _adoptable(layer) for path, layer in others.items()}
+    before = {path: (written_kind(layer), dict(layer._modules)) for path, layer in others.items()}
+    replace(model, lambda path, layer: None if isinstance(found.get(path), str) else _as_ours(layer), inplace=True)
+    for path, layer in layers.items():
+        if path in others and not isinstance(act := found[path], str):
+            adoption.adopt(layer, *before[path], act)
         if is_ours(layer):
             layer._widen_statistics({})
+    _warn_of_others(layers, found)
 
 
-def _remade(layer: _BatchNorm, kinds: dict[type, type]) -> _BatchNorm | None:
-    """A layer of the other kind with the same tensors, or None if there is none that does the same."""
-    kind = kinds.get(written_kind(layer))
+def _adoptable(layer: Any) -> Any:
+    """The activation of a layer of another class that ours can do the work of, or why not."""
+    act = adoption.activation_in(layer)
+    if isinstance(act, str):
+        return act
+    new: Any = _as_ours(layer)
+    if act is not None:
+        new.act, new.act_param = act.name, act.parameter
+    if not adoption.is_same(layer, new):
+        return f"is a {type(layer).__name__} that computes something else than our layer"
+    return act
+
+
+def _as_ours(layer: Any) -> _BatchNorm | None:
+    kind: Any = adoption.base_of(layer) if adoption.is_of_another_class(layer) else written_kind(layer)
+    return _remade(layer, OURS.get(kind))
+
+
+def _warn_of_others(layers: dict[str, Any], found: dict[str, Any]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for path, reason in found.items():
+        if isinstance(reason, str) and not isinstance(layers[path], _Layer) and not _is_torchs(layers[path]):
+            reasons.setdefault(reason, []).append(repr(path))
+    if reasons:
+        told = "; ".join(f"{_some(paths)} {reason}" for reason, paths in reasons.items())
+        warnings.warn(f"convert left layers of other classes as they are: {told}", UserWarning, stacklevel=4)
+
+
+def _is_torchs(layer: nn.Module) -> bool:
+    return parametrize.is_parametrized(layer) or type(layer).__module__.startswith("torch.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more, each" if len(names) > 3 else "")
+
+
+def _remade(layer: _BatchNorm, kind: type | None) -> _BatchNorm | None:
+    """A layer of that kind with the same tensors, or None if there is none that does the same."""
     if kind is None or "forward" in vars(layer) or not layer.eps > 0:
         return None
     device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), None)

@@ -108,7 +108,7 @@ def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
     """Every site of a graph. What the layer and the activation are elsewhere is not looked at."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        act = _activation(flow, node)
+        act = activation_of(flow, node)
         if act is None or any(_writes(flow, user) for user in node.users):
             continue
         source = _input(node)
@@ -163,7 +163,8 @@ def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
     return tuple(chain) if takes_one else ()
 
 
-def _activation(flow: Flow, node: Node) -> Activation | None:
+def activation_of(flow: Flow, node: Node) -> Activation | None:
+    """The activation that a node applies, if our layers have it."""
     if node.op == "call_module":
         module: Any = flow.called(node)
         name = _MODULES.get(type(module))

@@ -1,0 +1,148 @@
+"""Layers of other classes that compute batch norm and at most an activation: they become ours, and come back.
+
+timm's ``BatchNormAct2d`` is one: a subclass of torch.nn's layer with two children, a dropout and an activation. What
+such a layer does is read from its forward (``subclasses``); ours has to do the same on numbers, in both modes, with
+gradients and statistics. Its class and children are kept outside of the model until they are put back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import nn
+from torch.fx.proxy import TraceError
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from batchnorm.foreign import measures
+from batchnorm.population.freezing import Frozen, freeze, has_stored_statistics
+from batchnorm.surgery import comparison
+from batchnorm.surgery.dataflow import Flow, traced
+from batchnorm.surgery.fusion import _MARK
+from batchnorm.surgery.patterns import OURS, Activation, activation_of, written_kind
+from batchnorm.surgery.subclasses import KINDS, graph_of_layer, parts_of
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, Node
+
+_ORIGIN = "_layer_of_others"
+_SIZES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 2, 2)}
+_EXAMPLES = 5
+
+
+@final
+@dataclass(frozen=True)
+class Origin:
+    """What a layer was: its class, and the children that our layer has no use for."""
+
+    kind: type
+    children: dict[str, nn.Module]
+
+
+def is_of_another_class(layer: nn.Module) -> bool:
+    """Whether a layer is neither of torch.nn's classes nor of ours."""
+    return written_kind(layer) not in KINDS
+
+
+def activation_in(layer: Any) -> Activation | str | None:
+    """The activation that a layer of another class applies behind batch norm, None for none, or why it cannot be ours.
+
+    The layer is not changed.
+    """
+    if reason := _about(layer):
+        return reason
+    parts = parts_of(layer)
+    if isinstance(parts, str):
+        return parts
+    try:
+        graph_of_layer(layer, mode=True)
+    except TraceError as error:
+        return f"is a {type(layer).__name__} with a forward that cannot be traced in train mode: {error}"
+    if parts.then is None:
+        return None
+    found = _only_activation(layer, parts.then)
+    return found or f"is a {type(layer).__name__} that applies what our layers do not: {_listed(layer, parts.then)}"
+
+
+def base_of(layer: nn.Module) -> type | None:
+    """Torch's class that a layer is derived from."""
+    return next((kind for kind in type(layer).__mro__ if kind in OURS), None)
+
+
+def is_same(layer: Any, new: Any) -> bool:
+    """Whether two layers do the same with numbers, in eval and in train mode. Neither is changed."""
+    base: Any = base_of(layer)
+    like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), torch.zeros(()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(_EXAMPLES, layer.num_features, *_SIZES[base]).to(like.device, like.dtype)
+    try:
+        comparison.check(layer, new, 3 * x + 1)
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def adopt(layer: Any, kind: type, children: dict[str, nn.Module], act: Activation | None) -> None:
+    """Change a layer in place that has become ours: it applies the activation and knows where it comes from."""
+    vars(layer)[_ORIGIN] = Origin(kind, children)
+    for name in children:
+        layer._modules.pop(name, None)
+    if act is not None:
+        layer.act, layer.act_param = act.name, act.parameter
+        vars(layer)[_MARK] = True
+
+
+def origin_of(layer: nn.Module) -> Origin | None:
+    """What a layer of ours was before it was adopted."""
+    return vars(layer).get(_ORIGIN)
+
+
+def give_back(layer: nn.Module) -> None:
+    """Change a layer in place that has become torch's: it is of its own class again, with its children."""
+    origin: Origin = vars(layer).pop(_ORIGIN)
+    was_frozen, training = isinstance(layer, Frozen), vars(layer)["training"]
+    layer.__class__ = origin.kind
+    layer._modules.update({name: child.train(training) for name, child in origin.children.items()})
+    if was_frozen:
+        freeze(layer)
+
+
+def _about(layer: Any) -> str | None:
+    name = type(layer).__name__
+    if (measured := measures(layer)) != "its batch":
+        return f"is a {name}, which measures {measured} in train mode"
+    if base_of(layer) is None:
+        return f"is a {name}, which is not derived from a layer of torch.nn"
+    if parametrize.is_parametrized(layer) or any(map(is_lazy, [*layer.parameters(), *layer.buffers()])):
+        return f"is a {name} whose parameters are computed or not there yet"
+    if "forward" in vars(layer) or not has_stored_statistics(layer) or not layer.eps > 0:
+        return f"is a {name} with settings that ours do not have"
+    return None
+
+
+def _only_activation(layer: nn.Module, then: Graph) -> Activation | None:
+    """The one activation of our table that a graph consists of, also where it is in a child's forward."""
+    nodes = [node for node in then.nodes if node.op not in {"placeholder", "output"}]
+    if len(nodes) != 1 or not _is_result(nodes[0], then):
+        return None
+    if (found := activation_of(Flow(layer, {False: then}), nodes[0])) is not None or nodes[0].op != "call_module":
+        return found
+    child = layer.get_submodule(str(nodes[0].target))
+    try:
+        inner = traced(child)
+    except TraceError:
+        return None
+    return None if any(node.op == "call_module" for node in inner.nodes) else _only_activation(child, inner)
+
+
+def _is_result(node: Node, graph: Graph) -> bool:
+    return next(each for each in graph.nodes if each.op == "output").args[0] is node
+
+
+def _listed(layer: nn.Module, then: Graph) -> str:
+    nodes = [node for node in then.nodes if node.op not in {"placeholder", "output", "get_attr"}]
+    modules = (type(layer.get_submodule(str(n.target))).__name__ if n.op == "call_module" else None for n in nodes)
+    return ", ".join(m or str(getattr(n.target, "__name__", n.target)) for m, n in zip(modules, nodes, strict=True))

@@ -1,0 +1,232 @@
+"""Layers of other libraries: known by what they hold and compute, folded, converted and given back."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from foreign_layers import (
+    Activated,
+    Asks,
+    Clamped,
+    Clipped,
+    Four,
+    FrozenByHand,
+    FrozenByTorch,
+    FrozenWithAct,
+    NoNorm,
+    NormAct,
+    Synced,
+)  # fmt: skip
+from surgery_checks import assert_same
+from torch import nn
+
+import batchnorm as bn
+from batchnorm import foreign
+from batchnorm.surgery import Partner, adoption, convert, fold, foldable, revert, unfold
+
+
+def settled(layer: nn.Module) -> nn.Module:
+    """Parameters and statistics that are not those of construction."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, low, high in (
+            ("weight", -1, 2), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.5, 2),
+        ):  # fmt: skip
+            tensor = getattr(layer, name)
+            tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=g))
+    return layer
+
+
+def net(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 2, 1)).eval()
+
+
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+FOLDED = {
+    "relu": lambda: settled(NormAct(4, nn.ReLU(inplace=True))),
+    "no activation": lambda: settled(NormAct(4, nn.Identity())),
+    "an activation that ours lack": lambda: settled(NormAct(4, nn.Mish())),
+    "an activation with parameters": lambda: settled(NormAct(4, nn.PReLU(4))),
+    "dropout": lambda: settled(NormAct(4, nn.SiLU(), nn.Dropout2d(0.3))),
+    "more behind torch's forward": lambda: settled(Clamped(4)),
+    "across processes": lambda: settled(Synced(4)),
+    "frozen by hand": lambda: FrozenByHand(4),
+    "frozen by torch": lambda: FrozenByTorch(4),
+    "frozen with an activation": lambda: FrozenWithAct(4),
+    "absolute weights": lambda: Activated(4),
+    "a forward that asks for values": lambda: Asks(4),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_layers_of_other_classes_are_folded_and_come_back(kind):
+    model, x = net(FOLDED[kind]()), images()
+    assert foldable(model)["1"] == Partner("0", "before")
+    small = fold(model, x, report=None)
+    assert not bn.find(small)
+    wide = [copy.deepcopy(m).double()(x.double()) for m in (fold(model.double(), x.double(), report=None), model)]
+    torch.testing.assert_close(*wide, rtol=0, atol=1e-12)  # rounding of float64 in sums of 27 and 4 terms of size 10
+    model.float()
+    for back in (unfold(small), unfold(pickle.loads(pickle.dumps(small))), unfold(copy.deepcopy(small))):
+        assert type(back[1]) is type(model[1])
+        assert torch.equal(back(x), model(x))
+
+
+def test_children_of_a_folded_layer_keep_their_keys():
+    small = fold(net(settled(NormAct(4, nn.PReLU(4)))), images(), report=None)
+    assert [key for key in small.state_dict() if key.startswith("1.")] == ["1.act.weight"]
+    small.half().float().train().eval()
+    assert unfold(small)[1].act is not None
+
+
+@pytest.mark.parametrize("kind", [NoNorm, Clipped])
+def test_four_tensors_alone_do_not_make_a_layer_that_is_folded(kind):
+    model, x = net(kind(4)), images()
+    reports: list = []
+    assert torch.equal(fold(model, x, report=reports.append)(x), model(x))
+    assert "does not multiply each channel by a number and add one" in str(reports[0])
+
+
+def test_a_wrong_map_is_found_on_the_example(monkeypatch):
+    from batchnorm.surgery import subclasses
+
+    right = subclasses.response
+
+    def wrong(*args):
+        scale, shift = right(*args)
+        return scale * 1.01, shift
+
+    monkeypatch.setattr(subclasses, "response", wrong)
+    with pytest.raises(ValueError, match="outputs that differ"):
+        fold(net(FrozenByHand(4)), images(), report=None)
+
+
+def test_a_frozen_layer_is_known_by_its_tensors():
+    model = net(FrozenByHand(4))
+    assert list(bn.find(model)) == ["1"]
+    assert foreign.channels_of(model[1]) == 4
+    assert math.isclose(foreign.eps_of(model[1]), 1e-5, rel_tol=1e-9)
+    assert foreign.eps_of(FrozenByTorch(4)) == 1e-3
+    assert foreign.measures(model[1]) == "nothing"
+    assert foreign.measures(Activated(4)) == "its batch"
+    assert foreign.measures(Synced(4)) == foreign.measures(nn.SyncBatchNorm(4)) == "the batches of all processes"
+
+
+class Scalar(Four):
+    """A running mean of returns, as in reinforcement learning."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.running_mean = torch.zeros(())
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("module", [Four(3), Scalar(), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)])
+def test_what_only_looks_alike_is_no_layer(module):
+    """What has no forward of its own, as where exported programs keep tensors; scalars; instance norm."""
+    assert bn.find(nn.Sequential(module)) == {}
+
+
+def test_the_table_tells_what_a_class_measures():
+    made = type("NaiveSyncBatchNorm", (nn.BatchNorm2d,), {"__module__": "detectron2.layers.batch_norm"})(4)
+    assert foreign.measures(made) == "the batches of all processes"
+    with pytest.warns(UserWarning, match="'1' is a NaiveSyncBatchNorm, which measures the batches of all processes"):
+        assert type(convert(net(made))[1]) is type(made)
+    assert foldable(net(made))["1"] == Partner("0", "before")
+
+
+ACTS = {
+    "relu": nn.ReLU(inplace=True),
+    "silu": nn.SiLU(),
+    "leaky_relu": nn.LeakyReLU(0.2),
+    "hardswish": nn.Hardswish(),
+    None: nn.Identity(),
+}
+
+
+class Gelu(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+@pytest.mark.parametrize(("act", "module"), [*ACTS.items(), ("gelu", Gelu())])
+def test_a_subclass_with_an_activation_becomes_ours_and_comes_back(act, module):
+    model, x = net(settled(NormAct(4, module, eps=1e-3, momentum=0.3))).train(), images()
+    result = convert(model, example=x)
+    assert (type(result[1]), result[1].act, result[1].momentum) == (bn.BatchNorm2d, act, 0.3)
+    assert result.state_dict().keys() == model.state_dict().keys()
+    assert_same(model, result, x)
+    for back in (revert(result), revert(pickle.loads(pickle.dumps(result))), revert(bn.unfreeze(bn.freeze(result)))):
+        assert type(back[1]) is NormAct
+        assert repr(back) == repr(model)
+        assert_same(model, back, x)
+        assert {**vars(back[1])}.keys() == {**vars(model[1])}.keys()
+
+
+def test_a_converted_subclass_is_fused_with_what_follows_and_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), settled(NormAct(4, nn.Identity())), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    x = images()
+    result = convert(model, fuse=True, example=x)
+    assert result[1].act == "relu"
+    assert not bn.find(fold(result, x, report=None))
+    assert_same(model, revert(result), x)
+    assert type(revert(result)[1]) is NormAct
+
+
+def test_a_frozen_subclass_comes_back_frozen():
+    model = bn.freeze(net(settled(NormAct(4, nn.ReLU()))))
+    back = revert(convert(model, example=images()))
+    assert type(bn.unfreeze(back)[1]) is NormAct
+
+
+class Dropping(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Counting(nn.BatchNorm2d):
+    """In train mode it uses the stored statistics."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+STAYS = {
+    "mish": (NormAct(4, nn.Mish()), "'1' is a NormAct that applies what our layers do not: Mish"),
+    "clamp": (Clamped(4), "'1' is a Clamped that applies what our layers do not: clamp"),
+    "dropout": (Dropping(4), "'1' is a Dropping that computes something else than our layer"),
+    "stored in train mode": (Counting(4), "'1' is a Counting that computes something else than our layer"),
+    "frozen": (FrozenByHand(4), "'1' is a FrozenByHand, which measures nothing in train mode"),
+    "four tensors": (Activated(4), "'1' is a Activated, which is not derived from a layer of torch.nn"),
+}
+
+
+@pytest.mark.parametrize("kind", STAYS)
+def test_what_stays_is_named_with_its_reason(kind):
+    layer, reason = STAYS[kind]
+    model = net(copy.deepcopy(layer))
+    with pytest.warns(UserWarning, match="convert left layers of other classes as they are: " + reason):
+        result = convert(model)
+    assert type(result[1]) is type(layer)
+
+
+def test_layers_are_looked_at_without_a_trace():
+    layer = settled(NormAct(4, nn.ReLU()))
+    state, attributes = copy.deepcopy(layer.state_dict()), dict(vars(layer))
+    random = torch.get_rng_state()
+    adoption.activation_in(layer)
+    foreign.response_of(FrozenByHand(4))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert vars(layer) == attributes
+    assert all(torch.equal(layer.state_dict()[key], value) for key, value in state.items())
