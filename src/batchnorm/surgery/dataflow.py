@@ -30,7 +30,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules import module as hooks_of_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch.fx import Node
 
@@ -83,16 +83,21 @@ class Flow:
 
 
 def flows(
-    model: nn.Module, modes: tuple[bool, ...] = MODES, arguments: Arguments | None = None
+    model: nn.Module,
+    modes: tuple[bool, ...] = MODES,
+    arguments: Arguments | None = None,
+    record: Callable[[nn.Module], Graph] | None = None,
 ) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
     """The flow of every module that has one, and why the others have none.
 
     Training flags are changed, and whatever the forwards change; call it inside ``preserve_state``. Optional arguments
-    are an obstacle, unless ``arguments`` has their values: what is traced then holds for these values only.
+    are an obstacle, unless ``arguments`` has their values: what is traced then holds for these values only. What cannot
+    be traced is left to ``record``.
     """
     arguments = arguments or {}
     graphs: dict[nn.Module, dict[bool, Graph]] = defaultdict(dict)
     reasons: dict[nn.Module, str] = {}
+    followed: set[nn.Module] = set()
     parents = [module for module in model.modules() if any(module.children()) and not is_container(module)]
     for mode in modes:
         set_mode(model, mode)
@@ -100,9 +105,17 @@ def flows(
             try:
                 graphs[parent][mode] = traced(parent, arguments.get(parent))
             except TraceError as error:
-                reasons.setdefault(parent, str(error))
+                if record is None:
+                    reasons.setdefault(parent, str(error))
+                    continue
+                try:
+                    graphs[parent][mode] = record(parent)
+                    followed.add(parent)
+                except TraceError as other:
+                    reasons.setdefault(parent, f"{error}; and {other}" if str(error) != str(other) else str(error))
     sound = [module for module in parents if module not in reasons]
-    return {module: Flow(module, graphs[module], module in arguments) for module in sound}, reasons
+    bound = followed | arguments.keys()
+    return {module: Flow(module, graphs[module], module in bound) for module in sound}, reasons
 
 
 def is_chain(module: nn.Module) -> bool:
@@ -232,7 +245,7 @@ def traced(module: nn.Module, arguments: dict[str, Any] | None = None) -> Graph:
     optional = _optional(module)
     if optional and arguments is None:
         raise TraceError(f"its forward has the optional argument {optional[0]!r}")
-    attributes, random_states = _Attributes(module), _random_states()
+    attributes, before = Attributes(module), random_states()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,7 +255,7 @@ def traced(module: nn.Module, arguments: dict[str, Any] | None = None) -> Graph:
         raise TraceError(f"{type(error).__name__}: {error}") from error
     finally:
         changed = attributes.undo()
-    if changed or random_states != _random_states():
+    if changed or before != random_states():
         raise TraceError("its forward sets attributes, makes constants or draws random numbers")
     return graph
 
@@ -300,7 +313,7 @@ class _Tracer(Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._surroundings = _surroundings()
+        self._surroundings = surroundings()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True
@@ -309,25 +322,26 @@ class _Tracer(Tracer):
         return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        if _surroundings() != self._surroundings:
+        if surroundings() != self._surroundings:
             raise TraceError("its forward runs operations inside of a context such as no_grad, autocast or checkpoint")
         return super().create_node(*args, **kwargs)
 
 
-def _surroundings() -> tuple:
+def surroundings(*, stacks: bool = True) -> tuple:
+    """What is set around an operation; with ``stacks`` also how many modes are."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         autocast,
         torch.get_default_dtype(),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
+        (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()) if stacks else (),
         torch._C._autograd._top_saved_tensors_default_hooks(False),
     )
 
 
-def _random_states() -> list:
+def random_states() -> list:
+    """The states of the generators that a forward may draw from."""
     states: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
     if torch.cuda.is_initialized():
         states.append([state.tolist() for state in torch.cuda.get_rng_state_all()])
@@ -337,7 +351,7 @@ def _random_states() -> list:
     return states
 
 
-class _Attributes:
+class Attributes:
     """The containers that a module and its parts keep attributes in, and the tensors in them, as they were."""
 
     def __init__(self, module: nn.Module) -> None:

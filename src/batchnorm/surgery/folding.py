@@ -185,18 +185,23 @@ def unfold(model: Model, *, inplace: bool = False) -> Model:
 
 def _put_in(model: nn.Module, found: Mapping[str, Partner | str]) -> None:
     """Change the model in place as planned."""
-    before = {id(m.partner): m._tensors for m in model.modules() if isinstance(m, FoldedAway)}
+    folded = [m for m in model.modules() if isinstance(m, FoldedAway)]
+    before = {id(p): tensors for m in folded for p, tensors in zip(m.partners, m._tensors, strict=True)}
     joined: dict[nn.Module, Linear] = {}
     for path, answer in found.items():
         if not isinstance(answer, Partner):
             continue
         layer: Any = model.get_submodule(path)
-        partner = model.get_submodule(answer.path)
         parts: Any = parts_of(layer)
-        joined[partner] = joined.get(partner, Linear.of(partner)).joined(parts.affine, answer.position)
-        tensors = before.setdefault(id(partner), own_tensors(partner))
+        partners = {each.path: model.get_submodule(each.path) for each in (answer, *answer.others)}
+        for each, partner in zip((answer, *answer.others), partners.values(), strict=True):
+            affine = parts.affine.spread(each.channels)
+            joined[partner] = joined.get(partner, Linear.of(partner)).joined(affine, each.position)
+        tensors = [dict(before.setdefault(id(partner), own_tensors(partner))) for partner in partners.values()]
         parent, _, name = path.rpartition(".")
-        model.get_submodule(parent)._modules[name] = FoldedAway(layer, partner, answer.path, dict(tensors), parts.code)
+        model.get_submodule(parent)._modules[name] = FoldedAway(
+            layer, partners, tensors, then=parts.code, moved=answer.channels is not None
+        )
     for partner, new in joined.items():
         like: Any = partner.weight
         weight = torch.empty_like(like, requires_grad=False).copy_(new.weight)  # in its memory format

@@ -57,6 +57,14 @@ class Affine:
         shift = -wide(layer.running_mean) * scale
         return cls(scale, shift if layer.bias is None else shift + wide(layer.bias))
 
+    def spread(self, channels: tuple[int, ...] | None) -> Affine:
+        """For each channel of another layer the one of this that it meets, as numbered; nothing is done to -1."""
+        if channels is None:
+            return self
+        index = torch.tensor(channels)
+        met = index >= 0
+        return Affine(torch.where(met, self.scale[index], 1.0), torch.where(met, self.shift[index], 0.0))
+
 
 @final
 @dataclass(frozen=True)

@@ -21,25 +21,27 @@ if TYPE_CHECKING:
 
 @final
 class FoldedAway(nn.Identity):
-    """Stands where a batch norm layer was whose work another layer now does.
+    """Stands where a batch norm layer was whose work another layer, or several, now do.
 
-    It keeps the layer, and the other one's weight and bias of before, out of the state_dict; ``half``, ``to`` and the
+    It keeps the layer, and the others' weights and biases of before, out of the state_dict; ``half``, ``to`` and the
     like reach them. A residual and an activation that the layer applied, it applies.
     """
 
     def __init__(
         self,
         layer: _BatchNorm,
-        partner: nn.Module,
-        path: str,
-        tensors: dict[str, Tensor | None],
+        partners: dict[str, nn.Module],
+        tensors: list[dict[str, Tensor | None]],
+        *,
         then: Code | None = None,
+        moved: bool = False,
     ) -> None:
         super().__init__()
         # in a tuple, so that they are no children
-        self._kept = (layer, partner)
+        self._kept = (layer, *partners.values())
         self._tensors = tensors
-        self._path = path
+        self._paths = tuple(partners)
+        self._moved = moved
         self._then = then
         if then is not None:  # the code calls the layer's children by their names, ``act`` among them
             self._modules.update(layer._modules)
@@ -52,17 +54,19 @@ class FoldedAway(nn.Identity):
         self.training = layer.training
 
     @property
-    def partner(self) -> nn.Module:
-        """The layer that does the work."""
-        return self._kept[1]
+    def partners(self) -> tuple[nn.Module, ...]:
+        """The layers that do the work."""
+        return self._kept[1:]
 
     @property
     def is_empty(self) -> bool:
         """Whether the layer did nothing but batch norm."""
-        return self._then is None and self.act is None
+        return self._then is None and self.act is None and not self._moved
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
         """The input, with the residual added and the activation applied where the layer did so."""
+        if self._moved:  # batch norm made a result that can be viewed
+            input = input.contiguous()  # noqa: A001
         if self._then is not None:
             return _compiled(self._then)(self, input)
         return activate(input if residual is None else input + residual, self.act, self.act_param)
@@ -70,7 +74,8 @@ class FoldedAway(nn.Identity):
     def restored(self) -> nn.Module:
         """The layer, in the mode that was asked of its place; the other one has its tensors of before again."""
         layer: Any = self._kept[0]
-        set_tensors(self.partner, self._tensors)
+        for partner, tensors in zip(self.partners, self._tensors, strict=True):
+            set_tensors(partner, tensors)
         if isinstance(layer, _Layer) and self.act is None and layer.act is not None:  # taken away since
             vars(layer).pop(_MARK, None)
             layer.act, layer.act_param = None, 0.0
@@ -79,12 +84,12 @@ class FoldedAway(nn.Identity):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedAway:
         super()._apply(fn, recurse)
         self._kept[0]._apply(fn)
-        self._tensors = {name: None if t is None else fn(t) for name, t in self._tensors.items()}
+        self._tensors = [{name: None if t is None else fn(t) for name, t in each.items()} for each in self._tensors]
         return self
 
     def extra_repr(self) -> str:
         """The layer and who does its work."""
-        return f"{self._kept[0]}, folded into {self._path!r}"
+        return f"{self._kept[0]}, folded into {' and '.join(map(repr, self._paths))}"
 
 
 @cache

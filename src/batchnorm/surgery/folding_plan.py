@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -20,6 +21,7 @@ from batchnorm.foreign import channels_of
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.surgery import folding_channels
 from batchnorm.surgery.dataflow import (
     TraceError,
     flows,
@@ -33,13 +35,18 @@ from batchnorm.surgery.dataflow import (
 from batchnorm.surgery.folding_arithmetic import RANKS, Affine, Linear, Position, channels, shifts_evenly
 from batchnorm.surgery.folding_graphs import graphs
 from batchnorm.surgery.patterns import is_ours, is_watched
+from batchnorm.surgery.recording import observed_inputs, recorded
 from batchnorm.surgery.replacement import find
 from batchnorm.surgery.subclasses import Parts, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Callable, Container, Iterator
+
+    from torch.fx import Graph
 
     from batchnorm.surgery.dataflow import Arguments, Callers, Flow
+    from batchnorm.surgery.folding_channels import Channels
+    from batchnorm.surgery.recording import Inputs
 
 _SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
@@ -47,13 +54,19 @@ _SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_tran
 @final
 @dataclass(frozen=True)
 class Partner:
-    """What a batch norm layer is folded into: a layer ``before`` it or ``behind`` it."""
+    """What a batch norm layer is folded into: a layer ``before`` it or ``behind`` it.
+
+    ``channels`` has for each channel of that layer the one of batch norm that it meets, -1 for none; None if they are
+    the same. ``others`` are further layers before it, whose results are concatenated with those of the first.
+    """
 
     path: str
     position: Position
+    channels: Channels | None = None
+    others: tuple[Partner, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.path!r} {self.position} it"
+        return f"{' and '.join(repr(each.path) for each in (self, *self.others))} {self.position} it"
 
 
 def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
@@ -69,13 +82,18 @@ def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
             "fold needs a model before torch.compile, got a compiled one. Fold first, then compile the result."
         )
     with preserve_state(model):
-        ranks = arguments = callers = None
+        ranks = arguments = callers = inputs = record = None
         if example is not None:
-            callers, ranks, arguments = _observed(model, example)
-        known, closed = flows(model, (False,), arguments)
+            callers, ranks, arguments, inputs = _observed(model, example)
+            record = partial(recorded, inputs=inputs)
+        known, closed = flows(model, (False,), arguments, record)
         callers = static_callers(model, known) if callers is None else callers
-        wholes = {module for module in model.modules() if isinstance(module, tuple(RANKS)) and _is_linear(module)}
-    facts = _facts(model, known, callers, ranks, wholes, _parts(open_layers))
+        wholes = {
+            module for module in model.modules() if isinstance(module, tuple(RANKS)) and _is_linear(module, record)
+        }
+        facts = _facts(model, known, callers, ranks, wholes, _parts(open_layers))
+        if inputs is not None:
+            _look_at_channels(facts, inputs)
     found: dict[str, Partner | str] = {}
     settled = True
     while settled:  # what is folded is out of the way of what lies beyond it
@@ -108,6 +126,7 @@ class _Facts:
     owners: Counter
     read: set[int]
     linear: set[nn.Module]  # convolutions and linear layers that do nothing else with their weight and bias
+    sizes: dict[Node, Any] = field(default_factory=dict, init=False)  # of graphs in which values are moved
     parts: dict[nn.Module, Parts | str]  # what each layer does, or why that is not known
 
     @property
@@ -176,11 +195,26 @@ def _attribute(value: Any, path: str) -> Any:
     return value
 
 
-def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, set[int]], Arguments]:
+def _look_at_channels(facts: _Facts, inputs: Inputs) -> None:
+    """Find the sizes of graphs that have a batch norm layer next to an operation that moves values."""
+    nodes = [node for layer in facts.parts for node in facts.nodes.get(layer, [])]
+    near = {
+        node.graph: None for node in nodes if any(map(folding_channels.moves, [*node.all_input_nodes, *node.users]))
+    }
+    for graph in near:
+        facts.sizes.update(folding_channels.sizes(graph, inputs))
+
+
+def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, set[int]], Arguments, Inputs]:
     """Who calls whom with what, and how many axes the inputs of batch norm layers have, when it runs in eval mode."""
     set_mode(model, False)
-    seen = observed_callers(), _observed_ranks({*find(model).values()}), observed_arguments(model)
-    with seen[0] as callers, seen[1] as ranks, seen[2] as arguments, torch.no_grad():
+    seen = (
+        observed_callers(),
+        _observed_ranks({*find(model).values()}),
+        observed_arguments(model),
+        observed_inputs(model),
+    )
+    with seen[0] as callers, seen[1] as ranks, seen[2] as arguments, seen[3] as inputs, torch.no_grad():
         try:
             call(model, fresh(example))
         except Exception as error:
@@ -188,7 +222,7 @@ def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, 
                 f"fold needs an example that the model takes in eval mode, got {type(error).__name__}: {error} "
                 "Pass a batch, as recalibrate would get it from a loader."
             ) from error
-    return callers, ranks, arguments
+    return callers, ranks, arguments, inputs
 
 
 @contextmanager
@@ -244,7 +278,82 @@ def _answer(facts: _Facts, layer: Any) -> Partner | str | None:
             if reason is None:
                 return Partner(path, position)
             reasons.append(reason)
-    return "; ".join(reasons) or _about_neighbours(facts, node, source)
+    moved = _through_moves(facts, layer, node) if not reasons else None
+    if isinstance(moved, Partner):
+        return moved
+    return "; ".join([*reasons, *([moved] if moved and reasons else [])]) or "; ".join(
+        [_about_neighbours(facts, node, source), *([moved] if moved else [])]
+    )
+
+
+def _through_moves(facts: _Facts, layer: Any, node: Node) -> Partner | str | None:
+    """The partner beyond operations that only move values, or why there is none; None without such operations."""
+    near = [
+        position
+        for position, nodes in (("before", node.all_input_nodes[:1]), ("behind", node.users))
+        if any(map(folding_channels.moves, nodes))
+    ]
+    if not near:
+        return None
+    if node not in facts.sizes:
+        return "the sizes around it are not known" if facts.ranks is not None else "pass an example to see through"
+    axes = {
+        theirs: axis
+        for partner in facts.linear
+        for theirs in facts.nodes.get(partner, [])
+        if (axis := _axis(facts, partner, theirs)) is not None
+    }
+    reasons = []
+    for position in near:
+        answer = _before(facts, layer, node, axes) if position == "before" else _behind(facts, layer, node, axes)
+        if isinstance(answer, Partner):
+            return answer
+        reasons.append(answer)
+    return "; ".join(reasons)
+
+
+def _axis(facts: _Facts, partner: nn.Module, node: Node) -> int | None:
+    """The axis of a partner's channels, if its inputs and results are batches as it was made for."""
+    value: Any = facts.sizes.get(node)
+    if not isinstance(value, Tensor):
+        return None
+    if isinstance(partner, nn.Linear):
+        return value.ndim - 1
+    return 1 if value.ndim == _rank(partner) else None
+
+
+def _rank(partner: nn.Module) -> int:
+    return next(RANKS[kind] for kind in type(partner).__mro__ if kind in RANKS)
+
+
+def _before(facts: _Facts, layer: Any, node: Node, axes: dict[Node, int]) -> Partner | str:
+    found = folding_channels.before(node, facts.sizes, axes)
+    if isinstance(found, str):
+        return found
+    partners = []
+    for theirs, met in found.items():
+        partner = theirs.meta["module"]
+        if reason := _about_partner(facts, partner, "before") or _about_result(facts, layer, partner, "before", met):
+            return reason
+        partners.append(Partner(facts.names[partner], "before", met))
+    first, *others = partners
+    return replace(first, others=tuple(others))
+
+
+def _behind(facts: _Facts, layer: Any, node: Node, axes: dict[Node, int]) -> Partner | str:
+    if node in {each for layer in facts.applying for each in facts.nodes.get(layer, [])}:
+        return "what is behind it gets the result of an activation"
+    found = folding_channels.behind(node, facts.sizes, axes)
+    if isinstance(found, str):
+        return found
+    theirs, channels = found
+    partner = theirs.meta["module"]
+    if reason := _about_partner(facts, partner, "behind") or _about_result(facts, layer, partner, "behind", channels):
+        return reason
+    between = folding_channels.path_between(node, theirs)
+    if not all(map(folding_channels.is_harmless, between)):
+        return f"{facts.names[partner]!r} runs later, when the layer's input may have been written over"
+    return Partner(facts.names[partner], "behind", channels)
 
 
 def _parts(layers: dict[str, Any]) -> dict[nn.Module, Parts | str]:
@@ -287,7 +396,17 @@ def _about_state(layer: Any) -> str | None:
 
 def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> str | None:
     """What keeps a layer from being folded into a neighbour."""
-    name, node = facts.names[partner], facts.nodes[layer][0]
+    if reason := _about_partner(facts, partner, position):
+        return reason
+    node, theirs = facts.nodes[layer][0], facts.nodes[partner][0]
+    if reason := _about_order(facts, node, theirs, position) or _about_axes(facts, layer, partner, position):
+        return f"{facts.names[partner]!r} {reason}"
+    return _about_result(facts, layer, partner, position)
+
+
+def _about_partner(facts: _Facts, partner: Any, position: Position) -> str | None:
+    """What about a convolution or linear layer keeps it from taking over anything."""
+    name = facts.names[partner]
     if partner not in facts.linear or (type(partner) not in RANKS and position == "behind"):
         return f"{name!r} is a {type(partner).__name__} with a weight or a forward of its own"
     if not isinstance(partner._parameters.get("weight"), nn.Parameter):
@@ -301,11 +420,20 @@ def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
     theirs = facts.nodes[partner][0]
     if len(theirs.args) != 1 or theirs.kwargs:
         return f"{name!r} is called with other arguments than its input"
-    if reason := _about_order(facts, node, theirs, position) or _about_axes(facts, layer, partner, position):
-        return f"{name!r} {reason}"
-    affine = facts.affine(layer)
+    return None
+
+
+def _about_result(
+    facts: _Facts, layer: Any, partner: Any, position: Position, channels: Channels | None = None
+) -> str | None:
+    """What about the weights that a partner would have keeps it from being one."""
+    name, affine = facts.names[partner], facts.affine(layer).spread(channels)
     if position == "behind" and affine.shift.any() and not shifts_evenly(partner):
-        zeros = "makes borders of less than its kernel" if hasattr(partner, "output_padding") else "pads with zeros"
+        zeros = (
+            "makes borders of less than its kernel"
+            if isinstance(partner, nn.modules.conv._ConvTransposeNd)
+            else "pads with zeros"
+        )
         return f"{name!r} {zeros}, which the shift of the layer does not reach"
     joined = Linear.of(partner).joined(affine, position)
     if not all(t.to(partner.weight.dtype).isfinite().all() for t in (joined.weight, joined.bias)):
@@ -313,7 +441,7 @@ def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
     return None
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module, record: Callable[[nn.Module], Graph] | None = None) -> bool:
     """Whether a convolution or linear layer, also one of a class of its own, is linear in its weight and bias.
 
     A class of its own may do what it likes with the input before, such as padding it, and nothing behind.
@@ -322,9 +450,11 @@ def _is_linear(module: nn.Module) -> bool:
         return "forward" not in vars(module)
     if parametrize.is_parametrized(module) or any(map(is_lazy, module.parameters())):
         return False
-    bias, module._parameters["bias"] = module._parameters.get("bias"), nn.Parameter(torch.zeros(1))
+    weight: Any = module.weight
+    bias = module._parameters.get("bias")
+    module._parameters["bias"] = nn.Parameter(weight.new_zeros(channels(module, "before")))
     try:  # with a bias, so that one is seen to be used if there is none yet
-        flow = traced(module)
+        flow = _graph_of(module, record)
     except TraceError:
         return False
     finally:
@@ -334,6 +464,15 @@ def _is_linear(module: nn.Module) -> bool:
     sums = isinstance(result, Node) and result.op == "call_function" and result.target in _SUMS and not result.kwargs
     own = read.keys() == {"weight", "bias"} and all(list(node.users) == [result] for node in read.values())
     return sums and own and result.args[1:3] == (read["weight"], read["bias"])
+
+
+def _graph_of(module: nn.Module, record: Callable[[nn.Module], Graph] | None) -> Graph:
+    try:
+        return traced(module)
+    except TraceError:
+        if record is None:
+            raise
+        return record(module)
 
 
 def _about_order(facts: _Facts, node: Node, theirs: Node, position: Position) -> str | None:
@@ -361,7 +500,7 @@ def _about_axes(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
             return f"{verb} channels on the last axis, which is axis 1 only of (N, C): pass an example to see"
         return None
     ranks = facts.ranks.get(layer, set())
-    if ranks != {next(RANKS[kind] for kind in type(partner).__mro__ if kind in RANKS)}:
+    if ranks != {_rank(partner)}:
         got = " and ".join(map(str, sorted(ranks)))
         return f"{verb} channels on another axis than the layer normalizes in its inputs of {got} axes"
     return None
