@@ -99,7 +99,7 @@ def fitting(model: nn.Module, family: str) -> tuple[nn.Module, torch.Tensor]:
 
     own = model.default_cfg["input_size"][-1]
     for size in (*SIZES, own):
-        x = torch.randn(4, 3, size, size)
+        x = torch.randn(3, 3, size, size)
         with contextlib.suppress(Exception), torch.no_grad():
             model.eval()(x[:2])
             return model, x
@@ -118,7 +118,7 @@ def settle(model: nn.Module, x: torch.Tensor) -> None:
                 if getattr(layer, name) is not None:
                     nn.init.normal_(getattr(layer, name), center, 0.2)
         model.train()
-        for _ in range(6):
+        for _ in range(3):
             model(x + torch.randn_like(x))
     model.eval()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
@@ -68,6 +69,64 @@ def is_of_others(module: nn.Module) -> bool:
         return False
     affine = [own.get(name, getattr(module, name, False)) for name in _AFFINE]
     return all(t is None or (_is_vector(t) and t.shape == mean.shape) for t in affine)
+
+
+def live_layers(model: nn.Module) -> dict[str, Any]:
+    """Those layers of others that measure something in train mode, by their dotted path."""
+    return {path: layer for path, layer in layers_of_others(model).items() if measures(layer) != "nothing"}
+
+
+def out_of_reach(model: nn.Module) -> dict[str, str]:
+    """Batch norm, by path, that is no layer: why nothing here reaches it, and what to do.
+
+    Operations of exported programs and of code that torch.fx traced, modules of TorchScript, and calls of torch's
+    function in a module's forward, as far as the names in its code show them. The model is not run.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            found |= _scripted(path, module)
+        elif isinstance(module, GraphModule):
+            found |= _operations(path, module)
+        elif _calls_torchs_function(module):
+            found[path] = (
+                f"calls torch's batch_norm in its own forward ({type(module).__name__}). Hold a layer, such as "
+                "nn.BatchNorm2d, and call that"
+            )
+    return found
+
+
+def quantized(model: nn.Module, path: str) -> str | None:
+    """Why a layer of torch's quantization is left to it, and what to do; None for other layers."""
+    layer, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    if type(layer).__module__.startswith("torch.ao.nn.") and ".quantized" in type(layer).__module__:
+        return f"it is a quantized {type(layer).__name__}. Do this before quantization"
+    if ".qat" in type(parent).__module__ and type(parent).__module__.startswith("torch.ao.nn."):
+        return (
+            f"it belongs to a {type(parent).__name__} of quantization-aware training, which "
+            "torch.ao.quantization.convert folds itself"
+        )
+    return None
+
+
+def told(reasons: dict[str, str]) -> str:
+    """Reasons by path as one sentence, paths with the same reason together."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        paths.setdefault(reason, []).append(repr(path) if path else "the model itself")
+    return "; ".join(f"{_some(names)} {reason}" for reason, names in paths.items())
+
+
+def unreached(model: nn.Module) -> str:
+    """Why a model has no layer that can be measured, as sentences that begin with a space; empty if it is not known."""
+    reasons = {
+        path: f"is a {type(layer).__name__}, a frozen layer of another library. Put a live layer in its place: "
+        "batchnorm.replace(model, lambda path, layer: batchnorm.BatchNorm2d(len(layer.running_mean)))"
+        for path, layer in layers_of_others(model).items()
+        if measures(layer) == "nothing"
+    }
+    reasons |= out_of_reach(model)
+    return f" {told(reasons)}." if reasons else ""
 
 
 def measures(layer: nn.Module) -> Measured:
@@ -157,6 +216,51 @@ def _is_vector(value: Any) -> bool:
 def _runs(module: nn.Module) -> bool:
     """Whether a module has a forward: what an exported program keeps tensors in has none."""
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more, each" if len(names) > 3 else "")
+
+
+def _is_of_aten(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+
+
+def _scripted(path: str, module: Any) -> dict[str, str]:
+    why = "is compiled by TorchScript. Use the model as it was before torch.jit"
+    names = {name for name, _ in module.named_buffers(recurse=False)}
+    if set(_STATISTICS) <= names and "InstanceNorm" not in module.original_name:
+        return {path: why}
+    is_alone = not path and not any(module.children())  # frozen: everything is in one graph
+    return {path: why} if is_alone and module.inlined_graph.findAllNodes("aten::batch_norm") else {}
+
+
+def _operations(path: str, module: GraphModule) -> dict[str, str]:
+    found = {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and "batch_norm" in str(getattr(node.target, "__name__", node.target)):
+            where = ".".join(filter(None, (path, _holder(node))))
+            found[where] = (
+                "is an operation of an exported program. Use the model as it was before torch.export"
+                if _is_of_aten(node.target)
+                else "is a call of torch's function in traced code. Hold a layer, such as nn.BatchNorm2d, and call that"
+            )
+    return found
+
+
+def _holder(node: Any) -> str:
+    """The module that held the statistics of an operation, else the operation's own name."""
+    stored = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    holders = [name.removesuffix(".running_mean") for name in stored if name.endswith(".running_mean")]
+    return holders[0] if holders else node.name
+
+
+def _calls_torchs_function(module: nn.Module) -> bool:
+    """Whether the forward of a module that is no layer names torch's function, and not a child of that name."""
+    if type(module).__module__.startswith("torch.") or isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return False
+    named = "batch_norm" in set(_names(type(module).forward))
+    return named and not hasattr(module, "batch_norm") and not is_of_others(module)
 
 
 def _exchanges(kind: type) -> bool:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.foreign import live_layers, unreached
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
@@ -85,13 +86,13 @@ def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
     """
     found = {
         path: layer
-        for path, layer in batch_norms(model).items()
+        for path, layer in {**batch_norms(model), **live_layers(model)}.items()
         if has_stored_statistics(layer) and not isinstance(layer, Frozen) and (layer.training or not model.training)
     }
     if not found:
         raise ValueError(
             f"{name} needs batch norm layers that store statistics and are not frozen, got {type(model).__name__} "
-            "without one. Unfreeze its layers, or use the model before they are folded."
+            f"without one. Unfreeze its layers, or use the model before they are folded.{unreached(model)}"
         )
     return found
 

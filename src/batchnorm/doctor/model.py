@@ -31,6 +31,10 @@ def of_model(
     """Evidence about a model, and what was measured on, such as "512 examples in 8 batches"; "" without data."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"examine needs a path or an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    if not hasattr(model, "training"):
+        raise TypeError(
+            "examine needs a model of modules, got a program that torch.jit.freeze made. Examine it before torch.jit."
+        )
     layers = layers_of(model)
     unknown: dict[str, str] = {}
     measured, run, words, first = None, None, "", None

@@ -7,6 +7,7 @@ same object with the same parameters, buffers and state_dict keys.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.foreign import live_layers, out_of_reach, told
 from batchnorm.layers import batch_norms
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def freeze(model: Model, affine: bool = False) -> Model:
     flags, for the layers of torch.nn, SyncBatchNorm and ours, until ``unfreeze``. It survives pickle, deepcopy
     and ``torch.save`` of the whole model; a state_dict looks as before. A frozen layer is an instance of its
     former class, and its type is named ``FrozenBatchNorm2d`` and so on; only tools that compare types exactly
-    see a difference. Freezing twice is harmless. A model without batch norm layers is left as it is.
+    see a difference. Freezing twice is harmless. A model without batch norm layers is left as it is. Layers of other
+    libraries that measure batches in train mode are frozen alike; those that never do are left as they are.
 
     Args:
         model: Changed in place.
@@ -77,13 +80,16 @@ def freeze(model: Model, affine: bool = False) -> Model:
     Raises:
         ValueError: If a layer has no stored statistics; then no layer is changed.
 
+    Warns:
+        RuntimeWarning: If there is no layer and the model's code calls batch norm in a way that cannot be frozen.
+
     Example:
         >>> import torch
         >>> model = freeze(torch.nn.Sequential(torch.nn.BatchNorm1d(2))).train()
         >>> model[0].training, unfreeze(model)[0].training
         (False, True)
     """
-    layers = batch_norms(model)
+    layers = _layers(model)
     for path, layer in layers.items():
         if not has_stored_statistics(layer):
             raise ValueError(
@@ -91,6 +97,8 @@ def freeze(model: Model, affine: bool = False) -> Model:
                 f"({type(layer).__name__}). Construct it with track_running_stats=True and train it, or freeze the "
                 "other layers one by one."
             )
+    if not layers:
+        _warn_of_nothing(model)
     for layer in layers.values():
         if not isinstance(layer, Frozen):
             layer.__class__ = _frozen_class(type(layer))
@@ -105,7 +113,7 @@ def unfreeze(model: Model) -> Model:
     Classes are as before, ``requires_grad`` of gamma and beta as before ``affine=True``, and each layer is in the
     mode that was last asked of it. Layers that are not frozen are left as they are.
     """
-    for layer in reversed(batch_norms(model).values()):
+    for layer in reversed(_layers(model).values()):
         _thaw(layer)
     return model
 
@@ -113,7 +121,7 @@ def unfreeze(model: Model) -> Model:
 @contextmanager
 def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
     """The model, frozen inside the block as by ``freeze``; layers that were frozen before it stay frozen after it."""
-    layers = list(batch_norms(model).values())
+    layers = list(_layers(model).values())
     were_open = [layer for layer in layers if not isinstance(layer, Frozen)]
     were_free = [layer for layer in layers if _BEFORE not in vars(layer)]
     try:
@@ -123,6 +131,16 @@ def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
             _release_affine(layer)
         for layer in were_open:
             _thaw(layer)
+
+
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers that measure something in train mode; a frozen one of another library has nothing to hold."""
+    return {**batch_norms(model), **live_layers(model)}
+
+
+def _warn_of_nothing(model: nn.Module) -> None:
+    if reasons := out_of_reach(model):
+        warnings.warn(f"freeze found no layer: {told(reasons)}.", RuntimeWarning, stacklevel=3)
 
 
 def has_stored_statistics(layer: _BatchNorm) -> bool:

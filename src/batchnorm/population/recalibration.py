@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from batchnorm.foreign import live_layers, unreached
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
@@ -104,7 +105,7 @@ def recalibrate(
     batches = Batches(loader, max_examples, device_of(model) if device is None else torch.device(device))
     layers = _open_layers(model)
     if not layers:
-        _warn_of_nothing()
+        _warn_of_nothing(model)
         return {}
     with preserve_state(model), torch.no_grad(), uncompiled():
         model.eval()
@@ -125,7 +126,7 @@ def _open_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """The layers to measure: with stored statistics, and neither frozen nor switched to eval in a training model."""
     return {
         path: layer
-        for path, layer in batch_norms(model).items()
+        for path, layer in {**batch_norms(model), **live_layers(model)}.items()
         if has_stored_statistics(layer) and not isinstance(layer, Frozen) and (layer.training or not model.training)
     }
 
@@ -259,8 +260,8 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 def _store(layer: _BatchNorm, gauge: _Gauge) -> None:
     for buffer, value in zip(_stored(layer), (gauge.moments.mean, gauge.moments.unbiased_var), strict=True):
         buffer.copy_(value)
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.fill_(gauge.inputs)
+    if (counter := getattr(layer, "num_batches_tracked", None)) is not None:
+        counter.fill_(gauge.inputs)
 
 
 @torch.no_grad()
@@ -276,10 +277,10 @@ def _store_all(measured: dict[_BatchNorm, _Gauge]) -> None:
         raise
 
 
-def _warn_of_nothing() -> None:
+def _warn_of_nothing(model: nn.Module) -> None:
     warnings.warn(
         "recalibrate measured nothing: the model has no batch norm layer that stores statistics and is not frozen. "
-        "Unfreeze its layers, or leave the call out.",
+        f"Unfreeze its layers, or leave the call out.{unreached(model)}",
         RuntimeWarning,
         stacklevel=3,
     )

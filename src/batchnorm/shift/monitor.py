@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.foreign import layers_of_others, unreached
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.batches import Batches, examples_in
 from batchnorm.population.freezing import has_stored_statistics
@@ -280,11 +281,12 @@ class ShiftMonitor:
 
 
 def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
-    found = {name: layer for name, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
+    found = {name: layer for name, layer in layers.items() if has_stored_statistics(layer)}
     if not found:
         raise ValueError(
             f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without one. "
-            "Monitor the model before its layers are folded."
+            f"Monitor the model before its layers are folded.{unreached(model)}"
         )
     return found
 

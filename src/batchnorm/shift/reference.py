@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import sidecar
+from batchnorm.foreign import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.shift.components import Components, axes_shape
 
@@ -134,7 +135,7 @@ class Reference:
             batch: Examples in a batch of the training, which the exactness of stored means depends on.
         """
         mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
-        sizes = tuple(layer.num_features for layer in layers.values())
+        sizes = tuple(channels_of(layer) for layer in layers.values())
         delta = torch.cat(
             [torch.full((n,), _exactness(layer, batch)) for n, layer in zip(sizes, layers.values(), strict=True)]
         )
@@ -314,10 +315,10 @@ def digest_of(model: nn.Module) -> str:
 def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert has_stored_statistics(layer)  # noqa: S101 - the monitor takes no others
     mean, var = layer.running_mean, layer.running_var
-    return mean.detach().double().cpu(), (var.detach().double().cpu() + layer.eps).sqrt()  # type: ignore[union-attr]
+    return mean.detach().double().cpu(), (var.detach().double().cpu() + eps_of(layer)).sqrt()  # type: ignore[union-attr]
 
 
 def _exactness(layer: _BatchNorm, batch: int) -> float:
     """Three standard deviations of a stored mean as an exponential average has them, at least 0.1."""
-    momentum = layer.momentum or 0.0
+    momentum = getattr(layer, "momentum", None) or 0.0
     return max(_DELTA, 3 * (momentum / ((2 - momentum) * batch)) ** 0.5)

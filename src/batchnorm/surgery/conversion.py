@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from batchnorm.foreign import out_of_reach, told
 from batchnorm.layers import _Layer
 from batchnorm.population.freezing import Frozen, freeze
 from batchnorm.surgery import adoption, comparison, fusion
@@ -77,7 +78,7 @@ def convert(
             has not been changed.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript.
         ValueError: If the model does not run on ``example`` in both modes; or with ``fuse``, if nothing can be fused
             because code around batch norm layers cannot be traced, or the model is compiled.
         RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
@@ -95,6 +96,10 @@ def convert(
         raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what layers have.")
     if inplace and (fuse or example is not None):
         convert(model, fuse=fuse, example=example, memory=memory)  # whatever is refused, is before anything changes
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "convert needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+        )
     original, model = model, model if inplace else duplicate(model, "convert", _REMEDY)
     _to_ours(model)
     if fuse:
@@ -152,7 +157,7 @@ def _to_ours(model: nn.Module) -> None:
             adoption.adopt(layer, *before[path], act)
         if is_ours(layer):
             layer._widen_statistics({})
-    _warn_of_others(layers, found)
+    _warn_of_others(model, layers, found)
 
 
 def _adoptable(layer: Any) -> Any:
@@ -173,22 +178,20 @@ def _as_ours(layer: Any) -> _BatchNorm | None:
     return _remade(layer, OURS.get(kind))
 
 
-def _warn_of_others(layers: dict[str, Any], found: dict[str, Any]) -> None:
-    reasons: dict[str, list[str]] = {}
-    for path, reason in found.items():
-        if isinstance(reason, str) and not isinstance(layers[path], _Layer) and not _is_torchs(layers[path]):
-            reasons.setdefault(reason, []).append(repr(path))
+def _warn_of_others(model: nn.Module, layers: dict[str, Any], found: dict[str, Any]) -> None:
+    reasons = {
+        path: reason
+        for path, reason in found.items()
+        if isinstance(reason, str) and not isinstance(layers[path], _Layer) and not _is_torchs(layers[path])
+    }
+    reasons |= out_of_reach(model)
     if reasons:
-        told = "; ".join(f"{_some(paths)} {reason}" for reason, paths in reasons.items())
-        warnings.warn(f"convert left layers of other classes as they are: {told}", UserWarning, stacklevel=4)
+        message = f"convert left layers of other classes as they are: {told(reasons)}"
+        warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _is_torchs(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer) or type(layer).__module__.startswith("torch.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more, each" if len(names) > 3 else "")
 
 
 def _remade(layer: _BatchNorm, kind: type | None) -> _BatchNorm | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from batchnorm.foreign import out_of_reach
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.surgery.dataflow import set_mode
@@ -75,7 +76,7 @@ def foldable(model: nn.Module, example: Any = None) -> dict[str, Partner | str]:
         3 no convolution or linear layer is next to it: '2' before it, what is returned behind it
     """
     found = plan(model, example)
-    return {path: found[path] for path in find(model)}
+    return {path: found[path] for path in find(model)} | out_of_reach(model)
 
 
 def fold(
@@ -118,7 +119,7 @@ def fold(
             nobody.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript.
         ValueError: If the model does not run on ``example``, returns no tensors, or is compiled; or if the comparison
             fails, with the difference.
         RuntimeError: If the model cannot be copied.
@@ -134,9 +135,13 @@ def fold(
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
         Inference", section 3.2.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+        )
     result = model if inplace else duplicate(model, "fold")
     found = plan(result, example)
-    layers = {path: found[path] for path in find(result)}
+    layers = {path: found[path] for path in find(result)} | out_of_reach(result)
     expected = _outputs(result, example)
     wide = _in_float64(result, example)
     _put_in(result, found)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from batchnorm.foreign import channels_of
+from batchnorm.foreign import channels_of, quantized
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
@@ -99,7 +99,7 @@ def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
     while settled:  # what is folded is out of the way of what lies beyond it
         settled = False
         for path, layer in list(open_layers.items()):
-            found[path] = _answer(facts, layer) or _why_unseen(path, facts, closed)
+            found[path] = quantized(model, path) or _answer(facts, layer) or _why_unseen(path, facts, closed)
             if isinstance(found[path], Partner):
                 settled = True
                 del open_layers[path]

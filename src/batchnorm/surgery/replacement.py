@@ -136,6 +136,9 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
         for child in new.children():
             child.to(like.device, like.dtype)
     merged: dict[str, Any] = {name: _merged_tensors(old, made, name, like) for name in _TENSORS}
+    for name, tensor in old["_buffers"].items():  # a frozen layer of another library keeps gamma and beta there
+        if name in made["_parameters"] and _fits(tensor, made["_parameters"][name]):
+            merged["_parameters"][name] = nn.Parameter(tensor.detach(), made["_parameters"][name].requires_grad)
     kept = {name for name, t in merged["_buffers"].items() if name in old["_buffers"] and t is old["_buffers"][name]}
     unsaved = "_non_persistent_buffers_set"
     merged[unsaved] = (old[unsaved] & kept) | (made[unsaved] - kept)
