@@ -16,13 +16,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.population.sharding import keep_together
+from batchnorm.population.tensors import (
+    bits_of,
+    has_memory,
+    is_freed,
+    memory_of,
+    parts_of,
+    resize_storage,
+    same_bits,
+    same_memory,
+    storage_size,
+    write,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Undo = Callable[[], object]
 
-# an integer type for every size of element: NaN is equal to itself only as bits
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -35,6 +47,11 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
     and the random states of torch (CPU, and CUDA if it was in use), Python and NumPy. Tensors stay the same
     objects in the same memory, and one whose bits did not change is not written, so autograd graphs recorded
     before the block stay valid. Restored memory is compared as bits: a NaN stays the NaN that it was.
+
+    Memory that was given back before the block (FSDP, offloading) is not fetched for it, and memory that is given back
+    inside it is there again behind it. Sharded models are put back as FSDP holds them, sharded or gathered, for which
+    every rank has to leave the block. Tensors without numbers (fake, on the meta device, inside a transform of
+    torch.func) are put back as references.
 
     The block needs the memory of one more copy of the model. Objects of other classes that a module refers to
     (a configuration, a logger, a NumPy array) are put back as references; what changes inside them stays changed.
@@ -124,12 +141,15 @@ def _remember_one(item: object) -> tuple[Undo | None, list[Any]]:
 
 
 def _undo_module(module: nn.Module) -> Undo:
-    kind, training = type(module), module.training
+    kind, together = type(module), keep_together(module)
+    training = getattr(module, "training", None)  # torch.jit.freeze takes the flag away
 
     def undo() -> None:
+        if together is not None:
+            together()
         if type(module) is not kind:
             module.__class__ = kind
-        if module.training != training:
+        if training is not None and module.training != training:
             module.training = training
 
     return undo
@@ -174,25 +194,21 @@ def _undo_set(found: set) -> Undo:
 def _parts_of_tensor(tensor: Tensor) -> list[Any]:
     # a tensor's own attributes, its hooks, and its gradient, which only some tensors can be asked for
     grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
-    return [vars(tensor), grad, *(getattr(tensor, name) for name in _TENSOR_HOOKS)]
+    return [vars(tensor), grad, *parts_of(tensor), *(getattr(tensor, name) for name in _TENSOR_HOOKS)]
 
 
 def _undo_tensor(tensor: Tensor) -> Undo:
-    kind, memory, needs_grad = type(tensor), _memory(tensor), tensor.requires_grad
+    kind, needs_grad = type(tensor), tensor.requires_grad
+    undo_memory = _undo_memory(tensor) if has_memory(tensor) else None
     owns_grad = tensor.is_leaf or tensor.retains_grad
     grad = tensor.grad if owns_grad else None
     hooks = {name: getattr(tensor, name) for name in _TENSOR_HOOKS}
-    before = memory.clone()
 
     def undo() -> None:
-        if not _same_memory(_memory(tensor), memory):  # cast, moved, resized, or given a shape by a lazy layer
-            tensor.data = memory
+        if undo_memory is not None:
+            undo_memory()
         if type(tensor) is not kind:
             tensor.__class__ = kind
-        if not _same_bits(memory, before):
-            # written through the tensor and not its alias, so that a graph recorded inside the block knows
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(before)
         if tensor.is_leaf and tensor.requires_grad != needs_grad:
             tensor.requires_grad_(needs_grad)
         if owns_grad and tensor.grad is not grad:
@@ -206,22 +222,18 @@ def _undo_tensor(tensor: Tensor) -> Undo:
     return undo
 
 
-def _memory(tensor: Tensor) -> Tensor:
-    """An alias without gradient and without the class of the tensor: lazy ones would not answer questions."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.data
+def _undo_memory(tensor: Tensor) -> Undo:
+    """The step that gives a tensor the memory that it has now, as much of it, with the same bits in it."""
+    memory, size = memory_of(tensor), storage_size(tensor)
+    before = None if is_freed(tensor) else bits_of(memory).clone()
 
+    def undo() -> None:
+        if not same_memory(memory_of(tensor), memory):  # cast, moved, resized, or given a shape by a lazy layer
+            tensor.data = memory
+        if before is None or is_freed(tensor):  # given back before the block and fetched in it, or the other way round
+            resize_storage(tensor, size)
+        if before is None or same_bits(now := bits_of(memory_of(tensor)), before):
+            return
+        write(tensor if now.dtype == tensor.dtype else now, before)
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    if a.layout != b.layout or a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
-        return False
-    return a.layout != torch.strided or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride())
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta:
-        return True
-    if a.layout != torch.strided or a.is_quantized:
-        return False  # cheaper to write again than to tell
-    a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a, b))
-    return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))
+    return undo
