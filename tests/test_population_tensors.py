@@ -1,4 +1,4 @@
-"""Tensors of all kinds: what can be read is read, what cannot is named, and no look leaves a trace or ends the process."""
+"""Tensors of all kinds: what can be read is read, what cannot is named, and no look ends the process or leaves marks."""
 
 from __future__ import annotations
 

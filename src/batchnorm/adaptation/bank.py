@@ -6,7 +6,6 @@ unsupervised domain adaptation", keep gamma and beta apart too; here they stay t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from batchnorm import sidecar
 from batchnorm.adaptation.estimation import adapted
 from batchnorm.adaptation.statistics import Statistics, adaptable
 from batchnorm.layers import unwrapped
+from batchnorm.population.tensors import digest_of
 
 if TYPE_CHECKING:
     from batchnorm.adaptation.measuring import Layers
@@ -198,14 +198,8 @@ class DomainBank:
 
 def weights_digest(model: nn.Module, layers: Layers) -> str:
     """SHA-256 of everything in a state_dict but the statistics that a bank switches, by name, type, shape and bits."""
-    digest = hashlib.sha256()
     switched = {f"{path}.{name}".lstrip(".") for path in layers for name in _STATISTICS}
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if name not in switched and flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_of(model.state_dict(), bare=switched)
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

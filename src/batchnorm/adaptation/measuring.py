@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from batchnorm.adaptation.statistics import See, Statistics, buffers, mixed, seeing, write
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, examples_in
+from batchnorm.population.recalibration import execution_order
+from batchnorm.population.sharding import is_sharded
 from batchnorm.population.shield import preserve_random_state
 
 if TYPE_CHECKING:
@@ -53,11 +55,14 @@ def exact(model: nn.Module, batches: Batches, layers: Layers, prior: float) -> d
     """Statistics layer by layer in execution order, each mixed with ``prior`` stored examples and left in the layer."""
     stored = Statistics.of(layers)
     most, examples = _calls(model, batches, layers)
+    may_end = not is_sharded(model)
     gauges: dict[str, _Gauge] = {}
     # where layers are reused, first calls alone give statistics that do not depend on what was stored before
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in most:
-            gauges[path] = gauge = _measured(model, batches, {path: layers[path]}, 1 if first_only else most[path])
+            gauges[path] = gauge = _measured(
+                model, batches, {path: layers[path]}, 1 if first_only else most[path], may_end
+            )
             _check(path, gauge.moments)
             # a channel that was left out of some batches has seen fewer examples
             seen = examples * gauge.moments.count / max(1, gauge.values)
@@ -98,25 +103,27 @@ def _pass(
 
 
 def _calls(model: nn.Module, batches: Batches, layers: Layers) -> tuple[dict[str, int], int]:
-    """The most calls of each layer in one forward, layers in the order of their first calls; examples in all."""
-    most: dict[str, int] = {}
-    trace: list[str] = []
+    """The most calls of each layer in one forward, layers in execution order; examples in all."""
+    traces: list[list[str]] = []
 
     def see(path: str, _: _BatchNorm, __: Tensor) -> None:
-        trace.append(path)
-        most[path] = max(most.get(path, 0), trace.count(path))
+        traces[-1].append(path)
 
-    return most, _pass(model, batches, layers, see, trace.clear)
+    examples = _pass(model, batches, layers, see, lambda: traces.append([]))
+    distinct = list(dict.fromkeys(map(tuple, traces)))
+    return {path: max(trace.count(path) for trace in distinct) for path in execution_order(distinct)}, examples
 
 
-def _measured(model: nn.Module, batches: Batches, layer: Layers, calls: int) -> _Gauge:
+def _measured(model: nn.Module, batches: Batches, layer: Layers, calls: int, may_end: bool) -> _Gauge:
     """What one layer receives in its first ``calls`` calls of each forward."""
     gauge, seen = _Gauge(), [0]
 
     def see(_: str, __: _BatchNorm, x: Tensor) -> None:
+        if seen[0] == calls:
+            return
         gauge.add(x)
         seen[0] += 1
-        if seen[0] == calls:
+        if may_end and seen[0] == calls:
             raise _EndForward
 
     def begin() -> None:

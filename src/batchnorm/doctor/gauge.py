@@ -33,6 +33,7 @@ from batchnorm.doctor.clustering import clustering
 from batchnorm.instruments.normalizing import difference
 from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
+from batchnorm.population.tensors import whole
 from batchnorm.rules.evidence import Measured
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ class Gauge:
         if not batches or not has_stored_statistics(self.layer) or isinstance(self.layer, Frozen):
             return None, None, None
         eps, weight = self.layer.eps, self.layer.weight
-        gain = torch.ones_like(mean) if weight is None else weight.detach().double().square()
+        gamma = torch.ones_like(mean) if weight is None else whole(weight, len(mean))
+        if gamma is None:  # on other ranks, or given back
+            return None, None, None
+        gain = gamma.double().square()
         means, variances = (torch.stack([getattr(b, name) for b in batches]) for name in ("mean", "var"))  # (B, C)
         counts = torch.stack([b.count.expand(mean.shape) for b in batches])
         fresh = total.mean, (total.var + eps).rsqrt()
@@ -187,8 +191,10 @@ def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
     """Stored mean and variance in float64; NaN where a layer stores none."""
     if not has_stored_statistics(layer):
         return torch.full_like(total.mean, torch.nan), torch.full_like(total.mean, torch.nan)
-    mean, var = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
-    return mean.double(), var.double()
+    found = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
+    mean, var = (whole(buffer, len(total.mean)) for buffer in found)
+    unknown = torch.full_like(total.mean, torch.nan)
+    return unknown if mean is None else mean.double(), unknown if var is None else var.double()
 
 
 def plain(values: Tensor) -> array[float]:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 
 from batchnorm.checkpoint import Stored
 from batchnorm.layers import batch_norms
+from batchnorm.population.tensors import whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,11 +31,15 @@ def _stores_the_same(module: nn.Module) -> bool:
 
 
 def stored_of(path: str, layer: Any) -> Stored:
-    """What a live layer stores; None for tensors without values (lazy, or on the meta device)."""
+    """What a live layer stores; None for tensors whose values are not here (lazy, meta, sharded, given back)."""
     tensors = {key: getattr(layer, key, None) for key in _TENSORS}
-    there = {key: t for key, t in tensors.items() if isinstance(t, torch.Tensor) and not is_lazy(t) and not t.is_meta}
+    there = {
+        key: plain
+        for key, t in tensors.items()
+        if isinstance(t, torch.Tensor) and (plain := whole(t, getattr(layer, "num_features", None) or None)) is not None
+    }
     counter: Any = getattr(layer, "num_batches_tracked", None)
-    counted = isinstance(counter, torch.Tensor) and not counter.is_meta and counter.numel() == 1
+    counted = isinstance(counter, torch.Tensor) and counter.numel() == 1 and whole(counter) is not None
     return Stored(
         path,
         **{key: _plain(t) for key, t in there.items()},

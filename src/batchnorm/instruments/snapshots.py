@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from batchnorm.population.tensors import whole
+
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -161,6 +163,5 @@ def _counts(parts: Sequence[Tensor | None]) -> Tensor:
 def _plain(value: Tensor | None, size: int, default: float) -> Tensor:
     if value is None:
         return torch.full((size,), default, dtype=torch.float64)
-    if hasattr(value, "full_tensor"):  # sharded over ranks: to read it all would wait for the others
-        return torch.full((size,), torch.nan, dtype=torch.float64)
-    return value.detach().double().cpu()
+    plain = whole(value, size)  # sharded over ranks: to read it all would wait for the others
+    return torch.full((size,), torch.nan, dtype=torch.float64) if plain is None else plain.double().cpu()

@@ -27,6 +27,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.freezing import Frozen, has_stored_statistics
 from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.population.sharding import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -110,7 +111,7 @@ def recalibrate(
     with preserve_state(model), torch.no_grad(), uncompiled():
         model.eval()
         run = partial(_run, model, layers, batches, forward or call)
-        gauges = _layer_by_layer(run, layers) if exact else _all_at_once(run, layers)
+        gauges = _layer_by_layer(run, layers, may_end=not is_sharded(model)) if exact else _all_at_once(run, layers)
     _report(layers, gauges)
     _store_all({layers[path]: gauge for path, gauge in gauges.items()})
     return {path: gauge.moments for path, gauge in gauges.items()}
@@ -155,28 +156,30 @@ class _EndForward(BaseException):
     """Ends a forward whose remaining layers are not needed; no Exception, so that models do not catch it."""
 
 
-def _layer_by_layer(run: Callable[[See], list[tuple[str, ...]]], layers: dict[str, _BatchNorm]) -> dict[str, _Gauge]:
-    """Each layer measured behind finished ones, in execution order."""
+def _layer_by_layer(
+    run: Callable[[See], list[tuple[str, ...]]], layers: dict[str, _BatchNorm], *, may_end: bool
+) -> dict[str, _Gauge]:
+    """Each layer measured behind finished ones, in execution order; ``may_end``: by passes that end at the layer."""
     traces = run(lambda before, path, _: before.append(path))
-    order = _execution_order(traces)
+    order = execution_order(traces)
     most = {path: max(trace.count(path) for trace in traces) for path in order}
     gauges = {}
     # where layers are reused, first calls alone give statistics that do not depend on what was stored before
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
             gauges[path] = gauge = _Gauge()
-            run(partial(_measure, gauge, path, 1 if first_only else most[path]))
+            run(partial(_measure, gauge, path, 1 if first_only else most[path], may_end))
             _check(path, layers[path], gauge.moments)
             _store(layers[path], gauge)
     return gauges
 
 
-def _measure(gauge: _Gauge, wanted: str, calls: int, before: list[str], path: str, x: Tensor) -> None:
-    if path != wanted:
+def _measure(gauge: _Gauge, wanted: str, calls: int, may_end: bool, before: list[str], path: str, x: Tensor) -> None:
+    if path != wanted or len(before) == calls:
         return
     gauge.add(x)
     before.append(path)
-    if len(before) == calls:
+    if may_end and len(before) == calls:
         raise _EndForward
 
 
@@ -192,13 +195,13 @@ def _all_at_once(run: Callable[[See], list[tuple[str, ...]]], layers: dict[str, 
         for buffer, value in zip(_stored(layers[path]), (batch.mean, batch.var), strict=True):
             buffer.copy_(value)
 
-    gauges = {path: gauges[path] for path in _execution_order(run(see))}
+    gauges = {path: gauges[path] for path in execution_order(run(see))}
     for path, gauge in gauges.items():
         _check(path, layers[path], gauge.moments)
     return gauges
 
 
-def _execution_order(traces: list[tuple[str, ...]]) -> list[str]:
+def execution_order(traces: list[tuple[str, ...]]) -> list[str]:
     """The layers in an order that agrees with every forward; that of first calls where forwards contradict."""
     firsts = [list(dict.fromkeys(trace)) for trace in traces]
     order = list(dict.fromkeys(chain.from_iterable(firsts)))

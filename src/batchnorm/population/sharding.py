@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +43,21 @@ def keep_together(module: nn.Module) -> Callable[[], None] | None:
             fsdp.reset_iter_state()  # a pass that raised on its way has left FSDP in the middle of it
 
     return undo
+
+
+def is_flat(tensor: Tensor) -> bool:
+    """Whether a tensor is all parameters of an FSDP1 module in a row.
+
+    What memory it shows, and which hooks wait on it, FSDP1 writes down elsewhere and changes with every pass: nobody else
+    may put that back.
+    """
+    return getattr(tensor, "_is_flat_param", False)
+
+
+def own_shards(flat: Tensor) -> list[Tensor]:
+    """What a rank has of such a tensor for good: its part of the values, and of gradients that it has summed."""
+    names = ("_local_shard", "_saved_grad_shard", "grad")
+    return [part for name in names if isinstance(part := getattr(flat, name, None), Tensor)]
 
 
 def holds_shards(module: nn.Module) -> bool | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.sharding import keep_together
+from batchnorm.population.sharding import is_flat, keep_together, own_shards
 from batchnorm.population.tensors import (
     bits_of,
     has_memory,
@@ -77,8 +77,19 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
         try:
             yield model
         finally:
-            for step in steps:
-                step()
+            _take_back(steps)
+
+
+def _take_back(steps: list[Undo]) -> None:
+    """Run all steps, also where one of them fails: what can be put back is."""
+    failed: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - it is raised when the others have run
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 @contextmanager
@@ -120,6 +131,8 @@ def _remember(model: nn.Module) -> list[Undo]:
 
 def _remember_one(item: object) -> tuple[Undo | None, list[Any]]:
     """The step that takes ``item`` itself back, and what it refers to."""
+    if isinstance(item, Tensor) and is_flat(item):
+        return _undo_grad(item), own_shards(item)
     if isinstance(item, Tensor):
         return _undo_tensor(item), _parts_of_tensor(item)
     if isinstance(item, nn.Module):
@@ -193,15 +206,14 @@ def _undo_set(found: set) -> Undo:
 
 def _parts_of_tensor(tensor: Tensor) -> list[Any]:
     # a tensor's own attributes, its hooks, and its gradient, which only some tensors can be asked for
-    grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
+    grad = tensor.grad if _owns_grad(tensor) else None
     return [vars(tensor), grad, *parts_of(tensor), *(getattr(tensor, name) for name in _TENSOR_HOOKS)]
 
 
 def _undo_tensor(tensor: Tensor) -> Undo:
     kind, needs_grad = type(tensor), tensor.requires_grad
     undo_memory = _undo_memory(tensor) if has_memory(tensor) else None
-    owns_grad = tensor.is_leaf or tensor.retains_grad
-    grad = tensor.grad if owns_grad else None
+    undo_grad = _undo_grad(tensor)
     hooks = {name: getattr(tensor, name) for name in _TENSOR_HOOKS}
 
     def undo() -> None:
@@ -209,15 +221,25 @@ def _undo_tensor(tensor: Tensor) -> Undo:
             undo_memory()
         if type(tensor) is not kind:
             tensor.__class__ = kind
-        if tensor.is_leaf and tensor.requires_grad != needs_grad:
+        if _is_leaf(tensor) and tensor.requires_grad != needs_grad:
             tensor.requires_grad_(needs_grad)
-        if owns_grad and tensor.grad is not grad:
-            tensor.grad = grad
+        undo_grad()
         for name, own in hooks.items():
             if (now := getattr(tensor, name)) is not own:
                 if now is not None:
                     now.clear()  # autograd may hold on to a dict of hooks that the tensor has let go of
                 setattr(tensor, name, own)
+
+    return undo
+
+
+def _undo_grad(tensor: Tensor) -> Undo:
+    owns_grad = _owns_grad(tensor)
+    grad = tensor.grad if owns_grad else None
+
+    def undo() -> None:
+        if owns_grad and tensor.grad is not grad and (grad is None or grad.shape == tensor.shape):
+            tensor.grad = grad
 
     return undo
 
@@ -234,6 +256,18 @@ def _undo_memory(tensor: Tensor) -> Undo:
             resize_storage(tensor, size)
         if before is None or same_bits(now := bits_of(memory_of(tensor)), before):
             return
-        write(tensor if now.dtype == tensor.dtype else now, before)
+        write(now if now.dtype != tensor.dtype or _is_leaf(tensor) is None else tensor, before)
 
     return undo
+
+
+def _owns_grad(tensor: Tensor) -> bool:
+    return bool(_is_leaf(tensor)) or (_is_leaf(tensor) is not None and tensor.retains_grad)
+
+
+def _is_leaf(tensor: Tensor) -> bool | None:
+    """None for a view that autograd will not speak of, because what it is a view of was written to, as FSDP1 does."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return None

@@ -7,7 +7,9 @@ all the same ends the process in some of these cases, so it is asked first.
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
 # an integer type for every size of element: NaN is equal to itself only as bits
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,12 +44,16 @@ def absence(tensor: Tensor) -> str:
     return ""
 
 
-def whole(tensor: Tensor) -> Tensor | None:
+def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
     """A tensor's numbers as a plain dense tensor without gradient, not copied where it is one; None if they are absent.
 
     No other rank is asked. A sharded tensor is whole where each rank holds all of it.
+
+    Args:
+        tensor: Of any kind.
+        size: Elements that the whole has, where that is known: FSDP1 leaves a rank's part in the place of the whole.
     """
-    if absence(tensor):
+    if absence(tensor) or (size is not None and tensor.numel() != size):
         return None
     if _is_distributed(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -55,6 +61,32 @@ def whole(tensor: Tensor) -> Tensor | None:
     if memory.is_quantized:
         return memory.dequantize()
     return memory if memory.layout == torch.strided else memory.to_dense()
+
+
+def digest_of(tensors: Mapping[str, Any], bare: Container[str] = ()) -> str:
+    """SHA-256 of tensors by name, type, shape and bits; of a sharded one this rank's part, of an absent one no bits.
+
+    Args:
+        tensors: A state_dict, in its order. What is no tensor counts by its name.
+        bare: Names whose bits do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in () if name in bare else _readable_parts(tensor):
+            flat = bits_of(part).cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            # a copy: memory that NumPy has seen can never be given back again, as FSDP does with every pass
+            digest.update(flat.view(torch.uint8).clone().numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def _readable_parts(tensor: Tensor) -> list[Tensor]:
+    if (plain := whole(tensor)) is not None:
+        return [plain]
+    return list(chain.from_iterable(map(_readable_parts, parts_of(tensor))))
 
 
 def require(tensors: Mapping[str, Tensor | None], who: str) -> None:
@@ -104,7 +136,8 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
     if _is_transformed(tensor) or not is_traceable_wrapper_subclass(tensor):
         return []
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [getattr(tensor, name) for name in names]
+    found = [getattr(tensor, name) for name in names]
+    return [part for part in found if isinstance(part, Tensor)]  # a sharded one names its mesh too
 
 
 def memory_of(tensor: Tensor) -> Tensor:
@@ -211,7 +244,7 @@ def _bytes_needed(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + last + 1) * tensor.itemsize
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def _is_transformed(tensor: Tensor) -> bool:

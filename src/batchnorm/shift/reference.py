@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from batchnorm import sidecar
 from batchnorm.foreign import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.tensors import digest_of
 from batchnorm.shift.components import Components, axes_shape
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Reference:
             center=torch.zeros_like(mean), kappa=_KAPPA * of_channel, delta=delta.double(),
             energy=of_layer, d=_ENERGY * of_layer, v=_ENERGY_VAR * of_layer,
             power=of_channel, power_d=of_channel, power_v=of_channel,
-            components=None, source="checkpoint", unit=unit, observations=0, digest=digest_of(model),
+            components=None, source="checkpoint", unit=unit, observations=0, digest=digest_of(model.state_dict()),
         )  # fmt: skip
 
     def calibrated(self, z: Tensor, q: Tensor, *, tolerance: float = _TOLERANCE) -> Reference:
@@ -260,7 +261,7 @@ class Reference:
                 f"the reference has {len(self.layers)} layers ({', '.join(self.layers[:3])}, ...), the model has "
                 f"{len(layers)} others. Give the reference of this model."
             )
-        if digest_of(model) != self.digest:
+        if digest_of(model.state_dict()) != self.digest:
             raise ValueError(
                 "the reference is stale: weights or statistics of the model changed since it was made. Calibrate again."
             )
@@ -300,16 +301,6 @@ def _errors(bounds: int) -> float:
 
 _TENSORS = ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
 _OF_COMPONENTS = ("axes", "center", "delta", "kappa")
-
-
-def digest_of(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers, by name, type and bits."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()
 
 
 def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.population.tensors import absence, whole
+
 Position = Literal["before", "behind"]
 
 # the layers that batch norm is folded into, and how many axes a batch of theirs has
@@ -105,8 +107,14 @@ class Linear:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The values in float64 on the CPU: not every device has that type."""
-    return tensor.detach().to("cpu", torch.float64)
+    """The values in float64 on the CPU: not every device has that type.
+
+    Raises:
+        ValueError: If they cannot be read here.
+    """
+    if (plain := whole(tensor)) is None:
+        raise ValueError(f"fold needs the numbers of every layer, got a tensor that {absence(tensor)}.")
+    return plain.to("cpu", torch.float64)
 
 
 def channels(layer: Any, position: Position) -> int:

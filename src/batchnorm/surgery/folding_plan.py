@@ -21,6 +21,7 @@ from batchnorm.foreign import channels_of, quantized
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.tensors import absence
 from batchnorm.surgery import folding_channels
 from batchnorm.surgery.dataflow import (
     TraceError,
@@ -386,12 +387,20 @@ def _about_state(layer: Any) -> str | None:
         return "stores no statistics"
     if layer.running_mean.is_meta or layer.running_var.is_meta:
         return "has statistics without values"
+    if absent := _absent(layer):
+        return absent
     if (layer.running_var < 0).any():
         return f"has a negative running_var, {layer.running_var.min():.3g}"
     values = [t for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias) if t is not None]
     if not all(t.isfinite().all() for t in values):
         return "has statistics or parameters that make NaN or infinity"
     return None
+
+
+def _absent(layer: nn.Module) -> str | None:
+    """Which of a layer's tensors cannot be read here, and why."""
+    own = {**layer._parameters, **layer._buffers}
+    return next((f"has a {name} that {why}" for name, t in own.items() if t is not None and (why := absence(t))), None)
 
 
 def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> str | None:
@@ -407,6 +416,8 @@ def _about_pair(facts: _Facts, layer: Any, partner: Any, position: Position) -> 
 def _about_partner(facts: _Facts, partner: Any, position: Position) -> str | None:
     """What about a convolution or linear layer keeps it from taking over anything."""
     name = facts.names[partner]
+    if absent := _absent(partner):
+        return f"{name!r} {absent}"
     if partner not in facts.linear or (type(partner) not in RANKS and position == "behind"):
         return f"{name!r} is a {type(partner).__name__} with a weight or a forward of its own"
     if not isinstance(partner._parameters.get("weight"), nn.Parameter):
