@@ -1,4 +1,4 @@
-"""Tensors of all kinds: what can be read is read, what cannot is named, and no look ends the process or leaves marks."""
+"""Tensors of all kinds: what can be read is read, what cannot is named, and no look ends the process."""
 
 from __future__ import annotations
 

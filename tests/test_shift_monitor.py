@@ -205,10 +205,45 @@ def test_few_examples_are_looked_at_by_default(net: Net) -> None:
     assert (monitor.stream.evidence.observations, monitor.stream.passed) == (20, 80)
 
 
-def test_whole_batches_are_left_out_to_keep_the_budget(net: Net) -> None:
-    monitor = ran(ShiftMonitor(net, budget=1e-9), net, [images(4) for _ in range(20)])
-    # what the first look takes is known afterwards, and no later one is affordable within a billionth of the time
-    assert (monitor.stream.evidence.observations, monitor.stream.passed) == (4, 80)
+def test_the_first_256_examples_are_looked_at_and_then_whole_batches_are_left_out_to_keep_the_budget(net: Net) -> None:
+    monitor = ran(ShiftMonitor(net, budget=1e-9), net, [images(8) for _ in range(70)])
+    # four of each batch; no look that follows is affordable within a billionth of the time
+    assert (monitor.stream.looked, monitor.stream.passed) == (256, 560)
+    assert monitor.stream.evidence.observations == 256
+
+
+def test_a_gross_shift_rings_under_the_smallest_budget(net: Net) -> None:
+    monitor = ran(ShiftMonitor(net, budget=1e-9), net, [images(16) - 1.0 for _ in range(40)])
+    assert monitor.alarm is not None
+
+
+def test_a_budget_that_leaves_next_to_nothing_is_told_once(net: Net) -> None:
+    monitor = ran(ShiftMonitor(net, budget=1e-9), net, [images(32) for _ in range(64 + 31)])
+    more = [images(32) for _ in range(30)]
+    with pytest.warns(RuntimeWarning, match=r"budget=1e-09 leaves 0 of 1024 examples .* budget=None\.$") as told:
+        ran(monitor, net, more * 2)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("more", [{"budget": None}, {"budget": 1e9}, {"budget": 1e9, "examples": 1}])
+def test_a_budget_that_leaves_no_batch_out_is_not_blamed(net: Net, more: dict) -> None:
+    ran(ShiftMonitor(net, **more), net, [images(64) for _ in range(40)])
+
+
+def test_a_monitor_shows_how_many_examples_it_looked_at(net: Net) -> None:
+    monitor = ran(ShiftMonitor(net, budget=None), net, [images(16) for _ in range(5)])
+    assert repr(monitor) == f"ShiftMonitor(Net, layers={len(monitor.layers)}, looked at 20 of 80 examples, no alarm)"
+    ran(monitor, net, [images(16) - 2.0 for _ in range(20)])
+    assert f"looked at 100 of 400 examples, alarm at {monitor.alarm.first}" in repr(monitor)
+
+
+def test_a_saved_monitor_still_knows_how_many_it_looked_at(net: Net, tmp_path) -> None:
+    first = ran(ShiftMonitor(net, budget=1e-9), net, [images(8) for _ in range(70)])
+    first.save(tmp_path / "a.bnshift.safetensors")
+    second = ShiftMonitor(net, budget=1e-9).load(tmp_path / "a.bnshift.safetensors")
+    assert (second.stream.looked, second.stream.passed) == (256, 560)
+    ran(second, net, [images(8) for _ in range(5)])
+    assert second.stream.looked <= 256 + 4  # no second start of 256
 
 
 def test_train_mode_and_partial_passes_are_told(net: Net) -> None:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm import sidecar

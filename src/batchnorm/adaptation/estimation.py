@@ -18,7 +18,9 @@ from batchnorm.adaptation import measuring
 from batchnorm.adaptation.statistics import Statistics, adaptable
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, device_of
+from batchnorm.population.modes import to_eval
 from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.rows import settle
 from batchnorm.population.shield import preserve_state
 
 
@@ -49,7 +51,8 @@ def adapt(
             loader, each batch normalized by statistics that include it (Yuan et al. 2023, "Robust test-time
             adaptation in dynamic scenarios", eq. 5; they leave the spread between means out of the variance, here it is
             in). One pass.
-        max_examples: Stop after this many examples; the last batch is cut to fit.
+        max_examples: Stop after this many examples; the last batch is cut to fit where it can be, as ``recalibrate``
+            says.
 
     Returns:
         Moments of what each layer received, float64. With ``ema`` over all batches, each under the statistics of its
@@ -74,7 +77,8 @@ def adapt(
     layers = adaptable(model, "adapt")
     with preserve_state(model), torch.no_grad(), uncompiled():
         batches = Batches(loader, max_examples, device_of(model), who="adapt")
-        model.eval()
+        to_eval(model)
+        settle(batches, model)
         if ema is not None:
             measured = measuring.exponential(model, batches, layers, ema)
         else:

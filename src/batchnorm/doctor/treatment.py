@@ -8,7 +8,6 @@ then the data are looked at again, for layers that do not fit what they get now,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from batchnorm.doctor.remedies import EPS, MEASURED, TENSORS, Change, changed, i
 from batchnorm.doctor.torch_files import put
 from batchnorm.layers import batch_norms
 from batchnorm.population import freeze, recalibrate, unfreeze
+from batchnorm.population.batches import rereadable
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.rules import RULES
 from batchnorm.rules.finding import Fix
@@ -50,7 +50,8 @@ def treat(
     Args:
         model: Not changed.
         diagnosis: Of this model; ``examine(model, data)`` if it is left out. What it silenced is not treated.
-        data: Batches of training data, which can be read more than once. An iterator is read into memory.
+        data: Batches of training data, which can be read more than once. What can be read only once is read into
+            memory.
         unsafe: Also replace numbers about which nothing is known, which changes eval outputs: gamma and beta that are
             NaN or infinite by 1 and 0; statistics, unless data are given, by the median of the layer's other channels.
 
@@ -65,7 +66,7 @@ def treat(
         >>> treat(sick, data=[torch.tensor([[0.0, 1.0], [2.0, 5.0]])])[0].running_var
         tensor([2., 8.])
     """
-    batches = list(data) if isinstance(data, Iterator) else data
+    batches = rereadable(data)
     new = duplicate(model, "treat", "Use batchnorm.recalibrate and batchnorm.freeze")
     found = examine(model, batches) if diagnosis is None else diagnosis
     _check(new, found.findings)

@@ -45,7 +45,7 @@ def train_step(model: nn.Module, batch: Any) -> Step:
     """
     if (examples_in(batch) or 0) < 2:
         return Step()
-    batch = on_device_of(model, batch, _EXAMPLES)
+    batch = _few(model, batch, _EXAMPLES)
     model.train()
     before = _counters(model)
     forward: dict[str, int] = {}
@@ -61,6 +61,19 @@ def train_step(model: nn.Module, batch: Any) -> Step:
     except Exception as error:  # noqa: BLE001 - whatever the user's model raises is the result
         return Step(forward, error=_message(error))
     return Step(forward, _counted(model, before))
+
+
+def _few(model: nn.Module, batch: Any, most: int) -> Any:
+    """Some examples of a batch; all of it where its rows are no examples."""
+    if (examples_in(batch) or 0) <= most:
+        return on_device_of(model, batch)
+    try:
+        some = on_device_of(model, batch, most)
+        with torch.no_grad():
+            call(model, on_device_of(model, some))
+    except Exception:  # noqa: BLE001 - whatever the user's model raises is the answer
+        return on_device_of(model, batch)
+    return some
 
 
 def _train_outputs(model: nn.Module, batch: Any, before: dict[str, int]) -> tuple[list[Tensor], dict[str, int]]:
@@ -99,8 +112,10 @@ def companions(model: nn.Module, batch: Any) -> tuple[float | None, float]:
     """
     if (examples_in(batch) or 0) < 2:
         return None, 0.0
-    some, alone = (on_device_of(model, batch, most) for most in (_EXAMPLES, 1))
+    some, alone = (_few(model, batch, most) for most in (_EXAMPLES, 1))
     count = examples_in(some)
+    if examples_in(alone) != 1:
+        return None, 0.0
     with torch.no_grad():
         beside = floats_in(call(model, some))
         if not beside or any(output.ndim == 0 or len(output) != count for output in beside):

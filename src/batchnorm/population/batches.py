@@ -1,13 +1,18 @@
 """Batches of any kind, once for each pass: cut to a number of examples, moved to a device, given to a model.
 
+A batch is a tensor, a tuple, list, mapping or dataclass of batches, or an object of a class that is not looked into.
+Its rows are the first axis that all tensors share which the model is given. Where they share none (nodes and edges of
+a graph), and where the model says otherwise (``rows``), it has no rows, and is used whole.
+
 A model may write to what it is given (``x.sub_(mean)``), so every pass has memory of its own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from copy import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,33 +22,92 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader, default_collate
 
+from batchnorm.layers import unwrapped
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_DEEPEST = 4  # attributes of attributes of a batch object, in which tensors are looked for
 
 
 def call(model: nn.Module, batch: Any) -> object:
     """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says."""
-    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
-        return model(batch[0])
+    args, kwargs = arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What of a batch a model is called with.
+
+    Of a tuple or list the first element, or as many as ``forward`` cannot do without; of a mapping the parts by name if
+    ``forward`` accepts its keys. A dataclass is given whole, or its fields by name if ``forward`` cannot do with one
+    argument and accepts them. Anything else is given whole.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    needed = len(_needed(model))
     if isinstance(batch, Mapping) and _accepts(model, batch):
-        return model(**batch)
-    return model(batch)
+        return (), dict(batch)
+    if is_dataclass(batch) and needed > 1 and _accepts(model, named := _fields_of(batch)):
+        return (), named
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
+        return (batch,), {}
+    named = batch._asdict() if hasattr(batch, "_asdict") else {}
+    if needed > 1 and set(_needed(model)) <= set(named):
+        return (), {name: named[name] for name in _needed(model)}
+    inner = batch[0] if len(batch) else None
+    if needed > 1 and isinstance(inner, (tuple, list)) and len(inner) >= needed:
+        return tuple(inner[:needed]), {}
+    if isinstance(inner, Mapping) and _accepts(model, inner):
+        return (), dict(inner)
+    return tuple(batch[: max(1, needed)]), {}
+
+
+def _needed(model: nn.Module) -> list[str]:
+    """The arguments that a model's forward cannot do without and takes by place; empty where it does not say."""
+    try:
+        known = inspect.signature(unwrapped(model).forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in known if p.kind in by_place and p.default is p.empty]
 
 
 def _accepts(model: nn.Module, batch: Mapping) -> bool:
     try:
-        inspect.signature(model.forward).bind(**batch)
-    except TypeError:
+        inspect.signature(unwrapped(model).forward).bind(**batch)
+    except (TypeError, ValueError):
         return False
     return True
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists and mappings, in order."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return list(chain.from_iterable(map(tensors_in, parts)))
+    return list(chain.from_iterable(map(tensors_in, _parts(value))))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if is_dataclass(value) and not isinstance(value, type):
+        return _fields_of(value).values()
+    return value if isinstance(value, (tuple, list)) else ()
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+
+
+def _tensors_of_object(value: Any, depth: int = _DEEPEST) -> list[Tensor]:
+    """The tensors in a batch object's attributes, whatever holds them."""
+    if isinstance(value, (Tensor, PackedSequence)):
+        return [value.data if isinstance(value, PackedSequence) else value]
+    if not depth or isinstance(value, (str, bytes, type, nn.Module)):
+        return []
+    inside = _parts(value) or (vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ())
+    return list(chain.from_iterable(_tensors_of_object(part, depth - 1) for part in inside))
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -53,15 +117,30 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def on_device_of(model: nn.Module, batch: Any, most: int | None = None) -> Any:
-    """The batch where the model is, cut to ``most`` examples, in memory of its own."""
+    """The batch where the model is, cut to ``most`` examples, in memory of its own.
+
+    Raises:
+        ValueError: If it has more rows than ``most`` and cannot be cut.
+    """
+    if most is not None and (why := why_without_rows(arguments(model, batch))) and (examples_in(batch) or 0) > most:
+        raise ValueError(f"a batch to be cut needs tensors of one first axis, got one of which {why}. Use it whole.")
     return next(iter(Batches([batch], most, device_of(model))))
+
+
+def rereadable(data: Any) -> Any:
+    """The data, in memory if they can be read only once: an iterator, or what gives the same iterator again."""
+    if isinstance(data, Iterator):
+        return list(data)
+    if isinstance(data, (Sequence, Mapping, Tensor, DataLoader)) or not isinstance(data, Iterable):
+        return data
+    return list(first) if (first := iter(data)) is iter(data) else data
 
 
 class Batches:
     """The batches of a loader, once for each pass: cut to ``max_examples`` and moved to ``device``.
 
-    Tensors are copies, one batch at a time, where they would be the loader's own. ``who`` is what complaints call the
-    one who asks.
+    A batch without rows is not cut: with it the limit may be passed. Tensors are copies, one batch at a time, where
+    they would be the loader's own. ``who`` is what complaints call the one who asks.
     """
 
     def __init__(
@@ -77,7 +156,9 @@ class Batches:
             )
         self.max_examples = max_examples
         self.device = device
-        self.loader = list(self._up_to_max(loader)) if isinstance(loader, Iterator) else loader
+        self.has_rows = True  # as far as a model was asked (``rows.settle``)
+        self.given: Callable[[Any], Any] = _first_part  # what of a batch the model gets
+        self.loader = list(self._up_to_max(loader, cut=False)) if isinstance(loader, Iterator) else rereadable(loader)
         # what stacks examples makes a new tensor for every batch
         self._are_new = type(loader) is DataLoader and loader.collate_fn is default_collate
         self.count: int | None = None
@@ -94,7 +175,10 @@ class Batches:
             yield _each_leaf(batch, self._moved)
             count += 1
         if not count and not self.count:
-            raise ValueError(f"{self.who} needs at least one batch, got an empty loader. Check the data set's length.")
+            raise ValueError(
+                f"{self.who} needs at least one batch, got an empty loader. Check the data set's length. "
+                "Pass list(loader) if it can be read only once."
+            )
         if self.count not in {None, count}:
             raise ValueError(
                 f"{self.who} needs a loader that gives the same batches in every pass, got {self.count} batches, "
@@ -102,39 +186,100 @@ class Batches:
             )
         self.count = count
 
-    def _up_to_max(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def to_be_cut(self) -> tuple[Any, int] | None:
+        """The batch that the limit falls into, and the number of examples to take of it; None if it falls into none."""
+        if (left := self.max_examples) is None:
+            return None
+        for batch in self.loader:
+            size = self._size_of(batch)
+            if size > left:
+                return batch, left
+            left -= size
+            if not left:
+                break
+        return None
+
+    def _up_to_max(self, loader: Iterable[Any], *, cut: bool = True) -> Iterator[Any]:
         if self.max_examples is None:
             yield from loader
             return
         left = self.max_examples
         for batch in loader:
-            size = examples_in(batch)
-            if size is None:
-                raise ValueError(
-                    f"{self.who} needs batches that hold tensors, got {type(batch).__name__} without any. "
-                    "Make the loader yield tensors, or tuples, lists or dicts of them."
-                )
-            yield batch if size <= left else _each_leaf(batch, partial(_first, left, size))
+            size = self._size_of(batch)
+            may_cut = cut and self.has_rows and not why_without_rows(self.given(batch))
+            yield batch if size <= left or not may_cut else _each_leaf(batch, partial(_first, left, size))
             left -= size
             if left <= 0:
                 return
 
+    def _size_of(self, batch: Any) -> int:
+        size = examples_in(batch)
+        if size is None:
+            raise ValueError(
+                f"{self.who} needs batches that hold tensors, got {type(batch).__name__} without any. "
+                "Make the loader yield tensors, or tuples, lists or dicts of them."
+            )
+        return size
+
     def _moved(self, leaf: Any) -> Any:
+        if is_object(leaf):  # its own ``to`` may move it where it is
+            leaf = leaf.clone() if hasattr(leaf, "clone") else deepcopy(leaf)
+            return leaf.to(self.device) if self.device is not None else leaf
         moved = leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf
         return _copied(moved) if moved is leaf and not self._are_new else moved
 
 
+def is_object(leaf: Any) -> bool:
+    """Whether a part of a batch is an object of a class of its own that can be moved, such as a batch of graphs."""
+    return hasattr(leaf, "to") and not isinstance(leaf, (Tensor, PackedSequence, nn.Module, type))
+
+
 def examples_in(batch: Any) -> int | None:
-    """Examples in a batch, by the first tensor in it that has an axis; None without any."""
-    sizes: list[int] = []
-    _each_leaf(batch, lambda leaf: sizes.extend(_size(leaf)))
-    return next(iter(sizes), None)
+    """Examples in a batch, by the first tensor in it that has an axis; None without any.
+
+    A batch object has as many as its ``num_graphs`` or ``batch_size`` says, else as its first tensor.
+    """
+    found: list[int] = []
+    _each_leaf(batch, lambda leaf: found.extend(_size(leaf) or _size_of_object(leaf)))
+    return next(iter(found), None)
+
+
+def why_without_rows(given: Any) -> str:
+    """Why what a model is given has no rows that could be taken apart, as the end of a sentence; "" if it has."""
+    leaves: list[Any] = []
+    _each_leaf(given, leaves.append)
+    if objects := [type(leaf).__name__ for leaf in leaves if is_object(leaf)]:
+        return f"a part is a {objects[0]}, which is not looked into"
+    sizes = list(dict.fromkeys(chain.from_iterable(map(_size, leaves))))
+    return f"the first axes have the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
+
+
+def are_sequences(given: Any) -> bool:
+    """Whether everything in what a model is given is sequences that are packed or nested, one for each example."""
+    leaves: list[Any] = []
+    _each_leaf(given, leaves.append)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))]
+    return bool(tensors) and all(isinstance(leaf, PackedSequence) or leaf.is_nested for leaf in tensors)
+
+
+def _first_part(batch: Any) -> Any:
+    is_row = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
+    return batch[0] if is_row and len(batch) else batch
 
 
 def _size(leaf: Any) -> list[int]:
     if isinstance(leaf, PackedSequence):
         return [int(leaf.batch_sizes[0])]
-    return [len(leaf)] if isinstance(leaf, Tensor) and leaf.ndim else []
+    if not isinstance(leaf, Tensor) or not (leaf.is_nested or leaf.ndim):
+        return []
+    return [leaf.size(0)]
+
+
+def _size_of_object(leaf: Any) -> list[int]:
+    if not is_object(leaf):
+        return []
+    told = next((n for name in ("num_graphs", "batch_size") if isinstance(n := getattr(leaf, name, None), int)), None)
+    return [told] if told is not None else list(chain.from_iterable(map(_size, _tensors_of_object(leaf))))[:1]
 
 
 def _first(count: int, size: int, leaf: Any) -> Any:
@@ -142,9 +287,15 @@ def _first(count: int, size: int, leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, PackedSequence):
         return pack_sequence(unpack_sequence(leaf)[:count], enforce_sorted=False)
-    if leaf.is_sparse:  # which cannot be sliced
-        return leaf.index_select(0, torch.arange(count, device=leaf.device))
+    if leaf.is_nested:
+        return torch.nested.as_nested_tensor(list(leaf.unbind())[:count], layout=leaf.layout)
+    if leaf.layout in _BY_INDEX:  # which cannot be sliced
+        rows = torch.arange(count, device=leaf.device)
+        return leaf.to_sparse_coo().index_select(0, rows).to_sparse(layout=leaf.layout)
     return leaf[:count]
+
+
+_BY_INDEX = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc}
 
 
 def _copied(leaf: Any) -> Any:
@@ -154,13 +305,18 @@ def _copied(leaf: Any) -> Any:
 
 
 def _each_leaf(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``value`` with ``change`` applied to everything in its tuples, lists and mappings."""
+    """``value`` with ``change`` applied to everything in its tuples, lists, mappings and dataclasses."""
     if isinstance(value, PackedSequence):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_each_leaf(part, change) for part in value))
     if type(value) in {tuple, list}:
         return type(value)(_each_leaf(part, change) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy(value)
+        for name, part in _fields_of(value).items():
+            object.__setattr__(changed, name, _each_leaf(part, change))  # some are frozen
+        return changed
     if isinstance(value, Mapping):
         changed = copy(value) if isinstance(value, MutableMapping) else dict(value)
         for key in value:

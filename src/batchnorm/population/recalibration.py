@@ -26,8 +26,10 @@ from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.freezing import Frozen, has_stored_statistics
-from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.population.modes import to_eval
+from batchnorm.population.rows import settle
 from batchnorm.population.sharding import is_sharded
+from batchnorm.population.shield import preserve_random_state, preserve_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -74,10 +76,13 @@ def recalibrate(
 
     Args:
         model: Changed in place, its stored statistics only.
-        loader: Batches. A tensor is given to the model; of a tuple or list the first element; a mapping by name if
-            ``model.forward`` accepts its keys, else whole; anything else whole. Tensors are moved to the model's
-            device.
-        max_examples: Stop after this many examples; the last batch is cut to fit.
+        loader: Batches. A tensor is given to the model; of a tuple or list the first element, or as many as
+            ``model.forward`` cannot do without; a mapping by name if ``forward`` accepts its keys, else whole; the
+            fields of a dataclass likewise where ``forward`` cannot do with one argument; anything else whole. Tensors
+            are moved to the model's device, batch objects by their ``to``.
+        max_examples: Stop after this many examples; the last batch is cut to fit, unless its rows are no examples:
+            tensors differ in their first axis, or the model does not give the part what it gives it in the whole
+            batch. Then it is used whole.
         forward: Called as ``forward(model, batch)`` in place of the rules above.
         device: Where batches are moved, if not to the device of the model's first parameter.
         exact: False for the one-pass estimate described above.
@@ -109,7 +114,8 @@ def recalibrate(
         _warn_of_nothing(model)
         return {}
     with preserve_state(model), torch.no_grad(), uncompiled():
-        model.eval()
+        to_eval(model)
+        settle(batches, model, forward)
         run = partial(_run, model, layers, batches, forward or call)
         gauges = _layer_by_layer(run, layers, may_end=not is_sharded(model)) if exact else _all_at_once(run, layers)
     _report(layers, gauges)

@@ -48,8 +48,8 @@ def keep_together(module: nn.Module) -> Callable[[], None] | None:
 def is_flat(tensor: Tensor) -> bool:
     """Whether a tensor is all parameters of an FSDP1 module in a row.
 
-    What memory it shows, and which hooks wait on it, FSDP1 writes down elsewhere and changes with every pass: nobody else
-    may put that back.
+    What memory it shows, and which hooks wait on it, FSDP1 writes down elsewhere and changes with every pass: nobody
+    else may put that back.
     """
     return getattr(tensor, "_is_flat_param", False)
 

@@ -23,6 +23,10 @@ from batchnorm.shift.stream import Stream
 from batchnorm.shift.tap import ALL, Tap
 from batchnorm.shift.units import Grouping, Unit, name_of
 
+_ALWAYS = 256  # examples that are looked at whatever it costs: a gross shift takes some tens
+_JUDGED = 1024  # examples after them, before the share that the budget leaves is judged
+_LEAST_SHARE = 0.05
+
 if TYPE_CHECKING:
     import os
 
@@ -47,9 +51,10 @@ class ShiftMonitor:
     says that the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's
     energy is not seen. The model is not changed: its layers have hooks while it is observed.
 
-    A few examples of a batch are looked at, and whole batches are left out where looking would take more than
-    ``budget`` of the time of inference. Which ones are left out does not depend on what is in them. Passes of several
-    threads at once are kept apart; they wait for each other while one is counted.
+    A few examples of a batch are looked at. Once 256 were, whole batches are left out where looking would take more
+    than ``budget`` of the time of inference; if fewer than 5 % are looked at for that, it warns once. Which ones are
+    left out depends on counts and on times before, not on what is in them. Passes of several threads at once are kept
+    apart; they wait for each other while one is counted.
 
     Args:
         model: Any model with batch norm that stores statistics, torch.nn's or ours, compiled or not.
@@ -59,7 +64,7 @@ class ShiftMonitor:
         arl: Observations until a false alarm, on average at least: an alarm that never runs out. Replaces ``alpha``.
         reference: What ``calibrate`` measured, or its file. None takes the checkpoint's own statistics.
         examples: Examples of a batch that are looked at; None for all.
-        budget: Largest share of the time of inference; None for any.
+        budget: Largest share of the time of inference once 256 examples were looked at; None for any.
         batch: Examples in a batch of the training, on which the exactness of stored means depends.
         on_alarm: Called with the alarm, once. What it raises is logged.
 
@@ -87,6 +92,7 @@ class ShiftMonitor:
         self.unit, self.examples, self.budget = unit, examples, budget
         self.observed, self._batch = model, batch
         self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
+        self._is_whole = False  # a compiled model is shown whole batches, since it does not take a part of one
         self._handles: list[Any] = []
         self._passes = threading.local()  # each thread's own pass: when it began
         self._use(self._referred(reference))
@@ -112,6 +118,16 @@ class ShiftMonitor:
         """Forget all evidence and the alarm: what comes is a new stream."""
         self.stream = Stream(self.reference, self.unit, **self._promise)
         self._spent = self._inference = 0.0
+        self._left_out = 0  # batches, for the budget
+        self._tried = 0  # examples that were to be looked at, also in passes that did not show them
+        self._since: tuple[int, int] | None = None  # examples that passed and were looked at before the budget counts
+
+    def __repr__(self) -> str:
+        told = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
+        return (
+            f"ShiftMonitor({type(self.model).__name__}, layers={len(self.layers)}, looked at {self.stream.looked} of "
+            f"{self.stream.passed} examples, {told})"
+        )
 
     @property
     def alarm(self) -> Alarm | None:
@@ -179,7 +195,9 @@ class ShiftMonitor:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
         affordable = self.budget is None or self._spent <= self.budget * self._inference
-        self._tap.examples = (self.examples or ALL) if affordable else 0
+        is_early = max(self._tried, self.stream.looked) < _ALWAYS
+        self._tap.examples = (self.examples or ALL) if affordable or is_early else 0
+        self._left_out += not self._tap.examples
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002
@@ -189,13 +207,30 @@ class ShiftMonitor:
         if asked and seen is None:
             seen = self._second_pass(args, kwargs, asked)
         with self.stream.lock:
-            self.stream.passed += examples_in((args, kwargs)) or 0
+            size = examples_in((args, kwargs)) or 0
+            self.stream.passed += size
+            self._tried += min(asked, max(1, size))
             if seen is not None:
                 self.stream.observe(*seen, inputs=args[0] if args else kwargs)
             now = time.perf_counter()
             self._inference += now - self._passes.began
             self._spent += now - start + self._tap.seconds
+            self._tell_of_budget()
         self._tap.seconds = 0.0
+
+    def _tell_of_budget(self) -> None:
+        """Warn if the budget leaves so few examples that a shift would be noticed late."""
+        passed, looked = self.stream.passed, self.stream.looked
+        if self._since is None:
+            self._since = (passed, looked) if max(self._tried, looked) >= _ALWAYS else None
+            return
+        passed, looked = passed - self._since[0], looked - self._since[1]
+        if self._left_out and passed >= _JUDGED and looked < _LEAST_SHARE * passed:
+            self.stream.warn(
+                "budget",
+                f"budget={self.budget:g} leaves {looked} of {passed} examples to be looked at since the first "
+                f"{_ALWAYS}: a shift would be noticed late. Raise it, or use budget=None.",
+            )
 
     def _second_pass(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int
@@ -211,10 +246,20 @@ class ShiftMonitor:
                 "missed", "a pass did not reach every batch norm layer with each example once; it is left out."
             )
             return None
-        ((args, kwargs),) = Batches([(args, kwargs)], min(examples, examples_in((args, kwargs)) or 1), None)
-        with self._tap.attached(), uncompiled(), torch.no_grad():
-            self.model(*args, **kwargs)
-            return self._tap.taken()
+        given = args, kwargs
+        most = None if self._is_whole else min(examples, examples_in((args, kwargs)) or 1)
+        batches = Batches([(args, kwargs)], most, None)
+        batches.given = lambda batch: batch  # all of it
+        ((args, kwargs),) = batches
+        try:
+            with self._tap.attached(), uncompiled(), torch.no_grad():
+                self.model(*args, **kwargs)
+                return self._tap.taken()
+        except Exception:
+            if most is None:
+                raise
+            self._is_whole = True  # rows that were cut off were referred to: no examples
+            return self._second_pass(*given, examples)
 
     # -- the reference --------------------------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.population.batches import Batches, call, device_of
+from batchnorm.population.modes import to_eval
 from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.rows import settle
 from batchnorm.population.shield import preserve_random_state, preserve_state
 
 if TYPE_CHECKING:
@@ -32,16 +34,23 @@ def passes(
         ValueError: If a pass does not reach every layer with each example once.
     """
     batches = Batches(loader, max_examples, device_of(model), who=who)
-    with preserve_state(model), preserve_random_state(*batches.generators), tap.attached():
-        model.eval()
-        for batch in batches:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
-            with uncompiled(), torch.no_grad():
-                call(model, batch)
-            if (seen := tap.taken()) is None:
-                raise ValueError(passes_needed(who))
-            yield kept, *seen
+    with preserve_state(model), preserve_random_state(*batches.generators):
+        to_eval(model)
+        with uncompiled():
+            settle(batches, model)
+        with tap.attached():
+            yield from _passes(model, tap, batches, who)
+
+
+def _passes(model: nn.Module, tap: Tap, batches: Batches, who: str) -> Generator[tuple[Any, Tensor, Tensor]]:
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
+        with uncompiled(), torch.no_grad():
+            call(model, batch)
+        if (seen := tap.taken()) is None:
+            raise ValueError(passes_needed(who))
+        yield kept, *seen
 
 
 def passes_needed(who: str) -> str:

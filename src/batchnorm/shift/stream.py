@@ -55,6 +55,7 @@ class Stream:
         self.autocorrelation = Autocorrelation()
         self._bounds = reference.digest_of_bounds()
         self.passed = 0  # examples, looked at or not
+        self.looked = 0  # examples among them that were looked at
         self._grouping = Grouping(unit)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
@@ -76,6 +77,7 @@ class Stream:
             self._observe(z, q, inputs)
 
     def _observe(self, z: Tensor, q: Tensor, inputs: Any) -> None:
+        self.looked += len(z)
         finite = z.isfinite().all(1) & q.isfinite().all(1)
         if not bool(finite.all()):
             self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
@@ -190,7 +192,7 @@ class Stream:
 
     def _state(self) -> State:
         alarm = None if self.alarm is None else asdict(self.alarm)
-        about = {**self.kind, "passed": self.passed, "alarm": alarm}
+        about = {**self.kind, "passed": self.passed, "looked": self.looked, "alarm": alarm}
         state = State({"sums": self._sums.clone()}, about)
         waiting = self._waiting or [(self._sums[:0, :], self._sums[:0, :])]
         rows = {f"waiting.{name}": torch.cat([row[i] for row in waiting]) for i, name in enumerate("zq")}
@@ -217,6 +219,7 @@ class Stream:
     def _put(self, state: State) -> None:
         about, tensors = state.about, state.tensors
         self.evidence, self.alarm, self.passed = state.evidence(self.reference), state.alarm, about["passed"]
+        self.looked = about.get("looked", 0)  # older files do not say
         self._sums = tensors["sums"].clone()
         self._waiting = [(tensors["waiting.z"], tensors["waiting.q"])] if len(tensors["waiting.z"]) else []
         self._grouping.put(state)
