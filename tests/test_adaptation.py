@@ -347,3 +347,105 @@ def test_a_model_made_in_inference_mode_is_adapted_too():
         layer = nn.BatchNorm1d(2).eval()
     bn.adapt(layer, [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
     assert layer.running_mean.tolist() == [2, 3]
+
+
+class Skips(nn.Module):
+    """Three layers in a row; batches with a negative first number leave the second out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.BatchNorm1d(2) for _ in range(3))
+        self.mix = nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = self.mix(self.a(x))
+        return self.c(self.b(y.relu()) if x[0, 0] >= 0 else y)
+
+
+def skipping_batches() -> list[torch.Tensor]:
+    batches = [3 * torch.randn(20, 2) + 1 for _ in range(6)]
+    for i, batch in enumerate(batches):
+        batch[0, 0] = batch[0, 0].abs() * (-1 if i % 2 == 0 else 1)
+    return batches  # the first one skips
+
+
+def by_hand(model: Skips, batches: list[torch.Tensor], prior: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Layer after layer in float64, each behind the mixtures of those before it."""
+    weight, bias = (p.detach().double().numpy() for p in (model.mix.weight, model.mix.bias))
+    xs, found = [batch.double().numpy() for batch in batches], {}
+    count = sum(len(x) for x in xs)
+
+    def mixture(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        x = np.concatenate(rows)
+        seen = count * 1.0  # examples that count beside the prior: all that passed
+        mean, var = x.mean(0), x.var(0, ddof=1)
+        w = prior / (prior + seen)
+        return (1 - w) * mean, w * 1.0 + (1 - w) * var + w * (1 - w) * mean**2  # stored mean 0 and variance 1
+
+    def normalized(x: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+        return (x - mean) / np.sqrt(var + 1e-5)
+
+    found["a"] = mixture(xs)
+    ys = [normalized(x, *found["a"]) @ weight.T + bias for x in xs]
+    goes = [x[0, 0] >= 0 for x in xs]
+    found["b"] = mixture([np.maximum(y, 0) for y, on in zip(ys, goes, strict=True) if on])
+    zs = [normalized(np.maximum(y, 0), *found["b"]) if on else y for y, on in zip(ys, goes, strict=True)]
+    return {**found, "c": mixture(zs)}
+
+
+@pytest.mark.parametrize("prior", [None, 16.0])
+def test_a_layer_that_some_forwards_skip_is_measured_before_those_behind_it(prior):
+    torch.manual_seed(0)
+    model, batches = Skips(), skipping_batches()
+    model.mix.weight.data.mul_(4)
+    with torch.no_grad():
+        expected = by_hand(model, batches, prior or 0.0)
+    bn.adapt(model, batches, prior=prior)
+    for path, (mean, var) in expected.items():
+        layer = getattr(model, path)
+        # the passes are in float32
+        np.testing.assert_allclose(layer.running_mean.numpy(), mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.running_var.numpy(), var, rtol=1e-4)
+
+
+def test_adapt_measures_what_recalibrate_measures_where_forwards_skip_layers():
+    torch.manual_seed(0)
+    model, batches = Skips(), skipping_batches()
+    twin = copy.deepcopy(model)
+    adapted, recalibrated = bn.adapt(model, batches), bn.recalibrate(twin, batches)
+    assert list(adapted) == list(recalibrated) == ["a", "b", "c"]
+    for path, moments in adapted.items():
+        assert torch.equal(moments.mean, recalibrated[path].mean)
+        assert torch.equal(moments.var, recalibrated[path].var)
+
+
+class OfAnother(nn.Module):
+    """Four buffers, as in the frozen layers of detection libraries."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.5), ("running_var", 2.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+def test_frozen_layers_of_other_libraries_are_adapted_observed_and_kept_in_a_bank():
+    torch.manual_seed(0)
+    model = nn.Sequential(OfAnother(3), nn.Conv2d(3, 4, 1), OfAnother(4)).eval()
+    batches = [2 * torch.randn(16, 3, 5, 5) - 1 for _ in range(4)]
+    bank = bn.DomainBank(model)
+    rows = torch.cat(batches).double().transpose(0, 1).flatten(1)
+    bn.adapt(model, batches)
+    torch.testing.assert_close(model[0].running_mean.double(), rows.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model[0].running_var.double(), rows.var(1), rtol=1e-6, atol=0)
+    monitor = bn.ShiftMonitor(model, budget=None)
+    with monitor, torch.no_grad():
+        for batch in batches * 10:
+            model(batch - 4)
+    assert monitor.alarm is not None
+    assert monitor.alarm.first == "0"
+    bank.use("stored")
+    assert model[0].running_mean.tolist() == [0.5] * 3

@@ -297,3 +297,32 @@ def test_ensembles_of_frozen_models_run_under_vmap():
 def test_what_is_no_model_is_refused(action):
     with pytest.raises(TypeError, match=r"must be an nn.Module, got int"):
         action(3)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("undo", [bn.unfreeze, None], ids=["unfreeze", "leaving frozen"])
+def test_a_tool_that_saves_and_restores_flags_leaves_no_mode_behind_the_freeze(mode, undo):
+    """It reads False of a frozen layer, and writes that back."""
+
+    def look(net: nn.Module) -> None:
+        flags = {module: module.training for module in net.modules()}
+        net.eval()
+        for module, flag in flags.items():
+            module.training = flag
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())).train(mode)
+    if undo is None:
+        with bn.frozen(net):
+            look(net)
+    else:
+        look(bn.freeze(net))
+        bn.unfreeze(net)
+    assert [module.training for module in net.modules()] == [mode] * 5
+    assert "_training_may_be_read_back" not in vars(net[1][0])
+
+
+def test_a_mode_that_is_asked_of_a_frozen_layer_itself_holds_after_the_freeze():
+    net = bn.freeze(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)).train())
+    net[0].eval()
+    bn.unfreeze(net)
+    assert [layer.training for layer in net] == [False, True]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fingerprint import fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
+from tensor_kinds import freed
 from torch import nn
 
 import batchnorm as bn
@@ -425,3 +426,25 @@ def test_a_layer_whose_own_forward_names_its_input_otherwise_is_measured() -> No
     with bn.ShiftMonitor(model.eval(), examples=None, budget=None) as monitor:
         model(x)
     assert monitor.stream.evidence.observations == 16
+
+
+@pytest.mark.parametrize("kind", ["freed", "meta"])
+@pytest.mark.parametrize("entrance", [recalibrate, bn.adapt, lambda model, _: bn.ShiftMonitor(model)])
+def test_statistics_that_cannot_be_read_are_refused(kind, entrance):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    if kind == "meta":
+        model.to("meta")
+    else:
+        freed(model[0].running_var)
+    with pytest.raises(ValueError, match=r"needs the numbers of '0.running_(mean|var)', got a tensor that "):
+        entrance(model, [torch.randn(8, 3)])
+
+
+def test_batch_norm_that_is_no_layer_is_named_beside_layers_that_were_measured():
+    class Function(nn.Module):
+        def forward(self, x):
+            return nn.functional.batch_norm(x, None, None, training=True)
+
+    model = nn.Sequential(nn.BatchNorm1d(3), Function())
+    with pytest.warns(RuntimeWarning, match=r"^recalibrate did not reach all batch norm: '1' calls torch's batch_norm"):
+        assert list(recalibrate(model, [torch.randn(8, 3)])) == ["0"]

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 import batchnorm as bn
 from batchnorm import preserve_state
+from batchnorm.population.modes import to_eval
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -359,3 +360,64 @@ def test_cuda_random_states_are_kept_where_cuda_is_in_use(monkeypatch):
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"^preserve_state needs an nn.Module, got dict. Pass the model itself.$"):
         preserve_state({}).__enter__()
+
+
+def programs() -> dict[str, Callable[[], nn.Module]]:
+    x = torch.randn(8, 3)
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+
+    return {
+        "exported": lambda: torch.export.export(net(), (x,)).module(),
+        "exported in train mode": lambda: torch.export.export(net().train(), (x,)).module(),
+        "scripted and frozen": lambda: torch.jit.freeze(torch.jit.script(net())),
+        "traced": lambda: torch.jit.trace(net(), x),
+        "by torch.fx": lambda: torch.fx.symbolic_trace(net()),
+    }
+
+
+@pytest.mark.parametrize("kind", programs())
+def test_programs_are_looked_at_whatever_modes_they_have(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net = programs()[kind]()
+    before = [bits(t) for t in net.state_dict().values()]
+    x = torch.randn(8, 3)
+    with preserve_state(net), torch.no_grad():
+        first = to_eval(net)(x)
+    with torch.no_grad():
+        assert torch.equal(to_eval(net)(x), first)
+        again = [bits(t) for t in net.state_dict().values()]
+    # only a program that was exported in train mode moves its statistics, when it runs outside of the block
+    assert (again == before) == (kind != "exported in train mode")
+
+
+def test_a_module_whose_eval_refuses_is_passed_over_and_its_children_are_not():
+    class Stubborn(nn.Sequential):
+        def train(self, mode: bool = True):
+            raise RuntimeError("no")
+
+    net = Stubborn(nn.BatchNorm1d(3), nn.Dropout())
+    assert [module.training for module in to_eval(net).modules()] == [False] * 3
+
+
+def test_a_step_that_fails_keeps_no_other_from_running():
+    class Shut(nn.Module):
+        def __setattr__(self, name, value):
+            if name == "training" and value and "training" in vars(self):
+                raise RuntimeError("shut")
+            super().__setattr__(name, value)
+
+    net = nn.Sequential(Shut(), nn.Linear(2, 2), Shut())
+    before = net[1].weight.detach().clone()
+
+    def look() -> None:
+        with preserve_state(net):
+            net.eval()
+            net[1].weight.data.zero_()
+
+    with pytest.raises(RuntimeError, match=r"^shut$"):
+        look()
+    assert torch.equal(net[1].weight, before)
+    assert [module.training for module in net[1].modules()] == [True]

@@ -39,7 +39,9 @@ def adapt(
     very end, and nothing else: not weights, gamma, beta, ``num_batches_tracked``, modes or random states. An exception
     on the way leaves the model bit-identical.
 
-    Frozen layers, and layers in eval mode inside a model in train mode, keep their statistics.
+    Frozen layers, and layers in eval mode inside a model in train mode, keep their statistics. Layers of other
+    libraries are adapted too, also those that never measure a batch in training (torchvision's and detectron2's
+    FrozenBatchNorm2d).
 
     Args:
         model: Changed in place, its stored statistics only.

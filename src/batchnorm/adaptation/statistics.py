@@ -16,21 +16,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.foreign import live_layers, unreached
+from batchnorm.foreign import layers_of_others, unreached
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
-from batchnorm.population.freezing import Frozen, has_stored_statistics
+from batchnorm.population.freezing import Frozen, has_stored_statistics, statistics_of
+from batchnorm.population.tensors import require, same_bits
+from batchnorm.population.tensors import write as write_tensor
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
-
-# an integer type for every size of element: NaN is equal to itself only as bits
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # what happens to a layer's input on its way in: path, layer, input
 See = Callable[[str, "_BatchNorm", Tensor], None]
@@ -66,27 +65,29 @@ class Statistics:
                 write(layers[path], self.mean[path], self.var[path])
         except BaseException:
             for buffer, value in before:
-                _copy(buffer, value)
+                write_tensor(buffer, value)
             raise
 
     def are_in(self, layers: dict[str, _BatchNorm]) -> bool:
         """Whether the layers hold exactly these bits."""
         pairs = (zip(buffers(layers[path]), (self.mean[path], self.var[path]), strict=True) for path in self.mean)
-        return all(_same_bits(buffer, value) for pair in pairs for buffer, value in pair)
+        return all(same_bits(buffer, value) for pair in pairs for buffer, value in pair)
 
 
 def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
     """The layers whose statistics may be exchanged, by path.
 
     Frozen layers, and layers in eval mode inside a model in train mode, were told to keep what they have: they do, and
-    go on normalizing by it. Layers without stored statistics have nothing to exchange.
+    go on normalizing by it. Layers of other libraries that never measure a batch were not: their class knows nothing
+    else, so they are among those returned. Layers without stored statistics have nothing to exchange.
 
     Raises:
-        ValueError: If there is none; ``name`` is who asks.
+        ValueError: If there is none, or one's statistics cannot be read here; ``name`` is who asks.
     """
+    layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
     found = {
         path: layer
-        for path, layer in {**batch_norms(model), **live_layers(model)}.items()
+        for path, layer in layers.items()
         if has_stored_statistics(layer) and not isinstance(layer, Frozen) and (layer.training or not model.training)
     }
     if not found:
@@ -94,6 +95,7 @@ def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
             f"{name} needs batch norm layers that store statistics and are not frozen, got {type(model).__name__} "
             f"without one. Unfreeze its layers, or use the model before they are folded.{unreached(model)}"
         )
+    require(statistics_of(found), name)
     return found
 
 
@@ -116,8 +118,8 @@ def mixed(layer: tuple[Tensor, Tensor], weight: float, new: Moments, new_weight:
 def write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     """Store a mean and a variance in a layer, in place."""
     for buffer, value in zip(buffers(layer), (mean, var), strict=True):
-        if not _same_bits(buffer, value):
-            _copy(buffer, value)
+        if not same_bits(buffer, value):
+            write_tensor(buffer, value)
 
 
 @contextmanager
@@ -136,14 +138,3 @@ def seeing(layers: dict[str, _BatchNorm], see: See) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _copy(buffer: Tensor, value: Tensor) -> None:
-    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-        buffer.copy_(value)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
-        return False
-    return torch.equal(a.view(_BITS[a.itemsize]), b.view(_BITS[b.itemsize]))

@@ -19,13 +19,16 @@ from batchnorm.foreign import live_layers, out_of_reach, told
 from batchnorm.layers import batch_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from torch import Tensor
     from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _BEFORE = "_requires_grad_before_freeze"
+# the flag was written as False, which is what a frozen layer says of itself: a tool may have put back what it had read
+_READ_BACK = "_training_may_be_read_back"
 
 
 class Frozen(nn.Module):
@@ -41,6 +44,13 @@ class Frozen(nn.Module):
     @training.setter
     def training(self, mode: bool) -> None:
         vars(self)["training"] = mode
+        vars(self)[_READ_BACK] = not mode
+
+    def train(self, mode: bool = True) -> Any:
+        """The layer; its mode is remembered for the time after the freeze."""
+        super().train(mode)
+        vars(self).pop(_READ_BACK, None)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class is made at run time, so pickle and deepcopy get the class that it was made from
@@ -111,26 +121,36 @@ def unfreeze(model: Model) -> Model:
     """The same model, changed in place: ``freeze`` undone, bit for bit.
 
     Classes are as before, ``requires_grad`` of gamma and beta as before ``affine=True``, and each layer is in the
-    mode that was last asked of it. Layers that are not frozen are left as they are.
+    mode that was last asked of it. Where its flag was written as False, which is also what a tool does that puts back
+    what it had read of the frozen layer, it is in the mode of the module that holds it. Layers that are not frozen are
+    left as they are.
     """
-    for layer in reversed(_layers(model).values()):
-        _thaw(layer)
+    layers, around = _layers(model), _holders(model)
+    for path, layer in reversed(layers.items()):
+        _thaw(layer, around.get(path))
     return model
+
+
+def _holders(model: nn.Module) -> dict[str, nn.Module]:
+    """For each module below the model the one that holds it."""
+    known = dict(model.named_modules())
+    return {path: known[path.rpartition(".")[0]] for path in known if path}
 
 
 @contextmanager
 def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
     """The model, frozen inside the block as by ``freeze``; layers that were frozen before it stay frozen after it."""
-    layers = list(_layers(model).values())
-    were_open = [layer for layer in layers if not isinstance(layer, Frozen)]
-    were_free = [layer for layer in layers if _BEFORE not in vars(layer)]
+    layers = _layers(model)
+    were_open = {path: layer for path, layer in layers.items() if not isinstance(layer, Frozen)}
+    were_free = [layer for layer in layers.values() if _BEFORE not in vars(layer)]
     try:
         yield freeze(model, affine)
     finally:
         for layer in reversed(were_free):
             _release_affine(layer)
-        for layer in were_open:
-            _thaw(layer)
+        around = _holders(model)
+        for path, layer in were_open.items():
+            _thaw(layer, around.get(path))
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -149,7 +169,13 @@ def has_stored_statistics(layer: _BatchNorm) -> bool:
     return not any(buffer is None or is_lazy(buffer) for buffer in found)
 
 
-def _thaw(layer: _BatchNorm) -> None:
+def statistics_of(layers: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """The running means and variances of layers, by their names in a state_dict."""
+    names = ("running_mean", "running_var")
+    return {f"{path}.{name}".lstrip("."): getattr(layer, name) for path, layer in layers.items() for name in names}
+
+
+def _thaw(layer: _BatchNorm, holder: nn.Module | None) -> None:
     if isinstance(layer, Frozen):
         if Frozen not in type(layer).__bases__:
             raise RuntimeError(
@@ -157,6 +183,8 @@ def _thaw(layer: _BatchNorm) -> None:
                 "Undo first what was done to the layer since, such as a parametrization."
             )
         layer.__class__ = _thawed_class(type(layer))
+        if vars(layer).pop(_READ_BACK, False) and holder is not None:
+            layer.training = holder.training
     _release_affine(layer)
 
 

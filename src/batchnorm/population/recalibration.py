@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from batchnorm.foreign import live_layers, unreached
+from batchnorm.foreign import live_layers, out_of_reach, told, unreached
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
-from batchnorm.population.freezing import Frozen, has_stored_statistics
+from batchnorm.population.freezing import Frozen, has_stored_statistics, statistics_of
 from batchnorm.population.modes import to_eval
 from batchnorm.population.rows import settle
 from batchnorm.population.sharding import is_sharded
 from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.population.tensors import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -93,12 +94,14 @@ def recalibrate(
     Raises:
         TypeError: If ``loader`` is not an iterable of batches.
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
-            buffer's dtype, ``max_examples`` is below 1 or cannot be counted, or a second pass over ``loader`` gives
-            another number of batches.
+            buffer's dtype, ``max_examples`` is below 1 or cannot be counted, a second pass over ``loader`` gives
+            another number of batches, or stored statistics cannot be read here (sharded, given back, on the meta
+            device).
 
     Warns:
-        RuntimeWarning: By path, about layers that no forward reached (they keep their statistics) and about
-            batches with NaN or infinity (left out, as a whole, for the affected channels).
+        RuntimeWarning: By path, about layers that no forward reached (they keep their statistics), about batch norm
+            that is no layer (scripted, exported, called as a function), and about batches with NaN or infinity (left
+            out, as a whole, for the affected channels). Where there is no layer to measure, about that and why.
 
     Example:
         >>> import torch
@@ -113,12 +116,13 @@ def recalibrate(
     if not layers:
         _warn_of_nothing(model)
         return {}
+    require(statistics_of(layers), "recalibrate")
     with preserve_state(model), torch.no_grad(), uncompiled():
         to_eval(model)
         settle(batches, model, forward)
         run = partial(_run, model, layers, batches, forward or call)
         gauges = _layer_by_layer(run, layers, may_end=not is_sharded(model)) if exact else _all_at_once(run, layers)
-    _report(layers, gauges)
+    _report(model, layers, gauges)
     _store_all({layers[path]: gauge for path, gauge in gauges.items()})
     return {path: gauge.moments for path, gauge in gauges.items()}
 
@@ -295,7 +299,7 @@ def _warn_of_nothing(model: nn.Module) -> None:
     )
 
 
-def _report(layers: dict[str, _BatchNorm], gauges: dict[str, _Gauge]) -> None:
+def _report(model: nn.Module, layers: dict[str, _BatchNorm], gauges: dict[str, _Gauge]) -> None:
     missed = [path for path in layers if path not in gauges]
     if missed:
         warnings.warn(
@@ -304,6 +308,8 @@ def _report(layers: dict[str, _BatchNorm], gauges: dict[str, _Gauge]) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+    if apart := out_of_reach(model):
+        warnings.warn(f"recalibrate did not reach all batch norm: {told(apart)}.", RuntimeWarning, stacklevel=3)
     poisoned = [
         f"{path!r} (inputs: {gauge.poisoned}, channels: {int(gauge.channels.sum())} of {gauge.channels.numel()})"
         for path, gauge in gauges.items()

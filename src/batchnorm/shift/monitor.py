@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from batchnorm.foreign import layers_of_others, unreached
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.batches import Batches, examples_in
-from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.tensors import require
 from batchnorm.shift.passes import passes
 from batchnorm.shift.reference import Reference
 from batchnorm.shift.state import State
@@ -333,6 +334,7 @@ def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
             f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without one. "
             f"Monitor the model before its layers are folded.{unreached(model)}"
         )
+    require(statistics_of(found), "ShiftMonitor")
     return found
 
 
