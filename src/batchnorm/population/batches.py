@@ -111,8 +111,11 @@ def _tensors_of_object(value: Any, depth: int = _DEEPEST) -> list[Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where a model's first tensor is; None for a model without any."""
-    first = next(chain(model.parameters(), model.buffers()), None)
+    """Where a model's first tensor with memory is; None for a model without any.
+
+    Parameters on the meta device are fetched when they are needed (offloading), by hooks that move inputs too.
+    """
+    first = next((t for t in chain(model.parameters(), model.buffers()) if not t.is_meta), None)
     return None if first is None else first.device
 
 

@@ -34,7 +34,7 @@ def absence(tensor: Tensor) -> str:
     if _is_fake(tensor):
         return "is fake and has no numbers. Use a model outside of FakeTensorMode"
     if tensor.is_meta:
-        return "is on the meta device and has no numbers. Load its values first"
+        return "is on the meta device and has no numbers. Load its values first, or offload without buffers"
     if _is_distributed(tensor):
         return "" if _is_whole_here(tensor) else f"is sharded over ranks. {_GATHER}"
     if _is_made_of_others(tensor):
