@@ -353,3 +353,16 @@ def test_what_a_model_is_given_is_told_by_its_signature():
 def test_tensors_that_share_no_first_axis_have_no_rows():
     assert why_without_rows({"nodes": x(), "edges": torch.zeros(2, 90)}) == "the first axes have the sizes 40, 2"
     assert why_without_rows({"nodes": x(), "scale": torch.tensor(1.0), "name": "a"}) == ""
+
+
+@pytest.mark.parametrize(
+    "kind", ["graph of neighbours", "graph of edges", "object of graphs", "two inputs"], indirect=True
+)
+def test_a_monitor_shows_a_compiled_model_no_part_of_what_cannot_be_cut(kind):
+    net, batches, _ = kind
+    compiled = torch.compile(net, backend="eager")
+    monitor = bn.ShiftMonitor(compiled, budget=None)
+    with monitor, torch.no_grad():
+        for batch in batches:
+            call(compiled, own(batch))
+    assert monitor.stream.evidence.observations >= len(batches)
