@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from batchnorm import recalibrate
-from batchnorm.population.batches import Batches
+from batchnorm.population.batches import Batches, device_of
 
 Pair = namedtuple("Pair", "x y")
 
@@ -148,11 +148,12 @@ def test_batches_are_moved_to_the_model_or_to_a_device_that_is_named():
         seen.append((batch["x"].device.type, batch["deep"][0].device.type, batch["label"]))
 
     batch = {"x": X, "deep": [X], "label": "cat"}
-    net = nn.Sequential(nn.BatchNorm1d(2)).to("meta")
-    for device in (None, "cpu"):
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    for device in (None, "meta"):
         with pytest.warns(RuntimeWarning, match="no forward reached '0'"):
             recalibrate(net, [batch], forward=forward, device=device)
-    assert seen == [("meta", "meta", "cat"), ("cpu", "cpu", "cat")]
+    assert seen == [("cpu", "cpu", "cat"), ("meta", "meta", "cat")]
+    assert device_of(net.to("meta")) == torch.device("meta")
     assert batch["x"] is X
 
 
@@ -286,3 +287,10 @@ def test_sparse_batches_are_cut():
     net = Dense(nn.BatchNorm1d(2))
     recalibrate(net, [X.to_sparse()], 2)
     assert net[0].running_mean.tolist() == [1.5, 0]
+
+
+@pytest.mark.parametrize("loader", [{"x": X}, "path", b"path"])
+def test_one_batch_in_the_place_of_a_loader_is_refused(loader):
+    message = rf"^recalibrate needs an iterable of batches, got {type(loader).__name__}\. Pass a DataLoader, or a list"
+    with pytest.raises(TypeError, match=message):
+        recalibrate(two_layers(), loader)

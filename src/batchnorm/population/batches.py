@@ -115,8 +115,8 @@ def device_of(model: nn.Module) -> torch.device | None:
 
     Parameters on the meta device are fetched when they are needed (offloading), by hooks that move inputs too.
     """
-    first = next((t for t in chain(model.parameters(), model.buffers()) if not t.is_meta), None)
-    return None if first is None else first.device
+    devices = list(dict.fromkeys(t.device for t in chain(model.parameters(), model.buffers())))
+    return next((device for device in devices if device.type != "meta"), next(iter(devices), None))
 
 
 def on_device_of(model: nn.Module, batch: Any, most: int | None = None) -> Any:
@@ -152,7 +152,7 @@ class Batches:
         self.who = who
         if max_examples is not None and max_examples < 1:
             raise ValueError(f"{who} needs max_examples of 1 or more, got {max_examples}. Use None for all.")
-        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        if isinstance(loader, (Tensor, Mapping, str, bytes)) or not isinstance(loader, Iterable):
             raise TypeError(
                 f"{who} needs an iterable of batches, got {type(loader).__name__}. "
                 "Pass a DataLoader, or a list of batches: [x]."
