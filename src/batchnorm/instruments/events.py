@@ -97,6 +97,20 @@ class Events:
             return True
         return False
 
+    def of_passes(self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Iterator[Event]:
+        """Layers with several passes in a step that could not be told apart, so that their noise is not known; once."""
+        rows = zip(layers, values.get("noise", ()), values.get("staleness", ()), strict=False)
+        mixed = [layer for layer, noise, staleness in rows if noise is None and staleness is not None]
+        if mixed and ("passes", "") not in self._on:
+            self._on.add(("passes", ""))
+            others = f"; {len(mixed) - 1} more layers likewise" if len(mixed) > 1 else ""
+            yield Event(
+                "several passes in a step, which could not be told apart as in a model that was compiled elsewhere: "
+                "noise, m_eff, dropout and gap are not measured. Give watch the compiled model that the training "
+                f"calls{others}",
+                mixed[0],
+            )
+
     def of_updates(self, updating: Mapping[str, bool]) -> Iterator[Event]:
         """Layers whose statistics stopped or started to move between two looks."""
         for layer, moves in updating.items():

@@ -1,7 +1,8 @@
 """The free tier: how noisy batches are and how well stored statistics follow them, from running averages alone.
 
-A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``).
-Second differences leave out a drift that is even within the window:
+A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``), or
+as many for every pass of a step (``readings``): noise, M_eff and dropout are of single passes, staleness is of whole
+steps. Second differences leave out a drift that is even within the window:
 
     Var(mu_B)        = mean (m_(i+1) - 2 m_i + m_(i-1))^2 / 6 / share,      Var(log s_B^2) likewise from log v_i
     noise power      = Var(mu_B) / s^2 + Var(log s_B^2) / 4     [ (kappa + 3) / (4 M) for M independent values ]
@@ -21,13 +22,15 @@ M_eff can be many times the number of values, and the noise small. That is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import final
 
 import torch
 from torch import Tensor
 
-from batchnorm.instruments.snapshots import Layers, Snapshot, updates
+from batchnorm.instruments.passes import End
+from batchnorm.instruments.readings import Places, Readings, readings
+from batchnorm.instruments.snapshots import Layers, Snapshot, Updates
 
 LEAST = 4  # snapshots: three steps have one second difference
 # a channel is left out when more than this share of its measured variance may be rounding of the stored mean
@@ -39,8 +42,9 @@ _ROUNDED = 0.1
 class Window:
     """What W consecutive training steps say of every layer; all (layers,), NaN where nothing could be measured.
 
-    A layer is measured if every step updated its statistics, by a momentum above 0. Channels without variance are
-    left out. Several forward passes in a step are counted for what they are, a mean of several batches.
+    A layer is measured if three steps or more updated its statistics, by a momentum above 0. Channels without variance
+    are left out. Of several passes in a step each is compared with the same pass of other steps, so that a batch that
+    passes twice counts once, and four micro-batches count as four.
 
     Args:
         noise: Noise power of normalization by a batch's own statistics, as a share of the output's variance.
@@ -49,6 +53,7 @@ class Window:
         staleness: Distance of the stored mean from the batches', in standard errors, rms over channels.
         staleness_var: The same for the log of the variance.
         gap: Difference of outputs between batch and stored statistics, rms, in sd of the eval output.
+        wander: Noise power of independent batches that would move the averages as much as these did.
     """
 
     noise: Tensor
@@ -57,34 +62,89 @@ class Window:
     staleness: Tensor
     staleness_var: Tensor
     gap: Tensor
+    wander: Tensor
 
     @classmethod
-    def of(cls, snapshots: Sequence[Snapshot], layers: Layers) -> Window:
-        """Read a window of W + 1 snapshots that were taken after consecutive steps; W is at least 3."""
-        if len(snapshots) < LEAST:
-            raise ValueError(f"a window needs {LEAST} snapshots or more, got {len(snapshots)}. Take more steps.")
-        snapshots = [snapshot.cpu() for snapshot in snapshots]
-        seen = updates(snapshots, layers)
-        var = seen.var.mean(0)  # (channels,)
-        of_mean = _variance_of_neighbours(seen.mean, layers.each(seen.share))
-        of_log = _variance_of_neighbours(seen.var.log(), layers.each(seen.share))
-        counted = layers.each(seen.measurable) & (var > 0) & of_log.isfinite() & of_mean.isfinite()
-        counted &= seen.rounding.square().mean(0) <= _ROUNDED * of_mean
-        mean_noise = layers.mean(of_mean / var, counted)
-        log_noise = layers.mean(of_log, counted)
-        noise = mean_noise + log_noise / 4
-        first = snapshots[0]
-        lag = layers.mean((first.mean - seen.mean.mean(0)).square() / var, counted)
-        log_lag = layers.mean((first.var.log() - var.log()).square(), counted)
-        ema = _ema_noise(first, layers) + seen.share.mean(0) / len(seen.mean)
-        return cls(
-            noise=noise,
-            m_eff=1 / mean_noise,
-            dropout=noise / (1 + noise),
-            staleness=(lag / (mean_noise * ema)).sqrt(),
-            staleness_var=(log_lag / (log_noise * ema)).sqrt(),
-            gap=_gap(snapshots, seen.mean, seen.var, counted, layers),
-        )
+    def of(cls, window: Sequence[Snapshot] | Sequence[End], layers: Layers) -> Window:
+        """Read a window of W + 1 copies that were taken after consecutive steps; W is at least 3.
+
+        Of plain snapshots the passes of a step are taken for independent ones. Of ends of steps they are compared as
+        they are, and what they could not be told apart for is NaN.
+        """
+        if len(window) < LEAST:
+            raise ValueError(f"a window needs {LEAST} snapshots or more, got {len(window)}. Take more steps.")
+        ends = [(end if isinstance(end, End) else End.alone(end)).cpu() for end in window]
+        independent = isinstance(window[0], Snapshot)
+        found = cls(*(torch.full((len(layers.names),), torch.nan, dtype=torch.float64) for _ in fields(cls)))
+        for group in readings(ends, layers, LEAST - 1):
+            part = _of_group(group, independent)
+            for field in fields(cls):
+                getattr(found, field.name)[list(group.indices)] = getattr(part, field.name)
+        return found
+
+
+def _of_group(group: Readings, independent: bool) -> Window:
+    """The window of layers that were updated in the same steps."""
+    layers, steps, first = group.layers, group.steps, group.ends[0]
+    whole = _spread(steps, [list(range(len(steps.mean)))], layers)
+    passes = _spread_of_passes(group) or (whole if independent else None)
+    var, counted = whole.var, whole.counted
+    lag = layers.mean((first.mean - steps.mean.mean(0)).square() / var, counted)
+    log_lag = layers.mean((first.var.log() - var.log()).square(), counted)
+    ema = _ema_noise(first, layers) + steps.share.mean(0) / len(steps.mean)
+    unknown = torch.full_like(whole.of_mean, torch.nan)
+    noise = unknown if passes is None else passes.noise
+    return Window(
+        noise=noise,
+        m_eff=unknown if passes is None else 1 / passes.of_mean,
+        dropout=noise / (1 + noise),
+        staleness=(lag / (whole.of_mean * ema)).sqrt(),
+        staleness_var=(log_lag / (whole.of_log * ema)).sqrt(),
+        gap=unknown if passes is None else _gap(group, counted),
+        wander=whole.noise,
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spread:
+    """How far readings of one kind differ, in units of ``var``: (layers,), ``var`` and ``counted`` (channels,)."""
+
+    of_mean: Tensor
+    of_log: Tensor
+    var: Tensor
+    counted: Tensor
+
+    @property
+    def noise(self) -> Tensor:
+        return self.of_mean + self.of_log / 4
+
+
+def _spread_of_passes(group: Readings) -> _Spread | None:
+    """Of single passes, aligned as they differ least: what is compared with its like differs by noise alone."""
+    if group.passes is None:
+        return None
+    first, *others = (_spread(group.passes, places, group.layers) for places in group.places)
+    for other in others:
+        nearer = other.of_mean < first.of_mean
+        first = _Spread(*(
+            torch.where(group.layers.each(nearer) if name in {"var", "counted"} else nearer, b, a)
+            for name, a, b in ((f.name, getattr(first, f.name), getattr(other, f.name)) for f in fields(_Spread))
+        ))  # fmt: skip
+    return first
+
+
+def _spread(seen: Updates, places: Places, layers: Layers) -> _Spread:
+    """Of readings at some places, each compared with its neighbours in a place's order."""
+    var = torch.cat([seen.var[place] for place in places]).mean(0)  # (channels,)
+    share = layers.each(seen.share)
+    of_mean, of_log = (
+        torch.cat([_curves(values[place], share[place]) for place in places]).mean(0)
+        for values in (seen.mean, seen.var.log())
+    )
+    counted = layers.each(seen.measurable) & (var > 0) & of_log.isfinite() & of_mean.isfinite()
+    counted &= seen.rounding.square().mean(0) <= _ROUNDED * of_mean
+    return _Spread(layers.mean(of_mean / var, counted), layers.mean(of_log, counted), var, counted)
 
 
 def shift(before: Snapshot, after: Snapshot, layers: Layers) -> Tensor:
@@ -109,10 +169,10 @@ def shift_floor(before: Snapshot, after: Snapshot, layers: Layers, noise: Tensor
     return (2 * momentum / (2 - momentum) * (1 - (1 - momentum) ** passes) * noise).sqrt()
 
 
-def _variance_of_neighbours(values: Tensor, share: Tensor) -> Tensor:
-    """Variance of independent values around an even drift: (W, channels) -> (channels,)."""
+def _curves(values: Tensor, share: Tensor) -> Tensor:
+    """Variance of independent values around an even drift, by each second difference: (T, channels)."""
     curve = values[2:] - 2 * values[1:-1] + values[:-2]
-    return (curve.square() / (share[2:] + 4 * share[1:-1] + share[:-2])).mean(0)
+    return curve.square() / (share[2:] + 4 * share[1:-1] + share[:-2])
 
 
 def _ema_noise(snapshot: Snapshot, layers: Layers) -> Tensor:
@@ -121,9 +181,11 @@ def _ema_noise(snapshot: Snapshot, layers: Layers) -> Tensor:
     return torch.where(momentum.isnan(), 1 / snapshot.updates.double(), momentum / (2 - momentum))
 
 
-def _gap(snapshots: Sequence[Snapshot], mean: Tensor, var: Tensor, counted: Tensor, layers: Layers) -> Tensor:
+def _gap(group: Readings, counted: Tensor) -> Tensor:
     """Rms difference of outputs by a batch's statistics and by those stored before it, in sd of the latter."""
-    stored_mean, stored_var = (torch.stack([getattr(s, name) for s in snapshots[:-1]]) for name in ("mean", "var"))
+    layers, seen, moments = group.layers, group.passes or group.steps, group.moments if group.passes else group.ends
+    mean, var = seen.mean, seen.var
+    stored_mean, stored_var = (torch.stack([getattr(s, name) for s in moments[:-1]]) for name in ("mean", "var"))
     eps = layers.each(layers.numbers("eps", torch.nan))
     by_batch, by_stored = (var + eps).rsqrt(), (stored_var + eps).rsqrt()  # (W, channels)
     gain = layers.affine()[0].square()

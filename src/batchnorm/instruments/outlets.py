@@ -39,6 +39,11 @@ class Outlets:
         self._writer: Writer | None = None
         self._noted: dict[str, tuple[Any, int]] = {}  # sums of the user's numbers
 
+    @property
+    def has_log(self) -> bool:
+        """Whether somebody can read what happened."""
+        return self._writer is not None
+
     def open(self, layers: Layers, about: Mapping[str, Any]) -> int | None:
         """Open the log; the steps that it has already, None without a log."""
         if self._log is None:

@@ -8,7 +8,8 @@ is the weighted mean of the n batches' means (for n = 1: mu_B itself), whose var
 
     share = a (1 + k) / ((2 - a) (1 - k))
 
-times that of one mean. With ``momentum=None`` the average of c batches becomes one of c + n: k = c / (c + n), and
+times that of one mean if the n batches are independent; where they are not, each pass is read by itself (``passes``).
+With ``momentum=None`` the average of c batches becomes one of c + n: k = c / (c + n), and
 share = 1 / n. What is stored as running_var are unbiased variances, so unbiased ones are read back.
 """
 
@@ -26,7 +27,7 @@ from batchnorm.population.tensors import whole
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
-_STORED = ("running_mean", "running_var", "num_batches_tracked")
+STORED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @final
@@ -56,6 +57,13 @@ class Layers:
     def median(self, values: Tensor) -> Tensor:
         """Median over each layer's channels: (channels,) -> (layers,)."""
         return torch.stack([part.median() for part in values.split(self.sizes)])
+
+    def part(self, indices: Sequence[int]) -> tuple[Layers, Tensor]:
+        """Some of the layers, and where their channels are in the long vector."""
+        found = Layers({self.names[i]: self.layers[i] for i in indices})
+        chosen = torch.zeros(len(self.names), dtype=torch.bool)
+        chosen[list(indices)] = True
+        return found, chosen[self.of_channel].nonzero().flatten()
 
     def each(self, of_layer: Tensor) -> Tensor:
         """A layer's number for each of its channels: (..., layers) -> (..., channels)."""
@@ -98,8 +106,12 @@ class Snapshot:
     def of(cls, layers: Layers) -> Snapshot:
         """What the layers store just now, copied. Their devices are left to work: nothing waits for them."""
         found = [layer._buffers for layer in layers.layers]  # nn.Module's own look-up takes as long as the copy
-        means, variances, counts = ([held.get(name) for held in found] for name in _STORED)
-        return cls(_joined(means, layers.sizes), _joined(variances, layers.sizes), _counts(counts))
+        means, variances, counts = ([held.get(name) for held in found] for name in STORED)
+        return cls(joined(means, layers.sizes), joined(variances, layers.sizes), _counts(counts))
+
+    def part(self, layers: Sequence[int], channels: Tensor) -> Snapshot:
+        """Some of the layers, with the places of their channels."""
+        return Snapshot(self.mean[channels], self.var[channels], self.updates[list(layers)])
 
     def cpu(self) -> Snapshot:
         """The snapshot in float64 on the CPU."""
@@ -114,7 +126,7 @@ class Updates:
     Args:
         mean: Weighted mean of the step's batch means, (W, channels).
         var: The same of the unbiased batch variances, (W, channels).
-        share: Variance of ``mean`` over that of one batch's, (W, layers).
+        share: Variance of ``mean`` over that of one batch's if batches are independent, (W, layers).
         passes: Forward passes in train mode in each step, (W, layers).
         rounding: Standard deviation of what rounding of the stored mean adds to ``mean``, (W, channels).
     """
@@ -146,7 +158,8 @@ def updates(snapshots: Sequence[Snapshot], layers: Layers) -> Updates:
     return Updates(read[0], read[1], share, passes, rounding)
 
 
-def _joined(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+def joined(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
+    """One vector of the parts, in float32 or wider, on the device of the first; NaN for a missing one."""
     known = [part for part in parts if part is not None]
     whole = [torch.full((n,), torch.nan) if part is None else part for part, n in zip(parts, sizes, strict=True)]
     device = known[0].device if known else whole[0].device

@@ -1,9 +1,9 @@
 """watch: what batch norm does while a model trains, measured at a cost that lets one leave it on.
 
-The clock is the optimizer: after each of its steps the running averages are all there, and a few copies of them say
-what the batches looked like. No module is hooked for that, so it works on compiled models, under AMP, with gradients
-accumulated over several passes and with layers of torch.nn and ours alike. At longer intervals a fixed probe batch
-passes through the model. Neither leaves a trace in the model: trained weights are the same, bit for bit.
+The clock is the model's optimizers (``steps``): after a step the running averages are all there, and a few copies of
+them say what the batches looked like, in compiled models, under AMP, and with layers of torch.nn and ours alike. Where
+a step has several passes, copies are taken between them as well (``passes``). At longer intervals a fixed probe batch
+passes through the model. None of it leaves a trace in the model: trained weights are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm.instruments.census import census
 from batchnorm.instruments.events import Events
 from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
 from batchnorm.instruments.outlets import Outlets, Sink
+from batchnorm.instruments.passes import End, Hook, Passes
 from batchnorm.instruments.probing import Probe, View, with_shape
 from batchnorm.instruments.schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
+from batchnorm.instruments.steps import Steps
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.batches import Batches, call, on_device_of
-from batchnorm.record import Record
+from batchnorm.record import QUANTITIES, Record
 
 if TYPE_CHECKING:
     import os
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
     from batchnorm.instruments.probing import Loss
 
 WINDOW = 8  # steps of one look: 6 second differences, pooled over channels
+_LONGEST = 4 * WINDOW  # where a layer is not updated in every step
 PROBE_EXAMPLES = 64
 _PROBE_EVERY = 2  # looks
 _PROBE_SECONDS = 0.003  # a layer, beside the two passes; only the first probe is planned by it
 _KEPT = 256  # records in memory
 _PULSE = 1.0  # seconds between progress lines
+_FOREIGN = 100  # steps of others' optimizers without one of the model's: no alternation of two trainings has so many
 
 
 def watch(
@@ -57,15 +61,18 @@ def watch(
 ) -> Watch:
     """A block in which the training of ``model`` is measured; what it trains to is the same, bit for bit.
 
-    Steps are those of the first torch.optim optimizer that has one of the model's parameters; without one call
-    ``run.step()`` after each step. Looks are ``every`` steps apart, closer at the start, and further where they
-    would take more than ``budget`` of the time of training. Two tiers are measured:
+    Steps are those of every torch.optim optimizer that has one of the model's parameters, and those that share the
+    parameters of one backward pass take one together; without any call ``run.step()`` after each step. Looks are
+    ``every`` steps apart, closer at the start, and further where they would take more than ``budget`` of the time
+    of training. Two tiers are measured:
 
     - free, from the running averages after ``WINDOW`` consecutive steps: batch noise, effective batch, equivalent
       dropout, staleness of stored statistics, stored against batch, shift, gamma and beta, dead channels;
     - probe, every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode.
 
-    A layer whose statistics do not move (frozen, momentum 0, unused) has None for what could not be measured.
+    A layer whose statistics do not move (frozen, momentum 0, unused) has None for what could not be measured. Where a
+    step has several passes, each is compared with the same pass of other steps; a compiled model that is not the one
+    given here has None for noise then, and an event that says so.
     An error of the measuring itself ends it with a RuntimeWarning; the training goes on. Under torch.distributed
     only rank 0 measures: its own batches with plain batch norm, all ranks' with SyncBatchNorm.
 
@@ -124,8 +131,13 @@ class Watch:
         self._probe = self._made_probe(probe, loss)
         self._captures = probe is None
         self._layers: Layers | None = None
-        self._clock: int | None = None  # id of the optimizer whose steps count
-        self._window: list[Snapshot] = []
+        self._steps: Steps | None = None
+        self._by_hand = False  # steps are counted by run.step()
+        self._foreign = 0  # steps of optimizers without our parameters since the last of ours
+        self._passes: Passes | None = None
+        self._window: list[End] = []
+        self._since: int | None = None  # steps since a look was due; None while none is
+        self._began = 0  # steps that were counted before
         self._last: tuple[int, Snapshot] | None = None  # the last look's step and end
         self._view: tuple[int, View] | None = None
         self._looks, self._next_probe = 0, 1
@@ -147,9 +159,11 @@ class Watch:
         self._on = True
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
             self._begin()  # a log that cannot be written is told before the training, not after its first step
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
-        if self._captures:
-            self._handles.append(self._outer.register_forward_pre_hook(self._capture, with_kwargs=True))
+        self._by_hand, self._foreign = False, 0
+        self._steps = Steps(self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign)
+        self._steps.on()
+        if self._captures and self._probe is None:
+            self._handles.append(self._outer.register_forward_pre_hook(Hook(self._capture), with_kwargs=True))
         return self
 
     def stop(self, reason: str = "finished") -> None:
@@ -157,11 +171,21 @@ class Watch:
         if not self._on:
             return
         self._guarded(self._finish)
-        if not self.steps:
-            _warn(
-                "watch saw no step of an optimizer. Call run.step() after each step if no torch.optim one takes them."
-            )
+        if self.steps == self._began:
+            _warn(self._without_steps())
         self._release(reason)
+
+    def _without_steps(self) -> str:
+        remedy = (
+            "Call run.step() after each step if no torch.optim one takes them, or one inside of a compiled function."
+        )
+        if not self._foreign:
+            return f"watch saw no step of an optimizer. {remedy}"
+        return (
+            f"watch saw no step of an optimizer that holds one of the model's parameters, and "
+            f"{_counted(self._foreign, 'step')} of others. Make the optimizer after parameters are replaced, and give "
+            "it model.parameters(). Call run.step() after each step if it trains copies of them."
+        )
 
     @property
     def latest(self) -> Record:
@@ -202,16 +226,29 @@ class Watch:
 
     def step(self) -> None:
         """Count a step that no torch.optim optimizer takes."""
-        self._clock = id(self)  # from now on no optimizer's steps count
+        self._by_hand = True  # from now on no optimizer's steps count
         self._guarded(self._count)
 
     # -- at every step --------------------------------------------------------------------------------------------
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._clock is None and _shares_parameters(optimizer, self._model):
-            self._clock = id(optimizer)
-        if self._clock == id(optimizer):
-            self._guarded(self._count)
+    def _after_step(self, taker: int) -> None:
+        self._foreign = 0
+        if not self._by_hand:
+            self._guarded(lambda: self._count(taker))
+
+    def _after_foreign(self, optimizer: torch.optim.Optimizer) -> None:
+        self._foreign += 1
+        if self._foreign == _FOREIGN and not self._by_hand and self._steps is not None and self._steps.saw_passes():
+            self._guarded(lambda: self._tell_foreign(optimizer))
+
+    def _tell_foreign(self, optimizer: torch.optim.Optimizer) -> None:
+        self._begin()
+        self._outlets.event(
+            self.steps,
+            f"{self._foreign} steps in a row of {type(optimizer).__name__}, which holds none of the model's parameters "
+            "while its statistics move: nothing is measured. If it trains copies of them, or parameters that were "
+            "replaced, call run.step() after each step",
+        )
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Do something that must not disturb the training whatever goes wrong in it."""
@@ -224,28 +261,71 @@ class Watch:
             _warn(f"watch stopped at step {self.steps}: {type(error).__name__}: {error}. The training goes on.")
             self._release(f"stopped by {type(error).__name__}")
 
-    def _count(self) -> None:
+    def _count(self, taker: int = 0) -> None:
         self._begin()
         self.steps += 1
-        if self._schedule.is_due() or self._window:
-            self._window.append(Snapshot.of(self._known))
-        if len(self._window) > WINDOW:
-            self._look()
+        due = self._schedule.is_due()
+        if self._window:
+            self._window.append(End(Snapshot.of(self._known), self._seen.taken(), taker))
+            self._go_on(due=due)
+        elif due:
+            self._open()
+            self._since = 0
         if time.perf_counter() - self._pulse >= _PULSE:
             self._beat()
+
+    def _open(self) -> None:
+        """Begin a window with what is stored now."""
+        if self._steps is not None:
+            self._steps.refresh()
+        self._seen.on()
+        self._window = [End.alone(Snapshot.of(self._known))]
+
+    def _go_on(self, *, due: bool) -> None:
+        """Look if the window is long enough; the first one, open from the start, ends unused if no look can follow."""
+        if self._since is not None:
+            self._since += 1
+            if self._since >= WINDOW and self._is_enough():
+                self._look()
+        elif due:
+            self._since = 0
+        elif self.steps - self._began >= 2 * WINDOW:
+            self._close()
+
+    def _close(self) -> None:
+        self._seen.off()
+        self._window, self._since = [], None
+
+    def _is_enough(self) -> bool:
+        """Whether all layers that were updated at all have been often enough; asked after W, 2 W and 4 W steps."""
+        assert self._since is not None  # noqa: S101 - a look is due
+        if self._since >= _LONGEST:
+            return True
+        if self._since % WINDOW:
+            return False
+        counts = torch.stack([end.snapshot.updates for end in self._window[-self._since - 1 :]]).cpu()
+        moved = (counts.diff(dim=0) > 0).sum(0)
+        return bool(((moved == 0) | (moved >= WINDOW)).all())
 
     @property
     def _known(self) -> Layers:
         assert self._layers is not None  # noqa: S101 - _begin sees to it
         return self._layers
 
+    @property
+    def _seen(self) -> Passes:
+        assert self._passes is not None  # noqa: S101 - _begin sees to it
+        return self._passes
+
     def _begin(self) -> None:
-        """Know the layers, and open the log; lazy layers have a shape from the first pass on."""
+        """Know the layers, open the log and the first window; lazy layers have a shape from the first pass on."""
         if self._layers is not None:
             return
         self._layers = Layers(with_shape(self._model, "watch"))
         steps = self._outlets.open(self._layers, self._about())
-        self.steps = self.steps if steps is None else steps
+        self.steps = self._began = self.steps if steps is None else steps
+        self._passes = Passes(self._outer, self._layers, self._guarded)
+        self._open()
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -271,10 +351,11 @@ class Watch:
         return self._looks >= self._next_probe and not _is_sharded(self._model) and self._schedule.affords("probe")
 
     def _read(self) -> None:
-        window, self._window = [snapshot.cpu() for snapshot in self._window], []
-        seen = Window.of(window, self._known)
-        values = {name: getattr(seen, name) for name in Window.__dataclass_fields__}
-        values |= self._moved(window[-1], seen.noise) | census(self._known, window[-1])
+        ends = [end.cpu() for end in self._window[-max(self._since or 0, WINDOW) - 1 :]]
+        self._close()
+        window, seen = [end.snapshot for end in ends], Window.of(ends, self._known)
+        values = {field.name: getattr(seen, field.name) for field in fields(Window) if field.name in QUANTITIES}
+        values |= self._moved(window[-1], seen.wander) | census(self._known, window[-1])
         record = Record(self.steps, self._known.names, _rows(values), {}, "free", time.time())
         self._keep(record)
         self._tell(window, record)
@@ -307,6 +388,7 @@ class Watch:
         for event in (
             *self._events.of_updates({n: m for n, m, c in zip(names, moves, counts, strict=True) if c}),
             *self._events.of_poison({n: f for n, f, c in zip(names, finite, counts, strict=True) if c}),
+            *self._events.of_passes(names, record.values),
             *self._events.of(names, record.values, early=early),
         ):
             self._outlets.event(self.steps, event.message, event.layer, event.code)
@@ -337,13 +419,15 @@ class Watch:
         with torch.no_grad():
             ((args, kwargs),) = Batches([(args, kwargs)], PROBE_EXAMPLES, None)  # copies, that no step writes into
         self._probe = Probe(lambda model: model(*args, **kwargs), None)
-        self._handles.pop().remove()
+        self._remove_hooks()
 
     def _finish(self) -> None:
         if self._layers is None:
             return
         if len(self._window) >= LEAST:
             self._look()
+        elif self.steps > self._began and self._last is None:
+            self._tell_short()
         if self._captures and self._probe is None and self.steps:
             self._outlets.event(
                 self.steps,
@@ -358,10 +442,28 @@ class Watch:
 
     def _release(self, reason: str) -> None:
         self._on = False
-        while self._handles:
-            self._handles.pop().remove()
+        self._remove_hooks()
+        if self._steps is not None:
+            self._steps.off()
+        if self._passes is not None:
+            self._close()
         self._outlets.close(self.steps, reason, self.cost)
         self._layers = self._last = self._view = None  # a second start opens the log again
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _tell_short(self) -> None:
+        """Say that nothing was measured, in the log, or as a warning where nobody reads one."""
+        steps = self.steps - self._began
+        told = (
+            f"nothing was measured in {_counted(steps, 'step')}: a look takes {LEAST - 1} or more in which statistics "
+            "are updated, and time for it within the budget. Train for longer, or set every= lower or budget= higher"
+        )
+        self._outlets.event(self.steps, told)
+        if not self._outlets.has_log:
+            _warn(f"watch: {told}.")
 
 
 def _rows(values: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
@@ -375,9 +477,8 @@ def _early(layers: Layers) -> float:
     return max((4.6 / momentum for momentum in momenta), default=0.0)
 
 
-def _shares_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    own = {id(parameter) for parameter in model.parameters()}
-    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -37,7 +37,8 @@ class Quantity:
     good: float | None = None
 
 
-_RUNNING = "momentum 0, layers that are used twice in a pass, and passes of ranks that update each on its own."
+_RUNNING = "momentum 0, a batch that several steps in a row are taken on, and ranks that each update on their own."
+_PASSES = "Several passes in a step are compared each with the same pass of other steps: one batch twice counts once."
 
 QUANTITIES: dict[str, Quantity] = {
     "noise": Quantity(
@@ -46,7 +47,7 @@ QUANTITIES: dict[str, Quantity] = {
         "free",
         "Var(mu_B) / s^2 + Var(log s_B^2) / 4, means over channels",
         "The noise that a batch's own statistics add to each normalized value; 1.5 / M for normal values in batches "
-        "of M independent values. It regularizes, like dropout.",
+        "of M independent values. It regularizes, like dropout. " + _PASSES,
         "uneven drift within eight steps; behind another batch norm layer batches are alike: it is small; " + _RUNNING,
         "(kappa + 3) / (4 M): it is the noise itself",
         "Luo et al. 2019, section 3; the moments of a normal sample",
@@ -58,7 +59,7 @@ QUANTITIES: dict[str, Quantity] = {
         "free",
         "s^2 / Var(mu_B)",
         "How many independent values a batch's mean is worth. Far under N x H x W: positions or examples are alike. "
-        "Under the N examples: batches are sorted or correlated.",
+        "Under the N examples: batches are sorted or correlated. " + _PASSES,
         "behind another batch norm layer, which makes batches alike, it can exceed the number of values; " + _RUNNING,
         "relative error about 0.8 / sqrt(C) with C channels",
         "Kish 1965, the design effect",
@@ -77,7 +78,7 @@ QUANTITIES: dict[str, Quantity] = {
         "staleness of the mean",
         "standard errors",
         "free",
-        "rms over channels of (stored - mean of mu_B) / (sd(mu_B) sqrt(a / (2 - a) + 1 / W))",
+        "rms over channels of (stored - mean of mu_B) / (sd(mu_B) sqrt(a / (2 - a) + 1 / W)), by steps",
         "About 1: the stored mean differs from the last W batches by noise alone. Above 4: it lags behind, and eval "
         "mode normalizes by what no batch has any more.",
         "a step that is too long or too short for the momentum is shown as it is: as lag; " + _RUNNING,

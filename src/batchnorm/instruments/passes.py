@@ -1,0 +1,157 @@
+"""Passes: what the running averages were between the forward passes of one step.
+
+After a step with several passes the running averages hold a mean of their batches, and what that mean is worth depends
+on how alike these were: four micro-batches are four draws, two passes of one batch (SAM, activation checkpointing, two
+views, a closure that is evaluated again) are one. So a copy is taken before the second pass of a step and each later
+one, which gives every pass its own statistics back, and a pass is compared with the same pass of other steps alone.
+
+Copies are taken in a layer's forward pre-hook, which runs in a pass of autograd's that computes activations again too.
+Code that is compiled runs past the hooks of what is inside; there the outermost module's own call is the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined
+
+State = tuple[Tensor, Tensor, Tensor]  # running_mean, running_var, num_batches_tracked
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class End:
+    """The end of a step.
+
+    Args:
+        snapshot: What the layers stored then.
+        between: Of each layer what it stored before the second pass of this step and each later one.
+        taker: What stands for the optimizer that took the step.
+    """
+
+    snapshot: Snapshot
+    between: tuple[tuple[State, ...], ...]
+    taker: int = 0
+
+    @classmethod
+    def alone(cls, snapshot: Snapshot) -> End:
+        """One of which no pass was seen."""
+        return cls(snapshot, ((),) * len(snapshot.updates))
+
+    def cpu(self) -> End:
+        """The same in float64 on the CPU."""
+        states = [state for states in self.between for state in states]
+        if not states:
+            return End(self.snapshot.cpu(), self.between, self.taker)
+        sizes = [len(mean) for mean, _, _ in states]
+        means, variances = (joined([state[i] for state in states], sizes).cpu().double() for i in (0, 1))
+        counts = torch.stack([count.to(means.device) for _, _, count in states])
+        rows = iter(zip(means.split(sizes), variances.split(sizes), counts, strict=True))
+        return End(self.snapshot.cpu(), tuple(tuple(next(rows) for _ in each) for each in self.between), self.taker)
+
+
+@final
+class Passes:
+    """The passes of a model while it is on.
+
+    Args:
+        outer: What the training calls, compiled or wrapped or not.
+        layers: Of which states are copied.
+        guarded: Runs what may not disturb the training.
+    """
+
+    def __init__(self, outer: nn.Module, layers: Layers, guarded: Callable[[Callable[[], None]], None]) -> None:
+        self._outer, self._layers, self._guarded = outer, layers, guarded
+        self._calls = [0] * len(layers.names)  # since the last step
+        self._states: list[list[State]] = [[] for _ in layers.names]
+        self._handles: list[Any] = []
+
+    def on(self) -> None:
+        """Begin to see passes; nothing if it has begun."""
+        if self._handles:
+            return
+        if _is_compiled(self._outer):
+            self._handles = [self._outer.register_forward_pre_hook(Hook(self._enter))]
+            return
+        self._handles = [
+            layer.register_forward_pre_hook(Hook(partial(self._pass, index)))
+            for index, layer in enumerate(self._layers.layers)
+        ]
+
+    def off(self) -> None:
+        """See no more of them."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.taken()
+
+    def taken(self) -> tuple[tuple[State, ...], ...]:
+        """What was seen since the last step, which is over."""
+        found = tuple(map(tuple, self._states))
+        self._calls = [0] * len(found)
+        self._states = [[] for _ in found]
+        return found
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        if module.training:
+            for index in range(len(self._calls)):
+                self._note(index)
+
+    def _pass(self, index: int, module: nn.Module, _: Any) -> None:
+        if module is self._layers.layers[index] and module.training:  # a replica of DataParallel is another one
+            self._note(index)
+
+    def _note(self, index: int) -> None:
+        self._calls[index] += 1
+        if self._calls[index] > 1:  # before the first pass it is what it was at the end of the last step
+            self._guarded(partial(self._copy, index))
+
+    def _copy(self, index: int) -> None:
+        held = self._layers.layers[index]._buffers
+        mean, var, count = (held.get(name) for name in STORED)
+        if mean is not None and var is not None and count is not None:
+            with torch.no_grad():
+                self._states[index].append((mean.clone(), var.clone(), count.clone()))
+
+
+@final
+class Hook:
+    """A forward pre-hook that is not seen by compilers, and whose copies in copies of a model do nothing.
+
+    Args:
+        work: Given the module and its arguments; with ``keywords`` the named ones too.
+    """
+
+    def __init__(self, work: Callable[..., None] | None = None) -> None:
+        self._work = work
+
+    def __call__(self, *arguments: Any) -> None:
+        """Do the work, unless a compiler traces the call or a CUDA graph records it."""
+        if torch.compiler.is_compiling() or self._work is None or _is_recorded():
+            return
+        self._work(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """A hook that does nothing: an average of the weights is not what is watched."""
+        return Hook()
+
+    def __getstate__(self) -> dict[str, None]:
+        """What a saved model keeps of it."""
+        return {"_work": None}
+
+
+def _is_recorded() -> bool:
+    return torch.jit.is_tracing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether some of the model is compiled, so far as modules know."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

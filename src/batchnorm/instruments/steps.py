@@ -1,0 +1,115 @@
+"""Steps: which calls of optimizers are a step of a model.
+
+Every torch.optim optimizer that holds one of the model's parameters counts, also one that is made in mid-training. A
+call inside of another optimizer's (``super().step()``, SAM over its base, a wrapper over several) is part of that one.
+Optimizers that share the parameters of one backward pass among them make one step together: what follows a step is the
+next one if it moves a parameter again, or if a pass in train mode came between. An optimizer that steps inside of the
+backward pass is told by its parameters alone, since activation checkpointing has passes there too.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@final
+class Steps:
+    """The steps of a model's optimizers while it is on.
+
+    Args:
+        model: Whose parameters count.
+        layers: Whose stored statistics tell of passes in train mode.
+        taken: Called after each step with the id of the optimizer that took it.
+        foreign: Called after each outermost call of an optimizer that holds none of the model's parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Iterable[_BatchNorm], taken: Callable[[int], None],
+        foreign: Callable[[torch.optim.Optimizer], None],
+    ) -> None:  # fmt: skip
+        self._model, self._layers = model, list(layers)
+        self._taken, self._foreign = taken, foreign
+        self._inner: dict[int, set[int]] = {}  # parameters that calls inside of a thread's present one moved
+        self._own: set[int] = set()
+        self._misses = 0
+        self._moved: set[int] = set()  # parameters since the last step began
+        self._versions = -1
+        self._handles: list[Any] = []
+
+    def on(self) -> None:
+        """Begin to count."""
+        self._handles = [register_optimizer_step_post_hook(self._after)]
+        self.refresh()
+        self._moved, self._versions = set(), -1
+
+    def off(self) -> None:
+        """Count no more."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._inner = {}
+
+    def refresh(self) -> None:
+        """Read again which parameters the model has: they may have been replaced."""
+        self._own = {id(parameter) for parameter in self._model.parameters()}
+
+    def saw_passes(self) -> bool:
+        """Whether statistics were written to since the last step; False where all layers are frozen."""
+        return self._versions != _versions(self._layers)
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a step inside of compiled code leaves no room for us, and is not counted
+            return
+        held = self._held(optimizer) | self._inner.pop(threading.get_ident(), set())
+        if _is_inside_of_another():
+            self._inner[threading.get_ident()] = held
+        elif held:
+            self._end(optimizer, held)
+        else:
+            self._foreign(optimizer)
+
+    def _held(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        """Those of the model's parameters that an optimizer has; the model is read again after 1, 2, 4, ... misses."""
+        theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if theirs.isdisjoint(self._own):
+            self._misses += 1
+            if not self._misses & (self._misses - 1):
+                self.refresh()
+        return theirs & self._own
+
+    def _end(self, optimizer: torch.optim.Optimizer, held: set[int]) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        is_next = not self._moved.isdisjoint(held) or (not in_backward and self.saw_passes())
+        if self._moved and not is_next:  # another part of the same step
+            self._moved |= held
+            return
+        self._moved = held
+        self._misses = 0
+        try:
+            self._taken(id(optimizer))
+        finally:
+            self._versions = _versions(self._layers)  # what was measured wrote to them too
+
+
+def _versions(layers: Iterable[_BatchNorm]) -> int:
+    """How often stored statistics were written to, which the host knows without waiting for a device."""
+    buffers = (buffer for layer in layers for buffer in layer._buffers.values())
+    return sum(buffer._version for buffer in buffers if buffer is not None and not buffer.is_inference())
+
+
+def _is_inside_of_another() -> bool:
+    """Whether the call that a hook is told of was made by another optimizer's, which is told later."""
+    call = sys._getframe(2)  # torch's wrapper of ``step``, one function for all optimizers
+    frame = call.f_back
+    while frame is not None and frame.f_code is not call.f_code:
+        frame = frame.f_back
+    return frame is not None
