@@ -1,10 +1,14 @@
 """watch: the training stays the same, bit for bit, and what it did is in the log."""
 
+import math
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,6 +208,98 @@ def test_noted_values_are_averaged_between_two_lines(tmp_path: Path, monkeypatch
             run.log(loss=torch.tensor(float(i)), accuracy=i / 10)
     (line,) = Log(tmp_path).rows("progress")
     assert line["values"] == {"loss": 1.5, "accuracy": 0.15}
+
+
+class Angry:
+    """A value that cannot be looked at."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("not now")
+
+
+NO_NUMBERS = {
+    "text": "0.5", "list": [1, 2], "nested": {"a": {"b": 1}}, "huge": 10**400, "complex": 1j, "many": torch.ones(2, 3),
+    "imaginary": torch.ones((), dtype=torch.complex64), "array": np.ones(3), "angry": Angry(), "empty": torch.ones(0),
+    "storage_free": torch.ones((), device="meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_is_left_out_and_told_once(name: str, tmp_path: Path) -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = bn.watch(model, log=tmp_path, probe=False)
+    with run:
+        for i, batch in enumerate(batches(4)):
+            plain(model, optimizer, batch, i)
+            run.log(loss=1.0, nothing=None, **{name: NO_NUMBERS[name]})
+    (line,) = Log(tmp_path).rows("progress")
+    assert line["values"] == {"loss": 1.0}
+    (event,) = (e for e in Log(tmp_path).rows("event") if "no single number" in e["message"])
+    assert f": {name} (" in event["message"]
+    run = bn.watch(model, probe=False).start()
+    for i, batch in enumerate(batches(4)):
+        plain(model, optimizer, batch, i)
+        run.log({name: NO_NUMBERS[name]})
+    with pytest.warns(RuntimeWarning, match=rf"no single number: {name} \("):
+        run.stop()
+
+
+def test_numbers_of_every_kind_are_averaged(tmp_path: Path) -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    given = {
+        "bool": True, "numpy": np.float32(2), "integer": np.int64(3), "array": np.ones(1),
+        "half": torch.tensor(60000.0).half(),
+        "flag": torch.tensor(True), "one": torch.full((1, 1), 4.0), "graph": torch.ones((), requires_grad=True),
+        "fraction": Fraction(1, 2), "decimal": Decimal("0.25"), "nan": math.nan, "infinite": -math.inf, "none": None,
+    }  # fmt: skip
+    expected = {
+        "bool": 1, "numpy": 2, "integer": 3, "array": 1, "half": 60000, "flag": 1, "one": 4, "graph": 1,
+        "fraction": 0.5, "decimal": 0.25, "nan": None, "infinite": None,
+    }  # fmt: skip
+    with bn.watch(model, log=tmp_path, probe=False) as run:
+        for i, batch in enumerate(batches(4)):
+            plain(model, optimizer, batch, i)
+            run.log(given, loss=float(i))
+            run.lab({"share": {"bn2": "much", "bn1": np.float64(1)}}, text="x", fine=2)
+    (line,) = Log(tmp_path).rows("progress")
+    assert line["values"] == {**expected, "loss": 1.5}
+    assert not [event for event in Log(tmp_path).rows("event") if "no single number" in event["message"]]
+    row = Log(tmp_path).rows("lab")[-1]
+    assert (row["values"], row["model"]) == ({"share": [1, None]}, {"text": None, "fine": 2})
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set for workers."""
+
+    def __len__(self) -> int:
+        return 512
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((3, 8, 8), float(index % 7)) + torch.arange(8.0), index % 4
+
+
+def test_a_log_is_continued_while_workers_of_the_first_block_live(tmp_path: Path) -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kept = []
+    for _ in range(2):
+        with bn.watch(model, log=tmp_path, every=10, budget=NO_LIMIT) as run:
+            loader = torch.utils.data.DataLoader(
+                Rows(), 16, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+            )
+            kept.append(loader)
+            for i, batch in enumerate(loader):
+                plain(model, optimizer, batch, i)
+    assert run.steps == 64
+    assert [row["reason"] for row in Log(tmp_path).rows("end")] == ["finished", "finished"]
+
+
+def test_a_log_of_a_model_with_the_same_names_is_not_continued(tmp_path: Path) -> None:
+    trained(plain, made(), steps=4, log=tmp_path, probe=False)
+    with pytest.raises(ValueError, match=r"BatchNorm2d 'bn1' of 8 channels, expected SyncBatchNorm 'bn1' of 8"):
+        trained(plain, made(nn.SyncBatchNorm), steps=4, log=tmp_path, probe=False)
 
 
 def test_a_continued_log_goes_on_counting(tmp_path: Path) -> None:

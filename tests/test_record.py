@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,73 @@ def test_a_log_of_another_model_is_not_continued(writer: Writer, tmp_path: Path)
     with pytest.raises(ValueError, match=r"has the log of another model .* Choose a new folder"):
         Writer(writer.folder, [{"name": "c", "channels": 1}])
     assert Log(writer.folder).count("start") == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"channels": 9}, r"'a\.bn' of 4 channels, expected BatchNorm2d 'a\.bn' of 9 channels"),
+        ({"kind": "BatchNorm1d"}, r"BatchNorm2d 'a\.bn' of 4 channels, expected BatchNorm1d 'a\.bn' of 4 channels"),
+        ({"name": "c.bn"}, r"'a\.bn' of 4 channels, expected BatchNorm2d 'c\.bn' of 4 channels"),
+    ],
+)
+def test_a_log_of_a_model_with_the_same_names_is_not_continued(other: dict, message: str, tmp_path: Path) -> None:
+    layers = [{"name": "a.bn", "channels": 4, "kind": "BatchNorm2d"}]
+    Writer(tmp_path, layers).close()
+    with pytest.raises(ValueError, match=f"the log of another model .*{message}.*Choose a new folder"):
+        Writer(tmp_path, [layers[0] | other])
+    Writer(tmp_path, [{**layers[0], "momentum": 0.01, "eps": 1e-3}]).close()
+    Writer(tmp_path, [{"name": "a.bn", "channels": 4}]).close()  # as logs were before kinds were written
+    with pytest.raises(ValueError, match="1 layers, expected 2"):
+        Writer(tmp_path, LAYERS)
+
+
+def _forked(work: Callable[[], None]) -> int:
+    """A process that was forked, and does some work until it is killed."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_log_can_be_opened_again_while_a_forked_process_lives(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, LAYERS)
+    child = _forked(lambda: None)
+    try:
+        writer.close()
+        Writer(tmp_path, LAYERS).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_neither_writes_nor_unlocks_a_log(tmp_path: Path) -> None:
+    writer, done = Writer(tmp_path, LAYERS), tmp_path / "done"
+
+    def meddle() -> None:
+        writer.event(1, "from the child")
+        writer.end(1, "of the child")
+        done.touch()
+
+    child = _forked(meddle)
+    try:
+        while not done.exists():
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match=r"another process writes to .*, or another watch of this one"):
+            Writer(tmp_path, LAYERS)
+        writer.event(2, "from the parent")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        writer.close()
+    assert [row["message"] for row in Log(tmp_path).rows("event")] == ["from the parent"]
+    assert not Log(tmp_path).rows("end")
 
 
 def test_two_processes_do_not_write_one_log(writer: Writer) -> None:

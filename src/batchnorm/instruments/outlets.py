@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import torch
 from torch import Tensor
 
 from batchnorm.record import Record, Writer
@@ -38,6 +39,7 @@ class Outlets:
         self._log, self._sinks = log, list(sinks)
         self._writer: Writer | None = None
         self._noted: dict[str, tuple[Any, int]] = {}  # sums of the user's numbers
+        self._no_numbers: dict[str, str] = {}  # what else was given, by name
 
     @property
     def has_log(self) -> bool:
@@ -52,11 +54,22 @@ class Outlets:
         return self._writer.step
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:
-        """Take the user's numbers, whose means the next ``progress`` tells; tensors are not waited for."""
+        """Take the user's numbers, whose means the next ``progress`` tells; tensors are not waited for.
+
+        What is no single number is left out: this must not end somebody's training.
+        """
         for name, value in values.items():
-            number = value.detach() if isinstance(value, Tensor) else float(value)
-            total, count = self._noted.get(name, (0.0, 0))
-            self._noted[name] = total + number, count + 1
+            try:
+                total, count = self._noted.get(name, (0.0, 0))
+                self._noted[name] = total + number_of(value), count + 1
+            except Exception:  # noqa: BLE001 - of a value of any kind
+                self._no_numbers.setdefault(name, _kind(value))
+
+    def no_numbers(self) -> dict[str, str]:
+        """Names of what was given and is no number, with its kind, since this was asked last; None is left out."""
+        found = {name: kind for name, kind in self._no_numbers.items() if kind}
+        self._no_numbers = dict.fromkeys(self._no_numbers, "")
+        return found
 
     def record(self, record: Record) -> None:
         """Tell a record to all."""
@@ -71,7 +84,12 @@ class Outlets:
 
     def progress(self, step: int, cost: float) -> None:
         """Tell how far the training is, and what the user noted."""
-        means = {name: float(total) / count for name, (total, count) in self._noted.items()}
+        means = {}
+        for name, (total, count) in self._noted.items():
+            try:
+                means[name] = float(total) / count
+            except Exception:  # noqa: BLE001 - a tensor that can no longer be read
+                self._no_numbers.setdefault(name, _kind(total))
         self._noted = {}
         if self._writer is not None:
             self._writer.progress(step, time.time(), means, cost)
@@ -95,6 +113,31 @@ class Outlets:
             except Exception as error:  # noqa: BLE001 - the log and the training do without it
                 self._sinks.remove(sink)
                 _warn(f"{type(sink).__name__} failed and gets no more numbers: {type(error).__name__}: {error}.")
+
+
+def number_of(value: Any) -> float | Tensor:
+    """A single number in float32 or wider; a tensor stays on its device.
+
+    Raises:
+        TypeError: If it is none.
+        Exception: What else the value raises.
+    """
+    if isinstance(value, (str, bytes)):
+        raise TypeError("a number is expected, got text. Log it elsewhere.")
+    if not isinstance(value, Tensor):
+        return float(value.item() if hasattr(value, "item") else value)  # an array of one
+    if value.is_complex():
+        raise TypeError("a real number is expected, got a complex one. Log its absolute value.")
+    number = value.detach().reshape(())
+    return number if number.dtype == torch.float64 else number.float()
+
+
+def _kind(value: Any) -> str:
+    """What a value that is no number is, in words; "" for None, which stands for no value."""
+    if value is None:
+        return ""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) and shape else "")
 
 
 def _flat(record: Record) -> Iterable[tuple[str, float]]:

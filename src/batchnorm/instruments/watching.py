@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, final
@@ -24,7 +25,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from batchnorm.instruments.census import census
 from batchnorm.instruments.events import Events
 from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
-from batchnorm.instruments.outlets import Outlets, Sink
+from batchnorm.instruments.outlets import Outlets, Sink, number_of
 from batchnorm.instruments.passes import End, Hook, Passes
 from batchnorm.instruments.probing import Probe, View, with_shape
 from batchnorm.instruments.schedule import Schedule
@@ -142,6 +143,7 @@ class Watch:
         self._view: tuple[int, View] | None = None
         self._looks, self._next_probe = 0, 1
         self._events = Events()
+        self._unsaid: list[str] = []  # what there is no log for
         self._pulse = time.perf_counter()
         self._handles: list[Any] = []
         self._on = False
@@ -171,9 +173,12 @@ class Watch:
         if not self._on:
             return
         self._guarded(self._finish)
+        self._guarded(self._tell_left_out)
         if self.steps == self._began:
-            _warn(self._without_steps())
+            self._unsaid.append(self._without_steps())
         self._release(reason)
+        while self._unsaid:
+            _warn(self._unsaid.pop())
 
     def _without_steps(self) -> str:
         remedy = (
@@ -204,12 +209,16 @@ class Watch:
         """Time that looking took, as a share of the time that was left for training."""
         return self._schedule.cost
 
-    def log(self, **values: float | Tensor) -> None:
+    def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Note numbers of this step, such as ``loss=loss``; the log gets their means, once a second at most.
 
-        Tensors are kept where they are and not waited for.
+        Tensors are kept where they are and not waited for. None is left out, as is what is no single number: it is
+        told once, as an event, or by a warning at the end without a log. NaN and infinity are null in the log.
         """
-        self._outlets.note(values)
+        given = dict(values) if isinstance(values, Mapping) else {} if values is None else {"values": values}
+        self._outlets.note({**{str(name): value for name, value in given.items()}, **more})
+        if self._outlets.has_log:
+            self._guarded(self._tell_left_out)
 
     def lab(self, values: Mapping[str, Mapping[str, float]] | None = None, **model: float) -> None:
         """Note what was measured on demand at this step: numbers of layers by quantity and layer, and of the model.
@@ -221,8 +230,9 @@ class Watch:
     def _of_lab(self, values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]) -> Record:
         self._begin()
         names = self._known.names
-        rows = {name: [row.get(layer) for layer in names] for name, row in values.items()}
-        return Record(self.steps, names, rows, dict(model), "lab", time.time())
+        rows = {name: [_plain(row.get(layer)) for layer in names] for name, row in values.items()}
+        numbers = {name: _plain(value) for name, value in model.items()}
+        return Record(self.steps, names, rows, numbers, "lab", time.time())
 
     def step(self) -> None:
         """Count a step that no torch.optim optimizer takes."""
@@ -358,7 +368,7 @@ class Watch:
         values |= self._moved(window[-1], seen.wander) | census(self._known, window[-1])
         record = Record(self.steps, self._known.names, _rows(values), {}, "free", time.time())
         self._keep(record)
-        self._tell(window, record)
+        self._tell_events(window, record)
         self._last = self.steps, window[-1]
 
     def _moved(self, now: Snapshot, noise: Tensor) -> dict[str, Tensor]:
@@ -379,7 +389,7 @@ class Watch:
         self._view = self.steps, view
         return Record(self.steps, self._known.names, values, view.of_model, "probe", time.time(), view.arrays())
 
-    def _tell(self, window: list[Snapshot], record: Record) -> None:
+    def _tell_events(self, window: list[Snapshot], record: Record) -> None:
         moves = (window[-1].updates > window[0].updates).tolist()
         finite = [bool(part.isfinite().all()) for part in (window[-1].mean + window[-1].var).split(self._known.sizes)]
         early = self.steps < _early(self._known)
@@ -454,16 +464,25 @@ class Watch:
         while self._handles:
             self._handles.pop().remove()
 
+    def _tell_left_out(self) -> None:
+        """Say what the user gave that is no number, once for each name."""
+        if found := self._outlets.no_numbers():
+            named = ", ".join(f"{name} ({kind})" for name, kind in found.items())
+            self._tell(f"left out of the numbers that were logged, since it is no single number: {named}")
+
+    def _tell(self, told: str) -> None:
+        """Say something in the log, or as a warning at the end where there is none to read."""
+        if self._outlets.has_log:
+            self._outlets.event(self.steps, told)
+        else:
+            self._unsaid.append(f"watch: {told}.")
+
     def _tell_short(self) -> None:
-        """Say that nothing was measured, in the log, or as a warning where nobody reads one."""
         steps = self.steps - self._began
-        told = (
+        self._tell(
             f"nothing was measured in {_counted(steps, 'step')}: a look takes {LEAST - 1} or more in which statistics "
             "are updated, and time for it within the budget. Train for longer, or set every= lower or budget= higher"
         )
-        self._outlets.event(self.steps, told)
-        if not self._outlets.has_log:
-            _warn(f"watch: {told}.")
 
 
 def _rows(values: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
@@ -475,6 +494,13 @@ def _early(layers: Layers) -> float:
     """Steps until less than 1 % of the initial values is left in every average."""
     momenta = [layer.momentum for layer in layers.layers if layer.momentum]
     return max((4.6 / momentum for momentum in momenta), default=0.0)
+
+
+def _plain(value: Any) -> float | None:
+    """A number, or None for what is none."""
+    with suppress(Exception):
+        return float(number_of(value))
+    return None
 
 
 def _counted(number: int, noun: str) -> str:

@@ -10,6 +10,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from batchnorm.record.entry import Record, plain
 from batchnorm.record.reading import ARRAYS, STREAM, Log
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA_VERSION = 1
+_ALIKE = ("name", "channels", "kind")  # what a layer has in common with one of the same model
+_open: WeakSet[Writer] = WeakSet()
 
 
 class Writer:
     """Appends to the log in a folder, which is made if it is not there.
 
-    A folder that has a log of the same layers is continued: another ``start`` line is appended, and ``step`` is the
-    last that it has. Each line reaches the operating system before the call returns, so a process that is killed
+    A folder that has a log of the same layers (names, channels, kinds) is continued: another ``start`` line is
+    appended, and ``step`` is the last that it has. Each line reaches the operating system before the call returns, so a process that is killed
     loses none. What cannot be written (a full disk, a folder that is gone) is left out and warned of once.
 
     Args:
@@ -49,27 +52,25 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / STREAM
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        _open.add(self)
         try:
             _lock(self._file, self.folder)
-            self._continue(path)
+            self._continue(path, layers)
             first = {"schema_version": SCHEMA_VERSION, "time": time.time(), "layers": list(layers), **about}
             self._append("start", first, must=True)
         except BaseException:
             self.close()
             raise
 
-    def _continue(self, path: Path) -> None:
+    def _continue(self, path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
         if not path.stat().st_size:
             return
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             self._torn = file.read(1) != b"\n"  # what was killed in mid-line stays a damaged line of its own
         log = Log(self.folder)
-        if log.layers and log.layers != self.layers:
-            raise ValueError(
-                f"{self.folder} has the log of another model ({len(log.layers)} layers, expected {len(self.layers)} "
-                f"of the same names). Choose a new folder."
-            )
+        if difference := _difference(log.start.get("layers") or [], layers):
+            raise ValueError(f"{self.folder} has the log of another model ({difference}). Choose a new folder.")
         self.step = log.step
 
     def write(self, record: Record) -> None:
@@ -97,8 +98,14 @@ class Writer:
     def close(self) -> None:
         """Let go of the log; nothing can be written afterwards."""
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            _unlock(self._file)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close this process's file, and leave the lock to those that have it open too."""
+        os.close(self._file)
+        self._file = -1
+        _open.discard(self)
 
     def _write_arrays(self, record: Record) -> None:
         from safetensors.numpy import save
@@ -150,6 +157,21 @@ def _compact(values: Any) -> np.ndarray:
     return np.ascontiguousarray(np.clip(np.asarray(values, dtype=np.float64), -most, most).astype(np.float16))
 
 
+def _difference(there: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, Any]]) -> str:
+    """How the layers of a log differ from those that are to be logged; "" if they do not, or it names none."""
+    if there and len(there) != len(here):
+        return f"{len(there)} layers, expected {len(here)}"
+    for old, new in zip(there, here, strict=False):
+        if any(old.get(key, new.get(key)) != new.get(key, old.get(key)) for key in _ALIKE):
+            return f"{_described(old)}, expected {_described(new)}"
+    return ""
+
+
+def _described(layer: Mapping[str, Any]) -> str:
+    kind = f"{layer['kind']} " if "kind" in layer else ""
+    return f"{kind}{layer.get('name')!r} of {layer.get('channels')} channels"
+
+
 def _lock(file: int, folder: Path) -> None:
     """Hold the log as long as it is open; where the system or its file system has no locks, nothing is held."""
     with suppress(ImportError):
@@ -158,6 +180,26 @@ def _lock(file: int, folder: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process writes to {folder}. Choose a new folder, or end that process.") from None
+            raise ValueError(
+                f"another process writes to {folder}, or another watch of this one. Choose a new folder, or end it."
+            ) from None
         except OSError:
             pass
+
+
+def _unlock(file: int) -> None:
+    """Let go of the lock, also where a process that was forked meanwhile has the file open still."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _in_child() -> None:
+    """In a process that was forked, as the workers of a DataLoader are: the log is not its to write or to hold."""
+    for writer in list(_open):
+        writer.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
