@@ -33,6 +33,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from batchnorm.instruments.internal_shift import check_optimizer
 from batchnorm.instruments.probing import unwrapped
 from batchnorm.kernels.reference import exact_dtype
+from batchnorm.population.tensors import require
 
 _KEEP = 1000
 # |<w, g>| / (||w|| ||g||) of two unrelated directions in d dimensions has the median 0.6745 / sqrt(d): what is below a
@@ -142,6 +143,7 @@ class Angles:
                 raise ValueError(f"Angles needs {name} of 1 or more, got {value}. Leave it out for the usual one.")
         self._weights = _weights(unwrapped(model))
         check_optimizer(optimizer, [w.tensor for w in self._weights], "Angles")
+        require({w.name: w.tensor for w in self._weights}, "Angles")
         self._optimizer, self._every = optimizer, every
         held = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._weights = [w for w in self._weights if id(w.tensor) in held]

@@ -25,16 +25,18 @@ def census(layers: Layers, snapshot: Snapshot) -> dict[str, Tensor]:
 
     ``gamma`` and ``beta`` are medians over channels of |gamma| and beta; ``active`` the mean of Phi(beta / |gamma|);
     ``dead`` the share of channels with a stored variance below eps / 10,000, or with |gamma| < 0.01 and less than
-    1 % of the values active. Without gamma or beta they count as 1 and 0. Misleads where no ReLU follows.
+    1 % of the values active. Without gamma or beta they count as 1 and 0; NaN where they cannot be read.
+    Misleads where no ReLU follows.
     """
     gamma, beta = layers.affine()
     scale = gamma.abs()
     active = torch.special.ndtr(beta / scale.clamp_min(torch.finfo(scale.dtype).tiny))
     eps = layers.each(layers.numbers("eps", torch.nan))
-    dead = (snapshot.cpu().var < _CONSTANT * eps) | ((scale < _SMALL) & (active < _RARE))
+    dead = ((snapshot.cpu().var < _CONSTANT * eps) | ((scale < _SMALL) & (active < _RARE))).double()
+    dead = torch.where(scale.isnan() & (dead == 0), torch.nan, dead)
     return {
         "gamma": layers.median(scale),
         "beta": layers.median(beta),
         "active": layers.mean(active),
-        "dead": layers.mean(dead.double()),
+        "dead": layers.mean(dead),
     }

@@ -35,6 +35,7 @@ from batchnorm.instruments.gradients import (
 )
 from batchnorm.instruments.probing import unwrapped
 from batchnorm.population.batches import on_device_of
+from batchnorm.population.tensors import require
 
 _WEIGHTS = 5  # by default: each costs a forward and a backward pass
 
@@ -125,6 +126,7 @@ def gradient_shift(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = list(parameters.values())
     check_optimizer(optimizer, tensors, what)
+    require(parameters, what)
     chosen = _chosen(model, list(parameters), layers)
     batch = on_device_of(model, batch)
     with training(model, what):

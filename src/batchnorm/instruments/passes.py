@@ -19,7 +19,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined
+from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined, readable
 
 State = tuple[Tensor, Tensor, Tensor]  # running_mean, running_var, num_batches_tracked
 
@@ -113,7 +113,7 @@ class Passes:
 
     def _copy(self, index: int) -> None:
         held = self._layers.layers[index]._buffers
-        mean, var, count = (held.get(name) for name in STORED)
+        mean, var, count = (readable(held.get(name)) for name in STORED)
         if mean is not None and var is not None and count is not None:
             with torch.no_grad():
                 self._states[index].append((mean.clone(), var.clone(), count.clone()))

@@ -28,7 +28,9 @@ from batchnorm.moments import Moments
 from batchnorm.population.batches import call, on_device_of, tensors_in
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.sharding import is_sharded
 from batchnorm.population.shield import preserve_random_state, preserve_state
+from batchnorm.population.tensors import require, whole
 from batchnorm.record import Record
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
             output's shape, else no loss.
 
     Raises:
-        ValueError: If the model has no batch norm layer with a shape, or the batch has fewer than two examples.
+        ValueError: If the model has no batch norm layer with a shape, the batch has fewer than two examples, or a
+            tensor without readable numbers stops the pass.
         TypeError: If ``model`` is no module.
 
     Example:
@@ -70,7 +73,12 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
     model = unwrapped(model)
     layers = Layers(with_shape(model, "probe"))
     batch = on_device_of(model, batch)
-    view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
+    try:
+        view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
+    except RuntimeError:
+        if not is_sharded(model):
+            require({**dict(model.named_parameters()), **dict(model.named_buffers())}, "probe")
+        raise
     values = {**view.values(), **_row(census(layers, Snapshot.of(layers)))}
     return Record(0, layers.names, values, view.of_model, "probe", time.time(), view.arrays())
 
@@ -151,9 +159,9 @@ class View:
 
     def _see(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of(args, kwargs)
+        x = None if x is None else whole(x)
         if name in self.units or x is None or x.ndim < 2:
             return
-        x = x.detach()
         self.units[name], self.channels[name] = sample(x)
         moments = Moments.of(x)
         self.moments[name] = moments.to("cpu")
@@ -214,10 +222,15 @@ class View:
 
 
 def stored(layer: _BatchNorm, moments: Moments) -> tuple[Tensor, Tensor]:
-    """The mean and variance that eval mode normalizes by, (channels,): the batch's where a layer stores none."""
+    """The mean and variance that eval mode normalizes by, (channels,): the batch's where a layer stores none.
+
+    NaN where they cannot be read.
+    """
     if not has_stored_statistics(layer) or layer.running_mean is None or layer.running_var is None:
         return moments.mean, moments.var
-    return layer.running_mean.detach().double().cpu(), layer.running_var.detach().double().cpu()
+    numbers = [whole(layer.running_mean), whole(layer.running_var)]
+    mean, var = (torch.full_like(moments.mean, torch.nan) if x is None else x.double().cpu() for x in numbers)
+    return mean, var
 
 
 def gap(layer: _BatchNorm, moments: Moments) -> float:
@@ -265,7 +278,8 @@ def _output_gap(trained: Any, evaluated: Any) -> float | None:
 
 def _floats(value: Any) -> list[Tensor]:
     """Every floating-point tensor of two axes or more in an output of any kind."""
-    return [x for x in tensors_in(value) if x.is_floating_point() and x.ndim > 1]
+    found = [whole(x) for x in tensors_in(value)]
+    return [x for x in found if x is not None and x.is_floating_point() and x.ndim > 1]
 
 
 def _communicates(layers: Layers) -> bool:

@@ -28,6 +28,7 @@ from batchnorm.instruments.gradients import Loss, finite, inner, loss_and_gradie
 from batchnorm.instruments.internal_shift import check_optimizer, moved_parameters, values_after_step
 from batchnorm.instruments.probing import unwrapped
 from batchnorm.population.batches import on_device_of
+from batchnorm.population.tensors import require
 
 FRACTIONS = (0.5, 1.0, 2.0, 4.0)  # of the update, as in the paper
 
@@ -118,6 +119,7 @@ def landscape(
     model = unwrapped(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     _check(optimizer, fractions, lr, parameters)
+    require({name: p for name, p in model.named_parameters() if p.requires_grad}, what)
     batch = on_device_of(model, batch)
     with training(model, what):
         value, gradients = loss_and_gradients(model, batch, loss, parameters, what)

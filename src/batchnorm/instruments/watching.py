@@ -33,6 +33,7 @@ from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.instruments.steps import Steps
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.batches import Batches, call, on_device_of
+from batchnorm.population.sharding import is_sharded
 from batchnorm.record import QUANTITIES, Record
 
 if TYPE_CHECKING:
@@ -358,7 +359,7 @@ class Watch:
 
     def _probe_is_due(self) -> bool:
         self._schedule.expect("probe", _PROBE_SECONDS * len(self._known.names))
-        return self._looks >= self._next_probe and not _is_sharded(self._model) and self._schedule.affords("probe")
+        return self._looks >= self._next_probe and not is_sharded(self._model) and self._schedule.affords("probe")
 
     def _read(self) -> None:
         ends = [end.cpu() for end in self._window[-max(self._since or 0, WINDOW) - 1 :]]
@@ -505,11 +506,6 @@ def _plain(value: Any) -> float | None:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether a pass would wait for other ranks to bring their part of the parameters (FSDP)."""
-    return any(hasattr(p, "full_tensor") or hasattr(p, "_is_flat_param") for p in model.parameters())
 
 
 def _is_first_rank() -> bool:

@@ -30,8 +30,9 @@ class Writer:
     """Appends to the log in a folder, which is made if it is not there.
 
     A folder that has a log of the same layers (names, channels, kinds) is continued: another ``start`` line is
-    appended, and ``step`` is the last that it has. Each line reaches the operating system before the call returns, so a process that is killed
-    loses none. What cannot be written (a full disk, a folder that is gone) is left out and warned of once.
+    appended, and ``step`` is the last that it has. Each line reaches the operating system before the call returns, so
+    a process that is killed loses none.
+    What cannot be written (a full disk, a folder that is gone) is left out and warned of once.
 
     Args:
         folder: Where the log is.
