@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.lecture.claim import Result
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,6 +22,7 @@ Advance = Callable[[float], None]
 Say = Callable[[Any], None]
 
 _TRAINING = 0.93  # share of the time that training takes
+_WORDS = 300  # of an error's message
 
 
 def train_and_ask(
@@ -57,7 +60,7 @@ def train_and_ask(
         outcomes = _asked(claims, plan.seed, plan.seeds, seconds, say)
         advance(1.0)
         answers = _answers(subject, outcomes, command, plan=plan, checkpoint=checkpoint)
-    return replace(answers, steps=plan.steps, idle=trained.idle(), advice=trained.advice())
+    return replace(answers, steps=plan.steps, idle=trained.idle(), late=trained.late(), advice=trained.advice())
 
 
 def look(
@@ -85,12 +88,26 @@ def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say)
     outcomes = []
     for claim in claims:
         start = time.perf_counter()
-        result = claim.run(Settings(seed, seeds), lambda _: None)
+        try:
+            result = claim.run(Settings(seed, seeds), lambda _: None)
+        except Exception as error:  # noqa: BLE001 - of the user's code or ours: what was measured before is told
+            result = _unanswered(claim.name, error)
         result = replace(result, charts=[chart for chart in result.charts if chart.rows])
         outcomes.append(Outcome(claim, result, seconds + time.perf_counter() - start))
         say(outcomes[-1])
         seconds = 0.0
     return outcomes
+
+
+def _unanswered(name: str, error: Exception) -> Result:
+    """No verdict on a question's criteria, and what stopped it."""
+    from batchnorm.ablation.criteria import CRITERIA, judge
+
+    words = " ".join(str(error).split())[:_WORDS]
+    failed = f"it could not be measured: {type(error).__name__}: {words}" if words else (
+        f"it could not be measured: {type(error).__name__}"
+    )  # fmt: skip
+    return Result([judge(key, [], "", failed_guard=failed) for key in CRITERIA if key.startswith(f"{name}-")], [])
 
 
 def _answers(

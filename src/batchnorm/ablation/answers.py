@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import log2
+from math import inf, log2
 from typing import TYPE_CHECKING, Any, final
 
-from batchnorm.ablation.criteria import LEVEL, VERSION, times
+from batchnorm.ablation.criteria import LEVEL, VERSION, power, share, times
 from batchnorm.lecture.claim import Status
 from batchnorm.lecture.verdicts import Card, Verdicts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from batchnorm.lecture.claim import Verdict
 
 SCHEMA_VERSION = 1
+_WORDS = {
+    Status.SUPPORTED: "shown here",
+    Status.NOT_SUPPORTED: "not shown",
+    Status.OPPOSITE: "the opposite",
+    Status.INVALID: "not testable",
+}
+_SAID = tuple(_WORDS.values())
 _EQUAL = 1.5  # the margin of the criterion on steps
 
 
@@ -30,6 +39,7 @@ class Answers(Verdicts):
         trained: Whether anything was trained.
         steps: Training steps of each run.
         idle: Of the arms "with" and "without" those that learned at no rate.
+        late: Of these arms those of which a seed never reached the target, so that ratios are bounds.
         advice: What would do an arm more justice; "" for nothing.
     """
 
@@ -39,6 +49,7 @@ class Answers(Verdicts):
     trained: bool = True
     steps: int = 0
     idle: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
     advice: str = ""
 
     @property
@@ -70,16 +81,9 @@ class Answers(Verdicts):
     @property
     def second(self) -> str:
         """Which of the reasons hold here, and which do not."""
-        rest = [(o.claim.title.lower(), o.main.status) for o in self.outcomes if o.claim.name != "speed"]
-        words = {
-            "Shown here": Status.SUPPORTED,
-            "not shown": Status.NOT_SUPPORTED,
-            "the opposite": Status.OPPOSITE,
-            "not testable": Status.INVALID,
-        }
-        parts = [
-            f"{said}: {', '.join(names)}" for said, s in words.items() if (names := [t for t, is_ in rest if is_ is s])
-        ]
+        rest = [(o.claim.title.lower(), _whole(o.result.verdicts)) for o in self.outcomes if o.claim.name != "speed"]
+        parts = [f"{said}: {', '.join(names)}" for said in _SAID if (names := [t for t, how in rest if how == said])]
+        parts += [f"{title} in part: {how}" for title, how in rest if how not in _SAID]
         text = "; ".join(parts)
         told = f"{text[:1].upper()}{text[1:]}." if text else ""
         return f"{told} {self.advice}".strip()
@@ -111,12 +115,20 @@ class Answers(Verdicts):
         return {**extra, **whole, "measured": dict(self.measured), "unasked": dict(self.unasked)}
 
 
+def _whole(verdicts: Sequence[Verdict]) -> str:
+    """How a question was answered as a whole; where its criteria differ, by each of them."""
+    valid = [v for v in verdicts if v.status is not Status.INVALID]
+    if len({v.status for v in valid}) > 1:
+        return ", ".join(f"{v.criterion.key} {_WORDS[v.status]}" for v in valid)
+    return _WORDS[valid[0].status] if valid else _WORDS[Status.INVALID]
+
+
 def _speed_sentence(answers: Answers) -> str:
     found = answers.found
     verdict = found["speed-steps"]
     if verdict.status is Status.INVALID or verdict.estimate is None:
         return f"It cannot be told: {verdict.told.rstrip('.')}. Give more --steps, or other --rates."
-    mean, low, high = (2**x for x in (verdict.estimate.mean, verdict.estimate.low, verdict.estimate.high))
+    mean, low, high = (power(2, x) for x in (verdict.estimate.mean, verdict.estimate.low, verdict.estimate.high))
     # an arm that never arrives counts with the last step
     bound = "at least " if "at least" in verdict.sentence else ""
     interval = f"95% interval {times(low)}× to {times(high)}×"
@@ -128,15 +140,26 @@ def _speed_sentence(answers: Answers) -> str:
     if verdict.status is Status.SUPPORTED:
         return f"Yes: without batch norm it takes {bound}{times(mean)}× as many steps ({interval}){_because(found)}."
     if verdict.status is Status.OPPOSITE:
-        back = f"95% interval {times(1 / high)}× to {times(1 / low)}×"
+        back = f"95% interval {times(_inverse(high))}× to {times(_inverse(low))}×"
         bound = "at least " if "at most" in verdict.sentence else ""
-        return f"No: with batch norm it takes {bound}{times(1 / mean)}× as many steps as without ({back})."
-    if low > 1 / _EQUAL and high < _EQUAL:
+        return f"No: with batch norm it takes {bound}{times(_inverse(mean))}× as many steps as without ({back})."
+    if answers.idle == ("with",):
+        return (
+            f"No: without batch norm it learns, with it does not in {answers.steps} steps, at any of the rates "
+            f"({times(mean)}× as many steps without, {interval})."
+        )
+    if not answers.idle and not answers.late and low > 1 / _EQUAL and high < _EQUAL:
         return f"No: without batch norm it learns as fast ({times(mean)}× as many steps, {interval})."
     if answers.idle == ("without",):
         return (
             f"Not shown in {answers.steps} steps: with batch norm it learns, without it does not, at any of the rates, "
             f"so it takes {bound}{times(mean)}× as many steps ({interval}; needed: above {_EQUAL}×). Give more --steps."
+        )
+    if answers.late and low > 1 / _EQUAL and high < _EQUAL:
+        never = " and ".join(f"{arm} batch norm" for arm in answers.late)
+        return (
+            f"No difference is shown in {answers.steps} steps ({times(mean)}× as many without batch norm, {interval}), "
+            f"but {never} a seed never reached the target, and counts with the last step. Give more --steps."
         )
     if mean > 1:
         return (
@@ -144,6 +167,10 @@ def _speed_sentence(answers: Answers) -> str:
             f"lie above {_EQUAL}×."
         )
     return f"No gain: without batch norm it takes {times(mean)}× as many steps ({interval})."
+
+
+def _inverse(ratio: float) -> float:
+    return 1 / ratio if ratio else inf
 
 
 def _because(found: Mapping[str, Verdict]) -> str:
@@ -179,7 +206,7 @@ def _factor(verdict: Verdict | None, what: str, note: str, base: float = 2) -> C
         return None
     if verdict.estimate is None or verdict.status is Status.INVALID:
         return Card(what, "–", "not comparable here")
-    mean, low, high = (base**x for x in (verdict.estimate.mean, verdict.estimate.low, verdict.estimate.high))
+    mean, low, high = (power(base, x) for x in (verdict.estimate.mean, verdict.estimate.low, verdict.estimate.high))
     interval = f"{times(low)}× to {times(high)}×, {len(verdict.estimate.values)} seeds"
     bound = "≥ " if "at least" in verdict.sentence else "≤ " if "at most" in verdict.sentence else ""
     return Card(what, f"{bound}{times(mean)}×", f"{note}; {interval}")
@@ -205,8 +232,8 @@ def _noise_card(found: Mapping[str, Verdict]) -> Card | None:
     verdict = found.get("noise-slope")
     if verdict is None or verdict.estimate is None:
         return None
-    share = verdict.sentence.partition("dropout at ")[2].partition(";")[0]
-    return Card("Batch noise, as dropout", share, verdict.sentence.partition(", as much")[0])
+    rate = verdict.sentence.partition("dropout at ")[2].partition(";")[0]
+    return Card("Batch noise, as dropout", rate, verdict.sentence.partition(", as much")[0])
 
 
 def _test_card(found: Mapping[str, Verdict]) -> Card | None:
@@ -215,6 +242,6 @@ def _test_card(found: Mapping[str, Verdict]) -> Card | None:
         return None
     return Card(
         "Eval mode against exact statistics",
-        f"{verdict.estimate.mean:+.1%}".replace("-", "−"),
+        share(verdict.estimate.mean).replace("-", "−"),
         "held-out loss by running averages; 0 is as good",
     )

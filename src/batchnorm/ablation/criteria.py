@@ -33,6 +33,9 @@ TARGET = 0.8  # share of the better arm's decrease of the loss at which steps ar
 USABLE = 0.5  # share of it that a run at a usable learning rate reaches
 LEARNED = 0.25  # an arm has learned when its loss ends this share of the start below the start, in every seed
 
+_PERCENT = 10.0  # from a thousand percent on
+_MANY = 1e6  # from here on the digits of a ratio say nothing
+
 _MORE = (log2(1.5), inf)
 _LESS = (-inf, -log2(1.5))
 _BOTH = f"both arms have learned: their training loss fell by {LEARNED:.0%} of the start or more"
@@ -178,7 +181,36 @@ def judge(key: str, values: Sequence[float], sentence: str, *, failed_guard: str
 
 
 def times(ratio: float) -> str:
-    """A ratio with the digits that count, such as 4.7, 0.83 or 120."""
+    """A ratio with the digits that count, such as 4.7, 0.83, 120 or 3e+29; "any number of" for infinity."""
+    if ratio == inf:
+        return "any number of"
+    if ratio >= _MANY:
+        return f"{ratio:.1g}"
     if ratio >= 100:
         return f"{ratio:.0f}"
     return f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2g}"
+
+
+def power(base: float, exponent: float) -> float:
+    """A power, infinite where it is beyond floating-point numbers."""
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return inf
+
+
+def share(value: float) -> str:
+    """A signed share as a percentage, or as a multiple where a percentage says nothing: +4.1%, 31 times more."""
+    if not math.isfinite(value) or abs(value) < _PERCENT:
+        return f"{value:+.1%}"
+    return f"{times(abs(value))} times {'more' if value > 0 else 'less'}"
+
+
+def figure(value: float, digits: int = 2) -> str:
+    """A number with the digits that count; "not known" where it is none."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else "not known"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 step, 4 steps."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

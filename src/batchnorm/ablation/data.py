@@ -2,18 +2,22 @@
 
 Where batches can be joined (the same tensors in every batch, of one shape for each example), examples are dealt into
 new batches each epoch, so that a loader sorted by class does not decide the outcome. Where they cannot, such as
-sentences of different lengths, the loader's own batches come in a new order.
+sentences of different lengths, the loader's own batches come in a new order. A batch is rows of examples where all of
+its tensors are equally long; a graph with its edges, or an object of a class of its own, is one whole and never cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from copy import copy
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
+
+from batchnorm.population.batches import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +42,7 @@ class Data:
         pool: All training examples as one batch, or None where they cannot be joined.
         size: Examples in a batch.
         dropped: Batches of one example, which cannot be normalized by themselves, that were left out.
+        whole: Whether batches must stay as the loader gave them.
     """
 
     train: Sequence[Any]
@@ -45,6 +50,7 @@ class Data:
     pool: Any
     size: int
     dropped: int = 0
+    whole: bool = False
 
     @classmethod
     def of(cls, train: Iterable[Any], test: Iterable[Any] | None = None, *, examples: int = EXAMPLES) -> Data:
@@ -63,7 +69,12 @@ class Data:
                 "--data needs 2 batches or more, one of them to be held out, got 1. Use a smaller batch_size, or "
                 "give held-out data by --test."
             )
-        return cls(fitted, held, joined(fitted), examples_in(fitted[0]), dropped)
+        whole = not all(map(is_rows, [*fitted, *held]))
+        return cls(fitted, held, None if whole else joined(fitted), examples_in(fitted[0]), dropped, whole)
+
+    def kept_whole(self) -> Data:
+        """The same for a model that takes batches as they are and no part of one."""
+        return replace(self, pool=None, whole=True)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -87,10 +98,10 @@ class Data:
         """The same on another device."""
 
         def moved(batch: Any) -> Any:
-            return each(batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+            return each(batch, lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
 
         train, held = [moved(b) for b in self.train], [moved(b) for b in self.held]
-        return Data(train, held, moved(self.pool), self.size, self.dropped)
+        return replace(self, train=train, held=held, pool=moved(self.pool))
 
 
 def regrouped(batches: Sequence[Any], size: int, seed: int) -> list[Any] | None:
@@ -116,15 +127,27 @@ def examples_in(batch: Any) -> int:
     Raises:
         ValueError: If there is none.
     """
-    sizes: list[int] = []
-    each(batch, lambda leaf: sizes.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None)
+    sizes = [len(tensor) for tensor in _tensors_of(batch) if tensor.ndim]
     if not sizes:
         raise ValueError(f"a batch must hold tensors, got {type(batch).__name__} without any. Convert it to tensors.")
     return sizes[0]
 
 
+def is_rows(batch: Any) -> bool:
+    """Whether a batch is rows of examples: tensors of one length, beside numbers and words that belong to none."""
+    leaves: list[Any] = []
+    each(batch, leaves.append)
+    is_known = all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves)
+    return is_known and len({len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}) == 1
+
+
+def first_examples(batch: Any, most: int) -> Any:
+    """The first examples of a batch, copied; all of it where it is not rows."""
+    return take(batch, torch.arange(min(most, examples_in(batch)))) if is_rows(batch) else each(batch, _copied)
+
+
 def take(batch: Any, chosen: Tensor) -> Any:
-    """Some of a batch's examples, copied."""
+    """Some of the examples of a batch that is rows, copied."""
     count = examples_in(batch)
 
     def part(leaf: Any) -> Any:
@@ -180,9 +203,21 @@ def _usable(batches: list[Any]) -> tuple[list[Any], int]:
 
 
 def _bytes(batch: Any) -> int:
-    sizes: list[int] = []
-    each(batch, lambda leaf: sizes.append(leaf.numel() * leaf.element_size()) if isinstance(leaf, Tensor) else None)
-    return sum(sizes)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(batch))
+
+
+def _tensors_of(batch: Any) -> list[Tensor]:
+    """Every tensor of a batch, also of an object of a class of its own that can be moved to a device."""
+    leaves: list[Any] = []
+    each(batch, leaves.append)
+    found = [tensors_in(leaf if isinstance(leaf, Tensor) else _attributes(leaf)) for leaf in leaves]
+    return list(chain.from_iterable(found))
+
+
+def _attributes(leaf: Any) -> list[Any]:
+    """What such an object holds, of a mapping inside of it too."""
+    held = list(getattr(leaf, "__dict__", {}).values()) if hasattr(leaf, "to") else []
+    return [dict(part) if isinstance(part, Mapping) else part for part in held]
 
 
 def _joined(parts: list[Any], counts: list[int]) -> Any:
@@ -230,4 +265,6 @@ def _mapped(like: Mapping, values: dict) -> Any:
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return deepcopy(leaf) if hasattr(leaf, "to") else leaf

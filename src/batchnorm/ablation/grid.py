@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.criteria import LEARNED, TARGET, USABLE
 from batchnorm.ablation.training import train
+from batchnorm.lecture import over_seeds
 from batchnorm.lecture.training import Arrival, first_step
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ class Grid:
         rates: Learning rates, the same for every arm.
         losses: Of each arm the loss before each step, (seeds, rates, steps); infinity from divergence on.
         pair: The two arms whose levels are meant: the slower as the question supposes, then the faster.
+        failed: Arms that could not be trained -> why; they have no losses.
     """
 
     rates: Sequence[float]
     losses: Mapping[str, Tensor]
     pair: tuple[str, str] = (WITHOUT, WITH)
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def versus(self, slow: str, fast: str) -> Grid:
         """The same runs with the target of another pair of arms."""
-        return Grid(self.rates, self.losses, (slow, fast))
+        return replace(self, pair=(slow, fast))
 
     @property
     def steps(self) -> int:
@@ -90,7 +93,7 @@ class Grid:
 
     def best(self, arm: str) -> int:
         """Index of the rate with the fewest median steps to the target; the lower final loss decides ties."""
-        median, final = self.steps_to(arm).median(0).values, self.final(arm).mean(0)
+        median, final = over_seeds.median(self.steps_to(arm), 0), self.final(arm).mean(0)
         return min(range(len(self.rates)), key=lambda n: (float(median[n]), float(final[n]), n))
 
     def edge(self, arm: str) -> str:
@@ -126,13 +129,20 @@ def sweep(
     subject: Subject, arms: Sequence[str], seeds: Sequence[int], rates: Sequence[float], steps: int,
     progress: Callable[[], None],
 ) -> Grid:  # fmt: skip
-    """Train every arm at every rate from every seed."""
+    """Train every arm at every rate from every seed; of the two that all is about an error is raised."""
     losses: dict[str, Tensor] = {}
+    failed: dict[str, str] = {}
     for arm in arms:
         runs = []
-        for seed in seeds:
-            for rate in rates:
-                runs.append(train(subject, arm, seed, rate, steps)[0])
-                progress()
-        losses[arm] = torch.stack(runs).unflatten(0, (len(seeds), len(rates)))
-    return Grid(tuple(rates), losses)
+        try:
+            for seed in seeds:
+                for rate in rates:
+                    runs.append(train(subject, arm, seed, rate, steps)[0])
+                    progress()
+        except Exception as error:
+            if arm in {WITH, WITHOUT}:
+                raise
+            failed[arm] = f"the arm {CALLED[arm]} could not be trained: {type(error).__name__}: {error}"
+        else:
+            losses[arm] = torch.stack(runs).unflatten(0, (len(seeds), len(rates)))
+    return Grid(tuple(rates), losses, failed=failed)

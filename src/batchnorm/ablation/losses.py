@@ -44,7 +44,7 @@ def accuracy(output: Any, batch: Any) -> float | None:
 
 
 def target_of(batch: Any) -> Tensor:
-    """The second part of a tuple or list, or what a mapping calls labels, targets or y.
+    """The second part of a tuple or list, or what a mapping or an object calls labels, targets or y.
 
     Raises:
         ValueError: If there is none.
@@ -54,6 +54,8 @@ def target_of(batch: Any) -> Tensor:
         found = batch[1]
     elif isinstance(batch, Mapping):
         found = next((batch[key] for key in _KEYS if key in batch), None)
+    else:
+        found = next((getattr(batch, key) for key in _KEYS if hasattr(batch, key)), None)
     if not isinstance(found, Tensor):
         raise ValueError(  # noqa: TRY004 - the batch is the user's value, not a wrong call
             f"the loss needs targets, as in batches (x, y) or with a key {', '.join(_KEYS)}; got "

@@ -124,10 +124,10 @@ def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Seq
     slopes = [slope(values, measured) for values in whole]
     at = min(measured, key=lambda size: abs(size - subject.data.size))
     own = whole[:, measured.index(at)].mean()
+    smallest = f"{float(whole[:, 0].mean()):.2g} in batches of {measured[0]} and " if at != measured[0] else ""
     sentence = (
-        f"The noise power is {float(whole[:, 0].mean()):.2g} in batches of {measured[0]} and "
-        f"{float(own):.2g} in batches of {at}, as much as dropout at {float(own / (1 + own)):.1%}; it goes as batch "
-        f"size to the power {sum(slopes) / len(slopes):.2f}."
+        f"The noise power is {smallest}{float(own):.2g} in batches of {at}, as much as dropout at "
+        f"{float(own / (1 + own)):.1%}; it goes as batch size to the power {sum(slopes) / len(slopes):.2f}."
     )
     verdict = judge("noise-slope", slopes, sentence)
     numbers: dict[str, float | int | str | None] = {}

@@ -1,31 +1,50 @@
-"""How much is trained: seeds, steps and arms, chosen so that the whole takes a few minutes, from one timed step."""
+"""How much is trained: seeds, steps and arms, chosen so that the whole takes a few minutes, from a few short runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
-import torch
-
-from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, input_norm, make_arm
+from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, input_norm
 from batchnorm.ablation.data import inputs_of
 from batchnorm.ablation.subject import undisturbed
-from batchnorm.ablation.training import RATES
+from batchnorm.ablation.training import RATES, train
+from batchnorm.ablation.watching import watch
+from batchnorm.layers import batch_norms
 
 if TYPE_CHECKING:
     from batchnorm.ablation.subject import Subject
 
 SECONDS = 150.0  # that a run should take where neither steps nor seeds are given
+_PILOT = 12  # steps of the runs that time is measured by: so few are looked at as often as a longer run is
+_SLOW, _FEW = 0.2, 2  # seconds of a step from which on so few must do, and looks are taken for 40 steps
+_LOOKING = 40
+_POPULATION, _ALONE = 512, 17  # examples that population statistics are measured on, passes of examples alone
 # a ladder, so that a slightly busier machine chooses the same steps
 _STEPS = (40, 50, 60, 80, 100, 120, 150, 200, 250, 300)
 _SEEDS = (5, 3)
 _ENOUGH = 60  # steps, below which fewer seeds are the better use of the time
 _WATCHED = 4  # runs for each seed that are looked at while they train: two arms at two rates
-_LOOKING = 40  # steps that the looks of such a run cost
 # inputs whose features have means below 0.1 sd, and sd between 0.8 and 1.25, are normalized already
 _MEAN, _SD = 0.1, 1.25
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds that the parts of a study take: a step, a run beside its steps, the looks at one, a seed's questions."""
+
+    step: float
+    run: float
+    looks: float
+    questions: float
+
+    def of(self, arms: int, rates: int, seeds: int, steps: int) -> float:
+        """Seconds in all."""
+        runs = self.run + steps * self.step
+        return seeds * ((arms * rates + _WATCHED) * runs + _WATCHED * self.looks + self.questions)
 
 
 @final
@@ -36,7 +55,7 @@ class Plan:
     Args:
         arms: In the order in which they are trained.
         seed, seeds, steps, rates: Each arm trains from ``seeds`` seeds, at every rate, for ``steps`` steps.
-        seconds: What a step takes.
+        cost: What its parts take.
         left_out: Question -> why it is not asked.
     """
 
@@ -45,7 +64,7 @@ class Plan:
     seeds: int
     steps: int
     rates: tuple[float, ...]
-    seconds: float
+    cost: Cost
     left_out: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -60,8 +79,13 @@ class Plan:
 
     @property
     def estimate(self) -> float:
-        """Seconds that training takes."""
-        return self.seconds * _cost(len(self.arms), len(self.rates), self.seeds, self.steps)
+        """Seconds that training and the questions take."""
+        return self.cost.of(len(self.arms), len(self.rates), self.seeds, self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that a step takes."""
+        return self.cost.step
 
 
 def plan(
@@ -71,20 +95,15 @@ def plan(
     """The plan that fits ``seconds``, as far as seeds and steps are not given."""
     with undisturbed(subject):
         arms, left_out = _arms(subject)
-        step = _timed(subject, seed)
+        cost = _timed(subject, seed, rates[0])
     chosen = None
     for some in [seeds] if seeds else _SEEDS:
-        fitting = [steps] if steps else [s for s in _STEPS if step * _cost(len(arms), len(rates), some, s) <= seconds]
+        fitting = [steps] if steps else [s for s in _STEPS if cost.of(len(arms), len(rates), some, s) <= seconds]
         chosen = (some, fitting[-1] if fitting else _STEPS[0])
         if chosen[1] >= _ENOUGH:
             break
     assert chosen is not None  # noqa: S101 - there is a number of seeds
-    return Plan(arms, seed, *chosen, tuple(rates), step, left_out)
-
-
-def _cost(arms: int, rates: int, seeds: int, steps: int) -> int:
-    """Steps in all."""
-    return seeds * (arms * rates * steps + _WATCHED * (steps + _LOOKING))
+    return Plan(arms, seed, *chosen, tuple(rates), cost, left_out)
 
 
 def _arms(subject: Subject) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
@@ -111,20 +130,33 @@ def _unscaled(subject: Subject) -> str:
     return ""
 
 
-def _timed(subject: Subject, seed: int) -> float:
-    """Seconds of a training step with batch norm, the fastest of five: what it takes when nothing else runs."""
-    model, batches = make_arm(subject, WITH, seed), subject.data.deal(seed)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        loss = subject.value(model, next(batches))
-        if not loss.requires_grad:
-            raise ValueError(
-                "a loss must depend on the model's parameters, got one without gradient. Do not detach it."
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _timed(subject: Subject, seed: int, rate: float) -> Cost:
+    """What the parts of a study take on this machine, as busy as it is, from a few short runs."""
+    train(subject, WITH, seed, rate, 1)  # what happens once, such as imports, is no part of a run
+    short = _seconds(train, subject, WITH, seed, rate, 1)
+    pilot = _FEW if short > _SLOW else _PILOT
+    long = _seconds(train, subject, WITH, seed, rate, 1 + pilot)
+    step = max((long - short) / pilot, long / 1000)
+    run, questions = max(short - step, 0.0), _passes(subject) * step
+    if short > _SLOW:
+        return Cost(step, run, _LOOKING * step, questions)
+    looked = _seconds(watch, subject, WITH, seed, rate, 1 + _PILOT)
+    return Cost(step, run, max(looked - run - (1 + _PILOT) * step, 0.0), questions)
+
+
+def _seconds(work: Callable[..., object], *arguments: Any) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+def _passes(subject: Subject) -> float:
+    """Steps that the passes of the questions of one seed are worth: a forward pass is a third of a step.
+
+    Population statistics take a pass for every layer, held-out data pass in batches of several sizes, and some
+    examples alone.
+    """
+    layers, size = len(batch_norms(subject.fresh(0))), subject.data.size
+    held = subject.data.counts[1]
+    population = (layers + 1) * max(1, _POPULATION / size)
+    return (population + held * (1 / 4 + 1 / 16 + 1 / 64 + 4 / size) + _ALONE + _POPULATION / size) / 3

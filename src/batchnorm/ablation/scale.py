@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _FEATURES = 4096  # at most so many, for their covariance
 _SHOWN = 16  # features in the chart
+_HUGE = 1e9  # ratios from here on are told by their power of ten
 
 Numbers = dict[str, float | int | str | None]
 
@@ -34,7 +35,7 @@ def inputs(data: Data) -> Tensor | None:
 def can_ask(study: Study) -> bool:
     """Whether there is anything to say of the inputs' scale: an arm, or several features."""
     x = inputs(study.subject.data)
-    return SCALED in study.grid.losses or (x is not None and x.shape[1] > 1)
+    return SCALED in {*study.grid.losses, *study.grid.failed} or (x is not None and x.shape[1] > 1)
 
 
 def measure(study: Study) -> Result:
@@ -42,11 +43,12 @@ def measure(study: Study) -> Result:
     x = inputs(study.subject.data)
     verdicts: list[Verdict] = []
     charts: list[Chart] = []
-    if SCALED in study.grid.losses:
+    if SCALED in {*study.grid.losses, *study.grid.failed}:
         verdicts.append(versus(study.grid, "scale-inputs", WITHOUT, SCALED))
         verdicts.append(versus(study.grid, "scale-instead", SCALED, WITH))
+    if SCALED in study.grid.losses:
         roles: dict[str, Role] = {WITH: "with", WITHOUT: "without", SCALED: "without"}
-        charts.append(curves(study.grid.versus(WITHOUT, SCALED), roles, verdicts[0].sentence))
+        charts.append(curves(study.grid.versus(WITHOUT, SCALED), roles, verdicts[0].told))
     if x is not None and x.shape[1] > 1:
         found = spread(x, study.plan.all_seeds)
         verdicts, charts = [*verdicts, *found.verdicts], [*charts, *found.charts]
@@ -60,19 +62,20 @@ def spread(x: Tensor, seeds: range) -> Result:
     halves = [_ratio(Moments.of(x[_half(len(x), seed)])) for seed in seeds]
     sds = whole.std[whole.var > 0]
     noun = "features" if x.ndim == 2 else "channels"
+    failed = "" if len(sds) else f"none of the {len(whole.mean)} {noun} has a finite variance above 0"
     sentence = (
         f"The standard deviations of the {len(whole.mean)} {noun} lie between {_least(sds):.3g} and "
         f"{float(sds.max()) if len(sds) else 0:.3g} ({_many(_ratio(whole))} times)."
     )
-    verdict = judge("scale-spread", torch.tensor(halves).log10().tolist(), sentence)
+    verdict = judge("scale-spread", torch.tensor(halves).log10().tolist(), sentence, failed_guard=failed)
     numbers: Numbers = {f"{noun} that never vary": int((whole.var == 0).sum())}
     numbers |= _conditions(x)
-    return Result([verdict], [_spread_chart(whole, noun, sentence)], numbers)
+    return Result([verdict], [_spread_chart(whole, noun, verdict.told)], numbers)
 
 
 def _many(ratio: float) -> str:
     """A ratio that may be huge, to three digits."""
-    return f"{float(f'{ratio:.3g}'):,.0f}" if ratio >= 1000 else f"{ratio:.3g}"
+    return f"{float(f'{ratio:.3g}'):,.0f}" if 1000 <= ratio < _HUGE else f"{ratio:.3g}"
 
 
 def _least(sds: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
-from batchnorm.ablation.criteria import judge, times
+from batchnorm.ablation.criteria import counted, figure, judge, times
 from batchnorm.ablation.speed import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.lecture import over_seeds
@@ -39,15 +39,18 @@ def _averages(runs: list[Watched]) -> Tensor:
 
 
 def _judge(study: Study) -> Verdict:
+    if failed := study.unlearned(equal=True) or study.unwatched(equal=True):
+        return judge("shift-drift", [], "", failed_guard=failed)
     plain, normed = (_averages(study.equal(arm)) for arm in PAIR)
     ratio = plain / normed
     every = _apart(study)
     sentence = (
-        f"What the layers receive moves by {float(normed.mean()):.2g} standard deviations in {every} steps with "
-        f"batch norm, by {float(plain.mean()):.2g} without ({times(over_seeds.factor(ratio))} times as much), both at "
-        f"the rate {study.plan.rates[study.grid.shared()]:g}."
+        f"What the layers receive moves by {over_seeds.factor(normed):.2g} standard deviations in "
+        f"{counted(every, 'step')} with batch norm, by {over_seeds.factor(plain):.2g} without "
+        f"({times(over_seeds.factor(ratio))} times as much), both at the rate "
+        f"{study.plan.rates[study.grid.shared()]:g}."
     )
-    return judge("shift-drift", ratio.log2().tolist(), sentence, failed_guard=study.unlearned(equal=True))
+    return judge("shift-drift", ratio.log2().tolist(), sentence)
 
 
 def _apart(study: Study) -> int:
@@ -69,12 +72,12 @@ def _by_layer(study: Study) -> Chart:
         for arm in PAIR:
             values = torch.stack([run.moved[path].mean() for run in study.equal(arm)])
             if bool((values > 0).all()) and bool(values.isfinite().all()):
-                row = {"label": path or "the layer", "value": over_seeds.figures(values.median())}
+                row = {"label": path or "the layer", "value": over_seeds.figures(over_seeds.median(values))}
                 extent = {"low": over_seeds.figures(values.min()), "high": over_seeds.figures(values.max())}
                 rows.append(row | extent | {"series": CALLED[arm]})
     less = sum(
-        float(torch.stack([run.moved[path].mean() for run in study.equal(WITH)]).median())
-        < float(torch.stack([run.moved[path].mean() for run in study.equal(WITHOUT)]).median())
+        float(over_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITH)])))
+        < float(over_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITHOUT)])))
         for path in _layers(study)
     )
     found = f"{less} of {len(_layers(study))} layers shown receive values that move less with batch norm"
@@ -99,8 +102,8 @@ def _over_time(study: Study) -> Chart:
         values = torch.stack([torch.stack([d[:times] for d in run.moved.values()]).mean(0) for run in runs], 1)
         steps = runs[0].looked[1 : times + 1]
         rows += over_seeds.curve(steps, values, positive=True, series=CALLED[arm])
-    plain, normed = (float(_averages(study.equal(arm)).mean()) for arm in PAIR)
-    found = f"Averaged over layers, drift is {plain:.2g} without batch norm and {normed:.2g} with it"
+    plain, normed = (over_seeds.factor(_averages(study.equal(arm))) for arm in PAIR)
+    found = f"Averaged over layers, drift is {figure(plain)} without batch norm and {figure(normed)} with it"
     return Chart(
         "lines",
         found,

@@ -44,13 +44,14 @@ def _judge(study: Study, key: str, *, equal: bool) -> Verdict:
     rates = [study.plan.rates[study.grid.shared() if equal else study.grid.best(arm)] for arm in PAIR]
     plain, normed = (_betas(runs(arm), 1.0 if equal else rate) for arm, rate in zip(PAIR, rates, strict=True))
     effect = plain - normed
+    failed = study.unlearned(equal=equal) or study.unwatched(equal=equal)
     at = f"the equal rate {rates[0]:g}" if equal else f"the best rates {rates[0]:g} without and {rates[1]:g} with"
     what = "beta-hat" if equal else "rate × beta-hat"
     sentence = (
         f"{what} at {at}: {float(plain.mean().exp2()):.2g} without batch norm, {float(normed.mean().exp2()):.2g} with "
         f"({times(float(effect.mean().exp2()))} times as large without)."
     )
-    return judge(key, effect.tolist(), sentence, failed_guard=study.unlearned(equal=equal))
+    return judge(key, effect.tolist(), sentence, failed_guard=failed)
 
 
 def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
@@ -72,9 +73,9 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
     reference: dict[str, Role] = {_EDGE: "neutral"}
     return Chart(
         "lines",
-        verdicts[1].sentence.rstrip("."),
+        verdicts[1].told.rstrip("."),
         "Rate × beta-hat, the roughness as a step of that rate meets it, against training steps on a log scale: one "
-        f"panel at an equal rate, one at the best rates; the dashed line is {EDGE:.2g}. {verdicts[0].sentence}",
+        f"panel at an equal rate, one at the best rates; the dashed line is {EDGE:.2g}. {verdicts[0].told}",
         rows,
         Axis("training step"),
         Axis("rate × beta-hat", log=True),

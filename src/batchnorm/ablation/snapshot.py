@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.ablation import noise, test_time
-from batchnorm.ablation.criteria import judge
-from batchnorm.ablation.data import examples_in, take
+from batchnorm.ablation.criteria import counted, figure, judge
+from batchnorm.ablation.data import examples_in, first_examples
 from batchnorm.ablation.scale import inputs, spread
 from batchnorm.ablation.subject import kept_buffers, received
 from batchnorm.instruments.census import census
@@ -63,10 +63,10 @@ def _scale(x: Tensor, seeds: range) -> Claim:
 def measure_depth(subject: Subject, model: nn.Module, seeds: Sequence[int]) -> Result:
     """How alike examples look at the entrance of each layer, in eval mode."""
     batch = subject.data.train[0]
-    batch = take(batch, torch.arange(min(_EXAMPLES, examples_in(batch))))
+    batch = first_examples(batch, examples_in(batch) if subject.data.whole else _EXAMPLES)
     with kept_buffers(model):
         model.eval()
-        seen = {path: sample(x)[0] for path, x in received(model, batch).items() if x.ndim > 1}
+        seen = {path: sample(x[:_EXAMPLES])[0] for path, x in received(model, batch).items() if x.ndim > 1}
     ranks = {path: [_rank(values, seed) for seed in seeds] for path, values in seen.items()}
     paths = [*ranks]
     if not paths:
@@ -77,8 +77,14 @@ def measure_depth(subject: Subject, model: nn.Module, seeds: Sequence[int]) -> R
         f"The stable rank of what a layer receives is {float(first.mean()):.3g} at the first ({_named(paths[0])}) and "
         f"{float(last.mean()):.3g} at the last ({_named(paths[-1])}) of {len(paths)} batch norm layers."
     )
-    verdict = judge("depth-rank", (last / first).log2().tolist(), sentence)
-    return Result([verdict], [_depth_chart(seen, sentence)], _depth_numbers(seen))
+    alone = "there is one batch norm layer alone, so its first is its last" if len(paths) == 1 else ""
+    verdict = judge("depth-rank", (last / first).log2().tolist(), sentence, failed_guard=alone)
+    told = (
+        f"The stable rank of what {_named(paths[0])} receives is {figure(float(first.mean()), 3)}."
+        if alone
+        else verdict.told
+    )
+    return Result([verdict], [_depth_chart(seen, told)], _depth_numbers(seen))
 
 
 def _named(path: str) -> str:
@@ -151,7 +157,7 @@ def measure_census(model: nn.Module, seeds: Sequence[int]) -> Result:
     found = census(layers, Snapshot.of(layers))
     dead = found["dead"]
     worst = int(dead.argmax())
-    sentence = f"{float(dead.mean()):.1%} of channels are dead, mean over {len(stored)} layers"
+    sentence = f"{float(dead.mean()):.1%} of channels are dead, mean over {counted(len(stored), 'layer')}"
     sentence += f"; most at {_named(layers.names[worst])}, {float(dead[worst]):.1%}." if float(dead[worst]) else "."
     # one model has one value: it is read, so its interval has no width
     verdict = judge("census-dead", [float(dead.mean())] * len(seeds), sentence)
@@ -170,7 +176,7 @@ def _range(values: Tensor) -> str:
 def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
     kept = torch.linspace(0, len(names) - 1, min(_LAYERS, len(names))).round().long().unique()
     role: dict[str, Role] = {"gamma": "with"}
-    found = f"The median |gamma| of a layer lies between {float(gamma.min()):.2g} and {float(gamma.max()):.2g}"
+    found = f"The median |gamma| of a layer lies between {figure(float(gamma.min()))} and {figure(float(gamma.max()))}"
     rows = [{"label": _named(names[i]), "value": over_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
     return Chart("dots", found, f"Median |gamma| by layer. {found}.", rows, Axis("median |gamma|"), None, role)
 

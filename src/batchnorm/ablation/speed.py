@@ -40,7 +40,7 @@ def measure(study: Study) -> Result:
     for arm in PAIR:
         held = [_held_loss(subject, watched.model) for watched in study.best(arm)]
         numbers[f"{CALLED[arm]}, held-out loss at the end"] = over_seeds.mean(torch.tensor(held))
-    return Result(verdicts, [curves(grid, ROLES, verdicts[0].sentence)], numbers)
+    return Result(verdicts, [curves(grid, ROLES, verdicts[0].told)], numbers)
 
 
 def measure_rates(study: Study) -> Result:
@@ -71,12 +71,17 @@ def told(grid: Grid) -> str:
     slow, fast = grid.pair
     slower, faster = grid.arrival(slow), grid.arrival(fast)
     bound = "at least " if slower.late and not faster.late else "at most " if faster.late and not slower.late else ""
-    said = f"{bound}{times(over_seeds.factor(ratio(grid)))} times as many"
+    # a median of steps beside a mean of paired ratios, which may differ in direction
+    said = f"seed by seed {bound}{times(over_seeds.factor(ratio(grid)))} times as many"
+    if slower.late == faster.late == len(slower.first):
+        said = "neither arrived"
     return f"{faster} steps {CALLED[fast]}, {slower} {CALLED[slow]} ({said}) to a training loss of {grid.target:.3g}"
 
 
 def versus(grid: Grid, key: str, slow: str, fast: str) -> Verdict:
     """Steps of one arm against another, to the target of these two."""
+    if failed := grid.failed.get(slow) or grid.failed.get(fast):
+        return judge(key, [], "", failed_guard=failed)
     grid = grid.versus(slow, fast)
     failed = grid.unlearned(grid.better, grid.best(grid.better))
     return judge(key, effect(grid), f"{told(grid)}.", failed_guard=failed)
@@ -109,13 +114,15 @@ def _judge_rates(grid: Grid) -> Verdict:
         f"{_rate(found[WITH], grid)} with batch norm, {_rate(found[WITHOUT], grid)} without (medians over seeds)."
     )
     failed = grid.unlearned(grid.better, grid.best(grid.better))
-    if not bool((found[WITHOUT] > 0).all()):
-        sentence = f"{sentence.rstrip('.')}; so at least {times(over_seeds.factor(factor))} times as large."
+    some = {arm: bool((rates > 0).all()) for arm, rates in found.items()}
+    if some[WITH] != some[WITHOUT]:
+        bound = "at least" if some[WITH] else "at most"
+        sentence = f"{sentence.rstrip('.')}; so {bound} {times(over_seeds.factor(factor))} times as large."
     return judge("rates-largest", factor.log2().tolist(), sentence, failed_guard=failed)
 
 
 def _rate(rates: Tensor, grid: Grid) -> str:
-    median = float(rates.median())
+    median = float(over_seeds.median(rates))
     if not median:
         return "none of the grid"
     return f"{median:.3g}" + (" (the grid's largest)" if median >= max(grid.rates) * 0.999 else "")
@@ -140,7 +147,7 @@ def wide_axis(title: str, rows: Sequence[Mapping[str, Any]]) -> Axis:
 def curves(grid: Grid, roles: dict[str, Role], title: str) -> Chart:
     """Smoothed training loss of some arms against steps, each at its best rate."""
     rows: list[dict[str, Any]] = []
-    for arm in roles:
+    for arm in filter(grid.losses.__contains__, roles):
         smooth = grid.smooth(arm)[:, grid.best(arm)].T  # (times, seeds)
         kept = torch.linspace(0, len(smooth) - 1, min(_POINTS, len(smooth))).round().long().unique()
         steps = (kept + grid.window).tolist()
@@ -171,10 +178,10 @@ def _usable_chart(grid: Grid, verdict: Verdict) -> Chart:
     shown = {row["series"] for row in rows}
     return Chart(
         "points",
-        verdict.sentence.rstrip("."),
+        verdict.told.rstrip("."),
         "Final training loss against the learning rate on a log scale, one point with its range over seeds for each "
         "arm and rate; a point that is missing diverged in a seed. Below the dashed line a rate is usable. "
-        f"{verdict.sentence}",
+        f"{verdict.told}",
         rows,
         Axis("learning rate", log=True),
         loss_axis(grid, [row.get("low", row["y"]) for row in rows]),

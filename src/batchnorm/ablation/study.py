@@ -53,6 +53,8 @@ class Study:
         if not at:
             return ""
         said = " and ".join(f"{edge} {CALLED[arm]}" for arm, edge in at.items())
+        if len(at) == len(PAIR) and len(set(at.values())) == 1:
+            said = f"{at[WITH]} with and without batch norm"
         return f"The best learning rate is {said}: a better one may lie beyond it, which --rates can reach."
 
     def diverged(self) -> str:
@@ -64,6 +66,15 @@ class Study:
         """Why the arms with and without cannot be compared at the equal rate or at the best rates; "" if they can."""
         at = {arm: self.grid.shared() if equal else self.grid.best(arm) for arm in PAIR}
         return " and ".join(filter(None, (self.grid.unlearned(arm, at[arm]) for arm in PAIR)))
+
+    def unwatched(self, *, equal: bool) -> str:
+        """Why the looks at the runs at the equal rate or at the best rates are no use; "" if they are."""
+        runs = [run for arm in PAIR for run in (self.equal(arm) if equal else self.best(arm))]
+        return next((f"a run could not be looked at: {run.failed}" for run in runs if run.failed), "")
+
+    def late(self) -> tuple[str, ...]:
+        """Arms, of those with and without batch norm, of which a seed never reached the target."""
+        return tuple(arm for arm in PAIR if self.grid.arrival(arm).late)
 
 
 def study(subject: Subject, plan: Plan, advance: Advance = lambda _: None) -> Study:

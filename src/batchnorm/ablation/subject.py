@@ -7,14 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.ablation.data import Data
+from batchnorm.ablation.data import Data, examples_in, first_examples
 from batchnorm.ablation.losses import accuracy, default_loss
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.population.batches import call, tensors_in
@@ -76,9 +76,28 @@ class Subject:
         return None if self.loss is not None else accuracy(call(model, batch), batch)
 
     def to_device(self) -> Subject:
-        """The same with data where the model is."""
-        device = next((t.device for t in self.fresh(0).parameters()), torch.device("cpu"))
-        return self if device.type == "cpu" else Subject(self.name, self.make, self.data.to(device), self.loss)
+        """The same with data where the model is, and with whole batches if it takes no part of one."""
+        model = self.fresh(0)
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        here = self if device.type == "cpu" else replace(self, data=self.data.to(device))
+        return here if here._takes_parts(model.eval()) else replace(here, data=here.data.kept_whole())
+
+    def _takes_parts(self, model: nn.Module) -> bool:
+        """Whether half of a batch has an answer where a whole one has; a model that has none at all is told later."""
+        if self.data.whole:
+            return True
+        batch = self.data.train[0]
+        with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                call(model, first_examples(batch, examples_in(batch)))
+            except Exception:  # noqa: BLE001 - whatever the user's code raises
+                return True
+            try:
+                call(model, first_examples(batch, max(1, examples_in(batch) // 2)))
+            except Exception:  # noqa: BLE001
+                return False
+        return True
 
 
 def own_statistics(model: nn.Module) -> dict[str, nn.Module]:

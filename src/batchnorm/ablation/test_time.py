@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from batchnorm.ablation.criteria import judge
-from batchnorm.ablation.data import examples_in, joined, regrouped, take
+from batchnorm.ablation.criteria import judge, share
+from batchnorm.ablation.data import examples_in, first_examples, is_rows, joined, regrouped, take
 from batchnorm.ablation.subject import first_tensor, kept_buffers, own_statistics
 from batchnorm.lecture import over_seeds
 from batchnorm.lecture.claim import Axis, Chart, Claim, Result
@@ -72,14 +72,14 @@ def read(subject: Subject, model: nn.Module, seed: int) -> Readings:
         model.eval()
         batch = _by_batch(subject, model, held, seed) if own else {}
         if all(has_stored_statistics(layer) for layer in own.values()):  # type: ignore[arg-type]
-            stored, alone = _mean(subject, model, held), _alone(model, held)
+            stored, alone = _mean(subject, model, held), _alone(model, held, whole=subject.data.whole)
             population = _by_population(subject, model, held) if own else None
     return Readings(batch, stored, population, alone)
 
 
 def _by_batch(subject: Subject, model: nn.Module, held: list[Any], seed: int) -> dict[int, Reading]:
     """In random batches of every size, with batch norm in train mode and all else in eval mode."""
-    pool, found = joined(held), {}
+    pool, found = None if subject.data.whole else joined(held), {}
     total = examples_in(pool) if pool is not None else 0
     for size in sorted({*_SIZES, subject.data.size}):
         groups = regrouped(held, size, seed) if pool is not None and size <= total else None
@@ -98,9 +98,18 @@ def _by_population(subject: Subject, model: nn.Module, held: list[Any]) -> Readi
     with kept_buffers(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of layers that no forward reaches, and of NaN
         with suppress(ValueError):
-            recalibrate(model, list(subject.data.train), max_examples=_POPULATION)
+            if subject.data.whole:
+                recalibrate(model, _up_to(_POPULATION, subject.data.train))
+            else:
+                recalibrate(model, list(subject.data.train), max_examples=_POPULATION)
             return _mean(subject, model, held)
     return None
+
+
+def _up_to(examples: int, batches: Sequence[Any]) -> list[Any]:
+    """The first whole batches that have so many examples together, or all."""
+    counts = torch.tensor([0, *map(examples_in, batches)]).cumsum(0)
+    return [batch for batch, before in zip(batches, counts, strict=False) if int(before) < examples]
 
 
 def _mean(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> Reading:
@@ -113,10 +122,12 @@ def _mean(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> Reading
     return Reading(loss, float((torch.tensor(known) * counts).sum() / counts.sum()) if whole else None)
 
 
-def _alone(model: nn.Module, held: list[Any]) -> float | None:
+def _alone(model: nn.Module, held: list[Any], *, whole: bool) -> float | None:
     """In eval mode, the same examples alone and together."""
-    count = min(_ALONE, examples_in(held[0]))
-    batch = take(held[0], torch.arange(count))
+    if whole or not is_rows(held[0]):
+        return None
+    batch = first_examples(held[0], _ALONE)
+    count = examples_in(batch)
     together = first_tensor(call(model, batch))
     if together is None or together.ndim < 1 or len(together) != count or count < 2:
         return None
@@ -137,7 +148,7 @@ def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int])
         right = [r.accuracy for r in readings if r.accuracy is not None]
         if len(right) == len(readings):
             numbers[f"held-out accuracy by {name}, %"] = over_seeds.figures(100 * _average(right))
-    return Result(verdicts, [_chart(found, verdicts[0].sentence)] if _by_name(found) else [], numbers)
+    return Result(verdicts, [_chart(found, verdicts[0].told)] if _by_name(found) else [], numbers)
 
 
 def unmeasured(reason: str) -> Result:
@@ -162,9 +173,20 @@ def _average(values: Sequence[float]) -> float:
 def _relative(found: list[Readings], other: list[Reading | None]) -> list[float]:
     """Loss above that by population statistics, as a share of the latter; [] where one is missing."""
     pairs = [(r.population, o) for r, o in zip(found, other, strict=True)]
-    if any(population is None or o is None or not population.loss for population, o in pairs):
+    if _unrelated(found, other):
         return []
     return [(o.loss - p.loss) / abs(p.loss) for p, o in pairs if p is not None and o is not None]
+
+
+def _unrelated(found: list[Readings], other: list[Reading | None]) -> str:
+    """Why losses cannot be told as shares of those by population statistics; "" if they can."""
+    if any(reading is None for reading in other):
+        return "the held-out batches cannot be normalized that way"
+    if any(r.population is None for r in found):
+        return "no population statistics could be stored"
+    if not all(r.population.loss for r in found if r.population is not None):
+        return "the held-out loss by population statistics is 0, and nothing is a share of it"
+    return ""
 
 
 def _said(reading: list[Reading | None]) -> str:
@@ -172,14 +194,16 @@ def _said(reading: list[Reading | None]) -> str:
     if len(known) < len(reading) or not known:
         return "nothing to measure"
     right = [r.accuracy for r in known if r.accuracy is not None]
-    share = f" ({_average(right):.1%} right)" if len(right) == len(known) else ""
-    return f"{_average([r.loss for r in known]):.3g}{share}"
+    correct = f" ({_average(right):.1%} right)" if len(right) == len(known) else ""
+    return f"{_average([r.loss for r in known]):.3g}{correct}"
 
 
 def _judge_small(found: list[Readings]) -> Any:
     small = [r.batch.get(SMALL) for r in found]
     values = _relative(found, small)
-    failed = "" if values else "held-out examples cannot be put into batches of 4, or no statistics are stored"
+    failed = _unrelated(found, small)
+    if any(r is None for r in small):
+        failed = f"held-out examples cannot be put into batches of {SMALL}, or no statistics are stored"
     sentence = (
         f"Held-out loss {_said([r.population for r in found])} by population statistics, {_said(small)} by those of "
         f"batches of {SMALL}."
@@ -189,19 +213,22 @@ def _judge_small(found: list[Readings]) -> Any:
 
 def _judge_stored(found: list[Readings]) -> Any:
     values = _relative(found, [r.stored for r in found])
-    failed = "" if values else "the batch norm layers store no statistics of their own"
+    failed = _unrelated(found, [r.stored for r in found])
+    if any(r.stored is None for r in found):
+        failed = "the batch norm layers store no statistics of their own"
     sentence = (
         f"Held-out loss {_said([r.stored for r in found])} by running averages, "
         f"{_said([r.population for r in found])} by population statistics"
     )
-    sentence += f" ({_average(values):+.1%})." if values else "."
+    # a mean of shares beside means of losses, which may differ in direction
+    sentence += f" (seed by seed {share(_average(values))})." if values else "."
     return judge("test-time-stored", values, minus(sentence), failed_guard=failed)
 
 
 def _judge_alone(found: list[Readings]) -> Any:
     values = [r.alone for r in found if r.alone is not None]
     whole = len(values) == len(found)
-    failed = "" if whole else "no output has one row for each example"
+    failed = "" if whole else "batches are not rows of examples, or no output has one row for each"
     sentence = (
         f"In eval mode an output differs by at most {max(values):.1g} standard deviations between alone and in a batch."
         if whole

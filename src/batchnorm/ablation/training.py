@@ -27,7 +27,8 @@ def train(
 ) -> tuple[Tensor, nn.Module]:
     """The loss before each step, (steps,), and the trained model; infinity from the step on at which it diverged.
 
-    The same seed gives the same first weights, batches, order and dropout in every arm.
+    A forward pass or loss that raises once parameters are no longer finite counts as that. The same seed gives the same
+    first weights, batches, order and dropout in every arm.
     """
     model = make_arm(subject, arm, seed)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=MOMENTUM)
@@ -38,7 +39,12 @@ def train(
         for step, batch in zip(range(steps), batches, strict=False):
             if observe is not None:
                 observe(step, model, batch)
-            loss = subject.value(model, batch)
+            try:
+                loss = subject.value(model, batch)
+            except Exception:
+                if _has_diverged(model):  # code that refuses NaN: the loss was about to be infinite
+                    return losses, model
+                raise
             if not bool(loss.detach().isfinite()):
                 return losses, model
             losses[step] = float(loss.detach())
@@ -46,6 +52,10 @@ def train(
         if observe is not None:
             observe(steps, model, next(batches))
     return losses, model
+
+
+def _has_diverged(model: nn.Module) -> bool:
+    return not all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

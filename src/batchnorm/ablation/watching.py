@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOOKS = 10  # at what the layers receive, after the first
 PROBES = 6  # of the loss along the gradient
+_WORDS = 200  # of an error's message
 _FIRST = 0  # the seed that deals the probe, the same for all arms and seeds
 
 
@@ -35,6 +36,7 @@ class Watched:
         floor: What halves of the probe differ by, mean over looks, layer -> number.
         probed: Steps at which the loss was probed along the gradient.
         landscape: What was met there, fields of (P,); shorter where it diverged.
+        failed: What ended the looks before the run ended; "" for nothing.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Watched:
     floor: dict[str, float]
     probed: Sequence[int]
     landscape: Landscape
+    failed: str = ""
 
     @property
     def average(self) -> float:
@@ -59,20 +62,32 @@ def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Wat
     probed: list[int] = []
     met: list[Landscape] = []
 
+    failed: list[str] = []
+
+    def look(step: int, model: nn.Module, batch: Any) -> None:
+        if step % every == 0:
+            values.append(_values(model, probe))
+            looked.append(step)
+        if step % apart == 0 and step < steps:
+            met.append(_landscape(subject, model, batch, rate))
+            probed.append(step)
+
     def observe(step: int, model: nn.Module, batch: Any) -> None:
         state = torch.get_rng_state()
-        if step % every == 0:
-            looked.append(step)
-            values.append(_values(model, probe))
-        if step % apart == 0 and step < steps:
-            probed.append(step)
-            met.append(_landscape(subject, model, batch, rate))
-        torch.set_rng_state(state)  # dropout goes on as if nobody had looked
+        try:
+            if not failed:
+                look(step, model, batch)
+        except Exception as error:  # noqa: BLE001 - the run and what else is asked of it do without
+            failed.append(f"{type(error).__name__}: {' '.join(str(error).split())}"[:_WORDS])
+        finally:
+            torch.set_rng_state(state)  # dropout goes on as if nobody had looked
 
     model = train(subject, arm, seed, rate, steps, observe)[1]
     moved, floor = _drifts(values)
-    landscape = Landscape(*(torch.cat([getattr(m, f.name) for m in met]) for f in fields(Landscape)))
-    return Watched(model, looked, moved, floor, probed, landscape)
+    landscape = Landscape(*(
+        torch.cat([getattr(m, f.name) for m in met]) if met else torch.zeros(0) for f in fields(Landscape)
+    ))  # fmt: skip
+    return Watched(model, looked, moved, floor, probed, landscape, *failed)
 
 
 def _values(model: nn.Module, probe: Any) -> dict[str, Tensor]:

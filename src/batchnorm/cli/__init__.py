@@ -20,6 +20,7 @@ _HOMES = {"rules": "explain"}
 # what shells report of a program that Ctrl-C ended, or whose reader went away: 128 and the signal's number
 _INTERRUPTED = 130
 _UNREAD = 141
+_DEBUG = "Show the traceback of an error."
 
 
 class _Commands(click.Group):
@@ -32,7 +33,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command; a name that is close to one is told it."""
         if cmd_name in _COMMANDS:
-            return getattr(import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}"), cmd_name)
+            return _debuggable(getattr(import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}"), cmd_name))
         if close := difflib.get_close_matches(cmd_name, _COMMANDS, n=1):
             ctx.fail(f"no command {cmd_name!r}. Did you mean {close[0]!r}?")
         return None
@@ -50,6 +51,20 @@ class _Commands(click.Group):
             if ctx.params.get("debug"):
                 raise
             raise click.UsageError(_explained(error)) from error
+
+
+def _debuggable(command: click.Command) -> click.Command:
+    """The command with --debug: one looks for it behind a command's name too."""
+    if not any(parameter.name == "debug" for parameter in command.params):
+        command.params.append(
+            click.Option(["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=_debug, help=_DEBUG)
+        )
+    return command
+
+
+def _debug(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        ctx.find_root().params["debug"] = True
 
 
 def _explained(error: Exception) -> str:
@@ -75,7 +90,7 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     "batchnorm", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help=_DEBUG)
 def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
     """Batch normalization for PyTorch: why it works, measured; what is wrong with it, found and mended."""
     for stream in (sys.stdout, sys.stderr):

@@ -57,8 +57,8 @@ def run(settings: Settings, progress: Progress) -> Result:
     found = measure(settings, tick)
     verdicts = [_shift(found), _robust(found), *(_repair(found, name) for name in REPAIRS), _mix(found)]
     numbers: dict[str, float | None] = {
-        "best learning rate, median, without batch norm": round(float(found["rate", "without"].median()), 4),
-        "best learning rate, median, with batch norm": round(float(found["rate", "with"].median()), 4),
+        "best learning rate, median, without batch norm": round(float(over_seeds.median(found["rate", "without"])), 4),
+        "best learning rate, median, with batch norm": round(float(over_seeds.median(found["rate", "with"])), 4),
         "test answers that less contrast changes after re-estimation, share": round(found.mean("changed"), 5),
     }
     rang = found["rang", "coloured"]

@@ -201,7 +201,7 @@ def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> dict[str,
     read = {arm: watched[arm].reached for arm in ("with", "noisy")}
     for arm, reached in read.items():
         numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds.mean(
-            reached.median()
+            over_seeds.median(reached)
         )
     share = _lost(sweeps["without"].best().steps, *read.values())
     numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds.mean(share)

@@ -168,7 +168,7 @@ def _judge_governed(distances: dict[str, Tensor]) -> Verdict:
 
 def _median_of_seeds(values: Tensor) -> Tensor:
     """(T, S, units) -> (S,)."""
-    return values.transpose(0, 1).flatten(1).median(1).values
+    return over_seeds.median(values.transpose(0, 1).flatten(1), 1)
 
 
 def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,17 @@ def mean(values: Tensor) -> float | None:
     return average if abs(average) < float("inf") else None
 
 
+def median(values: Tensor, axis: int = -1) -> Tensor:
+    """Median along an axis, of an even number the mean of the two in the middle; infinite if one of these is.
+
+    torch's own is the lower of the two.
+    """
+    ordered = values.sort(axis).values
+    count = values.shape[axis]
+    lower, upper = (ordered.select(axis, index) for index in ((count - 1) // 2, count // 2))
+    return torch.where(lower == upper, lower, (lower + upper) / 2)
+
+
 def factor(ratios: Tensor) -> float:
     """Geometric mean of ratios, the mean that reads the same in both directions."""
     return float(ratios.log2().mean().exp2())
@@ -32,7 +43,7 @@ def curve(
     x: Iterable[float],
     values: Tensor,
     *,
-    middle: Callable[[Tensor], Tensor] = torch.median,
+    middle: Callable[[Tensor], Tensor] = median,
     positive: bool = False,
     **same: str,
 ) -> list[dict[str, Any]]:

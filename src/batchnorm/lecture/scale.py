@@ -69,8 +69,8 @@ class Descent:
 
     def best_rate(self) -> int:
         """Index of the rate that is fastest to the target in the median over seeds; of the lowest last loss if none."""
-        median = self.steps_to_target().median(0).values
-        last = self.losses[-1].nan_to_num(torch.inf).median(0).values
+        median = over_seeds.median(self.steps_to_target(), 0)
+        last = over_seeds.median(self.losses[-1].nan_to_num(torch.inf), 0)
         return int(median.argmin() if median.isfinite().any() else last.argmin())
 
     def best(self) -> Arrival:
@@ -216,7 +216,7 @@ def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
         for arm, descent in descents.items():
             last = descent.losses[-1].T.clamp_min(FLOOR)  # (rates, seeds)
             rows += over_seeds.curve(map(over_seeds.figures, RATES), last, series=arm, panel=panel)
-        count = {arm: int(d.steps_to_target().median(0).values.isfinite().sum()) for arm, d in descents.items()}
+        count = {arm: int(over_seeds.median(d.steps_to_target(), 0).isfinite().sum()) for arm, d in descents.items()}
         reached.append(f"{panel} {count[NORMALIZED]} instead of {count[RAW]}")
     return Chart(
         "points",

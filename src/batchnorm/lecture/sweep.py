@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import data
+from batchnorm.lecture import data, over_seeds
 from batchnorm.lecture.claim import Settings
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.training import Arrival, accuracies, first_step, losses, sgd
@@ -50,7 +50,7 @@ class Sweep:
 
     def best_rate(self) -> int:
         """Index of the rate with the least median steps to TARGET; if none arrives, the most accurate."""
-        median = self.steps_to(TARGET).median(0).values
+        median = over_seeds.median(self.steps_to(TARGET), 0)
         return int(median.argmin()) if median.isfinite().any() else int(self.accuracy[-1].mean(0).argmax())
 
     def best(self) -> Arrival:

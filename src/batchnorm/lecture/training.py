@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.lecture import over_seeds
+
 if TYPE_CHECKING:
     from batchnorm.lecture.data import Examples
     from batchnorm.lecture.networks import Ensemble
@@ -60,10 +62,10 @@ class Arrival:
 
     def __str__(self) -> str:
         """The median in words, such as "80", "more than 300" or "80 (1 of 5 seeds never)"."""
-        median = self.first.median()
+        median = over_seeds.median(self.first)
         if median.isinf():
             return f"more than {self.last}"
-        return f"{median:.0f}" + (f" ({self.late} of {len(self.first)} seeds never)" if self.late else "")
+        return f"{median:g}" + (f" ({self.late} of {len(self.first)} seeds never)" if self.late else "")
 
 
 def sgd(
