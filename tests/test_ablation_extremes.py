@@ -107,6 +107,7 @@ def told(result: Result) -> list[str]:
 
 
 def answers(results: dict[str, Result], **more: object) -> Answers:
+    results = {name: replace(r, charts=[chart for chart in r.charts if chart.rows]) for name, r in results.items()}
     claims = [
         Outcome(Claim(name, name.title(), "S.", "A.", "R.", "N.", (), run=lambda *_: None), result, 1.0)
         for name, result in results.items()
@@ -245,7 +246,8 @@ def test_noise_in_batches_of_the_smallest_size_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.zeros(8, 3), torch.full((8, 3), NAN), torch.full((8, 3), INF), torch.randn(8, 3) * torch.tensor([1e-19, 1, 1e18])],
+    "x", [torch.zeros(8, 3), torch.full((8, 3), NAN), torch.full((8, 3), INF), 
+        torch.randn(8, 3) * torch.tensor([1e-19, 1, 1e18])],
     ids=["constant", "nan", "infinite", "far apart"],
 )  # fmt: skip
 def test_the_spread_of_any_features_is_told(x: Tensor) -> None:
@@ -395,6 +397,22 @@ def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: s
     ablation.look(subject, subject.fresh(0), range(2), "batchnorm why")
 
 
+def test_a_model_of_several_inputs_has_its_target_behind_them() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.bn, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.last(torch.relu(self.bn(self.first(x) + self.first(z))))
+
+    batches = [(torch.randn(16, 3), torch.randn(16, 3), torch.randint(2, (16,))) for _ in range(6)]
+    subject = about(batches, Two)
+    assert subject.data.pool is not None
+    found = ablation.train_and_ask(subject, plan(subject, steps=12, seeds=2, rates=(0.01, 0.1)), "batchnorm why")
+    assert not [v.told for v in found.found.values() if "could not be measured: " in v.told]
+
+
 def test_rows_are_tensors_of_one_length() -> None:
     x, y = torch.randn(6, 3), torch.zeros(6)
     assert all(map(is_rows, ((x, y), {"x": x, "k": 3, "s": "word"}, [x, (y, torch.tensor(1.0))])))
@@ -448,10 +466,8 @@ def test_a_loss_that_refuses_what_diverged_is_divergence() -> None:
             raise ValueError("all elements must be finite")
         return output.square().mean()
 
-    subject = replace(
-        about(make=lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))), loss=strict
-    )
-    losses, _ = train(subject, WITH, 0, 1e30, 10)
+    made = about(make=lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)))
+    losses, _ = train(replace(made, loss=strict), WITH, 0, 1e30, 10)
     assert losses[0].isfinite()
     assert losses[-1].isinf()
 

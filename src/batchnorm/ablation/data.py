@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.population.batches import tensors_in
+from batchnorm.population import batches
+from batchnorm.population.batches import is_object, tensors_in, why_without_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,15 +123,15 @@ def inputs_of(batch: Any) -> Tensor | None:
 
 
 def examples_in(batch: Any) -> int:
-    """The length of the first tensor in a batch.
+    """Examples in a batch, as every room counts them: the first axis of its first tensor, or what an object says.
 
     Raises:
         ValueError: If there is none.
     """
-    sizes = [len(tensor) for tensor in _tensors_of(batch) if tensor.ndim]
-    if not sizes:
+    count = batches.examples_in(batch)
+    if count is None:
         raise ValueError(f"a batch must hold tensors, got {type(batch).__name__} without any. Convert it to tensors.")
-    return sizes[0]
+    return count
 
 
 def is_rows(batch: Any) -> bool:
@@ -138,7 +139,7 @@ def is_rows(batch: Any) -> bool:
     leaves: list[Any] = []
     each(batch, leaves.append)
     is_known = all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves)
-    return is_known and len({len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}) == 1
+    return is_known and not why_without_rows(batch)
 
 
 def first_examples(batch: Any, most: int) -> Any:
@@ -216,7 +217,7 @@ def _tensors_of(batch: Any) -> list[Tensor]:
 
 def _attributes(leaf: Any) -> list[Any]:
     """What such an object holds, of a mapping inside of it too."""
-    held = list(getattr(leaf, "__dict__", {}).values()) if hasattr(leaf, "to") else []
+    held = list(getattr(leaf, "__dict__", {}).values()) if is_object(leaf) else []
     return [dict(part) if isinstance(part, Mapping) else part for part in held]
 
 
@@ -267,4 +268,4 @@ def _mapped(like: Mapping, values: dict) -> Any:
 def _copied(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.clone()
-    return deepcopy(leaf) if hasattr(leaf, "to") else leaf
+    return deepcopy(leaf) if is_object(leaf) else leaf

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm.ablation.data import Data, examples_in, first_examples
 from batchnorm.ablation.losses import accuracy, default_loss
 from batchnorm.layers import batch_norms, input_of
-from batchnorm.population.batches import call, tensors_in
+from batchnorm.population.batches import arguments, call, tensors_in
 from batchnorm.population.freezing import Frozen
 from batchnorm.population.shield import preserve_random_state
 
@@ -65,7 +65,8 @@ class Subject:
         Raises:
             ValueError: If the loss is no scalar.
         """
-        loss = (self.loss or default_loss)(call(model, batch), batch)
+        output = call(model, batch)
+        loss = self.loss(output, batch) if self.loss else default_loss(output, _with_target(model, batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"a loss must be one number, got {got}. Return its mean from --loss.")
@@ -73,7 +74,7 @@ class Subject:
 
     def accuracy(self, model: nn.Module, batch: Any) -> float | None:
         """Share of right classes, where the loss is the one for classes."""
-        return None if self.loss is not None else accuracy(call(model, batch), batch)
+        return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
 
     def to_device(self) -> Subject:
         """The same with data where the model is, and with whole batches if it takes no part of one."""
@@ -98,6 +99,13 @@ class Subject:
             except Exception:  # noqa: BLE001
                 return False
         return True
+
+
+def _with_target(model: nn.Module, batch: Any) -> Any:
+    """The batch as (last input, target, ...): a model of several inputs takes more than the first part."""
+    if not isinstance(batch, (tuple, list)) or isinstance(batch[0], (tuple, list)):
+        return batch
+    return batch[max(0, len(arguments(model, batch)[0]) - 1) :]
 
 
 def own_statistics(model: nn.Module) -> dict[str, nn.Module]:

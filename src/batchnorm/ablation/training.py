@@ -18,6 +18,8 @@ MOMENTUM = 0.9
 # two and a half decades and a bit, in steps of 4 or 5: more than the factor of 3 that the criterion on rates asks for
 RATES = (0.001, 0.005, 0.02, 0.1, 0.5)
 
+_RUNAWAY = 1e8  # five layers of it are beyond float32
+
 # Called before each step with the number of steps done and the step's batch, and once more at the end.
 Observer = Callable[[int, nn.Module, Any], None]
 
@@ -27,7 +29,7 @@ def train(
 ) -> tuple[Tensor, nn.Module]:
     """The loss before each step, (steps,), and the trained model; infinity from the step on at which it diverged.
 
-    A forward pass or loss that raises once parameters are no longer finite counts as that. The same seed gives the same
+    A forward pass or loss that raises once parameters have run away counts as that. The same seed gives the same
     first weights, batches, order and dropout in every arm.
     """
     model = make_arm(subject, arm, seed)
@@ -55,7 +57,8 @@ def train(
 
 
 def _has_diverged(model: nn.Module) -> bool:
-    return not all(bool(p.isfinite().all()) for p in model.parameters())
+    """Whether a parameter is not finite, or so large that products of a few layers are not."""
+    return not all(bool((p.abs() < _RUNAWAY).all()) for p in model.parameters())
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
