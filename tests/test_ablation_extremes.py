@@ -246,7 +246,7 @@ def test_noise_in_batches_of_the_smallest_size_is_told_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "x", [torch.zeros(8, 3), torch.full((8, 3), NAN), torch.full((8, 3), INF), 
+    "x", [torch.zeros(8, 3), torch.full((8, 3), NAN), torch.full((8, 3), INF),
         torch.randn(8, 3) * torch.tensor([1e-19, 1, 1e18])],
     ids=["constant", "nan", "infinite", "far apart"],
 )  # fmt: skip

@@ -162,3 +162,18 @@ def test_a_stream_that_takes_nothing_does_not_cost_the_report(tmp_path, stream):
 def test_the_module_can_be_run():
     done = subprocess.run([sys.executable, "-m", "batchnorm", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("batchnorm 0.1.0 (CPU kernels: ")
+
+
+@pytest.mark.parametrize("name", main.list_commands(None))
+def test_debug_may_stand_behind_every_command(name):
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    assert "--debug" in result.output
+
+
+@pytest.mark.parametrize("words", ["doctor none.pt --debug", "doctor --debug none.pt", "--debug doctor none.pt"])
+def test_debug_shows_the_error_itself_wherever_it_stands(words):
+    assert isinstance(call(*words.split()).exception, FileNotFoundError)
+    plain = call(*words.replace("--debug", "").split())
+    assert plain.exit_code == 2
+    assert isinstance(plain.exception, SystemExit)

@@ -521,8 +521,9 @@ def test_a_run_that_is_too_short_says_so(steps: int, tmp_path: Path) -> None:
     counted(lambda model: times(steps, plain, model, sgd(model)), log=tmp_path)
     (event,) = Log(tmp_path).rows("event")
     assert event["message"].startswith(f"nothing was measured in {steps} step")
-    with pytest.warns(RuntimeWarning, match=f"watch: nothing was measured in {steps} step"):
-        counted(lambda model: times(steps, plain, model, sgd(model)))
+    run = counted(lambda model: times(steps, plain, model, sgd(model)))
+    with pytest.raises(RuntimeError, match=f"nothing was measured in {steps} step.*Train for longer"):
+        _ = run.latest
 
 
 @pytest.mark.parametrize("steps", range(3, 18))

@@ -203,6 +203,8 @@ class Watch:
         for record in reversed(self.records):
             if record.tier == "free":
                 return record
+        if not self._on:
+            raise RuntimeError(f"{self._too_short()}.")
         raise RuntimeError(f"nothing was measured yet after {self.steps} steps. Look later, or set every= lower.")
 
     @property
@@ -438,7 +440,7 @@ class Watch:
         if len(self._window) >= LEAST:
             self._look()
         elif self.steps > self._began and self._last is None:
-            self._tell_short()
+            self._outlets.event(self.steps, self._too_short())
         if self._captures and self._probe is None and self.steps:
             self._outlets.event(
                 self.steps,
@@ -478,11 +480,11 @@ class Watch:
         else:
             self._unsaid.append(f"watch: {told}.")
 
-    def _tell_short(self) -> None:
-        steps = self.steps - self._began
-        self._tell(
-            f"nothing was measured in {_counted(steps, 'step')}: a look takes {LEAST - 1} or more in which statistics "
-            "are updated, and time for it within the budget. Train for longer, or set every= lower or budget= higher"
+    def _too_short(self) -> str:
+        steps = _counted(self.steps - self._began, "step")
+        return (
+            f"nothing was measured in {steps}: a look takes {LEAST - 1} or more in which statistics are updated, and "
+            "time for it within the budget. Train for longer, or set every= lower or budget= higher"
         )
 
 
