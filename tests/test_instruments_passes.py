@@ -533,3 +533,16 @@ def test_a_short_run_is_measured_when_it_ends(steps: int) -> None:
     # one second difference has a relative variance of 2, and four passes of a step are four
     error = 5 * math.sqrt(2 / CHANNELS) + 2 / (3 * (SIZE - 1))
     assert run.latest["m_eff"]["bn"] == pytest.approx(SIZE, rel=error)
+
+
+def test_an_optimizer_that_cannot_be_asked_ends_the_watch_and_not_the_training() -> None:
+    model = Model()
+    optimizer = sgd(model)
+    run = bn.watch(model, probe=False).start()
+    plain(model, optimizer, 0)
+    groups, optimizer.param_groups = optimizer.param_groups, [{}]
+    with pytest.warns(RuntimeWarning, match=r"watch stopped at step 1: KeyError: 'params'"):
+        run._steps._after(optimizer)
+    optimizer.param_groups = groups
+    plain(model, optimizer, 1)
+    assert run.steps == 1

@@ -31,14 +31,15 @@ class Steps:
         layers: Whose stored statistics tell of passes in train mode.
         taken: Called after each step with the id of the optimizer that took it.
         foreign: Called after each outermost call of an optimizer that holds none of the model's parameters.
+        broken: Given what an optimizer raised when it was asked for its parameters.
     """
 
     def __init__(
         self, model: nn.Module, layers: Iterable[_BatchNorm], taken: Callable[[int], None],
-        foreign: Callable[[torch.optim.Optimizer], None],
+        foreign: Callable[[torch.optim.Optimizer], None], broken: Callable[[Exception], None],
     ) -> None:  # fmt: skip
         self._model, self._layers = model, list(layers)
-        self._taken, self._foreign = taken, foreign
+        self._taken, self._foreign, self._broken = taken, foreign, broken
         self._inner: dict[int, set[int]] = {}  # parameters that calls inside of a thread's present one moved
         self._own: set[int] = set()
         self._misses = 0
@@ -69,8 +70,15 @@ class Steps:
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if torch.compiler.is_compiling():  # a step inside of compiled code leaves no room for us, and is not counted
             return
+        is_inner = _is_inside_of_another()
+        try:
+            self._tell(optimizer, is_inner=is_inner)
+        except Exception as error:  # noqa: BLE001 - of an optimizer of any kind, in somebody's training
+            self._broken(error)
+
+    def _tell(self, optimizer: torch.optim.Optimizer, *, is_inner: bool) -> None:
         held = self._held(optimizer) | self._inner.pop(threading.get_ident(), set())
-        if _is_inside_of_another():
+        if is_inner:
             self._inner[threading.get_ident()] = held
         elif held:
             self._end(optimizer, held)

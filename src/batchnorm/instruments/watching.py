@@ -163,7 +163,9 @@ class Watch:
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
             self._begin()  # a log that cannot be written is told before the training, not after its first step
         self._by_hand, self._foreign = False, 0
-        self._steps = Steps(self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign)
+        self._steps = Steps(
+            self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign, self._give_up
+        )
         self._steps.on()
         if self._captures and self._probe is None:
             self._handles.append(self._outer.register_forward_pre_hook(Hook(self._capture), with_kwargs=True))
@@ -271,8 +273,12 @@ class Watch:
             with self._schedule.spending():
                 work()
         except Exception as error:  # noqa: BLE001 - the training is worth more than its measurement
-            _warn(f"watch stopped at step {self.steps}: {type(error).__name__}: {error}. The training goes on.")
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._on:
             self._release(f"stopped by {type(error).__name__}")
+            _warn(f"watch stopped at step {self.steps}: {type(error).__name__}: {error}. The training goes on.")
 
     def _count(self, taker: int = 0) -> None:
         self._begin()
