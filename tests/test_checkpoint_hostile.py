@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import pathlib
 import pickle
 import random
 import re
@@ -89,7 +90,13 @@ def test_every_way_to_call_a_name_is_refused_by_name(tmp_path, program):
         (b"\x80\x02X\x01\x00\x00\x00aQ.", "expected a storage as persistent id, got a"),
         (b"\x80\x02}]K\x01s.", "expected plain keys, got a list"),
         (b"\x80\x02K\x05.", "expected a dict of tensors, got 5"),
-        (b"\x80\x05\x92.", "expected the opcodes of plain values, got b'\\x92'"),
+        (b"\x80\x05\x97.", "expected the opcodes of plain values, got b'\\x97'"),
+        (b"\x80\x04ctorch\nfloat32\n)}\x92.", "expected a class and its arguments, got torch.float32"),
+        (b"\x80\x04)N\x81.", "expected a class and its arguments, got a tuple"),
+        (b"\x80\x02cm\nA\n)\x81]e.", "c.pt: expected"),
+        (b"\x80\x02cm\nA\n)\x81X\x05\x00\x00\x00itemsK\x01sNa.", "expected an object's items, got 1"),
+        (b"\x80\x02cnumpy\nndarray\n.", "expected a dict of tensors, got numpy.ndarray"),
+        (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R}b.", "a NumPy array's shape, type, order and bytes"),
         (b"\x80\x02\x8b\xff\xff\xff\x7f", "integers of at most 256 bytes"),
         (b"\x80\x02X\xff\xff\xff\xff", "at most 268,435,456 bytes"),
         (b"\x80\x02X\xff\xff\xff\x07", "more bytes of a pickle"),
@@ -103,18 +110,43 @@ def test_programs_that_are_no_plain_values_are_refused(tmp_path, program, messag
     assert message in refused(tmp_path, zipped(program))
 
 
-def test_objects_are_refused_by_name_with_a_remedy(tmp_path):
-    message = refused(tmp_path, saved({"args": argparse.Namespace(lr=0.1), "model": trained().state_dict()}))
-    assert "expected tensors and plain values only, got argparse.Namespace. " in message
-    assert "torch.save(model.state_dict(), path)" in message
+CALLS = {
+    "function of its own": (b"cmine\nload\n(K\x01tR", "mine.load"),
+    "function without arguments": (b"cmine\nload\n)R", "mine.load"),
+    "class of Python": (b"csubprocess\nPopen\n(X\x02\x00\x00\x00lstR", "subprocess.Popen"),
+    "class of Python without arguments": (b"cthreading\nThread\n)R", "threading.Thread"),
+    "class of torch": (b"ctorch._C\nPyTorchFileWriter\n(X\x01\x00\x00\x00atR", "torch._C.PyTorchFileWriter"),
+    "class of NumPy": (b"cnumpy\nMemmap\n(X\x01\x00\x00\x00atR", "numpy.Memmap"),
+    "class of two arguments": (b"cmine\nRunner\n(K\x01K\x02tR", "mine.Runner"),
+    "class of an object": (b"cmine\nRunner\n(cmine\nA\n)\x81tR", "mine.Runner"),
+    "attribute": (b"cbuiltins\ngetattr\n(cos\npath\nX\x07\x00\x00\x00dirnametR)R", "os.path.dirname"),
+    "attribute of builtins": (b"cbuiltins\ngetattr\n(cos\nX\nX\x06\x00\x00\x00systemtR(K\x01tR", "os.X.system"),
+    "partial": (b"cfunctools\npartial\n(cos\nsystem\ntR(K\x01tR", "functools.partial"),
+    "item": (b"c_operator\ngetitem\n(cos\nenviron\nX\x01\x00\x00\x00atR", "os.environ"),
+    "reduce": (b"cfunctools\nreduce\n(cos\nsystem\n)tR", "os.system"),
+    "object": (b"cmine\nA\n)\x81)R", "mine.A"),
+    "INST": (b"(X\x01\x00\x00\x00aisubprocess\nPopen\n", "subprocess.Popen"),
+    "OBJ": (b"(cos\nabort\no", "os.abort"),
+}
 
 
-@pytest.mark.parametrize("write", [saved, legacy])
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-def test_a_whole_model_is_refused_by_its_class(tmp_path, write):
-    message = refused(tmp_path, write(Net()))
-    assert f"{__name__}.Net" in message
-    assert "torch.save(model.state_dict(), path)" in message
+@pytest.mark.parametrize(("program", "name"), CALLS.values(), ids=CALLS)
+def test_a_call_of_what_is_not_known_is_refused_by_name_beside_a_state(tmp_path, program, name):
+    value = tensor(numbers(4), numbers(1))
+    data = b"\x80\x02}(" + text("bn.running_mean") + value + text("x") + program + b"u."
+    assert name in refused(tmp_path, zipped(data, _0=bytes(16)))
+    assert name in refused(tmp_path, zipped(b"\x80\x02" + program + b"."))
+
+
+@pytest.mark.parametrize(
+    "value", [argparse.Namespace(lr=0.1), pathlib.Path("x"), nn.MSELoss(), argparse.Namespace, {"f": print}]
+)
+@pytest.mark.parametrize("write", [saved, pickle.dumps])
+def test_a_file_without_tensors_is_no_checkpoint(tmp_path, value, write):
+    if write is saved and isinstance(value, dict):
+        assert not reading(tmp_path, write(value)).layers
+    else:
+        assert "torch.save(model.state_dict(), path)" in refused(tmp_path, write(value))
 
 
 def entry(name: str) -> bytes:
@@ -242,6 +274,9 @@ def test_structures_without_an_end_are_read(tmp_path):
 
 
 DEEP = 200_000
+OBJECT = b"cm\nA\n)\x81"
+# a module in a module in a module: _parameters, _buffers and _modules with one child, whose value comes next
+MODULE = OBJECT + b"}(" + text("_parameters") + b"}" + text("_buffers") + b"}u" + text("_modules") + b"}" + text("a")
 
 
 @pytest.mark.parametrize(
@@ -252,8 +287,13 @@ DEEP = 200_000
         b")" + b"\x85" * DEEP,
         b"}" + b")" + b"\x85" * DEEP + b"Ns",
         b"(" * DEEP,
+        OBJECT * DEEP + b"}" + b"b" * (DEEP - 1),
+        OBJECT * DEEP + b"a" * (DEEP - 1),
+        (OBJECT + text("a")) * DEEP + b"N" + b"s" * DEEP,
+        MODULE * DEEP + b"}" + (b"sb" * DEEP),
+        b"]" + b"cnumpy.core.multiarray\n_reconstruct\n)Rq\x00" + b"(" * DEEP + b"h\x00" + b"l" * DEEP + b"a",
     ],
-    ids=["lists", "dicts", "tuples", "key", "marks"],
+    ids=["lists", "dicts", "tuples", "key", "marks", "states", "items", "attributes", "modules", "array"],
 )
 def test_depth_does_no_harm(tmp_path, program):
     with contextlib.suppress(ValueError):
@@ -264,6 +304,24 @@ def test_calls_inside_calls_end_in_a_refusal(tmp_path):
     name = b"ctorch._tensor\n_rebuild_from_type_v2\n"
     program = name + b"q\x00" + b"(h\x00N" * 3000 + b")" + b"t" * 3000 + b"R."
     assert "got RecursionError" in refused(tmp_path, zipped(b"\x80\x02" + program))
+
+
+def test_objects_without_an_end_are_read(tmp_path):
+    """An object that is its own attribute, a module that is its own child, a dict of attributes for all."""
+    own = OBJECT + b"q\x00}" + text("me") + b"h\x00sb"
+    module = MODULE.replace(OBJECT, OBJECT + b"q\x01", 1) + b"h\x01ssb"
+    assert reading(tmp_path, zipped(b"\x80\x02}(" + text("a") + own + text("b") + module + b"u.")).layers == {}
+    doubled = nn.Sequential(nn.BatchNorm1d(2))
+    for _ in range(30):  # 2^30 names
+        doubled = nn.Sequential(doubled, doubled)
+    assert "at most 262,144 tensors in pickled modules" in refused(tmp_path, saved({"model": doubled}))
+    assert "at most 262,144 tensors in pickled modules" in refused(tmp_path, saved({"a": [doubled, doubled[0]]}))
+
+
+def test_attributes_again_and_again_are_counted(tmp_path):
+    many = b"}(" + b"".join(number(i) + b"N" for i in range(20_000)) + b"uq\x00"
+    program = b"\x80\x02]" + many + b"a" + (OBJECT + b"h\x00ba") * 600 + b"."
+    assert "at most 10,000,000 attributes of objects" in refused(tmp_path, zipped(program))
 
 
 def test_a_small_file_fills_no_memory(tmp_path):

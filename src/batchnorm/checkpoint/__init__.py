@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.checkpoint import kinds, layers, legacy, safetensors, zips
+from batchnorm.checkpoint import foreign, kinds, layers, legacy, safetensors, zips
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
 from batchnorm.checkpoint.stored import Checkpoint, Stored
 
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Stored", "format_of", "read"]
 
-_READERS = {"pt": zips.read, "legacy": legacy.read, "safetensors": safetensors.read}
+_READERS = {
+    "pt": zips.read,
+    "legacy": legacy.read,
+    "pickle": legacy.read_pickle,
+    "safetensors": safetensors.read,
+}
 # what bytes that follow no format make of the code that reads them
 _DAMAGE = (
     ArithmeticError,
@@ -44,14 +49,16 @@ _DAMAGE = (
 def read(path: str | os.PathLike[str]) -> Checkpoint:
     """What a file holds that concerns batch norm; no layers if it holds none.
 
-    Nothing of the file is executed: of a pickle only tensors and plain values are read. Bytes that are used are
-    compared with their CRC, where the format has one.
+    Nothing of the file is executed: of a pickle only tensors and plain values are read, whole modules by their
+    tensors; classes of other objects are named in ``unread``. Bytes that are used are compared with their CRC, where
+    the format has one.
 
     Args:
-        path: A file of torch.save (.pt, .pth, .ckpt, .bin), .safetensors or .onnx.
+        path: A file of torch.save (.pt, .pth, .ckpt, .bin), a pickle of tensors or NumPy arrays (.pkl), .safetensors
+            or .onnx.
 
     Raises:
-        ValueError: If the file is none of these, is damaged, or holds Python objects.
+        ValueError: If the file is none of these, is damaged, or would run code when it is loaded.
         FileNotFoundError: If there is none.
         PermissionError: If it may not be read.
         ModuleNotFoundError: If it is an ONNX file and ``onnx`` is not installed.
@@ -60,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def format_of(path: str | os.PathLike[str]) -> str:
-    """ "pt" for both formats of torch.save, "safetensors" or "onnx", by a file's first bytes; errors as ``read``."""
+    """ "pt" for both formats of torch.save, "pickle", "safetensors" or "onnx", by its bytes; errors as ``read``."""
     return _opened(path, lambda _, file: "pt" if (kind := kinds.of(file)) == "legacy" else kind)
 
 
@@ -82,9 +89,10 @@ def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Any]) 
 def _looked_at(place: Path, look: Callable[[str, BinaryIO], Any]) -> Any:
     if not place.exists():
         raise FileNotFoundError(f"{place}: expected a file, got no such path. Check its spelling.")
+    if place.is_dir():
+        raise RefusalError("a file", *foreign.of_folder(place))
     if not place.is_file():
-        kind = "a folder" if place.is_dir() else "a device or pipe"
-        raise RefusalError("a file", kind, "Give the file that holds the weights.")
+        raise RefusalError("a file", "a device or pipe", "Give the file that holds the weights.")
     with place.open("rb") as file:
         return look(str(place), file)
 

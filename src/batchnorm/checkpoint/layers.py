@@ -5,7 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.checkpoint import foreign
 from batchnorm.checkpoint.copies import OF_A_LAYER, Copy, Entry, Found, Words, entries, find_copies, find_layers
+from batchnorm.checkpoint.known import told
+from batchnorm.checkpoint.objects import Object, Settings, settings, unread
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.stored import Checkpoint, Stored
 from batchnorm.checkpoint.tensors import Tensor, first_bytes, numbers
@@ -22,8 +25,14 @@ _HASHED = 4  # tensors
 def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
     """What ``saved`` holds that concerns batch norm."""
     if not isinstance(saved, dict | list | tuple):
-        raise RefusalError("a dict of tensors", brief(saved), RESAVE)
+        raise RefusalError("a dict of tensors", told(saved), RESAVE)
     tensors = list(entries(saved))
+    if named := foreign.of_value(saved):
+        raise RefusalError("a torch model's state", *named)
+    if isinstance(saved, Object) and not tensors:
+        raise RefusalError("a state dict", f"a whole pickled object, {told(saved)}, without tensors", RESAVE)
+    if kind == "pickle" and not tensors:
+        raise RefusalError("a file of torch.save", f"a plain pickle of {told(saved)}, without tensors", RESAVE)
     layers = find_layers(tensors)
     _bounded(layers)
     copies = find_copies(layers, tensors)
@@ -31,7 +40,7 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
     if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
         raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
     others = _others(tensors, copies or [own], layers)
-    stored = {_name(copy.prefix): _stored(copy, source) for copy in copies}
+    stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
     return Checkpoint(
         path,
         kind,
@@ -41,6 +50,7 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
         names=tuple(others[own.prefix]),
         weights=_hashes(others, source) if copies else {},
         keys={name: found.place for name, found in own.layers.items()},
+        unread=unread(saved, [layer.path for layer in layers]),
     )
 
 
@@ -54,19 +64,34 @@ def _bounded(layers: Sequence[Found]) -> None:
         raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", brief(total))
 
 
-def _stored(copy: Copy, source: Source) -> dict[str, Stored]:
-    return {name: _layer(name, found, source) for name, found in copy.layers.items()}
+def _stored(copy: Copy, saved: Any, source: Source) -> dict[str, Stored]:
+    told = {name: settings(saved, found.path, found.words) for name, found in copy.layers.items()}
+    return {name: _layer(name, found, told[name], source) for name, found in copy.layers.items()}
 
 
-def _layer(name: str, found: Found, source: Source) -> Stored:
-    tensors = _of_channels(found)
+def _layer(name: str, found: Found, told: Settings, source: Source) -> Stored:
+    unread = _unread(found.tensors)
+    tensors = {key: tensor for key, tensor in _of_channels(found).items() if key not in unread}
     values: dict[str, Any] = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
     counter = found.tensors.get("num_batches_tracked")
-    if counter is not None:
+    if counter is not None and "num_batches_tracked" not in unread:
         values["num_batches_tracked"] = _count(source, counter)
         dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
-    return Stored(name, **values, dtypes=dtypes)
+    return Stored(name, **values, dtypes=dtypes, eps=told.eps, momentum=told.momentum, unread=unread)
+
+
+def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:
+    """Why tensors of a layer have no numbers."""
+    return in_pairs({key: tensor.why for key, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.why})
+
+
+def in_pairs(unread: dict[str, str]) -> dict[str, str]:
+    """The same, with the mean of a variance that has no numbers and the other way round: both or none are read."""
+    for key, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
+        if other in unread:
+            unread.setdefault(key, f"of no use without {other}.")
+    return unread
 
 
 def _of_channels(found: Found) -> dict[str, Tensor]:
@@ -76,7 +101,7 @@ def _of_channels(found: Found) -> dict[str, Tensor]:
         for key, tensor in found.tensors.items()
         if isinstance(tensor, Tensor) and key != "num_batches_tracked"
     }
-    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    mean, var = (_readable(tensors.get(key)) for key in ("running_mean", "running_var"))
     if mean is not None and var is not None and _axes(mean) != _axes(var):
         raise RefusalError(
             f"as many variances as means in layer {brief(_name(found.words))}",
@@ -90,6 +115,10 @@ def _of_channels(found: Found) -> dict[str, Tensor]:
         for key, tensor in tensors.items()
         if tensor.numel == channels or (channels is None and len(tensor.size) == 1)
     }
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None or tensor.why else tensor
 
 
 def _axes(tensor: Tensor) -> list[int]:
@@ -130,7 +159,9 @@ def _others(
 
 def _hashes(others: Mapping[Words, Mapping[str, Tensor]], source: Source) -> dict[str, str]:
     """A hash of each copy's first weights, of those that all copies have."""
-    floating = [{name for name, tensor in named.items() if tensor.is_floating} for named in others.values()]
+    floating = [
+        {name for name, tensor in named.items() if tensor.is_floating and not tensor.why} for named in others.values()
+    ]
     chosen = sorted(set.intersection(*floating))[:_HASHED]
     return {
         _name(prefix): _hash([named[name] for name in chosen], source) for prefix, named in others.items() if chosen

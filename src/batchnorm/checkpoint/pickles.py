@@ -2,7 +2,8 @@
 
 Python's own Unpickler runs what a file names, and its C code hashes and frees whatever a file nests. Here a name is
 looked up in ``known`` and never imported, every size is checked against the bytes that are there, and steps are
-counted. The opcodes are those of ``pickletools``, protocols 1 to 5.
+counted. The opcodes are those of ``pickletools``, protocols 1 to 5. An object of a class that is not known is a dict of
+its attributes; long bytes stay in the file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import struct
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.checkpoint import known
+from batchnorm.checkpoint.arrays import Dtype, Unbuilt
+from batchnorm.checkpoint.objects import Object, Opaque, settle
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
+from batchnorm.checkpoint.tensors import Span, Storage, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,23 +23,31 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 28  # bytes of a pickle; that of a network of 100,000 tensors has 2^24
 _MOST_STEPS = 10_000_000  # opcodes; one may allocate 100 bytes
+_MOST_ATTRIBUTES = 10_000_000  # put into objects; a pickle may use the same dict of them again and again
+_LEFT = 1 << 12  # bytes from which on they stay in the file
 _LONGEST_LINE = 1000
 _LONGEST_INTEGER = 256  # bytes
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.reduce": "functools.reduce"}
 
 
-def load(file: BinaryIO, storages: dict[str, known.Storage] | None = None) -> Any:
+def load(
+    file: BinaryIO,
+    storages: dict[str, Storage] | None = None,
+    nested: Callable[[bytes | str | Span], Storage] | None = None,
+) -> Any:
     """The value of the pickle that starts where ``file`` stands; the file then stands after it.
 
     Args:
         file: Open for reading.
         storages: Filled with each storage of the pickle by its key, as it is named first.
+        nested: Reads a storage that the pickle holds as a file of torch.save.
     """
-    machine = _Machine(file, {} if storages is None else storages)
+    machine = _Machine(file, {} if storages is None else storages, nested)
     for _ in range(_MOST_STEPS):
         code = file.read(1)
         if code == b".":
-            return machine.stack.pop()
+            return settle(machine.stack.pop())
         step = _STEPS.get(code)
         if step is None:
             raise RefusalError(
@@ -49,12 +61,17 @@ def load(file: BinaryIO, storages: dict[str, known.Storage] | None = None) -> An
 class _Machine:
     """Stack, marks and memo of a pickle. Values are None, numbers, text, containers and those of ``known``."""
 
-    __slots__ = ("file", "left", "marks", "memo", "stack", "storages")
+    __slots__ = ("attributes", "file", "left", "marks", "memo", "names", "nested", "stack", "storages")
 
-    def __init__(self, file: BinaryIO, storages: dict[str, known.Storage]) -> None:
+    def __init__(
+        self, file: BinaryIO, storages: dict[str, Storage], nested: Callable[[bytes | str | Span], Storage] | None
+    ) -> None:
         self.file = file
         self.storages = storages
+        self.nested = nested
         self.left = LARGEST
+        self.attributes = _MOST_ATTRIBUTES
+        self.names: dict[str, known.Name] = {}
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -71,6 +88,17 @@ class _Machine:
     def counted(self, width: int) -> bytes:
         return self.take(self.unsigned(width))
 
+    def stretch(self, width: int) -> bytes | Span:
+        """As many as are told; many are left where they are."""
+        size = self.unsigned(width)
+        if size < _LEFT:
+            return self.take(size)
+        start = self.file.tell()
+        self.file.seek(start + size - 1)
+        if not self.file.read(1):
+            raise RefusalError(f"{size} more bytes of a pickle", "fewer: it was cut off")
+        return Span(self.file, start, size)
+
     def unsigned(self, width: int) -> int:
         return int.from_bytes(self.take(width), "little")
 
@@ -86,7 +114,7 @@ class _Machine:
 
     def last(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise RefusalError(f"a {kind.__name__}", brief(self.stack[-1]))
+            raise RefusalError(f"a {kind.__name__}", known.told(self.stack[-1]))
         return self.stack[-1]
 
 
@@ -119,11 +147,9 @@ def _text(machine: _Machine, width: int) -> str:
 
 
 def _set_items(machine: _Machine, items: list[Any]) -> None:
-    target = machine.last(dict)
+    target = machine.stack[-1] if isinstance(machine.stack[-1], Object) else machine.last(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not known.is_key(key):
-            raise RefusalError("plain keys", brief(key))
-        target[key] = value
+        target[known.key(key)] = value
 
 
 def _set_item(machine: _Machine) -> None:
@@ -139,12 +165,23 @@ def _dict(machine: _Machine) -> None:
 
 def _append(machine: _Machine) -> None:
     value = machine.stack.pop()
-    machine.last(list).append(value)
+    _items(machine).append(value)
+
+
+def _items(machine: _Machine) -> list[Any]:
+    """The list on top, or the items of an object that is one."""
+    if not isinstance(machine.stack[-1], Object):
+        return machine.last(list)
+    items = machine.stack[-1].setdefault("items", [])
+    if type(items) is not list:
+        raise RefusalError("an object's items", known.told(items))
+    return items
 
 
 def _add_items(machine: _Machine) -> None:
     machine.since_mark()  # a set's elements say nothing about batch norm
-    machine.last(known.Opaque)
+    if not isinstance(machine.stack[-1], Object):
+        machine.last(Opaque)
 
 
 def _tuple(machine: _Machine, size: int) -> None:
@@ -157,8 +194,10 @@ def _tuple(machine: _Machine, size: int) -> None:
 def _find(machine: _Machine, module: object, name: object) -> known.Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise RefusalError("a module and a name", f"{brief(module)} and {brief(name)}")
-    whole = not machine.stack and not machine.marks
-    return known.find(f"{_OLD_MODULES.get(module, module)}.{name}", whole=whole)
+    name = f"{_OLD_MODULES.get(module, module)}.{name}"
+    if name not in machine.names:  # one object for each name
+        machine.names[name] = known.find(_OLD_NAMES.get(name, name))
+    return machine.names[name]
 
 
 def _global(machine: _Machine) -> known.Name:
@@ -172,7 +211,19 @@ def _stack_global(machine: _Machine) -> known.Name:
 
 def _call(machine: _Machine) -> Any:
     arguments, function = machine.stack.pop(), machine.stack.pop()
+    if machine.nested and isinstance(function, known.Name) and function.name == "torch.storage._load_from_bytes":
+        return machine.nested(*arguments)
     return known.call(function, arguments)
+
+
+def _new(machine: _Machine) -> Any:
+    arguments, kind = machine.stack.pop(), machine.stack.pop()
+    return known.new(kind, arguments)
+
+
+def _new_ex(machine: _Machine) -> Any:
+    machine.stack.pop()  # arguments by name, which no tensor needs
+    return _new(machine)
 
 
 def _instance(machine: _Machine) -> Any:
@@ -185,17 +236,40 @@ def _object(machine: _Machine) -> Any:
     return known.call(function, tuple(arguments))
 
 
-def _storage(machine: _Machine) -> known.Storage:
-    storage = known.storage(machine.stack.pop())
+def _persistent(machine: _Machine) -> Storage | known.Name:
+    """A storage; torch's format before 1.6 also has a module's class so, with its source."""
+    identity = machine.stack.pop()
+    if isinstance(identity, tuple) and identity[:1] == ("module",) and len(identity) == 4:
+        return identity[1]
+    storage = known.storage(identity)
     machine.storages.setdefault(storage.key, storage)
     return storage
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes of a value, such as a state dict's ``_metadata``, are left out."""
-    machine.stack.pop()
-    if not isinstance(machine.stack[-1], dict | known.Opaque | known.Tensor):
-        raise RefusalError("a dict or a tensor that has attributes", brief(machine.stack[-1]))
+    """Attributes of an object; those of a dict or a tensor, such as a state dict's ``_metadata``, are left out."""
+    state, target = machine.stack.pop(), machine.stack[-1]
+    if isinstance(target, Dtype | Unbuilt):
+        built = machine.stack[-1] = target.build(state)
+        if isinstance(target, Unbuilt) and target.place is not None:
+            machine.memo[target.place] = built
+    elif isinstance(target, Object):
+        _fill(machine, target, state)
+    elif not isinstance(target, dict | Opaque | Tensor):
+        raise RefusalError("a dict or a tensor that has attributes", brief(target))
+
+
+def _fill(machine: _Machine, target: Object, state: Any) -> None:
+    """An object's ``__dict__``, alone or beside its slots; any other state is one attribute."""
+    parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+    if not all(part is None or isinstance(part, dict) for part in parts):
+        target["state"] = state
+        return
+    for part in parts:
+        machine.attributes -= len(part or ())
+        if machine.attributes < 0:
+            raise RefusalError(f"at most {_MOST_ATTRIBUTES:,} attributes of objects", "more", RESAVE)
+        target.update(part or {})
 
 
 def _extension(_: _Machine) -> None:
@@ -203,7 +277,9 @@ def _extension(_: _Machine) -> None:
 
 
 def _memoize(machine: _Machine, place: int) -> None:
-    machine.memo[place] = machine.stack[-1]
+    value = machine.memo[place] = machine.stack[-1]
+    if isinstance(value, Unbuilt):
+        value.place = place
 
 
 def _pushing(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
@@ -233,27 +309,28 @@ _VALUES: dict[bytes, Callable[[_Machine], Any]] = {
     # text of Python 2
     b"T": lambda m: m.counted(4).decode("utf-8", "backslashreplace"),
     b"U": lambda m: m.counted(1).decode("utf-8", "backslashreplace"),
-    b"B": lambda m: m.counted(4),
-    b"C": lambda m: m.counted(1),
-    b"\x8e": lambda m: m.counted(8),
-    b"\x96": lambda m: m.counted(8),
+    b"B": lambda m: m.stretch(4),
+    b"C": lambda m: m.stretch(1),
+    b"\x8e": lambda m: m.stretch(8),
+    b"\x96": lambda m: m.stretch(8),
     b"]": lambda _: [],
     b"l": lambda m: m.since_mark(),
     b")": lambda _: (),
     b"t": lambda m: tuple(m.since_mark()),
     b"}": lambda _: {},
-    b"\x8f": lambda _: known.Opaque("builtins.set"),
-    b"\x91": lambda m: (m.since_mark(), known.Opaque("builtins.frozenset"))[1],
+    b"\x8f": lambda _: Opaque("builtins.set"),
+    b"\x91": lambda m: (m.since_mark(), Opaque("builtins.frozenset"))[1],
     b"2": lambda m: m.stack[-1],
     b"h": lambda m: m.memo[m.unsigned(1)],
     b"j": lambda m: m.memo[m.unsigned(4)],
     b"c": _global,
     b"\x93": _stack_global,
     b"R": _call,
-    b"\x81": _call,
+    b"\x81": _new,
+    b"\x92": _new_ex,
     b"i": _instance,
     b"o": _object,
-    b"Q": _storage,
+    b"Q": _persistent,
 }
 _STEPS: dict[bytes, Callable[[_Machine], Any]] = {code: _pushing(value) for code, value in _VALUES.items()} | {
     b"\x80": lambda m: m.take(1),
@@ -262,7 +339,7 @@ _STEPS: dict[bytes, Callable[[_Machine], Any]] = {code: _pushing(value) for code
     b"0": _pop,
     b"1": lambda m: m.since_mark(),
     b"a": _append,
-    b"e": lambda m: (items := m.since_mark(), m.last(list).extend(items)),
+    b"e": lambda m: (items := m.since_mark(), _items(m).extend(items)),
     b"d": _dict,
     b"s": _set_item,
     b"u": lambda m: _set_items(m, m.since_mark()),

@@ -30,6 +30,8 @@ class Stored:
     eps: float | None = None
     # torch's: the weight of the new statistics, one minus that of ONNX
     momentum: float | None = None
+    # what is there and could not be read, by its key, with the reason and what to do; statistics are read both or none
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
@@ -62,7 +64,7 @@ class Checkpoint:
     """
 
     path: str
-    format: str  # "pt" for both formats of torch.save, "safetensors" or "onnx"
+    format: str  # "pt" for both formats of torch.save, "pickle", "safetensors" or "onnx"
     layers: Mapping[str, Stored]
     copies: Mapping[str, Mapping[str, Stored]]
     # what the own layers' names had in front in the file, such as "state_dict.module." or "_orig_mod."
@@ -77,3 +79,5 @@ class Checkpoint:
     # data["state_dict"]["module.bn1.running_mean"], and ("",) at data["running_mean"]; for ONNX, the names of the
     # node's tensors
     keys: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    # classes of objects of which nothing was read, such as argparse.Namespace
+    unread: tuple[str, ...] = ()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, final
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
 if TYPE_CHECKING:
+    from typing import BinaryIO
+
     from batchnorm.checkpoint.records import Source
 
 # bytes of one element, by torch's name of the type
@@ -47,6 +49,51 @@ _HASHED = 4096  # bytes
 
 
 @final
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """A stretch of bytes that a pickle holds, left in its file until they are asked for."""
+
+    file: BinaryIO
+    start: int
+    size: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop``."""
+        at = self.file.tell()
+        try:
+            self.file.seek(self.start + start)
+            return self.file.read(stop - start)
+        finally:
+            self.file.seek(at)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Numbers that lie in the pickle itself, and the order of their bytes."""
+
+    data: bytes | str | Span
+    byteorder: str
+
+    @classmethod
+    def of(cls, data: object, byteorder: str = "little") -> Held | None:
+        """None for what holds no bytes."""
+        return cls(data, byteorder) if isinstance(data, bytes | str | Span) else None
+
+    @property
+    def size(self) -> int:
+        """Number of bytes; text has one in each character."""
+        return self.data.size if isinstance(self.data, Span) else len(self.data)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop``."""
+        if isinstance(self.data, Span):
+            return self.data.read(start, stop)
+        part = self.data[start:stop]
+        return part.encode("latin-1") if isinstance(part, str) else part
+
+
+@final
 @dataclass(frozen=True, slots=True)
 class Storage:
     """A record that holds elements of one type. Untyped storages count in bytes."""
@@ -54,6 +101,20 @@ class Storage:
     key: str
     dtype: str
     numel: int
+    # where they are in no record
+    held: Held | None = None
+
+    def length(self, source: Source) -> int:
+        """Number of bytes that are there."""
+        return source.size(self.key) if self.held is None else self.held.size
+
+    def read(self, source: Source, start: int, stop: int, *, check: bool = True) -> bytes:
+        """Bytes ``start`` to ``stop``; ``check`` as ``Source.read`` has it."""
+        return source.read(self.key, start, stop, check=check) if self.held is None else self.held.read(start, stop)
+
+    def byteorder(self, source: Source) -> str:
+        """ "little" or "big"."""
+        return source.byteorder if self.held is None else self.held.byteorder
 
 
 @final
@@ -66,6 +127,8 @@ class Tensor:
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    # why its numbers cannot be read, and what to do: a shard, a tensor without values
+    why: str = ""
 
     def __post_init__(self) -> None:
         axes = (self.offset, *self.size, *self.stride)
@@ -94,8 +157,21 @@ def contiguous(storage: Storage, size: tuple[int, ...]) -> Tensor:
     return Tensor(storage, storage.dtype, 0, size, tuple(reversed(strides[: len(size)])))
 
 
+def fortran(storage: Storage, size: tuple[int, ...]) -> Tensor:
+    """All of ``storage`` as a tensor of ``size`` whose first axis is the fastest."""
+    reverse = contiguous(storage, size[::-1])
+    return Tensor(storage, storage.dtype, 0, size, reverse.stride[::-1])
+
+
+def unreadable(dtype: str, size: tuple[int, ...], why: str) -> Tensor:
+    """A tensor of which only type and size are known."""
+    return Tensor(Storage("", dtype, 0), dtype, 0, size, (0,) * len(size), why)
+
+
 def numbers(source: Source, tensor: Tensor) -> array:
     """Every value of ``tensor``, last axis fastest, in an array of the type that holds it exactly."""
+    if tensor.why:
+        raise RefusalError("a tensor with its own numbers", *tensor.why.split(". ", 1))
     if tensor.dtype not in _LETTERS:
         raise RefusalError("numbers of 8 to 64 bits", f"{brief(tensor.dtype)}", "Convert the tensor to float32.")
     if tensor.numel > _MOST_VALUES:
@@ -107,7 +183,8 @@ def numbers(source: Source, tensor: Tensor) -> array:
         raise RefusalError(
             f"values within {_MOST_BYTES:,} bytes", f"{stop - start:,}", "Call contiguous() on the tensor."
         )
-    flat = decoded(source.read(tensor.storage.key, start, stop), tensor.dtype, source.byteorder)
+    storage = tensor.storage
+    flat = decoded(storage.read(source, start, stop), tensor.dtype, storage.byteorder(source))
     return array(flat.typecode, map(flat.__getitem__, _places(tensor)))
 
 
@@ -130,7 +207,7 @@ def first_bytes(source: Source, tensor: Tensor, crc: int = 0) -> int:
     if not tensor.numel:
         return crc
     start, stop = _span(source, tensor)
-    return zlib.crc32(source.read(tensor.storage.key, start, min(stop, start + _HASHED), check=False), crc)
+    return zlib.crc32(tensor.storage.read(source, start, min(stop, start + _HASHED), check=False), crc)
 
 
 def _span(source: Source, tensor: Tensor) -> tuple[int, int]:
@@ -138,7 +215,7 @@ def _span(source: Source, tensor: Tensor) -> tuple[int, int]:
     item = BYTES[tensor.dtype]
     last = tensor.offset + sum((length - 1) * step for length, step in zip(tensor.size, tensor.stride, strict=True))
     declared = tensor.storage.numel * BYTES[tensor.storage.dtype]
-    stored = source.size(tensor.storage.key)
+    stored = tensor.storage.length(source)
     if declared != stored:
         raise RefusalError(f"{brief(declared)} bytes in record {brief(tensor.storage.key)}", f"{stored}")
     if (last + 1) * item > stored:

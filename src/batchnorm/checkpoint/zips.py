@@ -6,7 +6,7 @@ import io
 import zipfile
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.checkpoint import pickles
+from batchnorm.checkpoint import foreign, pickles
 from batchnorm.checkpoint.records import Record, Source
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 
@@ -15,18 +15,13 @@ if TYPE_CHECKING:
 
 _ENCRYPTED = 1  # bit of an entry's flags
 _PICKLE = "data.pkl"
-# how other zip files give themselves away, and what they are
-_OTHERS = {
-    "/constants.pkl": ("a TorchScript program", "Save its weights with torch.save(program.state_dict(), path)."),
-    "/serialized_exported_program.json": ("a torch.export program", "Save program.state_dict with torch.save."),
-    "/models/model.json": ("a torch.export program", "Save program.state_dict with torch.save."),
-    "model.weights.h5": ("a Keras model", "Load it in Keras and save it as .onnx."),
-}
 
 
 def read(file: BinaryIO) -> tuple[Any, Source]:
     """What was saved, and where its tensors' bytes are."""
     entries = _entries(file)
+    if entries and min(entry.header_offset for entry in entries.values()):
+        raise RefusalError("a file of torch.save", *foreign.of_shards(str(getattr(file, "name", ""))))
     folder = _folder(entries)
     records = {name.removeprefix(folder): _record(entry) for name, entry in entries.items() if name.startswith(folder)}
     if records[_PICKLE].size > pickles.LARGEST:
@@ -46,9 +41,8 @@ def _entries(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
 
 def _folder(entries: dict[str, zipfile.ZipInfo]) -> str:
     """What every record's name starts with."""
-    for ending, (kind, remedy) in _OTHERS.items():
-        if any(f"/{name}".endswith(ending) for name in entries):
-            raise RefusalError("a state dict", kind, remedy)
+    if named := foreign.of_zip(entries):
+        raise RefusalError("a state dict", *named)
     name = next((name for name in entries if name.endswith(f"/{_PICKLE}")), None)
     if name is None:
         raise RefusalError("a file of torch.save", f"a zip file without {_PICKLE}", RESAVE)

@@ -52,6 +52,7 @@ class Diagnosis:
     seconds: float = 0.0
     silenced: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what of the target was left unread, and why
 
     @property
     def ok(self) -> bool:
@@ -83,6 +84,7 @@ class Diagnosis:
             "not_checked": dict(self.not_checked),
             "silenced": self.silenced,
             "versions": dict(self.versions),
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:

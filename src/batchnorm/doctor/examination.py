@@ -16,18 +16,23 @@ from batchnorm.doctor.environment import environment
 from batchnorm.rules import RULES
 from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence
+from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
 
     from batchnorm.checkpoint import Stored
-    from batchnorm.rules.finding import Finding
+    from batchnorm.rules.finding import Finding, Rule
 
 # enough for a t of 4 to be an effect of 0.2 sd in fully connected layers
 MAX_EXAMPLES = 512
+_MOST_CLASSES = 8  # that a note names
+_STATISTICS, _AFFINE = ("running_mean", "running_var", "num_batches_tracked"), ("weight", "bias")
+# rules that look at gamma or beta beside statistics; BN107 looks at nothing else
+_OF_AFFINE = frozenset({"BN101", "BN105", "BN106", "BN109", "BN111", "BN113", "BN115"})
 
 
 @final
@@ -147,18 +152,43 @@ def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, secon
     missing = {rule.code: "; ".join(reasons) for rule in rules if (reasons := rule.missing(evidence))}
     ran = [rule for rule in rules if rule.code not in missing]
     found = [finding for rule in ran for finding in rule.findings(evidence)]
+    missing |= _unread(evidence, ran, {finding.code for finding in found})
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
         evidence.target,
         order(kept),
         tuple(_row(name, evidence) for name in evidence.stored),
-        tuple(rule.code for rule in ran),
+        tuple(rule.code for rule in ran if rule.code not in missing),
         missing,
         measured_on,
         seconds,
         len(found) - len(kept),
         _versions(evidence),
+        tuple(_notes(evidence)),
     )
+
+
+def _unread(evidence: Evidence, ran: Iterable[Rule], found: set[str]) -> dict[str, str]:
+    """Rules that found nothing, but could not look at every layer: they are not passed."""
+    reasons = {}
+    for rule in ran:
+        keys = _AFFINE if rule.code == "BN107" else (*_STATISTICS, *(_AFFINE if rule.code in _OF_AFFINE else ()))
+        if rule.needs == ("stored",) and rule.code not in found and (names := evidence.unread(keys)):
+            reasons[rule.code] = f"some values of {listed(names)} could not be read"
+    return reasons
+
+
+def _notes(evidence: Evidence) -> Iterator[str]:
+    """What of the target was left unread, and why."""
+    if evidence.file is not None and evidence.file.unread:
+        yield f"left unread: {listed(evidence.file.unread, most=_MOST_CLASSES)}"
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, stored in evidence.stored.items():
+        for why in dict.fromkeys(stored.unread.values()):
+            keys = ", ".join(key for key, other in stored.unread.items() if other == why)
+            reasons.setdefault((keys, why), []).append(name)
+    for (keys, why), names in reasons.items():
+        yield f"not checked: {keys} of {listed(names)}: {why}"
 
 
 def _is_silenced(finding: Finding, evidence: Evidence, selection: Selection) -> bool:

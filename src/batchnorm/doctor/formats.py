@@ -27,12 +27,15 @@ def jsonl(diagnosis: Diagnosis) -> str:
 
 def github(diagnosis: Diagnosis) -> str:
     """Workflow commands, which GitHub shows beside the code."""
-    return "\n".join(_command(diagnosis, finding) for finding in diagnosis.findings)
+    notes = (f"::notice title=left unread::{message(plain(f'{diagnosis.target}: {text}'))}" for text in diagnosis.notes)
+    return "\n".join([*(_command(diagnosis, finding) for finding in diagnosis.findings), *notes])
 
 
 def markdown(diagnosis: Diagnosis) -> str:
     """A table of findings, for a pull request."""
     lines = [f"**{cell(diagnosis.target)}**: {cell(summary(diagnosis))}"]
+    if diagnosis.notes:
+        lines += ["", *(f"- {cell(note)}" for note in diagnosis.notes)]
     if diagnosis.findings:
         lines += ["", "| | code | layer | measured | limit | fix |", "|---|---|---|---|---|---|"]
         lines += [row((str(f.severity), f"{f.code} {f.slug}", place(f), f.measured, f.limit, f.remedy))

@@ -21,6 +21,8 @@ _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def junit(diagnosis: Diagnosis, fail_on: Severity | None = Severity.ERROR) -> str:
     """The diagnosis as XML; findings below ``fail_on`` (all, if it is None) are told and do not fail their case."""
     root = Element("testsuites", name="batchnorm doctor")
+    if diagnosis.notes:
+        _notes(SubElement(root, "testsuite", name="left unread", tests="0", failures="0", errors="0"), diagnosis)
     codes = sorted([*diagnosis.checked, *diagnosis.not_checked])
     for family, members in groupby(codes, key=lambda code: code[:3]):
         _suite(root, diagnosis, family, list(members), fail_on)
@@ -29,6 +31,10 @@ def junit(diagnosis: Diagnosis, fail_on: Severity | None = Severity.ERROR) -> st
     root.set("time", f"{diagnosis.seconds:.3f}")
     indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode")
+
+
+def _notes(suite: Element, diagnosis: Diagnosis) -> None:
+    SubElement(suite, "system-out").text = _legal("\n".join(map(plain, diagnosis.notes)))
 
 
 def _suite(root: Element, diagnosis: Diagnosis, family: str, codes: list[str], fail_on: Severity | None) -> None:

@@ -40,9 +40,10 @@ def stored_of(path: str, layer: Any) -> Stored:
     }
     counter: Any = getattr(layer, "num_batches_tracked", None)
     counted = isinstance(counter, torch.Tensor) and counter.numel() == 1 and whole(counter) is not None
+    values: dict[str, Any] = {key: _plain(t) for key, t in there.items()}
     return Stored(
         path,
-        **{key: _plain(t) for key, t in there.items()},
+        **values,
         num_batches_tracked=int(counter) if counted else None,
         dtypes={key: str(t.dtype).removeprefix("torch.") for key, t in there.items()},
         eps=getattr(layer, "eps", None),

@@ -64,6 +64,7 @@ def _body(diagnosis: Diagnosis, *, pages: bool) -> str:
     verdict = "no error" if diagnosis.ok else "errors found"
     parts = [
         f"<p>{_text(headline(diagnosis))}</p>\n<p><strong>{verdict}</strong>: {_text(summary(diagnosis))}</p>",
+        *(f"<p>{_text(note)}</p>" for note in diagnosis.notes),
         *(_finding(group, pages=pages) for group in groups(diagnosis.findings)),
         _layers(diagnosis.layers),
         _not_checked(diagnosis),

@@ -88,6 +88,11 @@ def plan(
             f"fix needs a file of torch.save or safetensors, got the ONNX model {file.path}. Fix the checkpoint that "
             "it was made from, and export it again."
         )
+    if file.format == "pickle":
+        raise ValueError(
+            f"fix needs a file of torch.save or safetensors, got the plain pickle {file.path}. Load it, and save its "
+            "tensors with torch.save(state, path)."
+        )
     told = eps or {}
     file = _with_layers(file, lambda _, stored: replace(stored, eps=told.get(stored.name, stored.eps)))
     found, layers = _findings(file, selection), _layers(file)

@@ -30,11 +30,14 @@ def sarif(diagnosis: Diagnosis) -> str:
         "semanticVersion": __version__,
         "rules": [_rule(rule) for rule in RULES.values()],
     }
-    run = {
+    run: dict[str, Any] = {
         "tool": {"driver": driver},
         "columnKind": "unicodeCodePoints",
         "results": [_result(diagnosis, finding) for finding in diagnosis.findings],
     }
+    if diagnosis.notes:
+        notes = [{"level": "note", "message": {"text": plain(note)}} for note in diagnosis.notes]
+        run["invocations"] = [{"executionSuccessful": True, "toolExecutionNotifications": notes}]
     log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return json.dumps(log, indent=1)
 

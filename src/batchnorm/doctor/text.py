@@ -33,7 +33,8 @@ def concise(diagnosis: Diagnosis) -> str:
         f"{diagnosis.target}: {place(f)}: {f.code} {f.severity} {f.slug}: {f.measured} (limit: {f.limit})"
         for f in diagnosis.findings
     ]
-    return "\n".join(plain(line) for line in [*lines, f"{diagnosis.target}: {summary(diagnosis)}"])
+    rest = (*diagnosis.notes, summary(diagnosis))
+    return "\n".join(plain(line) for line in [*lines, *(f"{diagnosis.target}: {text}" for text in rest)])
 
 
 def full(diagnosis: Diagnosis, *, width: int = 80, verbose: bool = False, command: str = "") -> str:
@@ -46,6 +47,7 @@ def full(diagnosis: Diagnosis, *, width: int = 80, verbose: bool = False, comman
         command: How to call again, for the hint at the end.
     """
     lines = wrap(headline(diagnosis), width)
+    lines += [line for note in diagnosis.notes for line in _hanging(note, width)]
     if diagnosis.findings or verbose:
         lines += _by_family(families(diagnosis), width, verbose=verbose)
     lines += ["", *wrap(summary(diagnosis), width)]

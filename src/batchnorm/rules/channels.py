@@ -102,7 +102,7 @@ def _is_whole(stored: Stored) -> bool:
     """Whether there are variances, and of all else as many or none."""
     tensors = (stored.running_mean, stored.running_var, stored.weight, stored.bias)
     sizes = {len(values) for values in tensors if values is not None}
-    return stored.running_var is not None and len(sizes) == 1
+    return stored.running_var is not None and len(sizes) == 1 and not stored.unread
 
 
 def _constant(evidence: Evidence, stored: Stored) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from batchnorm.checkpoint.stored import Checkpoint, Stored
 
@@ -190,6 +190,10 @@ class Evidence:
         if part == "stored" or getattr(self, part) is not None:
             return ""
         return self.unknown.get(part, _REASONS[part])
+
+    def unread(self, keys: Iterable[str]) -> list[str]:
+        """Layers that have one of these values stored where it could not be read."""
+        return [name for name, stored in self.stored.items() if not stored.unread.keys().isdisjoint(keys)]
 
     def where(self, layer: str) -> str:
         """file:line of a layer's code, if known."""

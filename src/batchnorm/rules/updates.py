@@ -74,7 +74,7 @@ def untrained_model(evidence: Evidence) -> Iterator[Finding]:
     Fix:
         --weights FILE; or nothing, for a new model.
     """
-    if evidence.stored and _is_untrained(evidence):
+    if evidence.stored and _is_untrained(evidence) and not evidence.unread(("weight", "bias")):
         yield Finding(
             "",
             "initial statistics, gamma and beta in every layer",
