@@ -24,6 +24,11 @@ _GIVE = "Give the checkpoint that torch saved."
 _SOURCE = "Give the torch checkpoint that it was made from, or its ONNX export."
 _EXPORT = "Give the torch checkpoint or ONNX model that it was made from: its own weights are folded and reordered."
 _TENSORFLOW = "Convert it: python -m tf2onnx.convert --saved-model FOLDER --output model.onnx. Then give model.onnx."
+_RESTORE = (
+    "Load it into its model in TensorFlow, save that with model.export(FOLDER), and convert it: "
+    "python -m tf2onnx.convert --saved-model FOLDER --output model.onnx."
+)
+_MINDSPORE = "Load it in MindSpore and export it: mindspore.export(net, x, file_name='model', file_format='ONNX')."
 _GRAPH = (
     "Convert it: python -m tf2onnx.convert --graphdef model.pb --inputs NAME:0 --outputs NAME:0 --output model.onnx. "
     "Then give model.onnx."
@@ -89,7 +94,8 @@ _SUFFIXES: dict[str, Named] = {
     ".tflite": ("a TensorFlow Lite model", _LITE),
     ".mlmodel": ("a Core ML model", _EXPORT),
     ".caffemodel": ("a Caffe model", _SOURCE),
-    ".index": ("the index of a TensorFlow checkpoint", _TENSORFLOW),
+    ".index": ("the index of a TensorFlow checkpoint", _RESTORE),
+    ".pb": ("a TensorFlow graph", _GRAPH),
     ".weights": ("weights of Darknet", _SOURCE),
     ".mnn": ("an MNN model", _EXPORT),
     ".hef": ("a Hailo program", _EXPORT),
@@ -102,8 +108,8 @@ _OF_FOLDERS: dict[str, Named] = {
     "coremldata.bin": ("a compiled Core ML model", _EXPORT),
     "_CHECKPOINT_METADATA": ("an Orbax checkpoint", _FLAX),
     "_METADATA": ("an Orbax checkpoint", _FLAX),
-    "latest": ("a DeepSpeed checkpoint", "Put it together: python zero_to_fp32.py . model.pt, in that folder."),
-    "checkpoint": ("a TensorFlow checkpoint", _TENSORFLOW),
+    "zero_to_fp32.py": ("a DeepSpeed checkpoint", "Put it together, in that folder: python zero_to_fp32.py . whole"),
+    "checkpoint": ("a TensorFlow checkpoint", _RESTORE),
 }
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl")
 # how zip files that are none of torch.save give themselves away
@@ -138,12 +144,32 @@ def of_folder(place: Path) -> Named:
     return "a folder", f"Give a file in it: {brief(inside[0])}." if inside else "Give the file that holds the weights."
 
 
-def of_file(file: BinaryIO, head: bytes) -> Named | None:
-    """What a file is if its bytes, or else its name, say that it is another framework's; None if they do not."""
-    suffix = Path(str(getattr(file, "name", ""))).suffix.lower()
+def of_content(file: BinaryIO, head: bytes) -> Named | None:
+    """What a file is if its bytes say that it is another framework's; None if they do not."""
     named = next((named for magic, named in _MAGIC.items() if head.startswith(magic)), None)
-    named = named or _FLATBUFFERS.get(head[4:8]) or _of_gzip(head, suffix) or _of_text(file, head)
-    return named or _of_message(file) or _of_msgpack(head) or _SUFFIXES.get(suffix) or _beside(file, suffix)
+    named = named or _FLATBUFFERS.get(head[4:8]) or _of_gzip(file, head) or _of_text(file, head)
+    return named or _of_message(file) or _of_msgpack(head) or _of_user_block(file)
+
+
+def of_name(file: BinaryIO) -> Named | None:
+    """What a file is by its name, and the files beside it; None if they do not tell."""
+    path = _path(file)
+    if path.name == "saved_model.pb":
+        return "a damaged TensorFlow SavedModel", "Copy or download it again."
+    if path.suffix == ".bin" and path.with_suffix(".xml").is_file():
+        return "the weights of an OpenVINO model", _EXPORT
+    if ".data-" in path.name and path.with_name(f"{path.name.partition('.data-')[0]}.index").is_file():
+        return "a part of a TensorFlow checkpoint", _RESTORE
+    return _SUFFIXES.get(path.suffix.lower())
+
+
+def has_graph(file: BinaryIO) -> bool:
+    """Whether a protocol buffer has the field that an ONNX model has its graph in."""
+    return any(number == 7 and kind == 2 for number, kind, _ in _fields(file))
+
+
+def _path(file: BinaryIO) -> Path:
+    return Path(str(getattr(file, "name", "")))
 
 
 def of_bytes(head: bytes) -> Named:
@@ -186,7 +212,16 @@ def _is_paddles(saved: dict[Any, Any]) -> bool:
     )
 
 
-def _of_gzip(head: bytes, suffix: str) -> Named | None:
+def _of_user_block(file: BinaryIO) -> Named | None:
+    """HDF5 may begin behind a block of any bytes, of 512 and twice as many and so on."""
+    for start in (512, 1024, 2048):
+        file.seek(start)
+        if file.read(4) == b"\x89HDF":
+            return _MAGIC[b"\x89HDF"]
+    return None
+
+
+def _of_gzip(file: BinaryIO, head: bytes) -> Named | None:
     """R packs its objects; other files are packed by a command."""
     if not head.startswith(b"\x1f\x8b"):
         return None
@@ -194,7 +229,7 @@ def _of_gzip(head: bytes, suffix: str) -> Named | None:
         inside = zlib.decompressobj(31).decompress(head, 64)
     except zlib.error:
         inside = b""
-    if inside.startswith((b"X\n", b"RDX", b"A\n")) or suffix in {".rds", ".rdata"}:
+    if inside.startswith((b"X\n", b"RDX", b"A\n")) or _path(file).suffix.lower() in {".rds", ".rdata"}:
         return "an R object", _GIVE
     return "a gzip file", "Unpack it: gunzip."
 
@@ -209,7 +244,7 @@ def _of_text(file: BinaryIO, head: bytes) -> Named | None:
     if text.startswith(b"{"):
         return _of_json(file)
     if text.startswith(b"model_checkpoint_path:"):
-        return "the list of a folder of TensorFlow checkpoints", _TENSORFLOW
+        return "the list of a folder of TensorFlow checkpoints", _RESTORE
     if text.startswith(b"7767517"):
         return "a network of ncnn", _EXPORT
     if text.startswith((b"(dp", b"ccollections\n", b"(lp")):
@@ -253,10 +288,12 @@ def _of_message(file: BinaryIO) -> Named | None:
             return "a Core ML model", _EXPORT
         if numbers == {1, 2} and any(number == 2 and size > 8 for number, _, size in fields):
             return "a TensorFlow SavedModel", _TENSORFLOW.replace("FOLDER", _folder(file))
-    if (number, kind) == (1, 2) and {100, 2} & numbers and size < 256 and _is_name(file):
+    if 100 in numbers and numbers <= {*range(1, 9), 100}:
         return "a Caffe model", _SOURCE
-    if (number, kind) == (1, 2) and numbers <= {1, 2, 3, 4, 5} and _is_node(file):
-        return "a frozen TensorFlow graph", _GRAPH
+    if (number, kind) == (1, 2) and 2 in numbers and size < 256 and _is_name(file):
+        return "a Caffe model", _SOURCE
+    if (number, kind) == (1, 2) and numbers <= {1, 2, 3, 4, 5}:
+        return _of_pairs(file)
     return None
 
 
@@ -302,16 +339,22 @@ def _is_name(file: BinaryIO) -> bool:
     return text.isascii() and text.decode("latin-1").isprintable()
 
 
-def _is_node(file: BinaryIO) -> bool:
-    """Whether the first field is a node of TensorFlow: a name, then an operation."""
+def _of_pairs(file: BinaryIO) -> Named | None:
+    """By the first field: a node of TensorFlow is a name and an operation, MindSpore has a name and a tensor."""
     data = _first(file)
     size, used = _varint(data[1:])
     after = data[1 + used + size :]
-    return data[:1] == b"\n" and after[:1] == b"\x12" and after[2:3].isalpha()
+    if data[:1] != b"\n" or after[:1] != b"\x12":
+        return None
+    _, used = _varint(after[1:])
+    value = after[1 + used : 2 + used]
+    if value.isalpha() or value == b"_":
+        return "a frozen TensorFlow graph", _GRAPH
+    return ("a MindSpore checkpoint", _MINDSPORE) if value in {b"\x08", b"\n", b"\x12"} else None
 
 
 def _folder(file: BinaryIO) -> str:
-    return brief(str(Path(str(getattr(file, "name", "FOLDER"))).parent))
+    return brief(str(_path(file).parent))
 
 
 def _of_msgpack(head: bytes) -> Named | None:
@@ -326,13 +369,3 @@ def _of_msgpack(head: bytes) -> Named | None:
     text = head[begin : begin + size]
     is_text = len(text) == size and text.isascii() and text.decode("latin-1").isprintable()
     return ("a MessagePack file, as Flax writes", _FLAX) if is_text else None
-
-
-def _beside(file: BinaryIO, suffix: str) -> Named | None:
-    """What bytes without a mark belong to, by the file beside them."""
-    path = Path(str(getattr(file, "name", "")))
-    if suffix == ".bin" and path.with_suffix(".xml").is_file():
-        return "the weights of an OpenVINO model", _EXPORT
-    if ".data-" in path.name and path.with_name(f"{path.name.partition('.data-')[0]}.index").is_file():
-        return "a part of a TensorFlow checkpoint", _TENSORFLOW
-    return None

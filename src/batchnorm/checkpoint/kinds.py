@@ -29,8 +29,13 @@ def of(file: BinaryIO) -> str:
         return "legacy"
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return "pickle"
-    if (other := foreign.of_file(file, head)) is not None:
+    if head and (other := foreign.of_content(file, head)) is not None:
         raise RefusalError(_EXPECTED, *other)
-    if head[:1] == b"\x08" and head[1:2] < b"\x80" and len(head) > 2:
+    is_like_onnx = head[:1] == b"\x08" and head[1:2] < b"\x80" and len(head) > 2
+    if is_like_onnx and foreign.has_graph(file):
+        return "onnx"
+    if head and (other := foreign.of_name(file)) is not None:
+        raise RefusalError(_EXPECTED, *other)
+    if is_like_onnx:
         return "onnx"
     raise RefusalError(_EXPECTED, *foreign.of_bytes(head))
