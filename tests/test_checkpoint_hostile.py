@@ -30,6 +30,7 @@ from checkpoint_files import (
     trained,
     zipped,
 )
+from hostile_pickles import nothing_but_reading, read_all
 from torch import nn
 
 from batchnorm.checkpoint import read
@@ -410,6 +411,19 @@ def test_random_changes_of_a_pickle_are_read_or_refused(tmp_path):
         for _ in range(chance.randint(1, 3)):
             data[chance.randrange(len(data))] = chance.randrange(256)
         harmless(tmp_path, zipped(bytes(data), **{f"_{key}": value for key, value in records.items()}))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_hostile_pickles_are_read_or_refused_and_nothing_is_run(tmp_path, seed):
+    """``python tests/hostile_pickles.py 100000`` reads more of them."""
+    outcomes = read_all(1000, seed, tmp_path)
+    assert min(outcomes["read"], outcomes["refused"]) > 20
+
+
+def test_the_watch_over_hostile_pickles_sees_what_code_does(tmp_path):
+    for act in (lambda: eval("1"), lambda: os.system("true"), lambda: (tmp_path / "a").write_text("a")):
+        with pytest.raises(AssertionError, match="reading did more than read"), nothing_but_reading():
+            act()
 
 
 def test_keys_chosen_for_one_hash_are_refused(tmp_path):
