@@ -358,6 +358,42 @@ def test_a_plain_pickle_says_so_and_is_not_mended(tmp_path):
         plan(tmp_path / "c.pkl")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_module_is_read(tmp_path):
+    result = reading(tmp_path, saved(torch.compile(network())))
+    assert list(result.layers) == list(SETTINGS)
+    assert (result.prefix, result.layers["0.bn"].eps) == ("_orig_mod.", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_plain"),
+    [
+        (lambda net: net.state_dict(), True),
+        (
+            lambda net: {"net": net.state_dict(), "best": np.float64(1), "tags": {1}, "device": torch.device("cpu")},
+            True,
+        ),
+        (lambda net: net, False),
+        (lambda net: {"net": net.state_dict(), "args": argparse.Namespace()}, False),
+        (lambda net: {"net": net.state_dict(), "path": pathlib.PurePosixPath("a")}, False),
+        (lambda net: {"net": net.state_dict(), "array": np.ones(3)}, False),
+        (lambda net: Pair(net.state_dict(), 1), False),
+    ],
+)
+def test_a_remedy_is_possible_for_its_file(tmp_path, value, is_plain):
+    """fix writes what torch.load(weights_only=True) takes; anything else is to be saved anew first."""
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    net[0].running_var[0] = -1
+    (tmp_path / "c.pt").write_bytes(saved(value(net)))
+    assert read(tmp_path / "c.pt").is_plain == is_plain
+    remedy = next(finding.remedy for finding in examine(tmp_path / "c.pt").findings if finding.code == "BN103")
+    alone = f"batchnorm fix {tmp_path / 'c.pt'} --data data.py:train_loader"
+    other = (
+        "torch.save(model.state_dict(), PATH) of the loaded model; then batchnorm fix PATH --data data.py:train_loader"
+    )
+    assert remedy == (alone if is_plain else other)
+
+
 SICK = {"net": nn.BatchNorm1d(3).state_dict() | {"running_var": torch.tensor([-1.0, 1, 1])}}
 
 

@@ -340,6 +340,8 @@ _UNREAD = (
     "random.Random",
     "types.SimpleNamespace",
     "functools.partial",
+    "torch._dynamo.eval_frame.DisableContext",
+    "torch._dynamo.eval_frame.OptimizeContext",
     "itertools.count",
     *(f"{module}.{name}" for module in ("_operator", "operator") for name in ("itemgetter", "attrgetter")),
     "logging.getLogger",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.checkpoint import foreign
 from batchnorm.checkpoint.copies import OF_A_LAYER, Copy, Entry, Found, Words, entries, find_copies, find_layers
 from batchnorm.checkpoint.known import told
-from batchnorm.checkpoint.objects import Object, Settings, settings, unread
+from batchnorm.checkpoint.objects import Object, Settings, has_objects, settings, unread
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.stored import Checkpoint, Stored
 from batchnorm.checkpoint.tensors import Tensor, first_bytes, numbers
@@ -41,6 +41,7 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
         raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
     others = _others(tensors, copies or [own], layers)
     stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
+    left = unread(saved, [layer.path for layer in layers])
     return Checkpoint(
         path,
         kind,
@@ -50,8 +51,13 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
         names=tuple(others[own.prefix]),
         weights=_hashes(others, source) if copies else {},
         keys={name: found.place for name, found in own.layers.items()},
-        unread=unread(saved, [layer.path for layer in layers]),
+        unread=left,
+        is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
     )
+
+
+def _is_array(entry: Entry) -> bool:
+    return isinstance(entry.tensor, Tensor) and entry.tensor.storage.held is not None
 
 
 def _name(words: Words) -> str:

@@ -87,6 +87,11 @@ def unread(saved: Any, paths: Sequence[Sequence[str | int]]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def has_objects(saved: Any) -> bool:
+    """Whether any object is in it, read or not."""
+    return any(isinstance(container, Object) for container in _containers(saved))
+
+
 def settings(saved: Any, path: Sequence[str | int], words: Sequence[str]) -> Settings:
     """What a layer says of itself, where it was pickled as a module: ``words`` are those of ``path`` and its name's."""
     container = list(_along(saved, path))[-1]

@@ -81,3 +81,5 @@ class Checkpoint:
     keys: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     # classes of objects of which nothing was read, such as argparse.Namespace
     unread: tuple[str, ...] = ()
+    # whether it holds tensors and plain values alone, so that torch.load(weights_only=True) takes it
+    is_plain: bool = True

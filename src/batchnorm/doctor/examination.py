@@ -16,7 +16,7 @@ from batchnorm.doctor.environment import environment
 from batchnorm.rules import RULES
 from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence
-from batchnorm.rules.words import listed
+from batchnorm.rules.words import listed, target_of
 
 if TYPE_CHECKING:
     from array import array
@@ -156,7 +156,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, secon
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
         evidence.target,
-        order(kept),
+        order(_with_a_possible_remedy(finding, evidence) for finding in kept),
         tuple(_row(name, evidence) for name in evidence.stored),
         tuple(rule.code for rule in ran if rule.code not in missing),
         missing,
@@ -166,6 +166,14 @@ def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, secon
         _versions(evidence),
         tuple(_notes(evidence)),
     )
+
+
+def _with_a_possible_remedy(finding: Finding, evidence: Evidence) -> Finding:
+    """``fix`` writes only files that torch loads as tensors and plain values."""
+    command = finding.remedy.replace(target_of(evidence), "PATH")
+    if evidence.file is None or evidence.file.is_plain or not command.startswith("batchnorm fix PATH"):
+        return finding
+    return replace(finding, remedy=f"torch.save(model.state_dict(), PATH) of the loaded model; then {command}")
 
 
 def _unread(evidence: Evidence, ran: Iterable[Rule], found: set[str]) -> dict[str, str]:
