@@ -299,6 +299,13 @@ def _reconstructed(kind: object, *base_and_state: object) -> Any:
     return new(kind, tuple(state for state in base_and_state[1:2] if state is not None))
 
 
+def _compiled(module: object = None, *_: object) -> Object:
+    """What torch.compile makes of a module: a module around it."""
+    made = Object("torch._dynamo.eval_frame.OptimizedModule")
+    made.update(_parameters={}, _buffers={}, _modules={"_orig_mod": module})
+    return made
+
+
 def _plain_list(*_: object) -> list[Any]:
     return []
 
@@ -412,6 +419,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_nested_tensor": _nested,
     "torch._utils._rebuild_qtensor": _quantized,
     "torch._tensor._rebuild_from_type_v2": _of_type,
+    "torch._dynamo.eval_frame.OptimizedModule": _compiled,
     "torch.nn.parameter.UninitializedParameter": _uninitialized,
     "torch.nn.parameter.UninitializedBuffer": _uninitialized,
 }

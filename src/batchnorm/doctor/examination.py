@@ -88,7 +88,7 @@ def examine(
     buffers, training flags, hooks, gradients and random states.
 
     Args:
-        target: A file (.pt, .pth, .ckpt, .safetensors, .onnx) or a model.
+        target: A file (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx) or a model.
         data: Batches for the model, such as a DataLoader of the training data. At most ``max_examples`` are used.
         example: One batch, to see which layer follows which. The first of ``data`` is taken if this is left out.
         optimizer: The torch optimizer that trains the model.
