@@ -102,10 +102,6 @@ PLAIN = {
     "complex": 1 + 2j,
     "bytes": b"a",
     "bytearray": bytearray(b"a"),
-    "range": range(3),
-    "slice": slice(1),
-    "ellipsis": ...,
-    "type of None": type(None),
     "class": Settings,
     "function": trained,
     "deque": collections.deque([1, 2], maxlen=3),
@@ -131,11 +127,14 @@ PLAIN = {
     "loss with a weight": nn.CrossEntropyLoss(weight=torch.ones(3)),
     "lazy module": nn.LazyLinear(3),
     "type": typing.Optional[int],  # noqa: UP045 - it is the older way that is pickled so
-    "generic type": dict[str, int],
     "meta": torch.ones(2, device="meta"),
     "complex tensor": torch.ones(2, dtype=torch.complex64),
 }
 TOLD = {
+    "builtins.range": range(3),
+    "builtins.slice": slice(1),
+    "builtins.type": type(None),
+    "types.GenericAlias": dict[str, int],
     "argparse.Namespace": argparse.Namespace(lr=0.1),
     "pathlib.PurePosixPath": pathlib.PurePosixPath("a/b"),
     "pathlib.PureWindowsPath": pathlib.PureWindowsPath("c:/a"),

@@ -14,7 +14,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import in_safetensors
+from checkpoint_files import Payload, in_safetensors
 from click.testing import CliRunner
 from torch import nn
 
@@ -321,7 +321,15 @@ def test_a_class_of_batches_is_called(folder):
     ("made", "words"),
     [
         (lambda: torch.save([], "w.pt"), "w.pt holds a list, expected a dict of tensors."),
-        (lambda: torch.save({**sick().state_dict(), "x": range(3)}, "w.pt"), "w.pt: expected tensors and plain"),
+        (lambda: torch.save({**sick().state_dict(), "x": Payload("ran")}, "w.pt"), "w.pt: expected tensors and plain"),
+        (
+            lambda: torch.save({**sick().state_dict(), "x": range(3)}, "w.pt"),
+            "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",
+        ),
+        (
+            lambda: torch.save(sick(), "w.pt"),
+            "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",
+        ),
         (
             lambda: torch.save({"state_dict": sick().state_dict(), "loss": np.float64(3)}, "w.pt"),
             "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",

@@ -325,8 +325,7 @@ def _is_exception(value: object) -> bool:
 
 # of these no value is wanted
 _OPAQUE = (
-    *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex", "range", "slice", "type")),
-    "types.GenericAlias",
+    *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex")),
     "torch.device",
     "torch.serialization._get_layout",
 )
@@ -339,6 +338,8 @@ _UNREAD = (
     ),
     *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
     "zoneinfo.ZoneInfo._unpickle",
+    *(f"builtins.{name}" for name in ("range", "slice", "type")),
+    "types.GenericAlias",
     "decimal.Decimal",
     "fractions.Fraction",
     "uuid.SafeUUID",

@@ -73,8 +73,8 @@ def doctor(
 ) -> None:  # fmt: skip
     """Examine batch norm in TARGET and say what is wrong.
 
-    TARGET is a checkpoint (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx), which is read without torch and without running
-    anything in it, or a model: model.py:make_model, package.module:factory. Nothing is changed.
+    TARGET is a checkpoint (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx), which is read without torch and without
+    running anything in it, or a model: model.py:make_model, package.module:factory. Nothing is changed.
 
     Exit codes: 0 nothing at or above --fail-on, 1 findings, 2 it could not run.
     """
