@@ -20,9 +20,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm import checkpoint
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
+
+    from batchnorm.checkpoint import Checkpoint, State
 
 
 # code in these folders is not the user's own: the line to show is the last one outside of them
@@ -146,66 +150,96 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def state_of(path: str) -> dict[str, Any]:
-    """The model's own tensors in a checkpoint, under the names that the model has for them."""
-    from batchnorm import checkpoint
+def state_of(path: str, state: str = "") -> dict[str, Any]:
+    """The tensors of one state of a checkpoint, under the names that the model has for them.
 
-    file = checkpoint.read(path)
-    if file.format == "onnx":
-        raise ValueError(f"{path} is an ONNX model, expected a checkpoint. Examine it by itself.")
-    if file.format == "safetensors":
-        state = _safetensors(path)
-        prefix = file.prefix
-    else:
-        import torch
-
-        try:
-            with Path(path).open("rb") as opened:  # by a path, torch goes by the suffix
-                nested = torch.load(opened, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path}: torch.load(weights_only=True) refuses it, by {type(error).__name__}. "
-                "Save the state dict alone: torch.save(model.state_dict(), path)."
-            ) from error
-        state, prefix = _inner(nested, file)
-    if not isinstance(state, Mapping):
-        raise ValueError(  # noqa: TRY004 - it is the file that is wrong
-            f"{path} holds a {type(state).__name__}, expected a dict of tensors. "
-            "Save that: torch.save(model.state_dict(), path)."
-        )
-    names = (name for name in state if isinstance(name, str) and name.startswith(prefix))
-    return {name.removeprefix(prefix): state[name] for name in names}
-
-
-def load_weights(network: Any, path: str) -> None:
-    """Load a checkpoint into a model, strictly.
+    Args:
+        path: The checkpoint.
+        state: A path in it; the model's own state if this is left out.
 
     Raises:
-        ValueError: If they are none, or names or shapes do not fit; the message has the first of them.
+        ValueError: If it has no such state, or is no checkpoint of torch.save or safetensors.
     """
-    state = state_of(path)
+    file = checkpoint.read(path)
+    return _tensors(file, file.state(state) if state else next(iter(file.states.values()), None))
+
+
+def load_weights(network: Any, path: str, state: str = "") -> str:
+    """Load a state of a checkpoint into a model, strictly.
+
+    Args:
+        network: The model.
+        path: The checkpoint.
+        state: A path in it. If this is left out, the first state whose batch norm layers are the model's.
+
+    Returns:
+        The state's name; "" in a file without batch norm layers.
+
+    Raises:
+        ValueError: If it is none, or names or shapes do not fit; the message has the first of them.
+    """
+    file = checkpoint.read(path)
+    name = state or _first_that_fits(network, file)
+    chosen = file.state(name) if name else None
+    beside = tuple(_prefixes_beside(file, chosen))
+    known = network.state_dict()
+    tensors = {k: v for k, v in _tensors(file, chosen).items() if k in known or not k.startswith(beside)}
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(tensors)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        which = f"{name!r} of {path}" if state else path
         raise ValueError(
-            f"{path} does not fit {type(network).__name__}: {' '.join(lines[1:3] or lines)[:300]} "
+            f"{which} does not fit {type(network).__name__}: {' '.join(lines[1:3] or lines)[:300]} "
             "Use the weights of this model, or --set what it was made with."
         ) from error
+    return name
 
 
-def _inner(nested: Any, file: Any) -> tuple[dict[str, Any], str]:
-    """The mapping of tensors inside a nested checkpoint, and what its names have in front."""
-    path, prefix = (), ""
-    if file.keys:
-        *path, name = next(iter(file.keys.values()))
-        layer = next(iter(file.keys))
-        prefix = name[: len(name) - len(layer)] if layer else name
-    for key in path:
+def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
+    if file.format == "onnx":
+        raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Examine it by itself.")
+    nested: Any = _safetensors(file.path) if file.format == "safetensors" else _torch(file.path)
+    for key in state.keys if state else ():
         nested = nested[key]
-    if not path and not file.keys and isinstance(nested, Mapping):  # nothing says where the tensors are
+    if state is None and isinstance(nested, Mapping):  # nothing says where the tensors are
         nested = next((nested[key] for key in ("state_dict", "model") if key in nested), nested)
-    return nested, prefix
+    if not isinstance(nested, Mapping):
+        raise ValueError(  # noqa: TRY004 - it is the file that is wrong
+            f"{file.path} holds a {type(nested).__name__}, expected a dict of tensors. "
+            "Save that: torch.save(model.state_dict(), path)."
+        )
+    prefix = state.prefix if state else ""
+    names = (name for name in nested if isinstance(name, str) and name.startswith(prefix))
+    return {name.removeprefix(prefix): nested[name] for name in names}
+
+
+def _first_that_fits(network: Any, file: Checkpoint) -> str:
+    """The first state whose batch norm layers have the names of the model's; else the first state."""
+    statistics = (key for key in network.state_dict() if key.endswith(("running_mean", "running_var")))
+    layers = {key.rpartition(".")[0] for key in statistics}
+    fitting = (name for name, state in file.states.items() if state.layers.keys() == layers)
+    return next(fitting, next(iter(file.states), ""))
+
+
+def _prefixes_beside(file: Checkpoint, state: State | None) -> Iterator[str]:
+    """What the names of other states in the same dict begin with, in the names of this one."""
+    for other in file.states.values():
+        if state and other is not state and other.keys == state.keys and other.prefix.startswith(state.prefix):
+            yield other.prefix.removeprefix(state.prefix)
+
+
+def _torch(path: str) -> Any:
+    import torch
+
+    try:
+        with Path(path).open("rb") as opened:  # by a path, torch goes by the suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: torch.load(weights_only=True) refuses it, by {type(error).__name__}. "
+            "Save the state dict alone: torch.save(model.state_dict(), path)."
+        ) from error
 
 
 def _safetensors(path: str) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm.checkpoint import foreign, kinds, layers, legacy, safetensors, zips
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
-from batchnorm.checkpoint.stored import Checkpoint, Stored
+from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
     from typing import BinaryIO
 
-__all__ = ["Checkpoint", "Stored", "format_of", "read"]
+__all__ = ["Checkpoint", "Shared", "State", "Stored", "format_of", "read"]
 
 _READERS = {
     "pt": zips.read,

@@ -4,7 +4,8 @@ A tensor's words are the keys that lead to it: data["state_dict"]["module.bn1.ru
 bn1. Layers are told by their statistics' names. A copy is averaged if one of its first words says so (``ema``,
 ``model_ema``, ``state_dict_ema``, ``shadow``, ``swa``), if torch's AveragedModel put ``n_averaged`` beside it, or if
 Lightning kept ``current_model_state`` beside it. All others are the model's own, in one copy, however many dicts
-they come from; without any, the first averaged copy stands in.
+they come from; without any, the first averaged copy stands in. A state is what a model loads: a copy, or the part of it
+that is in one dict (``q_net`` and ``q_net_target``, ``generator`` and ``discriminator``, the members of a list).
 
 Each copy's layers are named without the words that all of them begin with, as far as these are dicts of the file or
 wrappers (``module``, ``_orig_mod``, ``model``), so the names of copies agree.
@@ -104,6 +105,22 @@ def entries(saved: Any) -> Iterator[Entry]:
         waiting += reversed(inner)
 
 
+def same_objects(saved: Any) -> Iterator[tuple[tuple[str | int, ...], tuple[str | int, ...]]]:
+    """Where a dict is that was met before, and where that was, in the order of ``entries``."""
+    seen: dict[int, tuple[str | int, ...]] = {}
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), saved)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen or len(path) > _DEEPEST:
+            if isinstance(value, dict) and id(value) in seen:
+                yield path, seen[id(value)]
+            continue
+        seen[id(value)] = path
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        inner = [((*path, key), item) for key, item in items if _is_name(key) and isinstance(item, dict | list | tuple)]
+        waiting += reversed(inner)
+
+
 def _is_name(key: object) -> bool:
     return (isinstance(key, str) and len(key) <= _LONGEST_KEY) or isinstance(key, int)
 
@@ -126,7 +143,7 @@ def find_layers(tensors: Iterable[Entry]) -> list[Found]:
 
 def find_copies(layers: Sequence[Found], tensors: Sequence[Entry]) -> list[Copy]:
     """The model's own layers, then those of each averaged copy, in the file's order."""
-    roots = _averaged_roots(tensors)
+    roots = averaged_roots(tensors)
     groups: dict[Words | None, list[Found]] = {None: []}
     for layer in layers:
         groups.setdefault(_average(layer, roots), []).append(layer)
@@ -142,7 +159,26 @@ def find_copies(layers: Sequence[Found], tensors: Sequence[Entry]) -> list[Copy]
     return [_copy(own), *copies] if own else copies
 
 
-def _averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
+def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, Copy, bool]]:
+    """What a model loads, in the file's order: each copy as far as it is in one dict, the copy, whether it is averaged.
+
+    The first copy is an average where its first words say so: then all copies are.
+    """
+    states = []
+    for i, copy in enumerate(copies):
+        dicts: dict[tuple[str | int, ...], list[Found]] = {}
+        for layer in copy.layers.values():
+            dicts.setdefault(layer.path, []).append(layer)
+        known = len(copy.prefix)
+        parts = [copy] if len(dicts) == 1 else [_copy(members, known) for members in dicts.values()]
+        states += [
+            (part, copy, i > 0 or _average(next(iter(part.layers.values())), roots) is not None) for part in parts
+        ]
+    return states
+
+
+def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
+    """Where averages begin that their own words do not tell."""
     roots = {entry.words for entry in tensors if entry.leaf == "n_averaged"}
     # Lightning's WeightAveraging swaps: the averages are where the model usually is
     swapped = any(entry.path[:1] == ("current_model_state",) for entry in tensors)
@@ -154,11 +190,16 @@ def _average(layer: Found, roots: set[Words]) -> Words | None:
     group = () if () in roots else None
     for i, word in enumerate(layer.words):
         head = layer.words[: i + 1]
-        if head in roots or _AVERAGE.fullmatch(word):
+        if head in roots or says_average(word):
             group = head
         elif i >= len(layer.path) and word not in _WRAPPERS:
             break
     return group
+
+
+def says_average(word: str) -> bool:
+    """Whether a key or a module's name says that what it leads to is an average."""
+    return _AVERAGE.fullmatch(word) is not None
 
 
 def _copy(layers: Sequence[Found], known: int = 0) -> Copy:

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.checkpoint import foreign
-from batchnorm.checkpoint.copies import OF_A_LAYER, Copy, Entry, Found, Words, entries, find_copies, find_layers
+from batchnorm.checkpoint.copies import (
+    OF_A_LAYER,
+    Copy,
+    Entry,
+    Found,
+    Words,
+    averaged_roots,
+    entries,
+    find_copies,
+    find_layers,
+    find_states,
+    same_objects,
+)
+from batchnorm.checkpoint.feeding import Feeders
 from batchnorm.checkpoint.known import told
 from batchnorm.checkpoint.objects import Object, Settings, has_objects, settings, unread
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
-from batchnorm.checkpoint.stored import Checkpoint, Stored
+from batchnorm.checkpoint.sharing import find_shared
+from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below
 from batchnorm.checkpoint.tensors import Tensor, first_bytes, numbers
+from batchnorm.checkpoint.twins import statistics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from batchnorm.checkpoint.records import Source
 
+ROOT = "."  # the state whose names stand in no dict and have nothing in front
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
-_HASHED = 4  # tensors
 
 
 def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
@@ -39,21 +56,70 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
     own = copies[0] if copies else Copy((), {})
     if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
         raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
-    others = _others(tensors, copies or [own], layers)
     stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
     left = unread(saved, [layer.path for layer in layers])
-    return Checkpoint(
+    file = Checkpoint(
         path,
         kind,
         layers=stored.get(_name(own.prefix), {}),
         copies=stored,
         prefix="".join(f"{word}." for word in own.prefix),
-        names=tuple(others[own.prefix]),
-        weights=_hashes(others, source) if copies else {},
+        names=tuple(_names(tensors, copies or [own], layers)),
         keys={name: found.place for name, found in own.layers.items()},
         unread=left,
         is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
     )
+    named = {file.named(_name(copy.prefix), name): found for copy in copies for name, found in copy.layers.items()}
+    feeders = Feeders(tensors)
+    states = _states(file, copies, tensors)
+    at = {state.keys: name for name, state in states.items()}
+    return replace(
+        _with_feeders(file, named, feeders, source),
+        states=states,
+        aliases={_name(tuple(map(str, path))): at[first] for path, first in same_objects(saved) if first in at},
+        shared=tuple(each for copy in copies for each in _shared(copy, tensors, feeders)),
+    )
+
+
+def _shared(copy: Copy, tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
+    return find_shared({below(_name(copy.prefix), name): it for name, it in copy.layers.items()}, tensors, feeders)
+
+
+def _states(file: Checkpoint, copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[str, State]:
+    states: dict[str, State] = {}
+    for part, copy, is_average in find_states(copies, averaged_roots(tensors)):
+        name = _name(part.prefix) or ROOT
+        if name in states:
+            raise RefusalError("each state once", f"two of the name {brief(name)}", "Save the model's own state dict.")
+        names = {found.place: file.named(_name(copy.prefix), layer) for layer, found in copy.layers.items()}
+        keys = next(iter(part.layers.values())).path
+        prefix = "".join(f"{word}." for word in part.prefix[len(keys) :])
+        layers = {layer: names[found.place] for layer, found in part.layers.items()}
+        states[name] = State(keys, prefix, layers, is_average)
+    return states
+
+
+def _with_feeders(file: Checkpoint, named: Mapping[str, Found], feeders: Feeders, source: Source) -> Checkpoint:
+    """With a hash of the weight before each layer that has another one's statistics: no other is asked for it."""
+    counts = Counter(map(statistics_of, file.every.values()))
+    copies = {
+        copy: {
+            name: replace(layer, fed_by=_fed_by(named[file.named(copy, name)], layer, feeders, source))
+            if (bits := statistics_of(layer)) and counts[bits] > 1
+            else layer
+            for name, layer in layers.items()
+        }
+        for copy, layers in file.copies.items()
+    }
+    return replace(file, copies=copies, layers=next(iter(copies.values()), {}))
+
+
+def _fed_by(found: Found, layer: Stored, feeders: Feeders, source: Source) -> str:
+    """Type, shape and order of a weight, and a hash of its first values: comparable if all but the hash is the same."""
+    weight = feeders.of(found, layer.channels)
+    if weight is None:
+        return ""
+    return f"{weight.dtype} {weight.size} {weight.stride}:{first_bytes(source, weight):08x}"
 
 
 def _is_array(entry: Entry) -> bool:
@@ -146,36 +212,15 @@ def _count(source: Source, counter: Tensor | int) -> int | None:
     return int(value) if abs(value) < float("inf") else None
 
 
-def _others(
-    tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[Found]
-) -> dict[Words, dict[str, Tensor]]:
-    """For each copy, its tensors that belong to no batch norm layer, by their names in it."""
+def _names(tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[Found]) -> Iterator[str]:
+    """Names of the first copy's tensors that belong to no batch norm layer."""
     normalized = {(layer.path, layer.words) for layer in layers}
-    others: dict[Words, dict[str, Tensor]] = {copy.prefix: {} for copy in copies}
+    prefixes = {copy.prefix for copy in copies}
     for entry in tensors:
         words = entry.words
         if (entry.path, words) in normalized and entry.leaf in OF_A_LAYER:
             continue
         # the longest prefix: the model's own may be empty
-        prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in others), None)
-        if prefix is not None and isinstance(entry.tensor, Tensor):
-            others[prefix][_name((*words[len(prefix) :], entry.leaf))] = entry.tensor
-    return others
-
-
-def _hashes(others: Mapping[Words, Mapping[str, Tensor]], source: Source) -> dict[str, str]:
-    """A hash of each copy's first weights, of those that all copies have."""
-    floating = [
-        {name for name, tensor in named.items() if tensor.is_floating and not tensor.why} for named in others.values()
-    ]
-    chosen = sorted(set.intersection(*floating))[:_HASHED]
-    return {
-        _name(prefix): _hash([named[name] for name in chosen], source) for prefix, named in others.items() if chosen
-    }
-
-
-def _hash(tensors: Sequence[Tensor], source: Source) -> str:
-    crc = 0
-    for tensor in tensors:
-        crc = first_bytes(source, tensor, crc)
-    return f"{crc:08x}"
+        prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in prefixes), None)
+        if prefix == copies[0].prefix and isinstance(entry.tensor, Tensor):
+            yield _name((*words[len(prefix) :], entry.leaf))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.checkpoint.layers import in_pairs
 from batchnorm.checkpoint.onnx_values import Scope, UnreadError, Value, value_of
 from batchnorm.checkpoint.refusal import RefusalError, brief
-from batchnorm.checkpoint.stored import Checkpoint, Stored
+from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,6 +39,9 @@ def read(path: str, file: BinaryIO) -> Checkpoint:
     training: dict[str, None] = {}
     keys: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()
+    # nodes of one graph that read the same statistics: of two branches only one runs
+    calls: dict[tuple[Scope, tuple[str, ...]], list[str]] = {}
+    called: set[str] = set()
     left = _MOST_VALUES
     for node, scope, opset in _nodes(model, Path(path).parent):
         inputs = {key: node.input[i] for key, i in _INPUTS.items() if i < len(node.input) and node.input[i]}
@@ -55,9 +58,16 @@ def read(path: str, file: BinaryIO) -> Checkpoint:
         used.update(keys[name], origins.values())
         if _is_training(scope, node, opset):
             training[name] = None
+        if not layers[name].is_initial:  # an exporter may store equal initial tensors once
+            statistics = tuple(actual.get(key, "") for key in ("running_mean", "running_var"))
+            calls.setdefault((scope, statistics), []).append(name if name not in called else _label(node))
+            called.add(name)
     names = tuple(tensor.name for tensor in model.graph.initializer if tensor.name not in used)
     copies = {"": layers} if layers else {}
-    return Checkpoint(path, "onnx", layers, copies, names=names, in_train_mode=tuple(training), keys=keys)
+    shared = tuple(Shared(tuple(found), is_called=True) for found in calls.values() if len(found) > 1)
+    return Checkpoint(
+        path, "onnx", layers, copies, names=names, in_train_mode=tuple(training), keys=keys, shared=shared
+    )
 
 
 def _parsed(file: BinaryIO) -> Any:
@@ -128,6 +138,10 @@ def _name(node: Any, actual: Mapping[str, str], origins: Mapping[str, str]) -> s
             ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
             if ending is not None:
                 return name.removesuffix(ending)
+    return _label(node)
+
+
+def _label(node: Any) -> str:
     return node.name or (node.output[0] if node.output else "")
 
 

@@ -32,6 +32,9 @@ class Stored:
     momentum: float | None = None
     # what is there and could not be read, by its key, with the reason and what to do; statistics are read both or none
     unread: Mapping[str, str] = field(default_factory=dict)
+    # hash of the weight that makes the layer's inputs, as far as names tell, where another layer of the file stores
+    # the same statistics; "" elsewhere
+    fed_by: str = ""
 
     @property
     def channels(self) -> int:
@@ -55,12 +58,43 @@ class Stored:
 
 @final
 @dataclass(frozen=True, slots=True)
+class State:
+    """What a model loads: one dict of a file, or the part of one that is an averaged copy.
+
+    ``keys`` lead to the dict, whose names have ``prefix`` in front. ``layers`` has, by a layer's name in the model, its
+    name in the file.
+    """
+
+    keys: tuple[str | int, ...]
+    prefix: str
+    layers: Mapping[str, str]
+    is_average: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One module that a file has under several names: layers whose statistics are the same bytes of the file.
+
+    ``layers`` counts those of the module. ``is_alias`` where what is before them is stored once as well, so that the
+    names may be two ways to the same call. Names are paths in the file.
+    """
+
+    names: tuple[str, ...]
+    layers: int = 1
+    is_alias: bool = False
+    is_called: bool = False  # each name is a call, as a graph's nodes are
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What a file holds that concerns batch norm.
 
     A file may hold several copies of a model (raw and averaged weights). ``layers`` are those of the first one,
     the model's own; ``copies`` has every one by its name in the file, the model's own too. Where all weights are
-    averaged ones, the first copy of them stands in.
+    averaged ones, the first copy of them stands in. ``states`` says which of them a model loads, by name; the first one
+    is the model's own.
     """
 
     path: str
@@ -73,8 +107,10 @@ class Checkpoint:
     names: tuple[str, ...] = ()
     # ONNX nodes in training mode, by layer
     in_train_mode: tuple[str, ...] = ()
-    # hash of the first tensors outside of batch norm for each copy: tells whether weights of two copies differ
-    weights: Mapping[str, str] = field(default_factory=dict)
+    states: Mapping[str, State] = field(default_factory=dict)
+    shared: tuple[Shared, ...] = ()
+    # further paths of a state that is one object under several
+    aliases: Mapping[str, str] = field(default_factory=dict)
     # where each own layer is in the file: ("state_dict", "module.bn1") has its mean at
     # data["state_dict"]["module.bn1.running_mean"], and ("",) at data["running_mean"]; for ONNX, the names of the
     # node's tensors
@@ -83,3 +119,38 @@ class Checkpoint:
     unread: tuple[str, ...] = ()
     # whether it holds tensors and plain values alone, so that torch.load(weights_only=True) takes it
     is_plain: bool = True
+
+    @property
+    def every(self) -> dict[str, Stored]:
+        """Layers of all copies, by name: the first copy's as in the model, others behind their copy's name."""
+        return {self.named(copy, name): layer for copy, layers in self.copies.items() for name, layer in layers.items()}
+
+    def named(self, copy: str, layer: str) -> str:
+        """A layer's name in the file."""
+        return layer if copy == next(iter(self.copies), "") else below(copy, layer)
+
+    def shown(self, path: str) -> str:
+        """A path in the file as layers are named: without what all names of the first copy have in front."""
+        return path.removeprefix(self.prefix)
+
+    def state(self, name: str) -> State:
+        """A state by its name.
+
+        Raises:
+            ValueError: If there is none of this name; all names are told.
+        """
+        name = self.aliases.get(name, name)
+        if name not in self.states:
+            has = ", ".join(map(repr, self.states)) or "none with batch norm layers"
+            raise ValueError(f"{self.path} has no state {name!r}; it has {has}. Choose one of them.")
+        return self.states[name]
+
+
+def below(*names: str) -> str:
+    """A dotted path of some names, those that are empty left out."""
+    return ".".join(filter(None, names))
+
+
+def is_below(module: str, layer: str) -> bool:
+    """Whether a layer is a module or inside of it, by their paths."""
+    return not module or layer == module or layer.startswith(f"{module}.")

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ _WIDEST = 100
 @click.command()
 @click.argument("target")
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
+@click.option("--state", default="", metavar="PATH", help="Only this state of a checkpoint.  [default: all]")
 @click.option("--data", metavar="ADDRESS", help="Batches to measure on: data.py:loader.")
 @click.option(
     "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
@@ -68,13 +70,14 @@ _WIDEST = 100
 def doctor(
     target: str, weights: str | None, data: str | None, given: tuple[str, ...], reference: str | None,
     select: tuple[str, ...], ignore: tuple[str, ...], baseline: str | None, write_baseline: str | None,
-    fail_on: str | None, output_format: str | None, output: Path | None, verbose: bool, quiet: bool,
+    fail_on: str | None, output_format: str | None, output: Path | None, verbose: bool, quiet: bool, state: str,
     **measured: Any,
 ) -> None:  # fmt: skip
     """Examine batch norm in TARGET and say what is wrong.
 
     TARGET is a checkpoint (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx), which is read without torch and without
-    running anything in it, or a model: model.py:make_model, package.module:factory. Nothing is changed.
+    running anything in it, or a model: model.py:make_model, package.module:factory. Every state of a checkpoint
+    (averaged copies, target networks) is examined, with a model each that fits it. Nothing is changed.
 
     Exit codes: 0 nothing at or above --fail-on, 1 findings, 2 it could not run.
     """
@@ -89,7 +92,7 @@ def doctor(
     from batchnorm.doctor.examination import Selection
 
     selection = Selection(codes(select) or project.select, codes(ignore) + project.ignore, project.per_layer)
-    diagnosis = _examined(target, weights, data, given, reference, selection=selection, **measured)
+    diagnosis = _examined(target, weights, data, given, reference, selection=selection, state=state, **measured)
     if write_baseline:
         write(Path(write_baseline), baseline_of(diagnosis.findings))
     diagnosis = _without(diagnosis, known)
@@ -103,7 +106,14 @@ def doctor(
 
 
 def _examined(
-    target: str, weights: str | None, data: str | None, given: tuple[str, ...], reference: str | None, **rest: Any
+    target: str,
+    weights: str | None,
+    data: str | None,
+    given: tuple[str, ...],
+    reference: str | None,
+    *,
+    state: str,
+    **rest: Any,
 ) -> Diagnosis:
     from batchnorm.doctor import examine
 
@@ -115,20 +125,33 @@ def _examined(
                     f"{name} needs a model, got the file {target!r}. "
                     f"Give the model: model.py:make_model --weights {target}"
                 )
-        rest = {"selection": rest["selection"]}
-        return examine(target, **rest)
+        return examine(target, selection=rest["selection"], state=state)
+    if state and not weights:
+        raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
     _require_torch()
     # what the user's code prints must not get into JSON, and what it raises must not end in a traceback
     with contextlib.redirect_stdout(sys.stderr), addresses.told(target):
-        model = addresses.model(target, addresses.parsed(given), weights)
+        model = addresses.model(target, addresses.parsed(given))
+        if weights:
+            addresses.load_weights(model, weights, state)  # before the data, which take longer
         batches = addresses.data(data) if data else None
+        batches = list(batches) if isinstance(batches, Iterator) else batches  # each state is measured on them
         other = _reference(reference) if reference else None
-        return examine(model, batches, reference=other, name=_name(target, weights, given), **rest)
+        name = _name(target, weights, given, state)
+
+        def look() -> Diagnosis:
+            return examine(model, batches, reference=other, name=name, **rest)
+
+        if not weights:
+            return look()
+        from batchnorm.doctor.states import examined
+
+        return examined(model, weights, state, look, rest["selection"])
 
 
-def _name(target: str, weights: str | None, given: tuple[str, ...]) -> str:
+def _name(target: str, weights: str | None, given: tuple[str, ...], state: str) -> str:
     """The target with all that it takes to make it again: remedies begin with it."""
-    options = ["--weights", weights] if weights else []
+    options = ["--weights", weights, *(["--state", state] if state else [])] if weights else []
     return shlex.join([target, *options, *(word for setting in given for word in ("--set", setting))])
 
 

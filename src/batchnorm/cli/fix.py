@@ -18,11 +18,12 @@ from batchnorm import addresses, checkpoint
 from batchnorm.cli.settings import codes, refuse_empty, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from batchnorm.doctor.examination import Selection
     from batchnorm.doctor.outcome import Outcome
     from batchnorm.doctor.rewriting import Plan
+    from batchnorm.rules.finding import Finding
 
 # rules that see in a file what a model that was loaded from it does not show
 _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
@@ -32,6 +33,7 @@ _WIDEST = 100
 @click.command()
 @click.argument("target")
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model, and to mend.")
+@click.option("--state", default="", metavar="PATH", help="Only this state of the checkpoint.  [default: all]")
 @click.option("--data", metavar="ADDRESS", help="Training data to measure statistics on: data.py:train_loader.")
 @click.option("--unsafe-fixes", "unsafe", is_flag=True, help="Also fixes that change eval outputs without data.")
 @click.option("--diff", is_flag=True, help="Show what would change; write nothing.")
@@ -45,14 +47,15 @@ _WIDEST = 100
 @click.option("--ignore", multiple=True, metavar="CODES", help="Not these rules.")
 def fix(
     target: str, weights: str | None, data: str | None, unsafe: bool, diff: bool, in_place: bool, force: bool,
-    output: Path | None, given: tuple[str, ...], select: tuple[str, ...], ignore: tuple[str, ...],
+    output: Path | None, given: tuple[str, ...], select: tuple[str, ...], ignore: tuple[str, ...], state: str,
 ) -> None:  # fmt: skip
     """Mend what doctor finds in TARGET, in a copy.
 
     TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model, with --weights. Without
     more, only what leaves eval outputs as they are is fixed. With a model and --data, statistics are measured again.
+    Every state of the checkpoint is treated, averaged copies too: with a model, each is loaded into it.
 
-    Exit codes: 0 no error is left, 1 errors are left, 2 it could not run.
+    Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 it could not run.
     """
     refuse_empty({"--weights": weights, "--data": data})
     project = settings()
@@ -66,9 +69,9 @@ def fix(
     source = weights if is_model else target
     place = _place(target, source, output, in_place=in_place, force=force or diff)
     if is_model:
-        outcome, write = _model(target, weights, data, given, unsafe=unsafe, selection=selection)
+        outcome, write = _model(target, weights, data, given, state=state, unsafe=unsafe, selection=selection)
     else:
-        outcome, write = _file(target, unsafe=unsafe, selection=selection)
+        outcome, write = _file(target, state=state, unsafe=unsafe, selection=selection)
     if not diff and not outcome.is_empty:
         write(place)
     _tell(outcome, place, diff=diff, again=_again(target, source, place, given, data))
@@ -113,15 +116,24 @@ def _beside(source: str | None, suffix: str, name: str) -> Path:
     return Path(f"{name}.fixed.pt") if source is None else Path(source).with_suffix(f".fixed{suffix}")
 
 
-def _file(path: str, *, unsafe: bool, selection: Selection) -> tuple[Outcome, Callable[[Path], None]]:
+def _file(path: str, *, state: str, unsafe: bool, selection: Selection) -> tuple[Outcome, Callable[[Path], None]]:
     from batchnorm.doctor import rewriting
     from batchnorm.doctor.outcome import Outcome
 
-    plan = rewriting.plan(path, unsafe=unsafe, selection=selection)
+    plan = rewriting.plan(path, unsafe=unsafe, selection=selection, state=state)
     if not plan.is_empty and plan.file.format == "pt":
         _require_torch("a file of torch.save")
-    outcome = Outcome(path, plan.changes, _prefixes(plan), plan.left, unsafe=unsafe)
+    outcome = Outcome(path, plan.changes, _prefixes(plan), plan.left, unsafe=unsafe, notes=_states(plan, state))
     return outcome, lambda place: rewriting.write(plan, place)
+
+
+def _states(plan: Plan, state: str) -> tuple[str, ...]:
+    """Which states were looked at, if there are several."""
+    rest = [name for name in plan.file.states if state and name != state]
+    if len(plan.file.states) < 2:
+        return () if plan.file.states or plan.file.layers else ("no batch norm layers",)
+    treated = f"treated: {state or ', '.join(plan.file.states)}"
+    return (treated, *([f"not treated, since --state asks for another one: {', '.join(rest)}"] if rest else []))
 
 
 def _prefixes(plan: Plan) -> tuple[str, ...]:
@@ -135,36 +147,76 @@ def _require_torch(what: str) -> None:
 
 
 def _model(
-    target: str, weights: str | None, data: str | None, given: tuple[str, ...], *, unsafe: bool, selection: Selection
-) -> tuple[Outcome, Callable[[Path], None]]:
+    target: str, weights: str | None, data: str | None, given: tuple[str, ...], *, state: str, unsafe: bool,
+    selection: Selection,
+) -> tuple[Outcome, Callable[[Path], None]]:  # fmt: skip
     _require_torch("a model")
-    from batchnorm.doctor import examine, rewriting
+    if state and weights is None:
+        raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
+    with _no_bytecode(), _warnings_told(), addresses.told(target):
+        model = addresses.model(target, addresses.parsed(given))
+        if weights is not None:
+            return _each_state(model, target, weights, data, state=state, unsafe=unsafe, selection=selection)
+        return _one_model(model, target, data, unsafe=unsafe, selection=selection)
+
+
+def _batches(data: str | None) -> Any:
+    """Batches that can be read several times."""
+    batches = addresses.data(data) if data else None
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def _one_model(
+    model: Any, target: str, data: str | None, *, unsafe: bool, selection: Selection
+) -> tuple[Outcome, Callable[[Path], None]]:
+    from batchnorm.doctor import examine
     from batchnorm.doctor.outcome import Outcome
-    from batchnorm.doctor.remedies import remedies
     from batchnorm.doctor.treatment import differences, treat
 
-    with _no_bytecode(), _warnings_told(), addresses.told(target):
-        model = addresses.model(target, addresses.parsed(given), weights)
-        batches = addresses.data(data) if data else None
-        if isinstance(batches, Iterator):
-            batches = list(batches)  # it is read several times
-        found = examine(model, batches, selection=selection, name=target)
-        treated = treat(model, found, batches, unsafe=unsafe)
-        after = examine(treated, batches, selection=selection, name=target)
+    batches = _batches(data)
+    found = examine(model, batches, selection=selection, name=target)
+    treated = treat(model, found, batches, unsafe=unsafe)
+    after = examine(treated, batches, selection=selection, name=target)
     changes = differences(model, treated, found.findings, measured=batches is not None)
-    in_code = tuple(f for f in found.findings if any(remedy.setting for remedy in remedies(f)))
-    # the environment is no part of a model
-    left = tuple(f for f in after.findings if not f.code.startswith("BN9") and f.code not in _OF_FILES)
-    if weights is None:
-        outcome = Outcome(target, changes, (), left, in_code, with_data=bool(data), unsafe=unsafe)
-        return outcome, lambda place: _write_state(treated, place)
-    eps = {row.name: row.eps for row in found.layers if row.eps}
-    plan = rewriting.plan(weights, unsafe=unsafe, selection=selection, live=changes, eps=eps)
-    of_file = [f for f in plan.left if f.code in _OF_FILES or (f.layer and f.layer not in plan.file.layers)]
+    left, in_code = _left(after.findings), _in_code(found.findings)
+    outcome = Outcome(target, changes, (), left, in_code, with_data=bool(data), unsafe=unsafe)
+    return outcome, lambda place: _write_state(treated, place)
+
+
+def _each_state(
+    model: Any, target: str, weights: str, data: str | None, *, state: str, unsafe: bool, selection: Selection
+) -> tuple[Outcome, Callable[[Path], None]]:
+    from batchnorm.doctor import examine, rewriting, states
+    from batchnorm.doctor.outcome import Outcome
+
+    chosen = states.loading(model, weights, state)
+    foreign = examine(weights, selection=selection).findings
+    asked = {"selection": selection, "name": target}
+    done = list(states.treated(model, chosen, _batches(data), foreign, unsafe=unsafe, **asked))
+    live = {layer: change for each in done for layer, change in each.changes.items()}
+    eps = {layer: value for each in done for layer, value in each.eps.items()}
+    plan = rewriting.plan(weights, unsafe=unsafe, selection=selection, live=live, eps=eps, state=state)
+    loaded = {layer for name in chosen.loaded if name for layer in plan.file.states[name].layers.values()}
+    of_file = [f for f in plan.left if f.code in _OF_FILES or (f.layer and f.layer not in loaded)]
+    left = dict.fromkeys(finding for each in done for finding in _left(each.left))
+    in_code = dict.fromkeys(finding for each in done for finding in _in_code(each.found))
+    unfit = () if state else tuple(chosen.others)
     outcome = Outcome(
-        weights, plan.changes, _prefixes(plan), (*left, *of_file), in_code, with_data=bool(data), unsafe=unsafe
+        weights, plan.changes, _prefixes(plan), (*left, *of_file), tuple(in_code), with_data=bool(data), unsafe=unsafe,
+        notes=chosen.notes, untreated=unfit,
     )  # fmt: skip
     return outcome, lambda place: rewriting.write(plan, place)
+
+
+def _left(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """What is left of a model: the environment is no part of it, and its file is looked at by itself."""
+    return tuple(f for f in findings if not f.code.startswith("BN9") and f.code not in _OF_FILES)
+
+
+def _in_code(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    from batchnorm.doctor.remedies import remedies
+
+    return tuple(f for f in findings if any(remedy.setting for remedy in remedies(f)))
 
 
 def _write_state(model: Any, place: Path) -> None:
@@ -220,9 +272,10 @@ def _tell(outcome: Outcome, place: Path, *, diff: bool, again: str) -> None:
         lines += [f"{outcome.target}", *words.differences(outcome)]
     else:
         lines += [f"{outcome.target}: fixed", *words.summary(outcome)]
+    lines[1:1] = outcome.notes
     if outcome.changes:
         lines.append(words.promise(outcome))
-    if left := list(words.remainder(outcome)):
+    if left := [*words.remainder(outcome), *words.untreated(outcome)]:
         lines += ["not fixed:", *left]
     if not outcome.is_empty:
         lines += [f"would write {place} (--diff: nothing written)"] if diff else [f"wrote {place}", f"next: {again}"]

@@ -52,7 +52,8 @@ class Diagnosis:
     seconds: float = 0.0
     silenced: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what of the target was left unread, and why
+    states: tuple[str, ...] = ()  # of a file, by their paths in it: what a model would load
+    notes: tuple[str, ...] = ()  # what else there is to know about what was looked at, in sentences
 
     @property
     def ok(self) -> bool:
@@ -84,6 +85,7 @@ class Diagnosis:
             "not_checked": dict(self.not_checked),
             "silenced": self.silenced,
             "versions": dict(self.versions),
+            "states": list(self.states),
             "notes": list(self.notes),
         }
 

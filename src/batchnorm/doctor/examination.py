@@ -11,8 +11,10 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import checkpoint
+from batchnorm.checkpoint.stored import is_below
 from batchnorm.doctor.diagnosis import Diagnosis, LayerRow, order
 from batchnorm.doctor.environment import environment
+from batchnorm.doctor.remedies import is_same
 from batchnorm.rules import RULES
 from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from batchnorm.checkpoint import Stored
+    from batchnorm.checkpoint import Checkpoint, Stored
     from batchnorm.rules.finding import Finding, Rule
 
 # enough for a t of 4 to be an effect of 0.2 sd in fully connected layers
@@ -80,12 +82,17 @@ def examine(
     selection: Selection | None = None,
     max_examples: int = MAX_EXAMPLES,
     name: str = "",
+    state: str = "",
 ) -> Diagnosis:
     """What is wrong with a target's batch norm, by the rules of ``batchnorm rules``.
 
-    A file is read as data: nothing in it is executed, and torch is not needed. A model is looked at as it is; with
-    data it runs as well, in eval and in train mode, and is then put back bit for bit, also if it raises: parameters,
-    buffers, training flags, hooks, gradients and random states.
+    A file is read as data: nothing in it is executed, and torch is not needed. Every state in it is looked at (averaged
+    copies, target networks, members of a list): layers of the model's own state are named as in the model, those of
+    others behind the path of their state. A copy whose layers are those of an earlier one, bit for bit, is named, and
+    what is found there is told once.
+
+    A model is looked at as it is; with data it runs as well, in eval and in train mode, and is then put back bit for
+    bit, also if it raises: parameters, buffers, training flags, hooks, gradients and random states.
 
     Args:
         target: A file (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx) or a model.
@@ -99,11 +106,12 @@ def examine(
         selection: Which rules run.
         max_examples: Examples to measure on.
         name: What the target is called in the result; its path or class if this is left out.
+        state: Of a file, only the state of this path. All of them if this is left out.
 
     Raises:
         FileNotFoundError: If there is no such file.
         TypeError: If the target is neither a path nor an ``nn.Module``.
-        ValueError: If the file is not a checkpoint, or a setting is out of range.
+        ValueError: If the file is not a checkpoint or has no such state, or a setting is out of range.
 
     Example:
         >>> from torch import nn
@@ -122,6 +130,10 @@ def examine(
             )
         evidence, measured_on = _of_file(os.fspath(target), name), ""
     else:
+        if state:
+            raise ValueError(
+                f"state chooses in a file, got {state!r} for a model. Load it into the model, or leave it out."
+            )
         from batchnorm.doctor.model import of_model
 
         evidence, measured_on = of_model(
@@ -129,7 +141,8 @@ def examine(
             world_size=world_size, reference=reference, max_examples=max_examples, name=name,
         )  # fmt: skip
     evidence = replace(evidence, environment=environment())
-    return _diagnosis(evidence, selection or Selection(), measured_on, time.perf_counter() - started)
+    diagnosis = _diagnosis(evidence, selection or Selection(), measured_on, time.perf_counter() - started)
+    return _of_state(diagnosis, evidence.file, state) if state and evidence.file else diagnosis
 
 
 def _check(**settings: int | None) -> None:
@@ -144,14 +157,94 @@ def _check(**settings: int | None) -> None:
 
 def _of_file(path: str, name: str) -> Evidence:
     file = checkpoint.read(path)
-    return Evidence(name or path, file.layers, file=file)
+    return Evidence(name or path, file.every, file=file)
+
+
+def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evidence]]:
+    """What rules look at one after the other, with its name: "", then each further copy in the file.
+
+    A rule sees one model. What concerns the file as a whole is part of the first evidence only.
+
+    Args:
+        evidence: All of it.
+        equal: Also states whose layers are those of an earlier one, bit for bit.
+    """
+    file = evidence.file
+    if file is None or len(file.states) < 2:
+        yield "", evidence
+        return
+    left_out = set() if equal else {layer for name in repeats(file) for layer in file.states[name].layers.values()}
+    for i, (copy, layers) in enumerate(file.copies.items()):
+        named = {file.named(copy, layer): stored for layer, stored in layers.items()}
+        some = {name: stored for name, stored in named.items() if name not in left_out}
+        alone = replace(file, layers=layers, copies={copy: layers}, prefix="", states={}, shared=(), in_train_mode=())
+        if some or not i:
+            yield ("", replace(evidence, stored=some)) if not i else (copy, replace(evidence, stored=some, file=alone))
+
+
+def repeats(file: Checkpoint) -> dict[str, str]:
+    """States whose layers are those of an earlier one, bit for bit, with its name."""
+    every, found, kept = file.every, {}, []
+    for name, state in file.states.items():
+        layers = {layer: every[path] for layer, path in state.layers.items()}
+        first = next((other for other, others in kept if _are_same(others, layers)), None)
+        if first is None:
+            kept.append((name, layers))
+        else:
+            found[name] = first
+    return found
+
+
+def _are_same(some: Mapping[str, Stored], others: Mapping[str, Stored]) -> bool:
+    return some.keys() == others.keys() and all(is_same(some[name], others[name]) for name in some)
+
+
+def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
+    """What concerns one state of the file."""
+    kept = set(file.state(name).layers.values())
+    is_own = bool(kept & file.layers.keys())
+
+    def is_meant(finding: Finding) -> bool:
+        if finding.layer in {"", name}:
+            return is_own or finding.layer == name
+        return any(is_below(finding.layer, layer) for layer in kept)
+
+    rest = [other for other in file.states if other != name]
+    return replace(
+        diagnosis,
+        findings=tuple(filter(is_meant, diagnosis.findings)),
+        layers=tuple(row for row in diagnosis.layers if row.name in kept),
+        states=(name,),
+        notes=(
+            *([f"state: {name}; not looked at: {', '.join(rest)}"] if rest else ()),
+            *(note for note in diagnosis.notes if note not in _states(file)),
+        ),
+    )
+
+
+def _states(file: Checkpoint | None) -> tuple[str, ...]:
+    """What the states are, if there are several, and which of them repeat others."""
+    if file is None:
+        return ()
+    lines = [f"{name} is {state} itself, under another name" for name, state in file.aliases.items()]
+    if len(file.states) > 1:
+        own = next(iter(file.copies))
+        lines.append(f"states: {', '.join(file.states)}")
+        lines += (
+            [f"layers without the name of a state are those of {own}"] if own in file.states and file.layers else []
+        )
+    lines += [
+        f"{name} has the batch norm layers of {first}, bit for bit: what is found there is told once"
+        for name, first in repeats(file).items()
+    ]
+    return tuple(lines)
 
 
 def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, seconds: float) -> Diagnosis:
     rules = [rule for rule in RULES.values() if selection.takes(rule.code)]
     missing = {rule.code: "; ".join(reasons) for rule in rules if (reasons := rule.missing(evidence))}
     ran = [rule for rule in rules if rule.code not in missing]
-    found = [finding for rule in ran for finding in rule.findings(evidence)]
+    found = [finding for copy, part in parts(evidence) for finding in findings(copy, part, ran)]
     missing |= _unread(evidence, ran, {finding.code for finding in found})
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
@@ -164,7 +257,8 @@ def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, secon
         seconds,
         len(found) - len(kept),
         _versions(evidence),
-        tuple(_notes(evidence)),
+        tuple(evidence.file.states if evidence.file else ()),
+        (*_states(evidence.file), *_notes(evidence)),
     )
 
 
@@ -174,6 +268,13 @@ def _with_a_possible_remedy(finding: Finding, evidence: Evidence) -> Finding:
     if evidence.file is None or evidence.file.is_plain or not command.startswith("batchnorm fix PATH"):
         return finding
     return replace(finding, remedy=f"torch.save(model.state_dict(), PATH) of the loaded model; then {command}")
+
+
+def findings(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[Finding]:
+    """What rules find in one copy; what is about all of a further copy has its name."""
+    for rule in rules:
+        for finding in rule.findings(part) if not rule.missing(part) else ():
+            yield finding if finding.layer or not copy else replace(finding, layer=copy)
 
 
 def _unread(evidence: Evidence, ran: Iterable[Rule], found: set[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, final
 
+from batchnorm.checkpoint.stored import is_below
 from batchnorm.doctor.remedies import TENSORS, Change, changed, needs_data, remedies
 from batchnorm.doctor.text import GLYPHS, place, plain
 from batchnorm.rules.finding import Finding, Fix, Severity
@@ -27,7 +28,8 @@ _SHORT = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias
 class Outcome:
     """What was done, or would be.
 
-    ``left`` are findings that are there afterwards; ``in_code`` are settings of layers, which no file holds.
+    ``left`` are findings that are there afterwards, in every state of a file; ``in_code`` are settings of layers, which
+    no file holds.
     """
 
     target: str
@@ -37,6 +39,8 @@ class Outcome:
     in_code: tuple[Finding, ...] = ()
     with_data: bool = False
     unsafe: bool = False
+    notes: tuple[str, ...] = ()  # which states were treated
+    untreated: tuple[str, ...] = ()  # states that could not be, though nobody left them out
 
     @property
     def is_empty(self) -> bool:
@@ -45,8 +49,10 @@ class Outcome:
 
     @property
     def has_error(self) -> bool:
-        """Whether a finding that is an error remains."""
-        return any(finding.severity >= Severity.ERROR for finding in (*self.left, *self.in_code))
+        """Whether a finding that is an error remains, or a state of which nothing is known."""
+        return bool(self.untreated) or any(
+            finding.severity >= Severity.ERROR for finding in (*self.left, *self.in_code)
+        )
 
 
 def differences(outcome: Outcome) -> Iterator[str]:
@@ -94,6 +100,12 @@ def remainder(outcome: Outcome) -> Iterator[str]:
         yield f"  {GLYPHS[severity]} {code} {findings[0].slug}  {layers}: {need}"
 
 
+def untreated(outcome: Outcome) -> Iterator[str]:
+    """States that no model was given for."""
+    for state in outcome.untreated:
+        yield f"  {state}: it does not fit this model. Treat it with its own, or leave it out: --state NAME"
+
+
 def wrapped(lines: Iterable[str], width: int) -> str:
     """Lines for a terminal, with nothing in them that steers it."""
     return "\n".join(
@@ -108,6 +120,8 @@ def wrapped(lines: Iterable[str], width: int) -> str:
 
 def _need(finding: Finding, outcome: Outcome) -> str:
     """What mends a finding that is left; "" if it is only worth knowing."""
+    if any(is_below(state, finding.layer) for state in outcome.untreated):
+        return "needs its own model, with --data where it is measured anew"
     ways = remedies(finding)
     unsafe = [way.words for way in ways if way.fix is Fix.UNSAFE]
     if needs_data(finding) and not outcome.with_data:

@@ -14,7 +14,8 @@ from batchnorm import checkpoint
 from batchnorm.checkpoint import kinds, legacy, safetensors, zips
 from batchnorm.checkpoint.copies import Copy, Entry, entries, find_copies, find_layers
 from batchnorm.doctor.diagnosis import order
-from batchnorm.doctor.remedies import EPS, TENSORS, Change, changed, is_same, prescribe, remedies
+from batchnorm.doctor.examination import findings, parts
+from batchnorm.doctor.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
 from batchnorm.replacing import replacing
 from batchnorm.rules import RULES
 from batchnorm.rules.evidence import Evidence
@@ -68,7 +69,7 @@ class Plan:
 
 def plan(
     path: str | os.PathLike[str], *, unsafe: bool = False, selection: Selection | None = None,
-    live: Mapping[str, Change] | None = None, eps: Mapping[str, float] | None = None,
+    live: Mapping[str, Change] | None = None, eps: Mapping[str, float] | None = None, state: str = "",
 ) -> Plan:  # fmt: skip
     """What would mend a checkpoint without data, and what would be left.
 
@@ -76,11 +77,13 @@ def plan(
         path: A file of torch.save or safetensors.
         unsafe: Also do what changes eval outputs.
         selection: Which rules run.
-        live: Changes of a model that has the file's weights, by layer; they go into the file's first copy.
+        live: Changes of models that have the file's states, by the layers' names in the file.
         eps: Of each layer, where a model tells; 1e-5 otherwise.
+        state: Only layers of this state change; those of all states if it is "".
 
     Raises:
-        ValueError: As ``checkpoint.read``; or if the file is an ONNX model, or has no layer that ``live`` names.
+        ValueError: As ``checkpoint.read``; or if the file is an ONNX model, or has no such state, or no layer that
+            ``live`` names.
     """
     file = checkpoint.read(path)
     if file.format == "onnx":
@@ -95,8 +98,11 @@ def plan(
         )
     told = eps or {}
     file = _with_layers(file, lambda _, stored: replace(stored, eps=told.get(stored.name, stored.eps)))
-    found, layers = _findings(file, selection), _layers(file)
-    changes = prescribe(layers, found, lambda name: layers[name].eps or EPS, unsafe=unsafe)
+    found, layers = _findings(file, selection), file.every
+    meant = set(file.state(state).layers.values()) if state else layers.keys()
+    changes = prescribe(
+        {name: layers[name] for name in layers if name in meant}, found, lambda n: layers[n].eps or EPS, unsafe=unsafe
+    )
     for name, change in (live or {}).items():
         if name not in layers:
             raise ValueError(
@@ -106,7 +112,7 @@ def plan(
         # the model had what is unsafe, or better, done to it
         safe = prescribe({name: layers[name]}, found, lambda _, change=change: change.eps, unsafe=False)
         changes[name] = _joined(safe.get(name), change, layers[name])
-    wraps = any(finding.code == "BN507" for finding in found)
+    wraps = not state and any(finding.code == "BN507" for finding in found)
     prefixes = _prefixes(*_structure(Path(file.path))) if wraps else {}
     after = _with_layers(file, lambda name, stored: changes[name].after if name in changes else stored)
     after = replace(after, prefix=_without_wrappers(file.prefix) if prefixes else file.prefix)
@@ -144,41 +150,26 @@ def _verify(plan: Plan, written: str) -> None:
         raise ValueError(f"{plan.file.path}: a mended copy could not be read: {told} {remedy}") from error
     if [*map(list, now.copies.values())] != [*map(list, plan.after.copies.values())]:
         raise ValueError(f"{plan.file.path}: a mended copy had other layers. {remedy}")
-    new, old = _layers(now), _layers(plan.after)
+    new, old = now.every, plan.after.every
     for after, (name, before) in zip(new.values(), old.items(), strict=True):
         if not is_same(after, before):
             raise ValueError(f"{plan.file.path}: layer {name!r} of a mended copy did not read as written. {remedy}")
 
 
-def _path(file: Checkpoint, copy: str, layer: str) -> str:
-    """A layer's name: as in the model for the first copy, behind the copy's name for others."""
-    return layer if copy == next(iter(file.copies)) else f"{copy}.{layer}"
-
-
-def _layers(file: Checkpoint) -> dict[str, Stored]:
-    """Layers of all copies."""
-    return {_path(file, copy, name): stored for copy, layers in file.copies.items() for name, stored in layers.items()}
-
-
 def _with_layers(file: Checkpoint, change: Any) -> Checkpoint:
     copies = {
-        copy: {name: change(_path(file, copy, name), stored) for name, stored in layers.items()}
+        copy: {name: change(file.named(copy, name), stored) for name, stored in layers.items()}
         for copy, layers in file.copies.items()
     }
     return replace(file, layers=next(iter(copies.values()), {}), copies=copies)
 
 
 def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, ...]:
-    """What the rules find in the first copy, and what can be mended in others."""
-    found: list[Finding] = []
-    for i, (copy, layers) in enumerate((file.copies or {"": {}}).items()):
-        rules = [rule for rule in RULES.values() if selection is None or selection.takes(rule.code)]
-        evidence = Evidence(file.path, layers, file=file)
-        own = [finding for rule in rules if not rule.missing(evidence) for finding in rule.findings(evidence)]
-        own = [finding for finding in own if selection is None or not selection.silences(finding)]
-        if i:
-            own = [replace(f, layer=f"{copy}.{f.layer}") for f in own if f.layer and remedies(f)]
-        found += own
+    """What the rules find in every copy, also where one repeats another."""
+    rules = [rule for rule in RULES.values() if selection is None or selection.takes(rule.code)]
+    evidence = Evidence(file.path, file.every, file=file)
+    found = [finding for copy, part in parts(evidence, equal=True) for finding in findings(copy, part, rules)]
+    found = [finding for finding in found if selection is None or not selection.silences(finding)]
     # other prefixes are those of the file itself, "state_dict.", or of a model in a model
     wraps = _without_wrappers(file.prefix) != file.prefix
     return order(finding for finding in found if finding.code != "BN507" or wraps)
@@ -234,7 +225,7 @@ def _edits(plan: Plan, copies: Sequence[Copy], tensors: Sequence[Entry]) -> Iter
     # as they are in the file: names of a layer without one are "weight" or ".weight"
     names = {(entry.path, entry.words): entry.key.removesuffix(entry.leaf) for entry in tensors}
     places = {
-        _path(plan.file, name, layer): (*found.path, names[found.path, found.words])
+        plan.file.named(name, layer): (*found.path, names[found.path, found.words])
         for name, copy in zip(plan.file.copies, copies, strict=True)
         for layer, found in copy.layers.items()
     }

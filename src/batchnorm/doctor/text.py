@@ -60,16 +60,23 @@ def headline(diagnosis: Diagnosis) -> str:
     """What was looked at."""
     channels = sum(row.channels for row in diagnosis.layers)
     number = len(diagnosis.layers)
-    parts = [f"{diagnosis.target}", f"{number} batch norm layer{'s' if number != 1 else ''}", f"{channels:,} channels"]
+    states = [f"{len(diagnosis.states)} states"] if len(diagnosis.states) > 1 else []
+    parts = [
+        f"{diagnosis.target}",
+        *states,
+        f"{number} batch norm layer{'s' if number != 1 else ''}",
+        f"{channels:,} channels",
+    ]
     return " · ".join([*parts, *([diagnosis.data] if diagnosis.data else [])])
 
 
 def summary(diagnosis: Diagnosis) -> str:
-    """How many findings, checks that ran, and checks that did not."""
+    """How many findings, checks that ran, and checks that did not; a target without layers is not called healthy."""
     silenced = [f"{diagnosis.silenced} silenced"] if diagnosis.silenced else []
     skipped = len(diagnosis.not_checked)
+    nothing = not diagnosis.layers and not diagnosis.findings
     return " · ".join([
-        counted(diagnosis.findings),
+        "no batch norm layers" if nothing else counted(diagnosis.findings),
         *silenced,
         f"{len(diagnosis.checked)} checks run, {skipped} not run",
         f"{diagnosis.seconds:.1f} s",

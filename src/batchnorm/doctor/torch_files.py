@@ -7,11 +7,14 @@ shares memory with what, is saved as it was. Only devices are lost: tensors are 
 from __future__ import annotations
 
 import zipfile
+from collections import defaultdict
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from batchnorm.checkpoint.copies import OF_A_LAYER
 
 if TYPE_CHECKING:
     from array import array
@@ -52,6 +55,10 @@ def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tupl
     saved = _loaded(source)
     places = dict(_places(saved))
     made: dict[int, Tensor] = {}
+    apart = set(_parted(edits, places))
+    for key in apart:
+        container, name = places[key]
+        container[name] = container[name].clone()
     for edit in edits:
         _apply(edit, places, made)
     for path, prefix in prefixes.items():
@@ -96,6 +103,30 @@ def _places(saved: Any) -> Iterator[tuple[tuple[Any, ...], Place]]:
         items = list(container.items() if isinstance(container, dict) else enumerate(container))
         yield from (((*path, key), (container, key)) for key, value in items if isinstance(value, Tensor))
         waiting += [((*path, key), value) for key, value in reversed(items) if isinstance(value, dict | list | tuple)]
+
+
+def _parted(edits: Sequence[Edit], places: Mapping[tuple[Any, ...], Place]) -> Iterator[tuple[Any, ...]]:
+    """Keys of edited tensors that share memory with a layer's tensor which stays, or becomes another one.
+
+    Averaged weights may have been saved with the very statistics of the model.
+    """
+    edited = {edit.key: edit for edit in edits if edit.key in places}
+    views: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    for key, (container, name) in places.items():
+        if str(key[-1]).rpartition(".")[2] in OF_A_LAYER:
+            tensor = container[name]
+            memory = tensor.untyped_storage().data_ptr()
+            views[memory, tensor.storage_offset(), tensor.shape, tensor.stride()].append(key)
+    for keys in views.values():
+        if any(not _is_same(edited.get(keys[0]), edited.get(key)) for key in keys):
+            yield from (key for key in keys if key in edited)
+
+
+def _is_same(a: Edit | None, b: Edit | None) -> bool:
+    """Whether two tensors become the same one; None for one that stays."""
+    if a is None or b is None or (a.dtype, a.channels, a.count) != (b.dtype, b.channels, b.count):
+        return a is b
+    return a.values is b.values or repr(a.values) == repr(b.values)
 
 
 def _apply(edit: Edit, places: dict[tuple[Any, ...], Place], made: dict[int, Tensor]) -> None:

@@ -66,7 +66,7 @@ _TABLE = (
     Rule("BN212", "training-step-fails", _ERROR, ("run",), batches.training_step_fails),
     Rule("BN213", "not-in-optimizer", _WARNING, ("optimizer",), batches.not_in_optimizer),
     Rule("BN301", "bias-before-batch-norm", _INFO, ("graph",), architecture.bias_before_batch_norm),
-    Rule("BN302", "shared-layer", _WARNING, ("graph",), architecture.shared_layer),
+    Rule("BN302", "shared-layer", _WARNING, ("sharing",), architecture.shared_layer),
     Rule("BN303", "dropout-before-batch-norm", _INFO, ("graph",), architecture.dropout_before_batch_norm),
     Rule("BN304", "batch-norm-twice", _INFO, ("graph",), architecture.batch_norm_twice),
     Rule("BN401", "shifted-inputs", _WARNING, ("measured",), shift.shifted_inputs),

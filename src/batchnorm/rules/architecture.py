@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding
+from batchnorm.rules.finding import Finding, Severity
+from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from batchnorm.checkpoint.stored import Checkpoint, Shared
     from batchnorm.rules.evidence import Evidence
 
 
@@ -52,7 +54,12 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding]:
         all of them by one average over the places, which fits none.
 
     How:
-        The layer was called more than once in one forward pass, or is registered under several names.
+        The layer was called more than once in one forward pass; or, where calls are not known, it is registered
+        under several names. In a file of torch.save: two names of one state whose mean and variance are the same bytes
+        of the file. That proves one layer, not two calls. So it is only told as info where the weight before the
+        layer, or the module around it, is stored once as well: then the names may be two ways to one call, as in
+        self.body = self.encoder.body. In an ONNX file: nodes that read the same statistics. safetensors has no
+        sharing to be seen.
 
     Example:
         x = self.bn(self.conv1(x)); x = self.bn(self.conv2(x))
@@ -63,10 +70,11 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding]:
     References:
         Cooijmans et al. 2017, "Recurrent Batch Normalization": statistics for each time step.
     """
-    calls = evidence.graph.calls if evidence.graph else {}
+    calls = (evidence.graph.calls if evidence.graph else None) or {}
     names = evidence.structure.names if evidence.structure else {}
-    for name in evidence.stored:
-        if (count := max(calls.get(name, 0), len(names.get(name, ())))) > 1:
+    for name in evidence.stored if evidence.graph else ():
+        # two names may be two ways to one call
+        if (count := calls.get(name, len(names.get(name, ())))) > 1:
             yield Finding(
                 name,
                 f"used at {count} places",
@@ -74,6 +82,38 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding]:
                 "Its stored statistics are a mixture that fits none of the places.",
                 "give each place a layer of its own",
             )
+    if evidence.file and not evidence.graph:
+        yield from (_stored_once(shared, evidence.file) for shared in evidence.file.shared)
+
+
+def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
+    """What a file proves, and what it does not: that one layer has several names, not that each of them is called."""
+    names = [file.shown(name) for name in shared.names]
+    if shared.is_called:
+        return Finding(
+            names[0],
+            f"its statistics are read at {len(names)} places: {listed(names)}",
+            "1",
+            "Statistics of one layer that runs at several places are a mixture that fits none of them.",
+            "give each place a layer of its own",
+            severity=Severity.WARNING,
+        )
+    what = "one layer" if shared.layers == 1 else f"{shared.layers} layers, stored once,"
+    measured = f"{what} under {len(names)} names: {listed(names)}"
+    mixture = "the stored statistics are a mixture that fits none of the places."
+    if shared.is_alias:
+        return Finding(
+            names[0],
+            measured,
+            "one name, or names of one call",
+            f"Harmless if the names are two ways to the same call. If each is called on inputs of its own, {mixture}",
+            "count its calls: batchnorm doctor model.py:make_model --data data.py:loader",
+            severity=Severity.INFO,
+        )
+    return Finding(
+        names[0], measured, "one place for each layer", f"If each of them is called, {mixture}",
+        "give each place a layer of its own",
+    )  # fmt: skip
 
 
 def dropout_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Iterable, Mapping
 
-    from batchnorm.checkpoint.stored import Checkpoint, Stored
+    from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
 
 _REASONS = {
     "file": "needs a file",
     "modules": "needs a model, not only a file",
     "structure": "needs a model, not only a file",
     "graph": "needs an example to see which layer follows which",
+    "sharing": "needs an example to see which layer follows which",
     "measured": "needs data",
     "run": "needs data",
     "loop": "needs a loader or the settings of the training loop",
@@ -185,10 +186,20 @@ class Evidence:
     environment: Environment | None = None
     unknown: Mapping[str, str] = field(default_factory=dict)  # part: why it is None, if not simply not given
 
+    @property
+    def sharing(self) -> Graph | tuple[Shared, ...] | None:
+        """What tells which layers are used at several places: calls, or what a file has under several names.
+
+        A file without such names is no proof: one layer may be called twice.
+        """
+        return self.graph or (self.file.shared if self.file else None) or None
+
     def why_not(self, part: str) -> str:
         """Why a part is not there; empty if it is."""
         if part == "stored" or getattr(self, part) is not None:
             return ""
+        if part == "sharing" and self.modules is not None:
+            return self.why_not("graph")
         return self.unknown.get(part, _REASONS[part])
 
     def unread(self, keys: Iterable[str]) -> list[str]:

@@ -40,7 +40,8 @@ class Finding:
 
     ``layer`` is a dotted path, "" for the whole model or file. ``channels`` are indices, none if all are meant.
     ``measured`` and ``limit`` are short phrases with numbers and units; ``remedy`` is a command or a line of code.
-    A rule leaves ``code``, ``severity``, ``fixable`` and ``where`` to the table.
+    A rule leaves ``code``, ``fixable`` and ``where`` to the table, and ``severity`` too, unless it is a lesser one than
+    the table's: what is found by weaker evidence.
     """
 
     layer: str
@@ -52,7 +53,7 @@ class Finding:
     fixable: Fix = Fix.NO
     code: str = ""
     slug: str = ""
-    severity: Severity = Severity.INFO
+    severity: Severity = Severity.ERROR
     where: str = ""  # file:line of the layer's class
 
 
@@ -78,7 +79,7 @@ class Rule:
                 found,
                 code=self.code,
                 slug=self.slug,
-                severity=self.severity,
+                severity=min(found.severity, self.severity),
                 where=found.where or evidence.where(found.layer),
             )
             for found in self.check(evidence)

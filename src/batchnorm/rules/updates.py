@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix
+from batchnorm.checkpoint.copies import says_average
+from batchnorm.checkpoint.stored import is_below
+from batchnorm.checkpoint.twins import find_twins
+from batchnorm.rules.finding import Finding, Fix, Severity
 from batchnorm.rules.words import measure_again, some_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-    from batchnorm.checkpoint import Stored
+    from batchnorm.checkpoint import Checkpoint, Stored
+    from batchnorm.checkpoint.twins import Twins
     from batchnorm.rules.evidence import Evidence, Measured
 
 RESIDUE = 0.01  # of the initial statistics
@@ -134,10 +138,14 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
         Statistics collected with those do not fit.
 
     How:
-        A file holds an averaged copy whose weights differ from the model's own, with bit for bit the same statistics
-        in every layer; or a model is in an AveragedModel that does not average buffers; or the optimizer is a
-        schedule-free one, whose eval weights are averages. Statistics that were measured again look the same without
-        data; with data that show that they fit, it is silent.
+        Two parts of a file have the same layers and, bit for bit, the same statistics, and the weight before some
+        layer is another one: the statistics of one of them were copied. An error where a name says that it is an
+        average (ema, swa, averaged), a warning where names say nothing (q_net and q_net_target). Silent where only
+        weights behind the last layer differ, such as two heads; where statistics are initial; where some layers have
+        their own; for frozen layers without a counter; and for the same weights in another type. Or a model is in an
+        AveragedModel that does not average buffers; or the optimizer is a schedule-free one, whose eval weights are
+        averages. Statistics that were measured again look the same without data; with data that show that they
+        fit, it is silent.
 
     Example:
         AveragedModel(model), saved without update_bn
@@ -148,14 +156,16 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
     References:
         Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima", section 3.2.
     """
-    for measured, consequence in _reasons_for_averages(evidence):
+    for layer, measured, severity in _reasons_for_averages(evidence):
+        unless = "" if severity is Severity.ERROR else ", unless its layers were frozen on purpose"
         yield Finding(
-            "",
+            layer,
             measured,
-            "statistics of the averaged weights",
-            consequence,
-            "batchnorm.recalibrate(averaged_model, loader)",
+            "statistics of the weights that they are used with",
+            f"Eval mode normalizes the activations of these weights by statistics of other weights{unless}.",
+            measure_again(evidence) if evidence.file else "batchnorm.recalibrate(averaged_model, loader)",
             fixable=Fix.DATA,
+            severity=severity,
         )
 
 
@@ -216,33 +226,42 @@ def _t(measured: Measured, channel: int) -> float:
     return max(values, key=abs)
 
 
-def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """What shows that weights are averages and statistics are not, with what follows."""
+def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str, Severity]]:
+    """The part that has statistics of other weights, what shows it, and how bad that is."""
     structure, optimizer = evidence.structure, evidence.optimizer
     if evidence.measured and _fit(evidence):
         return
-    wrong = "Eval mode normalizes averaged weights' activations by statistics of other weights."
     if structure and "AveragedModel" in structure.wrappers and structure.averages_buffers is False:
-        yield "AveragedModel with use_buffers=False", wrong
+        yield "", "AveragedModel with use_buffers=False", Severity.ERROR
     if optimizer and optimizer.is_schedule_free:
-        yield f"{optimizer.kind} evaluates averages", wrong
-    if evidence.file is None or not evidence.file.copies:
-        return
-    (own, first), *others = evidence.file.copies.items()
-    for name, copy in others:
-        differs = evidence.file.weights.get(name) != evidence.file.weights.get(own)
-        if copy and differs and _statistics_of(first) == _statistics_of(copy):
-            yield f"{name!r} has other weights than {own!r} and the same statistics, bit for bit", wrong
+        yield "", f"{optimizer.kind} evaluates averages", Severity.ERROR
+    if evidence.file:
+        yield from (_copied(evidence.file, twins) for twins in find_twins(evidence.file))
+
+
+def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
+    """An average has the statistics of what it averages; of two others, the second is named."""
+    first, second = twins.first, twins.second
+    if _is_average(file, first) and not _is_average(file, second):
+        first, second = second, first
+    severity = Severity.ERROR if _is_average(file, second) else Severity.WARNING
+    than = repr(first) if first else "the rest"
+    return (
+        file.shown(second),
+        f"{second!r} has other weights than {than} and the same statistics, bit for bit",
+        severity,
+    )
+
+
+def _is_average(file: Checkpoint, part: str) -> bool:
+    states = (state.is_average for name, state in file.states.items() if is_below(name, part) or is_below(part, name))
+    return bool(part) and (any(states) or any(map(says_average, part.split("."))))
 
 
 def _fit(evidence: Evidence) -> bool:
     """Whether data show that statistics fit the weights, as after update_bn."""
     known = all(measured.t_mean is not None for measured in (evidence.measured or {}).values())
     return known and not any(stale_statistics(evidence))
-
-
-def _statistics_of(layers: Mapping[str, Stored]) -> list:
-    return [(stored.running_mean, stored.running_var) for stored in layers.values()]
 
 
 def _is_untrained(evidence: Evidence) -> bool:

@@ -1,0 +1,103 @@
+"""Twins: two parts of a file with the same layers and the same statistics, bit for bit, behind other weights.
+
+Statistics are sums over activations, and other weights make other activations: not one bit pattern in 2^24 would come
+out again. So the statistics of one part were copied from the other. Layers with initial statistics prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from batchnorm.checkpoint.stored import below, is_below
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchnorm.checkpoint.stored import Checkpoint, Stored
+
+Pair = tuple[str, str]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """Paths of both parts, the one that comes first in the file first, and pairs of layers behind other weights."""
+
+    first: str
+    second: str
+    layers: tuple[Pair, ...]
+
+
+def find_twins(file: Checkpoint) -> Iterator[Twins]:
+    """Each part of a file that has the statistics of an earlier one, once."""
+    layers = {below(copy, name): stored for copy, named in file.copies.items() for name, stored in named.items()}
+    sizes = Counter(module for name in layers for module in _around(name))
+    told: set[str] = set()
+    for first, second in _candidates(layers):
+        inside = sizes[second] if is_below(first, second) else 0
+        if sizes[first] - inside != sizes[second] or second in told or _have_one_module(file, first, second):
+            continue
+        names = [name.removeprefix(second).removeprefix(".") for name in layers if is_below(second, name)]
+        pairs = [(below(first, name), below(second, name)) for name in names]
+        if all(a in layers and _agree(layers[a], layers[b]) for a, b in pairs):
+            behind = tuple((a, b) for a, b in pairs if _are_fed_otherwise(layers[a], layers[b]))
+            if behind and not _are_frozen([(layers[a], layers[b]) for a, b in pairs]):
+                told.add(second)
+                yield Twins(first, second, behind)
+
+
+def statistics_of(stored: Stored) -> bytes:
+    """Bits of a layer's mean and variance; none for initial ones, and where one is missing."""
+    mean, var = stored.running_mean, stored.running_var
+    return b"" if not mean or not var or stored.is_initial else mean.tobytes() + var.tobytes()
+
+
+def _around(name: str) -> Iterator[str]:
+    """A layer's path, those of the modules around it, and ""."""
+    words = name.split(".") if name else []
+    yield from (".".join(words[:n]) for n in range(len(words) + 1))
+
+
+def _have_one_module(file: Checkpoint, *parts: str) -> bool:
+    """Whether a module that is stored once is in both: then it is one layer, not a copy of another."""
+    return any(all(any(is_below(part, name) for name in each.names) for part in parts) for each in file.shared)
+
+
+def _candidates(layers: dict[str, Stored]) -> dict[Pair, None]:
+    """Two modules in which layers of one name have the same statistics, in the file's order."""
+    alike: dict[bytes, list[str]] = defaultdict(list)
+    for name, stored in layers.items():
+        if bits := statistics_of(stored):
+            alike[bits].append(name)
+    return dict.fromkeys(_without_end(first, other) for first, *others in alike.values() for other in others)
+
+
+def _agree(a: Stored, b: Stored) -> bool:
+    """Whether two layers have the same statistics, or both initial ones."""
+    return statistics_of(a) == statistics_of(b) and a.is_initial == b.is_initial
+
+
+def _without_end(a: str, b: str) -> Pair:
+    """Two paths without the words that both end with."""
+    first, second = a.split("."), b.split(".")
+    while first and second and first[-1] == second[-1]:
+        first.pop()
+        second.pop()
+    return ".".join(first), ".".join(second)
+
+
+def _are_fed_otherwise(a: Stored, b: Stored) -> bool:
+    """Whether weights of one type and shape, and of other values, make the inputs."""
+    kinds = {stored.fed_by.rpartition(":")[0] for stored in (a, b)}
+    return len(kinds) == 1 and kinds != {""} and a.fed_by != b.fed_by
+
+
+def _are_frozen(pairs: list[tuple[Stored, Stored]]) -> bool:
+    """Whether these are the four buffers of frozen layers: constants, also gamma and beta, and nothing is counted."""
+    return all(
+        a.weight is not None and a.weight == b.weight and a.bias == b.bias
+        and a.num_batches_tracked is None and b.num_batches_tracked is None
+        for a, b in pairs
+    )  # fmt: skip
