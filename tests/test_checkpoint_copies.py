@@ -120,14 +120,10 @@ def test_an_averaged_copy_is_told_from_the_models_own(tmp_path, make, own, avera
     assert result.layers["1"].running_mean.tolist() == a["1.running_mean"].tolist()
     assert result.copies[average]["1"].running_mean.tolist() == b["1.running_mean"].tolist()
     assert result.prefix == f"{own}."
-    assert len(set(result.weights.values())) == 2
-
-
-def test_hashes_tell_other_weights_from_equal_ones(tmp_path):
-    same = reading(tmp_path, {"model": state(), "ema": state(), "swa": state(1)}).weights
-    assert same["model"] == same["ema"] != same["swa"]
-    assert reading(tmp_path, {"model": state()}).weights.keys() == {"model"}
-    assert reading(tmp_path, nn.BatchNorm1d(2).state_dict()).weights == {}
+    assert [(name, list(state.layers)) for name, state in result.states.items()] == [
+        (own, ["1", "2.1"]), (average, ["1", "2.1"])]  # fmt: skip
+    assert [state.is_average for state in result.states.values()] == [False, True]
+    assert set(result.every) == {"1", "2.1", f"{average}.1", f"{average}.2.1"}
 
 
 def test_an_average_alone_stands_in_for_the_model(tmp_path):
@@ -149,7 +145,10 @@ def test_a_module_called_ema_is_a_part_unless_it_repeats_others(tmp_path):
 
 def test_the_same_dict_under_two_names_is_read_once(tmp_path):
     one = state()
-    assert list(reading(tmp_path, {"model": one, "again": one}).copies) == ["model"]
+    result = reading(tmp_path, {"model": one, "again": one})
+    assert list(result.copies) == list(result.states) == ["model"]
+    assert result.aliases == {"again": "model"}
+    assert result.state("again") is result.state("model")
 
 
 def test_keys_that_are_no_names_are_passed_over(tmp_path):

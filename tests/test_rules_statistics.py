@@ -15,7 +15,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.checkpoint.stored import Checkpoint, Stored
 from batchnorm.doctor import examine
-from batchnorm.rules import RULES, Evidence, Fix
+from batchnorm.rules import RULES, Evidence, Fix, Severity
 from batchnorm.rules.evidence import Optimizer, Structure
 
 CODES = [code for code in RULES if code.startswith("BN1")]
@@ -37,11 +37,11 @@ def measured(**changes):
     return replace(WITH_MODEL, measured={"bn": replace(MEASURED, **(calm | changes))})
 
 
-def copies(same_weights=False, other=None):
-    own = {"bn": PLAIN}
-    weights = {"model": "a", "ema": "a" if same_weights else "b"}
-    file = Checkpoint("net.pt", "pt", own, {"model": own, "ema": {"bn": other or PLAIN}}, weights=weights)
-    return Evidence("net.pt", own, file=file)
+def copies(name="ema", weight="f4 (2, 2):b", **other):
+    """Two copies with one layer each, behind the weight a and another one."""
+    own, copy = {"bn": replace(PLAIN, fed_by="f4 (2, 2):a")}, {"bn": replace(PLAIN, fed_by=weight, **other)}
+    file = Checkpoint("net.pt", "pt", own, {"model": own, name: copy})
+    return Evidence("net.pt", file.every, file=file)
 
 
 def var(*numbers, **changes):
@@ -86,7 +86,10 @@ WELL = {
               stored(replace(INITIAL, bias=values(0, 0.1)))],
     "BN114": [stored(num_batches_tracked=0), stored(num_batches_tracked=44), stored(num_batches_tracked=None),
               stored(replace(INITIAL, num_batches_tracked=3)), stored(num_batches_tracked=1, momentum=1.0)],
-    "BN115": [copies(same_weights=True), copies(other=replace(PLAIN, running_mean=values(0.5, -1.0000001)))],
+    # the same weight, one of another type, none that is known; another statistic, initial ones, frozen layers
+    "BN115": [copies(weight="f4 (2, 2):a"), copies(weight="f2 (2, 2):b"), copies(weight=""),
+              copies(running_mean=values(0.5, -1.0000001)),
+              copies(running_mean=values(0, 0), running_var=values(1, 1))],
     # noise that is large, effects that are small, layers that were never updated
     "BN116": [measured(t_mean=values(3.9, 1), mean_deviation=values(0.4, 0)),
               measured(t_mean=values(9, 1), mean_deviation=values(0.09, 0)), measured(t_mean=None, t_var=None),
@@ -102,7 +105,7 @@ def test_each_rule_has_sick_and_healthy_statistics():
 def test_sick_statistics_are_named_with_what_was_measured(code):
     evidence, told = SICK[code]
     (finding,) = findings(code, evidence)
-    assert finding.layer == ("" if code in {"BN113", "BN115"} else "bn")
+    assert finding.layer == {"BN113": "", "BN115": "ema"}.get(code, "bn")
     assert told in finding.measured
     assert all((finding.limit, finding.consequence, finding.remedy))
     assert finding.channels == (() if "of 2 channels" not in told else (0,) if code == "BN116" else (1,))
@@ -148,6 +151,13 @@ def test_few_updates_say_when_momentum_is_only_assumed():
     assert (
         findings("BN114", replace(stored(num_batches_tracked=10), modules={"bn": replace(MODULE, frozen=True)})) == []
     )
+
+
+def test_a_name_that_says_nothing_makes_foreign_statistics_a_warning():
+    (error,), (warning,) = findings("BN115", copies()), findings("BN115", copies("target"))
+    assert (error.severity, warning.severity) == (Severity.ERROR, Severity.WARNING)
+    assert warning.layer == "target"
+    assert "unless its layers were frozen" in warning.consequence
 
 
 @pytest.mark.parametrize(

@@ -245,12 +245,19 @@ def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
     if _is_average(file, first) and not _is_average(file, second):
         first, second = second, first
     severity = Severity.ERROR if _is_average(file, second) else Severity.WARNING
+    first, second = _state_of(file, first), _state_of(file, second)
     than = repr(first) if first else "the rest"
     return (
         file.shown(second),
         f"{second!r} has other weights than {than} and the same statistics, bit for bit",
         severity,
     )
+
+
+def _state_of(file: Checkpoint, part: str) -> str:
+    """The state that is all of a part of a file, as --state takes it; else the part."""
+    states = [name for name in file.states if part and is_below(part, name)]
+    return states[0] if len(states) == 1 else part
 
 
 def _is_average(file: Checkpoint, part: str) -> bool:
