@@ -10,7 +10,7 @@ of whose tensors are shared.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from batchnorm.checkpoint.stored import Shared
 from batchnorm.checkpoint.tensors import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Module = tuple[tuple[str | int, ...], "Words"]  # a dict, and the words of a module in it
 _STATISTICS = ("running_mean", "running_var")
+_HIGHEST = 64  # modules around a tensor that are looked at
 
 
 def find_shared(named: Mapping[str, Found], tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
@@ -32,16 +33,14 @@ def find_shared(named: Mapping[str, Found], tensors: Sequence[Entry], feeders: F
         if statistics := _statistics(layer):
             groups[layer.path, statistics].append(name)
     several = [names for names in groups.values() if len(names) > 1]
-    contents = _contents(tensors) if several else {}
-    modules: dict[tuple[str, ...], list[list[Found]]] = defaultdict(list)
+    modules = _Modules(tensors if several else ())
+    found: dict[tuple[str, ...], list[bool]] = defaultdict(list)
     for names in several:
         layers = [named[name] for name in names]
-        height = _height(layers, contents)
-        modules[tuple(".".join(name.split(".")[: len(name.split(".")) - height]) for name in names)].append(layers)
-    return tuple(
-        Shared(names, len(layers), is_alias=all(_is_alias(each, contents, feeders) for each in layers))
-        for names, layers in modules.items()
-    )
+        height = modules.height(layers)
+        whole = tuple(".".join(name.split(".")[: len(name.split(".")) - height]) for name in names)
+        found[whole].append(modules.has_weight(layers[0], height) or _are_fed_alike(layers, feeders))
+    return tuple(Shared(names, len(each), is_alias=all(each)) for names, each in found.items())
 
 
 def _statistics(layer: Found) -> tuple[Tensor, ...] | None:
@@ -51,35 +50,47 @@ def _statistics(layer: Found) -> tuple[Tensor, ...] | None:
     return there if len(there) == len(_STATISTICS) else None
 
 
-def _contents(tensors: Iterable[Entry]) -> dict[Module, dict[str, Tensor]]:
-    """Tensors of every module, by their names in it."""
-    contents: dict[Module, dict[str, Tensor]] = defaultdict(dict)
-    for entry in tensors:
-        if isinstance(entry.tensor, Tensor):
-            words = (*entry.words, entry.leaf)
-            for depth in range(len(entry.path), len(words)):
-                contents[entry.path, words[:depth]][".".join(words[depth:])] = entry.tensor
-    return contents
+@final
+class _Modules:
+    """What is in the modules of a file."""
+
+    def __init__(self, tensors: Iterable[Entry]) -> None:
+        self._contents: dict[Module, dict[str, Tensor]] = defaultdict(dict)  # by their names in it
+        self._known: dict[tuple[Module, ...], bool] = {}
+        for entry in tensors:
+            if isinstance(entry.tensor, Tensor):
+                words = (*entry.words, entry.leaf)
+                for depth in range(max(len(entry.path), len(words) - _HIGHEST), len(words)):
+                    self._contents[entry.path, words[:depth]][".".join(words[depth:])] = entry.tensor
+
+    def height(self, layers: Sequence[Found]) -> int:
+        """How many modules around the layers are shared as a whole."""
+        height = 0
+        while height < _HIGHEST and all(len(layer.words) - height - 1 > len(layer.path) for layer in layers):
+            cut = [layer.words[: len(layer.words) - height] for layer in layers]
+            around = tuple((layer.path, words[:-1]) for layer, words in zip(layers, cut, strict=True))
+            if len({words[-1] for words in cut}) > 1 or len(set(around)) < len(around) or not self._are_same(around):
+                break
+            height += 1
+        return height
+
+    def has_weight(self, layer: Found, height: int) -> bool:
+        """Whether the module so far around a layer has more in it than batch norm."""
+        module = layer.path, layer.words[: len(layer.words) - height]
+        return any(len(tensor.size) > 1 for tensor in self._contents[module].values())
+
+    def _are_same(self, modules: tuple[Module, ...]) -> bool:
+        if modules not in self._known:
+            first, *others = (self._contents[module] for module in modules)
+            self._known[modules] = all(other == first for other in others)
+        return self._known[modules]
 
 
-def _height(layers: Sequence[Found], contents: Mapping[Module, Mapping[str, Tensor]]) -> int:
-    """How many modules around the layers are shared as a whole."""
-    height = 0
-    while all(len(layer.words) - height - 1 > len(layer.path) for layer in layers):
-        cut = [layer.words[: len(layer.words) - height] for layer in layers]
-        around = [(layer.path, words[:-1]) for layer, words in zip(layers, cut, strict=True)]
-        same_name = len({words[-1] for words in cut}) == 1 and len(set(around)) == len(around)
-        if not same_name or any(contents[module] != contents[around[0]] for module in around):
-            break
-        height += 1
-    return height
-
-
-def _is_alias(layers: Sequence[Found], contents: Mapping[Module, Mapping[str, Tensor]], feeders: Feeders) -> bool:
+def _are_fed_alike(layers: Sequence[Found], feeders: Feeders) -> bool:
     """Whether what is before the layer is stored once as well, so that its names may be of one call."""
-    first = layers[0]
-    module = first.words[: len(first.words) - _height(layers, contents)]
-    if any(len(tensor.size) > 1 for tensor in contents[first.path, module].values()):
-        return True
-    fed = [feeders.of(layer, layer.tensors["running_mean"].numel) for layer in layers]  # type: ignore[union-attr]
-    return fed[0] is not None and all(weight == fed[0] for weight in fed)
+    means = [layer.tensors["running_mean"] for layer in layers]
+    first, *others = (
+        feeders.of(layer, mean.numel) if isinstance(mean, Tensor) else None
+        for layer, mean in zip(layers, means, strict=True)
+    )
+    return first is not None and all(other == first for other in others)

@@ -6,8 +6,9 @@ out again. So the statistics of one part were copied from the other. Layers with
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, final
 
 from batchnorm.checkpoint.stored import below, is_below
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint.stored import Checkpoint, Stored
 
 Pair = tuple[str, str]
+_MOST_PAIRS = 256  # of parts that are compared: a file of more has been made to take time
 
 
 @final
@@ -33,13 +35,13 @@ class Twins:
 def find_twins(file: Checkpoint) -> Iterator[Twins]:
     """Each part of a file that has the statistics of an earlier one, once."""
     layers = {below(copy, name): stored for copy, named in file.copies.items() for name, stored in named.items()}
-    sizes = Counter(module for name in layers for module in _around(name))
     told: set[str] = set()
-    for first, second in _candidates(layers):
-        inside = sizes[second] if is_below(first, second) else 0
-        if sizes[first] - inside != sizes[second] or second in told or _have_one_module(file, first, second):
-            continue
+    for first, second in islice(_candidates(layers), _MOST_PAIRS):
         names = [name.removeprefix(second).removeprefix(".") for name in layers if is_below(second, name)]
+        inside = len(names) if is_below(first, second) else 0
+        size = sum(is_below(first, name) for name in layers) - inside
+        if size != len(names) or second in told or _have_one_module(file, first, second):
+            continue
         pairs = [(below(first, name), below(second, name)) for name in names]
         if all(a in layers and _agree(layers[a], layers[b]) for a, b in pairs):
             behind = tuple((a, b) for a, b in pairs if _are_fed_otherwise(layers[a], layers[b]))
@@ -52,12 +54,6 @@ def statistics_of(stored: Stored) -> bytes:
     """Bits of a layer's mean and variance; none for initial ones, and where one is missing."""
     mean, var = stored.running_mean, stored.running_var
     return b"" if not mean or not var or stored.is_initial else mean.tobytes() + var.tobytes()
-
-
-def _around(name: str) -> Iterator[str]:
-    """A layer's path, those of the modules around it, and ""."""
-    words = name.split(".") if name else []
-    yield from (".".join(words[:n]) for n in range(len(words) + 1))
 
 
 def _have_one_module(file: Checkpoint, *parts: str) -> bool:

@@ -62,7 +62,8 @@ def convert(
     other than ``forward`` for one, gets its activated result.
 
     With an ``example`` the original and the result are compared on it: outputs, gradients and buffers, in eval and in
-    train mode, in float64 where the model can run in it. Hooks of the model see these runs. Without an example
+    train mode, in float64 where the model can run in it. Where the example leaves a value to rounding, as at ties of
+    a max pooling, examples nearby are compared. Hooks of the model see these runs. Without an example
     nothing is run and nothing is checked, and layers in a ``Sequential`` below code that cannot be traced, which
     might use its parts one by one, are not fused.
 
