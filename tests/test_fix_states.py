@@ -237,6 +237,14 @@ def test_doctor_tells_foreign_statistics_of_a_loaded_state_unless_data_show_that
     assert "BN115" not in call(*words, "--data", "statenet.py:loader")[1]
 
 
+def test_shift_says_which_state_it_loaded(folder):
+    torch.save({"model_ema": B, "net": A}, "f.pt")
+    words = ["shift", "statenet.py:model", "--data", "statenet.py:loader", "--weights", "f.pt"]
+    assert "f.pt: 'net' was loaded, of 'net', 'model_ema'" in call(*words)[1]
+    torch.save(A, "f.pt")
+    assert "was loaded" not in call(*words)[1]
+
+
 def test_weights_beside_an_average_in_one_dict_are_loaded_alone(tmp_path):
     torch.save({**A, **under("ema.module.", B)}, tmp_path / "f.pt")
     model = Net()

@@ -196,6 +196,14 @@ def load_weights(network: Any, path: str, state: str = "") -> str:
     return name
 
 
+def choice(network: Any, path: str) -> str:
+    """What is to be said of the state that ``load_weights`` chooses, in a sentence; "" if there is only one."""
+    file = checkpoint.read(path)
+    if len(file.states) < 2:
+        return ""
+    return f"{path}: {_first_that_fits(network, file)!r} was loaded, of {', '.join(map(repr, file.states))}"
+
+
 def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
     if file.format == "onnx":
         raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Examine it by itself.")

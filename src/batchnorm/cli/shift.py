@@ -154,6 +154,8 @@ def _judged(
     # what the user's code prints must not get into JSON, and what it raises must not end in a traceback
     with contextlib.redirect_stdout(sys.stderr), addresses.told(model), _unlogged():
         network = addresses.model(model, addresses.parsed(given), weights)
+        if weights and (chosen := addresses.choice(network, weights)):
+            click.echo(chosen, err=True)
         monitor = _monitor(network, max_examples=max_examples, **asked)
         return judge(
             monitor, addresses.data(data), max_examples=max_examples, pictures=images or 0, target=model, data=data,

@@ -97,7 +97,7 @@ def plan(
             "tensors with torch.save(state, path)."
         )
     told = eps or {}
-    file = _with_layers(file, lambda _, stored: replace(stored, eps=told.get(stored.name, stored.eps)))
+    file = _with_layers(file, lambda name, stored: replace(stored, eps=told.get(name, stored.eps)))
     found, layers = _findings(file, selection), file.every
     meant = set(file.state(state).layers.values()) if state else layers.keys()
     changes = prescribe(
