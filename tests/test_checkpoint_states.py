@@ -100,6 +100,8 @@ def test_equal_statistics_behind_other_weights_are_foreign(tmp_path, value, firs
     assert twins(path) == [(first, second)]
     (finding,) = [each for each in examine(path).findings if each.code == "BN115"]
     assert str(finding.severity) == severity
+    blamed = first if "ema" in first else second
+    assert finding.layer in {blamed, f"{blamed}.module", blamed.removeprefix("state_dict.")}
     assert "BN302" not in {each.code for each in examine(path).findings}
 
 

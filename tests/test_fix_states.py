@@ -127,6 +127,7 @@ def test_every_state_is_measured_on_its_own_weights_and_written_to_its_place(fol
             if kept and key.startswith(prefix) and "num_batches" not in key:
                 assert torch.equal(value, old[key]), key
     assert examine("f.fixed.pt").findings == ()
+    assert "eps taken as" not in told  # the model tells it
     assert "each by itself" in told
 
 

@@ -247,8 +247,9 @@ def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
     severity = Severity.ERROR if _is_average(file, second) else Severity.WARNING
     first, second = _state_of(file, first), _state_of(file, second)
     than = repr(first) if first else "the rest"
+    where = second if second in file.states else file.shown(second)
     return (
-        file.shown(second),
+        where,
         f"{second!r} has other weights than {than} and the same statistics, bit for bit",
         severity,
     )
