@@ -22,10 +22,11 @@ from batchnorm.surgery.folding_arithmetic import Linear
 from batchnorm.surgery.folding_placeholder import FoldedAway, own_tensors, set_tensors
 from batchnorm.surgery.folding_plan import Partner, fresh, plan
 from batchnorm.surgery.replacement import duplicate, find
-from batchnorm.surgery.subclasses import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from batchnorm.surgery.subclasses import Parts
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,7 +76,7 @@ def foldable(model: nn.Module, example: Any = None) -> dict[str, Partner | str]:
         1 '0' before it
         3 no convolution or linear layer is next to it: '2' before it, what is returned behind it
     """
-    found = plan(model, example)
+    found, _ = plan(model, example)
     return {path: found[path] for path in find(model)} | out_of_reach(model)
 
 
@@ -140,16 +141,16 @@ def fold(
             "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
         )
     result = model if inplace else duplicate(model, "fold")
-    found = plan(result, example)
+    found, parts = plan(result, example)
     layers = {path: found[path] for path in find(result)} | out_of_reach(result)
     expected = _outputs(result, example)
     wide = _in_float64(result, example)
-    _put_in(result, found)
+    _put_in(result, found, parts)
     try:
         error, largest = _difference(expected, result, example)
         if wide is not None:
             wide_model, wide_example, wide_expected = wide
-            _put_in(wide_model, found)
+            _put_in(wide_model, found, parts)
             _difference(wide_expected, wide_model, wide_example)
     except ValueError:
         if inplace:
@@ -188,7 +189,7 @@ def unfold(model: Model, *, inplace: bool = False) -> Model:
     return model
 
 
-def _put_in(model: nn.Module, found: Mapping[str, Partner | str]) -> None:
+def _put_in(model: nn.Module, found: Mapping[str, Partner | str], parts: Mapping[str, Parts]) -> None:
     """Change the model in place as planned."""
     folded = [m for m in model.modules() if isinstance(m, FoldedAway)]
     before = {id(p): tensors for m in folded for p, tensors in zip(m.partners, m._tensors, strict=True)}
@@ -197,15 +198,14 @@ def _put_in(model: nn.Module, found: Mapping[str, Partner | str]) -> None:
         if not isinstance(answer, Partner):
             continue
         layer: Any = model.get_submodule(path)
-        parts: Any = parts_of(layer)
         partners = {each.path: model.get_submodule(each.path) for each in (answer, *answer.others)}
         for each, partner in zip((answer, *answer.others), partners.values(), strict=True):
-            affine = parts.affine.spread(each.channels)
+            affine = parts[path].affine.spread(each.channels)
             joined[partner] = joined.get(partner, Linear.of(partner)).joined(affine, each.position)
         tensors = [dict(before.setdefault(id(partner), own_tensors(partner))) for partner in partners.values()]
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = FoldedAway(
-            layer, partners, tensors, then=parts.code, moved=answer.channels is not None
+            layer, partners, tensors, then=parts[path].code, moved=answer.channels is not None
         )
     for partner, new in joined.items():
         like: Any = partner.weight

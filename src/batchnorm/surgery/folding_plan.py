@@ -70,8 +70,10 @@ class Partner:
         return f"{' and '.join(repr(each.path) for each in (self, *self.others))} {self.position} it"
 
 
-def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
-    """The partner of every batch norm layer, or the reason why it has none. Folds must be done in this order.
+def plan(model: nn.Module, example: Any) -> tuple[dict[str, Partner | str], dict[str, Parts]]:
+    """The partner of every batch norm layer, or the reason why it has none, and what each layer with a partner does.
+
+    Folds must be done in this order.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
@@ -106,7 +108,8 @@ def plan(model: nn.Module, example: Any) -> dict[str, Partner | str]:
                 del open_layers[path]
                 _take_out(facts.nodes[layer][0], facts.applying)
                 found[path] = found.pop(path)  # behind those that were settled before
-    return found
+    known_parts = {path: facts.parts.get(layer) for path, layer in find(model).items()}
+    return found, {path: parts for path, parts in known_parts.items() if isinstance(parts, Parts)}
 
 
 def fresh(example: Any) -> Any:
