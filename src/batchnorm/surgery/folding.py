@@ -90,17 +90,21 @@ def fold(
     stored statistics: what the copy does in train mode is not batch norm, and it cannot be trained as the model was.
 
     Which layers are neighbours is read from the forwards, not from the order of registration: through ``Identity``,
-    dropout, and modules that run inside of others. Layers of torch.nn, SyncBatchNorm, ours and frozen ones are folded;
-    an activation that a layer of ours applies, and a residual that it adds, stay in its place. The copy has a
-    bias where there was none, and no state_dict keys of folded layers: its state_dict is that of the same
-    architecture without them.
+    dropout, modules that run inside of others, and operations that only move values, such as ``view``, ``transpose``
+    and ``cat``. Forwards that torch.fx cannot trace are followed in a run on tensors of the example's sizes without
+    values; what they decide by sizes is taken as it is there. Layers of torch.nn, SyncBatchNorm, ours and frozen ones
+    are folded, and those of other classes and libraries whose tensors multiply each channel by a number and add one, as
+    found by trying it. An activation that a layer applies, and a residual that it adds, stay in its place. The copy has
+    a bias where there was none, and no state_dict keys of folded layers but those of their activations.
 
     A layer is left as it is, and ``report`` says why, if
 
-    - no convolution or linear layer is directly next to it in the code, or torch.fx cannot trace that code;
+    - no convolution or linear layer is next to it in the code, or that code decides by values, sets attributes or runs
+      in a context such as ``no_grad``;
     - either is called at several places or not at all, has several names, or shares a tensor with another module;
     - what lies between them also goes elsewhere, or hooks see it;
-    - either is parametrized, or of a subclass with a forward of its own;
+    - either is parametrized, or has a forward that does something else than such layers do;
+    - it is no layer but an operation of an exported program or a call of torch's function, or belongs to quantization;
     - it stores no statistics, a variance is negative, or weights would be NaN, infinite or too large for their type;
     - the channels are on different axes: a linear layer makes (N, L, C), and batch norm takes (N, C, L);
     - the layer behind it does not pass a shift on evenly: it pads with zeros, or is a transposed convolution of a
