@@ -51,6 +51,36 @@ def images() -> torch.Tensor:
     return torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+class InFloat32(nn.BatchNorm2d):
+    """Batch norm in float32, whatever comes in."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_casts_is_folded(dtype):
+    model = net(settled(InFloat32(4))).to(dtype)
+    model[1].float()
+    x = images().to(dtype)
+    small = fold(model, x, report=None)
+    assert not bn.find(small)
+    # half of the type's digits, of the largest
+    line = torch.finfo(dtype).eps ** 0.5 * model(x).abs().max()
+    assert (small(x) - model(x)).abs().max() <= line
+    assert small(x).dtype == dtype
+
+
+def test_a_folded_layer_with_an_activation_is_traced_exported_and_compiled():
+    x = images()
+    small = fold(net(settled(NormAct(4, nn.Mish()))), x, report=None)
+    expected = small(x)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+    for run in (torch.fx.symbolic_trace(small), torch.export.export(small, (x,)).module(), compiled):
+        # the same operations, in another order at most
+        torch.testing.assert_close(run(x), expected, rtol=1e-5, atol=1e-6)
+
+
 FOLDED = {
     "relu": lambda: settled(NormAct(4, nn.ReLU(inplace=True))),
     "no activation": lambda: settled(NormAct(4, nn.Identity())),

@@ -50,8 +50,6 @@ _STATISTICS = ("running_mean", "running_var")
 _AFFINE = ("weight", "bias")
 _USUAL_EPS = 1e-5
 _RANKS = (4, 2, 3, 5)
-# probing in float64: half of its digits, as where whole models are compared
-_LINE = torch.finfo(torch.float64).eps ** 0.5
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
@@ -174,10 +172,13 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
     return next((each for each in found if each is not None), None)
 
 
-def response(run: Callable[[Tensor], Any], layer: Any, rank: int) -> tuple[Tensor, Tensor] | None:
+def response(
+    run: Callable[[Tensor], Any], layer: Any, rank: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of each channel of ``run``, if it is such a map on inputs of ``rank`` axes, else None.
 
-    It is asked with inputs of 0 and 1, and with values of many sizes around the layer's mean, in float64.
+    It is asked with inputs of 0 and 1, and with values of many sizes around the layer's mean, of type ``dtype``. What
+    differs by less than half of its digits is rounding.
     """
     mean, var = (getattr(layer, name).detach().double().cpu() for name in _STATISTICS)
     shape = (2, len(mean), *[2] * (rank - 2))
@@ -188,10 +189,15 @@ def response(run: Callable[[Tensor], Any], layer: Any, rank: int) -> tuple[Tenso
             [1.0, 1e3, 1e6], dtype=torch.float64
         ).reshape(3, *[1] * rank)
         inputs = [mean.reshape(spread) + size * torch.randn(shape, dtype=torch.float64) for size in sizes]
+
+        def results(x: Tensor) -> Tensor:
+            return run(x.to(dtype, copy=True)).double()
+
+        line = torch.finfo(dtype).eps ** 0.5
         try:
-            shift = _channel_values(run(torch.zeros(shape, dtype=torch.float64)))
-            scale = _channel_values(run(torch.ones(shape, dtype=torch.float64))) - shift
-            fits = all(_is_close(run(x.clone()), x, scale.reshape(spread), shift.reshape(spread)) for x in inputs)
+            shift = _channel_values(results(torch.zeros(shape)))
+            scale = _channel_values(results(torch.ones(shape))) - shift
+            fits = all(_is_close(results(x), x, scale.reshape(spread), shift.reshape(spread), line) for x in inputs)
         except Exception:  # noqa: BLE001 - it does not take this input, or is no such map
             return None
     return (scale, shift) if fits else None
@@ -204,8 +210,8 @@ def _channel_values(y: Tensor) -> Tensor:
     return values[:, 0].clone()
 
 
-def _is_close(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    bound = _LINE * ((x * scale).abs() + shift.abs())
+def _is_close(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor, line: float) -> bool:
+    bound = line * ((x * scale).abs() + shift.abs())
     return y.shape == x.shape and bool(((y - (x * scale + shift)).abs() <= bound).all())
 
 

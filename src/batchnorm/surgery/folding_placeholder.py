@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast, final
 
 from torch import Tensor, nn
@@ -45,6 +44,7 @@ class FoldedAway(nn.Identity):
         self._then = then
         if then is not None:  # the code calls the layer's children by their names, ``act`` among them
             self._modules.update(layer._modules)
+            self._run = then.compiled()
         else:
             ours = isinstance(layer, _Layer)
             self.act = cast("str | None", layer.act if ours else None)
@@ -68,7 +68,7 @@ class FoldedAway(nn.Identity):
         if self._moved:  # batch norm made a result that can be viewed
             input = input.contiguous()  # noqa: A001
         if self._then is not None:
-            return _compiled(self._then)(self, input)
+            return self._run(self, input)
         return activate(input if residual is None else input + residual, self.act, self.act_param)
 
     def restored(self) -> nn.Module:
@@ -87,14 +87,18 @@ class FoldedAway(nn.Identity):
         self._tensors = [{name: None if t is None else fn(t) for name, t in each.items()} for each in self._tensors]
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a function that was made at run time cannot be pickled, and is made again
+        return {name: value for name, value in vars(self).items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._then is not None:
+            self._run = self._then.compiled()
+
     def extra_repr(self) -> str:
         """The layer and who does its work."""
         return f"{self._kept[0]}, folded into {' and '.join(map(repr, self._paths))}"
-
-
-@cache
-def _compiled(code: Code) -> Any:
-    return code.compiled()
 
 
 def own_tensors(partner: Any) -> dict[str, Tensor | None]:

@@ -65,16 +65,19 @@ def parts_of(layer: Any) -> Parts | str:
         graph = graph_of_layer(layer, mode=False)
     except TraceError as error:
         whole = response_of(layer)
-        return Parts(_exact(layer, *whole)) if whole is not None else _unknown(layer, f"cannot be traced: {error}")
+        affine = None if whole is None else _exact(layer, *whole)
+        return _unknown(layer, f"cannot be traced: {error}") if affine is None else Parts(affine)
     split = _split(layer, graph)
     if split is None:
         return _unknown(layer, "does other things with its tensors than batch norm")
     core, then = split
-    run = Interpreter(_wide_copy(layer), graph=core).run
-    found = next((r for rank in _RANKS if (r := response(run, layer, rank)) is not None), None)
-    if found is None:
-        return _unknown(layer, "does not multiply each channel by a number and add one")
-    return Parts(_exact(layer, *found), then)
+    for dtype in (torch.float64, torch.float32):  # a forward that casts its input runs in one of them
+        run = Interpreter(copy.deepcopy(layer).cpu().to(dtype), graph=core).run
+        found = (response(run, layer, rank, dtype) for rank in _RANKS)
+        affine = next((_exact(layer, *each, dtype) for each in found if each is not None), None)
+        if affine is not None:
+            return Parts(affine, then)
+    return _unknown(layer, "does not multiply each channel by a number and add one")
 
 
 def graph_of_layer(layer: nn.Module, *, mode: bool) -> Graph:
@@ -102,24 +105,17 @@ def _unknown(layer: nn.Module, why: str) -> str:
     return f"is a {type(layer).__name__} with a forward that {why}"
 
 
-def _wide_copy(layer: nn.Module) -> nn.Module:
-    return copy.deepcopy(layer).cpu().double()
-
-
-def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor) -> Affine:
-    """The map by the formula where that is what was found, since it has all digits; else as found."""
-    found = Affine(scale, shift)
+def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype = torch.float64) -> Affine | None:
+    """The map by the formula where that is what was found, since it has all digits; else as found, in float64 alone."""
+    found = Affine(scale, shift) if dtype == torch.float64 else None
     if not isinstance(getattr(layer, "eps", None), (int, float)):
         return found
     formula = Affine.of(layer)
-    bound = torch.finfo(torch.float64).eps ** 0.5
-    same = torch.allclose(formula.scale, scale, rtol=bound, atol=0) and torch.allclose(
-        formula.shift,
-        shift,
-        rtol=bound,
-        atol=bound * float((scale.abs() * layer.running_mean.double().cpu().abs()).max()),
-    )
-    return formula if same else found
+    # found by subtracting two results; those of float64 have more digits than are asked for
+    rounding = torch.finfo(torch.float64).eps ** 0.5 if dtype == torch.float64 else 64 * torch.finfo(dtype).eps
+    size = scale.abs() + shift.abs() + (scale * layer.running_mean.double().cpu()).abs()
+    gaps = torch.maximum((formula.scale - scale).abs(), (formula.shift - shift).abs())
+    return formula if bool((gaps <= rounding * size).all()) else found
 
 
 @contextmanager
@@ -151,7 +147,8 @@ def _split(layer: nn.Module, graph: Graph) -> tuple[Graph, Graph | None] | None:
     last = mixing[-1]
     behind = _downstream(graph, {last}) - {last}
     result = next(node for node in graph.nodes if node.op == "output")
-    feeding = {arg for node in behind for arg in node.all_input_nodes if arg in of_input}
+    behind_all = [node for node in graph.nodes if node in behind and not _casts_back(node)]
+    feeding = {arg for node in behind_all for arg in node.all_input_nodes if arg in of_input}
     if result not in behind or not feeding <= behind | {last} or not isinstance(result.args[0], Node):
         return None
     then = _behind(layer, graph, last, behind)
@@ -203,9 +200,21 @@ def _behind(layer: nn.Module, graph: Graph, last: Node, behind: set[Node]) -> Gr
     return part
 
 
+def _casts_back(node: Node) -> bool:
+    """Whether a node gives a value the type of the layer's input, which a layer that was folded away never changes."""
+    if node.op != "call_method" or node.target not in {"to", "type_as"} or len(node.args) != 2 or node.kwargs:
+        return False
+    like: Any = node.args[1]
+    is_type = getattr(like, "target", None) is getattr and like.args[1] == "dtype"
+    source = like.args[0] if is_type else like
+    return isinstance(source, Node) and source.op == "placeholder"
+
+
 def _returns_its_input(layer: nn.Module, node: Node) -> bool:
     if not node.args or not isinstance(node.args[0], Node):
         return False
+    if _casts_back(node):
+        return True
     if node.op == "call_module":
         return len(node.args) == 1 and not node.kwargs and hands_on(layer.get_submodule(str(node.target)))
     given = dict(zip(("p", "training"), node.args[1:], strict=False)) | node.kwargs
