@@ -111,6 +111,69 @@ def test_layers_of_other_classes_are_folded_and_come_back(kind):
         assert torch.equal(back(x), model(x))
 
 
+class HoldingConv(nn.Conv2d):
+    """detectron2's Conv2d: batch norm and the activation are children of the convolution."""
+
+    def __init__(self, *args, norm: nn.Module, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.norm, self.activation = norm, nn.ReLU()
+
+    def forward(self, x):
+        if x.numel() == 0 and self.training:
+            raise ValueError("expected values, got none. Look at the input.")
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.activation(self.norm(x))
+
+
+class UsesTheSum(HoldingConv):
+    def forward(self, x):
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.norm(x) + x
+
+
+class UsesTheWeight(HoldingConv):
+    def forward(self, x):
+        x = F.conv2d(x, self.weight / 2, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("norm", [FrozenByHand, FrozenByTorch, nn.BatchNorm2d])
+def test_a_layer_that_the_convolution_holds_is_folded_into_it(norm):
+    made = [HoldingConv(3, 4, 3, norm=norm(4), bias=False), HoldingConv(4, 4, 3, norm=norm(4), padding=1)]
+    model, x = nn.Sequential(*made).double().eval(), images().double()
+    [settled(layer) for layer in bn.find(model).values() if norm is nn.BatchNorm2d]
+    assert foldable(model, x) == {f"{i}.norm": Partner(str(i), "before") for i in range(2)}
+    small = fold(model, x, report=None)
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-12)
+    assert torch.equal(unfold(small)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [UsesTheSum, UsesTheWeight])
+def test_a_convolution_that_does_more_with_what_it_holds_is_left(kind):
+    model = nn.Sequential(kind(3, 4, 3, norm=settled(nn.BatchNorm2d(4)))).eval()
+    assert isinstance(foldable(model, images())["0.norm"], str)
+
+
+class SyncedAct(nn.SyncBatchNorm):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Plain(nn.BatchNorm2d):
+    """A subclass with nothing of its own."""
+
+
+def test_subclasses_of_every_layer_of_torch():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), settled(SyncedAct(4)), nn.Conv2d(4, 4, 1), settled(Plain(4)), nn.ReLU()
+    ).eval()  # fmt: skip
+    assert not bn.find(fold(model, images(), report=None))
+    with pytest.warns(UserWarning, match="'1' is a SyncedAct, which measures the batches of all processes"):
+        result = convert(model, fuse=True, example=images())
+    assert type(result[3]) is bn.BatchNorm2d
+    assert type(revert(result)[3]) is Plain
+
+
 def test_children_of_a_folded_layer_keep_their_keys():
     small = fold(net(settled(NormAct(4, nn.PReLU(4)))), images(), report=None)
     assert [key for key in small.state_dict() if key.startswith("1.")] == ["1.act.weight"]

@@ -46,6 +46,7 @@ MEASURES: dict[tuple[str, str], Measured] = {
 }
 # what code calls that exchanges values between processes
 _EXCHANGES = {"all_reduce", "all_gather", "AllReduce", "get_world_size", "dist", "distributed"}
+_FUNCTIONS = {"batch_norm", "native_batch_norm", "_native_batch_norm_legit"}
 _STATISTICS = ("running_mean", "running_var")
 _AFFINE = ("weight", "bias")
 _USUAL_EPS = 1e-5
@@ -265,7 +266,7 @@ def _calls_torchs_function(module: nn.Module) -> bool:
     """Whether the forward of a module that is no layer names torch's function, and not a child of that name."""
     if type(module).__module__.startswith("torch.") or isinstance(module, (_BatchNorm, _InstanceNorm)):
         return False
-    named = "batch_norm" in set(_names(type(module).forward))
+    named = bool(_FUNCTIONS & set(_names(type(module).forward)))
     return named and not hasattr(module, "batch_norm") and not is_of_others(module)
 
 

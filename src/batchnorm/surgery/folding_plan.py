@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from batchnorm.surgery.folding_channels import Channels
     from batchnorm.surgery.recording import Inputs
 
+    Record = Callable[[nn.Module], Graph]
+
 _SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
@@ -91,10 +93,10 @@ def plan(model: nn.Module, example: Any) -> tuple[dict[str, Partner | str], dict
             record = partial(recorded, inputs=inputs)
         known, closed = flows(model, (False,), arguments, record)
         callers = static_callers(model, known) if callers is None else callers
-        wholes = {
-            module for module in model.modules() if isinstance(module, tuple(RANKS)) and _is_linear(module, record)
-        }
-        facts = _facts(model, known, callers, ranks, wholes, _parts(open_layers))
+        summing = [module for module in model.modules() if isinstance(module, tuple(RANKS))]
+        wholes = {module for module in summing if _is_linear(module, record)}
+        holding = {module for module in summing if any(module.children()) and _sum_of(module, record)} - wholes
+        facts = _facts(model, known, callers, ranks, wholes, holding, _parts(open_layers))
         if inputs is not None:
             _look_at_channels(facts, inputs)
     found: dict[str, Partner | str] = {}
@@ -130,6 +132,7 @@ class _Facts:
     owners: Counter
     read: set[int]
     linear: set[nn.Module]  # convolutions and linear layers that do nothing else with their weight and bias
+    holding: set[nn.Module]  # those that go on with their sum, such as by a batch norm layer that they hold
     sizes: dict[Node, Any] = field(default_factory=dict, init=False)  # of graphs in which values are moved
     parts: dict[nn.Module, Parts | str]  # what each layer does, or why that is not known
 
@@ -173,14 +176,14 @@ class _Facts:
 
 def _facts(
     model: nn.Module, known: dict[nn.Module, Flow], callers: Callers, ranks: dict[nn.Module, set[int]] | None,
-    linear: set[nn.Module], parts: dict[nn.Module, Parts | str],
+    linear: set[nn.Module], holding: set[nn.Module], parts: dict[nn.Module, Parts | str],
 ) -> _Facts:  # fmt: skip
     registered = registrations(model)
     tensors = (t for m in model.modules() for table in (m._parameters, m._buffers) for t in table.values())
     read = {
         id(_attribute(flow.module, str(node.target)))
         for flow in known.values()
-        if flow.module not in linear and flow.module not in parts  # their own forward may read them
+        if flow.module not in {*linear, *holding, *parts}  # their own forward may read them
         for node in flow.graphs[False].nodes
         if node.op == "get_attr"
     }
@@ -190,7 +193,9 @@ def _facts(
             if node.op == "call_module":
                 nodes[node.meta["module"]].append(node)
     names = {module: name for name, module in model.named_modules()}
-    return _Facts(names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear, parts)
+    return _Facts(
+        names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear, holding, parts
+    )
 
 
 def _attribute(value: Any, path: str) -> Any:
@@ -282,12 +287,26 @@ def _answer(facts: _Facts, layer: Any) -> Partner | str | None:
             if reason is None:
                 return Partner(path, position)
             reasons.append(reason)
+    if (holder := _holder(facts, source)) is not None:
+        reason = _about_partner(facts, holder, "before") or _about_axes(facts, layer, holder, "before")
+        reason = reason or _about_result(facts, layer, holder, "before")
+        others = [_named(facts, user) for user in source.users if user is not node]
+        if reason is None and not others:
+            return Partner(facts.names[holder], "before")
+        reasons.append(reason or f"{facts.names[holder]!r} has a sum that also goes to {others[0]}")
     moved = _through_moves(facts, layer, node) if not reasons else None
     if isinstance(moved, Partner):
         return moved
     return "; ".join([*reasons, *([moved] if moved and reasons else [])]) or "; ".join(
         [_about_neighbours(facts, node, source), *([moved] if moved else [])]
     )
+
+
+def _holder(facts: _Facts, source: Node) -> nn.Module | None:
+    """The convolution or linear layer in whose own forward a sum of its weight is."""
+    caller = source.meta.get("caller")
+    is_sum = source.op == "call_function" and source.target in _SUMS
+    return caller if is_sum and caller in facts.holding else None
 
 
 def _through_moves(facts: _Facts, layer: Any, node: Node) -> Partner | str | None:
@@ -421,7 +440,7 @@ def _about_partner(facts: _Facts, partner: Any, position: Position) -> str | Non
     name = facts.names[partner]
     if absent := _absent(partner):
         return f"{name!r} {absent}"
-    if partner not in facts.linear or (type(partner) not in RANKS and position == "behind"):
+    if partner not in facts.linear | facts.holding or (type(partner) not in RANKS and position == "behind"):
         return f"{name!r} is a {type(partner).__name__} with a weight or a forward of its own"
     if not isinstance(partner._parameters.get("weight"), nn.Parameter):
         return f"{name!r} has a weight that is computed"
@@ -455,32 +474,40 @@ def _about_result(
     return None
 
 
-def _is_linear(module: nn.Module, record: Callable[[nn.Module], Graph] | None = None) -> bool:
+def _is_linear(module: nn.Module, record: Record | None) -> bool:
     """Whether a convolution or linear layer, also one of a class of its own, is linear in its weight and bias.
 
     A class of its own may do what it likes with the input before, such as padding it, and nothing behind.
     """
     if type(module) in RANKS:
         return "forward" not in vars(module)
+    found = _sum_of(module, record)
+    return found is not None and [user.op for user in found.users] == ["output"]
+
+
+def _sum_of(module: nn.Module, record: Record | None) -> Node | None:
+    """The one operation in a forward that reads weight and bias, if it is that of such a layer."""
     if parametrize.is_parametrized(module) or any(map(is_lazy, module.parameters())):
-        return False
+        return None
     weight: Any = module.weight
     bias = module._parameters.get("bias")
     module._parameters["bias"] = nn.Parameter(weight.new_zeros(channels(module, "before")))
     try:  # with a bias, so that one is seen to be used if there is none yet
         flow = _graph_of(module, record)
     except TraceError:
-        return False
+        return None
     finally:
         module._parameters["bias"] = bias
     read = {str(node.target): node for node in flow.nodes if node.op == "get_attr"}
-    result = next(node.args[0] for node in flow.nodes if node.op == "output")
-    sums = isinstance(result, Node) and result.op == "call_function" and result.target in _SUMS and not result.kwargs
-    own = read.keys() == {"weight", "bias"} and all(list(node.users) == [result] for node in read.values())
-    return sums and own and result.args[1:3] == (read["weight"], read["bias"])
+    users = {user for node in read.values() for user in node.users}
+    if read.keys() != {"weight", "bias"} or len(users) != 1:
+        return None
+    [found] = users
+    plain = found.op == "call_function" and found.target in _SUMS and not found.kwargs
+    return found if plain and found.args[1:3] == (read["weight"], read["bias"]) else None
 
 
-def _graph_of(module: nn.Module, record: Callable[[nn.Module], Graph] | None) -> Graph:
+def _graph_of(module: nn.Module, record: Record | None) -> Graph:
     try:
         return traced(module)
     except TraceError:

@@ -58,7 +58,8 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
     Args:
         model: Not changed, unless ``inplace``.
         make: Called once for each layer; returns a new module, or None to keep the layer. It must not use the layer
-            as a part of the new module.
+            as a part of the new module. Layers of other libraries may have no ``num_features``: the length of
+            ``running_mean`` is what all have.
         inplace: Change ``model`` itself and return it. Layers and parameters stay the same objects, so optimizers
             go on working.
 

@@ -41,6 +41,7 @@ _HAND_ON = {
 }
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _RANKS = (4, 2, 3, 5)
+_CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
 
 
 @final
@@ -120,13 +121,14 @@ def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dt
 
 @contextmanager
 def _unchecked(layer: nn.Module) -> Iterator[None]:
-    """A block in which torch.nn's check of the number of axes, which a tracer cannot answer, is left out."""
+    """A block in which torch.nn's checks of the input's shape, which a tracer cannot answer, are left out."""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        vars(layer)["_check_input_dim"] = _no_check
+        vars(layer).update(dict.fromkeys(_CHECKS, _no_check))
     try:
         yield
     finally:
-        vars(layer).pop("_check_input_dim", None)
+        for name in _CHECKS:
+            vars(layer).pop(name, None)
 
 
 def _no_check(*_: Any) -> None: ...
