@@ -50,7 +50,7 @@ MODELS = {
     "xception_aligned": "xception41p", "xcit": "xcit_nano_12_p8_224",
 }  # fmt: skip
 SMALLER = {"vgg": {"num_features": 64}}  # 130 million weights otherwise
-SIZES = (32, 64, 96, 128, 224, 256, 331)  # the first that a model takes
+SIZES = (64, 96, 128, 224, 256, 331)  # the first that a model takes
 
 
 def main(families: list[str]) -> None:

@@ -40,6 +40,10 @@ def exported() -> nn.Module:
     return torch.export.export(net(), (images(),)).module()
 
 
+def unflattened() -> nn.Module:
+    return torch.export.unflatten(torch.export.export(net(), (images(),)))
+
+
 def scripted() -> nn.Module:
     return torch.jit.script(net())
 
@@ -58,12 +62,15 @@ def traced_call() -> nn.Module:
 
 OUT_OF_REACH = {
     exported: "'1' is an operation of an exported program. Use the model as it was before torch.export",
+    unflattened: "'1' is an operation of an exported program. Use the model as it was before torch.export",
     scripted: "'1' is compiled by TorchScript. Use the model as it was before torch.jit",
     traced: "'1' is compiled by TorchScript. Use the model as it was before torch.jit",
     called: r"'0' calls torch's batch_norm in its own forward \(CallsTheFunction\). Hold a layer, such as nn.BatchN",
     traced_call: "'batch_norm' is a call of torch's function in traced code. Hold a layer, such as nn.BatchNorm2d",
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:.*is deprecated.*:FutureWarning"
+)
 
 
 @pytest.mark.parametrize("make", OUT_OF_REACH)

@@ -273,6 +273,27 @@ def test_a_forward_that_takes_a_list_is_followed():
     assert answers(net, images())["inner.bn"] == Partner("inner.conv", "before")
 
 
+class ChangesAList(nn.Module):
+    """HRNet's modules write their results into the list that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, features):
+        features[0] = self.bn(self.conv(features[0]))
+        return features
+
+
+def test_a_list_that_a_module_changes_is_followed():
+    def run(n, x):
+        features = n.inner([x, x * 2])
+        return n.bn(n.conv(features[0][:, :, : int(x.shape[-1]) - 2])) + features[1].sum()
+
+    net = Net(run, inner=ChangesAList(), conv=nn.Conv2d(4, 2, 3), bn=nn.BatchNorm2d(2))
+    assert set(map(str, answers(net, images()).values())) == {"'inner.conv' before it", "'conv' before it"}
+
+
 class Decides(PadsItself):
     def forward(self, x):
         y = self.conv(x)

@@ -51,6 +51,7 @@ _STATISTICS = ("running_mean", "running_var")
 _AFFINE = ("weight", "bias")
 _USUAL_EPS = 1e-5
 _RANKS = (4, 2, 3, 5)
+_EXPORTED = "is an operation of an exported program. Use the model as it was before torch.export"
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
@@ -60,7 +61,7 @@ def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_of_others(module: nn.Module) -> bool:
     """Whether a module holds the four tensors, runs, and is not of torch.nn's class."""
-    if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)):
+    if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)) or _is_part_of_program(module):
         return False
     own = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
     mean, var = (own.get(name) for name in _STATISTICS)
@@ -87,6 +88,8 @@ def out_of_reach(model: nn.Module) -> dict[str, str]:
             found |= _scripted(path, module)
         elif isinstance(module, GraphModule):
             found |= _operations(path, module)
+        elif _is_part_of_program(module) and set(_STATISTICS) <= module._buffers.keys():
+            found[path] = _EXPORTED
         elif _calls_torchs_function(module):
             found[path] = (
                 f"calls torch's batch_norm in its own forward ({type(module).__name__}). Hold a layer, such as "
@@ -229,6 +232,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more, each" if len(names) > 3 else "")
 
 
+def _is_part_of_program(module: nn.Module) -> bool:
+    """Whether a module is one that ``torch.export.unflatten`` makes."""
+    return type(module).__module__.startswith("torch.export")
+
+
 def _is_of_aten(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
 
@@ -248,7 +256,7 @@ def _operations(path: str, module: GraphModule) -> dict[str, str]:
         if node.op == "call_function" and "batch_norm" in str(getattr(node.target, "__name__", node.target)):
             where = ".".join(filter(None, (path, _holder(node))))
             found[where] = (
-                "is an operation of an exported program. Use the model as it was before torch.export"
+                _EXPORTED
                 if _is_of_aten(node.target)
                 else "is a call of torch's function in traced code. Hold a layer, such as nn.BatchNorm2d, and call that"
             )

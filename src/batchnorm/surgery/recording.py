@@ -121,7 +121,7 @@ class _Recorder(TorchFunctionMode):
         self.stored = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
         self.nodes: dict[int, Node] = {}
         self.kept: list[Any] = []  # so that no id is given to another tensor
-        self.inside = 0
+        self.calls: list[Any] = []  # of children that run, with what the outermost was given
         self.around = surroundings(stacks=False)
 
     def graph_of(self, args: tuple, kwargs: dict) -> Graph:
@@ -131,7 +131,7 @@ class _Recorder(TorchFunctionMode):
         parts = [
             part for part in self.names if part is not self.module and not isinstance(part, torch.jit.ScriptModule)
         ]
-        handles: list[Any] = [part.register_forward_pre_hook(self._enter) for part in parts]
+        handles: list[Any] = [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in parts]
         handles += [part.register_forward_hook(self._leave, with_kwargs=True, always_call=True) for part in parts]
         try:
             with self:
@@ -144,28 +144,26 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.inside and _tensors_in(result):
-            self._check()
-            self._made(result, "call_function", func, args, kwargs or {})
+        if not self.calls and _tensors_in(result):
+            self._made(result, "call_function", func, (self._as_nodes(tuple(args)), self._as_nodes(dict(kwargs or {}))))
         return result
 
-    def _enter(self, *_: Any) -> None:
-        self.inside += 1
+    def _enter(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        # noted before the call, which may change a list that it is given
+        self.calls.append(None if self.calls else (self._as_nodes(args), self._as_nodes(kwargs)))
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
-        self.inside -= 1
-        if not self.inside and _tensors_in(result):
-            self._check()
-            self._made(result, "call_module", self.names[module], args, kwargs)
+    def _leave(self, module: nn.Module, _: tuple, __: dict, result: Any) -> None:
+        given = self.calls.pop()
+        if given is not None and _tensors_in(result):
+            self._made(result, "call_module", self.names[module], given)
 
     def _check(self) -> None:
         if surroundings(stacks=False) != self.around:
             raise TraceError("its forward runs operations inside of a context such as no_grad, autocast or checkpoint")
 
-    def _made(self, result: Any, op: str, target: Any, args: Any, kwargs: Any) -> None:
-        self._is_made_by(
-            self.graph.create_node(op, target, self._as_nodes(tuple(args)), self._as_nodes(dict(kwargs))), result
-        )
+    def _made(self, result: Any, op: str, target: Any, given: tuple[Any, Any]) -> None:
+        self._check()
+        self._is_made_by(self.graph.create_node(op, target, *given), result)
 
     def _is_made_by(self, node: Node, result: Any) -> None:
         if isinstance(result, Tensor):
