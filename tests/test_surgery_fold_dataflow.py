@@ -488,7 +488,7 @@ def test_models_without_values_are_named():
     assert foldable(model)["1"].startswith("'0' has a weight that is on the meta device and has no numbers")
     assert "it is a LazyBatchNorm2d" in foldable(nn.Sequential(nn.LazyConv2d(6, 1), nn.LazyBatchNorm2d()))["1"]
     lazy = nn.Sequential(nn.LazyConv2d(6, 1), nn.BatchNorm2d(6))
-    assert foldable(lazy) == {"1": "'0' is a LazyConv2d with a weight or a forward of its own"}
+    assert foldable(lazy)["1"].startswith("'0' has a weight that has no shape yet")
 
 
 def test_a_residual_network_is_read_the_same_without_an_example():
