@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_a_wrong_type_is_named_with_what_to_do(dtype, message):
         BatchNorm1d(3)(torch.zeros(4, 3, dtype=dtype))
 
 
-@pytest.mark.parametrize("eps", [0, 0.0, -1e-5, float("nan")])
+@pytest.mark.parametrize("eps", [-1e-5, float("nan")])
 def test_an_eps_that_is_not_positive_is_refused_when_made_and_when_used(eps):
     with pytest.raises(ValueError, match=f"eps must be positive, got {eps}. It keeps a constant channel from"):
         BatchNorm1d(3, eps)
@@ -68,6 +70,48 @@ def test_an_eps_that_is_not_positive_is_refused_when_made_and_when_used(eps):
     for training in (True, False):
         with pytest.raises(ValueError, match=f"eps must be positive, got {eps}."):
             layer.train(training)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("eps", [0, 0.0])
+def test_an_eps_of_zero_is_as_torchs_for_eval_mode_alone(eps):
+    layer, theirs, x = BatchNorm1d(3, eps), torch.nn.BatchNorm1d(3, eps), torch.randn(4, 3)
+    layer.running_var[0] = theirs.running_var[0] = 0
+    torch.testing.assert_close(layer.eval()(x), theirs.eval()(x), equal_nan=True)
+    for one in (layer.train(), theirs.train()):
+        with pytest.raises(ValueError, match=f"eps must be positive during training, but got {eps}"):
+            one(x)
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", ["mkldnn", "sparse"])
+def test_a_layout_that_no_kernel_reads_is_named_with_what_to_do(layout, training):
+    x = torch.randn(4, 3, 2, 2)
+    x = x.to_mkldnn() if layout == "mkldnn" else x.to_sparse()
+    with pytest.raises(TypeError, match=r"needs a dense tensor, got layout torch\..*Call x\.to_dense\(\) first"):
+        BatchNorm2d(3).train(training)(x)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_input_is_named_with_what_to_do():
+    x = torch.quantize_per_tensor(torch.randn(4, 3), 0.1, 0, torch.quint8)
+    with pytest.raises(TypeError, match=r"floating-point input, got torch\.quint8\. Call x\.dequantize\(\) first"):
+        BatchNorm1d(3)(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("BatchNorm1d", (3,)), ("BatchNorm1d", (2, 3, 4, 4)), ("BatchNorm2d", (2, 3)), ("BatchNorm3d", (2, 3, 4, 4)),
+     ("BatchNorm1d", (1, 3)), ("BatchNorm2d", (1, 3, 1, 1)), ("BatchNorm2d", (2, 4, 5, 5))],
+    ids=str,
+)  # fmt: skip
+def test_what_torchs_layer_says_of_a_shape_is_part_of_what_ours_says(kind, shape):
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        getattr(torch.nn, kind)(3)(torch.randn(shape))
+    with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+        {"BatchNorm1d": BatchNorm1d, "BatchNorm2d": BatchNorm2d, "BatchNorm3d": BatchNorm3d}[kind](3)(
+            torch.randn(shape)
+        )
 
 
 def test_an_unknown_policy_for_single_values_is_refused():

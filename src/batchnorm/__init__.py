@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
     from batchnorm.shift import ShiftMonitor
-    from batchnorm.surgery import convert, find, fold, replace, revert, to_group_norm, unfold
+    from batchnorm.surgery import convert, find, fold, for_export, replace, revert, to_group_norm, unfold
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "examine",
     "find",
     "fold",
+    "for_export",
     "freeze",
     "frozen",
     "preserve_state",
@@ -69,6 +70,7 @@ _HOMES = {
     "examine": "doctor",
     "find": "surgery",
     "fold": "surgery",
+    "for_export": "surgery",
     "freeze": "population",
     "frozen": "population",
     "preserve_state": "population",

@@ -18,12 +18,39 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import kernels
 from batchnorm.kernels import Running, activations, values_per_channel
 from batchnorm.kernels.reference import wide_dtype
+from batchnorm.ownership import claim
 from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _STATISTICS = ("running_mean", "running_var")
+
+
+_SETTINGS = {"act", "act_param", "memory", "single_element"}
+
+
+class _Setting:
+    """A setting of a layer, as long as no subclass has put something of its own under that name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        if self.name not in vars(layer).get("_given_up", ()):
+            return getattr(layer, f"_{self.name}")
+        for table in ("_parameters", "_buffers", "_modules"):
+            if self.name in vars(layer)[table]:
+                return vars(layer)[table][self.name]
+        raise AttributeError(f"{type(layer).__name__!r} object has no attribute {self.name!r}")
+
+
+def _give_up(layer: nn.Module, name: str) -> None:
+    """Let a name be free for what a subclass puts there."""
+    if name in _SETTINGS and type(layer).__module__ != __name__:
+        vars(layer)["_given_up"] = vars(layer).get("_given_up", frozenset()) | {name}
 
 
 class _Layer(_BatchNorm):
@@ -48,32 +75,86 @@ class _Layer(_BatchNorm):
         memory: Literal["save"] | None = None,
         single_element: Literal["error", "population"] = "error",
     ) -> None:
-        if memory not in {None, "save"}:
-            raise ValueError(
-                f"memory must be None or 'save', got {memory!r}. Leave it out to keep what backward needs."
-            )
-        if single_element not in {"error", "population"}:
-            raise ValueError(
-                f"single_element must be 'error' or 'population', got {single_element!r}. Leave it out for 'error'."
-            )
+        _check_memory(memory)
+        _check_single_element(single_element)
         _check_eps(eps)
+        param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not weight:
             self.register_parameter("weight", None)
         if not bias:
             self.register_parameter("bias", None)
-        self.act, self.act_param = act, activations.parameter(act, act_param)
-        self.memory = memory
-        self.single_element = single_element
-        # a plain attribute: a buffer would be a sixth key of the state_dict
-        self._skipped = torch.zeros((), dtype=torch.long, device=device)
-        self._reported = 0
+        self._memory, self._single_element = memory, single_element
+        self._skipped, self._reported = torch.zeros((), dtype=torch.long, device=device), 0
         self._widen_statistics({})
+        self._activate(act, param)
+
+    # what forward reads, under names that a subclass does not take by chance, with values for a layer whose class was
+    # assigned or whose subclass did not call __init__
+    _act: str | None = None
+    _act_param: float = 0.0
+    _memory: Literal["save"] | None = None
+    _single_element: Literal["error", "population"] = "error"
+    # a plain attribute: a buffer would be a sixth key of the state_dict
+    _skipped: Tensor | None = None
+    _reported: int = 0
+
+    act: Any = _Setting()
+    act_param: Any = _Setting()
+    memory: Any = _Setting()
+    single_element: Any = _Setting()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute: a setting of the layer as ``__init__`` would, where no subclass has one of that name."""
+        if name not in _SETTINGS:
+            super().__setattr__(name, value)
+        elif type(self).__module__ != __name__:
+            _give_up(self, name)
+            super().__setattr__(name, value)
+        elif name == "act":
+            self._activate(value, self._act_param if value == self._act else activations.parameter(value, None))
+        elif name == "act_param":
+            given = value if self._act in activations.PARAMETERS else value or None
+            self._activate(self._act, activations.parameter(self._act, given))
+        else:
+            {"memory": _check_memory, "single_element": _check_single_element}[name](value)
+            super().__setattr__(f"_{name}", value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, also under the name of one of the layer's settings in a subclass."""
+        _give_up(self, name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer, also under the name of one of the layer's settings in a subclass."""
+        _give_up(self, name)
+        super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child, also under the name of one of the layer's settings in a subclass."""
+        _give_up(self, name)
+        super().add_module(name, module)
+
+    def _activate(self, act: str | None, param: float) -> None:
+        """Apply this activation from now on, and let the layer's tensors tell of it."""
+        before = self._act
+        vars(self).update(_act=act, _act_param=param)
+        if before is not None:
+            claim(self._own_tensors(), None)
+        self._claim()
+
+    def _claim(self) -> None:
+        if self._act is not None:
+            claim(self._own_tensors(), self._act)
+
+    def _own_tensors(self) -> list[Tensor | None]:
+        tables = self._parameters | self._buffers
+        return [tables.get(name) for name in ("weight", "bias", *_STATISTICS)]
 
     @property
     def skipped_updates(self) -> int:
         """Batches in which a channel's statistics were NaN or infinite and were not stored."""
-        return int(self._skipped)
+        return 0 if self._skipped is None else int(self._skipped)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
         """The input normalized, in its own type and memory format; then the residual is added, and ``act`` applied.
@@ -98,16 +179,16 @@ class _Layer(_BatchNorm):
         self._check_state(input, weight, bias, mean, var)
         if residual is not None:
             input, residual = self._promoted(input, residual)  # noqa: A001
-        layer = (weight, bias, self.eps, self.act, self.act_param, residual)
+        layer = (weight, bias, self.eps, self._act, self._act_param, residual)
         stored = mean is not None and var is not None
         if stored and not self._measures(input):
             return kernels.normalize(input, mean, var, *layer)
         count = values_per_channel(input)
-        if count == 1:
-            raise ValueError(self._about_a_single_value(input))
+        if count == 1 or not self.eps > 0:
+            raise ValueError(self._about_a_single_value(input) if count == 1 else _about_eps(self.eps))
         moves = stored and self.training and self.track_running_stats and count
         running = Running(mean, var, *self._counters(), self.momentum) if moves else None
-        return kernels.train(input, *layer, running, save=self.memory is not None)
+        return kernels.train(input, *layer, running, save=self._memory is not None)
 
     def _state(self) -> Any:
         """Gamma, beta and the stored statistics; nn.Module's own look-up of a name takes ten times as long."""
@@ -129,20 +210,23 @@ class _Layer(_BatchNorm):
             raise TypeError(
                 f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first."
             )
+        if x.dtype == residual.dtype:
+            return x, residual
         dtype = torch.promote_types(x.dtype, residual.dtype)
         return x.to(dtype), residual.to(dtype)
 
     def _counters(self) -> tuple[Tensor, Tensor]:
         """Batches tracked and batches skipped; one that nothing can keep is counted and forgotten."""
         tracked, skipped = self.num_batches_tracked, self._skipped
-        if tracked is None:
-            tracked = torch.zeros_like(skipped)
-        # an exported program keeps parameters and buffers only
-        return tracked, torch.zeros_like(skipped) if torch.compiler.is_exporting() else skipped
+        if skipped is None:
+            skipped = torch.zeros((), dtype=torch.long, device=self._buffers["running_mean"].device)
+            if type(skipped) is Tensor:  # and not a fake one
+                self._skipped = skipped
+        return torch.zeros_like(skipped) if tracked is None else tracked, skipped
 
     def _measures(self, x: Tensor) -> bool:
         """Whether ``x`` is normalized by its own statistics although there are stored ones."""
-        alone = self.single_element == "population" and values_per_channel(x) == 1
+        alone = self._single_element == "population" and values_per_channel(x) == 1
         return self.training and not alone
 
     def _about_a_single_value(self, x: Tensor) -> str:
@@ -151,12 +235,13 @@ class _Layer(_BatchNorm):
             advice = "call eval(), or construct the layer with single_element='population'."
         return (
             f"{type(self).__name__} needs more than 1 value per channel, got shape {tuple(x.shape)}: one value "
-            f"has no variance. Use drop_last=True in the loader, {advice}"
+            f"has no variance. Use drop_last=True in the loader, {advice} In torch.nn's words: Expected more than 1 "
+            f"value per channel when training, got input size {x.shape}"
         )
 
     def _check_input(self, x: Tensor) -> None:
         good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(1) == self.num_features
-        if not (good and x.is_floating_point() and self.eps > 0):
+        if not (good and x.is_floating_point() and self.eps >= 0):
             self._refuse(x)
 
     def _refuse(self, x: Any) -> None:
@@ -167,14 +252,21 @@ class _Layer(_BatchNorm):
             raise TypeError(f"{name} needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
         if x.ndim not in self._shapes:
             shapes = " or ".join(self._shapes.values())
-            raise ValueError(f"{name} needs {shapes}, got {tuple(x.shape)}. {_layer_for(x.ndim)}")
+            sizes = " or ".join(f"{ndim}D" for ndim in self._shapes)
+            raise ValueError(
+                f"{name} needs {shapes}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
+                f"{sizes} input (got {x.ndim}D input)"
+            )
         if not x.is_floating_point():
-            fix = "Normalize x.real and x.imag apart" if x.is_complex() else "Call x.float() first"
+            fix = "Call x.dequantize() first" if x.is_quantized else "Call x.float() first"
+            fix = "Normalize x.real and x.imag apart" if x.is_complex() else fix
             raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
         last = x.shape[-1] == self.num_features
         fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
+        stored = next((name for name in (*_STATISTICS, "weight") if getattr(self, name) is not None), "input")
         raise ValueError(
-            f"{name}({self.num_features}) needs {self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
+            f"{stored} should contain {x.shape[1]} elements not {self.num_features}: {name}({self.num_features}) needs "
+            f"{self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
         )
 
     def _check_state(self, x: Tensor, *state: Tensor | None) -> None:
@@ -194,7 +286,8 @@ class _Layer(_BatchNorm):
         Going to eval warns of batches whose statistics were not stored, where the device could not at once.
         """
         super().train(mode)
-        if not mode and not self._skipped.is_meta and not kernels.running.warns_at_once(self._skipped.device):
+        skipped = self._skipped
+        if not (mode or skipped is None or skipped.is_meta or kernels.running.warns_at_once(skipped.device)):
             self._report_skipped()
         return self
 
@@ -223,14 +316,14 @@ class _Layer(_BatchNorm):
         parts = [super().extra_repr()]
         if self.affine and self.weight is None:
             parts.append("weight=False")
-        if self.act is not None:
+        if self._act is not None:
             parts.append(
-                f"act={self.act!r}" + (f", act_param={self.act_param}" if self.act in activations.PARAMETERS else "")
+                f"act={self._act!r}" + (f", act_param={self._act_param}" if self._act in activations.PARAMETERS else "")
             )
-        if self.memory is not None:
-            parts.append(f"memory={self.memory!r}")
-        if self.single_element != "error":
-            parts.append(f"single_element={self.single_element!r}")
+        if self._memory is not None:
+            parts.append(f"memory={self._memory!r}")
+        if self._single_element != "error":
+            parts.append(f"single_element={self._single_element!r}")
         if type(self._skipped) is Tensor and not self._skipped.is_meta and self.skipped_updates:
             parts.append(f"skipped_updates={self.skipped_updates}")
         return ", ".join(parts)
@@ -240,11 +333,20 @@ class _Layer(_BatchNorm):
         before = {name: getattr(self, name) for name in _STATISTICS}
         super()._apply(fn, recurse)
         self._widen_statistics(before)
+        self._claim()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled or copied layer's attributes, also those of a layer from before settings were private."""
+        if "single_element" in state and "_single_element" not in state:
+            state = {f"_{name}" if name in _SETTINGS else name: value for name, value in state.items()}
+        super().__setstate__(state)
+        self._claim()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._widen_statistics({})  # load_state_dict(assign=True) takes tensors over as they are
+        self._claim()
 
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
         """Give statistics that were narrowed their type back, and their digits where ``before`` has them."""
@@ -256,6 +358,8 @@ class _Layer(_BatchNorm):
                 full = before.get(name)
                 source = now if full is None or full.is_meta else full
                 setattr(self, name, source.to(now.device, wide))
+            if self._skipped is None:
+                continue
             if self._skipped.is_meta:  # nothing was counted without memory
                 self._skipped = torch.zeros_like(self._skipped, device=now.device)
             self._skipped = self._skipped.to(now.device)
@@ -272,7 +376,7 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
 
     Args:
         num_features: Channels C.
-        eps: Added to the variance; more than 0.
+        eps: Added to the variance; 0 is for eval mode alone.
         momentum: Weight of a new batch in the stored statistics; None averages all batches equally.
         affine: Whether to learn gamma (``weight``) and beta (``bias``).
         track_running_stats: Whether to store statistics. Without them eval mode uses the batch's.
@@ -314,8 +418,25 @@ class BatchNorm3d(_Layer, nn.BatchNorm3d):
 
 
 def _check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero.")
+    if not eps >= 0:
+        raise ValueError(_about_eps(eps))
+
+
+def _about_eps(eps: float) -> str:
+    return (
+        f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero; eval mode takes 0. "
+        f"In torch.nn's words: batch_norm eps must be positive during training, but got {eps}"
+    )
+
+
+def _check_memory(memory: Any) -> None:
+    if memory not in {None, "save"}:
+        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what backward needs.")
+
+
+def _check_single_element(policy: Any) -> None:
+    if policy not in {"error", "population"}:
+        raise ValueError(f"single_element must be 'error' or 'population', got {policy!r}. Leave it out for 'error'.")
 
 
 def _layer_for(ndim: int) -> str:

@@ -15,9 +15,10 @@ import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
 from batchnorm.kernels import direct, operators, reference, running, torchs
-from batchnorm.kernels.choice import is_plain, is_torchs
+from batchnorm.kernels.choice import is_plain, is_recorded, is_torchs
 from batchnorm.kernels.operators import train_backward, train_forward
 from batchnorm.kernels.running import Running
+from batchnorm.kernels.shapes import check_layout
 
 __all__ = ["Running", "normalize", "train", "train_backward", "train_forward", "update_running"]
 
@@ -44,11 +45,20 @@ def train(
         if is_torchs(x):
             return torchs.train(x, weight, bias, eps, act, param, residual, running)
         return direct.train(x, weight, bias, eps, act, param, residual, running, save=save)
-    forward = reference.train_forward if _inside_derivative() else train_forward
+    check_layout(x)
+    whole = _inside_derivative() or (running is None and _exports_to_onnx())
+    if running is not None and _exports_to_onnx():
+        raise RuntimeError(
+            "ONNX export needs batch norm layers in eval mode, got one in train mode, which no ONNX operator computes. "
+            "Call model.eval() first, and leave out training=TrainingMode.TRAINING."
+        )
+    forward = reference.train_forward if whole else train_forward
     y, mean, var = forward(x, weight, bias, eps, act, param, residual)
     if running is not None:
-        *stored, momentum = running
-        update_running(*stored, mean.detach(), var.detach(), values_per_channel(x), momentum)
+        mean_, var_, batches, skipped, momentum = running
+        if torch.compiler.is_exporting() or (is_recorded(batches) and not torch.compiler.is_compiling()):
+            skipped = torch.zeros_like(batches)  # a program keeps parameters and buffers only
+        update_running(mean_, var_, batches, skipped, mean.detach(), var.detach(), values_per_channel(x), momentum)
     return y
 
 
@@ -63,19 +73,36 @@ def normalize(
     param: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch."""
-    compute = direct.normalize if is_plain(x, residual) else reference.normalize
+    """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch.
+
+    In what compilers, exporters and tracers record it is torch's own operator, which passes behind them know, with
+    torch's rounding: a mean far from 0 takes digits.
+    """
+    compute = direct.normalize
+    if not is_plain(x, residual):
+        check_layout(x)
+        compute = torchs.normalize if is_recorded(x) else reference.normalize
     return compute(x, mean, var, weight, bias, eps, act, param, residual)
 
 
 def update_running(*args: Any) -> None:
     """Move running statistics in place; arguments are those of ``running.update``."""
-    (running.update if is_plain(args[0], args[4]) else operators.update_running)(*args)
+    if is_plain(args[0], args[4]):
+        running.update(*args)
+    elif _inside_derivative():
+        operators.update_running(*args)
+    else:
+        operators.move(*args)
 
 
 def values_per_channel(x: Tensor) -> int:
     """Values of each channel, on axis 1."""
     return x.shape[0] * x.shape[2:].numel()
+
+
+@torch.compiler.assume_constant_result
+def _exports_to_onnx() -> bool:
+    return (torch.compiler.is_exporting() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 # the transforms around a compiled function are part of its graph, so the answer at compile time stays right

@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
+from torch._C import _TorchDispatchModeKey
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from batchnorm.kernels import cpu, reference
 
@@ -55,15 +58,32 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not (
-        torch.jit.is_tracing()
+        torch._C._is_tracing()
         or torch._C._functorch.get_interpreter_stack()  # torch has no public questions like these
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or forward_mode._current_level >= 0
         or any(t is not None and (type(t) not in _PLAIN or not torch._C._has_storage(t)) for t in tensors)
     )
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Whether a compiler, an exporter or a tracer records what is done with ``x``, to run it later elsewhere."""
+    if type(x) not in _RECORDED:
+        return False  # a subclass may know fewer operators than the plain tensors in it
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) not in _PLAIN:
+        return True
+    return (
+        torch._is_functional_tensor(x)
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _RECORDERS)
+    )
+
+
 _PLAIN = {Tensor, torch.nn.Parameter}
+_RECORDED = {*_PLAIN, FakeTensor, FunctionalTensor}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_RECORDERS = (_TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.FUNCTIONAL)
 
 
 def updates_natively(running: Running, mean: Tensor, var: Tensor) -> bool:

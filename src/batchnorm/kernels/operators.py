@@ -1,14 +1,19 @@
 """Batch norm as registered operators: what vmap, torch.compile, torch.export and double backward see of it.
 
-Three operators are registered with torch.library:
+Four operators are registered with torch.library:
 
 - ``batchnorm::train_forward`` (x, weight, bias, eps, act, param, residual) -> y, mean, var
 - ``batchnorm::train_backward`` (grad, x, mean, var, weight, eps, bias, act, param, residual, y)
   -> d_x, d_weight, d_bias, d_residual
-- ``batchnorm::update_running`` moves running statistics in place
+- ``batchnorm::moved_running`` (mean, var, batches, skipped, mean and var of a batch, count, momentum)
+  -> what the first four move to
+- ``batchnorm::update_running`` moves running statistics in place, for torch.func.grad and its relatives alone, which
+  let nobody copy into a tensor that they did not get as an argument
 
-An operator that mutates its arguments cannot have a gradient, which is why the update stands apart. Under
-``torch.func.vmap`` the models of an ensemble become more channels of one call.
+An operator that mutates its arguments cannot have a gradient, which is why the update stands apart. It is also one
+that ``torch.func.functionalize`` refuses, and ``draft_export`` does so after a batch that moved nothing: hence the
+third operator, behind which the new values are copied. Under ``torch.func.vmap`` the models of an ensemble become more
+channels of one call.
 """
 
 from __future__ import annotations
@@ -204,6 +209,41 @@ def _(info, in_dims, grad, x, mean, var, weight, eps, bias=None, act=None, param
     return (d_x.unflatten(1, sizes), *unflat, d_residual.unflatten(1, sizes)), (1, 0, 0, 1)
 
 
+def _moved(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    skipped: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stored = running_mean.clone(), running_var.clone(), num_batches_tracked.clone(), skipped.clone()
+    running.update(*stored, mean, var, count, momentum)
+    return stored
+
+
+moved_running = torch.library.custom_op("batchnorm::moved_running", _moved, mutates_args=())
+
+
+@moved_running.register_fake
+def _(*tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in tensors[:4])
+
+
+@moved_running.register_vmap
+def _(info, in_dims, *arguments):
+    *stored, skipped, mean, var, count, momentum = _for_each_model(info, in_dims, arguments)
+    return moved_running(*stored, skipped, mean, var, count, momentum), (0, 0, 0, None)
+
+
+def move(*arguments: Any) -> None:
+    """Move running statistics in place: new values are computed, and then copied."""
+    for stored, moved in zip(arguments, moved_running(*arguments), strict=False):
+        stored.copy_(moved)
+
+
 update_running = torch.library.custom_op(
     "batchnorm::update_running",
     running.update,
@@ -217,16 +257,19 @@ def _(*_: object) -> None:
 
 
 @update_running.register_vmap
-def _(info, in_dims, running_mean, running_var, num_batches_tracked, skipped, mean, var, count, momentum):
+def _(info, in_dims, *arguments):
+    update_running(*_for_each_model(info, in_dims, arguments))
+    return None, None
+
+
+def _for_each_model(info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> list[Any]:
+    """What an update takes, with the models of the ensemble on axis 0; ``skipped`` is one for all."""
     if any(dim is None for dim in in_dims[:3]):
         raise RuntimeError(
             "BatchNorm in train mode under vmap needs running statistics for each model, got one set shared by "
             f"{info.batch_size}. Pass the buffers of torch.func.stack_module_state through vmap, or use "
             "track_running_stats=False."
         )
-    stored = [
-        t.movedim(dim, 0) for t, dim in zip((running_mean, running_var, num_batches_tracked), in_dims, strict=False)
-    ]
-    new = _models_first((mean, var), in_dims[4:6], info.batch_size)
-    update_running(*stored, skipped, *new, count, momentum)
-    return None, None
+    skipped, mean, var, count, momentum = arguments[3:]
+    stored = _models_first(arguments[:3], in_dims, info.batch_size)
+    return [*stored, skipped, *_models_first((mean, var), in_dims[4:6], info.batch_size), count, momentum]

@@ -17,6 +17,19 @@ def is_readable(x: Tensor) -> bool:
     return known and (x.is_contiguous() or _channels_come_last(x))
 
 
+def check_layout(x: Tensor) -> None:
+    """Refuse a tensor that is not strided.
+
+    Raises:
+        TypeError: If ``x`` is sparse, or of oneDNN's layout.
+    """
+    if x.layout not in {torch.strided, torch.jagged}:
+        raise TypeError(
+            f"batch norm needs a dense tensor, got layout {x.layout}. Call x.to_dense() first; "
+            "torch.utils.mkldnn.to_mkldnn takes a model from batchnorm.for_export."
+        )
+
+
 def sizes(x: Tensor) -> tuple[int, int, int]:
     """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last.
 

@@ -3,10 +3,12 @@
 ``replace`` puts any module in a layer's place; ``convert`` puts ours in the place of torch.nn's and can let them
 apply the activations behind them; ``revert`` is its way back; ``find`` says what there is. ``fold`` lets the layers
 next to batch norm do its work, ``unfold`` is its way back, and ``foldable`` says where that is possible and why not
-elsewhere. ``to_group_norm`` puts group normalization in its place.
+elsewhere. ``for_export`` makes what tools that go by class know, and ``to_group_norm`` puts group normalization in its
+place.
 """
 
 from batchnorm.surgery.conversion import convert, revert
+from batchnorm.surgery.exporting import for_export
 from batchnorm.surgery.folding import Folding, fold, foldable, unfold
 from batchnorm.surgery.folding_plan import Partner
 from batchnorm.surgery.group_norm import to_group_norm
@@ -19,6 +21,7 @@ __all__ = [
     "find",
     "fold",
     "foldable",
+    "for_export",
     "replace",
     "revert",
     "to_group_norm",

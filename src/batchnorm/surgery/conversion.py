@@ -133,7 +133,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     if own:
         raise ValueError(
             f"revert needs layers whose activation convert fused, got an activation of its own in {', '.join(own)}. "
-            "torch.nn has no such layers: write the activation as a module behind the layer."
+            "torch.nn has no such layers: batchnorm.for_export writes the activation as a module behind the layer."
         )
     model = model if inplace else duplicate(model, "revert")
     fusion.unfuse(model)

@@ -26,6 +26,8 @@ class FoldedAway(nn.Identity):
     like reach them. A residual and an activation that the layer applied, it applies.
     """
 
+    _applies_act = True
+
     def __init__(
         self,
         layer: _BatchNorm,

@@ -32,14 +32,13 @@ from batchnorm.surgery.dataflow import (
     static_callers,
 )
 from batchnorm.surgery.patterns import Site, is_ours, sites
-from batchnorm.surgery.rewriting import Absorbed, restore, rewrite
+from batchnorm.surgery.rewriting import MARK as _MARK
+from batchnorm.surgery.rewriting import Absorbed, applied_by, restore, rewrite
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from batchnorm.surgery.dataflow import Callers
-
-_MARK = "_act_was_fused"
 
 
 def fuse(model: nn.Module, example: Any) -> None:
@@ -62,7 +61,8 @@ def fuse(model: nn.Module, example: Any) -> None:
     chosen = [places for places in found if _is_sole(places, registered, callers) and _fits(places, fits)]
     done = [places for places in chosen if _apply(places, registered, callers)]
     for flow in {id(places.flow): places.flow for places in done if places.is_rewritten}.values():
-        rewrite(flow.module, *(flow.graphs[mode] for mode in MODES))
+        fused = tuple((_path(p), p.any.act.name) for p in done if p.is_rewritten and p.flow is flow)
+        rewrite(flow.module, flow.graphs[True], flow.graphs[False], fused)
     _report(model, reasons)
 
 
@@ -80,7 +80,7 @@ def unfuse(model: nn.Module) -> None:
 
 def applies_its_own(layer: Any) -> bool:
     """Whether a layer of ours has an activation that ``fuse`` did not give it."""
-    return layer.act is not None and _MARK not in vars(layer)
+    return applied_by(layer) is not None and _MARK not in vars(layer)
 
 
 @final
@@ -185,20 +185,27 @@ def _alike(a: Any, b: Any) -> bool:
 def _apply(places: _Places, registered: Counter, callers: Callers) -> bool:
     """Fuse one layer, if its module allows it in some way."""
     flow, layer, act = places.flow, places.any.layer, places.any.act
-    if _has_own_place(places, registered, callers):
-        path = str(places.any.activation.target)
-        parent, _, name = path.rpartition(".")
-        holder = flow.module.get_submodule(parent)
-        holder._modules[name] = Absorbed(flow.module.get_submodule(path))
-    elif flow.is_writable:
-        places.is_rewritten = True
-        for site in places.sites.values():
-            site.fuse()
-    else:
+    has_own_place = _has_own_place(places, registered, callers)
+    if not has_own_place and not flow.is_writable:
         return False
     layer.act, layer.act_param = act.name, act.parameter
     vars(layer)[_MARK] = True
+    if has_own_place:
+        path = str(places.any.activation.target)
+        parent, _, name = path.rpartition(".")
+        placeholder = Absorbed(flow.module.get_submodule(path), flow.module, _path(places), layer)
+        flow.module.get_submodule(parent)._modules[name] = placeholder
+        return True
+    places.is_rewritten = True
+    for site in places.sites.values():
+        site.fuse()
     return True
+
+
+def _path(places: _Places) -> tuple[str, ...]:
+    """The names from the module that calls a layer, through what is around it, down to the layer."""
+    names = str(places.any.call.target).split(".")
+    return (*names, *(list(around._modules)[-1] for around in places.any.chain[:-1]))
 
 
 def _has_own_place(places: _Places, registered: Counter, callers: Callers) -> bool:

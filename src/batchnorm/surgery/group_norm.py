@@ -96,6 +96,8 @@ def _fitting_groups(count: int) -> int:
 class GroupNormAct(nn.GroupNorm):
     """GroupNorm that adds a residual and applies an activation, as our batch norm layers do."""
 
+    _applies_act = True
+
     def __init__(
         self, num_groups: int, num_channels: int, eps: float, affine: bool, *, act: str | None, act_param: float
     ) -> None:

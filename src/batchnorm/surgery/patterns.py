@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from batchnorm.kernels.activations import PARAMETERS
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.population.freezing import Frozen
 from batchnorm.surgery.dataflow import IN_PLACE, is_chain
@@ -144,6 +145,17 @@ def written_kind(layer: nn.Module) -> type:
     return kind.__bases__[1] if Frozen in kind.__bases__ else kind
 
 
+def activation_name(module: nn.Module) -> str | None:
+    """Our name of the activation that a module of torch.nn is, or None."""
+    return _MODULES.get(type(module))
+
+
+def activation_module(act: str, param: float) -> nn.Module:
+    """An activation as a module of torch.nn."""
+    kind = next(kind for kind, name in _MODULES.items() if name == act)
+    return kind(param) if act in PARAMETERS else kind()
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks see what goes into a module and comes out of it."""
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -159,7 +171,7 @@ def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
     while is_chain(chain[-1]) and chain[-1]._modules and not is_watched(chain[-1]):
         chain.append([*chain[-1].children()][-1])
     layer: Any = chain[-1]
-    takes_one = is_ours(layer) and layer.act is None and not is_watched(layer) and "forward" not in vars(layer)
+    takes_one = is_ours(layer) and layer._act is None and not is_watched(layer) and "forward" not in vars(layer)
     return tuple(chain) if takes_one else ()
 
 

@@ -17,6 +17,10 @@ from torch.nn.utils import parametrize
 
 from batchnorm.foreign import layers_of_others
 from batchnorm.layers import BatchNorm1d, batch_norms
+from batchnorm.ownership import claim
+from batchnorm.surgery.patterns import activation_name
+from batchnorm.surgery.rewriting import MARK, applied_by
+from batchnorm.surgery.rewriting import OURS as _OURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +59,11 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
     names is replaced once and stays shared; parameters that are tied to others stay tied. What comes in the place of
     a frozen layer is frozen only if ``make`` freezes it.
 
+    The activation of a layer of ours is carried over to a new layer of ours, and so are ``memory`` and
+    ``single_element``, unless it has its own. In the place of a layer that ``convert`` fused, any other module will do:
+    the activation is applied where it was written. In the place of one constructed with ``act`` a module must apply
+    it, as a child that is that activation or with an attribute ``act`` that says so.
+
     Args:
         model: Not changed, unless ``inplace``.
         make: Called once for each layer; returns a new module, or None to keep the layer. It must not use the layer
@@ -65,8 +74,8 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
 
     Raises:
         TypeError: If ``model`` or what is made is not an ``nn.Module``.
-        ValueError: If what is made holds the layer or was made before, or the layer is parametrized or lazy; then
-            nothing is changed.
+        ValueError: If what is made holds the layer or was made before, or would lose the activation that the layer
+            was constructed with; or if the layer is parametrized or lazy. Then nothing is changed.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -80,6 +89,7 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
         new = make(path, layer)
         if new is not None and new is not layer:
             _check(path, layer, new, [made for _, made in pairs])
+            _check_activation(path, layer, new)
             pairs.append((layer, new))
     for layer, new in pairs:
         _become(layer, new)
@@ -128,8 +138,37 @@ def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) 
         )
 
 
+def _check_activation(path: str, layer: _BatchNorm, new: nn.Module) -> None:
+    act = applied_by(layer)
+    if act is None or MARK in vars(layer) or isinstance(new, _OURS):
+        return
+    shown = [new, *new.modules()]
+    if any(getattr(part, "act", None) is not None or activation_name(part) == act for part in shown):
+        return
+    raise ValueError(
+        f"replace needs a module that applies {act!r} as the layer at {path!r} does, got {type(new).__name__}. Return "
+        "it with the activation behind it, in an nn.Sequential, or take the model from batchnorm.for_export, whose "
+        "activations are modules of their own."
+    )
+
+
+def _carry_settings(layer: nn.Module, new: nn.Module) -> None:
+    """Give a new layer of ours what the old one did besides, unless it has its own."""
+    if not (isinstance(layer, _OURS) and isinstance(new, _OURS)):
+        return
+    if new._act is None and layer._act is not None:
+        new._activate(layer._act, layer._act_param)
+    for name, default in (("_memory", None), ("_single_element", "error")):
+        if getattr(new, name) == default:
+            vars(new)[name] = getattr(layer, name)
+
+
 def _become(layer: nn.Module, new: nn.Module) -> None:
     """Make ``layer`` the module that ``new`` is, with what is its own. ``new`` is used up."""
+    act = applied_by(layer)
+    _carry_settings(layer, new)
+    if act is not None:
+        claim([*vars(layer)["_parameters"].values(), *vars(layer)["_buffers"].values()], None)
     old, made = vars(layer), vars(new)
     like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), None)
     new.train(old["training"])
@@ -150,9 +189,13 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
     if made["_is_full_backward_hook"] is None:
         merged["_is_full_backward_hook"] = old["_is_full_backward_hook"]
     owners = {name: value for name, value in old.items() if name not in made and name not in _own_names()}
+    if act is None or applied_by(new) != act:
+        owners.pop(MARK, None)
     layer.__class__ = type(new)
     old.clear()
     old.update(made | owners | merged)
+    if isinstance(layer, _OURS):
+        layer._claim()
 
 
 def _merged_tensors(

@@ -3,10 +3,14 @@
 Where an activation was a module of its own, ``Absorbed`` stands in its place and hands its input on. Where it was
 an operation inside of a module's forward, the module is made an instance of a subclass of its class whose forward
 is written anew; its attributes, children, hooks and methods stay, and going back is giving it its class again.
+
+Code that knows torch.nn's batch norm may put a layer of its own in the place of ours, which does not apply what ours
+did. Both see that when they run: the activation is applied where it was written.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
@@ -15,22 +19,82 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.fx import Graph
+
+
+# paths of layers from the module that calls them, and the activations that they took over
+Fused = tuple[tuple[tuple[str, ...], str], ...]
+
+MARK = "_act_was_fused"  # on a layer whose activation was written elsewhere
+
+OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+
+
+def applied_by(module: Any) -> str | None:
+    """The activation that a module of this package applies to its result, or None."""
+    if isinstance(module, OURS):
+        return module._act
+    return module.act if getattr(type(module), "_applies_act", False) else None
+
+
+def is_applied(owner: nn.Module, path: Sequence[str], act: str) -> bool:
+    """Whether what stands at a path applies an activation itself, or wraps a layer that does."""
+    module = owner
+    for name in path:
+        if (child := module._modules.get(name)) is None:
+            break
+        module = child
+    if applied_by(module) == act:
+        return True
+    return module is not owner and any(applied_by(part) == act for part in module.modules())
 
 
 @final
 class Absorbed(nn.Identity):
-    """Stands where an activation was that the batch norm layer before it now applies."""
+    """Stands where an activation was that the batch norm layer before it now applies.
 
-    def __init__(self, activation: nn.Module) -> None:
+    It knows the module that calls both, and the layer in it. Once the layer is gone from there, or applies nothing,
+    the activation is applied here again. Out of that module, as a part of another one, it hands its input on.
+    """
+
+    _caller: Any = None  # a weak reference: a model is freed without the garbage collector
+    _place: tuple[tuple[str, ...], nn.Module, str] | None = None
+
+    def __init__(self, activation: nn.Module, caller: nn.Module, path: Sequence[str], layer: nn.Module) -> None:
         super().__init__()
         self._kept = (activation,)  # in a tuple, so that it is no child
+        self._caller, self._place = weakref.ref(caller), (tuple(path), layer, str(applied_by(layer)))
         self.training = activation.training
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
-        """The input itself."""
-        return input
+        """The input itself, or activated where the layer does not do so."""
+        return input if self.is_idle() else self._kept[0](input)
+
+    def is_idle(self) -> bool:
+        """Whether the layer still does the work, as far as can be known."""
+        caller = None if self._caller is None else self._caller()
+        if caller is None or self._place is None:
+            return True
+        path, layer, act = self._place
+        if is_applied(caller, path, act):
+            return True
+        # names move when something is inserted before
+        return applied_by(layer) == act and any(part is layer for part in caller.modules())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep: the caller itself, which they meet anyway."""
+        return vars(self) | {"_caller": None if self._caller is None else self._caller()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it over, also from before a placeholder knew its caller."""
+        super().__setstate__(state)
+        caller = vars(self).get("_caller")
+        vars(self)["_caller"] = None if caller is None else weakref.ref(caller)
 
     def restored(self) -> nn.Module:
         """The activation, in the mode that was asked of its place."""
@@ -69,17 +133,23 @@ class Rewritten(nn.Module):
     """Mixed into the class of a module with a new forward, which differs by mode if the old one did."""
 
     _codes: tuple[Code, Code]
+    _fused: Fused
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class is made at run time, so pickle and deepcopy get what it was made from
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _empty_module, (_written_class(type(self)), *self._codes), *state
+        return _empty_module, (_written_class(type(self)), *self._codes, self._fused), *state
 
 
-def rewrite(module: nn.Module, train: Graph, evaluate: Graph) -> None:
-    """Change the module in place: its forward does what the graphs say, in train and in eval mode."""
-    kind = _written_class(type(module)) if isinstance(module, Rewritten) else type(module)
-    module.__class__ = _rewritten_class(kind, Code.of(train), Code.of(evaluate))
+def rewrite(module: nn.Module, train: Graph, evaluate: Graph, fused: Fused) -> None:
+    """Change the module in place: its forward does what the graphs say, in train and in eval mode.
+
+    ``fused`` has the paths of the layers that now apply an activation, and which.
+    """
+    kind = type(module)
+    if isinstance(module, Rewritten):
+        kind, fused = _written_class(kind), (*module._fused, *fused)
+    module.__class__ = _rewritten_class(kind, Code.of(train), Code.of(evaluate), fused)
 
 
 def restore(module: nn.Module) -> None:
@@ -89,28 +159,40 @@ def restore(module: nn.Module) -> None:
 
 
 @cache
-def _rewritten_class(kind: type, train: Code, evaluate: Code) -> Any:
-    namespace = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_codes": (train, evaluate)}
-    return type(f"Fused{kind.__name__}", (Rewritten, kind), namespace | {"forward": _forward(train, evaluate)})
+def _rewritten_class(kind: type, train: Code, evaluate: Code, fused: Fused = ()) -> Any:
+    namespace = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_codes": (train, evaluate), "_fused": fused}
+    forward = _forward(kind, train, evaluate, fused)
+    return type(f"Fused{kind.__name__}", (Rewritten, kind), namespace | {"forward": forward})
 
 
-def _forward(train: Code, evaluate: Code) -> Any:
+def _forward(kind: Any, train: Code, evaluate: Code, fused: Fused) -> Any:
     in_train = train.compiled()
-    if train == evaluate:
-        return in_train
-    in_eval = evaluate.compiled()
+    in_eval = in_train if train == evaluate else evaluate.compiled()
 
     @wraps(in_train)  # for its signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (in_train if self.training else in_eval)(self, *args, **kwargs)
+        applied = [is_applied(self, path, act) for path, act in fused]
+        if all(applied):
+            return (in_train if self.training else in_eval)(self, *args, **kwargs)
+        if any(applied):
+            _refuse(self, fused, applied)
+        return kind.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _refuse(module: nn.Module, fused: Fused, applied: Sequence[bool]) -> None:
+    others = [f"{'.'.join(path)!r} ({act})" for (path, act), done in zip(fused, applied, strict=True) if not done]
+    raise RuntimeError(
+        f"{type(module).__name__} needs all its fused layers or none, got others in the place of {', '.join(others)}, "
+        "which do not apply the activation. Replace layers before convert(fuse=True), or call revert first."
+    )
 
 
 def _written_class(kind: type) -> type:
     return kind.__bases__[1]
 
 
-def _empty_module(kind: type, train: Code, evaluate: Code) -> object:
-    rewritten = _rewritten_class(kind, train, evaluate)
+def _empty_module(kind: type, train: Code, evaluate: Code, fused: Fused = ()) -> object:
+    rewritten = _rewritten_class(kind, train, evaluate, fused)
     return rewritten.__new__(rewritten)

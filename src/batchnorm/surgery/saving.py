@@ -24,7 +24,7 @@ from batchnorm.surgery.patterns import has_input_of_its_own, is_ours
 def save_memory(model: nn.Module) -> None:
     """Change the model in place: its layers keep less for the backward pass."""
     layers: list[Any] = [layer for layer in batch_norms(model).values() if is_ours(layer)]
-    writing = [layer for layer in layers if layer.act == "leaky_relu"]
+    writing = [layer for layer in layers if layer._act == "leaky_relu"]
     safe = _with_inputs_of_their_own(model) if writing else set()
     for layer in layers:
         if layer not in writing or layer in safe:
