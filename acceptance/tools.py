@@ -39,6 +39,7 @@ def main(packages: str | None) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True
     table = {tool.__name__: {arm: outcome(tool, arm) for arm in ARMS} for tool in TOOLS}
     for name, row in table.items():
         print(f"{name:34}" + "".join(f"| {row[arm]:38.38} " for arm in ARMS), flush=True)
@@ -462,11 +463,10 @@ def _layers(model) -> int:
 
 
 def _stand_in_for_torchvision() -> None:
-    """timm imports torchvision, whose compiled operators may be built for another torch; nothing here calls them."""
-    try:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # it has loaded its own
+    """timm and Lightning import torchvision, whose compiled part may be built for another torch; nothing calls it."""
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # it has loaded its own
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
 
 
 def swapped(arm, convert) -> str:

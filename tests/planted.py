@@ -406,6 +406,11 @@ def bn508(folder: Any) -> dict:
     return {"target": changed(running_mean=2.0), "reference": saved(folder / "model.pt", trained().state_dict())}
 
 
+def bn509(_: Any) -> dict:
+    activated = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), BatchNorm2d(CHANNELS, act="relu"))
+    return {"target": nn.SyncBatchNorm.convert_sync_batchnorm(trained(activated, data=batches())).eval()}
+
+
 def bn601(_: Any) -> dict:
     return {"target": trained(), "batch_size": 4, "world_size": 8}
 
@@ -440,5 +445,5 @@ FAULTS = {
     "BN204": bn204, "BN205": bn205, "BN206": bn206, "BN207": bn207, "BN208": bn208, "BN209": bn209, "BN210": bn210,
     "BN211": bn211, "BN212": bn212, "BN213": bn213, "BN301": bn301, "BN302": bn302, "BN303": bn303, "BN304": bn304,
     "BN401": bn401, "BN402": bn402, "BN501": bn501, "BN502": bn502, "BN503": bn503, "BN504": bn504, "BN505": bn505,
-    "BN506": bn506, "BN507": bn507, "BN508": bn508, "BN601": bn601, "BN602": bn602, "BN603": bn603,
+    "BN506": bn506, "BN507": bn507, "BN508": bn508, "BN509": bn509, "BN601": bn601, "BN602": bn602, "BN603": bn603,
 }  # fmt: skip

@@ -1,11 +1,13 @@
 """Batch normalization for PyTorch, from the first input feature to the deployed model.
 
 Public names are loaded on first use, so that ``import batchnorm`` costs milliseconds and works where
-torch is not installed.
+torch is not installed. Where torch is loaded already, operators are registered at once: a program that was exported in
+train mode needs them, and nothing else of this package.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -101,6 +103,10 @@ def __getattr__(name: str) -> object:
         ) from None
     globals()[name] = value
     return value
+
+
+if hasattr(sys.modules.get("torch"), "library"):  # and not in the middle of its own import
+    import_module("batchnorm.kernels")
 
 
 def __dir__() -> list[str]:

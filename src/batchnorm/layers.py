@@ -140,12 +140,12 @@ class _Layer(_BatchNorm):
         before = self._act
         vars(self).update(_act=act, _act_param=param)
         if before is not None:
-            claim(self._own_tensors(), None)
+            claim(self, self._own_tensors(), None)
         self._claim()
 
     def _claim(self) -> None:
         if self._act is not None:
-            claim(self._own_tensors(), self._act)
+            claim(self, self._own_tensors(), self._act)
 
     def _own_tensors(self) -> list[Tensor | None]:
         tables = self._parameters | self._buffers

@@ -17,6 +17,7 @@ from batchnorm.doctor.measurement import loop_of, measure
 from batchnorm.population.freezing import Frozen
 from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence, Module, Optimizer, Structure
+from batchnorm.surgery.rewriting import dropped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -136,6 +137,7 @@ def structure_of(model: nn.Module) -> Structure:
         broadcasts_buffers=getattr(parallel, "broadcast_buffers", None),
         averages_buffers=getattr(averaged, "use_buffers", None),
         names={path: tuple(paths) for path, paths in names.items() if len(paths) > 1},
+        dropped=dropped(model),
     )
 
 

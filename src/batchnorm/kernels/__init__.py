@@ -100,13 +100,19 @@ def values_per_channel(x: Tensor) -> int:
     return x.shape[0] * x.shape[2:].numel()
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Any) -> Any:
+    """torch.compiler.assume_constant_result, which would import the whole compiler, seconds of it, to do this."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def _exports_to_onnx() -> bool:
     return (torch.compiler.is_exporting() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 # the transforms around a compiled function are part of its graph, so the answer at compile time stays right
-@torch.compiler.assume_constant_result
+@_constant
 def _inside_derivative() -> bool:
     """Whether torch.func.grad, one of its relatives or forward-mode differentiation is at work."""
     stack = torch._C._functorch.get_interpreter_stack() or ()

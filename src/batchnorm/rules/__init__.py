@@ -79,6 +79,7 @@ _TABLE = (
     Rule("BN506", "depends-on-companions", _ERROR, ("run",), deployment.depends_on_companions),
     Rule("BN507", "wrapper-prefix", _INFO, ("file",), deployment.wrapper_prefix),
     Rule("BN508", "reference-statistics", _WARNING, ("reference",), deployment.reference_statistics),
+    Rule("BN509", "activation-dropped", _ERROR, ("structure",), deployment.activation_dropped),
     Rule("BN601", "unsynchronized", _WARNING, ("structure",), distributed.unsynchronized),
     Rule("BN602", "sync-on-cpu", _ERROR, ("modules",), distributed.sync_on_cpu),
     Rule("BN603", "buffers-not-broadcast", _WARNING, ("structure",), distributed.buffers_not_broadcast),

@@ -292,6 +292,38 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
+def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
+    """A layer that also applied an activation was replaced, and nothing applies it.
+
+    Why:
+        Layers of this package can apply an activation and add a residual. Code that knows torch.nn's batch norm takes
+        their parameters and statistics over into a layer of its own, which does neither: the network computes
+        something else, and nothing fails.
+
+    How:
+        A module holds the very tensors of a layer with act=, which is not part of the model: its running_mean or
+        running_var, or both gamma and beta of a layer that no longer exists. Copied and loaded values are not held
+        against anybody. Or a placeholder that convert left for an activation stands in a model without its layer.
+
+    Example:
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(conv, batchnorm.BatchNorm2d(64, act="relu")))
+
+    Fix:
+        batchnorm.for_export(model) before the conversion, whose activations are modules of their own.
+
+    References:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm, torch.nn.utils.fusion.fuse_conv_bn_eval.
+    """
+    for name, act in (evidence.structure.dropped if evidence.structure else {}).items():
+        yield Finding(
+            name,
+            f"it has the place of a layer with act={act!r}, which is not in the model",
+            f"{act} behind it",
+            "What follows gets results without the activation.",
+            "convert batchnorm.for_export(model) instead of the model",
+        )
+
+
 def _known_eps(evidence: Evidence, name: str, stored: Stored) -> float | None:
     module = (evidence.modules or {}).get(name)
     return module.eps if module else stored.eps

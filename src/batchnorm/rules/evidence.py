@@ -61,6 +61,7 @@ class Structure:
     broadcasts_buffers: bool | None = None  # of DistributedDataParallel
     averages_buffers: bool | None = None  # of AveragedModel: use_buffers
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # every path of a layer, if several
+    dropped: Mapping[str, str] = field(default_factory=dict)  # in a layer's place, and the activation it lost
 
 
 @final

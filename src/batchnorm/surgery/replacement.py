@@ -168,7 +168,7 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
     act = applied_by(layer)
     _carry_settings(layer, new)
     if act is not None:
-        claim([*vars(layer)["_parameters"].values(), *vars(layer)["_buffers"].values()], None)
+        claim(layer, [*vars(layer)["_parameters"].values(), *vars(layer)["_buffers"].values()], None)
     old, made = vars(layer), vars(new)
     like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), None)
     new.train(old["training"])

@@ -10,6 +10,7 @@ did. Both see that when they run: the activation is applied where it was written
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -19,10 +20,13 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
+from batchnorm.kernels.activations import activate
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.ownership import carried_from
+from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.fx import Graph
 
@@ -58,43 +62,70 @@ def is_applied(owner: nn.Module, path: Sequence[str], act: str) -> bool:
 class Absorbed(nn.Identity):
     """Stands where an activation was that the batch norm layer before it now applies.
 
-    It knows the module that calls both, and the layer in it. Once the layer is gone from there, or applies nothing,
-    the activation is applied here again. Out of that module, as a part of another one, it hands its input on.
+    It knows the layer, and the module that calls both. Once another module stands in the layer's place there, or the
+    layer is no more, or applies nothing, the activation is applied here again.
     """
 
-    _caller: Any = None  # a weak reference: a model is freed without the garbage collector
-    _place: tuple[tuple[str, ...], nn.Module, str] | None = None
+    # weak references: a model is freed without the garbage collector, and a replaced layer is known by being freed
+    _caller: Any = None
+    _layer: Any = None
+    _place: tuple[tuple[str, ...], str, float] | None = None
 
     def __init__(self, activation: nn.Module, caller: nn.Module, path: Sequence[str], layer: nn.Module) -> None:
         super().__init__()
         self._kept = (activation,)  # in a tuple, so that it is no child
-        self._caller, self._place = weakref.ref(caller), (tuple(path), layer, str(applied_by(layer)))
+        self._caller, self._layer = weakref.ref(caller), weakref.ref(layer)
+        self._place = tuple(path), str(applied_by(layer)), float(getattr(layer, "act_param", 0.0))
         self.training = activation.training
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
         """The input itself, or activated where the layer does not do so."""
-        return input if self.is_idle() else self._kept[0](input)
+        if not isinstance(input, Tensor) and (node := call_whole(self, input)) is not None:
+            return node
+        if self.is_idle():
+            return input
+        return activate(input, *self._place[1:])  # pyrefly: ignore[not-iterable]
 
     def is_idle(self) -> bool:
         """Whether the layer still does the work, as far as can be known."""
-        caller = None if self._caller is None else self._caller()
-        if caller is None or self._place is None:
+        if self._place is None:
             return True
-        path, layer, act = self._place
-        if is_applied(caller, path, act):
+        path, act, _ = self._place
+        caller, layer = _alive(self._caller), _alive(self._layer)
+        if caller is not None and is_applied(caller, path, act):
             return True
-        # names move when something is inserted before
-        return applied_by(layer) == act and any(part is layer for part in caller.modules())
+        if layer is None or applied_by(layer) != act:
+            return False
+        # names move when something is inserted before; parts of a model outlive it
+        return caller is None or any(part is layer for part in caller.modules())
+
+    def stand_in(self) -> nn.Module | None:
+        """What is now where the layer was, if that is known."""
+        caller = _alive(self._caller)
+        return None if caller is None or self._place is None else _at(caller, self._place[0])
+
+    def is_stray(self, parts: Iterable[nn.Module]) -> bool:
+        """Whether it hands its input on for a layer that is not among these parts of a model."""
+        layer = _alive(self._layer)
+        return layer is not None and self.is_idle() and not any(part in (layer, self.stand_in()) for part in parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle and deepcopy keep: the caller itself, which they meet anyway."""
-        return vars(self) | {"_caller": None if self._caller is None else self._caller()}
+        """What pickle keeps: the layer, which it meets anyway in what is kept, and not all that calls it."""
+        return vars(self) | {"_caller": None, "_layer": _alive(self._layer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take it over, also from before a placeholder knew its caller."""
+        """Take it over, also from before a placeholder knew its layer."""
         super().__setstate__(state)
-        caller = vars(self).get("_caller")
-        vars(self)["_caller"] = None if caller is None else weakref.ref(caller)
+        if (layer := vars(self).get("_layer")) is not None:
+            vars(self)["_layer"] = weakref.ref(layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Absorbed:
+        new = self.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        if (caller := memo.get(id(_alive(self._caller)))) is not None:
+            vars(new)["_caller"] = weakref.ref(caller)
+        return new
 
     def restored(self) -> nn.Module:
         """The activation, in the mode that was asked of its place."""
@@ -103,6 +134,48 @@ class Absorbed(nn.Identity):
     def extra_repr(self) -> str:
         """The activation and who applies it."""
         return f"{self._kept[0]}, applied by the batch norm layer before it"
+
+
+def dropped(model: nn.Module) -> dict[str, str]:
+    """Modules that stand in the place of a layer whose activation nobody applies, by path, and which.
+
+    Such a module has the tensors of a layer of ours that is not part of the model; or it is the placeholder of an
+    activation whose layer is not part of the model, and something runs before it.
+    """
+    parts = dict(model.named_modules())
+    kept = {id(t) for part in parts.values() if applied_by(part) for t in _tensors(part)}
+    awake = [part for part in parts.values() if isinstance(part, Absorbed) and not part.is_idle()]
+    elsewhere = {id(part.stand_in()) for part in awake}
+    for part in parts.values():
+        if isinstance(part, Rewritten):
+            elsewhere |= {id(_at(part, path)) for path, act in part._fused if not is_applied(part, path, act)}
+    lost_track = {part._place[1] for part in awake if part.stand_in() is None and part._place}
+    found = {}
+    for path, part in parts.items():
+        act = None if applied_by(part) or id(part) in elsewhere else carried_from(part)
+        if act is not None and act not in lost_track and not any(id(t) in kept for t in _tensors(part)):
+            found[path] = act
+    leaves = [path for path, part in parts.items() if not part._modules]
+    for path in leaves[1:]:
+        if isinstance(parts[path], Absorbed) and parts[path].is_stray(parts.values()):
+            found[path] = parts[path]._place[1]
+    return found
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in [*module._parameters.values(), *module._buffers.values()] if t is not None]
+
+
+def _at(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    for name in path:
+        if (child := module._modules.get(name)) is None:
+            return None
+        module = child
+    return module
+
+
+def _alive(reference: Any) -> Any:
+    return None if reference is None else reference()
 
 
 @final
