@@ -65,6 +65,15 @@ def test_statistics_differ_beyond_a_hundredth(mean, var, fires):
     assert bool(findings("BN508", compared(stored={"bn": theirs, "folded": theirs}))) is fires
 
 
+def test_what_has_the_place_of_an_activated_layer_is_named():
+    sick = replace(HEALTHY, structure=Structure(training=False, dropped={"body.1": "relu", "head.2": "silu"}))
+    first, second = findings("BN509", sick)
+    assert (first.layer, second.layer) == ("body.1", "head.2")
+    assert "act='relu'" in first.measured
+    assert "for_export" in first.remedy
+    assert findings("BN509", replace(HEALTHY, structure=Structure(training=False))) == []
+
+
 def test_the_layer_that_has_another_eps_than_most_is_named():
     (finding,) = findings("BN503", with_eps(1e-5, 1e-5, 1e-3))
     assert finding.layer == "layer2"

@@ -49,12 +49,10 @@ def for_export(model: Model, *, fold: bool = False, example: Any = None) -> Mode
         UserWarning: If layers of subclasses of ours are left as they are, with their paths.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), OURS[1](8, act="relu"))
-        >>> for_export(model)[1]
-        Separate(
-          (norm): BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
-          (act): ReLU()
-        )
+        >>> from batchnorm import BatchNorm2d
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), BatchNorm2d(8, act="relu"))
+        >>> [type(part).__name__ for part in for_export(model)[1].children()]
+        ['BatchNorm2d', 'ReLU']
     """
     if fold and example is None:
         raise ValueError("for_export(fold=True) needs an example, got none. Pass one batch of inputs as example=.")
