@@ -1,10 +1,11 @@
-"""`python acceptance/tools.py [FOLDER OF PACKAGES]`: what other people's tools make of our layers, beside torch.nn's.
+"""`python acceptance/tools.py [FOLDER [TOOL ...]]`: what other people's tools make of our layers and of torch.nn's.
 
 Each tool runs on four arms of one small model: torch.nn's layers, ours, ours with fused activations, and the last
 after ``for_export``. Packages that torch does not bring (onnxscript, timm, opacus, torchao, fvcore) are taken from the
 folder, where they were unpacked without their dependencies. Writes tools.json: for each tool what it found in each arm,
 and beside a number of nodes how far the result is from the model's own, in units of float32's or bfloat16's eps of its
-largest value. A tool that raises is written down with the first line of its error.
+largest value. A tool that raises is written down with the first line of its error. With names of tools only these run,
+and nothing is written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HERE = Path(__file__).parent
 TOOLS = []
 
 
-def main(packages: str | None) -> None:
+def main(packages: str | None, names: list[str]) -> None:
     if packages:
         sys.path.append(packages)
     _stand_in_for_torchvision()
@@ -40,9 +41,13 @@ def main(packages: str | None) -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     torch._inductor.config.force_disable_caches = True
-    table = {tool.__name__: {arm: outcome(tool, arm) for arm in ARMS} for tool in TOOLS}
-    for name, row in table.items():
-        print(f"{name:34}" + "".join(f"| {row[arm]:38.38} " for arm in ARMS), flush=True)
+    table = {}
+    for tool in TOOLS:
+        if not names or tool.__name__ in names:
+            row = table[tool.__name__] = {arm: outcome(tool, arm) for arm in ARMS}
+            print(f"{tool.__name__:34}" + "".join(f"| {row[arm]:38.38} " for arm in ARMS), flush=True)
+    if names:
+        return
     fresh = HERE / "tools.json.new"
     fresh.write_text(json.dumps({"torch": torch.__version__, "tools": table}, indent=1) + "\n", encoding="utf-8")
     fresh.replace(HERE / "tools.json")
@@ -537,4 +542,4 @@ def lightning_sync_batchnorm(arm):
 if __name__ == "__main__":
     if not hasattr(bn, "for_export"):
         del ARMS["after for_export"]
-    main(sys.argv[1] if len(sys.argv) > 1 else None)
+    main(sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:])

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -250,6 +250,19 @@ def test_make_fx_records_a_step_in_train_mode(mode, options):
     graph = make_fx(function, tracing_mode=mode)(state, x)
     y = graph(before, x)
     assert_same_step(y, {name: before[name] for name in expected[1]}, expected)
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_make_fx_records_a_step_of_an_ensemble(mode):
+    models = [layer(True) for _ in range(3)]
+    parameters, buffers = stack_module_state(models)
+    x = torch.randn(3, 4, C, 2, 2)
+    step = vmap(lambda p, b, x: functional_call(models[0], (p, b), (x,)))
+    graph = make_fx(step, tracing_mode=mode)(parameters, copy.deepcopy(buffers), x)
+    expected_buffers = copy.deepcopy(buffers)
+    expected = step(parameters, expected_buffers, x)
+    torch.testing.assert_close(graph(parameters, buffers, x), expected)
+    torch.testing.assert_close(buffers, expected_buffers)
 
 
 def test_train_mode_runs_on_fake_tensors_alone():

@@ -201,15 +201,15 @@ def test_train_and_eval_mode_differ_where_pytorch_says_so(info):
 
 
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-def test_pytorchs_error_samples_raise_the_same_error_and_earlier(info):
-    """torch.nn notices in forward, ours when it is made, with the same type and words."""
+def test_pytorchs_error_samples_raise_the_same_error(info):
+    """torch.nn notices in forward, ours at the latest there, with the same type and words."""
     errors = info.module_error_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
     assert len(errors) == 2
     for error in errors:
         assert error.error_on == ModuleErrorEnum.FORWARD_ERROR
-        given = error.module_error_input.constructor_input
+        given, called = error.module_error_input.constructor_input, error.module_error_input.forward_input
         with pytest.raises(error.error_type, match=error.error_regex):
-            OURS[info.module_cls](*given.args, **given.kwargs)
+            OURS[info.module_cls](*given.args, **given.kwargs)(*called.args, **called.kwargs)
 
 
 def test_no_sample_of_pytorch_is_left_out():

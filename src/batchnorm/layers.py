@@ -219,7 +219,8 @@ class _Layer(_BatchNorm):
         """Batches tracked and batches skipped; one that nothing can keep is counted and forgotten."""
         tracked, skipped = self.num_batches_tracked, self._skipped
         if skipped is None:
-            skipped = torch.zeros((), dtype=torch.long, device=self._buffers["running_mean"].device)
+            stored: Any = self.running_mean
+            skipped = torch.zeros((), dtype=torch.long, device=stored.device)
             if type(skipped) is Tensor:  # and not a fake one
                 self._skipped = skipped
         return torch.zeros_like(skipped) if tracked is None else tracked, skipped

@@ -279,5 +279,7 @@ def _for_each_model(info: Any, in_dims: Sequence[int | None], arguments: Sequenc
             "track_running_stats=False."
         )
     skipped, mean, var, count, momentum = arguments[3:]
+    if in_dims[3] is not None:  # a recorder's, which is thrown away
+        skipped = skipped.select(in_dims[3], 0)
     stored = _models_first(arguments[:3], in_dims, info.batch_size)
     return [*stored, skipped, *_models_first((mean, var), in_dims[4:6], info.batch_size), count, momentum]

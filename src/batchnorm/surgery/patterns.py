@@ -147,12 +147,12 @@ def written_kind(layer: nn.Module) -> type:
 
 def activation_name(module: nn.Module) -> str | None:
     """Our name of the activation that a module of torch.nn is, or None."""
-    return _MODULES.get(type(module))
+    return next((name for kind, name in _MODULES.items() if type(module) is kind), None)
 
 
 def activation_module(act: str, param: float) -> nn.Module:
     """An activation as a module of torch.nn."""
-    kind = next(kind for kind, name in _MODULES.items() if name == act)
+    kind: Any = next(kind for kind, name in _MODULES.items() if name == act)
     return kind(param) if act in PARAMETERS else kind()
 
 

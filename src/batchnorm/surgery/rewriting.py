@@ -71,20 +71,21 @@ class Absorbed(nn.Identity):
     _layer: Any = None
     _place: tuple[tuple[str, ...], str, float] | None = None
 
-    def __init__(self, activation: nn.Module, caller: nn.Module, path: Sequence[str], layer: nn.Module) -> None:
+    def __init__(self, activation: nn.Module, caller: nn.Module, path: Sequence[str], layer: Any) -> None:
         super().__init__()
         self._kept = (activation,)  # in a tuple, so that it is no child
         self._caller, self._layer = weakref.ref(caller), weakref.ref(layer)
-        self._place = tuple(path), str(applied_by(layer)), float(getattr(layer, "act_param", 0.0))
+        self._place = tuple(path), str(applied_by(layer)), float(layer.act_param)
         self.training = activation.training
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
         """The input itself, or activated where the layer does not do so."""
         if not isinstance(input, Tensor) and (node := call_whole(self, input)) is not None:
             return node
-        if self.is_idle():
+        if self._place is None or self.is_idle():
             return input
-        return activate(input, *self._place[1:])  # pyrefly: ignore[not-iterable]
+        _, act, param = self._place
+        return activate(input, act, param)
 
     def is_idle(self) -> bool:
         """Whether the layer still does the work, as far as can be known."""
@@ -155,10 +156,10 @@ def dropped(model: nn.Module) -> dict[str, str]:
         act = None if applied_by(part) or id(part) in elsewhere else carried_from(part)
         if act is not None and act not in lost_track and not any(id(t) in kept for t in _tensors(part)):
             found[path] = act
-    leaves = [path for path, part in parts.items() if not part._modules]
-    for path in leaves[1:]:
-        if isinstance(parts[path], Absorbed) and parts[path].is_stray(parts.values()):
-            found[path] = parts[path]._place[1]
+    leaves = [(path, part) for path, part in parts.items() if not part._modules]
+    for path, part in leaves[1:]:
+        if isinstance(part, Absorbed) and part._place and part.is_stray(parts.values()):
+            found[path] = part._place[1]
     return found
 
 
