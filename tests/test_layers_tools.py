@@ -389,7 +389,7 @@ class OwnActivation(BatchNorm2d):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.PReLU(), torch.relu], ids=repr)
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.PReLU(), torch.relu], ids=["ReLU", "PReLU", "function"])
 def test_a_subclass_may_have_an_act_of_its_own(act, training):
     norm, x = OwnActivation(C, act).train(training), images()
     expected = act(nn.BatchNorm2d(C).train(training)(x))

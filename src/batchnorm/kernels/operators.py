@@ -241,12 +241,12 @@ def _(info, in_dims, *arguments):
 def move(*arguments: Any) -> None:
     """Move running statistics in place: new values are computed, and then copied."""
     for stored, moved in zip(arguments, moved_running(*arguments), strict=False):
-        stored.copy_(_outside(moved) if not torch._is_functional_tensor(stored) else moved)
+        stored.copy_(moved if torch.compiler.is_compiling() else _fitting(stored, moved))
 
 
-def _outside(moved: Tensor) -> Tensor:
-    """What torch.func.functionalize wraps: buffers that it did not get as arguments take nothing else."""
-    if not torch._is_functional_tensor(moved):
+def _fitting(stored: Tensor, moved: Tensor) -> Tensor:
+    """New values without torch.func.functionalize's wrapping, for a buffer that it did not get as an argument."""
+    if torch._is_functional_tensor(stored) or not torch._is_functional_tensor(moved):
         return moved
     torch._sync(moved)
     return torch._from_functional_tensor(moved)
