@@ -83,6 +83,8 @@ def _separate(module: Any) -> nn.Module:
     act = applied_by(module)
     param = 0.0 if act is None else module.act_param
     norm = module
+    if isinstance(module, FoldedAway) and (module._then is not None or module._moved):
+        return module  # it does more than an activation, in torch's own operations
     if isinstance(module, FoldedAway):
         norm = nn.Identity().train(module.training)
     elif act is None or not (is_ours(module) or isinstance(module, GroupNormAct)):

@@ -43,7 +43,8 @@ def applied_by(module: Any) -> str | None:
     """The activation that a module of this package applies to its result, or None."""
     if isinstance(module, OURS):
         return module._act
-    return module.act if getattr(type(module), "_applies_act", False) else None
+    act = vars(module).get("act") if getattr(type(module), "_applies_act", False) else None
+    return act if isinstance(act, str) else None
 
 
 def is_applied(owner: nn.Module, path: Sequence[str], act: str) -> bool:
