@@ -176,7 +176,9 @@ def bn111(_: Any) -> dict:
 
 
 def bn112(folder: Any) -> dict:
-    state = {key: value for key, value in trained().state_dict().items() if "num_batches" not in key}
+    state = trained().state_dict()
+    for name in LAYERS:
+        del state[f"{name}.num_batches_tracked"]  # its versions still say that there is one
     return {"target": saved(folder / "uncounted.pt", state)}
 
 
@@ -185,7 +187,7 @@ def bn113(_: Any) -> dict:
 
 
 def bn114(_: Any) -> dict:
-    return {"target": trained(updates=5)}
+    return {"target": trained(updates=5), "data": batches()}
 
 
 def bn115(folder: Any) -> dict:
@@ -354,8 +356,9 @@ def bn502(_: Any) -> dict:
 
 
 def bn503(_: Any) -> dict:
-    model = trained()
-    model.body[1].eps = 1e-3
+    model = Net()
+    model.body.append(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, bias=False), nn.BatchNorm2d(CHANNELS)))
+    trained(model).body[1].eps = 1e-3
     return {"target": model}
 
 
@@ -436,7 +439,7 @@ FAULTS = {
     "BN102 infinite": lambda _: {"target": changed(running_mean=float("inf"))},
     "BN103": lambda _: {"target": changed(running_var=-0.5)},
     "BN103 rounding": lambda _: {"target": changed(running_var=-1e-14)},
-    "BN104": lambda _: {"target": changed(running_var=1e-40)},
+    "BN104": lambda _: {"target": changed(running_var=1e-40, bias=1)},
     "BN105": bn105,
     "BN106": lambda _: {"target": changed(weight=1e-6, bias=-1.0)},
     "BN107": bn107, "BN108": bn108, "BN109": bn109,

@@ -69,6 +69,11 @@ SAVED_MODEL = number(1, 1) + part(2, part(1, part(4, b"serve")) + part(2, GRAPH)
 LAYER = part(1, b"bn1") + part(2, b"BatchNorm") + part(7, part(7, number(1, 4)) + bytes(400))
 CORE_ML = number(1, 5) + part(2, part(1, part(1, b"image"))) + part(500, part(1, part(1, b"conv") + bytes(300)))
 MINDSPORE = part(1, part(1, b"bn1.moving_mean") + part(2, number(1, 4) + part(2, b"Float32") + part(3, bytes(16))))
+KERAS = b"".join(
+    part(1, number(2, i) * bool(i) + part(3, b"root") + part(4, b"_tf_keras_layer") + part(5, b'{"name": "bn"}'))
+    for i in range(3)
+)
+BLOBS = struct.pack("<II", 3, 2) + bytes(56) + struct.pack("<IIQQ", 0xDEADBEEF, 1, 6, 128) + bytes(99)
 OBJECT = {"params": np.ones(2)}
 
 # the file's name, its bytes, what it is called, and a part of what to do
@@ -87,6 +92,11 @@ FILES = {
     "damaged Core ML": ("x.mlmodel", CORE_ML[:-3], "a Core ML model", "Give the torch checkpoint"),
     "HDF5": ("x", b"\x89HDF\r\n\x1a\n" + bytes(400), "an HDF5 file, as Keras writes", "format='onnx'"),
     "HDF5 behind a block": ("x.h5", bytes(1024) + b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file", "format='onnx'"),
+    "weights of Keras": ("m_weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file", "model.load_weights(path)"),
+    "HDF5 of a Keras model": (
+        "m.h5", b"\x89HDF\r\n\x1a\n" + bytes(99) + b"model_config\0", "a Keras model (HDF5)", "Load it in Keras and"),
+    "Keras' settings": ("keras_metadata.pb", KERAS, "the settings of the Keras layers", "--saved-model"),
+    "Core ML's weights": ("weight.bin", BLOBS, "the weights of a Core ML model", "Give the torch checkpoint"),
     "Keras": ("x.keras", archive("metadata.json", "config.json", "model.weights.h5"), "a Keras model", "format='onnx'"),
     "Keras' network": ("x.json", b'{"class_name": "Functional", "config": {}}', "a Keras network, without", "format"),
     "Flax": ("x", b"\x81\xa6params\x81\xa4conv\xc7" + bytes(99), "a MessagePack file, as Flax", "safetensors.numpy"),

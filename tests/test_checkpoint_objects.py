@@ -386,11 +386,29 @@ def test_a_remedy_is_possible_for_its_file(tmp_path, value, is_plain):
     (tmp_path / "c.pt").write_bytes(saved(value(net)))
     assert read(tmp_path / "c.pt").is_plain == is_plain
     remedy = next(finding.remedy for finding in examine(tmp_path / "c.pt").findings if finding.code == "BN103")
-    alone = f"batchnorm fix {tmp_path / 'c.pt'} --data data.py:train_loader"
-    other = (
-        "torch.save(model.state_dict(), PATH) of the loaded model; then batchnorm fix PATH --data data.py:train_loader"
-    )
-    assert remedy == (alone if is_plain else other)
+    command = "batchnorm fix model.py:make_model --weights {} --data data.py:train_loader"
+    alone = command.format(tmp_path / "c.pt")
+    other = f"torch.save(model.state_dict(), PATH) of the loaded model; then {command.format('PATH')}"
+    if read(tmp_path / "c.pt").is_whole:
+        assert remedy == "load the model, mend it, and save it again"
+    else:
+        assert remedy == (alone if is_plain else other)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_whole"),
+    [
+        (lambda net: net, True),
+        (lambda net: {"epoch": 3, "model": net}, True),
+        (lambda net: [nn.BatchNorm1d(2).state_dict(), net], True),
+        (lambda net: torch.nn.DataParallel(net), True),
+        (lambda net: net.state_dict(), False),
+        (lambda net: {"net": net.state_dict(), "args": argparse.Namespace(), "loss": nn.MSELoss()}, False),
+    ],
+)
+def test_layers_that_were_pickled_as_modules_are_told_apart_from_states_beside_objects(tmp_path, value, is_whole):
+    (tmp_path / "c.pt").write_bytes(saved(value(nn.Sequential(nn.BatchNorm1d(3)))))
+    assert read(tmp_path / "c.pt").is_whole is is_whole
 
 
 SICK = {"net": nn.BatchNorm1d(3).state_dict() | {"running_var": torch.tensor([-1.0, 1, 1])}}

@@ -81,7 +81,7 @@ def test_statistics_beside_sharded_parameters_are_read_and_these_are_named(folde
     assert set(layers["2.1"].unread) == {"weight", "bias"}
     diagnosis = examine(path)
     assert {"BN102", "BN103"} <= set(diagnosis.checked)
-    assert diagnosis.not_checked["BN107"] == "some values of 1, 2.1 could not be read"
+    assert diagnosis.not_checked["BN107"] == "some values could not be read (1, 2.1)"
     for name, write in FORMATS.items():
         if name != "jsonl":
             assert "StateDictOptions(" in write(diagnosis), name

@@ -1,6 +1,7 @@
 """States of a file, statistics that were copied from one to another, and layers that are stored once."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -281,7 +282,7 @@ def test_nodes_that_read_the_same_statistics_are_one_layer(tmp_path):
         return [each.measured for each in examine(tmp_path / "m.onnx").findings if each.code == "BN302"]
 
     (told,) = model("a", "a", "b")
-    assert told.startswith("its statistics are read at 2 places")
+    assert told.startswith("it normalizes different inputs at 2 places")
     assert model("a", "b") == []
 
 
@@ -354,3 +355,63 @@ def test_a_target_without_layers_is_not_called_healthy(tmp_path):
     for target in (write(tmp_path, {"weight": torch.ones(2)}), nn.Linear(2, 3)):
         assert "no batch norm layers · " in str(examine(target))
         assert "no findings" not in str(examine(target))
+
+
+def test_a_missing_counter_is_looked_for_in_the_versions_of_its_own_state(tmp_path):
+    """load_state_dict(strict=True) refuses a state of version 2 without a counter, and takes one without versions."""
+
+    def without_counter(keep):
+        state = net().state_dict()  # the same numbers in both copies
+        for key in [key for key in state if key.endswith("num_batches_tracked")]:
+            del state[key]
+        return state if keep else dict(state)
+
+    for name, (own, other) in {"ema": (False, True), "": (True, False)}.items():
+        torch.save({"model": without_counter(own), "ema": without_counter(other)}, tmp_path / "c.pt")
+        found = [each.layer for each in examine(tmp_path / "c.pt").findings if each.code == "BN112"]
+        assert found
+        assert all(layer.startswith("ema.") == bool(name) for layer in found), found
+    torch.save({"args": Namespace(lr=1), "model": without_counter(True)}, tmp_path / "c.pt")
+    assert "BN112" in {each.code for each in examine(tmp_path / "c.pt").findings}
+
+
+def test_counters_of_every_copy_are_compared_with_what_it_stores(tmp_path):
+    """eps, momentum and counter of a copy are its own: a layer of the same name in another copy has others."""
+    begun, done = net().state_dict(), net().state_dict()
+    for state, count in ((begun, 10), (done, 1000)):
+        for key in state:
+            if key.endswith("num_batches_tracked"):
+                state[key] = torch.tensor(count)
+            if key.endswith("running_var"):
+                state[key] = torch.full_like(state[key], 0.9**10)
+    for key in done:
+        if key.endswith("running_mean"):
+            done[key] += 1
+    torch.save({"model": done, "ema": begun}, tmp_path / "c.pt")
+    found = [each.layer for each in examine(tmp_path / "c.pt").findings if each.code == "BN114"]
+    assert found
+    assert all(layer.startswith("ema.") for layer in found)
+
+
+def test_what_is_not_checked_is_that_of_the_state_that_was_chosen(tmp_path):
+    """Of three states one is sick, and one cannot be read: a finding in another state is no look at this one."""
+    unread = {key: torch.empty_like(value, device="meta") for key, value in B.items()}
+    torch.save({"model": sick(A), "ema": unread}, tmp_path / "c.pt")
+    assert "BN103" in {each.code for each in examine(tmp_path / "c.pt", state="model").findings}
+    of_ema = examine(tmp_path / "c.pt", state="ema")
+    assert "BN103" not in of_ema.checked
+    assert "could not be read" in of_ema.not_checked["BN103"]
+    assert "ema.bn1" in of_ema.not_checked["BN103"]
+    torch.save({"model": A, "ema": unread, "swa": dict(unread)}, tmp_path / "c.pt")
+    every = examine(tmp_path / "c.pt")
+    assert {"ema.bn1", "swa.bn1"} <= set(
+        every.not_checked["BN107"].strip(")").replace("(", " ").replace(",", " ").split()
+    )
+
+
+def test_a_state_that_repeats_another_one_is_told_when_it_is_chosen(tmp_path):
+    torch.save({"model": sick(A), "ema": sick(A)}, tmp_path / "c.pt")
+    assert [each.layer for each in examine(tmp_path / "c.pt").findings if each.code == "BN103"] == ["bn1"]
+    assert [each.layer for each in examine(tmp_path / "c.pt", state="ema").findings if each.code == "BN103"] == [
+        "ema.bn1"
+    ]

@@ -172,7 +172,8 @@ def test_the_next_command_is_one_that_can_be_typed(folder):
     name = "a b;touch pwned.pt"
     shutil.copy("sick.pt", name)
     done = run("doctor", name)
-    assert "next: batchnorm fix 'a b;touch pwned.pt' --data data.py:train_loader --diff" in done.stdout
+    command = "batchnorm fix model.py:make_model --weights 'a b;touch pwned.pt' --data data.py:train_loader --diff"
+    assert f"next: {command}" in done.stdout
     done = run("doctor", "mine.py:sick", "--weights", "sick.pt")
     assert "next: batchnorm fix mine.py:sick --weights sick.pt --data data.py:train_loader --diff" in done.stdout
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fingerprint import data, fingerprint, trained_net
+from planted import batches, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -325,7 +326,10 @@ def test_a_model_that_needs_labels_to_train_gets_them_from_the_batch():
     x, y = torch.randn(8, 3), torch.arange(8)
     run = run_of(NeedsLabels(), [(x, y)])
     assert (run.train_error, run.updates_forward) == ("", {"norm": 1})
-    assert "labels are needed" in run_of(NeedsLabels(), [x]).train_error
+    unfed = run_of(NeedsLabels(), [x])
+    assert unfed.train_error == ""
+    assert unfed.unknown["step"].startswith("a training step fails outside of batch norm layers, perhaps for want of")
+    assert "labels: ValueError: labels are needed" in unfed.unknown["step"]
     assert run_of(NeedsLabels(), [{"x": x, "labels": y}]).train_error == ""
 
 
@@ -748,3 +752,48 @@ def test_what_gives_one_iterator_is_measured_from_its_first_batch():
             return self.batches
 
     assert bn.examine(nn.Sequential(nn.BatchNorm1d(3)), Once()).data == "24 examples in 3 batches"
+
+
+def test_rows_that_are_seen_beside_others_are_no_examples_that_raise_alone():
+    """One point has no neighbours: that is the cut. One example that a model squeezes away is the model."""
+
+    class Cloud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            near = torch.cdist(x, x).topk(3, largest=False).indices
+            return self.norm(x[near].mean(1))
+
+    class Squeezes(Cloud):
+        def forward(self, x):
+            return self.norm(x[:, None].squeeze())
+
+    torch.manual_seed(0)
+    data = [torch.randn(16, 4) for _ in range(4)]
+    cloud = bn.examine(Cloud().eval(), data)
+    assert "BN506" not in {finding.code for finding in cloud.findings}
+    assert "otherwise than within the whole" in cloud.not_checked["BN506"]
+    (found,) = [each for each in bn.examine(Squeezes().eval(), data).findings if each.code == "BN506"]
+    assert found.measured.startswith("one example alone raises")
+
+
+def test_an_exported_program_is_measured_in_the_mode_that_it_has():
+    model = trained().eval()
+    x = next(iter(batches()))
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},)).module()
+    diagnosis = bn.examine(program, [x, x])
+    assert "no train mode" in diagnosis.not_checked["BN212"]
+    assert "BN212" not in diagnosis.checked
+
+
+def test_counters_without_values_are_no_counters_of_a_step():
+    """Offloaded models keep them on the meta device between calls."""
+    model = trained()
+    for layer in bn.find(model).values():
+        layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device="meta")
+    diagnosis = bn.examine(model, example=next(iter(batches())))
+    assert "BN103" in diagnosis.checked
+    step = bn.examine(model, batches())
+    assert "counter" in step.not_checked["BN205"]

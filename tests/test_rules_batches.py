@@ -171,23 +171,27 @@ def test_a_gap_that_is_small_or_explained_by_noise_is_fine(changes):
     assert findings("BN209", measured(**changes)) == []
 
 
-@pytest.mark.parametrize(
-    ("stored", "words"),
-    [
-        ({"num_batches_tracked": 5}, "59% of the stored statistics are still the initial ones"),
-        ({}, "reach back 9 updates, are those of other weights or other data"),
-    ],
-)
-def test_a_gap_says_what_makes_it(stored, words):
-    sick = replace(measured(gap_stale=0.8), stored={"bn": replace(STORED, **stored)})
-    (finding,) = findings("BN209", sick)
-    assert words in finding.consequence
-    assert finding.fixable is Fix.DATA
+def gap(stored, **changes):
+    return findings("BN209", replace(measured(gap_stale=0.8, **changes), stored={"bn": replace(STORED, **stored)}))[0]
 
 
-def test_tiny_batches_of_single_values_are_told_from_lag():
-    sick = measured(gap_stale=1.0, gap_noise=0.5, examples=32, batches=16, values_per_example=1.0)
-    assert "unbiased, which alone shrinks outputs by 29% at 2 values" in findings("BN209", sick)[0].consequence
+def test_a_gap_says_what_makes_it_where_the_numbers_show_it():
+    kept = 0.9**5
+    begun = {"running_mean": values(0.5 * (1 - kept), kept - 1), "running_var": values(1, kept + 2 * (1 - kept))}
+    found = gap({**begun, "num_batches_tracked": 5})
+    assert "59% of the stored statistics are still the initial ones" in found.consequence
+    assert found.fixable is Fix.DATA
+    # no counter, one that was written by others, and statistics that no such start explains
+    for stored in ({**begun, "num_batches_tracked": 0}, {**begun, "num_batches_tracked": None}, {},
+                   {"running_var": values(9, 9), "num_batches_tracked": 5}):  # fmt: skip
+        assert "comes from other weights or other data" in gap(stored).consequence
+
+
+def test_tiny_batches_of_single_values_are_told_where_variances_are_unbiased():
+    pairs = {"gap_noise": 0.5, "examples": 32, "batches": 16, "values_per_example": 1.0}
+    unbiased = gap({"running_var": values(2, 4)}, **pairs)
+    assert "unbiased, which alone shrinks outputs by 29% at 2 values" in unbiased.consequence
+    assert "other weights or other data" in gap({"running_mean": values(5, 5)}, **pairs).consequence
 
 
 def test_a_layer_that_was_never_updated_is_left_to_its_own_rule():

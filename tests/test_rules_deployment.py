@@ -16,9 +16,9 @@ def compared(difference=None, tolerance=1e-4, **parts):
     return replace(HEALTHY, reference=Reference("original", difference=difference, tolerance=tolerance, **parts))
 
 
-def filed(**parts):
-    file = Checkpoint("model.onnx", "onnx", {"bn": STORED}, {}, **parts)
-    return Evidence("model.onnx", {"bn": STORED}, file=file)
+def filed(form="onnx", **parts):
+    file = Checkpoint(f"model.{form}", form, {"bn": STORED}, {}, **parts)
+    return Evidence(f"model.{form}", {"bn": STORED}, file=file)
 
 
 def with_eps(*each, **parts):
@@ -84,6 +84,27 @@ def test_the_layer_that_has_another_eps_than_most_is_named():
     assert findings("BN503", with_eps(1e-5, 1e-5, 2e-5)) == []  # half precision rounds this away
 
 
+@pytest.mark.parametrize("each", [(1e-5, 1e-3), (1e-5, 1e-5, 1e-3, 1e-3), (1e-5, 1e-5, 1e-3, 1e-2), ()])
+def test_without_a_majority_no_layer_has_another_eps_than_most(each):
+    assert findings("BN503", with_eps(*each)) == []
+
+
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [
+        (["head.0", "head.1"], False),  # a head of its own
+        (["head.0"], True),
+        (["head.0", "body.9"], True),
+        (["body.8", "body.9"], True),
+    ],
+)
+def test_a_part_of_the_model_may_have_an_eps_of_its_own(odd, named):
+    others = {f"body.{i}": 1e-5 for i in range(10)}
+    layer = replace(STORED, running_var=values(0.1, 0.2))
+    every = {name: replace(layer, name=name, eps=eps) for name, eps in (others | dict.fromkeys(odd, 1e-3)).items()}
+    assert [finding.layer for finding in findings("BN503", Evidence("net", every))] == (sorted(odd) if named else [])
+
+
 def test_eps_of_a_reference_counts_more_than_that_of_most_layers():
     reference = Reference("keras.onnx", eps={"layer0": 1e-3, "layer1": 1e-3})
     found = findings("BN503", with_eps(1e-5, 1e-5, reference=reference))
@@ -92,7 +113,10 @@ def test_eps_of_a_reference_counts_more_than_that_of_most_layers():
 
 
 def test_an_eps_of_zero_is_known():
-    tiny = {name: replace(STORED, eps=eps, running_var=values(1e-6, 1e-6)) for name, eps in [("a", 1e-5), ("b", 0.0)]}
+    tiny = {
+        name: replace(STORED, eps=eps, running_var=values(1e-6, 1e-6))
+        for name, eps in [("a", 1e-5), ("c", 1e-5), ("b", 0.0)]
+    }
     assert [finding.layer for finding in findings("BN503", Evidence("net", tiny))] == ["b"]
 
 
@@ -138,7 +162,7 @@ def test_wrappers_are_told_from_what_is_around_them(prefix):
 
 
 def test_a_wrapper_prefix_has_a_safe_fix():
-    (finding,) = findings("BN507", filed(prefix="module."))
+    (finding,) = findings("BN507", filed("pt", prefix="module."))
     assert "'module.'" in finding.measured
     assert finding.fixable is Fix.SAFE
     assert findings("BN507", filed()) == []

@@ -33,7 +33,7 @@ def without_statistics(evidence):
 SICK = {
     "BN001": (module(training=False), "eval mode, in a model in train mode"),
     "BN002": (module(trainable=False), "train mode, gamma and beta fixed"),
-    "BN003": (module(training=False, frozen=True), "frozen, with a gradient"),
+    "BN003": (module(training=False, frozen=True, held=True), "frozen, with a gradient"),
     "BN004": (module(tracks=False), "track_running_stats=False with stored statistics"),
     "BN005": (without_statistics(module(tracks=False)), "no running_mean, no running_var"),
     "BN006": (module(momentum=None), "momentum = None"),
@@ -48,7 +48,8 @@ WELL = {
     "BN002": [in_eval(module(trainable=False)), module(trainable=False, training=False),
               module(trainable=False, training=False, frozen=True), module(trainable=False, momentum=0.0),
               module(trainable=False, affine=False), module(trainable=False, tracks=False)],
-    "BN003": [module(training=False, frozen=True, trainable=False)],
+    # frozen and fixed, and a class or a traced module that always uses what it stores
+    "BN003": [module(training=False, frozen=True, held=True, trainable=False), module(training=False, frozen=True)],
     "BN004": [without_statistics(module(tracks=False)), module(tracks=False, frozen=True)],
     "BN005": [without_statistics(module(is_lazy=True)), without_statistics(module(device="meta"))],
     "BN006": [module(momentum=None, tracks=False), module(momentum=None, frozen=True)],

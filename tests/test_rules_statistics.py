@@ -32,6 +32,18 @@ def stored(*layers, form="pt", **changes):
     return Evidence("net.pt", every, file=Checkpoint("net.pt", form, every, {"": every}))
 
 
+def behind(norms, *numbers, **changes):
+    """What an ONNX file gives where weights with rows of these norms are before the layer; None for no weights."""
+    evidence = stored(form="onnx", running_var=values(*numbers), **changes)
+    return replace(evidence, file=replace(evidence.file, filters={"bn": norms and values(*norms)}))
+
+
+def versioned(**changes):
+    """What a file of torch.save gives whose state has the versions of its modules."""
+    evidence = stored(**changes)
+    return replace(evidence, file=replace(evidence.file, versions={"bn": 2}))
+
+
 def measured(**changes):
     calm = {"t_mean": values(0, 1), "t_var": values(-1, 0)}
     return replace(WITH_MODEL, measured={"bn": replace(MEASURED, **(calm | changes))})
@@ -53,16 +65,16 @@ SICK = {
     "BN102": (stored(running_mean=values(0, NAN)), "running_mean[1] = nan, 1 of 2 channels"),
     "BN103": (var(1, -0.3), "running_var down to -0.3, 1 of 2 channels"),
     "BN104": (var(1, 1e-40), "running_var down to 1e-40, 1 of 2 channels"),
-    "BN105": (var(1, 0), "gain up to 316, 1 of 2 channels"),
-    "BN106": (stored(weight=values(1, 1e-5), bias=values(0, -1)), "1 of 2 channels hardly vary"),
+    "BN105": (behind(None, 1, 0), "gain up to 316, 1 of 2 channels"),
+    "BN106": (stored(weight=values(1, 1e-5), bias=values(0, -1e-4)), "1 of 2 channels: 1 hardly vary"),
     "BN107": (stored(bias=values(0, INF)), "beta is NaN or infinite, 1 of 2 channels"),
     "BN108": (stored(dtypes=FLOAT32 | {"running_var": "float16"}), "statistics in float16"),
     "BN109": (stored(running_var=None), "no running_var"),
     "BN110": (stored(running_mean=values(0, 1e6)), "mean up to 7.1e+05 sd from zero, 1 of 2 channels"),
     "BN111": (stored(weight=values(0, 0)), "gamma = 0 in all 2 channels"),
-    "BN112": (stored(num_batches_tracked=None), "no num_batches_tracked"),
+    "BN112": (versioned(num_batches_tracked=None), "no num_batches_tracked in a state of version 2"),
     "BN113": (stored(INITIAL), "initial statistics, gamma and beta"),
-    "BN114": (stored(num_batches_tracked=10), "10 updates: 35% of the initial statistics left"),
+    "BN114": (var(0.9**10, 0.9**10, num_batches_tracked=10), "10 updates: 35% of the initial statistics left"),
     "BN115": (copies(), "'ema' has other weights than 'model' and the same statistics, bit for bit"),
     "BN116": (measured(t_mean=values(9, 1), mean_deviation=values(0.4, 0)), "|t| up to 9, 1 of 2 channels"),
 }
@@ -71,21 +83,28 @@ WELL = {
     "BN101": [stored(INITIAL), stored(replace(INITIAL, running_mean=values(0, 1e-30)), OTHER)],
     "BN102": [var(1e38, 1e-38)],
     "BN103": [var(0, 1), var(NAN, 1), var(-INF, 1)],
-    "BN104": [var(0, 1.2e-38), var(1e-40, 1, dtypes={"running_var": "float64"})],
+    # a float16 of 6e-5 is denormal, and no zero beside eps; beside eps = 0 nothing is zero
+    "BN104": [var(0, 1.2e-38), var(1e-40, 1, dtypes={"running_var": "float64"}),
+              var(6e-5, 1, dtypes={"running_var": "float16"}, eps=1e-3), var(1e-40, 1, eps=0.0)],
     # a small gamma, a small variance that still varies, eps of TensorFlow, an eps that nobody knows
-    "BN105": [var(1, 0, weight=values(1, 0.01)), var(1, 1e-6), var(1, 0, eps=1e-3), var(1, 0, eps=None)],
-    "BN106": [stored(weight=values(1, 1e-5), bias=values(0, 1)), stored(weight=values(1, 0.1), bias=values(0, -9)),
+    "BN105": [behind(None, 1, 0, weight=values(1, 0.01)), behind(None, 1, 1e-6), behind(None, 1, 0, eps=1e-3),
+              var(1, 0, eps=None), var(1, 0), behind((1, 1e-9), 1, 0), behind((9, 0.1), 1, 0)],
+    "BN106": [stored(weight=values(1, 1e-5), bias=values(0, 1)),
+              stored(weight=values(1, 1e-5), bias=values(0, -1)), stored(weight=values(1, 0.1), bias=values(0, -9)),
               stored(weight=values(0, 0)), var(1, 0)],
     "BN107": [stored(weight=None, bias=None)],
     "BN108": [stored(dtypes=FLOAT32 | {"weight": "float16"})],
     "BN109": [stored(weight=None, bias=None), stored(Stored("bn")), stored(running_mean=None, running_var=None)],
     "BN110": [stored(running_mean=values(0, 9e3)), stored(running_mean=values(0, INF)), var(1, NAN)],
     "BN111": [stored(weight=values(0, 1e-9)), stored(weight=None), stored(replace(INITIAL, weight=values(0, 0)))],
-    "BN112": [stored(num_batches_tracked=None, form="onnx"), stored(Stored("bn", weight=values(1, 1)))],
+    "BN112": [stored(num_batches_tracked=None), stored(num_batches_tracked=None, form="onnx"),
+              stored(Stored("bn", weight=values(1, 1)))],
     "BN113": [stored(INITIAL, OTHER), stored(replace(INITIAL, weight=values(1, 1.1))),
               stored(replace(INITIAL, bias=values(0, 0.1)))],
     "BN114": [stored(num_batches_tracked=0), stored(num_batches_tracked=44), stored(num_batches_tracked=None),
-              stored(replace(INITIAL, num_batches_tracked=3)), stored(num_batches_tracked=1, momentum=1.0)],
+              stored(replace(INITIAL, num_batches_tracked=3)), stored(num_batches_tracked=1, momentum=1.0),
+              stored(num_batches_tracked=10), var(0.34, 9, num_batches_tracked=10), stored(num_batches_tracked=-5),
+              stored(num_batches_tracked=2**62), stored(num_batches_tracked=9999, momentum=3.0)],
     # the same weight, one of another type, none that is known; another statistic, initial ones, frozen layers
     "BN115": [copies(weight="f4 (2, 2):a"), copies(weight="f2 (2, 2):b"), copies(weight=""),
               copies(running_mean=values(0.5, -1.0000001)),
@@ -138,19 +157,20 @@ def test_the_fix_is_what_the_fault_needs():
 
 
 def test_a_command_is_given_for_what_the_command_line_knows():
-    assert findings("BN101", SICK["BN101"][0])[0].remedy == "batchnorm fix net.pt --data data.py:train_loader"
+    command = "batchnorm fix model.py:make_model --weights net.pt --data data.py:train_loader"
+    assert findings("BN101", SICK["BN101"][0])[0].remedy == command
     model = Evidence("Net", SICK["BN101"][0].stored, modules={"bn": MODULE, "other": MODULE})
     assert findings("BN101", model)[0].remedy == "batchnorm.recalibrate(model, loader)"
 
 
 def test_few_updates_say_when_momentum_is_only_assumed():
-    (assumed,) = findings("BN114", stored(num_batches_tracked=10, momentum=None))
+    begun = {"running_var": values(0.9**10, 0.9**10), "num_batches_tracked": 10}
+    (assumed,) = findings("BN114", stored(**begun, momentum=None))
     assert assumed.measured.endswith("left, if momentum is 0.1")
+    slow = var(0.99**100, 0.99**100, num_batches_tracked=100)
     known = {"bn": replace(MODULE, momentum=0.01)}
-    assert findings("BN114", replace(stored(num_batches_tracked=100), modules=known))[0].measured.startswith("100")
-    assert (
-        findings("BN114", replace(stored(num_batches_tracked=10), modules={"bn": replace(MODULE, frozen=True)})) == []
-    )
+    assert findings("BN114", replace(slow, modules=known))[0].measured.startswith("100 updates: 37%")
+    assert findings("BN114", replace(stored(**begun), modules={"bn": replace(MODULE, frozen=True)})) == []
 
 
 def test_a_name_that_says_nothing_makes_foreign_statistics_a_warning():
@@ -222,7 +242,7 @@ def test_a_safe_fix_of_a_negative_variance_moves_no_output(value, is_safe):
 
 
 def test_a_denormal_variance_is_zero_beside_eps():
-    model = changed(running_var=1e-40)
+    model = changed(running_var=1e-40, bias=1)
     assert "BN104" in codes(model)
     x = torch.randn(4, 8, 3, 3)
     before = layer_of(model)(x)

@@ -34,6 +34,10 @@ _GRAPH = (
     "Then give model.onnx."
 )
 _LITE = "Convert it: python -m tf2onnx.convert --tflite model.tflite --output model.onnx. Then give model.onnx."
+_KERAS_WEIGHTS = (
+    "Load them into their model in Keras and export that: model.load_weights(path); "
+    "model.export('model.onnx', format='onnx'). Then give model.onnx."
+)
 _KERAS = "Load it in Keras and export it: model.export('model.onnx', format='onnx'). Then give model.onnx."
 _PADDLE = "Load it in PaddlePaddle and export it: paddle.onnx.export(model, 'model', input_spec=[...])."
 _MXNET = "Export it: mxnet.onnx.export_model('model-symbol.json', 'model-0000.params', shapes, types, 'model.onnx')."
@@ -52,7 +56,6 @@ _MAGIC: dict[bytes, Named] = {
     b"\x89PNG": ("a PNG image", _GIVE),
     b"\xff\xd8\xff": ("a JPEG image", _GIVE),
     b"%PDF": ("a PDF document", _GIVE),
-    b"\x89HDF": ("an HDF5 file, as Keras writes", _KERAS),
     b"\x93NUMPY": ("a NumPy array", _ARRAYS),
     b"GGUF": ("a GGUF file", _SOURCE),
     b"lmgg": ("a GGML file", _SOURCE),
@@ -125,6 +128,7 @@ _ZIPPED: dict[str, Named] = {
 }
 # packages whose pickles hold no torch model
 _PACKAGES = ("sklearn", "joblib", "xgboost", "lightgbm", "catboost", "statsmodels", "pandas", "jax", "flax", "keras")
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _PADDLES_NAMES = "StructuredToParameterName@@"
 _MOST_FIELDS = 4096
 _LONGEST_INDEX = 1 << 20  # bytes of a JSON file that are read
@@ -148,7 +152,8 @@ def of_content(file: BinaryIO, head: bytes) -> Named | None:
     """What a file is if its bytes say that it is another framework's; None if they do not."""
     named = next((named for magic, named in _MAGIC.items() if head.startswith(magic)), None)
     named = named or _FLATBUFFERS.get(head[4:8]) or _of_gzip(file, head) or _of_text(file, head)
-    return named or _of_message(file) or _of_msgpack(head) or _of_user_block(file)
+    named = named or _of_hdf5(file) or _of_blobs(file)
+    return named or _of_message(file) or _of_msgpack(head)
 
 
 def of_name(file: BinaryIO) -> Named | None:
@@ -212,13 +217,23 @@ def _is_paddles(saved: dict[Any, Any]) -> bool:
     )
 
 
-def _of_user_block(file: BinaryIO) -> Named | None:
-    """HDF5 may begin behind a block of any bytes, of 512 and twice as many and so on."""
-    for start in (512, 1024, 2048):
+def _of_hdf5(file: BinaryIO) -> Named | None:
+    """A Keras model has its configuration as an attribute; HDF5 may begin behind a block of 512 bytes, or of more."""
+    for start in (0, 512, 1024, 2048):
         file.seek(start)
-        if file.read(4) == b"\x89HDF":
-            return _MAGIC[b"\x89HDF"]
+        if file.read(len(_HDF5)) == _HDF5:
+            is_model = b"model_config" in file.read(_LONGEST_INDEX)
+            return ("a Keras model (HDF5)", _KERAS) if is_model else ("an HDF5 file, as Keras writes", _KERAS_WEIGHTS)
     return None
+
+
+def _of_blobs(file: BinaryIO) -> Named | None:
+    """Core ML keeps weights in a file of blobs: its version is 2, and a mark begins each blob, the first at 64."""
+    file.seek(4)
+    version = file.read(4)
+    file.seek(64)
+    is_blob = version == b"\x02\0\0\0" and file.read(4) == b"\xef\xbe\xad\xde"
+    return ("the weights of a Core ML model", _EXPORT) if is_blob else None
 
 
 def _of_gzip(file: BinaryIO, head: bytes) -> Named | None:
@@ -292,6 +307,8 @@ def _of_message(file: BinaryIO) -> Named | None:
         return "a Caffe model", _SOURCE
     if (number, kind) == (1, 2) and 2 in numbers and size < 256 and _is_name(file):
         return "a Caffe model", _SOURCE
+    if numbers == {1} and b"_tf_keras_" in _first(file):
+        return "the settings of the Keras layers of a SavedModel", _TENSORFLOW.replace("FOLDER", _folder(file))
     if (number, kind) == (1, 2) and numbers <= {1, 2, 3, 4, 5}:
         return _of_pairs(file)
     return None

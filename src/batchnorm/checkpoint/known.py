@@ -71,6 +71,10 @@ class Name:
         return self.name.partition(".")[0]
 
 
+# the key under which a state dict's versions are kept: no name of the file's can be equal to it
+VERSIONS = Opaque("versions")
+
+
 def find(name: str) -> Name:
     """What a name, module and name with a dot, stands for."""
     return _TABLE.get(name) or Name(name, is_known=False)

@@ -22,8 +22,8 @@ from batchnorm.checkpoint.copies import (
     same_objects,
 )
 from batchnorm.checkpoint.feeding import Feeders
-from batchnorm.checkpoint.known import told
-from batchnorm.checkpoint.objects import Object, Settings, has_objects, settings, unread
+from batchnorm.checkpoint.known import VERSIONS, told
+from batchnorm.checkpoint.objects import Object, Settings, has_objects, is_of_module, settings, unread
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.sharing import find_shared
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below
@@ -68,6 +68,7 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
         keys={name: found.place for name, found in own.layers.items()},
         unread=left,
         is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
+        is_whole=any(is_of_module(saved, layer.path) for layer in layers),
     )
     named = {file.named(_name(copy.prefix), name): found for copy in copies for name, found in copy.layers.items()}
     feeders = Feeders(tensors)
@@ -76,6 +77,7 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
     return replace(
         _with_feeders(file, named, feeders, source),
         states=states,
+        versions={name: version for name, found in named.items() if (version := _version(saved, found))},
         aliases={_name(tuple(map(str, path))): at[first] for path, first in same_objects(saved) if first in at},
         shared=tuple(each for copy in copies for each in _shared(copy, tensors, feeders)),
     )
@@ -124,6 +126,16 @@ def _fed_by(found: Found, layer: Stored, feeders: Feeders, source: Source) -> st
 
 def _is_array(entry: Entry) -> bool:
     return isinstance(entry.tensor, Tensor) and entry.tensor.storage.held is not None
+
+
+def _version(saved: Any, found: Found) -> int:
+    """What the state that a layer is in says of its class; 0 where it says nothing."""
+    for key in found.path:
+        saved = saved[key]
+    named = saved.get(VERSIONS, {}) if isinstance(saved, dict) else {}
+    own = named.get(".".join(found.words[len(found.path) :]))
+    version = own.get("version") if isinstance(own, dict) else None
+    return version if type(version) is int else 0
 
 
 def _name(words: Words) -> str:

@@ -99,6 +99,11 @@ def settings(saved: Any, path: Sequence[str | int], words: Sequence[str]) -> Set
     return (modules or {}).get(".".join(words[len(path) :]), Settings(None, None))
 
 
+def is_of_module(saved: Any, path: Sequence[str | int]) -> bool:
+    """Whether what keys lead to was pickled as part of a module."""
+    return any(isinstance(found, Object) and found.modules is not None for found in _along(saved, path))
+
+
 def _along(saved: Any, path: Sequence[str | int]) -> Iterator[Any]:
     """The containers that keys lead through. A key of a dict may have been a number."""
     yield saved

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.checkpoint.layers import in_pairs
+from batchnorm.checkpoint.onnx_neighbours import Neighbours, graphs_in
 from batchnorm.checkpoint.onnx_values import Scope, UnreadError, Value, value_of
 from batchnorm.checkpoint.refusal import RefusalError, brief
 from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
@@ -27,6 +28,7 @@ _ENDINGS = (
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 _MOST_NODES = 1 << 20  # functions in functions may have more than any file
+_NEXT_TO_NOTHING = 1e-7  # variance: beside it even eps = 1e-3 counts 10,000 times as much
 
 
 def read(path: str, file: BinaryIO) -> Checkpoint:
@@ -39,11 +41,14 @@ def read(path: str, file: BinaryIO) -> Checkpoint:
     training: dict[str, None] = {}
     keys: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()
-    # nodes of one graph that read the same statistics: of two branches only one runs
-    calls: dict[tuple[Scope, tuple[str, ...]], list[str]] = {}
+    acts: dict[str, set[str]] = {}
+    before: dict[str, list[tuple[bool, array[float] | None]]] = {}
+    # nodes of one graph that have the same tensors, by what they normalize: of two branches only one runs
+    calls: dict[tuple[Scope, tuple[str, ...]], dict[tuple[Scope, str], str]] = {}
     called: set[str] = set()
     left = _MOST_VALUES
-    for node, scope, opset in _nodes(model, Path(path).parent):
+    for node, near, opset in _nodes(model, Path(path).parent):
+        scope = near.scope
         inputs = {key: node.input[i] for key, i in _INPUTS.items() if i < len(node.input) and node.input[i]}
         actual = {key: scope.actual(name)[1] for key, name in inputs.items()}
         values, unread = _values(scope, inputs)
@@ -58,15 +63,24 @@ def read(path: str, file: BinaryIO) -> Checkpoint:
         used.update(keys[name], origins.values())
         if _is_training(scope, node, opset):
             training[name] = None
+        acts.setdefault(name, set()).add(near.activation(node.output[0]) if node.output else "")
+        if min(layers[name].running_var or (1.0,)) < _NEXT_TO_NOTHING:
+            before.setdefault(name, []).append(near.norms(node.input[0]))
         if not layers[name].is_initial:  # an exporter may store equal initial tensors once
-            statistics = tuple(actual.get(key, "") for key in ("running_mean", "running_var"))
-            calls.setdefault((scope, statistics), []).append(name if name not in called else _label(node))
+            told = calls.setdefault((scope, keys[name]), {})
+            told.setdefault(scope.actual(node.input[0]), name if name not in called else _label(node))
             called.add(name)
-    names = tuple(tensor.name for tensor in model.graph.initializer if tensor.name not in used)
-    copies = {"": layers} if layers else {}
-    shared = tuple(Shared(tuple(found), is_called=True) for found in calls.values() if len(found) > 1)
     return Checkpoint(
-        path, "onnx", layers, copies, names=names, in_train_mode=tuple(training), keys=keys, shared=shared
+        path,
+        "onnx",
+        layers,
+        {"": layers} if layers else {},
+        names=tuple(tensor.name for tensor in model.graph.initializer if tensor.name not in used),
+        in_train_mode=tuple(training),
+        keys=keys,
+        activations={name: act for name, (act, *others) in acts.items() if act and not others},
+        filters={name: norms for name, ((is_known, norms), *others) in before.items() if is_known and not others},
+        shared=tuple(Shared(tuple(found.values()), is_called=True) for found in calls.values() if len(found) > 1),
     )
 
 
@@ -89,26 +103,24 @@ def _parsed(file: BinaryIO) -> Any:
     return model
 
 
-def _nodes(model: Any, folder: Path) -> Iterator[tuple[Any, Scope, int]]:
-    """Every BatchNormalization node with the names that it sees, and the version of ONNX that it is written in."""
+def _nodes(model: Any, folder: Path) -> Iterator[tuple[Any, Neighbours, int]]:
+    """Every BatchNormalization node with what stands around it, and the version of ONNX that it is written in."""
     functions = {(entry.domain, entry.name): entry for entry in model.functions}
-    waiting: list[tuple[Any, Scope, int]] = [(model.graph.node, Scope.of(model.graph, folder), _opset(model))]
+    waiting: list[tuple[Any, Scope, int]] = [(model.graph, Scope.of(model.graph, folder), _opset(model))]
     left = _MOST_NODES
     while waiting:
-        nodes, scope, opset = waiting.pop()
-        left -= len(nodes)
+        body, scope, opset = waiting.pop()
+        left -= len(body.node)
         if left < 0:
             raise RefusalError(f"at most {_MOST_NODES:,} nodes", "more, by functions that call functions")
+        near = Neighbours(body, scope)
         inner: list[tuple[Any, Scope, int]] = []
-        for node in nodes:
+        for node in body.node:
             if node.op_type == "BatchNormalization" and node.domain in {"", "ai.onnx"}:
-                yield node, scope, opset
+                yield node, near, opset
             elif (function := functions.get((node.domain, node.op_type))) is not None:
-                inner.append((function.node, Scope.of_call(function, node, scope), _opset(function)))
-            graphs = [
-                graph for item in node.attribute for graph in (*([item.g] if item.HasField("g") else ()), *item.graphs)
-            ]
-            inner += [(graph.node, Scope.of(graph, folder, scope), opset) for graph in graphs]
+                inner.append((function, Scope.of_call(function, node, scope), _opset(function)))
+            inner += [(graph, Scope.of(graph, folder, scope), opset) for graph in graphs_in(node)]
         waiting += reversed(inner)
 
 

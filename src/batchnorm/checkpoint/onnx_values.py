@@ -72,16 +72,20 @@ class Scope:
         return self.attributes.get(found.ref_attr_name) if found is not None and found.ref_attr_name else found
 
     def actual(self, name: str) -> tuple[Scope, str]:
-        """Where a name comes from: parameters are followed to what the calls give."""
+        """Where a name comes from: parameters are followed to what the calls give.
+
+        Raises:
+            RefusalError: If the calls are in more than 64 of each other.
+        """
         scope = self
         for _ in range(_LONGEST_CHAIN):
             while name not in scope.names and scope.outer is not None:
                 scope = scope.outer
             value = scope.names.get(name)
             if not isinstance(value, tuple) or not isinstance(value[0], Scope):
-                break
+                return scope, name
             scope, name = value
-        return scope, name
+        raise RefusalError(f"at most {_LONGEST_CHAIN} functions in functions", f"more, for {brief(name)}")
 
 
 def _made(nodes: Any) -> dict[str, Any]:

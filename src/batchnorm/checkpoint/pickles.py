@@ -247,7 +247,7 @@ def _persistent(machine: _Machine) -> Storage | known.Name:
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes of an object; those of a dict or a tensor, such as a state dict's ``_metadata``, are left out."""
+    """Attributes of an object; of those of a dict, the versions of a state dict's modules (``_metadata``)."""
     state, target = machine.stack.pop(), machine.stack[-1]
     if isinstance(target, Dtype | Unbuilt):
         built = machine.stack[-1] = target.build(state)
@@ -255,7 +255,10 @@ def _build(machine: _Machine) -> None:
             machine.memo[target.place] = built
     elif isinstance(target, Object):
         _fill(machine, target, state)
-    elif not isinstance(target, dict | Opaque | Tensor):
+    elif isinstance(target, dict):
+        if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
+            target[known.VERSIONS] = state["_metadata"]
+    elif not isinstance(target, Opaque | Tensor):
         raise RefusalError("a dict or a tensor that has attributes", brief(target))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
@@ -111,6 +111,16 @@ class Checkpoint:
     shared: tuple[Shared, ...] = ()
     # further paths of a state that is one object under several
     aliases: Mapping[str, str] = field(default_factory=dict)
+    # ONNX: the activation that alone reads a layer's result, by our name for it, by layer
+    activations: Mapping[str, str] = field(default_factory=dict)
+    # ONNX: norm of each row of the weights right before a layer, None where something else is before it; for layers
+    # with a variance that is next to nothing
+    filters: Mapping[str, array[float] | None] = field(default_factory=dict)
+    # some layers were pickled as modules, which only their own code can save again
+    is_whole: bool = False
+    # of torch.save: the version of each layer's class by its name in ``every``, where the state carries it
+    # (``_metadata``)
+    versions: Mapping[str, int] = field(default_factory=dict)
     # where each own layer is in the file: ("state_dict", "module.bn1") has its mean at
     # data["state_dict"]["module.bn1.running_mean"], and ("",) at data["running_mean"]; for ONNX, the names of the
     # node's tensors
@@ -123,7 +133,11 @@ class Checkpoint:
     @property
     def every(self) -> dict[str, Stored]:
         """Layers of all copies, by name: the first copy's as in the model, others behind their copy's name."""
-        return {self.named(copy, name): layer for copy, layers in self.copies.items() for name, layer in layers.items()}
+        return {
+            (name := self.named(copy, own)): layer if layer.name == name else replace(layer, name=name)
+            for copy, layers in self.copies.items()
+            for own, layer in layers.items()
+        }
 
     def named(self, copy: str, layer: str) -> str:
         """A layer's name in the file."""

@@ -40,7 +40,8 @@ def reference_of(model: nn.Module, reference: Any, example: Any) -> Reference:
     """
     if isinstance(reference, (str, os.PathLike)):
         file = checkpoint.read(reference)
-        return Reference(os.fspath(reference), _eps_of(file.layers), file.layers)
+        why = "the reference is a file, whose weights are not run"
+        return Reference(os.fspath(reference), _eps_of(file.layers), file.layers, unknown=why)
     if not isinstance(reference, nn.Module):
         raise TypeError(
             f"a reference must be a model or the path of a checkpoint, got {type(reference).__name__}. "
@@ -49,9 +50,11 @@ def reference_of(model: nn.Module, reference: Any, example: Any) -> Reference:
     stored = {name: stored_of(name, layer) for name, layer in layers_of(reference).items()}
     known = Reference(type(reference).__name__, _eps_of(stored), stored)
     if example is None:
-        return known
+        return replace(known, unknown="it takes an example to compare outputs with the reference's")
     theirs, ours = (_eval_outputs(each, example) for each in (reference, model))
-    return replace(known, difference=difference(ours, theirs), tolerance=tolerance(theirs))
+    if (found := difference(ours, theirs)) is None:
+        return replace(known, unknown="outputs and those of the reference do not have the same shapes")
+    return replace(known, difference=found, tolerance=tolerance(theirs))
 
 
 def _eps_of(layers: Mapping[str, checkpoint.Stored]) -> dict[str, float]:

@@ -18,23 +18,21 @@ from batchnorm.doctor.remedies import is_same
 from batchnorm.rules import RULES
 from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence
-from batchnorm.rules.words import listed, target_of
+from batchnorm.rules.finding import by_reason
+from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
     from batchnorm.checkpoint import Checkpoint, Stored
-    from batchnorm.rules.finding import Finding, Rule
+    from batchnorm.rules.finding import Finding, Rule, Unknown
 
 # enough for a t of 4 to be an effect of 0.2 sd in fully connected layers
 MAX_EXAMPLES = 512
 _MOST_CLASSES = 8  # that a note names
-_STATISTICS, _AFFINE = ("running_mean", "running_var", "num_batches_tracked"), ("weight", "bias")
-# rules that look at gamma or beta beside statistics; BN107 looks at nothing else
-_OF_AFFINE = frozenset({"BN101", "BN105", "BN106", "BN109", "BN111", "BN113", "BN115"})
 
 
 @final
@@ -141,7 +139,7 @@ def examine(
             world_size=world_size, reference=reference, max_examples=max_examples, name=name,
         )  # fmt: skip
     evidence = replace(evidence, environment=environment())
-    diagnosis = _diagnosis(evidence, selection or Selection(), measured_on, time.perf_counter() - started)
+    diagnosis = _diagnosis(evidence, selection or Selection(), state, measured_on, time.perf_counter() - started)
     return _of_state(diagnosis, evidence.file, state) if state and evidence.file else diagnosis
 
 
@@ -175,8 +173,8 @@ def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evi
         return
     left_out = set() if equal else {layer for name in repeats(file) for layer in file.states[name].layers.values()}
     for i, (copy, layers) in enumerate(file.copies.items()):
-        named = {file.named(copy, layer): stored for layer, stored in layers.items()}
-        some = {name: stored for name, stored in named.items() if name not in left_out}
+        names = [name for layer in layers if (name := file.named(copy, layer)) not in left_out]
+        some = {name: evidence.stored[name] for name in names}
         alone = replace(file, layers=layers, copies={copy: layers}, prefix="", states={}, shared=(), in_train_mode=())
         if some or not i:
             yield ("", replace(evidence, stored=some)) if not i else (copy, replace(evidence, stored=some, file=alone))
@@ -187,32 +185,46 @@ def repeats(file: Checkpoint) -> dict[str, str]:
     every, found, kept = file.every, {}, []
     for name, state in file.states.items():
         layers = {layer: every[path] for layer, path in state.layers.items()}
-        first = next((other for other, others in kept if _are_same(others, layers)), None)
+        # what loading makes of a missing counter
+        refused = {
+            file.versions.get(stored.name, 0) for stored in layers.values() if stored.num_batches_tracked is None
+        }
+        seen = ((other, others) for other, others, versions in kept if versions == refused)
+        first = next((other for other, others in seen if _are_same(others, layers)), None)
         if first is None:
-            kept.append((name, layers))
+            kept.append((name, layers, refused))
         else:
             found[name] = first
     return found
 
 
 def _are_same(some: Mapping[str, Stored], others: Mapping[str, Stored]) -> bool:
-    return some.keys() == others.keys() and all(is_same(some[name], others[name]) for name in some)
+    """Whether all that they store is known and the same."""
+    is_read = not any(stored.unread for stored in (*some.values(), *others.values()))
+    return is_read and some.keys() == others.keys() and all(is_same(some[name], others[name]) for name in some)
+
+
+def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknown], bool]:
+    """Whether what was found, or not seen, concerns one state of the file."""
+    if file is None or not state:
+        return lambda _: True
+    kept = set(file.state(state).layers.values())
+    is_own = bool(kept & file.layers.keys())
+
+    def is_meant(each: Finding | Unknown) -> bool:
+        if each.layer in {"", state}:
+            return is_own or each.layer == state
+        return any(is_below(each.layer, layer) for layer in kept)
+
+    return is_meant
 
 
 def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
-    """What concerns one state of the file."""
+    """With the layers of one state of the file only, and what else is in it as a note."""
     kept = set(file.state(name).layers.values())
-    is_own = bool(kept & file.layers.keys())
-
-    def is_meant(finding: Finding) -> bool:
-        if finding.layer in {"", name}:
-            return is_own or finding.layer == name
-        return any(is_below(finding.layer, layer) for layer in kept)
-
     rest = [other for other in file.states if other != name]
     return replace(
         diagnosis,
-        findings=tuple(filter(is_meant, diagnosis.findings)),
         layers=tuple(row for row in diagnosis.layers if row.name in kept),
         states=(name,),
         notes=(
@@ -240,19 +252,26 @@ def _states(file: Checkpoint | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, seconds: float) -> Diagnosis:
+def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on: str, seconds: float) -> Diagnosis:
     rules = [rule for rule in RULES.values() if selection.takes(rule.code)]
     missing = {rule.code: "; ".join(reasons) for rule in rules if (reasons := rule.missing(evidence))}
     ran = [rule for rule in rules if rule.code not in missing]
-    found = [finding for copy, part in parts(evidence) for finding in findings(copy, part, ran)]
-    missing |= _unread(evidence, ran, {finding.code for finding in found})
+    is_meant = _is_meant(evidence.file, state)
+    found: list[Finding] = []
+    unknown: dict[str, list[Unknown]] = {rule.code: [] for rule in ran}
+    for copy, part in parts(evidence, equal=bool(state)):
+        for rule, findings, unseen in looks(copy, part, ran):
+            found += filter(is_meant, findings)
+            unknown[rule.code] += filter(is_meant, unseen)
+    # a rule that found nothing where it could not look has not passed
+    blind = {code: by_reason(each) for code, each in unknown.items() if each and not any(f.code == code for f in found)}
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
         evidence.target,
-        order(_with_a_possible_remedy(finding, evidence) for finding in kept),
+        order(kept),
         tuple(_row(name, evidence) for name in evidence.stored),
-        tuple(rule.code for rule in ran if rule.code not in missing),
-        missing,
+        tuple(rule.code for rule in ran if rule.code not in blind),
+        {rule.code: why for rule in rules if (why := missing.get(rule.code) or blind.get(rule.code))},
         measured_on,
         seconds,
         len(found) - len(kept),
@@ -262,29 +281,16 @@ def _diagnosis(evidence: Evidence, selection: Selection, measured_on: str, secon
     )
 
 
-def _with_a_possible_remedy(finding: Finding, evidence: Evidence) -> Finding:
-    """``fix`` writes only files that torch loads as tensors and plain values."""
-    command = finding.remedy.replace(target_of(evidence), "PATH")
-    if evidence.file is None or evidence.file.is_plain or not command.startswith("batchnorm fix PATH"):
-        return finding
-    return replace(finding, remedy=f"torch.save(model.state_dict(), PATH) of the loaded model; then {command}")
-
-
-def findings(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[Finding]:
-    """What rules find in one copy; what is about all of a further copy has its name."""
+def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Rule, list[Finding], list[Unknown]]]:
+    """What each rule finds and cannot tell in one copy; what is about all of a further copy has its name."""
     for rule in rules:
-        for finding in rule.findings(part) if not rule.missing(part) else ():
-            yield finding if finding.layer or not copy else replace(finding, layer=copy)
-
-
-def _unread(evidence: Evidence, ran: Iterable[Rule], found: set[str]) -> dict[str, str]:
-    """Rules that found nothing, but could not look at every layer: they are not passed."""
-    reasons = {}
-    for rule in ran:
-        keys = _AFFINE if rule.code == "BN107" else (*_STATISTICS, *(_AFFINE if rule.code in _OF_AFFINE else ()))
-        if rule.needs == ("stored",) and rule.code not in found and (names := evidence.unread(keys)):
-            reasons[rule.code] = f"some values of {listed(names)} could not be read"
-    return reasons
+        if not rule.missing(part):
+            found, unknown = rule.look(part)
+            yield (
+                rule,
+                [replace(each, layer=each.layer or copy) for each in found],
+                [replace(each, layer=each.layer or copy) for each in unknown],
+            )
 
 
 def _notes(evidence: Evidence) -> Iterator[str]:

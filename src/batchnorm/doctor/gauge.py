@@ -62,6 +62,7 @@ class Gauge:
     non_finite: int = 0
     is_clusterable: bool = True  # every call has one row for each of the model's examples
     rounding: float = 0.0
+    extremes: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # least and largest input of each channel
     padding: list[tuple[Tensor, int]] = field(default_factory=list)  # equal positions at the end, positions
 
     def add(self, x: Tensor, examples: int) -> None:
@@ -79,6 +80,8 @@ class Gauge:
             mask = finite.reshape(*x.shape[:2], -1).all(2)  # (N, C)
             values = Moments.of(x, mask=mask.reshape(*mask.shape, *[1] * (x.ndim - 2)))
         self.values.append(values)
+        axes = [0, *range(2, x.ndim)]
+        self.extremes.append((x.amin(axes).double(), x.amax(axes).double()))
         var, mean = _by_example(x)
         self.means.append(Moments.of(mean, mask=mask))
         self.squares.append(Moments.of(var + (mean - values.mean).square(), mask=mask))
@@ -109,11 +112,25 @@ class Gauge:
             clustering_p=batches and batches.p,
             non_finite=self.non_finite,
             constant=tuple(constant.nonzero().flatten().tolist()),
+            **self._outputs(mean, var),
             padded_share=self._padded_share(),
             gap=gap,
             gap_noise=noise,
             gap_stale=stale,
         )
+
+    def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
+        """Least and largest eval output of each channel, before any activation; nothing where some are no numbers."""
+        layer = self.layer
+        weight, bias = (None if p is None else p.detach().double() for p in (layer.weight, layer.bias))
+        gain = (var + layer.eps).rsqrt() * (1.0 if weight is None else weight)
+        ends = [torch.stack(each) for each in zip(*self.extremes, strict=True)]
+        low, high = (
+            gain * (end - mean) + (0.0 if bias is None else bias) for end in (ends[0].amin(0), ends[1].amax(0))
+        )
+        if not bool(torch.isfinite(low + high).all()):
+            return {}
+        return {"lowest": plain(torch.minimum(low, high)), "highest": plain(torch.maximum(low, high))}
 
     def _gap(self, total: Moments, mean: Tensor, var: Tensor) -> tuple[float | None, float | None, float | None]:
         """The gap and its two parts, each as rms over all values by the sd of the eval output."""

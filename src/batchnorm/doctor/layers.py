@@ -38,17 +38,23 @@ def stored_of(path: str, layer: Any) -> Stored:
         for key, t in tensors.items()
         if isinstance(t, torch.Tensor) and (plain := whole(t, getattr(layer, "num_features", None) or None)) is not None
     }
-    counter: Any = getattr(layer, "num_batches_tracked", None)
-    counted = isinstance(counter, torch.Tensor) and counter.numel() == 1 and whole(counter) is not None
     values: dict[str, Any] = {key: _plain(t) for key, t in there.items()}
     return Stored(
         path,
         **values,
-        num_batches_tracked=int(counter) if counted else None,
+        num_batches_tracked=count_of(layer),
         dtypes={key: str(t.dtype).removeprefix("torch.") for key, t in there.items()},
         eps=getattr(layer, "eps", None),
         momentum=momentum_of(layer),
     )
+
+
+def count_of(layer: Any) -> int | None:
+    """A layer's num_batches_tracked; None where it has none with a value, or one that is no finite number."""
+    counter = getattr(layer, "num_batches_tracked", None)
+    if not isinstance(counter, torch.Tensor) or counter.numel() != 1 or (plain := whole(counter)) is None:
+        return None
+    return int(plain) if bool(torch.isfinite(plain)) else None
 
 
 def momentum_of(layer: Any) -> float | None:

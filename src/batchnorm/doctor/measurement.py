@@ -21,11 +21,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.doctor.gauge import Gauge, is_measurable, plain
-from batchnorm.doctor.trial import companions, train_step
+from batchnorm.doctor.layers import layers_of
+from batchnorm.doctor.trial import companions, few, train_step
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of, examples_in, on_device_of, tensors_in
+from batchnorm.population.modes import to_eval
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.rules.evidence import Loop, Measured, Run
@@ -35,6 +37,17 @@ if TYPE_CHECKING:
 
 # inputs of more features are pixels, tokens or positions rather than columns of a table
 _MOST_FEATURES = 4096
+_NOT_DENSE = "its input is no dense tensor of floating-point numbers in channels"
+# each has ``training`` as its sixth argument
+_MEASURE_BATCHES = {
+    F.batch_norm,
+    torch.batch_norm,
+    torch.native_batch_norm,
+    torch.ops.aten.batch_norm.default,
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten._native_batch_norm_legit.no_stats,
+}
 
 
 def measure(
@@ -59,24 +72,38 @@ def measure(
     """
     batches = Batches(data, max_examples, device_of(model), who="examine")
     with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
-        model.eval()
+        to_eval(model)
         view = _View(model)
         with view.hooks(), _without_gradients():
             for batch in batches:
                 view.see(batch)
-        alone, tolerance = companions(model, view.first)
-        step = train_step(model, view.first)
-    is_raw = view.is_raw and bool(view.inputs.count.any())
+        some = few(model, view.first)
+        if some.uncut:
+            view.rows_are_no_examples()
+        alone = companions(model, some)
+        step = train_step(model, some)
+    is_raw = view.not_raw is None and bool(view.inputs.count.any())
+    unknown = {
+        "companions": alone.unknown,
+        "step": step.unknown,
+        "backward": step.no_backward,
+        "functional": "scripted code cannot be looked into" if _is_scripted(model) else "",
+        "inputs": "the model gets no tensor that can be watched" if view.not_raw is None else view.not_raw,
+    }
     run = Run(
         never_ran=tuple(name for name in view.gauges if not view.calls[name]),
         updates_forward=step.forward,
         updates_backward=step.backward,
         functional=tuple(view.functional),
-        companions=alone,
-        companions_tolerance=tolerance,
+        companions=alone.change,
+        companions_tolerance=alone.tolerance,
+        alone_error=alone.error,
         train_error=step.error,
         input_scales=plain(view.inputs.std) if is_raw else None,
         input_means=plain(view.inputs.mean) if is_raw else None,
+        unwatched=view.unwatched,
+        unmeasured=view.unmeasured(),
+        unknown={part: why for part, why in unknown.items() if why},
     )
     order = [name for name in view.calls if view.gauges[name].values]
     return {name: view.gauges[name].measured() for name in order}, run, view.summary(), view.first
@@ -108,7 +135,8 @@ class _View:
         self.first: Any = None  # batch, which the model did not write to
         self.functional: dict[str, None] = {}
         self.inputs = Moments.empty()
-        self.is_raw = True  # inputs were measured, and nothing in the model normalizes them first
+        # None while inputs are measured; else why they are not, "" if the model normalizes them first
+        self.not_raw: str | None = None
         self._lazy = {name for name, gauge in self.gauges.items() if isinstance(gauge.layer, LazyModuleMixin)}
         self._entering: Tensor | None = None
         self._size = 0  # examples in the batch that runs
@@ -151,14 +179,34 @@ class _View:
 
     def _enter(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
         x = self._entering = next(iter(tensors_in((args, kwargs))), None)
-        self.is_raw &= x is not None and is_measurable(x) and 0 < x.shape[1] <= _MOST_FEATURES
-        if x is not None and self.is_raw:
+        if self.not_raw is None:
+            self.not_raw = _not_features(x)
+        if x is not None and self.not_raw is None:
             new = Moments.of(x, mask=torch.isfinite(x))
-            self.is_raw = self.inputs.shape in {torch.Size(), new.shape}
-            self.inputs = self.inputs + new if self.is_raw else self.inputs
+            if self.inputs.shape in {torch.Size(), new.shape}:
+                self.inputs = self.inputs + new
+            else:
+                self.not_raw = "batches have different numbers of features"
 
     def _normalize(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.is_raw &= not any(x is self._entering for x in tensors_in((args, kwargs)))
+        if any(x is self._entering for x in tensors_in((args, kwargs))):
+            self.not_raw = ""
+
+    def rows_are_no_examples(self) -> None:
+        """No scatter of batches is expected of rows that are nodes, points or edges."""
+        for gauge in self.gauges.values():
+            gauge.is_clusterable = False
+
+    @property
+    def unwatched(self) -> tuple[str, ...]:
+        """Layers whose calls are not seen."""
+        return tuple(name for name in layers_of(self.model) if name not in self.gauges)
+
+    def unmeasured(self) -> dict[str, str]:
+        """Layers that ran without a measurement, or cannot be watched, with the reason."""
+        ran = [name for name in self.calls if not self.gauges[name].values]
+        closed = dict.fromkeys(self.unwatched, "it is no layer that can be watched")
+        return closed | {name: "it is lazy" if name in self._lazy else _NOT_DENSE for name in ran}
 
     def _gauge(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls[name] += 1
@@ -166,6 +214,19 @@ class _View:
         x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
         if x is not None and name not in self._lazy:
             self.gauges[name].add(x, self._size)
+
+
+def _not_features(x: Tensor | None) -> str | None:
+    """Why an input is no table of features that can be compared; None if it is one."""
+    if x is None:
+        return "the model gets no tensor"
+    if not is_measurable(x):
+        return "inputs are no floating-point numbers in features"
+    return None if 0 < x.shape[1] <= _MOST_FEATURES else f"inputs have more than {_MOST_FEATURES} features, or none"
+
+
+def _is_scripted(model: nn.Module) -> bool:
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
 
 
 def _takes_hooks(module: nn.Module) -> bool:
@@ -206,10 +267,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        # ``training`` is the sixth argument of both
-        if func in {F.batch_norm, torch.batch_norm} and (
-            kwargs["training"] if "training" in kwargs else args[5:6] == (True,)
-        ):
+        if func in _MEASURE_BATCHES and (kwargs["training"] if "training" in kwargs else args[5:6] == (True,)):
             self._report()
         return func(*args, **kwargs)
 

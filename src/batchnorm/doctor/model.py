@@ -90,6 +90,9 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
         is_lazy=any(is_lazy(tensor) for tensor in tensors),
         is_sync=isinstance(layer, nn.SyncBatchNorm),
         skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
+        held=isinstance(layer, Frozen),
+        tells=isinstance(layer, nn.modules.batchnorm._NormBase) or hasattr(layer, "eps"),
+        act=act if isinstance(act := getattr(layer, "act", None), str) else "",
         where=_where(known, path),
         ignored=_codes(path, ignored),
     )

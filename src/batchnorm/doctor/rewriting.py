@@ -14,7 +14,7 @@ from batchnorm import checkpoint
 from batchnorm.checkpoint import kinds, legacy, safetensors, zips
 from batchnorm.checkpoint.copies import Copy, Entry, entries, find_copies, find_layers
 from batchnorm.doctor.diagnosis import order
-from batchnorm.doctor.examination import findings, parts
+from batchnorm.doctor.examination import looks, parts
 from batchnorm.doctor.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
 from batchnorm.replacing import replacing
 from batchnorm.rules import RULES
@@ -168,7 +168,8 @@ def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, .
     """What the rules find in every copy, also where one repeats another."""
     rules = [rule for rule in RULES.values() if selection is None or selection.takes(rule.code)]
     evidence = Evidence(file.path, file.every, file=file)
-    found = [finding for copy, part in parts(evidence, equal=True) for finding in findings(copy, part, rules)]
+    seen = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
+    found = [finding for _, findings, _ in seen for finding in findings]
     found = [finding for finding in found if selection is None or not selection.silences(finding)]
     # other prefixes are those of the file itself, "state_dict.", or of a model in a model
     wraps = _without_wrappers(file.prefix) != file.prefix

@@ -167,7 +167,8 @@ def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *
         again: The model has changed since the diagnosis.
     """
     known = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
-    selection = Selection(select=diagnosis.checked)
+    # what could not be checked in the sick model may be in the mended one
+    selection = Selection(select=(*diagnosis.checked, *diagnosis.not_checked))
     findings = diagnosis.findings
     # what is seen on data may be the consequence of what an earlier layer stores
     sick = _to_measure((finding for finding in findings if "measured" not in RULES[finding.code].needs), known)

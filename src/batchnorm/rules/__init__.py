@@ -19,11 +19,12 @@ from batchnorm.rules import (
     updates,
 )
 from batchnorm.rules.evidence import Evidence
-from batchnorm.rules.finding import Finding, Fix, Rule, Severity
+from batchnorm.rules.finding import AFFINE, STATISTICS, Finding, Fix, Rule, Severity
 
 __all__ = ["FAMILIES", "RULES", "Evidence", "Finding", "Fix", "Rule", "Severity"]
 
 _INFO, _WARNING, _ERROR = Severity
+_ALL = (*STATISTICS, *AFFINE)
 
 _TABLE = (
     Rule("BN001", "eval-layer-in-training", _WARNING, ("structure",), state.eval_layer_in_training),
@@ -36,21 +37,21 @@ _TABLE = (
     Rule("BN008", "momentum-convention", _WARNING, ("modules",), state.momentum_convention),
     Rule("BN009", "skipped-updates", _WARNING, ("modules",), state.skipped_updates),
     Rule("BN010", "uninitialized-layer", _INFO, ("modules",), state.uninitialized_layer),
-    Rule("BN101", "never-updated-statistics", _ERROR, ("stored",), updates.never_updated),
+    Rule("BN101", "never-updated-statistics", _ERROR, ("stored",), updates.never_updated, _ALL),
     Rule("BN102", "non-finite-statistics", _ERROR, ("stored",), statistics.non_finite_statistics),
     Rule("BN103", "negative-variance", _ERROR, ("stored",), statistics.negative_variance),
-    Rule("BN104", "denormal-variance", _WARNING, ("stored",), statistics.denormal_variance),
-    Rule("BN105", "constant-channel", _WARNING, ("stored",), channels.constant_channel),
-    Rule("BN106", "dead-channel", _INFO, ("stored",), channels.dead_channel),
-    Rule("BN107", "non-finite-affine", _ERROR, ("stored",), statistics.non_finite_affine),
+    Rule("BN104", "denormal-variance", _INFO, ("stored",), statistics.denormal_variance),
+    Rule("BN105", "constant-channel", _WARNING, ("stored",), channels.constant_channel, _ALL),
+    Rule("BN106", "dead-channel", _INFO, ("stored",), channels.dead_channel, _ALL),
+    Rule("BN107", "non-finite-affine", _ERROR, ("stored",), statistics.non_finite_affine, AFFINE),
     Rule("BN108", "half-precision-statistics", _WARNING, ("stored",), statistics.half_precision_statistics),
-    Rule("BN109", "incomplete-layer", _ERROR, ("stored",), statistics.incomplete_layer),
+    Rule("BN109", "incomplete-layer", _ERROR, ("stored",), statistics.incomplete_layer, _ALL),
     Rule("BN110", "far-mean", _INFO, ("stored",), statistics.far_mean),
-    Rule("BN111", "silent-layer", _WARNING, ("stored",), statistics.silent_layer),
+    Rule("BN111", "silent-layer", _WARNING, ("stored",), statistics.silent_layer, _ALL),
     Rule("BN112", "missing-counter", _INFO, ("stored",), statistics.missing_counter),
-    Rule("BN113", "untrained-model", _INFO, ("stored",), updates.untrained_model),
+    Rule("BN113", "untrained-model", _INFO, ("stored",), updates.untrained_model, _ALL),
     Rule("BN114", "few-updates", _WARNING, ("stored",), updates.few_updates),
-    Rule("BN115", "averaged-weights", _ERROR, ("stored",), updates.averaged_weights),
+    Rule("BN115", "averaged-weights", _ERROR, ("stored",), updates.averaged_weights, _ALL),
     Rule("BN116", "stale-statistics", _WARNING, ("measured",), updates.stale_statistics),
     Rule("BN201", "small-batch", _WARNING, ("loop",), batches.small_batch),
     Rule("BN202", "last-batch-of-one", _ERROR, ("loop",), batches.last_batch_of_one),

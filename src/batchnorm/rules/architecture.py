@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Severity
+from batchnorm.rules.finding import Finding, Severity, Unknown
 from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def bias_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def shared_layer(evidence: Evidence) -> Iterator[Finding]:
+def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """One layer is used at several places and mixes their statistics.
 
     Why:
@@ -58,8 +58,8 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding]:
         under several names. In a file of torch.save: two names of one state whose mean and variance are the same bytes
         of the file. That proves one layer, not two calls. So it is only told as info where the weight before the
         layer, or the module around it, is stored once as well: then the names may be two ways to one call, as in
-        self.body = self.encoder.body. In an ONNX file: nodes that read the same statistics. safetensors has no
-        sharing to be seen.
+        self.body = self.encoder.body. In an ONNX file: nodes that have the same four tensors
+        and normalize different inputs. safetensors has no sharing to be seen.
 
     Example:
         x = self.bn(self.conv1(x)); x = self.bn(self.conv2(x))
@@ -70,7 +70,10 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding]:
     References:
         Cooijmans et al. 2017, "Recurrent Batch Normalization": statistics for each time step.
     """
-    calls = (evidence.graph.calls if evidence.graph else None) or {}
+    calls = evidence.graph.calls if evidence.graph else None
+    if evidence.graph and evidence.stored and calls is None:
+        yield Unknown("", "needs an example to count calls")
+    calls = calls or {}
     names = evidence.structure.names if evidence.structure else {}
     for name in evidence.stored if evidence.graph else ():
         # two names may be two ways to one call
@@ -92,7 +95,7 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
     if shared.is_called:
         return Finding(
             names[0],
-            f"its statistics are read at {len(names)} places: {listed(names)}",
+            f"it normalizes different inputs at {len(names)} places: {listed(names)}",
             "1",
             "Statistics of one layer that runs at several places are a mixture that fits none of them.",
             "give each place a layer of its own",

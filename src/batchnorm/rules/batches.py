@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding
+from batchnorm.rules.finding import Finding, Unknown
 from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from batchnorm.rules.evidence import Evidence
+    from batchnorm.rules.evidence import Evidence, Run
 
 # ResNet-50's error on ImageNet is 23.6 % with 32 examples per device, 24.8 % with 8, 27.3 % with 4 (Wu and He 2018)
 FEWEST_EXAMPLES = 8
 # Examples whose statistics count as good enough to accumulate on: the batch per device that Goyal et al. (2017) keep
 # fixed. The noise of its means, 1 / sqrt(32), is 18 % of the sd.
 ENOUGH_EXAMPLES = 32
+_NO_SIZE = "the loader does not tell its batch size; batch_size= does"
 
 
-def small_batch(evidence: Evidence) -> Iterator[Finding]:
+def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Fewer than 8 examples per device are normalized together.
 
     Why:
@@ -42,6 +43,8 @@ def small_batch(evidence: Evidence) -> Iterator[Finding]:
         Wu and He 2018, "Group Normalization", table 2. Ioffe 2017, "Batch Renormalization".
     """
     size = _normalized_together(evidence)
+    if size is None and _measures_batches(evidence):
+        yield Unknown("", _NO_SIZE)
     if size is not None and size < FEWEST_EXAMPLES:
         yield Finding(
             "",
@@ -52,7 +55,7 @@ def small_batch(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def last_batch_of_one(evidence: Evidence) -> Iterator[Finding]:
+def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The last batch of an epoch has one example.
 
     Why:
@@ -73,7 +76,11 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding]:
         pytorch#4534, "Expected more than 1 value per channel when training".
     """
     loop = evidence.loop
-    if loop is None or loop.last_batch != 1 or (loop.batch_size or 0) <= 1 or not _measures_batches(evidence):
+    if loop is None or not _measures_batches(evidence):
+        return
+    if loop.last_batch is None:
+        yield Unknown("", "the length of the data set is not known")
+    if loop.last_batch != 1 or (loop.batch_size or 0) <= 1:
         return
     raising = [name for name, found in (evidence.measured or {}).items() if found.values_per_example == 1]
     what = f"{listed(raising)} will raise ValueError" if raising else "Layers with one value per channel raise"
@@ -120,7 +127,7 @@ def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def updated_twice(evidence: Evidence) -> Iterator[Finding]:
+def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """One training step updates the stored statistics twice: activation checkpointing runs forward again.
 
     Why:
@@ -129,6 +136,7 @@ def updated_twice(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         num_batches_tracked before and after the backward pass of one trial step. Any update there is one too many.
+        Not checked where there was no backward pass: the step failed, or no output has a gradient.
 
     Example:
         torch.utils.checkpoint.checkpoint(block_with_batch_norm, x, use_reentrant=False)
@@ -152,6 +160,10 @@ def updated_twice(evidence: Evidence) -> Iterator[Finding]:
                 f'batchnorm.convert(model, memory="save") without checkpoint(), or momentum = '
                 f"{1 - (1 - momentum) ** (1 / (1 + again)):.3g}",
             )
+    if evidence.run and (why := _no_backward(evidence.run)):
+        yield Unknown("", why)
+    elif evidence.run and evidence.stored and not evidence.run.updates_forward:
+        yield Unknown("", "no layer has a counter that can be watched")
 
 
 def weight_decay_on_affine(evidence: Evidence) -> Iterator[Finding]:
@@ -184,7 +196,7 @@ def weight_decay_on_affine(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def unused_layer(evidence: Evidence) -> Iterator[Finding]:
+def unused_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A layer was not called on the data.
 
     Why:
@@ -202,17 +214,19 @@ def unused_layer(evidence: Evidence) -> Iterator[Finding]:
     References:
         torch.nn.parallel.DistributedDataParallel, find_unused_parameters.
     """
+    for name in evidence.run.unwatched if evidence.run else ():
+        yield Unknown(name, "its calls cannot be watched")
     for name in evidence.run.never_ran if evidence.run else ():
         yield Finding(
             name,
             "0 calls on the data",
             "1 call",
-            "The layer has no effect on these data, and nothing about it was measured.",
+            "Nothing about it was measured. Unless its tensors are used elsewhere, it has no effect on these data.",
             "remove the layer, or give data that reach it",
         )
 
 
-def training_step_fails(evidence: Evidence) -> Iterator[Finding]:
+def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A training step raises an error.
 
     Why:
@@ -220,7 +234,9 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         One forward and backward pass in train mode on up to 8 examples, with the mean square of the outputs as loss.
-        A model that fails on the first part of a batch gets all its parts, such as labels.
+        A model that fails on the first part of a batch gets all its parts, such as labels. Not checked where a batch
+        has one example, or where the model takes further arguments that the batch does not hold and fails outside of
+        its batch norm layers.
 
     Example:
         A layer that gets (1, C) where each example is one batch.
@@ -239,6 +255,8 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding]:
             "The model runs in eval mode only.",
             "model.train(); model(x)  # shows where",
         )
+    if evidence.run and (why := evidence.run.unknown.get("step")):
+        yield Unknown("", why)
 
 
 def not_in_optimizer(evidence: Evidence) -> Iterator[Finding]:
@@ -268,6 +286,12 @@ def not_in_optimizer(evidence: Evidence) -> Iterator[Finding]:
             "The layer's gamma and beta are not trained.",
             f'optimizer.add_param_group({{"params": model.get_submodule("{name}").parameters()}})',
         )
+
+
+def _no_backward(run: Run) -> str:
+    """Why nothing is known of a backward pass; "" if one was run."""
+    failed = f"the training step failed: {run.train_error}" if run.train_error else ""
+    return run.unknown.get("step") or run.unknown.get("backward") or failed
 
 
 def _measures_batches(evidence: Evidence) -> bool:

@@ -6,8 +6,11 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix
+from batchnorm.rules.channels import dead_before, still_channels
+from batchnorm.rules.counters import Claim, claims, is_nearer
+from batchnorm.rules.finding import Finding, Fix, Unknown
 from batchnorm.rules.shift import is_as_constructed
+from batchnorm.rules.words import measure_again
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +35,7 @@ FEWEST_BATCHES = 4
 _SHARE_WORTH_A_WORD = 0.05
 
 
-def correlated_batches(evidence: Evidence) -> Iterator[Finding]:
+def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Batches differ from each other by more than chance: they are sorted or correlated.
 
     Why:
@@ -73,6 +76,8 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding]:
             "Batches are sorted or correlated: each is normalized by its own kind of examples.",
             "DataLoader(..., shuffle=True)",
         )
+    if all(m.clustering_p is None for m in measured.values()):
+        yield Unknown("", "it takes 4 batches whose rows in a layer are the model's examples, each used once")
 
 
 def padding_counted(evidence: Evidence) -> Iterator[Finding]:
@@ -142,7 +147,7 @@ def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
             return
 
 
-def train_eval_gap(evidence: Evidence) -> Iterator[Finding]:
+def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Train mode and eval mode give different outputs for the same data.
 
     Why:
@@ -153,21 +158,29 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding]:
         The root mean square difference of a layer's outputs in units of their standard deviation, in two parts: noise
         (batch against all the data) and stale (all the data against what is stored). Fires if the stale part is above
         0.25 and above 3 times what averaging and the choice of examples explain, noise sqrt(m / (2 - m) + 1 / batches)
-        for momentum m. Needs 4 batches. Silent for frozen layers and those that were never updated (BN101).
+        for momentum m. Needs 4 batches. Silent for frozen layers and those that were never updated (BN101). A cause
+        is told where the numbers show it: if what is stored is nearer, by half, to a mixture of the data's statistics
+        with the initial ones, or to unbiased variances of single batches.
 
     Example:
         Training stopped after 20 steps, or weights were averaged after the statistics were stored.
 
     Fix:
-        batchnorm.recalibrate(model, loader) measures the statistics anew. If the data are not those of training, the
-        gap is their shift (BN401).
+        batchnorm.recalibrate(model, loader) measures the statistics anew, on training data. If the data are not those
+        of training, the gap is their shift (BN401), and measuring on them fits the model to them.
 
     References:
         pytorch#5406, pytorch#19902. Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
     """
     for name, found in (evidence.measured or {}).items():
         stored, noise, stale = evidence.stored.get(name), found.gap_noise, found.gap_stale
-        if stale is None or noise is None or found.batches < FEWEST_BATCHES or is_as_constructed(stored):
+        if is_as_constructed(stored) or _is_frozen(evidence, name):
+            continue
+        if found.batches < FEWEST_BATCHES:
+            yield Unknown("", f"it takes {FEWEST_BATCHES} batches")
+            continue
+        if stale is None or noise is None:
+            yield Unknown(name, "no batch with 2 finite values in each channel, or outputs that do not vary")
             continue
         averaging = noise * math.sqrt(_noise_of_averaging(evidence, name) + 1 / found.batches)
         limit = max(STALE_GAP, STALE_OVER_NOISE * averaging)
@@ -176,8 +189,8 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding]:
                 name,
                 f"stored statistics move the output by {stale:.2g} sd, the batch's noise by {noise:.2g} sd",
                 f"{limit:.2g} sd",
-                f"Eval mode is not what the model was trained as: {_cause(evidence, name, found)}.",
-                "batchnorm.recalibrate(model, loader)",
+                f"Eval mode is not what train mode is on these data: {_cause(evidence, name, found)}.",
+                f"if these are training data: {measure_again(evidence)}",
                 fixable=Fix.DATA,
             )
 
@@ -190,7 +203,8 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
         up to 316 times at eps = 1e-5.
 
     How:
-        A standard deviation no larger than the rounding of the input's type, over all examples.
+        A standard deviation no larger than the rounding of the input's type, over all examples. Silent where BN106
+        names all of these channels, here or before a depthwise convolution.
 
     Example:
         A column of zeros; a filter behind a ReLU that never fires.
@@ -202,7 +216,9 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
         Ioffe and Szegedy 2015, section 3: eps.
     """
     for name, found in (evidence.measured or {}).items():
-        if found.constant and found.examples > 1:
+        stored = evidence.stored.get(name)
+        named = (still_channels(evidence, stored) if stored else set()) | dead_before(evidence, name)
+        if found.constant and found.examples > 1 and not named.issuperset(found.constant):
             yield Finding(
                 name,
                 f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} examples",
@@ -223,29 +239,25 @@ def _breaks_outputs(evidence: Evidence, layer: str) -> bool:
     return broken or any(value + evidence.eps(layer) <= 0 for value in stored.running_var or ())
 
 
-def _momentum(evidence: Evidence, layer: str) -> float | None:
+def _is_frozen(evidence: Evidence, layer: str) -> bool:
     module = (evidence.modules or {}).get(layer)
-    stored = evidence.stored.get(layer)
-    return module.momentum if module else stored.momentum if stored else None
+    return module is not None and module.frozen
 
 
 def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
     """Variance of the running average over that of one batch; infinite if it diverges."""
-    momentum = _momentum(evidence, layer) or 0.0
+    momentum = evidence.momentum(layer) or 0.0
     return momentum / (2 - momentum) if momentum < 2 else math.inf
 
 
 def _cause(evidence: Evidence, layer: str, found: Measured) -> str:
-    """What makes stored statistics differ from fresh ones, in words."""
-    stored = evidence.stored.get(layer)
-    updates = stored.num_batches_tracked if stored else None
-    momentum = _momentum(evidence, layer)
-    initial = (1 - momentum) ** updates if momentum and updates is not None else 0.0
-    if initial > _SHARE_WORTH_A_WORD:
-        return f"{initial:.0%} of the stored statistics are still the initial ones"
+    """What makes stored statistics differ from fresh ones, in words: only what the numbers show."""
+    claim, share = claims(evidence)[layer]
+    if claim is Claim.SHOWN and share > _SHARE_WORTH_A_WORD:
+        return f"{share:.0%} of the stored statistics are still the initial ones"
     values = found.examples / found.batches * found.values_per_example
-    unbiased = 1 - math.sqrt(1 - 1 / values) if values > 1 else 1.0
-    if unbiased > _SHARE_WORTH_A_WORD:
-        return f"stored variances are unbiased, which alone shrinks outputs by {unbiased:.0%} at {values:.0f} values"
-    lag = f", which reach back {(1 - momentum) / momentum:.0f} updates," if momentum and momentum < 1 else ""
-    return f"stored statistics{lag} are those of other weights or other data"
+    unbiased = [var * values / (values - 1) for var in found.var] if values > 1 else []
+    if unbiased and is_nearer(evidence.stored[layer], found.mean, unbiased, found, evidence.eps(layer)):
+        shrinks = 1 - math.sqrt(1 - 1 / values)
+        return f"stored variances are unbiased, which alone shrinks outputs by {shrinks:.0%} at {values:.0f} values"
+    return "what is stored comes from other weights or other data"

@@ -6,13 +6,14 @@ import math
 import re
 import statistics
 from collections import Counter
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix
+from batchnorm.rules.finding import Finding, Fix, Unknown
 from batchnorm.rules.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from batchnorm.checkpoint.stored import Stored
     from batchnorm.rules.evidence import Evidence
@@ -57,7 +58,7 @@ def not_folded(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def wrong_fold(evidence: Evidence) -> Iterator[Finding]:
+def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The model's outputs differ from those of the model that it was made from.
 
     Why:
@@ -78,7 +79,10 @@ def wrong_fold(evidence: Evidence) -> Iterator[Finding]:
         pytorch#180995, ultralytics PR 25364.
     """
     reference = evidence.reference
-    if reference is None or reference.difference is None:
+    if reference is None:
+        return
+    if reference.difference is None:
+        yield Unknown("", reference.unknown or "no outputs were compared with the reference's")
         return
     if not reference.difference <= reference.tolerance:  # NaN is no agreement
         yield Finding(
@@ -90,7 +94,7 @@ def wrong_fold(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def eps_mismatch(evidence: Evidence) -> Iterator[Finding]:
+def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """eps differs between layers, or from the model that the weights were imported from.
 
     Why:
@@ -98,9 +102,10 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding]:
         every output is scaled wrong, most where the variance is small.
 
     How:
-        Each layer's eps against the reference's; without a reference, against the eps that most layers have. Fires
-        if the layer's median variance makes that a change of more than 2^-11 of the output, what half precision
-        rounds away. Files say eps only in ONNX.
+        Each layer's eps against the reference's; without a reference, against the eps of more than half of the
+        layers. Fires if the layer's median variance makes that a change of more than 2^-11 of the output, what half
+        precision rounds away. Silent where two or more such layers are a part of the model by themselves, as a head
+        of another library is. Files say eps only in ONNX, or where they hold the whole model.
 
     Example:
         Keras weights in nn.BatchNorm2d(8), whose eps is 1e-5.
@@ -111,19 +116,21 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding]:
     References:
         Keras BatchNormalization, epsilon=1e-3. pytorch/ao PR 4758.
     """
-    known = {
-        name: eps for name, stored in evidence.stored.items() if (eps := _known_eps(evidence, name, stored)) is not None
-    }
+    known = {name: eps for name in evidence.stored if (eps := evidence.known_eps(name)) is not None}
+    if evidence.stored and not known:
+        yield Unknown("", "eps is not told")
     expected, source = (evidence.reference.eps, evidence.reference.path) if evidence.reference else ({}, "")
-    most = Counter(known.values()).most_common(1)
+    usual = _usual_eps(known)
     for name, eps in known.items():
-        other = expected.get(name, most[0][0])
+        other = expected.get(name, usual)
+        if other is None or (name not in expected and _is_own_part(known, eps)):
+            continue
         effect = _effect(evidence.stored[name], eps, other)
         if effect > EPS_EFFECT:
-            who = source if name in expected else "most layers"
+            who = f" where {source} has" if name in expected else ", most layers have"
             yield Finding(
                 name,
-                f"eps {eps:g} where {who} has {other:g}" if name in expected else f"eps {eps:g}, {who} have {other:g}",
+                f"eps {eps:g}{who} {other:g}",
                 f"{EPS_EFFECT:.2%} of the output",
                 f"Outputs of a typical channel differ by {effect:.2g} of their size, those of small variance by more.",
                 f'model.get_submodule("{name}").eps = {other:g}',
@@ -131,7 +138,7 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
-def train_mode_in_export(evidence: Evidence) -> Iterator[Finding]:
+def train_mode_in_export(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """An exported layer normalizes by the batch.
 
     Why:
@@ -158,9 +165,11 @@ def train_mode_in_export(evidence: Evidence) -> Iterator[Finding]:
             "Answers depend on what else is in the batch.",
             'torch.onnx.export(model.eval(), x, "model.onnx")',
         )
+    if evidence.file and evidence.file.format != "onnx":
+        yield Unknown("", "only an exported graph has a mode")
 
 
-def functional_statistics(evidence: Evidence) -> Iterator[Finding]:
+def functional_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A functional call normalizes by the batch in eval mode.
 
     Why:
@@ -188,9 +197,11 @@ def functional_statistics(evidence: Evidence) -> Iterator[Finding]:
             "An example's answer depends on what else is in its batch.",
             "F.batch_norm(x, self.running_mean, self.running_var, ..., training=self.training)",
         )
+    if evidence.run and (why := evidence.run.unknown.get("functional")):
+        yield Unknown("", why)
 
 
-def depends_on_companions(evidence: Evidence) -> Iterator[Finding]:
+def depends_on_companions(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """An example's eval output depends on what else is in its batch.
 
     Why:
@@ -198,8 +209,9 @@ def depends_on_companions(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         The first example's eval output alone and among up to 8, relative to its largest value. The limit is what
-        rounding explains, 1024 eps of float32. Silent where BN505 names the cause, and where outputs are not one for
-        each example.
+        rounding explains, 1024 eps of float32. A model that raises for one example alone, and not for a few, is a
+        finding too. Silent where BN505 names the cause. Not checked where outputs are not one for each example, or
+        batches hold one example, or cannot be cut into examples.
 
     Example:
         nn.BatchNorm2d(8, track_running_stats=False); (x - x.mean()) / x.std() in forward
@@ -211,15 +223,18 @@ def depends_on_companions(evidence: Evidence) -> Iterator[Finding]:
         pytorch#5406.
     """
     run = evidence.run
-    if run is None or run.companions is None or run.functional:
+    if run is None or run.functional:
         return
-    if not run.companions <= run.companions_tolerance:
+    if run.companions is None and not run.alone_error:
+        yield Unknown("", run.unknown.get("companions", "no example was run alone"))
+    elif run.alone_error or not (run.companions or 0.0) <= run.companions_tolerance:
         modules = (evidence.modules or {}).items()
         without = [name for name, module in modules if not module.tracks and evidence.stored[name].running_mean is None]
+        change = f"an example's output changes by {run.companions or 0.0:.2g} of its size when it is alone"
         yield Finding(
             "",
-            f"an example's output changes by {run.companions:.2g} of its size when it is alone",
-            f"{run.companions_tolerance:.1g}",
+            f"one example alone raises {run.alone_error}" if run.alone_error else change,
+            "no error" if run.alone_error else f"{run.companions_tolerance:.1g}",
             f"Answers depend on the batch{': no statistics are stored by ' + listed(without) if without else ''}.",
             "track_running_stats=True and batchnorm.recalibrate; batchnorm.InputNorm in place of x.mean()",
         )
@@ -259,7 +274,7 @@ def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def reference_statistics(evidence: Evidence) -> Iterator[Finding]:
+def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Stored statistics differ from the reference's.
 
     Why:
@@ -279,7 +294,10 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding]:
     References:
         pytorch/ao PR 4758.
     """
-    for name, theirs in (evidence.reference.stored if evidence.reference else {}).items():
+    known = evidence.reference.stored if evidence.reference else {}
+    if evidence.stored and not evidence.stored.keys() & known.keys():
+        yield Unknown("", "no layer has the name of one of the reference's")
+    for name, theirs in known.items():
         ours = evidence.stored.get(name)
         if ours and (channels := _differing(ours, theirs, evidence.eps(name))):
             yield Finding(
@@ -324,9 +342,18 @@ def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _known_eps(evidence: Evidence, name: str, stored: Stored) -> float | None:
-    module = (evidence.modules or {}).get(name)
-    return module.eps if module else stored.eps
+def _usual_eps(known: Mapping[str, float]) -> float | None:
+    """The eps of more than half of the layers, if there is one."""
+    (eps, count), *_ = Counter(known.values()).most_common(1) or [(0.0, 0)]
+    return eps if 2 * count > len(known) else None
+
+
+def _is_own_part(known: Mapping[str, float], eps: float) -> bool:
+    """Whether all layers of this eps, two or more, are a part of the model with no other layer in it."""
+    paths = [name.split(".")[:-1] for name, other in known.items() if other == eps]
+    around = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, zip(*paths, strict=False))]
+    inside = [name for name in known if name.split(".")[: len(around)] == around]
+    return len(paths) > 1 and bool(around) and len(inside) == len(paths)
 
 
 def _effect(stored: Stored, eps: float, other: float) -> float:

@@ -32,7 +32,9 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
         torchrun --nproc-per-node 8 train.py --batch-size 4
 
     Fix:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs; larger batches; or batchnorm.freeze for fine-tuning.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs; larger batches; or batchnorm.freeze for fine-tuning. It
+        knows torch.nn's arguments only: layers of this package that apply an activation go through for_export first,
+        or their activations are lost.
 
     References:
         Peng et al. 2018, "MegDet"; pytorch#30718.
@@ -49,8 +51,14 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
             f"{'an unknown number of' if size is None else size} examples in a process",
             f"{ENOUGH_EXAMPLES} examples, or SyncBatchNorm",
             "Each process normalizes by the noise of its own few examples.",
-            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)",
+            f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_as_torchs(evidence)})",
         )
+
+
+def _as_torchs(evidence: Evidence) -> str:
+    """The model, as a tool takes it that knows no arguments but torch.nn's."""
+    applies = any(module.act for module in (evidence.modules or {}).values())
+    return "batchnorm.for_export(model)" if applies else "model"
 
 
 def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
 
@@ -40,13 +40,16 @@ class Module:
     momentum: float | None
     tracks: bool  # track_running_stats
     training: bool
-    frozen: bool  # by batchnorm.freeze, or a class that always uses stored statistics
+    frozen: bool  # always uses stored statistics: by batchnorm.freeze, or by its class
     trainable: bool  # gamma or beta requires a gradient
     affine: bool
     device: str
     is_lazy: bool = False
     is_sync: bool = False
     skipped_updates: int = 0
+    held: bool = False  # frozen by batchnorm.freeze
+    tells: bool = True  # its settings can be read: a traced or exported layer has none
+    act: str = ""  # what a layer of this package applies to its result
     where: str = ""  # file:line of the code that defines or constructs it, if known
     ignored: frozenset[str] = frozenset()  # codes its owner put into batchnorm_ignore
 
@@ -69,11 +72,17 @@ class Structure:
 class Graph:
     """Who feeds whom, as traced, or observed on an example."""
 
-    calls: Mapping[str, int] = field(default_factory=dict)  # calls of each layer in one forward pass, if known
+    calls: Mapping[str, int] | None = None  # calls of each layer in one forward pass, if an example was run
     biased: Mapping[str, str] = field(default_factory=dict)  # layer: the conv or linear before it that has a bias
     behind_dropout: Mapping[str, str] = field(default_factory=dict)
     behind_batch_norm: Mapping[str, str] = field(default_factory=dict)
     foldable: Mapping[str, str] = field(default_factory=dict)  # layer: the layer it can be folded into
+    activations: Mapping[str, str] = field(default_factory=dict)  # layer: what alone reads its result, if it is one
+    # layer: norm of each row of the weights right before it; None where something else is before it
+    filters: Mapping[str, array[float] | None] = field(default_factory=dict)
+    # layer: the one before it whose activation it gets through a depthwise convolution, channel by channel
+    channel_by_channel: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)  # modules whose forward cannot be followed: why
 
 
 @final
@@ -102,6 +111,8 @@ class Measured:
     clustering_p: float | None = None  # probability of an F this large if batches were drawn at random
     non_finite: int = 0  # inputs that are NaN or infinite
     constant: tuple[int, ...] = ()  # channels of one value on all the data
+    lowest: array[float] | None = None  # smallest eval output of each channel, before any activation
+    highest: array[float] | None = None
     padded_share: float = 0.0  # of positions, behind the end of an example
     # gap between train mode and eval mode in the layer's output, in units of its sd, and its parts
     gap: float | None = None
@@ -120,9 +131,14 @@ class Run:
     functional: tuple[str, ...] = ()  # modules that call F.batch_norm with the batch's statistics in eval mode
     companions: float | None = None  # max relative change of an example's eval output by what is in its batch
     companions_tolerance: float = 0.0
+    alone_error: str = ""  # what eval mode raised for one example alone, which ran beside others
     train_error: str = ""  # what a train-mode step raised
     input_scales: array[float] | None = None  # sd of each input feature
     input_means: array[float] | None = None
+    unwatched: tuple[str, ...] = ()  # layers whose calls are not seen: scripted, exported, of another library
+    unmeasured: Mapping[str, str] = field(default_factory=dict)  # layers whose inputs are not known: why
+    # why a part is not known: "companions", "step", "backward", "functional", "inputs"
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
 
 @final
@@ -157,6 +173,7 @@ class Reference:
     stored: Mapping[str, Stored] = field(default_factory=dict)
     difference: float | None = None  # max |output - reference output| / max |reference output| in eval mode
     tolerance: float = 0.0
+    unknown: str = ""  # why outputs were not compared
 
 
 @final
@@ -207,6 +224,44 @@ class Evidence:
         """Layers that have one of these values stored where it could not be read."""
         return [name for name, stored in self.stored.items() if not stored.unread.keys().isdisjoint(keys)]
 
+    def unseen(self, needs: Iterable[str], reads: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Layers of which a rule that needs these parts knows nothing, with the reason; "" for the model.
+
+        Args:
+            needs: Parts of the evidence.
+            reads: Of what is stored, the values that the rule looks at.
+        """
+        modules = (self.modules or {}).items()
+        if "stored" in needs:
+            # each with a reason of its own, which the diagnosis has as a note
+            yield from ((name, "some values could not be read") for name in self.unread(reads))
+            yield from ((name, "it is lazy") for name, module in modules if module.is_lazy)
+            yield from ((name, "it is on the meta device") for name, m in modules if m.device == "meta")
+        if "modules" in needs:
+            yield from ((name, "it does not tell its settings") for name, module in modules if not module.tells)
+        if "measured" in needs and self.stored and not self.measured:
+            yield "", "no layer got an input that can be measured"
+        if "measured" in needs and self.run:
+            yield from self.run.unmeasured.items()
+        if not {"graph", "sharing"}.isdisjoint(needs) and self.graph:
+            yield from ((name, f"its forward cannot be followed: {why}") for name, why in self.graph.unread.items())
+
+    def activation(self, layer: str) -> str:
+        """The activation that is known to follow a layer, and to be all that reads its result; "" if none is."""
+        known = self.graph.activations if self.graph else self.file.activations if self.file else {}
+        return known.get(layer, "")
+
+    def filters(self, layer: str) -> tuple[bool, array[float] | None]:
+        """Whether it is known what is right before a layer; if that is a linear map, the norm of each of its rows."""
+        known = self.graph.filters if self.graph else self.file.filters if self.file else {}
+        return layer in known, known.get(layer)
+
+    def momentum(self, layer: str) -> float | None:
+        """A layer's momentum: torch's meaning; None for equal weights, and where a file does not tell."""
+        if self.modules and layer in self.modules:
+            return self.modules[layer].momentum
+        return self.stored[layer].momentum if layer in self.stored else None
+
     def where(self, layer: str) -> str:
         """file:line of a layer's code, if known."""
         module = (self.modules or {}).get(layer)
@@ -214,7 +269,12 @@ class Evidence:
 
     def eps(self, layer: str) -> float:
         """A layer's eps: its own, or 1e-5 where only a file is at hand that does not say."""
+        known = self.known_eps(layer)
+        return 1e-5 if known is None else known
+
+    def known_eps(self, layer: str) -> float | None:
+        """A layer's eps; None where neither a file nor the layer tells it."""
         if self.modules and layer in self.modules:
-            return self.modules[layer].eps
-        stored = self.stored[layer].eps if layer in self.stored else None
-        return 1e-5 if stored is None else stored
+            module = self.modules[layer]
+            return module.eps if module.tells else None
+        return self.stored[layer].eps if layer in self.stored else None

@@ -1,16 +1,23 @@
-"""Finding: one fault of one layer, or of the whole model; Rule: how it is found."""
+"""Finding: one fault of one layer, or of the whole model; Unknown: what kept a rule from telling; Rule: both."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from typing import TYPE_CHECKING, final
+
+from batchnorm.rules.words import Fix, listed, possible
+
+__all__ = ["AFFINE", "STATISTICS", "Finding", "Fix", "Rule", "Severity", "Unknown", "by_reason"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from batchnorm.rules.evidence import Evidence
+
+
+STATISTICS, AFFINE = ("running_mean", "running_var", "num_batches_tracked"), ("weight", "bias")
 
 
 class Severity(IntEnum):
@@ -22,15 +29,6 @@ class Severity(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
-
-
-class Fix(StrEnum):
-    """What it takes to mend a finding."""
-
-    NO = "no"  # a decision, or code that only its owner can change
-    SAFE = "safe"  # needs no data, and eval outputs stay the same
-    DATA = "data"  # needs examples
-    UNSAFE = "unsafe"  # needs no data, and changes eval outputs
 
 
 @final
@@ -59,31 +57,55 @@ class Finding:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Unknown:
+    """Why a rule could not tell about a layer, or about the whole model: its measurement failed, or proves nothing."""
+
+    layer: str
+    reason: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Rule:
     """A row of the table: a rule's code, its name, how bad it is, what it needs to know, and the function.
 
-    ``check`` takes the evidence and yields findings; it is called only if every part named in ``needs`` is there.
-    Its docstring is the rule's page.
+    ``check`` takes the evidence and yields findings, and what it could not tell; it is called only if every part
+    named in ``needs`` is there. Its docstring is the rule's page. A layer of which one of ``reads`` could not be read
+    was not looked at.
     """
 
     code: str
     slug: str
     severity: Severity
     needs: tuple[str, ...]
-    check: Callable[[Evidence], Iterable[Finding]]
+    check: Callable[[Evidence], Iterable[Finding | Unknown]]
+    reads: tuple[str, ...] = STATISTICS  # of what is stored, the values that it looks at
 
     def findings(self, evidence: Evidence) -> list[Finding]:
         """What this rule finds, worded in full."""
-        return [
-            replace(
-                found,
-                code=self.code,
-                slug=self.slug,
-                severity=min(found.severity, self.severity),
-                where=found.where or evidence.where(found.layer),
-            )
-            for found in self.check(evidence)
-        ]
+        return self.look(evidence)[0]
+
+    def look(self, evidence: Evidence) -> tuple[list[Finding], list[Unknown]]:
+        """What this rule finds, worded in full, and what it could not tell: a rule that ran may still be blind.
+
+        A layer that was not looked at is no reason to doubt a finding, so reasons matter where nothing was found.
+        """
+        seen = list(self.check(evidence))
+        unseen = [Unknown(layer, reason) for layer, reason in evidence.unseen(self.needs, self.reads)]
+        unknown = [*unseen, *(each for each in seen if isinstance(each, Unknown))]
+        return [self._worded(found, evidence) for found in seen if isinstance(found, Finding)], unknown
+
+    def _worded(self, found: Finding, evidence: Evidence) -> Finding:
+        fixable, remedy = possible(found.fixable, found.remedy, evidence)
+        return replace(
+            found,
+            code=self.code,
+            slug=self.slug,
+            severity=min(found.severity, self.severity),
+            where=found.where or evidence.where(found.layer),
+            fixable=fixable,
+            remedy=remedy,
+        )
 
     def missing(self, evidence: Evidence) -> list[str]:
         """Why the rule cannot run on this evidence: empty if it can."""
@@ -98,3 +120,11 @@ class Rule:
     def title(self) -> str:
         """First sentence of the page."""
         return self.page.partition("\n")[0]
+
+
+def by_reason(unknown: Iterable[Unknown]) -> str:
+    """Reasons with the layers that they are about; a reason of the whole model has none."""
+    layers: dict[str, dict[str, None]] = {}
+    for each in unknown:
+        layers.setdefault(each.reason, {})[each.layer] = None
+    return "; ".join(reason if "" in names else f"{reason} ({listed(names)})" for reason, names in layers.items())

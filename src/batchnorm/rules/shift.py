@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix
+from batchnorm.rules.finding import Finding, Fix, Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
+def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Input features range over very different scales.
 
     Why:
@@ -78,7 +78,8 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
     How:
         Standard deviation and mean of each input feature (axis 1). Fires if the largest standard deviation is above
         100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are left
-        out. Silent for integer inputs, more than 4096 features, and models that begin with InputNorm or batch norm.
+        out. Silent for models that begin with InputNorm or batch norm; not checked for integer inputs and more than
+        4096 features.
 
     Example:
         Columns age (20..80) and income (20000..200000) straight from the table.
@@ -90,7 +91,11 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding]:
         LeCun, Bottou, Orr and Müller 1998, "Efficient BackProp", section 4.3.
     """
     run = evidence.run
-    if run is None or run.input_scales is None or run.input_means is None:
+    if run is None:
+        return
+    if run.input_scales is None or run.input_means is None:
+        if why := run.unknown.get("inputs"):
+            yield Unknown("", why)
         return
     pairs = [(scale, mean) for scale, mean in zip(run.input_scales, run.input_means, strict=True) if scale > 0]
     # what rounding leaves of a constant

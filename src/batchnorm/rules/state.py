@@ -91,7 +91,8 @@ def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
         A layer is frozen to keep what it computes. With a gradient on gamma or beta it goes on changing.
 
     How:
-        The layer was frozen by batchnorm.freeze and one of its parameters requires a gradient.
+        The layer was frozen by batchnorm.freeze and one of its parameters requires a gradient. Silent for traced
+        modules and for classes that never measure a batch: nobody froze those.
 
     Example:
         batchnorm.freeze(model), which fixes statistics and leaves gamma and beta to the optimizer
@@ -100,7 +101,7 @@ def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
         batchnorm.freeze(model, affine=True) if they are meant to stay too.
     """
     for name, module in (evidence.modules or {}).items():
-        if module.frozen and module.trainable:
+        if module.held and module.trainable:
             yield Finding(
                 name,
                 "frozen, with a gradient on gamma or beta",
@@ -182,7 +183,8 @@ def cumulative_momentum(evidence: Evidence) -> Iterator[Finding]:
         count as much as the last ones. Every batch counts alike too, whatever its size.
 
     How:
-        momentum is None.
+        momentum is None. num_batches_tracked says how many batches count alike so far; statistics that were measured
+        at fixed weights, as by update_bn, are right as they are.
 
     Example:
         nn.BatchNorm1d(32, momentum=None)
@@ -199,7 +201,7 @@ def cumulative_momentum(evidence: Evidence) -> Iterator[Finding]:
                 name,
                 "momentum = None",
                 "a number such as 0.1 while weights learn",
-                "Statistics of old weights count as much as those of the present ones.",
+                "While weights learn, batches of old ones count as much as those of the present ones.",
                 "layer.momentum = 0.1",
             )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from batchnorm.rules.channels import dead_channels
 from batchnorm.rules.finding import Finding, Fix
-from batchnorm.rules.words import measure_again, some_of, target_of
+from batchnorm.rules.words import measure_again, mend, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float
 ROUNDING = 2.0**-24
 # float32 keeps 24 bits: an input this far from zero in its sd has lost 13 of them before it is normalized
 FAR = 1e4
+COUNTED = 2  # the version of torch's layers that added num_batches_tracked
 
 
 def non_finite_statistics(evidence: Evidence) -> Iterator[Finding]:
@@ -84,7 +86,7 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
                 f"running_var down to {least:.3g}, {some_of(channels, stored)}",
                 "0 or more",
                 "Rounding below zero." if safe else "The channel's eval output is NaN, or far too large.",
-                f"batchnorm fix {target_of(evidence)}" if safe else measure_again(evidence),
+                mend(evidence) if safe else measure_again(evidence),
                 channels=channels,
                 fixable=Fix.SAFE if safe else Fix.DATA,
             )
@@ -94,11 +96,12 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
     """A stored variance is a denormal number.
 
     Why:
-        Processors and compilers treat denormals differently, some as 0 and some slowly, so that results and times
-        depend on the machine. Beside eps it is 0 anyway.
+        Processors and compilers treat denormals differently, some as 0 and some slowly, so that times depend on the
+        machine. Beside eps it is 0 anyway: no output changes.
 
     How:
-        0 < running_var < the smallest normal number of its type (1.2e-38 for float32).
+        0 < running_var < the smallest normal number of its type (1.2e-38 for float32), and at most eps / 2^24. A
+        float16 of 6e-5 is denormal too, but no zero beside eps: not meant. Silent for channels that BN106 names.
 
     Example:
         A channel behind a dead ReLU: its variance shrinks by 0.9 in each step and never arrives at 0.
@@ -108,13 +111,16 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, stored in evidence.stored.items():
         tiny = TINY.get(stored.dtypes.get("running_var", ""), TINY["float32"])
-        if channels := _where(stored.running_var, lambda var, tiny=tiny: 0 < var < tiny):
+        limit = min(tiny, ROUNDING * evidence.eps(name))
+        tiny_ones = _where(stored.running_var, lambda var, limit=limit: 0 < var < limit)
+        dead = dead_channels(evidence, stored) if tiny_ones else set()
+        if channels := tuple(i for i in tiny_ones if i not in dead):
             yield Finding(
                 name,
                 f"running_var down to {_least(stored, channels):.3g}, {some_of(channels, stored)}",
                 f"0, or at least {tiny:.3g}",
-                "Machines differ in what they make of it.",
-                f"batchnorm fix {target_of(evidence)}",
+                "Beside eps it is 0; some machines are slow with it.",
+                mend(evidence),
                 channels=channels,
                 fixable=Fix.SAFE,
             )
@@ -157,7 +163,7 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
         small difference changes nothing. Inference with them costs digits that float32 buffers keep for free.
 
     How:
-        running_mean or running_var has the type float16 or bfloat16.
+        running_mean or running_var has the type float16 or bfloat16. Silent for ONNX, which is not trained further.
 
     Example:
         model.half(): running_var = inf. model.bfloat16(): a running mean that stalls at 4.78 where 4.97 is true.
@@ -166,7 +172,7 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
         batchnorm fix stores them in float32, which is exact; digits that are lost come back with --data.
         This package's layers keep float32 statistics under half() and bfloat16().
     """
-    for name, stored in evidence.stored.items():
+    for name, stored in () if _is_onnx(evidence) else evidence.stored.items():
         kinds = {stored.dtypes.get(key) for key in ("running_mean", "running_var")} & HALF
         if kinds:
             yield Finding(
@@ -174,7 +180,7 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
                 f"statistics in {' and '.join(sorted(map(str, kinds)))}",
                 "float32",
                 "Large variances overflow or small updates are lost, should it be trained further.",
-                f"batchnorm fix {target_of(evidence)}",
+                mend(evidence),
                 fixable=Fix.SAFE,
             )
 
@@ -272,37 +278,47 @@ def silent_layer(evidence: Evidence) -> Iterator[Finding]:
 
 
 def missing_counter(evidence: Evidence) -> Iterator[Finding]:
-    """num_batches_tracked is missing.
+    """num_batches_tracked is missing where loading needs it.
 
     Why:
-        torch's own files may lack it: they carry a version number by which torch fills it in. Files of other formats
-        do not, and load_state_dict(strict=True) then fails.
+        torch fills a missing counter in, unless the state says that it was saved by a version that has one. Such a
+        state lost the counter on its way, and load_state_dict(strict=True) refuses it.
 
     How:
-        Statistics are there and num_batches_tracked is not, or is not one number, in a file that is not ONNX.
+        Statistics are there, num_batches_tracked is not, and the state's _metadata has version 2 or more for the
+        layer; or the counter is not one number. States without _metadata (plain dicts, safetensors) load without
+        counters, and so do old ones.
 
     Example:
-        A checkpoint of torch 0.4, or one that was converted from another framework.
+        state = model.state_dict(); del state["bn.num_batches_tracked"]; torch.save(state, path)
 
     Fix:
         batchnorm fix adds it with the value 0. Nothing but momentum=None uses it.
     """
-    if evidence.file is None or evidence.file.format == "onnx":
-        return
-    names = [
-        name
-        for name, stored in evidence.stored.items()
-        if stored.running_var is not None and stored.num_batches_tracked is None
-    ]
-    for name in names:
-        yield Finding(
-            name,
-            f"{'no' if 'num_batches_tracked' not in evidence.stored[name].dtypes else 'unusable'} num_batches_tracked",
-            "one counter for each layer",
-            "load_state_dict(strict=True) may refuse the file.",
-            f"batchnorm fix {target_of(evidence)}",
-            fixable=Fix.SAFE,
-        )
+    for name, stored in evidence.stored.items():
+        if stored.running_var is not None and (why := _counter_refused(evidence, stored)):
+            yield Finding(
+                name,
+                why,
+                "one counter for each layer",
+                "load_state_dict(strict=True) refuses the file, or makes an arbitrary number of it.",
+                mend(evidence),
+                fixable=Fix.SAFE,
+            )
+
+
+def _counter_refused(evidence: Evidence, stored: Stored) -> str:
+    """What loading stumbles over in a layer's counter; "" if nothing."""
+    if evidence.file is None or stored.num_batches_tracked is not None or _is_onnx(evidence):
+        return ""
+    version = evidence.file.versions.get(stored.name, 0)
+    if "num_batches_tracked" in stored.dtypes:
+        return "unusable num_batches_tracked"
+    return f"no num_batches_tracked in a state of version {version}" if version >= COUNTED else ""
+
+
+def _is_onnx(evidence: Evidence) -> bool:
+    return evidence.file is not None and evidence.file.format == "onnx"
 
 
 def _where(values: Sequence[float] | None, test: Callable[[float], bool]) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from batchnorm.checkpoint.copies import says_average
 from batchnorm.checkpoint.stored import is_below
 from batchnorm.checkpoint.twins import find_twins
-from batchnorm.rules.finding import Finding, Fix, Severity
-from batchnorm.rules.words import measure_again, some_of
+from batchnorm.rules.counters import MATTERS, RESIDUE, USUAL_MOMENTUM, Claim, claims, is_counted, misfit
+from batchnorm.rules.finding import Finding, Fix, Severity, Unknown
+from batchnorm.rules.words import listed, measure_again, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint.twins import Twins
     from batchnorm.rules.evidence import Evidence, Measured
 
-RESIDUE = 0.01  # of the initial statistics
-ROUNDING = 1e-3  # far above what float32 makes of a few hundred updates
-USUAL_MOMENTUM = 0.1
+__all__ = ["RESIDUE", "USUAL_MOMENTUM"]
+
 # two-sided p = 6e-5 for one channel; M_eff is an estimate, so a layer is named only if a tenth of it is beyond
 STALE_T = 4.0
 STALE_SHARE = 0.1
@@ -37,8 +37,8 @@ def never_updated(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         Every running_mean is exactly 0 and every running_var exactly 1, in a model that is trained: another layer
-        has other statistics, or some gamma or beta has moved. num_batches_tracked is not looked at: healthy shipped
-        models have 0 there.
+        has other statistics, some gamma or beta has moved, or num_batches_tracked counted batches. A count of 0 says
+        nothing: healthy shipped models have it. Silent where data have that mean and variance.
 
     Example:
         Weights copied by name into a model, buffers forgotten: load_state_dict(..., strict=False).
@@ -52,7 +52,7 @@ def never_updated(evidence: Evidence) -> Iterator[Finding]:
     if _is_untrained(evidence):
         return
     for name, stored in evidence.stored.items():
-        if stored.is_initial:
+        if stored.is_initial and ((distance := misfit(evidence, name)) is None or distance > MATTERS):
             yield Finding(
                 name,
                 "running_mean = 0 and running_var = 1 in every channel",
@@ -70,7 +70,7 @@ def untrained_model(evidence: Evidence) -> Iterator[Finding]:
         If this is meant to be a trained model, its batch norm layers were not saved or not loaded.
 
     How:
-        In every layer mean 0, variance 1, gamma 1 or 0, and beta 0, exactly.
+        In every layer mean 0, variance 1, gamma 1 or 0, and beta 0, exactly, and no batch was counted.
 
     Example:
         batchnorm doctor model.py:make_model, without --weights
@@ -88,7 +88,7 @@ def untrained_model(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def few_updates(evidence: Evidence) -> Iterator[Finding]:
+def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The stored statistics still contain part of their initial values.
 
     Why:
@@ -96,9 +96,12 @@ def few_updates(evidence: Evidence) -> Iterator[Finding]:
         much of that start is still in it: 35 % after 10, 1 % after 44, for momentum 0.1.
 
     How:
-        (1 - momentum)^num_batches_tracked > 0.01, with momentum 0.1 where a file does not tell. Silent for a count
-        of 0, which healthy converted models have, for momentum=None, which has no such residue, and where a variance is
-        smaller than that share of 1: then it was measured in another way, as recalibrate does.
+        r = (1 - momentum)^num_batches_tracked > 0.01, with momentum 0.1 where a file does not tell, and it is shown:
+        data whose statistics m, v are farther from what is stored than (1 - r) m, r + (1 - r) v, by half or more; or,
+        without data, two variances that are r exactly, as those of channels that never varied, or four layers whose
+        smallest variances begin at r. Silent if a variance is below r, which no update leaves, and for a count of 0
+        and momentum=None. A small count alone shows nothing, since recalibrate and update_bn leave one too: then it
+        is not checked.
 
     Example:
         A short fine-tuning with momentum=0.01: after 100 batches 37 % of the start is left.
@@ -109,25 +112,24 @@ def few_updates(evidence: Evidence) -> Iterator[Finding]:
     References:
         chemprop#607.
     """
-    for name, stored in evidence.stored.items():
-        module = (evidence.modules or {}).get(name)
-        momentum = module.momentum if module else stored.momentum or USUAL_MOMENTUM
-        count = stored.num_batches_tracked
-        if not count or count < 0 or momentum is None or stored.is_initial or (module and module.frozen):
-            continue
-        residue = abs(1 - momentum) ** count
-        # variances are 0 or more, so that each average still has that share of its start, which is 1
-        is_there = min(stored.running_var or (0.0,)) >= residue * (1 - ROUNDING)
-        if momentum and residue > RESIDUE and is_there:
-            basis = "" if module or stored.momentum else ", if momentum is 0.1"
+    known = claims(evidence)
+    for name, (claim, share) in known.items():
+        stored, module = evidence.stored[name], (evidence.modules or {}).get(name)
+        if claim is Claim.SHOWN and not (module and module.frozen):
+            told = evidence.momentum(name) is not None or evidence.modules is not None
             yield Finding(
                 name,
-                f"{count} updates: {residue:.0%} of the initial statistics left{basis}",
+                f"{stored.num_batches_tracked} updates: {share:.0%} of the initial statistics left"
+                f"{'' if told else ', if momentum is 0.1'}",
                 f"{RESIDUE:.0%}",
                 "Eval mode normalizes partly by mean 0 and variance 1.",
                 measure_again(evidence),
                 fixable=Fix.DATA,
             )
+    if some := [name for name, (claim, _) in known.items() if claim is Claim.OPEN]:
+        counts = sorted({str(evidence.stored[name].num_batches_tracked) for name in some}, key=int)
+        what = f"num_batches_tracked of {listed(counts)} is that of few updates, or of statistics measured at once"
+        yield Unknown("", f"{what}; data tell")
 
 
 def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
@@ -169,7 +171,7 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def stale_statistics(evidence: Evidence) -> Iterator[Finding]:
+def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Stored statistics differ from fresh ones by more than their noise.
 
     Why:
@@ -180,29 +182,33 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding]:
         For each channel, t = (stored - fresh) / standard error, for the mean and for the log of the variance. The
         error is that of a running average over batches of M_eff independent values, sd sqrt(a / ((2 - a) M_eff)) for
         momentum a, and that of the fresh estimate. Fires if a tenth of the channels have |t| > 4 and are off by more
-        than 0.1 sd or 1.25 times the variance. Given data must be training data; for others see BN401.
+        than 0.1 sd or 1.25 times the variance. It takes 4 batches and a momentum. The data do not say what they are:
+        if they are not training data, the statistics may be right and the data others; BN401 tells a large shift.
 
     Example:
         After 20 steps at a high rate: loss 0.356 with fresh statistics, 0.476 with stored ones.
 
     Fix:
-        batchnorm.recalibrate(model, loader).
+        batchnorm.recalibrate(model, loader), with training data. With other data it fits the model to those: that
+        raised the error of a trained model from 0.099 to 0.246.
 
     References:
         Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
     """
     for name, measured in (evidence.measured or {}).items():
         stored = evidence.stored.get(name)
-        if stored is None or stored.num_batches_tracked is None or stored.is_initial:
+        if stored is None or stored.running_var is None or stored.is_initial:
             continue
+        if measured.t_mean is None and not _is_frozen(evidence, name):
+            yield Unknown(name, "the noise of stored statistics is known from 4 batches on, for a momentum in (0, 2)")
         if (channels := _stale(measured)) and len(channels) >= STALE_SHARE * len(measured.mean):
             largest = max((abs(_t(measured, i)) for i in channels if math.isfinite(_t(measured, i))), default=math.inf)
             yield Finding(
                 name,
                 f"|t| up to {largest:.0f}, {some_of(channels, stored)} beyond the limit",
                 f"|t| of {STALE_T:.0f} in {STALE_SHARE:.0%} of the channels",
-                "Eval mode normalizes by what the layer used to see.",
-                measure_again(evidence),
+                "Eval mode normalizes by other statistics than these data have: right, unless they are training data.",
+                f"if these are training data: {measure_again(evidence)}",
                 channels=channels,
                 fixable=Fix.DATA,
             )
@@ -269,13 +275,19 @@ def _is_average(file: Checkpoint, part: str) -> bool:
 def _fit(evidence: Evidence) -> bool:
     """Whether data show that statistics fit the weights, as after update_bn."""
     known = all(measured.t_mean is not None for measured in (evidence.measured or {}).values())
-    return known and not any(stale_statistics(evidence))
+    return known and not any(isinstance(found, Finding) for found in stale_statistics(evidence))
 
 
 def _is_untrained(evidence: Evidence) -> bool:
-    """Whether every layer that stores statistics is as it was constructed."""
+    """Whether every layer that stores statistics is as it was constructed, and has counted no batch."""
     layers = [stored for stored in evidence.stored.values() if stored.running_var is not None]
-    return bool(layers) and all(stored.is_initial and _is_initial_affine(stored) for stored in layers)
+    new = (stored.is_initial and _is_initial_affine(stored) and not is_counted(stored) for stored in layers)
+    return bool(layers) and all(new)
+
+
+def _is_frozen(evidence: Evidence, name: str) -> bool:
+    module = (evidence.modules or {}).get(name)
+    return module is not None and module.frozen
 
 
 def _is_initial_affine(stored: Stored) -> bool:
