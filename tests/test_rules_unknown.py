@@ -37,6 +37,7 @@ STORED_RULES = [code for code, rule in RULES.items() if rule.needs == ("stored",
 BLIND = {
     "BN001": [(replace(FULL, structure=None), "a model")],
     "BN002": [(replace(FULL, structure=None), "a model")],
+    "BN509": [(replace(FULL, structure=None), "a model")],
     **{f"BN00{i}": [(UNTOLD, "tell its settings"), (replace(FULL, modules=None), "a model")] for i in range(3, 10)},
     "BN010": [(UNTOLD, "does not tell its settings")],
     **{code: [(NO_VALUES, "meta device"), (UNREAD, "could not be read (bn)")] for code in STORED_RULES},

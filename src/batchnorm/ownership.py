@@ -35,8 +35,9 @@ def claim(layer: nn.Module, tensors: Iterable[Tensor | None], activation: str | 
 
 def carried_from(module: nn.Module) -> str | None:
     """The activation of the layer that a module has its statistics from, or gamma and beta if that layer is gone."""
-    tables = module._parameters | module._buffers
-    claims = {name: _claims.get(t) for name, t in tables.items() if t is not None}
+    # asked by methods: a scripted module has no dicts of them
+    tables = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    claims = {name: _claims.get(tensor) for name, tensor in tables}
     for name in ("running_mean", "running_var"):
         if (found := claims.get(name)) is not None:
             return found[0]

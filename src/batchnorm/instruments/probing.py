@@ -26,7 +26,7 @@ from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms, input_of, unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.batches import call, on_device_of, tensors_in
-from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.sharding import is_sharded
 from batchnorm.population.shield import preserve_random_state, preserve_state
@@ -71,7 +71,9 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
         {'1': 1.0}
     """
     model = unwrapped(model)
-    layers = Layers(with_shape(model, "probe"))
+    found = with_shape(model, "probe")
+    require(statistics_of(found), "probe")
+    layers = Layers(found)
     batch = on_device_of(model, batch)
     try:
         view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)

@@ -170,9 +170,11 @@ def has_stored_statistics(layer: _BatchNorm) -> bool:
 
 
 def statistics_of(layers: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """The running means and variances of layers, by their names in a state_dict."""
-    names = ("running_mean", "running_var")
-    return {f"{path}.{name}".lstrip("."): getattr(layer, name) for path, layer in layers.items() for name in names}
+    """The running means, variances and counters of layers, by their names in a state_dict; None where there is none."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return {
+        f"{path}.{name}".lstrip("."): getattr(layer, name, None) for path, layer in layers.items() for name in names
+    }
 
 
 def _thaw(layer: _BatchNorm, holder: nn.Module | None) -> None:

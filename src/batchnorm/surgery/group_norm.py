@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.kernels.activations import activate
 from batchnorm.surgery.patterns import written_kind
-from batchnorm.surgery.replacement import replace
+from batchnorm.surgery.replacement import check_memory, replace
 from batchnorm.surgery.subclasses import KINDS
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
     References:
         Wu and He 2018, "Group Normalization".
     """
+    check_memory(model, "to_group_norm")
     return replace(model, lambda path, layer: _grouped(path, layer, groups), inplace=inplace)
 
 

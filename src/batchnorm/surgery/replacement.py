@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from batchnorm.foreign import layers_of_others
 from batchnorm.layers import BatchNorm1d, batch_norms
 from batchnorm.ownership import claim
+from batchnorm.population.tensors import is_freed, require
 from batchnorm.surgery.patterns import activation_name
 from batchnorm.surgery.rewriting import MARK, applied_by
 from batchnorm.surgery.rewriting import OURS as _OURS
@@ -83,6 +85,8 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
         >>> replace(model, lambda path, layer: nn.GroupNorm(4, layer.num_features))[1].weight.equal(model[1].weight)
         True
     """
+    if inplace:
+        check_memory(model, "replace")
     model = model if inplace else duplicate(model, "replace")
     pairs: list[tuple[_BatchNorm, nn.Module]] = []
     for path, layer in find(model).items():
@@ -100,6 +104,7 @@ def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> M
     """A deep copy, or the reason why there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller} needs an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    check_memory(model, caller)
     # torch can copy a parameter that has no shape yet, and not a buffer
     new: Any = UninitializedBuffer
     lazy = {id(t): new(device=t.device, dtype=t.dtype) for t in model.buffers() if is_lazy(t)}
@@ -110,6 +115,12 @@ def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> M
             f"{caller} needs a model that copy.deepcopy can copy, got {type(error).__name__}: {error} "
             f"{remedy} to change the model itself."
         ) from error
+
+
+def check_memory(model: nn.Module, caller: str) -> None:
+    """Refuse a model that has given memory of its tensors back: a copy would hold anything, or end the process."""
+    tensors = chain(model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ()
+    require({name: tensor for name, tensor in tensors if not is_lazy(tensor) and is_freed(tensor)}, caller)
 
 
 def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) -> None:
