@@ -75,7 +75,6 @@ BLIND = {
     "BN506": [(with_run("companions"), "it raised"), (FULL, "alone")],
     "BN507": [(FULL, "a file")],
     "BN508": [(replace(FULL, reference=Reference("r", stored={"other": STORED})), "name")],
-    "BN509": [(replace(FULL, structure=None), "a model")],
     "BN601": [(replace(FULL, structure=None), "a model")],
     "BN602": [(UNTOLD, "does not tell its settings")],
     "BN603": [(replace(FULL, structure=None), "a model")],

@@ -41,7 +41,8 @@ def train(
     x, weight, bias and residual. A batch of no values has gradients 0. With ``save`` memory is saved for some time: see
     ``direct.train``.
     """
-    if is_plain(x, residual):
+    stored = (None, None) if running is None else running[:2]
+    if is_plain(x, residual, weight, bias, *stored):
         if is_torchs(x):
             return torchs.train(x, weight, bias, eps, act, param, residual, running)
         return direct.train(x, weight, bias, eps, act, param, residual, running, save=save)
@@ -79,7 +80,7 @@ def normalize(
     torch's rounding: a mean far from 0 takes digits.
     """
     compute = direct.normalize
-    if not is_plain(x, residual):
+    if not is_plain(x, residual, weight, bias, mean, var):
         check_layout(x)
         compute = torchs.normalize if is_recorded(x) else reference.normalize
     return compute(x, mean, var, weight, bias, eps, act, param, residual)

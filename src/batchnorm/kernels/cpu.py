@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm.kernels.activations import NAMES
 from batchnorm.kernels.reference import wide_dtype
-from batchnorm.kernels.shapes import TYPES, is_readable, like, per_channel, sizes
+from batchnorm.kernels.shapes import TYPES, address, is_readable, like, per_channel, sizes
 
 if TYPE_CHECKING:
     from batchnorm.kernels.running import Running
@@ -175,7 +175,7 @@ def _head(x: Tensor) -> tuple[int, ...]:
 
 
 def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return 0 if tensor is None else address(tensor)
 
 
 def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,7 +56,28 @@ def like(x: Tensor, other: Tensor | None) -> Any:
         raise ValueError(f"a residual or gradient needs shape {tuple(x.shape)}, got {tuple(other.shape)}.")
     if other.stride() == x.stride() and other.dtype == x.dtype and other.device == x.device and not other.is_neg():
         return other
+    if other.is_cpu:
+        address(other)
     return torch.empty_like(x).copy_(other)
+
+
+# the address of a tensor without memory is its offset: below this one, memory is asked for
+_LOWEST = 1 << 36
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's values are.
+
+    Raises:
+        RuntimeError: If it has given its memory back: kernels, and torch's casts, would end the process.
+    """
+    found = tensor.data_ptr()
+    if found < _LOWEST and tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise RuntimeError(
+            f"batch norm needs tensors with memory, got one of shape {tuple(tensor.shape)} that has given its memory "
+            "back. Bring it back first, as FSDP and offloading do before a pass."
+        )
+    return found
 
 
 def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Any:
@@ -70,4 +91,8 @@ def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = No
         )
     dtype = dtype or values.dtype
     plain = values.dtype == dtype and values.is_contiguous() and not values.is_neg()
-    return values if plain else values.to(dtype).contiguous().resolve_neg()
+    if plain:
+        return values
+    if values.is_cpu:
+        address(values)
+    return values.to(dtype).contiguous().resolve_neg()
