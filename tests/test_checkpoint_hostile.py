@@ -126,6 +126,8 @@ CALLS = {
     "item": (b"c_operator\ngetitem\n(cos\nenviron\nX\x01\x00\x00\x00atR", "os.environ"),
     "reduce": (b"cfunctools\nreduce\n(cos\nsystem\n)tR", "os.system"),
     "object": (b"cmine\nA\n)\x81)R", "mine.A"),
+    "class of Python 2": (b"ccommands\nPopen\n(X\x02\x00\x00\x00lstR", "subprocess.Popen"),
+    "module of Python 2": (b"cSocketServer\nTCPServer\n(X\x02\x00\x00\x00lstR", "socketserver.TCPServer"),
     "INST": (b"(X\x01\x00\x00\x00aisubprocess\nPopen\n", "subprocess.Popen"),
     "OBJ": (b"(cos\nabort\no", "os.abort"),
 }

@@ -9,6 +9,7 @@ its attributes; long bytes stay in the file.
 from __future__ import annotations
 
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.checkpoint import known
@@ -27,8 +28,6 @@ _MOST_ATTRIBUTES = 10_000_000  # put into objects; a pickle may use the same dic
 _LEFT = 1 << 12  # bytes from which on they stay in the file
 _LONGEST_LINE = 1000
 _LONGEST_INTEGER = 256  # bytes
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-_OLD_NAMES = {"builtins.xrange": "builtins.range", "builtins.reduce": "functools.reduce"}
 
 
 def load(
@@ -194,9 +193,11 @@ def _tuple(machine: _Machine, size: int) -> None:
 def _find(machine: _Machine, module: object, name: object) -> known.Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise RefusalError("a module and a name", f"{brief(module)} and {brief(name)}")
-    name = f"{_OLD_MODULES.get(module, module)}.{name}"
+    # names of Python 2, as Python's own reader takes them: commands.Popen is subprocess.Popen
+    module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
+    name = f"{module}.{name}"
     if name not in machine.names:  # one object for each name
-        machine.names[name] = known.find(_OLD_NAMES.get(name, name))
+        machine.names[name] = known.find(name)
     return machine.names[name]
 
 
