@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worlds import World, trained
 
 from batchnorm.shift import Reference, ShiftMonitor
-from batchnorm.shift.components import Components
+from batchnorm.shift.clean import Clean
 from batchnorm.shift.evidence import Evidence
 from batchnorm.shift.passes import passes
 from batchnorm.shift.tap import Tap
@@ -36,37 +36,66 @@ def observations(monitor: ShiftMonitor, sampler: Sampler, n: int, seed: int) -> 
     return z, q
 
 
-def prepared(world: World, *, calibrated: bool) -> tuple[nn.Module, ShiftMonitor]:
-    """A trained network and a monitor of one kind; calibration takes 1,000 clean examples of its own."""
+def prepared(world: World, *, calibration: int = 0, seed: int = 1234) -> tuple[nn.Module, ShiftMonitor]:
+    """A trained network and a monitor, calibrated with so many clean examples of its own if any."""
     net = trained(world)
     monitor = ShiftMonitor(net, examples=None, budget=None)
-    if calibrated:
-        random = torch.Generator().manual_seed(1234)
-        monitor.calibrate([world.clean(100, random)[0] for _ in range(10)])
+    if calibration:
+        random = torch.Generator().manual_seed(seed)
+        monitor.calibrate([world.clean(100, random)[0] for _ in range(calibration // 100)])
     return net, monitor
 
 
-def side_by_side(reference: Reference, streams: int) -> Reference:
-    """One reference for so many streams: each stream's layers as layers of their own."""
-    tensors: dict[str, Any] = {
-        name: getattr(reference, name).repeat(streams)
-        for name in ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
-    }
-    layers, sizes = reference.layers * streams, reference.sizes * streams
-    if (of := reference.components) is not None:
-        # those of z of all streams, then those of energies
-        bounds = {n: getattr(of, n).reshape(2, -1).repeat(1, streams).flatten() for n in ("center", "delta", "kappa")}
-        tensors["components"] = Components(sizes, of.axes.repeat(1, streams, 1, 1), **bounds)
-    return replace(reference, layers=layers, sizes=sizes, **tensors)
+def calibrations(
+    reference: Reference, pool: tuple[Tensor, Tensor], n: int, streams: int, random: torch.Generator
+) -> list[Reference]:
+    """A reference for each stream, calibrated with n examples of its own if n is not 0."""
+    if not n:
+        return [reference] * streams
+    z, q = drawn(pool, n, streams, random)
+    return [reference.calibrated(z[:, i], q[:, i]) for i in range(streams)]
+
+
+def side_by_side(references: list[Reference]) -> Reference:
+    """One reference for many streams: each stream's layers as layers of their own."""
+    first = references[0]
+    sizes = first.sizes * len(references)
+    own = {name: torch.cat([getattr(of, name) for of in references]) for name in ("mean", "std", "delta", "kappa", "d")}
+    v = None if first.v is None else torch.cat([of.v for of in references if of.v is not None])
+    clean = None if first.clean is None else _beside([of.clean for of in references if of.clean is not None], sizes)
+    return replace(first, layers=first.layers * len(references), sizes=sizes, **own, v=v, clean=clean)
+
+
+def _beside(cleans: list[Clean], sizes: tuple[int, ...]) -> Clean:
+    """Tensors of all streams next to each other: of rows (scores, directions, marks) within each row."""
+    layers = len(sizes) // len(cleans)
+    joined = {}
+    for name, one in cleans[0].tensors().items():
+        all_ = [clean.tensors()[name] for clean in cleans]
+        if name in {"components.axes", "marks.upper", "marks.lower"}:
+            joined[name] = torch.cat(all_, 1)
+        elif name == "marks.shares":
+            joined[name] = one
+        else:  # scores of each layer, means and energies of each channel, or channels
+            scores, twice = name in _OF_SCORES, name in _OF_COMPONENTS
+            rows = len(one) // layers if scores else 2 if twice else 1
+            joined[name] = torch.cat([of.unflatten(0, (rows, -1)) for of in all_], 1).flatten(0, 1)
+    return Clean.of_tensors(sizes, joined)
+
+
+_OF_SCORES = {"scores.middle", "scores.width", "bag.above"}
+_OF_COMPONENTS = {
+    "components.center", "components.delta", "components.kappa", "scores.turned_center", "scores.turned_spread",
+}  # fmt: skip
 
 
 class Streams:
-    """Evidence of many streams, (streams,)."""
+    """Evidence of many streams, (streams,), each against its own reference."""
 
-    def __init__(self, reference: Reference, streams: int, *, is_spread: bool = True) -> None:
-        self.count = streams
-        self.evidence = Evidence.start(side_by_side(reference, streams), is_spread=is_spread)
-        self.layers = len(reference.sizes)
+    def __init__(self, references: list[Reference], *, is_spread: bool = True) -> None:
+        self.count = len(references)
+        self.evidence = Evidence.start(side_by_side(references), is_spread=is_spread)
+        self.layers = len(references[0].sizes)
 
     def observe(self, z: Tensor, q: Tensor) -> Tensor:
         """Log evidence after one more round: observations (n, streams, channels) each."""

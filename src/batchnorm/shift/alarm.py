@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.evidence import KINDS
-
 if TYPE_CHECKING:
     from batchnorm.shift.evidence import Evidence
 
@@ -114,7 +112,7 @@ def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float)
         LayerShift(
             name,
             float(of_layers[i]),
-            KINDS[int(kinds[:, i].argmax())],
+            evidence.kinds[int(kinds[:, i].argmax())],
             discovered(channels[i], alpha),
             *_distances(*part),
         )

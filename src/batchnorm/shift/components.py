@@ -2,11 +2,10 @@
 
 Channels of a layer vary together from one example to the next, and what differs between them varies little. A change
 that moves each of them by one standard deviation may move such a difference by several. So the channels of each layer
-are taken eight at a time, and their means, and likewise their energies, are turned into principal components.
+are taken sixteen at a time, and their means, and likewise their energies, are turned into principal components.
 
-Directions are chosen on a random half of the calibration observations, and center and variance are measured on the
-rest: chosen and measured on the same ones, the least variance would come out too small. A direction is a unit vector
-and does not change afterwards, so the bets and proofs for a channel's mean are those for a component.
+Directions are chosen on a random half of the calibration observations (at most 1,000), and center and variance are
+measured on the rest: chosen and measured on the same ones, the least variance would come out too small.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-TOGETHER = 8  # channels; of 200 observations, 100 know so small a covariance well enough
+TOGETHER = 16  # channels; of 200 observations, 100 know so small a covariance well enough
+
+MOST_CHOOSE = 1000  # observations; more of them are worth more where they are compared with
 
 
 @final
@@ -28,7 +29,7 @@ class Components:
 
     Args:
         sizes: Channels of each layer.
-        axes: Unit vectors, the columns of each matrix: (2, blocks, 8, 8), of z and of q, 0 where a layer has no more
+        axes: Unit vectors, the columns of each matrix: (2, blocks, 16, 16), of z and of q, 0 where a layer has no more
             channels. In float32, as most of a reference's file is made of them.
         center: Expected component, (2 * channels,): those of z, then those of q.
         delta: Largest distance of its mean from that, likewise.
@@ -54,12 +55,12 @@ class Components:
             bounds: Gives center, delta and kappa of observations of components.
         """
         chosen, rest = halves(len(z))
-        axes = torch.stack([_axes(x[chosen], sizes) for x in (z, q)])
-        return cls(sizes, axes, *bounds(_turned(axes, sizes, z[rest], q[rest])))
+        axes = torch.stack([axes_of(x[chosen], sizes) for x in (z, q)])
+        return cls(sizes, axes, *bounds(turned(axes, sizes, z[rest], q[rest])))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
-        """Distances of observations' components from their centers, (n, 2 * channels)."""
-        return _turned(self.axes, self.sizes, z, q) - self.center
+        """Components of observations, (n, 2 * channels)."""
+        return turned(self.axes, self.sizes, z, q)
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,8 @@ def halves(n: int) -> tuple[Tensor, Tensor]:
     At random, always the same way: observations may come in turns, such as a picture and its mirror image.
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[: n // 2], order[n // 2 :]
+    half = min(n // 2, MOST_CHOOSE)
+    return order[:half], order[half:]
 
 
 def axes_shape(sizes: Sequence[int]) -> tuple[int, int, int, int]:
@@ -76,8 +78,8 @@ def axes_shape(sizes: Sequence[int]) -> tuple[int, int, int, int]:
     return 2, sum(-(-size // TOGETHER) for size in sizes), TOGETHER, TOGETHER
 
 
-def _axes(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Eigenvectors of the covariance of each block, (blocks, 8, 8), by rising variance."""
+def axes_of(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Principal directions, eigenvectors of the covariance of each block, (blocks, 16, 16), by rising variance."""
     blocks = _blocks(x - x.mean(0), sizes)
     covariance = blocks.mT @ blocks
     is_channel = _blocks(torch.ones_like(x[:1]), sizes)[:, 0]
@@ -87,14 +89,15 @@ def _axes(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return (axes * is_channel[:, :, None] * is_channel[:, None, :]).float()
 
 
-def _turned(axes: Tensor, sizes: Sequence[int], z: Tensor, q: Tensor) -> Tensor:
+def turned(axes: Tensor, sizes: Sequence[int], z: Tensor, q: Tensor) -> Tensor:
+    """Components along ``axes``, (n, 2 * channels): those of z, then those of q."""
     slots = _slots(sizes)
     parts = [_blocks(x, sizes) @ turn for x, turn in zip((z, q), axes.double(), strict=True)]
     return torch.cat([part.transpose(0, 1).flatten(1)[:, slots] for part in parts], 1)
 
 
 def _blocks(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Observations by block, (n, channels) -> (blocks, n, 8), with 0 in slots that have no channel."""
+    """Observations by block, (n, channels) -> (blocks, n, 16), with 0 in slots that have no channel."""
     blocks = axes_shape(sizes)[1]
     padded = x.new_zeros(len(x), blocks * TOGETHER)
     padded[:, _slots(sizes)] = x

@@ -1,10 +1,12 @@
 """Evidence: all bets against one reference together, and what they say about layers and channels.
 
-Every channel of every layer bets on a higher and a lower mean, every layer on more and on less energy, each with four
-stakes. Against a calibrated reference each channel bets on its energy as well, and each component of neighbouring
-channels on its mean. An average of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the
-evidence is the average over stakes, signs and channels of a layer, over kinds of bets, and over layers. Looking in many
-places costs the logarithm of their number.
+From a checkpoint alone every channel of every layer bets on a higher and a lower mean and every layer on more energy,
+with four stakes each; on less energy only under a declared bound. Against a calibrated reference every score of every
+layer bets on small p-values, and marks of channels' means bet as well, to name channels.
+
+An average of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the evidence is the average
+over stakes, signs and channels or scores of a layer, over kinds of bets, and over layers. Looking in many places costs
+the logarithm of their number.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from batchnorm.shift import betting
+from batchnorm.shift import betting, conformal, marks
+from batchnorm.shift.scores import KIND_OF
 from batchnorm.shift.wealth import Wealth
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from batchnorm.shift.conformal import Bag
     from batchnorm.shift.reference import Reference
 
-KINDS = ("mean", "energy up", "energy down", "channel energy", "components")
-BETS = ("mean", "up", "down", "power", "components")  # the fields of Evidence that they are made with
+KINDS = ("mean", "energy up", "energy down", "channel energy", "components", "component means")
+BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of Evidence that they are made with
 
 
 @final
@@ -34,77 +38,90 @@ class Evidence:
 
     Args:
         reference: What they bet against.
-        mean: (2, stakes, channels): higher and lower mean.
+        mean: (2, stakes, channels): higher and lower mean; None where calibrated, as the next two.
         up: (stakes, layers): more energy.
-        down: (stakes, layers): less energy.
-        power: (2, stakes, channels): more and less energy of a channel; None from a checkpoint alone.
-        components: (2, stakes, 2 * channels): higher and lower components; None from a checkpoint alone.
-        stakes: Of each kind.
+        down: (stakes, layers): less energy; None also without a declared kurtosis.
+        ranks: (bets, scores): small p-values; None from a checkpoint alone, as the next two.
+        marks: (2, bets, channels): higher and lower means, to name channels.
+        bag: The clean observations that p-values are taken among.
+        stakes: Of mean, up and down.
         observations: How many were made.
     """
 
     reference: Reference
-    mean: Wealth
-    up: Wealth
-    down: Wealth
-    power: Wealth | None
-    components: Wealth | None
+    mean: Wealth | None
+    up: Wealth | None
+    down: Wealth | None
+    ranks: Wealth | None
+    marks: Wealth | None
+    bag: Bag | None
     stakes: tuple[Tensor, ...]
     observations: int = 0
 
     @classmethod
     def start(cls, reference: Reference, *, is_spread: bool = True) -> Evidence:
         """No evidence yet; ``is_spread`` is False for e-SR."""
-        channels, layers = sum(reference.sizes), len(reference.sizes)
-        mean = Wealth.start((2, 4, channels), is_spread=is_spread)
-        up, down = (Wealth.start((4, layers), is_spread=is_spread) for _ in range(2))
-        power = components = None
-        if reference.components is not None:
-            power = Wealth.start((2, 4, channels), is_spread=is_spread)
-            components = Wealth.start((2, 4, 2 * channels), is_spread=is_spread)
-        return cls(reference, mean, up, down, power, components, stakes_for(reference))
+        bets = {name: Wealth.start(shape, is_spread=is_spread) for name, shape in shapes(reference).items()}
+        bag = None if reference.clean is None else reference.clean.bag
+        return cls(reference, **{name: bets.get(name) for name in BETS}, bag=bag, stakes=stakes_for(reference))
 
-    def after(self, z: Tensor, q: Tensor) -> Evidence:
+    def after(self, z: Tensor, q: Tensor, *, learns: bool = True) -> Evidence:
         """With one more round of observations.
 
         Args:
             z: Channel means in stored sd, (n, channels), float64 on the CPU.
             q: Energies of channels, likewise.
+            learns: Whether they join the clean ones that later ones are compared with; after an alarm they do not.
         """
+        if self.ranks is not None:
+            return self._after_ranks(z, q, learns=learns)
         known, n = self.reference, len(z)
-        mean = betting.mean_shift(z - known.center, known.kappa, known.delta, self.stakes[0])
-        up, down = _energy_factors(known, known.of_layers(q) / known.energy, *self.stakes[1:3])
-        bets: dict[str, Wealth | None] = {
-            "mean": self.mean.bet(mean, n),
-            "up": self.up.bet(up, n),
-            "down": self.down.bet(down, n),
+        energy = known.of_layers(q)
+        bets = {
+            "mean": _bet(self.mean, betting.mean_shift(z, known.kappa, known.delta, self.stakes[0]), n),
+            "up": _bet(self.up, betting.energy_up(energy, known.d, self.stakes[1]), n),
         }
-        if known.components is not None and self.power is not None and self.components is not None:
-            of, relative = known.components, q / known.power
-            power = betting.mean_shift(relative - 1, known.power_v, known.power_d, self.stakes[3])
-            components = betting.mean_shift(of.of(z, relative), of.kappa, of.delta, self.stakes[4])
-            bets |= {"power": self.power.bet(power, n), "components": self.components.bet(components, n)}
+        if self.down is not None and known.v is not None:
+            bets["down"] = _bet(self.down, betting.energy_down(energy, known.d, known.v, self.stakes[2]), n)
         return replace(self, **bets, observations=self.observations + n)
+
+    def _after_ranks(self, z: Tensor, q: Tensor, *, learns: bool) -> Evidence:
+        clean, bag = self.reference.clean, self.bag
+        if clean is None or bag is None:
+            raise AssertionError("a calibrated reference has a bag")
+        cells, n = clean.scores.cells(z, q), len(z)
+        ranks = _bet(self.ranks, conformal.factors(bag.p_values(cells)), n)
+        named = _bet(self.marks, clean.marks.factors(z), n)
+        grown = bag.with_(cells) if learns else bag
+        return replace(self, ranks=ranks, marks=named, bag=grown, observations=self.observations + n)
 
     @property
     def log_channels(self) -> Tensor:
-        """Log e-value of every channel, (channels,): of its mean, and of its energy if that bets."""
-        kinds = [wealth.log.flatten(0, 1).logsumexp(0) - math.log(8) for wealth in (self.mean, self.power) if wealth]
-        return torch.stack(kinds).logsumexp(0) - math.log(len(kinds))
+        """Log e-value of every channel's mean, (channels,)."""
+        wealth = self.mean or self.marks
+        assert wealth is not None  # noqa: S101 - one of both is there
+        return wealth.log.flatten(0, 1).logsumexp(0) - math.log(len(wealth.log.flatten(0, 1)))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of bets that are made."""
+        return KINDS if self.ranks is not None else KINDS[: 2 + (self.down is not None)]
 
     @property
     def log_kinds(self) -> Tensor:
-        """Log e-value of every layer by each kind of bet, (kinds, layers), in the order of KINDS."""
-        energies = [wealth.log.logsumexp(0) - math.log(4) for wealth in (self.up, self.down)]
-        measured = [self._by_layer(wealth) for wealth in (self.power, self.components) if wealth is not None]
-        return torch.stack([self._by_layer(self.mean), *energies, *measured])
-
-    def _by_layer(self, wealth: Wealth) -> Tensor:
-        """Log of the mean over the bets of each layer's channels: (2, stakes, k * channels) -> (layers,)."""
+        """Log e-value of every layer by each kind of bet, (kinds, layers), in the order of ``kinds``."""
+        if self.ranks is not None:
+            return self._log_kinds_of_ranks(self.ranks)
+        energies = [wealth.log.logsumexp(0) - math.log(4) for wealth in (self.up, self.down) if wealth is not None]
         sizes = list(self.reference.sizes)
-        bets = wealth.log.unflatten(2, (-1, sum(sizes))).flatten(0, 2)  # of each channel
-        sums = torch.stack([part.logsumexp(0) for part in bets.logsumexp(0).split(sizes)])
-        return sums - torch.tensor(sizes, dtype=torch.float64).log() - math.log(len(bets))
+        sums = torch.stack([part.logsumexp(0) for part in self.log_channels.split(sizes)])
+        return torch.stack([sums - torch.tensor(sizes, dtype=torch.float64).log(), *energies])
+
+    def _log_kinds_of_ranks(self, ranks: Wealth) -> Tensor:
+        of_scores = ranks.log.logsumexp(0) - math.log(conformal.BETS)
+        of_scores = of_scores.reshape(len(KIND_OF), -1)  # (scores of a layer, layers)
+        parts = [of_scores[[i for i, of in enumerate(KIND_OF) if of == kind]] for kind in KINDS]
+        return torch.stack([part.logsumexp(0) - math.log(len(part)) for part in parts])
 
     @property
     def log_layers(self) -> Tensor:
@@ -118,7 +135,7 @@ class Evidence:
         return float(self.log_layers.logsumexp(0)) - math.log(len(self.reference.sizes))
 
     def merged(self, others: list[Evidence]) -> Evidence:
-        """Evidence of several replicas of one model together; see ``Wealth.merged``.
+        """Evidence of several replicas of one model together; see ``Wealth.merged`` and ``Wealth.averaged``.
 
         Raises:
             ValueError: If they bet against different references.
@@ -130,28 +147,32 @@ class Evidence:
             raise ValueError(
                 "monitors of one model and one reference are merged, got different ones. Calibrate once, and copy."
             )
-        merged = {
-            name: own.merged([getattr(other, name) for other in others])
-            for name in BETS
-            if (own := getattr(self, name)) is not None
-        }
+        merged = {}
+        for name in BETS:
+            if (own := getattr(self, name)) is not None:
+                theirs = [getattr(other, name) for other in others]
+                merged[name] = own.averaged(theirs) if name == "ranks" else own.merged(theirs)
         count = self.observations + sum(other.observations for other in others)
         return replace(self, **merged, observations=count)
 
 
+def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
+    """Shapes of the bets that are made against a reference."""
+    channels, layers = sum(known.sizes), len(known.sizes)
+    if known.clean is not None:
+        return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, marks.BETS, channels)}
+    energies = ("up",) if known.v is None else ("up", "down")
+    return {"mean": (2, 4, channels), **dict.fromkeys(energies, (4, layers))}
+
+
 def stakes_for(known: Reference) -> tuple[Tensor, ...]:
-    """Stakes for means, for more and for less energy, and, calibrated, for channels' energies and for components."""
-    mean = betting.mean_stakes(known.kappa, known.delta)
-    if known.components is not None:
-        of_layers, power = betting.mean_stakes(known.v, known.d), betting.mean_stakes(known.power_v, known.power_d)
-        components = betting.mean_stakes(known.components.kappa, known.components.delta)
-        return mean, of_layers, of_layers, power, components
-    return mean, betting.up_stakes(known.d), betting.down_stakes(known.d, known.v)
+    """Stakes for means, for more energy and, if its variance has a bound, for less; none where calibrated."""
+    if known.clean is not None:
+        return ()
+    stakes = betting.mean_stakes(known.kappa, known.delta), betting.up_stakes(known.d)
+    return stakes if known.v is None else (*stakes, betting.down_stakes(known.d, known.v))
 
 
-def _energy_factors(known: Reference, q: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Log factors for more and for less energy: the bets on a mean win sooner, but need to know a variance."""
-    if known.components is not None:
-        more, less = betting.mean_shift(q - 1, known.v, known.d, up)
-        return more, less
-    return betting.energy_up(q, known.d, up), betting.energy_down(q, known.d, known.v, down)
+def _bet(wealth: Wealth | None, factors: Tensor, observations: int) -> Wealth:
+    assert wealth is not None  # noqa: S101 - the reference has this kind of bets
+    return wealth.bet(factors, observations)

@@ -1,21 +1,24 @@
 """Reference: what clean data look like to the batch norm layers, from the checkpoint alone or calibrated.
 
-A trained model carries the mean and variance that it was trained with. They bound what one observation's mean z (in
-stored standard deviations) and energy Q do on clean data, with tolerances for how exact stored statistics are:
+*checkpoint only*: a trained model carries the mean and variance that it was trained with. With z a channel's mean in
+one observation, in stored standard deviations, and Q a layer's energy, they promise of clean data
 
-*checkpoint only*: Var(z) <= 1 by the law of total variance, so kappa = 1.1; |E z| within the larger of 0.1 and
-3 sqrt(a / ((2 - a) B)) for momentum a and training batches of B examples; E Q within 0.1 of 1, and a coefficient of
-variation of Q of at most 1.
+    |E[z | past]| <= delta,     Var(z | past) <= kappa,     E[Q | past] <= 1 + d.
 
-*calibrated*, from m >= 200 clean observations: center and variance of each channel's z and of each layer's Q, measured,
-with the tolerance 0.02 and measurement errors added to the means, and to the variances their own. Errors are so many
-standard errors that with 95 % no mean of all channels, layers and components is further off (Bonferroni, for normal
-errors): 3.9 for 100 channels, 5 for 20,000.
-Positions of an image are alike, but not all the same, so its mean varies far less than the pooled variance says. The
-same is measured of components, in which neighbouring channels do not vary together (``components``).
+The variance of an observation's mean cannot exceed that of its values (law of total variance), so kappa = 1 + d, where
+d says how exact stored variances are; delta says so of stored means. Both are 0.1, or three standard errors of an
+exponential average with momentum a over batches of B examples, which is worth n = B (2 - a) / a examples:
 
-Conditions, both ways: observations are what ``unit`` says, and none of them is predictable from the ones before beyond
-these bounds. A checkpoint whose statistics are stale, or of batches under 32, breaks the first set: run the doctor.
+    delta = max(0.1, 3 / sqrt(n)),     d = max(0.1, 3 sqrt((k - 1) / n)),
+
+with k = 3, the kurtosis of normal values, or the one that is declared. An average over few batches misses examples
+that are rare and large: where there are such, recalibrate first, or declare their kurtosis. Nothing stored bounds from
+below what rare examples add, so that less energy is evidence only where ``kurtosis`` is declared: then Var(Q) <= k -
+(1 - d)^2.
+
+*calibrated*, from 200 clean observations or more: nothing is assumed of their law. What is observed is compared with
+them by rank (``conformal``, ``scores``); all that the promise needs is that clean observations to come are
+exchangeable with them.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -34,22 +36,21 @@ from batchnorm import sidecar
 from batchnorm.foreign import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensors import digest_of
-from batchnorm.shift.components import Components, axes_shape
+from batchnorm.shift import clean
+from batchnorm.shift.clean import Clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".bncal.safetensors"
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, where nobody says
-_KAPPA, _DELTA, _ENERGY, _ENERGY_VAR = 1.1, 0.1, 0.1, 1.0
+_EXACT = 0.1  # what stored statistics may be off by, at least
+_NORMAL = 3.0  # kurtosis
 _TOLERANCE = 0.02
-_CONFIDENCE = 0.95  # that all measured means are within their errors
-# relative standard error of a variance of m values of kurtosis 6.5, half as much again as of normal ones
-_VARIANCE_ERROR = 1.5
 
 
 @final
@@ -62,17 +63,11 @@ class Reference:
         sizes: Channels of each layer.
         mean: Stored mean of each channel, (channels,).
         std: Stored standard deviation, sqrt(var + eps), (channels,).
-        center: Expected z of each channel, (channels,).
+        delta: Largest distance of E z from 0, (channels,); this and the next three are of no use where calibrated.
         kappa: Largest variance of z, (channels,).
-        delta: Largest distance of E z from its center, (channels,).
-        energy: Expected energy of each layer, (layers,).
-        d: Largest relative distance of E Q from it, (layers,).
-        v: Largest variance of Q in units of it, (layers,).
-        power: Expected energy of each channel, (channels,); this and the next two are of no use uncalibrated.
-        power_d: Largest relative distance of it, (channels,).
-        power_v: Largest variance of it in units of it, (channels,).
-        components: Of neighbouring channels; None uncalibrated.
-        source: "checkpoint" or "calibrated".
+        d: Largest excess of E Q over 1, (layers,).
+        v: Largest variance of Q, (layers,); None without a declared kurtosis.
+        clean: What calibration learned; None from a checkpoint alone.
         unit: What one observation was.
         observations: How many it was calibrated with.
         digest: Of the weights and statistics that it belongs to.
@@ -82,20 +77,34 @@ class Reference:
     sizes: tuple[int, ...]
     mean: Tensor
     std: Tensor
-    center: Tensor
-    kappa: Tensor
     delta: Tensor
-    energy: Tensor
+    kappa: Tensor
     d: Tensor
-    v: Tensor
-    power: Tensor
-    power_d: Tensor
-    power_v: Tensor
-    components: Components | None
-    source: str
+    v: Tensor | None
+    clean: Clean | None
     unit: str
     observations: int
     digest: str
+
+    @property
+    def source(self) -> str:
+        """ "checkpoint" or "calibrated"."""
+        return "checkpoint" if self.clean is None else "calibrated"
+
+    @property
+    def center(self) -> Tensor:
+        """Expected z of each channel, (channels,)."""
+        return torch.zeros_like(self.mean) if self.clean is None else self.clean.scores.center
+
+    @property
+    def spread(self) -> Tensor:
+        """About the distance of z from it, (channels,)."""
+        return self.kappa.sqrt() if self.clean is None else self.clean.scores.spread
+
+    @property
+    def power(self) -> Tensor:
+        """Expected energy of each channel, (channels,)."""
+        return torch.ones_like(self.mean) if self.clean is None else self.clean.scores.power
 
     def of_layers(self, of_channels: Tensor) -> Tensor:
         """Mean over each layer's channels: (n, channels) -> (n, layers)."""
@@ -118,14 +127,21 @@ class Reference:
         Returns:
             None where no example's spread was measured: from a checkpoint alone, and with other units.
         """
-        if (of := self.components) is None or self.unit != "example":
+        if self.clean is None or self.unit != "example":
             return None
-        moved = of.of(z[None], (q / self.power)[None])[0].abs() - of.delta
+        of = self.clean.scores.components
+        moved = (of.of(z[None], (q / self.power)[None])[0] - of.center).abs() - of.delta
         return float((moved / of.kappa.sqrt()).max())
 
     @classmethod
     def from_checkpoint(
-        cls, model: nn.Module, layers: dict[str, _BatchNorm], *, unit: str, batch: int = _BATCH
+        cls,
+        model: nn.Module,
+        layers: dict[str, _BatchNorm],
+        *,
+        unit: str,
+        batch: int = _BATCH,
+        kurtosis: float | None = None,
     ) -> Reference:
         """What a model's stored statistics promise, without any data.
 
@@ -133,35 +149,33 @@ class Reference:
             model: Whose weights the digest is of.
             layers: Layers that store statistics, by name, in forward order if it is known.
             unit: What one observation is.
-            batch: Examples in a batch of the training, which the exactness of stored means depends on.
+            batch: Examples in a batch of the training, which the exactness of stored statistics depends on.
+            kurtosis: The largest fourth moment of standardized inputs on clean data, 3 for normal ones; None declares
+                none, and takes 3 for the exactness of stored variances.
         """
         mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
-        sizes = tuple(channels_of(layer) for layer in layers.values())
-        delta = torch.cat(
-            [torch.full((n,), _exactness(layer, batch)) for n, layer in zip(sizes, layers.values(), strict=True)]
-        )
-        of_layer, of_channel = torch.ones(len(sizes), dtype=torch.float64), torch.ones_like(mean)
+        sizes = torch.tensor([channels_of(layer) for layer in layers.values()])
+        errors = torch.tensor([_error(layer, batch) for layer in layers.values()], dtype=torch.float64)
+        d = (errors * ((kurtosis or _NORMAL) - 1) ** 0.5).clamp_min(_EXACT)
         return cls(
-            layers=tuple(layers), sizes=sizes, mean=mean, std=std,
-            center=torch.zeros_like(mean), kappa=_KAPPA * of_channel, delta=delta.double(),
-            energy=of_layer, d=_ENERGY * of_layer, v=_ENERGY_VAR * of_layer,
-            power=of_channel, power_d=of_channel, power_v=of_channel,
-            components=None, source="checkpoint", unit=unit, observations=0, digest=digest_of(model.state_dict()),
+            layers=tuple(layers), sizes=tuple(sizes.tolist()), mean=mean, std=std,
+            delta=errors.clamp_min(_EXACT).repeat_interleave(sizes), kappa=(1 + d).repeat_interleave(sizes),
+            d=d, v=None if kurtosis is None else kurtosis - (1 - d).clamp_min(0).square(),
+            clean=None, unit=unit, observations=0, digest=digest_of(model.state_dict()),
         )  # fmt: skip
 
     def calibrated(self, z: Tensor, q: Tensor, *, tolerance: float = _TOLERANCE) -> Reference:
-        """The same layers with bounds measured on clean observations.
+        """The same layers, with clean observations to compare with.
 
         Args:
             z: Channel means in stored standard deviations, (observations, channels).
             q: Energies of channels, (observations, channels).
-            tolerance: What means may move without an alarm, in sd and as a share of the energy.
+            tolerance: What components may move, in sd, before a hint says that they did.
 
         Raises:
             ValueError: If there are fewer than 200 observations, or some of them are not finite.
         """
-        m = len(z)
-        if m < LEAST:
+        if (m := len(z)) < LEAST:
             raise ValueError(
                 f"calibrate needs {LEAST} clean observations or more, got {m}. Give more examples, or leave it out: "
                 "the checkpoint alone is a reference."
@@ -170,20 +184,7 @@ class Reference:
             raise ValueError(
                 "calibrate needs finite activations, got NaN or infinity. Look for the examples that cause it."
             )
-        bounds = _Bounds(tolerance, _errors(4 * z.shape[1] + len(self.sizes)))
-        measured = {
-            **dict(zip(("center", "delta", "kappa"), bounds.of(z), strict=True)),
-            **dict(zip(("energy", "d", "v"), bounds.of_energy(self.of_layers(q)), strict=True)),
-            **dict(zip(("power", "power_d", "power_v"), bounds.of_energy(q), strict=True)),
-        }
-        components = Components.measured(self.sizes, z, q / measured["power"], bounds.of)
-        return replace(
-            self,
-            **measured,
-            components=components,
-            source="calibrated",
-            observations=m,
-        )
+        return replace(self, clean=Clean.of(self.sizes, z, q, tolerance=tolerance), observations=m)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it, whole or not at all, as a safetensors file that ends in .bncal.safetensors.
@@ -218,11 +219,10 @@ class Reference:
             raise ValueError(f"{path} is no reference of version {VERSION}, got {version}. Calibrate again.")
         try:
             sizes = tuple(about.pop("sizes"))
-            of_components = {name: tensors.pop(f"components.{name}", None) for name in _OF_COMPONENTS}
-            has_components = about["source"] == "calibrated"
-            components = Components(sizes, **of_components) if has_components else None  # pyrefly: ignore
-            fields: dict[str, Any] = tensors | about | {"layers": tuple(about["layers"])}
-            if (known := cls(sizes=sizes, components=components, **fields))._is_whole():
+            own = {name: tensors.get(name) for name in _TENSORS}
+            made = Clean.of_tensors(sizes, tensors) if about.pop("source") == "calibrated" else None
+            fields: dict[str, Any] = own | about | {"layers": tuple(about["layers"])}
+            if (known := cls(sizes=sizes, clean=made, **fields))._is_whole():
                 return known
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass
@@ -230,24 +230,21 @@ class Reference:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All of them, by their names in a file."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        if self.components is not None:
-            tensors |= {f"components.{name}": getattr(self.components, name) for name in _OF_COMPONENTS}
-        return tensors
+        own = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return own if self.clean is None else own | self.clean.tensors()
 
     def _is_whole(self) -> bool:
         """Whether every bound is there, for every channel and layer, and is one."""
         layers, channels = len(self.sizes), sum(self.sizes)
         tensors = self._tensors()
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(tensors, (channels,))
-        shapes |= dict.fromkeys(("energy", "d", "v"), (layers,))
-        if self.components is not None:
-            shapes |= {f"components.{name}": (2 * channels,) for name in _OF_COMPONENTS}
-            shapes["components.axes"] = axes_shape(self.sizes)
-        sized = all(tensors[name].shape == shape for name, shape in shapes.items())
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "std", "delta", "kappa"), (channels,))
+        shapes |= dict.fromkeys(("d",) if self.v is None else ("d", "v"), (layers,))
+        if self.clean is not None:
+            shapes |= clean.shapes(self.sizes)
+        sized = tensors.keys() == shapes.keys() and all(tensors[name].shape == shape for name, shape in shapes.items())
         finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-        either = ("mean", "center", "components.center", "components.axes")  # sign; all others are positive
-        positive = all(bool((tensor > 0).all()) for name, tensor in tensors.items() if name not in either)
+        signed = {"mean", *clean.SIGNED}
+        positive = all(bool((tensor > 0).all()) for name, tensor in tensors.items() if name not in signed)
         return sized and finite and positive and layers == len(self.layers)
 
     def check(self, model: nn.Module, layers: Sequence[str]) -> None:
@@ -267,40 +264,7 @@ class Reference:
             )
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Bounds:
-    """What clean observations say about their law.
-
-    Args:
-        tolerance: Added to the errors of means.
-        errors: Standard errors that are allowed for.
-    """
-
-    tolerance: float
-    errors: float
-
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, its tolerance and the largest variance of observations, (n, k) -> (k,) each."""
-        var, n = x.var(0), len(x)
-        widened = var * (1 + self.errors * _VARIANCE_ERROR * (2 / n) ** 0.5)
-        least = torch.finfo(torch.float32).eps
-        return x.mean(0), self.tolerance + self.errors * (var / n).sqrt(), widened.clamp_min(least)
-
-    def of_energy(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean of energies, its tolerance and the largest variance in units of it."""
-        mean = q.mean(0).clamp_min(torch.finfo(torch.float32).tiny)
-        _, d, v = self.of(q / mean)
-        return mean, d, v
-
-
-def _errors(bounds: int) -> float:
-    """Standard errors within which so many means are at once."""
-    return NormalDist().inv_cdf(1 - (1 - _CONFIDENCE) / (2 * bounds))
-
-
-_TENSORS = ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v")
-_OF_COMPONENTS = ("axes", "center", "delta", "kappa")
+_TENSORS = ("mean", "std", "delta", "kappa", "d", "v")
 
 
 def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -309,7 +273,7 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return mean.detach().double().cpu(), (var.detach().double().cpu() + eps_of(layer)).sqrt()  # type: ignore[union-attr]
 
 
-def _exactness(layer: _BatchNorm, batch: int) -> float:
-    """Three standard deviations of a stored mean as an exponential average has them, at least 0.1."""
+def _error(layer: _BatchNorm, batch: int) -> float:
+    """Three standard errors of a stored mean, in sd of an example, as an exponential average has them."""
     momentum = getattr(layer, "momentum", None) or 0.0
-    return max(_DELTA, 3 * (momentum / ((2 - momentum) * batch)) ** 0.5)
+    return 3 * (momentum / ((2 - momentum) * batch)) ** 0.5

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import sidecar
 from batchnorm.shift.alarm import Alarm
-from batchnorm.shift.evidence import BETS, Evidence, stakes_for
+from batchnorm.shift.conformal import CELLS, Bag
+from batchnorm.shift.evidence import BETS, Evidence, shapes, stakes_for
 from batchnorm.shift.wealth import Wealth
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from batchnorm.shift.reference import Reference
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".bnshift.safetensors"
 
 
@@ -48,6 +49,8 @@ class State:
                 continue
             tensors |= {f"{name}.product": wealth.product.clone(), f"{name}.restarted": wealth.restarted.clone()}
             bets[name] = {"updates": wealth.updates, "rest": wealth.rest, "is_spread": wealth.is_spread}
+        if evidence.bag is not None:
+            tensors["bag"] = evidence.bag.above.clone()
         return cls(tensors, {"bets": bets, "observations": evidence.observations})
 
     def evidence(self, reference: Reference) -> Evidence:
@@ -55,7 +58,10 @@ class State:
         bets: dict[str, Any] = dict.fromkeys(BETS)
         for name, about in self.about["bets"].items():
             bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
-        return Evidence(reference, **bets, stakes=stakes_for(reference), observations=self.about["observations"])
+        bag = Bag(self.tensors["bag"].clone()) if "bag" in self.tensors else None
+        return Evidence(
+            reference, **bets, bag=bag, stakes=stakes_for(reference), observations=self.about["observations"]
+        )
 
     @property
     def alarm(self) -> Alarm | None:
@@ -69,18 +75,17 @@ class State:
         Raises:
             ValueError: If it is damaged.
         """
-        channels, layers = sum(reference.sizes), len(reference.sizes)
+        channels, bets = sum(reference.sizes), shapes(reference)
         try:
-            of_channels, of_layers = (2, 4, channels), (4, layers)
-            shapes = {"mean": of_channels, "up": of_layers, "down": of_layers, "power": of_channels}
-            shapes["components"] = (2, 4, 2 * channels)
             expected = {
-                f"{name}.{part}": shapes[name] for name in self.about["bets"] for part in ("product", "restarted")
+                f"{name}.{part}": bets[name] for name in self.about["bets"] for part in ("product", "restarted")
             }
             expected |= {"sums": (2, channels), "recent": (2, channels)}
+            if "ranks" in bets:
+                expected["bag"] = (bets["ranks"][1], CELLS)
             good = all(tuple(self.tensors[name].shape) == shape for name, shape in expected.items())
             good &= all(self.tensors[f"waiting.{name}"].shape[1] == channels for name in "zq")
-            good &= set(self.about["bets"]) == set(shapes if reference.components is not None else BETS[:3])
+            good &= set(self.about["bets"]) == set(bets)
             good &= {"count", "least"} <= set(self.about["recent"])
             good &= {"passed", "alarm", "open", "auto", "recent", "observations"} <= set(self.about)
         except (KeyError, TypeError, AttributeError, IndexError):

@@ -98,11 +98,11 @@ class Stream:
             return self.evidence.log
 
     def _count(self, z: Tensor, q: Tensor) -> None:
-        self.evidence = self.evidence.after(z, q)
+        self.evidence = self.evidence.after(z, q, learns=self.alarm is None)
         sums = torch.stack([z.sum(0), q.sum(0)])
         self._sums += sums
         self._recent.add(sums, len(z), self._since_clean(self.evidence))
-        self.autocorrelation.add((z - self.reference.center) / self.reference.kappa.sqrt())
+        self.autocorrelation.add((z - self.reference.center) / self.reference.spread)
         self._judge()
 
     def _since_clean(self, evidence: Evidence) -> float:

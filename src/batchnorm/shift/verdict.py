@@ -2,11 +2,6 @@
 
 The evidence E is that of ``ShiftMonitor``: on data as the reference knows them, the probability that it ever reaches x
 is 1 / x at most (Ville 1939). So the greatest E on the way through the data set can be quoted as it is.
-
-What n observations could not show: a bet of stake l on a channel's mean wins phi(l (s - delta)) - l^2 kappa / 2 from
-each observation whose mean moved by s, and needs log(K / alpha) in all, where K is what the averages over stakes,
-signs, channels, kinds of bets, layers and starts cost. The least s solves n (phi(l (s - delta)) - l^2 kappa / 2) =
-log(K / alpha) for the best of the stakes, with phi from ``betting``.
 """
 
 from __future__ import annotations
@@ -28,6 +23,7 @@ from torch import Tensor
 from batchnorm.population.batches import examples_in
 from batchnorm.shift.alarm import first_moved
 from batchnorm.shift.passes import passes, passes_needed
+from batchnorm.shift.sight import sight
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.tap import Tap
 
@@ -41,7 +37,6 @@ SCHEMA_VERSION = 1
 _ROUND = 8  # observations of one update, as live
 _AROUND = 32  # examples before the alarm, and after it, among which pictures are chosen
 _ENOUGH = 100  # observations, before which a correlation is not judged
-_BETS = 8 * 2  # stakes and signs, and starts that the evidence on one channel's mean is averaged with
 
 
 @final
@@ -222,18 +217,6 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
     )  # fmt: skip
 
 
-def sight(evidence: Evidence, alpha: float) -> float:
-    """The least move of a channel's mean, in stored sd, that would have rung: the median over channels."""
-    known, n = evidence.reference, evidence.observations
-    sizes = torch.tensor(known.sizes)
-    places = len(evidence.log_kinds) * len(sizes) * sizes.double()
-    cost = (_BETS * places / alpha).log().repeat_interleave(sizes)
-    stakes = evidence.stakes[0]
-    won = cost / n + stakes.square() * known.kappa / 2  # that phi has to reach
-    moves = ((2 * won.exp() - 1).sqrt() - 1) / stakes  # phi(y) = log(1 + y + y^2 / 2), inverted
-    return float((known.delta + moves.amin(0)).median())
-
-
 def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
     """Examples at the least evidence before the alarm: on clean data it only sinks, so that a change follows there."""
     if alarm is None:
@@ -327,7 +310,8 @@ class _Album:
             return []
         before = self._evidence
         pictures = [
-            Picture(i, before.after(z[None], q[None]).log - before.log, pixels) for i, z, q, pixels in self._rows
+            Picture(i, before.after(z[None], q[None], learns=False).log - before.log, pixels)
+            for i, z, q, pixels in self._rows
         ]
         return sorted(pictures, key=lambda picture: -picture.gain)[: self._wanted]
 

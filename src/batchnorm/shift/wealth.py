@@ -82,3 +82,18 @@ class Wealth:
         for wealth in others:
             restarted = torch.logaddexp(restarted + wealth.product, wealth.restarted)
         return Wealth(product, restarted, updates, 0.0, False)
+
+    def averaged(self, others: list[Wealth]) -> Wealth:
+        """Evidence of replicas whose bets share something random, such as the clean observations they compare with.
+
+        Their product is no e-process then; their average is one whatever their dependence. For e-SR the sum is taken:
+        what each gains in expectation is the number of its own observations.
+        """
+        all_ = [self, *others]
+        few = 0.0 if not self.is_spread else math.log(len(all_))
+        product, restarted = (
+            torch.stack([getattr(wealth, part) for wealth in all_]).logsumexp(0) - few
+            for part in ("product", "restarted")
+        )
+        updates = sum(wealth.updates for wealth in all_)
+        return Wealth(product, restarted, updates, sum(w.rest for w in all_) / len(all_), self.is_spread)

@@ -1,0 +1,73 @@
+"""Marks: values that few clean observations of a channel are beyond, to name the channels that moved.
+
+Of n clean observations of a channel's mean, the k largest are at or above a mark. The share s of all clean
+observations that lie beyond it is not known, but bounded: that s is larger than S has, whatever the law, at most the
+probability that n draws with that share S give fewer than k (Clopper and Pearson 1934). S is chosen so that with 99 %
+none of the marks of all channels has more beyond it. A bet then wins log(r / S) from an observation that is beyond,
+and loses log((1 - S) / (1 - r)) with each that is not: for r > S its factor is 1 at most in expectation.
+
+Marks only name channels. What rings is the average over layers (``conformal``), which needs no such bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+# parts of the observations beyond a mark: the largest alone, 5 % and 25 %
+_PARTS = (0.0, 0.05, 0.25)
+# r = S + this part of 1 - S
+_HOPES = (0.2, 0.6)
+_CONFIDENCE = 0.99
+BETS = len(_PARTS) * len(_HOPES)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Marks:
+    """Marks of every channel.
+
+    Args:
+        upper: (marks, channels): beyond is above.
+        lower: Likewise: beyond is below.
+        shares: The largest share of clean observations beyond each, (marks,).
+    """
+
+    upper: Tensor
+    lower: Tensor
+    shares: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor) -> Marks:
+        """Marks of clean observations, (n, channels)."""
+        n, channels = z.shape
+        ranks = [max(1, math.floor(part * n)) for part in _PARTS]
+        ordered = z.sort(0).values
+        error = (1 - _CONFIDENCE) / (2 * len(ranks) * channels)
+        shares = torch.tensor([_most(n, k, error) for k in ranks], dtype=torch.float64)
+        return cls(torch.stack([ordered[n - k] for k in ranks]), torch.stack([ordered[k - 1] for k in ranks]), shares)
+
+    def factors(self, z: Tensor) -> Tensor:
+        """Log factors of the bets, summed over observations: (n, channels) -> (2, bets, channels)."""
+        above = (z[:, None] > self.upper).sum(0)
+        below = (z[:, None] < self.lower).sum(0)
+        beyond, share = torch.stack([above, below]).double(), self.shares[:, None]  # (2, marks, channels)
+        hoped = [share + hope * (1 - share) for hope in _HOPES]
+        won = [beyond * (r / share).log() + (len(z) - beyond) * ((1 - r) / (1 - share)).log() for r in hoped]
+        return torch.cat(won, 1)
+
+
+def _most(n: int, k: int, error: float) -> float:
+    """The share S of which n draws give fewer than k with probability ``error``."""
+    counts = torch.arange(k, dtype=torch.float64)
+    ways = math.lgamma(n + 1) - torch.lgamma(counts + 1) - torch.lgamma(n - counts + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        fewer = (ways + counts * math.log(share) + (n - counts) * math.log1p(-share)).logsumexp(0)
+        low, high = (share, high) if fewer > math.log(error) else (low, share)
+    return high

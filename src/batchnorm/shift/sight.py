@@ -1,0 +1,69 @@
+"""Sight: the least move of a channel's mean that so many observations could have shown, in stored standard deviations.
+
+From a checkpoint a bet of stake l wins phi(l (s - delta)) - l^2 kappa / 2 from each observation of a channel whose mean
+moved by s, and needs log(K / alpha) in all, where K is what the averages over stakes, signs, channels, kinds of bets,
+layers and starts cost. The least s solves n (phi(l (s - delta)) - l^2 kappa / 2) = log(K / alpha) for the best of the
+stakes, with phi from ``betting``.
+
+Calibrated, the bets on the largest distance of a layer's channels win log f(p) from each. The channel's mean is taken as
+normal around its new place, which gives p-values among the clean observations, and the other channels as still.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import torch
+
+from batchnorm.shift import conformal
+from batchnorm.shift.scores import KIND_OF
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from batchnorm.shift.evidence import Evidence
+
+_STARTS = 2  # that evidence is averaged over
+_SD = math.sqrt(math.pi / 2)  # of a normal value in mean absolute deviations
+_FURTHEST, _STEPS, _NORMAL = 40.0, 161, 63  # largest move looked at, in those; moves; values of the normal law
+
+
+def sight(evidence: Evidence, alpha: float) -> float:
+    """The least move of a channel's mean, in stored sd, that would have rung: the median over channels.
+
+    Infinite where no move could have, in so few observations.
+    """
+    found = _by_bets(evidence, alpha) if evidence.bag is None else _by_ranks(evidence, alpha)
+    return float(found.median())
+
+
+def _by_bets(evidence: Evidence, alpha: float) -> Tensor:
+    known, n = evidence.reference, evidence.observations
+    sizes = torch.tensor(known.sizes)
+    places = 8 * _STARTS * len(evidence.kinds) * len(sizes) * sizes.double()
+    cost = (places / alpha).log().repeat_interleave(sizes)
+    stakes = evidence.stakes[0]
+    won = cost / n + stakes.square() * known.kappa / 2  # that phi has to reach
+    moves = ((2 * won.exp() - 1).sqrt() - 1) / stakes  # phi(y) = log(1 + y + y^2 / 2), inverted
+    return known.delta + moves.amin(0)
+
+
+def _by_ranks(evidence: Evidence, alpha: float) -> Tensor:
+    known, clean, bag = evidence.reference, evidence.reference.clean, evidence.bag
+    assert clean is not None and bag is not None  # noqa: S101, PT018 - the caller asked
+    layers = len(known.sizes)
+    places = conformal.BETS * KIND_OF.count("mean") * len(evidence.kinds) * layers * _STARTS
+    needed = math.log(places / alpha) / evidence.observations
+    moves = torch.linspace(0, _FURTHEST, _STEPS, dtype=torch.float64)
+    normal = [NormalDist().inv_cdf((i + 0.5) / _NORMAL) for i in range(_NORMAL)]
+    score = (moves[:, None] + _SD * torch.tensor(normal, dtype=torch.float64)).abs()  # (moves, values)
+    least = []
+    for layer in range(layers):  # the first score of each
+        cells = conformal.cells_of(score, clean.scores.middle[layer], clean.scores.width[layer])
+        p = (bag.above[layer][cells] + 1) / (bag.observations + 1)  # (moves, values)
+        won = conformal.factors(p.T.double()) / _NORMAL  # (bets, moves)
+        enough = won.amax(0) >= needed
+        least.append(moves[enough][0] if bool(enough.any()) else torch.tensor(math.inf, dtype=torch.float64))
+    return torch.stack(least).repeat_interleave(torch.tensor(known.sizes)) * clean.scores.spread
