@@ -21,8 +21,10 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm import sidecar
 from batchnorm.shift import Reference, ShiftMonitor
 from batchnorm.shift.alarm import discovered, first_moved, hint
+from batchnorm.shift.components import halves
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.units import Autocorrelation, Grouping
 
@@ -78,12 +80,12 @@ def watching(model: nn.Module, **more: object) -> ShiftMonitor:
 # -- the promise --------------------------------------------------------------------------------------------------
 
 
-def reference(kappa: float = 0.2, source: str = "checkpoint") -> Reference:
+def reference(kappa: float = 0.2) -> Reference:
     n = CHANNELS * LAYERS
     ones, layers = torch.ones(n, dtype=torch.float64), torch.ones(LAYERS, dtype=torch.float64)
     return Reference(
-        tuple(f"bn{i}" for i in range(LAYERS)), (CHANNELS,) * LAYERS, 0 * ones, ones, 0 * ones, kappa * ones,
-        0.1 * ones, layers, 0.1 * layers, 0.2 * layers, ones, ones, ones, None, source, "example", 0, "none",
+        tuple(f"bn{i}" for i in range(LAYERS)), (CHANNELS,) * LAYERS, 0 * ones, ones, 0.1 * ones, kappa * ones,
+        0.1 * layers, 0.2 * layers, None, "example", 0, "none",
     )  # fmt: skip
 
 
@@ -376,8 +378,10 @@ def test_a_reference_is_saved_and_a_stale_one_is_refused(net: Net, tmp_path: Pat
     made = watching(net).calibrate([images(100) for _ in range(3)])
     made.save(path)
     again = Reference.load(path)
-    for name in ("mean", "std", "center", "kappa", "delta", "energy", "d", "v", "power", "power_d", "power_v"):
+    for name in ("mean", "std", "delta", "kappa", "d", "center", "spread", "power"):
         assert torch.equal(getattr(again, name), getattr(made, name)), name
+    assert again.v is None
+    assert again.digest_of_bounds() == made.digest_of_bounds()
     assert (again.layers, again.sizes, again.observations) == (("bns.0", "bns.1", "bns.2"), (8, 16, 16), 300)
     assert watching(net, reference=path).reference.source == "calibrated"
     with pytest.raises(ValueError, match=r"calibrated with unit 'example', got unit 'batch'"):
@@ -392,15 +396,58 @@ def test_a_reference_is_saved_and_a_stale_one_is_refused(net: Net, tmp_path: Pat
         watching(nn.Sequential(nn.BatchNorm1d(3)), reference=path)
 
 
-@pytest.mark.parametrize("name", ["kappa", "delta", "energy", "power_v"])
+@pytest.mark.parametrize("name", ["kappa", "delta", "d", "v"])
 @pytest.mark.parametrize("damage", ["nan", "negative", "short"])
 def test_a_damaged_reference_is_refused(net: Net, tmp_path: Path, name: str, damage: str) -> None:
-    made = Reference.from_checkpoint(net, watching(net).layers, unit="example")
+    made = Reference.from_checkpoint(net, watching(net).layers, unit="example", kurtosis=4.0)
     value = getattr(made, name).clone()
     value = {"nan": value * torch.nan, "negative": -value, "short": value[:1]}[damage]
     replace(made, **{name: value}).save(tmp_path / "x.bncal.safetensors")
     with pytest.raises(ValueError, match=r"is a damaged reference: .* Calibrate again"):
         Reference.load(tmp_path / "x.bncal.safetensors")
+
+
+@pytest.mark.parametrize("name", ["bag.above", "scores.spread", "scores.middle", "marks.upper", "components.axes"])
+@pytest.mark.parametrize("damage", ["nan", "short", "missing"])
+def test_a_damaged_calibration_is_refused(net: Net, tmp_path: Path, name: str, damage: str) -> None:
+    made, path = watching(net).calibrate([images(100, seed) for seed in range(2)]), tmp_path / "x.bncal.safetensors"
+    made.save(path)
+    about, tensors = sidecar.read(path, "reference")
+    broken = {"nan": tensors[name] * torch.nan, "short": tensors[name][:1].clone(), "missing": None}[damage]
+    rest = {key: value for key, value in tensors.items() if key != name}
+    sidecar.write(path, "reference", about, rest if broken is None else rest | {name: broken})
+    with pytest.raises(ValueError, match=r"is a damaged reference: .* Calibrate again"):
+        Reference.load(path)
+
+
+def test_counts_that_no_observations_make_are_refused(net: Net, tmp_path: Path) -> None:
+    made, path = watching(net).calibrate([images(100, seed) for seed in range(2)]), tmp_path / "x.bncal.safetensors"
+    made.save(path)
+    about, tensors = sidecar.read(path, "reference")
+    for broken in (-tensors["bag.above"], tensors["bag.above"].flip(1), 0 * tensors["bag.above"]):
+        sidecar.write(path, "reference", about, tensors | {"bag.above": broken.contiguous()})
+        with pytest.raises(ValueError, match=r"is a damaged reference: .* Calibrate again"):
+            Reference.load(path)
+
+
+@pytest.mark.parametrize("version", [2, 4, None])
+def test_a_reference_of_another_version_is_refused(net: Net, tmp_path: Path, version: int | None) -> None:
+    path = tmp_path / "x.bncal.safetensors"
+    watching(net).calibrate([images(100, seed) for seed in range(2)]).save(path)
+    about, tensors = sidecar.read(path, "reference")
+    sidecar.write(path, "reference", about | {"version": version}, tensors)
+    with pytest.raises(ValueError, match=rf"is no reference of version 3, got {version}\. Calibrate again"):
+        Reference.load(path)
+
+
+@pytest.mark.parametrize("version", [2, 4, None])
+def test_a_state_of_another_version_is_refused(net: Net, tmp_path: Path, version: int | None) -> None:
+    path = tmp_path / "x.bnshift.safetensors"
+    watching(net).save(path)
+    about, tensors = sidecar.read(path, "shift")
+    sidecar.write(path, "shift", about | {"version": version}, tensors)
+    with pytest.raises(ValueError, match=r"is no state of a monitor of version 3\. Write it with monitor\.save"):
+        watching(net).load(path)
 
 
 def test_calibration_that_ends_early_leaves_the_model_and_later_calibrations_alone(net: Net) -> None:
@@ -454,13 +501,16 @@ def test_a_damaged_state_is_refused(net: Net, tmp_path: Path) -> None:
 def test_calibration_is_what_was_measured(net: Net) -> None:
     made = watching(net).calibrate([images(256, seed=9)])
     x = net.convs[0](images(256, seed=9)).detach().double()
-    layer = net.bns[0]
+    layer, (teach, rest) = net.bns[0], halves(256)
     mean, std = layer.running_mean.double(), (layer.running_var.double() + layer.eps).sqrt()
-    z = (x.mean((2, 3)) - mean) / std
-    q = (((x - mean[:, None, None]) / std[:, None, None]) ** 2).mean((1, 2, 3))
-    torch.testing.assert_close(made.center[:8], z.mean(0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(made.energy[0], q.mean(), atol=1e-5, rtol=1e-5)
-    assert bool((made.kappa[:8] >= z.var(0)).all())
+    z = ((x.mean((2, 3)) - mean) / std)[teach]
+    q = (((x - mean[:, None, None]) / std[:, None, None]) ** 2).mean((2, 3))[teach]
+    middle = z.sort(0).values[63]  # the 64th of 128
+    torch.testing.assert_close(made.center[:8], middle, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.spread[:8], (z - middle).abs().mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.power[:8], q.sort(0).values[63], atol=1e-5, rtol=1e-5)
+    assert made.clean is not None
+    assert made.clean.bag.observations == len(rest) == 128
 
 
 def test_what_cannot_calibrate_is_refused(net: Net, tmp_path: Path) -> None:
@@ -570,7 +620,7 @@ RANK = """
     net = Net()
     bn.recalibrate(net, [images(256, seed) for seed in range(4)])
     net.eval()
-    monitor = ran(watching(net), net, [0.75 * images(8, 100 * dist.get_rank() + i) for i in range(24)])
+    monitor = ran(watching(net), net, [images(8, 100 * dist.get_rank() + i) - 0.5 for i in range(24)])
     alarm = monitor.pooled_over_ranks()
     print(alarm.observations, alarm.log_evidence, flush=True)
     dist.destroy_process_group()
@@ -683,7 +733,7 @@ def test_a_state_of_another_calibration_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the state must be of a monitor like this one, got bounds"):
         one.put(other.state())
     damaged = one.state()
-    del damaged.about["bets"]["components"]
+    del damaged.about["bets"]["ranks"]
     with pytest.raises(ValueError, match=r"the state is damaged"):
         one.put(damaged)
 

@@ -8,7 +8,7 @@ bets and the evidence are the product's own.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,8 @@ class Streams:
         """Log evidence after one more round: observations (n, streams, channels) each."""
         self.evidence = self.evidence.after(z.flatten(1), q.flatten(1))
         of_layers = self.evidence.log_layers.reshape(self.count, self.layers)
-        return of_layers.logsumexp(1) - torch.tensor(float(self.layers)).log()
+        together = of_layers.logsumexp(1) if self.evidence.ranks is None else of_layers.amax(1)
+        return together - torch.tensor(float(self.layers)).log()
 
 
 def drawn(pool: tuple[Tensor, Tensor], n: int, streams: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ class LayerShift:
     Args:
         name: Dotted path.
         log_evidence: Natural logarithm of its e-value.
-        kind: The kind of bet that won most: "mean", "energy up" or "energy down", and, calibrated, "channel energy" or
-            "components".
+        kind: The kind of bet that won most: "mean", "energy up" or "energy down", and, calibrated, "channel energy",
+            "components" or "component means".
         channels: Channels whose mean moved, most evident first; false discovery rate at most alpha (e-BH).
         w2: Distance of the observed law from the stored one, both taken as normal, rms over channels, in sd. For
             display: it has no null distribution.

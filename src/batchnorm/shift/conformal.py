@@ -55,6 +55,13 @@ class Bag:
         """How many there are."""
         return int(self.above[0, 0])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether observations can have made these counts: each column has no more than the one before it."""
+        whole = bool((self.above[:, :1] == self.above[:1, :1]).all()) and int(self.above[0, 0]) > 0
+        falls = bool((self.above.diff(dim=1) <= 0).all()) and bool((self.above >= 0).all())
+        return self.above.dtype == torch.int32 and whole and falls
+
     def with_(self, cells: Tensor) -> Bag:
         """The bag with more observations, (n, scores)."""
         counts = torch.zeros_like(self.above)

@@ -4,9 +4,18 @@ From a checkpoint alone every channel of every layer bets on a higher and a lowe
 with four stakes each; on less energy only under a declared bound. Against a calibrated reference every score of every
 layer bets on small p-values, and marks of channels' means bet as well, to name channels.
 
-An average of e-processes is an e-process whatever their dependence (Vovk and Wang 2021), so the evidence is the average
-over stakes, signs and channels or scores of a layer, over kinds of bets, and over layers. Looking in many places costs
-the logarithm of their number.
+Looking in many places costs the logarithm of their number. From a checkpoint all bets are fair given the same past, and
+an average of e-processes of one past is an e-process whatever their dependence (Vovk and Wang 2021): the evidence is
+the average over stakes, signs and channels of a layer, over kinds of bets, and over layers.
+
+Bets on ranks of one score are fair given the past of this score only; what other scores showed may tell more, and an
+average of such e-processes need not be one (Choe and Ramdas 2024). So with weights w_j that sum to 1, of scores of a
+kind, of kinds and of layers, the evidence is the largest w_j E_j. Each reaches 1 / alpha with probability alpha w_j at
+most (Ville 1939), and so any of them with alpha at most. That is hardly less than their sum, most of which is one's.
+
+For an average run length S_j - t cannot grow in expectation, so that S_j reaches c within t observations with
+probability t / c at most, and the largest w_j S_j reaches 2 arl with t / (2 arl) at most. The expected number until it
+does is the sum of 1 - t / (2 arl) over t < 2 arl at least, which is arl. So the evidence is half of the largest.
 """
 
 from __future__ import annotations
@@ -118,24 +127,28 @@ class Evidence:
         return torch.stack([sums - torch.tensor(sizes, dtype=torch.float64).log(), *energies])
 
     def _log_kinds_of_ranks(self, ranks: Wealth) -> Tensor:
-        of_scores = ranks.log.logsumexp(0) - math.log(conformal.BETS)
+        of_scores = ranks.log.logsumexp(0) - math.log(conformal.BETS * (1 if ranks.is_spread else 2))
         of_scores = of_scores.reshape(len(KIND_OF), -1)  # (scores of a layer, layers)
         parts = [of_scores[[i for i, of in enumerate(KIND_OF) if of == kind]] for kind in KINDS]
-        return torch.stack([part.logsumexp(0) - math.log(len(part)) for part in parts])
+        return torch.stack([part.amax(0) - math.log(len(part)) for part in parts])
 
     @property
     def log_layers(self) -> Tensor:
         """Log e-value of every layer, (layers,)."""
-        kinds = self.log_kinds
-        return kinds.logsumexp(0) - math.log(len(kinds))
+        return self._joined(self.log_kinds)
 
     @property
     def log(self) -> float:
         """Log of the evidence that anything moved."""
-        return float(self.log_layers.logsumexp(0)) - math.log(len(self.reference.sizes))
+        return float(self._joined(self.log_layers))
+
+    def _joined(self, logs: Tensor) -> Tensor:
+        """Evidence in any of several places, (places, ...) -> (...)."""
+        together = logs.logsumexp(0) if self.ranks is None else logs.amax(0)
+        return together - math.log(len(logs))
 
     def merged(self, others: list[Evidence]) -> Evidence:
-        """Evidence of several replicas of one model together; see ``Wealth.merged`` and ``Wealth.averaged``.
+        """Evidence of several replicas of one model together; see ``Wealth.merged`` and ``Wealth.highest``.
 
         Raises:
             ValueError: If they bet against different references.
@@ -151,7 +164,7 @@ class Evidence:
         for name in BETS:
             if (own := getattr(self, name)) is not None:
                 theirs = [getattr(other, name) for other in others]
-                merged[name] = own.averaged(theirs) if name == "ranks" else own.merged(theirs)
+                merged[name] = own.highest(theirs) if name == "ranks" else own.merged(theirs)
         count = self.observations + sum(other.observations for other in others)
         return replace(self, **merged, observations=count)
 

@@ -6,7 +6,7 @@ probability that n draws with that share S give fewer than k (Clopper and Pearso
 none of the marks of all channels has more beyond it. A bet then wins log(r / S) from an observation that is beyond,
 and loses log((1 - S) / (1 - r)) with each that is not: for r > S its factor is 1 at most in expectation.
 
-Marks only name channels. What rings is the average over layers (``conformal``), which needs no such bound.
+Marks only name channels. What rings is evidence of scores (``conformal``), which needs no such bound.
 """
 
 from __future__ import annotations

@@ -129,9 +129,10 @@ class ShiftMonitor:
 
     def __repr__(self) -> str:
         told = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
+        doubt = f"; doubtful: {tail}" if (tail := self.stream.tail) else ""
         return (
             f"ShiftMonitor({type(self.model).__name__}, layers={len(self.layers)}, looked at {self.stream.looked} of "
-            f"{self.stream.passed} examples, {told})"
+            f"{self.stream.passed} examples, {told}{doubt})"
         )
 
     @property

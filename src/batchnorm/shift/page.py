@@ -72,6 +72,8 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if verdict.hint:
         yield "hint", _HINTS[verdict.hint]
     yield "neighbours", _neighbours(verdict)
+    if verdict.tails:
+        yield "tails", f"{verdict.tails}: stored variances may be too small, and false alarms more than promised"
     if verdict.left_out:
         what = "it has" if verdict.left_out == 1 else "they have"
         yield "left out", f"{_many(verdict.left_out, 'example')}: {what} NaN or infinite activations"
@@ -130,6 +132,8 @@ def follows(verdict: Verdict) -> list[str]:
     if verdict.dependent:
         larger = "batch" if verdict.unit == "example" else "a session or a minute, by ShiftMonitor(unit=function)"
         told.append(f"Neighbours are alike, so this may be a false alarm or chance. Judge again with unit {larger}.")
+    if verdict.tails:
+        told.append("Stored variances may be too small for such tails. Judge again with --calibrate clean.py:loader.")
     if verdict.rang is None:
         finer = " A calibrated reference sees finer changes." if _is_wide(verdict) else ""
         return [*told, f"Nothing follows: what could not be seen may be there all the same.{finer}"]

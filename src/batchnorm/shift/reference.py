@@ -49,7 +49,7 @@ SUFFIX = ".bncal.safetensors"
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, where nobody says
 _EXACT = 0.1  # what stored statistics may be off by, at least
-_NORMAL = 3.0  # kurtosis
+NORMAL = 3.0  # kurtosis
 _TOLERANCE = 0.02
 
 
@@ -156,7 +156,7 @@ class Reference:
         mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
         sizes = torch.tensor([channels_of(layer) for layer in layers.values()])
         errors = torch.tensor([_error(layer, batch) for layer in layers.values()], dtype=torch.float64)
-        d = (errors * ((kurtosis or _NORMAL) - 1) ** 0.5).clamp_min(_EXACT)
+        d = (errors * ((kurtosis or NORMAL) - 1) ** 0.5).clamp_min(_EXACT)
         return cls(
             layers=tuple(layers), sizes=tuple(sizes.tolist()), mean=mean, std=std,
             delta=errors.clamp_min(_EXACT).repeat_interleave(sizes), kappa=(1 + d).repeat_interleave(sizes),
@@ -245,7 +245,8 @@ class Reference:
         finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
         signed = {"mean", *clean.SIGNED}
         positive = all(bool((tensor > 0).all()) for name, tensor in tensors.items() if name not in signed)
-        return sized and finite and positive and layers == len(self.layers)
+        counted = sized and (self.clean is None or self.clean.bag.is_whole)
+        return counted and finite and positive and layers == len(self.layers)
 
     def check(self, model: nn.Module, layers: Sequence[str]) -> None:
         """Refuse a model that it does not belong to.

@@ -5,8 +5,8 @@ moved by s, and needs log(K / alpha) in all, where K is what the averages over s
 layers and starts cost. The least s solves n (phi(l (s - delta)) - l^2 kappa / 2) = log(K / alpha) for the best of the
 stakes, with phi from ``betting``.
 
-Calibrated, the bets on the largest distance of a layer's channels win log f(p) from each. The channel's mean is taken as
-normal around its new place, which gives p-values among the clean observations, and the other channels as still.
+Calibrated, the bets on the largest distance of a layer's channels win log f(p) from each. The channel's mean is taken
+as normal around its new place, which gives p-values among the clean observations, and the other channels as still.
 """
 
 from __future__ import annotations

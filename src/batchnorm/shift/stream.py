@@ -18,6 +18,7 @@ from batchnorm.shift.alarm import Alarm, LayerShift, first_moved, hint, localize
 from batchnorm.shift.evidence import Evidence
 from batchnorm.shift.recent import Recent
 from batchnorm.shift.state import State
+from batchnorm.shift.tails import Tail, Tails
 from batchnorm.shift.units import Autocorrelation, Grouping, Unit
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Stream:
         self.alarm: Alarm | None = None
         self.evidence = Evidence.start(reference, is_spread=arl is None)
         self.autocorrelation = Autocorrelation()
+        self._tails = Tails(reference)
         self._bounds = reference.digest_of_bounds()
         self.passed = 0  # examples, looked at or not
         self.looked = 0  # examples among them that were looked at
@@ -104,6 +106,7 @@ class Stream:
         self._recent.add(sums, len(z), self._since_clean(self.evidence))
         self.autocorrelation.add((z - self.reference.center) / self.reference.spread)
         self._judge()
+        self._watch_tails(q)
 
     def _since_clean(self, evidence: Evidence) -> float:
         """Log evidence, of which e-SR gains one with every observation on clean data."""
@@ -120,6 +123,22 @@ class Stream:
             self.alarm = self._alarm(self.evidence, self._means(), self.passed)
             LOGGER.warning("%s", self.alarm)
             self._call(self.alarm)
+
+    def _watch_tails(self, q: Tensor) -> None:
+        """Warn where a checkpoint's condition is doubtful; calibrated, nothing is assumed of tails."""
+        if self.alarm is not None or self.reference.clean is not None:
+            return
+        self._tails.add(self.reference.of_layers(q))
+        if tail := self.tail:
+            self.warn(
+                "tails",
+                f"{tail}: stored variances may be too small, and false alarms more than promised. {tail.remedy}",
+            )
+
+    @property
+    def tail(self) -> Tail | None:
+        """What makes a condition of the checkpoint's promise doubtful; None if nothing does, and where calibrated."""
+        return self._tails.heavy
 
     def _call(self, alarm: Alarm) -> None:
         try:
@@ -202,6 +221,7 @@ class Stream:
             self._grouping.state(),
             self._recent.state(),
             self.autocorrelation.state(),
+            self._tails.state(),
         ):
             state = state | part
         return state
@@ -225,6 +245,7 @@ class Stream:
         self._grouping.put(state)
         self._recent.put(state)
         self.autocorrelation.put(state)
+        self._tails.put(state)
 
     def check(self, state: State) -> None:
         """Refuse a state of another kind of stream, or a damaged one."""

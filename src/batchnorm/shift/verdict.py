@@ -103,6 +103,7 @@ class Verdict:
             median over channels.
         seconds: How long it took.
         pictures: The examples that contribute most around the alarm, as far as they were asked for.
+        tails: What makes a condition of the promise doubtful, from a checkpoint alone, or "".
     """
 
     target: str
@@ -128,6 +129,7 @@ class Verdict:
     sight: float
     seconds: float
     pictures: tuple[Picture, ...] = ()
+    tails: str = ""
 
     @property
     def log_limit(self) -> float:
@@ -213,7 +215,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
         first=first_moved(table, stream.limit), hint=alarm.hint if alarm else "",
         layers=tuple(_layers(stream, table, *moved)), correlation=correlation,
         dependent=dependent, sight=sight(stream.evidence, stream.alpha), seconds=seconds,
-        pictures=tuple(watch.album.chosen()),
+        pictures=tuple(watch.album.chosen()), tails=str(stream.tail or ""),
     )  # fmt: skip
 
 

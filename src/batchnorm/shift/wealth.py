@@ -83,17 +83,19 @@ class Wealth:
             restarted = torch.logaddexp(restarted + wealth.product, wealth.restarted)
         return Wealth(product, restarted, updates, 0.0, False)
 
-    def averaged(self, others: list[Wealth]) -> Wealth:
+    def highest(self, others: list[Wealth]) -> Wealth:
         """Evidence of replicas whose bets share something random, such as the clean observations they compare with.
 
-        Their product is no e-process then; their average is one whatever their dependence. For e-SR the sum is taken:
-        what each gains in expectation is the number of its own observations.
+        Their product is no e-process then. Of each process the replica with the most of it counts, divided by their
+        number: it reaches 1 / alpha with probability alpha at most, however they depend on each other. For e-SR nothing
+        is divided: each reaches a limit c with probability t / c at most after t observations of its own.
         """
         all_ = [self, *others]
-        few = 0.0 if not self.is_spread else math.log(len(all_))
+        best = torch.stack([wealth.log for wealth in all_]).argmax(0, keepdim=True)
+        few = len(all_) if self.is_spread else 1
         product, restarted = (
-            torch.stack([getattr(wealth, part) for wealth in all_]).logsumexp(0) - few
+            torch.stack([getattr(wealth, part) for wealth in all_]).gather(0, best)[0] - math.log(few)
             for part in ("product", "restarted")
         )
         updates = sum(wealth.updates for wealth in all_)
-        return Wealth(product, restarted, updates, sum(w.rest for w in all_) / len(all_), self.is_spread)
+        return Wealth(product, restarted, updates, min(wealth.rest for wealth in all_) / few, self.is_spread)
