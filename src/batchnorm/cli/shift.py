@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("full", "concise", "json", "github", "sarif", "junit", "html", "md")
 _SUFFIXES = {".json": "json", ".sarif": "sarif", ".xml": "junit", ".html": "html", ".md": "md"}
+_ASSUMED = ("full", "concise", "json")
 _REFERENCE = ".bncal.safetensors"
 # sentences are hard to read in wider lines
 _WIDEST = 100
@@ -37,7 +38,11 @@ _WIDEST = 100
 
 @click.command()
 @click.argument("model")
-@click.option("--data", metavar="ADDRESS", required=True, help="Batches to judge: data.py:loader.")
+@click.option("--data", metavar="ADDRESS", help="Batches to judge: data.py:loader.")
+@click.option(
+    "--check-assumptions", "clean", metavar="ADDRESS",
+    help="In place of --data: clean batches to measure what the alarm assumes on.",
+)  # fmt: skip
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
 @click.option(
     "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
@@ -61,7 +66,8 @@ _WIDEST = 100
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
 def shift(
-    model: str, data: str, output_format: str | None, output: Path | None, quiet: bool, **asked: Any
+    model: str, data: str | None, clean: str | None, output_format: str | None, output: Path | None, quiet: bool,
+    **asked: Any,
 ) -> None:  # fmt: skip
     """Judge whether data are distributed as those that MODEL was trained with.
 
@@ -69,20 +75,33 @@ def shift(
     store with those that the data give, or a reference calibrated on clean data. The model is not changed. Labels are
     not needed, and nothing is said about accuracy.
 
-    Exit codes: 0 no shift found, 1 shift, 2 it could not run.
+    --check-assumptions measures on clean data whether the promise about false alarms can be relied on.
+
+    Exit codes: 0 no shift found, or all assumptions hold; 1 shift, or one is doubtful or broken; 2 it could not run.
     """
     chosen = _chosen_format(output_format, output)
-    _check(model, data, chosen, **asked)
+    if clean is not None:
+        refuse_empty({"--check-assumptions": clean})
+        chosen = _format_of_assumptions(chosen, output_format, output, data)
+    elif data is None:
+        raise ValueError(
+            "shift needs data to judge. Give --data data.py:loader, or --check-assumptions clean.py:loader."
+        )
+    source = clean or data or ""
+    _check(model, source, chosen, **asked)
     _require(chosen)
     if output is not None:
         _check_place(output)
-    verdict = _judged(model, data, **asked)
-    text = _text(verdict, chosen, to_file=output is not None)
+    if clean is not None:
+        text, good = _assumed(model, clean, chosen, **asked)
+    else:
+        verdict = _judged(model, source, **asked)
+        text, good = _text(verdict, chosen, to_file=output is not None), verdict.rang is None
     if output is not None:
         write(output, text.rstrip("\n") + "\n")
     elif not quiet and text:
         show(text)
-    sys.exit(0 if verdict.rang is None else 1)
+    sys.exit(0 if good else 1)
 
 
 # -- what was asked for -------------------------------------------------------------------------------------------
@@ -161,6 +180,35 @@ def _judged(
             monitor, addresses.data(data), max_examples=max_examples, pictures=images or 0, target=model, data=data,
             command=_command(model, data, weights=weights, given=given, **asked),
         )  # fmt: skip
+
+
+# -- what is assumed ----------------------------------------------------------------------------------------------
+
+
+def _format_of_assumptions(chosen: str, asked: str | None, output: Path | None, data: str | None) -> str:
+    """Text or JSON, the latter of settings and environments that have no other words for it."""
+    if data is not None:
+        raise ValueError("--check-assumptions takes the place of --data, got both. Leave one of them out.")
+    told = asked or (chosen if output is not None and output.suffix.lower() in _SUFFIXES else None)
+    if told is not None and told not in _ASSUMED:
+        raise ValueError(f"assumptions are told in {', '.join(_ASSUMED)}, got {told}. Choose one: --output-format json")
+    return chosen if chosen in _ASSUMED else "full"
+
+
+def _assumed(
+    model: str, data: str, chosen: str, *, weights: str | None, given: tuple[str, ...], images: int | None,  # noqa: ARG001
+    max_examples: int | None, **asked: Any,
+) -> tuple[str, bool]:  # fmt: skip
+    """What is told of the assumptions, and whether all hold."""
+    from batchnorm.shift.assumptions import check, concise, full
+
+    with contextlib.redirect_stdout(sys.stderr), addresses.told(model), _unlogged():
+        monitor = _monitor(addresses.model(model, addresses.parsed(given), weights), max_examples=max_examples, **asked)
+        found = check(monitor, addresses.data(data), max_examples=max_examples, target=model, data=data)
+    if chosen == "json":
+        return found.to_json(), found.hold
+    width = max(60, min(shutil.get_terminal_size((80, 24)).columns, _WIDEST))
+    return full(found, width=width) if chosen == "full" else concise(found), found.hold
 
 
 def _monitor(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -70,9 +70,10 @@ class Evidence:
     @classmethod
     def start(cls, reference: Reference, *, is_spread: bool = True) -> Evidence:
         """No evidence yet; ``is_spread`` is False for e-SR."""
-        bets = {name: Wealth.start(shape, is_spread=is_spread) for name, shape in shapes(reference).items()}
+        bets: dict[str, Any] = dict.fromkeys(BETS)
+        bets |= {name: Wealth.start(shape, is_spread=is_spread) for name, shape in shapes(reference).items()}
         bag = None if reference.clean is None else reference.clean.bag
-        return cls(reference, **{name: bets.get(name) for name in BETS}, bag=bag, stakes=stakes_for(reference))
+        return cls(reference, **bets, bag=bag, stakes=stakes_for(reference))
 
     def after(self, z: Tensor, q: Tensor, *, learns: bool = True) -> Evidence:
         """With one more round of observations.

@@ -50,14 +50,14 @@ def odds(log_evidence: float) -> str:
 
 def headline(verdict: Verdict) -> str:
     """What was judged."""
-    counted = f"{_many(verdict.examples, 'example')} in {_many(verdict.batches, 'batch')}"
+    counted = f"{many(verdict.examples, 'example')} in {many(verdict.batches, 'batch')}"
     return " · ".join(filter(None, [verdict.target, verdict.data, counted]))
 
 
 def sentence(verdict: Verdict) -> str:
     """The verdict in one sentence, which claims no more than was seen."""
     if verdict.rang is None:
-        return f"No shift found in {_many(verdict.examples, 'example')}; what could not be seen is listed"
+        return f"No shift found in {many(verdict.examples, 'example')}; what could not be seen is listed"
     return "Shift found: these data are not distributed as the reference says"
 
 
@@ -67,7 +67,7 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
     yield "evidence", _evidence(verdict)
     if verdict.rang is not None:
         began = f"it began to rise at about {verdict.rise:,}" if verdict.rise else "it rose from the first example on"
-        yield "rang", f"after {verdict.rang:,} of {_many(verdict.examples, 'example')}; {began}"
+        yield "rang", f"after {verdict.rang:,} of {many(verdict.examples, 'example')}; {began}"
         yield "first moved", _first(verdict)
     if verdict.hint:
         yield "hint", _HINTS[verdict.hint]
@@ -76,7 +76,7 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "tails", f"{verdict.tails}: stored variances may be too small, and false alarms more than promised"
     if verdict.left_out:
         what = "it has" if verdict.left_out == 1 else "they have"
-        yield "left out", f"{_many(verdict.left_out, 'example')}: {what} NaN or infinite activations"
+        yield "left out", f"{many(verdict.left_out, 'example')}: {what} NaN or infinite activations"
 
 
 _HINTS = {
@@ -90,7 +90,7 @@ def _reference(verdict: Verdict) -> str:
     if verdict.source == "checkpoint":
         return "the checkpoint's stored statistics alone; nothing was calibrated, so tolerances are wide"
     unit = verdict.unit if verdict.unit in {"example", "batch"} else "observation"
-    return f"a reference calibrated with {_many(verdict.calibrated, unit)} of clean data"
+    return f"a reference calibrated with {many(verdict.calibrated, unit)} of clean data"
 
 
 def _evidence(verdict: Verdict) -> str:
@@ -162,7 +162,8 @@ def _is_wide(verdict: Verdict) -> bool:
     return verdict.source == "checkpoint"
 
 
-def _many(number: int, word: str) -> str:
+def many(number: int, word: str) -> str:
+    """A number of things."""
     plural = word + ("es" if word.endswith("ch") else "s")
     return f"{number:,} {word if number == 1 else plural}"
 
@@ -180,29 +181,29 @@ def concise(verdict: Verdict) -> str:
     when = (
         ""
         if verdict.rang is None
-        else f" after {_many(verdict.rang, 'example')}, first at {verdict.first or 'no layer'}"
+        else f" after {many(verdict.rang, 'example')}, first at {verdict.first or 'no layer'}"
     )
     word = "no shift found" if verdict.rang is None else "shift found"
     about = f"evidence {odds(verdict.log_evidence)}, limit {odds(verdict.log_limit)}"
     alike = ", neighbours are alike" if verdict.dependent else ""
-    return plain(f"{verdict.target}: {word}{when}: {about}, {_many(verdict.examples, 'example')}{alike}")
+    return plain(f"{verdict.target}: {word}{when}: {about}, {many(verdict.examples, 'example')}{alike}")
 
 
 def full(verdict: Verdict, *, width: int = 80) -> str:
     """For people, in ``width`` columns; only a command may be longer."""
     status = "[· info]" if verdict.rang is None else "[✗ error]"
-    lines = [*_wrapped(headline(verdict), width), "", *_wrapped(f"{status} {sentence(verdict)}", width)]
+    lines = [*wrapped(headline(verdict), width), "", *wrapped(f"{status} {sentence(verdict)}", width)]
     for name, text in facts(verdict):
-        lines += _wrapped(f"  {name:<15}{text}", width, 17)
+        lines += wrapped(f"  {name:<15}{text}", width, 17)
     lines += ["", *_table(verdict, width), "", "not seen:"]
-    lines += [line for text in unseen(verdict) for line in _wrapped(f"  - {text}", width, 4)]
-    lines += ["", *(line for text in follows(verdict) for line in _wrapped(text, width))]
+    lines += [line for text in unseen(verdict) for line in wrapped(f"  - {text}", width, 4)]
+    lines += ["", *(line for text in follows(verdict) for line in wrapped(text, width))]
     if command := following(verdict):
         lines.append(f"next: {plain(command)}")
     return "\n".join(lines)
 
 
-def _wrapped(text: str, width: int, hang: int = 0) -> list[str]:
+def wrapped(text: str, width: int, hang: int = 0) -> list[str]:
     """Plain text in lines: plain before it is wrapped, so that no line begins where a name would have it."""
     return wrap(plain(text), width, subsequent_indent=" " * hang, break_on_hyphens=False)
 
@@ -217,7 +218,7 @@ def _table(verdict: Verdict, width: int) -> Iterator[str]:
         short = name if len(name) <= space else f"…{name[1 - space :]}"
         yield f"{short:<{space}} {evidence:>11} {kind:<14} {channels:<14.14} {w2:>5} {kl:>5}".rstrip()
     if others := len(verdict.layers) - len(rows):
-        yield f"{_many(others, 'other layer')} did not move beyond the limit"
+        yield f"{many(others, 'other layer')} did not move beyond the limit"
     yield "W2 and KL are distances for display: sd, and nats"
 
 

@@ -8,9 +8,8 @@ m = E[Q^2] / E[Q]^2 that is observed is above
     m > 1 + (k - 1) (3 / 2)^2,
 
 d covers fewer than two standard errors, and the condition is doubtful; k is 3, or what is declared beyond. With 3 that
-is 5.5. One normal channel alone
-has m = 3, and with so few observations as it is judged from, 512, the standard error of its m is sqrt(96 / 512) = 0.43:
-5.5 is more than five of them away. More channels or positions have a smaller m.
+is 5.5. One normal channel alone has m = 3, and from 512 observations, before which nothing is judged, m has a standard
+error of sqrt(24 / 512) = 0.22 at most: 5.5 is more than ten of them away. More channels or positions have a smaller m.
 
 Observations after an alarm do not count: they are shifted, and say nothing about clean data.
 """
@@ -66,7 +65,7 @@ class Tail:
         """What to do, one sentence."""
         return (
             "Calibrate (monitor.calibrate(loader)), or recalibrate the stored statistics on many clean examples "
-            f"(batchnorm.recalibrate) and declare kurtosis={_rounded_up(self.ratio)} or more."
+            f"(batchnorm.recalibrate) and declare ShiftMonitor(kurtosis={_rounded_up(self.ratio)}) or more."
         )
 
 
