@@ -109,6 +109,54 @@ def test_stakes_keep_the_conditions_of_the_proofs() -> None:
     assert bool((down > 0).all())
 
 
+def test_stakes_are_cut_where_the_tolerance_of_the_mean_is_large_beside_its_variance() -> None:
+    """The proof needs l m <= 2 for m up to 2 delta, so that 1 - l m + l^2 m^2 / 2 is at most 1."""
+    kappa, delta = (
+        x.flatten() for x in torch.meshgrid(torch.logspace(-6, 1, 15), torch.logspace(-3, 0, 10), indexing="ij")
+    )
+    kappa, delta = kappa.double(), delta.double()
+    stakes = betting.mean_stakes(kappa, delta)
+    assert bool((stakes * delta <= 1 + ROUNDING).all())
+    assert bool((1 - 2 * stakes * delta + 2 * (stakes * delta).square() <= 1 + ROUNDING).all())
+    assert bool((stakes[0] < 1 / kappa.sqrt()).any())  # cut where it must be, and only there
+    assert bool((stakes[0] == 1 / kappa.sqrt()).any())
+
+
+def test_a_variance_beyond_the_stored_one_gains_unless_kappa_has_d() -> None:
+    """Stored variances may be short by d, which kappa = 1 + d allows for; kappa = 1 does not."""
+    d, delta = 0.1, tensor(0.001)
+    assert most_gained(tensor(1.0), delta, 1 + d) > 1 + 1e-3
+    assert most_gained(tensor(1 + d), delta, 1 + d) <= 1 + ROUNDING
+
+
+def most_gained(kappa: torch.Tensor, delta: torch.Tensor, variance: float) -> float:
+    """Largest expected factor over laws of two points with this variance and a mean within delta."""
+    most, stakes = 0.0, betting.mean_stakes(kappa, delta)
+    for skew in torch.linspace(0.001, 0.999, 199).tolist():
+        sd, low = math.sqrt(variance), math.sqrt((1 - skew) / skew)
+        mean = float(delta)
+        points = [(mean - sd * low, skew), (mean + sd / low, 1 - skew)]
+        bets = [(betting.mean_shift(tensor(z)[:, None], kappa, delta, stakes).exp(), w) for z, w in points]
+        most = max(most, float(sum(w * bet for bet, w in bets).max()))
+    return most
+
+
+def test_less_energy_without_a_bound_on_its_variance_gains() -> None:
+    """Rare bursts carry nearly all energy: its mean is 1, and nearly every observation has less."""
+    d, v = tensor(0.1), tensor(0.3)  # of normal values
+    rare, large = 0.001, 991.0
+    low = (1 - rare * large) / (1 - rare)
+    stakes = betting.down_stakes(d, v)
+    expected = (1 - rare) * betting.energy_down(tensor(low)[:, None], d, v, stakes).exp()
+    expected = expected + rare * betting.energy_down(tensor(large)[:, None], d, v, stakes).exp()
+    assert float(expected.max()) > 1.1
+    bound = tensor((1 - rare) * (low - 1) ** 2 + rare * (large - 1) ** 2)
+    stakes = betting.down_stakes(d, bound)
+    expected = (1 - rare) * betting.energy_down(tensor(low)[:, None], d, bound, stakes).exp()
+    expected = expected + rare * betting.energy_down(tensor(large)[:, None], d, bound, stakes).exp()
+    assert float(expected.max()) <= 1 + ROUNDING
+
+
 # -- wealth -------------------------------------------------------------------------------------------------------
 
 
