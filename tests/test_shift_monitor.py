@@ -576,6 +576,62 @@ def test_a_stream_goes_on_from_a_file_bit_for_bit(net: Net, tmp_path: Path, unit
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
+@pytest.mark.parametrize("arl", [None, 1e4])
+def test_a_calibrated_stream_goes_on_with_its_bag_bit_for_bit(net: Net, tmp_path: Path, arl: float | None) -> None:
+    known = watching(net).calibrate([images(100, seed) for seed in range(2)])
+    batches, path = [images(8, seed) for seed in range(40, 50)], tmp_path / "a.bnshift.safetensors"
+    whole = ran(watching(net, reference=known, arl=arl), net, batches)
+    part = ran(watching(net, reference=known, arl=arl), net, batches[:4])
+    part.save(path)
+    again = ran(watching(net, reference=known, arl=arl).load(path), net, batches[4:])
+    a, b = whole.stream.state(), again.stream.state()
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    assert a.about["bets"] == b.about["bets"]
+    assert int(a.tensors["bag"][0, 0]) == 100 + 80
+    assert whole.log_evidence == again.log_evidence
+
+
+def test_an_alarm_freezes_the_bag(net: Net, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    monitor = watching(net)
+    monitor.calibrate([images(100, seed) for seed in range(4)])
+    while monitor.alarm is None:
+        ran(monitor, net, [images(8) - 2.0])
+    assert monitor.stream.evidence.bag is not None
+    frozen = monitor.stream.evidence.bag.above.clone()
+    assert int(frozen[0, 0]) == 200 + monitor.alarm.observations
+    ran(monitor, net, [images(8) for _ in range(4)])
+    assert torch.equal(monitor.stream.evidence.bag.above, frozen)
+    monitor.save(tmp_path / "a.bnshift.safetensors")
+    again = watching(net, reference=monitor.reference).load(tmp_path / "a.bnshift.safetensors")
+    ran(again, net, [images(8) for _ in range(4)])
+    assert again.stream.evidence.bag is not None
+    assert torch.equal(again.stream.evidence.bag.above, frozen)
+
+
+def test_a_state_whose_bag_no_observations_make_is_refused(net: Net) -> None:
+    monitor = watching(net)
+    monitor.calibrate([images(100, seed) for seed in range(2)])
+    state = monitor.stream.state()
+    state.tensors["bag"] = state.tensors["bag"].flip(1).contiguous()
+    with pytest.raises(ValueError, match=r"the state is damaged"):
+        monitor.stream.put(state)
+
+
+@pytest.mark.parametrize("arl", [None, 1e4])
+def test_replicas_of_one_calibration_are_judged_together(net: Net, arl: float | None, caplog) -> None:
+    caplog.set_level(logging.CRITICAL)
+    known = watching(net).calibrate([images(100, seed) for seed in range(4)])
+    clean = [ran(watching(net, reference=known, arl=arl), net, [images(8) for _ in range(10)]) for _ in range(3)]
+    assert clean[0].pooled(*clean[1:]) is None
+    moved = ran(watching(net, reference=known, arl=arl), net, [images(8) - 2.0 for _ in range(10)])
+    together = clean[0].pooled(moved)
+    assert together is not None
+    # of two: log 2 less, and nothing less for an average run length
+    assert moved.log_evidence - together.log_evidence == pytest.approx(math.log(2) if arl is None else 0, abs=1e-6)
+
+
 def test_an_alarm_survives_a_file(net: Net, tmp_path: Path) -> None:
     monitor = ran(watching(net), net, [images(16) - 2.0 for _ in range(10)])
     monitor.save(tmp_path / "a.bnshift.safetensors")

@@ -73,7 +73,7 @@ def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
         yield "hint", _HINTS[verdict.hint]
     yield "neighbours", _neighbours(verdict)
     if verdict.tails:
-        yield "tails", f"{verdict.tails}: stored variances may be too small, and false alarms more than promised"
+        yield "tails", f"{verdict.tails}: stored variances may be too small"
     if verdict.left_out:
         what = "it has" if verdict.left_out == 1 else "they have"
         yield "left out", f"{many(verdict.left_out, 'example')}: {what} NaN or infinite activations"
