@@ -25,6 +25,7 @@ from batchnorm import sidecar
 from batchnorm.shift import Reference, ShiftMonitor
 from batchnorm.shift.alarm import discovered, first_moved, hint
 from batchnorm.shift.components import halves
+from batchnorm.shift.evidence import Evidence
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.units import Autocorrelation, Grouping
 
@@ -496,6 +497,27 @@ def test_a_damaged_state_is_refused(net: Net, tmp_path: Path) -> None:
     state.save(tmp_path / "x.bnshift.safetensors")
     with pytest.raises(ValueError, match=r"the state is damaged: .* Start a new stream"):
         watching(net).load(tmp_path / "x.bnshift.safetensors")
+
+
+@pytest.mark.parametrize(("momentum", "batch"), [(0.1, 64), (0.1, 8), (0.5, 32), (0.01, 256)])
+@pytest.mark.parametrize("kurtosis", [None, 10.0])
+def test_a_checkpoint_promises_what_its_average_is_worth(momentum: float, batch: int, kurtosis: float | None) -> None:
+    """kappa has d, and less energy is bet on under a declared kurtosis only."""
+    layer = nn.BatchNorm1d(3, momentum=momentum).eval()
+    known = ShiftMonitor(layer, batch=batch, kurtosis=kurtosis).reference
+    worth = batch * (2 - momentum) / momentum
+    d = max(0.1, 3 * math.sqrt(((kurtosis or 3.0) - 1) / worth))
+    assert known.d.tolist() == pytest.approx([d])
+    assert known.kappa.tolist() == pytest.approx([1 + d] * 3)
+    assert known.delta.tolist() == pytest.approx([max(0.1, 3 / math.sqrt(worth))] * 3)
+    if kurtosis is None:
+        assert known.v is None
+        assert Evidence.start(known).down is None
+        assert Evidence.start(known).kinds == ("mean", "energy up")
+    else:
+        assert known.v is not None
+        assert known.v.tolist() == pytest.approx([kurtosis - max(0.0, 1 - d) ** 2])
+        assert Evidence.start(known).down is not None
 
 
 def test_calibration_is_what_was_measured(net: Net) -> None:
