@@ -32,7 +32,7 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment(), "streams": STREAMS, "alpha": ALPHA, "worlds": {}}
     for name, world in WORLDS.items():
         for kind in ("checkpoint", "calibrated"):
-            _, monitor = prepared(world, calibrated=kind == "calibrated")
+            _, monitor = prepared(world, calibration=1000 if kind == "calibrated" else 0)
             clean = observations(monitor, world.clean, 10_000, seed=7)
             for shift, sampler in world.shifts.items():
                 hints = hinted(monitor.reference, clean, observations(monitor, sampler, 10_000, seed=8))

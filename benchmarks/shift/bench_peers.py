@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     LOGGER.setLevel("CRITICAL")
     length = WINDOW * LOOKS
-    monitors = {kind: prepared(SHAPES, calibrated=kind == "calibrated")[1] for kind in ("checkpoint", "calibrated")}
+    monitors = {kind: prepared(SHAPES, calibration=n)[1] for kind, n in (("checkpoint", 0), ("calibrated", 1000))}
     samplers = {"clean": SHAPES.clean, **SHAPES.shifts}
     seen = {
         name: observations(monitors["checkpoint"], s, STREAMS * length, seed=31 + i)

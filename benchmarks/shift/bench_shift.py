@@ -1,9 +1,10 @@
 """The alarm against its promises: python benchmarks/shift/bench_shift.py [--quick] [WORLD or KIND ...].
 
-False alarms on clean streams at alpha 0.01 and by average run length, the delay until it rings on shifted ones, what it
-names, and what a test of fixed size does when one looks again and again. Every world (shapes, tones, table) and kind
-(checkpoint, calibrated) unless some are named. Written to benchmarks/results/shift-WORLD.json, where kinds that are not
-measured stay as they were.
+False alarms on clean streams at alpha 0.01 and by average run length, the delay until it rings on shifted ones, what
+it names, and what a test of fixed size does when one looks again and again. Every world and kind (checkpoint,
+calibrated with 200, 1,000 and 5,000) unless some are named; worlds with tails (see tails.py) have clean streams only.
+Each calibrated stream has a calibration of its own, since the promise is about both. Written to
+benchmarks/results/shift-WORLD.json, where kinds that are not measured stay as they were.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pools import ROUND, Streams, drawn, observations, prepared
+from pools import ROUND, Streams, calibrations, drawn, observations, prepared
 from report import FOLDER, save
+from tails import TAILS
 from worlds import WORLDS, accuracy
 
 from batchnorm.lecture.verdicts import environment
 from batchnorm.shift.alarm import discovered
 
 ALPHA, ARL = 0.01, 1e5
-KINDS = ("checkpoint", "calibrated")
+KINDS = {"checkpoint": 0, "calibrated-200": 200, "calibrated-1000": 1000, "calibrated-5000": 5000}
+ALL = WORLDS | TAILS
 POOL, BESIDE = 100_000, 50
 CLEAN_BEFORE, MOST = 400, 3000
 
@@ -38,13 +41,14 @@ def main() -> None:
     torch.set_num_threads(1)
     quick = "--quick" in sys.argv
     kinds = [kind for kind in KINDS if kind in sys.argv] or list(KINDS)
-    for name in [name for name in WORLDS if name in sys.argv] or list(WORLDS):
+    for name in [name for name in ALL if name in sys.argv] or list(ALL):
         file = f"shift-{name}" + ("-quick" if quick else "")
         results = {"alpha": ALPHA, "arl": ARL, "worlds": {name: before(file, name)}}
         for kind in kinds:
             start = time.perf_counter()
             results["worlds"][name][kind] = of_kind(name, kind, quick=quick)
-            results["worlds"][name] |= of_world(name, quick=quick)
+            if name in WORLDS:
+                results["worlds"][name] |= of_world(name, quick=quick)
             print(f"{name}, {kind}: {time.perf_counter() - start:.0f} s", flush=True)
             save(file, results)
 
@@ -56,27 +60,28 @@ def before(file: str, name: str) -> dict[str, Any]:
 
 
 def of_kind(name: str, kind: str, *, quick: bool) -> dict[str, Any]:
-    world = WORLDS[name]
-    net, monitor = prepared(world, calibrated=kind == "calibrated")
+    world, n = ALL[name], KINDS[kind]
+    net, monitor = prepared(world)
     pool = observations(monitor, world.clean, POOL // (10 if quick else 1), seed=7)
     streams, units = (100, 2000) if quick else (2000, 10_000)
     sizes = monitor.reference.sizes
     parts: dict[str, Any] = {"environment": environment(), "channels": sum(sizes), "layers": len(sizes)}
-    parts["accuracy"] = accuracy(net, world.clean)
-    parts["delay"] = {}
-    for shift, sampler in world.shifts.items():
-        parts["delay"][shift] = delay(monitor, net, sampler, pool, 20 if quick else 100)
-        tell(name, kind, shift, parts["delay"][shift])
-    parts["run_length"] = run_length(monitor.reference, pool, 50 if quick else 200, units)
-    tell(name, kind, "run length", parts["run_length"])
-    parts["false_alarms"] = false_alarms(monitor.reference, pool, streams, units)
+    if world.shifts:
+        parts["accuracy"] = accuracy(net, world.clean)
+        parts["delay"] = {}
+        for shift, sampler in world.shifts.items():
+            parts["delay"][shift] = delay(monitor, net, sampler, pool, n, 20 if quick else 100)
+            tell(name, kind, shift, parts["delay"][shift])
+    parts["false_alarms"] = false_alarms(monitor.reference, pool, streams, units, n)
     tell(name, kind, "false alarms", parts["false_alarms"])
+    parts["run_length"] = run_length(monitor.reference, pool, 50 if quick else 200, units, n)
+    tell(name, kind, "run length", parts["run_length"])
     return parts
 
 
 def of_world(name: str, *, quick: bool) -> dict[str, Any]:
     """What does not depend on the kind."""
-    _, monitor = prepared(WORLDS[name], calibrated=False)
+    _, monitor = prepared(WORLDS[name])
     found = {"planted": planted(monitor.reference, 20 if quick else 200)}
     tell(name, "", "planted", found["planted"])
     found["fixed_size"] = fixed_size(observations(monitor, WORLDS[name].clean, 10_000, seed=7), 20 if quick else 200)
@@ -84,11 +89,12 @@ def of_world(name: str, *, quick: bool) -> dict[str, Any]:
     return found
 
 
-def false_alarms(reference: Any, pool: Any, streams: int, units: int) -> dict[str, Any]:
+def false_alarms(reference: Any, pool: Any, streams: int, units: int, calibration: int = 0) -> dict[str, Any]:
     """Clean streams that ever rang, with the upper end of the exact 95 % interval."""
     random, rang = torch.Generator().manual_seed(11), 0
     for _ in range(0, streams, BESIDE):
-        beside, most = Streams(reference, BESIDE), torch.full((BESIDE,), -math.inf, dtype=torch.float64)
+        beside = Streams(calibrations(reference, pool, calibration, BESIDE, random))
+        most = torch.full((BESIDE,), -math.inf, dtype=torch.float64)
         for _ in range(units // ROUND):
             most = torch.maximum(most, beside.observe(*drawn(pool, ROUND, BESIDE, random)))
         rang += int((most >= -math.log(ALPHA)).sum())
@@ -96,11 +102,12 @@ def false_alarms(reference: Any, pool: Any, streams: int, units: int) -> dict[st
     return {"streams": streams, "units": units, "rang": rang, "rate": rang / streams, "upper_95": upper}
 
 
-def run_length(reference: Any, pool: Any, streams: int, units: int) -> dict[str, Any]:
+def run_length(reference: Any, pool: Any, streams: int, units: int, calibration: int) -> dict[str, Any]:
     """Observations until a false alarm: all that were made over the alarms that rang; a stream ends with its own."""
     random, rang, made = torch.Generator().manual_seed(12), 0, 0
     for _ in range(0, streams, BESIDE):
-        beside, open_ = Streams(reference, BESIDE, is_spread=False), torch.ones(BESIDE, dtype=torch.bool)
+        beside = Streams(calibrations(reference, pool, calibration, BESIDE, random), is_spread=False)
+        open_ = torch.ones(BESIDE, dtype=torch.bool)
         for _ in range(units // ROUND):
             made += ROUND * int(open_.sum())
             rings = (beside.observe(*drawn(pool, ROUND, BESIDE, random)) >= math.log(ARL)) & open_
@@ -108,11 +115,11 @@ def run_length(reference: Any, pool: Any, streams: int, units: int) -> dict[str,
     return {"observations": made, "rang": rang, "at_least": made / max(1, rang)}
 
 
-def delay(monitor: Any, net: Any, sampler: Any, pool: Any, streams: int) -> dict[str, Any]:
+def delay(monitor: Any, net: Any, sampler: Any, pool: Any, calibration: int, streams: int) -> dict[str, Any]:
     """Observations from the shift to the alarm, after clean ones, and what the alarm named."""
     random = torch.Generator().manual_seed(13)
     shifted = observations(monitor, sampler, 20_000 if streams > 20 else 4000, seed=8)
-    beside = Streams(monitor.reference, streams)
+    beside = Streams(calibrations(monitor.reference, pool, calibration, streams, random))
     for _ in range(CLEAN_BEFORE // ROUND):
         beside.observe(*drawn(pool, ROUND, streams, random))
     at = torch.full((streams,), math.inf)
@@ -134,7 +141,7 @@ def planted(reference: Any, streams: int) -> dict[str, Any]:
     layers, right, false, named = len(reference.sizes), 0, 0, 0
     starts = [sum(reference.sizes[:i]) for i in range(layers)]
     for layer in range(layers):
-        beside = Streams(reference, streams)
+        beside = Streams([reference] * streams)
         for _ in range(50):
             z = 0.3 * torch.randn(ROUND, streams, sum(reference.sizes), generator=random).double()
             for behind in range(layer, layers):

@@ -34,7 +34,7 @@ POOL = 20_000
 def main() -> None:
     torch.set_num_threads(1)
     LOGGER.setLevel("CRITICAL")
-    _, monitor = prepared(SHAPES, calibrated=False)
+    _, monitor = prepared(SHAPES)
     z, q = observations(monitor, SHAPES.clean, POOL, seed=7)
     by_class = [(y_of() == label).nonzero().flatten() for label in range(4)]
     rows: dict[str, Any] = {}

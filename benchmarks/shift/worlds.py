@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm import recalibrate
+
 Sampler = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 SIZE, LENGTH, FEATURES = 24, 256, 16
 LABELS = "two of four classes"
@@ -26,6 +28,7 @@ class World:
     clean: Sampler
     shifts: Mapping[str, Sampler]
     net: Callable[[], nn.Module]
+    is_trained: bool = True  # or its statistics are measured, exactly, with random weights
 
 
 # -- shapes -------------------------------------------------------------------------------------------------------
@@ -199,6 +202,9 @@ def trained(world: World, seed: int = 0, steps: int = 600) -> nn.Module:
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
     net = world.net()
+    if not world.is_trained:
+        recalibrate(net, [world.clean(2000, random)[0] for _ in range(100)])
+        return net.eval()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
