@@ -122,7 +122,10 @@ class Gauge:
     def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
         """Least and largest eval output of each channel, before any activation; nothing where some are no numbers."""
         layer = self.layer
-        weight, bias = (None if p is None else p.detach().double() for p in (layer.weight, layer.bias))
+        affine = [None if p is None else whole(p, len(mean)) for p in (layer.weight, layer.bias)]
+        if any(known is None and p is not None for known, p in zip(affine, (layer.weight, layer.bias), strict=True)):
+            return {}  # on other ranks, or given back
+        weight, bias = (None if known is None else known.detach().double() for known in affine)
         gain = (var + layer.eps).rsqrt() * (1.0 if weight is None else weight)
         ends = [torch.stack(each) for each in zip(*self.extremes, strict=True)]
         low, high = (

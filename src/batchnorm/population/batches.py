@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader, default_collate
 
 from batchnorm.layers import unwrapped
+from batchnorm.population.shield import preserve_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +137,9 @@ def rereadable(data: Any) -> Any:
         return list(data)
     if isinstance(data, (Sequence, Mapping, Tensor, DataLoader)) or not isinstance(data, Iterable):
         return data
-    return list(first) if (first := iter(data)) is iter(data) else data
+    with preserve_random_state():  # what is asked for an iterator may draw a seed for it
+        first, second = iter(data), iter(data)
+    return list(first) if first is second else data
 
 
 class Batches:

@@ -48,6 +48,7 @@ VERSION = 3
 SUFFIX = ".bncal.safetensors"
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, where nobody says
+_USUAL_MOMENTUM = 0.1
 _EXACT = 0.1  # what stored statistics may be off by, at least
 NORMAL = 3.0  # kurtosis
 _TOLERANCE = 0.02
@@ -276,5 +277,5 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _error(layer: _BatchNorm, batch: int) -> float:
     """Three standard errors of a stored mean, in sd of an example, as an exponential average has them."""
-    momentum = getattr(layer, "momentum", None) or 0.0
+    momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # a frozen layer of another library does not say
     return 3 * (momentum / ((2 - momentum) * batch)) ** 0.5
