@@ -122,15 +122,12 @@ class Gauge:
     def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
         """Least and largest eval output of each channel, before any activation; nothing where some are no numbers."""
         layer = self.layer
-        affine = [None if p is None else whole(p, len(mean)) for p in (layer.weight, layer.bias)]
-        if any(known is None and p is not None for known, p in zip(affine, (layer.weight, layer.bias), strict=True)):
-            return {}  # on other ranks, or given back
-        weight, bias = (None if known is None else known.detach().double() for known in affine)
-        gain = (var + layer.eps).rsqrt() * (1.0 if weight is None else weight)
+        gamma, beta = _known(layer.weight, torch.ones_like(mean)), _known(layer.bias, torch.zeros_like(mean))
+        if gamma is None or beta is None:
+            return {}
+        gain = (var + layer.eps).rsqrt() * gamma
         ends = [torch.stack(each) for each in zip(*self.extremes, strict=True)]
-        low, high = (
-            gain * (end - mean) + (0.0 if bias is None else bias) for end in (ends[0].amin(0), ends[1].amax(0))
-        )
+        low, high = (gain * (end - mean) + beta for end in (ends[0].amin(0), ends[1].amax(0)))
         if not bool(torch.isfinite(low + high).all()):
             return {}
         return {"lowest": plain(torch.minimum(low, high)), "highest": plain(torch.maximum(low, high))}
@@ -140,11 +137,10 @@ class Gauge:
         batches = [batch for batch in self.values if bool((batch.count > 1).all())]
         if not batches or not has_stored_statistics(self.layer) or isinstance(self.layer, Frozen):
             return None, None, None
-        eps, weight = self.layer.eps, self.layer.weight
-        gamma = torch.ones_like(mean) if weight is None else whole(weight, len(mean))
-        if gamma is None:  # on other ranks, or given back
+        eps, gamma = self.layer.eps, _known(self.layer.weight, torch.ones_like(mean))
+        if gamma is None:
             return None, None, None
-        gain = gamma.double().square()
+        gain = gamma.square()
         means, variances = (torch.stack([getattr(b, name) for b in batches]) for name in ("mean", "var"))  # (B, C)
         counts = torch.stack([b.count.expand(mean.shape) for b in batches])
         fresh = total.mean, (total.var + eps).rsqrt()
@@ -205,6 +201,14 @@ def _equal_at_end(x: Tensor) -> Tensor:
     """Positions at the end of every example that are as the last one in all channels: (N, C, L) -> (N,)."""
     same = (x == x[:, :, -1:]).all(1)  # (N, C, L) -> (N, L)
     return same.flip(1).long().cumprod(1).sum(1)
+
+
+def _known(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None:
+    """Gamma or beta in float64, ``otherwise`` where a layer has none; None if it is on other ranks or given back."""
+    if parameter is None:
+        return otherwise
+    plain = whole(parameter, len(otherwise))
+    return None if plain is None else plain.detach().double()
 
 
 def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:

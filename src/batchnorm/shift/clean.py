@@ -16,7 +16,7 @@ from torch import Tensor
 from batchnorm.shift import conformal
 from batchnorm.shift.components import Components, axes_shape, halves
 from batchnorm.shift.conformal import Bag
-from batchnorm.shift.marks import Marks
+from batchnorm.shift.marks import MARKS, Marks
 from batchnorm.shift.scores import KIND_OF, Scores, powers
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Clean:
 
 def shapes(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors, by name."""
-    channels, scores, marks = sum(sizes), len(KIND_OF) * len(sizes), 3
+    channels, scores, marks = sum(sizes), len(KIND_OF) * len(sizes), MARKS
     expected: dict[str, tuple[int, ...]] = {
         f"components.{name}": (2 * channels,) for name in ("center", "delta", "kappa")
     }

@@ -23,7 +23,8 @@ _PARTS = (0.0, 0.05, 0.25)
 # r = S + this part of 1 - S
 _HOPES = (0.2, 0.6)
 _CONFIDENCE = 0.99
-BETS = len(_PARTS) * len(_HOPES)
+MARKS = len(_PARTS)
+BETS = MARKS * len(_HOPES)
 
 
 @final

@@ -24,16 +24,16 @@ from batchnorm.shift.stream import Stream
 from batchnorm.shift.tap import ALL, Tap
 from batchnorm.shift.units import Grouping, Unit, name_of
 
-_ALWAYS = 256  # examples that are looked at whatever it costs: a gross shift takes some tens
-_JUDGED = 1024  # examples after them, before the share that the budget leaves is judged
-_LEAST_SHARE = 0.05
-
 if TYPE_CHECKING:
     import os
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.shift.alarm import Alarm, LayerShift
+
+_ALWAYS = 256  # examples that are looked at whatever it costs: a gross shift takes some tens
+_JUDGED = 1024  # examples after them, before the share that the budget leaves is judged
+_LEAST_SHARE = 0.05
 
 
 @final
