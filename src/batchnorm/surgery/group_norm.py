@@ -41,7 +41,8 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
         inplace: Change ``model`` itself and return it; parameters stay the same objects.
 
     Shape:
-        (N, C) or (N, C, *), as before. On (N, C), a group of one channel has one value, and the result is beta.
+        ``(N, C)`` or ``(N, C, *)``, as before. On ``(N, C)``, a group of one channel has one value: the result
+        is beta.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
