@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm import checkpoint
+from batchnorm.checkpoint.states import apart, dicts, with_state
+from batchnorm.checkpoint.stored import State, below, is_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
 
-    from batchnorm.checkpoint import Checkpoint, State
+    from batchnorm.checkpoint import Checkpoint
 
 
 # code in these folders is not the user's own: the line to show is the last one outside of them
@@ -96,7 +98,7 @@ def load(address: str) -> Any:
     return value
 
 
-def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None) -> Any:
+def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None, state: str = "") -> Any:
     """The model that an address names, or that its factory makes of ``settings``; with ``weights`` loaded, strictly."""
     from torch import nn
 
@@ -108,7 +110,7 @@ def model(address: str, settings: Mapping[str, Any] | None = None, weights: str 
     if not isinstance(made, nn.Module):
         raise AddressError(f"{address} gives {type(made).__name__}, expected an nn.Module. Return the model itself.")
     if weights is not None:
-        load_weights(made, weights)
+        load_weights(made, weights, state)
     return made
 
 
@@ -150,18 +152,52 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def state_of(path: str, state: str = "") -> dict[str, Any]:
-    """The tensors of one state of a checkpoint, under the names that the model has for them.
+def states(network: Any, file: Checkpoint) -> Checkpoint:
+    """The file by the states that a model can load.
 
-    Args:
-        path: The checkpoint.
-        state: A path in it; the model's own state if this is left out.
-
-    Raises:
-        ValueError: If it has no such state, or is no checkpoint of torch.save or safetensors.
+    A dict that has all of the model's layers is one state, whatever words are in its names. Where no state has the
+    model's layers, each of several modules with just the model's tensors is one.
     """
-    file = checkpoint.read(path)
-    return _tensors(file, file.state(state) if state else next(iter(file.states.values()), None))
+    layers = _layers(network)
+    if not layers or file.format == "onnx" or any(state.layers.keys() == layers for state in file.states.values()):
+        return file
+    named = dicts(file)
+    whole = next((keys for keys, names in named.items() if names.keys() == layers), None)
+    if whole is not None:
+        return apart(file, whole, "") or file
+    wanted = _shapes(network.state_dict())
+    found = [(keys, prefix) for keys, names in named.items() for prefix in _modules(file, keys, names, layers, wanted)]
+    for keys, prefix in found if len(found) > 1 else ():
+        file = apart(file, keys, prefix) or file
+    return file
+
+
+def _layers(network: Any) -> set[str]:
+    statistics = (key for key in network.state_dict() if key.endswith(("running_mean", "running_var")))
+    return {key.rpartition(".")[0] for key in statistics}
+
+
+def _modules(
+    file: Checkpoint, keys: tuple[str | int, ...], names: Iterable[str], layers: set[str], wanted: Mapping[str, Any]
+) -> Iterator[str]:
+    """Paths of modules in a dict that have the layers and tensors of a model, and no others."""
+    first = min(layers)
+    ends = [name.removesuffix(f".{first}") for name in names if name.endswith(f".{first}")] if first else list(names)
+    paths = [path for path in ends if {below(path, layer) for layer in layers} == set(filter(_inside(path), names))]
+    tensors = _shapes(_tensors(file, State(keys, "", {}))) if len(paths) > 1 else {}
+    for path in paths:
+        if wanted == {k.removeprefix(f"{path}."): shape for k, shape in tensors.items() if k.startswith(f"{path}.")}:
+            yield path
+
+
+def _inside(path: str) -> Callable[[str], bool]:
+    return lambda name: is_below(path, name)
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree; torch adds a counter that is missing."""
+    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    return {name: getattr(value, "shape", None) for name, value in kept.items()}
 
 
 def load_weights(network: Any, path: str, state: str = "") -> str:
@@ -178,12 +214,11 @@ def load_weights(network: Any, path: str, state: str = "") -> str:
     Raises:
         ValueError: If it is none, or names or shapes do not fit; the message has the first of them.
     """
-    file = checkpoint.read(path)
-    name = state or _first_that_fits(network, file)
-    chosen = file.state(name) if name else None
-    beside = tuple(_prefixes_beside(file, chosen))
+    file, name = chosen(network, path, state)
+    part = file.states[name] if name else None
+    beside = tuple(_prefixes_beside(file, part))
     known = network.state_dict()
-    tensors = {k: v for k, v in _tensors(file, chosen).items() if k in known or not k.startswith(beside)}
+    tensors = {k: v for k, v in _tensors(file, part).items() if k in known or not k.startswith(beside)}
     try:
         network.load_state_dict(tensors)
     except Exception as error:
@@ -196,12 +231,28 @@ def load_weights(network: Any, path: str, state: str = "") -> str:
     return name
 
 
-def choice(network: Any, path: str) -> str:
-    """What is to be said of the state that ``load_weights`` chooses, in a sentence; "" if there is only one."""
-    file = checkpoint.read(path)
+def refuse_state(target: str, weights: str | None, state: str) -> None:
+    """Refuse a state without a checkpoint that has it."""
+    if state and not weights:
+        raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
+
+
+def chosen(network: Any, path: str, state: str = "") -> tuple[Checkpoint, str]:
+    """A file by the states that a model can load, and the one that ``load_weights`` takes.
+
+    Raises:
+        ValueError: If it has no such state, or is no checkpoint.
+    """
+    file = states(network, checkpoint.read(path))
+    return with_state(file, state) if state else (file, _first_that_fits(network, file))
+
+
+def choice(network: Any, path: str, state: str = "") -> tuple[str, str]:
+    """The state that ``load_weights`` takes, and a sentence that says so; two empty texts if there is only one."""
+    file, name = chosen(network, path, state)
     if len(file.states) < 2:
-        return ""
-    return f"{path}: {_first_that_fits(network, file)!r} was loaded, of {', '.join(map(repr, file.states))}"
+        return "", ""
+    return name, f"{path}: {name!r} was loaded, of {', '.join(map(repr, file.states))}"
 
 
 def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
@@ -224,8 +275,7 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
 
 def _first_that_fits(network: Any, file: Checkpoint) -> str:
     """The first state whose batch norm layers have the names of the model's; else the first state."""
-    statistics = (key for key in network.state_dict() if key.endswith(("running_mean", "running_var")))
-    layers = {key.rpartition(".")[0] for key in statistics}
+    layers = _layers(network)
     fitting = (name for name, state in file.states.items() if state.layers.keys() == layers)
     return next(fitting, next(iter(file.states), ""))
 

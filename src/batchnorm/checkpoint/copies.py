@@ -27,7 +27,7 @@ OF_A_LAYER = (*STATISTICS, "weight", "bias")
 
 _DEEPEST = 32  # dicts and lists inside each other
 _LONGEST_KEY = 1000
-_WRAPPERS = frozenset(
+WRAPPERS = frozenset(
     {
         "_forward_module",
         "_orig_mod",
@@ -40,6 +40,7 @@ _WRAPPERS = frozenset(
     }
 )
 _AVERAGE = re.compile(r"(.*[_-])?(averaged?|avg_model|ema|shadow|swa)([_-].*)?", re.IGNORECASE)
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 Words = tuple[str, ...]
 
@@ -192,14 +193,19 @@ def _average(layer: Found, roots: set[Words]) -> Words | None:
         head = layer.words[: i + 1]
         if head in roots or says_average(word):
             group = head
-        elif i >= len(layer.path) and word not in _WRAPPERS:
+        elif i >= len(layer.path) and word not in WRAPPERS:
             break
     return group
 
 
 def says_average(word: str) -> bool:
     """Whether a key or a module's name says that what it leads to is an average."""
-    return _AVERAGE.fullmatch(word) is not None
+    return _AVERAGE.fullmatch(snake(word)) is not None
+
+
+def snake(word: str) -> str:
+    """``net_EMA`` of ``netEMA``."""
+    return _HUMP.sub("_", word)
 
 
 def _copy(layers: Sequence[Found], known: int = 0) -> Copy:
@@ -215,4 +221,4 @@ def _drops(layer: Found, first: Found, i: int) -> bool:
     """Whether word ``i`` of a layer is the first layer's too, and no part of a name."""
     if i >= min(len(layer.words), len(first.words)) or layer.words[i] != first.words[i]:
         return False
-    return layer.words[i] in _WRAPPERS or i < min(len(layer.path), len(layer.words) - 1)
+    return layer.words[i] in WRAPPERS or i < min(len(layer.path), len(layer.words) - 1)

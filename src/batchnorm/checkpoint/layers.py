@@ -26,6 +26,7 @@ from batchnorm.checkpoint.known import VERSIONS, told
 from batchnorm.checkpoint.objects import Object, Settings, has_objects, is_of_module, settings, unread
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.sharing import find_shared
+from batchnorm.checkpoint.states import ROOT, parted
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below
 from batchnorm.checkpoint.tensors import Tensor, first_bytes, numbers
 from batchnorm.checkpoint.twins import statistics_of
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from batchnorm.checkpoint.records import Source
 
-ROOT = "."  # the state whose names stand in no dict and have nothing in front
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 
 
@@ -74,13 +74,14 @@ def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
     feeders = Feeders(tensors)
     states = _states(file, copies, tensors)
     at = {state.keys: name for name, state in states.items()}
-    return replace(
+    whole = replace(
         _with_feeders(file, named, feeders, source),
         states=states,
         versions={name: version for name, found in named.items() if (version := _version(saved, found))},
         aliases={_name(tuple(map(str, path))): at[first] for path, first in same_objects(saved) if first in at},
         shared=tuple(each for copy in copies for each in _shared(copy, tensors, feeders)),
     )
+    return parted(whole)
 
 
 def _shared(copy: Copy, tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:

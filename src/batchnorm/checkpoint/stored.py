@@ -93,8 +93,8 @@ class Checkpoint:
 
     A file may hold several copies of a model (raw and averaged weights). ``layers`` are those of the first one,
     the model's own; ``copies`` has every one by its name in the file, the model's own too. Where all weights are
-    averaged ones, the first copy of them stands in. ``states`` says which of them a model loads, by name; the first one
-    is the model's own.
+    averaged ones, the first copy of them stands in. ``states`` says which of them a model loads, or which parts of
+    them, by name; the first one is the model's own. Each layer is in one state.
     """
 
     path: str
@@ -146,18 +146,6 @@ class Checkpoint:
     def shown(self, path: str) -> str:
         """A path in the file as layers are named: without what all names of the first copy have in front."""
         return path.removeprefix(self.prefix)
-
-    def state(self, name: str) -> State:
-        """A state by its name.
-
-        Raises:
-            ValueError: If there is none of this name; all names are told.
-        """
-        name = self.aliases.get(name, name)
-        if name not in self.states:
-            has = ", ".join(map(repr, self.states)) or "none with batch norm layers"
-            raise ValueError(f"{self.path} has no state {name!r}; it has {has}. Choose one of them.")
-        return self.states[name]
 
 
 def below(*names: str) -> str:

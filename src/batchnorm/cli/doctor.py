@@ -126,8 +126,7 @@ def _examined(
                     f"Give the model: model.py:make_model --weights {target}"
                 )
         return examine(target, selection=rest["selection"], state=state)
-    if state and not weights:
-        raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
+    addresses.refuse_state(target, weights, state)
     _require_torch()
     # what the user's code prints must not get into JSON, and what it raises must not end in a traceback
     with contextlib.redirect_stdout(sys.stderr), addresses.told(target):

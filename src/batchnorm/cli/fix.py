@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm import addresses, checkpoint
+from batchnorm.checkpoint.states import with_state
 from batchnorm.cli.settings import codes, refuse_empty, settings
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def _file(path: str, *, state: str, unsafe: bool, selection: Selection) -> tuple
 
 def _states(plan: Plan, state: str) -> tuple[str, ...]:
     """Which states were looked at, if there are several."""
+    state = with_state(plan.file, state)[1] if state else ""
     rest = [name for name in plan.file.states if state and name != state]
     if len(plan.file.states) < 2:
         return () if plan.file.states or plan.file.layers else ("no batch norm layers",)
@@ -151,8 +153,7 @@ def _model(
     selection: Selection,
 ) -> tuple[Outcome, Callable[[Path], None]]:  # fmt: skip
     _require_torch("a model")
-    if state and weights is None:
-        raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
+    addresses.refuse_state(target, weights, state)
     with _no_bytecode(), _warnings_told(), addresses.told(target):
         model = addresses.model(target, addresses.parsed(given))
         if weights is not None:
@@ -196,7 +197,7 @@ def _each_state(
     live = {layer: change for each in done for layer, change in each.changes.items()}
     eps = {layer: value for each in done for layer, value in each.eps.items()}
     plan = rewriting.plan(weights, unsafe=unsafe, selection=selection, live=live, eps=eps, state=state)
-    loaded = {layer for name in chosen.loaded if name for layer in plan.file.states[name].layers.values()}
+    loaded = {layer for name in chosen.loaded if name for layer in chosen.file.states[name].layers.values()}
     of_file = [f for f in plan.left if f.code in _OF_FILES or (f.layer and f.layer not in loaded)]
     left = dict.fromkeys(finding for each in done for finding in _left(each.left))
     in_code = dict.fromkeys(finding for each in done for finding in _in_code(each.found))

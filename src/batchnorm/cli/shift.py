@@ -44,6 +44,7 @@ _WIDEST = 100
     help="In place of --data: clean batches to measure what the alarm assumes on.",
 )  # fmt: skip
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
+@click.option("--state", default="", metavar="PATH", help="This state of it.  [default: the first that fits]")
 @click.option(
     "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
 )
@@ -126,6 +127,7 @@ def _check(model: str, data: str, chosen: str, **asked: Any) -> None:
     if not addresses.is_address(model):
         addresses.refuse_code(model)
         raise ValueError(f"shift runs a model, got {model!r}. Give its address: model.py:make_model --weights {model}")
+    addresses.refuse_state(model, asked["weights"], asked["state"])
     if asked["reference"] and asked["calibrate"]:
         raise ValueError("--reference and --calibrate are two references, expected one. Leave one of them out.")
     if asked["images"] and chosen != "html":
@@ -165,21 +167,28 @@ def _require(chosen: str) -> None:
 
 
 def _judged(
-    model: str, data: str, *, weights: str | None, given: tuple[str, ...], images: int | None,
+    model: str, data: str, *, weights: str | None, state: str, given: tuple[str, ...], images: int | None,
     max_examples: int | None, **asked: Any,
 ) -> Verdict:  # fmt: skip
     from batchnorm.shift.verdict import judge
 
     # what the user's code prints must not get into JSON, and what it raises must not end in a traceback
     with contextlib.redirect_stdout(sys.stderr), addresses.told(model), _unlogged():
-        network = addresses.model(model, addresses.parsed(given), weights)
-        if weights and (chosen := addresses.choice(network, weights)):
-            click.echo(chosen, err=True)
+        network, state = _loaded(model, weights, state, given)
         monitor = _monitor(network, max_examples=max_examples, **asked)
         return judge(
             monitor, addresses.data(data), max_examples=max_examples, pictures=images or 0, target=model, data=data,
-            command=_command(model, data, weights=weights, given=given, **asked),
+            command=_command(model, data, weights=weights, state=state, given=given, **asked),
         )  # fmt: skip
+
+
+def _loaded(model: str, weights: str | None, state: str, given: tuple[str, ...]) -> tuple[Any, str]:
+    """The model, and the state that it has if the file has several, which is said."""
+    network = addresses.model(model, addresses.parsed(given), weights, state)
+    name, told = addresses.choice(network, weights, state) if weights else ("", "")
+    if told:
+        click.echo(told, err=True)
+    return network, name
 
 
 # -- what is assumed ----------------------------------------------------------------------------------------------
@@ -196,14 +205,15 @@ def _format_of_assumptions(chosen: str, asked: str | None, output: Path | None, 
 
 
 def _assumed(
-    model: str, data: str, chosen: str, *, weights: str | None, given: tuple[str, ...], images: int | None,  # noqa: ARG001
+    model: str, data: str, chosen: str, *, weights: str | None, state: str, given: tuple[str, ...],
+    images: int | None,  # noqa: ARG001
     max_examples: int | None, **asked: Any,
 ) -> tuple[str, bool]:  # fmt: skip
     """What is told of the assumptions, and whether all hold."""
     from batchnorm.shift.assumptions import check, concise, full
 
     with contextlib.redirect_stdout(sys.stderr), addresses.told(model), _unlogged():
-        monitor = _monitor(addresses.model(model, addresses.parsed(given), weights), max_examples=max_examples, **asked)
+        monitor = _monitor(_loaded(model, weights, state, given)[0], max_examples=max_examples, **asked)
         found = check(monitor, addresses.data(data), max_examples=max_examples, target=model, data=data)
     if chosen == "json":
         return found.to_json(), found.hold
@@ -236,11 +246,12 @@ def _read(path: str) -> Any:
 
 
 def _command(
-    model: str, data: str, *, weights: str | None, given: tuple[str, ...], reference: str | None,
+    model: str, data: str, *, weights: str | None, state: str, given: tuple[str, ...], reference: str | None,
     calibrate: str | None, alpha: float, unit: str, **_: Any,
 ) -> str:  # fmt: skip
     """How to repeat it, without what it writes."""
     words = ["batchnorm", "shift", model, *(["--weights", weights] if weights else [])]
+    words += ["--state", state] if state else []
     words += [word for setting in given for word in ("--set", setting)] + ["--data", data]
     words += ["--reference", reference] if reference else ["--calibrate", calibrate] if calibrate else []
     words += ([] if alpha == 0.01 else ["--alpha", f"{alpha:g}"]) + ([] if unit == "example" else ["--unit", unit])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,7 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of MODEL's function; repeatable.")
 @click.option("--loss", metavar="ADDRESS", help="loss(output, batch) -> scalar.  [default: by the targets]")
 @click.option("--weights", metavar="FILE", help="Checkpoint of MODEL, for what needs no training.")
+@click.option("--state", default="", metavar="PATH", help="This state of it.  [default: the first that fits]")
 @click.option("--no-train", is_flag=True, help="Only what MODEL shows as it is.")
 @click.option("--steps", type=click.IntRange(min=10), help="Training steps of each run.  [default: about 2 minutes]")
 @click.option("--rates", callback=_rates, metavar="R,R,...", help="Learning rates of every arm.  [default: five]")
@@ -121,6 +122,7 @@ def _check_options(model: str | None, names: tuple[str, ...], asked: dict[str, A
         raise click.UsageError(
             f"a model is file.py:function or package.module:function, got {model!r}. Name a function."
         )
+    addresses.refuse_state(model, asked["weights"], asked["state"])
     if not asked["data"]:
         raise click.UsageError("a model is asked with data. Give its batches: --data data.py:loader.")
     if asked["no_train"]:
@@ -201,13 +203,15 @@ class _Asked:
     given: tuple[str, ...]
     loss: str | None
     weights: str | None
+    state: str
     no_train: bool
     steps: int | None
     rates: tuple[float, ...] | None
 
     def command(self, seeds: int, steps: int | None = None) -> str:
         """The command line that repeats the numbers, with what was chosen by the time that a step takes."""
-        options = {"--data": self.data, "--test": self.test, "--loss": self.loss, "--weights": self.weights}
+        options = {"--data": self.data, "--test": self.test, "--loss": self.loss}
+        options |= {"--weights": self.weights, "--state": self.state}
         words = [self.target, *(word for name, value in options.items() if value for word in (name, value))]
         words += [word for setting in self.given for word in ("--set", setting)]
         words += ["--rates", ",".join(f"{rate:g}" for rate in self.rates)] if self.rates else []
@@ -220,11 +224,19 @@ def _model(asked: _Asked, talk: Talk, *, quiet: bool) -> Answers:
     """Ask the user's model; what its code raises is told with its place, and what it prints goes to standard error."""
     with addresses.told(asked.target), contextlib.redirect_stdout(sys.stderr):
         subject = _subject(asked)
-        return (
-            _looked(asked, subject, talk, quiet=quiet)
-            if asked.no_train
-            else _trained(asked, subject, talk, quiet=quiet)
-        )
+        asked, told = _with_state(asked, subject)
+        if told:
+            talk.print(escape(told))
+        answers = (_looked if asked.no_train else _trained)(asked, subject, talk, quiet=quiet)
+        return replace(answers, measured={**answers.measured, **({"State": told} if told else {})})
+
+
+def _with_state(asked: _Asked, subject: Subject) -> tuple[_Asked, str]:
+    """What is asked, of the state that is loaded, and a sentence that says which of several it is."""
+    if not asked.weights:
+        return asked, ""
+    name, told = addresses.choice(subject.fresh(asked.seed), asked.weights, asked.state)
+    return replace(asked, state=name), told
 
 
 def _subject(asked: _Asked) -> Subject:
@@ -298,7 +310,7 @@ def _checkpoint(asked: _Asked, subject: Subject) -> Any:
 
     model = subject.fresh(asked.seed)
     if asked.weights:
-        addresses.load_weights(model, asked.weights)
+        addresses.load_weights(model, asked.weights, asked.state)
     with preserve_state(model):
         subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # tells at once what does not fit
     return model

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import checkpoint
+from batchnorm import addresses, checkpoint
+from batchnorm.checkpoint import Checkpoint, Stored
 from batchnorm.doctor.layers import layers_of, stored_of
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call, on_device_of, tensors_in
@@ -41,7 +42,8 @@ def reference_of(model: nn.Module, reference: Any, example: Any) -> Reference:
     if isinstance(reference, (str, os.PathLike)):
         file = checkpoint.read(reference)
         why = "the reference is a file, whose weights are not run"
-        return Reference(os.fspath(reference), _eps_of(file.layers), file.layers, unknown=why)
+        state, layers = _state_of(file, model)
+        return Reference(f"{file.path}{state and f', {state}'}", _eps_of(layers), layers, unknown=why)
     if not isinstance(reference, nn.Module):
         raise TypeError(
             f"a reference must be a model or the path of a checkpoint, got {type(reference).__name__}. "
@@ -64,6 +66,15 @@ def _eps_of(layers: Mapping[str, checkpoint.Stored]) -> dict[str, float]:
 def floats_in(value: Any) -> list[Tensor]:
     """Every floating-point tensor in a model's output of any kind, in order."""
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
+def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Stored]]:
+    """The state of several that has the layers which a model has, or the first one; its name and its layers."""
+    if len(file.states) < 2:
+        return "", file.layers
+    states, mine = addresses.states(model, file).states, layers_of(model).keys()
+    name = next((name for name, state in states.items() if mine <= state.layers.keys()), next(iter(states)))
+    return name, {layer: file.every[place] for layer, place in states[name].layers.items()}
 
 
 def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:

@@ -11,6 +11,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import checkpoint
+from batchnorm.checkpoint.states import with_state
 from batchnorm.checkpoint.stored import is_below
 from batchnorm.doctor.diagnosis import Diagnosis, LayerRow, order
 from batchnorm.doctor.environment import environment
@@ -126,7 +127,9 @@ def examine(
                 f"examine needs a model to use data with, got the file {os.fspath(target)!r}. Load it into its model "
                 "and pass that."
             )
-        evidence, measured_on = _of_file(os.fspath(target), name), ""
+        file = checkpoint.read(target)
+        file, state = with_state(file, state) if state else (file, "")
+        evidence, measured_on = Evidence(name or file.path, file.every, file=file), ""
     else:
         if state:
             raise ValueError(
@@ -151,11 +154,6 @@ def _check(**settings: int | None) -> None:
             raise TypeError(f"{name} must be a whole number, got {value!r}. Leave it out for the default.")
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}. Leave it out for the default.")
-
-
-def _of_file(path: str, name: str) -> Evidence:
-    file = checkpoint.read(path)
-    return Evidence(name or path, file.every, file=file)
 
 
 def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evidence]]:
@@ -208,7 +206,7 @@ def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknow
     """Whether what was found, or not seen, concerns one state of the file."""
     if file is None or not state:
         return lambda _: True
-    kept = set(file.state(state).layers.values())
+    kept = set(file.states[state].layers.values())
     is_own = bool(kept & file.layers.keys())
 
     def is_meant(each: Finding | Unknown) -> bool:
@@ -221,7 +219,7 @@ def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknow
 
 def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
     """With the layers of one state of the file only, and what else is in it as a note."""
-    kept = set(file.state(name).layers.values())
+    kept = set(file.states[name].layers.values())
     rest = [other for other in file.states if other != name]
     return replace(
         diagnosis,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 from batchnorm import checkpoint
 from batchnorm.checkpoint import kinds, legacy, safetensors, zips
 from batchnorm.checkpoint.copies import Copy, Entry, entries, find_copies, find_layers
+from batchnorm.checkpoint.states import with_state
 from batchnorm.doctor.diagnosis import order
 from batchnorm.doctor.examination import looks, parts
 from batchnorm.doctor.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
@@ -96,10 +97,12 @@ def plan(
             f"fix needs a file of torch.save or safetensors, got the plain pickle {file.path}. Load it, and save its "
             "tensors with torch.save(state, path)."
         )
+    if state:
+        file, state = with_state(file, state)
     told = eps or {}
     file = _with_layers(file, lambda name, stored: replace(stored, eps=told.get(name, stored.eps)))
     found, layers = _findings(file, selection), file.every
-    meant = set(file.state(state).layers.values()) if state else layers.keys()
+    meant = set(file.states[state].layers.values()) if state else layers.keys()
     changes = prescribe(
         {name: layers[name] for name in layers if name in meant}, found, lambda n: layers[n].eps or EPS, unsafe=unsafe
     )

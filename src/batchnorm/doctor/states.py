@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from batchnorm import addresses, checkpoint
+from batchnorm import addresses
 from batchnorm.checkpoint.stored import below, is_below
 from batchnorm.doctor.diagnosis import order
 from batchnorm.doctor.examination import Selection, examine
@@ -80,10 +80,10 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
     Raises:
         ValueError: If there is no such state, or none fits.
     """
-    file = checkpoint.read(path)
+    file, first = addresses.chosen(network, path, state)
     if state or len(file.states) < 2:
-        loaded = addresses.load_weights(network, path, state)
-        return Loading(file, (loaded,), {name: "another one was asked for" for name in file.states if name != loaded})
+        addresses.load_weights(network, path, state)
+        return Loading(file, (first,), {name: "another one was asked for" for name in file.states if name != first})
     others: dict[str, str] = {}
     for name in file.states:
         try:
@@ -129,7 +129,7 @@ def examined(
         checked=tuple(code for code in first[1].checked if all(code in each.checked for each in every)),
         seconds=sum(each.seconds for each in every),
         silenced=sum(each.silenced for each in every),
-        states=tuple(plan.file.states) if not state else (state,),
+        states=plan.loaded if state else tuple(plan.file.states),
         notes=plan.notes,
     )
 
