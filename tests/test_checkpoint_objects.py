@@ -12,6 +12,9 @@ import decimal
 import enum
 import fractions
 import functools
+import ipaddress
+import itertools
+import operator
 import pathlib
 import pickle
 import random
@@ -19,6 +22,7 @@ import re
 import types
 import typing
 import uuid
+from array import array as plain_array
 
 import numpy as np
 import pytest
@@ -55,6 +59,35 @@ class Attributes(dict):
 
 class Items(list):
     """A list with methods of its own."""
+
+
+class Lists(collections.defaultdict):
+    """A dict that makes its values, with methods of its own."""
+
+
+class Counts(collections.Counter):
+    """A Counter with methods of its own."""
+
+
+class Recent(collections.deque):
+    """A deque with methods of its own."""
+
+
+class ByNames:
+    """Made by arguments with names."""
+
+    def __new__(cls, **_):
+        return object.__new__(cls)
+
+    def __getnewargs_ex__(self):
+        return (), {"a": 1}
+
+
+class Counted:
+    """Asks for a Counter of what is no dict."""
+
+    def __reduce__(self):
+        return collections.Counter, (range(3),)
 
 
 class Members(set):
@@ -107,6 +140,8 @@ PLAIN = {
     "deque": collections.deque([1, 2], maxlen=3),
     "defaultdict": collections.defaultdict(list, {"a": [1]}),
     "Counter": collections.Counter("aab"),
+    "Counter of numbers": collections.Counter(range(3)),
+    "a call of Counter": Counted(),
     "random state": random.getstate(),
     "size": torch.Size([1]),
     "device": torch.device("cpu"),
@@ -162,6 +197,19 @@ TOLD = {
     f"{__name__}.Attributes": Attributes(a=1),
     f"{__name__}.Items": Items([1, 2]),
     f"{__name__}.Members": Members([1, 2]),
+    f"{__name__}.Lists": [Lists(list, {"a": [1]}), Lists(None), Lists(Settings), Lists(collections.OrderedDict)],
+    f"{__name__}.Counts": [Counts("aab"), Counts(range(3)), Counts({(1, 2): 3})],
+    f"{__name__}.Recent": [Recent([1, 2]), Recent([3], maxlen=2)],
+    f"{__name__}.ByNames": ByNames(),
+    "torch._C.Generator": torch.Generator(),
+    "array.array": plain_array("d", [1.5]),
+    "decimal.Context": decimal.Context(),
+    "ipaddress.IPv4Address": ipaddress.ip_address("127.0.0.1"),
+    "builtins.iter": [iter([1]), iter({"a": 1})],
+    "builtins.reversed": reversed([1]),
+    "builtins.enumerate": enumerate([1]),
+    "itertools.repeat": itertools.repeat(3),
+    "operator.methodcaller": operator.methodcaller("upper"),
     f"{__name__}.Settings": Settings(inner=Settings()),
     f"{__name__}.Slots": Slots(),
     f"{__name__}.Pair": Pair(1, 2),
@@ -198,7 +246,13 @@ def test_objects_beside_a_state_are_left_unread_by_name(tmp_path, write, name, v
 @EVERY_WAY
 def test_tensors_inside_an_object_are_found_and_it_counts_as_read(tmp_path, write):
     state = trained().state_dict()
-    for holder in (argparse.Namespace(net=state), Pair(state, 3), Settings(inner=[state]), Attributes(net=state)):
+    for holder in (
+        argparse.Namespace(net=state),
+        Pair(state, 3),
+        Settings(inner=[state]),
+        Attributes(net=state),
+        Lists(list, net=state),
+    ):
         result = reading(tmp_path, write({"run": holder, "args": argparse.Namespace(a=1)}))
         assert list(result.layers) == ["1", "2.1"]
         assert result.unread == ("argparse.Namespace",)

@@ -85,7 +85,7 @@ def new(kind: object, arguments: object) -> Any:
     if not isinstance(kind, Name) or kind.dtype or type(arguments) is not tuple:
         raise RefusalError("a class and its arguments", told(kind))
     if kind.call is not None:
-        return kind.call(*arguments)
+        return _called(kind, arguments)
     made = Object(kind.name)
     if arguments:
         made[0] = arguments  # not one by one: a pickle may use the same tuple again and again
@@ -126,13 +126,15 @@ def call(function: object, arguments: object) -> Any:
     """What a known name gives for ``arguments``.
 
     A class of somebody's own that gets nothing (a dict with its own methods) or one plain value (a member of an enum,
-    a set) gives an object. All else that is not known may run code.
+    a set, a dict of its own kind) gives an object. All else that is not known may run code.
     """
-    if not isinstance(function, Name) or type(arguments) is not tuple:
+    if not isinstance(function, Name | Opaque | Object) or type(arguments) is not tuple:
         raise RefusalError("a known name and its arguments", told(function))
-    if function.call is not None:
-        return function.call(*arguments)
-    if function.is_class and _is_plain_call(function, arguments):
+    if isinstance(function, Opaque) and function.makes and not arguments:
+        return Object(function.makes)
+    if isinstance(function, Name) and function.call is not None:
+        return _called(function, arguments)
+    if isinstance(function, Name) and function.is_class and _is_plain_call(function, arguments):
         return new(function, arguments)
     raise RefusalError(
         "tensors and plain values only",
@@ -141,14 +143,32 @@ def call(function: object, arguments: object) -> Any:
     )
 
 
+def _called(function: Name, arguments: tuple[Any, ...]) -> Any:
+    """What a known name gives; values that it does not know are no damage of the file."""
+    try:
+        return (function.call or _first)(*arguments)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RefusalError):
+            raise
+        given = ", ".join(map(told, arguments[:4])) or "nothing"
+        raise RefusalError("tensors and plain values only", f"{brief(function.name)} of {given}", RESAVE) from error
+
+
 def _is_plain_call(function: Name, arguments: tuple[Any, ...]) -> bool:
     if function.package == "torch":  # whose enums have numbers; a class of it that takes text may write files
         return len(arguments) == 1 and type(arguments[0]) is int
     if not arguments:
         return True
-    value = arguments[0]
+    value, *rest = arguments
     plain = type(value) in {tuple, list} and len(value) <= _LONGEST_KEY and all(map(_is_plain, value))
-    return len(arguments) == 1 and (plain or _is_plain(value))
+    if rest:  # what a deque has, and at most how many
+        return plain and len(rest) == 1 and _is_plain(rest[0])
+    return plain or _is_plain(value) or type(value) is dict or _makes_values(value)
+
+
+def _makes_values(value: object) -> bool:
+    """Whether it is what a defaultdict asks for values: a class that is a plain one, or somebody's own."""
+    return isinstance(value, Name) and (value.name in _FACTORIES or value.is_class)
 
 
 def told(value: object) -> str:
@@ -177,7 +197,16 @@ def _first(value: object, *_: object) -> object:
     return value
 
 
+def _partial(function: object = None, *_: object) -> Opaque:
+    """A function that waits for its call: of a class's ``__new__``, as protocol 2 makes an object by names."""
+    owner, _, last = function.name.rpartition(".") if isinstance(function, Name) else ("", "", "")
+    is_new = last == "__new__" and Name(owner, is_known=False).is_class
+    return Opaque("functools.partial", is_told=True, makes=owner if is_new else "")
+
+
 def _pairs(pairs: Any = ()) -> dict[Any, Any]:
+    if isinstance(pairs, Opaque):  # a set, or a range
+        return {}
     if isinstance(pairs, dict):
         return pairs
     result = {key(name): value for name, value in pairs}
@@ -327,6 +356,11 @@ def _is_exception(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, BaseException)
 
 
+_GETTERS = ("attrgetter", "itemgetter", "methodcaller")
+_FACTORIES = {
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")),
+    *(f"collections.{name}" for name in ("Counter", "OrderedDict", "defaultdict", "deque")),
+}
 # of these no value is wanted
 _OPAQUE = (
     *(f"builtins.{name}" for name in ("set", "frozenset", "bytearray", "complex")),
@@ -351,16 +385,22 @@ _UNREAD = (
     "re._compile",
     "random.Random",
     "types.SimpleNamespace",
-    "functools.partial",
+    "array.array",
+    "decimal.Context",
+    *(f"ipaddress.IPv{v}{name}" for v in (4, 6) for name in ("Address", "Network", "Interface")),
+    "torch.Generator",
+    "torch._C.Generator",
     "torch._dynamo.eval_frame.DisableContext",
     "torch._dynamo.eval_frame.OptimizeContext",
-    "itertools.count",
-    *(f"{module}.{name}" for module in ("_operator", "operator") for name in ("itemgetter", "attrgetter")),
+    *(f"itertools.{name}" for name in ("chain", "count", "cycle", "islice", "repeat")),
+    *(f"builtins.{name}" for name in ("enumerate", "iter", "reversed", "zip")),
+    *(f"{module}.{name}" for module in ("_operator", "operator") for name in _GETTERS),
     "logging.getLogger",
     *(f"builtins.{name}" for name, value in vars(builtins).items() if _is_exception(value)),
 )
 # functions that make such a value, and what they make
 _MAKERS = {
+    "array._array_reconstructor": "array.array",
     "numpy.random._pickle.__bit_generator_ctor": "numpy.random.BitGenerator",
     "numpy.random._pickle.__generator_ctor": "numpy.random.Generator",
     "numpy.random._pickle.__randomstate_ctor": "numpy.random.RandomState",
@@ -395,6 +435,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "builtins.getattr": _member,
     "operator.getitem": _item,
     "_operator.getitem": _item,
+    "functools.partial": _partial,
     "functools.reduce": _reduced,
     "copyreg._reconstructor": _reconstructed,
     "copyreg.__newobj__": _without_init,

@@ -24,11 +24,13 @@ _MOST_NAMES = 1 << 18  # of all tensors of pickled modules
 class Opaque:
     """A value of a known kind that says nothing about batch norm: a device, a path, a random state.
 
-    ``is_told`` if a reader wants to know that it was left unread.
+    ``is_told`` if a reader wants to know that it was left unread. ``makes`` is the class of which a call of it with no
+    arguments makes an object, without its ``__init__``.
     """
 
     name: str
     is_told: bool = False
+    makes: str = ""
 
 
 @final
