@@ -286,6 +286,49 @@ def test_the_doctor_names_what_was_dropped():
     assert "BN509" not in {finding.code for finding in bn.examine(bn.for_export(own())).findings}
 
 
+def _with_values(layer, put):
+    made = nn.BatchNorm2d(layer.num_features).eval()
+    put(made, layer)
+    return made
+
+
+def _copied(made, layer):
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        getattr(made, key).data.copy_(getattr(layer, key).data)
+
+
+def _new_parameters(made, layer):
+    made.weight, made.bias = nn.Parameter(layer.weight.detach()), nn.Parameter(layer.bias.detach())
+    made.running_mean, made.running_var = layer.running_mean.clone(), layer.running_var.clone()
+
+
+VALUES = {
+    "load_state_dict": lambda made, layer: made.load_state_dict(layer.state_dict(), strict=True),
+    "copy_": _copied,
+    "new Parameters": _new_parameters,
+}
+
+
+@pytest.mark.parametrize("put", VALUES.values(), ids=VALUES)
+def test_an_activation_lost_with_copied_values_shows_beside_the_model_of_before(put):
+    model = own()[:2]
+    for separate in (model, bn.for_export(model)):
+        conv, layer = separate[0], separate[1] if separate is model else separate[1].norm
+        act = [] if separate is model else [separate[1].act]
+        result = nn.Sequential(conv, _with_values(layer, put), *act).eval()
+        codes = {finding.code for finding in bn.examine(result, [X] * 4, reference=model).findings}
+        assert "BN509" not in codes
+        assert ("BN502" in codes) == (separate is model)
+
+
+def test_an_activation_lost_in_a_fused_convolution_shows_beside_the_model_of_before():
+    model = own()[:2]
+    norm, act = bn.for_export(model)[1].children()
+    for parts, is_lost in (([fuse_conv_bn_eval(*model)], True), ([fuse_conv_bn_eval(model[0], norm), act], False)):
+        findings = bn.examine(nn.Sequential(*parts).eval(), [X] * 4, reference=model).findings
+        assert ("BN502" in {finding.code for finding in findings}) == is_lost
+
+
 # --- for_export ---------------------------------------------------------------------------------------------
 
 

@@ -320,8 +320,10 @@ def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         A module holds the very tensors of a layer with act=, which is not part of the model: its running_mean or
-        running_var, or both gamma and beta of a layer that no longer exists. Copied and loaded values are not held
-        against anybody. Or a placeholder that convert left for an activation stands in a model without its layer.
+        running_var, or both gamma and beta of a layer that no longer exists. Or a placeholder that convert left for
+        an activation stands in a model without its layer. Values that were copied (load_state_dict, data.copy_) or
+        computed anew (fuse_conv_bn_eval) tell nothing of the layer: a loss there shows only beside the model of
+        before, as BN502 with reference=.
 
     Example:
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(conv, batchnorm.BatchNorm2d(64, act="relu")))
@@ -330,7 +332,7 @@ def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
         batchnorm.for_export(model) before the conversion, whose activations are modules of their own.
 
     References:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm, torch.nn.utils.fusion.fuse_conv_bn_eval.
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm.
     """
     for name, act in (evidence.structure.dropped if evidence.structure else {}).items():
         yield Finding(
