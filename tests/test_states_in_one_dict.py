@@ -88,6 +88,9 @@ PAIRS = {
         {"net": A, "mean_net.module": B}, {}),
     "deep": (
         {**under("learner.net.", A), **under("learner.net_ema.", B)}, {"learner.net": A, "learner.net_ema": B}, {}),
+    "two families": (
+        {**under("gen.net.", A), **under("gen.net_ema.", B), **under("disc.net.", C), **under("disc.net_ema.", B)},
+        {"gen.net": A, "gen.net_ema": B, "disc.net": C, "disc.net_ema": B}, {}),
     "beside the root": ({**A, **under("target.", B)}, {".": A, "target": B}, {}),
     "two beside the root": (
         {**A, **under("net.", C), **under("net_ema.", B)}, {".": A, "net": C, "net_ema": B}, {}),
@@ -206,6 +209,24 @@ def test_the_name_that_a_finding_has_is_one_that_every_command_takes(folder):
     assert examine("g.pt").findings == ()
     after = torch.load("g.pt")["state_dict"]
     assert all(torch.equal(after[f"net.{key}"], value) for key, value in A.items())
+
+
+def test_an_average_in_a_dict_of_its_own_is_named_as_what_it_is_of(tmp_path):
+    both = {**under("net.", A), **under("net_ema.", B)}
+    path = saved(tmp_path / "f.pt", {"state_dict": both, "callback": {"ema": under("net.", C)}})
+    assert loading(Net(), path).loaded == ("state_dict.net", "state_dict.net_ema", "callback.ema.net")
+
+
+def test_a_dict_that_is_there_twice_has_each_state_under_both_names(tmp_path):
+    both = {**under("net.", A), **under("net_ema.", B)}
+    path = saved(tmp_path / "f.pt", {"model": both, "again": both})
+    assert list(read(path).states) == ["model.net", "model.net_ema"]
+    assert addresses.load_weights(Net(), path, "again.net_ema") == "model.net_ema"
+
+
+def test_a_file_of_very_many_states_is_left_as_it_is(tmp_path):
+    many = {key: value for i in range(100) for key, value in under(f"target_{i}.", HEAD).items()}
+    assert list(read(write(tmp_path, many, "pt")).states) == ["state_dict"]
 
 
 def test_the_model_chooses_among_states_of_a_reference(folder):

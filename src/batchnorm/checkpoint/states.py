@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Keys = tuple[str | int, ...]
     Words = tuple[str, ...]
 
+_MOST = 64  # dicts with several states, and states in one: a file of more has been made to take time
 ROOT = "."  # the state whose names stand in no dict and have nothing in front
 _NETWORK = "(actor|backbone|critic|encoder|model|net|network|policy)"
 _ONE = "(k|key|old|q|query)"
@@ -45,7 +46,7 @@ def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
         ValueError: If there is nothing of this path; the names of all states are told.
     """
     for name in (path, below(file.prefix.rstrip("."), path)):
-        known = file.aliases.get(name, name)
+        known = _itself(file, name)
         if known in file.states:
             return file, known
         for keys in dicts(file):
@@ -54,6 +55,12 @@ def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
                     return taken, state_name(keys, prefix)
     has = ", ".join(map(repr, file.states)) or "none with batch norm layers"
     raise ValueError(f"{file.path} has no state {path!r}; it has {has}. Choose one of them.")
+
+
+def _itself(file: Checkpoint, path: str) -> str:
+    """A path as the file has it first, where what it leads through is there under several names."""
+    alias = next((alias for alias in file.aliases if is_below(alias, path)), "")
+    return f"{file.aliases[alias]}{path.removeprefix(alias)}" if alias else path
 
 
 def dicts(file: Checkpoint) -> dict[Keys, dict[str, str]]:
@@ -109,11 +116,19 @@ def _ordered(file: Checkpoint, states: Mapping[str, State]) -> dict[str, State]:
 
 def parted(file: Checkpoint) -> Checkpoint:
     """The file with each state that words tell apart from another one in the same dict."""
-    every = file.every
-    for keys, names in dicts(file).items():
+    every, told, found = file.every, set(), dicts(file)
+    if len(found) > _MOST:
+        return file
+    for keys, names in found.items():
         layers = {tuple(name.split(".")): every[it].channels for name, it in names.items()}
-        for prefix in _told_apart(layers, dict.fromkeys(_averages(file, keys))):
-            file = apart(file, keys, ".".join(prefix)) or file
+        prefixes = [".".join(words) for words in _told_apart(layers, dict.fromkeys(_averages(file, keys)))]
+        told.update(prefixes)
+        for prefix in prefixes:
+            file = apart(file, keys, prefix) or file
+    for keys, names in found.items():  # an average of one of them, in a dict of its own
+        for prefix in told:
+            if all(is_below(prefix, name) for name in names):
+                file = apart(file, keys, prefix) or file
     return file
 
 
@@ -128,25 +143,36 @@ def _averages(file: Checkpoint, keys: Keys) -> Iterator[Words]:
 def _told_apart(layers: Mapping[Words, int], averages: Iterable[Words]) -> list[Words]:
     """Modules of a dict that are states of their own, by its layers with their channels; then what alone is left."""
     labelled = dict.fromkeys([*averages, *(label for words in layers for label in _label(words))])
-    parents = {label[:-1] for label in labelled}
-    if len(parents) != 1:  # in several places it is the name of a part of the model
+    parents = dict.fromkeys(label[:-1] for label in labelled)
+    if len(labelled) > _MOST:
         return []
-    parent = parents.pop()
+    # in several places one layer is a part of each block
+    if len(parents) > 1 and any(len(_inside(layers, label)) < 2 for label in labelled):
+        return []
+    parts = [part for parent in parents for part in _in_module(layers, parent, labelled)]
+    chosen, bare = [part for part, _ in parts], {parent for _, parent in parts if parent is not None}
+    rest = [words for words in layers if not any(words[: len(part)] == part for part in chosen)]
+    beside = sum(max(len(_inside(layers, part)) for part, its in parts if its == parent) for parent in bare)
+    if 2 * (len(layers) - len(rest) + beside) < len(layers):  # a few of many layers are a part of the model
+        return []
+    return [*chosen, *([] if bare else _alone(rest))]
+
+
+def _in_module(
+    layers: Mapping[Words, int], parent: Words, labelled: Iterable[Words]
+) -> Iterator[tuple[Words, Words | None]]:
+    """Modules in one that are states; with the module's own path where its other layers are another state."""
     inside = _inside(layers, parent)
     groups: dict[Words, dict[Words, int]] = defaultdict(dict)
     for words, channels in inside.items():
         if len(words) > 1:
             groups[*parent, words[0]][words[1:]] = channels
     parts = dict(_unwrapped(group, members) for group, members in groups.items())
-    told = [part for part in parts if part[: len(parent) + 1] in labelled]
+    told = [part for part in parts if part[: len(parent) + 1] in labelled] if len(parts) <= _MOST else []
     bare = [part for part in told if parts[part].items() <= inside.items()]
     pairs = [(a, b) for a in told for b in parts if a != b and parts[a].items() <= parts[b].items()]
     chosen = {*bare, *(part for pair in pairs for part in pair)}
-    rest = [words for words in layers if not any(words[: len(part)] == part for part in chosen)]
-    held = len(layers) - len(rest) + (len(parts[bare[0]]) if bare else 0)
-    if 2 * held < len(layers):  # a few of many layers are a part of the model
-        return []
-    return [*(part for part in parts if part in chosen), *([] if bare else _alone(rest))]
+    yield from ((part, parent if part in bare else None) for part in parts if part in chosen)
 
 
 def _inside(layers: Mapping[Words, int], module: Words) -> dict[Words, int]:
