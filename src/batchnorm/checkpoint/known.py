@@ -199,8 +199,8 @@ def _first(value: object, *_: object) -> object:
 
 def _partial(function: object = None, *_: object) -> Opaque:
     """A function that waits for its call: of a class's ``__new__``, as protocol 2 makes an object by names."""
-    owner, _, last = (function.name if isinstance(function, Name) else "").rpartition(".")
-    is_new = last == "__new__" and Name(owner, is_known=False).is_class
+    owner = function.name.removesuffix(".__new__") if isinstance(function, Name) else ""
+    is_new = isinstance(function, Name) and owner != function.name and Name(owner, is_known=False).is_class
     return Opaque("functools.partial", is_told=True, makes=owner if is_new else "")
 
 
