@@ -49,7 +49,7 @@ MODELS = {
     "volo": "volo_d1_224", "vovnet": "ese_vovnet19b_slim_dw", "xception": "legacy_xception",
     "xception_aligned": "xception41p", "xcit": "xcit_nano_12_p8_224",
 }  # fmt: skip
-SMALLER = {"vgg": {"num_features": 64}}  # 130 million weights otherwise
+SMALLER = {"vgg": {"mlp_ratio": 1 / 64}}  # 130 million weights otherwise
 SIZES = (64, 96, 128, 224, 256, 331)  # the first that a model takes
 
 

@@ -235,9 +235,9 @@ def test_the_model_chooses_among_states_of_a_reference(folder):
     model.load_state_dict(A)
     for name, layer in bn.find(model).items():
         layer.eps = 1e-3 if name == "stem.1" else layer.eps
-    read_ = [each.code for each in examine(model, batches(), reference="f.pt").findings]
+    found = [each.code for each in examine(model, batches(), reference="f.pt").findings]
     torch.save(A, "g.pt")
-    assert read_ == [each.code for each in examine(model, batches(), reference="g.pt").findings]
+    assert found == [each.code for each in examine(model, batches(), reference="g.pt").findings]
 
 
 LOADED = "f.pt: 'net' was loaded, of 'net', 'net_ema'"

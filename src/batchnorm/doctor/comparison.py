@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm import addresses, checkpoint
+from batchnorm import checkpoint
 from batchnorm.checkpoint import Checkpoint, Stored
 from batchnorm.doctor.layers import layers_of, stored_of
 from batchnorm.population import preserve_state
@@ -72,9 +72,10 @@ def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Sto
     """The state of several that has the layers which a model has, or the first one; its name and its layers."""
     if len(file.states) < 2:
         return "", file.layers
-    states, mine = addresses.states(model, file).states, layers_of(model).keys()
-    name = next((name for name, state in states.items() if mine <= state.layers.keys()), next(iter(states)))
-    return name, {layer: file.every[place] for layer, place in states[name].layers.items()}
+    mine, every = layers_of(model).keys(), file.every
+    fitting = (name for name, state in file.states.items() if mine <= state.layers.keys())
+    name = next(fitting, next(iter(file.states)))
+    return name, {layer: every[place] for layer, place in file.states[name].layers.items()}
 
 
 def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:
