@@ -74,6 +74,35 @@ def test_no_bet_on_less_energy_gains_under_the_null(
     assert bool((expected <= 1 + ROUNDING).all())
 
 
+def phi(y: np.ndarray) -> np.ndarray:
+    """Catoni's function, from its definition."""
+    return np.where(y >= 0, 1.0, -1.0) * np.log1p(np.abs(y) + y * y / 2)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("size", [1.0, 1e9])
+def test_factors_of_means_are_those_of_the_formula_for_any_number_of_observations(n: int, size: float) -> None:
+    random = np.random.default_rng(n)
+    z = size * random.standard_normal((n, 5))
+    delta, kappa, stakes = random.uniform(0.1, 0.3, 5), random.uniform(1, 2, 5), random.uniform(0.1, 1, (4, 5))
+    found = betting.mean_shift(*map(torch.tensor, (z, kappa, delta, stakes)))
+    for side, sign in enumerate((1, -1)):
+        y = stakes * (sign * z - delta)[:, None]
+        expected = phi(y).sum(0) - n * stakes**2 * kappa / 2
+        # a product of eight factors has at most 8 x 6 roundings, each of which moves its logarithm by one part in 2^53
+        assert np.abs(found[side].numpy() - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+def test_a_bet_on_a_mean_does_not_overflow() -> None:
+    one = torch.ones(3, dtype=torch.float64)
+    z = torch.tensor([[1e30, -1e30, 0.0]], dtype=torch.float64).repeat(20, 1)
+    up, down = betting.mean_shift(z, one, 0.1 * one, betting.mean_stakes(one, 0.1 * one))
+    for side, large, small in ((up, 0, 1), (down, 1, 0)):
+        assert bool((side[:, large] > 100).all())
+        assert bool(side[:, large].isfinite().all())
+        assert bool((side[:, small] < -100).all())
+
+
 def test_a_bet_outside_of_its_conditions_does_gain() -> None:
     """The tests above can fail: a mean of twice delta, and stakes above 1 / delta."""
     assert float(factor_of_mean(2.0, 0.01, 0.1).max()) > 1
@@ -208,6 +237,14 @@ def test_merged_spread_wealth_has_mean_one_under_fair_bets() -> None:
         second = second.bet(tensor(logs[3])[0], 1)
         total += float(first.merged([second]).log.exp()) / 16
     assert total == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("is_spread", [True, False])
+def test_the_mean_over_processes_is_that_of_each(is_spread: bool) -> None:
+    wealth, random = Wealth.start((2, 3, 5), is_spread=is_spread), torch.Generator().manual_seed(0)
+    for _ in range(6):
+        wealth = wealth.bet(torch.randn(2, 3, 5, generator=random, dtype=torch.float64), 4)
+        torch.testing.assert_close(wealth.log_mean, wealth.log.exp().mean((0, 1)).log(), rtol=0, atol=1e-12)
 
 
 def test_a_long_clean_past_costs_logarithms_only() -> None:

@@ -310,7 +310,7 @@ def test_the_correlation_of_neighbours_is_that_of_an_autoregression() -> None:
         for _ in range(4):
             row = 0.6 * row + 0.8 * torch.randn(400).double()
             rows.append(row)
-        found.add(torch.stack(rows))
+        found.add(torch.stack(rows), torch.zeros(400).double(), torch.ones(400).double())
     # a window's own mean takes 1 / 64 (1 + 0.6) / (1 - 0.6) = 0.06 of the variance, of products as of squares: r falls
     # by about 0.4 x 0.06, and rises by 1 / 64; the standard error over 12 windows of 400 channels is 0.002
     assert found.r == pytest.approx(0.6 - 0.4 * 0.0625 + 1 / 64, abs=0.02)
@@ -621,15 +621,15 @@ def test_an_alarm_freezes_the_bag(net: Net, tmp_path: Path, caplog: pytest.LogCa
     while monitor.alarm is None:
         ran(monitor, net, [images(8) - 2.0])
     assert monitor.stream.evidence.bag is not None
-    frozen = monitor.stream.evidence.bag.above.clone()
+    frozen = monitor.stream.evidence.bag.counts.clone()
     assert int(frozen[0, 0]) == 200 + monitor.alarm.observations
     ran(monitor, net, [images(8) for _ in range(4)])
-    assert torch.equal(monitor.stream.evidence.bag.above, frozen)
+    assert torch.equal(monitor.stream.evidence.bag.counts, frozen)
     monitor.save(tmp_path / "a.bnshift.safetensors")
     again = watching(net, reference=monitor.reference).load(tmp_path / "a.bnshift.safetensors")
     ran(again, net, [images(8) for _ in range(4)])
     assert again.stream.evidence.bag is not None
-    assert torch.equal(again.stream.evidence.bag.above, frozen)
+    assert torch.equal(again.stream.evidence.bag.counts, frozen)
 
 
 def test_a_state_whose_bag_no_observations_make_is_refused(net: Net) -> None:

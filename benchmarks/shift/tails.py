@@ -72,23 +72,25 @@ def _net() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, 3))
 
 
-def _world(draw: Draw) -> World:
+def exact(draw: Draw, net: Callable[[], nn.Module] = _net) -> World:
+    """A world without shifts, whose network has random weights and exact statistics."""
+
     def sample(n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         return draw(n, random), torch.zeros(n, dtype=torch.long)
 
     clean: Sampler = sample
-    return World(clean, {}, _net, is_trained=False)
+    return World(clean, {}, net, is_trained=False)
 
 
 TAILS = {
-    "1-in-1000-x-100": _world(_spikes(0.001, 100)),
-    "3-in-1000-x-30": _world(_spikes(0.003, 30)),
-    "1-in-100-x-30": _world(_spikes(0.01, 30)),
-    "zero-inflated-counts": _world(_counts),
-    "bursts": _world(_bursts),
-    "student-2.5": _world(_student),
-    "lognormal-1.2": _world(_lognormal),
-    "pareto-2.2": _world(_pareto),
-    "class-1-in-500": _world(_rare_class),
-    "regimes": _world(_regimes),
+    "1-in-1000-x-100": exact(_spikes(0.001, 100)),
+    "3-in-1000-x-30": exact(_spikes(0.003, 30)),
+    "1-in-100-x-30": exact(_spikes(0.01, 30)),
+    "zero-inflated-counts": exact(_counts),
+    "bursts": exact(_bursts),
+    "student-2.5": exact(_student),
+    "lognormal-1.2": exact(_lognormal),
+    "pareto-2.2": exact(_pareto),
+    "class-1-in-500": exact(_rare_class),
+    "regimes": exact(_regimes),
 }

@@ -211,7 +211,7 @@ def _tails(known: Reference, q: Tensor) -> Condition:
 def _neighbours(known: Reference, z: Tensor) -> Condition:
     """As the monitor judges it: correlation in windows."""
     name, found = "neighbouring observations are no more alike than others", Autocorrelation()
-    found.add((z - known.center) / known.spread)
+    found.add(z, known.center, known.spread)
     if found.count < _NEIGHBOURS:
         return Condition(name, DOUBTFUL, f"not judged: {len(z)} observations", f"Give {_NEIGHBOURS} or more.")
     told, larger = f"correlation {found.r:.2f}", "Use a larger unit: --unit batch, or a function that gives keys."

@@ -31,6 +31,8 @@ from torch import Tensor
 _STAKES = (1.0, 0.5, 0.25, 0.125)
 # shares of the energy that are lost
 _LOSSES = (0.75, 0.5, 0.25, 0.1)
+_AT_ONCE = 8  # observations whose factors are multiplied before the logarithm
+_MOST = 1e16  # of a mean's distance, in stored sd
 
 
 def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
@@ -41,12 +43,24 @@ def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
 
 def mean_shift(z: Tensor, kappa: Tensor, delta: Tensor, stakes: Tensor) -> Tensor:
     """Log factors for a mean above and below, summed over observations: (n, channels) -> (2, stakes, channels)."""
-    sides = []
-    for sign in (1.0, -1.0):
-        y = stakes * (sign * z - delta)[:, None, :]  # (n, stakes, channels)
-        away = torch.log1p(y.abs() + y.square() / 2)
-        sides.append((torch.sign(y) * away).sum(0) - len(z) * stakes.square() * kappa / 2)
+    cost = len(z) * stakes.square() * kappa / 2
+    sides = [_phi(stakes, sign * z - delta) - cost for sign in (1.0, -1.0)]
     return torch.stack(sides)
+
+
+def _phi(stakes: Tensor, moved: Tensor) -> Tensor:
+    """phi(stakes * moved), summed over observations: (stakes, channels), (n, channels) -> (stakes, channels).
+
+    exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or one over that where y < 0. One logarithm is taken of the
+    product over eight observations. It does not overflow: larger moves count as 1e16, which makes no bet unfair.
+    """
+    total = torch.zeros_like(stakes)
+    for some in moved.split(_AT_ONCE):
+        above, below = some.clamp(0, _MOST), some.clamp(max=0)
+        for at, stake in enumerate(stakes):
+            won, lost = (above * stake).add_(1).square_().add_(1), (below * stake).sub_(1).square_().add_(1)
+            total[at] += won.prod(0).div_(lost.prod(0)).log_()
+    return total
 
 
 def up_stakes(d: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ class Clean:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by their names in a file."""
-        parts = {"components": self.scores.components, "scores": self.scores, "bag": self.bag, "marks": self.marks}
-        return {
+        parts = {"components": self.scores.components, "scores": self.scores, "marks": self.marks}
+        return {"bag.above": self.bag.counts} | {
             f"{name}.{field.name}": value
             for name, part in parts.items()
             for field in fields(part)
@@ -82,7 +82,9 @@ class Clean:
             return kind(**more, **{key: tensors[f"{name}.{key}"] for key in names})
 
         components = part("components", Components, sizes=sizes)
-        return cls(part("scores", Scores, components=components), part("bag", Bag), part("marks", Marks))
+        return cls(
+            part("scores", Scores, components=components), Bag.counted(tensors["bag.above"]), part("marks", Marks)
+        )
 
 
 def shapes(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import final
 
 import torch
@@ -23,7 +24,7 @@ MOST_CHOOSE = 1000  # observations; more of them are worth more where they are c
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Components:
     """Components of channels' means z and of their relative energies q.
 
@@ -60,7 +61,11 @@ class Components:
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
         """Components of observations, (n, 2 * channels)."""
-        return turned(self.axes, self.sizes, z, q)
+        return turned(self._axes, self.sizes, z, q)
+
+    @cached_property
+    def _axes(self) -> Tensor:
+        return self.axes.double()
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
@@ -91,20 +96,23 @@ def axes_of(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def turned(axes: Tensor, sizes: Sequence[int], z: Tensor, q: Tensor) -> Tensor:
     """Components along ``axes``, (n, 2 * channels): those of z, then those of q."""
-    slots = _slots(sizes)
     parts = [_blocks(x, sizes) @ turn for x, turn in zip((z, q), axes.double(), strict=True)]
-    return torch.cat([part.transpose(0, 1).flatten(1)[:, slots] for part in parts], 1)
+    flat = torch.stack(parts).permute(2, 0, 1, 3).flatten(2)  # (n, 2, slots)
+    return (flat if flat.shape[2] == z.shape[1] else flat[:, :, _slots(tuple(sizes))]).flatten(1)
 
 
 def _blocks(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Observations by block, (n, channels) -> (blocks, n, 16), with 0 in slots that have no channel."""
     blocks = axes_shape(sizes)[1]
+    if blocks * TOGETHER == x.shape[1]:
+        return x.unflatten(1, (blocks, TOGETHER)).transpose(0, 1)
     padded = x.new_zeros(len(x), blocks * TOGETHER)
-    padded[:, _slots(sizes)] = x
+    padded[:, _slots(tuple(sizes))] = x
     return padded.unflatten(1, (blocks, TOGETHER)).transpose(0, 1)
 
 
-def _slots(sizes: Sequence[int]) -> Tensor:
+@lru_cache(maxsize=64)
+def _slots(sizes: tuple[int, ...]) -> Tensor:
     """Where each channel is among the slots of all blocks, (channels,); a block has channels of one layer only."""
     found, start = [], 0
     for size in sizes:

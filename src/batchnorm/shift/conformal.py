@@ -22,6 +22,7 @@ a grid costs no validity. A clean stream makes the counts grow, and p-values fin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -29,8 +30,10 @@ import torch
 from torch import Tensor
 
 CELLS = 512
+_LATER = 64  # observations that are counted together, since counting costs as much for one as for many
 _POWERS = (0.1, 0.25, 0.5, 0.75)
 _SLOPES = (0.5, 0.9)
+_FAR = 1e15  # spreads from the middle: what is further, or infinite, is in the last cell
 BETS = len(_POWERS) + len(_SLOPES)
 
 
@@ -40,51 +43,90 @@ class Bag:
     """How many clean observations had a score in a cell or in a higher one.
 
     Args:
-        above: Those counts, (scores, cells), int32; the first column is the number of all.
+        above: Those counts, (scores, cells), int32; the first column is the number of all that are counted.
+        later: Cells of observations that are in the bag and not counted yet, (fewer than 64, scores), int16.
     """
 
     above: Tensor
+    later: Tensor
 
     @classmethod
     def of(cls, cells: Tensor) -> Bag:
         """A bag of observations by the cells of their scores, (n, scores)."""
-        return cls(torch.zeros(cells.shape[1], CELLS, dtype=torch.int32)).with_(cells)
+        return cls.counted(_counted(torch.zeros(cells.shape[1], CELLS, dtype=torch.int32), cells))
+
+    @classmethod
+    def counted(cls, above: Tensor) -> Bag:
+        """A bag all of whose observations are counted."""
+        return cls(above, torch.zeros(0, len(above), dtype=torch.int16))
+
+    @property
+    def counts(self) -> Tensor:
+        """``above`` with all observations counted."""
+        return _counted(self.above, self.later) if len(self.later) else self.above
 
     @property
     def observations(self) -> int:
         """How many there are."""
-        return int(self.above[0, 0])
+        return int(self.above[0, 0]) + len(self.later)
 
     @property
     def is_whole(self) -> bool:
         """Whether observations can have made these counts: each column has no more than the one before it."""
-        whole = bool((self.above[:, :1] == self.above[:1, :1]).all()) and int(self.above[0, 0]) > 0
-        falls = bool((self.above.diff(dim=1) <= 0).all()) and bool((self.above >= 0).all())
-        return self.above.dtype == torch.int32 and whole and falls
+        counts = self.counts
+        whole = bool((counts[:, :1] == counts[:1, :1]).all()) and int(counts[0, 0]) > 0
+        falls = bool((counts.diff(dim=1) <= 0).all()) and bool((counts >= 0).all())
+        return counts.dtype == torch.int32 and whole and falls
 
     def with_(self, cells: Tensor) -> Bag:
         """The bag with more observations, (n, scores)."""
-        counts = torch.zeros_like(self.above)
-        counts.scatter_add_(1, cells.T.contiguous(), torch.ones_like(cells.T, dtype=torch.int32))
-        return Bag(self.above + counts.flip(1).cumsum(1, dtype=torch.int32).flip(1))
+        later = torch.cat([self.later, cells.to(torch.int16)])
+        if len(later) < _LATER:
+            return Bag(self.above, later)
+        return Bag.counted(_counted(self.above, later))
 
     def p_values(self, cells: Tensor) -> Tensor:
         """P-values of more observations one after the other, (n, scores), float64: each among all those before it."""
-        above = self.above.gather(1, cells.T.contiguous()).T  # (n, scores)
-        n = len(cells)
-        # of the observations that came with this one, those before it and itself
-        among = (cells[None] >= cells[:, None]) & torch.ones(n, n, dtype=torch.bool).tril()[:, :, None]
-        rank = above + among.sum(1)
+        bag, found = self, []
+        for some in cells.split(_LATER):
+            found.append(bag._p_values(some))
+            bag = bag.with_(some)
+        return torch.cat(found)
+
+    def _p_values(self, cells: Tensor) -> Tensor:
+        n, before = len(cells), len(self.later)
+        rank = self.above.gather(1, cells.T.contiguous()).T  # (n, scores)
+        among = torch.cat([self.later, cells.to(torch.int16)])
+        # fewer than 128 are compared, so that bytes can count them
+        rank += torch.stack([how_many(among[: before + i + 1] >= among[before + i]) for i in range(n)])
         total = self.observations + torch.arange(1, n + 1, dtype=torch.float64)
         return rank / total[:, None]
 
 
+def _counted(above: Tensor, cells: Tensor) -> Tensor:
+    counts = torch.zeros_like(above)
+    cells = cells.T.long().contiguous()
+    counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.int32))
+    below = counts.cumsum(1, dtype=torch.int32).sub_(counts)
+    return (above + cells.shape[1]).sub_(below)
+
+
+def how_many(is_so: Tensor) -> Tensor:
+    """How many are true of the first dimension, of 255 at most: uint8."""
+    return is_so.view(torch.uint8).sum(0, dtype=torch.uint8)
+
+
 def factors(p: Tensor) -> Tensor:
     """Log factors of all bets, summed over observations: p-values (n, scores) -> (bets, scores)."""
-    log = p.log().sum(0)
-    powers = [len(p) * torch.tensor(k, dtype=torch.float64).log() + (k - 1) * log for k in _POWERS]
-    slopes = [torch.log1p(slope * (1 - 2 * p)).sum(0) for slope in _SLOPES]
+    log = _log_product(p)
+    powers = [len(p) * math.log(k) + (k - 1) * log for k in _POWERS]
+    slopes = [_log_product((1 + slope) - 2 * slope * p) for slope in _SLOPES]
     return torch.stack(powers + slopes)
+
+
+def _log_product(x: Tensor) -> Tensor:
+    """Logarithm of the product over the first dimension: of sixteen values above 1e-15 at once, which cannot vanish."""
+    return torch.stack([some.prod(0) for some in x.split(16)]).log_().sum(0)
 
 
 def cells_of(scores: Tensor, middle: Tensor, spread: Tensor) -> Tensor:
@@ -95,5 +137,5 @@ def cells_of(scores: Tensor, middle: Tensor, spread: Tensor) -> Tensor:
         middle: About the middle of clean scores, (scores,).
         spread: About their distance from it, (scores,).
     """
-    u = (scores - middle) / spread
-    return ((u / (1 + u.abs()) + 1) * (CELLS / 2)).long().clamp_(0, CELLS - 1)
+    u = ((scores - middle) / spread).clamp_(-_FAR, _FAR)
+    return u.div_(u.abs().add_(1)).add_(1).mul_(CELLS / 2).long().clamp_(0, CELLS - 1)

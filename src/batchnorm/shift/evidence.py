@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from batchnorm.shift import betting, conformal, marks
+from batchnorm.shift import betting, by_layer, conformal, marks
 from batchnorm.shift.scores import KIND_OF
 from batchnorm.shift.wealth import Wealth
 
@@ -41,7 +42,7 @@ BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of Evidence that t
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """E-processes of every channel and layer after ``observations`` observations.
 
@@ -105,40 +106,37 @@ class Evidence:
         grown = bag.with_(cells) if learns else bag
         return replace(self, ranks=ranks, marks=named, bag=grown, observations=self.observations + n)
 
-    @property
+    @cached_property
     def log_channels(self) -> Tensor:
         """Log e-value of every channel's mean, (channels,)."""
         wealth = self.mean or self.marks
         assert wealth is not None  # noqa: S101 - one of both is there
-        return wealth.log.flatten(0, 1).logsumexp(0) - math.log(len(wealth.log.flatten(0, 1)))
+        return wealth.log_mean
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of bets that are made."""
         return KINDS if self.ranks is not None else KINDS[: 2 + (self.down is not None)]
 
-    @property
+    @cached_property
     def log_kinds(self) -> Tensor:
         """Log e-value of every layer by each kind of bet, (kinds, layers), in the order of ``kinds``."""
         if self.ranks is not None:
             return self._log_kinds_of_ranks(self.ranks)
-        energies = [wealth.log.logsumexp(0) - math.log(4) for wealth in (self.up, self.down) if wealth is not None]
-        sizes = list(self.reference.sizes)
-        sums = torch.stack([part.logsumexp(0) for part in self.log_channels.split(sizes)])
-        return torch.stack([sums - torch.tensor(sizes, dtype=torch.float64).log(), *energies])
+        energies = [wealth.log_mean for wealth in (self.up, self.down) if wealth is not None]
+        return torch.stack([by_layer.log_mean_exp(self.log_channels, self.reference.sizes), *energies])
 
     def _log_kinds_of_ranks(self, ranks: Wealth) -> Tensor:
-        of_scores = ranks.log.logsumexp(0) - math.log(conformal.BETS * (1 if ranks.is_spread else 2))
-        of_scores = of_scores.reshape(len(KIND_OF), -1)  # (scores of a layer, layers)
-        parts = [of_scores[[i for i, of in enumerate(KIND_OF) if of == kind]] for kind in KINDS]
-        return torch.stack([part.amax(0) - math.log(len(part)) for part in parts])
+        of_scores = ranks.log_mean - (0.0 if ranks.is_spread else math.log(2))
+        parts = of_scores.reshape(len(KIND_OF), -1).split([KIND_OF.count(kind) for kind in KINDS])
+        return torch.stack([part.amax(0) - math.log(len(part)) for part in parts])  # (kinds, layers)
 
-    @property
+    @cached_property
     def log_layers(self) -> Tensor:
         """Log e-value of every layer, (layers,)."""
         return self._joined(self.log_kinds)
 
-    @property
+    @cached_property
     def log(self) -> float:
         """Log of the evidence that anything moved."""
         return float(self._joined(self.log_layers))

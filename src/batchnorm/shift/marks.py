@@ -18,6 +18,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from batchnorm.shift.conformal import how_many
+
 # parts of the observations beyond a mark: the largest alone, 5 % and 25 %
 _PARTS = (0.0, 0.05, 0.25)
 # r = S + this part of 1 - S
@@ -54,12 +56,12 @@ class Marks:
 
     def factors(self, z: Tensor) -> Tensor:
         """Log factors of the bets, summed over observations: (n, channels) -> (2, bets, channels)."""
-        above = (z[:, None] > self.upper).sum(0)
-        below = (z[:, None] < self.lower).sum(0)
-        beyond, share = torch.stack([above, below]).double(), self.shares[:, None]  # (2, marks, channels)
-        hoped = [share + hope * (1 - share) for hope in _HOPES]
-        won = [beyond * (r / share).log() + (len(z) - beyond) * ((1 - r) / (1 - share)).log() for r in hoped]
-        return torch.cat(won, 1)
+        beyond, share = torch.zeros(2, *self.upper.shape, dtype=torch.float64), self.shares[:, None]
+        for some in z.split(255):  # as many as a byte counts
+            beyond += torch.stack([how_many(some[:, None] > self.upper), how_many(some[:, None] < self.lower)])
+        r = share + torch.tensor(_HOPES, dtype=torch.float64)[:, None, None] * (1 - share)  # (hopes, marks, 1)
+        won, lost = (r / share).log(), ((1 - r) / (1 - share)).log()
+        return (beyond[:, None] * (won - lost)).add_(len(z) * lost).flatten(1, 2)
 
 
 def _most(n: int, k: int, error: float) -> float:

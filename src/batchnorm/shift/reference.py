@@ -36,7 +36,7 @@ from batchnorm import sidecar
 from batchnorm.foreign import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensors import digest_of
-from batchnorm.shift import clean
+from batchnorm.shift import by_layer, clean
 from batchnorm.shift.clean import Clean
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Reference:
 
     def of_layers(self, of_channels: Tensor) -> Tensor:
         """Mean over each layer's channels: (n, channels) -> (n, layers)."""
-        return torch.stack([part.mean(1) for part in of_channels.split(list(self.sizes), 1)], 1)
+        return by_layer.mean(of_channels, self.sizes)
 
     def digest_of_bounds(self) -> str:
         """SHA-256 of all that was measured: another calibration of the same model has another one."""

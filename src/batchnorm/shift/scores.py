@@ -18,15 +18,15 @@ keep their sense where a few observations are very large.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.shift import conformal
+from batchnorm.shift import by_layer, conformal
 from batchnorm.shift.components import TOGETHER, Components
 
 # the kind of each score, in their order
@@ -39,7 +39,7 @@ _LEAST = torch.finfo(torch.float32).eps
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """What scores are measured by.
 
@@ -79,16 +79,47 @@ class Scores:
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
         """Scores of observations, (n, scores): of all layers the first, of all layers the second, and so on."""
-        relative, sizes = q / self.power, list(self.components.sizes)
-        a = (z - self.center) / self.spread
-        b = (_log(relative) - self.power_center) / self.power_spread
-        w = (self.components.of(z, relative) - self.turned_center) / self.turned_spread
+        sizes, n = self.components.sizes, len(z)
+        relative = q / self.power
+        usual, far = z.new_empty(2, 4, n, z.shape[1])  # reduced to their mean, and to the largest of them
+        a, _, b, odd = usual
+        self._standard("mean", z, out=a)
+        self._standard("power", _log(relative), out=b)
+        usual[1] = q
+        w = self._standard("turned", self.components.of(z, relative))
         w = w.unflatten(1, (2, -1))  # (n, 2, channels): of means, of energies
-        first = [F.pad(part[:, :TOGETHER], (0, max(0, TOGETHER - part.shape[1]))) for part in w[:, 0].split(sizes, 1)]
-        along = torch.stack(first, 2).flatten(1)  # (n, 16 * layers)
-        far = _each(torch.stack([a.abs(), b, -b, w.abs().amax(1)]), sizes, torch.amax)
-        a, b, q, odd = _each(torch.stack([a, b, q, torch.log1p(w.square()).mean(1)]), sizes, torch.mean)
-        return torch.cat([far[0], a, -a, q, b, -q, -b, far[1], far[2], far[3], odd, along, -along], 1)
+        along = by_layer.reduced(w[:, 0], sizes, _first).flatten(1)  # (n, 16 * layers)
+        square = w.square_()
+        torch.amax(square, 1, out=far[3])
+        torch.prod(square.add_(1), 1, out=odd)
+        odd.log_()
+        torch.abs(a, out=far[0])
+        far[1] = b
+        torch.neg(b, out=far[2])
+        mean, energy, power, odd = by_layer.mean(usual, sizes)
+        alone, most, least, furthest = by_layer.largest(far, sizes)
+        return torch.cat(
+            [
+                *(alone, mean, -mean, energy, power, -energy, -power),
+                *(most, least, furthest.sqrt(), odd / 2, along, -along),
+            ],
+            1,
+        )
+
+    def _standard(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Distances from the center in units of the spread."""
+        shift, scale = self._lines[name]
+        return torch.addcmul(shift, x, scale, out=out)
+
+    @cached_property
+    def _lines(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(x - center) / spread = shift + scale x, shift and scale of each."""
+        kinds = {
+            "mean": (self.center, self.spread),
+            "power": (self.power_center, self.power_spread),
+            "turned": (self.turned_center, self.turned_spread),
+        }
+        return {name: (-center / spread, 1 / spread) for name, (center, spread) in kinds.items()}
 
     def cells(self, z: Tensor, q: Tensor) -> Tensor:
         """Cells of the scores of observations, (n, scores)."""
@@ -101,13 +132,13 @@ def powers(q: Tensor) -> Tensor:
     return torch.where(middle > 0, middle, q.mean(0)).clamp_min(_LEAST)
 
 
-def _each(x: Tensor, sizes: list[int], reduce: Callable[..., Tensor]) -> Tensor:
-    """Reduce each layer's channels: (..., channels) -> (..., layers)."""
-    return torch.stack([reduce(part, dim=-1) for part in x.split(sizes, -1)], -1)
+def _first(x: Tensor) -> Tensor:
+    """The first sixteen channels of each layer, 0 where it has fewer: (n, layers, channels) -> (n, 16, layers)."""
+    return F.pad(x[..., :TOGETHER], (0, max(0, TOGETHER - x.shape[-1]))).mT
 
 
 def _log(relative: Tensor) -> Tensor:
-    return (relative + _FLOOR).log()
+    return (relative + _FLOOR).log_()
 
 
 def _middle(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def _by_bets(evidence: Evidence, alpha: float) -> Tensor:
 def _by_ranks(evidence: Evidence, alpha: float) -> Tensor:
     known, clean, bag = evidence.reference, evidence.reference.clean, evidence.bag
     assert clean is not None and bag is not None  # noqa: S101, PT018 - the caller asked
-    layers = len(known.sizes)
+    layers, counts = len(known.sizes), bag.counts
     places = conformal.BETS * KIND_OF.count("mean") * len(evidence.kinds) * layers * _STARTS
     needed = math.log(places / alpha) / evidence.observations
     moves = torch.linspace(0, _FURTHEST, _STEPS, dtype=torch.float64)
@@ -62,7 +62,7 @@ def _by_ranks(evidence: Evidence, alpha: float) -> Tensor:
     least = []
     for layer in range(layers):  # the first score of each
         cells = conformal.cells_of(score, clean.scores.middle[layer], clean.scores.width[layer])
-        p = (bag.above[layer][cells] + 1) / (bag.observations + 1)  # (moves, values)
+        p = (counts[layer][cells] + 1) / (bag.observations + 1)  # (moves, values)
         won = conformal.factors(p.T.double()) / _NORMAL  # (bets, moves)
         enough = won.amax(0) >= needed
         least.append(moves[enough][0] if bool(enough.any()) else torch.tensor(math.inf, dtype=torch.float64))

@@ -50,7 +50,7 @@ class State:
             tensors |= {f"{name}.product": wealth.product.clone(), f"{name}.restarted": wealth.restarted.clone()}
             bets[name] = {"updates": wealth.updates, "rest": wealth.rest, "is_spread": wealth.is_spread}
         if evidence.bag is not None:
-            tensors["bag"] = evidence.bag.above.clone()
+            tensors["bag"] = evidence.bag.counts.clone()
         return cls(tensors, {"bets": bets, "observations": evidence.observations})
 
     def evidence(self, reference: Reference) -> Evidence:
@@ -58,7 +58,7 @@ class State:
         bets: dict[str, Any] = dict.fromkeys(BETS)
         for name, about in self.about["bets"].items():
             bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
-        bag = Bag(self.tensors["bag"].clone()) if "bag" in self.tensors else None
+        bag = Bag.counted(self.tensors["bag"].clone()) if "bag" in self.tensors else None
         return Evidence(
             reference, **bets, bag=bag, stakes=stakes_for(reference), observations=self.about["observations"]
         )
@@ -87,7 +87,7 @@ class State:
             good &= all(self.tensors[f"waiting.{name}"].shape[1] == channels for name in "zq")
             good &= self.tensors["tails.largest"].shape[1] == len(reference.sizes)
             good &= set(self.about["bets"]) == set(bets)
-            good &= "bag" not in self.tensors or Bag(self.tensors["bag"]).is_whole
+            good &= "bag" not in self.tensors or Bag.counted(self.tensors["bag"]).is_whole
             good &= {"count", "least"} <= set(self.about["recent"])
             good &= {"passed", "alarm", "open", "auto", "recent", "observations", "tails"} <= set(self.about)
         except (KeyError, TypeError, AttributeError, IndexError):

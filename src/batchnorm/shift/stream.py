@@ -80,8 +80,8 @@ class Stream:
 
     def _observe(self, z: Tensor, q: Tensor, inputs: Any) -> None:
         self.looked += len(z)
-        finite = z.isfinite().all(1) & q.isfinite().all(1)
-        if not bool(finite.all()):
+        if not math.isfinite(float(z.sum() + q.sum())):
+            finite = z.isfinite().all(1) & q.isfinite().all(1)
             self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
             z, q = z[finite], q[finite]
         z, q = self._grouping.of(z, q, inputs)
@@ -94,7 +94,8 @@ class Stream:
         """Turn what is waiting into evidence now; its logarithm. Rings if it reaches the limit."""
         with self.lock:
             if self._waiting:
-                z, q = (torch.cat(rows) for rows in zip(*self._waiting, strict=True))
+                first, *rest = self._waiting
+                z, q = (torch.cat(rows) for rows in zip(*self._waiting, strict=True)) if rest else first
                 self._waiting = []
                 self._count(z, q)
             return self.evidence.log
@@ -104,7 +105,7 @@ class Stream:
         sums = torch.stack([z.sum(0), q.sum(0)])
         self._sums += sums
         self._recent.add(sums, len(z), self._since_clean(self.evidence))
-        self.autocorrelation.add((z - self.reference.center) / self.reference.spread)
+        self.autocorrelation.add(z, self.reference.center, self.reference.spread)
         self._judge()
         self._watch_tails(q)
 

@@ -98,9 +98,10 @@ class Autocorrelation:
         self._open: Tensor | None = None  # (fewer than 64, channels)
         self._sum = 0.0  # of the windows' correlations
 
-    def add(self, z: Tensor) -> None:
-        """Take more observations in their order, (n, channels); of many channels some."""
-        z = z[:, :: -(-z.shape[1] // _CHANNELS)]
+    def add(self, z: Tensor, center: Tensor, spread: Tensor) -> None:
+        """Take more observations in their order, (n, channels), with what is usual of each; of many channels some."""
+        step = -(-z.shape[1] // _CHANNELS)
+        z = (z[:, ::step] - center[::step]) / spread[::step]
         rows = z if self._open is None else torch.cat([self._open, z])
         while len(rows) >= _WINDOW:
             self._sum += _correlation(rows[:_WINDOW])

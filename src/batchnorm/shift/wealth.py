@@ -65,6 +65,17 @@ class Wealth:
         parts = torch.stack([self.product, self.restarted, rest])
         return parts.logsumexp(0) - math.log(2)
 
+    @property
+    def log_mean(self) -> Tensor:
+        """Log of the mean of all processes of one place, (..., places) -> (places,)."""
+        kept = [self.product, self.restarted] if self.is_spread else [self.restarted]
+        each = torch.cat([part.flatten(0, -2) for part in kept])
+        total = each.logsumexp(0) - math.log(len(each))
+        if not self.is_spread:
+            return total
+        # each has half of its stake in the mean above, and half of what has not started
+        return torch.logaddexp(total, torch.full_like(total, math.log(self.rest / 2)))
+
     def merged(self, others: list[Wealth]) -> Wealth:
         """Evidence of replicas that saw different observations, each of them once.
 
