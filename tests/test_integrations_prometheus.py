@@ -28,6 +28,7 @@ PINNED = {
     "batchnorm_shift_alarm_timestamp_seconds": ("gauge", ()),
     "batchnorm_shift_observations_total": ("counter", ()),
     "batchnorm_shift_examples_total": ("counter", ()),
+    "batchnorm_shift_examples_looked_total": ("counter", ()),
     "batchnorm_shift_cost_ratio": ("gauge", ()),
     "batchnorm_shift_autocorrelation": ("gauge", ()),
     "batchnorm_shift_layer_log_evidence": ("gauge", ("layer",)),
@@ -98,13 +99,14 @@ def test_values_are_those_of_the_monitor_before_and_after_the_alarm() -> None:
 
 def test_a_scrape_changes_nothing() -> None:
     registry, model = CollectorRegistry(), made()
-    monitor = watching(model)
+    monitor = watching(model, examples=4)
     register(monitor, registry)
     with monitor, torch.no_grad():
         model(torch.randn(5, 8))  # waits for the next round
         before = monitor.stream.state()
         assert samples(registry)["batchnorm_shift_observations_total", ""] == 0
         assert samples(registry)["batchnorm_shift_examples_total", ""] == 5
+        assert samples(registry)["batchnorm_shift_examples_looked_total", ""] == monitor.stream.looked == 4
         after = monitor.stream.state()
     assert before.about == after.about
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)

@@ -1,8 +1,9 @@
 """What the shift monitor costs: python benchmarks/shift/bench_overhead.py. ResNet-18, (16, 3, 96, 96), eval mode.
 
 One forward pass of every arm in each round: not monitored, as the monitor comes (4 examples of a batch, 1 % of the
-time), the same calibrated, 4 examples of every batch, and all examples of every batch. Written to
-benchmarks/results/shift_overhead.json.
+time), the same calibrated, 4 examples of every batch, and all examples of every batch. Then what one update with eight
+observations of the network's 4,800 channels takes, from the checkpoint and calibrated, on one thread, in turns. Written
+to benchmarks/results/shift_overhead.json.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from report import save, spread, tell_load
 from batchnorm import ShiftMonitor, recalibrate
 from batchnorm import rounds as timing
 from batchnorm.lecture.verdicts import environment
+from batchnorm.shift.stream import Stream
 
-ROUNDS, SHAPE = 120, (16, 3, 96, 96)
+ROUNDS, UPDATES, SHAPE = 120, 500, (16, 3, 96, 96)
 CALIBRATED = "calibrated, as it comes"
 ARMS: dict[str, dict[str, Any] | None] = {
     "not monitored": None,
@@ -56,7 +58,37 @@ def main() -> None:
     for row in rows:
         print(f"{row['arm']:<26} {row['p50_ms']:7.1f} ms  {spread(row['ratio'])} x not monitored, cost {row['cost']}")
     tell_load(rows)
-    save("shift_overhead", {"environment": environment(), "rounds": ROUNDS, "shape": list(SHAPE), "rows": rows})
+    measured = {"rows": rows, "updates": updates([monitors["as it comes"], monitors[CALIBRATED]])}
+    save("shift_overhead", {"environment": environment(), "rounds": ROUNDS, "shape": list(SHAPE), **measured})
+
+
+def updates(monitors: list[Any]) -> list[dict[str, Any]]:
+    """Milliseconds of an update of the evidence and all that a stream keeps, and what it and the reference take."""
+    torch.set_num_threads(1)
+    streams = [Stream(m.reference, "example", alpha=0.01, arl=None) for m in monitors]
+    taken: list[list[float]] = [[] for _ in streams]
+    channels = len(streams[0].reference.mean)
+    with timing.others() as busy:
+        for turn in range(UPDATES):
+            z = 0.3 * torch.randn(8, channels, dtype=torch.float64)
+            for stream, seconds in zip(streams, taken, strict=True):
+                start = time.perf_counter()
+                stream.observe(z, z.square())
+                if turn >= 8:
+                    seconds.append(time.perf_counter() - start)
+    return [_update(stream, seconds) | busy for stream, seconds in zip(streams, taken, strict=True)]
+
+
+def _update(stream: Stream, seconds: list[float]) -> dict[str, Any]:
+    ordered = sorted(1e3 * taken for taken in seconds)
+    bytes_of = [sum(x.nbytes for x in held.values()) for held in (stream.state().tensors, stream.reference.tensors())]
+    row = {
+        "source": stream.reference.source, "channels": len(stream.reference.mean), "observations": 8,
+        "p50_ms": ordered[len(ordered) // 2], "least_ms": ordered[0], "p99_ms": ordered[int(0.99 * len(ordered))],
+        "state_bytes": bytes_of[0], "reference_bytes": bytes_of[1],
+    }  # fmt: skip
+    print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    return row
 
 
 def _pass(model: torch.nn.Module, monitor: ShiftMonitor | None, x: torch.Tensor) -> float:

@@ -39,6 +39,7 @@ _GAUGES: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
 _COUNTERS: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
     "observations": ("Observations that evidence was made of.", lambda m: m.stream.evidence.observations),
     "examples": ("Examples that passed the model, looked at or not.", lambda m: m.stream.passed),
+    "examples_looked": ("Examples that were looked at.", lambda m: m.stream.looked),
 }
 _LAYERS: dict[str, tuple[str, Callable[[LayerShift], float]]] = {
     "layer_log_evidence": ("Natural logarithm of a layer's own evidence.", lambda layer: layer.log_evidence),

@@ -47,8 +47,9 @@ class ShiftMonitor:
             serve(model)                           # every forward pass in eval mode is observed
         monitor.alarm                              # None, or what moved and where first
 
-    On clean data it ever rings with probability ``alpha`` at most, or, with ``arl``, after that many observations on
-    average at least. ``batchnorm.shift.reference`` has the conditions, ``batchnorm.shift.betting`` the proofs. An alarm
+    On clean data the probability that it ever raises an alarm is at most ``alpha``. With ``arl`` in its place, the
+    first false alarm comes after that many observations on average, or later. ``batchnorm.shift.reference`` has the
+    conditions, ``batchnorm.shift.betting`` and ``batchnorm.shift.conformal`` have the proofs. An alarm
     says that the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's
     energy is not seen. The model is not changed: its layers have hooks while it is observed.
 
@@ -59,7 +60,7 @@ class ShiftMonitor:
 
     Args:
         model: Any model with batch norm that stores statistics, torch.nn's or ours, compiled or not.
-        alpha: Largest probability of ever ringing on clean data.
+        alpha: Largest probability that clean data ever raise an alarm.
         unit: What one observation is: "example", "batch" (if examples in a batch or batches' neighbours may be alike),
             or a function of the model's inputs that gives each example's key; examples of one key in a row are one.
         arl: Observations until a false alarm, on average at least: an alarm that never runs out. Replaces ``alpha``.

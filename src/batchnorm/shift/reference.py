@@ -114,7 +114,7 @@ class Reference:
     def digest_of_bounds(self) -> str:
         """SHA-256 of all that was measured: another calibration of the same model has another one."""
         digest = hashlib.sha256()
-        for tensor in self._tensors().values():
+        for tensor in self.tensors().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -199,7 +199,7 @@ class Reference:
             raise ValueError(
                 f"a reference needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}."
             )
-        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
         about = {name: getattr(self, name) for name in ("layers", "sizes", "source", "unit", "observations", "digest")}
         sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
 
@@ -229,7 +229,7 @@ class Reference:
             pass
         raise ValueError(f"{path} is a damaged reference: parts are missing or out of range. Calibrate again.")
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All of them, by their names in a file."""
         own = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         return own if self.clean is None else own | self.clean.tensors()
@@ -237,7 +237,7 @@ class Reference:
     def _is_whole(self) -> bool:
         """Whether every bound is there, for every channel and layer, and is one."""
         layers, channels = len(self.sizes), sum(self.sizes)
-        tensors = self._tensors()
+        tensors = self.tensors()
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "std", "delta", "kappa"), (channels,))
         shapes |= dict.fromkeys(("d",) if self.v is None else ("d", "v"), (layers,))
         if self.clean is not None:

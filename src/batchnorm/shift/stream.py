@@ -36,7 +36,7 @@ class Stream:
     Args:
         reference: What clean data look like.
         unit: What one observation is.
-        alpha: Largest probability of ever ringing on clean data.
+        alpha: Largest probability that clean data ever raise an alarm.
         arl: If given, observations until a false alarm on average at least, in place of alpha.
         on_alarm: Called with the alarm, once; what it raises is logged.
     """
