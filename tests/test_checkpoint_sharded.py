@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ def save_sharded(rank: int, world: int, folder: str) -> None:
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("sharded")
     for world in (1, 2):
-        torch.multiprocessing.spawn(save_sharded, (world, str(place)), nprocs=world)
+        forked.ranks(save_sharded, (world, str(place)), world)
     return place
 
 

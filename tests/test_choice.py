@@ -1,11 +1,9 @@
 """Which kernels run, told by an environment variable that is read at import: so each case is a process of its own."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from batchnorm.kernels import cpu
@@ -20,8 +18,7 @@ print(*names)
 
 
 def run(forced):
-    environment = os.environ | {"BATCHNORM_KERNELS": forced}
-    return subprocess.run([sys.executable, "-c", SAY], env=environment, capture_output=True, text=True, check=False)
+    return forked.run(SAY, environment={"BATCHNORM_KERNELS": forced})
 
 
 def test_the_table_gives_plain_cpu_tensors_to_the_native_kernels_where_they_were_built():

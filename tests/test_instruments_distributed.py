@@ -1,13 +1,9 @@
 """watch under torch.distributed: one rank measures, nobody waits for it, and the weights are the same."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import forked
 import pytest
 
 from batchnorm.record import Log
@@ -47,17 +43,9 @@ WORKER = """
 
 def trained(kind: str, log: Path | str) -> dict[int, tuple[str, list[str]]]:
     """The weights' digest and the tiers that were measured, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(WORKER), kind, str(log)]
-    ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    lines = [json.loads(process.communicate(timeout=120)[0]) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
+    ranks = forked.run_world(WORKER, kind, str(log))
+    assert [rank.returncode for rank in ranks] == [0, 0], [rank.stderr[-2000:] for rank in ranks]
+    lines = [json.loads(rank.stdout) for rank in ranks]
     return {rank: (digest, tiers) for rank, digest, tiers in lines}
 
 

@@ -1,10 +1,8 @@
 """Models whose tensors cannot be read: what can be measured is, the rest is missing or refused, and nothing crashes."""
 
 import math
-import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from tensor_kinds import freed, made
@@ -86,11 +84,10 @@ def test_measurements_that_need_a_weights_numbers_refuse_one_without() -> None:
 
 
 FSDP = """
-import os, sys, tempfile, torch, torch.distributed as d, batchnorm as bn
+import tempfile, torch, torch.distributed as d, batchnorm as bn
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
-d.init_process_group("gloo", rank=0, world_size=1)
+d.init_process_group("gloo")
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
 fully_shard(model)
@@ -110,7 +107,5 @@ d.destroy_process_group()
 
 
 def test_a_model_that_fsdp2_shards_is_watched_and_probed() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    port = str(20000 + os.getpid() % 20000)
-    done = subprocess.run([sys.executable, "-c", FSDP, port], capture_output=True, text=True, env=environment)
+    [done] = forked.run_world(FSDP, world=1)
     assert done.stdout.split() == ["survived", "20"], done.stderr[-2000:]

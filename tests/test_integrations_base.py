@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from batchnorm.integrations.missing import needed
@@ -49,8 +49,8 @@ RANK = """
 import sys, torch, batchnorm as bn
 from torch import nn
 from batchnorm.integrations.calibration import calibrate
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+torch.distributed.init_process_group("gloo")
+rank, folder = torch.distributed.get_rank(), sys.argv[1]
 model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))
 calibrate(model, [torch.randn(16, 2, generator=torch.Generator().manual_seed(rank))], None, forward=lambda m, x: m(x))
 torch.save(dict(model.named_buffers()), f"{folder}/{rank}.pt")
@@ -83,11 +83,8 @@ def test_a_session_that_did_not_begin_takes_everything() -> None:
 def test_all_ranks_have_what_the_first_measured(tmp_path: Path) -> None:
     import torch
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    ranks = forked.run_world(RANK, str(tmp_path))
+    assert [rank.returncode for rank in ranks] == [0, 0], [rank.stderr[-2000:] for rank in ranks]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -431,5 +430,6 @@ def test_both_packages_take_the_callbacks() -> None:
         "trainer = pytorch_lightning.Trainer(logger=False, callbacks=[Recalibrate()], accelerator='cpu')\n"
         "assert 'Recalibrate' in [type(c).__name__ for c in trainer.callbacks]\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    done = forked.run(program)
+    assert done.returncode == 0, done.stderr
     assert issubclass(BatchNormMonitor, pl.Callback)

@@ -1,9 +1,6 @@
 """Layers with tensors that gave their memory back, or whose class keeps it elsewhere: an error or the right answer."""
 
-import subprocess
-import sys
-import textwrap
-
+import forked
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,9 +32,7 @@ def test_a_tensor_without_memory_is_refused_and_ends_no_process(training: bool, 
             except RuntimeError as error:
                 print(name, "that has given its memory back" in str(error), flush=True)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = forked.run(code)
     names = ("weight", "bias", "running_mean", "running_var", "input", "residual", "view")
     assert (done.returncode, done.stdout.split("\n")[:-1]) == (0, [f"{name} True" for name in names]), done.stderr
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import forked
 import onnx
 import pytest
 import torch
@@ -339,7 +340,7 @@ def test_a_trained_program_loads_in_a_process_that_imports_batchnorm_behind_torc
     path = tmp_path / "train.pt2"
     torch.export.save(torch.export.export(nn.Sequential(layer(True)), (images(),)), path)
     code = f"import torch, batchnorm; print(type(torch.export.load({str(path)!r})).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forked.run(code)
     assert done.stdout.strip() == "ExportedProgram", done.stderr
 
 

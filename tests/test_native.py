@@ -1,10 +1,9 @@
 """The native kernels against the reference in float64: every type, layout, plane size and lane remainder."""
 
-import subprocess
-import sys
 import threading
 import warnings
 
+import forked
 import pytest
 import torch
 
@@ -232,8 +231,8 @@ if child == 0:
     os._exit(7)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
-    assert done.returncode == 7
+    done = forked.run(program)
+    assert done.returncode == 7, done.stderr
 
 
 def test_forked_workers_of_a_data_loader_train_with_the_bits_of_the_parent():
@@ -259,7 +258,7 @@ loader = torch.utils.data.DataLoader(Steps(), multiprocessing_context="fork", ti
 for found, right in zip(loader, expected, strict=True):
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run(program)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -6,9 +6,9 @@ import json
 import warnings
 
 import accelerate
+import forked
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -109,7 +109,7 @@ def test_looks_at_a_sharded_model_say_what_they_say_of_the_whole_one(kind, momen
 
 
 def check(kind: str, moment: str, world: int, folder) -> None:
-    mp.spawn(run, (world, kind, moment, str(folder)), nprocs=world)
+    forked.ranks(run, (world, kind, moment, str(folder)), world)
     found = json.loads((folder / "found.json").read_text())
     whole = net()
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)

@@ -4,17 +4,13 @@ import copy
 import itertools
 import logging
 import math
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import textwrap
 import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from fingerprint import fingerprint
@@ -689,8 +685,7 @@ def test_replicas_ring_together_before_each_alone(net: Net, tmp_path: Path) -> N
 
 
 RANK = """
-    import sys, torch, torch.distributed as dist
-    sys.path.insert(0, sys.argv[1])
+    import torch, torch.distributed as dist
     from test_shift_monitor import Net, images, ran, watching
     import batchnorm as bn
     dist.init_process_group("gloo")
@@ -707,17 +702,9 @@ RANK = """
 
 @pytest.mark.slow
 def test_ranks_agree_on_their_evidence() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(RANK), str(Path(__file__).parent)]
-    ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in (0, 1)
-    ]
-    told = [process.communicate(timeout=120)[0] for process in ranks]
-    assert told[0] == told[1]
-    assert told[0].startswith("384 ")
+    first, second = forked.run_world(RANK)
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("384 "), first.stderr[-2000:]
 
 
 # -- where --------------------------------------------------------------------------------------------------------

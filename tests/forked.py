@@ -1,0 +1,74 @@
+"""Processes forked from one that has imported torch: a fresh interpreter spends seconds on that, each time.
+
+The server knows torch and what shards models, and nothing of batchnorm, which each process imports for itself. A test
+that is about the interpreter's start, its memory or what an import loads needs a real ``python -c``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import multiprocessing as torchs
+
+# by name: the server has none of our folders on its path
+multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.distributed.fsdp", "accelerate"])
+
+
+def ranks(function: Callable, arguments: tuple, world: int) -> None:
+    """Call function(rank, *arguments) in ``world`` processes at once; the error of one is raised here."""
+    torchs.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+
+
+def run(code: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """What ``python -c code arguments`` would have written and ended with."""
+    [done] = run_together(code, [(arguments, environment or {})])
+    return done
+
+
+def run_world(code: str, *arguments: str, world: int = 2) -> list[subprocess.CompletedProcess]:
+    """The same by each rank, with the environment variables by which torch.distributed finds the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    return run_together(code, [(arguments, shared | {"RANK": str(rank)}) for rank in range(world)])
+
+
+def run_together(code: str, calls: Sequence[tuple[Sequence[str], dict]]) -> list[subprocess.CompletedProcess]:
+    """One process for each of the calls, all at the same time; none may take more than two minutes."""
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder, str(i)) for i in range(len(calls))]
+        processes = [
+            context.Process(target=_execute, args=(textwrap.dedent(code), list(arguments), environment, str(place)))
+            for place, (arguments, environment) in zip(places, calls, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        return [_result(process, place, code) for process, place in zip(processes, places, strict=True)]
+
+
+def _execute(code: str, arguments: list[str], environment: dict[str, str], place: str) -> None:
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        with open(f"{place}.{stream.fileno()}", "wb") as file:  # noqa: PTH123 - in the process that is tested
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _result(process: multiprocessing.Process, place: Path, code: str) -> subprocess.CompletedProcess:
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    output, errors = (Path(f"{place}.{number}").read_text(encoding="utf-8") for number in (1, 2))
+    return subprocess.CompletedProcess(code, process.exitcode, output, errors)
