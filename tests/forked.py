@@ -33,6 +33,13 @@ def run(code: str, *arguments: str, environment: dict[str, str] | None = None) -
     return done
 
 
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    """What ``python -m batchnorm arguments`` would have written, for arguments that need torch."""
+    return run(
+        'import runpy, sys; sys.path.insert(0, ""); runpy.run_module("batchnorm", run_name="__main__")', *arguments
+    )
+
+
 def run_world(code: str, *arguments: str, world: int = 2) -> list[subprocess.CompletedProcess]:
     """The same by each rank, with the environment variables by which torch.distributed finds the others."""
     with socket.socket() as free:

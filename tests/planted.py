@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
+from batchnorm.doctor import Diagnosis, examine
 
 CHANNELS = 8
 LAYERS = ("stem.1", "body.1")
@@ -46,14 +50,32 @@ def loader(x: torch.Tensor, size: int, **settings: Any) -> DataLoader:
 
 def trained(model: nn.Module | None = None, *, updates: int = 100, data: Any = None) -> Any:
     """A model with affine parameters and statistics as training leaves them, in eval mode."""
+    if model is None and data is None:  # most tests begin with this one
+        made, random = _trained_once(updates)
+        torch.set_rng_state(random)
+        return copy.deepcopy(made)
     torch.manual_seed(1)
-    model = Net() if model is None else model
+    return _trained(Net() if model is None else model, updates, _training_data() if data is None else data)
+
+
+@cache
+def _trained_once(updates: int) -> tuple[nn.Module, torch.Tensor]:
+    """The model, and the random numbers' state behind its initialization."""
+    torch.manual_seed(1)
+    return _trained(Net(), updates, _training_data()), torch.get_rng_state()
+
+
+@cache
+def _training_data() -> list[torch.Tensor]:
+    return batches(images(2048, seed=2))
+
+
+def _trained(model: nn.Module, updates: int, data: Any) -> nn.Module:
     for layer in bn.find(model).values():
         if layer.weight is not None:
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, std=0.2)
     model.train()
-    data = batches(images(2048, seed=2)) if data is None else data
     with torch.no_grad():
         for step in range(updates):
             model(data[step % len(data)])
@@ -451,3 +473,10 @@ FAULTS = {
     "BN401": bn401, "BN402": bn402, "BN501": bn501, "BN502": bn502, "BN503": bn503, "BN504": bn504, "BN505": bn505,
     "BN506": bn506, "BN507": bn507, "BN508": bn508, "BN509": bn509, "BN601": bn601, "BN602": bn602, "BN603": bn603,
 }  # fmt: skip
+
+
+@cache
+def diagnosis_of(name: str) -> Diagnosis:
+    """What examine says of a planted fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        return examine(**FAULTS[name](Path(folder)))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -122,7 +123,7 @@ def run(*args, **env):
     ],
 )
 def test_code_that_fails_is_told_in_one_message_and_is_no_finding(folder, args, words):
-    done = run("doctor", *args)
+    done = forked.command("doctor", *args)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 6
@@ -131,11 +132,11 @@ def test_code_that_fails_is_told_in_one_message_and_is_no_finding(folder, args, 
 
 
 def test_ctrl_c_is_no_finding(folder):
-    assert run("doctor", "mine.py:interrupted").returncode == 130
+    assert forked.command("doctor", "mine.py:interrupted").returncode == 130
 
 
 def test_what_the_user_s_code_prints_stays_out_of_the_output(folder):
-    done = run("doctor", "mine.py:sick", "--output-format", "json")
+    done = forked.command("doctor", "mine.py:sick", "--output-format", "json")
     assert json.loads(done.stdout)["findings"][0]["code"] == "BN103"
     assert "loading\nmaking" in done.stderr
 
@@ -174,12 +175,12 @@ def test_the_next_command_is_one_that_can_be_typed(folder):
     done = run("doctor", name)
     command = "batchnorm fix model.py:make_model --weights 'a b;touch pwned.pt' --data data.py:train_loader --diff"
     assert f"next: {command}" in done.stdout
-    done = run("doctor", "mine.py:sick", "--weights", "sick.pt")
+    done = forked.command("doctor", "mine.py:sick", "--weights", "sick.pt")
     assert "next: batchnorm fix mine.py:sick --weights sick.pt --data data.py:train_loader --diff" in done.stdout
 
 
 def test_a_model_with_weights_has_its_place_in_its_file(folder):
-    done = run("doctor", "mine.py:sick", "--weights", "sick.pt", "--output-format", "sarif")
+    done = forked.command("doctor", "mine.py:sick", "--weights", "sick.pt", "--output-format", "sarif")
     place = json.loads(done.stdout)["runs"][0]["results"][0]["locations"][0]["physicalLocation"]
     assert place["artifactLocation"]["uri"] == "mine.py"
 

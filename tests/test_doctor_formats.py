@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import jsonschema
 import pytest
 import xmlschema
-from planted import FAULTS, changed, trained
+from planted import FAULTS, changed, diagnosis_of, trained
 
 from batchnorm.doctor import examine
 from batchnorm.doctor.diagnosis import order
@@ -38,8 +38,8 @@ def fits(diagnosis):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_every_planted_diagnosis_fits_both_schemas(name, tmp_path):
-    diagnosis = examine(**FAULTS[name](tmp_path))
+def test_every_planted_diagnosis_fits_both_schemas(name):
+    diagnosis = diagnosis_of(name)
     assert diagnosis.findings
     fits(diagnosis)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import FAULTS, Net, batches, bn501, images, loader, trained
+from planted import FAULTS, Net, batches, bn501, diagnosis_of, images, loader, trained
 from torch import nn
 
 import batchnorm as bn
@@ -14,9 +14,9 @@ ELSEWHERE = {"BN901", "BN902"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_by_its_code_and_no_other_error(name, tmp_path):
+def test_a_planted_fault_is_found_by_its_code_and_no_other_error(name):
     code = name.split()[0]
-    diagnosis = examine(**FAULTS[name](tmp_path))
+    diagnosis = diagnosis_of(name)
     found = [finding for finding in diagnosis.findings if finding.code == code]
     assert found, [(finding.code, finding.measured) for finding in diagnosis.findings]
     for finding in found:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted import FAULTS, batches, trained
+from planted import FAULTS, batches, diagnosis_of, trained
 from test_rules_architecture import SICK as PLACES
 from test_rules_batches import MODULE
 from test_rules_batches import SICK as BATCHES
@@ -97,8 +97,8 @@ def test_an_address_keeps_its_weights_and_settings(code):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_a_remedy_calls_is_there(name, tmp_path):
-    for finding in examine(**FAULTS[name](tmp_path)).findings:
+def test_what_a_remedy_calls_is_there(name):
+    for finding in diagnosis_of(name).findings:
         for call in re.findall(r"batchnorm\.(\w+)", finding.remedy):
             assert hasattr(bn, call), finding.remedy
         for path in re.findall(r"torch(?:\.\w+)+", finding.remedy):
