@@ -35,6 +35,8 @@ MEASURED = Measured(
     gap=0.05,
     gap_noise=0.04,
     gap_stale=0.02,
+    gap_shown=0.02,
+    shown=(0, 1),
 )
 MODULE = Module("BatchNorm2d", 1e-5, 0.1, True, True, False, True, True, "cpu")
 HEALTHY = Evidence(
@@ -42,7 +44,7 @@ HEALTHY = Evidence(
     {"bn": STORED},
     modules={"bn": MODULE},
     measured={"bn": MEASURED},
-    run=Run(updates_forward={"bn": 1}, updates_backward={"bn": 0}),
+    run=Run(updates_forward={"bn": 1}, updates_backward={"bn": 0}, order_p=5e-4),
     loop=Loop(batch_size=32, last_batch=32),
     optimizer=Optimizer("SGD", {"bn": 0.0}),
 )
@@ -66,12 +68,12 @@ SICK = {
     "BN201": (looped(batch_size=2), "", "2 examples per batch: noise of the mean 71%"),
     "BN202": (looped(batch_size=32, last_batch=1), "", "1 example in the last batch, 32 in the others"),
     "BN203": (looped(batch_size=8, accumulation=4), "", "batch norm sees 8 examples, not 32"),
-    "BN204": (measured(**CLUSTERED), "", "a batch of 32 counts for 1.3 random examples in 'bn' (p < 1e-12"),
+    "BN204": (measured(**CLUSTERED), "", "a batch of 32 counts for 1.3 random examples in 'bn' (p = 0.0005"),
     "BN205": (replace(HEALTHY, run=Run(updates_backward={"bn": 1})), "bn", "1 more update in the backward pass"),
     "BN206": (replace(HEALTHY, optimizer=Optimizer("AdamW", {"bn": 0.05})), "", "weight decay 0.05 on gamma or beta"),
     "BN207": (measured(padded_share=0.44), "bn", "44% of the positions are padding"),
     "BN208": (measured(non_finite=3), "bn", "3 NaN or infinite inputs in 256 examples"),
-    "BN209": (measured(gap_stale=0.8), "bn", "stored statistics move the output by 0.8 sd, the batch's noise by 0.04"),
+    "BN209": (measured(gap_stale=0.8, gap_shown=0.8), "bn", "stored statistics move the output by 0.8 sd, the batch's noise by 0.04"),
     "BN210": (replace(HEALTHY, run=Run(never_ran=("bn",))), "bn", "0 calls on the data"),
     "BN211": (measured(constant=(1,)), "bn", "1 of 2 channels do not vary in 256 examples"),
     "BN212": (replace(HEALTHY, run=Run(train_error="ValueError: no labels")), "", "ValueError: no labels"),
@@ -168,11 +170,24 @@ def test_only_the_first_layer_with_nan_is_named_and_none_behind_a_broken_layer()
     [{"gap_stale": 0.24}, {"gap_stale": 0.5, "gap_noise": 0.5}, {"gap_stale": 0.8, "batches": 3}, {"gap_stale": None}],
 )
 def test_a_gap_that_is_small_or_explained_by_noise_is_fine(changes):
-    assert findings("BN209", measured(**changes)) == []
+    assert findings("BN209", measured(**{"gap_shown": changes["gap_stale"]} | changes)) == []
+
+
+def test_a_gap_that_rare_examples_may_explain_is_not_checked():
+    found, unknown = RULES["BN209"].look(measured(gap_stale=0.8, gap_shown=0.1))
+    assert found == []
+    assert "which examples too rare to be among these 256 may explain" in str(unknown)
+
+
+@pytest.mark.parametrize("order_p", [1e-3, 1.0, None])
+def test_batches_are_correlated_only_if_orders_of_the_examples_say_so(order_p):
+    evidence = measured(**CLUSTERED)
+    assert findings("BN204", evidence)
+    assert findings("BN204", replace(evidence, run=replace(evidence.run, order_p=order_p))) == []
 
 
 def gap(stored, **changes):
-    return findings("BN209", replace(measured(gap_stale=0.8, **changes), stored={"bn": replace(STORED, **stored)}))[0]
+    return findings("BN209", replace(measured(gap_stale=0.8, gap_shown=0.8, **changes), stored={"bn": replace(STORED, **stored)}))[0]
 
 
 def test_a_gap_says_what_makes_it_where_the_numbers_show_it():
@@ -196,9 +211,9 @@ def test_tiny_batches_of_single_values_are_told_where_variances_are_unbiased():
 
 def test_a_layer_that_was_never_updated_is_left_to_its_own_rule():
     fresh = replace(STORED, running_mean=values(0, 0), running_var=values(1, 1))
-    assert findings("BN209", replace(measured(gap_stale=0.8), stored={"bn": fresh})) == []
+    assert findings("BN209", replace(measured(gap_stale=0.8, gap_shown=0.8), stored={"bn": fresh})) == []
 
 
 def test_a_counter_at_zero_says_nothing_about_statistics():
     converted = replace(STORED, num_batches_tracked=0)
-    assert findings("BN209", replace(measured(gap_stale=0.8), stored={"bn": converted}))
+    assert findings("BN209", replace(measured(gap_stale=0.8, gap_shown=0.8), stored={"bn": converted}))

@@ -257,6 +257,6 @@ def test_counters_that_are_no_counts_prove_nothing_and_break_nothing(counter):
 def test_a_gap_on_data_is_told_whatever_the_counter_says(count):
     stored = replace(STORED, num_batches_tracked=count)
     sick = replace(HEALTHY, stored={"bn": stored}, measured={"bn": replace(MEASURED, t_mean=values(9, 9),
-                   t_var=values(0, 0), mean_deviation=values(1, 1), gap_stale=0.8)})  # fmt: skip
+                   t_var=values(0, 0), mean_deviation=values(1, 1), gap_stale=0.8, gap_shown=0.8)})  # fmt: skip
     assert RULES["BN116"].findings(sick)
     assert RULES["BN209"].findings(sick)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 from test_rules_batches import HEALTHY, MEASURED, STORED, findings, values
 
-from batchnorm.rules import Fix
+from batchnorm.rules import RULES, Fix
 from batchnorm.rules.evidence import Run
 
 
 def moved(deviations, ratios, **changes):
-    found = replace(MEASURED, mean=values(*deviations), mean_deviation=values(*deviations), var_ratio=values(*ratios))
+    found = replace(MEASURED, mean=values(*deviations), mean_deviation=values(*deviations), var_ratio=values(*ratios),
+                    shown=tuple(range(len(ratios))))  # fmt: skip
     return replace(HEALTHY, measured={"bn": replace(found, **changes)})
 
 
@@ -34,6 +35,13 @@ SHIFT = ((1.9, -0.2, 0.1, 0.0), (1.0, 1.2, 0.9, 1.0))
 )
 def test_a_quarter_of_the_channels_beyond_a_limit_is_a_shift(deviations, ratios, fires):
     assert bool(findings("BN401", moved(deviations, ratios))) is fires
+
+
+@pytest.mark.parametrize("shown", [(), (1, 2, 3)])
+def test_a_shift_that_rare_examples_may_explain_is_not_checked(shown):
+    found, unknown = RULES["BN401"].look(moved(*SHIFT, shown=shown))
+    assert found == []
+    assert "1 of 4 channels moved, which examples too rare to be among these 256 may explain" in str(unknown)
 
 
 def test_a_shift_names_the_first_moved_layer_and_counts_the_others():

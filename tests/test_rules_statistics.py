@@ -198,11 +198,19 @@ def test_staleness_needs_a_tenth_of_the_channels():
         many = replace(STORED, running_mean=values(*[0.5] * 100), running_var=values(*[2.0] * 100))
         t, by = values(*[9.0] * count, *[0.0] * (100 - count)), values(*[0.4] * count, *[0.0] * (100 - count))
         calm = values(*[1.0] * 100)
-        found = replace(MEASURED, mean=by, var=calm, mean_deviation=by, var_ratio=calm, t_mean=t, t_var=calm)
+        found = replace(MEASURED, mean=by, var=calm, mean_deviation=by, var_ratio=calm, t_mean=t, t_var=calm,
+                        shown=tuple(range(count)))  # fmt: skip
         return replace(WITH_MODEL, stored={"bn": many}, measured={"bn": found})
 
     assert findings("BN116", layer(9)) == []
     assert len(findings("BN116", layer(10))[0].channels) == 10
+
+
+@pytest.mark.parametrize("shown", [(), (1,)])
+def test_staleness_that_rare_examples_may_explain_is_not_checked(shown):
+    found, unknown = RULES["BN116"].look(measured(t_mean=values(9, 1), mean_deviation=values(0.4, 0), shown=shown))
+    assert found == []
+    assert "1 of 2 channels are off, which examples too rare to be among these" in str(unknown)
 
 
 # -- the claims of the pages, on real models ---------------------------------------------------------------------

@@ -6,6 +6,10 @@ With B batches of N examples in all, e the mean of an example's values in a chan
 
 n0 is the size of a batch, N_b may differ (Snedecor and Cochran 1989, chapters 12 and 13). Batches drawn at random
 have F near 1. Sorted or correlated ones have more, and their means scatter as those of fewer examples would.
+
+The tail of F is that of normal examples: where one example of a batch of its own is far from all others it is not. So
+what F makes suspect, all layers together, is asked of ``order_p``, which is exact for every law: if examples come in a
+random order, each order of theirs was as probable as the one that was seen (Pitman 1937).
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
 
 # three degrees of freedom: with fewer, the scatter of batches says nothing
 MIN_BATCHES = 4
+# 1 of 2,000 orders: the least p, half of what a finding takes
+_ORDERS = 1999
+_ORDERS_AT_ONCE = 32
+_FINE = 2**12  # parts of an sd: closer values are one, since rounding differs with the size of a batch
 _TINY = 1e-300
 _STEPS = 1000  # of the continued fraction: O(sqrt(d1 + d2)) are needed
 
@@ -67,6 +75,53 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
     most, spare = float(ratio[varies].max()), float((count - batches).min())
     p = f_tail(most, batches - 1, spare) * int(varies.sum())
     return Clustering(float(size.mean()), var, float((between / var)[varies].mean()), min(1.0, p))
+
+
+def order_p(batches: Sequence[Tensor]) -> float:
+    """Probability that a random order of the examples makes batches that differ as much as these, 1/2000 at least.
+
+    Differences are those of the figure (column) in which batches differ most, by its ranks: the sum over batches of
+    size times squared distance of the mean rank from that of all. 1 where no figure varies, or examples are too few.
+
+    Args:
+        batches: Figures of examples, (N_b, K), each batch in a tensor.
+    """
+    ranks = _ranks(torch.cat(list(batches)).double())
+    if not ranks.numel():
+        return 1.0
+    ends = torch.tensor([len(batch) for batch in batches]).cumsum(0)
+    random = torch.Generator().manual_seed(0)
+    seen, at_least = _scatter(ranks[None], ends)[0], 0
+    for first in range(0, _ORDERS, _ORDERS_AT_ONCE):
+        some = min(_ORDERS_AT_ONCE, _ORDERS - first)
+        orders = torch.rand(some, len(ranks), generator=random).argsort(1)
+        # sums in another order are the same up to rounding
+        at_least += int((_scatter(ranks[orders], ends) >= seen * (1 - 1e-9)).sum())
+    return (1 + at_least) / (1 + _ORDERS)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks of each column that varies, equal values alike, as deviations from their mean in their sd: (N, K)."""
+    middle = x.mean(0)
+    sd = (x - middle).square().mean(0).sqrt()
+    varies = sd > torch.finfo(torch.float32).eps * middle.abs()
+    x = ((x - middle) / sd * _FINE).round()[:, varies]
+    columns = []
+    for column in x.T:
+        _, which, counts = column.unique(return_inverse=True, return_counts=True)
+        columns.append((counts.cumsum(0) - (counts - 1) / 2.0)[which])
+    if not columns:
+        return x
+    ranks = torch.stack(columns, 1).double()
+    ranks = ranks - ranks.mean(0)
+    return ranks / ranks.square().mean(0).sqrt().clamp_min(_TINY)
+
+
+def _scatter(ranks: Tensor, ends: Tensor) -> Tensor:
+    """Sum over batches of squared sums by size, of the column where it is largest: (orders, N, K) -> (orders,)."""
+    sums = ranks.cumsum(1)[:, ends - 1].diff(dim=1, prepend=torch.zeros(1, 1, 1).expand(len(ranks), 1, ranks.shape[2]))
+    sizes = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
+    return (sums.square() / sizes[:, None]).sum(1).amax(1)
 
 
 def f_tail(f: float, d1: float, d2: float) -> float:

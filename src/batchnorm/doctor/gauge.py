@@ -16,7 +16,7 @@ are compared with fresh ones over N examples in units of both noises:
 
 s^2 is the variance of the examples' own means (for t of the mean) or mean squares (for t of the log variance, divided
 by the variance), which takes correlated positions within an example into account, and c >= 1 what correlated examples
-add (``Clustering.excess``).
+add (``Clustering.excess``). t is right where examples are near normal. What is shown whatever their law is in ``bets``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from batchnorm.doctor.clustering import clustering
+from batchnorm.doctor.bets import Bets
+from batchnorm.doctor.clustering import Clustering, clustering
 from batchnorm.instruments.normalizing import difference
 from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 # t counts a difference of less than a thousandth of the sd, or of the variance, as one of a thousandth
 _LEAST_NOISE = 1e-3
+_KEPT = 64  # examples of a batch, and batches, that orders are made of
 _WIDE = {torch.float32, torch.float64}
 _NARROW = {torch.float16, torch.bfloat16}
 
@@ -64,6 +66,10 @@ class Gauge:
     rounding: float = 0.0
     extremes: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # least and largest input of each channel
     padding: list[tuple[Tensor, int]] = field(default_factory=list)  # equal positions at the end, positions
+    columns: int = 1  # channels whose examples' means are kept, so that they can be put in another order
+    rows: list[Tensor] = field(default_factory=list)  # those means, (N, columns), of the first examples of batches
+    given: int = 0  # examples of the model, once for each call
+    bets: Bets | None = None
 
     def add(self, x: Tensor, examples: int) -> None:
         """Count one input of the layer; ``examples`` is how many the model was given."""
@@ -71,6 +77,7 @@ class Gauge:
             return
         x = x.detach()
         self.examples += len(x)
+        self.given += examples or len(x)
         self.is_clusterable &= len(x) == examples
         self.rounding = torch.finfo(x.dtype).eps
         values, mask = Moments.of(x), None
@@ -84,17 +91,29 @@ class Gauge:
         self.extremes.append((x.amin(axes).double(), x.amax(axes).double()))
         var, mean = _by_example(x)
         self.means.append(Moments.of(mean, mask=mask))
+        self._bet(mean, var, mask, values)
+        if len(self.rows) < _KEPT:
+            picked = torch.linspace(0, mean.shape[1] - 1, min(self.columns, mean.shape[1])).long().unique()
+            self.rows.append(mean[:_KEPT, picked.to(mean.device)].cpu())
         self.squares.append(Moments.of(var + (mean - values.mean).square(), mask=mask))
         if x.ndim == 3:
             self.padding.append((_equal_at_end(x).cpu(), x.shape[2]))
+
+    def _bet(self, mean: Tensor, var: Tensor, mask: Tensor | None, values: Moments) -> None:
+        if self.bets is None:
+            stored_mean, stored_var = _stored(self.layer, values)
+            self.bets = Bets(stored_mean, stored_var + self.layer.eps)
+        self.bets.add(mean, var, mask)
 
     def measured(self) -> Measured:
         """All of it as plain numbers."""
         total = sum(self.values, Moments.empty())
         layer = self.layer
         mean, var = _stored(layer, total)
-        batches = clustering(self.means) if self.is_clusterable else None
-        gap, noise, stale = self._gap(total, mean, var)
+        of_means = clustering(self.means)
+        batches = of_means if self.is_clusterable else None
+        shown = self._shown(of_means)
+        gap, noise, stale, stale_shown = self._gap(total, mean, var, shown)
         t_mean, t_var = self._t(total, mean, var)
         constant = (total.std <= self.rounding * total.mean.abs()) & (total.count > 1)
         return Measured(
@@ -117,7 +136,25 @@ class Gauge:
             gap=gap,
             gap_noise=noise,
             gap_stale=stale,
+            gap_shown=stale_shown,
+            shown=shown,
         )
+
+    def _shown(self, of_means: Clustering | None) -> tuple[int, ...]:
+        """Channels whose stored statistics are shown to be other ones than those of the examples."""
+        if self.bets is None:
+            return ()
+        # rows of one example count as one where batches do not tell how alike they are
+        excess = max(1.0, of_means.excess if of_means else self.examples / self.given)
+        return self.bets.shown(self._averaged(of_means), excess)
+
+    def _averaged(self, of_means: Clustering | None) -> float:
+        """Examples that a running average holds, (2 - a) / a batches; infinite if it is none."""
+        momentum = None if isinstance(self.layer, Frozen) else self.layer.momentum
+        if momentum is None or not 0 < momentum < 2:
+            return math.inf
+        size = of_means.size if of_means else self.examples / len(self.values)
+        return size * (2 - momentum) / momentum
 
     def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
         """Least and largest eval output of each channel, before any activation; nothing where some are no numbers."""
@@ -132,14 +169,14 @@ class Gauge:
             return {}
         return {"lowest": plain(torch.minimum(low, high)), "highest": plain(torch.maximum(low, high))}
 
-    def _gap(self, total: Moments, mean: Tensor, var: Tensor) -> tuple[float | None, float | None, float | None]:
-        """The gap and its two parts, each as rms over all values by the sd of the eval output."""
+    def _gap(self, total: Moments, mean: Tensor, var: Tensor, shown: tuple[int, ...]) -> tuple[float | None, ...]:
+        """The gap, its two parts, and of the second what is shown; rms over all values by the sd of the eval output."""
         batches = [batch for batch in self.values if bool((batch.count > 1).all())]
         if not batches or not has_stored_statistics(self.layer) or isinstance(self.layer, Frozen):
-            return None, None, None
+            return None, None, None, None
         eps, gamma = self.layer.eps, _known(self.layer.weight, torch.ones_like(mean))
         if gamma is None:
-            return None, None, None
+            return None, None, None, None
         gain = gamma.square()
         means, variances = (torch.stack([getattr(b, name) for b in batches]) for name in ("mean", "var"))  # (B, C)
         counts = torch.stack([b.count.expand(mean.shape) for b in batches])
@@ -152,9 +189,9 @@ class Gauge:
             difference(means, variances, of_batch, fresh).mul(counts).sum(0) / counts.sum(0),
             difference(total.mean, total.var, fresh, stored),
         )
-        gaps = [float(((gain * part).sum() / output).sqrt()) for part in parts]
-        gap, noise, stale = (value if math.isfinite(value) else None for value in gaps)
-        return gap, noise, stale
+        squares = [(gain * part).sum() for part in parts] + [(gain * parts[2])[list(shown)].sum()]
+        gaps = [float((square / output).sqrt()) for square in squares]
+        return tuple(value if math.isfinite(value) else None for value in gaps)
 
     def _t(self, total: Moments, mean: Tensor, var: Tensor) -> tuple[array[float] | None, array[float] | None]:
         """t of the stored mean and of the log of the stored variance; None where their noise is not known."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence, Sized
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from batchnorm.doctor.clustering import order_p
 from batchnorm.doctor.gauge import Gauge, is_measurable, plain
 from batchnorm.doctor.layers import layers_of
 from batchnorm.doctor.trial import companions, few, train_step
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 # inputs of more features are pixels, tokens or positions rather than columns of a table
 _MOST_FEATURES = 4096
+_COLUMNS = 64  # channels of all layers whose examples are put in other orders
+_SUSPECT = 1e-3  # p of an F test from which on orders are asked
 _NOT_DENSE = "its input is no dense tensor of floating-point numbers in channels"
 # each has ``training`` as its sixth argument
 _MEASURE_BATCHES = {
@@ -106,7 +110,8 @@ def measure(
         unknown={part: why for part, why in unknown.items() if why},
     )
     order = [name for name in view.calls if view.gauges[name].values]
-    return {name: view.gauges[name].measured() for name in order}, run, view.summary(), view.first
+    measured = {name: view.gauges[name].measured() for name in order}
+    return measured, replace(run, order_p=view.order_p(measured)), view.summary(), view.first
 
 
 @contextmanager
@@ -128,7 +133,9 @@ class _View:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.gauges = {name: Gauge(layer) for name, layer in batch_norms(model).items()}
+        layers = batch_norms(model)
+        columns = max(1, _COLUMNS // max(1, len(layers)))
+        self.gauges = {name: Gauge(layer, columns=columns) for name, layer in layers.items()}
         self.calls: Counter[str] = Counter()  # in the order of first calls
         self.examples = 0
         self.batches = 0
@@ -196,6 +203,17 @@ class _View:
         """No scatter of batches is expected of rows that are nodes, points or edges."""
         for gauge in self.gauges.values():
             gauge.is_clusterable = False
+
+    def order_p(self, measured: dict[str, Measured]) -> float | None:
+        """Probability of batches that differ as these by chance; None where no F test made them suspect."""
+        p = {name: found.clustering_p for name, found in measured.items() if found.clustering_p is not None}
+        if not p or min(p.values()) >= _SUSPECT:
+            return None
+        suspect = self.gauges[min(p, key=lambda name: p[name])].rows
+        rows = [self.gauges[name].rows for name in p]
+        # layers that ran on the same batches
+        alike = [each for each in rows if list(map(len, each)) == list(map(len, suspect))]
+        return order_p([torch.cat(layers, 1) for layers in zip(*alike, strict=True)])
 
     @property
     def unwatched(self) -> tuple[str, ...]:

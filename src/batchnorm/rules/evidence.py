@@ -108,7 +108,8 @@ class Measured:
     # order in which the loader gave them, and what independent examples would give
     effective_examples: float | None = None
     batch_examples: float | None = None
-    clustering_p: float | None = None  # probability of an F this large if batches were drawn at random
+    # probability of an F this large if batches were drawn at random from normal examples
+    clustering_p: float | None = None
     non_finite: int = 0  # inputs that are NaN or infinite
     constant: tuple[int, ...] = ()  # channels of one value on all the data
     lowest: array[float] | None = None  # smallest eval output of each channel, before any activation
@@ -118,6 +119,10 @@ class Measured:
     gap: float | None = None
     gap_noise: float | None = None  # batch against population statistics
     gap_stale: float | None = None  # population against stored statistics
+    gap_shown: float | None = None  # the same of the channels in ``shown``
+    # channels whose stored statistics are not those of these data, whatever the law of the data; any of a layer whose
+    # statistics are right is named with a probability of 0.001 at most
+    shown: tuple[int, ...] = ()
 
 
 @final
@@ -129,6 +134,9 @@ class Run:
     updates_forward: Mapping[str, int] = field(default_factory=dict)  # of num_batches_tracked, in one train forward
     updates_backward: Mapping[str, int] = field(default_factory=dict)  # further ones in its backward
     functional: tuple[str, ...] = ()  # modules that call F.batch_norm with the batch's statistics in eval mode
+    # probability of batches that differ as much in a random order of the examples, whatever their law; None where no F
+    # made them suspect
+    order_p: float | None = None
     companions: float | None = None  # max relative change of an example's eval output by what is in its batch
     companions_tolerance: float = 0.0
     alone_error: str = ""  # what eval mode raised for one example alone, which ran beside others

@@ -7,6 +7,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from batchnorm.rules.finding import Finding, Fix, Unknown
+from batchnorm.rules.words import unsettled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ SCALE_RATIO = 100.0
 FAR_MEAN = 10.0
 
 
-def shifted_inputs(evidence: Evidence) -> Iterator[Finding]:
+def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The data differ from what the layer was trained with.
 
     Why:
@@ -35,9 +36,10 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         For each channel, the fresh mean's distance from the stored one in stored standard deviations (limit 1), and
-        the ratio of variances (limits 1/4 and 4). Fires if a quarter of a layer's channels is beyond; only the first
-        such layer in execution order is named, later ones follow from it. Constant channels (BN211)
-        and layers that were never updated do not count.
+        the ratio of variances (limits 1/4 and 4). Fires if a quarter of a layer's channels is beyond, and shown to have
+        other statistics whatever the law of the examples (as in BN116); only the first such layer in execution order is
+        named, later ones follow from it. Not checked where examples too rare to be among these can explain it, as with
+        a variance that is only smaller. Constant channels (BN211) and layers that were never updated do not count.
 
     Example:
         A model trained on images in 0..1 gets images in 0..255.
@@ -50,10 +52,16 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding]:
         Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation".
         Li et al. 2016, "Revisiting batch normalization for practical domain adaptation".
     """
-    moved = {name: channels for name, m in (evidence.measured or {}).items() if (channels := _moved(evidence, name, m))}
+    measured = evidence.measured or {}
+    beyond = {name: channels for name, m in measured.items() if (channels := _moved(evidence, name, m))}
+    moved = {name: some for name, channels in beyond.items() if (some := _shown(measured[name], channels))}
+    for name in beyond if not moved else ():
+        yield Unknown(
+            name, f"{len(beyond[name])} of {len(measured[name].mean)} channels moved, {unsettled(measured[name])}"
+        )
     if moved:
         name, channels = next(iter(moved.items()))
-        found = (evidence.measured or {})[name]
+        found = measured[name]
         distance = statistics.median(abs(found.mean_deviation[c]) for c in channels)
         ratio = statistics.median(found.var_ratio[c] for c in channels)
         yield Finding(
@@ -131,4 +139,12 @@ def _moved(evidence: Evidence, name: str, found: Measured) -> tuple[int, ...]:
         if channel not in constant
         if abs(deviation) > MOVED_MEAN or abs(math.log(max(ratio, 1e-300))) > math.log(MOVED_VARIANCE)
     ]
-    return tuple(moved) if len(moved) >= MOVED_CHANNELS * len(found.mean) else ()
+    return _enough(found, moved)
+
+
+def _shown(found: Measured, channels: tuple[int, ...]) -> tuple[int, ...]:
+    return _enough(found, [channel for channel in channels if channel in found.shown])
+
+
+def _enough(found: Measured, channels: list[int]) -> tuple[int, ...]:
+    return tuple(channels) if len(channels) >= MOVED_CHANNELS * len(found.mean) else ()

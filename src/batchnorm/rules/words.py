@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from batchnorm.checkpoint import Stored
-    from batchnorm.rules.evidence import Evidence
+    from batchnorm.rules.evidence import Evidence, Measured
 
 # what ``batchnorm fix`` writes: states of torch.save and safetensors. A graph or a whole object is made anew
 _WRITABLE = {"pt", "safetensors"}
@@ -39,6 +39,11 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def some_of(channels: tuple[int, ...], stored: Stored) -> str:
     """How many channels of a layer: "3 of 64 channels"."""
     return f"{len(channels)} of {stored.channels} channels"
+
+
+def unsettled(measured: Measured) -> str:
+    """What a difference that is not shown may come from."""
+    return f"which examples too rare to be among these {measured.examples} may explain"
 
 
 def is_written(evidence: Evidence) -> bool:

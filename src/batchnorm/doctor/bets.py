@@ -1,0 +1,107 @@
+"""Bets: whether stored statistics can be those of the examples at hand, whatever the law of the examples.
+
+With stored m and s^2 (eps included), u the mean of one example's values in a channel and w their mean square deviation
+from m, an example has three bounded scores,
+
+    c = clip((u - m) / s, -B, B),     -c,     q = min(w / s^2, B_q).
+
+If m and s^2 are exact, E[(u - m) / s] = 0 and E[((u - m) / s)^2] <= E[w / s^2] <= 1. As |z| exceeds B by at most
+z^2 / (4 B), |E c| <= 1 / (4 B) =: tau, and E q <= 1: no higher moment is bounded, and rare examples may be as large as
+they like. For a score y whose expectation is t at most, and stakes l with l (t - y) < 1,
+
+    E_l = prod over examples of (1 + l (y - t))
+
+is positive and has an expectation of 1 at most, if examples are independent. So has the mean of E_l over fixed stakes
+and over the three scores: the evidence of a channel, which reaches 1 / p by chance with probability p at most. Two
+things make examples and statistics less than that.
+
+- A running average of n_s examples is off by its noise. If that of E y is sub-Gaussian with variance V / n_s, V that of
+  the score, the expectation of E_l is exp(l^2 n^2 V / (2 n_s)) at most, and it is divided by that. V is estimated by
+  the examples' own, and scores are bounded: this holds for averages of many examples.
+- Of examples that come in groups of g, however dependent within, the g-th root of E_l has an expectation of 1 at most
+  (Hölder). The g taken is the variance of batch means over that of a random order (``Clustering.excess``).
+
+Less energy is no evidence: examples too rare to be among n may carry what is missing, and nothing stored says that none
+do. Channels are named by e-BH, so that under the null any is named with probability ``CHANCE`` at most, however
+dependent channels are (Waudby-Smith and Ramdas 2024, on betting; Wang and Ramdas 2022, on e-BH).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from batchnorm.moments import Moments
+
+CHANCE = 1e-3  # that a channel of a layer is named whose statistics are exact
+# An sd of a score of 1: clipped at 3 a normal example keeps 99.7 % of its mean's information, and tau = 0.083 stays
+# below the 0.1 sd that do not matter. Energies of single normal values reach 25 once in a million.
+_CLIP, _MOST_ENERGY = 3.0, 25.0
+_TAU = 1 / (4 * _CLIP)
+# below 1 / (B + tau) = 0.32 for means and 1 for energies; each is right for a shift of about its own size by variance
+_OF_MEANS = (0.3, 0.15, 0.075, 0.0375, 0.01875)
+_OF_ENERGY = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+_TERMS = math.log(2 * len(_OF_MEANS) + len(_OF_ENERGY))
+
+
+@dataclass
+class Score:
+    """Bets that the mean of one bounded score of examples is above a limit, for each channel."""
+
+    limit: float
+    stakes: tuple[float, ...]
+    sums: Tensor | None = None  # log E_l: (stakes, C)
+    moments: Moments = field(default_factory=Moments.empty)
+
+    def add(self, y: Tensor, mask: Tensor) -> None:
+        """Count scores (N, C) where the mask is true."""
+        new = torch.stack([torch.log1p(stake * (y - self.limit)).where(mask, 0.0).sum(0) for stake in self.stakes])
+        self.sums = new if self.sums is None else self.sums + new
+        self.moments += Moments.of(y, mask=mask)
+
+    def logs(self, averaged: float, excess: float) -> Tensor:
+        """log E_l, less what the noise of the average and groups of examples explain: (stakes, C)."""
+        if self.sums is None:
+            return torch.empty(0)
+        n, stakes = self.moments.count, torch.tensor(self.stakes, dtype=torch.float64)[:, None]
+        return (self.sums - stakes.square() * n.square() * self.moments.var / (2 * averaged)) / excess
+
+
+@dataclass
+class Bets:
+    """What a layer's examples say against its stored mean and variance, (C,) in float64; NaN says nothing."""
+
+    mean: Tensor
+    var: Tensor  # eps included
+    above: Score = field(default_factory=lambda: Score(_TAU, _OF_MEANS))
+    below: Score = field(default_factory=lambda: Score(_TAU, _OF_MEANS))
+    energy: Score = field(default_factory=lambda: Score(1.0, _OF_ENERGY))
+
+    def add(self, mean: Tensor, var: Tensor, mask: Tensor | None) -> None:
+        """Count examples by the mean and the biased variance of their values, (N, C) in float64."""
+        c = ((mean - self.mean) * self.var.rsqrt()).clamp(-_CLIP, _CLIP)
+        q = ((var + (mean - self.mean).square()) / self.var).clamp(max=_MOST_ENERGY)
+        known = c.isfinite() & q.isfinite() if mask is None else c.isfinite() & q.isfinite() & mask
+        for score, y in ((self.above, c), (self.below, -c), (self.energy, q)):
+            score.add(y.where(known, 0.0), known)
+
+    def shown(self, averaged: float, excess: float) -> tuple[int, ...]:
+        """Channels whose stored statistics are not those of the examples.
+
+        Args:
+            averaged: Examples that the stored statistics are an average of; infinite if they are exact.
+            excess: Variance of batch means over that of a random order, 1 at least.
+        """
+        logs = torch.cat([score.logs(averaged, excess) for score in (self.above, self.below, self.energy)])
+        return named(logs.logsumexp(0) - _TERMS) if logs.numel() else ()
+
+
+def named(log_e: Tensor) -> tuple[int, ...]:
+    """Channels by e-BH, in order: the k largest e-values if the k-th is at least C / (k ``CHANCE``)."""
+    ranked, channels = log_e.nan_to_num(nan=-math.inf).sort(descending=True)
+    ranks = torch.arange(1, len(log_e) + 1, dtype=torch.float64, device=log_e.device)
+    reached = (ranked >= math.log(len(log_e) / CHANCE) - ranks.log()).nonzero()
+    return tuple(sorted(channels[: int(reached.max()) + 1].tolist())) if len(reached) else ()
