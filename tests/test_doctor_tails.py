@@ -120,14 +120,23 @@ def test_evidence_is_the_formula_s():
     for part, of_part in zip(x.split(16), inner.split(16), strict=True):
         bets.add(part, of_part, None)
     z = ((x - mean) / var.sqrt()).numpy()
-    c, q = np.clip(z, -3, 3), np.minimum(inner.numpy() / var.numpy() + z**2, 25)
-    halves = [0.3 / 2**k for k in range(5)]
-    parts = [(c, 1 / 12, halves), (-c, 1 / 12, halves), (q, 1.0, [0.5 / 2**k for k in range(5)])]
-    for score, (y, limit, stakes) in zip((bets.above, bets.below, bets.energy), parts, strict=True):
+    q = np.minimum(inner.numpy() / var.numpy() + z**2, 25)
+    low, high = (0.35, 0.175), (0.12, 0.06, 0.03, 0.015)
+    parts = [
+        (np.clip(sign * z, -b, b), 1 / (4 * b), stakes) for b, stakes in ((2.5, low), (8, high)) for sign in (1, -1)
+    ]
+    parts.append((q, 1.0, (0.5, 0.25, 0.125, 0.0625)))
+    for score, (y, limit, stakes) in zip(bets.scores, parts, strict=True):
         expected = log_e(y, limit, stakes)
         np.testing.assert_allclose(score.logs(math.inf, 1.0), expected, rtol=1e-12, atol=1e-12)
         noise = np.array(stakes)[:, None] ** 2 * 40**2 * y.var(0) / (2 * 600)
         np.testing.assert_allclose(score.logs(600, 2.5), (expected - noise) / 2.5, rtol=1e-10, atol=1e-10)
+    total = np.concatenate([log_e(*part) for part in parts])
+    e = np.exp(total).mean(0)
+    channels = [
+        c for c in range(5) if any((e >= 5 / (k * CHANCE)).sum() >= k and e[c] >= 5 / (k * CHANCE) for k in range(1, 6))
+    ]
+    assert list(bets.shown(math.inf, 1.0)) == channels
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.02, 1e-3, 1e-6])
@@ -138,13 +147,12 @@ def test_no_law_with_the_stored_mean_and_variance_makes_evidence_of_one_example(
     bets = Bets(torch.zeros(2).double(), torch.ones(2).double())
     bets.add(sign * torch.tensor([[far, near]], dtype=torch.float64), torch.zeros(1, 2).double(), None)
     weights = np.array([share, 1 - share])
-    for score in (bets.above, bets.below, bets.energy):
+    for score in bets.scores:
         factors = np.exp(np.asarray(score.logs(math.inf, 1.0)))  # (stakes, values)
         assert ((factors @ weights) <= 1 + 1e-12).all()
         assert (factors > 0).all()
-        if share in {0.02, 1e-3} and score is not bets.energy:  # the limit is what clipping needs
-            unlimited = 1 + np.array(score.stakes) * float(weights @ np.clip(sign * np.array([far, near]), -3, 3))
-            assert max(unlimited.max(), (2 - unlimited).max()) > 1
+        if score.sign and 8 < far < 40:  # what clipping takes from the mean is near what the limit allows
+            assert 0.1 * score.limit < abs(weights @ np.clip([far, near], -score.clip, score.clip)) <= score.limit
 
 
 def test_the_energy_of_rare_examples_is_cut_and_less_of_it_is_no_evidence():
@@ -162,7 +170,7 @@ def test_groups_of_like_examples_count_as_one():
     x = torch.randn(60, 6).double() + 0.4
     bets.add(x, torch.zeros_like(x), None)
     groups.add(x.repeat_interleave(5, 0), torch.zeros(300, 6).double(), None)
-    for one, many in zip((bets.above, bets.energy), (groups.above, groups.energy), strict=True):
+    for one, many in zip(bets.scores, groups.scores, strict=True):
         torch.testing.assert_close(one.logs(math.inf, 1.0), many.logs(math.inf, 5.0))
 
 
@@ -192,7 +200,8 @@ def test_masked_values_are_left_out():
     poisoned[::7, 0], mask[::7, 0] = math.inf, False
     some.add(poisoned, torch.zeros_like(x), mask)
     all_.add(x[mask[:, 0]], torch.zeros_like(x[mask[:, 0]]), None)
-    torch.testing.assert_close(some.above.logs(100, 1.0)[:, 0], all_.above.logs(100, 1.0)[:, 0])
+    for one, other in zip(some.scores, all_.scores, strict=True):
+        torch.testing.assert_close(one.logs(100, 1.0)[:, 0], other.logs(100, 1.0)[:, 0])
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from m, an example has three bounded scores,
 
 If m and s^2 are exact, E[(u - m) / s] = 0 and E[((u - m) / s)^2] <= E[w / s^2] <= 1. As |z| exceeds B by at most
 z^2 / (4 B), |E c| <= 1 / (4 B) =: tau, and E q <= 1: no higher moment is bounded, and rare examples may be as large as
-they like. For a score y whose expectation is t at most, and stakes l with l (t - y) < 1,
+they like. There are two B: with a small one bets may be high, which few examples need, and with a large one tau is
+small, which small shifts need. For a score y whose expectation is t at most, and stakes l with l (t - y) < 1,
 
     E_l = prod over examples of (1 + l (y - t))
 
 is positive and has an expectation of 1 at most, if examples are independent. So has the mean of E_l over fixed stakes
-and over the three scores: the evidence of a channel, which reaches 1 / p by chance with probability p at most. Two
+and over all scores: the evidence of a channel, which reaches 1 / p by chance with probability p at most. Two
 things make examples and statistics less than that.
 
 - A running average of n_s examples is off by its noise. If that of E y is sub-Gaussian with variance V / n_s, V that of
@@ -30,27 +31,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
 
-CHANCE = 1e-3  # that a channel of a layer is named whose statistics are exact
-# An sd of a score of 1: clipped at 3 a normal example keeps 99.7 % of its mean's information, and tau = 0.083 stays
-# below the 0.1 sd that do not matter. Energies of single normal values reach 25 once in a million.
-_CLIP, _MOST_ENERGY = 3.0, 25.0
-_TAU = 1 / (4 * _CLIP)
-# below 1 / (B + tau) = 0.32 for means and 1 for energies; each is right for a shift of about its own size by variance
-_OF_MEANS = (0.3, 0.15, 0.075, 0.0375, 0.01875)
-_OF_ENERGY = (0.5, 0.25, 0.125, 0.0625, 0.03125)
-_TERMS = math.log(2 * len(_OF_MEANS) + len(_OF_ENERGY))
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHANCE = 0.01  # that any channel of a layer is named whose statistics are exact, at most; a tail of Markov's inequality
+# B, and stakes for it, below 1 / (B + tau): each is right for a shift of about its own size, in units of the variance
+_OF_MEANS = {2.5: (0.35, 0.175), 8.0: (0.12, 0.06, 0.03, 0.015)}
+# energies of single normal values reach 25 once in a million; stakes below 1
+_MOST_ENERGY, _OF_ENERGY = 25.0, (0.5, 0.25, 0.125, 0.0625)
 
 
 @dataclass
 class Score:
-    """Bets that the mean of one bounded score of examples is above a limit, for each channel."""
+    """Bets that the mean of one bounded score of examples is above a limit, for each channel.
 
+    Args:
+        clip: B, or the most energy.
+        sign: 1 or -1 of a mean, 0 for the energy.
+        limit: Of the score's expectation, under the null.
+        stakes: l.
+    """
+
+    clip: float
+    sign: int
     limit: float
     stakes: tuple[float, ...]
     sums: Tensor | None = None  # log E_l: (stakes, C)
@@ -76,16 +86,15 @@ class Bets:
 
     mean: Tensor
     var: Tensor  # eps included
-    above: Score = field(default_factory=lambda: Score(_TAU, _OF_MEANS))
-    below: Score = field(default_factory=lambda: Score(_TAU, _OF_MEANS))
-    energy: Score = field(default_factory=lambda: Score(1.0, _OF_ENERGY))
+    scores: list[Score] = field(default_factory=lambda: [*_scores()])
 
     def add(self, mean: Tensor, var: Tensor, mask: Tensor | None) -> None:
         """Count examples by the mean and the biased variance of their values, (N, C) in float64."""
-        c = ((mean - self.mean) * self.var.rsqrt()).clamp(-_CLIP, _CLIP)
-        q = ((var + (mean - self.mean).square()) / self.var).clamp(max=_MOST_ENERGY)
-        known = c.isfinite() & q.isfinite() if mask is None else c.isfinite() & q.isfinite() & mask
-        for score, y in ((self.above, c), (self.below, -c), (self.energy, q)):
+        z = (mean - self.mean) * self.var.rsqrt()
+        q = (var + (mean - self.mean).square()) / self.var
+        known = z.isfinite() & q.isfinite() if mask is None else z.isfinite() & q.isfinite() & mask
+        for score in self.scores:
+            y = (score.sign * z).clamp(-score.clip, score.clip) if score.sign else q.clamp(max=score.clip)
             score.add(y.where(known, 0.0), known)
 
     def shown(self, averaged: float, excess: float) -> tuple[int, ...]:
@@ -95,8 +104,14 @@ class Bets:
             averaged: Examples that the stored statistics are an average of; infinite if they are exact.
             excess: Variance of batch means over that of a random order, 1 at least.
         """
-        logs = torch.cat([score.logs(averaged, excess) for score in (self.above, self.below, self.energy)])
-        return named(logs.logsumexp(0) - _TERMS) if logs.numel() else ()
+        logs = torch.cat([score.logs(averaged, excess) for score in self.scores])
+        return named(logs.logsumexp(0) - math.log(len(logs))) if logs.numel() else ()
+
+
+def _scores() -> Iterator[Score]:
+    for clip, stakes in _OF_MEANS.items():
+        yield from (Score(clip, sign, 1 / (4 * clip), stakes) for sign in (1, -1))
+    yield Score(_MOST_ENERGY, 0, 1.0, _OF_ENERGY)
 
 
 def named(log_e: Tensor) -> tuple[int, ...]:

@@ -121,7 +121,7 @@ class Measured:
     gap_stale: float | None = None  # population against stored statistics
     gap_shown: float | None = None  # the same of the channels in ``shown``
     # channels whose stored statistics are not those of these data, whatever the law of the data; any of a layer whose
-    # statistics are right is named with a probability of 0.001 at most
+    # statistics are right is named with a probability of 0.01 at most
     shown: tuple[int, ...] = ()
 
 

@@ -182,9 +182,9 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         For each channel, t = (stored - fresh) / standard error, for the mean and for the log of the variance. The
         error is that of a running average over batches of M_eff independent values, sd sqrt(a / ((2 - a) M_eff)) for
         momentum a, and that of the fresh estimate. Fires if a tenth of the channels have |t| > 4, are off by more than
-        0.1 sd or 1.25 times the variance, and are shown to be, whatever the law of the examples: their scores, clipped
-        at 3 and at 5 stored sd, have a larger mean than any law of the stored statistics gives them, at a chance of
-        0.001 for a layer. Not checked where examples too rare to be among these can explain what is
+        0.1 sd or 1.25 times the variance, and are shown to be, whatever the law of the examples: their clipped
+        scores have a larger mean than any law of the stored statistics gives them, at a chance of 0.01 for a layer at
+        most. Not checked where examples too rare to be among these can explain what is
         missing, as with a variance that is only smaller. It takes 4 batches and a momentum. The data do not say what
         they are: if they are not training data, the statistics may be right and the data others; BN401 tells a large
         shift.
