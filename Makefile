@@ -49,6 +49,7 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other de
 	$(BIN)/python benchmarks/shift/bench_units.py
 	$(BIN)/python benchmarks/shift/bench_peers.py
 	$(BIN)/python benchmarks/shift/bench_adaptation.py
+	$(BIN)/python benchmarks/shift/bench_clean_streams.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
 
 bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and TensorBoard (ten minutes)
