@@ -125,12 +125,15 @@ def test_evidence_is_the_formula_s():
     parts = [
         (np.clip(sign * z, -b, b), 1 / (4 * b), stakes) for b, stakes in ((2.5, low), (8, high)) for sign in (1, -1)
     ]
-    parts.append((q, 1.0, (0.5, 0.25, 0.125, 0.0625)))
+    parts.append((q, 1.0, (0.5, 0.15, 0.05, 0.015)))
     for score, (y, limit, stakes) in zip(bets.scores, parts, strict=True):
         expected = log_e(y, limit, stakes)
         np.testing.assert_allclose(score.logs(math.inf, 1.0), expected, rtol=1e-12, atol=1e-12)
-        noise = np.array(stakes)[:, None] ** 2 * 40**2 * y.var(0) / (2 * 600)
-        np.testing.assert_allclose(score.logs(600, 2.5), (expected - noise) / 2.5, rtol=1e-10, atol=1e-10)
+        for averaged, share in ((600, 1.0), (5, 0.5)):  # 40 examples are more than four times 5
+            noise = (share * np.array(stakes)[:, None] * 40) ** 2 * y.var(0) / (2 * averaged)
+            np.testing.assert_allclose(
+                score.logs(averaged, 2.5), (share * expected - noise) / 2.5, rtol=1e-10, atol=1e-10
+            )
     total = np.concatenate([log_e(*part) for part in parts])
     e = np.exp(total).mean(0)
     channels = [
@@ -183,6 +186,15 @@ def test_the_noise_of_a_running_average_is_no_evidence():
         bets.add(x, torch.zeros_like(x), None)
     assert bets.shown(300, 1.0) == ()
     assert bets.shown(math.inf, 1.0)  # as exact ones they would be refused
+
+
+@pytest.mark.parametrize("examples", [512, 20_000])
+def test_what_moved_is_found_behind_a_running_average_however_many_examples_there_are(examples):
+    for moved, energy in ((0.5, 1.0), (0.0, 3.0)):
+        bets = Bets(torch.full((4,), moved).double(), torch.full((4,), 1 / energy).double())
+        x = torch.randn(examples, 4).double()
+        bets.add(x, torch.zeros_like(x), None)
+        assert bets.shown(608, 1.0) == (0, 1, 2, 3)
 
 
 def test_what_says_nothing_names_nothing():

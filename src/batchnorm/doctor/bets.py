@@ -17,8 +17,9 @@ and over all scores: the evidence of a channel, which reaches 1 / p by chance wi
 things make examples and statistics less than that.
 
 - A running average of n_s examples is off by its noise. If that of E y is sub-Gaussian with variance V / n_s, V that of
-  the score, the expectation of E_l is exp(l^2 n^2 V / (2 n_s)) at most, and it is divided by that. V is estimated by
-  the examples' own, and scores are bounded: this holds for averages of many examples.
+  the score, the expectation of E_l^h is exp(h^2 l^2 n^2 V / (2 n_s)) at most for any h up to 1 (Jensen), and E_l^h
+  divided by that is taken for it, h = min(1, 4 n_s / n). V is estimated by the examples' own, and scores are bounded:
+  this holds for averages of many examples.
 - Of examples that come in groups of g, however dependent within, the g-th root of E_l has an expectation of 1 at most
   (Hölder). The g taken is the variance of batch means over that of a random order (``Clustering.excess``).
 
@@ -45,7 +46,11 @@ CHANCE = 0.01  # that any channel of a layer is named whose statistics are exact
 # B, and stakes for it, below 1 / (B + tau): each is right for a shift of about its own size, in units of the variance
 _OF_MEANS = {2.5: (0.35, 0.175), 8.0: (0.12, 0.06, 0.03, 0.015)}
 # energies of single normal values reach 25 once in a million; stakes below 1
-_MOST_ENERGY, _OF_ENERGY = 25.0, (0.5, 0.25, 0.125, 0.0625)
+_MOST_ENERGY, _OF_ENERGY = 25.0, (0.5, 0.15, 0.05, 0.015)
+
+
+# more examples than four times those of the average teach little, and stakes that are fixed would be too high for them
+_MOST_BY_AVERAGE = 4.0
 
 
 @dataclass
@@ -76,8 +81,10 @@ class Score:
         """log E_l, less what the noise of the average and groups of examples explain: (stakes, C)."""
         if self.sums is None:
             return torch.empty(0)
-        n, stakes = self.moments.count, torch.tensor(self.stakes, dtype=torch.float64)[:, None]
-        return (self.sums - stakes.square() * n.square() * self.moments.var / (2 * averaged)) / excess
+        n = self.moments.count
+        share = (_MOST_BY_AVERAGE * averaged / n).clamp(max=1.0)
+        stakes = share * torch.tensor(self.stakes, dtype=torch.float64, device=n.device)[:, None]
+        return (share * self.sums - (stakes * n).square() * self.moments.var / (2 * averaged)) / excess
 
 
 @dataclass
