@@ -2,9 +2,9 @@
 
 Hints: a hundred streams for each change of inputs or of the shares of classes, of 400 clean observations and then
 changed ones, each to its alarm. Names: 400 observations whose means are 0.5 stored sd higher in the first four channels
-of one layer and of all behind it, of clean examples and of normal ones; each layer in turn. Calibrated streams have 1,000
-clean observations of their own each. Written to benchmarks/results/shift_hints.json, where worlds that are not measured
-stay as they were.
+of one layer and of all behind it, of clean examples and of normal ones; each layer in turn. Calibrated streams have
+1,000 clean observations of their own each. Written to benchmarks/results/shift_hints.json, where worlds that are not
+measured stay as they were.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ the band of Dvoretzky, Kiefer and Wolfowitz that holds the true distribution wit
 
     1 + (eta (u - 1/2) - sqrt(eta^2 + k^2) eps) / (1/2 + sqrt(1 + k^2) eps),
 
-whose expectation is 1 at most for every distribution in the band whose u has mean 1/2 under it, which takes one without
-ties. Online Newton steps choose eta within D of 0 from earlier observations; below C, and for the first ``WARMUP``
-examples, nothing is bet. The promise: with probability 1 - delta over the reference, the probability that a clean stream
-ever reaches 1 / alpha is alpha at most.
+whose expectation is 1 at most for every distribution in the band under which its own distribution function has mean
+1/2, as it does where there are no ties. Online Newton steps choose eta within D of 0 from earlier observations; below
+C, and for the first ``WARMUP`` examples, nothing is bet. The promise: with probability 1 - delta over the reference,
+the probability that a clean stream ever reaches 1 / alpha is alpha at most.
 
 Several scores: their bets are fair given the same past, so their average is, if all bands hold: delta is divided by
 their number.
