@@ -1,4 +1,4 @@
-"""Other detectors on the same streams: python benchmarks/shift/bench_peers.py [--quick | --times] [PEER or WORLD ...].
+"""Other detectors on the same streams: python benchmarks/shift/bench_peers.py [--quick | --times] [PEER, WORLD, SIZE].
 
 A hundred clean streams of 2,000 examples of each of thirteen worlds, each with clean examples of its own to compare
 with (1,000, or 200 where a sequential test takes so few), and forty that change after 384. What peers are given is told
@@ -39,9 +39,9 @@ from batchnorm.shift.components import halves
 from batchnorm.shift.stream import LOGGER, Stream
 
 STREAMS, CHANGED, LENGTH, BEFORE = 100, 40, 2000, 6 * WINDOW
-POOL, MOST = 50_000, 1000
+POOL = 20_000
 SIZES = (1000, 200)
-BESIDE = 20
+BESIDE = 50
 BLOCKS = 21  # of 64 examples each, that times are the medians of
 PYTHONS = {
     "alibi-detect": "BENCH_PYTHON_ALIBI",
@@ -84,6 +84,11 @@ def peers_() -> list[str]:
     return [*OURS, *CONDITIONAL, *DETECTORS]
 
 
+def sizes_() -> list[int]:
+    """Clean examples to compare with, if a peer takes few."""
+    return [n for n in SIZES if str(n) in sys.argv] or list(SIZES)
+
+
 def keep(where: list[str], found: Any) -> None:
     """Into the file, beside what is there."""
     path = FOLDER / "shift_peers.json"
@@ -118,6 +123,7 @@ class Observed:
         self.calibration = torch.randint(POOL, (streams, max(SIZES)), generator=random)
         self.clean = torch.randint(POOL, (streams, LENGTH), generator=random)
         self.shifted = torch.randint(POOL // 5, (self.changed, LENGTH - BEFORE), generator=random)
+        self.known: dict[tuple[int, int], Any] = {}
 
     def save(self, folder: Path) -> None:
         """For the workers."""
@@ -150,9 +156,9 @@ def measured(peer: str, of: Observed, folder: str) -> dict[str, Any]:
     if peer in CONDITIONAL:
         return {
             f"{peer}, {n}": told({change: by_conditional(of, change, n, *CONDITIONAL[peer]) for change in of.pools})
-            for n in SIZES
+            for n in sizes_()
         }
-    sizes = SIZES if peer.startswith(SEQUENTIAL) else SIZES[:1]
+    sizes = sizes_() if peer.startswith(SEQUENTIAL) else SIZES[:1]
     found = {f"{peer}, {n}": asked(peer, folder, n) for n in sizes}
     return {row: times if isinstance(times, str) else told(times["world"]) for row, times in found.items()}
 
@@ -177,9 +183,12 @@ def ours(of: Observed, change: str, calibration: int) -> list[int | None]:
 
 def known(of: Observed, stream: int, calibration: int) -> Any:
     """The reference of one stream."""
-    at = of.calibration[stream, :calibration]
-    z, q = of.pools["clean"]
-    return of.monitor.reference.calibrated(z[at], q[at]) if calibration else of.monitor.reference
+    if not calibration:
+        return of.monitor.reference
+    if (stream, calibration) not in of.known:
+        at, (z, q) = of.calibration[stream, :calibration], of.pools["clean"]
+        of.known[stream, calibration] = of.monitor.reference.calibrated(z[at], q[at])
+    return of.known[stream, calibration]
 
 
 def by_conditional(of: Observed, change: str, size: int, given: str, is_broken: bool) -> list[int | None]:
