@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def main() -> None:
                     keep(["rows", row, name], found)
                     print(f"{name:<22}{row:<52}{found if isinstance(found, str) else line(found)}", flush=True)
             if "--times" in sys.argv:
-                keep(["times"], times(peers, of, folder))
+                keep(["times", name], times(peers, of, folder))
 
 
 def peers_() -> list[str]:
@@ -213,7 +214,9 @@ def scored(of: Observed, change: str, size: int, given: str) -> Any:
         for i, (zs, qs) in enumerate(zip(of.streams(change, z), of.streams(change, q), strict=True)):
             at = of.calibration[i, :size]
             own, rest = known(of, i, size).clean.scores, at[halves(size)[1]]
-            yield own.of(z["clean"][rest], q["clean"][rest]).numpy(), own.of(zs, qs).numpy()
+            reference = own.of(z["clean"][rest], q["clean"][rest])
+            kept = reference.amin(0) < reference.amax(0)  # layers of few channels have components that are always 0
+            yield reference[:, kept].numpy(), own.of(zs, qs)[:, kept].numpy()
         return
     pool = {name: values[:, None] for name, values in of.entropies.items()}
     pool = pool if given == "entropy" else {name: z[:, -last:] for name, (z, _) in of.pools.items()}
@@ -269,46 +272,55 @@ def line(found: dict[str, Any]) -> str:
 
 def times(peers: list[str], of: Observed, folder: str) -> dict[str, Any]:
     """Time of one example beside ours calibrated with 1,000: ratios of medians of blocks in turn."""
-    found = {}
+    found: dict[str, Any] = {}
     for peer in peers:
-        if isinstance(other := clock(peer, of, folder), str):
-            found[peer] = other
-            continue
-        own = clock("ours, calibrated with 1000", of, folder)
-        assert not isinstance(own, str)
-        pairs = [(other(), own()) for _ in range(BLOCKS)][1:]
-        theirs, mine = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-        found[peer] = {"ratio": theirs / mine, "us": theirs / WINDOW * 1e6, "ours_us": mine / WINDOW * 1e6}
+        with ExitStack() as stack:
+            own = clock(fed(of, max(SIZES)), of)
+            other = of_peer(peer, of, folder, stack)
+            found[peer] = other if isinstance(other, str) else compared(other, own)
         print(f"{peer:<52}{found[peer]}", flush=True)
     return found
 
 
-def clock(peer: str, of: Observed, folder: str) -> Callable[[], float] | str:
-    """Seconds of the next 64 examples, whenever it is called."""
-    if peer in OURS or peer in CONDITIONAL:
-        feed = fed(of, OURS[peer]) if peer in OURS else fed_conditional(of, CONDITIONAL[peer][0])
-        blocks = iter(of.clean[:, :WINDOW])
+def compared(other: Callable[[], float], own: Callable[[], float]) -> dict[str, float] | str:
+    """Microseconds of one example, theirs and ours; the first block of each is not counted."""
+    try:
+        pairs = [(other(), own()) for _ in range(BLOCKS)][1:]
+    except ValueError:
+        return "not measured: its worker ended"
+    theirs, mine = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    return {"ratio": theirs / mine, "us": theirs / WINDOW * 1e6, "ours_us": mine / WINDOW * 1e6}
 
-        def timed() -> float:
-            at = next(blocks)
-            start = time.perf_counter()
-            feed(at)
-            return time.perf_counter() - start
 
-        return timed
+def of_peer(peer: str, of: Observed, folder: str, stack: ExitStack) -> Callable[[], float] | str:
+    """Seconds of a peer's next 64 examples, whenever it is called; or why there are none."""
+    if peer in OURS:
+        return clock(fed(of, OURS[peer]), of)
+    if peer in CONDITIONAL:
+        return clock(fed_conditional(of, CONDITIONAL[peer][0]), of)
     if isinstance(command := command_of(peer, folder, max(SIZES)), str):
         return command
-    worker = subprocess.Popen([*command, "--times"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert worker.stdin
-    assert worker.stdout
-    pipes = worker.stdin, worker.stdout
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    worker = stack.enter_context(subprocess.Popen([*command, "--times"], text=True, **pipes))  # type: ignore[call-overload]
 
     def answered() -> float:
-        pipes[0].write("\n")
-        pipes[0].flush()
-        return float(pipes[1].readline())
+        print(file=worker.stdin, flush=True)
+        return float(worker.stdout.readline())
 
     return answered
+
+
+def clock(feed: Callable[[torch.Tensor], None], of: Observed) -> Callable[[], float]:
+    """Seconds of the next 64 examples, whenever it is called."""
+    blocks = iter(of.clean[:, :WINDOW])
+
+    def timed() -> float:
+        at = next(blocks)
+        start = time.perf_counter()
+        feed(at)
+        return time.perf_counter() - start
+
+    return timed
 
 
 def fed(of: Observed, calibration: int) -> Callable[[torch.Tensor], None]:
@@ -327,14 +339,16 @@ def fed_conditional(of: Observed, given: str) -> Callable[[torch.Tensor], None]:
     """A conditional martingale, eight examples at a time from one to the next."""
     reference, _ = next(scored(of, "clean", max(SIZES), given))
     ordered, (z, q), last = np.sort(reference, 0), of.pools["clean"], of.monitor.reference.sizes[-1]
-    own = known(of, 0, max(SIZES)).clean.scores
+    own, at = known(of, 0, max(SIZES)).clean.scores, of.calibration[0]
+    varied = own.of(z[at], q[at])
+    kept = varied.amin(0) < varied.amax(0)
     eps = conditional.band(len(reference), ALPHA / reference.shape[1])
     state = [np.zeros(reference.shape[1]), np.ones(reference.shape[1]), np.zeros(reference.shape[1])]
 
     def feed(at: torch.Tensor) -> None:
         for eight in at.split(ROUND):
             if given == "scores":
-                rows = own.of(z[eight], q[eight]).numpy()
+                rows = own.of(z[eight], q[eight])[:, kept].numpy()
             else:
                 rows = (of.entropies["clean"][eight, None] if given == "entropy" else z[eight, -last:]).numpy()
             for row in rows:
