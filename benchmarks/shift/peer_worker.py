@@ -52,7 +52,7 @@ def main() -> None:
 def of_world(name, world, size):
     """Times of all streams of a world, by "clean" and its shifts."""
     make, given, is_slow = DETECTORS[name]
-    pools = {of.split(".")[1]: world[of].astype(np.float64) for of in world.files if of.startswith(f"{given}.")}
+    pools = {of.split(".", 1)[1]: world[of].astype(np.float64) for of in world.files if of.startswith(f"{given}.")}
     clean = pools["clean"].reshape(len(pools["clean"]), -1)
     shared = make(clean[world["calibration"][0, :size]]) if is_slow else None
     found = {of: [] for of in pools}
