@@ -73,7 +73,11 @@ SICK = {
     "BN206": (replace(HEALTHY, optimizer=Optimizer("AdamW", {"bn": 0.05})), "", "weight decay 0.05 on gamma or beta"),
     "BN207": (measured(padded_share=0.44), "bn", "44% of the positions are padding"),
     "BN208": (measured(non_finite=3), "bn", "3 NaN or infinite inputs in 256 examples"),
-    "BN209": (measured(gap_stale=0.8, gap_shown=0.8), "bn", "stored statistics move the output by 0.8 sd, the batch's noise by 0.04"),
+    "BN209": (
+        measured(gap_stale=0.8, gap_shown=0.8),
+        "bn",
+        "stored statistics move the output by 0.8 sd, the batch's noise by 0.04",
+    ),
     "BN210": (replace(HEALTHY, run=Run(never_ran=("bn",))), "bn", "0 calls on the data"),
     "BN211": (measured(constant=(1,)), "bn", "1 of 2 channels do not vary in 256 examples"),
     "BN212": (replace(HEALTHY, run=Run(train_error="ValueError: no labels")), "", "ValueError: no labels"),
@@ -187,7 +191,9 @@ def test_batches_are_correlated_only_if_orders_of_the_examples_say_so(order_p):
 
 
 def gap(stored, **changes):
-    return findings("BN209", replace(measured(gap_stale=0.8, gap_shown=0.8, **changes), stored={"bn": replace(STORED, **stored)}))[0]
+    return findings(
+        "BN209", replace(measured(gap_stale=0.8, gap_shown=0.8, **changes), stored={"bn": replace(STORED, **stored)})
+    )[0]
 
 
 def test_a_gap_says_what_makes_it_where_the_numbers_show_it():
