@@ -42,7 +42,7 @@ bench: $(STAMP)  ## time everything against torch and other libraries (15 minute
 bench-quick: $(STAMP)  ## the same in two minutes, a few cases
 	$(BIN)/python benchmarks/run.py --quick
 
-bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other detectors and rules beside them (two hours)
+bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other detectors and rules beside them (two to three hours)
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/shift/bench_shift.py
 	$(BIN)/python benchmarks/shift/bench_hints.py
