@@ -48,6 +48,7 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other de
 	$(BIN)/python benchmarks/shift/bench_hints.py
 	$(BIN)/python benchmarks/shift/bench_units.py
 	$(BIN)/python benchmarks/shift/bench_peers.py
+	$(BIN)/python benchmarks/shift/bench_peers.py --times table
 	$(BIN)/python benchmarks/shift/bench_adaptation.py
 	$(BIN)/python benchmarks/shift/bench_clean_streams.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
