@@ -32,6 +32,7 @@ from batchnorm.shift.alarm import discovered
 from batchnorm.shift.stream import LOGGER, Stream
 
 KINDS = {"checkpoint": 0, "calibrated": 1000}
+SETTLED = 128  # observations after an alarm, when its hint has been given
 STREAMS, BESIDE, POOL = 100, 20, 20_000
 MOVED, FIRST_CHANNELS, PLANTED = 0.5, 4, 400  # stored sd, channels of each layer, observations
 OF_MEANS = 0.3  # sd of an observation's mean, of normal ones
@@ -78,9 +79,11 @@ def hinted(reference: Any, clean: Pool, shifted: dict[str, Pool], calibration: i
 
 
 def of_alarm(stream: Stream, pool: Pool, most: int, random: torch.Generator) -> str:
-    """The hint of a stream's alarm within so many more observations."""
+    """The hint of a stream's alarm within so many more observations, and what it says after 128 more."""
+    after = 0
     for _ in range(most // ROUND):
-        if stream.alarm is not None:
+        after += stream.alarm is not None
+        if after > SETTLED // ROUND:
             break
         stream.observe(*(part[:, 0] for part in drawn(pool, ROUND, 1, random)))
     return "no alarm" if stream.alarm is None else stream.alarm.hint or "no hint"

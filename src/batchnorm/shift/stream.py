@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -120,10 +120,19 @@ class Stream:
                 f"neighbouring observations are alike (correlation {self.autocorrelation.r:.2f}): the rate of false "
                 f"alarms is not kept with unit={self.reference.unit!r}. Use a larger unit, such as 'batch' or a key.",
             )
-        if self.alarm is None and self.evidence.log >= self.limit:
-            self.alarm = self._alarm(self.evidence, self._means(), self.passed)
+        if self.alarm is not None:
+            self._settle(self.alarm)
+        elif self.evidence.log >= self.limit:
+            self.alarm = self._alarm(self.evidence, self._means(), self._recent.count, self.passed)
             LOGGER.warning("%s", self.alarm)
             self._call(self.alarm)
+
+    def _settle(self, alarm: Alarm) -> None:
+        """Give the alarm a hint that it rang too soon for."""
+        means, n = self._recent.means, self._recent.count
+        furthest = None if alarm.hint or means is None else self.reference.furthest(*means)
+        if furthest is not None and (about := hint(alarm.layers, self.limit, furthest, n)):
+            self.alarm = replace(alarm, hint=about)
 
     def _watch_tails(self, q: Tensor) -> None:
         """Warn where a checkpoint's condition is doubtful; calibrated, nothing is assumed of tails."""
@@ -190,10 +199,10 @@ class Stream:
             return recent
         return self._sums / max(1, self.evidence.observations)
 
-    def _alarm(self, evidence: Evidence, means: Tensor, passed: int) -> Alarm:
+    def _alarm(self, evidence: Evidence, means: Tensor, recent: int, passed: int) -> Alarm:
         layers = localized(evidence, *means, alpha=self.alpha)
         furthest = evidence.reference.furthest(*means)
-        first, about = first_moved(layers, self.limit), hint(layers, self.limit, furthest)
+        first, about = first_moved(layers, self.limit), hint(layers, self.limit, furthest, recent)
         return Alarm(evidence.observations, passed, evidence.log, first, about, layers, time.time())
 
     # -- files and replicas -----------------------------------------------------------------------------------------
@@ -273,4 +282,4 @@ class Stream:
         count = sum(state.about["recent"]["count"] for state in states)
         name, count = ("recent", count) if count else ("sums", max(1, evidence.observations))
         means = torch.stack([state.tensors[name] for state in states]).sum(0) / count
-        return self._alarm(evidence, means, sum(state.about["passed"] for state in states))
+        return self._alarm(evidence, means, count, sum(state.about["passed"] for state in states))
