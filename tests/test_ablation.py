@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm import layers
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, fix, make_arm, strip
@@ -385,3 +386,27 @@ def test_an_arm_that_does_not_learn_is_told_with_its_loss():
     found = grid([flat, flat], [flat, flat])
     assert "ended at a training loss of 2" in found.unlearned(WITH, 0)
     assert math.isfinite(found.target)
+
+
+class Sample(NamedTuple):
+    label: Tensor
+    right: Tensor
+    left: Tensor
+
+
+class Sides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, left, right):
+        return self.last(self.norm(left + right))
+
+
+def test_the_target_of_a_named_tuple_is_what_the_model_is_not_given():
+    batches = [Sample(torch.randint(0, 2, (8,)), torch.randn(8, 6), torch.randn(8, 6)) for _ in range(4)]
+    about = subject(Sides, batches)
+    model = about.fresh(0)
+    label, right, left = batches[0]
+    expected = nn.functional.cross_entropy(model(left, right), label)
+    assert torch.equal(about.value(model, batches[0]), expected)

@@ -27,6 +27,17 @@ from batchnorm.population.tensors import same_bits
 from batchnorm.shift.verdict import judge
 
 
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class FrozenSides:
+    left: Tensor
+    right: Tensor
+
+
 class Net(nn.Module):
     """One batch norm layer between what a kind of batch is turned into, (N, 4), and an output for each row."""
 
@@ -62,6 +73,78 @@ class Whole(Net):
 
     def forward(self, batch):
         return self.answer(batch.left + batch.right)
+
+
+class Unpacking(Net):
+    """Takes a batch apart by place."""
+
+    def forward(self, batch):
+        left, right = batch
+        return self.answer(left + right)
+
+
+class Counting(Net):
+    """Takes a batch apart by number."""
+
+    def forward(self, batch):
+        return self.answer(batch[0] + batch[1])
+
+
+class Handing(Net):
+    """Hands a batch on to code that asks it for its tensors."""
+
+    def forward(self, batch):
+        return self.sum_up(batch)
+
+    def sum_up(self, sides):
+        return self.answer(sides.left + sides.right)
+
+
+class Annotated(Net):
+    """Says only by its annotation what it takes."""
+
+    def forward(self, sides: Pair | FrozenSides):
+        return self.answer(sum(getattr(sides, name) for name in ("left", "right")))
+
+
+class Left(Net):
+    """Takes one of a batch's parts by its name."""
+
+    def forward(self, left):
+        return self.answer(left)
+
+
+class Keys(Net):
+    def forward(self, batch):
+        return self.answer(batch["left"] + batch["right"])
+
+
+class Data(Net):
+    """Its argument has the name of a key."""
+
+    def forward(self, left):
+        return self.answer(left["left"] + left["right"])
+
+
+class Free(Net):
+    def forward(self, **parts):
+        return self.answer(parts["left"] + parts["right"])
+
+
+class Around(Net):
+    """Says nothing of what it takes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, inner.norm
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Images(Net):
+    def forward(self, images: list[Tensor]):
+        return self.answer(torch.stack([image.mean((1, 2)) for image in images]))
 
 
 class Listed(Net):
@@ -115,11 +198,6 @@ class Neighbours(Net):
         return self.answer(torch.sparse.mm(adjacency, x))
 
 
-class Pair(NamedTuple):
-    left: Tensor
-    right: Tensor
-
-
 class Labelled(NamedTuple):
     image: Tensor
     label: Tensor
@@ -130,12 +208,6 @@ class Sides:
     left: Tensor
     right: Tensor
     note: str = "none"
-
-
-@dataclass(frozen=True)
-class FrozenSides:
-    left: Tensor
-    right: Tensor
 
 
 class Encoding(UserDict):
@@ -202,6 +274,27 @@ KINDS = {
     "dataclass": (Whole, lambda: Sides(x(), x()), True),
     "frozen dataclass": (Whole, lambda: FrozenSides(x(), x()), True),
     "dataclass by its fields": (Two, lambda: FrozenSides(x(), x()), True),
+    "named tuple, whole": (Whole, lambda: Pair(x(), x()), True),
+    "named tuple, unpacked": (Unpacking, lambda: Pair(x(), x()), True),
+    "named tuple, by number": (Counting, lambda: Pair(x(), x()), True),
+    "named tuple, handed on": (Handing, lambda: Pair(x(), x()), True),
+    "named tuple, annotated": (Annotated, lambda: Pair(x(), x()), True),
+    "named tuple, in a wrapper": (lambda: Around(Whole()), lambda: Pair(x(), x()), True),
+    "named tuple and labels": (Whole, lambda: (Pair(x(), x()), torch.zeros(40)), True),
+    "named tuple by one name": (Left, lambda: Pair(right=x(), left=x()), True),
+    "tuple, unpacked": (Unpacking, lambda: (x(), x()), True),
+    "tuple, by number": (Counting, lambda: [x(), x()], True),
+    "dataclass, annotated": (Annotated, lambda: FrozenSides(x(), x()), True),
+    "dataclass and labels": (Whole, lambda: (Sides(x(), x()), torch.zeros(40)), True),
+    "dataclass by one name": (Left, lambda: Sides(x(), x()), True),
+    "dict by one name": (Left, lambda: {"label": torch.zeros(40), "left": x()}, True),
+    "dict with labels": (Named, lambda: {"inputs": x(), "mask": torch.ones(40, 1), "label": torch.zeros(40)}, True),
+    "user's dict with labels": (Left, lambda: Encoding(left=x(), label=torch.zeros(40)), True),
+    "dict, whole": (Keys, lambda: {"left": x(), "right": x()}, True),
+    "dict, whole, under a key's name": (Data, lambda: {"left": x(), "right": x()}, True),
+    "dict of free names": (Free, lambda: {"left": x(), "right": x()}, True),
+    "dict, whole, in a wrapper": (lambda: Around(Keys()), lambda: {"left": x(), "right": x()}, True),
+    "list of images": (Images, lambda: [torch.randn(4, 5, 5) for _ in range(40)], False),
     "packed": (Packed, lambda: pack_sequence([x(i) for i in range(9, 1, -1)]), True),
     "nested": (Nested, ragged, True),
     "sparse": (Sparse, lambda: x().to_sparse(), True),

@@ -153,7 +153,7 @@ def test_batches_are_moved_to_the_model_or_to_a_device_that_is_named():
         with pytest.warns(RuntimeWarning, match="no forward reached '0'"):
             recalibrate(net, [batch], forward=forward, device=device)
     assert seen == [("cpu", "cpu", "cat"), ("meta", "meta", "cat")]
-    assert device_of(net.to("meta")) == torch.device("meta")
+    assert device_of(net.to("meta")) is None  # where numbers would be lost
     assert batch["x"] is X
 
 

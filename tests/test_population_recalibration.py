@@ -167,13 +167,14 @@ def test_an_interrupt_while_statistics_are_stored_leaves_the_model_bit_identical
     net = conv_net()
 
     class Stubborn(torch.Tensor):
-        """A counter that is interrupted when it is first written outside of the shield."""
+        """A counter that is interrupted when a new count is written outside of the shield."""
 
-        def fill_(self, value):  # called by recalibrate for the last layer, after others were stored
-            if not net[9]._forward_pre_hooks and net.training:
+        def copy_(self, value):  # called by recalibrate for the last layer, after others were stored
+            if not net[9]._forward_pre_hooks and net.training and int(value) == 1:
                 raise KeyboardInterrupt
-            return super().fill_(value)
+            return super().copy_(value)
 
+    assert int(net[9].num_batches_tracked) != 1
     net[9].num_batches_tracked = net[9].num_batches_tracked.as_subclass(Stubborn)
     x = images()
     before = fingerprint(net)

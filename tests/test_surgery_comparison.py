@@ -1,13 +1,16 @@
 """Results of surgery are compared where they are determined: ties are no difference, and a wrong result is refused."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+from tensor_kinds import KINDS, made, write_sevens
 from torch import nn
 from torch.nn import functional as F
 
 import batchnorm as bn
+from batchnorm import convert, fold
 from batchnorm.surgery.comparison import check
 
 
@@ -209,3 +212,53 @@ def test_nobody_is_asked_to_report_a_model():
         check(model, result, torch.randn(2, 3, 16, 16))
     assert "report" not in str(refused.value)
     assert "Convert without fuse=True" in str(refused.value)
+
+
+# what copy.deepcopy, or torch.nn.Module.double, refuses of itself
+NOT_COPIED = {"pair", "flat pair", "with functions", "with dispatch", "fake", "freed", "functional"}
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - NOT_COPIED - {"parameter", "freed parameter"}))
+def test_a_model_that_holds_a_tensor_of_any_kind_is_compared(kind):
+    model, tensor = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), made(kind)
+    if isinstance(tensor, nn.Parameter):
+        model.other = tensor
+    else:
+        model.register_buffer("other", tensor)
+    x = torch.randn(4, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*(ComplexHalf|[Qq]uantiz|masked|[Nn]ested|prototype|Sparse|beta|TypedStorage)"
+        )
+        assert convert(model, fuse=True, example=x)[1].act == "relu"
+        assert fold(model, x, report=None)[0].weight.shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["quantized", "jagged", "csr", "nested", "float8"])
+def test_a_buffer_of_any_kind_that_differs_is_seen(kind):
+    tensors = [made(kind), made(kind)]
+    with torch.no_grad():
+        write_sevens(tensors[1])
+    models = [nn.Sequential(nn.Linear(3, 3)) for _ in tensors]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, tensor in zip(models, tensors, strict=True):
+        model.register_buffer("other", tensor)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*([Qq]uantiz|[Nn]ested|prototype|Sparse|beta|TypedStorage)")
+        with pytest.raises(RuntimeError, match=r"the buffers \(other"):
+            check(*models, torch.randn(4, 3))
+
+
+class Ragged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act, self.last = nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        values = self.act(self.norm(x.values()))
+        return torch.nested.nested_tensor_from_jagged(self.last(values), x.offsets())
+
+
+def test_a_model_that_answers_sequences_of_several_lengths_is_compared():
+    x = torch.nested.nested_tensor_from_jagged(torch.randn(12, 4), torch.tensor([0, 3, 8, 12]))
+    assert type(convert(Ragged(), example=x).norm) is bn.BatchNorm1d

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from batchnorm.expected import require_whole_number
 from batchnorm.moments import Moments
 from batchnorm.tracing import call_whole
 
@@ -85,6 +86,9 @@ class InputNorm(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        for name, sizes in (("num_features", num_features), ("channel_axis", channel_axis)):
+            for size in _as_tuple(sizes, name):
+                require_whole_number(size, name, "Or use several, for several axes. InputNorm.fit takes data.")
         self.num_features = _as_tuple(num_features)
         self.channel_axis = channel_axis
         if len(self.num_features) != len(self._axes()):
@@ -229,10 +233,13 @@ class InputNorm(nn.Module):
         return self
 
 
-def _as_tuple(axes: int | Sequence[int] | None) -> tuple[int, ...]:
+def _as_tuple(axes: int | Sequence[int] | None, name: str = "channel_axis") -> tuple[int, ...]:
     if axes is None:
         return ()
-    return (axes,) if isinstance(axes, int) else tuple(axes)
+    if isinstance(axes, int) or not isinstance(axes, Iterable):
+        require_whole_number(axes, name, "Or use several, for several axes. InputNorm.fit takes data.")
+        return (axes,)
+    return tuple(axes)
 
 
 class _Total:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
+from batchnorm.expected import require_number, require_type, require_whole_number
 from batchnorm.kernels import Running, activations, values_per_channel
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.ownership import claim
@@ -75,6 +76,8 @@ class _Layer(_BatchNorm):
         memory: Literal["save"] | None = None,
         single_element: Literal["error", "population"] = "error",
     ) -> None:
+        require_whole_number(num_features, "num_features", "It is the number of channels: BatchNorm2d(64).")
+        require_number(eps, "eps", "Use 1e-5.")
         _check_memory(memory)
         _check_single_element(single_element)
         _check_eps(eps)
@@ -450,8 +453,7 @@ def _layer_for(ndim: int) -> str:
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
@@ -462,8 +464,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own model inside of torch.compile's and the parallel wrappers."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model must be an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]

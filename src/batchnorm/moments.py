@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
+from batchnorm.expected import kind_of
 from batchnorm.kernels import cpu
 from batchnorm.kernels.choice import is_plain, kernel_for
 
@@ -59,13 +60,14 @@ class Moments:
 
     def __post_init__(self) -> None:
         for name in ("count", "mean", "m2"):
-            value = torch.as_tensor(getattr(self, name), dtype=torch.float64)
+            value = _as_float64(name, getattr(self, name))
             # a copy: a value must not follow a buffer that is updated in place
             object.__setattr__(self, name, value.detach().clone())
         if self.mean.shape != self.m2.shape or self.count.shape not in {torch.Size(), self.mean.shape}:
             raise ValueError(
                 "Moments needs mean and m2 of one shape and count a scalar or of that shape, got "
-                f"count {tuple(self.count.shape)}, mean {tuple(self.mean.shape)}, m2 {tuple(self.m2.shape)}."
+                f"count {tuple(self.count.shape)}, mean {tuple(self.mean.shape)}, m2 {tuple(self.m2.shape)}. "
+                "Give one of each for every channel, or measure with Moments.of."
             )
         if bool((self.count < 0).any()) or bool((self.m2 < 0).any()):
             raise ValueError(
@@ -287,6 +289,15 @@ class Moments:
 def _is_native(x: Tensor) -> bool:
     """Whether the native kernels measure ``x``, in one or two passes instead of torch's three."""
     return x.is_floating_point() and is_plain(x) and kernel_for(x) is cpu
+
+
+def _as_float64(name: str, values: object) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"Moments needs numbers as {name}, got {kind_of(values)}. Measure a tensor with Moments.of(x)."
+        ) from error
 
 
 def _axes(channel_axis: int | Sequence[int] | None, ndim: int) -> list[int]:

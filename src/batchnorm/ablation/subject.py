@@ -20,6 +20,7 @@ from batchnorm.layers import batch_norms, input_of
 from batchnorm.population.batches import arguments, call, tensors_in
 from batchnorm.population.freezing import Frozen
 from batchnorm.population.shield import preserve_random_state
+from batchnorm.population.signatures import names_in
 
 # values in a batch, over all layers: about 5 ms of a step of convolutions, from where on a second thread pays
 _LARGE = 2**20
@@ -105,7 +106,10 @@ def _with_target(model: nn.Module, batch: Any) -> Any:
     """The batch as (last input, target, ...): a model of several inputs takes more than the first part."""
     if not isinstance(batch, (tuple, list)) or isinstance(batch[0], (tuple, list)):
         return batch
-    return batch[max(0, len(arguments(model, batch)[0]) - 1) :]
+    args, by_name = arguments(model, batch)
+    if by_name and (named := names_in(batch)) is not None:  # a named tuple
+        return (*list(by_name.values())[-1:], *(part for name, part in named.items() if name not in by_name))
+    return batch[max(0, len(args) - 1) :]
 
 
 def own_statistics(model: nn.Module) -> dict[str, nn.Module]:

@@ -29,12 +29,13 @@ from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.statistics import Statistics, adaptable, seeing
 from batchnorm.adaptation.trial import Trial
 from batchnorm.adaptation.window import Window
+from batchnorm.expected import require_number, require_type
+from batchnorm.population.absent import note_absence
 from batchnorm.population.batches import examples_in
+from batchnorm.shift import ShiftMonitor
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.shift import ShiftMonitor
 
     Layers = dict[str, _BatchNorm]
 
@@ -105,6 +106,7 @@ class Adapter:
             of each example, (N,); None if there are no classes.
 
     Raises:
+        TypeError: If ``monitor`` is no ShiftMonitor.
         ValueError: If an argument is out of range, or the model has no layer to adapt.
     """
 
@@ -119,6 +121,12 @@ class Adapter:
         limits: Limits | None = None,
         classes: Literal["logits"] | Callable[[Any], Tensor] | None = "logits",
     ) -> None:
+        require_type(
+            monitor,
+            ShiftMonitor,
+            "Adapter needs a ShiftMonitor",
+            "Make one of the model: Adapter(ShiftMonitor(model)).",
+        )
         _check(prior, minimum, floor, window)
         self.monitor, self.minimum, self.limits = monitor, minimum, limits or Limits()
         self.history: list[Event] = []
@@ -167,7 +175,8 @@ class Adapter:
         ]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        note_absence(self.monitor.model, error)
         while self._handles:
             self._handles.pop().remove()
         self._attached.close()
@@ -332,6 +341,8 @@ class Adapter:
 
 
 def _check(prior: float, minimum: int, floor: float, window: int) -> None:
+    for name, value in (("prior", prior), ("minimum", minimum), ("floor", floor), ("window", window)):
+        require_number(value, name, "Leave it out for the usual one.")
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
     if minimum < 2 or window < minimum:

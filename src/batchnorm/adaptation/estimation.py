@@ -16,6 +16,7 @@ from torch import nn
 
 from batchnorm.adaptation import measuring
 from batchnorm.adaptation.statistics import Statistics, adaptable
+from batchnorm.expected import require_number
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, device_of
 from batchnorm.population.modes import to_eval
@@ -113,6 +114,9 @@ def adapted(
 
 
 def _check(prior: float | None, ema: float | None) -> None:
+    for name, value in (("prior", prior), ("ema", ema)):
+        if value is not None:
+            require_number(value, name, "Leave it out for the statistics of the data alone.")
     if prior is not None and ema is not None:
         raise ValueError("adapt needs prior or ema, got both. An exponential average starts from what is stored.")
     if prior is not None and not prior >= 0:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from batchnorm.foreign import layers_of_others, unreached
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
+from batchnorm.population.absent import require_real
 from batchnorm.population.freezing import Frozen, has_stored_statistics, statistics_of
 from batchnorm.population.tensors import require, same_bits
 from batchnorm.population.tensors import write as write_tensor
@@ -84,6 +85,7 @@ def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
     Raises:
         ValueError: If there is none, or one's statistics cannot be read here; ``name`` is who asks.
     """
+    require_real(model, name)
     layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
     found = {
         path: layer

@@ -28,6 +28,7 @@ from batchnorm.doctor.trial import companions, few, train_step
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
+from batchnorm.population.absent import require_real
 from batchnorm.population.batches import Batches, call, device_of, examples_in, on_device_of, tensors_in
 from batchnorm.population.modes import to_eval
 from batchnorm.population.recalibration import uncompiled
@@ -71,9 +72,11 @@ def measure(
 
     Raises:
         TypeError: If ``data`` is not an iterable of batches.
-        ValueError: If there is no batch, its examples cannot be counted, or the model computes gradients.
+        ValueError: If there is no batch, its examples cannot be counted, the model computes gradients, or numbers that
+            it needs cannot be read.
         Exception: What the model raises in eval mode.
     """
+    require_real(model, "examine")
     batches = Batches(data, max_examples, device_of(model), who="examine")
     with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
         to_eval(model)

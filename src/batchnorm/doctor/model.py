@@ -14,6 +14,7 @@ from batchnorm.doctor.comparison import reference_of
 from batchnorm.doctor.graph import graph_of
 from batchnorm.doctor.layers import layers_of, momentum_of, stored_of
 from batchnorm.doctor.measurement import loop_of, measure
+from batchnorm.expected import kind_of
 from batchnorm.population.freezing import Frozen
 from batchnorm.rules.codes import codes
 from batchnorm.rules.evidence import Evidence, Module, Optimizer, Structure
@@ -31,7 +32,7 @@ def of_model(
 ) -> tuple[Evidence, str]:  # fmt: skip
     """Evidence about a model, and what was measured on, such as "512 examples in 8 batches"; "" without data."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"examine needs a path or an nn.Module, got {type(model).__name__}. Pass the model itself.")
+        raise TypeError(f"examine needs a path or an nn.Module, got {kind_of(model)}. Pass the model itself.")
     if not hasattr(model, "training"):
         raise TypeError(
             "examine needs a model of modules, got a program that torch.jit.freeze made. Examine it before torch.jit."

@@ -8,18 +8,22 @@ then the data are looked at again, for layers that do not fit what they get now,
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from batchnorm.doctor.diagnosis import Diagnosis
 from batchnorm.doctor.examination import Selection, examine
 from batchnorm.doctor.layers import layers_of, stored_of
 from batchnorm.doctor.remedies import EPS, MEASURED, TENSORS, Change, changed, is_same, needs_data, prescribe, remedies
 from batchnorm.doctor.torch_files import put
+from batchnorm.expected import require_flag, require_module, require_type
 from batchnorm.layers import batch_norms
 from batchnorm.population import freeze, recalibrate, unfreeze
+from batchnorm.population.absent import require_real
 from batchnorm.population.batches import rereadable
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.rules import RULES
@@ -30,7 +34,6 @@ from batchnorm.surgery.replacement import duplicate
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from batchnorm.doctor.diagnosis import Diagnosis
     from batchnorm.rules.finding import Finding
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +59,7 @@ def treat(
             NaN or infinite by 1 and 0; statistics, unless data are given, by the median of the layer's other channels.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or ``diagnosis`` no diagnosis.
         ValueError: If the diagnosis names layers that the model does not have, or as ``recalibrate``.
         RuntimeError: If the model cannot be copied.
 
@@ -66,6 +69,12 @@ def treat(
         >>> treat(sick, data=[torch.tensor([[0.0, 1.0], [2.0, 5.0]])])[0].running_var
         tensor([2., 8.])
     """
+    require_module(model, "treat")
+    remedy = "Pass what examine(model, data) returns, and batches as data=."
+    require_type(diagnosis, (Diagnosis, NoneType), "treat needs a diagnosis", remedy)
+    require_flag(unsafe, "unsafe")
+    if data is not None:
+        require_real(model, "treat")
     batches = rereadable(data)
     new = duplicate(model, "treat", "Use batchnorm.recalibrate and batchnorm.freeze")
     found = examine(model, batches) if diagnosis is None else diagnosis

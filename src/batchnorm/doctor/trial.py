@@ -21,6 +21,7 @@ from batchnorm.doctor.layers import count_of
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import arguments, call, examples_in, on_device_of, why_without_rows
 from batchnorm.population.rows import why_whole
+from batchnorm.population.tensors import AbsenceError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,6 +117,8 @@ def train_step(model: nn.Module, some: Few) -> Step:
 
 def _failed(model: nn.Module, batch: Any, forward: dict[str, int], error: Exception) -> Step:
     """A failure is a fault, unless the model asks for more than the batch holds."""
+    if isinstance(error, AbsenceError):
+        return Step(forward, unknown=str(error).rstrip("."))
     missing = _not_given(model, batch)
     if missing and not _is_of_batch_norm(error):
         told = f"a training step fails outside of batch norm layers, perhaps for want of {missing}"

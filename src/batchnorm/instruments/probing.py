@@ -25,10 +25,10 @@ from batchnorm.instruments.propagation import moments_of_channels, resemblance, 
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms, input_of, unwrapped
 from batchnorm.moments import Moments
+from batchnorm.population.absent import require_real
 from batchnorm.population.batches import call, on_device_of, tensors_in
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.recalibration import uncompiled
-from batchnorm.population.sharding import is_sharded
 from batchnorm.population.shield import preserve_random_state, preserve_state
 from batchnorm.population.tensors import require, whole
 from batchnorm.record import Record
@@ -61,7 +61,7 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
     Raises:
         ValueError: If the model has no batch norm layer with a shape, the batch has fewer than two examples, or a
             tensor without readable numbers stops the pass.
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is no module, or ``batch`` no batch.
 
     Example:
         >>> import torch, batchnorm
@@ -71,16 +71,12 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
         {'1': 1.0}
     """
     model = unwrapped(model)
+    require_real(model, "probe")
     found = with_shape(model, "probe")
     require(statistics_of(found), "probe")
     layers = Layers(found)
-    batch = on_device_of(model, batch)
-    try:
-        view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
-    except RuntimeError:
-        if not is_sharded(model):
-            require({**dict(model.named_parameters()), **dict(model.named_buffers())}, "probe")
-        raise
+    batch = on_device_of(model, batch, who="probe")
+    view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
     values = {**view.values(), **_row(census(layers, Snapshot.of(layers)))}
     return Record(0, layers.names, values, view.of_model, "probe", time.time(), view.arrays())
 

@@ -9,19 +9,22 @@ passes through the model. None of it leaves a trace in the model: trained weight
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from importlib.metadata import version
+from types import NoneType
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from batchnorm.expected import require_type
 from batchnorm.instruments.census import census
 from batchnorm.instruments.events import Events
 from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
@@ -32,13 +35,13 @@ from batchnorm.instruments.schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.instruments.steps import Steps
 from batchnorm.layers import batch_norms, unwrapped
-from batchnorm.population.batches import Batches, call, on_device_of
+from batchnorm.population.absent import note_absence, refusing_absences, require_real
+from batchnorm.population.batches import Batches, call, on_device_of, tensors_in
 from batchnorm.population.sharding import is_sharded
+from batchnorm.population.tensors import emptiness
 from batchnorm.record import QUANTITIES, Record
 
 if TYPE_CHECKING:
-    import os
-
     from batchnorm.instruments.probing import Loss
 
 WINDOW = 8  # steps of one look: 6 second differences, pooled over channels
@@ -90,8 +93,9 @@ def watch(
         sinks: Where numbers go besides the log.
 
     Raises:
-        ValueError: If the model has no batch norm, ``every`` or ``budget`` is out of range, or the log's folder
-            has the log of another model.
+        TypeError: If ``model``, ``probe`` or ``log`` is of a wrong type.
+        ValueError: If the model has no batch norm or fake tensors, ``every`` or ``budget`` is out of range, or the
+            log's folder has the log of another model.
         OSError: If the log cannot be written at the start.
 
     Example:
@@ -124,6 +128,8 @@ class Watch:
         self.records: deque[Record] = deque(maxlen=_KEPT)
         self.steps = 0
         self._outer, self._model = model, unwrapped(model)
+        require_real(self._model, "watch")
+        require_type(log, (str, os.PathLike, NoneType), "watch needs the path of a folder as log", "None keeps no log.")
         if not batch_norms(self._model):
             raise ValueError(
                 f"watch needs a model with batch norm layers, got {type(self._model).__name__} without one. "
@@ -147,12 +153,14 @@ class Watch:
         self._unsaid: list[str] = []  # what there is no log for
         self._pulse = time.perf_counter()
         self._handles: list[Any] = []
+        self._guard = ExitStack()
         self._on = False
 
     def __enter__(self) -> Watch:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        note_absence(self._model, error)
         self.stop("finished" if kind is None else f"raised {kind.__name__}")
 
     def start(self) -> Watch:
@@ -167,6 +175,7 @@ class Watch:
             self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign, self._give_up
         )
         self._steps.on()
+        self._guard.enter_context(refusing_absences(self._model))
         if self._captures and self._probe is None:
             self._handles.append(self._outer.register_forward_pre_hook(Hook(self._capture), with_kwargs=True))
         return self
@@ -425,12 +434,14 @@ class Watch:
     def _made_probe(self, batch: Any, loss: Any) -> Probe | None:
         if batch is None or batch is False:
             return None
-        batch = on_device_of(self._model, batch)
+        batch = on_device_of(self._model, batch, who="watch")
         return Probe(lambda model: call(model, batch), batch, loss)
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the first inputs in train mode for the probe, and never look again."""
         if not module.training or not self._on or self._probe is not None:
+            return
+        if any(map(emptiness, tensors_in((args, kwargs)))):  # a trace runs through the model
             return
         self._guarded(lambda: self._hold(args, kwargs))
 
@@ -462,6 +473,7 @@ class Watch:
     def _release(self, reason: str) -> None:
         self._on = False
         self._remove_hooks()
+        self._guard.close()
         if self._steps is not None:
             self._steps.off()
         if self._passes is not None:

@@ -9,77 +9,118 @@ A model may write to what it is given (``x.sub_(mean)``), so every pass has memo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from copy import copy, deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader, default_collate
 
-from batchnorm.layers import unwrapped
+from batchnorm.expected import kind_of, require_whole_number
+from batchnorm.population.absent import named_absences, require_batch
 from batchnorm.population.shield import preserve_random_state
+from batchnorm.population.signatures import code_of, fields_of, names_in, ways
+from batchnorm.population.tensors import AbsenceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from batchnorm.population.signatures import Way
+
 _DEEPEST = 4  # attributes of attributes of a batch object, in which tensors are looked for
 
 
+# what a model says that was given a batch in another way than it takes it
+_MISTAKEN = (AttributeError, TypeError, ValueError, LookupError)
+# for each model, by its forward and the kind of a batch, which of two ways it runs with
+_SETTLED: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
+
+
 def call(model: nn.Module, batch: Any) -> object:
-    """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says."""
-    args, kwargs = arguments(model, batch)
+    """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says.
+
+    Where the forward's signature leaves a doubt (``signatures``), the second way is tried if the first one fails, and
+    kept for batches of the same kind.
+
+    Raises:
+        TypeError: If ``batch`` is none.
+        AbsenceError: If numbers that the pass needs cannot be read.
+    """
+    require_examples(batch, "a pass of the model")
+    possible = ways(model, batch)
+    first = _settled(model, batch, len(possible))
+    with named_absences(model):
+        try:
+            return _called(model, possible[first])
+        except _MISTAKEN as error:
+            if len(possible) < 2 or isinstance(error, AbsenceError):
+                raise
+            with suppress(Exception):
+                output = _called(model, possible[1 - first])
+                _SETTLED.setdefault(model, {})[_kind_of(model, batch)] = 1 - first
+                return output
+            raise
+
+
+def _called(model: nn.Module, way: Way) -> object:
+    args, kwargs = way
     return model(*args, **kwargs)
+
+
+def _settled(model: nn.Module, batch: Any, count: int) -> int:
+    return _SETTLED.get(model, {}).get(_kind_of(model, batch), 0) if count > 1 else 0
+
+
+def _kind_of(model: nn.Module, batch: Any) -> object:
+    while isinstance(batch, (tuple, list)) and names_in(batch) is None and len(batch):
+        batch = batch[0]
+    return code_of(model), type(batch), tuple(names_in(batch) or ())
 
 
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What of a batch a model is called with.
 
-    Of a tuple or list the first element, or as many as ``forward`` cannot do without; of a mapping the parts by name if
-    ``forward`` accepts its keys. A dataclass is given whole, or its fields by name if ``forward`` cannot do with one
-    argument and accepts them. Anything else is given whole.
+    A batch with names (mapping, named tuple, dataclass) is given by name if ``forward`` cannot do without some of them,
+    or accepts all; whole if ``forward`` asks its one argument for them, is annotated with its class, or knows none of
+    the names, but for a named tuple, which is a tuple then. Of a tuple or list the first element, or as many as
+    ``forward`` cannot do without; all of it if it is unpacked there, or annotated as such. Anything else is given
+    whole.
     """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    needed = len(_needed(model))
-    if isinstance(batch, Mapping) and _accepts(model, batch):
-        return (), dict(batch)
-    if is_dataclass(batch) and needed > 1 and _accepts(model, named := _fields_of(batch)):
-        return (), named
-    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
-        return (batch,), {}
-    named = batch._asdict() if hasattr(batch, "_asdict") else {}
-    if needed > 1 and set(_needed(model)) <= set(named):
-        return (), {name: named[name] for name in _needed(model)}
-    inner = batch[0] if len(batch) else None
-    if needed > 1 and isinstance(inner, (tuple, list)) and len(inner) >= needed:
-        return tuple(inner[:needed]), {}
-    if isinstance(inner, Mapping) and _accepts(model, inner):
-        return (), dict(inner)
-    return tuple(batch[: max(1, needed)]), {}
+    possible = ways(model, batch)
+    return possible[_settled(model, batch, len(possible))]
 
 
-def _needed(model: nn.Module) -> list[str]:
-    """The arguments that a model's forward cannot do without and takes by place; empty where it does not say."""
-    try:
-        known = inspect.signature(unwrapped(model).forward).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in known if p.kind in by_place and p.default is p.empty]
+def require_examples(batch: Any, who: str) -> None:
+    """Refuse what is no batch.
+
+    Raises:
+        TypeError: If nothing in it may hold examples.
+    """
+    leaves: list[Any] = []
+    if not isinstance(batch, (str, bytes)):
+        _each_leaf(batch, leaves.append)
+    if isinstance(batch, Iterator):
+        raise TypeError(f"{who} needs a batch that can be read again, got a {kind_of(batch)}. Use list(batch).")
+    if not any(map(_may_hold_examples, leaves)):
+        raise TypeError(
+            f"{who} needs a batch that holds tensors, got {kind_of(batch)}. Pass what the model takes: a tensor, or "
+            "tuples, lists or dicts of them."
+        )
 
 
-def _accepts(model: nn.Module, batch: Mapping) -> bool:
-    try:
-        inspect.signature(unwrapped(model).forward).bind(**batch)
-    except (TypeError, ValueError):
+def _may_hold_examples(leaf: Any) -> bool:
+    if isinstance(leaf, (Tensor, PackedSequence, str, bytes)) or hasattr(leaf, "__array__"):
+        return True
+    if isinstance(leaf, (type, nn.Module, DataLoader, Iterator)) or callable(leaf):
         return False
-    return True
+    return hasattr(leaf, "to") or hasattr(leaf, "__dict__")
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -93,12 +134,8 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
         return value.values()
     if is_dataclass(value) and not isinstance(value, type):
-        return _fields_of(value).values()
+        return fields_of(value).values()
     return value if isinstance(value, (tuple, list)) else ()
-
-
-def _fields_of(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
 
 def _tensors_of_object(value: Any, depth: int = _DEEPEST) -> list[Tensor]:
@@ -116,19 +153,21 @@ def device_of(model: nn.Module) -> torch.device | None:
 
     Parameters on the meta device are fetched when they are needed (offloading), by hooks that move inputs too.
     """
-    devices = list(dict.fromkeys(t.device for t in chain(model.parameters(), model.buffers())))
-    return next((device for device in devices if device.type != "meta"), next(iter(devices), None))
+    devices = dict.fromkeys(t.device for t in chain(model.parameters(), model.buffers()))
+    return next((device for device in devices if device.type != "meta"), None)
 
 
-def on_device_of(model: nn.Module, batch: Any, most: int | None = None) -> Any:
-    """The batch where the model is, cut to ``most`` examples, in memory of its own.
+def on_device_of(model: nn.Module, batch: Any, most: int | None = None, *, who: str = "a pass of the model") -> Any:
+    """The batch where the model is, cut to ``most`` examples, in memory of its own. ``who`` asks.
 
     Raises:
-        ValueError: If it has more rows than ``most`` and cannot be cut.
+        TypeError: If it is no batch.
+        ValueError: If it has more rows than ``most`` and cannot be cut, or tensors without numbers.
     """
+    require_examples(batch, who)
     if most is not None and (why := why_without_rows(arguments(model, batch))) and (examples_in(batch) or 0) > most:
         raise ValueError(f"a batch to be cut needs tensors of one first axis, got one of which {why}. Use it whole.")
-    return next(iter(Batches([batch], most, device_of(model))))
+    return next(iter(Batches([batch], most, device_of(model), who=who)))
 
 
 def rereadable(data: Any) -> Any:
@@ -153,11 +192,13 @@ class Batches:
         self, loader: Iterable[Any], max_examples: int | None, device: torch.device | None, *, who: str = "recalibrate"
     ) -> None:
         self.who = who
+        if max_examples is not None:
+            require_whole_number(max_examples, "max_examples", "Use None for all.")
         if max_examples is not None and max_examples < 1:
             raise ValueError(f"{who} needs max_examples of 1 or more, got {max_examples}. Use None for all.")
-        if isinstance(loader, (Tensor, Mapping, str, bytes)) or not isinstance(loader, Iterable):
+        if _is_no_loader(loader):
             raise TypeError(
-                f"{who} needs an iterable of batches, got {type(loader).__name__}. "
+                f"{who} needs an iterable of batches, got {kind_of(loader)}. "
                 "Pass a DataLoader, or a list of batches: [x]."
             )
         self.max_examples = max_examples
@@ -228,11 +269,18 @@ class Batches:
         return size
 
     def _moved(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            require_batch([leaf], self.who)
         if is_object(leaf):  # its own ``to`` may move it where it is
             leaf = leaf.clone() if hasattr(leaf, "clone") else deepcopy(leaf)
             return leaf.to(self.device) if self.device is not None else leaf
         moved = leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf
         return _copied(moved) if moved is leaf and not self._are_new else moved
+
+
+def _is_no_loader(loader: Any) -> bool:
+    is_one_batch = isinstance(loader, (Tensor, Mapping, str, bytes)) or hasattr(loader, "_fields")
+    return is_one_batch or isinstance(loader, (type, nn.Module)) or not isinstance(loader, Iterable)
 
 
 def is_object(leaf: Any) -> bool:
@@ -320,7 +368,7 @@ def _each_leaf(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)(_each_leaf(part, change) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
         changed = copy(value)
-        for name, part in _fields_of(value).items():
+        for name, part in fields_of(value).items():
             object.__setattr__(changed, name, _each_leaf(part, change))  # some are frozen
         return changed
     if isinstance(value, Mapping):

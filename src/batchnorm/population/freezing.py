@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.expected import require_flag
 from batchnorm.foreign import live_layers, out_of_reach, told
 from batchnorm.layers import batch_norms
 
@@ -99,6 +100,7 @@ def freeze(model: Model, affine: bool = False) -> Model:
         >>> model[0].training, unfreeze(model)[0].training
         (False, True)
     """
+    require_flag(affine, "affine")
     layers = _layers(model)
     for path, layer in layers.items():
         if not has_stored_statistics(layer):
@@ -140,6 +142,7 @@ def _holders(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
     """The model, frozen inside the block as by ``freeze``; layers that were frozen before it stay frozen after it."""
+    require_flag(affine, "affine")
     layers = _layers(model)
     were_open = {path: layer for path, layer in layers.items() if not isinstance(layer, Frozen)}
     were_free = [layer for layer in layers.values() if _BEFORE not in vars(layer)]

@@ -21,16 +21,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from batchnorm.expected import require_callable, require_flag
 from batchnorm.foreign import live_layers, out_of_reach, told, unreached
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
+from batchnorm.population.absent import named_absences, require_real
 from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.freezing import Frozen, has_stored_statistics, statistics_of
 from batchnorm.population.modes import to_eval
 from batchnorm.population.rows import settle
 from batchnorm.population.sharding import is_sharded
 from batchnorm.population.shield import preserve_random_state, preserve_state
-from batchnorm.population.tensors import require
+from batchnorm.population.tensors import require, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -78,9 +80,11 @@ def recalibrate(
     Args:
         model: Changed in place, its stored statistics only.
         loader: Batches. A tensor is given to the model; of a tuple or list the first element, or as many as
-            ``model.forward`` cannot do without; a mapping by name if ``forward`` accepts its keys, else whole; the
-            fields of a dataclass likewise where ``forward`` cannot do with one argument; anything else whole. Tensors
-            are moved to the model's device, batch objects by their ``to``.
+            ``model.forward`` cannot do without, or all of it where ``forward`` unpacks it or is annotated so. The parts
+            of a mapping, named tuple or dataclass are given by name where ``forward`` needs some of these names or
+            accepts all; whole where it asks its one argument for them, is annotated with the class, or knows none of
+            them, but of a named tuple the first then; the other way if the model fails on the one. Anything else whole.
+            Tensors are moved to the model's device, batch objects by their ``to``.
         max_examples: Stop after this many examples; the last batch is cut to fit, unless its rows are no examples:
             tensors differ in their first axis, or the model does not give the part what it gives it in the whole
             batch. Then it is used whole.
@@ -92,11 +96,11 @@ def recalibrate(
         Moments of each measured layer, float64, in execution order. A model without layers to measure gives {}.
 
     Raises:
-        TypeError: If ``loader`` is not an iterable of batches.
+        TypeError: If ``model`` is no ``nn.Module``, or ``loader`` not an iterable of batches.
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
             buffer's dtype, ``max_examples`` is below 1 or cannot be counted, a second pass over ``loader`` gives
-            another number of batches, or stored statistics cannot be read here (sharded, given back, on the meta
-            device).
+            another number of batches, or numbers cannot be read here (sharded, given back, fake, on the meta device):
+            stored statistics, or what a pass needs besides.
 
     Warns:
         RuntimeWarning: By path, about layers that no forward reached (they keep their statistics), about batch norm
@@ -111,6 +115,10 @@ def recalibrate(
         >>> model[0].running_var
         tensor([13.])
     """
+    require_real(model, "recalibrate")
+    require_flag(exact, "exact")
+    if forward is not None:
+        require_callable(forward, "recalibrate needs a function forward(model, batch)", "Or leave it out.")
     batches = Batches(loader, max_examples, device_of(model) if device is None else torch.device(device))
     layers = _open_layers(model)
     if not layers:
@@ -203,7 +211,7 @@ def _all_at_once(run: Callable[[See], list[tuple[str, ...]]], layers: dict[str, 
         batch = Moments.of(x)
         # eval mode on the batch's statistics: what train mode does, but for one value a channel too
         for buffer, value in zip(_stored(layers[path]), (batch.mean, batch.var), strict=True):
-            buffer.copy_(value)
+            write(buffer, value)
 
     gauges = {path: gauges[path] for path in execution_order(run(see))}
     for path, gauge in gauges.items():
@@ -240,7 +248,7 @@ def _run(
         with preserve_random_state(*batches.generators):
             for batch in batches:
                 before.clear()
-                with suppress(_EndForward):
+                with suppress(_EndForward), named_absences(model):
                     forward(model, batch)
                 traces[tuple(before)] = None
     finally:
@@ -272,9 +280,9 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _store(layer: _BatchNorm, gauge: _Gauge) -> None:
     for buffer, value in zip(_stored(layer), (gauge.moments.mean, gauge.moments.unbiased_var), strict=True):
-        buffer.copy_(value)
+        write(buffer, value)
     if (counter := getattr(layer, "num_batches_tracked", None)) is not None:
-        counter.fill_(gauge.inputs)
+        write(counter, torch.tensor(gauge.inputs))
 
 
 @torch.no_grad()
@@ -286,7 +294,7 @@ def _store_all(measured: dict[_BatchNorm, _Gauge]) -> None:
             _store(layer, gauge)
     except BaseException:
         for buffer, value in before:
-            buffer.copy_(value)
+            write(buffer, value)
         raise
 
 

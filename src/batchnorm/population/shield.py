@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.expected import require_module
 from batchnorm.population.sharding import is_flat, keep_together, own_shards
 from batchnorm.population.tensors import (
     bits_of,
@@ -70,8 +71,7 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
         >>> model[0].running_mean, int(model[0].num_batches_tracked)
         (tensor([0., 0.]), 0)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"preserve_state needs an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    require_module(model, "preserve_state")
     steps = _remember(model)
     with preserve_random_state():
         try:

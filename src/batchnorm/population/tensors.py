@@ -20,28 +20,52 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
 
+_USUAL = {Tensor, torch.nn.Parameter}
 # an integer type for every size of element: NaN is equal to itself only as bits
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GATHER = "Use its full_tensor(), FSDP.summon_full_params(model), or a model that was loaded from a full state dict"
+
+
+class AbsenceError(ValueError):
+    """The numbers of a tensor were needed where they cannot be read."""
 
 
 def absence(tensor: Tensor) -> str:
     """Why a tensor's numbers cannot be read here, with what to do, as the end of a sentence; "" if they can."""
     if is_lazy(tensor):
         return "has no shape yet. Run a batch through the model first"
-    if _is_transformed(tensor):
-        return "is inside a transform of torch.func. Ask outside of it"
-    if _is_fake(tensor):
-        return "is fake and has no numbers. Use a model outside of FakeTensorMode"
-    if tensor.is_meta:
-        return "is on the meta device and has no numbers. Load its values first, or offload without buffers"
-    if _is_distributed(tensor):
+    if why := emptiness(tensor):
+        return why
+    if is_distributed(tensor):
         return "" if _is_whole_here(tensor) else f"is sharded over ranks. {_GATHER}"
     if _is_made_of_others(tensor):
         return f"is a {type(tensor).__name__}, which keeps its numbers in parts. Convert it to a plain tensor"
-    if is_freed(tensor):
+    return ""
+
+
+def emptiness(tensor: Tensor) -> str:
+    """Why there are no numbers in a tensor, as ``absence`` says it; "" if there are, here or on other ranks."""
+    if _is_plainly_there(tensor) or is_lazy(tensor):
+        return ""
+    if _is_transformed(tensor):
+        return "is inside a transform of torch.func. Ask outside of it"
+    if is_fake(tensor):
+        return "is fake and has no numbers. Use a model outside of FakeTensorMode"
+    if tensor.is_meta:
+        return "is on the meta device and has no numbers. Load its values first, or offload without buffers"
+    if not is_distributed(tensor) and is_freed(tensor):
         return f"has given its memory back. {_GATHER}, or bring it back from where it was offloaded"
     return ""
+
+
+def _is_plainly_there(tensor: Tensor) -> bool:
+    """A quick answer for the usual tensor, of which a model has hundreds; False decides nothing."""
+    if type(tensor) not in _USUAL or tensor.layout is not torch.strided:
+        return False
+    try:
+        return bool(tensor.data_ptr()) and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    except RuntimeError:  # inside of a transform
+        return False
 
 
 def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
@@ -55,7 +79,7 @@ def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
     """
     if absence(tensor) or (size is not None and tensor.numel() != size):
         return None
-    if _is_distributed(tensor):
+    if is_distributed(tensor):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     memory = memory_of(tensor)
     if memory.is_quantized:
@@ -75,7 +99,8 @@ def digest_of(tensors: Mapping[str, Any], bare: Container[str] = ()) -> str:
         if not isinstance(tensor, Tensor):
             digest.update(name.encode())
             continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        shape = "no shape" if is_lazy(tensor) else tuple(tensor.shape)
+        digest.update(f"{name} {tensor.dtype} {shape}".encode())
         for part in () if name in bare else _readable_parts(tensor):
             flat = bits_of(part).cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             # a copy: memory that NumPy has seen can never be given back again, as FSDP does with every pass
@@ -97,11 +122,11 @@ def require(tensors: Mapping[str, Tensor | None], who: str) -> None:
         who: Needs them.
 
     Raises:
-        ValueError: If one of them cannot be read here.
+        AbsenceError: If one of them cannot be read here; a ValueError.
     """
     for name, tensor in tensors.items():
         if tensor is not None and (why := absence(tensor)):
-            raise ValueError(f"{who} needs the numbers of {name!r}, got a tensor that {why}.")
+            raise AbsenceError(f"{who} needs the numbers of {name!r}, got a tensor that {why}.")
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -128,7 +153,7 @@ def resize_storage(tensor: Tensor, size: int | None) -> None:
 
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor is one of memory, given back or not; those that are fake or made of other tensors are none."""
-    return not (_is_transformed(tensor) or _is_fake(tensor) or _is_made_of_others(tensor))
+    return not (_is_transformed(tensor) or is_fake(tensor) or _is_made_of_others(tensor))
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
@@ -251,7 +276,8 @@ def _is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one in a trace, and never had numbers."""
     kinds: list[Any] = [
         getattr(sys.modules.get(module), kind, None)
         for module, kind in (
@@ -277,7 +303,8 @@ def _is_made_of_others(tensor: Tensor) -> bool:
     return False
 
 
-def _is_distributed(tensor: Tensor) -> bool:
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is torch's DTensor, of which each rank holds a part or a copy."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from batchnorm.expected import require_number
 from batchnorm.foreign import layers_of_others, unreached
 from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.population.absent import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches, examples_in
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.recalibration import uncompiled
@@ -100,6 +104,7 @@ class ShiftMonitor:
         self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
         self._is_whole = False  # a compiled model is shown whole batches, since it does not take a part of one
         self._handles: list[Any] = []
+        self._guard = ExitStack()
         self._passes = threading.local()  # each thread's own pass: when it began
         self._use(self._referred(reference))
 
@@ -160,12 +165,14 @@ class ShiftMonitor:
     def __enter__(self) -> ShiftMonitor:
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        note_absence(self.model, error)
         self.stop()
 
     def start(self) -> ShiftMonitor:
         """Observe forward passes from now on."""
         if not self.is_observing:
+            self._guard.enter_context(refusing_absences(self.model))
             self._handles = [
                 self.observed.register_forward_pre_hook(self._before, with_kwargs=True),
                 *([] if self.is_compiled else self._tap.attach()),
@@ -177,6 +184,7 @@ class ShiftMonitor:
         """Observe no more, and count what was waiting."""
         while self._handles:
             self._handles.pop().remove()
+        self._guard.close()
         self.stream.update()
 
     @property
@@ -209,6 +217,10 @@ class ShiftMonitor:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002
         start = time.perf_counter()
+        if output is None and sys.exc_info()[0] is not None:  # the pass failed, and says why itself
+            self._tap.taken()
+            self._tap.examples, self._tap.seconds = 0, 0.0
+            return
         asked, self._tap.examples = self._tap.examples, 0
         seen = self._tap.taken()
         if asked and seen is None:
@@ -333,6 +345,8 @@ class ShiftMonitor:
 
 
 def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
+    require_real(model, "ShiftMonitor")
+    require({name: tensor for name, tensor in model.named_parameters() if is_lazy(tensor)}, "ShiftMonitor")
     layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
     found = {name: layer for name, layer in layers.items() if has_stored_statistics(layer)}
     if not found:
@@ -345,6 +359,15 @@ def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None, kurtosis: float | None) -> None:
+    for name, value in {
+        "alpha": alpha,
+        "arl": arl,
+        "examples": examples,
+        "budget": budget,
+        "kurtosis": kurtosis,
+    }.items():
+        if value is not None or name == "alpha":
+            require_number(value, name, "Leave it out for the usual one.")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}. Use 0.01 for at most 1 % false alarms.")
     if arl is not None and not arl > 1:

@@ -27,7 +27,7 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from batchnorm import sidecar
 from batchnorm.foreign import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.population.tensors import digest_of
+from batchnorm.population.tensors import digest_of, whole
 from batchnorm.shift import by_layer, clean
 from batchnorm.shift.clean import Clean
 
@@ -272,7 +272,8 @@ _TENSORS = ("mean", "std", "delta", "kappa", "d", "v")
 def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert has_stored_statistics(layer)  # noqa: S101 - the monitor takes no others
     mean, var = layer.running_mean, layer.running_var
-    return mean.detach().double().cpu(), (var.detach().double().cpu() + eps_of(layer)).sqrt()  # type: ignore[union-attr]
+    mean, var = (cast("Tensor", whole(x)).double().cpu() for x in (mean, var) if x is not None)  # of a DTensor too
+    return mean, (var + eps_of(layer)).sqrt()
 
 
 def _error(layer: _BatchNorm, batch: int) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import input_of
+from batchnorm.population.tensors import whole
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -105,7 +106,8 @@ class Tap:
             if not here.examples or module.training or name in here.seen:
                 return
             start = time.perf_counter()
-            if (x := input_of(args, kwargs)) is not None:
+            x = input_of(args, kwargs)
+            if x is not None and (x := whole(x)) is not None:  # a DTensor's; none while a trace runs through the model
                 here.seen[name] = self._statistics(name, x[: here.examples])
             here.seconds += time.perf_counter() - start
 

@@ -12,7 +12,6 @@ such ties have probability 0, unless the model makes them itself.
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -24,6 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.population.batches import call
 from batchnorm.population.shield import preserve_random_state
+from batchnorm.population.tensors import AbsenceError, bits_of, parts_of, whole
+from batchnorm.surgery.replacement import duplicate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +52,7 @@ def check(original: nn.Module, result: nn.Module, example: Any) -> None:
         )
         there = widen(example)
         try:
-            odd = _odd(expected, pair.measure(copy.deepcopy(result), there))
+            odd = _odd(expected, pair.measure(duplicate(result, "convert"), there))
         except Exception as error:
             raise RuntimeError(_message(mode, f"{type(error).__name__} on the example: {error}")) from error
         values = [each for each in odd if each.what != GRADIENTS]
@@ -90,7 +91,7 @@ class _Pair:
         """Whether the original itself moves what differs about as far, if the example moves by next to nothing."""
         left = {(each.what, each.name): each.gap for each in odd}
         for seed in range(_TRIES if left else 0):
-            moved = self.measure(copy.deepcopy(self.original), _moved(example, seed, _TINY))
+            moved = self.measure(duplicate(self.original, "convert"), _moved(example, seed, _TINY))
             for each in _odd(expected, moved):
                 if each.gap >= left.get((each.what, each.name), torch.inf) * _ALIKE:
                     del left[each.what, each.name]
@@ -104,10 +105,10 @@ class _Pair:
         for seed in range(_TRIES):
             near = _moved(example, seed, _NOISE if seed < _TRIES // 2 else _NOISE**2)
             with suppress(Exception):
-                there = self.measure(copy.deepcopy(self.original), near)
+                there = self.measure(duplicate(self.original, "convert"), near)
                 if _are_as_finite(there, expected):
                     try:
-                        odd = _odd(there, self.measure(copy.deepcopy(self.result), near))
+                        odd = _odd(there, self.measure(duplicate(self.result, "convert"), near))
                     except Exception:  # noqa: BLE001 - the original did run
                         return False
                     if not self.explains(odd, there, near):
@@ -164,7 +165,9 @@ def _measure_widest(model: nn.Module, example: Any, mode: bool) -> tuple[Measure
     reason: Exception | None = None
     for gradients, widen in product((True, False), (_wide, _as_it_is)):
         try:
-            return _measure(widen(copy.deepcopy(model)), widen(example), mode, gradients), widen, gradients
+            return _measure(widen(duplicate(model, "convert")), widen(example), mode, gradients), widen, gradients
+        except AbsenceError:  # another example would not help
+            raise
         except Exception as error:  # noqa: BLE001 - raised again if nothing works
             reason = error
     raise ValueError(
@@ -201,7 +204,8 @@ def _measure(model: nn.Module, example: Any, mode: bool, gradients: bool) -> Mea
         return leaves[-1].clone()  # no leaf, so that the model may write to it in place
 
     with preserve_random_state(), torch.set_grad_enabled(gradients):
-        outputs = [leaf for leaf in tree_leaves(call(model, tree_map(own, example))) if isinstance(leaf, Tensor)]
+        leaves_out = [leaf for leaf in tree_leaves(call(model, tree_map(own, example))) if isinstance(leaf, Tensor)]
+        outputs = [part for leaf in leaves_out for part in _dense(leaf)]
         ends = [y for y in outputs if y.requires_grad and y.is_floating_point()]
         if ends:
             torch.autograd.backward(ends, [_weights(y) for y in ends])
@@ -209,9 +213,27 @@ def _measure(model: nn.Module, example: Any, mode: bool, gradients: bool) -> Mea
     parameters = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {
         OUTPUTS: {str(index): y.detach() for index, y in enumerate(outputs)},
-        GRADIENTS: {name: grad for name, grad in (inputs | parameters).items() if grad is not None},
-        BUFFERS: dict(model.named_buffers()),
+        GRADIENTS: dict(
+            part for name, grad in (inputs | parameters).items() if grad is not None for part in _plain(name, grad)
+        ),
+        BUFFERS: {name: part for name, buffer in model.named_buffers() for name, part in _plain(name, buffer)},
     }
+
+
+def _dense(output: Tensor) -> list[Tensor]:
+    """An output with its graph; of sequences in one tensor each, or all in a row where they are kept so."""
+    if not output.is_nested:
+        return [output]
+    return [output.values()] if output.layout == torch.jagged else list(output.unbind())
+
+
+def _plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """What a tensor of any kind holds as plain tensors by name; nothing where it cannot be read."""
+    if tensor.is_nested and tensor.layout != torch.jagged:
+        return [(f"{name}.{i}", part) for i, part in enumerate(tensor.unbind())]
+    if (plain := whole(tensor)) is not None:
+        return [(name, bits_of(plain))]
+    return [found for i, part in enumerate(parts_of(tensor)) for found in _plain(f"{name}.{i}", part)]
 
 
 def _weights(y: Tensor) -> Tensor:
@@ -238,14 +260,20 @@ def _odd(expected: Measured, got: Measured) -> list[_Odd]:
 
 
 def _size(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()].abs().double()
+    tensor = _wide_numbers(tensor)
+    finite = tensor[tensor.isfinite()].abs()
     return finite.max().item() if finite.numel() else 0.0
+
+
+def _wide_numbers(tensor: Tensor) -> Tensor:
+    """In a type that arithmetic is there for, which is not so of float8 and the like."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _gap(a: Tensor, b: Tensor, scale: float) -> float:
     if a.shape != b.shape:
         return torch.inf
-    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+    a, b = _wide_numbers(a), _wide_numbers(b)
     differ = ~((a == b) | (a.isnan() & b.isnan()))
     if not differ.any():
         return 0.0

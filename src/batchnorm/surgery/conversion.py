@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from batchnorm.expected import require_flag, require_module
 from batchnorm.foreign import out_of_reach, told
 from batchnorm.layers import _Layer
+from batchnorm.population.absent import require_real
+from batchnorm.population.batches import require_examples
 from batchnorm.population.freezing import Frozen, freeze
 from batchnorm.surgery import adoption, comparison, fusion
 from batchnorm.surgery.patterns import OURS, is_ours, written_kind
@@ -71,7 +74,7 @@ def convert(
         model: Not changed, unless ``inplace``.
         fuse: Whether layers take over activations and additions.
         example: One batch of two or more examples: a tensor is given to the model; of a tuple or list the first
-            element; a mapping by name if ``model.forward`` accepts its keys, else whole.
+            element, and so on: as ``recalibrate`` takes one.
         memory: "save" makes all our layers keep less for the backward pass, in forward passes of the whole model
             (two hooks on it see to that). A layer with leaky ReLU is left out unless its input is plainly its own: the
             result of a convolution or a linear layer that nothing else reads.
@@ -79,7 +82,7 @@ def convert(
             has not been changed.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript.
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
         ValueError: If the model does not run on ``example`` in both modes; or with ``fuse``, if nothing can be fused
             because code around batch norm layers cannot be traced, or the model is compiled.
         RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
@@ -93,7 +96,13 @@ def convert(
         >>> convert(model, fuse=True, example=torch.randn(4, 3, 5, 5))[1].act
         'relu'
     """
-    if memory not in {None, "save"}:
+    require_module(model, "convert")
+    require_flag(fuse, "fuse")
+    require_flag(inplace, "inplace")
+    if example is not None:
+        require_real(model, "convert")
+        require_examples(example, "convert")
+    if memory is not None and memory != "save":
         raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what layers have.")
     if inplace and (fuse or example is not None):
         convert(model, fuse=fuse, example=example, memory=memory)  # whatever is refused, is before anything changes
@@ -129,6 +138,8 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
         >>> revert(convert(model, fuse=True))[2]
         ReLU()
     """
+    require_module(model, "revert")
+    require_flag(inplace, "inplace")
     own = [path for path, layer in find(model).items() if is_ours(layer) and fusion.applies_its_own(layer)]
     if own:
         raise ValueError(

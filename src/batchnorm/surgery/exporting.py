@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
+from batchnorm.expected import require_flag, require_module
 from batchnorm.population.freezing import Frozen, unfreeze
 from batchnorm.surgery import fusion
 from batchnorm.surgery.conversion import revert
@@ -54,6 +55,8 @@ def for_export(model: Model, *, fold: bool = False, example: Any = None) -> Mode
         >>> [type(part).__name__ for part in for_export(model)[1].children()]
         ['BatchNorm2d', 'ReLU']
     """
+    require_module(model, "for_export")
+    require_flag(fold, "fold")
     if fold and example is None:
         raise ValueError("for_export(fold=True) needs an example, got none. Pass one batch of inputs as example=.")
     model = folded(model, example, report=None) if fold else duplicate(model, "for_export")

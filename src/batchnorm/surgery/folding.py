@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from batchnorm.expected import require_flag, require_module
 from batchnorm.foreign import out_of_reach
 from batchnorm.population import preserve_state
-from batchnorm.population.batches import call
+from batchnorm.population.absent import require_real
+from batchnorm.population.batches import call, require_examples
 from batchnorm.surgery.dataflow import set_mode
 from batchnorm.surgery.folding_arithmetic import Linear
 from batchnorm.surgery.folding_placeholder import FoldedAway, own_tensors, set_tensors
 from batchnorm.surgery.folding_plan import Partner, fresh, plan
-from batchnorm.surgery.replacement import duplicate, find
+from batchnorm.surgery.replacement import check_memory, duplicate, find
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -124,9 +126,9 @@ def fold(
             nobody.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript.
-        ValueError: If the model does not run on ``example``, returns no tensors, or is compiled; or if the comparison
-            fails, with the difference.
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
+        ValueError: If the model does not run on ``example``, also for want of numbers (fake, on the meta device),
+            returns no tensors, or is compiled; or if the comparison fails, with the difference.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -144,6 +146,11 @@ def fold(
         raise TypeError(
             "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
         )
+    require_real(model, "fold")
+    require_examples(example, "fold")
+    require_flag(inplace, "inplace")
+    if inplace:
+        check_memory(model, "fold")
     result = model if inplace else duplicate(model, "fold")
     found, parts = plan(result, example)
     layers = {path: found[path] for path in find(result)} | out_of_reach(result)
@@ -185,6 +192,8 @@ def unfold(model: Model, *, inplace: bool = False) -> Model:
         >>> type(back[1]).__name__, back[0].bias, torch.equal(back[0].weight, model[0].weight)
         ('BatchNorm1d', None, True)
     """
+    require_module(model, "unfold")
+    require_flag(inplace, "inplace")
     model = model if inplace else duplicate(model, "unfold")
     for module in list(model.modules()):
         for name, child in module._modules.items():

@@ -21,7 +21,7 @@ from batchnorm.foreign import channels_of, quantized
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.population.tensors import absence
+from batchnorm.population.tensors import AbsenceError, absence
 from batchnorm.surgery import folding_channels
 from batchnorm.surgery.dataflow import (
     TraceError,
@@ -226,6 +226,8 @@ def _observed(model: nn.Module, example: Any) -> tuple[Callers, dict[nn.Module, 
     with seen[0] as callers, seen[1] as ranks, seen[2] as arguments, seen[3] as inputs, torch.no_grad():
         try:
             call(model, fresh(example))
+        except AbsenceError:  # another example would not help
+            raise
         except Exception as error:
             raise ValueError(
                 f"fold needs an example that the model takes in eval mode, got {type(error).__name__}: {error} "

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
+from batchnorm.population.tensors import AbsenceError
 from batchnorm.surgery.dataflow import (
     MODES,
     Flow,
@@ -141,6 +142,8 @@ def _observed(model: nn.Module, found: list[_Places], example: Any) -> tuple[Cal
             set_mode(model, mode)
             try:
                 call(model, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example))
+            except AbsenceError:  # another example would not help
+                raise
             except Exception as error:
                 raise ValueError(
                     f"convert needs an example that the model takes in train and eval mode, got {type(error).__name__} "

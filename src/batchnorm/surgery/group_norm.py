@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from batchnorm.expected import require_flag, require_module, require_whole_number
 from batchnorm.kernels.activations import activate
 from batchnorm.surgery.patterns import written_kind
 from batchnorm.surgery.replacement import check_memory, replace
@@ -58,6 +59,10 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
     References:
         Wu and He 2018, "Group Normalization".
     """
+    require_module(model, "to_group_norm")
+    if groups is not None:
+        require_whole_number(groups, "groups", "None chooses.")
+    require_flag(inplace, "inplace")
     check_memory(model, "to_group_norm")
     return replace(model, lambda path, layer: _grouped(path, layer, groups), inplace=inplace)
 

@@ -12,14 +12,16 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
+from batchnorm.expected import kind_of, require_callable, require_flag, require_module
 from batchnorm.foreign import layers_of_others
 from batchnorm.layers import BatchNorm1d, batch_norms
 from batchnorm.ownership import claim
-from batchnorm.population.tensors import is_freed, require
+from batchnorm.population.tensors import emptiness, is_fake, require
 from batchnorm.surgery.patterns import activation_name
 from batchnorm.surgery.rewriting import MARK, applied_by
 from batchnorm.surgery.rewriting import OURS as _OURS
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 _TENSORS = ("_parameters", "_buffers")
+_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_WITHOUT_STORAGE = _SPARSE | {torch._mkldnn}  # type: ignore[attr-defined]
 
 
 def find(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -85,6 +89,9 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
         >>> replace(model, lambda path, layer: nn.GroupNorm(4, layer.num_features))[1].weight.equal(model[1].weight)
         True
     """
+    require_module(model, "replace")
+    require_callable(make, "replace needs a function make(path, layer)", "It returns a new module, or None.")
+    require_flag(inplace, "inplace")
     if inplace:
         check_memory(model, "replace")
     model = model if inplace else duplicate(model, "replace")
@@ -102,14 +109,12 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
 
 def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> Model:
     """A deep copy, or the reason why there is none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller} needs an nn.Module, got {type(model).__name__}. Pass the model itself.")
+    require_module(model, caller)
     check_memory(model, caller)
-    # torch can copy a parameter that has no shape yet, and not a buffer
-    new: Any = UninitializedBuffer
-    lazy = {id(t): new(device=t.device, dtype=t.dtype) for t in model.buffers() if is_lazy(t)}
+    tensors = [*model.parameters(), *model.buffers()]
     try:
-        return copy.deepcopy(model, lazy)
+        known = {id(t): _copied(t) for t in tensors if _is_not_copied(t)}
+        return copy.deepcopy(model, known)
     except Exception as error:
         raise RuntimeError(
             f"{caller} needs a model that copy.deepcopy can copy, got {type(error).__name__}: {error} "
@@ -120,13 +125,32 @@ def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> M
 def check_memory(model: nn.Module, caller: str) -> None:
     """Refuse a model that has given memory of its tensors back: a copy would hold anything, or end the process."""
     tensors = chain(model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ()
-    require({name: tensor for name, tensor in tensors if not is_lazy(tensor) and is_freed(tensor)}, caller)
+    require({name: tensor for name, tensor in tensors if _ends_the_process(tensor)}, caller)
+
+
+def _ends_the_process(tensor: Tensor) -> bool:
+    return bool(emptiness(tensor)) and not tensor.is_meta and not is_fake(tensor)
+
+
+def _is_not_copied(tensor: Tensor) -> bool:
+    """Whether ``copy.deepcopy`` refuses it: buffers without a shape yet, and tensors without one storage."""
+    if is_lazy(tensor):
+        return not isinstance(tensor, nn.Parameter)
+    return tensor.layout in _WITHOUT_STORAGE or (tensor.is_nested and tensor.layout == torch.strided)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    if is_lazy(tensor):
+        new: Any = UninitializedBuffer
+        return new(device=tensor.device, dtype=tensor.dtype)
+    clone = tensor.detach().clone()
+    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
 
 def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) -> None:
     if not isinstance(new, nn.Module):
         raise TypeError(
-            f"replace needs a module or None for {path!r}, got {type(new).__name__}. Return an nn.Module from make."
+            f"replace needs a module or None for {path!r}, got {kind_of(new)}. Return an nn.Module from make."
         )
     if any(part is layer for part in new.modules()):
         raise ValueError(

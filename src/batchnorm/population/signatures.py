@@ -1,0 +1,187 @@
+"""What of a batch a model is called with, by what its forward says: signature, annotations, and what it asks of them.
+
+A batch with names (mapping, named tuple, dataclass) is given by name or whole, other tuples and lists in part or whole.
+Where the signature leaves a doubt there are several ways, the likeliest first: what the model runs with decides.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import chain
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from batchnorm.layers import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import CodeType
+
+    Way = tuple[tuple[Any, ...], dict[str, Any]]
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def ways(model: nn.Module, batch: Any) -> list[Way]:
+    """Arguments and keyword arguments that a model may be called with for a batch, the likeliest first; one or two."""
+    named = names_in(batch)
+    if named is not None:
+        return _by_name(model, batch, named)
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        return _in_part(model, batch)
+    return [((batch,), {})]
+
+
+def names_in(batch: Any) -> dict[str, Any] | None:
+    """The parts of a mapping, a named tuple or a dataclass by name; None for what has no names."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict") and not isinstance(batch, PackedSequence):
+        return batch._asdict()
+    return fields_of(batch) if is_dataclass(batch) and not isinstance(batch, type) else None
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have a value."""
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+
+
+def code_of(model: nn.Module) -> object:
+    """What tells one forward from another; None where it is no function of Python."""
+    return getattr(inspect.unwrap(unwrapped(model).forward), "__code__", None)
+
+
+def _by_name(model: nn.Module, batch: Any, named: dict[str, Any]) -> list[Way]:
+    needed, whole = _needed(model), ((batch,), {})
+    if len(needed) == 1 and _takes_whole(model, needed[0], batch, named):
+        return [whole]
+    is_tuple, is_mapping = isinstance(batch, tuple), isinstance(batch, Mapping)
+    if is_mapping and _accepts(model, named):
+        return [((), named)] if not _takes_any_name(model) else [((), named), whole]
+    if needed and set(needed) <= set(named):
+        known = needed if is_tuple else [name for name in named if name in _names(model)]
+        return [((), {name: named[name] for name in known}), whole]
+    if is_tuple:
+        return [(tuple(batch[: max(1, len(needed))]), {}), whole]
+    return [whole]
+
+
+def _in_part(model: nn.Module, batch: tuple | list) -> list[Way]:
+    needed = _needed(model)
+    inner = batch[0] if len(batch) else None
+    # 0 is the first element, or the first example of one
+    if len(needed) == 1 and (_is_asked(model, needed[0], [1]) or _is_declared(model, needed[0], batch, inner)):
+        return [((batch,), {})]
+    if len(needed) > 1 and isinstance(inner, (tuple, list)) and len(inner) >= len(needed):
+        return [(tuple(inner[: len(needed)]), {})]
+    named = names_in(inner)
+    if named is not None and len(batch) >= len(needed) > 1 and not (named.keys() >= set(needed)):
+        named = None  # the first of several inputs
+    if named is not None:
+        return _by_name(model, inner, named)
+    return [(tuple(batch[: max(1, len(needed))]), {})]
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(unwrapped(model).forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def _needed(model: nn.Module) -> list[str]:
+    """The arguments that a model's forward cannot do without and takes by place; empty where it does not say."""
+    return [p.name for p in _parameters(model) if p.kind in _BY_PLACE and p.default is p.empty]
+
+
+def _names(model: nn.Module) -> set[str]:
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in _parameters(model) if p.kind in by_name}
+
+
+def _takes_any_name(model: nn.Module) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(model))
+
+
+def _accepts(model: nn.Module, named: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(unwrapped(model).forward).bind(**named)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _takes_whole(model: nn.Module, parameter: str, batch: Any, named: dict[str, Any]) -> bool:
+    """Whether the one argument is the batch itself: by its annotation, or because its parts are asked for by name."""
+    declared = _annotation(model, parameter)
+    first = next(iter(named.values()), None)
+    if _allows(declared, batch) and not _allows(declared, first):
+        return True
+    places = range(len(named)) if isinstance(batch, tuple) else ()
+    return _is_asked(model, parameter, places, named)
+
+
+def _is_declared(model: nn.Module, parameter: str, batch: Any, inner: Any) -> bool:
+    """Whether an annotation says that an argument is such a tuple or list, and not such a first part of it."""
+    declared = _annotation(model, parameter)
+    return _allows(declared, batch) and not _allows(declared, inner)
+
+
+def _annotation(model: nn.Module, parameter: str) -> Any:
+    try:
+        return get_type_hints(inspect.unwrap(unwrapped(model).forward)).get(parameter)
+    except Exception:  # noqa: BLE001 - names that exist for type checkers only
+        return None
+
+
+def _allows(declared: Any, value: Any) -> bool:
+    """Whether an annotation is of the value's type."""
+    if get_origin(declared) in {Union, UnionType}:
+        return any(_allows(each, value) for each in get_args(declared))
+    kind = get_origin(declared) or declared
+    return isinstance(kind, type) and kind is not object and isinstance(value, kind)
+
+
+def _is_asked(model: nn.Module, parameter: str, keys: Iterable[object], names: Iterable[str] = ()) -> bool:
+    """Whether a forward's own code takes an argument apart: by one of the keys, by an attribute's name, or unpacks it.
+
+    What a tensor can be asked for too proves nothing.
+    """
+    code: Any = code_of(model)
+    return code is not None and not _asked(code, parameter).isdisjoint({*keys, *names, _UNPACKED})
+
+
+@cache
+def _asked(code: CodeType, parameter: str) -> frozenset[object]:
+    """Keys and attributes that code takes of a variable, but for those that a tensor has too."""
+    steps = list(dis.get_instructions(code))
+    after = zip(steps, steps[1:], [*steps[2:], steps[-1]], strict=False)
+    return frozenset(chain.from_iterable(_taken(two, three) for one, two, three in after if _is_of(one, parameter)))
+
+
+def _is_of(step: dis.Instruction, parameter: str) -> bool:
+    """Whether a step puts the argument on top of the stack; some versions of Python load two variables in one."""
+    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        return False
+    return step.argval == parameter or (isinstance(step.argval, tuple) and step.argval[-1] == parameter)
+
+
+def _taken(step: dis.Instruction, then: dis.Instruction) -> list[object]:
+    """What two steps take of what is on top of the stack."""
+    if step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and not hasattr(Tensor, step.argval):
+        return [step.argval]
+    if step.opname in _CONSTANTS and then.opname in _SUBSCRIPTS and isinstance(step.argval, (str, int)):
+        return [step.argval]
+    return [_UNPACKED] if step.opname == "UNPACK_SEQUENCE" else []
+
+
+_CONSTANTS = {"LOAD_CONST", "LOAD_SMALL_INT"}
+_SUBSCRIPTS = {"BINARY_SUBSCR", "BINARY_OP"}
+_UNPACKED = object()
