@@ -156,7 +156,9 @@ def test_a_shifted_stream_rings(net: Net, name: str, calibrated: bool, caplog: p
     before = monitor.stream.evidence.observations
     ran(monitor, net, [SHIFTS[name](images(16)) for _ in range(40)])
     assert monitor.alarm is not None
-    assert heard == [monitor.alarm]
+    # who was told at once was told what was known then; a hint may come later
+    assert [replace(alarm, hint=monitor.alarm.hint) for alarm in heard] == [monitor.alarm]
+    assert heard[0].hint in {"", monitor.alarm.hint}
     assert "the inputs' distribution moved" in caplog.text
     assert monitor.alarm.observations - before <= (48 if calibrated else 480)
     assert monitor.alarm.examples >= monitor.alarm.observations
@@ -822,7 +824,7 @@ def test_another_mix_of_the_same_examples_is_told_from_other_inputs(
     for _ in range(50):
         stream.observe(*mix_of(1.0, 8, random))
     said = []
-    while stream.alarm is None or len(said) < 16:
+    while stream.alarm is None or len(said) < 20:
         z, q = mix_of(0.0 if is_mix else 1.0, 8, random)
         stream.observe(z if is_mix else z + 0.7, q)
         said += [stream.alarm.hint] if stream.alarm else []

@@ -19,7 +19,7 @@ _EARLY = 2 / 3
 _STILL = 0.15
 # sd of the weights with which old examples would make up the new mix: that of a mix which lacks half of them
 MIX = 1.0
-_SETTLED = 128  # observations from which on the distance is known: sqrt(2 log(2 m) / 128) is 0.4 for m = 10,000
+SETTLED = 128  # observations from which on the distance is known: sqrt(2 log(2 m) / 128) is 0.4 for m = 10,000
 _MOST_CHANNELS = 20
 
 
@@ -127,28 +127,24 @@ def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
     return next((layer.name for layer in layers if layer.log_evidence >= limit), None)
 
 
-def hint(
-    layers: Sequence[LayerShift], limit: float, furthest: float | None = None, observations: float = math.inf
-) -> str:
+def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = None) -> str:
     """What the change looks like; no proof.
 
     - "inputs": the first layers moved, or a component moved further than a mix that keeps half of the examples can move
       it.
     - "another mix": none did. Old examples with weights w make up the new ones if only classes come in other shares.
       They move the mean of anything by sd(w) of its standard deviations at most (Cauchy and Schwarz), and sd(w) is 1
-      where half of the examples no longer come, 3 where one of ten equal classes is left. It takes 128 observations.
+      where half of the examples no longer come, 3 where one of ten equal classes is left. Too few observations tell
+      little, so this is said of ``SETTLED`` ones that came after the alarm.
     - "late layers only": early layers are near their stored law. Fine noise does so, and another mix can.
 
     Args:
         layers: What is known of each.
         limit: Log evidence from which a layer has moved.
         furthest: How far the component that moved most did; None if that is not known, as from a checkpoint alone.
-        observations: How many it was measured with.
     """
     if furthest is not None:
-        if furthest > MIX:
-            return "inputs"
-        return "another mix" if observations >= _SETTLED else ""
+        return "inputs" if furthest > MIX else ""
     moved = [layer.log_evidence >= limit for layer in layers]
     early = max(1, math.floor(_EARLY * len(layers)))
     if not any(moved) or len(layers) < 3:

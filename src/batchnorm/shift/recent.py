@@ -23,9 +23,11 @@ class Recent:
 
     Args:
         channels: Of all layers.
+        name: In a state.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, name: str = "recent") -> None:
+        self._name = name
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
         self.count = 0  # observations
         self._least = 0.0  # evidence before any observation
@@ -37,7 +39,11 @@ class Recent:
             self.restart()
             self._least = log
         else:
-            self.sums, self.count = self.sums + sums, self.count + count
+            self.take(sums, count)
+
+    def take(self, sums: Tensor, count: int) -> None:
+        """Take a round of observations, whatever the evidence is."""
+        self.sums, self.count = self.sums + sums, self.count + count
 
     @property
     def means(self) -> Tensor | None:
@@ -50,9 +56,9 @@ class Recent:
 
     def state(self) -> State:
         """All of it."""
-        return State({"recent": self.sums}, {"recent": {"count": self.count, "least": self._least}})
+        return State({self._name: self.sums}, {self._name: {"count": self.count, "least": self._least}})
 
     def put(self, state: State) -> None:
         """Go on from a state."""
-        self.sums = state.tensors["recent"].clone()
-        self.count, self._least = state.about["recent"]["count"], state.about["recent"]["least"]
+        about = state.about[self._name]
+        self.sums, self.count, self._least = state.tensors[self._name].clone(), about["count"], about["least"]

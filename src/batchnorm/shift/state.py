@@ -80,7 +80,12 @@ class State:
             expected = {
                 f"{name}.{part}": bets[name] for name in self.about["bets"] for part in ("product", "restarted")
             }
-            expected |= {"sums": (2, channels), "recent": (2, channels), "tails.sums": (2, len(reference.sizes))}
+            expected |= {
+                "sums": (2, channels),
+                "recent": (2, channels),
+                "later": (2, channels),
+                "tails.sums": (2, len(reference.sizes)),
+            }
             if "ranks" in bets:
                 expected["bag"] = (bets["ranks"][1], CELLS)
             good = all(tuple(self.tensors[name].shape) == shape for name, shape in expected.items())
@@ -88,7 +93,7 @@ class State:
             good &= self.tensors["tails.largest"].shape[1] == len(reference.sizes)
             good &= set(self.about["bets"]) == set(bets)
             good &= "bag" not in self.tensors or Bag.counted(self.tensors["bag"]).is_whole
-            good &= {"count", "least"} <= set(self.about["recent"])
+            good &= all({"count", "least"} <= set(self.about[name]) for name in ("recent", "later"))
             good &= {"passed", "alarm", "open", "auto", "recent", "observations", "tails"} <= set(self.about)
         except (KeyError, TypeError, AttributeError, IndexError):
             good = False

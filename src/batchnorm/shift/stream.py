@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.alarm import Alarm, LayerShift, first_moved, hint, localized
+from batchnorm.shift.alarm import SETTLED, Alarm, LayerShift, first_moved, hint, localized
 from batchnorm.shift.evidence import Evidence
 from batchnorm.shift.recent import Recent
 from batchnorm.shift.state import State
@@ -62,6 +62,7 @@ class Stream:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
         self._recent = Recent(sum(reference.sizes))
+        self._later = Recent(sum(reference.sizes), "later")  # than the alarm
         self._warned: set[str] = set()
         self.lock = threading.RLock()  # held while something is counted; on_alarm is called under it
 
@@ -106,6 +107,8 @@ class Stream:
         self._sums += sums
         self._recent.add(sums, len(z), self._since_clean(self.evidence))
         self.autocorrelation.add(z, self.reference.center, self.reference.spread)
+        if self.alarm is not None:
+            self._settle(self.alarm, sums, len(z))
         self._judge()
         self._watch_tails(q)
 
@@ -120,19 +123,21 @@ class Stream:
                 f"neighbouring observations are alike (correlation {self.autocorrelation.r:.2f}): the rate of false "
                 f"alarms is not kept with unit={self.reference.unit!r}. Use a larger unit, such as 'batch' or a key.",
             )
-        if self.alarm is not None:
-            self._settle(self.alarm)
-        elif self.evidence.log >= self.limit:
-            self.alarm = self._alarm(self.evidence, self._means(), self._recent.count, self.passed)
+        if self.alarm is None and self.evidence.log >= self.limit:
+            self.alarm = self._alarm(self.evidence, self._means(), self.passed)
             LOGGER.warning("%s", self.alarm)
             self._call(self.alarm)
 
-    def _settle(self, alarm: Alarm) -> None:
+    def _settle(self, alarm: Alarm, sums: Tensor, n: int) -> None:
         """Give the alarm a hint that it rang too soon for."""
-        means, n = self._recent.means, self._recent.count
-        furthest = None if alarm.hint or means is None else self.reference.furthest(*means)
-        if furthest is not None and (about := hint(alarm.layers, self.limit, furthest, n)):
-            self.alarm = replace(alarm, hint=about)
+        self._later.take(sums, n)
+        if alarm.hint or (furthest := self.reference.furthest(*self.means)) is None:
+            return
+        about = hint(alarm.layers, self.limit, furthest)
+        if not about and self._later.count >= SETTLED and self._later.means is not None:
+            later = self.reference.furthest(*self._later.means)
+            about = hint(alarm.layers, self.limit, later) or "another mix"
+        self.alarm = replace(alarm, hint=about)
 
     def _watch_tails(self, q: Tensor) -> None:
         """Warn where a checkpoint's condition is doubtful; calibrated, nothing is assumed of tails."""
@@ -199,10 +204,10 @@ class Stream:
             return recent
         return self._sums / max(1, self.evidence.observations)
 
-    def _alarm(self, evidence: Evidence, means: Tensor, recent: int, passed: int) -> Alarm:
+    def _alarm(self, evidence: Evidence, means: Tensor, passed: int) -> Alarm:
         layers = localized(evidence, *means, alpha=self.alpha)
         furthest = evidence.reference.furthest(*means)
-        first, about = first_moved(layers, self.limit), hint(layers, self.limit, furthest, recent)
+        first, about = first_moved(layers, self.limit), hint(layers, self.limit, furthest)
         return Alarm(evidence.observations, passed, evidence.log, first, about, layers, time.time())
 
     # -- files and replicas -----------------------------------------------------------------------------------------
@@ -230,6 +235,7 @@ class Stream:
             State(rows, {}),
             self._grouping.state(),
             self._recent.state(),
+            self._later.state(),
             self.autocorrelation.state(),
             self._tails.state(),
         ):
@@ -254,6 +260,7 @@ class Stream:
         self._waiting = [(tensors["waiting.z"], tensors["waiting.q"])] if len(tensors["waiting.z"]) else []
         self._grouping.put(state)
         self._recent.put(state)
+        self._later.put(state)
         self.autocorrelation.put(state)
         self._tails.put(state)
 
@@ -282,4 +289,4 @@ class Stream:
         count = sum(state.about["recent"]["count"] for state in states)
         name, count = ("recent", count) if count else ("sums", max(1, evidence.observations))
         means = torch.stack([state.tensors[name] for state in states]).sum(0) / count
-        return self._alarm(evidence, means, count, sum(state.about["passed"] for state in states))
+        return self._alarm(evidence, means, sum(state.about["passed"] for state in states))
