@@ -140,6 +140,12 @@ def on_meta() -> dict[str, torch.Tensor]:
     return nn.Sequential(nn.BatchNorm2d(4)).to("meta").state_dict()
 
 
+def given_back() -> dict[str, torch.Tensor]:
+    state = nn.Sequential(nn.BatchNorm2d(4)).state_dict()
+    state["0.running_var"].untyped_storage().resize_(0)
+    return state
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyBatchNorm2d())
 
@@ -172,6 +178,7 @@ UNREAD = {
     "nested": (lambda: {"0.running_var": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
                "nested. Save a tensor for each of its parts."),
     "of two": (two, "a TwoTensor without numbers of its own. Save a plain tensor in its place."),
+    "given back": (given_back, "had given its memory back. Save whole tensors: get_model_state_dict("),
     "of the other sign": (
         lambda: {"0.running_mean": torch.ones(2), "0.running_var": torch.tensor([1j, 2j]).conj().imag},
         "stored with the other sign. Save tensor.resolve_neg()."),

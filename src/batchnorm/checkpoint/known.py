@@ -182,7 +182,9 @@ def _tensor(base: object, offset: Any, size: Any, stride: Any, *rest: object) ->
         raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
     why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
-    return Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
+    tensor = Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
+    is_empty = not base.numel and tensor.numel
+    return replace(tensor, why=f"a tensor that had given its memory back. {_WHOLE}") if is_empty else tensor
 
 
 def _tensor_v3(base: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
@@ -190,7 +192,7 @@ def _tensor_v3(base: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
     tensor = _tensor(base, offset, size, stride)
     if len(rest) < 3 or not isinstance(rest[2], Name) or rest[2].dtype not in BYTES:
         raise RefusalError("a tensor's type", brief(rest[2]) if len(rest) > 2 else "none")
-    return Tensor(tensor.storage, rest[2].dtype, tensor.offset, tensor.size, tensor.stride)
+    return replace(tensor, dtype=rest[2].dtype)
 
 
 def _first(value: object, *_: object) -> object:
