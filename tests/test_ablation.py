@@ -48,6 +48,31 @@ def subject(make=small, batches=None, loss=None):
     return Subject("net.py:make", make, Data.of(blobs() if batches is None else batches), loss)
 
 
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_batch_without_a_finite_loss_is_refused_before_any_training(at):
+    batches = blobs()
+    batches[at][0][2, 1] = math.nan
+    with pytest.raises(ValueError, match=r"must have a finite loss before any training.*it has NaN or infinite values"):
+        subject(batches=batches).to_device()
+
+
+def test_a_loss_that_is_infinite_from_the_start_is_not_blamed_on_the_data():
+    with pytest.raises(
+        ValueError, match=r"its values are finite\. Mend the data, the model's first weights or the loss"
+    ):
+        subject(loss=lambda output, _: output.sum() / 0).to_device()
+
+
+def test_missing_values_that_the_model_fills_in_are_no_fault():
+    class Filled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.nan_to_num())
+
+    batches = blobs()
+    batches[0][0][2, 1] = math.nan
+    subject(make=lambda: Filled(*small()), batches=batches).to_device()
+
+
 # -- data -----------------------------------------------------------------------------------------------------
 
 

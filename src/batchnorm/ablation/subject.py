@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import warnings
@@ -78,11 +79,37 @@ class Subject:
         return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
 
     def to_device(self) -> Subject:
-        """The same with data where the model is, and with whole batches if it takes no part of one."""
+        """The same with data where the model is, and with whole batches if it takes no part of one.
+
+        Raises:
+            ValueError: If a batch has no finite loss before any training.
+        """
         model = self.fresh(0)
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
         here = self if device.type == "cpu" else replace(self, data=self.data.to(device))
+        here._require_finite(model)
         return here if here._takes_parts(model.eval()) else replace(here, data=here.data.kept_whole())
+
+    def _require_finite(self, model: nn.Module) -> None:
+        """Refuse what no training can learn from: of the first batch, and of the first with NaN or infinite values."""
+        odd = next((batch for batch in self.data.train if not _is_finite(batch)), None)
+        for batch in (self.data.train[0], odd):
+            if batch is None or math.isfinite(self._first_loss(model, batch)):
+                continue
+            cause = "its values are finite" if _is_finite(batch) else "it has NaN or infinite values"
+            raise ValueError(
+                f"every batch must have a finite loss before any training, and one has none; {cause}. Mend the data, "
+                "the model's first weights or the loss."
+            )
+
+    def _first_loss(self, model: nn.Module, batch: Any) -> float:
+        """The loss before any training; 0 where a pass or a loss raises, which the training will tell."""
+        with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return float(self.value(model, batch))
+            except Exception:  # noqa: BLE001 - whatever the user's code raises
+                return 0.0
 
     def _takes_parts(self, model: nn.Module) -> bool:
         """Whether half of a batch has an answer where a whole one has; a model that has none at all is told later."""
@@ -100,6 +127,10 @@ class Subject:
             except Exception:  # noqa: BLE001
                 return False
         return True
+
+
+def _is_finite(batch: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors_in(batch) if t.is_floating_point())
 
 
 def _with_target(model: nn.Module, batch: Any) -> Any:
