@@ -66,6 +66,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    sys.modules.pop("net", None)  # of another test's folder
     yield tmp_path
     sys.modules.pop("net", None)
 

@@ -460,3 +460,27 @@ def test_a_monitor_shows_a_compiled_model_no_part_of_what_cannot_be_cut(kind):
         for batch in batches:
             call(compiled, own(batch))
     assert monitor.stream.evidence.observations >= len(batches)
+
+
+class AddsInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        x += 1
+        return x
+
+
+class Unpacks(nn.Module):
+    def forward(self, pair: Any) -> Tensor:
+        left, right = pair
+        return left + right
+
+
+def test_a_number_that_is_added_to_an_input_is_no_key_of_it() -> None:
+    x = torch.ones(3)
+    assert arguments(AddsInPlace(), [x, torch.tensor(1)]) == ((x,), {})
+
+
+def test_a_pair_of_inputs_beside_its_target_is_given_without_it() -> None:
+    left, right, target = torch.ones(3), torch.ones(3), torch.zeros(3)
+    assert torch.equal(call(Unpacks(), ((left, right), target)), left + right)
+    assert torch.equal(call(Unpacks(), (left, right)), left + right)

@@ -112,7 +112,8 @@ def _fetches_nothing(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    tensors = [*vars(module)["_parameters"].values(), *vars(module)["_buffers"].values()]
+    held = vars(module)  # a scripted module holds none of its own here
+    tensors = [*held.get("_parameters", {}).values(), *held.get("_buffers", {}).values()]
     return [tensor for tensor in tensors if tensor is not None]
 
 

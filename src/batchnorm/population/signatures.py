@@ -78,7 +78,9 @@ def _in_part(model: nn.Module, batch: tuple | list) -> list[Way]:
     inner = batch[0] if len(batch) else None
     # 0 is the first element, or the first example of one
     if len(needed) == 1 and (_is_asked(model, needed[0], [1]) or _is_declared(model, needed[0], batch, inner)):
-        return [((batch,), {})]
+        whole: list[Way] = [((batch,), {})]
+        # a pair of inputs beside their target
+        return [((inner,), {}), *whole] if isinstance(inner, (tuple, list)) and names_in(inner) is None else whole
     if len(needed) > 1 and isinstance(inner, (tuple, list)) and len(inner) >= len(needed):
         return [(tuple(inner[: len(needed)]), {})]
     named = names_in(inner)
@@ -177,11 +179,15 @@ def _taken(step: dis.Instruction, then: dis.Instruction) -> list[object]:
     """What two steps take of what is on top of the stack."""
     if step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and not hasattr(Tensor, step.argval):
         return [step.argval]
-    if step.opname in _CONSTANTS and then.opname in _SUBSCRIPTS and isinstance(step.argval, (str, int)):
+    if step.opname in _CONSTANTS and _is_subscript(then) and isinstance(step.argval, (str, int)):
         return [step.argval]
     return [_UNPACKED] if step.opname == "UNPACK_SEQUENCE" else []
 
 
+def _is_subscript(step: dis.Instruction) -> bool:
+    """Whether a step is value[key], which newer versions of Python count among operators such as ``+=``."""
+    return step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr == "[]")
+
+
 _CONSTANTS = {"LOAD_CONST", "LOAD_SMALL_INT"}
-_SUBSCRIPTS = {"BINARY_SUBSCR", "BINARY_OP"}
 _UNPACKED = object()
