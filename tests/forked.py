@@ -41,12 +41,23 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def run_world(code: str, *arguments: str, world: int = 2) -> list[subprocess.CompletedProcess]:
-    """The same by each rank, with the environment variables by which torch.distributed finds the others."""
+    """What each rank of torch.distributed writes, of ranks that are fresh interpreters: forked ones have hung."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    return run_together(code, [(arguments, shared | {"RANK": str(rank)}) for rank in range(world)])
+    shared["PYTHONPATH"] = str(Path(__file__).parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *arguments],
+            env=os.environ | shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    ended = [rank.communicate(timeout=120) for rank in ranks]
+    return [
+        subprocess.CompletedProcess(code, rank.returncode, *written) for rank, written in zip(ranks, ended, strict=True)
+    ]
 
 
 def run_together(code: str, calls: Sequence[tuple[Sequence[str], dict]]) -> list[subprocess.CompletedProcess]:
