@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import multiprocessing as torchs
@@ -28,9 +28,14 @@ def ranks(function: Callable, arguments: tuple, world: int) -> None:
 
 
 def run(code: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """What ``python -c code arguments`` would have written and ended with."""
-    [done] = run_together(code, [(arguments, environment or {})])
-    return done
+    """What ``python -c code arguments`` would have written and ended with; it may not take more than two minutes."""
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "written")
+        told = (textwrap.dedent(code), list(arguments), environment or {}, str(place))
+        process = context.Process(target=_execute, args=told)
+        process.start()
+        return _result(process, place, code)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -58,20 +63,6 @@ def run_world(code: str, *arguments: str, world: int = 2) -> list[subprocess.Com
     return [
         subprocess.CompletedProcess(code, rank.returncode, *written) for rank, written in zip(ranks, ended, strict=True)
     ]
-
-
-def run_together(code: str, calls: Sequence[tuple[Sequence[str], dict]]) -> list[subprocess.CompletedProcess]:
-    """One process for each of the calls, all at the same time; none may take more than two minutes."""
-    context = multiprocessing.get_context("forkserver")
-    with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder, str(i)) for i in range(len(calls))]
-        processes = [
-            context.Process(target=_execute, args=(textwrap.dedent(code), list(arguments), environment, str(place)))
-            for place, (arguments, environment) in zip(places, calls, strict=True)
-        ]
-        for process in processes:
-            process.start()
-        return [_result(process, place, code) for process, place in zip(processes, places, strict=True)]
 
 
 def _execute(code: str, arguments: list[str], environment: dict[str, str], place: str) -> None:

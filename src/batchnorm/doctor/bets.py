@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
+from batchnorm.shift.alarm import discovered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,8 +123,5 @@ def _scores() -> Iterator[Score]:
 
 
 def named(log_e: Tensor) -> tuple[int, ...]:
-    """Channels by e-BH, in order: the k largest e-values if the k-th is at least C / (k ``CHANCE``)."""
-    ranked, channels = log_e.nan_to_num(nan=-math.inf).sort(descending=True)
-    ranks = torch.arange(1, len(log_e) + 1, dtype=torch.float64, device=log_e.device)
-    reached = (ranked >= math.log(len(log_e) / CHANCE) - ranks.log()).nonzero()
-    return tuple(sorted(channels[: int(reached.max()) + 1].tolist())) if len(reached) else ()
+    """Channels by e-BH at ``CHANCE``, in order; NaN names none."""
+    return tuple(sorted(discovered(log_e.nan_to_num(nan=-math.inf), CHANCE)))

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.doctor.comparison import difference, floats_in, tolerance
 from batchnorm.doctor.layers import count_of
 from batchnorm.layers import batch_norms
+from batchnorm.population.absent import modules_behind
 from batchnorm.population.batches import arguments, call, examples_in, on_device_of, why_without_rows
 from batchnorm.population.rows import why_whole
 from batchnorm.population.tensors import AbsenceError
@@ -141,12 +142,7 @@ def _not_given(model: nn.Module, batch: Any) -> str:
 
 def _is_of_batch_norm(error: BaseException) -> bool:
     """Whether it was raised in a batch norm layer."""
-    trace = error.__traceback__
-    while trace is not None:
-        if isinstance(trace.tb_frame.f_locals.get("self"), _BatchNorm):
-            return True
-        trace = trace.tb_next
-    return False
+    return any(isinstance(module, _BatchNorm) for module in modules_behind(error))
 
 
 def _train_outputs(model: nn.Module, batch: Any, before: dict[str, int]) -> tuple[list[Tensor], dict[str, int]]:

@@ -142,10 +142,13 @@ def _told(model: nn.Module, error: BaseException) -> str:
 
 def _innermost(error: BaseException, known: dict[nn.Module, str]) -> nn.Module:
     """The module whose code raised it; the model if it is of none."""
-    found, trace = next(iter(known)), error.__traceback__
+    return next(iter([module for module in modules_behind(error) if module in known][::-1]), next(iter(known)))
+
+
+def modules_behind(error: BaseException) -> Iterator[nn.Module]:
+    """The modules whose code was running when it was raised, from the outermost on."""
+    trace = error.__traceback__
     while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and owner in known:
-            found = owner
+        if isinstance(owner := trace.tb_frame.f_locals.get("self"), nn.Module):
+            yield owner
         trace = trace.tb_next
-    return found

@@ -115,7 +115,7 @@ def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float)
             name,
             float(of_layers[i]),
             evidence.kinds[int(kinds[:, i].argmax())],
-            discovered(channels[i], alpha),
+            discovered(channels[i], alpha)[:_MOST_CHANNELS],
             *_distances(*part),
         )
         for i, (name, part) in enumerate(zip(known.layers, moments, strict=True))
@@ -159,10 +159,10 @@ def discovered(log_e: Tensor, alpha: float) -> tuple[int, ...]:
     """Channels by e-BH (Wang and Ramdas 2022): the k largest e-values if the k-th is at least n / (k alpha)."""
     order = log_e.argsort(descending=True)
     n = len(log_e)
-    needed = math.log(n / alpha) - torch.arange(1, n + 1, dtype=torch.float64).log()
+    needed = math.log(n / alpha) - torch.arange(1, n + 1, dtype=torch.float64, device=log_e.device).log()
     reached = (log_e[order] >= needed).nonzero()
     k = int(reached.max()) + 1 if len(reached) else 0
-    return tuple(order[: min(k, _MOST_CHANNELS)].tolist())
+    return tuple(order[:k].tolist())
 
 
 def _distances(mean: Tensor, energy: Tensor) -> tuple[float, float]:
