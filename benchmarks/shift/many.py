@@ -109,7 +109,7 @@ def _ranks(cells, inside, before, weight, started, rest, is_spread):  # type: ig
                 while at <= CELLS:
                     tree[at] += 1
                     at += at & -at
-                at, rank = CELLS - cells[score, i], 0
+                at, rank = CELLS - max(cells[score, i] - 1, 0), 0  # the cell below counts too: rounding
                 while at > 0:
                     rank += tree[at]
                     at -= at & -at

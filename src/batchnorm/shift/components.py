@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import final
 
 import torch
@@ -61,11 +61,7 @@ class Components:
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
         """Components of observations, (n, 2 * channels)."""
-        return turned(self._axes, self.sizes, z, q)
-
-    @cached_property
-    def _axes(self) -> Tensor:
-        return self.axes.double()
+        return turned(self.axes, self.sizes, z, q)
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +91,8 @@ def axes_of(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def turned(axes: Tensor, sizes: Sequence[int], z: Tensor, q: Tensor) -> Tensor:
-    """Components along ``axes``, (n, 2 * channels): those of z, then those of q."""
-    parts = [_blocks(x, sizes) @ turn for x, turn in zip((z, q), axes.double(), strict=True)]
+    """Components along ``axes``, (n, 2 * channels): those of z, then those of q, in their dtype."""
+    parts = [_blocks(x, sizes) @ turn for x, turn in zip((z, q), axes.to(z.dtype), strict=True)]
     flat = torch.stack(parts).permute(2, 0, 1, 3).flatten(2)  # (n, 2, slots)
     return (flat if flat.shape[2] == z.shape[1] else flat[:, :, _slots(tuple(sizes))]).flatten(1)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -25,12 +26,13 @@ _PARTS = (0.0, 0.05, 0.25)
 # r = S + this part of 1 - S
 _HOPES = (0.2, 0.6)
 _CONFIDENCE = 0.99
+_ROUNDING = 1e-4  # stored sd: the same input's mean may differ by that, by the size of its batch or the machine
 MARKS = len(_PARTS)
 BETS = MARKS * len(_HOPES)
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Marks:
     """Marks of every channel.
 
@@ -57,11 +59,17 @@ class Marks:
     def factors(self, z: Tensor) -> Tensor:
         """Log factors of the bets, summed over observations: (n, channels) -> (2, bets, channels)."""
         beyond, share = torch.zeros(2, *self.upper.shape, dtype=torch.float64), self.shares[:, None]
-        for some in z.split(255):  # as many as a byte counts
-            beyond += torch.stack([how_many(some[:, None] > self.upper), how_many(some[:, None] < self.lower)])
+        upper, lower = self._outer
+        for some in z.float().split(255):  # as many as a byte counts
+            beyond += torch.stack([how_many(some[:, None] > upper), how_many(some[:, None] < lower)])
         r = share + torch.tensor(_HOPES, dtype=torch.float64)[:, None, None] * (1 - share)  # (hopes, marks, 1)
         won, lost = (r / share).log(), ((1 - r) / (1 - share)).log()
         return (beyond[:, None] * (won - lost)).add_(len(z) * lost).flatten(1, 2)
+
+    @cached_property
+    def _outer(self) -> tuple[Tensor, Tensor]:
+        """The marks, further out by what rounding may move a mean, in float32."""
+        return (self.upper + _ROUNDING).float(), (self.lower - _ROUNDING).float()
 
 
 def _most(n: int, k: int, error: float) -> float:

@@ -14,6 +14,11 @@ principal components of neighbouring channels (``components``), likewise:
 Centers, deviations and directions are learned from some of the calibration observations; the bag that p-values are
 taken from holds the others. What is learned badly costs power, never validity. Mean absolute deviations and logarithms
 keep their sense where a few observations are very large.
+
+What varies by less than 2 % of a stored sd on clean data may vary by rounding only, which the size of a batch and the
+machine change: clean inputs may be of a few kinds, or a difference of channels may always be 0. So deviations count as
+0.02 at least, those of scores as 0.1, and those of a component's mean, 1 by definition, as 1. Then rounding by 4e-5 sd
+moves a component's mean by no more than half a cell (see ``conformal``), and rounding by 4e-6 sd so moves any score.
 """
 
 from __future__ import annotations
@@ -35,7 +40,9 @@ KIND_OF = (
     "channel energy", "channel energy", "components", "components", *["component means"] * (2 * TOGETHER),
 )  # fmt: skip
 _FLOOR = 1e-3  # of a channel's energy, below which its logarithm no longer falls
-_LEAST = torch.finfo(torch.float32).eps
+_SPREAD = 0.02  # least mean absolute deviation of channels and components
+_WIDTH = 0.1  # of scores
+_MOST = 1e12  # of a mean, in stored sd, or an energy: further counts as this far
 
 
 @final
@@ -70,17 +77,19 @@ class Scores:
     @classmethod
     def learned(cls, components: Components, power: Tensor, z: Tensor, q: Tensor) -> Scores:
         """Scores for observations like these: channel means in stored sd and energies, (n, channels) each."""
-        turned = _middle(components.of(z, q / power))
+        turned = _middle(components.of(_single(z), _single(q / power)).double(), _SPREAD)
         scores = len(KIND_OF) * len(components.sizes)
         unknown = torch.zeros(scores, dtype=torch.float64), torch.ones(scores, dtype=torch.float64)
-        known = cls(components, *_middle(z), power, *_middle(_log(q / power)), *turned, *unknown)
-        middle, width = _middle(known.of(z, q))
-        return replace(known, middle=middle, width=width)
+        power_middle = _middle(_log(q / power), _SPREAD)
+        known = cls(components, *_middle(z, _SPREAD), power, *power_middle, *turned, *unknown)
+        middle, width = _middle(known.of(z, q).double(), _WIDTH)
+        along = torch.tensor([kind == "component means" for kind in KIND_OF]).repeat_interleave(len(components.sizes))
+        return replace(known, middle=middle, width=torch.where(along, width.clamp_min(1), width))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
-        """Scores of observations, (n, scores): of all layers the first, of all layers the second, and so on."""
+        """Scores of observations, (n, scores), float32: of all layers the first, of all the second, and so on."""
         sizes, n = self.components.sizes, len(z)
-        relative = q / self.power
+        z, relative, q = _single(z), _single(q / self.power), _single(q)
         usual, far = z.new_empty(2, 4, n, z.shape[1])  # reduced to their mean, and to the largest of them
         a, _, b, odd = usual
         self._standard("mean", z, out=a)
@@ -119,7 +128,7 @@ class Scores:
             "power": (self.power_center, self.power_spread),
             "turned": (self.turned_center, self.turned_spread),
         }
-        return {name: (-center / spread, 1 / spread) for name, (center, spread) in kinds.items()}
+        return {name: ((-center / spread).float(), (1 / spread).float()) for name, (center, spread) in kinds.items()}
 
     def cells(self, z: Tensor, q: Tensor) -> Tensor:
         """Cells of the scores of observations, (n, scores)."""
@@ -129,7 +138,7 @@ class Scores:
 def powers(q: Tensor) -> Tensor:
     """Middle of each channel's energy, (n, channels) -> (channels,); the mean where most of it is 0."""
     middle = q.median(0).values
-    return torch.where(middle > 0, middle, q.mean(0)).clamp_min(_LEAST)
+    return torch.where(middle > 0, middle, q.mean(0)).clamp_min(torch.finfo(torch.float32).eps)
 
 
 def _first(x: Tensor) -> Tensor:
@@ -137,11 +146,16 @@ def _first(x: Tensor) -> Tensor:
     return F.pad(x[..., :TOGETHER], (0, max(0, TOGETHER - x.shape[-1]))).mT
 
 
+def _single(x: Tensor) -> Tensor:
+    """In float32, which costs half as much; the clean scores that they are compared with are measured so too."""
+    return x.float().clamp_(-_MOST, _MOST)
+
+
 def _log(relative: Tensor) -> Tensor:
     return (relative + _FLOOR).log_()
 
 
-def _middle(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Median and mean absolute deviation from it: (n, k) -> (k,) each."""
+def _middle(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Median and mean absolute deviation from it, ``least`` at least: (n, k) -> (k,) each."""
     middle = x.median(0).values
-    return middle, (x - middle).abs().mean(0).clamp_min(_LEAST)
+    return middle, (x - middle).abs().mean(0).clamp_min(least)
