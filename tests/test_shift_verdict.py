@@ -287,6 +287,15 @@ def test_a_page_of_a_large_model_is_small_and_loads_nothing(calibrated: ShiftMon
     assert text == page(told(**large), png)
 
 
+def test_the_line_of_evidence_rises_from_none_also_where_the_first_round_is_far_above_the_frame() -> None:
+    text = page(told(trail=((8, 1126.0), (16, 2300.0)), log_evidence=2300.0, rang=8))
+    points = re.search(r'polyline points="([^"]+)"', text)
+    assert points is not None
+    (start, low), (first, high), *_ = (tuple(map(float, point.split(","))) for point in points[1].split())
+    assert (start, first) == (0.0, 20.0)  # 8 of 400 examples, in thousandths
+    assert high < 0 < low < 1000  # the line leaves the frame at the top
+
+
 def test_the_first_layer_that_moved_is_open_and_others_are_closed() -> None:
     text = page(told())
     assert text.count('<details class="moves" open>') == 1

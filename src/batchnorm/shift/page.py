@@ -315,6 +315,7 @@ def _chart(verdict: Verdict) -> dict[str, Any]:
 
     across = 100 / verdict.examples
     path = [(10 * n * across, 10 * up(min(t, high + 1))) for (n, _), t in zip(verdict.trail, tens, strict=True)]
+    path.insert(0, (0.0, 10 * up(0.0)))  # no evidence before the first example
     step = math.ceil(len(path) / _POINTS)
     marks = range(0, math.floor(high) + 1, max(1, math.ceil(high / 5)))
     return {
