@@ -287,6 +287,12 @@ def test_a_page_of_a_large_model_is_small_and_loads_nothing(calibrated: ShiftMon
     assert text == page(told(**large), png)
 
 
+def test_a_page_does_not_say_to_make_itself() -> None:
+    calibrated = told(source="calibrated", calibrated=256)
+    assert "-o shift.html" in full(calibrated)
+    assert "-o shift.html" not in page(calibrated)
+
+
 def test_the_line_of_evidence_rises_from_none_also_where_the_first_round_is_far_above_the_frame() -> None:
     text = page(told(trail=((8, 1126.0), (16, 2300.0)), log_evidence=2300.0, rang=8))
     points = re.search(r'polyline points="([^"]+)"', text)

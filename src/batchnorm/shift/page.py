@@ -147,7 +147,7 @@ def follows(verdict: Verdict) -> list[str]:
 
 
 def following(verdict: Verdict) -> str:
-    """The next command."""
+    """The next command, "" if there is none."""
     model = verdict.command.partition(" --data ")[0]
     if verdict.dependent and verdict.unit == "example":
         return f"{verdict.command} --unit batch"
@@ -155,7 +155,7 @@ def following(verdict: Verdict) -> str:
         return f"{verdict.command} --calibrate clean.py:loader"
     if _is_wide(verdict):
         return f"{model.replace('batchnorm shift', 'batchnorm doctor', 1)} --data clean.py:loader"
-    return f"{verdict.command} -o shift.html" if verdict.rang is not None else ""
+    return ""
 
 
 def _is_wide(verdict: Verdict) -> bool:
@@ -198,7 +198,8 @@ def full(verdict: Verdict, *, width: int = 80) -> str:
     lines += ["", *_table(verdict, width), "", "not seen:"]
     lines += [line for text in unseen(verdict) for line in wrapped(f"  - {text}", width, 4)]
     lines += ["", *(line for text in follows(verdict) for line in wrapped(text, width))]
-    if command := following(verdict):
+    as_page = "" if verdict.rang is None else f"{verdict.command} -o shift.html"
+    if command := following(verdict) or as_page:
         lines.append(f"next: {plain(command)}")
     return "\n".join(lines)
 
