@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from itertools import count
@@ -545,13 +545,52 @@ def test_the_cost_stays_within_the_budget(step_time: float, look_time: float) ->
 
 def test_an_event_is_told_once_until_it_has_ended() -> None:
     events, layers = Events(), ("a", "b")
-    series = [1.0, 5.0, 6.0, 3.0, 5.0, 1.0, 4.5]
-    told = [list(events.of(layers, {"staleness": [value, None]}, early=False)) for value in series]
-    assert [len(found) for found in told] == [0, 1, 0, 0, 0, 0, 1]
-    assert (told[1][0].layer, told[1][0].code) == ("a", "BN116")
-    assert not list(Events().of(layers, {"staleness": [50.0, 50.0]}, early=True))
-    (both,) = Events().of(layers, {"staleness": [50.0, 60.0]}, early=False)
+    series = [1.0, 0.6, 0.55, 0.45, 0.6, 0.3, 0.6]
+    told = [list(events.of(layers, {"dead": [value, None]}, early=False)) for value in series]
+    assert [len(found) for found in told] == [1, 0, 0, 0, 0, 0, 1]
+    assert (told[0][0].layer, told[0][0].code) == ("a", "BN106")
+    (both,) = Events().of(layers, {"dead": [0.6, 0.7]}, early=False)
     assert both.message.endswith("; 1 more layers likewise")
+
+
+def test_statistics_are_stale_after_three_looks_in_a_row_and_not_while_averages_begin() -> None:
+    for quantity in ("staleness", "short_var"):
+        events = Events()
+        series = [5.0, 5.0, 1.0, 5.0, 6.0, 50.0, 3.0, 5.0, 1.0, 4.5, 4.5, 4.5]
+        told = [list(events.of(("a",), {quantity: [value]}, early=False)) for value in series]
+        assert [i for i, found in enumerate(told) if found] == [5, 11]
+        assert told[5][0].code == "BN116"
+        early = Events()
+        assert not [event for _ in range(9) for event in early.of(("a",), {quantity: [50.0]}, early=True)]
+
+
+def spikes(count: int, seed: int = 0) -> list[Tensor]:
+    """Batches of 32 normal examples, 1 of 1,000 of which is 100 times as large."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 32, 16, generator=random)
+    return list(x * torch.where(torch.rand(count, 32, 1, generator=random) < 1e-3, 100.0, 1.0))
+
+
+def told_of(layer: nn.Module, data: Iterable[Tensor], folder: Path) -> set[str]:
+    """Codes of events of a training that changes nothing."""
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    with bn.watch(layer, log=folder, every=20, budget=NO_LIMIT, probe=False):
+        for x in data:
+            layer(x).sum().backward()
+            optimizer.step()
+    return {event["code"] for event in Log(folder).rows("event")}
+
+
+def test_rare_large_examples_make_no_statistics_stale(tmp_path: Path) -> None:
+    assert "BN116" not in told_of(nn.BatchNorm1d(16), spikes(1500), tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda x, i: x * 1.02**i, lambda x, i: x + i / 20])
+def test_averages_that_are_too_slow_for_a_change_are_stale(
+    change: Callable[[Tensor, int], Tensor], tmp_path: Path
+) -> None:
+    data = [change(x, i) for i, x in enumerate(torch.randn(1000, 32, 16, generator=torch.Generator().manual_seed(1)))]
+    assert "BN116" in told_of(nn.BatchNorm1d(16, momentum=0.01), data, tmp_path)
 
 
 def test_freezing_and_poison_are_events(tmp_path: Path) -> None:

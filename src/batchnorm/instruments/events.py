@@ -9,6 +9,8 @@ from typing import final
 # standard errors: noise alone has 1; a doctor's finding begins where chance ends
 _STALE = 4.0
 _CALM = 2.0  # an alarm ends well below where it began, or it would flicker
+# looks in a row: a batch with a rare large example is in an average for a while, and then no longer
+_LASTING = 3
 
 
 @final
@@ -24,13 +26,14 @@ class Event:
 @final
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A state that a quantity can be in: when it begins, when it ends, and what to say."""
+    """A state that a quantity can be in: when it begins, when it ends, what to say, and after how many looks."""
 
     quantity: str
     code: str | None
     begins: Callable[[float], bool]
     ends: Callable[[float], bool]
     message: str
+    looks: int = 1
 
     def event(self, begun: Sequence[tuple[str, float]]) -> Event:
         """One event for all layers that began at once, in the words of the first."""
@@ -46,13 +49,15 @@ _TABLE = (
         lambda t: t > _STALE,
         lambda t: t < _CALM,
         "stored means are {value:.1f} standard errors from the batches' (1 is noise): eval mode lags behind",
+        looks=_LASTING,
     ),
     _Watched(
-        "staleness_var",
+        "short_var",
         "BN116",
         lambda t: t > _STALE,
         lambda t: t < _CALM,
-        "stored variances are {value:.1f} standard errors from the batches' (1 is noise): eval mode lags behind",
+        "stored variances are {value:.1f} standard errors below the batches' (1 is noise): eval mode lags behind",
+        looks=_LASTING,
     ),
     _Watched(
         "m_eff",
@@ -72,6 +77,7 @@ class Events:
 
     def __init__(self) -> None:
         self._on: set[tuple[str, str]] = set()
+        self._looks: dict[tuple[str, str], int] = {}  # in a row in which a state could begin
         self._updates: dict[str, bool] = {}
 
     def of(
@@ -79,7 +85,7 @@ class Events:
     ) -> Iterator[Event]:
         """Events of one look; an ``early`` one, whose averages still hold initial values, says nothing of staleness."""
         for watched in _TABLE:
-            if early and watched.quantity.startswith("staleness"):
+            if early and watched.code == "BN116":
                 continue
             row = zip(layers, values.get(watched.quantity, ()), strict=False)
             begun = [(layer, v) for layer, v in row if v is not None and self._turns_on(watched, layer, v)]
@@ -91,11 +97,13 @@ class Events:
         if key in self._on:
             if watched.ends(value):
                 self._on.discard(key)
+                self._looks[key] = 0
             return False
-        if watched.begins(value):
-            self._on.add(key)
-            return True
-        return False
+        self._looks[key] = self._looks.get(key, 0) + 1 if watched.begins(value) else 0
+        if self._looks[key] < watched.looks:
+            return False
+        self._on.add(key)
+        return True
 
     def of_passes(self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Iterator[Event]:
         """Layers with several passes in a step that could not be told apart, so that their noise is not known; once."""

@@ -141,7 +141,8 @@ def train_eval_gap(
     stored statistics are the exact ones, the stale part is 0 to the last digit.
 
     How to read it: a noise part below 0 says that train mode is worse, as it is with small batches. A stale part
-    above 0 is repaired by ``recalibrate``; t below 2 is what a running average scatters by, above 4 it is stale. In
+    above 0 is repaired by ``recalibrate``; t below 2 is what a running average scatters by, above 4 it is stale,
+    unless rare examples are very large: a variance that has some of them in it may be above 4 by chance. In
     batches of M values a channel's own standard deviation is sqrt((M - 1) / M) too small, which eval mode does not
     do: at M = 2 the output's slope falls by 29 % there, and that belongs to the noise part. It misleads with data
     other than that of training, where exact statistics of these data are a third thing, an adaptation; with

@@ -52,6 +52,8 @@ class Window:
         dropout: Rate of Gaussian dropout with as much noise.
         staleness: Distance of the stored mean from the batches', in standard errors, rms over channels.
         staleness_var: The same for the log of the variance.
+        short_var: The same of channels whose stored variance is below that of every batch in the window, others
+            counting 0. Only this is more than rare large examples explain, which an average holds for a while.
         gap: Difference of outputs between batch and stored statistics, rms, in sd of the eval output.
         wander: Noise power of independent batches that would move the averages as much as these did.
     """
@@ -61,6 +63,7 @@ class Window:
     dropout: Tensor
     staleness: Tensor
     staleness_var: Tensor
+    short_var: Tensor
     gap: Tensor
     wander: Tensor
 
@@ -90,7 +93,10 @@ def _of_group(group: Readings, independent: bool) -> Window:
     passes = _spread_of_passes(group) or (whole if independent else None)
     var, counted = whole.var, whole.counted
     lag = layers.mean((first.mean - steps.mean.mean(0)).square() / var, counted)
-    log_lag = layers.mean((first.var.log() - var.log()).square(), counted)
+    log_lags = (first.var.log() - var.log()).square()
+    log_lag, short = (
+        layers.mean(lags, counted) for lags in (log_lags, log_lags.where(first.var < steps.var.amin(0), 0))
+    )
     ema = _ema_noise(first, layers) + steps.share.mean(0) / len(steps.mean)
     unknown = torch.full_like(whole.of_mean, torch.nan)
     noise = unknown if passes is None else passes.noise
@@ -100,6 +106,7 @@ def _of_group(group: Readings, independent: bool) -> Window:
         dropout=noise / (1 + noise),
         staleness=(lag / (whole.of_mean * ema)).sqrt(),
         staleness_var=(log_lag / (whole.of_log * ema)).sqrt(),
+        short_var=(short / (whole.of_log * ema)).sqrt(),
         gap=unknown if passes is None else _gap(group, counted),
         wander=whole.noise,
     )

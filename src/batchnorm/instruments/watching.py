@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from importlib.metadata import version
@@ -386,7 +386,7 @@ class Watch:
         values |= self._moved(window[-1], seen.wander) | census(self._known, window[-1])
         record = Record(self.steps, self._known.names, _rows(values), {}, "free", time.time())
         self._keep(record)
-        self._tell_events(window, record)
+        self._tell_events(window, record.values | _rows({"short_var": seen.short_var}))
         self._last = self.steps, window[-1]
 
     def _moved(self, now: Snapshot, noise: Tensor) -> dict[str, Tensor]:
@@ -407,7 +407,7 @@ class Watch:
         self._view = self.steps, view
         return Record(self.steps, self._known.names, values, view.of_model, "probe", time.time(), view.arrays())
 
-    def _tell_events(self, window: list[Snapshot], record: Record) -> None:
+    def _tell_events(self, window: list[Snapshot], values: Mapping[str, Sequence[float | None]]) -> None:
         moves = (window[-1].updates > window[0].updates).tolist()
         finite = [bool(part.isfinite().all()) for part in (window[-1].mean + window[-1].var).split(self._known.sizes)]
         early = self.steps < _early(self._known)
@@ -416,8 +416,8 @@ class Watch:
         for event in (
             *self._events.of_updates({n: m for n, m, c in zip(names, moves, counts, strict=True) if c}),
             *self._events.of_poison({n: f for n, f, c in zip(names, finite, counts, strict=True) if c}),
-            *self._events.of_passes(names, record.values),
-            *self._events.of(names, record.values, early=early),
+            *self._events.of_passes(names, values),
+            *self._events.of(names, values, early=early),
         ):
             self._outlets.event(self.steps, event.message, event.layer, event.code)
 

@@ -79,9 +79,10 @@ QUANTITIES: dict[str, Quantity] = {
         "standard errors",
         "free",
         "rms over channels of (stored - mean of mu_B) / (sd(mu_B) sqrt(a / (2 - a) + 1 / W)), by steps",
-        "About 1: the stored mean differs from the last W batches by noise alone. Above 4: it lags behind, and eval "
-        "mode normalizes by what no batch has any more.",
-        "a step that is too long or too short for the momentum is shown as it is: as lag; " + _RUNNING,
+        "About 1: the stored mean differs from the last W batches by noise alone. Above 4 in several looks: it lags "
+        "behind, and eval mode normalizes by what no batch has any more.",
+        "a step that is too long or too short for the momentum is shown as it is: as lag; a rare large example puts "
+        "it above 4 for a look or two; " + _RUNNING,
         "1",
         "a t statistic; the variance of an exponential average",
         good=1.0,
@@ -92,7 +93,8 @@ QUANTITIES: dict[str, Quantity] = {
         "free",
         "as staleness, of the log of the variance",
         "As the staleness of the mean.",
-        "variances near 0; " + _RUNNING,
+        "variances near 0; where examples of 1 in 1,000 are large, a third of the looks are above 4, for the average "
+        "has some of them and the last batches have none: only a variance that is too small shows lag; " + _RUNNING,
         "1",
         "as staleness",
         good=1.0,
