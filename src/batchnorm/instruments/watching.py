@@ -386,7 +386,7 @@ class Watch:
         values |= self._moved(window[-1], seen.wander) | census(self._known, window[-1])
         record = Record(self.steps, self._known.names, _rows(values), {}, "free", time.time())
         self._keep(record)
-        self._tell_events(window, record.values | _rows({"short_var": seen.short_var}))
+        self._tell_events(window, {**record.values, **_rows({"short_var": seen.short_var})})
         self._last = self.steps, window[-1]
 
     def _moved(self, now: Snapshot, noise: Tensor) -> dict[str, Tensor]:
