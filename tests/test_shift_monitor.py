@@ -288,7 +288,7 @@ def test_observations_are_examples_batches_or_runs_of_keys() -> None:
     assert torch.equal(first, z[:2].mean(0, keepdim=True))
     second, _ = runs.of(z[4:], z[4:], ["b", "c"])
     assert torch.allclose(second, z[2:5].mean(0, keepdim=True))
-    with pytest.raises(ValueError, match=r"must give a key for each of 6 examples, got 2"):
+    with pytest.raises(ValueError, match=r"must give a key for each example, of which there are 6 or more, got 2"):
         Grouping(lambda _: ["a", "b"]).of(z, z, None)
 
 
@@ -340,7 +340,7 @@ def test_passes_of_several_threads_are_kept_apart(net: Net) -> None:
     model = Slow().eval()
     monitor = watching(model)
     seen = []
-    monitor.stream.observe = lambda z, q, inputs: seen.append(z)
+    monitor.stream.observe = lambda z, q, inputs, rows: seen.append(z)
     with monitor:
         threads = [threading.Thread(target=model, args=(torch.full((3, 2), value),)) for value in (1.0, 9.0)]
         for thread in threads:

@@ -254,7 +254,7 @@ class Batches:
         for batch in loader:
             size = self._size_of(batch)
             may_cut = cut and self.has_rows and not why_without_rows(self.given(batch))
-            yield batch if size <= left or not may_cut else _each_leaf(batch, partial(_first, left, size))
+            yield batch if size <= left or not may_cut else _each_leaf(batch, partial(_rows, range(left), size))
             left -= size
             if left <= 0:
                 return
@@ -336,17 +336,24 @@ def _size_of_object(leaf: Any) -> list[int]:
     return [told] if told is not None else list(chain.from_iterable(map(_size, _tensors_of_object(leaf))))[:1]
 
 
-def _first(count: int, size: int, leaf: Any) -> Any:
+def rows_of(batch: Any, rows: Sequence[int]) -> Any:
+    """These rows of everything in a batch that has as many as it has examples; of other parts all."""
+    return _each_leaf(batch, partial(_rows, rows, examples_in(batch) or 0))
+
+
+def _rows(rows: Sequence[int], size: int, leaf: Any) -> Any:
     if _size(leaf) != [size]:
         return leaf
     if isinstance(leaf, PackedSequence):
-        return pack_sequence(unpack_sequence(leaf)[:count], enforce_sorted=False)
+        sequences = unpack_sequence(leaf)
+        return pack_sequence([sequences[row] for row in rows], enforce_sorted=False)
     if leaf.is_nested:
-        return torch.nested.as_nested_tensor(list(leaf.unbind())[:count], layout=leaf.layout)
+        parts = leaf.unbind()
+        return torch.nested.as_nested_tensor([parts[row] for row in rows], layout=leaf.layout)
     if leaf.layout in _BY_INDEX:  # which cannot be sliced
-        rows = torch.arange(count, device=leaf.device)
-        return leaf.to_sparse_coo().index_select(0, rows).to_sparse(layout=leaf.layout)
-    return leaf[:count]
+        index = torch.tensor(rows, device=leaf.device)
+        return leaf.to_sparse_coo().index_select(0, index).to_sparse(layout=leaf.layout)
+    return leaf[: len(rows)] if isinstance(rows, range) else leaf[torch.tensor(rows, device=leaf.device)]
 
 
 _BY_INDEX = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc}

@@ -17,7 +17,7 @@ from batchnorm.expected import require_number
 from batchnorm.foreign import layers_of_others, unreached
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.absent import note_absence, refusing_absences, require_real
-from batchnorm.population.batches import Batches, examples_in
+from batchnorm.population.batches import Batches, examples_in, rows_of, why_without_rows
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.tensors import require
@@ -25,7 +25,7 @@ from batchnorm.shift.passes import passes
 from batchnorm.shift.reference import Reference
 from batchnorm.shift.state import State
 from batchnorm.shift.stream import Stream
-from batchnorm.shift.tap import ALL, Tap
+from batchnorm.shift.tap import ALL, Tap, drawn
 from batchnorm.shift.units import Grouping, Unit, name_of
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ class ShiftMonitor:
     says that the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's
     energy is not seen. The model is not changed: its layers have hooks while it is observed.
 
-    A few examples of a batch are looked at. Once 256 were, whole batches are left out where looking would take more
-    than ``budget`` of the time of inference; if fewer than 5 % are looked at for that, it warns once. Which ones are
-    left out depends on counts and on times before, not on what is in them. Passes of several threads at once are kept
-    apart; they wait for each other while one is counted.
+    A few examples of each batch are looked at, drawn at random, since batches may be sorted. Once 256 were, whole
+    batches are left out where looking would take more than ``budget`` of the time of inference; if fewer than 5 % are
+    looked at for that, it warns once. Which ones are left out depends on counts and on times before, not on what is in
+    them. Passes of several threads at once are kept apart; they wait for each other while one is counted.
 
     Args:
         model: Any model with batch norm that stores statistics, torch.nn's or ours, compiled or not.
@@ -69,7 +69,7 @@ class ShiftMonitor:
             or a function of the model's inputs that gives each example's key; examples of one key in a row are one.
         arl: Observations until a false alarm, on average at least: an alarm that never runs out. Replaces ``alpha``.
         reference: What ``calibrate`` measured, or its file. None takes the checkpoint's own statistics.
-        examples: Examples of a batch that are looked at; None for all.
+        examples: Examples of a batch that are looked at, drawn at random; None for all.
         budget: Largest share of the time of inference once 256 examples were looked at; None for any.
         batch: Examples in a batch of the training, on which the exactness of stored means depends.
         kurtosis: The largest fourth moment of standardized inputs of a layer on clean data, 3 for normal ones. Declares
@@ -194,7 +194,7 @@ class ShiftMonitor:
 
     def leave_out(self) -> None:
         """Do not look at the pass that this thread is in."""
-        self._tap.examples = 0
+        self._tap.end()
 
     @property
     def cost(self) -> float:
@@ -211,26 +211,26 @@ class ShiftMonitor:
         self._passes.began = time.perf_counter()
         affordable = self.budget is None or self._spent <= self.budget * self._inference
         is_early = max(self._tried, self.stream.looked) < _ALWAYS
-        self._tap.examples = (self.examples or ALL) if affordable or is_early else 0
-        self._left_out += not self._tap.examples
+        looks = affordable or is_early
+        self._tap.begin((self.examples or ALL) if looks else 0, seed=self.stream.passed)
+        self._left_out += not looks
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002
         start = time.perf_counter()
         if output is None and sys.exc_info()[0] is not None:  # the pass failed, and says why itself
-            self._tap.taken()
-            self._tap.examples, self._tap.seconds = 0, 0.0
+            self._tap.begin(0, 0)
+            self._tap.seconds = 0.0
             return
-        asked, self._tap.examples = self._tap.examples, 0
-        seen = self._tap.taken()
-        if asked and seen is None:
-            seen = self._second_pass(args, kwargs, asked)
+        asked, seen, rows = self._tap.end(), self._tap.taken(), self._tap.rows
+        if asked and seen is None and self._can_pass_again():
+            seen, rows = self._second_pass((args, kwargs), self._drawn((args, kwargs), asked))
         with self.stream.lock:
             size = examples_in((args, kwargs)) or 0
             self.stream.passed += size
             self._tried += min(asked, max(1, size))
             if seen is not None:
-                self.stream.observe(*seen, inputs=args[0] if args else kwargs)
+                self.stream.observe(*seen, inputs=args[0] if args else kwargs, rows=rows)
             now = time.perf_counter()
             self._inference += now - self._passes.began
             self._spent += now - start + self._tap.seconds
@@ -251,34 +251,39 @@ class ShiftMonitor:
                 f"{_ALWAYS}: a shift would be noticed late. Raise it, or use budget=None.",
             )
 
-    def _second_pass(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """What a compiled model, which runs past hooks, would have shown: some examples again, not compiled."""
+    def _can_pass_again(self) -> bool:
+        """Whether a pass that showed nothing was of a compiled model, which runs past hooks; else it warns."""
         if all(layer.training for layer in self.layers.values()):
             self.stream.warn(
                 "train", "the model is in train mode, which stored statistics have no part in. Call eval()."
             )
-            return None
+            return False
         if not self.is_compiled:
             self.stream.warn(
                 "missed", "a pass did not reach every batch norm layer with each example once; it is left out."
             )
+        return self.is_compiled
+
+    def _drawn(self, given: Any, examples: int) -> list[int] | None:
+        """Rows of what a model was given that are shown again; None for all."""
+        if self._is_whole or why_without_rows(given):
             return None
-        given = args, kwargs
-        most = None if self._is_whole else min(examples, examples_in((args, kwargs)) or 1)
-        batches = Batches([(args, kwargs)], most, None)
-        batches.given = lambda batch: batch  # all of it
-        ((args, kwargs),) = batches
+        return drawn(examples_in(given) or 1, examples, self.stream.passed)
+
+    def _second_pass(
+        self, given: tuple[Any, Any], rows: list[int] | None
+    ) -> tuple[tuple[Tensor, Tensor] | None, list[int] | None]:
+        """What these examples would have shown in a model that is not compiled, and which ones they are."""
+        ((args, kwargs),) = Batches([given if rows is None else rows_of(given, rows)], None, None)
         try:
             with self._tap.attached(), uncompiled(), torch.no_grad():
                 self.model(*args, **kwargs)
-                return self._tap.taken()
+                return self._tap.taken(), rows
         except Exception:
-            if most is None:
+            if rows is None:
                 raise
-            self._is_whole = True  # rows that were cut off were referred to: no examples
-            return self._second_pass(*given, examples)
+            self._is_whole = True  # rows that are not there were referred to: no examples
+            return self._second_pass(given, None)
 
     # -- the reference --------------------------------------------------------------------------------------------
 

@@ -71,21 +71,28 @@ class Stream:
         """Logarithm that the evidence has to reach."""
         return math.log(self.arl) if self.arl is not None else -math.log(self.alpha)
 
-    def observe(self, z: Tensor, q: Tensor, inputs: Any = None) -> None:
+    def observe(self, z: Tensor, q: Tensor, inputs: Any = None, rows: Sequence[int] | None = None) -> None:
         """Count examples by their channel means and energies, (n, channels) each, as the tap measures them.
 
         An example with values that are not finite is evidence of something else: it is left out, and warned of once.
+
+        Args:
+            z: Channel means in stored sd.
+            q: Energies of channels.
+            inputs: What the model was given, for a unit that is a function.
+            rows: Which of its rows the examples are; None if they are its first.
         """
         with self.lock:
-            self._observe(z, q, inputs)
+            self._observe(z, q, inputs, rows)
 
-    def _observe(self, z: Tensor, q: Tensor, inputs: Any) -> None:
+    def _observe(self, z: Tensor, q: Tensor, inputs: Any, rows: Sequence[int] | None) -> None:
         self.looked += len(z)
         if not math.isfinite(float(z.sum() + q.sum())):
             finite = z.isfinite().all(1) & q.isfinite().all(1)
             self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
+            rows = [row for row, good in zip(rows or range(len(z)), finite.tolist(), strict=True) if good]
             z, q = z[finite], q[finite]
-        z, q = self._grouping.of(z, q, inputs)
+        z, q = self._grouping.of(z, q, inputs, rows)
         if len(z):
             self._waiting.append((z, q))
         if sum(len(rows) for rows, _ in self._waiting) >= _ROUND:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from random import Random
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -27,19 +28,40 @@ if TYPE_CHECKING:
 ALL = 2**62  # examples: more than a batch has
 
 
+def drawn(size: int, examples: int, seed: int) -> list[int] | None:
+    """Rows of a batch to look at, in order: at random, since batches may be sorted; None for all of ``size``."""
+    return None if examples >= size else sorted(Random(seed).sample(range(size), examples))  # noqa: S311
+
+
 @final
 class _Pass(threading.local):
     """What one thread's pass is about."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.examples = 0
+        self.begin(0, 0)
+
+    def begin(self, examples: int, seed: int) -> None:
+        self.examples, self.seed = examples, seed
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
+        self.rows: Sequence[int] | None = None  # of the first layer's input; None is all
+        self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows of a layer's input that are looked at; the same in all layers."""
+        key = len(x), x.device
+        if key not in self._indices:
+            rows = drawn(len(x), self.examples, self.seed)
+            if not self.seen:
+                self.rows = rows
+            self._indices[key] = None if rows is None else torch.tensor(rows, device=x.device)
+        index = self._indices[key]
+        return x if index is None else x[index]
 
 
 @final
 class Tap:
-    """Hooks on layers that keep statistics of the first examples of each batch that passes.
+    """Hooks on layers that keep statistics of some examples of each batch that passes.
 
     Args:
         layers: By name, in the reference's order.
@@ -55,14 +77,24 @@ class Tap:
         self._standards = dict(zip(layers, parts, strict=True))
         self._on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
-    @property
-    def examples(self) -> int:
-        """Examples to take from the batch that passes in this thread; 0 lets it pass."""
-        return self._pass.examples
+    def begin(self, examples: int, seed: int) -> None:
+        """Look at so many examples of the batch that passes next in this thread; 0 lets it pass.
 
-    @examples.setter
-    def examples(self, number: int) -> None:
-        self._pass.examples = number
+        Args:
+            examples: Of each batch, at most.
+            seed: Which ones.
+        """
+        self._pass.begin(examples, seed)
+
+    def end(self) -> int:
+        """Let what passes in this thread pass from now on; how many examples were to be looked at."""
+        examples, self._pass.examples = self._pass.examples, 0
+        return examples
+
+    @property
+    def rows(self) -> Sequence[int] | None:
+        """The rows of this thread's last batch that were looked at; None if all were."""
+        return self._pass.rows
 
     @property
     def seconds(self) -> float:
@@ -81,11 +113,12 @@ class Tap:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A block in which all examples that pass the layers are seen."""
-        handles, self.examples, self._pass.seen = self.attach(), ALL, {}
+        handles = self.attach()
+        self.begin(ALL, 0)
         try:
             yield
         finally:
-            self.examples, self._pass.seen = 0, {}  # a pass that failed leaves the first layers' part
+            self.begin(0, 0)  # a pass that failed leaves the first layers' part
             for handle in handles:
                 handle.remove()
 
@@ -108,7 +141,7 @@ class Tap:
             start = time.perf_counter()
             x = input_of(args, kwargs)
             if x is not None and (x := whole(x)) is not None:  # a DTensor's; none while a trace runs through the model
-                here.seen[name] = self._statistics(name, x[: here.examples])
+                here.seen[name] = self._statistics(name, here.of(x))
             here.seconds += time.perf_counter() - start
 
         return hook

@@ -46,15 +46,31 @@ class Grouping:
         self._keys_of = unit if callable(unit) else None
         self._open: tuple[Hashable, Tensor, Tensor, int] | None = None  # key, sums of z and q, examples
 
-    def of(self, z: Tensor, q: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Observations that are complete, from means and energies of examples, (n, channels) each."""
+    def of(self, z: Tensor, q: Tensor, inputs: Any, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Observations that are complete, from means and energies of examples, (n, channels) each.
+
+        Args:
+            z: Channel means.
+            q: Energies.
+            inputs: What the model was given.
+            rows: Which of its rows the examples are; None if they are its first.
+
+        Raises:
+            ValueError: If the unit's function gives too few keys.
+        """
         if self.name == "example":
             return z, q
         if self._keys_of is None:
             return z.mean(0, keepdim=True), q.mean(0, keepdim=True)
-        keys = list(self._keys_of(inputs))[: len(z)]
-        if len(keys) < len(z):
-            raise ValueError(f"unit's function must give a key for each of {len(z)} examples, got {len(keys)}.")
+        if not len(z):
+            return z, q
+        given, rows = list(self._keys_of(inputs)), range(len(z)) if rows is None else rows
+        if len(given) <= rows[-1]:
+            raise ValueError(
+                f"unit's function must give a key for each example, of which there are {rows[-1] + 1} or more, got "
+                f"{len(given)}."
+            )
+        keys = [given[row] for row in rows]
         closed = [done for key, row, energy in zip(keys, z, q, strict=True) if (done := self._take(key, row, energy))]
         if not closed:
             return z[:0], q[:0]
