@@ -1,11 +1,11 @@
 """Other detectors on the same streams: python benchmarks/shift/bench_peers.py [--quick | --times] [PEER, WORLD, SIZE].
 
-A hundred clean streams of 2,000 examples of each of thirteen worlds, each with clean examples of its own to compare
-with (1,000, or 200 where a sequential test takes so few), and forty that change after 384. What peers are given is told
-in ``peer_worker`` and ``CONDITIONAL``: what a network computes anyway, since none of them watches layers. Ours has the
-same examples, and the checkpoint. Packages run in the Python that an environment variable names, as they do not share
-one. With --times, what one example takes beside ours. Written to benchmarks/results/shift_peers.json, where peers and
-worlds that are not measured stay as they were.
+A hundred clean streams of 2,000 examples of each of seventeen worlds, each with clean examples of its own to compare
+with (1,000, or 200 where a sequential test takes so few), and forty that change after 384 where a world has shifts.
+What peers are given is told in ``peer_worker`` and ``CONDITIONAL``: what a network computes anyway, since none of them
+watches layers. Ours has the same examples, and the checkpoint. Packages run in the Python that an environment variable
+names, as they do not share one. With --times, what one example takes beside ours. Written to
+benchmarks/results/shift_peers.json, where peers and worlds that are not measured stay as they were.
 """
 
 from __future__ import annotations
