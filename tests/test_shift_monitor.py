@@ -340,7 +340,7 @@ def test_passes_of_several_threads_are_kept_apart(net: Net) -> None:
     model = Slow().eval()
     monitor = watching(model)
     seen = []
-    monitor.stream.observe = lambda z, q, inputs, rows: seen.append(z)
+    monitor.stream.observe = lambda z, q, inputs: seen.append(z)
     with monitor:
         threads = [threading.Thread(target=model, args=(torch.full((3, 2), value),)) for value in (1.0, 9.0)]
         for thread in threads:

@@ -78,23 +78,23 @@ def test_rows_are_drawn_once_each_all_alike_and_always_the_same() -> None:
 def test_all_layers_show_the_same_rows() -> None:
     net = nn.Sequential(nn.BatchNorm1d(1), nn.Identity(), nn.BatchNorm1d(1)).eval()
     monitor = bn.ShiftMonitor(net, examples=3, budget=None)
-    seen: list[tuple[Tensor, list[int]]] = []
-    monitor.stream.observe = lambda z, q, inputs, rows: seen.append((z, rows))  # type: ignore[method-assign]
+    seen: list[Tensor] = []
+    monitor.stream.observe = lambda z, q, inputs: seen.append(z)  # type: ignore[method-assign]
     with monitor:
         net(torch.arange(20.0)[:, None])
-    ((z, rows),) = seen
-    assert z[:, 0].round().tolist() == z[:, 1].round().tolist() == rows
+    (z,) = seen
+    rows = z.round()
+    assert rows[:, 0].tolist() == rows[:, 1].tolist() == sorted(set(rows[:, 0].tolist()))
+    assert len(rows) == 3
 
 
-def test_keys_are_those_of_the_rows_that_were_drawn() -> None:
-    net = nn.BatchNorm1d(1).eval()
-    monitor = bn.ShiftMonitor(net, unit=lambda x: x[:, 0].int().tolist(), examples=4, budget=None)
-    x = torch.arange(100.0)[:, None]
+def test_all_examples_with_keys_are_looked_at() -> None:
+    monitor = bn.ShiftMonitor(nn.BatchNorm1d(1).eval(), unit=lambda x: (x[:, 0] // 50).tolist(), budget=None)
     with monitor:
-        for start in range(0, 1000, 100):
-            net(x + start)
-    observed = torch.cat([z for z, _ in monitor.stream._waiting]) if monitor.stream._waiting else torch.empty(0, 1)
-    assert monitor.stream.evidence.observations + len(observed) == 39  # each example is its own key; one is open
+        for x in torch.arange(1000.0)[:, None].split(20):
+            monitor.observed(x)
+    assert monitor.stream.looked == 1000
+    assert monitor.stream.evidence.observations == 19  # runs of 50; one is open
 
 
 def test_keys_of_examples_with_nan_are_left_out_with_them() -> None:

@@ -114,7 +114,7 @@ def check(
 
 
 def _observed(monitor: ShiftMonitor, loader: Iterable[Any], most: int | None) -> tuple[Tensor, Tensor]:
-    grouping, tap = Grouping(monitor.unit), Tap(monitor.layers, monitor.reference)
+    grouping, tap = Grouping(monitor.unit, monitor.reference.examples), Tap(monitor.layers, monitor.reference)
     with closing(passes(monitor.model, tap, loader, most, "check")) as seen:
         found = [grouping.of(z, q, inputs) for inputs, z, q in seen]
     z, q = (torch.cat(rows) for rows in zip(*found, strict=True)) if found else (torch.empty(0, 1), torch.empty(0, 1))

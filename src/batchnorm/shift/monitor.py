@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -69,8 +70,11 @@ class ShiftMonitor:
             or a function of the model's inputs that gives each example's key; examples of one key in a row are one.
         arl: Observations until a false alarm, on average at least: an alarm that never runs out. Replaces ``alpha``.
         reference: What ``calibrate`` measured, or its file. None takes the checkpoint's own statistics.
-        examples: Examples of a batch that are looked at, drawn at random; None for all.
-        budget: Largest share of the time of inference once 256 examples were looked at; None for any.
+        examples: Examples of a batch that are looked at, drawn at random; None for all. Where ``unit`` is a function
+            all are. Calibrated with unit "batch", as many make one observation as did in the calibration (with None as
+            many as its first batch had), and smaller batches are put together.
+        budget: Largest share of the time of inference once 256 examples were looked at; None for any. Where ``unit`` is
+            a function and the reference calibrated, all batches are looked at.
         batch: Examples in a batch of the training, on which the exactness of stored means depends.
         kurtosis: The largest fourth moment of standardized inputs of a layer on clean data, 3 for normal ones. Declares
             how exact stored variances are, and makes less energy evidence too. Uncalibrated only.
@@ -206,13 +210,23 @@ class ShiftMonitor:
         """Whether forward runs in a program that was traced, and that hooks would be traced into."""
         return hasattr(self.observed, "_orig_mod") or getattr(self.observed, "_compiled_call_impl", None) is not None
 
+    @property
+    def _of_each(self) -> int:
+        """Examples of a batch to look at: all where keys say which of them are one observation."""
+        return ALL if callable(self.unit) else self.reference.examples or self.examples or ALL
+
+    @property
+    def _needs_all(self) -> bool:
+        """Whether no batch may be left out: runs of keys that stay whole would be the short ones, which are others."""
+        return callable(self.unit) and self.reference.clean is not None
+
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
         affordable = self.budget is None or self._spent <= self.budget * self._inference
         is_early = max(self._tried, self.stream.looked) < _ALWAYS
-        looks = affordable or is_early
-        self._tap.begin((self.examples or ALL) if looks else 0, seed=self.stream.passed)
+        looks = affordable or is_early or self._needs_all
+        self._tap.begin(self._of_each if looks else 0, seed=self.stream.passed)
         self._left_out += not looks
 
     @torch.compiler.disable
@@ -221,16 +235,19 @@ class ShiftMonitor:
         if output is None and sys.exc_info()[0] is not None:  # the pass failed, and says why itself
             self._tap.begin(0, 0)
             self._tap.seconds = 0.0
+            self.stream.missed()
             return
-        asked, seen, rows = self._tap.end(), self._tap.taken(), self._tap.rows
+        asked, seen = self._tap.end(), self._tap.taken()
         if asked and seen is None and self._can_pass_again():
-            seen, rows = self._second_pass((args, kwargs), self._drawn((args, kwargs), asked))
+            seen = self._second_pass((args, kwargs), self._drawn((args, kwargs), asked))
         with self.stream.lock:
             size = examples_in((args, kwargs)) or 0
             self.stream.passed += size
             self._tried += min(asked, max(1, size))
             if seen is not None:
-                self.stream.observe(*seen, inputs=args[0] if args else kwargs, rows=rows)
+                self.stream.observe(*seen, inputs=args[0] if args else kwargs)
+            else:
+                self.stream.missed()
             now = time.perf_counter()
             self._inference += now - self._passes.began
             self._spent += now - start + self._tap.seconds
@@ -270,15 +287,13 @@ class ShiftMonitor:
             return None
         return drawn(examples_in(given) or 1, examples, self.stream.passed)
 
-    def _second_pass(
-        self, given: tuple[Any, Any], rows: list[int] | None
-    ) -> tuple[tuple[Tensor, Tensor] | None, list[int] | None]:
-        """What these examples would have shown in a model that is not compiled, and which ones they are."""
+    def _second_pass(self, given: tuple[Any, Any], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
+        """What these examples would have shown in a model that is not compiled."""
         ((args, kwargs),) = Batches([given if rows is None else rows_of(given, rows)], None, None)
         try:
             with self._tap.attached(), uncompiled(), torch.no_grad():
                 self.model(*args, **kwargs)
-                return self._tap.taken(), rows
+                return self._tap.taken()
         except Exception:
             if rows is None:
                 raise
@@ -304,11 +319,15 @@ class ShiftMonitor:
         if self.is_observing:
             raise RuntimeError("calibrate must be called before observation starts. Call monitor.stop() first.")
         fresh = Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), **self._trained)
-        grouping, tap = Grouping(self.unit), Tap(self.layers, fresh)
-        with closing(passes(self.model, tap, loader, max_examples, "calibrate")) as seen:
-            found = [grouping.of(z, q, inputs) for inputs, z, q in seen]
+        grouping, found, examples = None, [], 0
+        with closing(passes(self.model, Tap(self.layers, fresh), loader, max_examples, "calibrate")) as seen:
+            for inputs, z, q in seen:
+                if grouping is None:
+                    examples = (self.examples or len(z)) if self.unit == "batch" else 0
+                    grouping = Grouping(self.unit, examples)
+                found.append(grouping.of(z, q, inputs))
         z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
-        self._use(fresh.calibrated(z, q))
+        self._use(replace(fresh, examples=examples).calibrated(z, q))
         return self.reference
 
     # -- files and replicas ---------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Reference:
         unit: What one observation was.
         observations: How many it was calibrated with.
         digest: Of the weights and statistics that it belongs to.
+        examples: How many made one observation of unit "batch" where calibrated; 0 else.
     """
 
     layers: tuple[str, ...]
@@ -86,6 +87,7 @@ class Reference:
     unit: str
     observations: int
     digest: str
+    examples: int = 0
 
     @property
     def source(self) -> str:
@@ -200,7 +202,8 @@ class Reference:
                 f"a reference needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}."
             )
         tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        about = {name: getattr(self, name) for name in ("layers", "sizes", "source", "unit", "observations", "digest")}
+        names = ("layers", "sizes", "source", "unit", "observations", "digest", "examples")
+        about = {name: getattr(self, name) for name in names}
         sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
 
     @classmethod
@@ -247,6 +250,7 @@ class Reference:
         signed = {"mean", *clean.SIGNED}
         positive = all(bool((tensor > 0).all()) for name, tensor in tensors.items() if name not in signed)
         counted = sized and (self.clean is None or self.clean.bag.is_whole)
+        counted &= (self.examples > 0) == (self.clean is not None and self.unit == "batch")
         return counted and finite and positive and layers == len(self.layers)
 
     def check(self, model: nn.Module, layers: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ class Stream:
         self._bounds = reference.digest_of_bounds()
         self.passed = 0  # examples, looked at or not
         self.looked = 0  # examples among them that were looked at
-        self._grouping = Grouping(unit)
+        self._grouping = Grouping(unit, reference.examples, is_strict=reference.clean is not None)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
         self._recent = Recent(sum(reference.sizes))
@@ -71,26 +71,27 @@ class Stream:
         """Logarithm that the evidence has to reach."""
         return math.log(self.arl) if self.arl is not None else -math.log(self.alpha)
 
-    def observe(self, z: Tensor, q: Tensor, inputs: Any = None, rows: Sequence[int] | None = None) -> None:
+    def observe(self, z: Tensor, q: Tensor, inputs: Any = None) -> None:
         """Count examples by their channel means and energies, (n, channels) each, as the tap measures them.
 
         An example with values that are not finite is evidence of something else: it is left out, and warned of once.
-
-        Args:
-            z: Channel means in stored sd.
-            q: Energies of channels.
-            inputs: What the model was given, for a unit that is a function.
-            rows: Which of its rows the examples are; None if they are its first.
+        Where the unit is a function, examples are all rows of the inputs.
         """
         with self.lock:
-            self._observe(z, q, inputs, rows)
+            self._observe(z, q, inputs)
 
-    def _observe(self, z: Tensor, q: Tensor, inputs: Any, rows: Sequence[int] | None) -> None:
+    def missed(self) -> None:
+        """Examples passed that were not looked at."""
+        with self.lock:
+            self._grouping.missed()
+
+    def _observe(self, z: Tensor, q: Tensor, inputs: Any) -> None:
+        rows = None
         self.looked += len(z)
         if not math.isfinite(float(z.sum() + q.sum())):
             finite = z.isfinite().all(1) & q.isfinite().all(1)
             self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
-            rows = [row for row, good in zip(rows or range(len(z)), finite.tolist(), strict=True) if good]
+            rows = finite.nonzero()[:, 0].tolist()
             z, q = z[finite], q[finite]
         z, q = self._grouping.of(z, q, inputs, rows)
         if len(z):

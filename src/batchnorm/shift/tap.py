@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any, final
@@ -44,7 +44,6 @@ class _Pass(threading.local):
     def begin(self, examples: int, seed: int) -> None:
         self.examples, self.seed = examples, seed
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
-        self.rows: Sequence[int] | None = None  # of the first layer's input; None is all
         self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
 
     def of(self, x: Tensor) -> Tensor:
@@ -52,8 +51,6 @@ class _Pass(threading.local):
         key = len(x), x.device
         if key not in self._indices:
             rows = drawn(len(x), self.examples, self.seed)
-            if not self.seen:
-                self.rows = rows
             self._indices[key] = None if rows is None else torch.tensor(rows, device=x.device)
         index = self._indices[key]
         return x if index is None else x[index]
@@ -90,11 +87,6 @@ class Tap:
         """Let what passes in this thread pass from now on; how many examples were to be looked at."""
         examples, self._pass.examples = self._pass.examples, 0
         return examples
-
-    @property
-    def rows(self) -> Sequence[int] | None:
-        """The rows of this thread's last batch that were looked at; None if all were."""
-        return self._pass.rows
 
     @property
     def seconds(self) -> float:

@@ -8,12 +8,14 @@ largest variance, whatever their dependence, so the reference's bounds hold for 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from batchnorm.shift.state import State
+from batchnorm.shift.tap import drawn
 
 _WINDOW = 64  # longer than runs of examples that are alike, as they come from a sorted file
 _CHANNELS = 256
@@ -35,16 +37,49 @@ def name_of(unit: Unit) -> str:
 
 
 @final
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Examples that make one observation, as far as they came.
+
+    Args:
+        key: That they share; None in batches.
+        z: Sum of channel means, (channels,).
+        q: Sum of energies, likewise.
+        examples: How many.
+        is_whole: Whether none before or between them can have been missed.
+    """
+
+    key: Hashable
+    z: Tensor
+    q: Tensor
+    examples: int = 1
+    is_whole: bool = True
+
+    def add(self, z: Tensor, q: Tensor, examples: int = 1) -> None:
+        self.z, self.q, self.examples = self.z + z, self.q + q, self.examples + examples
+
+
+@final
 class Grouping:
     """Makes observations of examples: each by itself, one of each batch, or one of each run of equal keys.
 
-    The last run of keys stays open until another key comes.
+    The last run of keys stays open until another key comes. The mean of few examples varies more than that of many, so
+    what is compared with other observations is made of as many.
+
+    Args:
+        unit: What one observation is.
+        examples: That make one of unit "batch": so many of a batch, drawn at random, or of several small ones in a row;
+            0 is all of a batch, however many.
+        is_strict: Whether only whole runs of keys are observations.
     """
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: Unit, examples: int = 0, *, is_strict: bool = False) -> None:
         self.name = name_of(unit)
         self._keys_of = unit if callable(unit) else None
-        self._open: tuple[Hashable, Tensor, Tensor, int] | None = None  # key, sums of z and q, examples
+        self._examples, self._is_strict = examples, is_strict
+        self._open: _Run | None = None
+        self._missed = False  # since the last example
+        self._draws = 0
 
     def of(self, z: Tensor, q: Tensor, inputs: Any, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Observations that are complete, from means and energies of examples, (n, channels) each.
@@ -58,45 +93,62 @@ class Grouping:
         Raises:
             ValueError: If the unit's function gives too few keys.
         """
-        if self.name == "example":
+        if self.name == "example" or not len(z):
             return z, q
         if self._keys_of is None:
-            return z.mean(0, keepdim=True), q.mean(0, keepdim=True)
-        if not len(z):
-            return z, q
+            return self._of_batch(z, q)
         given, rows = list(self._keys_of(inputs)), range(len(z)) if rows is None else rows
         if len(given) <= rows[-1]:
             raise ValueError(
                 f"unit's function must give a key for each example, of which there are {rows[-1] + 1} or more, got "
                 f"{len(given)}."
             )
-        keys = [given[row] for row in rows]
-        closed = [done for key, row, energy in zip(keys, z, q, strict=True) if (done := self._take(key, row, energy))]
+        taken = [self._take(given[row], *example) for row, *example in zip(rows, z, q, strict=True)]
+        closed = [run for run in taken if run is not None]
         if not closed:
             return z[:0], q[:0]
-        return torch.stack([row for row, _ in closed]), torch.stack([energy for _, energy in closed])
+        return tuple(torch.stack([getattr(run, part) / run.examples for run in closed]) for part in "zq")  # type: ignore[return-value]
 
-    def _take(self, key: Hashable, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The means of the run that this example ended, if it ended one."""
-        if self._open is not None and self._open[0] == key:
-            _, zs, qs, n = self._open
-            self._open = key, zs + z, qs + q, n + 1
+    def missed(self) -> None:
+        """Examples passed that nobody looked at: a run that they may belong to is not whole."""
+        self._missed = self._is_strict
+        if self._open is not None:
+            self._open.is_whole &= not self._is_strict
+
+    def _of_batch(self, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = self._examples or len(z)
+        if len(z) >= wanted:
+            self._draws += 1
+            rows = drawn(len(z), wanted, self._draws)
+            return tuple(x[rows or slice(None)].mean(0, keepdim=True) for x in (z, q))  # type: ignore[return-value]
+        run = self._open or _Run(None, torch.zeros_like(z[0]), torch.zeros_like(q[0]), 0)
+        few = min(len(z), wanted - run.examples)
+        run.add(z[:few].sum(0), q[:few].sum(0), few)
+        self._open = run if run.examples < wanted else None
+        return (z[:0], q[:0]) if self._open else (run.z[None] / wanted, run.q[None] / wanted)
+
+    def _take(self, key: Hashable, z: Tensor, q: Tensor) -> _Run | None:
+        """The run that this example ended, if it ended one."""
+        missed, self._missed = self._missed, False
+        if self._open is not None and self._open.key == key:
+            self._open.add(z, q)
             return None
-        done, self._open = self._open, (key, z, q, 1)
-        return None if done is None else (done[1] / done[3], done[2] / done[3])
+        done, self._open = self._open, _Run(key, z, q, is_whole=not missed)
+        return done if done is not None and done.is_whole else None
 
     def state(self) -> State:
         """The run that is open."""
-        if self._open is None:
-            return State({}, {"open": None})
-        key, z, q, examples = self._open
-        return State({"open.z": z.clone(), "open.q": q.clone()}, {"open": {"key": key, "examples": examples}})
+        about: dict[str, Any] = {"missed": self._missed}
+        if (run := self._open) is None:
+            return State({}, {"open": None, "grouping": about})
+        told = {"key": run.key, "examples": run.examples, "is_whole": run.is_whole}
+        return State({"open.z": run.z.clone(), "open.q": run.q.clone()}, {"open": told, "grouping": about})
 
     def put(self, state: State) -> None:
         """Go on from a state."""
-        told = state.about["open"]
-        tensors = state.tensors
-        self._open = None if told is None else (told["key"], tensors["open.z"], tensors["open.q"], told["examples"])
+        told, tensors = state.about["open"], state.tensors
+        self._missed = state.about.get("grouping", {}).get("missed", False)  # older files do not say
+        self._open = None if told is None else _Run(z=tensors["open.z"], q=tensors["open.q"], **told)
 
 
 @final
