@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from house import outputs, record, surface
+from house import files, outputs, record, surface
 from house.comparing import differences
 
 
@@ -26,4 +26,10 @@ def before():
 def test_an_output_is_as_recorded(case, before):
     same = before["arithmetic"] == outputs.arithmetic()
     found = record.of_case(case, before["cases"][case], outputs.output(case), same=same)
+    assert not found, told(found)
+
+
+@pytest.mark.parametrize("name", files.KINDS)
+def test_a_file_of_before_is_read_as_it_was_written(name):
+    found = list(differences(files.expected()[name], files.read(name), files.KINDS[name].tolerance, name))
     assert not found, told(found)

@@ -28,6 +28,17 @@ class Net(nn.Module):
         return self.head(F.relu(self.bn2(self.conv2(y)) + y).mean((2, 3)))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A layer of another library: torch's own, and an activation that is a child of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self.act(super().forward(input))
+
+
 class Faulty(nn.Module):
     """One fault in nearly every line."""
 
