@@ -413,6 +413,13 @@ def test_an_arm_that_does_not_learn_is_told_with_its_loss():
     assert math.isfinite(found.target)
 
 
+def test_a_loss_below_0_is_learned_when_it_falls_by_a_quarter_of_its_size():
+    """A log-likelihood of densities may begin below 0: from -2 on a quarter down is -2.5, and -1.5 is worse."""
+    found = grid([falling(10, -2.0, -2.6), falling(10, -2.0, -2.4)], [falling(10, -2.0, -2.1)] * 2)
+    assert found.unlearned(WITH, 0) == ""
+    assert "ended at a training loss of -2.4, from -2" in found.unlearned(WITH, 1)
+
+
 class Sample(NamedTuple):
     label: Tensor
     right: Tensor

@@ -260,6 +260,17 @@ def test_batches_that_are_not_finite_are_left_out_with_a_warning():
     torch.testing.assert_close(layer.running_mean[1], torch.cat([good[:, 1], bad[:, 1]]).mean())
 
 
+def test_a_channel_that_was_left_out_of_a_batch_counts_the_examples_that_it_saw():
+    layer = stale(nn.BatchNorm2d(2))
+    good, bad = torch.randn(4, 2, 3, 3) + 2, torch.randn(6, 2, 3, 3) - 1
+    bad[1, 0, 2, 2] = math.nan
+    seen = values([good]), values([good, bad])
+    expected = [mixture(layer, x, 5 / (5 + n)) for x, n in zip(seen, (4, 10), strict=True)]
+    with pytest.warns(RuntimeWarning, match="NaN or infinity"):
+        bn.adapt(layer, [good, bad], prior=5)
+    assert_stored(layer, *([expected[channel][kind][channel] for channel in (0, 1)] for kind in (0, 1)))
+
+
 def test_layers_that_no_forward_reaches_are_named():
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
     model.idle = nn.BatchNorm1d(2)

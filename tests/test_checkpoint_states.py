@@ -169,6 +169,18 @@ def test_equal_statistics_that_may_be_right_are_not_named(tmp_path, make):
     assert not {"BN115", "BN302"} & {finding.code for finding in examine(path).findings}
 
 
+def test_one_layer_behind_two_linear_ones_is_shared_and_no_copy_of_itself(tmp_path):
+    """Its statistics are the same bits in both branches, whose weights differ: it is one layer, stored once."""
+    norm = nn.BatchNorm1d(4)
+    norm(torch.randn(16, 4) + 1)
+    branches = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 4), norm) for name in ("left", "right")})
+    torch.save(branches.state_dict(), path := tmp_path / "siamese.pt")
+    assert twins(path) == []
+    codes = {finding.code for finding in examine(path).findings}
+    assert "BN302" in codes
+    assert "BN115" not in codes
+
+
 # -- layers that are stored once ----------------------------------------------------------------------------------
 
 

@@ -227,6 +227,28 @@ def test_a_single_value_can_be_normalized_by_the_stored_statistics_instead(cls, 
     assert layer.num_batches_tracked == 1
 
 
+def test_one_image_has_a_spread_and_is_measured_where_a_single_value_would_not_be():
+    layer, image = made(BatchNorm2d, 3, single_element="population"), torch.randn(1, 3, 4, 4)
+    y = layer(image)
+    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(y.mean((0, 2, 3)), layer.bias, rtol=0, atol=1e-5)
+
+
+@cases
+def test_gradients_in_eval_mode_are_by_the_statistics_of_the_forward_also_when_they_move_before_the_backward(
+    cls, shape
+):
+    layer = made(cls, 3)
+    layer(torch.randn(shape) + 1)
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(shape)
+    expected = torch.autograd.grad((layer.eval()(x) * weight).sum(), [x, layer.weight, layer.bias])
+    y = layer(x)
+    layer.train()(5 * torch.randn(shape) - 2)
+    found = torch.autograd.grad((y * weight).sum(), [x, layer.weight, layer.bias])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # --- against torch.nn over time ---------------------------------------------------------------------------
 
 

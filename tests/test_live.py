@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -22,6 +23,7 @@ from batchnorm.record import QUANTITIES, Log, Record, Writer
 
 TOKEN = "a-token-of-these-tests"
 PORT = 8421
+OWN = f"127.0.0.1:{PORT}"
 EVIL = "<img src=x onerror=\"document.title='taken'\">"
 
 
@@ -101,6 +103,23 @@ def test_another_host_name_is_refused_even_with_the_token(client, host):
     answer = get(client, "/", headers={"host": host})
     assert answer.status_code == 400
     assert "Open that address" in answer.text
+
+
+@pytest.mark.parametrize("hosts", [[], ["evil.example"], [OWN, OWN], [OWN, "evil.example"], ["evil.example", OWN]])
+def test_a_request_that_does_not_name_its_host_once_is_refused(folder, hosts):
+    headers = [(b"host", host.encode()) for host in hosts]
+    query = f"token={TOKEN}".encode()
+    scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": query, "headers": headers}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request"}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(server.application(Feed(folder), port=PORT, token=TOKEN)(scope, receive, send))
+    assert sent[0]["status"] == 400
 
 
 @pytest.mark.parametrize("host", [f"127.0.0.1:{PORT}", f"localhost:{PORT}", f"LOCALHOST:{PORT}"])

@@ -64,6 +64,14 @@ def test_after_an_error_it_does_not_go_on_saving(error):
     assert not _open.blocks
 
 
+def test_an_error_ends_the_saving_at_once():
+    result = convert(nn.Sequential(nn.BatchNorm2d(3), Looks(ValueError("no"))), memory="save")
+    with pytest.raises(ValueError, match="no"):
+        result(image())
+    assert not is_saving()
+    assert not _open.blocks
+
+
 def test_an_error_before_the_block_was_entered_leaves_nothing():
     result = convert(nn.Sequential(nn.BatchNorm2d(3)), memory="save")
     result.register_forward_pre_hook(lambda module, args: 1 / 0, prepend=True)

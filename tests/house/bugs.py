@@ -23,7 +23,9 @@ import click
 _ROOT = Path(__file__).parents[2]
 _COPIED = ("src", "tests", "docs", "examples", "acceptance", "benchmarks", "README.md", "pyproject.toml")
 # the installed package finds the modules of its own tree before those of any other
-_OWN_TREE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
+_OWN_TREE = (
+    "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
+)
 _PASSED, _FAILED = 0, 1
 
 
@@ -75,7 +77,20 @@ class Tree:
 
     def test(self, *arguments: str) -> tuple[int, str]:
         """Exit code and output of pytest."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:randomly",
+            *arguments,
+        ]
         done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
