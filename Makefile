@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help why test check bench bench-quick bench-shift bench-watch acceptance precision sanitize docs clean browser
+.PHONY: help why test check planted bench bench-quick bench-shift bench-watch acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ check: $(STAMP)  ## format, lint, types, imports and the fast tests
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
+
+planted: $(STAMP) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (seven minutes)
+	cd tests && ../$(BIN)/python -m house.bugs
 
 # pages are tested in the system's Chromium; playwright drives it and downloads none of its own
 browser:

@@ -169,6 +169,9 @@ def test_equal_statistics_that_may_be_right_are_not_named(tmp_path, make):
     assert not {"BN115", "BN302"} & {finding.code for finding in examine(path).findings}
 
 
+# -- layers that are stored once ----------------------------------------------------------------------------------
+
+
 def test_one_layer_behind_two_linear_ones_is_shared_and_no_copy_of_itself(tmp_path):
     """Its statistics are the same bits in both branches, whose weights differ: it is one layer, stored once."""
     norm = nn.BatchNorm1d(4)
@@ -179,9 +182,6 @@ def test_one_layer_behind_two_linear_ones_is_shared_and_no_copy_of_itself(tmp_pa
     codes = {finding.code for finding in examine(path).findings}
     assert "BN302" in codes
     assert "BN115" not in codes
-
-
-# -- layers that are stored once ----------------------------------------------------------------------------------
 
 
 class Block(nn.Module):

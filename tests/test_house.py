@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from house import files, outputs, record, surface
+from house import bugs, files, outputs, record, surface
 from house.comparing import differences
 
 
@@ -33,3 +33,39 @@ def test_an_output_is_as_recorded(case, before):
 def test_a_file_of_before_is_read_as_it_was_written(name):
     found = list(differences(files.expected()[name], files.read(name), files.KINDS[name].tolerance, name))
     assert not found, told(found)
+
+
+@pytest.mark.parametrize("bug", bugs.bugs(), ids=lambda bug: bug.breaks)
+def test_a_bug_can_be_planted(bug):
+    assert bug.place(surface.ROOT / "src").suffix == ".py"
+    assert bug.instead != bug.text
+
+
+BEFORE = {"code": "BN101", "count": 3, "rows": [1.0, 200.0], "words": "a mean of 0.123 in 4 channels", "none": None}
+
+
+@pytest.mark.parametrize(
+    ("now", "kinds"),
+    [
+        ({}, []),
+        ({"rows": [1.0 + 2**-9, 200.0]}, []),  # half of the digits of the largest in the list
+        ({"rows": [1.0 + 2**-3, 200.0]}, ["number"]),
+        ({"rows": [1.0]}, ["shape"]),
+        ({"rows": [200.0, 1.0]}, ["number", "number"]),
+        ({"code": "BN102"}, ["shape"]),
+        ({"count": 4}, ["shape"]),
+        ({"none": 0}, ["shape"]),
+        ({"more": 1}, ["shape"]),
+        ({"words": "a mean of 0.124 in 4 channels"}, []),  # its last digit was rounded
+        ({"words": "a mean of 0.126 in 4 channels"}, ["number"]),
+        ({"words": "a mean of 0.123 in 5 channels"}, ["number"]),
+        ({"words": "the mean is 0.123 in 4 channels"}, ["words"]),
+    ],
+)
+def test_a_difference_is_one_of_shape_number_or_words(now, kinds):
+    assert [each.kind for each in differences(BEFORE, BEFORE | now)] == kinds
+
+
+def test_a_value_that_is_gone_differs():
+    assert [each.place for each in differences(BEFORE, {**BEFORE, "inner": {}} | {"inner": {}})] == ["/inner"]
+    assert [each.place for each in differences({"a": {"b": 1}}, {"a": {}})] == ["/a/b"]

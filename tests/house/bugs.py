@@ -141,11 +141,13 @@ def main(only: str, unplanted: bool) -> None:
         missed = 0
         for number, bug in enumerate(chosen, start=1):
             start = time.perf_counter()
-            found = planted(tree, bug)
+            try:
+                found, told = planted(tree, bug), "NOT FOUND"
+            except ValueError as error:
+                found, told = "", f"NOT PLANTED, {error}"
             missed += not found
             seconds = time.perf_counter() - start
-            click.echo(f"{number:2} {'found' if found else 'NOT FOUND':9} {seconds:5.1f} s  {bug.room}: {bug.breaks}")
-            click.echo(f"             {found or bug.text}")
+            click.echo(f"{number:2} {seconds:5.1f} s  {bug.room}: {bug.breaks}\n            {found or told}")
     click.echo(f"{len(chosen) - missed} of {len(chosen)} found")
     raise SystemExit(1 if missed else 0)
 

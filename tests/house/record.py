@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import click
 
 from house.comparing import ANY, FLOAT32, Difference, Tolerance, differences
-from house.outputs import CASES, outputs
+from house.outputs import CASES, LONG, NAMES, arithmetic, output
 from house.surface import surface
 
 _HERE = Path(__file__).parent
 _EXACT = Tolerance(0.0, 0.0)
 
+# name, as recorded, as it is now, what differs by more than the tolerance
+Compared = tuple[str, Any, Any, list[Difference]]
+
 
 def recorded(name: str) -> Any:
-    """ "surface" or "outputs", as it was recorded."""
+    """The surface or the outputs, as they were recorded."""
     path = _HERE / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"arithmetic": "", "cases": {}}
 
@@ -36,41 +38,47 @@ def write(name: str, value: Any) -> None:
 
 def of_case(name: str, before: Any, now: Any, *, same: bool) -> list[Difference]:
     """Differences of a case. Numbers that no other arithmetic gives are compared only where it is the ``same``."""
-    tolerance = CASES[name].tolerance if name in CASES else FLOAT32
+    case = (CASES | LONG).get(name)
+    tolerance = FLOAT32 if case is None else case.tolerance
     if tolerance is not ANY:
         return list(differences(before, now, tolerance, name))
     return [d for d in differences(before, now, FLOAT32, name) if same or d.kind != "number"]
 
 
-def _of_surface() -> tuple[Any, list[Difference]]:
-    now = surface()
-    return now, list(differences(recorded("surface"), now))
+def _of_surface() -> Compared:
+    before, now = recorded("surface"), surface()
+    return "surface", before, now, list(differences(before, now))
 
 
-def _of_outputs() -> tuple[Any, list[Difference]]:
-    now, before = outputs(), recorded("outputs")
-    same = before["arithmetic"] == now["arithmetic"]
-    gone = [
-        Difference(name, "shape", *there)
-        for name in before["cases"].keys() ^ now["cases"].keys()
-        for there in [(name in before["cases"], name in now["cases"])]
+def _of_outputs(*, long: bool) -> Compared:
+    """All cases, of the long ones what is recorded unless they are asked for."""
+    before = recorded("outputs")
+    same = before["arithmetic"] == arithmetic()
+    kept = before["cases"] if same and not long else {}
+    cases = {name: output(name) for name in NAMES}
+    cases |= {name: kept[name] if name in kept else output(name) for name in LONG}
+    now = {"arithmetic": arithmetic(), "cases": cases}
+    names = [name for name in before["cases"] if name in cases]
+    found = [d for name in names for d in of_case(name, before["cases"][name], cases[name], same=same)]
+    found += [
+        Difference(name, "shape", name in before["cases"], name in cases)
+        for name in before["cases"].keys() ^ cases.keys()
     ]
-    common = [name for name in now["cases"] if name in before["cases"]]
-    cases = [of_case(name, before["cases"][name], now["cases"][name], same=same) for name in common]
-    return now, [*gone, *chain(*cases)]
+    return "outputs", before, now, found
 
 
 @click.command()
 @click.option("--words", is_flag=True, help="Write the record if nothing but wording differs.")
 @click.option("--all", "everything", is_flag=True, help="Write the record whatever differs.")
-def main(words: bool, everything: bool) -> None:
+@click.option("--long", is_flag=True, help="Also run every claim of the lecture; it takes two minutes more.")
+def main(words: bool, everything: bool, long: bool) -> None:
     """Show what differs from the record of the surface and of outputs."""
     left = 0
-    for name, (now, found) in (("surface", _of_surface()), ("outputs", _of_outputs())):
+    for name, before, now, found in (_of_surface(), _of_outputs(long=long)):
         for difference in found:
             click.echo(difference)
         kinds = Counter(d.kind for d in found)
-        bits = sum(d.kind == "number" for d in differences(recorded(name), now, _EXACT))
+        bits = sum(d.kind == "number" for d in differences(before, now, _EXACT))
         click.echo(f"{name}: {dict(kinds) or 'nothing differs'}; numbers with other bits: {bits}")
         if everything or (words and set(kinds) <= {"words"}):
             write(name, now)
