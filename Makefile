@@ -29,7 +29,7 @@ check: $(STAMP)  ## format, lint, types, imports and the fast tests
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
-planted: $(STAMP) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (seven minutes)
+planted: $(STAMP) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (six minutes)
 	cd tests && ../$(BIN)/python -m house.bugs
 
 # pages are tested in the system's Chromium; playwright drives it and downloads none of its own

@@ -26,7 +26,10 @@ _COPIED = ("src", "tests", "docs", "examples", "acceptance", "benchmarks", "READ
 _OWN_TREE = (
     "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
 )
+_PYTEST = ("-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly")
 _PASSED, _FAILED = 0, 1
+# all but the slow ones, and the one that looks for the texts that were just replaced
+_ALL = ("tests", "-m", "not slow", "-k", "not test_a_bug_can_be_planted")
 
 
 @dataclass(frozen=True)
@@ -77,36 +80,19 @@ class Tree:
 
     def test(self, *arguments: str) -> tuple[int, str]:
         """Exit code and output of pytest."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:randomly",
-            *arguments,
-        ]
+        command = [sys.executable, *_PYTEST, *arguments]
         done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     def where(self, tests: tuple[str, ...]) -> list[str]:
         """The tests by the files that they are in now; of those that are in none, nothing."""
-        return [found for test in tests for found in self._now(test)]
+        return [place for test in tests if (place := self._now(*test.split("::")))]
 
-    def _now(self, test: str) -> list[str]:
-        file, _, name = test.partition("::")
-        if not name:
-            return [f"tests/{file}"] if (self.folder / "tests" / file).exists() else []
-        definition = re.compile(rf"^\s*def {re.escape(name.partition('[')[0])}\(", re.MULTILINE)
-        files = sorted((self.folder / "tests").rglob("*.py"), key=lambda path: path.name != file)
-        return [
-            f"{path.relative_to(self.folder)}::{name}" for path in files if definition.search(path.read_text("utf-8"))
-        ][:1]
+    def _now(self, file: str, name: str) -> str:
+        definition = re.compile(rf"^\s*def {re.escape(name)}\(", re.MULTILINE)
+        files = sorted((self.folder / "tests").rglob("test_*.py"), key=lambda path: path.name != file)
+        found = (path for path in files if definition.search(path.read_text(encoding="utf-8")))
+        return next((f"{path.relative_to(self.folder)}::{name}" for path in found), "")
 
 
 def planted(tree: Tree, bug: Bug) -> str:
@@ -116,7 +102,7 @@ def planted(tree: Tree, bug: Bug) -> str:
     path.write_text(before.replace(bug.text, bug.instead), encoding="utf-8")
     try:
         tests = tree.where(bug.found_by)
-        code, output = tree.test(*(tests or ("tests", "-m", "not slow")))
+        code, output = tree.test(*(tests or _ALL))
     finally:
         path.write_text(before, encoding="utf-8")
     if code not in {_PASSED, _FAILED}:
