@@ -32,6 +32,7 @@ from batchnorm.adaptation.window import Window
 from batchnorm.expected import require_number, require_type
 from batchnorm.population.absent import note_absence
 from batchnorm.population.batches import examples_in
+from batchnorm.population.hooks import Hook
 from batchnorm.shift import ShiftMonitor
 
 if TYPE_CHECKING:
@@ -167,11 +168,12 @@ class Adapter:
         self._starts_monitor = not self.monitor.is_observing
         self.monitor.start()
         outer = self.monitor.observed
+        before, hush, after = (Hook(work, is_always=True) for work in (self._before, self._hush, self._after))
         self._handles = [
             # before the monitor's: a trial is none of its observations
-            outer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            outer.register_forward_pre_hook(self._hush),
-            outer.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            outer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            outer.register_forward_pre_hook(hush),
+            outer.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         return self
 

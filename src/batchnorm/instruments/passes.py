@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined, readable
+from batchnorm.population.hooks import Hook
 
 State = tuple[Tensor, Tensor, Tensor]  # running_mean, running_var, num_batches_tracked
 
@@ -117,36 +118,6 @@ class Passes:
         if mean is not None and var is not None and count is not None:
             with torch.no_grad():
                 self._states[index].append((mean.clone(), var.clone(), count.clone()))
-
-
-@final
-class Hook:
-    """A forward pre-hook that is not seen by compilers, and whose copies in copies of a model do nothing.
-
-    Args:
-        work: Given the module and its arguments; with ``keywords`` the named ones too.
-    """
-
-    def __init__(self, work: Callable[..., None] | None = None) -> None:
-        self._work = work
-
-    def __call__(self, *arguments: Any) -> None:
-        """Do the work, unless a compiler traces the call or a CUDA graph records it."""
-        if torch.compiler.is_compiling() or self._work is None or _is_recorded():
-            return
-        self._work(*arguments)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        """A hook that does nothing: an average of the weights is not what is watched."""
-        return Hook()
-
-    def __getstate__(self) -> dict[str, None]:
-        """What a saved model keeps of it."""
-        return {"_work": None}
-
-
-def _is_recorded() -> bool:
-    return torch.jit.is_tracing() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _is_compiled(model: nn.Module) -> bool:

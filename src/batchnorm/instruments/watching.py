@@ -29,7 +29,7 @@ from batchnorm.instruments.census import census
 from batchnorm.instruments.events import Events
 from batchnorm.instruments.noise import LEAST, Window, shift, shift_floor
 from batchnorm.instruments.outlets import Outlets, Sink, number_of
-from batchnorm.instruments.passes import End, Hook, Passes
+from batchnorm.instruments.passes import End, Passes
 from batchnorm.instruments.probing import Probe, View, with_shape
 from batchnorm.instruments.schedule import Schedule
 from batchnorm.instruments.snapshots import Layers, Snapshot
@@ -37,6 +37,7 @@ from batchnorm.instruments.steps import Steps
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.absent import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches, call, on_device_of, tensors_in
+from batchnorm.population.hooks import Hook
 from batchnorm.population.sharding import is_sharded
 from batchnorm.population.tensors import emptiness
 from batchnorm.record import QUANTITIES, Record

@@ -20,6 +20,7 @@ from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.absent import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches, examples_in, rows_of, why_without_rows
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
+from batchnorm.population.hooks import Hook
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.tensors import require
 from batchnorm.shift.passes import passes
@@ -177,10 +178,11 @@ class ShiftMonitor:
         """Observe forward passes from now on."""
         if not self.is_observing:
             self._guard.enter_context(refusing_absences(self.model))
+            before, after = (Hook(work, is_always=True) for work in (self._before, self._after))
             self._handles = [
-                self.observed.register_forward_pre_hook(self._before, with_kwargs=True),
+                self.observed.register_forward_pre_hook(before, with_kwargs=True),
                 *([] if self.is_compiled else self._tap.attach()),
-                self.observed.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                self.observed.register_forward_hook(after, with_kwargs=True, always_call=True),
             ]
         return self
 

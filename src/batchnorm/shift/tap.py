@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, final
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import input_of
+from batchnorm.population.hooks import Hook
 from batchnorm.population.tensors import whole
 
 if TYPE_CHECKING:
@@ -99,8 +101,10 @@ class Tap:
 
     def attach(self) -> list[Any]:
         """Tap the layers until the handles are removed."""
-        layers = self._layers.items()
-        return [layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in layers]
+        return [
+            layer.register_forward_pre_hook(Hook(partial(self._see, name), is_always=True), with_kwargs=True)
+            for name, layer in self._layers.items()
+        ]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -125,18 +129,15 @@ class Tap:
         z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
         return z.cpu().double(), q.cpu().double()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            here = self._pass
-            if not here.examples or module.training or name in here.seen:
-                return
-            start = time.perf_counter()
-            x = input_of(args, kwargs)
-            if x is not None and (x := whole(x)) is not None:  # a DTensor's; none while a trace runs through the model
-                here.seen[name] = self._statistics(name, here.of(x))
-            here.seconds += time.perf_counter() - start
-
-        return hook
+    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        here = self._pass
+        if not here.examples or module.training or name in here.seen:
+            return
+        start = time.perf_counter()
+        x = input_of(args, kwargs)
+        if x is not None and (x := whole(x)) is not None:  # a DTensor's; none while a trace runs through the model
+            here.seen[name] = self._statistics(name, here.of(x))
+        here.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def _statistics(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
