@@ -228,7 +228,7 @@ def _monitor(
     from batchnorm.shift import ShiftMonitor
 
     known = _read(reference) if reference else None
-    monitor = ShiftMonitor(network, alpha, unit, reference=known)
+    monitor = ShiftMonitor(network, alpha, unit, reference=known, examples=None)
     if calibrate:
         made = monitor.calibrate(addresses.data(calibrate), max_examples)
         if write_reference:
