@@ -27,6 +27,7 @@ from batchnorm.shift.stream import Stream
 
 ROUNDS, UPDATES, SHAPE = 120, 500, (16, 3, 96, 96)
 CALIBRATED = "calibrated, as it comes"
+ALWAYS = 64  # batches of which 4 examples are looked at whatever the budget
 ARMS: dict[str, dict[str, Any] | None] = {
     "not monitored": None,
     "as it comes": {},
@@ -46,7 +47,7 @@ def main() -> None:
     monitors[CALIBRATED].calibrate([torch.randn(SHAPE) for _ in range(13)])
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     with torch.no_grad(), timing.others() as busy:
-        for turn in range(-3, ROUNDS):
+        for turn in range(-ALWAYS, ROUNDS):
             x = torch.randn(SHAPE)
             first = turn % len(ARMS)
             names = list(ARMS)[first:] + list(ARMS)[:first]
