@@ -21,7 +21,7 @@ from peers import PEERS, Peer
 from report import save, tell_goals, tell_load, tell_row, told
 
 import batchnorm as bn
-from batchnorm import bench, rounds
+from batchnorm import bench, paired_timing
 from batchnorm.lecture.verdicts import environment
 from batchnorm.surgery import convert
 
@@ -83,9 +83,9 @@ def _network_row(name: str, *, channels_last: bool, quick: bool) -> dict[str, An
         "torch": theirs,
         "no norm": without_norm(copy.deepcopy(theirs)),
     }
-    steps = {side: rounds.timed(training_step(model, x, classes)) for side, model in models.items()}
-    with rounds.others() as busy:
-        run = rounds.race(steps, rounds=3 if quick else 21, budget=30)
+    steps = {side: paired_timing.timed(training_step(model, x, classes)) for side, model in models.items()}
+    with paired_timing.others() as busy:
+        run = paired_timing.race(steps, rounds=3 if quick else 21, budget=30)
     return {
         "case": name,
         "words": f"training step of {name}",
@@ -108,7 +108,7 @@ def _allocator_effect(**limits: Any) -> dict[str, Any]:
     try:
         for (side, _), worker in zip(sides, workers.values(), strict=True):
             worker.prepare(question(entry) | {"side": side})
-        run = rounds.race({name: worker.round for name, worker in workers.items()}, **limits)
+        run = paired_timing.race({name: worker.round for name, worker in workers.items()}, **limits)
     finally:
         for worker in workers.values():
             worker.close()
@@ -119,9 +119,9 @@ def _allocator_effect(**limits: Any) -> dict[str, Any]:
     return {"case": entry.case, "shape": list(entry.shape), "contestants": result}
 
 
-def _allocated(run: rounds.Race, name: str) -> dict[str, Any]:
+def _allocated(run: paired_timing.Race, name: str) -> dict[str, Any]:
     """As contest.times, relative to ours under the tuned allocator."""
-    renamed = rounds.Race({{"ours, tuned": "ours"}.get(key, key): values for key, values in run.seconds.items()})
+    renamed = paired_timing.Race({{"ours, tuned": "ours"}.get(key, key): values for key, values in run.seconds.items()})
     return times(renamed, {"ours, tuned": "ours"}.get(name, name), {})
 
 

@@ -24,8 +24,8 @@ from report import save, spread, tell_load
 
 import batchnorm as bn
 from batchnorm import bench
-from batchnorm import rounds as timing
-from batchnorm.instruments.schedule import Schedule
+from batchnorm import paired_timing as timing
+from batchnorm.instruments.look_schedule import Schedule
 from batchnorm.lecture.verdicts import environment
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peers.worker import arrays
 
-from batchnorm import bench, rounds
+from batchnorm import bench, paired_timing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ def layer_row(entry: Entry, peers: Sequence[Peer], *, compiled: bool, **limits: 
     inputs = bench.Inputs.of(entry.shape, entry.dtype, channels_last=entry.channels_last)
     field = bench.contestants(case, inputs) | _more_of_torch(entry, inputs, compiled=compiled)
     present, absent = _prepared(entry, peers)
-    with rounds.others([peer.pid for peer in peers]) as busy:
-        run = rounds.race(field | present, **limits)
+    with paired_timing.others([peer.pid for peer in peers]) as busy:
+        run = paired_timing.race(field | present, **limits)
     parts = {"limit": case.limit}
     if entry.channels_last and case.reread:
         parts["floor"] = {**case.limit, "read": case.reread}
@@ -45,7 +45,7 @@ def layer_row(entry: Entry, peers: Sequence[Peer], *, compiled: bool, **limits: 
     }
 
 
-def times(run: rounds.Race, name: str, parts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+def times(run: paired_timing.Race, name: str, parts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """Milliseconds, the ratio of this time to ours, and its multiples of limits, each with quartiles over rounds."""
     own = {name: 1}
     result: dict[str, Any] = {"ms": _spread(run.time(own), 1e3)}
@@ -54,7 +54,7 @@ def times(run: rounds.Race, name: str, parts: Mapping[str, Mapping[str, int]]) -
     return result | {f"to_{limit}": _spread(run.ratio(own, sum_)) for limit, sum_ in parts.items()}
 
 
-def _spread(spread: rounds.Spread, unit: float = 1.0) -> dict[str, float]:
+def _spread(spread: paired_timing.Spread, unit: float = 1.0) -> dict[str, float]:
     return {"median": unit * spread.median, "low": unit * spread.low, "high": unit * spread.high}
 
 
@@ -62,19 +62,19 @@ def _spelled(sum_: Mapping[str, int]) -> str:
     return " + ".join(name if times == 1 else f"{times} {name}" for name, times in sum_.items())
 
 
-def _more_of_torch(entry: Entry, inputs: bench.Inputs, *, compiled: bool) -> dict[str, rounds.Contestant]:
+def _more_of_torch(entry: Entry, inputs: bench.Inputs, *, compiled: bool) -> dict[str, paired_timing.Contestant]:
     """torch.nn's layer with sum and ReLU in place, and the whole compiled, before anything is timed."""
     case = bench.CASES[entry.case]
     field = {}
     if case.relu:
         layer = bench.layers(entry.shape, entry.dtype, case)["torch"]
         run = bench.composed(case, layer, inplace=True)
-        field["torch in place"] = rounds.timed(bench.call(case, run, list(layer.parameters()), inputs))
+        field["torch in place"] = paired_timing.timed(bench.call(case, run, list(layer.parameters()), inputs))
     if compiled:
         torch._dynamo.reset()  # cases are different functions to us, but one code object to the compiler
         layer = bench.layers(entry.shape, entry.dtype, case)["torch"]
         run = torch.compile(bench.composed(case, layer), fullgraph=True, dynamic=False)
-        field["torch.compile"] = rounds.timed(bench.call(case, run, list(layer.parameters()), inputs))
+        field["torch.compile"] = paired_timing.timed(bench.call(case, run, list(layer.parameters()), inputs))
     return field
 
 
@@ -86,7 +86,7 @@ def question(entry: Entry) -> dict[str, Any]:
     return {"case": entry.case, **where, **flags}
 
 
-def _prepared(entry: Entry, peers: Sequence[Peer]) -> tuple[dict[str, rounds.Contestant], dict[str, str]]:
+def _prepared(entry: Entry, peers: Sequence[Peer]) -> tuple[dict[str, paired_timing.Contestant], dict[str, str]]:
     """Peers that compute the case, and why the others do not; a wrong result is a reason, too."""
     present, absent, asked = {}, {}, question(entry)
     expected: dict[str, float] = {}

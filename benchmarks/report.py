@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.bench import write
-from batchnorm.rounds import BUSY
+from batchnorm.paired_timing import BUSY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

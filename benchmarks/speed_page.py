@@ -14,7 +14,7 @@ from bench_accuracy import as_text
 from report import FOLDER, VERDICTS, goal_in_words, spread, worst_in_words
 from speed_chart import chart
 
-from batchnorm.rounds import BUSY
+from batchnorm.paired_timing import BUSY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

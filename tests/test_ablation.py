@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import layers
+from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, fix, make_arm, strip
-from batchnorm.ablation.data import Data, joined, regrouped, take
+from batchnorm.ablation.effort import plan
 from batchnorm.ablation.grid import Grid
-from batchnorm.ablation.losses import accuracy, default_loss
-from batchnorm.ablation.plan import plan
-from batchnorm.ablation.subject import Subject, first_tensor, kept_buffers, received
-from batchnorm.ablation.training import train
-from batchnorm.ablation.watching import watch
+from batchnorm.ablation.user_data import Data, joined, regrouped, take
+from batchnorm.ablation.user_model import Subject, first_tensor, kept_buffers, received
+from batchnorm.ablation.usual_losses import accuracy, default_loss
+from batchnorm.ablation.watched_runs import watch
 from batchnorm.population import freeze
 
 

@@ -14,22 +14,30 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from batchnorm import ablation, report
-from batchnorm.ablation import noise, scale, shift, smooth, snapshot, speed, test_time
+from batchnorm.ablation import model_as_it_is
 from batchnorm.ablation.answers import Answers
+from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT
 from batchnorm.ablation.criteria import CRITERIA, judge, power, share, times
-from batchnorm.ablation.data import Data, is_rows
+from batchnorm.ablation.effort import Cost, Plan, plan
 from batchnorm.ablation.grid import Grid
-from batchnorm.ablation.plan import Cost, Plan, plan
+from batchnorm.ablation.questions import (
+    input_scales,
+    noise_of_layers,
+    received_shift,
+    smoothness,
+    speed_and_rates,
+    test_statistics,
+)
+from batchnorm.ablation.questions.test_statistics import Reading, Readings
 from batchnorm.ablation.study import Study
-from batchnorm.ablation.subject import Subject
-from batchnorm.ablation.test_time import Reading, Readings
-from batchnorm.ablation.training import train
-from batchnorm.ablation.watching import Watched
+from batchnorm.ablation.user_data import Data, is_rows
+from batchnorm.ablation.user_model import Subject
+from batchnorm.ablation.watched_runs import Watched
 from batchnorm.lecture import over_seeds
 from batchnorm.lecture.claim import Claim, Result, Settings, Status
-from batchnorm.lecture.smooth import Landscape
-from batchnorm.lecture.training import Arrival
+from batchnorm.lecture.claims.smoother_loss import Landscape
+from batchnorm.lecture.ensemble_training import Arrival
 from batchnorm.lecture.verdicts import Outcome
 
 STEPS, SEEDS = 40, 2
@@ -119,8 +127,8 @@ def answers(results: dict[str, Result], **more: object) -> Answers:
 def test_every_sentence_about_training_holds_for_every_outcome(with_: str, without: str) -> None:
     made = study(with_, without)
     results = {
-        "speed": speed.measure(made), "rates": speed.measure_rates(made), "scale": scale.measure(made),
-        "shift": shift.measure(made), "smooth": smooth.measure(made),
+        "speed": speed_and_rates.measure(made), "rates": speed_and_rates.measure_rates(made),
+        "scale": input_scales.measure(made), "shift": received_shift.measure(made), "smooth": smoothness.measure(made),
     }  # fmt: skip
     whole = answers(results, idle=made.idle(), late=made.late(), advice=made.advice())
     for text in (*itertools.chain.from_iterable(map(told, results.values())), whole.headline, whole.second):
@@ -138,7 +146,7 @@ def test_every_sentence_about_training_holds_for_every_outcome(with_: str, witho
 
 def test_a_page_of_diverged_runs_is_drawn() -> None:
     made = study("diverged at once", "diverged at once")
-    results = {"speed": speed.measure(made), "rates": speed.measure_rates(made)}
+    results = {"speed": speed_and_rates.measure(made), "rates": speed_and_rates.measure_rates(made)}
     assert "It cannot be told" in re.sub(r"<[^>]+>", " ", report.render(answers(results, idle=made.idle())))
 
 
@@ -148,21 +156,21 @@ EXTREMES = (0.0, 1e-30, 1e-12, 0.3, 1e12, 1e30, INF, NAN)
 @pytest.mark.parametrize(("plain", "normed"), list(itertools.product(EXTREMES, EXTREMES)))
 def test_every_sentence_about_looks_holds_for_every_number(plain: float, normed: float) -> None:
     made = study("fast", "slow", runs=(watched(normed, normed), watched(plain, plain)))
-    for result in (shift.measure(made), smooth.measure(made)):
+    for result in (received_shift.measure(made), smoothness.measure(made)):
         for text in told(result):
             no_nonsense(text)
         for verdict in result.verdicts:
             if {plain, normed} & {0.0, INF} or math.isnan(plain) or math.isnan(normed):
                 assert verdict.status is Status.INVALID
-    no_nonsense(" ".join(f"{card.figure} {card.note}" for card in answers({"shift": shift.measure(made)} | {
-        "speed": speed.measure(made)}).cards))  # fmt: skip
+    no_nonsense(" ".join(f"{card.figure} {card.note}" for card in answers({"shift": received_shift.measure(made)} | {
+        "speed": speed_and_rates.measure(made)}).cards))  # fmt: skip
 
 
 def test_a_run_that_could_not_be_looked_at_leaves_the_other_questions() -> None:
     made = study("fast", "slow", runs=(watched(0.1, 1.0), watched(0.1, 1.0, "IndexError: 7")))
-    assert shift.measure(made).verdicts[0].told == "a run could not be looked at: IndexError: 7"
-    assert {v.status for v in smooth.measure(made).verdicts} == {Status.INVALID}
-    assert speed.measure(made).verdicts[0].status is Status.SUPPORTED
+    assert received_shift.measure(made).verdicts[0].told == "a run could not be looked at: IndexError: 7"
+    assert {v.status for v in smoothness.measure(made).verdicts} == {Status.INVALID}
+    assert speed_and_rates.measure(made).verdicts[0].status is Status.SUPPORTED
 
 
 # -- the headline and what stands below it -------------------------------------------------------------------------
@@ -215,9 +223,13 @@ def test_every_sentence_about_test_time_holds_for_every_loss(population: float |
 
     batch = {} if other is None else {4: reading(other)}
     found = [Readings(batch, reading(other), reading(population), alone) for alone in (0.0, NAN)]
-    for verdict in (test_time._judge_small(found), test_time._judge_stored(found), test_time._judge_alone(found)):
+    for verdict in (
+        test_statistics._judge_small(found),
+        test_statistics._judge_stored(found),
+        test_statistics._judge_alone(found),
+    ):
         no_nonsense(verdict.told)
-    stored = test_time._judge_stored(found)
+    stored = test_statistics._judge_stored(found)
     if population == 0 and other is not None:
         assert "is 0" in stored.told
     if stored.estimate is not None:
@@ -229,7 +241,7 @@ def test_every_sentence_about_test_time_holds_for_every_loss(population: float |
 
 def test_a_mean_of_shares_is_told_as_one_beside_losses_of_the_other_direction() -> None:
     found = [Readings({}, Reading(a, None), Reading(b, None), 0.0) for a, b in ((0.02, 0.01), (9.0, 10.0))]
-    sentence = test_time._judge_stored(found).sentence
+    sentence = test_statistics._judge_stored(found).sentence
     assert "4.51 by running averages, 5 by population statistics (seed by seed +45.0%)" in sentence
 
 
@@ -239,7 +251,7 @@ def test_a_mean_of_shares_is_told_as_one_beside_losses_of_the_other_direction() 
 def test_noise_in_batches_of_the_smallest_size_is_told_once() -> None:
     batches = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(20)]
     subject = about(batches)
-    sentence = noise.measure(subject, [subject.fresh(0)], range(2)).verdicts[0].sentence
+    sentence = noise_of_layers.measure(subject, [subject.fresh(0)], range(2)).verdicts[0].sentence
     assert sentence.startswith("The noise power is 0.")
     assert sentence.count("in batches of") == 1
     no_nonsense(sentence)
@@ -251,7 +263,7 @@ def test_noise_in_batches_of_the_smallest_size_is_told_once() -> None:
     ids=["constant", "nan", "infinite", "far apart"],
 )  # fmt: skip
 def test_the_spread_of_any_features_is_told(x: Tensor) -> None:
-    result = scale.spread(x, range(2))
+    result = input_scales.spread(x, range(2))
     for text in told(result):
         no_nonsense(text)
     if not bool(x.isfinite().all()) or not bool(x.any()):
@@ -267,10 +279,13 @@ def test_depth_and_census_of_any_model_are_told(broken: float | None) -> None:
             model[0].weight.fill_(broken)
             model[1].weight.fill_(broken)
             model[1].running_var.fill_(broken)
-    for result in (snapshot.measure_depth(subject, model, range(2)), snapshot.measure_census(model, range(2))):
+    for result in (
+        model_as_it_is.measure_depth(subject, model, range(2)),
+        model_as_it_is.measure_census(model, range(2)),
+    ):
         for text in told(result):
             no_nonsense(text)
-    depth = snapshot.measure_depth(subject, model, range(2)).verdicts[0]
+    depth = model_as_it_is.measure_depth(subject, model, range(2)).verdicts[0]
     assert depth.told == "there is one batch norm layer alone, so its first is its last"
 
 
@@ -422,7 +437,10 @@ def test_rows_are_tensors_of_one_length() -> None:
 # -- what fails -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", [{"noise": noise, "shift": shift}, {"test-time": test_time, "smooth": smooth}])
+@pytest.mark.parametrize(
+    "failing",
+    [{"noise": noise_of_layers, "shift": received_shift}, {"test-time": test_statistics, "smooth": smoothness}],
+)
 def test_questions_that_fail_are_told_beside_the_others(failing: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> Result:
         raise IndexError("index 21 is out of bounds\nfor dimension 0")
@@ -491,8 +509,8 @@ def test_the_estimate_is_of_runs_looks_and_questions() -> None:
 
 def test_time_that_a_step_takes_beside_the_model_is_in_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr("batchnorm.ablation.plan.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("batchnorm.ablation.effort.time.perf_counter", lambda: float(next(clock)))
     calls = []
-    monkeypatch.setattr("batchnorm.ablation.plan.train", lambda *args: calls.append(args[-1]) or next(clock))
+    monkeypatch.setattr("batchnorm.ablation.effort.train", lambda *args: calls.append(args[-1]) or next(clock))
     plan(about(), steps=10, seeds=2)
     assert calls == [1, 1, 3]  # a step of a second: few do

@@ -13,13 +13,14 @@ from test_ablation import blobs, convolutional, images, small, subject
 from torch import nn
 
 from batchnorm import ablation, report
-from batchnorm.ablation import noise, snapshot, test_time
+from batchnorm.ablation import model_as_it_is
 from batchnorm.ablation.answers import Answers
+from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.criteria import CRITERIA, LEVEL, judge, times
+from batchnorm.ablation.effort import plan
 from batchnorm.ablation.facts import facts
-from batchnorm.ablation.plan import plan
-from batchnorm.ablation.scale import condition, spread
-from batchnorm.ablation.training import train
+from batchnorm.ablation.questions import noise_of_layers, test_statistics
+from batchnorm.ablation.questions.input_scales import condition, spread
 from batchnorm.lecture.claim import Claim, Result, Settings, Status
 from batchnorm.lecture.verdicts import Outcome
 from batchnorm.population import recalibrate
@@ -161,17 +162,19 @@ def test_arms_that_diverge_are_an_outcome():
 
 
 def test_the_noise_of_independent_normal_values_is_one_and_a_half_over_the_batch():
-    parts = noise._standardized([noise._parts(torch.randn(512, 64, generator=torch.Generator().manual_seed(1)))])
+    parts = noise_of_layers._standardized(
+        [noise_of_layers._parts(torch.randn(512, 64, generator=torch.Generator().manual_seed(1)))]
+    )
     random = torch.Generator().manual_seed(0)
     for size in (16, 64):
-        assert float(noise.power(parts, size, random)) == pytest.approx(1.5 / size, rel=0.1)
-    found = noise.powers({"layer": parts}, (8, 16, 32, 64, 128), 0)["layer"]
-    assert noise.slope(found, (8, 16, 32, 64, 128)) == pytest.approx(-1, abs=0.1)
+        assert float(noise_of_layers.power(parts, size, random)) == pytest.approx(1.5 / size, rel=0.1)
+    found = noise_of_layers.powers({"layer": parts}, (8, 16, 32, 64, 128), 0)["layer"]
+    assert noise_of_layers.slope(found, (8, 16, 32, 64, 128)) == pytest.approx(-1, abs=0.1)
 
 
 def test_the_noise_formula_is_what_normalizing_a_batch_does():
     x = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(2)).double()
-    means, inside = noise._standardized([noise._parts(x)])
+    means, inside = noise_of_layers._standardized([noise_of_layers._parts(x)])
     z = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), correction=0, keepdim=True)
     batch = z[:8]
     normal = (batch - batch.mean((0, 2), keepdim=True)) / batch.std((0, 2), correction=0, keepdim=True)
@@ -183,7 +186,7 @@ def test_the_noise_formula_is_what_normalizing_a_batch_does():
 def test_positions_of_an_example_count():
     model = nn.Sequential(nn.BatchNorm2d(2))
     batches = [(torch.randn(16, 2, 8, 8), torch.randn(16, 2, 8, 8)) for _ in range(10)]
-    result = noise.measure(subject(lambda: model, batches), [model], SEEDS)
+    result = noise_of_layers.measure(subject(lambda: model, batches), [model], SEEDS)
     assert verdicts(result)["noise-slope"].status is Status.SUPPORTED
     at_4 = next(row["y"] for row in result.charts[0].rows if row["x"] == 4)
     assert at_4 == pytest.approx(1.5 / (4 * 64), rel=0.2)
@@ -202,7 +205,7 @@ def settled():
 
 def test_exact_statistics_are_found_to_be_exact_and_an_answer_its_own():
     about, model = settled()
-    found = verdicts(test_time.measure(about, [model], SEEDS))
+    found = verdicts(test_statistics.measure(about, [model], SEEDS))
     assert found["test-time-stored"].status is Status.SUPPORTED
     assert found["test-time-stored"].estimate.mean == pytest.approx(0, abs=1e-5)
     assert found["test-time-alone"].status is Status.SUPPORTED
@@ -212,7 +215,7 @@ def test_stale_statistics_are_found():
     about, model = settled()
     model[1].running_mean += 100
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = verdicts(test_time.measure(about, [model], SEEDS))
+    found = verdicts(test_statistics.measure(about, [model], SEEDS))
     assert found["test-time-stored"].status is Status.OPPOSITE
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.training
@@ -220,7 +223,7 @@ def test_stale_statistics_are_found():
 
 def test_layers_without_stored_statistics_have_nothing_for_test_time():
     about = subject(lambda: small(lambda n: nn.BatchNorm1d(n, track_running_stats=False)))
-    found = verdicts(test_time.measure(about, [about.fresh(0)], SEEDS))
+    found = verdicts(test_statistics.measure(about, [about.fresh(0)], SEEDS))
     assert {verdict.status for verdict in found.values()} == {Status.INVALID}
 
 
@@ -232,7 +235,7 @@ def test_dead_channels_are_counted():
     with torch.no_grad():
         model[1].weight[:4] = 0
         model[1].bias[:4] = -1
-    verdict = verdicts(snapshot.measure_census(model, SEEDS))["census-dead"]
+    verdict = verdicts(model_as_it_is.measure_census(model, SEEDS))["census-dead"]
     assert verdict.status is Status.OPPOSITE
     assert "50.0% of channels are dead" in verdict.sentence
 
@@ -246,7 +249,7 @@ def test_examples_that_have_become_alike_are_found():
 
     model = nn.Sequential(nn.BatchNorm1d(40), Collapse(), nn.BatchNorm1d(40), nn.Linear(40, 2))
     batches = [(torch.randn(64, 40), torch.zeros(64).long()) for _ in range(2)]
-    result = snapshot.measure_depth(subject(lambda: model, batches), model, SEEDS)
+    result = model_as_it_is.measure_depth(subject(lambda: model, batches), model, SEEDS)
     assert verdicts(result)["depth-rank"].status is Status.OPPOSITE
     assert result.charts[0].rows
 

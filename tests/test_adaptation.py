@@ -11,7 +11,7 @@ from fingerprint import Net
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.adaptation.statistics import Statistics, adaptable
+from batchnorm.adaptation.layer_statistics import Statistics, adaptable
 
 KINDS = [
     (nn.BatchNorm1d, (5,)),

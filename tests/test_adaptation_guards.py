@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from batchnorm.adaptation.answer_window import Window
 from batchnorm.adaptation.cumulative import Cumulative, energy, faded
 from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
+from batchnorm.adaptation.layer_statistics import Statistics, seeing
 from batchnorm.adaptation.predictions import Predictions
-from batchnorm.adaptation.statistics import Statistics, seeing
-from batchnorm.adaptation.window import Window
 from batchnorm.moments import Moments
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from batchnorm import bench, rounds
+from batchnorm import bench, paired_timing
 
 TINY = ((4, 3), (2, 3, 4), (2, 3, 4, 4), (2, 3, 2, 2, 2))
 
@@ -53,7 +53,7 @@ def test_traffic_moves_tensors_of_the_size_asked_for():
 def test_a_race_runs_everyone_once_a_round_in_changing_order():
     order = []
     field = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
-    run = rounds.race(field, rounds=20)
+    run = paired_timing.race(field, rounds=20)
     assert {name: len(seconds) for name, seconds in run.seconds.items()} == {"a": 20, "b": 20, "c": 20}
     orders = ["".join(order[i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(names) == list("abc") for names in orders)
@@ -61,37 +61,37 @@ def test_a_race_runs_everyone_once_a_round_in_changing_order():
 
 
 def test_a_race_out_of_budget_ends_after_three_rounds():
-    assert len(rounds.race({"a": lambda: 1.0}, rounds=9, budget=-1).seconds["a"]) == 3
+    assert len(paired_timing.race({"a": lambda: 1.0}, rounds=9, budget=-1).seconds["a"]) == 3
 
 
 def test_ratios_are_taken_inside_rounds():
-    run = rounds.Race({"fast": [1.0, 10.0, 100.0], "slow": [3.0, 30.0, 300.0], "copy": [0.5, 5.0, 50.0]})
-    assert run.ratio({"slow": 1}, {"fast": 1}) == rounds.Spread(3.0, 3.0, 3.0)
-    assert run.ratio({"slow": 1}, {"fast": 1, "copy": 2}) == rounds.Spread(1.5, 1.5, 1.5)
+    run = paired_timing.Race({"fast": [1.0, 10.0, 100.0], "slow": [3.0, 30.0, 300.0], "copy": [0.5, 5.0, 50.0]})
+    assert run.ratio({"slow": 1}, {"fast": 1}) == paired_timing.Spread(3.0, 3.0, 3.0)
+    assert run.ratio({"slow": 1}, {"fast": 1, "copy": 2}) == paired_timing.Spread(1.5, 1.5, 1.5)
     assert run.time({"fast": 1, "copy": 2}).median == 20.0
 
 
 def test_the_share_of_others_is_a_share_and_our_own_work_is_not_in_it():
-    with rounds.others() as busy:
+    with paired_timing.others() as busy:
         pass
     assert set(busy) <= {"others"}
     assert all(share >= 0 for share in busy.values())
 
 
 def test_a_system_that_does_not_tell_leaves_the_share_out(monkeypatch):
-    monkeypatch.setattr(rounds, "_seconds", lambda pid: float("x"))
-    with rounds.others() as busy:
+    monkeypatch.setattr(paired_timing, "_seconds", lambda pid: float("x"))
+    with paired_timing.others() as busy:
         pass
     assert busy == {}
 
 
 def test_a_spread_is_median_and_quartiles():
-    assert rounds.Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == rounds.Spread(3.0, 2.0, 4.0)
+    assert paired_timing.Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == paired_timing.Spread(3.0, 2.0, 4.0)
 
 
 def test_a_timed_call_is_warmed_up_and_repeated():
     calls = []
-    contestant = rounds.timed(lambda: calls.append(None), at_least=0.0)
+    contestant = paired_timing.timed(lambda: calls.append(None), at_least=0.0)
     before = len(calls)
     assert before >= 1
     contestant()

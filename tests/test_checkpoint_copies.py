@@ -8,7 +8,7 @@ from checkpoint_files import saved, trained
 from torch import nn
 
 from batchnorm.checkpoint import Checkpoint, read
-from batchnorm.checkpoint.states import with_state
+from batchnorm.checkpoint.states_in_file import with_state
 
 
 def reading(tmp_path, value: object) -> Checkpoint:

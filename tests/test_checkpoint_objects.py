@@ -33,7 +33,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.checkpoint import Checkpoint, read
 from batchnorm.doctor import examine
-from batchnorm.doctor.rewriting import plan
+from batchnorm.doctor.mending.mended_checkpoint import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import batchnorm as bn
 from batchnorm.checkpoint import read
-from batchnorm.checkpoint.twins import find_twins
+from batchnorm.checkpoint.identical_parts import find_twins
 from batchnorm.doctor import examine
 from batchnorm.rules import Severity
 

@@ -106,7 +106,7 @@ def test_why_prints_criteria_then_verdicts_then_the_report(quick, tmp_path):
 
 
 def test_json_output_is_alone_on_standard_output_and_repeats_exactly(quick, tmp_path):
-    from batchnorm.lecture.sweep import sweep
+    from batchnorm.lecture.rate_sweep import sweep
 
     outputs = []
     for name in ("a.json", "b.json"):

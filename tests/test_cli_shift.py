@@ -206,7 +206,7 @@ def test_sarif_and_junit_fit_their_schemas(folder, data):
 
 
 def test_names_are_text_in_every_format(folder):
-    import batchnorm.cli.shift as cli
+    import batchnorm.cli.shift_command as cli
     from batchnorm.shift import page
     from batchnorm.shift.verdict import Layer, Verdict
 

@@ -104,6 +104,6 @@ def test_a_file_that_cannot_be_written_is_told(folder, tmp_path):
 
 
 def test_neither_help_nor_the_live_page_loads_torch():
-    check = "import batchnorm.cli.watch, batchnorm.live, sys; print('torch' in sys.modules)"
+    check = "import batchnorm.cli.watch_command, batchnorm.live, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

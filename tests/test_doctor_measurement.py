@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import batchnorm as bn
-from batchnorm.doctor.clustering import f_tail
-from batchnorm.doctor.comparison import reference_of
-from batchnorm.doctor.measurement import loop_of, measure
+from batchnorm.doctor.measuring.batch_clustering import f_tail
+from batchnorm.doctor.measuring.measurement import loop_of, measure
+from batchnorm.doctor.measuring.other_version import reference_of
 from batchnorm.rules import RULES, Evidence
-from batchnorm.rules.evidence import Loop
+from batchnorm.rules.rule_evidence import Loop
 
 
 def used(layer, mean=0.3, var=0.5):

@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import batchnorm as bn
 from batchnorm.doctor import examine
-from batchnorm.doctor.graph import graph_of
-from batchnorm.doctor.layers import layers_of, stored_of
-from batchnorm.doctor.model import modules_of, of_model, optimizer_of, structure_of
+from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
+from batchnorm.doctor.measuring.model_evidence import modules_of, of_model, optimizer_of, structure_of
+from batchnorm.doctor.measuring.neighbours_in_code import graph_of
 
 NO_LOOP = {"batch_size": None, "accumulation": 1, "world_size": 1, "max_examples": 64, "name": ""}
 

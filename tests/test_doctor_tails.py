@@ -9,8 +9,8 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.doctor import examine
-from batchnorm.doctor.bets import CHANCE, Bets, named
-from batchnorm.doctor.clustering import order_p
+from batchnorm.doctor.measuring.batch_clustering import order_p
+from batchnorm.doctor.measuring.stored_statistics_bets import CHANCE, Bets, named
 
 WIDTH = 8
 

@@ -14,8 +14,8 @@ import batchnorm as bn
 from batchnorm.checkpoint import Stored
 from batchnorm.doctor import examine
 from batchnorm.doctor.examination import Selection
-from batchnorm.doctor.remedies import REMEDIES, TOLERANCE, effect, typical_statistics, zero_variance
-from batchnorm.doctor.treatment import treat
+from batchnorm.doctor.mending.remedies import REMEDIES, TOLERANCE, effect, typical_statistics, zero_variance
+from batchnorm.doctor.mending.treatment import treat
 from batchnorm.population.freezing import Frozen
 from batchnorm.rules import RULES, Fix
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from batchnorm.checkpoint import read
 from batchnorm.cli import main
-from batchnorm.doctor import rewriting
 from batchnorm.doctor.examination import Selection, examine
-from batchnorm.doctor.treatment import differences, treat
-from batchnorm.replacing import replacing
+from batchnorm.doctor.mending import mended_checkpoint
+from batchnorm.doctor.mending.treatment import differences, treat
+from batchnorm.files.whole import replacing
 
 NAN = float("nan")
 MODEL = """
@@ -401,9 +401,11 @@ def test_an_interrupted_write_leaves_what_was_there_and_no_litter(folder, monkey
 
 def test_a_copy_that_reads_differently_is_given_up(folder, monkeypatch):
     path = save("safetensors", state(running_var=-1e-14))
-    monkeypatch.setattr("batchnorm.doctor.safetensors_files._packed", lambda values, _: b"\0\0\x80?" * len(values))
+    monkeypatch.setattr(
+        "batchnorm.doctor.mending.safetensors_files._packed", lambda values, _: b"\0\0\x80?" * len(values)
+    )
     with pytest.raises(ValueError, match=r"layer 'stem\.1' of a mended copy did not read as written"):
-        rewriting.write(rewriting.plan(path), Path("out.safetensors"))
+        mended_checkpoint.write(mended_checkpoint.plan(path), Path("out.safetensors"))
     assert {p.name for p in folder.iterdir()} == {"nets.py", path.name}
 
 
@@ -512,7 +514,7 @@ def test_only_selected_rules_are_fixed(folder):
     sick = state()
     sick["stem.1.running_var"][:4] = torch.tensor([-1e-14, 1e-40, 1.0, NAN])
     path = save("pt", sick)
-    assert [f.code for f in rewriting.plan(path, selection=Selection(select=("BN104",))).findings] == ["BN104"]
+    assert [f.code for f in mended_checkpoint.plan(path, selection=Selection(select=("BN104",))).findings] == ["BN104"]
     assert "nothing to fix" in call(path, "--ignore", "BN1").output
 
 
@@ -530,7 +532,7 @@ def test_a_layer_of_the_model_that_the_file_lacks_is_named(folder):
     changes = differences(model, treat(model), examine(model).findings, measured=False)
     torch.save({f"bn.{key}": value for key, value in layer_of(model).state_dict().items()}, "one.pt")
     with pytest.raises(ValueError, match=r"one.pt has no layer 'stem.1' of the model"):
-        rewriting.plan("one.pt", live=changes)
+        mended_checkpoint.plan("one.pt", live=changes)
 
 
 # -- odd counters, names and places ------------------------------------------------------------------------------
@@ -566,7 +568,7 @@ def test_names_that_begin_with_a_dot_keep_it(folder, kind):
 
 def test_a_copy_that_cannot_be_read_is_told_by_the_names_that_the_user_knows(folder, monkeypatch):
     path = save("safetensors", state(running_var=-1e-14))
-    monkeypatch.setattr("batchnorm.doctor.safetensors_files._header", lambda _: b"\0" * 8 + b"{")
+    monkeypatch.setattr("batchnorm.doctor.mending.safetensors_files._header", lambda _: b"\0" * 8 + b"{")
     result = call(path)
     assert result.exit_code == 2
     assert f"{path}: a mended copy could not be read: expected" in result.output

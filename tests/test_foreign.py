@@ -26,7 +26,7 @@ from surgery_checks import assert_same
 from torch import nn
 
 import batchnorm as bn
-from batchnorm import foreign
+from batchnorm import other_libraries
 from batchnorm.surgery import Partner, adoption, convert, fold, foldable, revert, unfold
 
 
@@ -190,15 +190,15 @@ def test_four_tensors_alone_do_not_make_a_layer_that_is_folded(kind):
 
 
 def test_a_wrong_map_is_found_on_the_example(monkeypatch):
-    from batchnorm.surgery import subclasses
+    from batchnorm.surgery import layer_maps
 
-    right = subclasses.response
+    right = layer_maps.response
 
     def wrong(*args):
         scale, shift = right(*args)
         return scale * 1.01, shift
 
-    monkeypatch.setattr(subclasses, "response", wrong)
+    monkeypatch.setattr(layer_maps, "response", wrong)
     with pytest.raises(ValueError, match="outputs that differ"):
         fold(net(FrozenByHand(4)), images(), report=None)
 
@@ -206,12 +206,16 @@ def test_a_wrong_map_is_found_on_the_example(monkeypatch):
 def test_a_frozen_layer_is_known_by_its_tensors():
     model = net(FrozenByHand(4))
     assert list(bn.find(model)) == ["1"]
-    assert foreign.channels_of(model[1]) == 4
-    assert math.isclose(foreign.eps_of(model[1]), 1e-5, rel_tol=1e-9)
-    assert foreign.eps_of(FrozenByTorch(4)) == 1e-3
-    assert foreign.measures(model[1]) == "nothing"
-    assert foreign.measures(Activated(4)) == "its batch"
-    assert foreign.measures(Synced(4)) == foreign.measures(nn.SyncBatchNorm(4)) == "the batches of all processes"
+    assert other_libraries.channels_of(model[1]) == 4
+    assert math.isclose(other_libraries.eps_of(model[1]), 1e-5, rel_tol=1e-9)
+    assert other_libraries.eps_of(FrozenByTorch(4)) == 1e-3
+    assert other_libraries.measures(model[1]) == "nothing"
+    assert other_libraries.measures(Activated(4)) == "its batch"
+    assert (
+        other_libraries.measures(Synced(4))
+        == other_libraries.measures(nn.SyncBatchNorm(4))
+        == "the batches of all processes"
+    )
 
 
 class Scalar(Four):
@@ -233,7 +237,7 @@ def test_what_only_looks_alike_is_no_layer(module):
 
 def test_the_table_tells_what_a_class_measures():
     made = type("NaiveSyncBatchNorm", (nn.BatchNorm2d,), {"__module__": "detectron2.layers.batch_norm"})(4)
-    assert foreign.measures(made) == "the batches of all processes"
+    assert other_libraries.measures(made) == "the batches of all processes"
     with pytest.warns(UserWarning, match="'1' is a NaiveSyncBatchNorm, which measures the batches of all processes"):
         assert type(convert(net(made))[1]) is type(made)
     assert foldable(net(made))["1"] == Partner("0", "before")
@@ -319,7 +323,7 @@ def test_layers_are_looked_at_without_a_trace():
     state, attributes = copy.deepcopy(layer.state_dict()), dict(vars(layer))
     random = torch.get_rng_state()
     adoption.activation_in(layer)
-    foreign.response_of(FrozenByHand(4))
+    other_libraries.response_of(FrozenByHand(4))
     assert torch.equal(torch.get_rng_state(), random)
     assert vars(layer) == attributes
     assert all(torch.equal(layer.state_dict()[key], value) for key, value in state.items())

@@ -127,7 +127,7 @@ class HoldsOneOfThatName(nn.Module):
 
 @pytest.mark.parametrize("model", [net(), HoldsOneOfThatName(), net(NormAct(4, nn.ReLU())), nn.Linear(2, 2)])
 def test_layers_are_not_out_of_reach(model):
-    from batchnorm.foreign import out_of_reach
+    from batchnorm.other_libraries import out_of_reach
 
     assert out_of_reach(model) == {}
     assert out_of_reach(torch.fx.symbolic_trace(net())) == {}

@@ -8,7 +8,7 @@ from fingerprint import fingerprint, trained_net
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.companions import companion_flips
+from batchnorm.instruments.companion_examples import companion_flips
 
 CHANNELS, REPEATS, SIZE = 1024, 100, 64
 

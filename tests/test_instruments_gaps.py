@@ -8,7 +8,7 @@ from fingerprint import fingerprint, trained_net
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.gaps import train_eval_gap
+from batchnorm.instruments.train_eval_gaps import train_eval_gap
 
 U32 = 2.0**-24
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import batchnorm as bn
-from batchnorm.instruments.internal_shift import gradient_shift
+from batchnorm.instruments.internal_covariate_shift import gradient_shift
 
 U = 2.0**-53
 

@@ -9,8 +9,8 @@ from scipy.special import polygamma
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.census import census
-from batchnorm.instruments.noise import Window, shift, shift_floor
+from batchnorm.instruments.free_tier import Window, shift, shift_floor
+from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.snapshots import Layers, Snapshot, updates
 
 CHANNELS = 4096

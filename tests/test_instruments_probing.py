@@ -9,8 +9,8 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.probing import gap
-from batchnorm.instruments.propagation import UNITS, resemblance, sample
+from batchnorm.instruments.probe_tier import gap
+from batchnorm.instruments.signal_propagation import UNITS, resemblance, sample
 from batchnorm.moments import Moments
 
 

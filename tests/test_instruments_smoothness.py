@@ -10,7 +10,7 @@ from fingerprint import fingerprint, trained_net
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.smoothness import FRACTIONS, landscape
+from batchnorm.instruments.loss_landscape import FRACTIONS, landscape
 
 U = 2.0**-53
 

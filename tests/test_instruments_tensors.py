@@ -10,7 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.instruments import Angles, gradient_shift, landscape
-from batchnorm.instruments.census import census
+from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.snapshots import Layers, Snapshot
 
 ABSENT = ("freed", "freed parameter", "meta", "fake", "functional", "pair", "flat pair")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.events import Events
-from batchnorm.instruments.schedule import Schedule
+from batchnorm.instruments.look_schedule import Schedule
+from batchnorm.instruments.training_events import Events
 from batchnorm.record import QUANTITIES, Log
 
 FREE = {name for name, quantity in QUANTITIES.items() if quantity.tier == "free"}
@@ -199,7 +199,7 @@ def test_the_probes_losses_are_those_of_the_model_in_each_mode(tmp_path: Path) -
 
 
 def test_noted_values_are_averaged_between_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.instruments.watching._PULSE", NO_LIMIT)
+    monkeypatch.setattr("batchnorm.instruments.watched_training._PULSE", NO_LIMIT)
     model = made()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with bn.watch(model, log=tmp_path, probe=False) as run:

@@ -9,8 +9,8 @@ from pathlib import Path
 import forked
 import pytest
 
-from batchnorm.integrations.missing import needed
-from batchnorm.integrations.session import Session
+from batchnorm.integrations.missing_packages import needed
+from batchnorm.integrations.watch_session import Session
 
 LIBRARIES = {
     "ignite": "pytorch-ignite",
@@ -48,7 +48,7 @@ for name in {libraries}:
 RANK = """
 import sys, torch, batchnorm as bn
 from torch import nn
-from batchnorm.integrations.calibration import calibrate
+from batchnorm.integrations.recalibration_in_training import calibrate
 torch.distributed.init_process_group("gloo")
 rank, folder = torch.distributed.get_rank(), sys.argv[1]
 model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))

@@ -134,7 +134,7 @@ def test_the_log_has_the_loss_and_an_end(tmp_path: Path) -> None:
 def test_the_noted_loss_is_not_divided_by_the_accumulated_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("batchnorm.instruments.watching._PULSE", NO_LIMIT)  # one line, at the end
+    monkeypatch.setattr("batchnorm.instruments.watched_training._PULSE", NO_LIMIT)  # one line, at the end
     seen = []
 
     class Seen(Callback):
@@ -346,7 +346,7 @@ def test_several_loaders_need_a_choice() -> None:
 
 
 def test_workers_that_persist_are_left_to_the_epoch() -> None:
-    from batchnorm.integrations.calibration import with_own_workers
+    from batchnorm.integrations.recalibration_in_training import with_own_workers
 
     data = loader(num_workers=1, persistent_workers=True)
     mine = iter(data)

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import batchnorm as bn
-from batchnorm.integrations.delivery import Delivery
+from batchnorm.integrations.layer_summary import summary
+from batchnorm.integrations.metric_sending import Delivery
 from batchnorm.integrations.mlflow import MLflowSink, metric_name
-from batchnorm.integrations.summary import summary
 from batchnorm.integrations.tensorboard import TensorBoardSink
 
 NO_LIMIT = 1e9

@@ -12,9 +12,9 @@ import pytest
 import torch
 from layouts import channels_last, contiguous
 
-from batchnorm.kernels import choice, cpu, reference, running, torchs
+from batchnorm.kernels import choice, cpu, reference, running_statistics, torch_batch_norm
 from batchnorm.kernels.activations import NAMES, parameter
-from batchnorm.kernels.running import Running
+from batchnorm.kernels.running_statistics import Running
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 EPS = 1e-5
@@ -47,7 +47,7 @@ def test_torchs_results_are_the_oracles_within_rounding(act, dtype):
         gamma, beta = torch.randn(2, 3, dtype=wide)
         inputs = [t.requires_grad_() for t in ((x, r, gamma, beta) if with_residual else (x, gamma, beta))]
         r = r if with_residual else None
-        y = torchs.train(x, gamma, beta, EPS, act, param, r, None)
+        y = torch_batch_norm.train(x, gamma, beta, EPS, act, param, r, None)
         assert y.dtype == dtype
         found = dict(zip(("x", "r", "gamma", "beta") if with_residual else ("x", "gamma", "beta"),
                          torch.autograd.grad(y, inputs, grad), strict=True))  # fmt: skip
@@ -67,9 +67,9 @@ def test_torchs_running_statistics_are_the_references(dtype, of, momentum):
     x, ours = (2 + torch.randn(9, 3)).to(dtype), stored(dtype=of, momentum=momentum)
     theirs = copied(ours)
     for _ in range(2):
-        torchs.train(x, None, None, EPS, "relu", 0.0, None, ours)
+        torch_batch_norm.train(x, None, None, EPS, "relu", 0.0, None, ours)
         mean, var = reference.statistics(x)
-        running.update(*theirs[:4], mean, var, 9, momentum)
+        running_statistics.update(*theirs[:4], mean, var, 9, momentum)
     # torch's are in float32 at least, and 9 values of size 5 are added and squared
     u = torch.finfo(reference.wide_dtype(dtype)).eps / 2 + torch.finfo(of).eps / 2
     for found, expected in zip(ours[:2], theirs[:2], strict=True):
@@ -85,7 +85,7 @@ def test_torchs_statistics_that_are_not_finite_are_not_stored(bad, momentum):
     x[4, 1] = bad
     before = copied(ours)
     with pytest.warns(RuntimeWarning, match="1 of 3 channels"):
-        torchs.train(x, None, None, EPS, None, 0.0, None, ours)
+        torch_batch_norm.train(x, None, None, EPS, None, 0.0, None, ours)
     stays = [1] if momentum else [0, 1, 2]
     assert torch.equal(ours.mean[stays], before.mean[stays])
     assert torch.equal(ours.var[stays], before.var[stays])
@@ -100,20 +100,23 @@ def test_torchs_statistics_that_are_not_finite_are_not_stored(bad, momentum):
 )
 def test_torchs_takes_every_pair_of_types_that_a_layer_takes(of_x, of_gamma):
     x, gamma, beta = torch.randn(8, 3).to(of_x), *torch.randn(2, 3).to(of_gamma)
-    y = torchs.train(x, gamma, beta, EPS, None, 0.0, None, stored())
+    y = torch_batch_norm.train(x, gamma, beta, EPS, None, 0.0, None, stored())
     assert y.dtype == of_x
     expected, *_ = reference.train_forward(x, gamma, beta, EPS)
     torch.testing.assert_close(y, expected)
 
 
 def test_torchs_passes_no_values():
-    assert torchs.train(torch.empty(0, 3), None, None, EPS, "relu", 0.0, torch.empty(0, 3), None).shape == (0, 3)
+    assert torch_batch_norm.train(torch.empty(0, 3), None, None, EPS, "relu", 0.0, torch.empty(0, 3), None).shape == (
+        0,
+        3,
+    )
 
 
 @layouts
 def test_torchs_keeps_the_layout(layout):
     x = layout(torch.randn(4, 3, 5, 2))
-    assert torchs.train(x, None, None, EPS, "silu", 0.0, x, None).stride() == x.stride()
+    assert torch_batch_norm.train(x, None, None, EPS, "silu", 0.0, x, None).stride() == x.stride()
 
 
 # --- the table --------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_an_average_of_all_batches_is_not_diluted_by_a_bad_first_one():
 @pytest.fixture
 def quiet_operator(monkeypatch):
     """As on an accelerator, where the operator does not look at its result."""
-    monkeypatch.setattr(kernels.running, "warns_at_once", lambda device: False)
+    monkeypatch.setattr(kernels.running_statistics, "warns_at_once", lambda device: False)
 
 
 def test_where_the_operator_cannot_warn_going_to_eval_does(quiet_operator):

@@ -15,11 +15,20 @@ from torch import nn
 
 from batchnorm import lecture
 from batchnorm.layers import BatchNorm2d
-from batchnorm.lecture import cats, data, transfer
+from batchnorm.lecture import data_sets, tested_on_other_cats
 from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.claims import black_cats
 from batchnorm.lecture.criteria import CRITERIA
-from batchnorm.lecture.painting import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png, with_share
-from batchnorm.lecture.transfer import Findings, adapted, convolutional, distances, parts, recovered, shifted
+from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png, with_share
+from batchnorm.lecture.tested_on_other_cats import (
+    Findings,
+    adapted,
+    convolutional,
+    distances,
+    parts,
+    recovered,
+    shifted,
+)
 from batchnorm.population import recalibrate
 
 QUICK = Settings(seed=3, seeds=2, effort=0.01)  # 20 steps a network
@@ -30,7 +39,7 @@ QUICK = Settings(seed=3, seeds=2, effort=0.01)  # 20 steps a network
 
 def few() -> torch.Tensor:
     """40 silhouettes, cats and dogs."""
-    return data.cats().x[::50]
+    return data_sets.cats().x[::50]
 
 
 # -- painting -------------------------------------------------------------------------------------------------
@@ -234,8 +243,8 @@ def test_equal_shares_of_unequal_losses_have_no_spread():
 
 def test_no_silhouette_is_in_two_parts_of_a_seed():
     found = parts(1)
-    assert {name: len(index) for name, index in found.items()} == {**transfer.PARTS, "test": 400}
-    assert torch.cat(list(found.values())).unique().numel() == len(data.cats())
+    assert {name: len(index) for name, index in found.items()} == {**tested_on_other_cats.PARTS, "test": 400}
+    assert torch.cat(list(found.values())).unique().numel() == len(data_sets.cats())
 
 
 def test_both_arms_start_by_one_rule():
@@ -298,7 +307,7 @@ def test_the_picture_shows_ten_silhouettes_in_five_paintings():
 
 def test_progress_rises_to_one():
     _, steps = quick()
-    assert len(steps) == QUICK.seeds * 2 * len(transfer.RATES)
+    assert len(steps) == QUICK.seeds * 2 * len(tested_on_other_cats.RATES)
     assert list(steps) == sorted(steps)
     assert steps[-1] == 1
 
@@ -327,7 +336,7 @@ def test_networks_that_have_not_learned_make_the_claim_invalid():
 def made_up(**accuracy: tuple[float, float, float]) -> Findings:
     """Findings of two equal seeds: for each shift accuracy without, with, and re-estimated; black is 0.9."""
     found = Findings()
-    for shift in transfer.SHIFTS:
+    for shift in tested_on_other_cats.SHIFTS:
         values = accuracy.get(shift, (0.9, 0.9, 0.9))
         for series, value in zip(("without", "with", "again"), values, strict=True):
             found.values[series, shift] += [value, value]
@@ -335,7 +344,7 @@ def made_up(**accuracy: tuple[float, float, float]) -> Findings:
 
 
 def test_a_repair_is_judged_by_the_share_of_what_was_lost():
-    verdict = cats._repair(made_up(contrast=(0.6, 0.5, 0.9)), "affine")
+    verdict = black_cats._repair(made_up(contrast=(0.6, 0.5, 0.9)), "affine")
     assert verdict.status == Status.SUPPORTED
     assert verdict.sentence == (
         "Contrast × 0.3, brightness + 0.3: 50.0% as it stands, 90.0% re-estimated (100% of 40.0 points won back)."
@@ -343,50 +352,50 @@ def test_a_repair_is_judged_by_the_share_of_what_was_lost():
 
 
 def test_a_repair_of_a_shift_that_cost_little_is_not_judged():
-    verdict = cats._repair(made_up(noise=(0.6, 0.87, 0.9)), "noise")
+    verdict = black_cats._repair(made_up(noise=(0.6, 0.87, 0.9)), "noise")
     assert verdict.status == Status.INVALID
     assert verdict.failed_guard == "only 3.0 points lost"
 
 
 def test_losing_accuracy_by_re_estimation_under_another_class_mix_is_the_opposite():
-    verdict = cats._mix(made_up(mix=(0.9, 0.9, 0.8)))
+    verdict = black_cats._mix(made_up(mix=(0.9, 0.9, 0.8)))
     assert verdict.status == Status.OPPOSITE
     assert "10.0 points lost" in verdict.sentence
 
 
 def test_the_claim_says_that_these_are_silhouettes_and_not_photographs():
-    assert "not photographs" in cats.CLAIM.arms
-    assert "photographs" in cats.CLAIM.not_shown
+    assert "not photographs" in black_cats.CLAIM.arms
+    assert "photographs" in black_cats.CLAIM.not_shown
 
 
 def test_a_monitor_that_has_only_the_model_hears_coloured_cats_and_not_black_ones():
-    black = transfer.painted("black", 0)
+    black = tested_on_other_cats.painted("black", 0)
     part = parts(0)
     torch.manual_seed(0)
-    model = transfer._trained(BatchNorm2d, 0, 0.1, black[part["train"]], 60)
+    model = tested_on_other_cats._trained(BatchNorm2d, 0, 0.1, black[part["train"]], 60)
     found = Findings()
-    for shift in transfer.STREAMED:
-        transfer._listen(found, shift, model, shifted(shift, 0)[0].x)
+    for shift in tested_on_other_cats.STREAMED:
+        tested_on_other_cats._listen(found, shift, model, shifted(shift, 0)[0].x)
     assert found.mean("rang", "black") == math.inf
     assert found.mean("rang", "coloured") <= 100
-    last = found.mean("evidence", "coloured", transfer.STREAM)
-    assert last > 2 > found.mean("evidence", "black", transfer.STREAM)
+    last = found.mean("evidence", "coloured", tested_on_other_cats.STREAM)
+    assert last > 2 > found.mean("evidence", "black", tested_on_other_cats.STREAM)
 
 
 def test_a_guarded_adapter_repairs_coloured_cats_and_leaves_black_ones_alone():
-    black, part = transfer.painted("black", 0), parts(0)
+    black, part = tested_on_other_cats.painted("black", 0), parts(0)
     torch.manual_seed(0)
-    model = transfer._trained(BatchNorm2d, 0, 0.1, black[part["train"]], 160)
+    model = tested_on_other_cats._trained(BatchNorm2d, 0, 0.1, black[part["train"]], 160)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = Findings()
-    for shift in transfer.STREAMED:
+    for shift in tested_on_other_cats.STREAMED:
         fresh, test = shifted(shift, 0)
-        transfer._follow(found, shift, model, black[part["train"]].x, fresh.x, test)
-        found.values["with", shift].append(transfer.accuracy(model, test))
+        tested_on_other_cats._follow(found, shift, model, black[part["train"]].x, fresh.x, test)
+        found.values["with", shift].append(tested_on_other_cats.accuracy(model, test))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found.mean("adapted", "black") == math.inf
     assert found.mean("guarded", "black") == found.mean("with", "black")
     assert found.mean("adapted", "coloured") <= 200
     # 400 test pictures: five standard errors of a difference are 0.17 at most, and pairing makes them less
     assert found.mean("guarded", "coloured") > found.mean("with", "coloured") + 0.1
-    assert "(it began in 1 of 1 seeds)" in cats._repaired(found)
+    assert "(it began in 1 of 1 seeds)" in black_cats._repaired(found)

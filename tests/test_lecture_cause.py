@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import cause, sweep
-from batchnorm.lecture.cause import CALLED, SCALE, SHIFT, Noisy, Watched, gradient_shift
+from batchnorm.lecture import rate_sweep
 from batchnorm.lecture.claim import Result, Settings, Status
-from batchnorm.lecture.data import Examples
+from batchnorm.lecture.claims import shift_as_cause
+from batchnorm.lecture.claims.shift_as_cause import CALLED, SCALE, SHIFT, Noisy, Watched, gradient_shift
+from batchnorm.lecture.data_sets import Examples
+from batchnorm.lecture.ensemble_training import losses
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.sweep import Sweep
-from batchnorm.lecture.training import losses
+from batchnorm.lecture.rate_sweep import Sweep
 
 QUICK = Settings(seeds=2, effort=0.05)
 EPS32 = torch.finfo(torch.float32).eps
@@ -23,7 +24,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return cause.run(QUICK, lambda _: None)
+    return shift_as_cause.run(QUICK, lambda _: None)
 
 
 def test_noise_changes_nothing_in_eval_mode() -> None:
@@ -129,10 +130,10 @@ def _watched(moved: float) -> Watched:
     return Watched(0.1, each, each, each, each, each)
 
 
-def _judged(without: Sweep, noisy: Sweep, moved: float = 2.0) -> cause.Verdict:
+def _judged(without: Sweep, noisy: Sweep, moved: float = 2.0) -> shift_as_cause.Verdict:
     arms = {"without": without, "with": _sweep(10, 10, 10), "noisy": noisy, "half": _sweep(10, 10, 10)}
     drifts = {"without": 1.0, "with": 0.1, "noisy": moved, "half": 0.5}
-    return cause._judge(arms, {arm: _watched(drift) for arm, drift in drifts.items()})
+    return shift_as_cause._judge(arms, {arm: _watched(drift) for arm, drift in drifts.items()})
 
 
 def test_noise_that_costs_all_of_the_speed_up_supports_the_claim() -> None:
@@ -195,15 +196,15 @@ def test_the_noise_moves_what_layer_3_receives_and_half_of_it_less(result: Resul
 
 
 def test_the_noise_is_the_only_thing_that_an_arm_adds() -> None:
-    assert cause.ARMS["with"] is BatchNorm1d
-    assert cause.ARMS["without"] is None
-    assert cause.ARMS["half"](4).strength == 0.5
-    assert set(sweep.BOTH) == {"without", "with"}
+    assert shift_as_cause.ARMS["with"] is BatchNorm1d
+    assert shift_as_cause.ARMS["without"] is None
+    assert shift_as_cause.ARMS["half"](4).strength == 0.5
+    assert set(rate_sweep.BOTH) == {"without", "with"}
 
 
 def test_a_run_repeats_whatever_came_before_and_leaves_the_random_state_alone(result: Result) -> None:
-    sweep.sweep.cache_clear()
+    rate_sweep.sweep.cache_clear()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert cause.run(QUICK, lambda _: None).to_dict() == result.to_dict()
+    assert shift_as_cause.run(QUICK, lambda _: None).to_dict() == result.to_dict()
     assert torch.equal(torch.get_rng_state(), state)

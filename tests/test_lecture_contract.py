@@ -8,7 +8,7 @@ import torch
 from batchnorm import lecture
 from batchnorm.lecture.claim import Result, Settings, Status
 from batchnorm.lecture.criteria import CRITERIA, criteria_of
-from batchnorm.lecture.sweep import sweep
+from batchnorm.lecture.rate_sweep import sweep
 
 QUICK = Settings(seeds=2, effort=0.05)
 FIELDS = {"x": "x", "y": "y", "low": "y", "high": "y"}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm.instruments.drift import IDLE, drift, noise_floor
+from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import layer3
 from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.claims import third_layer
 from batchnorm.lecture.criteria import CRITERIA
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.sweep import digits, probe_indices
+from batchnorm.lecture.rate_sweep import digits, probe_indices
 
 QUICK = Settings(seeds=2, effort=0.1)
 EPS32 = torch.finfo(torch.float32).eps
@@ -22,7 +22,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return layer3.run(QUICK, lambda _: None)
+    return third_layer.run(QUICK, lambda _: None)
 
 
 # A sum of 64 values of up to 4 sd in float32 is off by less than 64 * EPS32 of an sd; so are the ratios made of it.
@@ -126,7 +126,7 @@ def test_values_behind_a_child_are_those_of_the_network_cut_there_and_change_not
 
 
 def test_both_arms_start_from_the_same_weights() -> None:
-    arms = layer3._paired(QUICK, (64, 8, 4, 10))
+    arms = third_layer._paired(QUICK, (64, 8, 4, 10))
     for layer in (1, 2, 3):
         assert torch.equal(arms["with"].parameters[f"w{layer}.weight"], arms["without"].parameters[f"w{layer}.weight"])
     assert arms["with"].parameters["w1.weight"].is_leaf
@@ -138,7 +138,7 @@ def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
         norm.weight.copy_(torch.tensor([0.5, -2.0, 1.0]))
         norm.bias.copy_(torch.tensor([1.0, 0.0, -3.0]))
     z = norm(torch.randn(200, 3) * 5 + 1).detach()[None, None]
-    seen = layer3.Seen(
+    seen = third_layer.Seen(
         torch.zeros(1),
         z,
         z,
@@ -148,8 +148,8 @@ def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
         torch.ones(1),
     )
     # mean and standard deviation of 200 values in float32, up to 3 sd around 3
-    assert max(map(float, layer3._in_batch_errors(seen))) < 200 * EPS32
-    assert float(layer3._distances(seen).max()) < 200 * EPS32
+    assert max(map(float, third_layer._in_batch_errors(seen))) < 200 * EPS32
+    assert float(third_layer._distances(seen).max()) < 200 * EPS32
 
 
 def test_every_criterion_of_the_claim_is_judged_the_main_one_first(result: Result) -> None:
@@ -178,7 +178,7 @@ def test_the_picture_has_the_four_units_in_both_arms(result: Result) -> None:
 
 def test_a_full_run_stays_within_the_rows_that_a_chart_can_show() -> None:
     for count in (2, 3, 31, 81):
-        shown = layer3._every(count, 40)
+        shown = third_layer._every(count, 40)
         assert shown[0] == 0
         assert len(shown) <= 41
 
@@ -203,12 +203,12 @@ def test_titles_state_the_measured_drift(result: Result) -> None:
 def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert layer3.run(QUICK, lambda _: None).to_dict() == result.to_dict()
+    assert third_layer.run(QUICK, lambda _: None).to_dict() == result.to_dict()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_progress_ends_at_one() -> None:
     seen: list[float] = []
-    layer3.run(Settings(seeds=2, effort=0.01), seen.append)
+    third_layer.run(Settings(seeds=2, effort=0.01), seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1

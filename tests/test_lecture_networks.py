@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.training import accuracies, losses, sgd
-from batchnorm.lecture.transfer import convolutional
+from batchnorm.lecture.tested_on_other_cats import convolutional
 
 SIZES = (6, 5, 4, 3)
 
@@ -37,7 +37,7 @@ def test_an_ensemble_trains_as_its_networks_do_one_by_one():
     indices = torch.stack([torch.randperm(40)[:32].view(2, 16) for _ in range(2)])
     ensemble = Ensemble.of(lambda: fully_connected(SIZES), [1, 2])
 
-    from batchnorm.lecture.data import Examples
+    from batchnorm.lecture.data_sets import Examples
 
     sgd(ensemble, Examples(x, y), indices, rates)
     for i, seed in enumerate([1, 2]):

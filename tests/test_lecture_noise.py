@@ -10,10 +10,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import data, noise
+from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim import Result, Settings, Status
-from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.noise import (
+from batchnorm.lecture.claims import mini_batch_noise
+from batchnorm.lecture.claims.mini_batch_noise import (
     MEASURED,
     SIZES,
     TRAIN,
@@ -27,8 +27,9 @@ from batchnorm.lecture.noise import (
     theory,
     train_arm,
 )
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
-from batchnorm.lecture.sweep import digits
 from batchnorm.population import recalibrate
 
 QUICK = Settings(seeds=2, effort=0.1)
@@ -37,7 +38,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return noise.run(QUICK, lambda _: None)
+    return mini_batch_noise.run(QUICK, lambda _: None)
 
 
 def test_an_arm_that_has_not_learned_makes_the_effect_invalid_whatever_its_test_loss() -> None:
@@ -84,7 +85,7 @@ def test_noise_power_of_normal_values_is_the_exact_formula_within_five_standard_
 def test_noise_power_is_what_separate_layers_do_to_the_drawn_batches() -> None:
     z, size = normal_population(3), 64
     power, mean = noise_of_batches(z, size, torch.Generator().manual_seed(1))
-    batches = max(noise.ROWS // size, noise.AT_LEAST)
+    batches = max(mini_batch_noise.ROWS // size, mini_batch_noise.AT_LEAST)
     drawn = z[torch.randint(len(z), (size, batches), generator=torch.Generator().manual_seed(1))]
     layer = BatchNorm1d(3, affine=False)
     normalized = torch.stack([layer(drawn[:, b]) for b in range(batches)], 1)
@@ -97,7 +98,7 @@ def test_noise_power_is_what_separate_layers_do_to_the_drawn_batches() -> None:
 def test_noise_power_is_twice_what_the_mean_standard_deviation_of_a_batch_lacks_of_one() -> None:
     z, size = normal_population(50), 4
     power, _ = noise_of_batches(z, size, torch.Generator().manual_seed(2))
-    batches = max(noise.ROWS // size, noise.AT_LEAST)
+    batches = max(mini_batch_noise.ROWS // size, mini_batch_noise.AT_LEAST)
     drawn = z[torch.randint(len(z), (size, batches), generator=torch.Generator().manual_seed(2))].double()
     # E[(z^ - z)^2] = E[z^^2] - 2 E[z^ z] + E[z^2] with E[z^ z] = E[s], apart from the layer's eps
     expected = 1 - 2 * drawn.std(0, correction=0).mean() + drawn.square().mean()
@@ -145,7 +146,7 @@ def test_pre_activations_are_what_a_hook_sees_before_each_batch_norm_layer() -> 
     for name in ("norm1", "norm2"):
         net.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     net(x)
-    found = noise.pre_activations(ensemble, x)
+    found = mini_batch_noise.pre_activations(ensemble, x)
     assert len(found) == 2
     for z, received in zip(found, seen, strict=True):
         expected = (received - received.mean(0)) / received.std(0, correction=0)
@@ -212,7 +213,7 @@ def one_network(ensemble: Ensemble, index: int) -> nn.Module:
 def test_the_effect_is_the_difference_of_test_losses_of_networks_taken_one_by_one(result: Result) -> None:
     def test_loss(size: int, index: int) -> float:
         net = one_network(train_arm(QUICK, partial(GhostNorm, size=size)).ensemble, index)
-        train, test = (digits()[part] for part in data.split(len(digits()), TRAIN, index))
+        train, test = (digits()[part] for part in data_sets.split(len(digits()), TRAIN, index))
         recalibrate(net, [train.x])
         with torch.no_grad():
             return float(F.cross_entropy(net.eval()(test.x), test.y))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batchnorm.lecture import over_seeds
-from batchnorm.lecture.training import Arrival, first_step
+from batchnorm.lecture.ensemble_training import Arrival, first_step
 from batchnorm.lecture.verdict import judge, minus
 
 

@@ -8,9 +8,20 @@ import pytest
 import torch
 
 from batchnorm.inputs import InputNorm
-from batchnorm.lecture import data, scale
+from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim import Result, Settings, Status
-from batchnorm.lecture.scale import CENTRED, NORMALIZED, RATES, RAW, TABLES, TARGET, Descent, condition_number, descend
+from batchnorm.lecture.claims import feature_ranges
+from batchnorm.lecture.claims.feature_ranges import (
+    CENTRED,
+    NORMALIZED,
+    RATES,
+    RAW,
+    TABLES,
+    TARGET,
+    Descent,
+    condition_number,
+    descend,
+)
 
 QUICK = Settings(seeds=2, effort=0.1)
 EPS32 = float(np.finfo(np.float32).eps)
@@ -18,11 +29,11 @@ EPS32 = float(np.finfo(np.float32).eps)
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return scale.run(QUICK, lambda _: None)
+    return feature_ranges.run(QUICK, lambda _: None)
 
 
 def test_other_seeds_give_other_numbers(result: Result) -> None:
-    other = scale.run(Settings(seed=7, seeds=2, effort=0.1), lambda _: None)
+    other = feature_ranges.run(Settings(seed=7, seeds=2, effort=0.1), lambda _: None)
     assert other.to_dict() != result.to_dict()
 
 
@@ -63,7 +74,7 @@ def test_descent_matches_gradient_descent_in_float64_at_each_rate_and_seed() -> 
 
 def test_every_form_starts_at_the_loss_of_chance() -> None:
     for name, classes in (("wine", 3), ("cancer", 2), ("digits", 10)):
-        inputs, y = scale.arms(name, QUICK)
+        inputs, y = feature_ranges.arms(name, QUICK)
         for x in inputs.values():
             start = descend(x, y, 1).losses[0]
             torch.testing.assert_close(start, torch.full_like(start, math.log(classes)))
@@ -122,7 +133,7 @@ def test_a_constant_feature_adds_an_empty_direction_and_no_infinity() -> None:
 
 
 def test_wine_has_the_published_spread_of_features_and_normalization_lowers_its_condition_number() -> None:
-    x = data.table("wine").x
+    x = data_sets.table("wine").x
     assert (float(x.min()), float(x.max())) == (pytest.approx(0.13), 1680)
     assert condition_number(InputNorm.fit(x)(x)) < 1e-5 * condition_number(x)
 
@@ -131,7 +142,7 @@ def test_wine_has_the_published_spread_of_features_and_normalization_lowers_its_
 
 
 def test_arms_hold_the_same_examples_in_three_forms() -> None:
-    inputs, y = scale.arms("digits", QUICK)
+    inputs, y = feature_ranges.arms("digits", QUICK)
     assert y.shape == (2, TABLES["digits"].train)
     assert inputs[RAW].max() == 1
     means = inputs[CENTRED].mean(1)
@@ -143,7 +154,7 @@ def test_arms_hold_the_same_examples_in_three_forms() -> None:
 
 
 def test_the_verdict_on_wine_is_the_log_of_steps_counted_by_hand(result: Result) -> None:
-    inputs, y = scale.arms("wine", QUICK)
+    inputs, y = feature_ranges.arms("wine", QUICK)
     cap = QUICK.steps(TABLES["wine"].steps)
     best = {arm: descend(x, y, cap).best_rate() for arm, x in inputs.items()}
 
@@ -162,7 +173,7 @@ def test_the_control_says_what_of_its_ratio_is_left_once_features_are_centred() 
     def reaching(first: int) -> Descent:
         return Descent(torch.where(torch.arange(41) < first, 1.0, 0.0)[:, None, None].expand(-1, 3, 1))
 
-    verdict = scale._judge("digits", {RAW: reaching(40), CENTRED: reaching(10), NORMALIZED: reaching(5)})
+    verdict = feature_ranges._judge("digits", {RAW: reaching(40), CENTRED: reaching(10), NORMALIZED: reaching(5)})
     assert verdict.sentence == (
         "Digits: 5 steps with normalized features, 40 as pixels / 16 (8 times as many), 10 if only centred. "
         "Normalizing also centres, and the control counts that too: features that are only centred take 2 times as "

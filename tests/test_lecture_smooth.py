@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.lecture import smooth, sweep
+from batchnorm.lecture import rate_sweep
 from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.claims import smoother_loss
+from batchnorm.lecture.claims.smoother_loss import MULTIPLES, Course, Landscape, along_gradient, at_equal_loss, of_batch
 from batchnorm.lecture.criteria import CRITERIA
-from batchnorm.lecture.data import Examples
+from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.smooth import MULTIPLES, Course, Landscape, along_gradient, at_equal_loss, of_batch
 
 QUICK = Settings(seeds=2, effort=0.1)
 EPS32 = torch.finfo(torch.float32).eps
@@ -24,7 +25,7 @@ CURVATURES = torch.tensor([0.5, 3.0, 30.0], dtype=torch.float64)
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return smooth.run(QUICK, lambda _: None)
+    return smoother_loss.run(QUICK, lambda _: None)
 
 
 def _quadratic(parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -121,7 +122,7 @@ def _course(loss: Tensor, beta: Tensor, accuracy: float = 1.0) -> Course:
 def test_at_equal_loss_a_roughness_that_depends_on_the_loss_alone_shows_no_difference() -> None:
     slow, fast = torch.linspace(2, 1, 21)[:, None].exp2(), torch.linspace(2, -3, 21)[:, None].exp2()
     courses = {"without": _course(slow, 3 * slow), "with": _course(fast, 3 * fast)}
-    at_steps = smooth._effects(courses)["beta-hat"][0, 0]
+    at_steps = smoother_loss._effects(courses)["beta-hat"][0, 0]
     assert float(at_steps) == pytest.approx(2, rel=64 * EPS32)  # 0 .. 4 apart at equal steps
     # 21 values and interpolations of logarithms of up to 4
     assert float(at_equal_loss(courses, "beta-hat")[0]) == pytest.approx(0, abs=64 * EPS32)
@@ -134,10 +135,10 @@ def test_at_equal_loss_there_is_no_answer_where_losses_do_not_meet() -> None:
 
 def test_a_difference_of_twice_in_every_seed_supports_the_claim() -> None:
     one = torch.ones(4, 3)
-    verdict = smooth._judge(
+    verdict = smoother_loss._judge(
         "smooth-equal",
         courses := {"without": _course(one, 2 * one), "with": _course(one, one)},
-        smooth._effects(courses),
+        smoother_loss._effects(courses),
     )
     assert verdict.status is Status.SUPPORTED
     assert "2 without batch norm, 1 with (2.0 times as large without)" in verdict.sentence
@@ -146,7 +147,7 @@ def test_a_difference_of_twice_in_every_seed_supports_the_claim() -> None:
 def test_an_arm_that_did_not_learn_makes_no_verdict() -> None:
     one = torch.ones(4, 3)
     courses = {"without": _course(one, 2 * one, accuracy=0.8), "with": _course(one, one)}
-    verdict = smooth._judge("smooth-equal", courses, smooth._effects(courses))
+    verdict = smoother_loss._judge("smooth-equal", courses, smoother_loss._effects(courses))
     assert verdict.status is Status.INVALID
     assert verdict.failed_guard == "the worst seed reached 80% without batch norm"
 
@@ -154,7 +155,7 @@ def test_an_arm_that_did_not_learn_makes_no_verdict() -> None:
 def test_a_loss_that_is_not_finite_along_the_gradient_makes_no_verdict() -> None:
     one = torch.ones(4, 3)
     courses = {"without": _course(one, one * math.inf), "with": _course(one, one)}
-    verdict = smooth._judge("smooth-best", courses, smooth._effects(courses))
+    verdict = smoother_loss._judge("smooth-best", courses, smoother_loss._effects(courses))
     assert verdict.status is Status.INVALID
     assert "not finite" in verdict.failed_guard
 
@@ -192,8 +193,8 @@ def test_the_title_states_the_measured_ratio(result: Result) -> None:
 
 
 def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
-    sweep.sweep.cache_clear()
+    rate_sweep.sweep.cache_clear()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert smooth.run(QUICK, lambda _: None).to_dict() == result.to_dict()
+    assert smoother_loss.run(QUICK, lambda _: None).to_dict() == result.to_dict()
     assert torch.equal(torch.get_rng_state(), state)

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import data, noise, test_time
+from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim import Result, Settings
-from batchnorm.lecture.networks import Ensemble, fully_connected
-from batchnorm.lecture.sweep import SIZES, digits
-from batchnorm.lecture.test_time import (
+from batchnorm.lecture.claims import mini_batch_noise, single_examples
+from batchnorm.lecture.claims.single_examples import (
     ALONE,
     EMA,
     MEASURED,
@@ -26,6 +25,8 @@ from batchnorm.lecture.test_time import (
     refusal_of_one,
     train,
 )
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.rate_sweep import SIZES, digits
 from batchnorm.population import recalibrate
 
 QUICK = Settings(seeds=2, effort=0.1)
@@ -34,7 +35,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return test_time.run(QUICK, lambda _: None)
+    return single_examples.run(QUICK, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,11 @@ def one_network(trained: Trained, index: int) -> nn.Module:
 
 
 def test_the_same_settings_give_the_same_result_whatever_ran_before(result: Result) -> None:
-    noise.measure_noise(noise.train_arm(QUICK, BatchNorm1d).ensemble, QUICK)
+    mini_batch_noise.measure_noise(mini_batch_noise.train_arm(QUICK, BatchNorm1d).ensemble, QUICK)
     torch.manual_seed(12345)
     before = torch.get_rng_state()
     seen: list[float] = []
-    again = test_time.run(QUICK, seen.append)
+    again = single_examples.run(QUICK, seen.append)
     assert torch.equal(torch.get_rng_state(), before)
     assert again.to_dict() == result.to_dict()
     assert seen == sorted(seen)
@@ -62,7 +63,7 @@ def test_the_same_settings_give_the_same_result_whatever_ran_before(result: Resu
 
 
 def test_test_examples_are_never_trained_on(trained: Trained) -> None:
-    fitted, unseen = data.split(len(digits()), len(digits()) - TEST, 1)
+    fitted, unseen = data_sets.split(len(digits()), len(digits()) - TEST, 1)
     assert not set(fitted.tolist()) & set(unseen.tolist())
     assert torch.equal(trained.test.x[1], digits().x[unseen])
 
@@ -133,7 +134,7 @@ def test_readings_are_the_accuracies_of_one_network_in_eval_mode(trained: Traine
     x, y = trained.test.x[1], trained.test.y[1]
     net = one_network(trained, 1)
     running = (net.eval()(x).argmax(-1) == y).float().mean()
-    fitted, _ = data.split(len(digits()), len(digits()) - TEST, 1)
+    fitted, _ = data_sets.split(len(digits()), len(digits()) - TEST, 1)
     recalibrate(net, [digits().x[fitted]])
     population = (net.eval()(x).argmax(-1) == y).float().mean()
     # a tie to rounding may move one answer of TEST
@@ -142,7 +143,7 @@ def test_readings_are_the_accuracies_of_one_network_in_eval_mode(trained: Traine
 
 
 def test_an_early_reading_is_that_of_a_run_that_stops_there(trained: Trained) -> None:
-    short = train(Settings(seeds=2, effort=20 / test_time.STEPS))
+    short = train(Settings(seeds=2, effort=20 / single_examples.STEPS))
     for kind in (EMA, POPULATION):
         early, last = trained.reading(kind, 20), short.reading(kind)
         assert (last.step, early.step) == (20, 20)

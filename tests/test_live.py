@@ -16,9 +16,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from batchnorm.live import Feed, page, server, write
-from batchnorm.live.feed import Seen
-from batchnorm.live.status import status
-from batchnorm.live.view import MOST, told
+from batchnorm.live.log_feed import Seen
+from batchnorm.live.page_data import MOST, told
+from batchnorm.live.run_status import status
 from batchnorm.record import QUANTITIES, Log, Record, Writer
 
 TOKEN = "a-token-of-these-tests"

@@ -7,7 +7,7 @@ import forked
 import pytest
 import torch
 
-from batchnorm.kernels import cpu, reference, running
+from batchnorm.kernels import cpu, reference, running_statistics
 
 native = pytest.importorskip("batchnorm._native", reason="built without a compiler: the reference runs, and is tested")
 
@@ -159,11 +159,11 @@ def test_an_example_has_the_same_bits_alone_and_in_any_batch(instruction_set, sh
 @pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
 def test_running_statistics_move_as_the_reference_moves_them(instruction_set, monkeypatch, bad, dtype, momentum):
     def moved(natively):
-        monkeypatch.setattr(running, "updates_natively", lambda *_: natively)
+        monkeypatch.setattr(running_statistics, "updates_natively", lambda *_: natively)
         stored = [torch.zeros(37, dtype=dtype), torch.ones(37, dtype=dtype), torch.tensor(4), torch.tensor(2)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            running.update(*stored, mean, var, 9, momentum)
+            running_statistics.update(*stored, mean, var, 9, momentum)
         return stored
 
     mean, var = torch.randn(37, dtype=torch.float64), torch.rand(37, dtype=torch.float64)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import batchnorm as bn
+from batchnorm.population.batch_rows import why_whole
 from batchnorm.population.batches import (
     Batches,
     _tensors_of_object,
@@ -22,8 +23,7 @@ from batchnorm.population.batches import (
     examples_in,
     why_without_rows,
 )
-from batchnorm.population.rows import why_whole
-from batchnorm.population.tensors import same_bits
+from batchnorm.population.tensor_memory import same_bits
 from batchnorm.shift.verdict import judge
 
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 import batchnorm as bn
 from batchnorm import preserve_state
-from batchnorm.population.modes import to_eval
+from batchnorm.population.eval_mode import to_eval
 
 if TYPE_CHECKING:
     from collections.abc import Callable

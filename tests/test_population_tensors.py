@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from batchnorm import preserve_state
-from batchnorm.population.tensors import absence, require, same_bits, whole
+from batchnorm.population.tensor_memory import absence, require, same_bits, whole
 
 KIND_NAMES = sorted(KINDS)
 ABSENT = {

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from batchnorm.record import QUANTITIES, SCHEMA_VERSION, Log, Record, Writer
-from batchnorm.record.reading import STREAM
+from batchnorm.record.log_reading import STREAM
 
 LAYERS = [{"name": "a.bn", "channels": 4}, {"name": "b.bn", "channels": 8}]
 NAMES = ("a.bn", "b.bn")

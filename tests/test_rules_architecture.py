@@ -11,9 +11,9 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.doctor import examine
-from batchnorm.doctor.graph import graph_of
+from batchnorm.doctor.measuring.neighbours_in_code import graph_of
 from batchnorm.rules import RULES
-from batchnorm.rules.evidence import Graph, Structure
+from batchnorm.rules.rule_evidence import Graph, Structure
 
 CODES = [code for code in RULES if code.startswith("BN3")]
 HEALTHY = replace(WITHOUT_GRAPH, graph=Graph(calls={"bn": 1}), structure=Structure(training=False))

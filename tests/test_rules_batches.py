@@ -8,7 +8,7 @@ import pytest
 
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.rules import RULES, Evidence, Fix
-from batchnorm.rules.evidence import Loop, Measured, Module, Optimizer, Run
+from batchnorm.rules.rule_evidence import Loop, Measured, Module, Optimizer, Run
 
 CODES = [code for code in RULES if code.startswith("BN2")]
 SECTIONS = ["Why:", "How:", "Example:", "Fix:", "References:"]

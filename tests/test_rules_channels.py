@@ -12,10 +12,10 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.doctor import examine
-from batchnorm.doctor.graph import graph_of
+from batchnorm.doctor.measuring.neighbours_in_code import graph_of
 from batchnorm.rules import RULES
-from batchnorm.rules.channels import ACTIVE
-from batchnorm.rules.evidence import Graph
+from batchnorm.rules.bn1_channels import ACTIVE
+from batchnorm.rules.rule_evidence import Graph
 
 ACTS = {
     "relu": nn.ReLU(), "relu6": nn.ReLU6(), "hardswish": nn.Hardswish(), "hardsigmoid": nn.Hardsigmoid(),
@@ -172,7 +172,7 @@ def test_channels_that_are_never_active_are_named_in_a_model_and_no_others(norm,
 
 
 def test_least_and_largest_outputs_are_those_of_the_layer():
-    from batchnorm.doctor.measurement import measure
+    from batchnorm.doctor.measuring.measurement import measure
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3)).eval()
@@ -197,7 +197,7 @@ def test_least_and_largest_outputs_are_those_of_the_layer():
     "layer", [nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3, groups=2), nn.Linear(6, 4), nn.ConvTranspose2d(6, 4, 3, groups=2)]
 )
 def test_norms_of_filters_are_what_an_input_of_one_can_do(layer):
-    from batchnorm.doctor.graph import _norms
+    from batchnorm.doctor.measuring.neighbours_in_code import _norms
 
     unit = torch.eye(6).reshape(6, 6, *[1] * (layer.weight.ndim - 2))
     flat = type(layer)

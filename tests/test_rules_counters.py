@@ -13,7 +13,7 @@ import batchnorm as bn
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES, Evidence
-from batchnorm.rules.counters import RESIDUE, Claim, claims, is_nearer, misfit
+from batchnorm.rules.update_counts import RESIDUE, Claim, claims, is_nearer, misfit
 
 NAN, INF = float("nan"), float("inf")
 KEPT = 0.9**8

@@ -7,7 +7,7 @@ from test_rules_batches import HEALTHY, MODULE, STORED, findings, values
 
 from batchnorm.checkpoint.stored import Checkpoint
 from batchnorm.rules import Evidence, Fix
-from batchnorm.rules.evidence import Graph, Reference, Run, Structure
+from batchnorm.rules.rule_evidence import Graph, Reference, Run, Structure
 
 NAN = float("nan")
 

@@ -6,7 +6,7 @@ import pytest
 from test_rules_batches import HEALTHY as ONE_PROCESS
 from test_rules_batches import MODULE, findings
 
-from batchnorm.rules.evidence import Loop, Structure
+from batchnorm.rules.rule_evidence import Loop, Structure
 
 PARALLEL = Structure(training=True, wrappers=("DistributedDataParallel",), broadcasts_buffers=True)
 HEALTHY = replace(ONE_PROCESS, structure=Structure(training=True))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import batchnorm
-from batchnorm.doctor.environment import environment
+from batchnorm.doctor.measuring.installation import environment
 from batchnorm.rules import RULES, Evidence
-from batchnorm.rules.evidence import Environment
+from batchnorm.rules.rule_evidence import Environment
 
 PACKAGE = Path(batchnorm.__file__).parent
 CODES = [code for code in RULES if code.startswith("BN9")]
@@ -78,15 +78,15 @@ def test_the_reference_kernels_are_named_when_they_are_forced_or_alone(monkeypat
     monkeypatch.setenv("BATCHNORM_KERNELS", "reference")
     assert environment().kernels == "reference"
     monkeypatch.delenv("BATCHNORM_KERNELS")
-    monkeypatch.setattr("batchnorm.doctor.environment.find_spec", lambda name: None)
+    monkeypatch.setattr("batchnorm.doctor.measuring.installation.find_spec", lambda name: None)
     assert environment().kernels == "reference"
-    monkeypatch.setattr("batchnorm.doctor.environment.find_spec", lambda name: object())
+    monkeypatch.setattr("batchnorm.doctor.measuring.installation.find_spec", lambda name: object())
     assert environment().kernels == "native"
 
 
 def test_rules_and_environment_need_neither_torch_nor_numpy():
     code = (
-        "import batchnorm.rules, batchnorm.doctor.environment as e, sys\n"
+        "import batchnorm.rules, batchnorm.doctor.measuring.installation as e, sys\n"
         "e.environment(); print({'torch', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

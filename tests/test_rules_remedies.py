@@ -16,10 +16,10 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.checkpoint.stored import Checkpoint
-from batchnorm.cli.fix import fix
+from batchnorm.cli.fix_command import fix
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES, Fix
-from batchnorm.rules.evidence import Loop, Structure
+from batchnorm.rules.rule_evidence import Loop, Structure
 
 SICK = {
     code: parts[0] if isinstance(parts, tuple) else parts

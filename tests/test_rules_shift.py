@@ -6,7 +6,7 @@ import pytest
 from test_rules_batches import HEALTHY, MEASURED, STORED, findings, values
 
 from batchnorm.rules import RULES, Fix
-from batchnorm.rules.evidence import Run
+from batchnorm.rules.rule_evidence import Run
 
 
 def moved(deviations, ratios, **changes):

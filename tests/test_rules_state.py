@@ -12,7 +12,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES, Fix
-from batchnorm.rules.evidence import Structure
+from batchnorm.rules.rule_evidence import Structure
 
 CODES = [code for code in RULES if code.startswith("BN0")]
 HEALTHY = replace(WITHOUT_STRUCTURE, structure=Structure(training=True))

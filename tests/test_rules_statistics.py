@@ -16,7 +16,7 @@ import batchnorm as bn
 from batchnorm.checkpoint.stored import Checkpoint, Stored
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES, Evidence, Fix, Severity
-from batchnorm.rules.evidence import Optimizer, Structure
+from batchnorm.rules.rule_evidence import Optimizer, Structure
 
 CODES = [code for code in RULES if code.startswith("BN1")]
 NAN, INF = float("nan"), float("inf")
@@ -274,5 +274,5 @@ def test_stale_statistics_of_a_model_are_gone_after_recalibration():
 
 
 def test_statistics_are_examined_without_torch():
-    code = "import batchnorm.rules.statistics, sys; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import batchnorm.rules.bn1_stored_statistics, sys; print({'torch', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

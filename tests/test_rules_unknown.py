@@ -13,8 +13,8 @@ import batchnorm as bn
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES
-from batchnorm.rules.evidence import Graph, Loop, Reference, Run, Structure
 from batchnorm.rules.finding import by_reason
+from batchnorm.rules.rule_evidence import Graph, Loop, Reference, Run, Structure
 
 FULL = replace(
     HEALTHY, graph=Graph(calls={"bn": 1}), structure=Structure(training=False), run=Run(updates_forward={"bn": 1})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.shift import betting
-from batchnorm.shift.wealth import Wealth
+from batchnorm.shift.e_processes import Wealth
 
 # expectations are over two or three points, so a sum of three terms and some logarithms: 64 roundings at most
 ROUNDING = 64 * np.finfo(np.float64).eps

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm.shift import Reference
-from batchnorm.shift.components import TOGETHER, Components, axes_shape, halves
 from batchnorm.shift.evidence import KINDS, Evidence
+from batchnorm.shift.principal_components import TOGETHER, Components, axes_shape, halves
 
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from batchnorm.shift import Reference, conformal
 from batchnorm.shift.conformal import BETS, CELLS, Bag, cells_of, factors
+from batchnorm.shift.e_processes import Wealth
 from batchnorm.shift.evidence import KINDS, Evidence
 from batchnorm.shift.scores import KIND_OF, Scores
-from batchnorm.shift.wealth import Wealth
 
 DOUBLE = torch.float64
 CONFIDENT = 4.0  # standard errors: a normal one is beyond with 3e-5

@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from batchnorm.shift import marks
+from batchnorm.shift import channel_marks
 from batchnorm.shift.alarm import discovered
-from batchnorm.shift.marks import Marks
-from batchnorm.shift.wealth import Wealth
+from batchnorm.shift.channel_marks import Marks
+from batchnorm.shift.e_processes import Wealth
 
 DOUBLE = torch.float64
 
@@ -24,7 +24,7 @@ def test_shares_are_those_of_clopper_and_pearson(n: int, channels: int) -> None:
     error = 0.01 / (2 * 3 * channels)
     for part, known in zip((0.0, 0.05, 0.25), made.shares.tolist(), strict=True):
         rank = max(1, math.floor(part * n))
-        found = marks._most(n, rank, error)
+        found = channel_marks._most(n, rank, error)
         # bisection to 2^-60, and tails by sums of up to 1,250 logarithms
         assert found == pytest.approx(float(stats.beta.ppf(1 - error, rank, n - rank + 1)), rel=1e-7)
         assert stats.binom.cdf(rank - 1, n, found) == pytest.approx(error, rel=1e-5)
@@ -48,7 +48,7 @@ def test_factors_of_several_observations_are_products_of_those_of_each() -> None
     made = Marks.of(torch.randn(200, 5, dtype=DOUBLE))
     z = torch.randn(7, 5, dtype=DOUBLE)
     torch.testing.assert_close(made.factors(z), torch.stack([made.factors(row[None]) for row in z]).sum(0))
-    assert made.factors(z).shape == (2, marks.BETS, 5)
+    assert made.factors(z).shape == (2, channel_marks.BETS, 5)
 
 
 LAWS = {
@@ -64,7 +64,7 @@ LAWS = {
 def named(law: str, moved: int, random: torch.Generator) -> tuple[int, ...]:
     """Channels named at a rate of 5 % of 50, of which the first move by what nine in ten values are within."""
     clean: Tensor = LAWS[law]((300, 50), random)
-    known, wealth = Marks.of(clean), Wealth.start((2, marks.BETS, 50), is_spread=True)
+    known, wealth = Marks.of(clean), Wealth.start((2, channel_marks.BETS, 50), is_spread=True)
     by = float(clean.abs().flatten().quantile(0.9)) + 0.5
     for _ in range(25):
         z = LAWS[law]((8, 50), random)

@@ -18,13 +18,13 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm import sidecar
+from batchnorm.files import sidecar
 from batchnorm.shift import Reference, ShiftMonitor
 from batchnorm.shift.alarm import discovered, first_moved, hint
-from batchnorm.shift.components import halves
 from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.observation_units import Autocorrelation, Grouping
+from batchnorm.shift.principal_components import halves
 from batchnorm.shift.stream import Stream
-from batchnorm.shift.units import Autocorrelation, Grouping
 
 CHANNELS, LAYERS = 32, 3
 

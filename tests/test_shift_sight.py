@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.shift import Reference, ShiftMonitor
-from batchnorm.shift.sight import sight
+from batchnorm.shift.least_visible_shift import sight
 from batchnorm.shift.stream import Stream
 
 CHANNELS = 24

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.shift.tap import drawn
+from batchnorm.shift.layer_observer import drawn
 
 KINDS = 4
 RANDOM = torch.Generator()

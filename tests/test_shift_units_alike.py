@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.shift import Reference
 from batchnorm.shift.assumptions import check
-from batchnorm.shift.units import Grouping
+from batchnorm.shift.observation_units import Grouping
 from batchnorm.shift.verdict import judge
 
 RANDOM = torch.Generator()

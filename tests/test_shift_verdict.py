@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.lecture.painting import png
+from batchnorm.lecture.painted_cats import png
 from batchnorm.shift import ShiftMonitor
 from batchnorm.shift.page import concise, facts, full, odds, page, plain, unseen
 from batchnorm.shift.verdict import Channel, Layer, Verdict, judge

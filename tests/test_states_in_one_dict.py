@@ -13,11 +13,11 @@ from torch import nn
 import batchnorm as bn
 from batchnorm import addresses
 from batchnorm.checkpoint import read
-from batchnorm.checkpoint.states import with_state
+from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.cli import main
 from batchnorm.doctor import examine
-from batchnorm.doctor.rewriting import plan
-from batchnorm.doctor.states import loading
+from batchnorm.doctor.mending.mended_checkpoint import plan
+from batchnorm.doctor.states_in_turn import loading
 
 CODE = """
 from planted import Net as model, batches

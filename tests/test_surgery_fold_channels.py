@@ -334,7 +334,7 @@ def test_looking_at_sizes_leaves_no_hooks():
 @pytest.mark.parametrize("kind", ["before", "behind", "cat"])
 def test_a_wrong_map_of_channels_is_found_on_the_example(monkeypatch, kind):
     """Channels that meet the wrong ones give other outputs."""
-    from batchnorm.surgery.folding_arithmetic import Affine
+    from batchnorm.surgery.folding.arithmetic import Affine
 
     right = Affine.spread
 

@@ -245,10 +245,10 @@ def test_weights_that_lose_all_digits_are_an_error():
 
 
 def test_a_wrong_fold_is_found_by_the_comparison(monkeypatch):
-    from batchnorm.surgery import folding
+    from batchnorm.surgery.folding import fold_and_unfold
 
-    right = folding.plan
-    monkeypatch.setattr(folding, "plan", lambda *args: ({"1": Partner("0", "behind")}, right(*args)[1]))
+    right = fold_and_unfold.plan
+    monkeypatch.setattr(fold_and_unfold, "plan", lambda *args: ({"1": Partner("0", "behind")}, right(*args)[1]))
     model = nn.Sequential(nn.Conv2d(6, 6, 1), settled(nn.BatchNorm2d(6)))
     with pytest.raises(ValueError, match="outputs that differ by"):
         fold(model, torch.randn(2, 6, 5, 5))

@@ -15,7 +15,7 @@ import sys
 import time
 from math import ceil
 
-AT_LEAST = 2e-3  # seconds of a round, as in batchnorm.rounds.timed
+AT_LEAST = 2e-3  # seconds of a round, as in batchnorm.paired_timing.timed
 
 
 class Unsupported(Exception):  # noqa: N818 - an answer, not an error
@@ -54,7 +54,7 @@ def serve(load, prepare):
 
 
 def timed(call):
-    """As batchnorm.rounds.timed: a function that repeats a warmed-up call and returns the seconds of one."""
+    """As batchnorm.paired_timing.timed: a function that repeats a warmed-up call and returns the seconds of one."""
 
     def contestant(repeats):
         start = time.perf_counter()

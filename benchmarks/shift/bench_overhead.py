@@ -21,7 +21,7 @@ from networks import resnet18
 from report import save, spread, tell_load
 
 from batchnorm import ShiftMonitor, recalibrate
-from batchnorm import rounds as timing
+from batchnorm import paired_timing as timing
 from batchnorm.lecture.verdicts import environment
 from batchnorm.shift.stream import Stream
 

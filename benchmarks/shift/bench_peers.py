@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import FOLDER, save
 
 from batchnorm.lecture.verdicts import environment
-from batchnorm.shift.components import halves
+from batchnorm.shift.principal_components import halves
 from batchnorm.shift.stream import LOGGER, Stream
 
 STREAMS, CHANGED, LENGTH, BEFORE = 100, 40, 2000, 6 * WINDOW

@@ -79,7 +79,7 @@ def checked(reference: Reference, z: torch.Tensor, q: torch.Tensor, logs: Number
 
 
 def _starts(rounds: int, *, is_spread: bool) -> tuple[Numbers, Numbers]:
-    """What starts in each round, and what has not started after it; see ``batchnorm.shift.wealth``."""
+    """What starts in each round, and what has not started after it; see ``batchnorm.shift.e_processes``."""
     at = np.arange(1, rounds + 1)
     if not is_spread:
         return np.full(rounds, float(ROUND)), np.zeros(rounds)

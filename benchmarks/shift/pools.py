@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from worlds import World, trained
 
 from batchnorm.shift import Reference, ShiftMonitor
-from batchnorm.shift.clean import Clean
+from batchnorm.shift.clean_observations import Clean
+from batchnorm.shift.data_passes import passes
 from batchnorm.shift.evidence import Evidence
-from batchnorm.shift.passes import passes
-from batchnorm.shift.tap import Tap
+from batchnorm.shift.layer_observer import Tap
 
 if TYPE_CHECKING:
     from worlds import Sampler

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.adaptation.statistics import Statistics, mixed, seeing
+from batchnorm.adaptation.layer_statistics import Statistics, mixed, seeing
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 

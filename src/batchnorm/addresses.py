@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm import checkpoint
-from batchnorm.checkpoint.states import apart, dicts, with_state
+from batchnorm.checkpoint.states_in_file import apart, dicts, with_state
 from batchnorm.checkpoint.stored import State, below, is_below
 
 if TYPE_CHECKING:

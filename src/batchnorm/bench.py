@@ -15,15 +15,15 @@ from math import ceil, inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.replacing import replacing
-from batchnorm.rounds import ROUNDS, others, race, timed
+from batchnorm.files.whole import replacing
+from batchnorm.paired_timing import ROUNDS, others, race, timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from batchnorm.rounds import Contestant
+    from batchnorm.paired_timing import Contestant
 
 SCHEMA_VERSION = 1
 SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32), (32, 256, 14, 14), (256, 512))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from batchnorm.expected import require_whole_number
+from batchnorm.argument_types import require_whole_number
 from batchnorm.moments import Moments
 from batchnorm.tracing import call_whole
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
-from batchnorm.expected import require_number, require_type, require_whole_number
+from batchnorm.argument_types import require_number, require_type, require_whole_number
 from batchnorm.kernels import Running, activations, values_per_channel
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.ownership import claim
@@ -291,7 +291,7 @@ class _Layer(_BatchNorm):
         """
         super().train(mode)
         skipped = self._skipped
-        if not (mode or skipped is None or skipped.is_meta or kernels.running.warns_at_once(skipped.device)):
+        if not (mode or skipped is None or skipped.is_meta or kernels.running_statistics.warns_at_once(skipped.device)):
             self._report_skipped()
         return self
 

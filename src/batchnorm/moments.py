@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from batchnorm.expected import kind_of
+from batchnorm.argument_types import kind_of
 from batchnorm.kernels import cpu
 from batchnorm.kernels.choice import is_plain, kernel_for
 

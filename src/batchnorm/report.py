@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.files.whole import replacing
 from batchnorm.lecture import NAMES
 from batchnorm.lecture.claim import Status
-from batchnorm.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

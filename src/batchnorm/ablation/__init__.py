@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from batchnorm.ablation.answers import Answers
-    from batchnorm.ablation.plan import Plan
-    from batchnorm.ablation.subject import Subject
+    from batchnorm.ablation.effort import Plan
+    from batchnorm.ablation.user_model import Subject
     from batchnorm.lecture.claim import Claim
     from batchnorm.lecture.verdicts import Outcome
 
@@ -39,13 +39,14 @@ def train_and_ask(
         advance: Told the share that is done.
         say: Given each outcome as it comes.
     """
-    from batchnorm.ablation import noise, snapshot, test_time
-    from batchnorm.ablation.scale import can_ask, scale
-    from batchnorm.ablation.shift import shift
-    from batchnorm.ablation.smooth import smooth
-    from batchnorm.ablation.speed import rates, speed
+    from batchnorm.ablation import model_as_it_is
+    from batchnorm.ablation.questions import noise_of_layers, test_statistics
+    from batchnorm.ablation.questions.input_scales import can_ask, scale
+    from batchnorm.ablation.questions.received_shift import shift
+    from batchnorm.ablation.questions.smoothness import smooth
+    from batchnorm.ablation.questions.speed_and_rates import rates, speed
     from batchnorm.ablation.study import study
-    from batchnorm.ablation.subject import undisturbed
+    from batchnorm.ablation.user_model import undisturbed
 
     with undisturbed(subject):
         start = time.perf_counter()
@@ -54,9 +55,9 @@ def train_and_ask(
         makers = [speed, rates, *([scale] if can_ask(trained) else []), shift, smooth]
         claims = [make(trained) for make in makers]
         if checkpoint is None:
-            claims += [noise.noise(trained), test_time.test_time(trained)]
+            claims += [noise_of_layers.noise(trained), test_statistics.test_time(trained)]
         else:
-            claims += [c for c in snapshot.claims(subject, checkpoint, plan.all_seeds) if c.name != "scale"]
+            claims += [c for c in model_as_it_is.claims(subject, checkpoint, plan.all_seeds) if c.name != "scale"]
         outcomes = _asked(claims, plan.seed, plan.seeds, seconds, say)
         advance(1.0)
         answers = _answers(subject, outcomes, command, plan=plan, checkpoint=checkpoint)
@@ -68,8 +69,8 @@ def look(
     advance: Advance = lambda _: None, say: Say = lambda _: None,
 ) -> Answers:  # fmt: skip
     """Ask one model as it is what can be asked without training; it is left as it was."""
-    from batchnorm.ablation.snapshot import claims
-    from batchnorm.ablation.subject import undisturbed
+    from batchnorm.ablation.model_as_it_is import claims
+    from batchnorm.ablation.user_model import undisturbed
 
     with undisturbed(subject):
         asked = claims(subject, model, seeds)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.ablation.data import Data, inputs_of
-from batchnorm.ablation.subject import Subject
+from batchnorm.ablation.user_data import Data, inputs_of
+from batchnorm.ablation.user_model import Subject
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments

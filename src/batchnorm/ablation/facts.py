@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batchnorm.ablation.arm_training import MOMENTUM
 from batchnorm.ablation.criteria import LEVEL, VERSION
-from batchnorm.ablation.training import MOMENTUM
 from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import Frozen
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.plan import Plan
-    from batchnorm.ablation.subject import Subject
+    from batchnorm.ablation.effort import Plan
+    from batchnorm.ablation.user_model import Subject
 
 
 def facts(subject: Subject, plan: Plan | None, seeds: range, *, checkpoint: bool = False) -> dict[str, str]:

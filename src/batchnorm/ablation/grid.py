@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.criteria import LEARNED, TARGET, USABLE
-from batchnorm.ablation.training import train
 from batchnorm.lecture import over_seeds
-from batchnorm.lecture.training import Arrival, first_step
+from batchnorm.lecture.ensemble_training import Arrival, first_step
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.subject import Subject
+    from batchnorm.ablation.user_model import Subject
 
 
 @final

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, final
 
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.grid import Grid, sweep
-from batchnorm.ablation.watching import Watched, watch
+from batchnorm.ablation.watched_runs import Watched, watch
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.plan import Plan
-    from batchnorm.ablation.subject import Subject
+    from batchnorm.ablation.effort import Plan
+    from batchnorm.ablation.user_model import Subject
 
 Advance = Callable[[float], None]
 PAIR = (WITHOUT, WITH)

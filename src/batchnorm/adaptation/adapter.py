@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.adaptation.answer_window import Window
 from batchnorm.adaptation.cumulative import energy
 from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
+from batchnorm.adaptation.layer_statistics import Statistics, adaptable, seeing
 from batchnorm.adaptation.measuring import finite_moments
 from batchnorm.adaptation.predictions import Predictions
-from batchnorm.adaptation.statistics import Statistics, adaptable, seeing
-from batchnorm.adaptation.trial import Trial
-from batchnorm.adaptation.window import Window
-from batchnorm.expected import require_number, require_type
-from batchnorm.population.absent import note_absence
+from batchnorm.adaptation.trial_statistics import Trial
+from batchnorm.argument_types import require_number, require_type
+from batchnorm.population.absent_numbers import note_absence
 from batchnorm.population.batches import examples_in
 from batchnorm.population.hooks import Hook
 from batchnorm.shift import ShiftMonitor

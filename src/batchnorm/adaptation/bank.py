@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
-from batchnorm import sidecar
 from batchnorm.adaptation.estimation import adapted
-from batchnorm.adaptation.statistics import Statistics, adaptable
+from batchnorm.adaptation.layer_statistics import Statistics, adaptable
+from batchnorm.files import sidecar
 from batchnorm.layers import unwrapped
-from batchnorm.population.tensors import digest_of
+from batchnorm.population.tensor_memory import digest_of
 
 if TYPE_CHECKING:
     from batchnorm.adaptation.measuring import Layers

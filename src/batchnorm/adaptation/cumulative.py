@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from batchnorm.adaptation.layer_statistics import Statistics, buffers, mixed, write
 from batchnorm.adaptation.measuring import finite_moments
-from batchnorm.adaptation.statistics import Statistics, buffers, mixed, write
 from batchnorm.moments import Moments
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from batchnorm.adaptation import measuring
-from batchnorm.adaptation.statistics import Statistics, adaptable
-from batchnorm.expected import require_number
+from batchnorm.adaptation.layer_statistics import Statistics, adaptable
+from batchnorm.argument_types import require_number
 from batchnorm.moments import Moments
+from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, device_of
-from batchnorm.population.modes import to_eval
+from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.recalibration import uncompiled
-from batchnorm.population.rows import settle
-from batchnorm.population.shield import preserve_state
+from batchnorm.population.state_shield import preserve_state
 
 
 def adapt(
@@ -48,8 +48,8 @@ def adapt(
         model: Changed in place, its stored statistics only.
         loader: Batches as ``recalibrate`` takes them; labels are not used.
         prior: The stored statistics count as so many examples (not values), the spread between stored and measured
-            means included in the variance (see ``batchnorm.adaptation.statistics``). 0 is the same as None, infinity
-            keeps what is stored. Each layer is measured with those before it normalizing by their mixture.
+            means included in the variance (see ``batchnorm.adaptation.layer_statistics``). 0 is the same as None,
+            infinity keeps what is stored. Each layer is measured with those before it normalizing by their mixture.
         ema: Weight of each batch in an exponential average that starts from the stored statistics, in the order of the
             loader, each batch normalized by statistics that include it (Yuan et al. 2023, "Robust test-time
             adaptation in dynamic scenarios", eq. 5; they leave the spread between means out of the variance, here it is

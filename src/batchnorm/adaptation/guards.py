@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, final
 from batchnorm.shift.alarm import MIX
 
 if TYPE_CHECKING:
+    from batchnorm.adaptation.answer_window import Window
     from batchnorm.adaptation.predictions import Predictions
-    from batchnorm.adaptation.window import Window
 
 _FEW = 32  # examples in use before their predictions are judged
 _UNSURE = 0.1  # mean entropy of a prediction that is more than a good network's, in units of log K; twice: very unsure

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from batchnorm.adaptation.statistics import See, Statistics, buffers, mixed, seeing, write
+from batchnorm.adaptation.layer_statistics import See, Statistics, buffers, mixed, seeing, write
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, examples_in
 from batchnorm.population.recalibration import execution_order
-from batchnorm.population.sharding import is_sharded
-from batchnorm.population.shield import preserve_random_state
+from batchnorm.population.sharded_models import is_sharded
+from batchnorm.population.state_shield import preserve_random_state
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm

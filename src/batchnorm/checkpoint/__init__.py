@@ -12,7 +12,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.checkpoint import foreign, kinds, layers, legacy, safetensors, zips
+from batchnorm.checkpoint import layers_in_file
+from batchnorm.checkpoint.formats import detection, other_files, safetensors_file, torch_legacy, torch_zip
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "Shared", "State", "Stored", "format_of", "read"]
 
 _READERS = {
-    "pt": zips.read,
-    "legacy": legacy.read,
-    "pickle": legacy.read_pickle,
-    "safetensors": safetensors.read,
+    "pt": torch_zip.read,
+    "legacy": torch_legacy.read,
+    "pickle": torch_legacy.read_pickle,
+    "safetensors": safetensors_file.read,
 }
 # what bytes that follow no format make of the code that reads them
 _DAMAGE = (
@@ -68,7 +69,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 def format_of(path: str | os.PathLike[str]) -> str:
     """ "pt" for both formats of torch.save, "pickle", "safetensors" or "onnx", by its bytes; errors as ``read``."""
-    return _opened(path, lambda _, file: "pt" if (kind := kinds.of(file)) == "legacy" else kind)
+    return _opened(path, lambda _, file: "pt" if (kind := detection.of(file)) == "legacy" else kind)
 
 
 def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Any]) -> Any:
@@ -90,7 +91,7 @@ def _looked_at(place: Path, look: Callable[[str, BinaryIO], Any]) -> Any:
     if not place.exists():
         raise FileNotFoundError(f"{place}: expected a file, got no such path. Check its spelling.")
     if place.is_dir():
-        raise RefusalError("a file", *foreign.of_folder(place))
+        raise RefusalError("a file", *other_files.of_folder(place))
     if not place.is_file():
         raise RefusalError("a file", "a device or pipe", "Give the file that holds the weights.")
     with place.open("rb") as file:
@@ -98,11 +99,11 @@ def _looked_at(place: Path, look: Callable[[str, BinaryIO], Any]) -> Any:
 
 
 def _contents(path: str, file: BinaryIO) -> Checkpoint:
-    kind = kinds.of(file)
+    kind = detection.of(file)
     file.seek(0)
     if kind == "onnx":
-        from batchnorm.checkpoint import onnx
+        from batchnorm.checkpoint.formats import onnx_layers
 
-        return onnx.read(path, file)
+        return onnx_layers.read(path, file)
     saved, source = _READERS[kind](file)
-    return layers.checkpoint(path, "pt" if kind == "legacy" else kind, saved, source)
+    return layers_in_file.checkpoint(path, "pt" if kind == "legacy" else kind, saved, source)

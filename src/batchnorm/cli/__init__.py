@@ -33,7 +33,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command; a name that is close to one is told it."""
         if cmd_name in _COMMANDS:
-            return _debuggable(getattr(import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}"), cmd_name))
+            home = import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}_command")
+            return _debuggable(getattr(home, cmd_name))
         if close := difflib.get_close_matches(cmd_name, _COMMANDS, n=1):
             ctx.fail(f"no command {cmd_name!r}. Did you mean {close[0]!r}?")
         return None

@@ -14,6 +14,6 @@ __all__ = ["Diagnosis", "examine", "treat"]
 def __getattr__(name: str) -> Any:
     if name != "treat":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from batchnorm.doctor.treatment import treat
+    from batchnorm.doctor.mending.treatment import treat
 
     return treat

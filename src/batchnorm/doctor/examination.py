@@ -11,16 +11,16 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import checkpoint
-from batchnorm.checkpoint.states import with_state
+from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.checkpoint.stored import is_below
 from batchnorm.doctor.diagnosis import Diagnosis, LayerRow, order
-from batchnorm.doctor.environment import environment
-from batchnorm.doctor.remedies import is_same
+from batchnorm.doctor.measuring.installation import environment
+from batchnorm.doctor.mending.remedies import is_same
 from batchnorm.rules import RULES
 from batchnorm.rules.codes import codes
-from batchnorm.rules.evidence import Evidence
 from batchnorm.rules.finding import by_reason
-from batchnorm.rules.words import listed
+from batchnorm.rules.phrases import listed
+from batchnorm.rules.rule_evidence import Evidence
 
 if TYPE_CHECKING:
     from array import array
@@ -135,7 +135,7 @@ def examine(
             raise ValueError(
                 f"state chooses in a file, got {state!r} for a model. Load it into the model, or leave it out."
             )
-        from batchnorm.doctor.model import of_model
+        from batchnorm.doctor.measuring.model_evidence import of_model
 
         evidence, measured_on = of_model(
             target, data, example=example, optimizer=optimizer, batch_size=batch_size, accumulation=accumulation,

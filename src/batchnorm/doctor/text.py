@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 from batchnorm.doctor.diagnosis import counted
 from batchnorm.rules import FAMILIES
 from batchnorm.rules.finding import Fix, Severity
-from batchnorm.rules.words import listed
+from batchnorm.rules.phrases import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

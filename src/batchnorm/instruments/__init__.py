@@ -1,20 +1,21 @@
 """Instruments: what batch norm does in a user's own model, measured while it trains or at one look.
 
 ``watch`` measures a training at a cost that lets one leave it on, ``probe`` looks once. Both have two cheap tiers: what
-the running averages say (``snapshots``, ``noise``, ``census``) and what a fixed batch shows (``probing``,
-``propagation``, ``drift``). Dearer measurements are asked for one by one: ``gradient_shift``, ``landscape``,
-``Angles``, ``gradient_depth``, ``train_eval_gap`` and ``companion_flips``. None changes the model.
+the running averages say (``snapshots``, ``free_tier``, ``gamma_and_beta``) and what a fixed batch shows
+(``probe_tier``, ``signal_propagation``, ``layer_drift``). Dearer measurements are asked for one by one:
+``gradient_shift``, ``landscape``, ``Angles``, ``gradient_depth``, ``train_eval_gap`` and ``companion_flips``. None
+changes the model.
 """
 
 from batchnorm.instruments.angles import Angles
-from batchnorm.instruments.companions import companion_flips
-from batchnorm.instruments.gaps import train_eval_gap
+from batchnorm.instruments.companion_examples import companion_flips
 from batchnorm.instruments.gradients import gradient_depth
-from batchnorm.instruments.internal_shift import gradient_shift
-from batchnorm.instruments.outlets import Sink
-from batchnorm.instruments.probing import probe
-from batchnorm.instruments.smoothness import landscape
-from batchnorm.instruments.watching import Watch, watch
+from batchnorm.instruments.internal_covariate_shift import gradient_shift
+from batchnorm.instruments.loss_landscape import landscape
+from batchnorm.instruments.probe_tier import probe
+from batchnorm.instruments.sinks import Sink
+from batchnorm.instruments.train_eval_gaps import train_eval_gap
+from batchnorm.instruments.watched_training import Watch, watch
 
 __all__ = [
     "Angles",

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from batchnorm.instruments.internal_shift import check_optimizer
-from batchnorm.instruments.probing import unwrapped
+from batchnorm.instruments.internal_covariate_shift import check_optimizer
+from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.kernels.reference import exact_dtype
-from batchnorm.population.tensors import require
+from batchnorm.population.tensor_memory import require
 
 _KEEP = 1000
 # |<w, g>| / (||w|| ||g||) of two unrelated directions in d dimensions has the median 0.6745 / sqrt(d): what is below a

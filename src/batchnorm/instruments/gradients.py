@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.instruments.probing import unwrapped, with_shape
+from batchnorm.instruments.probe_tier import unwrapped, with_shape
 from batchnorm.kernels.reference import exact_dtype
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.recalibration import uncompiled
-from batchnorm.population.shield import preserve_state
+from batchnorm.population.state_shield import preserve_state
 
 Loss = Callable[[Any, Any], Tensor]
 

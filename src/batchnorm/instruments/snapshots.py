@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from batchnorm.population.tensors import whole
+from batchnorm.population.tensor_memory import whole
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm

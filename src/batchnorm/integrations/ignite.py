@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
-from batchnorm.integrations.missing import needed
-from batchnorm.integrations.session import Session, WatchArguments, raised
+from batchnorm.integrations.missing_packages import needed
+from batchnorm.integrations.watch_session import Session, WatchArguments, raised
 
 if TYPE_CHECKING:
     from ignite.engine import Engine

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Unpack, final
 from torch import nn
 
 from batchnorm.instruments import Watch
-from batchnorm.integrations.calibration import calibrate, with_own_workers
-from batchnorm.integrations.delivery import Delivery
-from batchnorm.integrations.missing import needed
-from batchnorm.integrations.session import Session, WatchArguments, raised
-from batchnorm.integrations.summary import summary
+from batchnorm.integrations.layer_summary import summary
+from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.missing_packages import needed
+from batchnorm.integrations.recalibration_in_training import calibrate, with_own_workers
+from batchnorm.integrations.watch_session import Session, WatchArguments, raised
 from batchnorm.layers import batch_norms
 from batchnorm.population import freeze, frozen, unfreeze
 from batchnorm.population.batches import call

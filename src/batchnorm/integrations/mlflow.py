@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from batchnorm.integrations.delivery import Delivery
-from batchnorm.integrations.missing import needed
+from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.missing_packages import needed
 
 _BATCH = 1000  # the most metrics that MLflow takes at once
 _NOT_ALLOWED = re.compile(r"[^\w\-. :/]")

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, final
 from weakref import WeakKeyDictionary
 
-from batchnorm.integrations.missing import needed
+from batchnorm.integrations.missing_packages import needed
 
 with needed("prometheus_client", "'batchnorm[prometheus]'"):
     from prometheus_client import REGISTRY, CollectorRegistry

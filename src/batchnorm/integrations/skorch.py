@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.instruments import Sink, Watch
-from batchnorm.integrations.calibration import calibrate
-from batchnorm.integrations.missing import needed
-from batchnorm.integrations.session import Session
+from batchnorm.integrations.missing_packages import needed
+from batchnorm.integrations.recalibration_in_training import calibrate
+from batchnorm.integrations.watch_session import Session
 
 with needed("skorch", "skorch"):
     from skorch.callbacks import Callback

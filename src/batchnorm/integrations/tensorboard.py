@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
-from batchnorm.integrations.delivery import Delivery
-from batchnorm.integrations.missing import needed
+from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.missing_packages import needed
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Unpack, final
 from torch import nn
 
 from batchnorm.instruments import Watch
-from batchnorm.integrations.calibration import calibrate
-from batchnorm.integrations.missing import needed
-from batchnorm.integrations.session import Session, WatchArguments
+from batchnorm.integrations.missing_packages import needed
+from batchnorm.integrations.recalibration_in_training import calibrate
+from batchnorm.integrations.watch_session import Session, WatchArguments
 from batchnorm.population.batches import call
 
 with needed("transformers", "'transformers[torch]'"):

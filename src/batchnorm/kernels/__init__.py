@@ -14,10 +14,10 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
-from batchnorm.kernels import direct, operators, reference, running, torchs
+from batchnorm.kernels import autograd_node, operators, reference, running_statistics, torch_batch_norm
 from batchnorm.kernels.choice import is_plain, is_recorded, is_torchs
 from batchnorm.kernels.operators import train_backward, train_forward
-from batchnorm.kernels.running import Running
+from batchnorm.kernels.running_statistics import Running
 from batchnorm.kernels.shapes import check_layout
 
 __all__ = ["Running", "normalize", "train", "train_backward", "train_forward", "update_running"]
@@ -44,8 +44,8 @@ def train(
     stored = (None, None) if running is None else running[:2]
     if is_plain(x, residual, weight, bias, *stored):
         if is_torchs(x):
-            return torchs.train(x, weight, bias, eps, act, param, residual, running)
-        return direct.train(x, weight, bias, eps, act, param, residual, running, save=save)
+            return torch_batch_norm.train(x, weight, bias, eps, act, param, residual, running)
+        return autograd_node.train(x, weight, bias, eps, act, param, residual, running, save=save)
     check_layout(x)
     whole = _inside_derivative() or (running is None and _exports_to_onnx())
     if running is not None and _exports_to_onnx():
@@ -79,17 +79,17 @@ def normalize(
     In what compilers, exporters and tracers record it is torch's own operator, which passes behind them know, with
     torch's rounding: a mean far from 0 takes digits.
     """
-    compute = direct.normalize
+    compute = autograd_node.normalize
     if not is_plain(x, residual, weight, bias, mean, var):
         check_layout(x)
-        compute = torchs.normalize if is_recorded(x) else reference.normalize
+        compute = torch_batch_norm.normalize if is_recorded(x) else reference.normalize
     return compute(x, mean, var, weight, bias, eps, act, param, residual)
 
 
 def update_running(*args: Any) -> None:
     """Move running statistics in place; arguments are those of ``running.update``."""
     if is_plain(args[0], args[4]):
-        running.update(*args)
+        running_statistics.update(*args)
     elif _inside_derivative():
         operators.update_running(*args)
     else:

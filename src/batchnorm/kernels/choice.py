@@ -32,7 +32,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from batchnorm.kernels import cpu, reference
 
 if TYPE_CHECKING:
-    from batchnorm.kernels.running import Running
+    from batchnorm.kernels.running_statistics import Running
 
 _FORCED = os.environ.get("BATCHNORM_KERNELS", "")
 

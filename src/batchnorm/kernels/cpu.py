@@ -18,7 +18,7 @@ from batchnorm.kernels.reference import wide_dtype
 from batchnorm.kernels.shapes import TYPES, address, is_readable, like, per_channel, sizes
 
 if TYPE_CHECKING:
-    from batchnorm.kernels.running import Running
+    from batchnorm.kernels.running_statistics import Running
 
 
 def _built() -> Any:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import reference, running
+from batchnorm.kernels import reference, running_statistics
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import kernel_for
 
@@ -220,7 +220,7 @@ def _moved(
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stored = running_mean.clone(), running_var.clone(), num_batches_tracked.clone(), skipped.clone()
-    running.update(*stored, mean, var, count, momentum)
+    running_statistics.update(*stored, mean, var, count, momentum)
     return stored
 
 
@@ -254,7 +254,7 @@ def _fitting(stored: Tensor, moved: Tensor) -> Tensor:
 
 update_running = torch.library.custom_op(
     "batchnorm::update_running",
-    running.update,
+    running_statistics.update,
     mutates_args={"running_mean", "running_var", "num_batches_tracked", "skipped"},
 )
 

@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from batchnorm.lecture.claim import Claim, Progress, Settings
     from batchnorm.lecture.verdicts import Outcome
 
-# In the lecture's order. Names only: a claim's module imports torch, so it is loaded when the claim runs.
-NAMES = ("scale", "hidden", "layer3", "cause", "cats", "noise", "test-time", "smooth")
+# In the lecture's order, with the module of each, which imports torch, and so is loaded when the claim runs.
+_MODULES = {
+    "scale": "feature_ranges",
+    "hidden": "hidden_units",
+    "layer3": "third_layer",
+    "cause": "shift_as_cause",
+    "cats": "black_cats",
+    "noise": "mini_batch_noise",
+    "test-time": "single_examples",
+    "smooth": "smoother_loss",
+}
+NAMES = tuple(_MODULES)
 
 
 def load(name: str) -> Claim:
@@ -25,7 +35,7 @@ def load(name: str) -> Claim:
     """
     if name not in NAMES:
         raise ValueError(f"claim must be one of {', '.join(NAMES)}, got {name!r}.")
-    return import_module(f"{__name__}.{name.replace('-', '_')}").CLAIM
+    return import_module(f"{__name__}.claims.{_MODULES[name]}").CLAIM
 
 
 def run(name: str, settings: Settings, progress: Progress = lambda _: None) -> Outcome:

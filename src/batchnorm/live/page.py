@@ -12,15 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.live.view import TIERS
+from batchnorm.files.whole import replacing
+from batchnorm.live.page_data import TIERS
 from batchnorm.record import QUANTITIES
-from batchnorm.replacing import replacing
 from batchnorm.rules import RULES
 
 if TYPE_CHECKING:
     import os
 
-    from batchnorm.live.feed import Feed
+    from batchnorm.live.log_feed import Feed
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 _SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.live.view import MOST, is_step
+from batchnorm.live.page_data import MOST, is_step
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,8 +15,8 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from batchnorm.live.feed import Feed, Message, Seen
-from batchnorm.live.guard import Guard
+from batchnorm.live.access import Guard
+from batchnorm.live.log_feed import Feed, Message, Seen
 from batchnorm.live.page import policy, render, saved
 
 if TYPE_CHECKING:

@@ -6,6 +6,6 @@ layers use what they store whatever mode they are put in, and ``preserve_state``
 
 from batchnorm.population.freezing import freeze, frozen, unfreeze
 from batchnorm.population.recalibration import recalibrate
-from batchnorm.population.shield import preserve_state
+from batchnorm.population.state_shield import preserve_state
 
 __all__ = ["freeze", "frozen", "preserve_state", "recalibrate", "unfreeze"]

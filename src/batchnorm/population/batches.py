@@ -2,7 +2,7 @@
 
 A batch is a tensor, a tuple, list, mapping or dataclass of batches, or an object of a class that is not looked into.
 Its rows are the first axis that all tensors share which the model is given. Where they share none (nodes and edges of
-a graph), and where the model says otherwise (``rows``), it has no rows, and is used whole.
+a graph), and where the model says otherwise (``batch_rows``), it has no rows, and is used whole.
 
 A model may write to what it is given (``x.sub_(mean)``), so every pass has memory of its own.
 """
@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader, default_collate
 
-from batchnorm.expected import kind_of, require_whole_number
-from batchnorm.population.absent import named_absences, require_batch
-from batchnorm.population.shield import preserve_random_state
-from batchnorm.population.signatures import code_of, fields_of, names_in, ways
-from batchnorm.population.tensors import AbsenceError
+from batchnorm.argument_types import kind_of, require_whole_number
+from batchnorm.population.absent_numbers import named_absences, require_batch
+from batchnorm.population.forward_signatures import code_of, fields_of, names_in, ways
+from batchnorm.population.state_shield import preserve_random_state
+from batchnorm.population.tensor_memory import AbsenceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from batchnorm.population.signatures import Way
+    from batchnorm.population.forward_signatures import Way
 
 _DEEPEST = 4  # attributes of attributes of a batch object, in which tensors are looked for
 
@@ -46,8 +46,8 @@ _SETTLED: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
 def call(model: nn.Module, batch: Any) -> object:
     """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says.
 
-    Where the forward's signature leaves a doubt (``signatures``), the second way is tried if the first one fails, and
-    kept for batches of the same kind.
+    Where the forward's signature leaves a doubt (``forward_signatures``), the second way is tried if the first one
+    fails, and kept for batches of the same kind.
 
     Raises:
         TypeError: If ``batch`` is none.

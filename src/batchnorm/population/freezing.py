@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.expected import require_flag
-from batchnorm.foreign import live_layers, out_of_reach, told
+from batchnorm.argument_types import require_flag
 from batchnorm.layers import batch_norms
+from batchnorm.other_libraries import live_layers, out_of_reach, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

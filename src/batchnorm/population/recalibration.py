@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from batchnorm.expected import require_callable, require_flag
-from batchnorm.foreign import live_layers, out_of_reach, told, unreached
+from batchnorm.argument_types import require_callable, require_flag
 from batchnorm.layers import batch_norms, input_of
 from batchnorm.moments import Moments
-from batchnorm.population.absent import named_absences, require_real
+from batchnorm.other_libraries import live_layers, out_of_reach, told, unreached
+from batchnorm.population.absent_numbers import named_absences, require_real
+from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, call, device_of
+from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.freezing import Frozen, has_stored_statistics, statistics_of
-from batchnorm.population.modes import to_eval
-from batchnorm.population.rows import settle
-from batchnorm.population.sharding import is_sharded
-from batchnorm.population.shield import preserve_random_state, preserve_state
-from batchnorm.population.tensors import require, write
+from batchnorm.population.sharded_models import is_sharded
+from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.tensor_memory import require, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

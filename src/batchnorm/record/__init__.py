@@ -18,9 +18,9 @@ Kinds of lines, always with ``kind`` first (docs/record.md has the fields):
 Nothing here imports torch.
 """
 
-from batchnorm.record.entry import Record
+from batchnorm.record.log_entry import Record
+from batchnorm.record.log_reading import Log
+from batchnorm.record.log_writing import SCHEMA_VERSION, Writer
 from batchnorm.record.quantities import QUANTITIES, Quantity
-from batchnorm.record.reading import Log
-from batchnorm.record.writing import SCHEMA_VERSION, Writer
 
 __all__ = ["QUANTITIES", "SCHEMA_VERSION", "Log", "Quantity", "Record", "Writer"]

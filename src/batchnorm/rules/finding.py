@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, final
 
-from batchnorm.rules.words import Fix, listed, possible
+from batchnorm.rules.phrases import Fix, listed, possible
 
 __all__ = ["AFFINE", "STATISTICS", "Finding", "Fix", "Rule", "Severity", "Unknown", "by_reason"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from batchnorm.rules.evidence import Evidence
+    from batchnorm.rules.rule_evidence import Evidence
 
 
 STATISTICS, AFFINE = ("running_mean", "running_var", "num_batches_tracked"), ("weight", "bias")

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from batchnorm.shift import tails
+from batchnorm.shift.alarm_reference import LEAST
+from batchnorm.shift.data_passes import passes
 from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.layer_observer import Tap
+from batchnorm.shift.observation_units import Autocorrelation, Grouping
 from batchnorm.shift.page import many, plain, wrapped
-from batchnorm.shift.passes import passes
-from batchnorm.shift.reference import LEAST
-from batchnorm.shift.tap import Tap
-from batchnorm.shift.units import Autocorrelation, Grouping
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from batchnorm.shift.alarm_reference import Reference
     from batchnorm.shift.monitor import ShiftMonitor
-    from batchnorm.shift.reference import Reference
 
 SCHEMA_VERSION = 1
 HOLDS, DOUBTFUL, BROKEN = "holds", "doubtful", "broken"

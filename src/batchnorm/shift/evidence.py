@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from batchnorm.shift import betting, by_layer, conformal, marks
+from batchnorm.shift import betting, by_layer, channel_marks, conformal
+from batchnorm.shift.e_processes import Wealth
 from batchnorm.shift.scores import KIND_OF
-from batchnorm.shift.wealth import Wealth
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from batchnorm.shift.alarm_reference import Reference
     from batchnorm.shift.conformal import Bag
-    from batchnorm.shift.reference import Reference
 
 KINDS = ("mean", "energy up", "energy down", "channel energy", "components", "component means")
 BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of Evidence that they are made with
@@ -172,7 +172,7 @@ def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
     """Shapes of the bets that are made against a reference."""
     channels, layers = sum(known.sizes), len(known.sizes)
     if known.clean is not None:
-        return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, marks.BETS, channels)}
+        return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, channel_marks.BETS, channels)}
     energies = ("up",) if known.v is None else ("up", "down")
     return {"mean": (2, 4, channels), **dict.fromkeys(energies, (4, layers))}
 

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.expected import require_number
-from batchnorm.foreign import layers_of_others, unreached
+from batchnorm.argument_types import require_number
 from batchnorm.layers import batch_norms, unwrapped
-from batchnorm.population.absent import note_absence, refusing_absences, require_real
+from batchnorm.other_libraries import layers_of_others, unreached
+from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches, examples_in, rows_of, why_without_rows
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import Hook
 from batchnorm.population.recalibration import uncompiled
-from batchnorm.population.tensors import require
-from batchnorm.shift.passes import passes
-from batchnorm.shift.reference import Reference
-from batchnorm.shift.state import State
+from batchnorm.population.tensor_memory import require
+from batchnorm.shift.alarm_reference import Reference
+from batchnorm.shift.data_passes import passes
+from batchnorm.shift.layer_observer import ALL, Tap, drawn
+from batchnorm.shift.observation_units import Grouping, Unit, name_of
 from batchnorm.shift.stream import Stream
-from batchnorm.shift.tap import ALL, Tap, drawn
-from batchnorm.shift.units import Grouping, Unit, name_of
+from batchnorm.shift.stream_state import State
 
 if TYPE_CHECKING:
     import os
@@ -54,10 +54,10 @@ class ShiftMonitor:
         monitor.alarm                              # None, or what moved and where first
 
     On clean data the probability that it ever raises an alarm is at most ``alpha``. With ``arl`` in its place, the
-    first false alarm comes after that many observations on average, or later. ``batchnorm.shift.reference`` has the
-    conditions, ``batchnorm.shift.betting`` and ``batchnorm.shift.conformal`` have the proofs. An alarm
-    says that the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's
-    energy is not seen. The model is not changed: its layers have hooks while it is observed.
+    first false alarm comes after that many observations on average, or later. ``batchnorm.shift.alarm_reference`` has
+    the conditions, ``batchnorm.shift.betting`` and ``batchnorm.shift.conformal`` have the proofs. An alarm says that
+    the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's energy is
+    not seen. The model is not changed: its layers have hooks while it is observed.
 
     A few examples of each batch are looked at, drawn at random, since batches may be sorted. Once 256 were, whole
     batches are left out where looking would take more than ``budget`` of the time of inference; if fewer than 5 % are

@@ -2,7 +2,7 @@
 
 Ways of being strange differ, so each layer has several scores. With a_c the distance of a channel's mean z_c from its
 center and b_c that of the logarithm of its energy, both in units of their mean absolute deviations, and w the
-principal components of neighbouring channels (``components``), likewise:
+principal components of neighbouring channels (``principal_components``), likewise:
 
     mean             max |a_c|,  mean of a_c,  mean of -a_c
     energy up        Q,          mean of b_c
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.shift import by_layer, conformal
-from batchnorm.shift.components import TOGETHER, Components
+from batchnorm.shift.principal_components import TOGETHER, Components
 
 # the kind of each score, in their order
 KIND_OF = (

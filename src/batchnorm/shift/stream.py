@@ -16,13 +16,13 @@ from torch import Tensor
 
 from batchnorm.shift.alarm import SETTLED, Alarm, LayerShift, first_moved, hint, localized
 from batchnorm.shift.evidence import Evidence
-from batchnorm.shift.recent import Recent
-from batchnorm.shift.state import State
+from batchnorm.shift.observation_units import Autocorrelation, Grouping, Unit
+from batchnorm.shift.recent_means import Recent
+from batchnorm.shift.stream_state import State
 from batchnorm.shift.tails import Tail, Tails
-from batchnorm.shift.units import Autocorrelation, Grouping, Unit
 
 if TYPE_CHECKING:
-    from batchnorm.shift.reference import Reference
+    from batchnorm.shift.alarm_reference import Reference
 
 LOGGER = logging.getLogger("batchnorm.shift")
 LOGGER.addHandler(logging.NullHandler())  # whoever sets up logging hears it; nobody else's standard error does

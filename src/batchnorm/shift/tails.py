@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.reference import NORMAL
-from batchnorm.shift.state import State
+from batchnorm.shift.alarm_reference import NORMAL
+from batchnorm.shift.stream_state import State
 
 if TYPE_CHECKING:
-    from batchnorm.shift.reference import Reference
+    from batchnorm.shift.alarm_reference import Reference
 
 LEAST = 512  # observations, before which it is not judged
 _KEPT = 64  # largest energies of each layer, to say how much they carry

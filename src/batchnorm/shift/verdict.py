@@ -22,10 +22,10 @@ from torch import Tensor
 
 from batchnorm.population.batches import examples_in
 from batchnorm.shift.alarm import first_moved
-from batchnorm.shift.passes import passes, passes_needed
-from batchnorm.shift.sight import sight
+from batchnorm.shift.data_passes import passes, passes_needed
+from batchnorm.shift.layer_observer import Tap
+from batchnorm.shift.least_visible_shift import sight
 from batchnorm.shift.stream import Stream
-from batchnorm.shift.tap import Tap
 
 if TYPE_CHECKING:
     from batchnorm.shift.alarm import Alarm, LayerShift

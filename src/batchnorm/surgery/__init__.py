@@ -9,8 +9,8 @@ place.
 
 from batchnorm.surgery.conversion import convert, revert
 from batchnorm.surgery.exporting import for_export
-from batchnorm.surgery.folding import Folding, fold, foldable, unfold
-from batchnorm.surgery.folding_plan import Partner
+from batchnorm.surgery.folding.fold_and_unfold import Folding, fold, foldable, unfold
+from batchnorm.surgery.folding.plan import Partner
 from batchnorm.surgery.group_norm import to_group_norm
 from batchnorm.surgery.replacement import find, replace
 

@@ -1,7 +1,7 @@
 """Layers of other classes that compute batch norm and at most an activation: they become ours, and come back.
 
 timm's ``BatchNormAct2d`` is one: a subclass of torch.nn's layer with two children, a dropout and an activation. What
-such a layer does is read from its forward (``subclasses``); ours has to do the same on numbers, in both modes, with
+such a layer does is read from its forward (``layer_maps``); ours has to do the same on numbers, in both modes, with
 gradients and statistics. Its class and children are kept outside of the model until they are put back.
 """
 
@@ -16,13 +16,13 @@ from torch.fx.proxy import TraceError
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from batchnorm.foreign import measures
+from batchnorm.other_libraries import measures
 from batchnorm.population.freezing import Frozen, freeze, has_stored_statistics
 from batchnorm.surgery import comparison
 from batchnorm.surgery.dataflow import Flow, traced
 from batchnorm.surgery.fusion import _MARK
+from batchnorm.surgery.layer_maps import KINDS, graph_of_layer, parts_of
 from batchnorm.surgery.patterns import OURS, Activation, activation_of, written_kind
-from batchnorm.surgery.subclasses import KINDS, graph_of_layer, parts_of
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

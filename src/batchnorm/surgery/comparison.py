@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.population.batches import call
-from batchnorm.population.shield import preserve_random_state
-from batchnorm.population.tensors import AbsenceError, bits_of, parts_of, whole
+from batchnorm.population.state_shield import preserve_random_state
+from batchnorm.population.tensor_memory import AbsenceError, bits_of, parts_of, whole
 from batchnorm.surgery.replacement import duplicate
 
 if TYPE_CHECKING:

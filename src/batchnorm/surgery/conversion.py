@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from batchnorm.expected import require_flag, require_module
-from batchnorm.foreign import out_of_reach, told
+from batchnorm.argument_types import require_flag, require_module
 from batchnorm.layers import _Layer
-from batchnorm.population.absent import require_real
+from batchnorm.other_libraries import out_of_reach, told
+from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import require_examples
 from batchnorm.population.freezing import Frozen, freeze
 from batchnorm.surgery import adoption, comparison, fusion

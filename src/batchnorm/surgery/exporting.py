@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from batchnorm.expected import require_flag, require_module
+from batchnorm.argument_types import require_flag, require_module
 from batchnorm.population.freezing import Frozen, unfreeze
 from batchnorm.surgery import fusion
 from batchnorm.surgery.conversion import revert
-from batchnorm.surgery.folding import fold as folded
+from batchnorm.surgery.folding.fold_and_unfold import fold as folded
 from batchnorm.surgery.folding_placeholder import FoldedAway
 from batchnorm.surgery.group_norm import GroupNormAct
 from batchnorm.surgery.patterns import activation_module, is_ours

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
-from batchnorm.population.tensors import AbsenceError
+from batchnorm.population.tensor_memory import AbsenceError
 from batchnorm.surgery.dataflow import (
     MODES,
     Flow,

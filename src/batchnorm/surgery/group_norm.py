@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, final
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.expected import require_flag, require_module, require_whole_number
+from batchnorm.argument_types import require_flag, require_module, require_whole_number
 from batchnorm.kernels.activations import activate
+from batchnorm.surgery.layer_maps import KINDS
 from batchnorm.surgery.patterns import written_kind
 from batchnorm.surgery.replacement import check_memory, replace
-from batchnorm.surgery.subclasses import KINDS
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
-from batchnorm.expected import kind_of, require_callable, require_flag, require_module
-from batchnorm.foreign import layers_of_others
+from batchnorm.argument_types import kind_of, require_callable, require_flag, require_module
 from batchnorm.layers import BatchNorm1d, batch_norms
+from batchnorm.other_libraries import layers_of_others
 from batchnorm.ownership import claim
-from batchnorm.population.tensors import emptiness, is_fake, require
+from batchnorm.population.tensor_memory import emptiness, is_fake, require
 from batchnorm.surgery.patterns import activation_name
 from batchnorm.surgery.rewriting import MARK, applied_by
 from batchnorm.surgery.rewriting import OURS as _OURS

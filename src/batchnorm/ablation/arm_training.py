@@ -1,0 +1,69 @@
+"""Training of one arm at one learning rate from one seed: SGD with momentum, and the loss of each step's own batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.ablation.arms import make_arm
+from batchnorm.ablation.user_model import quiet_divergence
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.user_model import Subject
+
+MOMENTUM = 0.9
+# two and a half decades and a bit, in steps of 4 or 5: more than the factor of 3 that the criterion on rates asks for
+RATES = (0.001, 0.005, 0.02, 0.1, 0.5)
+
+_RUNAWAY = 1e8  # five layers of it are beyond float32
+
+# Called before each step with the number of steps done and the step's batch, and once more at the end.
+Observer = Callable[[int, nn.Module, Any], None]
+
+
+def train(
+    subject: Subject, arm: str, seed: int, rate: float, steps: int, observe: Observer | None = None
+) -> tuple[Tensor, nn.Module]:
+    """The loss before each step, (steps,), and the trained model; infinity from the step on at which it diverged.
+
+    A forward pass or loss that raises once parameters have run away counts as that. The same seed gives the same
+    first weights, batches, order and dropout in every arm.
+    """
+    model = make_arm(subject, arm, seed)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=MOMENTUM)
+    losses = torch.full((steps,), torch.inf)
+    batches = subject.data.deal(seed)
+    torch.manual_seed(seed)
+    with quiet_divergence():
+        for step, batch in zip(range(steps), batches, strict=False):
+            if observe is not None:
+                observe(step, model, batch)
+            try:
+                loss = subject.value(model, batch)
+            except Exception:
+                if _has_diverged(model):  # code that refuses NaN: the loss was about to be infinite
+                    return losses, model
+                raise
+            if not bool(loss.detach().isfinite()):
+                return losses, model
+            losses[step] = float(loss.detach())
+            _step(loss, optimizer)
+        if observe is not None:
+            observe(steps, model, next(batches))
+    return losses, model
+
+
+def _has_diverged(model: nn.Module) -> bool:
+    """Whether a parameter is not finite, or so large that products of a few layers are not."""
+    return not all(bool((p.abs() < _RUNAWAY).all()) for p in model.parameters())
+
+
+def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    if not loss.requires_grad:
+        raise ValueError("a loss must depend on the model's parameters, got one without gradient. Do not detach it.")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

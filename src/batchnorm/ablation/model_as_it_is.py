@@ -1,0 +1,195 @@
+"""What one model shows as it is, without training: inputs, depth, gamma and beta, noise, test time.
+
+Nothing here says whether batch norm helps to learn. Intervals are over random draws of examples, not over trainings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.ablation.criteria import counted, figure, judge
+from batchnorm.ablation.questions import noise_of_layers, test_statistics
+from batchnorm.ablation.questions.input_scales import inputs, spread
+from batchnorm.ablation.user_data import examples_in, first_examples
+from batchnorm.ablation.user_model import kept_buffers, received
+from batchnorm.instruments.gamma_and_beta import census
+from batchnorm.instruments.signal_propagation import resemblance, sample
+from batchnorm.instruments.snapshots import Layers, Snapshot
+from batchnorm.layers import batch_norms
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Result, Role
+from batchnorm.population.freezing import has_stored_statistics
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.user_model import Subject
+
+_EXAMPLES = 128  # whose likeness is measured: their Gram matrix is decomposed
+_LAYERS = 16  # in a chart
+_OF = "Your model as it is"
+
+Numbers = dict[str, float | int | str | None]
+
+
+def claims(subject: Subject, model: nn.Module, seeds: range) -> list[Claim]:
+    """The questions that need no training."""
+    x = inputs(subject.data)
+    found = [_scale(x, seeds)] if x is not None and x.shape[1] > 1 else []
+    found += [_depth(subject, model, seeds), _census(model, seeds)]
+    found.append(noise_of_layers.claim(lambda: noise_of_layers.measure(subject, [model], seeds), _OF))
+    found.append(test_statistics.claim(lambda: test_statistics.measure(subject, [model], seeds), _OF))
+    return found
+
+
+def _scale(x: Tensor, seeds: range) -> Claim:
+    return Claim(
+        name="scale",
+        title="The scale of the inputs",
+        sentence="Where input features differ in range, gradient descent is slow unless something normalizes them.",
+        arms="The training inputs as the loader gives them; intervals are over random halves of them.",
+        how_to_read="Features that lie decades apart ask for batchnorm.InputNorm in front of the model.",
+        not_shown="Whether it slows this model down: that takes training.",
+        sources=("LeCun et al. 1998, Efficient BackProp, section 4.3",),
+        run=lambda _, __: spread(x, seeds),
+    )
+
+
+# -- depth ----------------------------------------------------------------------------------------------------
+
+
+def measure_depth(subject: Subject, model: nn.Module, seeds: Sequence[int]) -> Result:
+    """How alike examples look at the entrance of each layer, in eval mode."""
+    batch = subject.data.train[0]
+    batch = first_examples(batch, examples_in(batch) if subject.data.whole else _EXAMPLES)
+    with kept_buffers(model):
+        model.eval()
+        seen = {path: sample(x[:_EXAMPLES])[0] for path, x in received(model, batch).items() if x.ndim > 1}
+    ranks = {path: [_rank(values, seed) for seed in seeds] for path, values in seen.items()}
+    paths = [*ranks]
+    if not paths:
+        verdict = judge("depth-rank", [], "it could not be measured.", failed_guard="no forward reached a layer")
+        return Result([verdict], [])
+    first, last = (torch.tensor(ranks[path]) for path in (paths[0], paths[-1]))
+    sentence = (
+        f"The stable rank of what a layer receives is {float(first.mean()):.3g} at the first ({_named(paths[0])}) and "
+        f"{float(last.mean()):.3g} at the last ({_named(paths[-1])}) of {len(paths)} batch norm layers."
+    )
+    alone = "there is one batch norm layer alone, so its first is its last" if len(paths) == 1 else ""
+    verdict = judge("depth-rank", (last / first).log2().tolist(), sentence, failed_guard=alone)
+    told = (
+        f"The stable rank of what {_named(paths[0])} receives is {figure(float(first.mean()), 3)}."
+        if alone
+        else verdict.told
+    )
+    return Result([verdict], [_depth_chart(seen, told)], _depth_numbers(seen))
+
+
+def _named(path: str) -> str:
+    return path or "the model itself"
+
+
+def _rank(values: Tensor, seed: int) -> float:
+    half = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[: max(2, len(values) // 2)]
+    return resemblance(values[half])["stable_rank"]
+
+
+def _depth_numbers(seen: dict[str, Tensor]) -> Numbers:
+    ends = {"first": next(iter(seen.values())), "last": list(seen.values())[-1]}
+    found: Numbers = {}
+    for name, values in ends.items():
+        cosine = resemblance(values)["cosine"]
+        found[f"mean cosine between examples, {name} layer"] = over_seeds.mean(torch.tensor([cosine]))
+        found[f"mean square of a value, {name} layer"] = over_seeds.mean(values.square().mean().reshape(1))
+    return found
+
+
+def _depth_chart(seen: dict[str, Tensor], sentence: str) -> Chart:
+    panels = {
+        "stable rank": lambda values: resemblance(values)["stable_rank"],
+        "mean square": lambda values: float(values.square().mean()),
+    }
+    rows: list[dict[str, Any]] = []
+    for panel, read in panels.items():
+        for depth, values in enumerate(seen.values(), start=1):
+            y = read(values)
+            if 0 < y < float("inf"):
+                rows.append({"x": depth, "y": over_seeds.figures(y), "series": "received", "panel": panel})
+    return Chart(
+        "lines",
+        sentence.rstrip("."),
+        "Stable rank and mean square of what each batch norm layer receives, against its place in the forward, log "
+        f"scale. {sentence}",
+        rows,
+        Axis("batch norm layer, in the order of the forward"),
+        Axis("stable rank; mean square", log=True),
+        {"received": "with"} if rows else {},
+    )
+
+
+def _depth(subject: Subject, model: nn.Module, seeds: range) -> Claim:
+    return Claim(
+        name="depth",
+        title="The signal through depth",
+        sentence="In a deep network without batch norm all examples come to look alike; with it they stay apart.",
+        arms=f"{_OF}, in eval mode: one batch of at most {_EXAMPLES} examples, at most 256 units of a layer; "
+        "intervals are over random halves of the examples.",
+        how_to_read="A stable rank near 1: all examples point one way. A mean square that grows by decades: values "
+        "explode between layers, and batch norm brings them back.",
+        not_shown="What it would be without batch norm in this model, and the part of a mean that all examples share.",
+        sources=("Daneshmand et al. 2020, Batch Normalization Provably Avoids Rank Collapse",),
+        run=lambda _, __: measure_depth(subject, model, seeds),
+    )
+
+
+# -- gamma and beta -------------------------------------------------------------------------------------------
+
+
+def measure_census(model: nn.Module, seeds: Sequence[int]) -> Result:
+    """Gamma, beta and dead channels of every layer, read and not estimated."""
+    stored = {path: layer for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    if not stored:
+        failed = "the batch norm layers store no statistics"
+        return Result([judge("census-dead", [], "it could not be read.", failed_guard=failed)], [])
+    layers = Layers(stored)
+    found = census(layers, Snapshot.of(layers))
+    dead = found["dead"]
+    worst = int(dead.argmax())
+    sentence = f"{float(dead.mean()):.1%} of channels are dead, mean over {counted(len(stored), 'layer')}"
+    sentence += f"; most at {_named(layers.names[worst])}, {float(dead[worst]):.1%}." if float(dead[worst]) else "."
+    # one model has one value: it is read, so its interval has no width
+    verdict = judge("census-dead", [float(dead.mean())] * len(seeds), sentence)
+    numbers: Numbers = {
+        "median |gamma|, smallest and largest over layers": _range(found["gamma"]),
+        "median beta, smallest and largest over layers": _range(found["beta"]),
+        "share active behind a ReLU by beta / |gamma|, smallest and largest over layers": _range(found["active"]),
+    }
+    return Result([verdict], [_census_chart(layers.names, found["gamma"])], numbers)
+
+
+def _range(values: Tensor) -> str:
+    return f"{float(values.min()):.3g} to {float(values.max()):.3g}".replace("-", "−")
+
+
+def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
+    kept = torch.linspace(0, len(names) - 1, min(_LAYERS, len(names))).round().long().unique()
+    role: dict[str, Role] = {"gamma": "with"}
+    found = f"The median |gamma| of a layer lies between {figure(float(gamma.min()))} and {figure(float(gamma.max()))}"
+    rows = [{"label": _named(names[i]), "value": over_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
+    return Chart("dots", found, f"Median |gamma| by layer. {found}.", rows, Axis("median |gamma|"), None, role)
+
+
+def _census(model: nn.Module, seeds: range) -> Claim:
+    return Claim(
+        name="census",
+        title="Gamma and beta",
+        sentence="Gamma and beta set each channel's standard deviation and mean, so they tell what it still does.",
+        arms=f"{_OF}: the parameters and stored variances of every layer. A channel is dead if its stored variance is "
+        "below eps / 10,000, or |gamma| below 0.01 with less than 1 % of the values active behind a ReLU.",
+        how_to_read="Layers whose |gamma| is far below the others' pass little on.",
+        not_shown="Channels that die by what follows, and values that are not normal.",
+        sources=("Frankle et al. 2021, Training BatchNorm and Only BatchNorm, section 5",),
+        run=lambda _, __: measure_census(model, seeds),
+    )

@@ -1,0 +1,158 @@
+"""Question "scale": are the input features on different scales, and does normalizing them do what batch norm does?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ablation.arms import SCALED, WITH, WITHOUT
+from batchnorm.ablation.criteria import judge
+from batchnorm.ablation.questions.speed_and_rates import ARMS, curves, versus, wide_axis
+from batchnorm.ablation.user_data import Data, inputs_of
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import Chart, Claim, Result, Role, Verdict
+from batchnorm.moments import Moments
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.study import Study
+
+_FEATURES = 4096  # at most so many, for their covariance
+_SHOWN = 16  # features in the chart
+_HUGE = 1e9  # ratios from here on are told by their power of ten
+
+Numbers = dict[str, float | int | str | None]
+
+
+def inputs(data: Data) -> Tensor | None:
+    """All training inputs, (N, ...), or None where they are not one float tensor of one shape."""
+    found = [x for x in map(inputs_of, data.train) if x is not None]
+    alike = len(found) == len(data.train) and len({x.shape[1:] for x in found}) == 1
+    return torch.cat(found).cpu() if alike else None
+
+
+def can_ask(study: Study) -> bool:
+    """Whether there is anything to say of the inputs' scale: an arm, or several features."""
+    x = inputs(study.subject.data)
+    return SCALED in {*study.grid.losses, *study.grid.failed} or (x is not None and x.shape[1] > 1)
+
+
+def measure(study: Study) -> Result:
+    """Spread of the features, and the arm with normalized inputs where there is one."""
+    x = inputs(study.subject.data)
+    verdicts: list[Verdict] = []
+    charts: list[Chart] = []
+    if SCALED in {*study.grid.losses, *study.grid.failed}:
+        verdicts.append(versus(study.grid, "scale-inputs", WITHOUT, SCALED))
+        verdicts.append(versus(study.grid, "scale-instead", SCALED, WITH))
+    if SCALED in study.grid.losses:
+        roles: dict[str, Role] = {WITH: "with", WITHOUT: "without", SCALED: "without"}
+        charts.append(curves(study.grid.versus(WITHOUT, SCALED), roles, verdicts[0].told))
+    if x is not None and x.shape[1] > 1:
+        found = spread(x, study.plan.all_seeds)
+        verdicts, charts = [*verdicts, *found.verdicts], [*charts, *found.charts]
+        return Result(verdicts, charts, found.numbers)
+    return Result(verdicts, charts)
+
+
+def spread(x: Tensor, seeds: range) -> Result:
+    """How far the standard deviations of features lie apart, in random halves of the examples."""
+    whole = Moments.of(x)
+    halves = [_ratio(Moments.of(x[_half(len(x), seed)])) for seed in seeds]
+    sds = whole.std[whole.var > 0]
+    noun = "features" if x.ndim == 2 else "channels"
+    failed = "" if len(sds) else f"none of the {len(whole.mean)} {noun} has a finite variance above 0"
+    sentence = (
+        f"The standard deviations of the {len(whole.mean)} {noun} lie between {_least(sds):.3g} and "
+        f"{float(sds.max()) if len(sds) else 0:.3g} ({_many(_ratio(whole))} times)."
+    )
+    verdict = judge("scale-spread", torch.tensor(halves).log10().tolist(), sentence, failed_guard=failed)
+    numbers: Numbers = {f"{noun} that never vary": int((whole.var == 0).sum())}
+    numbers |= _conditions(x)
+    return Result([verdict], [_spread_chart(whole, noun, verdict.told)], numbers)
+
+
+def _many(ratio: float) -> str:
+    """A ratio that may be huge, to three digits."""
+    return f"{float(f'{ratio:.3g}'):,.0f}" if 1000 <= ratio < _HUGE else f"{ratio:.3g}"
+
+
+def _least(sds: Tensor) -> float:
+    return float(sds.min()) if len(sds) else 0.0
+
+
+def _half(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: max(2, count // 2)]
+
+
+def _ratio(moments: Moments) -> float:
+    sds = moments.std[moments.var > 0]
+    return float(sds.max() / sds.min()) if len(sds) else 1.0
+
+
+def condition(x: Tensor) -> float:
+    """Condition number of E[x~ x~^T], x~ = (x, 1), over features that vary: (N, F)."""
+    x = x.double()
+    x = x[:, x.std(0) > 0]
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    values = torch.linalg.eigvalsh(x.T @ x / len(x))
+    return float(values[-1] / values[0].clamp_min(values[-1] * torch.finfo(x.dtype).eps))
+
+
+def _conditions(x: Tensor) -> Numbers:
+    """Of all features where there are enough examples to tell, else of channels; before and after normalization."""
+    flat, what = x.flatten(1), "features"
+    if flat.shape[1] > min(_FEATURES, len(x) // 2):
+        flat, what = x.movedim(1, -1).flatten(0, -2), "channels"
+    if flat.shape[1] > min(_FEATURES, len(flat) // 2):
+        return {}
+    moments = Moments.of(flat)
+    z = (flat.double() - moments.mean) / torch.where(moments.var > 0, moments.std, 1)
+    pair = {"as they are": condition(flat), "normalized": condition(z)}
+    return {f"condition number of {what}, {name}": over_seeds.figures(value, 3) for name, value in pair.items()}
+
+
+def _spread_chart(moments: Moments, noun: str, sentence: str) -> Chart:
+    order = moments.std.argsort(descending=True)
+    order = order[moments.var[order] > 0]
+    kept = torch.linspace(0, max(len(order) - 1, 0), min(_SHOWN, len(order))).round().long().unique()
+    rows = [
+        {"label": f"{noun[:-1]} {int(i)}", "value": over_seeds.figures(moments.std[i]), "series": "sd"}
+        for i in order[kept]
+    ]
+    selected = (
+        "" if len(rows) == len(moments.mean) else f" ({len(rows)} of {len(moments.mean)}, from widest to narrowest)"
+    )
+    return Chart(
+        "dots",
+        sentence.rstrip("."),
+        f"Standard deviation of input {noun}{selected}. {sentence}",
+        rows,
+        wide_axis(f"standard deviation of the input {noun}", rows),
+        None,
+        {"sd": "neutral"},
+    )
+
+
+def scale(study: Study) -> Claim:
+    """The question about input features."""
+    extra: Any = "" if SCALED in study.grid.losses else dict(study.plan.left_out).get("normalizing the inputs", "")
+    arms = (
+        f"{ARMS} One more arm has no batch norm and an InputNorm of the training data in front."
+        if not extra
+        else f"The training inputs as the loader gives them. Training on normalized inputs was left out: {extra}."
+    )
+    return Claim(
+        name="scale",
+        title="The scale of the inputs",
+        sentence="Where input features differ in range, normalizing them speeds learning; batch norm does it inside.",
+        arms=arms,
+        how_to_read=(
+            "If normalized inputs alone bring the second orange curve close to the blue one, the inputs' scale was the "
+            "reason. A large condition number makes gradient descent slow."
+        ),
+        not_shown="Whether the condition of hidden layers' inputs matters as well.",
+        sources=("LeCun et al. 1998, Efficient BackProp, section 4.3",),
+        run=lambda _, __: measure(study),
+    )

@@ -1,0 +1,210 @@
+"""Question "noise": how much noise do mini-batch statistics add at each layer, and how does it fall with the batch?
+
+For an example i, m_i is the mean and v_i the variance of a channel's values inside it (v_i = 0 without positions),
+standardized by the population: mean of m_i 0, mean of v_i + m_i^2 1. A batch of M examples has
+
+    d = mean m_i,    s^2 = mean v_i + mean m_i^2 - d^2,    noise power = E[((z - d) / s - z)^2] = d^2 + (1 - s)^2
+
+averaged over the values z of the batch; for M independent normal values it is 1.5 / M to first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.ablation.criteria import judge
+from batchnorm.ablation.questions.speed_and_rates import wide_axis
+from batchnorm.ablation.user_data import examples_in
+from batchnorm.ablation.user_model import kept_buffers, own_statistics, received
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Result
+from batchnorm.lecture.verdict import minus
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.study import Study
+    from batchnorm.ablation.user_model import Subject
+
+_EXAMPLES = 512  # that batches are drawn from
+_DRAWS = 128  # batches of each size
+_SMALLEST, _LARGEST = 4, 256
+_LAYERS = 16  # in the chart by layer
+
+Parts = tuple[Tensor, Tensor]  # m_i and v_i of every example and channel, (N, C) each
+
+
+def sizes(examples: int) -> list[int]:
+    """Batch sizes to measure, powers of two."""
+    found = []
+    size = _SMALLEST
+    while size <= min(_LARGEST, examples):
+        found.append(size)
+        size *= 2
+    return found
+
+
+def layer_parts(subject: Subject, model: nn.Module) -> dict[str, Parts]:
+    """Standardized parts of what each layer receives in eval mode, in the order of the forward."""
+    found: dict[str, list[Parts]] = {}
+    seen = 0
+    with kept_buffers(model):
+        model.eval()
+        for batch in [*subject.data.train, *subject.data.held]:
+            if seen >= _EXAMPLES:
+                break
+            seen += examples_in(batch)
+            for path, x in received(model, batch).items():
+                found.setdefault(path, []).append(_parts(x))
+    own = own_statistics(model)
+    return {path: _standardized(parts) for path, parts in found.items() if path in own}
+
+
+def _parts(x: Tensor) -> Parts:
+    values = x.double().reshape(*x.shape[:2], -1).cpu()  # (N, C, positions)
+    return values.mean(2), values.var(2, correction=0)
+
+
+def _standardized(parts: Sequence[Parts]) -> Parts:
+    means, inside = (torch.cat(part) for part in zip(*parts, strict=True))
+    var = inside.mean(0) + means.var(0, correction=0)
+    varies = var > 0
+    return ((means - means.mean(0)) / var.sqrt())[:, varies], (inside / var)[:, varies]
+
+
+def power(parts: Parts, size: int, random: torch.Generator) -> Tensor:
+    """Noise power of batches of ``size`` drawn with replacement, mean over draws and channels; NaN without channels."""
+    means, inside = parts
+    drawn = torch.randint(len(means), (_DRAWS, size), generator=random)
+    counts = torch.zeros(_DRAWS, len(means), dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones(_DRAWS, size, dtype=torch.float64))
+    weights = counts / size  # (draws, N)
+    d = weights @ means  # (draws, C)
+    s = (weights @ (inside + means.square()) - d.square()).clamp_min(0).sqrt()
+    return (d.square() + (1 - s).square()).mean()
+
+
+def powers(layers: Mapping[str, Parts], measured: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """Noise power of each layer at each size, path -> (sizes,)."""
+    random = torch.Generator().manual_seed(seed)
+    found = {path: torch.stack([power(parts, size, random) for size in measured]) for path, parts in layers.items()}
+    return {path: values for path, values in found.items() if bool((values > 0).all())}
+
+
+def slope(values: Tensor, measured: Sequence[int]) -> float:
+    """Least-squares slope of log power on log size."""
+    x = torch.tensor(measured, dtype=torch.float64).log()
+    x = x - x.mean()
+    return float(x @ values.double().log() / x.square().sum())
+
+
+def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
+    """Noise at every layer; one model for each seed, or one model with one draw of batches for each seed."""
+    layers = [layer_parts(subject, model) for model in models]
+    examples = min((len(parts[0]) for found in layers for parts in found.values()), default=0)
+    measured = sorted({*sizes(examples), *([subject.data.size] if _SMALLEST <= subject.data.size <= examples else [])})
+    each = [powers(layers[n % len(layers)], measured, seed) for n, seed in enumerate(seeds)]
+    paths = [path for path in each[0] if all(path in found for found in each)]
+    if not paths or len(measured) < 2:
+        reason = "no layer normalizes by its batch" if not paths else f"only {examples} examples were given"
+        return unmeasured(reason)
+    stacked = torch.stack([torch.stack([found[path] for path in paths]) for found in each])  # (seeds, layers, sizes)
+    return _result(subject, stacked, paths, measured)
+
+
+def unmeasured(reason: str) -> Result:
+    """No verdict, and why."""
+    return Result([judge("noise-slope", [], "", failed_guard=reason)], [])
+
+
+def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Sequence[int]) -> Result:
+    whole = found.mean(1)  # (seeds, sizes)
+    slopes = [slope(values, measured) for values in whole]
+    at = min(measured, key=lambda size: abs(size - subject.data.size))
+    own = whole[:, measured.index(at)].mean()
+    smallest = f"{float(whole[:, 0].mean()):.2g} in batches of {measured[0]} and " if at != measured[0] else ""
+    sentence = (
+        f"The noise power is {smallest}{float(own):.2g} in batches of {at}, as much as dropout at "
+        f"{float(own / (1 + own)):.1%}; it goes as batch size to the power {sum(slopes) / len(slopes):.2f}."
+    )
+    verdict = judge("noise-slope", slopes, sentence)
+    numbers: dict[str, float | int | str | None] = {}
+    for index, size in enumerate(measured):
+        mean = float(whole[:, index].mean())
+        numbers[f"batches of {size}, dropout with the same noise power, %"] = over_seeds.figures(
+            100 * mean / (1 + mean), 3
+        )
+    return Result([verdict], [_chart(whole, measured, sentence), _layer_chart(found, paths, measured, at)], numbers)
+
+
+def _chart(whole: Tensor, measured: Sequence[int], sentence: str) -> Chart:
+    rows: list[dict[str, Any]] = over_seeds.curve(
+        measured, whole.T, middle=torch.mean, positive=True, series="measured"
+    )
+    rows += [{"x": m, "y": over_seeds.figures(1.5 / m), "series": "1.5 / M"} for m in measured]
+    return Chart(
+        "points",
+        minus(sentence.rstrip(".")),
+        "Noise power against batch size, both on log scales: points with the range over seeds are measured, mean over "
+        f"layers; the dashed line is that of M independent normal values. {sentence}",
+        rows,
+        Axis("batch size M", log=True),
+        Axis("noise power, in variances of the value", log=True),
+        {"measured": "with", "1.5 / M": "neutral"},
+        dashed=("1.5 / M",),
+    )
+
+
+def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], at: int) -> Chart:
+    values = found[:, :, measured.index(at)].mean(0)  # (layers,)
+    kept = torch.linspace(0, len(paths) - 1, min(_LAYERS, len(paths))).round().long().unique()
+    rows = [{"label": paths[i] or "the layer", "value": over_seeds.figures(values[i]), "series": "noise"} for i in kept]
+    worst = int(values.argmax())
+    most = f"In batches of {at} the noise is largest at {paths[worst] or 'the layer'}: {float(values[worst]):.2g}"
+    return Chart(
+        "dots",
+        most,
+        f"Noise power by layer in batches of {at}. {most}.",
+        rows,
+        wide_axis(f"noise power in batches of {at}", rows),
+        None,
+        {"noise": "with"},
+    )
+
+
+def claim(run: Any, of_what: str) -> Claim:
+    """The question about noise, of trained models or of one as it is."""
+    return Claim(
+        name="noise",
+        title="Mini-batch noise",
+        sentence="Each mini-batch's statistics are noisy, which regularizes as dropout does; larger batches add less.",
+        arms=(
+            f"{of_what}. What each batch norm layer receives in eval mode, from at most {_EXAMPLES} examples; {_DRAWS} "
+            "batches of each size are drawn from them with replacement and normalized by their own statistics, "
+            "against normalization by the statistics of all of them."
+        ),
+        how_to_read=(
+            "Points below the dashed line: a layer sees many positions of an example, so its batch counts for more. "
+            "On a line that falls, doubling the batch halves the noise."
+        ),
+        not_shown=(
+            "Whether this noise helps: training with smaller groups at a fixed optimizer batch was left out here (for "
+            "the lecture's network: batchnorm why --claim noise)."
+        ),
+        sources=("Luo et al. 2019, Towards Understanding Regularization in Batch Normalization",),
+        run=lambda _, __: run(),
+    )
+
+
+def noise(study: Study) -> Claim:
+    """The question about noise, of the trained models."""
+    failed = study.diverged()
+    models = [watched.model for watched in study.best("with")]
+    seeds = study.plan.all_seeds
+
+    def run() -> Result:
+        return unmeasured(failed) if failed else measure(study.subject, models, seeds)
+
+    return claim(run, "Your model as trained with batch norm, for each seed")

@@ -1,0 +1,141 @@
+"""Question "shift": does what the batch norm layers receive move less while the layers before them learn?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
+from batchnorm.ablation.criteria import counted, figure, judge, times
+from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
+from batchnorm.ablation.study import PAIR, Study
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Result, Verdict
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.watched_runs import Watched
+
+_LAYERS = 16  # in the chart by layer
+_FLOORS = {WITHOUT: "noise floor without", WITH: "noise floor with"}
+
+
+def measure(study: Study) -> Result:
+    """Drift of all layers in both arms at the equal rate."""
+    verdict = _judge(study)
+    charts = [chart for chart in (_by_layer(study), _over_time(study)) if chart.rows]
+    rate = study.plan.rates[study.grid.shared()]
+    numbers: dict[str, float | int | str | None] = {"equal learning rate": rate}
+    for arm in PAIR:
+        floor = [torch.tensor([*w.floor.values()]).mean() for w in study.equal(arm) if w.floor]
+        if floor:
+            numbers[f"noise floor {CALLED[arm]}, sd"] = over_seeds.mean(torch.stack(floor))
+    return Result([verdict], charts, numbers)
+
+
+def _averages(runs: list[Watched]) -> Tensor:
+    return torch.tensor([run.average for run in runs])
+
+
+def _judge(study: Study) -> Verdict:
+    if failed := study.unlearned(equal=True) or study.unwatched(equal=True):
+        return judge("shift-drift", [], "", failed_guard=failed)
+    plain, normed = (_averages(study.equal(arm)) for arm in PAIR)
+    ratio = plain / normed
+    every = _apart(study)
+    sentence = (
+        f"What the layers receive moves by {over_seeds.factor(normed):.2g} standard deviations in "
+        f"{counted(every, 'step')} with batch norm, by {over_seeds.factor(plain):.2g} without "
+        f"({times(over_seeds.factor(ratio))} times as much), both at the rate "
+        f"{study.plan.rates[study.grid.shared()]:g}."
+    )
+    return judge("shift-drift", ratio.log2().tolist(), sentence)
+
+
+def _apart(study: Study) -> int:
+    looked = study.equal(WITH)[0].looked
+    return looked[1] - looked[0] if len(looked) > 1 else study.plan.steps
+
+
+def _layers(study: Study) -> list[str]:
+    """Paths that were measured in every run, in the order of the forward; so many that a chart can show them."""
+    runs = [run for arm in PAIR for run in study.equal(arm)]
+    paths = [path for path in runs[0].moved if all(path in run.moved for run in runs)]
+    kept = torch.linspace(0, max(len(paths) - 1, 0), min(_LAYERS, len(paths))).round().long().unique()
+    return [paths[i] for i in kept]
+
+
+def _by_layer(study: Study) -> Chart:
+    rows: list[dict[str, Any]] = []
+    for path in _layers(study):
+        for arm in PAIR:
+            values = torch.stack([run.moved[path].mean() for run in study.equal(arm)])
+            if bool((values > 0).all()) and bool(values.isfinite().all()):
+                row = {"label": path or "the layer", "value": over_seeds.figures(over_seeds.median(values))}
+                extent = {"low": over_seeds.figures(values.min()), "high": over_seeds.figures(values.max())}
+                rows.append(row | extent | {"series": CALLED[arm]})
+    less = sum(
+        float(over_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITH)])))
+        < float(over_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITHOUT)])))
+        for path in _layers(study)
+    )
+    found = f"{less} of {len(_layers(study))} layers shown receive values that move less with batch norm"
+    return Chart(
+        "dots",
+        found,
+        f"Drift of what each layer receives, median and range over seeds, without and with batch norm. {found}.",
+        rows,
+        wide_axis(f"drift in {_apart(study)} steps [sd]", rows),
+        None,
+        {name: role for name, role in SERIES.items() if name in {row["series"] for row in rows}},
+    )
+
+
+def _over_time(study: Study) -> Chart:
+    rows: list[dict[str, Any]] = []
+    for arm in PAIR:
+        runs = study.equal(arm)
+        times = min((len(next(iter(run.moved.values()))) for run in runs if run.moved), default=0)
+        if not times or not all(run.moved for run in runs):
+            continue
+        values = torch.stack([torch.stack([d[:times] for d in run.moved.values()]).mean(0) for run in runs], 1)
+        steps = runs[0].looked[1 : times + 1]
+        rows += over_seeds.curve(steps, values, positive=True, series=CALLED[arm])
+    plain, normed = (over_seeds.factor(_averages(study.equal(arm))) for arm in PAIR)
+    found = f"Averaged over layers, drift is {figure(plain)} without batch norm and {figure(normed)} with it"
+    return Chart(
+        "lines",
+        found,
+        f"Drift between looks, mean over layers, against training steps, log scale, with bands over seeds. {found}.",
+        rows,
+        Axis("training step"),
+        Axis(f"drift in {_apart(study)} steps [sd]", log=True),
+        {name: role for name, role in SERIES.items() if name in {row["series"] for row in rows}},
+    )
+
+
+def shift(study: Study) -> Claim:
+    """The question about drift."""
+    return Claim(
+        name="shift",
+        title="What later layers receive",
+        sentence="While early layers learn, what later layers receive keeps shifting; batch norm makes it shift less.",
+        arms=(
+            f"{ARMS} Here both arms are compared at one rate, at which the slower one ends lowest. Ten "
+            "times in a run, what each batch norm layer receives (or gamma x + beta in its place) is read on one fixed "
+            "batch in train mode; drift is the distance (Wasserstein 2) of each unit's values from those at the look "
+            "before, in their standard deviations, over at most 256 units of a layer. Units that vary on less than one "
+            "example in twenty are left out."
+        ),
+        how_to_read="Further left in the first chart, lower in the second: it moves less. Rescaling plays no part.",
+        not_shown=(
+            "That a smaller shift is the cause of any speed: noise that brings the shift back leaves the lecture's "
+            "network as fast (batchnorm why --claim cause). An arm that does not learn does not move, hence the guard."
+        ),
+        sources=(
+            "Ioffe and Szegedy 2015, Batch Normalization, section 2",
+            "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",
+        ),
+        run=lambda _, __: measure(study),
+    )

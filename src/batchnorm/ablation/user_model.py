@@ -1,0 +1,228 @@
+"""What is asked about: the user's model, made anew for every seed, its data and its loss."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.ablation.user_data import Data, examples_in, first_examples
+from batchnorm.ablation.usual_losses import accuracy, default_loss
+from batchnorm.layers import batch_norms, input_of
+from batchnorm.population.batches import arguments, call, tensors_in
+from batchnorm.population.forward_signatures import names_in
+from batchnorm.population.freezing import Frozen
+from batchnorm.population.state_shield import preserve_random_state
+
+# values in a batch, over all layers: about 5 ms of a step of convolutions, from where on a second thread pays
+_LARGE = 2**20
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """A model, its data and its loss.
+
+    Args:
+        name: The model as the command line has it.
+        make: Gives a new model with fresh weights, drawn from the global random states.
+        data: Batches to train with and to hold out.
+        loss: Given the output and the batch, a scalar; None for the loss that targets suggest.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    data: Data
+    loss: Callable[[Any, Any], Tensor] | None = None
+
+    def fresh(self, seed: int) -> nn.Module:
+        """A new model with the weights of a seed, in train mode; lazy layers have got their shape.
+
+        Raises:
+            ValueError: If it has no batch norm layer.
+        """
+        _seed(seed)
+        model = self.make()
+        if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+            with torch.no_grad():
+                call(model.eval(), next(self.data.deal(seed)))
+        if not batch_norms(model):
+            raise ValueError(
+                f"{self.name} has no batch norm layer, so there is nothing to compare. Add one: batchnorm.BatchNorm2d."
+            )
+        return model.train()
+
+    def value(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of a batch, in the mode that the model is in.
+
+        Raises:
+            ValueError: If the loss is no scalar.
+        """
+        output = call(model, batch)
+        loss = self.loss(output, batch) if self.loss else default_loss(output, _with_target(model, batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"a loss must be one number, got {got}. Return its mean from --loss.")
+        return loss.reshape(())
+
+    def accuracy(self, model: nn.Module, batch: Any) -> float | None:
+        """Share of right classes, where the loss is the one for classes."""
+        return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
+
+    def to_device(self) -> Subject:
+        """The same with data where the model is, and with whole batches if it takes no part of one.
+
+        Raises:
+            ValueError: If a batch has no finite loss before any training.
+        """
+        model = self.fresh(0)
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        here = self if device.type == "cpu" else replace(self, data=self.data.to(device))
+        here._require_finite(model)
+        return here if here._takes_parts(model.eval()) else replace(here, data=here.data.kept_whole())
+
+    def _require_finite(self, model: nn.Module) -> None:
+        """Refuse what no training can learn from: of the first batch, and of the first with NaN or infinite values."""
+        odd = next((batch for batch in self.data.train if not _is_finite(batch)), None)
+        for batch in (self.data.train[0], odd):
+            if batch is None or math.isfinite(self._first_loss(model, batch)):
+                continue
+            cause = "its values are finite" if _is_finite(batch) else "it has NaN or infinite values"
+            raise ValueError(
+                f"every batch must have a finite loss before any training, and one has none; {cause}. Mend the data, "
+                "the model's first weights or the loss."
+            )
+
+    def _first_loss(self, model: nn.Module, batch: Any) -> float:
+        """The loss before any training; 0 where a pass or a loss raises, which the training will tell."""
+        with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return float(self.value(model, batch))
+            except Exception:  # noqa: BLE001 - whatever the user's code raises
+                return 0.0
+
+    def _takes_parts(self, model: nn.Module) -> bool:
+        """Whether half of a batch has an answer where a whole one has; a model that has none at all is told later."""
+        if self.data.whole:
+            return True
+        batch = self.data.train[0]
+        with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                call(model, first_examples(batch, examples_in(batch)))
+            except Exception:  # noqa: BLE001 - whatever the user's code raises
+                return True
+            try:
+                call(model, first_examples(batch, max(1, examples_in(batch) // 2)))
+            except Exception:  # noqa: BLE001
+                return False
+        return True
+
+
+def _is_finite(batch: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors_in(batch) if t.is_floating_point())
+
+
+def _with_target(model: nn.Module, batch: Any) -> Any:
+    """The batch as (last input, target, ...): a model of several inputs takes more than the first part."""
+    if not isinstance(batch, (tuple, list)) or isinstance(batch[0], (tuple, list)):
+        return batch
+    args, by_name = arguments(model, batch)
+    if by_name and (named := names_in(batch)) is not None:  # a named tuple
+        return (*list(by_name.values())[-1:], *(part for name, part in named.items() if name not in by_name))
+    return batch[max(0, len(args) - 1) :]
+
+
+def own_statistics(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that normalize by the batch's statistics in train mode, by path."""
+    return {path: layer for path, layer in batch_norms(model).items() if not isinstance(layer, Frozen)}
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """A block after which stored statistics and training flags are what they were before."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def quiet_divergence() -> Iterator[None]:
+    """A block in which a loss may become infinite: for a learning rate that is too large this is an outcome."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "NaN or infinity in the batch statistics", RuntimeWarning)
+        yield
+
+
+@contextmanager
+def undisturbed(subject: Subject) -> Iterator[None]:
+    """A block that leaves random states alone, on one thread where the model's layers are small.
+
+    Handing small tensors between threads costs more than it saves, several times so on a busy machine. What decides
+    is the size of the layers and not a clock, so that the same command has the same numbers.
+    """
+    threads = torch.get_num_threads()
+    with preserve_random_state():
+        try:
+            if _values(subject) < _LARGE:
+                torch.set_num_threads(1)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _values(subject: Subject) -> int:
+    """Values that the batch norm layers receive of one batch."""
+    model = subject.fresh(0)
+    return sum(x.numel() for x in received(model, next(subject.data.deal(0))).values())
+
+
+def received(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """What every batch norm layer receives of a batch, by path in the order of the forward; first calls only."""
+    found: dict[str, Tensor] = {}
+
+    def look(path: str) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = input_of(args, kwargs)
+            found.setdefault(path, x.detach())
+
+        return hook
+
+    layers = batch_norms(model).items()
+    handles = [layer.register_forward_pre_hook(look(path), with_kwargs=True) for path, layer in layers]
+    try:
+        with torch.no_grad(), quiet_divergence():
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first floating-point tensor in what a model gives."""
+    return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy_random := sys.modules.get("numpy.random"):
+        numpy_random.seed(seed)

@@ -1,0 +1,135 @@
+"""Runs that are looked at while they train: what batch norm layers receive, and the loss along the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.ablation.arm_training import train
+from batchnorm.ablation.user_model import kept_buffers, quiet_divergence, received
+from batchnorm.instruments.layer_drift import drift, noise_floor
+from batchnorm.instruments.signal_propagation import sample
+from batchnorm.lecture.claims.smoother_loss import Landscape, along_gradient
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.user_model import Subject
+
+LOOKS = 10  # at what the layers receive, after the first
+PROBES = 6  # of the loss along the gradient
+_WORDS = 200  # of an error's message
+_FIRST = 0  # the seed that deals the probe, the same for all arms and seeds
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Watched:
+    """One run.
+
+    Args:
+        model: As trained.
+        looked: Steps at which layers were looked at, T + 1 of them.
+        moved: Drift of what each layer received from one look to the next, layer -> (T,).
+        floor: What halves of the probe differ by, mean over looks, layer -> number.
+        probed: Steps at which the loss was probed along the gradient.
+        landscape: What was met there, fields of (P,); shorter where it diverged.
+        failed: What ended the looks before the run ended; "" for nothing.
+    """
+
+    model: nn.Module
+    looked: Sequence[int]
+    moved: dict[str, Tensor]
+    floor: dict[str, float]
+    probed: Sequence[int]
+    landscape: Landscape
+    failed: str = ""
+
+    @property
+    def average(self) -> float:
+        """Drift between two looks, mean over layers and time; NaN where nothing was measured."""
+        return float(torch.cat([*self.moved.values()]).mean()) if self.moved else float("nan")
+
+
+def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Watched:
+    """Train one run and look at it; the numbers of training are those of an unwatched one."""
+    every, apart = max(1, steps // LOOKS), max(1, steps // PROBES)
+    probe = next(subject.data.deal(_FIRST))
+    looked: list[int] = []
+    values: list[dict[str, Tensor]] = []
+    probed: list[int] = []
+    met: list[Landscape] = []
+
+    failed: list[str] = []
+
+    def look(step: int, model: nn.Module, batch: Any) -> None:
+        if step % every == 0:
+            values.append(_values(model, probe))
+            looked.append(step)
+        if step % apart == 0 and step < steps:
+            met.append(_landscape(subject, model, batch, rate))
+            probed.append(step)
+
+    def observe(step: int, model: nn.Module, batch: Any) -> None:
+        state = torch.get_rng_state()
+        try:
+            if not failed:
+                look(step, model, batch)
+        except Exception as error:  # noqa: BLE001 - the run and what else is asked of it do without
+            failed.append(f"{type(error).__name__}: {' '.join(str(error).split())}"[:_WORDS])
+        finally:
+            torch.set_rng_state(state)  # dropout goes on as if nobody had looked
+
+    model = train(subject, arm, seed, rate, steps, observe)[1]
+    moved, floor = _drifts(values)
+    landscape = Landscape(*(
+        torch.cat([getattr(m, f.name) for m in met]) if met else torch.zeros(0) for f in fields(Landscape)
+    ))  # fmt: skip
+    return Watched(model, looked, moved, floor, probed, landscape, *failed)
+
+
+def _values(model: nn.Module, probe: Any) -> dict[str, Tensor]:
+    """What each layer receives of the probe, in train mode: (N, units)."""
+    with kept_buffers(model):
+        torch.manual_seed(0)  # the same dropout at every look
+        return {path: sample(x)[0].float() for path, x in received(model, probe).items() if x.ndim > 1}
+
+
+def _drifts(values: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    moved, floor = {}, {}
+    for path in values[0] if values else ():
+        seen = [look[path] for look in values if path in look]
+        if len(seen) < 2 or len({x.shape for x in seen}) > 1:
+            continue
+        stacked = torch.stack(seen)
+        moved[path] = drift(stacked[:-1], stacked[1:]).total
+        floor[path] = float(noise_floor(stacked).mean())
+    return moved, floor
+
+
+def _landscape(subject: Subject, model: nn.Module, batch: Any, rate: float) -> Landscape:
+    """The loss of one batch along its gradient, in train mode; the model is left as it was."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+
+    def evaluate(there: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        _move(parameters, [t[0] for t in there])
+        torch.manual_seed(0)
+        loss = subject.value(model, batch)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        slopes = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        return loss.detach().reshape(1), [g.unsqueeze(0) for g in slopes]
+
+    with kept_buffers(model), quiet_divergence():
+        try:
+            return along_gradient(evaluate, [p.unsqueeze(0) for p in before], torch.tensor([rate]))
+        finally:
+            _move(parameters, before)
+
+
+def _move(parameters: Sequence[Tensor], there: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, there, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,224 @@
+"""Where a file's batch norm layers are, and which of them are an averaged copy of others.
+
+A tensor's words are the keys that lead to it: data["state_dict"]["module.bn1.running_mean"] has state_dict, module,
+bn1. Layers are told by their statistics' names. A copy is averaged if one of its first words says so (``ema``,
+``model_ema``, ``state_dict_ema``, ``shadow``, ``swa``), if torch's AveragedModel put ``n_averaged`` beside it, or if
+Lightning kept ``current_model_state`` beside it. All others are the model's own, in one copy, however many dicts
+they come from; without any, the first averaged copy stands in. A state is what a model loads: a copy, or the part of it
+that is in one dict (``q_net`` and ``q_net_target``, ``generator`` and ``discriminator``, the members of a list).
+
+Each copy's layers are named without the words that all of them begin with, as far as these are dicts of the file or
+wrappers (``module``, ``_orig_mod``, ``model``), so the names of copies agree.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.checkpoint.file_tensors import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+OF_A_LAYER = (*STATISTICS, "weight", "bias")
+
+_DEEPEST = 32  # dicts and lists inside each other
+_LONGEST_KEY = 1000
+WRAPPERS = frozenset(
+    {
+        "_forward_module",
+        "_orig_mod",
+        "model",
+        "model_state",
+        "model_state_dict",
+        "module",
+        "online_model",
+        "state_dict",
+    }
+)
+_AVERAGE = re.compile(r"(.*[_-])?(averaged?|avg_model|ema|shadow|swa)([_-].*)?", re.IGNORECASE)
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+Words = tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor and the keys that lead to it, the last one a name with dots. A layer's counter may be a plain number."""
+
+    path: tuple[str | int, ...]
+    key: str
+    tensor: Tensor | int
+
+    @property
+    def words(self) -> Words:
+        """Of the module that has it."""
+        module = self.key.rpartition(".")[0]
+        return (*map(str, self.path), *(module.split(".") if module else ()))
+
+    @property
+    def leaf(self) -> str:
+        """Its name there."""
+        return self.key.rpartition(".")[2]
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A layer's tensors by name, and the keys that lead to it."""
+
+    path: tuple[str | int, ...]
+    words: Words
+    tensors: dict[str, Tensor | int]
+
+    @property
+    def place(self) -> tuple[str | int, ...]:
+        """The keys: of each dict in turn, then what the names in the last one begin with."""
+        return (*self.path, ".".join(self.words[len(self.path) :]))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Layers of one copy of a model, by their names without ``prefix``."""
+
+    prefix: Words
+    layers: dict[str, Found]
+
+
+def entries(saved: Any) -> Iterator[Entry]:
+    """Every tensor and counter in dicts, lists and tuples, in the file's order; what is there twice only once."""
+    seen: set[int] = set()
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), saved)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen or len(path) > _DEEPEST:
+            continue
+        seen.add(id(value))
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        items = [(key, item) for key, item in items if _is_name(key)]
+        yield from (Entry(path, str(key), item) for key, item in items if _is_entry(key, item))
+        inner = [((*path, key), item) for key, item in items if isinstance(item, dict | list | tuple)]
+        waiting += reversed(inner)
+
+
+def same_objects(saved: Any) -> Iterator[tuple[tuple[str | int, ...], tuple[str | int, ...]]]:
+    """Where a dict is that was met before, and where that was, in the order of ``entries``."""
+    seen: dict[int, tuple[str | int, ...]] = {}
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), saved)]
+    while waiting:
+        path, value = waiting.pop()
+        if id(value) in seen or len(path) > _DEEPEST:
+            if isinstance(value, dict) and id(value) in seen:
+                yield path, seen[id(value)]
+            continue
+        seen[id(value)] = path
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        inner = [((*path, key), item) for key, item in items if _is_name(key) and isinstance(item, dict | list | tuple)]
+        waiting += reversed(inner)
+
+
+def _is_name(key: object) -> bool:
+    return (isinstance(key, str) and len(key) <= _LONGEST_KEY) or isinstance(key, int)
+
+
+def _is_entry(key: object, item: object) -> bool:
+    is_counter = type(item) is int and str(key).rpartition(".")[2] == "num_batches_tracked"
+    return isinstance(item, Tensor) or is_counter
+
+
+def find_layers(tensors: Iterable[Entry]) -> list[Found]:
+    """Every module that has one of the statistics, with its tensors."""
+    modules: dict[tuple[Any, ...], Found] = {}
+    for entry in tensors:
+        if entry.leaf in OF_A_LAYER:
+            words = entry.words
+            module = modules.setdefault((entry.path, words), Found(entry.path, words, {}))
+            module.tensors[entry.leaf] = entry.tensor
+    return [module for module in modules.values() if any(isinstance(module.tensors.get(k), Tensor) for k in STATISTICS)]
+
+
+def find_copies(layers: Sequence[Found], tensors: Sequence[Entry]) -> list[Copy]:
+    """The model's own layers, then those of each averaged copy, in the file's order."""
+    roots = averaged_roots(tensors)
+    groups: dict[Words | None, list[Found]] = {None: []}
+    for layer in layers:
+        groups.setdefault(_average(layer, roots), []).append(layer)
+    own = groups.pop(None)
+    names = set(_copy(own).layers)
+    for group, members in list(groups.items()):
+        # a module may be called ema for other reasons: an average is one of something
+        known = len(group or ())
+        inside = group not in roots and known > len(members[0].path)
+        if names and inside and not names.issuperset(_copy(members, known).layers):
+            own += groups.pop(group)
+    copies = [_copy(members, len(group or ())) for group, members in groups.items()]
+    return [_copy(own), *copies] if own else copies
+
+
+def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, Copy, bool]]:
+    """What a model loads, in the file's order: each copy as far as it is in one dict, the copy, whether it is averaged.
+
+    The first copy is an average where its first words say so: then all copies are.
+    """
+    states = []
+    for i, copy in enumerate(copies):
+        dicts: dict[tuple[str | int, ...], list[Found]] = {}
+        for layer in copy.layers.values():
+            dicts.setdefault(layer.path, []).append(layer)
+        known = len(copy.prefix)
+        parts = [copy] if len(dicts) == 1 else [_copy(members, known) for members in dicts.values()]
+        states += [
+            (part, copy, i > 0 or _average(next(iter(part.layers.values())), roots) is not None) for part in parts
+        ]
+    return states
+
+
+def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
+    """Where averages begin that their own words do not tell."""
+    roots = {entry.words for entry in tensors if entry.leaf == "n_averaged"}
+    # Lightning's WeightAveraging swaps: the averages are where the model usually is
+    swapped = any(entry.path[:1] == ("current_model_state",) for entry in tensors)
+    return roots | {("state_dict",)} if swapped else roots
+
+
+def _average(layer: Found, roots: set[Words]) -> Words | None:
+    """The words up to the last that says that what follows is an average."""
+    group = () if () in roots else None
+    for i, word in enumerate(layer.words):
+        head = layer.words[: i + 1]
+        if head in roots or says_average(word):
+            group = head
+        elif i >= len(layer.path) and word not in WRAPPERS:
+            break
+    return group
+
+
+def says_average(word: str) -> bool:
+    """Whether a key or a module's name says that what it leads to is an average."""
+    return _AVERAGE.fullmatch(snake(word)) is not None
+
+
+def snake(word: str) -> str:
+    """``net_EMA`` of ``netEMA``."""
+    return _HUMP.sub("_", word)
+
+
+def _copy(layers: Sequence[Found], known: int = 0) -> Copy:
+    """The layers by name, without the ``known`` first words and without others that all of them begin with."""
+    length = known
+    while layers and all(_drops(layer, layers[0], length) for layer in layers):
+        length += 1
+    named = {".".join(layer.words[length:]): layer for layer in layers}
+    return Copy(layers[0].words[:length] if layers else (), named)
+
+
+def _drops(layer: Found, first: Found, i: int) -> bool:
+    """Whether word ``i`` of a layer is the first layer's too, and no part of a name."""
+    if i >= min(len(layer.words), len(first.words)) or layer.words[i] != first.words[i]:
+        return False
+    return layer.words[i] in WRAPPERS or i < min(len(layer.path), len(layer.words) - 1)

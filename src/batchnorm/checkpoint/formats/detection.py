@@ -1,0 +1,41 @@
+"""Which format a file has, told by its bytes, and what it is if it is none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchnorm.checkpoint.formats import other_files
+from batchnorm.checkpoint.refusal import RESAVE, RefusalError
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+_EXPECTED = "a file of torch.save, .safetensors or .onnx"
+_TAR = 257  # where a tar file says that it is one
+# the integer that torch's format before 1.6 begins with, as protocols from 2 on and before that write it
+_LEGACY = (b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"L119547037146038801333356L\n.")
+
+
+def of(file: BinaryIO) -> str:
+    """ "pt" (zip), "legacy", "pickle", "safetensors" or "onnx"; the refusal of all else says what it looks like."""
+    head = file.read(512)
+    if head.startswith(b"PK\x03\x04"):
+        return "pt"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        return "safetensors"
+    if head[_TAR : _TAR + 5] == b"ustar":
+        raise RefusalError(_EXPECTED, "a tar file, torch's format until 0.1.10 or an archive", f"Unpack it. {RESAVE}")
+    if any(magic in head[:40] for magic in _LEGACY):
+        return "legacy"
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return "pickle"
+    if head and (other := other_files.of_content(file, head)) is not None:
+        raise RefusalError(_EXPECTED, *other)
+    is_like_onnx = head[:1] == b"\x08" and head[1:2] < b"\x80" and len(head) > 2
+    if is_like_onnx and other_files.has_graph(file):
+        return "onnx"
+    if head and (other := other_files.of_name(file)) is not None:
+        raise RefusalError(_EXPECTED, *other)
+    if is_like_onnx:
+        return "onnx"
+    raise RefusalError(_EXPECTED, *other_files.of_bytes(head))

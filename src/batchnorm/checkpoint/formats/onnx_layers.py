@@ -1,0 +1,198 @@
+"""Batch norm layers of an ONNX file: each BatchNormalization node that no convolution has taken in.
+
+ONNX keeps old statistics with weight ``momentum``, torch's momentum is the new ones' weight: one minus the other.
+"""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.checkpoint.formats.onnx_neighbours import Neighbours, graphs_in
+from batchnorm.checkpoint.formats.onnx_values import Scope, UnreadError, Value, value_of
+from batchnorm.checkpoint.layers_in_file import in_pairs
+from batchnorm.checkpoint.refusal import RefusalError, brief
+from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import BinaryIO
+
+_INPUTS = {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}
+# what other exporters call them
+_ENDINGS = (
+    *(f".{name}" for name in ("running_mean", "running_var", "weight", "bias")),
+    *(f"/{name}" for name in ("moving_mean", "moving_variance", "gamma", "beta")),
+)
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
+_MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
+_MOST_NODES = 1 << 20  # functions in functions may have more than any file
+_NEXT_TO_NOTHING = 1e-7  # variance: beside it even eps = 1e-3 counts 10,000 times as much
+
+
+def read(path: str, file: BinaryIO) -> Checkpoint:
+    """What the graph, the graphs inside it and the local functions that it calls hold that concerns batch norm.
+
+    A tensor that is no constant of the file, nor of a data file beside it, is in ``Stored.unread`` with the reason.
+    """
+    model = _parsed(file)
+    layers: dict[str, Stored] = {}
+    training: dict[str, None] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    used: set[str] = set()
+    acts: dict[str, set[str]] = {}
+    before: dict[str, list[tuple[bool, array[float] | None]]] = {}
+    # nodes of one graph that have the same tensors, by what they normalize: of two branches only one runs
+    calls: dict[tuple[Scope, tuple[str, ...]], dict[tuple[Scope, str], str]] = {}
+    called: set[str] = set()
+    left = _MOST_VALUES
+    for node, near, opset in _nodes(model, Path(path).parent):
+        scope = near.scope
+        inputs = {key: node.input[i] for key, i in _INPUTS.items() if i < len(node.input) and node.input[i]}
+        actual = {key: scope.actual(name)[1] for key, name in inputs.items()}
+        values, unread = _values(scope, inputs)
+        origins = {key: value.origin for key, value in values.items()}
+        name = _unused(_name(node, actual, origins), tuple(actual.values()), keys)
+        left -= sum(value.numbers.size for value in values.values())
+        if left < 0:
+            raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", "more")
+        layers[name] = _layer(name, values, unread, _number(scope, node, "epsilon", 1e-5),
+                              _number(scope, node, "momentum", 0.9))  # fmt: skip
+        keys[name] = tuple(actual.values())
+        used.update(keys[name], origins.values())
+        if _is_training(scope, node, opset):
+            training[name] = None
+        acts.setdefault(name, set()).add(near.activation(node.output[0]) if node.output else "")
+        if min(layers[name].running_var or (1.0,)) < _NEXT_TO_NOTHING:
+            before.setdefault(name, []).append(near.norms(node.input[0]))
+        if not layers[name].is_initial:  # an exporter may store equal initial tensors once
+            told = calls.setdefault((scope, keys[name]), {})
+            told.setdefault(scope.actual(node.input[0]), name if name not in called else _label(node))
+            called.add(name)
+    return Checkpoint(
+        path,
+        "onnx",
+        layers,
+        {"": layers} if layers else {},
+        names=tuple(tensor.name for tensor in model.graph.initializer if tensor.name not in used),
+        in_train_mode=tuple(training),
+        keys=keys,
+        activations={name: act for name, (act, *others) in acts.items() if act and not others},
+        filters={name: norms for name, ((is_known, norms), *others) in before.items() if is_known and not others},
+        shared=tuple(Shared(tuple(found.values()), is_called=True) for found in calls.values() if len(found) > 1),
+    )
+
+
+def _parsed(file: BinaryIO) -> Any:
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading an ONNX file needs {error.name}, which is not installed. Run: pip install 'batchnorm[onnx]'",
+            name=error.name,
+        ) from None
+    file.seek(0)
+    try:
+        model = onnx.ModelProto.FromString(file.read())
+    except DecodeError:
+        raise RefusalError("an ONNX model", "bytes that are no model: it was cut off or changed") from None
+    if not model.HasField("graph"):
+        raise RefusalError("an ONNX model", "one without a graph")
+    return model
+
+
+def _nodes(model: Any, folder: Path) -> Iterator[tuple[Any, Neighbours, int]]:
+    """Every BatchNormalization node with what stands around it, and the version of ONNX that it is written in."""
+    functions = {(entry.domain, entry.name): entry for entry in model.functions}
+    waiting: list[tuple[Any, Scope, int]] = [(model.graph, Scope.of(model.graph, folder), _opset(model))]
+    left = _MOST_NODES
+    while waiting:
+        body, scope, opset = waiting.pop()
+        left -= len(body.node)
+        if left < 0:
+            raise RefusalError(f"at most {_MOST_NODES:,} nodes", "more, by functions that call functions")
+        near = Neighbours(body, scope)
+        inner: list[tuple[Any, Scope, int]] = []
+        for node in body.node:
+            if node.op_type == "BatchNormalization" and node.domain in {"", "ai.onnx"}:
+                yield node, near, opset
+            elif (function := functions.get((node.domain, node.op_type))) is not None:
+                inner.append((function, Scope.of_call(function, node, scope), _opset(function)))
+            inner += [(graph, Scope.of(graph, folder, scope), opset) for graph in graphs_in(node)]
+        waiting += reversed(inner)
+
+
+def _opset(model: Any) -> int:
+    return max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=1)
+
+
+def _values(scope: Scope, inputs: Mapping[str, str]) -> tuple[dict[str, Value], dict[str, str]]:
+    """The values of a node's tensors, and why others have none."""
+    values, unread = {}, {}
+    for key, name in inputs.items():
+        try:
+            value = value_of(scope, name)
+            if str(value.numbers.dtype) not in _FLOATS:
+                raise RefusalError(f"floats in {brief(value.origin)}", f"{value.numbers.dtype}")
+            values[key] = value
+        except UnreadError as error:
+            unread[key] = str(error)
+    unread = in_pairs(unread)
+    return {key: value for key, value in values.items() if key not in unread}, unread
+
+
+def _name(node: Any, actual: Mapping[str, str], origins: Mapping[str, str]) -> str:
+    """The layer's, which its tensors tell, or the node's."""
+    for key in ("running_mean", "running_var", "weight", "bias"):
+        for name in (actual.get(key, ""), origins.get(key, "")):
+            ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
+            if ending is not None:
+                return name.removesuffix(ending)
+    return _label(node)
+
+
+def _label(node: Any) -> str:
+    return node.name or (node.output[0] if node.output else "")
+
+
+def _unused(name: str, tensors: tuple[str, ...], keys: Mapping[str, tuple[str, ...]]) -> str:
+    """A layer that is called twice is one layer; other layers of the same name get a number."""
+    candidate, number = name, 1
+    while candidate in keys and keys[candidate] != tensors:
+        number += 1
+        candidate = f"{name} ({number})"
+    return candidate
+
+
+def _layer(name: str, values: Mapping[str, Value], unread: Mapping[str, str], eps: float, momentum: float) -> Stored:
+    numbers: dict[str, Any] = {
+        key: array("d", value.numbers.ravel().astype("float64")) for key, value in values.items()
+    }
+    if len({len(array) for array in numbers.values()}) > 1:
+        sizes = ", ".join(f"{key} {len(array)}" for key, array in numbers.items())
+        raise RefusalError(f"one size of all tensors of layer {brief(name)}", sizes)
+    dtypes = {key: str(value.numbers.dtype) for key, value in values.items()}
+    return Stored(name, **numbers, dtypes=dtypes, eps=eps, momentum=round(1 - momentum, 7), unread=unread)
+
+
+def _number(scope: Scope, node: Any, name: str, default: float) -> float:
+    """A float as it was written: 1e-5, not the nearest float32's 9.99999974e-06."""
+    found = scope.attribute(node, name)
+    return float(f"{default if found is None else found.f:.7g}")
+
+
+def _is_training(scope: Scope, node: Any, opset: int) -> bool:
+    """Whether a node normalizes by its batch.
+
+    Since version 14 training_mode says so, from 7 on the outputs of training do, before that is_test.
+    """
+    flags = {
+        name: found.i for name in ("training_mode", "is_test") if (found := scope.attribute(node, name)) is not None
+    }
+    if opset >= 14:
+        return flags.get("training_mode", 0) != 0
+    if opset >= 7:
+        return sum(bool(name) for name in node.output) > 1
+    return flags.get("is_test", 0) == 0

@@ -1,0 +1,162 @@
+"""What stands before and behind the nodes of an ONNX graph: weights, and activations by our names for them ("relu").
+
+A tensor that is also an output of a graph, that a graph inside a node reads, or that several kinds of nodes read, has
+no activation behind it. Clip from 0 is ReLU, from 0 to 6 ReLU6; its limits must be constants.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.checkpoint.formats.onnx_values import UnreadError, value_of
+from batchnorm.checkpoint.refusal import RefusalError, brief
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchnorm.checkpoint.formats.onnx_values import Scope
+
+# operators by what their name says; HardSigmoid's own slope is another one than torch's
+_NAMES = {name: name.lower() for name in ("Relu", "Elu", "Gelu", "HardSwish", "Mish", "Sigmoid", "Softplus", "Tanh")}
+_CLIPS: dict[tuple[float | None, float | None], str] = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
+_UNBOUNDED = 1e30
+_DOMAINS = {"", "ai.onnx"}
+_LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_PRODUCTS = ("Conv", "Gemm", "MatMul", "Einsum")  # in the names of others, such as QLinearConv
+# what keeps each channel's values, but for a rounding, or a constant that is added
+_KEEPING = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Add", "Sub"}
+_MOVING = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_LONGEST_CHAIN = 16
+
+
+@final
+class Neighbours:
+    """The nodes of one graph or local function, in their scope."""
+
+    def __init__(self, body: Any, scope: Scope) -> None:
+        self._body, self.scope = body, scope
+
+    def activation(self, tensor: str) -> str:
+        """What alone reads a tensor; "" if that is no activation, or not alone."""
+        kind, *others = self._readers.get(tensor) or {""}
+        return "" if others else kind
+
+    def norms(self, tensor: str) -> tuple[bool, array[float] | None]:
+        """Whether it is known what makes a tensor; the norm of each row of its weights if that is a linear map."""
+        try:
+            node, scope, is_moved = self._maker(tensor)
+            if node is None or node.domain not in _DOMAINS:
+                return node is None, None
+            if is_moved or node.op_type not in _LINEAR:
+                return not any(name in node.op_type for name in _PRODUCTS), None
+            weights = value_of(scope, node.input[1]).numbers
+        except (UnreadError, RefusalError, IndexError):
+            return False, None
+        kind = node.op_type
+        is_grouped = kind == "ConvTranspose" and _integer(scope, node, "group", 1) != 1
+        if is_grouped or weights.ndim < 2 or (kind == "MatMul" and weights.ndim > 2):
+            return False, None
+        by_row = kind == "Conv" or (kind == "Gemm" and _integer(scope, node, "transB", 0) != 0)
+        return True, _norms(weights, 0 if by_row else 1)
+
+    @cached_property
+    def _readers(self) -> dict[str, set[str]]:
+        """By a tensor's name the activations that read it, with "" for all else."""
+        found: dict[str, set[str]] = {getattr(output, "name", output): {""} for output in self._body.output}
+        for node in self._body.node:
+            for place, name in enumerate(node.input):
+                found.setdefault(name, set()).add(self._activation(node) if place == 0 else "")
+            for name in _read_inside(node):
+                found.setdefault(name, set()).add("")
+        return found
+
+    def _maker(self, tensor: str) -> tuple[Any, Scope, bool]:
+        """The node that makes a tensor's values, and whether they were moved since; None for an input."""
+        scope, name = self.scope.actual(tensor)
+        is_moved = False
+        for _ in range(_LONGEST_CHAIN):
+            made = scope.names.get(name)
+            if not isinstance(made, tuple):
+                return None, scope, is_moved
+            if not (kept := _kept(made[0], scope)):
+                return made[0], scope, is_moved
+            is_moved |= made[0].op_type in _MOVING
+            scope, name = scope.actual(kept)
+        raise UnreadError(f"{brief(tensor)} is handed on more than {_LONGEST_CHAIN} times")
+
+    def _activation(self, node: Any) -> str:
+        if node.domain not in _DOMAINS:
+            return ""
+        if node.op_type == "Clip":
+            return self._clip(node)
+        if node.op_type == "Elu" and (alpha := self.scope.attribute(node, "alpha")) is not None and alpha.f != 1:
+            return ""
+        return _NAMES.get(node.op_type, "")
+
+    def _clip(self, node: Any) -> str:
+        # attributes until version 10, then inputs
+        limits = [None if (found := self.scope.attribute(node, name)) is None else found.f for name in ("min", "max")]
+        for place, name in enumerate(node.input[1:3]):
+            if name and (constant := self._constant(name)) is None:
+                return ""
+            limits[place] = constant if name else limits[place]
+        low, high = limits
+        return _CLIPS.get((low, None if high is None or high > _UNBOUNDED else high), "")
+
+    def _constant(self, name: str) -> float | None:
+        try:
+            numbers = value_of(self.scope, name).numbers
+        except (UnreadError, RefusalError):
+            return None
+        return float(numbers.ravel()[0]) if numbers.size == 1 else None
+
+
+def graphs_in(node: Any) -> Iterator[Any]:
+    """The graphs inside a node: branches and bodies of loops."""
+    for item in node.attribute:
+        yield from (*([item.g] if item.HasField("g") else ()), *item.graphs)
+
+
+def _read_inside(node: Any) -> Iterator[str]:
+    """Names that nodes of graphs inside a node read or give back, of which some may be this graph's."""
+    waiting = list(graphs_in(node))
+    while waiting:
+        graph = waiting.pop()
+        yield from (output.name for output in graph.output)
+        for inner in graph.node:
+            yield from inner.input
+            waiting += graphs_in(inner)
+
+
+def _kept(node: Any, scope: Scope) -> str:
+    """The input whose values a node keeps, of a sum the one that is no constant; "" if it makes others."""
+    if node.domain not in _DOMAINS or node.op_type not in _KEEPING | _MOVING:
+        return ""
+    if node.op_type not in {"Add", "Sub"}:
+        return next(iter(node.input), "")
+    made = [name for name in node.input if not _is_constant(scope, name)]
+    return made[0] if len(made) == 1 else ""
+
+
+def _is_constant(scope: Scope, name: str) -> bool:
+    try:
+        value_of(scope, name)
+    except (UnreadError, RefusalError):
+        return False
+    return True
+
+
+def _norms(weights: Any, axis: int) -> array[float]:
+    """Root of the sum of squares over all axes but one."""
+    import numpy as np
+
+    rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype("float64")
+    with np.errstate(over="ignore"):
+        return array("d", np.sqrt((rows**2).sum(1)).tolist())
+
+
+def _integer(scope: Scope, node: Any, name: str, default: int) -> int:
+    found = scope.attribute(node, name)
+    return default if found is None else found.i

@@ -1,0 +1,83 @@
+"""torch's format before 1.6, which ``_use_new_zipfile_serialization=False`` still writes.
+
+Five pickles follow each other: a magic number, the protocol, facts about the system, what was saved, and the keys of
+its storages. Then each storage's number of elements (8 bytes) and its bytes. All numbers are little-endian.
+
+A plain pickle is one pickle, and nothing behind it. Its arrays lie in it; its storages are files of this format in it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.checkpoint.file_tensors import BYTES, Held, Span, Storage
+from batchnorm.checkpoint.formats.checked_records import Record, Source, exactly
+from batchnorm.checkpoint.pickled import stack_machine
+from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_LONGEST_HEAD = 1 << 16  # bytes of the pickles before a single storage
+
+
+def read(file: BinaryIO) -> tuple[Any, Source]:
+    """What was saved, and where its tensors' bytes are."""
+    saved, keys, storages = _pickles(file)
+    start = file.tell()
+    return saved, Source(file, _records(file, keys, storages, start, file.seek(0, os.SEEK_END)))
+
+
+def read_pickle(file: BinaryIO) -> tuple[Any, Source]:
+    """What a plain pickle holds; its tensors have their numbers with them."""
+    return stack_machine.load(file, nested=_nested), Source(file, {})
+
+
+def _pickles(file: BinaryIO) -> tuple[Any, object, dict[str, Storage]]:
+    """What was saved, the keys of its storages, and these."""
+    magic = stack_machine.load(file)
+    if magic != _MAGIC:
+        raise RefusalError("a file of torch.save", f"a plain pickle of {brief(magic)}", RESAVE)
+    protocol = stack_machine.load(file)
+    if protocol != _PROTOCOL:
+        raise RefusalError(f"protocol {_PROTOCOL}", brief(protocol), RESAVE)
+    stack_machine.load(file)
+    storages: dict[str, Storage] = {}
+    saved = stack_machine.load(file, storages)
+    return saved, stack_machine.load(file), storages
+
+
+def _nested(data: bytes | str | Span) -> Storage:
+    """The one storage of a file of torch.save in a pickle."""
+    held = Held.of(data)
+    if held is None:
+        raise RefusalError("the bytes of a storage", brief(data))
+    head = io.BytesIO(held.read(0, min(held.size, _LONGEST_HEAD)))
+    saved, keys, storages = _pickles(head)
+    if not isinstance(saved, Storage):
+        raise RefusalError("a storage", brief(saved))
+    record = _records(head, keys, storages, head.tell(), held.size)[saved.key]
+    start, stop = record.start, record.start + record.size
+    part = Span(data.file, data.start + start, record.size) if isinstance(data, Span) else data[start:stop]
+    return Storage(saved.key, saved.dtype, saved.numel, Held(part, "little"))
+
+
+def _records(file: BinaryIO, keys: object, storages: dict[str, Storage], start: int, end: int) -> dict[str, Record]:
+    """Where each storage lies, from ``start`` on and before ``end``.
+
+    Elements are of the type under which a storage was named first.
+    """
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        raise RefusalError("a list of the storages' keys", brief(keys))
+    at, records = start, {}
+    for key in keys:
+        numel = int.from_bytes(exactly(file, at, 8), "little")
+        records[key] = Record(at + 8, numel * BYTES[storages[key].dtype])
+        at += 8 + records[key].size
+        if at > end:
+            raise RefusalError(f"{numel} elements in storage {brief(key)}", "the end of the file: it was cut off")
+    return records

@@ -1,0 +1,239 @@
+"""From a file's tensors to what it stores of each batch norm layer."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.checkpoint.averaged_copies import (
+    OF_A_LAYER,
+    Copy,
+    Entry,
+    Found,
+    Words,
+    averaged_roots,
+    entries,
+    find_copies,
+    find_layers,
+    find_states,
+    same_objects,
+)
+from batchnorm.checkpoint.feeding_weights import Feeders
+from batchnorm.checkpoint.file_tensors import Tensor, first_bytes, numbers
+from batchnorm.checkpoint.formats import other_files
+from batchnorm.checkpoint.identical_parts import statistics_of
+from batchnorm.checkpoint.pickled.allowed_names import VERSIONS, told
+from batchnorm.checkpoint.pickled.unknown_classes import Object, Settings, has_objects, is_of_module, settings, unread
+from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
+from batchnorm.checkpoint.shared_modules import find_shared
+from batchnorm.checkpoint.states_in_file import ROOT, parted
+from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchnorm.checkpoint.formats.checked_records import Source
+
+_MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
+
+
+def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
+    """What ``saved`` holds that concerns batch norm."""
+    if not isinstance(saved, dict | list | tuple):
+        raise RefusalError("a dict of tensors", told(saved), RESAVE)
+    tensors = list(entries(saved))
+    if named := other_files.of_value(saved):
+        raise RefusalError("a torch model's state", *named)
+    if isinstance(saved, Object) and not tensors:
+        raise RefusalError("a state dict", f"a whole pickled object, {told(saved)}, without tensors", RESAVE)
+    if kind == "pickle" and not tensors:
+        raise RefusalError("a file of torch.save", f"a plain pickle of {told(saved)}, without tensors", RESAVE)
+    layers = find_layers(tensors)
+    _bounded(layers)
+    copies = find_copies(layers, tensors)
+    own = copies[0] if copies else Copy((), {})
+    if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
+        raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
+    stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
+    left = unread(saved, [layer.path for layer in layers])
+    file = Checkpoint(
+        path,
+        kind,
+        layers=stored.get(_name(own.prefix), {}),
+        copies=stored,
+        prefix="".join(f"{word}." for word in own.prefix),
+        names=tuple(_names(tensors, copies or [own], layers)),
+        keys={name: found.place for name, found in own.layers.items()},
+        unread=left,
+        is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
+        is_whole=any(is_of_module(saved, layer.path) for layer in layers),
+    )
+    named = {file.named(_name(copy.prefix), name): found for copy in copies for name, found in copy.layers.items()}
+    feeders = Feeders(tensors)
+    states = _states(file, copies, tensors)
+    at = {state.keys: name for name, state in states.items()}
+    whole = replace(
+        _with_feeders(file, named, feeders, source),
+        states=states,
+        versions={name: version for name, found in named.items() if (version := _version(saved, found))},
+        aliases={_name(tuple(map(str, path))): at[first] for path, first in same_objects(saved) if first in at},
+        shared=tuple(each for copy in copies for each in _shared(copy, tensors, feeders)),
+    )
+    return parted(whole)
+
+
+def _shared(copy: Copy, tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
+    return find_shared({below(_name(copy.prefix), name): it for name, it in copy.layers.items()}, tensors, feeders)
+
+
+def _states(file: Checkpoint, copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[str, State]:
+    states: dict[str, State] = {}
+    for part, copy, is_average in find_states(copies, averaged_roots(tensors)):
+        name = _name(part.prefix) or ROOT
+        if name in states:
+            raise RefusalError("each state once", f"two of the name {brief(name)}", "Save the model's own state dict.")
+        names = {found.place: file.named(_name(copy.prefix), layer) for layer, found in copy.layers.items()}
+        keys = next(iter(part.layers.values())).path
+        prefix = "".join(f"{word}." for word in part.prefix[len(keys) :])
+        layers = {layer: names[found.place] for layer, found in part.layers.items()}
+        states[name] = State(keys, prefix, layers, is_average)
+    return states
+
+
+def _with_feeders(file: Checkpoint, named: Mapping[str, Found], feeders: Feeders, source: Source) -> Checkpoint:
+    """With a hash of the weight before each layer that has another one's statistics: no other is asked for it."""
+    counts = Counter(map(statistics_of, file.every.values()))
+    copies = {
+        copy: {
+            name: replace(layer, fed_by=_fed_by(named[file.named(copy, name)], layer, feeders, source))
+            if (bits := statistics_of(layer)) and counts[bits] > 1
+            else layer
+            for name, layer in layers.items()
+        }
+        for copy, layers in file.copies.items()
+    }
+    return replace(file, copies=copies, layers=next(iter(copies.values()), {}))
+
+
+def _fed_by(found: Found, layer: Stored, feeders: Feeders, source: Source) -> str:
+    """Type, shape and order of a weight, and a hash of its first values: comparable if all but the hash is the same."""
+    weight = feeders.of(found, layer.channels)
+    if weight is None:
+        return ""
+    return f"{weight.dtype} {weight.size} {weight.stride}:{first_bytes(source, weight):08x}"
+
+
+def _is_array(entry: Entry) -> bool:
+    return isinstance(entry.tensor, Tensor) and entry.tensor.storage.held is not None
+
+
+def _version(saved: Any, found: Found) -> int:
+    """What the state that a layer is in says of its class; 0 where it says nothing."""
+    for key in found.path:
+        saved = saved[key]
+    named = saved.get(VERSIONS, {}) if isinstance(saved, dict) else {}
+    own = named.get(".".join(found.words[len(found.path) :]))
+    version = own.get("version") if isinstance(own, dict) else None
+    return version if type(version) is int else 0
+
+
+def _name(words: Words) -> str:
+    return ".".join(words)
+
+
+def _bounded(layers: Sequence[Found]) -> None:
+    total = sum(tensor.numel for layer in layers for tensor in _of_channels(layer).values())
+    if total > _MOST_VALUES:
+        raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", brief(total))
+
+
+def _stored(copy: Copy, saved: Any, source: Source) -> dict[str, Stored]:
+    told = {name: settings(saved, found.path, found.words) for name, found in copy.layers.items()}
+    return {name: _layer(name, found, told[name], source) for name, found in copy.layers.items()}
+
+
+def _layer(name: str, found: Found, told: Settings, source: Source) -> Stored:
+    unread = _unread(found.tensors)
+    tensors = {key: tensor for key, tensor in _of_channels(found).items() if key not in unread}
+    values: dict[str, Any] = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    counter = found.tensors.get("num_batches_tracked")
+    if counter is not None and "num_batches_tracked" not in unread:
+        values["num_batches_tracked"] = _count(source, counter)
+        dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
+    return Stored(name, **values, dtypes=dtypes, eps=told.eps, momentum=told.momentum, unread=unread)
+
+
+def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:
+    """Why tensors of a layer have no numbers."""
+    return in_pairs({key: tensor.why for key, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.why})
+
+
+def in_pairs(unread: dict[str, str]) -> dict[str, str]:
+    """The same, with the mean of a variance that has no numbers and the other way round: both or none are read."""
+    for key, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
+        if other in unread:
+            unread.setdefault(key, f"of no use without {other}.")
+    return unread
+
+
+def _of_channels(found: Found) -> dict[str, Tensor]:
+    """The tensors with one value for each channel. A weight of another size is a convolution's, not gamma."""
+    tensors = {
+        key: tensor
+        for key, tensor in found.tensors.items()
+        if isinstance(tensor, Tensor) and key != "num_batches_tracked"
+    }
+    mean, var = (_readable(tensors.get(key)) for key in ("running_mean", "running_var"))
+    if mean is not None and var is not None and _axes(mean) != _axes(var):
+        raise RefusalError(
+            f"as many variances as means in layer {brief(_name(found.words))}",
+            f"{_shape(var)} and {_shape(mean)}",
+            "Correct running_var or running_mean and save it again.",
+        )
+    statistics = mean if mean is not None else var
+    channels = None if statistics is None else statistics.numel
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if tensor.numel == channels or (channels is None and len(tensor.size) == 1)
+    }
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None or tensor.why else tensor
+
+
+def _axes(tensor: Tensor) -> list[int]:
+    """Its shape without axes of 1: statistics may be (1, C, 1, 1)."""
+    return [length for length in tensor.size if length != 1]
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(brief, tensor.size[:8])) or "1"
+
+
+def _count(source: Source, counter: Tensor | int) -> int | None:
+    """num_batches_tracked; None for NaN, infinity and all that is not one number."""
+    if not isinstance(counter, Tensor):
+        return counter
+    if counter.numel != 1:
+        return None
+    value = numbers(source, counter)[0]
+    return int(value) if abs(value) < float("inf") else None
+
+
+def _names(tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[Found]) -> Iterator[str]:
+    """Names of the first copy's tensors that belong to no batch norm layer."""
+    normalized = {(layer.path, layer.words) for layer in layers}
+    prefixes = {copy.prefix for copy in copies}
+    for entry in tensors:
+        words = entry.words
+        if (entry.path, words) in normalized and entry.leaf in OF_A_LAYER:
+            continue
+        # the longest prefix: the model's own may be empty
+        prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in prefixes), None)
+        if prefix == copies[0].prefix and isinstance(entry.tensor, Tensor):
+            yield _name((*words[len(prefix) :], entry.leaf))

@@ -1,0 +1,1 @@
+"""Pickles read as data: which names they may use, and plain values for what they hold."""

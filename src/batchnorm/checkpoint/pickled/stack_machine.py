@@ -1,0 +1,365 @@
+"""A pickle read as data: a stack machine for the opcodes that plain values and tensors need, and no others.
+
+Python's own Unpickler runs what a file names, and its C code hashes and frees whatever a file nests. Here a name is
+looked up in ``allowed_names`` and never imported, every size is checked against the bytes that are there, and steps are
+counted. The opcodes are those of ``pickletools``, protocols 1 to 5. An object of a class that is not known is a dict of
+its attributes; long bytes stay in the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.checkpoint.file_tensors import Span, Storage, Tensor
+from batchnorm.checkpoint.pickled import allowed_names
+from batchnorm.checkpoint.pickled.numpy_arrays import Dtype, Unbuilt
+from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, settle
+from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import BinaryIO
+
+LARGEST = 1 << 28  # bytes of a pickle; that of a network of 100,000 tensors has 2^24
+_MOST_STEPS = 10_000_000  # opcodes; one may allocate 100 bytes
+_MOST_ATTRIBUTES = 10_000_000  # put into objects; a pickle may use the same dict of them again and again
+_LEFT = 1 << 12  # bytes from which on they stay in the file
+_LONGEST_LINE = 1000
+_LONGEST_INTEGER = 256  # bytes
+
+
+def load(
+    file: BinaryIO,
+    storages: dict[str, Storage] | None = None,
+    nested: Callable[[bytes | str | Span], Storage] | None = None,
+) -> Any:
+    """The value of the pickle that starts where ``file`` stands; the file then stands after it.
+
+    Args:
+        file: Open for reading.
+        storages: Filled with each storage of the pickle by its key, as it is named first.
+        nested: Reads a storage that the pickle holds as a file of torch.save.
+    """
+    machine = _Machine(file, {} if storages is None else storages, nested)
+    for _ in range(_MOST_STEPS):
+        code = file.read(1)
+        if code == b".":
+            return settle(machine.stack.pop())
+        step = _STEPS.get(code)
+        if step is None:
+            raise RefusalError(
+                "the opcodes of plain values", f"{code!r}" if code else "the end of the file: it was cut off"
+            )
+        step(machine)
+    raise RefusalError(f"at most {_MOST_STEPS:,} values", "more", RESAVE)
+
+
+@final
+class _Machine:
+    """Stack, marks and memo of a pickle. Values are None, numbers, text, containers and those of ``allowed_names``."""
+
+    __slots__ = ("attributes", "file", "left", "marks", "memo", "names", "nested", "stack", "storages")
+
+    def __init__(
+        self, file: BinaryIO, storages: dict[str, Storage], nested: Callable[[bytes | str | Span], Storage] | None
+    ) -> None:
+        self.file = file
+        self.storages = storages
+        self.nested = nested
+        self.left = LARGEST
+        self.attributes = _MOST_ATTRIBUTES
+        self.names: dict[str, allowed_names.Name] = {}
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def take(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise RefusalError(f"a pickle of at most {LARGEST:,} bytes", "a larger one", RESAVE)
+        data = self.file.read(size)
+        if len(data) < size:
+            raise RefusalError(f"{size} more bytes of a pickle", f"{len(data)}: it was cut off")
+        return data
+
+    def counted(self, width: int) -> bytes:
+        return self.take(self.unsigned(width))
+
+    def stretch(self, width: int) -> bytes | Span:
+        """As many as are told; many are left where they are."""
+        size = self.unsigned(width)
+        if size < _LEFT:
+            return self.take(size)
+        start = self.file.tell()
+        self.file.seek(start + size - 1)
+        if not self.file.read(1):
+            raise RefusalError(f"{size} more bytes of a pickle", "fewer: it was cut off")
+        return Span(self.file, start, size)
+
+    def unsigned(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "little")
+
+    def line(self) -> str:
+        data = self.file.readline(_LONGEST_LINE)
+        if not data.endswith(b"\n"):
+            raise RefusalError("a line of text", f"{brief(data.decode('latin-1'))} without an end")
+        return data[:-1].decode()
+
+    def since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def last(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise RefusalError(f"a {kind.__name__}", allowed_names.told(self.stack[-1]))
+        return self.stack[-1]
+
+
+def _mark(machine: _Machine) -> None:
+    machine.marks.append(machine.stack)
+    machine.stack = []
+
+
+def _pop(machine: _Machine) -> None:
+    if machine.stack:
+        machine.stack.pop()
+    else:
+        machine.since_mark()
+
+
+def _integer(machine: _Machine) -> int | bool:
+    text = machine.line()
+    return text == "01" if text in {"00", "01"} else int(text)  # how protocol 1 writes booleans
+
+
+def _long(machine: _Machine, width: int) -> int:
+    size = machine.unsigned(width)
+    if size > _LONGEST_INTEGER:
+        raise RefusalError(f"integers of at most {_LONGEST_INTEGER} bytes", f"{size}")
+    return int.from_bytes(machine.take(size), "little", signed=True)
+
+
+def _text(machine: _Machine, width: int) -> str:
+    return machine.counted(width).decode("utf-8", "surrogatepass")
+
+
+def _set_items(machine: _Machine, items: list[Any]) -> None:
+    target = machine.stack[-1] if isinstance(machine.stack[-1], Object) else machine.last(dict)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        target[allowed_names.key(key)] = value
+
+
+def _set_item(machine: _Machine) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    _set_items(machine, [key, value])
+
+
+def _dict(machine: _Machine) -> None:
+    items = machine.since_mark()
+    machine.stack.append({})
+    _set_items(machine, items)
+
+
+def _append(machine: _Machine) -> None:
+    value = machine.stack.pop()
+    _items(machine).append(value)
+
+
+def _items(machine: _Machine) -> list[Any]:
+    """The list on top, or the items of an object that is one."""
+    if not isinstance(machine.stack[-1], Object):
+        return machine.last(list)
+    items = machine.stack[-1].setdefault("items", [])
+    if type(items) is not list:
+        raise RefusalError("an object's items", allowed_names.told(items))
+    return items
+
+
+def _add_items(machine: _Machine) -> None:
+    machine.since_mark()  # a set's elements say nothing about batch norm
+    if not isinstance(machine.stack[-1], Object):
+        machine.last(Opaque)
+
+
+def _tuple(machine: _Machine, size: int) -> None:
+    if len(machine.stack) < size:
+        raise RefusalError(f"{size} values on the stack", f"{len(machine.stack)}")
+    start = len(machine.stack) - size
+    machine.stack[start:] = [tuple(machine.stack[start:])]
+
+
+def _find(machine: _Machine, module: object, name: object) -> allowed_names.Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise RefusalError("a module and a name", f"{brief(module)} and {brief(name)}")
+    # names of Python 2, as Python's own reader takes them: commands.Popen is subprocess.Popen
+    module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
+    name = f"{module}.{name}"
+    if name not in machine.names:  # one object for each name
+        machine.names[name] = allowed_names.find(name)
+    return machine.names[name]
+
+
+def _global(machine: _Machine) -> allowed_names.Name:
+    return _find(machine, machine.line(), machine.line())
+
+
+def _stack_global(machine: _Machine) -> allowed_names.Name:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    return _find(machine, module, name)
+
+
+def _call(machine: _Machine) -> Any:
+    arguments, function = machine.stack.pop(), machine.stack.pop()
+    if (
+        machine.nested
+        and isinstance(function, allowed_names.Name)
+        and function.name == "torch.storage._load_from_bytes"
+    ):
+        return machine.nested(*arguments)
+    return allowed_names.call(function, arguments)
+
+
+def _new(machine: _Machine) -> Any:
+    arguments, kind = machine.stack.pop(), machine.stack.pop()
+    return allowed_names.new(kind, arguments)
+
+
+def _new_ex(machine: _Machine) -> Any:
+    machine.stack.pop()  # arguments by name, which no tensor needs
+    return _new(machine)
+
+
+def _instance(machine: _Machine) -> Any:
+    arguments = tuple(machine.since_mark())
+    return allowed_names.call(_global(machine), arguments)
+
+
+def _object(machine: _Machine) -> Any:
+    function, *arguments = machine.since_mark()
+    return allowed_names.call(function, tuple(arguments))
+
+
+def _persistent(machine: _Machine) -> Storage | allowed_names.Name:
+    """A storage; torch's format before 1.6 also has a module's class so, with its source."""
+    identity = machine.stack.pop()
+    if isinstance(identity, tuple) and identity[:1] == ("module",) and len(identity) == 4:
+        return identity[1]
+    storage = allowed_names.storage(identity)
+    machine.storages.setdefault(storage.key, storage)
+    return storage
+
+
+def _build(machine: _Machine) -> None:
+    """Attributes of an object; of those of a dict, the versions of a state dict's modules (``_metadata``)."""
+    state, target = machine.stack.pop(), machine.stack[-1]
+    if isinstance(target, Dtype | Unbuilt):
+        built = machine.stack[-1] = target.build(state)
+        if isinstance(target, Unbuilt) and target.place is not None:
+            machine.memo[target.place] = built
+    elif isinstance(target, Object):
+        _fill(machine, target, state)
+    elif isinstance(target, dict):
+        if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
+            target[allowed_names.VERSIONS] = state["_metadata"]
+    elif not isinstance(target, Opaque | Tensor):
+        raise RefusalError("a dict or a tensor that has attributes", brief(target))
+
+
+def _fill(machine: _Machine, target: Object, state: Any) -> None:
+    """An object's ``__dict__``, alone or beside its slots; any other state is one attribute."""
+    parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+    if not all(part is None or isinstance(part, dict) for part in parts):
+        target["state"] = state
+        return
+    for part in parts:
+        machine.attributes -= len(part or ())
+        if machine.attributes < 0:
+            raise RefusalError(f"at most {_MOST_ATTRIBUTES:,} attributes of objects", "more", RESAVE)
+        target.update(part or {})
+
+
+def _extension(_: _Machine) -> None:
+    raise RefusalError("names in full", "a number of copyreg's extension registry", RESAVE)
+
+
+def _memoize(machine: _Machine, place: int) -> None:
+    value = machine.memo[place] = machine.stack[-1]
+    if isinstance(value, Unbuilt):
+        value.place = place
+
+
+def _pushing(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
+    def step(machine: _Machine) -> None:
+        # the value first: it may exchange the stack
+        made = value(machine)
+        machine.stack.append(made)
+
+    return step
+
+
+_VALUES: dict[bytes, Callable[[_Machine], Any]] = {
+    b"N": lambda _: None,
+    b"\x88": lambda _: True,
+    b"\x89": lambda _: False,
+    b"I": _integer,
+    b"L": lambda m: int(m.line().removesuffix("L")),
+    b"J": lambda m: int.from_bytes(m.take(4), "little", signed=True),
+    b"K": lambda m: m.unsigned(1),
+    b"M": lambda m: m.unsigned(2),
+    b"\x8a": lambda m: _long(m, 1),
+    b"\x8b": lambda m: _long(m, 4),
+    b"G": lambda m: struct.unpack(">d", m.take(8))[0],
+    b"X": lambda m: _text(m, 4),
+    b"\x8c": lambda m: _text(m, 1),
+    b"\x8d": lambda m: _text(m, 8),
+    # text of Python 2
+    b"T": lambda m: m.counted(4).decode("utf-8", "backslashreplace"),
+    b"U": lambda m: m.counted(1).decode("utf-8", "backslashreplace"),
+    b"B": lambda m: m.stretch(4),
+    b"C": lambda m: m.stretch(1),
+    b"\x8e": lambda m: m.stretch(8),
+    b"\x96": lambda m: m.stretch(8),
+    b"]": lambda _: [],
+    b"l": lambda m: m.since_mark(),
+    b")": lambda _: (),
+    b"t": lambda m: tuple(m.since_mark()),
+    b"}": lambda _: {},
+    b"\x8f": lambda _: Opaque("builtins.set"),
+    b"\x91": lambda m: (m.since_mark(), Opaque("builtins.frozenset"))[1],
+    b"2": lambda m: m.stack[-1],
+    b"h": lambda m: m.memo[m.unsigned(1)],
+    b"j": lambda m: m.memo[m.unsigned(4)],
+    b"c": _global,
+    b"\x93": _stack_global,
+    b"R": _call,
+    b"\x81": _new,
+    b"\x92": _new_ex,
+    b"i": _instance,
+    b"o": _object,
+    b"Q": _persistent,
+}
+_STEPS: dict[bytes, Callable[[_Machine], Any]] = {code: _pushing(value) for code, value in _VALUES.items()} | {
+    b"\x80": lambda m: m.take(1),
+    b"\x95": lambda m: m.take(8),
+    b"(": _mark,
+    b"0": _pop,
+    b"1": lambda m: m.since_mark(),
+    b"a": _append,
+    b"e": lambda m: (items := m.since_mark(), _items(m).extend(items)),
+    b"d": _dict,
+    b"s": _set_item,
+    b"u": lambda m: _set_items(m, m.since_mark()),
+    b"\x90": _add_items,
+    b"\x85": lambda m: _tuple(m, 1),
+    b"\x86": lambda m: _tuple(m, 2),
+    b"\x87": lambda m: _tuple(m, 3),
+    b"q": lambda m: _memoize(m, m.unsigned(1)),
+    b"r": lambda m: _memoize(m, m.unsigned(4)),
+    b"\x94": lambda m: _memoize(m, len(m.memo)),
+    b"b": _build,
+    b"\x82": _extension,
+    b"\x83": _extension,
+    b"\x84": _extension,
+}

@@ -1,0 +1,96 @@
+"""Modules that a file of torch.save has under several names: their tensors are the same bytes of it.
+
+Only within one copy of a model and one dict: two dicts whose tensors are the same bytes may be one model saved twice,
+or averaged weights beside statistics that were not copied, and neither is a shared layer.
+
+Two names of a layer, such as encoder.backbone.bn1 and backbone.bn1, are two names of the largest module around it all
+of whose tensors are shared.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, final
+
+from batchnorm.checkpoint.file_tensors import Tensor
+from batchnorm.checkpoint.stored import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from batchnorm.checkpoint.averaged_copies import Entry, Found, Words
+    from batchnorm.checkpoint.feeding_weights import Feeders
+
+Module = tuple[tuple[str | int, ...], "Words"]  # a dict, and the words of a module in it
+_STATISTICS = ("running_mean", "running_var")
+_HIGHEST = 64  # modules around a tensor that are looked at
+
+
+def find_shared(named: Mapping[str, Found], tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
+    """Every such module of one copy with its names, in the file's order; a layer of two names counts once in it."""
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name, layer in named.items():
+        if statistics := _statistics(layer):
+            groups[layer.path, statistics].append(name)
+    several = [names for names in groups.values() if len(names) > 1]
+    modules = _Modules(tensors if several else ())
+    found: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+    for names in several:
+        layers = [named[name] for name in names]
+        height = modules.height(layers)
+        whole = tuple(".".join(name.split(".")[: len(name.split(".")) - height]) for name in names)
+        found[whole].append(modules.has_weight(layers[0], height) or _are_fed_alike(layers, feeders))
+    return tuple(Shared(names, len(each), is_alias=all(each)) for names, each in found.items())
+
+
+def _statistics(layer: Found) -> tuple[Tensor, ...] | None:
+    """Mean and variance, where both are there and have values: equal ones are the same bytes."""
+    found = [layer.tensors.get(key) for key in _STATISTICS]
+    there = tuple(tensor for tensor in found if isinstance(tensor, Tensor) and tensor.numel and not tensor.why)
+    return there if len(there) == len(_STATISTICS) else None
+
+
+@final
+class _Modules:
+    """What is in the modules of a file."""
+
+    def __init__(self, tensors: Iterable[Entry]) -> None:
+        self._contents: dict[Module, dict[str, Tensor]] = defaultdict(dict)  # by their names in it
+        self._known: dict[tuple[Module, ...], bool] = {}
+        for entry in tensors:
+            if isinstance(entry.tensor, Tensor):
+                words = (*entry.words, entry.leaf)
+                for depth in range(max(len(entry.path), len(words) - _HIGHEST), len(words)):
+                    self._contents[entry.path, words[:depth]][".".join(words[depth:])] = entry.tensor
+
+    def height(self, layers: Sequence[Found]) -> int:
+        """How many modules around the layers are shared as a whole."""
+        height = 0
+        while height < _HIGHEST and all(len(layer.words) - height - 1 > len(layer.path) for layer in layers):
+            cut = [layer.words[: len(layer.words) - height] for layer in layers]
+            around = tuple((layer.path, words[:-1]) for layer, words in zip(layers, cut, strict=True))
+            if len({words[-1] for words in cut}) > 1 or len(set(around)) < len(around) or not self._are_same(around):
+                break
+            height += 1
+        return height
+
+    def has_weight(self, layer: Found, height: int) -> bool:
+        """Whether the module so far around a layer has more in it than batch norm."""
+        module = layer.path, layer.words[: len(layer.words) - height]
+        return any(len(tensor.size) > 1 for tensor in self._contents[module].values())
+
+    def _are_same(self, modules: tuple[Module, ...]) -> bool:
+        if modules not in self._known:
+            first, *others = (self._contents[module] for module in modules)
+            self._known[modules] = all(other == first for other in others)
+        return self._known[modules]
+
+
+def _are_fed_alike(layers: Sequence[Found], feeders: Feeders) -> bool:
+    """Whether what is before the layer is stored once as well, so that its names may be of one call."""
+    means = [layer.tensors["running_mean"] for layer in layers]
+    first, *others = (
+        feeders.of(layer, mean.numel) if isinstance(mean, Tensor) else None
+        for layer, mean in zip(layers, means, strict=True)
+    )
+    return first is not None and all(other == first for other in others)

@@ -1,0 +1,29 @@
+"""What ``-o`` does: a file written whole or not at all, and errors as the command line tells them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchnorm.files.whole import replacing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file by this text; write to pipes and devices as they are.
+
+    Raises:
+        OSError: If it cannot be written, with the cause and a remedy.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder. Choose another place with -o FILE.")
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():  # a pipe or a device, which nothing may replace
+        path.write_text(text, encoding="utf-8")
+        return
+    try:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}. Choose another place with -o FILE.") from error

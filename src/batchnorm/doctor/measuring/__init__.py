@@ -1,0 +1,1 @@
+"""What the doctor measures on a model, with data or without."""

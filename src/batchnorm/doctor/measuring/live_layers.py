@@ -1,0 +1,67 @@
+"""The layers of a live model, and what they store, as files store it."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from batchnorm.checkpoint import Stored
+from batchnorm.layers import batch_norms
+from batchnorm.population.tensor_memory import whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Batch norm layers by path: torch's and ours, and modules of others that store the same statistics."""
+    known = batch_norms(model)
+    return {path: module for path, module in model.named_modules() if path in known or _stores_the_same(module)}
+
+
+def _stores_the_same(module: nn.Module) -> bool:
+    # asked by a method: a scripted module has no dict of them
+    names = {name for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
+    return {"running_mean", "running_var"} <= names and not isinstance(module, _InstanceNorm)
+
+
+def stored_of(path: str, layer: Any) -> Stored:
+    """What a live layer stores; None for tensors whose values are not here (lazy, meta, sharded, given back)."""
+    tensors = {key: getattr(layer, key, None) for key in _TENSORS}
+    there = {
+        key: plain
+        for key, t in tensors.items()
+        if isinstance(t, torch.Tensor) and (plain := whole(t, getattr(layer, "num_features", None) or None)) is not None
+    }
+    values: dict[str, Any] = {key: _plain(t) for key, t in there.items()}
+    return Stored(
+        path,
+        **values,
+        num_batches_tracked=count_of(layer),
+        dtypes={key: str(t.dtype).removeprefix("torch.") for key, t in there.items()},
+        eps=getattr(layer, "eps", None),
+        momentum=momentum_of(layer),
+    )
+
+
+def count_of(layer: Any) -> int | None:
+    """A layer's num_batches_tracked; None where it has none with a value, or one that is no finite number."""
+    counter = getattr(layer, "num_batches_tracked", None)
+    if not isinstance(counter, torch.Tensor) or counter.numel() != 1 or (plain := whole(counter)) is None:
+        return None
+    return int(plain) if bool(torch.isfinite(plain)) else None
+
+
+def momentum_of(layer: Any) -> float | None:
+    """A layer's momentum, which may be a tensor, as a number."""
+    momentum = getattr(layer, "momentum", None)
+    return float(momentum) if isinstance(momentum, torch.Tensor) else momentum
+
+
+def _plain(tensor: torch.Tensor) -> array[float]:
+    return array("d", tensor.detach().double().cpu().reshape(-1).tolist())

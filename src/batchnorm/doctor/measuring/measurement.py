@@ -1,0 +1,334 @@
+"""Measurement: what a model and its batch norm layers do on data, without leaving a trace in the model.
+
+One pass in eval mode sees every layer's inputs; then one example is run alone and beside others, and one training
+step is tried. A layer's fresh statistics are those of its inputs as eval mode makes them: with the layers before it
+normalizing by what they store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.overrides import TorchFunctionMode
+
+from batchnorm.doctor.measuring.batch_clustering import order_p
+from batchnorm.doctor.measuring.layer_inputs import Gauge, is_measurable, plain
+from batchnorm.doctor.measuring.live_layers import layers_of
+from batchnorm.doctor.measuring.short_runs import companions, few, train_step
+from batchnorm.inputs import InputNorm
+from batchnorm.layers import batch_norms
+from batchnorm.moments import Moments
+from batchnorm.population.absent_numbers import require_real
+from batchnorm.population.batches import Batches, call, device_of, examples_in, on_device_of, tensors_in
+from batchnorm.population.eval_mode import to_eval
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.rules.rule_evidence import Loop, Measured, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+# inputs of more features are pixels, tokens or positions rather than columns of a table
+_MOST_FEATURES = 4096
+_COLUMNS = 64  # channels of all layers whose examples are put in other orders
+_SUSPECT = 1e-3  # p of an F test from which on orders are asked
+_NOT_DENSE = "its input is no dense tensor of floating-point numbers in channels"
+# each has ``training`` as its sixth argument
+_MEASURE_BATCHES = {
+    F.batch_norm,
+    torch.batch_norm,
+    torch.native_batch_norm,
+    torch.ops.aten.batch_norm.default,
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten._native_batch_norm_legit.no_stats,
+}
+
+
+def measure(
+    model: nn.Module, data: Iterable[Any], *, max_examples: int | None
+) -> tuple[dict[str, Measured], Run, str, Any]:
+    """Every layer on the data, the model as a whole, what was measured on ("512 examples in 8 batches"), and a batch.
+
+    The batch is a copy of the first one, as the loader gave it.
+
+    Layers are in the order in which they first ran; those that did not run, and lazy ones without a shape, are left
+    out. The model, its gradients and the random states are as before, bit for bit, also if the model raises.
+
+    Args:
+        model: Run in eval mode, and for one step of a few examples in train mode.
+        data: Batches as ``recalibrate`` takes them. An iterator is read into memory first.
+        max_examples: The last batch is cut to fit; None takes all.
+
+    Raises:
+        TypeError: If ``data`` is not an iterable of batches.
+        ValueError: If there is no batch, its examples cannot be counted, the model computes gradients, or numbers that
+            it needs cannot be read.
+        Exception: What the model raises in eval mode.
+    """
+    require_real(model, "examine")
+    batches = Batches(data, max_examples, device_of(model), who="examine")
+    with preserve_state(model), preserve_random_state(*batches.generators), uncompiled(), torch.no_grad():
+        to_eval(model)
+        view = _View(model)
+        with view.hooks(), _without_gradients():
+            for batch in batches:
+                view.see(batch)
+        some = few(model, view.first)
+        if some.uncut:
+            view.rows_are_no_examples()
+        alone = companions(model, some)
+        step = train_step(model, some)
+    is_raw = view.not_raw is None and bool(view.inputs.count.any())
+    unknown = {
+        "companions": alone.unknown,
+        "step": step.unknown,
+        "backward": step.no_backward,
+        "functional": "scripted code cannot be looked into" if _is_scripted(model) else "",
+        "inputs": "the model gets no tensor that can be watched" if view.not_raw is None else view.not_raw,
+    }
+    run = Run(
+        never_ran=tuple(name for name in view.gauges if not view.calls[name]),
+        updates_forward=step.forward,
+        updates_backward=step.backward,
+        functional=tuple(view.functional),
+        companions=alone.change,
+        companions_tolerance=alone.tolerance,
+        alone_error=alone.error,
+        train_error=step.error,
+        input_scales=plain(view.inputs.std) if is_raw else None,
+        input_means=plain(view.inputs.mean) if is_raw else None,
+        unwatched=view.unwatched,
+        unmeasured=view.unmeasured(),
+        unknown={part: why for part, why in unknown.items() if why},
+    )
+    order = [name for name in view.calls if view.gauges[name].values]
+    measured = {name: view.gauges[name].measured() for name in order}
+    return measured, replace(run, order_p=view.order_p(measured)), view.summary(), view.first
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    """A block whose models must not ask for gradients: those that do are told how."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ValueError(
+            f"examine runs a model without gradients, got one that computes them in its forward: {error}. "
+            "Put torch.enable_grad() around that part of its forward."
+        ) from error
+
+
+class _View:
+    """What is seen of a model while it runs over the data."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        layers = batch_norms(model)
+        columns = max(1, _COLUMNS // max(1, len(layers)))
+        self.gauges = {name: Gauge(layer, columns=columns) for name, layer in layers.items()}
+        self.calls: Counter[str] = Counter()  # in the order of first calls
+        self.examples = 0
+        self.batches = 0
+        self.first: Any = None  # batch, which the model did not write to
+        self.functional: dict[str, None] = {}
+        self.inputs = Moments.empty()
+        # None while inputs are measured; else why they are not, "" if the model normalizes them first
+        self.not_raw: str | None = None
+        self._lazy = {name for name, gauge in self.gauges.items() if isinstance(gauge.layer, LazyModuleMixin)}
+        self._entering: Tensor | None = None
+        self._size = 0  # examples in the batch that runs
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """A block in which the model is watched."""
+        normalizers = [module for module in self.model.modules() if isinstance(module, (InputNorm, _BatchNorm))]
+        # the root's first: where the model is one layer, all are on the same module
+        hooks = [
+            (self.model, self._enter),
+            *((module, self._normalize) for module in normalizers),
+            *((gauge.layer, partial(self._gauge, name)) for name, gauge in self.gauges.items()),
+        ]
+        with ExitStack() as stack:
+            for module, hook in hooks:
+                if _takes_hooks(module):
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def see(self, batch: Any) -> None:
+        """Run the model on one batch."""
+        self._size = examples_in(batch) or 0
+        self.examples += self._size
+        self.batches += 1
+        before = Counter(self.calls)
+        if self.first is None:
+            self.first = on_device_of(self.model, batch)
+            with _functional_calls(self.model, self.functional):
+                call(self.model, batch)
+        else:
+            call(self.model, batch)
+        for name in self.calls:
+            self.gauges[name].is_clusterable &= self.calls[name] - before[name] < 2
+
+    def summary(self) -> str:
+        """What was measured on."""
+        examples = "1 example" if self.examples == 1 else f"{self.examples} examples"
+        return f"{examples} in {'1 batch' if self.batches == 1 else f'{self.batches} batches'}"
+
+    def _enter(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = self._entering = next(iter(tensors_in((args, kwargs))), None)
+        if self.not_raw is None:
+            self.not_raw = _not_features(x)
+        if x is not None and self.not_raw is None:
+            new = Moments.of(x, mask=torch.isfinite(x))
+            if self.inputs.shape in {torch.Size(), new.shape}:
+                self.inputs = self.inputs + new
+            else:
+                self.not_raw = "batches have different numbers of features"
+
+    def _normalize(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        if any(x is self._entering for x in tensors_in((args, kwargs))):
+            self.not_raw = ""
+
+    def rows_are_no_examples(self) -> None:
+        """No scatter of batches is expected of rows that are nodes, points or edges."""
+        for gauge in self.gauges.values():
+            gauge.is_clusterable = False
+
+    def order_p(self, measured: dict[str, Measured]) -> float | None:
+        """Probability of batches that differ as these by chance; None where no F test made them suspect."""
+        p = {name: found.clustering_p for name, found in measured.items() if found.clustering_p is not None}
+        if not p or min(p.values()) >= _SUSPECT:
+            return None
+        suspect = self.gauges[min(p, key=lambda name: p[name])].rows
+        rows = [self.gauges[name].rows for name in p]
+        # layers that ran on the same batches
+        alike = [each for each in rows if list(map(len, each)) == list(map(len, suspect))]
+        return order_p([torch.cat(layers, 1) for layers in zip(*alike, strict=True)])
+
+    @property
+    def unwatched(self) -> tuple[str, ...]:
+        """Layers whose calls are not seen."""
+        return tuple(name for name in layers_of(self.model) if name not in self.gauges)
+
+    def unmeasured(self) -> dict[str, str]:
+        """Layers that ran without a measurement, or cannot be watched, with the reason."""
+        ran = [name for name in self.calls if not self.gauges[name].values]
+        closed = dict.fromkeys(self.unwatched, "it is no layer that can be watched")
+        return closed | {name: "it is lazy" if name in self._lazy else _NOT_DENSE for name in ran}
+
+    def _gauge(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls[name] += 1
+        # a class of the user's own may take its input by any name, or beside other things
+        x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
+        if x is not None and name not in self._lazy:
+            self.gauges[name].add(x, self._size)
+
+
+def _not_features(x: Tensor | None) -> str | None:
+    """Why an input is no table of features that can be compared; None if it is one."""
+    if x is None:
+        return "the model gets no tensor"
+    if not is_measurable(x):
+        return "inputs are no floating-point numbers in features"
+    return None if 0 < x.shape[1] <= _MOST_FEATURES else f"inputs have more than {_MOST_FEATURES} features, or none"
+
+
+def _is_scripted(model: nn.Module) -> bool:
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+
+
+def _takes_hooks(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+@contextmanager
+def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None]:
+    """A block that collects the modules whose own code calls batch norm on the batch's statistics."""
+    names = {module: name for name, module in model.named_modules()}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if running and running[-1] is module:  # one that raised before its first hook is not there
+            running.pop()
+
+    def see() -> None:
+        if running and not isinstance(running[-1], _BatchNorm):
+            found[names[running[-1]]] = None
+
+    with ExitStack() as stack:
+        for module in filter(_takes_hooks, names):
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(_Calls(see))
+        yield
+
+
+class _Calls(TorchFunctionMode):
+    """A block in which every call of batch norm that measures the batch is reported."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MEASURE_BATCHES and (kwargs["training"] if "training" in kwargs else args[5:6] == (True,)):
+            self._report()
+        return func(*args, **kwargs)
+
+
+def loop_of(data: Any, *, batch_size: int | None = None, accumulation: int = 1, world_size: int = 1) -> Loop | None:
+    """How the model is trained, as far as a loader or a list of batches, and the caller, say; None if not at all.
+
+    Args:
+        data: A DataLoader, or two or more batches in a list; anything else says nothing.
+        batch_size: Examples per device, in place of what the data say.
+        accumulation: Batches for each optimizer step.
+        world_size: Processes that train together.
+    """
+    size, last = _sizes(data, batch_size)
+    if size is None and accumulation == world_size == 1:
+        return None
+    return Loop(size, last, accumulation, world_size)
+
+
+def _sizes(data: Any, wanted: int | None) -> tuple[int | None, int | None]:
+    """Examples in a batch and in the last one."""
+    if isinstance(data, torch.utils.data.DataLoader):
+        source = data if data.batch_size is not None else data.batch_sampler
+        size = wanted or getattr(source, "batch_size", None)
+        examples = _length(getattr(data.batch_sampler, "sampler", data.sampler))
+        if not isinstance(size, int) or examples is None:
+            return size if isinstance(size, int) else None, None
+        return size, size if getattr(source, "drop_last", False) else examples % size or size
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) > 1:
+        sizes = [size for batch in (data[0], data[-1]) if (size := examples_in(batch))]
+        if len(sizes) == 2:
+            return wanted or sizes[0], sizes[1] if wanted in {None, sizes[0]} else None
+    return wanted, None
+
+
+def _length(source: Any) -> int | None:
+    """Its length, if it knows one: samplers of streamed data sets do not."""
+    if not isinstance(source, Sized):
+        return None
+    try:
+        return len(source)
+    except TypeError:
+        return None

@@ -1,0 +1,169 @@
+"""What can be read off a model, its optimizer and its loader: evidence for the rules."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.argument_types import kind_of
+from batchnorm.doctor.measuring.live_layers import layers_of, momentum_of, stored_of
+from batchnorm.doctor.measuring.measurement import loop_of, measure
+from batchnorm.doctor.measuring.neighbours_in_code import graph_of
+from batchnorm.doctor.measuring.other_version import reference_of
+from batchnorm.population.freezing import Frozen
+from batchnorm.rules.codes import codes
+from batchnorm.rules.rule_evidence import Evidence, Module, Optimizer, Structure
+from batchnorm.surgery.rewriting import dropped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+def of_model(
+    model: nn.Module, data: Iterable[Any] | None, *, example: Any, optimizer: Any, batch_size: int | None,
+    accumulation: int, world_size: int, reference: Any, max_examples: int, name: str,
+) -> tuple[Evidence, str]:  # fmt: skip
+    """Evidence about a model, and what was measured on, such as "512 examples in 8 batches"; "" without data."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"examine needs a path or an nn.Module, got {kind_of(model)}. Pass the model itself.")
+    if not hasattr(model, "training"):
+        raise TypeError(
+            "examine needs a model of modules, got a program that torch.jit.freeze made. Examine it before torch.jit."
+        )
+    layers = layers_of(model)
+    unknown: dict[str, str] = {}
+    measured, run, words, first = None, None, "", None
+    if data is not None:
+        measured, run, words, first = measure(model, data, max_examples=max_examples)
+    if example is None:
+        example = first
+    graph = None
+    try:
+        graph = graph_of(model, example)
+    except ValueError as error:
+        unknown["graph"] = str(error)
+    except Exception as error:  # noqa: BLE001 - models are of any kind, and most rules do not need their graph
+        unknown["graph"] = f"its code cannot be followed: {type(error).__name__}: {error}"
+    return Evidence(
+        name or type(model).__name__,
+        stored={path: stored_of(path, layer) for path, layer in layers.items()},
+        modules=modules_of(model),
+        structure=structure_of(model),
+        graph=graph,
+        measured=measured,
+        run=run,
+        loop=loop_of(data, batch_size=batch_size, accumulation=accumulation, world_size=world_size),
+        optimizer=None if optimizer is None else optimizer_of(model, optimizer),
+        reference=None if reference is None else reference_of(model, reference, example),
+        unknown=unknown,
+    ), words
+
+
+def modules_of(model: nn.Module) -> dict[str, Module]:
+    """Settings of every layer."""
+    layers, known = layers_of(model), dict(model.named_modules(remove_duplicate=False))
+    return {path: _settings(known, path, layer) for path, layer in layers.items()}
+
+
+def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    affine = list(layer.parameters())  # those under a parametrization too
+    ignored = getattr(layer, "batchnorm_ignore", None) or ()
+    # a layer of others that has no flag of its own to measure batches by never does
+    fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")
+    return Module(
+        kind=type(layer).__name__,
+        eps=float(getattr(layer, "eps", 1e-5)),
+        momentum=momentum_of(layer),
+        tracks=bool(getattr(layer, "track_running_stats", True)),
+        training=layer.training,
+        frozen=isinstance(layer, Frozen) or fixed,
+        trainable=any(parameter.requires_grad for parameter in affine),
+        affine=bool(affine),
+        device=str(tensors[0].device.type) if tensors else "",
+        is_lazy=any(is_lazy(tensor) for tensor in tensors),
+        is_sync=isinstance(layer, nn.SyncBatchNorm),
+        skipped_updates=int(getattr(layer, "skipped_updates", 0)) if not any(t.is_meta for t in tensors) else 0,
+        held=isinstance(layer, Frozen),
+        tells=isinstance(layer, nn.modules.batchnorm._NormBase) or hasattr(layer, "eps"),
+        act=act if isinstance(act := getattr(layer, "act", None), str) else "",
+        where=_where(known, path),
+        ignored=_codes(path, ignored),
+    )
+
+
+def _codes(path: str, ignored: Any) -> frozenset[str]:
+    """What a layer's owner put into ``batchnorm_ignore``."""
+    try:
+        return frozenset(codes(ignored))
+    except (TypeError, AttributeError):
+        raise TypeError(
+            f"batchnorm_ignore of layer {path!r} must be codes of rules, got {ignored!r}. As ('BN103',)."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"batchnorm_ignore of layer {path!r}: {error}") from None
+
+
+def _where(known: Mapping[str, nn.Module], path: str) -> str:
+    """file:line of the user's class nearest around a layer; "" if it is all torch's."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        kind = type(known[".".join(parts[:end])])
+        if kind.__module__.partition(".")[0] in {"torch", "batchnorm"}:
+            continue
+        try:
+            return f"{os.path.relpath(inspect.getsourcefile(kind) or '')}:{inspect.getsourcelines(kind)[1]}"
+        except (OSError, TypeError, ValueError):
+            return ""
+    return ""
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """How the layers stand in the model: modes, wrappers, names."""
+    around = [module for module in model.modules() if _wrapper(module)]
+    parallel = next((module for module in around if _wrapper(module) == "DistributedDataParallel"), None)
+    averaged = next((module for module in around if _wrapper(module) == "AveragedModel"), None)
+    names = defaultdict(list)
+    layers = {layer: path for path, layer in layers_of(model).items()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module in layers:
+            names[layers[module]].append(path)
+    return Structure(
+        training=model.training,
+        wrappers=tuple(dict.fromkeys(_wrapper(module) for module in around)),
+        broadcasts_buffers=getattr(parallel, "broadcast_buffers", None),
+        averages_buffers=getattr(averaged, "use_buffers", None),
+        names={path: tuple(paths) for path, paths in names.items() if len(paths) > 1},
+        dropped=dropped(model),
+    )
+
+
+def _wrapper(module: nn.Module) -> str:
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), "")
+
+
+def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
+    """What an optimizer does to gamma and beta."""
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        raise TypeError(
+            f"examine needs a torch optimizer, got {type(optimizer).__name__}. Pass one with param_groups, or leave "
+            "it out."
+        )
+    decay = {id(parameter): group.get("weight_decay", 0.0) for group in groups for parameter in group["params"]}
+    affine = {path: [p for p in layer.parameters(recurse=False) if p.requires_grad]
+              for path, layer in layers_of(model).items()}  # fmt: skip
+    strongest = {path: max((decay.get(id(p), 0.0) for p in own), default=0.0) for path, own in affine.items()}
+    return Optimizer(
+        type(optimizer).__name__,
+        {path: value for path, value in strongest.items() if value},
+        tuple(path for path, own in affine.items() if any(id(p) not in decay for p in own)),
+        any("train_mode" in group for group in groups) or "ScheduleFree" in type(optimizer).__name__,
+    )

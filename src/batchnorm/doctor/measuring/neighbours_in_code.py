@@ -1,0 +1,244 @@
+"""Who feeds whom: what stands before and behind each layer, by the traced code, and how often it is called."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.doctor.measuring.layer_inputs import plain
+from batchnorm.doctor.measuring.live_layers import layers_of
+from batchnorm.layers import batch_norms
+from batchnorm.population import preserve_state
+from batchnorm.population.batches import call
+from batchnorm.rules.bn1_channels import ACTIVE
+from batchnorm.rules.rule_evidence import Graph
+from batchnorm.surgery import Partner, foldable
+from batchnorm.surgery.dataflow import Flow, flows, observed_arguments, registrations, static_callers
+from batchnorm.surgery.folding.eval_graphs import graphs
+
+if TYPE_CHECKING:
+    from array import array
+
+    from torch.fx import Node
+
+    from batchnorm.surgery.dataflow import Callers
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_BIASED = (nn.modules.conv._ConvNd, nn.Linear)
+_DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
+# between dropout and batch norm these leave the variance larger in train mode than in eval mode
+_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
+_KEEP = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Identity, nn.Flatten, *_POOLS)
+_KEEP_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.elu, F.silu, F.gelu, torch.flatten, "relu", "flatten"}
+
+
+def graph_of(model: nn.Module, example: Any = None) -> Graph:
+    """Neighbours of the layers, and calls if there is an example. The model is not changed.
+
+    Raises:
+        ValueError: If the model does not run on the example, or no forward can be traced.
+    """
+    paths: dict[nn.Module, str] = {layer: path for path, layer in batch_norms(model).items()}
+    closed = dict.fromkeys(layers_of(model).keys() - paths.values(), "it is no layer that torch.fx sees")
+    if not paths:
+        return Graph(unread=closed)
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError("the model is compiled: examine it before torch.compile")
+    with preserve_state(model), torch.no_grad():
+        with nullcontext() if example is None else observed_arguments(model) as arguments:
+            calls = _calls(model, paths, example)
+        # what eval mode does is read also where train mode cannot be, as in blocks that drop paths at random
+        evaluating, reasons = flows(model, (False,), arguments)
+        if not evaluating and reasons:
+            raise ValueError(f"its code cannot be traced: {next(iter(reasons.values()))}")
+        training, why_not = flows(model, (True,), arguments)
+        reasons = {**why_not, **reasons}
+        known = {
+            module: Flow(module, {**flow.graphs, **evaluating[module].graphs}, flow.is_bound)
+            for module, flow in training.items()
+            if module in evaluating
+        }
+        callers = static_callers(model, known)
+        every = _nodes(model, known, callers)
+        seen = _nodes(model, evaluating, static_callers(model, evaluating))
+    count = Counter(map(_module, every))
+    nodes = [
+        (paths[layer], node.args[0]) for node in every if (layer := _module(node)) in paths and len(node.args) == 1
+    ]
+    names = {module: path for path, module in model.named_modules()}
+    once = {module: path for module, path in names.items() if count[module] == len(callers[module]) == 1}
+    found = foldable(model, example)
+    return Graph(
+        calls=calls,
+        biased=_before(nodes, once, lambda module: isinstance(module, _BIASED) and module.bias is not None),
+        behind_dropout=_behind_dropout(known, names),
+        behind_batch_norm=_before(nodes, once, lambda module: isinstance(module, _BatchNorm)),
+        foldable={path: partner.path for path, partner in found.items() if isinstance(partner, Partner)},
+        activations=_activations(seen, paths),
+        filters={path: norms[0] for path, norms in _filters(seen, paths).items() if len(norms) == 1},
+        channel_by_channel=_channel_by_channel(seen, paths),
+        unread=closed
+        | {names[module]: why for module, why in reasons.items() if any(part in paths for part in module.modules())},
+    )
+
+
+def _nodes(model: nn.Module, known: dict[nn.Module, Flow], callers: Callers) -> list[Node]:
+    return [node for graph in graphs(known, registrations(model), callers) for node in graph.nodes]
+
+
+def _channel_by_channel(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
+    """Layers behind a depthwise convolution of another layer's activation: each channel has one channel before it."""
+    found = {}
+    for node in nodes:
+        layer = _module(node)
+        source = _input_of_depthwise(next(iter(node.args), None)) if layer in paths else None
+        for made in (source, next(iter(source.args), None) if source else None):
+            before = _module(made)
+            if layer in paths and before in paths and isinstance(made, torch.fx.Node) and _behind(made, before):
+                found[paths[layer]] = paths[before]
+    return found
+
+
+def _input_of_depthwise(node: Any) -> Node | None:
+    module: Any = _module(node)
+    is_depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels
+    source = node.args[0] if is_depthwise and module.out_channels == module.in_channels and node.args else None
+    return source if isinstance(source, torch.fx.Node) else None
+
+
+def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[array[float] | None]]:
+    """For each call of a layer, the norms of the rows of weights right before it."""
+    found: dict[str, list[array[float] | None]] = defaultdict(list)
+    for node in nodes:
+        layer = _module(node)
+        if layer in paths:
+            found[paths[layer]].append(_norms(_module(next(iter(node.args), None))))
+    return found
+
+
+def _norms(before: Any) -> array[float] | None:
+    """Norm of the weights of each result of a convolution or linear layer."""
+    if not isinstance(before, _BIASED) or before.weight.is_meta:
+        return None
+    weight = before.weight.detach()
+    if isinstance(before, nn.modules.conv._ConvTransposeNd):  # (in, out / groups, ...)
+        weight = weight.unflatten(0, (before.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return plain(weight.flatten(1).double().norm(dim=1))
+
+
+def _activations(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
+    """Layers whose result goes into one kind of activation, wherever they are called, and nowhere else."""
+    behind: dict[str, set[str]] = defaultdict(set)
+    for node in nodes:
+        if (layer := _module(node)) in paths:
+            behind[paths[layer]].add(_behind(node, layer))
+    return {path: name for path, (name, *others) in behind.items() if name and not others}
+
+
+def _behind(call: Node, layer: nn.Module | None) -> str:
+    """The activation of one call's result; "" where there is none, or something is added first."""
+    if len(call.args) != 1 or call.kwargs:
+        return ""
+    if own := applied_by(layer):
+        return own
+    names = {_activation(user) for user in call.users}
+    return names.pop() if len(names) == 1 else ""
+
+
+def applied_by(layer: Any) -> str:
+    """The activation that a layer applies itself: ours by its name, others' subclasses by the module that they hold."""
+    act = getattr(layer, "act", None)
+    return _known(act) if isinstance(act, str) else _known(type(act).__name__) if isinstance(act, nn.Module) else ""
+
+
+def _activation(node: Node) -> str:
+    module = _module(node)
+    if module is not None:
+        return _known(type(module).__name__) if type(module).__module__.startswith("torch.nn.") else ""
+    return _known(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+
+
+def _known(name: str) -> str:
+    """ "relu" of "ReLU" and "relu_"; "" of what is no activation that rules know."""
+    plain = name.lower().replace("_", "")
+    return plain if plain in ACTIVE else ""
+
+
+def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Any) -> dict[str, int] | None:
+    if example is None:
+        return None
+    from batchnorm.population.batches import on_device_of
+
+    counts: Counter[str] = Counter()
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _: counts.update([paths[layer]])) for layer in paths
+    ]  # fmt: skip
+    try:
+        call(model.eval(), on_device_of(model, example))
+    except Exception as error:
+        raise ValueError(f"the model raises {type(error).__name__} on the example: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return dict(counts)
+
+
+def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any) -> dict[str, str]:
+    """Layers whose input is the result, which nobody else reads, of a module that passes the test."""
+    found = {}
+    for path, source in nodes:
+        module = _module(source)
+        if module in names and len(source.users) == 1 and test(module):
+            found[path] = names[module]
+    return found
+
+
+def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -> dict[str, str]:
+    """Layers with dropout before them in train mode; the graphs of folding are those of eval mode."""
+    calls = [(flow, node) for flow in known.values() for node in flow.graphs[True].nodes if flow.called(node)]
+    count = Counter(flow.called(node) for flow, node in calls)
+    sites = {flow.called(node): (flow, node) for flow, node in calls if count[flow.called(node)] == 1}
+    found = {}
+    for flow, node in calls:
+        layer = flow.called(node)
+        if isinstance(layer, _BatchNorm) and (dropout := _dropout(flow, node, known, sites)):
+            found[names[layer]] = dropout if isinstance(dropout, str) else names[dropout]
+    return found
+
+
+def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[Any, tuple[Flow, Node]]) -> Any:
+    """The dropout whose result a call gets, through what keeps it and through the borders of modules."""
+    source = next(iter(node.args), None)
+    while isinstance(source, torch.fx.Node):
+        module = flow.called(source)
+        if source.op == "placeholder" and flow.module in sites:
+            inputs = [each for each in flow.graphs[True].nodes if each.op == "placeholder"]
+            flow, caller = sites[flow.module]
+            source = dict(zip(inputs, caller.args, strict=False)).get(source)
+        elif module in known:
+            flow = known[module]
+            source = next(each.args[0] for each in flow.graphs[True].nodes if each.op == "output")
+        elif isinstance(module, _DROPOUTS) and module.p > 0:
+            return module
+        elif source.target in _DROPOUT_FUNCTIONS and _drops(*source.args[1:], **source.kwargs):
+            return f"F.{source.target.__name__}"
+        elif isinstance(module, _KEEP) or source.target in _KEEP_FUNCTIONS:
+            source = next(iter(source.args), None)
+        else:
+            return None
+    return None
+
+
+def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False, **_: Any) -> bool:  # noqa: ARG001
+    """Whether a call of torch's function with these arguments drops anything."""
+    return p != 0 and training is not False
+
+
+def _module(node: Node | Any) -> nn.Module | None:
+    return node.meta.get("module") if isinstance(node, torch.fx.Node) else None

@@ -1,0 +1,113 @@
+"""Comparison: a model's outputs and statistics with those of another version of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import checkpoint
+from batchnorm.checkpoint import Checkpoint, Stored
+from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
+from batchnorm.population import preserve_state
+from batchnorm.population.batches import call, on_device_of, tensors_in
+from batchnorm.rules.rule_evidence import Reference
+
+# Sums of float32 terms in another order differ by eps sqrt(terms), for each layer on the way: 2^10 is 4096 terms
+# in 256 layers, sqrt(4096 * 256).
+_WIDE_ROUNDINGS = 1024
+# Half precision, and float32 on a GPU (TF32), round the terms and the result of each layer, but sum in float32:
+# sqrt(256) for 256 layers.
+_NARROW_ROUNDINGS = 16
+_TF32_EPS = 2**-10
+
+
+def reference_of(model: nn.Module, reference: Any, example: Any) -> Reference:
+    """What is known of a reference, and how far the model's eval outputs for ``example`` are from its.
+
+    Neither model is changed, also if one of them raises.
+
+    Args:
+        model: The model that was made from the reference.
+        reference: A model, or a path of a checkpoint, whose weights are not run.
+        example: One batch of any kind, or None: then no outputs are compared.
+
+    Raises:
+        TypeError: If ``reference`` is neither a model nor a path.
+    """
+    if isinstance(reference, (str, os.PathLike)):
+        file = checkpoint.read(reference)
+        why = "the reference is a file, whose weights are not run"
+        state, layers = _state_of(file, model)
+        return Reference(f"{file.path}{state and f', {state}'}", _eps_of(layers), layers, unknown=why)
+    if not isinstance(reference, nn.Module):
+        raise TypeError(
+            f"a reference must be a model or the path of a checkpoint, got {type(reference).__name__}. "
+            "Pass what the model was made from."
+        )
+    stored = {name: stored_of(name, layer) for name, layer in layers_of(reference).items()}
+    known = Reference(type(reference).__name__, _eps_of(stored), stored)
+    if example is None:
+        return replace(known, unknown="it takes an example to compare outputs with the reference's")
+    theirs, ours = (_eval_outputs(each, example) for each in (reference, model))
+    if (found := difference(ours, theirs)) is None:
+        return replace(known, unknown="outputs and those of the reference do not have the same shapes")
+    return replace(known, difference=found, tolerance=tolerance(theirs))
+
+
+def _eps_of(layers: Mapping[str, checkpoint.Stored]) -> dict[str, float]:
+    return {name: stored.eps for name, stored in layers.items() if stored.eps is not None}
+
+
+def floats_in(value: Any) -> list[Tensor]:
+    """Every floating-point tensor in a model's output of any kind, in order."""
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
+def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Stored]]:
+    """The state of several that has the layers which a model has, or the first one; its name and its layers."""
+    if len(file.states) < 2:
+        return "", file.layers
+    mine, every = layers_of(model).keys(), file.every
+    fitting = (name for name, state in file.states.items() if mine <= state.layers.keys())
+    name = next(fitting, next(iter(file.states)))
+    return name, {layer: every[place] for layer, place in file.states[name].layers.items()}
+
+
+def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:
+    """Largest max |output - reference| / max |reference| of the pairs; None if they do not pair by shape.
+
+    NaN at the same places counts as equal.
+    """
+    if not references or [tuple(t.shape) for t in outputs] != [tuple(t.shape) for t in references]:
+        return None
+    pairs = zip(outputs, references, strict=True)
+    return max((_difference(a.double(), b.double().to(a.device)) for a, b in pairs if a.numel()), default=None)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    a, b = torch.where(a.isnan() & b.isnan(), 0.0, a), torch.where(a.isnan() & b.isnan(), 0.0, b)
+    largest, scale = float((a - b).abs().max()), float(b.abs().max())
+    return largest / scale if scale else largest
+
+
+def tolerance(outputs: list[Tensor]) -> float:
+    """Relative difference that rounding may make of equal outputs."""
+    return max((_rounding(output) for output in outputs), default=0.0)
+
+
+def _rounding(x: Tensor) -> float:
+    eps = torch.finfo(x.dtype).eps
+    if x.dtype == torch.float32 and not x.is_cpu:
+        return _NARROW_ROUNDINGS * _TF32_EPS
+    return (_WIDE_ROUNDINGS if eps <= torch.finfo(torch.float32).eps else _NARROW_ROUNDINGS) * eps
+
+
+def _eval_outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    with preserve_state(model), torch.no_grad():
+        model.eval()
+        return [output.clone() for output in floats_in(call(model, on_device_of(model, example)))]

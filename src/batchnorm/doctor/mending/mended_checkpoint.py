@@ -1,0 +1,251 @@
+"""A checkpoint mended: what would change, and the file written with it. Only files of torch.save need torch, to write.
+
+Every copy of the model in the file is looked at, averaged ones too. What belongs to no batch norm layer stays as it is,
+bit for bit: weights, optimizer states, counters of epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm import checkpoint
+from batchnorm.checkpoint.averaged_copies import Copy, Entry, entries, find_copies, find_layers
+from batchnorm.checkpoint.formats import detection, safetensors_file, torch_legacy, torch_zip
+from batchnorm.checkpoint.states_in_file import with_state
+from batchnorm.doctor.diagnosis import order
+from batchnorm.doctor.examination import looks, parts
+from batchnorm.doctor.mending.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
+from batchnorm.files.whole import replacing
+from batchnorm.rules import RULES
+from batchnorm.rules.bn1_stored_statistics import HALF
+from batchnorm.rules.rule_evidence import Evidence
+
+if TYPE_CHECKING:
+    import os
+    from array import array
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchnorm.checkpoint import Checkpoint, Stored
+    from batchnorm.doctor.examination import Selection
+    from batchnorm.rules.finding import Finding
+
+_READERS = {"pt": torch_zip.read, "legacy": torch_legacy.read, "safetensors": safetensors_file.read}
+# what DataParallel, DistributedDataParallel, torch.compile and DeepSpeed put in front of every name
+_WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
+
+Keys = tuple[Any, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One tensor of the file: its keys, the last one its name; its type; numbers of some channels, or a counter."""
+
+    key: Keys
+    dtype: str
+    values: array[float] | None  # None for a counter
+    channels: tuple[int, ...] = ()
+    count: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What mends a file. Layers of averaged copies are named by their path in the file, others as in the model."""
+
+    file: Checkpoint
+    after: Checkpoint
+    changes: Mapping[str, Change]
+    prefixes: Mapping[Keys, str]  # to take off the names in the dict that some keys lead to
+    findings: tuple[Finding, ...]
+    left: tuple[Finding, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file would stay as it is."""
+        return not self.changes and not self.prefixes
+
+
+def plan(
+    path: str | os.PathLike[str], *, unsafe: bool = False, selection: Selection | None = None,
+    live: Mapping[str, Change] | None = None, eps: Mapping[str, float] | None = None, state: str = "",
+) -> Plan:  # fmt: skip
+    """What would mend a checkpoint without data, and what would be left.
+
+    Args:
+        path: A file of torch.save or safetensors.
+        unsafe: Also do what changes eval outputs.
+        selection: Which rules run.
+        live: Changes of models that have the file's states, by the layers' names in the file.
+        eps: Of each layer, where a model tells; 1e-5 otherwise.
+        state: Only layers of this state change; those of all states if it is "".
+
+    Raises:
+        ValueError: As ``checkpoint.read``; or if the file is an ONNX model, or has no such state, or no layer that
+            ``live`` names.
+    """
+    file = checkpoint.read(path)
+    if file.format == "onnx":
+        raise ValueError(
+            f"fix needs a file of torch.save or safetensors, got the ONNX model {file.path}. Fix the checkpoint that "
+            "it was made from, and export it again."
+        )
+    if file.format == "pickle":
+        raise ValueError(
+            f"fix needs a file of torch.save or safetensors, got the plain pickle {file.path}. Load it, and save its "
+            "tensors with torch.save(state, path)."
+        )
+    if state:
+        file, state = with_state(file, state)
+    told = eps or {}
+    file = _with_layers(file, lambda name, stored: replace(stored, eps=told.get(name, stored.eps)))
+    found, layers = _findings(file, selection), file.every
+    meant = set(file.states[state].layers.values()) if state else layers.keys()
+    changes = prescribe(
+        {name: layers[name] for name in layers if name in meant}, found, lambda n: layers[n].eps or EPS, unsafe=unsafe
+    )
+    for name, change in (live or {}).items():
+        if name not in layers:
+            raise ValueError(
+                f"{file.path} has no layer {name!r} of the model; it has {', '.join(list(layers)[:3])}. "
+                "Give the weights of this model."
+            )
+        # the model had what is unsafe, or better, done to it
+        safe = prescribe({name: layers[name]}, found, lambda _, change=change: change.eps, unsafe=False)
+        changes[name] = _joined(safe.get(name), change, layers[name])
+    wraps = not state and any(finding.code == "BN507" for finding in found)
+    prefixes = _prefixes(*_structure(Path(file.path))) if wraps else {}
+    after = _with_layers(file, lambda name, stored: changes[name].after if name in changes else stored)
+    after = replace(after, prefix=_without_wrappers(file.prefix) if prefixes else file.prefix)
+    return Plan(file, after, changes, prefixes, found, _findings(after, selection))
+
+
+def write(plan: Plan, output: Path) -> None:
+    """Write the mended file whole or not at all; the original is left as it is, unless it is ``output``.
+
+    The new file is read again before it takes its name.
+
+    Raises:
+        ValueError: If torch does not load the file as tensors and plain values.
+        OSError: If nothing can be written there.
+        ModuleNotFoundError: If it is a file of torch.save and torch is not installed.
+    """
+    source = Path(plan.file.path)
+    if plan.file.format == "safetensors":
+        from batchnorm.doctor.mending import safetensors_files as files
+    else:
+        from batchnorm.doctor.mending import torch_files as files
+    edits = list(_edits(plan, *_structure(source)))
+    with replacing(output, like=source) as file:
+        files.write(source, file, edits, plan.prefixes)
+        file.flush()
+        _verify(plan, file.name)
+
+
+def _verify(plan: Plan, written: str) -> None:
+    remedy = "Nothing was written. Load it, correct that layer, and save it again with torch.save(state, path)."
+    try:
+        now = checkpoint.read(written)
+    except ValueError as error:
+        told = str(error).removeprefix(f"{written}: ")
+        raise ValueError(f"{plan.file.path}: a mended copy could not be read: {told} {remedy}") from error
+    if [*map(list, now.copies.values())] != [*map(list, plan.after.copies.values())]:
+        raise ValueError(f"{plan.file.path}: a mended copy had other layers. {remedy}")
+    new, old = now.every, plan.after.every
+    for after, (name, before) in zip(new.values(), old.items(), strict=True):
+        if not is_same(after, before):
+            raise ValueError(f"{plan.file.path}: layer {name!r} of a mended copy did not read as written. {remedy}")
+
+
+def _with_layers(file: Checkpoint, change: Any) -> Checkpoint:
+    copies = {
+        copy: {name: change(file.named(copy, name), stored) for name, stored in layers.items()}
+        for copy, layers in file.copies.items()
+    }
+    return replace(file, layers=next(iter(copies.values()), {}), copies=copies)
+
+
+def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, ...]:
+    """What the rules find in every copy, also where one repeats another."""
+    rules = [rule for rule in RULES.values() if selection is None or selection.takes(rule.code)]
+    evidence = Evidence(file.path, file.every, file=file)
+    seen = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
+    found = [finding for _, findings, _ in seen for finding in findings]
+    found = [finding for finding in found if selection is None or not selection.silences(finding)]
+    # other prefixes are those of the file itself, "state_dict.", or of a model in a model
+    wraps = _without_wrappers(file.prefix) != file.prefix
+    return order(finding for finding in found if finding.code != "BN507" or wraps)
+
+
+def _joined(change: Change | None, live: Change, stored: Stored) -> Change:
+    """A layer's change in the file, with the numbers that changed in the model."""
+    after = stored if change is None else change.after
+    new: dict[str, Any] = {key: getattr(live.after, key) for key in TENSORS if changed(live.before, live.after, key)}
+    if live.before.num_batches_tracked != live.after.num_batches_tracked:
+        new["num_batches_tracked"] = live.after.num_batches_tracked
+    # what was measured does not fit half precision
+    dtypes = {key: "float32" if key in new and dtype in HALF else dtype for key, dtype in after.dtypes.items()}
+    words = tuple(dict.fromkeys((*(change.words if change else ()), *live.words)))
+    return Change(live.layer, stored, replace(after, **new, dtypes=dtypes), words, live.eps)
+
+
+def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
+    """Copies of a file with their layers' keys, and every tensor."""
+    with path.open("rb") as file:
+        kind = detection.of(file)
+        file.seek(0)
+        tensors = list(entries(_READERS[kind](file)[0]))
+    return find_copies(find_layers(tensors), tensors), tensors
+
+
+def _prefixes(copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[Keys, str]:
+    """What wrappers put in front of every name, for each dict that holds layers."""
+    found = {}
+    for path in {layer.path for copy in copies for layer in copy.layers.values()}:
+        names = [entry.key for entry in tensors if entry.path == path]
+        prefix = _wrappers(names[0])
+        if prefix and all(name.startswith(prefix) for name in names):
+            found[path] = prefix
+    return found
+
+
+def _wrappers(name: str) -> str:
+    """The wrappers that a name begins with."""
+    length = 0
+    while wrapper := next((w for w in _WRAPPERS if name.startswith(w, length)), ""):
+        length += len(wrapper)
+    return name[:length]
+
+
+def _without_wrappers(prefix: str) -> str:
+    """A path in the file without them: "state_dict." of "state_dict.module."."""
+    words = [f"{word}." for word in prefix.split(".") if word]
+    return "".join(word for word in words if word not in _WRAPPERS)
+
+
+def _edits(plan: Plan, copies: Sequence[Copy], tensors: Sequence[Entry]) -> Iterator[Edit]:
+    # as they are in the file: names of a layer without one are "weight" or ".weight"
+    names = {(entry.path, entry.words): entry.key.removesuffix(entry.leaf) for entry in tensors}
+    places = {
+        plan.file.named(name, layer): (*found.path, names[found.path, found.words])
+        for name, copy in zip(plan.file.copies, copies, strict=True)
+        for layer, found in copy.layers.items()
+    }
+    for path, change in plan.changes.items():
+        *keys, base = places[path]
+        for leaf in (*TENSORS, "num_batches_tracked"):
+            yield from _edit(change, leaf, (*keys, f"{base}{leaf}"))
+
+
+def _edit(change: Change, leaf: str, key: Keys) -> Iterator[Edit]:
+    old, new = getattr(change.before, leaf), getattr(change.after, leaf)
+    dtype = change.after.dtypes.get(leaf, "")
+    if leaf == "num_batches_tracked":
+        if old != new:
+            yield Edit(key, dtype or "int64", None, count=new)
+        return
+    channels = tuple(changed(change.before, change.after, leaf))
+    if channels or dtype != change.before.dtypes.get(leaf, ""):
+        yield Edit(key, dtype, new, channels)

@@ -1,0 +1,223 @@
+"""Remedies: what mends which finding, as a table of small functions. None of this needs torch.
+
+A remedy of numbers takes what a layer stores and its eps, and gives what it should store. A remedy of settings changes
+one live layer. Where data are needed, the layer is measured anew; that is no function of the layer alone.
+
+Eval mode gives (x - mean) gamma / sqrt(var + eps) + beta. For x one standard deviation from the mean, other statistics
+move that by |sd / sd' - 1| + |mean - mean'| / sd' of the output's standard deviation, with sd = sqrt(var + eps). The
+largest such move over the channels is a change's ``effect``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from array import array
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.rules.bn1_stored_statistics import HALF, ROUNDING, TINY
+from batchnorm.rules.finding import Fix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from batchnorm.checkpoint import Stored
+    from batchnorm.rules.finding import Finding
+
+# Largest effect of a safe remedy: sqrt(1 + ROUNDING) - 1, twice that for a margin. float32 resolves 2^-23.
+TOLERANCE = ROUNDING
+# what eval mode uses of a layer
+TENSORS = ("running_mean", "running_var", "weight", "bias")
+EPS = 1e-5  # torch's default, where a file does not tell
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One way to mend a finding: what it takes, what it does in words, and the function that does it."""
+
+    fix: Fix
+    words: str
+    store: Callable[[Stored, float], Stored] | None = None  # from what a layer stores, and its eps
+    setting: Callable[[Any], object] | None = None  # changes a live layer; eval outputs stay the same
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a layer stores before and after, and what was done, as codes and words: ("BN103 variance 0",)."""
+
+    layer: str
+    before: Stored
+    after: Stored
+    words: tuple[str, ...]
+    eps: float
+
+    @property
+    def effect(self) -> float:
+        """Largest change of an eval output, in its standard deviations; infinite if it was NaN or infinite before."""
+        return effect(self.before, self.after, self.eps)
+
+
+def zero_variance(stored: Stored, eps: float) -> Stored:
+    """Negative and denormal variances set to 0 where that is below the rounding of sqrt(var + eps)."""
+    tiny = TINY.get(stored.dtypes.get("running_var", ""), TINY["float32"])
+    return _with(stored, "running_var", lambda var: 0.0 if var < tiny and abs(var) <= ROUNDING * eps else var)
+
+
+def typical_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
+    """Impossible means and variances replaced by the median of the layer's good ones, or by 0 and 1 without any.
+
+    Nothing is known about such a channel. The median gives its outputs a size that the layer's other channels have;
+    variance 0 would magnify them by 1/sqrt(eps), 316 at eps = 1e-5.
+    """
+    mean = statistics.median_low(_finite(stored.running_mean) or [0.0])
+    var = statistics.median_low([value for value in _finite(stored.running_var) if value >= 0] or [1.0])
+    new = _with(stored, "running_mean", lambda value: value if math.isfinite(value) else mean)
+    return _with(new, "running_var", lambda value: value if 0 <= value < math.inf else var)
+
+
+def neutral_affine(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
+    """Gamma 1 and beta 0, as a new layer has them, where they are NaN or infinite."""
+    new = _with(stored, "weight", lambda value: value if math.isfinite(value) else 1.0)
+    return _with(new, "bias", lambda value: value if math.isfinite(value) else 0.0)
+
+
+def wide_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
+    """Half precision statistics as float32: the same numbers, and room for the next ones."""
+    wide = {
+        key: "float32"
+        for key, dtype in stored.dtypes.items()
+        if key in {"running_mean", "running_var"} and dtype in HALF
+    }
+    return replace(stored, dtypes={**stored.dtypes, **wide})
+
+
+def new_counter(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
+    """num_batches_tracked 0, where there is none."""
+    if stored.num_batches_tracked is not None:
+        return stored
+    return replace(stored, num_batches_tracked=0, dtypes={**stored.dtypes, "num_batches_tracked": "int64"})
+
+
+def track(layer: Any) -> None:
+    """Train mode moves the stored statistics again."""
+    layer.track_running_stats = True
+
+
+def freeze(layer: Any) -> None:
+    """Stored statistics stay, as gamma and beta do."""
+    from batchnorm.population import freeze
+
+    freeze(layer)
+
+
+def usual_momentum(layer: Any) -> None:
+    """1 - momentum if that is below 0.5, else torch's default of 0.1."""
+    other = 1 - layer.momentum
+    layer.momentum = other if 0 < other < 0.5 else 0.1
+
+
+MEASURED = Remedy(Fix.DATA, "statistics measured anew")
+_TYPICAL = Remedy(Fix.UNSAFE, "the median of the other channels", store=typical_statistics)
+
+# Every code that something is done about, and what, the better way first. Others whose finding says ``Fix.DATA`` are
+# measured anew as well. A frozen layer that learns (BN003) or an eval layer in training (BN001) may be meant.
+REMEDIES: dict[str, tuple[Remedy, ...]] = {
+    "BN002": (Remedy(Fix.SAFE, "frozen", setting=freeze),),
+    "BN004": (Remedy(Fix.SAFE, "track_running_stats on", setting=track),),
+    "BN007": (Remedy(Fix.SAFE, "momentum 0.1", setting=usual_momentum),),
+    "BN008": (Remedy(Fix.SAFE, "1 - momentum", setting=usual_momentum),),
+    "BN101": (MEASURED,),
+    "BN102": (MEASURED, _TYPICAL),
+    "BN103": (Remedy(Fix.SAFE, "variance 0", store=zero_variance), MEASURED, _TYPICAL),
+    "BN104": (Remedy(Fix.SAFE, "variance 0", store=zero_variance),),
+    "BN107": (Remedy(Fix.UNSAFE, "gamma 1, beta 0", store=neutral_affine),),
+    "BN108": (Remedy(Fix.SAFE, "float32", store=wide_statistics),),
+    "BN112": (Remedy(Fix.SAFE, "counter 0", store=new_counter),),
+    "BN114": (MEASURED,),
+    "BN115": (MEASURED,),
+    "BN116": (MEASURED,),
+    "BN209": (MEASURED,),
+    "BN401": (MEASURED,),
+    "BN507": (Remedy(Fix.SAFE, "prefix taken off the names"),),
+}
+
+
+def remedies(finding: Finding) -> tuple[Remedy, ...]:
+    """What may be done about a finding, the better way first."""
+    return REMEDIES.get(finding.code, (MEASURED,) if finding.fixable is Fix.DATA else ())
+
+
+def needs_data(finding: Finding) -> bool:
+    """Whether a finding is mended by measuring its layer anew."""
+    return finding.fixable is Fix.DATA
+
+
+def prescribe(
+    stored: Mapping[str, Stored], findings: Iterable[Finding], eps: Callable[[str], float], *, unsafe: bool
+) -> dict[str, Change]:
+    """The change of each layer that can be mended without data. Findings whose remedy changes nothing are left."""
+    changes: dict[str, Change] = {}
+    for finding in findings:
+        for remedy in remedies(finding) if finding.layer in stored else ():
+            if remedy.store is not None and (unsafe or remedy.fix is Fix.SAFE):
+                layer = finding.layer
+                change = changes.get(layer) or Change(layer, stored[layer], stored[layer], (), eps(layer))
+                after = remedy.store(change.after, change.eps)
+                # two findings may have one remedy: "BN103 variance 0" and "BN104 variance 0"
+                shared = remedy.fix is Fix.SAFE and not is_same(remedy.store(change.before, change.eps), change.before)
+                if shared or not is_same(after, change.after):
+                    words = (*change.words, f"{finding.code} {remedy.words}")
+                    changes[layer] = replace(change, after=after, words=words)
+    return changes
+
+
+def is_same(a: Stored, b: Stored) -> bool:
+    """Whether two layers store the same, bit for bit and in the same types."""
+    counters = a.num_batches_tracked == b.num_batches_tracked
+    return counters and dict(a.dtypes) == dict(b.dtypes) and not any(changed(a, b, key) for key in TENSORS)
+
+
+def changed(before: Stored, after: Stored, key: str) -> list[int]:
+    """Channels whose number is another one: NaN is the same as NaN, and 0.0 is not -0.0."""
+    old, new = getattr(before, key), getattr(after, key)
+    if old is None or new is None:
+        return list(range(len(new or old or ())))
+    if old.tobytes() == new.tobytes():
+        return []
+    return [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if repr(a) != repr(b)]
+
+
+def effect(before: Stored, after: Stored, eps: float) -> float:
+    """Largest change of an eval output between two states of a layer, as the file's head says."""
+    return max((abs(change) for change in _effects(before, after, eps)), default=0.0)
+
+
+def _effects(before: Stored, after: Stored, eps: float) -> Iterator[float]:
+    for channel in sorted({channel for key in TENSORS for channel in changed(before, after, key)}):
+        mean, var, gamma, beta = _channel(before, channel)
+        new_mean, new_var, new_gamma, new_beta = _channel(after, channel)
+        if not (var + eps > 0 and new_var + eps > 0 and all(map(math.isfinite, (mean, var, gamma, beta)))):
+            yield math.inf
+        else:
+            sd, new_sd = math.sqrt(var + eps), math.sqrt(new_var + eps)
+            yield abs(sd / new_sd - 1) + abs(mean - new_mean) / new_sd + abs(new_gamma - gamma) + abs(new_beta - beta)
+
+
+def _channel(stored: Stored, channel: int) -> tuple[float, ...]:
+    """Mean, variance, gamma and beta; what is not there has no effect."""
+    values = zip(TENSORS, (0.0, 1.0, 1.0, 0.0), strict=True)
+    there = ((getattr(stored, key) or (), default) for key, default in values)
+    return tuple(tensor[channel] if channel < len(tensor) else default for tensor, default in there)
+
+
+def _finite(values: array[float] | None) -> list[float]:
+    return [value for value in values or () if math.isfinite(value)]
+
+
+def _with(stored: Stored, key: str, change: Callable[[float], float]) -> Stored:
+    values: Any = getattr(stored, key)
+    new: dict[str, Any] = {key: array("d", map(change, values or ()))}
+    return stored if values is None else replace(stored, **new)

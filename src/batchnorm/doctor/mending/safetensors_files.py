@@ -1,0 +1,125 @@
+"""Files of safetensors written again with other numbers, byte for byte: the library is not needed, nor torch.
+
+After 8 bytes with its length, the header is JSON: {"bn.weight": {"dtype": "F32", "shape": [64], "data_offsets":
+[begin, end]}}, offsets counted from its end. The bytes of tensors follow each other without gaps, wide types first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from array import array
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from batchnorm.doctor.mending.mended_checkpoint import Edit
+
+# name in the file, and struct's letter; bfloat16 is cut from float32
+_TYPES = {
+    "float64": ("F64", "d"),
+    "float32": ("F32", "f"),
+    "float16": ("F16", "e"),
+    "bfloat16": ("BF16", "f"),
+    "int64": ("I64", "q"),
+    "int32": ("I32", "i"),
+}
+_ALIGNMENT = 8  # of the first tensor
+_PIECE = 1 << 20  # bytes copied at once
+
+
+def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tuple, str]) -> None:
+    """Write ``source`` to an open file with its tensors edited, and names without their prefix.
+
+    What is not edited has the same bytes. Tensors keep their order where none changes its size.
+    """
+    prefix = prefixes.get((), "")
+    with source.open("rb") as old:
+        length = int.from_bytes(old.read(8), "little")
+        header = json.loads(old.read(length))
+        metadata = header.pop("__metadata__", None)
+        fresh = {edit.key[-1]: _bytes(old, 8 + length, header.get(edit.key[-1]), edit) for edit in edits}
+        layout = dict(_layout(header, fresh, edits))
+        named = {name.removeprefix(prefix): entry for name, entry in layout.items()}
+        file.write(_header(named if metadata is None else {"__metadata__": metadata, **named}))
+        for name in sorted(layout, key=lambda name: layout[name]["data_offsets"]):
+            if name in fresh:
+                file.write(fresh[name])
+            else:
+                _copy(old, file, 8 + length, *header[name]["data_offsets"])
+
+
+def _header(named: dict[str, Any]) -> bytes:
+    text = json.dumps(named, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _layout(header: dict[str, Any], fresh: dict[str, bytes], edits: Sequence[Edit]) -> Iterator[tuple[str, Any]]:
+    """Entries of the new header: those of the old one in its order, then new ones."""
+    dtypes = {edit.key[-1]: _TYPES[edit.dtype][0] for edit in edits}
+    sizes = {name: len(data) for name, data in fresh.items()}
+    entries = {name: {**entry, "dtype": dtypes.get(name, entry["dtype"])} for name, entry in header.items()}
+    for edit in edits:
+        entry = entries.get(edit.key[-1])
+        if edit.values is None and entry and math.prod(entry["shape"]) != 1:
+            entry["shape"] = []  # a counter is one number
+    entries |= {name: {"dtype": dtypes[name], "shape": [], "data_offsets": [math.inf] * 2} for name in fresh if name not in header}  # fmt: skip # noqa: E501
+    order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+    if any(name not in header or sizes[name] != _size(header[name]) for name in fresh):
+        order.sort(key=lambda name: -_item(entries[name], sizes.get(name)))
+    at, offsets = 0, {}
+    for name in order:
+        end = at + sizes.get(name, _size(entries[name]))
+        offsets[name], at = [at, end], end
+    yield from ((name, {**entry, "data_offsets": offsets[name]}) for name, entry in entries.items())
+
+
+def _size(entry: dict[str, Any]) -> float:
+    begin, end = entry["data_offsets"]
+    return end - begin
+
+
+def _item(entry: dict[str, Any], size: int | None) -> float:
+    """Bytes of one element; an empty tensor may stand anywhere."""
+    count = math.prod(entry["shape"])
+    return (_size(entry) if size is None else size) / count if count else 0
+
+
+def _bytes(old: Any, start: int, entry: dict[str, Any] | None, edit: Edit) -> bytes:
+    """An edited tensor: its own bytes where nothing changes."""
+    if edit.values is None:
+        return _packed(array("q", [edit.count]), edit.dtype)
+    if entry is None or entry["dtype"] != _TYPES[edit.dtype][0]:
+        return _packed(edit.values, edit.dtype)
+    begin, end = entry["data_offsets"]
+    old.seek(start + begin)
+    data = bytearray(old.read(end - begin))
+    item = len(data) // len(edit.values)
+    for channel in edit.channels:
+        data[channel * item : (channel + 1) * item] = _packed(edit.values[channel : channel + 1], edit.dtype)
+    return bytes(data)
+
+
+def _packed(values: array, dtype: str) -> bytes:
+    """Numbers in the file's type; bfloat16 rounds to the nearest, ties to even."""
+    letter = _TYPES[dtype][1]
+    if dtype != "bfloat16":
+        return struct.pack(f"<{len(values)}{letter}", *values)
+    words = array("I", struct.pack(f"={len(values)}f", *values))
+    halves = array("H", ((word + 0x7FFF + (word >> 16 & 1)) >> 16 for word in words))
+    if sys.byteorder == "big":
+        halves.byteswap()
+    return halves.tobytes()
+
+
+def _copy(old: Any, file: Any, start: int, begin: int, end: int) -> None:
+    old.seek(start + begin)
+    left = end - begin
+    while left and (piece := old.read(min(left, _PIECE))):
+        file.write(piece)
+        left -= len(piece)

@@ -1,0 +1,192 @@
+"""Numbers put into tensors, and files of torch.save written again with other numbers.
+
+Dicts, lists and tensors stay the objects that torch.load made of the file, so everything that is not edited, and what
+shares memory with what, is saved as it was. Only devices are lost: tensors are loaded to the CPU.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.checkpoint.averaged_copies import OF_A_LAYER
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from batchnorm.doctor.mending.mended_checkpoint import Edit
+
+Place = tuple[Any, Any]  # a dict or list, and the key in it
+
+
+@torch.no_grad()
+def put(tensor: Tensor, values: array[float], channels: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor with other numbers in some channels: itself, or a new one if its type changes or it repeats memory."""
+    flat = tensor.detach().to(dtype, copy=True).reshape(-1)
+    index = torch.tensor(channels, dtype=torch.long, device=flat.device)
+    flat[index] = torch.tensor([values[i] for i in channels], dtype=torch.float64).to(flat.device, dtype)
+    repeats = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if tensor.dtype != dtype or repeats:
+        return flat.view(tensor.shape)
+    tensor.data.copy_(flat.view(tensor.shape))
+    return tensor
+
+
+def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tuple, str]) -> None:
+    """Write ``source`` to an open file with its tensors edited, and names without their prefix.
+
+    Args:
+        source: A file of torch.save.
+        file: Open for writing.
+        edits: What is new.
+        prefixes: What to take off the names in the dict that some keys lead to.
+
+    Raises:
+        ValueError: If torch does not load the file as tensors and plain values.
+    """
+    saved = _loaded(source)
+    places = dict(_places(saved))
+    made: dict[int, Tensor] = {}
+    apart = set(_parted(edits, places))
+    for key in apart:
+        container, name = places[key]
+        container[name] = container[name].clone()
+    for edit in edits:
+        _apply(edit, places, made)
+    for path, prefix in prefixes.items():
+        _take_off(_at(saved, path), prefix)
+    torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
+
+
+def _loaded(source: Path) -> Any:
+    try:
+        with _plain_numpy(), source.open("rb") as opened:  # by a path, torch goes by the suffix
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{source}: torch.load(weights_only=True) refuses it: {str(error).partition(chr(10))[0][:200]} "
+            "Save the state dict alone with torch.save(model.state_dict(), path)."
+        ) from error
+
+
+def _plain_numpy() -> AbstractContextManager:
+    """NumPy's numbers, which loops leave in checkpoints as losses and metrics, are loaded too."""
+    try:
+        import numpy as np
+    except ModuleNotFoundError:
+        return nullcontext()
+    scalar: Any = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
+    return torch.serialization.safe_globals(
+        [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]  # the name before and since NumPy 2
+    )
+
+
+def _places(saved: Any) -> Iterator[tuple[tuple[Any, ...], Place]]:
+    """Where each tensor is, by the keys that lead to it; what is there twice only once."""
+    # in the order of the checkpoint's reader, so that a dict that is there twice has the same keys
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), saved)]
+    seen: set[int] = set()
+    while waiting:
+        path, container = waiting.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        items = list(container.items() if isinstance(container, dict) else enumerate(container))
+        yield from (((*path, key), (container, key)) for key, value in items if isinstance(value, Tensor))
+        waiting += [((*path, key), value) for key, value in reversed(items) if isinstance(value, dict | list | tuple)]
+
+
+def _parted(edits: Sequence[Edit], places: Mapping[tuple[Any, ...], Place]) -> Iterator[tuple[Any, ...]]:
+    """Keys of edited tensors that share memory with a layer's tensor which stays, or becomes another one.
+
+    Averaged weights may have been saved with the very statistics of the model.
+    """
+    edited = {edit.key: edit for edit in edits if edit.key in places}
+    views: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    for key, (container, name) in places.items():
+        if str(key[-1]).rpartition(".")[2] in OF_A_LAYER:
+            tensor = container[name]
+            memory = tensor.untyped_storage().data_ptr()
+            views[memory, tensor.storage_offset(), tensor.shape, tensor.stride()].append(key)
+    for keys in views.values():
+        if any(not _is_same(edited.get(keys[0]), edited.get(key)) for key in keys):
+            yield from (key for key in keys if key in edited)
+
+
+def _is_same(a: Edit | None, b: Edit | None) -> bool:
+    """Whether two tensors become the same one; None for one that stays."""
+    if a is None or b is None or (a.dtype, a.channels, a.count) != (b.dtype, b.channels, b.count):
+        return a is b
+    return a.values is b.values or repr(a.values) == repr(b.values)
+
+
+def _apply(edit: Edit, places: dict[tuple[Any, ...], Place], made: dict[int, Tensor]) -> None:
+    if edit.values is None:
+        _count(edit, places)
+        return
+    container, key = places[edit.key]
+    old = container[key]
+    if id(old) not in made:
+        made[id(old)] = put(old, edit.values, edit.channels, getattr(torch, edit.dtype))
+    if made[id(old)] is not old:
+        container[key] = made[id(old)]
+
+
+def _count(edit: Edit, places: dict[tuple[Any, ...], Place]) -> None:
+    """Set a counter: in place, so that what shares its memory has it too, unless it is no tensor of one number."""
+    path, name = edit.key[:-1], edit.key[-1]
+    kind = getattr(torch, edit.dtype)
+    if edit.key in places:
+        container, key = places[edit.key]
+        if container[key].numel() == 1 and container[key].dtype == kind:
+            container[key].fill_(edit.count)
+        else:
+            container[key] = torch.tensor(edit.count, dtype=kind)
+    else:
+        neighbour = next(found for found in places if found[:-1] == path and _module(found[-1]) == _module(name))
+        _insert(places[neighbour][0], name, torch.tensor(edit.count, dtype=kind))
+
+
+def _module(name: object) -> str:
+    return str(name).rpartition(".")[0]
+
+
+def _insert(container: dict, name: Any, tensor: Tensor) -> None:
+    """In the place of what has this name, or after the last tensor of the same layer, where torch has it."""
+    if name in container:
+        container[name] = tensor
+        return
+    items = list(container.items())
+    last = max(i for i, (key, _) in enumerate(items) if _module(key) == _module(name))
+    container.clear()
+    container.update([*items[: last + 1], (name, tensor), *items[last + 1 :]])
+
+
+def _at(saved: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        saved = saved[key]
+    return saved
+
+
+def _take_off(state: dict, prefix: str) -> None:
+    """From names, and from those of ``_metadata``, where torch keeps the versions of modules."""
+    metadata = getattr(state, "_metadata", None)
+    for named in (state, metadata) if isinstance(metadata, dict) else (state,):
+        items = list(named.items())
+        named.clear()
+        named.update((_without(key, prefix), value) for key, value in items)
+
+
+def _without(key: Any, prefix: str) -> Any:
+    if not isinstance(key, str):
+        return key
+    return "" if f"{key}." == prefix else key.removeprefix(prefix)

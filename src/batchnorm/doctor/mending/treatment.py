@@ -1,0 +1,238 @@
+"""treat: a copy of a model in which what can be mended is mended.
+
+Settings and numbers that need no data come first, by the table of remedies. Then the layers that are still sick are
+measured on data, in execution order, each behind finished ones and behind healthy ones as they are: a healthy layer
+keeps its statistics. A repaired layer changes what later ones get. So those that are sick by themselves come first;
+then the data are looked at again, for layers that do not fit what they get now, until there is none.
+"""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from batchnorm.argument_types import require_flag, require_module, require_type
+from batchnorm.doctor.diagnosis import Diagnosis
+from batchnorm.doctor.examination import Selection, examine
+from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
+from batchnorm.doctor.mending.remedies import (
+    EPS,
+    MEASURED,
+    TENSORS,
+    Change,
+    changed,
+    is_same,
+    needs_data,
+    prescribe,
+    remedies,
+)
+from batchnorm.doctor.mending.torch_files import put
+from batchnorm.layers import batch_norms
+from batchnorm.population import freeze, recalibrate, unfreeze
+from batchnorm.population.absent_numbers import require_real
+from batchnorm.population.batches import rereadable
+from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.rules import RULES
+from batchnorm.rules.bn1_stale_statistics import RESIDUE, USUAL_MOMENTUM
+from batchnorm.rules.finding import Fix
+from batchnorm.surgery.replacement import duplicate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from batchnorm.rules.finding import Finding
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def treat(
+    model: Model, diagnosis: Diagnosis | None = None, data: Iterable[Any] | None = None, *, unsafe: bool = False
+) -> Model:
+    """A copy of the model in which the findings of a diagnosis are mended, as far as they can be.
+
+    Without data only what leaves eval outputs as they are, up to the rounding of float32: settings of training
+    (BN002, BN004, BN007, BN008), variances that are 0 but for rounding (BN103, BN104), half precision statistics where
+    the layer can run with others (BN108). With data the statistics of sick layers, and of no others, are measured anew
+    over all of them, as ``recalibrate`` does. Weights outside of batch norm are never touched. A second treatment
+    changes nothing.
+
+    Args:
+        model: Not changed.
+        diagnosis: Of this model; ``examine(model, data)`` if it is left out. What it silenced is not treated.
+        data: Batches of training data, which can be read more than once. What can be read only once is read into
+            memory.
+        unsafe: Also replace numbers about which nothing is known, which changes eval outputs: gamma and beta that are
+            NaN or infinite by 1 and 0; statistics, unless data are given, by the median of the layer's other channels.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``, or ``diagnosis`` no diagnosis.
+        ValueError: If the diagnosis names layers that the model does not have, or as ``recalibrate``.
+        RuntimeError: If the model cannot be copied.
+
+    Example:
+        >>> sick = nn.Sequential(nn.BatchNorm1d(2))
+        >>> _ = sick[0].running_var.fill_(float("nan"))
+        >>> treat(sick, data=[torch.tensor([[0.0, 1.0], [2.0, 5.0]])])[0].running_var
+        tensor([2., 8.])
+    """
+    require_module(model, "treat")
+    remedy = "Pass what examine(model, data) returns, and batches as data=."
+    require_type(diagnosis, (Diagnosis, NoneType), "treat needs a diagnosis", remedy)
+    require_flag(unsafe, "unsafe")
+    if data is not None:
+        require_real(model, "treat")
+    batches = rereadable(data)
+    new = duplicate(model, "treat", "Use batchnorm.recalibrate and batchnorm.freeze")
+    found = examine(model, batches) if diagnosis is None else diagnosis
+    _check(new, found.findings)
+    mended = _mend(new, found.findings, unsafe=unsafe)
+    if batches is not None:
+        _measure_sick(new, found, batches, again=mended)
+    return new
+
+
+def differences(
+    before: nn.Module, after: nn.Module, findings: Iterable[Finding], *, measured: bool
+) -> dict[str, Change]:
+    """What a treatment changed in the numbers of each layer, with what it was for.
+
+    Args:
+        before: The model.
+        after: What ``treat`` made of it.
+        findings: What it treated.
+        measured: Whether it had data.
+    """
+    old, new, treated = layers_of(before), layers_of(after), list(findings)
+    changes = {}
+    for path, layer in new.items():
+        was, now = stored_of(path, old[path]), stored_of(path, layer)
+        if not is_same(was, now):
+            words = (_words(finding, measured=measured) for finding in treated if finding.layer in {path, ""})
+            done = tuple(dict.fromkeys(filter(None, words))) or (MEASURED.words,)
+            changes[path] = Change(path, was, now, done, now.eps or EPS)
+    return changes
+
+
+def _words(finding: Finding, *, measured: bool) -> str:
+    """What was done about a finding in a layer's numbers; "" if nothing."""
+    ways = [remedy for remedy in remedies(finding) if remedy.setting is None]
+    if needs_data(finding):
+        ways = [remedy for remedy in ways if (remedy.fix is Fix.DATA) is measured and remedy.fix is not Fix.SAFE]
+    return f"{finding.code} {ways[0].words}" if ways else ""
+
+
+def _check(model: nn.Module, findings: Iterable[Finding]) -> None:
+    known = {*layers_of(model), ""}
+    for finding in findings:
+        if remedies(finding) and finding.layer not in known:
+            raise ValueError(
+                f"treat needs a diagnosis of this model, got {finding.code} of {finding.layer!r}, which it does not "
+                "have. Examine it again, or leave the diagnosis out."
+            )
+
+
+def _mend(model: nn.Module, findings: Iterable[Finding], *, unsafe: bool) -> bool:
+    """Everything that needs no data, in place; whether any number changed."""
+    findings = list(findings)
+    layers = layers_of(model)
+    for finding in findings:
+        for remedy in remedies(finding):
+            if remedy.setting is not None and finding.layer in layers:
+                remedy.setting(layers[finding.layer])
+    stored = {path: stored_of(path, layer) for path, layer in layers.items()}
+    changes = prescribe(stored, findings, lambda path: stored[path].eps or EPS, unsafe=unsafe)
+    for path, change in changes.items():
+        _store(layers[path], change)
+    return bool(changes)
+
+
+def _store(layer: Any, change: Change) -> None:
+    for key in TENSORS:
+        dtype, tensor = change.after.dtypes.get(key), getattr(layer, key, None)
+        channels = changed(change.before, change.after, key)
+        if tensor is None or not isinstance(dtype, str):
+            continue
+        wide = getattr(torch, dtype)
+        if wide != tensor.dtype and not _runs_with(layer, wide):
+            wide = tensor.dtype
+        if channels or wide != tensor.dtype:
+            setattr(layer, key, put(tensor, getattr(change.after, key), channels, wide))
+
+
+@torch.no_grad()
+def _runs_with(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether batch norm takes statistics of this type beside the layer's gamma and beta, in both modes."""
+    weight, mean, var = layer.weight, layer.running_mean, layer.running_var
+    x = torch.randn(2, layer.num_features, device=mean.device).to(mean.dtype if weight is None else weight.dtype)
+    try:
+        for training in (False, True):
+            F.batch_norm(x, mean.to(dtype, copy=True), var.to(dtype, copy=True), weight, layer.bias, training)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *, again: bool) -> None:
+    """Statistics of sick layers from data, in place, until no further layer is found sick.
+
+    Args:
+        model: Changed.
+        diagnosis: Of the model as it was.
+        data: Batches.
+        again: The model has changed since the diagnosis.
+    """
+    known = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    # what could not be checked in the sick model may be in the mended one
+    selection = Selection(select=(*diagnosis.checked, *diagnosis.not_checked))
+    findings = diagnosis.findings
+    # what is seen on data may be the consequence of what an earlier layer stores
+    sick = _to_measure((finding for finding in findings if "measured" not in RULES[finding.code].needs), known)
+    if sick:
+        _measure(model, sick, data)
+    if sick or again:
+        findings = examine(model, data, selection=selection).findings
+    while more := _to_measure(findings, known) - sick:
+        sick |= more
+        _measure(model, sick, data)
+        findings = examine(model, data, selection=selection).findings
+
+
+def _to_measure(findings: Iterable[Finding], known: set[str]) -> set[str]:
+    """Layers that data mend; a finding about the whole model means them all."""
+    named = {finding.layer for finding in findings if needs_data(finding)}
+    return known if "" in named else named & known
+
+
+def _measure(model: nn.Module, sick: set[str], data: Iterable[Any]) -> None:
+    """Exact statistics of these layers; all others normalize by what they have. Works on a copy until it is done."""
+    patient = duplicate(model, "treat", "Use batchnorm.recalibrate").eval()
+    for path, layer in batch_norms(patient).items():
+        if path in sick:
+            unfreeze(layer)
+        elif has_stored_statistics(layer):
+            freeze(layer)
+    measured = recalibrate(patient, data)
+    layers, done = batch_norms(model), batch_norms(patient)
+    with torch.no_grad():
+        for path in measured:
+            _take_over(layers[path], done[path])
+
+
+def _take_over(layer: Any, measured: Any) -> None:
+    for key in ("running_mean", "running_var"):
+        getattr(layer, key).copy_(getattr(measured, key))
+    if layer.num_batches_tracked is not None:
+        counts = (int(measured.num_batches_tracked), int(layer.num_batches_tracked))
+        layer.num_batches_tracked.fill_(next((n for n in counts if not _has_start(n, layer.momentum)), 0))
+
+
+def _has_start(count: int, momentum: float | None) -> bool:
+    """Whether a running average of so many updates would still hold its start, as exact statistics do not.
+
+    A file does not tell momentum, so the usual one counts too. 0 is what says that nothing was averaged.
+    """
+    return momentum is not None and any(abs(1 - m) ** count > RESIDUE for m in (momentum, USUAL_MOMENTUM) if m)

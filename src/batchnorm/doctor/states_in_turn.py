@@ -1,0 +1,218 @@
+"""A model with each state of a checkpoint in turn: examined, or treated.
+
+A file may hold several states that fit one model: its own weights and their averages, a network and its target. Each is
+loaded and looked at; a state that does not fit is named with the reason. The first state's layers are named as in the
+model, those of others as in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm import addresses
+from batchnorm.checkpoint.stored import below, is_below
+from batchnorm.doctor.diagnosis import order
+from batchnorm.doctor.examination import Selection, examine
+from batchnorm.doctor.mending.treatment import differences, treat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import nn
+
+    from batchnorm.checkpoint import Checkpoint
+    from batchnorm.doctor.diagnosis import Diagnosis, LayerRow
+    from batchnorm.doctor.mending.remedies import Change
+    from batchnorm.rules.finding import Finding
+
+_FOREIGN = "BN115"  # seen in a file that holds several states, and in no model that has one of them
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Treated:
+    """What became of one state: findings before and after, and what changed, all by the names of layers in the file."""
+
+    state: str
+    found: tuple[Finding, ...]
+    left: tuple[Finding, ...]
+    changes: Mapping[str, Change]
+    eps: Mapping[str, float]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Which states of a file are loaded into a model, and why not the others."""
+
+    file: Checkpoint
+    loaded: tuple[str, ...]
+    others: Mapping[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences, if there are several states."""
+        if len(self.file.states) < 2:
+            return ()
+        each = ", each by itself" if len(self.loaded) > 1 else ""
+        lines = [f"loaded into the model{each}: {', '.join(self.loaded)}"]
+        return (*lines, *(f"not loaded: {name}: {reason}" for name, reason in self.others.items()))
+
+    def named(self, state: str, layer: str) -> str:
+        """A layer of a loaded state: as in the model for the first one, as in the file for others."""
+        return layer if state == self.loaded[0] else self.in_file(state, layer) if layer else state
+
+    def in_file(self, state: str, layer: str) -> str:
+        """A layer's name in the file."""
+        known = self.file.states[state].layers if state else {}
+        return known.get(layer, layer if len(self.file.states) < 2 else below(state, layer))
+
+
+def loading(network: nn.Module, path: str, state: str = "") -> Loading:
+    """Which states fit a model, found by loading them. The model has one of them afterwards.
+
+    Args:
+        network: The model.
+        path: A checkpoint of torch.save or safetensors.
+        state: Only this one.
+
+    Raises:
+        ValueError: If there is no such state, or none fits.
+    """
+    file, first = addresses.chosen(network, path, state)
+    if state or len(file.states) < 2:
+        addresses.load_weights(network, path, state)
+        return Loading(file, (first,), {name: "another one was asked for" for name in file.states if name != first})
+    others: dict[str, str] = {}
+    for name in file.states:
+        try:
+            addresses.load_weights(network, path, name)
+        except ValueError as error:
+            others[name] = str(error)
+    if len(others) == len(file.states):
+        addresses.load_weights(network, path)  # its message names the file
+    short = {name: f"it does not fit {type(network).__name__}" for name in others}
+    return Loading(file, tuple(name for name in file.states if name not in others), short)
+
+
+def examined(
+    network: nn.Module, path: str, state: str, look: Callable[[], Diagnosis], selection: Selection
+) -> Diagnosis:
+    """One diagnosis of a model with each state that fits. What two states have in common is told once.
+
+    States that do not fit are examined as a file alone.
+
+    Args:
+        network: The model; it has the last state afterwards.
+        path: A checkpoint.
+        state: Only this one; all of them if it is "".
+        look: Examines the model as it is.
+        selection: Which rules run.
+    """
+    plan = loading(network, path, state)
+    diagnoses = {name: _with(network, path, name, look) for name in plan.loaded}
+    first, *others = diagnoses.items()
+    found, rows = list(first[1].findings), list(first[1].layers)
+    told = {(f.code, f.layer, f.measured) for f in found}
+    for name, diagnosis in others:
+        new = (f for f in diagnosis.findings if (f.code, f.layer, f.measured) not in told)
+        found += [replace(finding, layer=plan.named(name, finding.layer)) for finding in new]
+        rows += [replace(row, name=plan.named(name, row.name)) for row in diagnosis.layers]
+    alone, more = _of_file(plan, selection, diagnoses) if len(plan.file.states) > 1 else ([], [])
+    every = [diagnosis for _, diagnosis in diagnoses.items()]
+    return replace(
+        first[1],
+        findings=order([*found, *alone]),
+        layers=(*rows, *more),
+        not_checked={code: why for diagnosis in reversed(every) for code, why in diagnosis.not_checked.items()},
+        checked=tuple(code for code in first[1].checked if all(code in each.checked for each in every)),
+        seconds=sum(each.seconds for each in every),
+        silenced=sum(each.silenced for each in every),
+        states=plan.loaded if state else tuple(plan.file.states),
+        notes=plan.notes,
+    )
+
+
+def _with(network: nn.Module, path: str, state: str, look: Callable[[], Diagnosis]) -> Diagnosis:
+    addresses.load_weights(network, path, state)
+    return look()
+
+
+def _of_file(
+    plan: Loading, selection: Selection, diagnoses: Mapping[str, Diagnosis]
+) -> tuple[list[Finding], list[LayerRow]]:
+    """What the file says of states that were not loaded, and of foreign statistics where data do not say more."""
+    whole = examine(plan.file.path, selection=selection)
+    asked = {name for name, reason in plan.others.items() if reason.startswith("it does not fit")}
+    rest = {layer for name in asked for layer in plan.file.states[name].layers.values()}
+    found = [finding for finding in whole.findings if finding.layer in rest]
+    for finding in whole.findings:
+        if finding.code == _FOREIGN:
+            mine = [name for name in plan.loaded if foreign_layers(plan, name, [finding])]
+            if mine and not any(_shows_a_fit(diagnoses[name]) for name in mine):
+                found.append(finding)
+    return found, [row for row in whole.layers if row.name in rest]
+
+
+def _shows_a_fit(diagnosis: Diagnosis) -> bool:
+    """Whether data were given, and fit what is stored."""
+    return "BN116" in diagnosis.checked and not any(f.code == "BN116" for f in diagnosis.findings)
+
+
+def foreign_layers(plan: Loading, state: str, findings: Iterable[Finding]) -> list[Finding]:
+    """Findings of foreign statistics in a file, for each layer of a state that they are about, by its name there."""
+    if not state:
+        return []
+    return [
+        replace(finding, layer=layer)
+        for finding in findings
+        if finding.code == _FOREIGN
+        for layer, name in plan.file.states[state].layers.items()
+        if finding.layer == state or (finding.layer and is_below(finding.layer, name))
+    ]
+
+
+def treated(
+    network: nn.Module, plan: Loading, data: Any, foreign: Iterable[Finding], **asked: Any
+) -> Iterator[Treated]:
+    """Each state that fits, loaded, examined and treated; layers with statistics of other weights are measured anew.
+
+    Args:
+        network: The model.
+        plan: What is loaded.
+        data: Batches that can be read several times, or None.
+        foreign: What the file says of foreign statistics.
+        asked: ``unsafe``, ``selection`` and ``name`` as for ``treat`` and ``examine``.
+    """
+    unsafe = asked.pop("unsafe")
+    for state in plan.loaded:
+        addresses.load_weights(network, plan.file.path, state)
+        diagnosis = examine(network, data, **asked)
+        copied = foreign_layers(plan, state, foreign) if data is not None else []
+        diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *copied))
+        done = treat(network, diagnosis, data, unsafe=unsafe)
+        changes = differences(network, done, diagnosis.findings, measured=data is not None)
+        yield Treated(
+            state,
+            tuple(_in_file(plan, state, diagnosis.findings)),
+            tuple(_in_file(plan, state, examine(done, data, **asked).findings)),
+            {plan.in_file(state, name): changes[layer] for name, layer in _names(network, plan, state, changes)},
+            {plan.in_file(state, row.name): row.eps for row in diagnosis.layers if row.eps},
+        )
+
+
+def _names(network: nn.Module, plan: Loading, state: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Every name that the file has for some layers, with the one that they are known by: a shared one has several."""
+    modules = {network.get_submodule(layer): layer for layer in layers}
+    known = plan.file.states[state].layers if state else {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if module in modules and (name in known or name == modules[module]):
+            yield name, modules[module]
+
+
+def _in_file(plan: Loading, state: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Findings by the names in the file; what is about the whole model has the state's, where there are several."""
+    whole = state if len(plan.file.states) > 1 else ""
+    for finding in findings:
+        yield replace(finding, layer=plan.in_file(state, finding.layer) if finding.layer else whole)

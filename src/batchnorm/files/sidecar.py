@@ -1,0 +1,48 @@
+"""Files beside a checkpoint: tensors and a few words in safetensors, written whole or not at all, read as data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.files.whole import replacing
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, and what is told about them under the name of their kind.
+
+    Raises:
+        TypeError: If something told is no JSON.
+        OSError: If the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    metadata = {f"batchnorm.{kind}": json.dumps(about)}
+    with replacing(path.absolute()) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is told and the tensors, as ``write`` wrote them; {} is told by a file of another kind.
+
+    Raises:
+        ValueError: If it is no safetensors file, or what it tells is no JSON.
+        OSError: If it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    Path(path).open("rb").close()  # a missing file in Python's words
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(f"batchnorm.{kind}", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return about if isinstance(about, dict) else {}, tensors

@@ -1,0 +1,232 @@
+"""Companions: how much of a prediction is owed to the other examples that happen to be in the batch.
+
+In train mode a batch norm layer makes every output depend on all examples of its batch. One example x is given to the
+model again and again with M - 1 companions drawn at random from a pool, everything else being equal:
+
+    flip rate        probability that two batches of companions lead to different predictions, 1 - sum_c p_c^2
+    variance         Var(logit) over batches of companions, mean over logits
+    relative         variance / variance of the logits between examples
+
+For the output of one batch norm layer at z standard deviations from the mean, with skewness g3 and kurtosis kappa of
+the channel, variance = gamma^2 (1 + g3 z + (kappa - 1) z^2 / 4) / M + O(1 / M^2): 1 / M from the batch's mean,
+(kappa - 1) / (4 M) from its standard deviation, g3 / (2 M) from their covariance (the delta method; a batch's noise in
+Ioffe and Szegedy 2015, section 3.4, and Luo et al. 2019, "Towards Understanding Regularization in Batch Norm").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.instruments.gradients import refuse_single_values
+from batchnorm.instruments.probe_tier import unwrapped
+from batchnorm.instruments.train_eval_gaps import examples_in
+from batchnorm.layers import batch_norms
+from batchnorm.population.batches import call, on_device_of
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.state_shield import preserve_random_state, preserve_state
+
+Read = Callable[[Any], Tensor]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """How predictions of examples depend on their companions.
+
+    Args:
+        flip_rate: Mean over examples.
+        flip_error: Standard error of it, over examples and draws; NaN for a single example.
+        flips: Of each example.
+        from_eval: Share of predictions that differ from those of eval mode, mean over examples.
+        variance: Of a logit over companions, mean over logits and examples, in units of the logit squared.
+        variances: Of each example.
+        relative: ``variance`` as a share of the variance between the examples' mean logits; NaN for one example.
+        batch: M, the example included.
+        repeats: Batches of companions for each example.
+    """
+
+    flip_rate: float
+    flip_error: float
+    flips: tuple[float, ...]
+    from_eval: float
+    variance: float
+    variances: tuple[float, ...]
+    relative: float
+    batch: int
+    repeats: int
+
+    def __str__(self) -> str:
+        return (
+            f"in batches of {self.batch}, two sets of companions disagree on {self.flip_rate:.2%} of predictions "
+            f"(+- {self.flip_error:.2%}); {self.from_eval:.2%} differ from eval mode; logits vary by "
+            f"{math.sqrt(self.variance):.3g} ({self.relative:.2%} of the variance between examples)"
+        )
+
+
+def companion_flips(
+    model: nn.Module,
+    examples: Any,
+    pool: Any,
+    batch: int = 32,
+    repeats: int = 50,
+    *,
+    train: bool = True,
+    read: Read | None = None,
+    seed: int = 0,
+) -> Companions:
+    """How often a prediction changes with the other examples of its batch; the model stays as it is.
+
+    Every example meets the same companions. Dropout is off. Batch norm layers are in train mode; in a model in train
+    mode, those in eval mode stay so. Costs (examples x repeats) forward passes of a batch.
+
+    Unit: flips are shares, variances in units of the logit squared. Noise floor: flips are steps of 2 / repeats at the
+    smallest; a variance of R draws is off by sqrt(2 / (R - 1)) of itself, for one example and one logit. Without
+    batch norm, and with ``train=False``, everything is 0 to the last digit.
+
+    How to read it: what is not 0 in train mode is the noise that batch norm adds in training, as it lands in
+    predictions. It falls as 1 / ``batch``. What is not 0 with ``train=False`` is a leak: something other than batch
+    norm looks across the batch. It misleads when the pool is not what the loader mixes (classes sorted, other
+    augmentation), when ``batch`` is not that of training or is split over devices, for a pool not much larger than
+    ``batch`` (variances are 1 - M / n too small), and as a flip rate of models whose output is no set of logits.
+
+    Args:
+        model: Any module, with batch norm or without, compiled or not.
+        examples: A batch of examples, as ``recalibrate`` takes one.
+        pool: A batch of the same kind to draw companions from, without replacement; ``batch`` - 1 or more.
+        batch: Size of the batches, 2 or more.
+        repeats: Batches of companions, 2 or more.
+        train: False leaves everything in eval mode.
+        read: Gives the logits, (N,), or (N, classes, ...), from the model's output. None takes the output itself
+            or its ``logits``. The largest logit is the prediction, or the sign of a single one.
+        seed: Of the choice of companions; global random states play no part.
+
+    Raises:
+        TypeError: If the output is no tensor and has no ``logits``.
+        ValueError: If ``batch`` or ``repeats`` is below 2, the pool is smaller than ``batch`` - 1, there is no
+            example, examples and pool are of different kinds, outputs are not finite or not one for each example, or
+            a layer gets one value per channel.
+    """
+    what = "companion_flips"
+    model = unwrapped(model)
+    _check(examples, pool, batch, repeats)
+    examples, pool = on_device_of(model, examples), on_device_of(model, pool)
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randperm(examples_in(pool), generator=generator)[: batch - 1] for _ in range(repeats)]
+    with preserve_state(model), uncompiled(), torch.no_grad():
+        were_training = {layer for layer in batch_norms(model).values() if layer.training}
+        layers = were_training if model.training else set(batch_norms(model).values())
+        model.eval()
+        reference = torch.stack([_first_logits(model, examples, pool, i, draws[0], read) for i in _range(examples)])
+        for layer in layers if train else ():
+            layer.train()
+        with refuse_single_values(model, what):
+            logits = torch.stack([
+                torch.stack([_first_logits(model, examples, pool, i, rows, read) for rows in draws])
+                for i in _range(examples)
+            ])  # fmt: skip
+    return _summary(logits, reference, batch)
+
+
+def _check(examples: Any, pool: Any, batch: int, repeats: int) -> None:
+    for name, value in (("batch", batch), ("repeats", repeats)):
+        if value < 2:
+            raise ValueError(f"companion_flips needs {name} of 2 or more, got {value}. One of it cannot differ.")
+    if examples_in(pool) < batch - 1:
+        raise ValueError(
+            f"companion_flips needs a pool of {batch - 1} examples or more, got {examples_in(pool)}. "
+            "Give more, or a smaller batch=."
+        )
+    if not examples_in(examples):
+        raise ValueError("companion_flips needs one example or more, got none. Give a batch of them.")
+
+
+def _range(examples: Any) -> range:
+    return range(examples_in(examples))
+
+
+def _first_logits(model: nn.Module, examples: Any, pool: Any, i: int, rows: Tensor, read: Read | None) -> Tensor:
+    """Logits of one example among companions, (classes, ...), in float64."""
+    together = _joined(examples, pool, i, rows, examples_in(examples), examples_in(pool))
+    with preserve_random_state():
+        logits = (read or _logits)(call(model, together))
+    if not isinstance(logits, Tensor) or logits.ndim < 1 or len(logits) != len(rows) + 1:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"companion_flips needs an output for each of {len(rows) + 1} examples, got {got}. Pass read= to take it "
+            "from the model's output."
+        )
+    first = logits[0].double().cpu()
+    if not bool(first.isfinite().all()):
+        raise ValueError(
+            f"companion_flips needs finite outputs, got {first.flatten()[:4].tolist()}. Check example {i}."
+        )
+    return first
+
+
+def _joined(one: Any, many: Any, i: int, rows: Tensor, count: int, size: int) -> Any:
+    """Example i of one batch in front of the rows of another; what belongs to no example is left as it is."""
+    if isinstance(one, Tensor) and isinstance(many, Tensor) and one.ndim and len(one) == count and len(many) == size:
+        return torch.cat([one[i : i + 1], many[rows.to(many.device)]])
+    if type(one) is not type(many):
+        raise ValueError(
+            f"companion_flips needs examples and pool of one kind, got {type(one).__name__} and "
+            f"{type(many).__name__}. Cut both from batches of one loader."
+        )
+    if isinstance(one, Mapping):
+        return {key: _joined(one[key], many[key], i, rows, count, size) for key in one}
+    if isinstance(one, (tuple, list)):
+        return [_joined(a, b, i, rows, count, size) for a, b in zip(one, many, strict=True)]
+    return one
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"companion_flips needs a tensor of logits, got {type(output).__name__}. Pass read=, a function that "
+            "takes them from the model's output."
+        )
+    return logits
+
+
+def _summary(logits: Tensor, reference: Tensor, batch: int) -> Companions:
+    """From logits (examples, repeats, classes, ...) and those of eval mode (examples, classes, ...)."""
+    count, repeats = logits.shape[:2]
+    predicted = _predictions(logits, axis=2)  # (examples, repeats, ...)
+    flips = _disagreement(predicted)
+    of_eval = _predictions(reference, axis=1).unsqueeze(1)
+    # differences from the first: equal values would leave the rounding of their mean
+    variances = (logits - logits[:, :1]).var(1).reshape(count, -1).mean(1)
+    between = logits.mean(1).var(0).mean() if count > 1 else torch.tensor(math.nan)
+    return Companions(
+        flip_rate=float(flips.mean()),
+        flip_error=float(flips.std() / math.sqrt(count)) if count > 1 else math.nan,
+        flips=tuple(flips.tolist()),
+        from_eval=float((predicted != of_eval).double().mean()),
+        variance=float(variances.mean()),
+        variances=tuple(variances.tolist()),
+        relative=float(variances.mean() / between),
+        batch=batch,
+        repeats=repeats,
+    )
+
+
+def _predictions(logits: Tensor, axis: int) -> Tensor:
+    if logits.ndim <= axis:
+        return (logits > 0).long()
+    return (logits.select(axis, 0) > 0).long() if logits.shape[axis] == 1 else logits.argmax(axis)
+
+
+def _disagreement(predicted: Tensor) -> Tensor:
+    """Share of pairs of repeats that differ, mean over positions: (examples, repeats, ...) -> (examples,)."""
+    flat = predicted.flatten(2) if predicted.ndim > 2 else predicted.unsqueeze(2)  # (examples, repeats, positions)
+    repeats = flat.shape[1]
+    counts = torch.nn.functional.one_hot(flat).double().sum(1)  # (examples, positions, classes)
+    agreeing = (counts * (counts - 1)).sum(2) / (repeats * (repeats - 1))
+    return 1 - agreeing.mean(1)

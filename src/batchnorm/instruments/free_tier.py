@@ -1,0 +1,202 @@
+"""The free tier: how noisy batches are and how well stored statistics follow them, from running averages alone.
+
+A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``), or
+as many for every pass of a step (``window_readings``): noise, M_eff and dropout are of single passes, staleness is of
+whole steps. Second differences leave out a drift that is even within the window:
+
+    Var(mu_B)        = mean (m_(i+1) - 2 m_i + m_(i-1))^2 / 6 / share,      Var(log s_B^2) likewise from log v_i
+    noise power      = Var(mu_B) / s^2 + Var(log s_B^2) / 4     [ (kappa + 3) / (4 M) for M independent values ]
+    M_eff            = s^2 / Var(mu_B)                          [ M ]
+    dropout          = noise / (1 + noise)                      [ Gaussian dropout of as much noise ]
+    staleness^2      = (stored - mean of m_i)^2 / (Var(mu_B) (a / (2 - a) + share / W))          [ 1 ]
+
+all pooled over a layer's channels in units of s^2, the mean of v_i: with a few steps each channel alone would be an
+unsteady estimate. In brackets what each comes to for independent batches: a normal channel (kappa = 3) in batches of
+32 has noise power 0.0469 and a dropout rate of 4.5 %. With C channels the relative error of a window of eight steps
+is about 0.8 / sqrt(C).
+
+Behind another batch norm layer batches are alike by construction: each was given the same means and variances, so
+M_eff can be many times the number of values, and the noise small. That is what the layer adds, not an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import final
+
+import torch
+from torch import Tensor
+
+from batchnorm.instruments.passes import End
+from batchnorm.instruments.snapshots import Layers, Snapshot, Updates
+from batchnorm.instruments.window_readings import Places, Readings, readings
+
+LEAST = 4  # snapshots: three steps have one second difference
+# a channel is left out when more than this share of its measured variance may be rounding of the stored mean
+_ROUNDED = 0.1
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """What W consecutive training steps say of every layer; all (layers,), NaN where nothing could be measured.
+
+    A layer is measured if three steps or more updated its statistics, by a momentum above 0. Channels without variance
+    are left out. Of several passes in a step each is compared with the same pass of other steps, so that a batch that
+    passes twice counts once, and four micro-batches count as four.
+
+    Args:
+        noise: Noise power of normalization by a batch's own statistics, as a share of the output's variance.
+        m_eff: Independent values that a batch's mean is worth.
+        dropout: Rate of Gaussian dropout with as much noise.
+        staleness: Distance of the stored mean from the batches', in standard errors, rms over channels.
+        staleness_var: The same for the log of the variance.
+        short_var: The same of channels whose stored variance is below that of every batch in the window, others
+            counting 0. Only this is more than rare large examples explain, which an average holds for a while.
+        gap: Difference of outputs between batch and stored statistics, rms, in sd of the eval output.
+        wander: Noise power of independent batches that would move the averages as much as these did.
+    """
+
+    noise: Tensor
+    m_eff: Tensor
+    dropout: Tensor
+    staleness: Tensor
+    staleness_var: Tensor
+    short_var: Tensor
+    gap: Tensor
+    wander: Tensor
+
+    @classmethod
+    def of(cls, window: Sequence[Snapshot] | Sequence[End], layers: Layers) -> Window:
+        """Read a window of W + 1 copies that were taken after consecutive steps; W is at least 3.
+
+        Of plain snapshots the passes of a step are taken for independent ones. Of ends of steps they are compared as
+        they are, and what they could not be told apart for is NaN.
+        """
+        if len(window) < LEAST:
+            raise ValueError(f"a window needs {LEAST} snapshots or more, got {len(window)}. Take more steps.")
+        ends = [(end if isinstance(end, End) else End.alone(end)).cpu() for end in window]
+        independent = isinstance(window[0], Snapshot)
+        found = cls(*(torch.full((len(layers.names),), torch.nan, dtype=torch.float64) for _ in fields(cls)))
+        for group in readings(ends, layers, LEAST - 1):
+            part = _of_group(group, independent)
+            for field in fields(cls):
+                getattr(found, field.name)[list(group.indices)] = getattr(part, field.name)
+        return found
+
+
+def _of_group(group: Readings, independent: bool) -> Window:
+    """The window of layers that were updated in the same steps."""
+    layers, steps, first = group.layers, group.steps, group.ends[0]
+    whole = _spread(steps, [list(range(len(steps.mean)))], layers)
+    passes = _spread_of_passes(group) or (whole if independent else None)
+    var, counted = whole.var, whole.counted
+    lag = layers.mean((first.mean - steps.mean.mean(0)).square() / var, counted)
+    log_lags = (first.var.log() - var.log()).square()
+    log_lag, short = (
+        layers.mean(lags, counted) for lags in (log_lags, log_lags.where(first.var < steps.var.amin(0), 0))
+    )
+    ema = _ema_noise(first, layers) + steps.share.mean(0) / len(steps.mean)
+    unknown = torch.full_like(whole.of_mean, torch.nan)
+    noise = unknown if passes is None else passes.noise
+    return Window(
+        noise=noise,
+        m_eff=unknown if passes is None else 1 / passes.of_mean,
+        dropout=noise / (1 + noise),
+        staleness=(lag / (whole.of_mean * ema)).sqrt(),
+        staleness_var=(log_lag / (whole.of_log * ema)).sqrt(),
+        short_var=(short / (whole.of_log * ema)).sqrt(),
+        gap=unknown if passes is None else _gap(group, counted),
+        wander=whole.noise,
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spread:
+    """How far readings of one kind differ, in units of ``var``: (layers,), ``var`` and ``counted`` (channels,)."""
+
+    of_mean: Tensor
+    of_log: Tensor
+    var: Tensor
+    counted: Tensor
+
+    @property
+    def noise(self) -> Tensor:
+        return self.of_mean + self.of_log / 4
+
+
+def _spread_of_passes(group: Readings) -> _Spread | None:
+    """Of single passes, aligned as they differ least: what is compared with its like differs by noise alone."""
+    if group.passes is None:
+        return None
+    first, *others = (_spread(group.passes, places, group.layers) for places in group.places)
+    for other in others:
+        nearer = other.of_mean < first.of_mean
+        first = _Spread(*(
+            torch.where(group.layers.each(nearer) if name in {"var", "counted"} else nearer, b, a)
+            for name, a, b in ((f.name, getattr(first, f.name), getattr(other, f.name)) for f in fields(_Spread))
+        ))  # fmt: skip
+    return first
+
+
+def _spread(seen: Updates, places: Places, layers: Layers) -> _Spread:
+    """Of readings at some places, each compared with its neighbours in a place's order."""
+    var = torch.cat([seen.var[place] for place in places]).mean(0)  # (channels,)
+    share = layers.each(seen.share)
+    of_mean, of_log = (
+        torch.cat([_curves(values[place], share[place]) for place in places]).mean(0)
+        for values in (seen.mean, seen.var.log())
+    )
+    counted = layers.each(seen.measurable) & (var > 0) & of_log.isfinite() & of_mean.isfinite()
+    counted &= seen.rounding.square().mean(0) <= _ROUNDED * of_mean
+    return _Spread(layers.mean(of_mean / var, counted), layers.mean(of_log, counted), var, counted)
+
+
+def shift(before: Snapshot, after: Snapshot, layers: Layers) -> Tensor:
+    """How far stored statistics moved, (layers,): rms over channels of the 2-Wasserstein distance of normal laws in sd.
+
+    sqrt(mean over channels of ((mean' - mean)^2 + (sd' - sd)^2) / var), with the earlier variance. Channels whose
+    earlier variance is 0 are left out.
+    """
+    before, after = before.cpu(), after.cpu()
+    distance = (after.mean - before.mean).square() + (after.var.sqrt() - before.var.sqrt()).square()
+    return layers.mean(distance / before.var, (before.var > 0) & distance.isfinite()).sqrt()
+
+
+def shift_floor(before: Snapshot, after: Snapshot, layers: Layers, noise: Tensor) -> Tensor:
+    """What ``shift`` comes to for batches of one distribution, (layers,).
+
+    Two values of an exponential average, n updates apart, differ with variance 2 a / (2 - a) (1 - (1 - a)^n) of one
+    batch's; NaN for ``momentum=None``, whose averages settle.
+    """
+    momentum = layers.numbers("momentum", torch.nan)
+    passes = (after.updates.cpu() - before.updates.cpu()).double()
+    return (2 * momentum / (2 - momentum) * (1 - (1 - momentum) ** passes) * noise).sqrt()
+
+
+def _curves(values: Tensor, share: Tensor) -> Tensor:
+    """Variance of independent values around an even drift, by each second difference: (T, channels)."""
+    curve = values[2:] - 2 * values[1:-1] + values[:-2]
+    return curve.square() / (share[2:] + 4 * share[1:-1] + share[:-2])
+
+
+def _ema_noise(snapshot: Snapshot, layers: Layers) -> Tensor:
+    """Variance of a stored mean over that of one batch's mean, (layers,), as after many updates."""
+    momentum = layers.numbers("momentum", torch.nan)
+    return torch.where(momentum.isnan(), 1 / snapshot.updates.double(), momentum / (2 - momentum))
+
+
+def _gap(group: Readings, counted: Tensor) -> Tensor:
+    """Rms difference of outputs by a batch's statistics and by those stored before it, in sd of the latter."""
+    layers, seen, moments = group.layers, group.passes or group.steps, group.moments if group.passes else group.ends
+    mean, var = seen.mean, seen.var
+    stored_mean, stored_var = (torch.stack([getattr(s, name) for s in moments[:-1]]) for name in ("mean", "var"))
+    eps = layers.each(layers.numbers("eps", torch.nan))
+    by_batch, by_stored = (var + eps).rsqrt(), (stored_var + eps).rsqrt()  # (W, channels)
+    gain = layers.affine()[0].square()
+    difference = var * (by_batch - by_stored).square() + ((mean - stored_mean) * by_stored).square()
+    output = var * by_stored.square()
+    counted = counted.expand_as(var)
+    return (layers.mean(gain * difference, counted).mean(0) / layers.mean(gain * output, counted).mean(0)).sqrt()

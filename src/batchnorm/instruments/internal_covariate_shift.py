@@ -1,0 +1,231 @@
+"""Gradient shift: how much the steps of the layers before it change the gradient of a weight.
+
+With W_1 .. W_k the parameters in the order of ``model.parameters()`` and L the loss of one batch at time t,
+
+    G  = grad_(W_i) L(W_1^t     .. W_(i-1)^t,     W_i^t .. W_k^t)
+    G' = grad_(W_i) L(W_1^(t+1) .. W_(i-1)^(t+1), W_i^t .. W_k^t)
+    ics = ||G - G'||        relative = ||G - G'|| / ||G||        cosine = <G, G'> / (||G|| ||G'||)
+
+(Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", definition 2.1: the internal covariate
+shift of gradients.) A weight cannot know of the steps taken at the same time before it, so G is what it moves by and
+G' what would have been right. Batch and random numbers are the same in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.instruments.gradients import (
+    Loss,
+    finite,
+    inner,
+    loss_and_gradients,
+    minus,
+    norm,
+    training,
+)
+from batchnorm.instruments.probe_tier import unwrapped
+from batchnorm.population.batches import on_device_of
+from batchnorm.population.tensor_memory import require
+
+_WEIGHTS = 5  # by default: each costs a forward and a backward pass
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class WeightShift:
+    """Gradient shift of one weight.
+
+    Args:
+        name: Of the parameter.
+        ics: ||G - G'||, in units of loss per unit of the weight.
+        relative: Of ||G||; NaN where G is 0.
+        cosine: Between G and G'; NaN where one is 0.
+        norm: ||G||.
+    """
+
+    name: str
+    ics: float
+    relative: float
+    cosine: float
+    norm: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GradientShift:
+    """Gradient shift of chosen weights.
+
+    Args:
+        weights: In the order of the parameters.
+        loss: Of the batch before the step.
+        floor: Largest ``relative`` of the chosen weights between two evaluations without any step: 0 on a
+            deterministic device, rounding on others; more if the model draws random numbers of its own.
+    """
+
+    weights: tuple[WeightShift, ...]
+    loss: float
+    floor: float
+
+    def __str__(self) -> str:
+        lines = (f"{w.name}: relative {w.relative:.3g}, cosine {w.cosine:+.3f}, ics {w.ics:.3g}" for w in self.weights)
+        return f"gradient shift by one step (floor {self.floor:.1g}): " + "; ".join(lines)
+
+
+def gradient_shift(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    layers: Sequence[str] | None = None,
+) -> GradientShift:
+    """How far one step of the parameters before a weight turns its gradient; model and optimizer stay as they are.
+
+    The step is one that ``optimizer`` would take now on this batch, with its momentum, weight decay and learning
+    rates, taken by a copy. Gamma and beta count as parameters like others. Running statistics take no part: the
+    model runs in train mode (a model in train mode keeps the modes of its modules). Costs 2 + len(layers) forward
+    and backward passes and the memory of two more models and one more optimizer state.
+
+    Unit: ``ics`` in loss per unit of the weight; ``relative`` and ``cosine`` have none. Noise floor: ``floor``,
+    measured.
+
+    How to read it: relative 0 and cosine 1 are a gradient that the other steps left as it was; relative above 1 or a
+    cosine near 0 one that was computed for a network that is no longer there. It misleads when compared between
+    weights or networks by ``ics``, which scales with the gradient; for a network that does not learn, where nothing
+    shifts; between learning rates, since it grows with the step; and where the order of parameters, which is that of
+    their registration, is not the order of execution. What a training loop does to gradients between backward and
+    step, such as clipping, is not seen.
+
+    Args:
+        model: Any module, with batch norm or without, compiled or not.
+        batch: As ``recalibrate`` takes one.
+        loss: ``loss(output, batch)`` gives a scalar.
+        optimizer: Of torch.optim, or one whose state is in ``state`` and ``param_groups``.
+        layers: Names of parameters, or paths of modules whose ``weight`` is meant. None takes up to five evenly
+            spaced weights of two axes or more that have parameters before them.
+
+    Raises:
+        TypeError: If ``optimizer`` is none, needs a closure (LBFGS), or the loss does not give a tensor.
+        ValueError: If ``optimizer`` holds none of the model's parameters, a name is unknown, there is no weight to
+            choose, a layer gets one value per channel, or the loss is not a finite scalar.
+
+    References:
+        Santurkar et al. 2018, section 2.2.
+    """
+    what = "gradient_shift"
+    model = unwrapped(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = list(parameters.values())
+    check_optimizer(optimizer, tensors, what)
+    require(parameters, what)
+    chosen = _chosen(model, list(parameters), layers)
+    batch = on_device_of(model, batch)
+    with training(model, what):
+        value, gradients = loss_and_gradients(model, batch, loss, tensors, what)
+        finite(value, what)
+        _, again = loss_and_gradients(model, batch, loss, [parameters[name] for name in chosen], what)
+        after = values_after_step(optimizer, tensors, gradients)
+        of_name = dict(zip(parameters, gradients, strict=True))
+        shifted = []
+        for name in chosen:
+            with moved_parameters(list(_before(parameters, name, after))):
+                _, found = loss_and_gradients(model, batch, loss, [parameters[name]], what)
+            shifted.append(_compare(name, of_name[name], found[0]))
+    floors = [_compare(n, of_name[n], g).relative for n, g in zip(chosen, again, strict=True)]
+    floor = max((each for each in floors if not math.isnan(each)), default=0.0)
+    return GradientShift(tuple(shifted), float(value), floor)
+
+
+def check_optimizer(optimizer: Any, parameters: Sequence[Tensor], what: str) -> None:
+    """Refuse what is no optimizer of these parameters, or cannot take a step by itself."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{what} needs a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the optimizer.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(f"{what} needs an optimizer that steps without a closure, got LBFGS. Pass one such as SGD.")
+    known = set(map(id, parameters))
+    if not any(id(p) in known for p in _held(optimizer)):
+        raise ValueError(
+            f"{what} needs an optimizer of the model's parameters, got one of {len(_held(optimizer))} others. "
+            "Make it from this model's parameters(), after the model was moved or converted."
+        )
+
+
+def values_after_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> dict[Tensor, Tensor]:
+    """What an optimizer would make of parameters that have these gradients; only of those that it holds.
+
+    Neither the optimizer nor a parameter is changed: a copy takes the step, without anybody's hooks.
+    """
+    copy = deepcopy(optimizer)
+    of = dict(zip(parameters, gradients, strict=True))
+    pairs = list(zip(_held(optimizer), _held(copy), strict=True))
+    for original, copied in pairs:
+        copied.grad = of.get(original)
+    step: Any = type(copy).step
+    # torch wraps step to call hooks, global ones too, that belong to the user's training
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(copy)
+    return {original: copied.detach() for original, copied in pairs if of.get(original) is not None}
+
+
+@contextmanager
+def moved_parameters(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """A block in which parameters have other values, given as pairs of both."""
+    before = [parameter.detach().clone() for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.data.copy_(value)  # not seen by graphs that were recorded before, which stay valid
+        yield
+    finally:
+        for (parameter, _), value in zip(values, before, strict=True):
+            parameter.data.copy_(value)
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+
+def _chosen(model: nn.Module, names: list[str], layers: Sequence[str] | None) -> list[str]:
+    if layers is not None:
+        return [_parameter(names, name) for name in layers]
+    matrices = [name for i, name in enumerate(names) if i and model.get_parameter(name).ndim > 1]
+    if not matrices:
+        raise ValueError(
+            "gradient_shift needs a weight with parameters before it, got a model with no such weight of two axes "
+            "or more that is trained. Name parameters by layers=."
+        )
+    count = min(_WEIGHTS, len(matrices))
+    return [matrices[round(i * (len(matrices) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _parameter(names: list[str], name: str) -> str:
+    for candidate in (name, f"{name}.weight"):
+        if candidate in names:
+            return candidate
+    raise ValueError(
+        f"gradient_shift needs names of parameters that are trained, or of modules with a weight, got {name!r}. "
+        "Take them from model.named_parameters()."
+    )
+
+
+def _before(parameters: dict[str, nn.Parameter], name: str, after: dict[Tensor, Tensor]) -> Iterator[tuple]:
+    for other, parameter in parameters.items():
+        if other == name:
+            return
+        if parameter in after:
+            yield parameter, after[parameter]
+
+
+def _compare(name: str, old: Tensor | None, new: Tensor | None) -> WeightShift:
+    difference, length, other = norm(minus([old], [new])), norm([old]), norm([new])
+    cosine = inner([old], [new]) / (length * other) if length * other else math.nan
+    return WeightShift(name, difference, difference / length if length else math.nan, cosine, length)

@@ -1,0 +1,289 @@
+"""The probe tier: what a fixed batch of examples looks like at the entrance of every batch norm layer.
+
+The examples pass through the model twice, in eval mode and with the layers in train mode, and the model is put back
+bit for bit (``preserve_state``). Dropout is off in both, so that what differs between the passes is batch norm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from batchnorm.instruments.gamma_and_beta import census
+from batchnorm.instruments.layer_drift import drift, noise_floor
+from batchnorm.instruments.output_differences import difference
+from batchnorm.instruments.signal_propagation import moments_of_channels, resemblance, sample
+from batchnorm.instruments.snapshots import Layers, Snapshot
+from batchnorm.layers import batch_norms, input_of, unwrapped
+from batchnorm.moments import Moments
+from batchnorm.population.absent_numbers import require_real
+from batchnorm.population.batches import call, on_device_of, tensors_in
+from batchnorm.population.freezing import has_stored_statistics, statistics_of
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.tensor_memory import require, whole
+from batchnorm.record import Record
+
+if TYPE_CHECKING:
+    Loss = Callable[[Any, Any], Tensor]
+
+PERCENTILES = (2, 16, 50, 84, 98)  # of a normal law: 2, 1 and 0 standard deviations
+_MOST_VALUES = 4096  # that percentiles are taken of
+
+
+def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
+    """One look at every batch norm layer of a model on one batch; the model stays as it is, bit for bit.
+
+    Measured of each layer: the gap between train and eval mode on these examples, mean square and variance of its
+    input's channels, stable rank, cosine and orthogonality gap of the examples, the noise floor of drift, and the
+    census of gamma and beta. Of the model: how far outputs in train mode are from those in eval mode, and the loss
+    in both. ``batchnorm.record.QUANTITIES`` says what each is, its unit and when it misleads.
+
+    Inputs are those of eval mode. Values that are NaN or infinite make the layer's numbers None; so does a layer
+    that did not run. Layers that are called several times show the first call.
+
+    Args:
+        model: Any model with batch norm, torch.nn's or ours, compiled or not.
+        batch: As ``recalibrate`` takes one; two examples or more.
+        loss: ``loss(output, batch)`` gives a scalar. None takes the cross-entropy where the batch is (inputs,
+            classes) and the output has one logit a class, the mean square error where the second part is of the
+            output's shape, else no loss.
+
+    Raises:
+        ValueError: If the model has no batch norm layer with a shape, the batch has fewer than two examples, or a
+            tensor without readable numbers stops the pass.
+        TypeError: If ``model`` is no module, or ``batch`` no batch.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
+        >>> record = batchnorm.probe(model, torch.randn(32, 4))
+        >>> record["gamma"]
+        {'1': 1.0}
+    """
+    model = unwrapped(model)
+    require_real(model, "probe")
+    found = with_shape(model, "probe")
+    require(statistics_of(found), "probe")
+    layers = Layers(found)
+    batch = on_device_of(model, batch, who="probe")
+    view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
+    values = {**view.values(), **_row(census(layers, Snapshot.of(layers)))}
+    return Record(0, layers.names, values, view.of_model, "probe", time.time(), view.arrays())
+
+
+def with_shape(model: nn.Module, what: str) -> dict[str, _BatchNorm]:
+    """The batch norm layers that can be measured: lazy ones have no shape yet."""
+    found = {name: layer for name, layer in batch_norms(model).items() if layer.num_features}
+    if not found:
+        raise ValueError(
+            f"{what} needs a model with batch norm layers that have a shape, got {type(model).__name__} without one. "
+            "Run a batch through it first if its layers are lazy."
+        )
+    return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A fixed batch and what is done with it.
+
+    Args:
+        forward: Gives the model's output for the batch.
+        batch: What the loss gets as its second argument.
+        loss: As in ``probe``.
+    """
+
+    forward: Callable[[nn.Module], Any]
+    batch: Any = None
+    loss: Loss | None = None
+
+    def look(self, model: nn.Module, layers: Layers) -> View:
+        """What the layers receive and what comes out; the model is left as it was, also if it raises."""
+        view = View(layers)
+        with preserve_state(model), preserve_random_state(), uncompiled(), torch.no_grad():
+            were_training = [layer for layer in layers.layers if layer.training]
+            model.eval()
+            with view.hooks():
+                evaluated = self.forward(model)
+            view.of_model["loss_eval"] = self._loss(evaluated)
+            view.check()
+            if _communicates(layers):
+                return view  # ranks look at different times, and a pass in train mode would wait for them
+            for layer in were_training or layers.layers:
+                layer.train()
+            trained = self.forward(model)
+            view.of_model["loss_train"] = self._loss(trained)
+            view.of_model["output_gap"] = _output_gap(trained, evaluated)
+        return view
+
+    def _loss(self, output: Any) -> float | None:
+        loss = self.loss or _usual_loss(output, self.batch)
+        return None if loss is None else float(loss(output, self.batch))
+
+
+@final
+@dataclass
+class View:
+    """What was seen of the layers in one pass in eval mode."""
+
+    layers: Layers
+    units: dict[str, Tensor] = field(default_factory=dict)  # (N, units)
+    channels: dict[str, Tensor] = field(default_factory=dict)  # (units,)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    of_model: dict[str, float | None] = field(default_factory=dict)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """A block in which the layers' inputs are seen."""
+        handles = [
+            layer.register_forward_pre_hook(partial(self._see, name), with_kwargs=True)
+            for name, layer in zip(self.layers.names, self.layers.layers, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _see(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs)
+        x = None if x is None else whole(x)
+        if name in self.units or x is None or x.ndim < 2:
+            return
+        self.units[name], self.channels[name] = sample(x)
+        moments = Moments.of(x)
+        self.moments[name] = moments.to("cpu")
+
+    def check(self) -> None:
+        """Raise if there are too few examples to say anything."""
+        if self.units and max(len(x) for x in self.units.values()) < 2:
+            raise ValueError("a probe needs a batch of 2 examples or more, got 1. One example has no distribution.")
+
+    def values(self) -> dict[str, list[float | None]]:
+        """One number a layer of every quantity that a single look gives."""
+        rows = [self._of(i, name) for i, name in enumerate(self.layers.names)]
+        names = ("gap", "mean_square", "channel_var", "stable_rank", "cosine", "orthogonality", "drift_floor")
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def _of(self, i: int, name: str) -> dict[str, float]:
+        if name not in self.units or not bool(self.units[name].isfinite().all()):
+            return {}
+        units, moments = self.units[name], self.moments[name]
+        return {
+            "gap": gap(self.layers.layers[i], moments),
+            **moments_of_channels(moments),
+            **resemblance(units),
+            "drift_floor": float(noise_floor(units)),
+        }
+
+    def drift_from(self, earlier: View) -> list[float | None]:
+        """Drift of every layer since an earlier look at the same examples, in sd; None where it was not seen twice."""
+        both = [name if name in self.units and name in earlier.units else None for name in self.layers.names]
+        return [None if name is None else float(drift(earlier.units[name], self.units[name]).total) for name in both]
+
+    def arrays(self) -> dict[str, Any]:
+        """Percentiles, (layers, 5): of inputs and outputs over values, of stored and batch statistics over channels.
+
+        NaN for a layer that did not run.
+        """
+        rows = [self._percentiles(i, name) for i, name in enumerate(self.layers.names)]
+        names = ("quantiles_input", "quantiles_output", "running_mean", "running_var", "batch_mean", "batch_var")
+        unknown = torch.full((len(PERCENTILES),), torch.nan)
+        return {name: torch.stack([row.get(name, unknown) for row in rows]).numpy() for name in names}
+
+    def _percentiles(self, i: int, name: str) -> dict[str, Tensor]:
+        if name not in self.units:
+            return {}
+        layer, moments = self.layers.layers[i], self.moments[name]
+        mean, var = stored(layer, moments)
+        gamma, beta = Layers({name: layer}).affine()
+        at = self.channels[name]
+        outputs = (self.units[name] - mean[at]) * (gamma * (var + layer.eps).rsqrt())[at] + beta[at]
+        return {
+            "quantiles_input": _quantiles(self.units[name]),
+            "quantiles_output": _quantiles(outputs),
+            "running_mean": _quantiles(mean),
+            "running_var": _quantiles(var),
+            "batch_mean": _quantiles(moments.mean),
+            "batch_var": _quantiles(moments.unbiased_var),
+        }
+
+
+def stored(layer: _BatchNorm, moments: Moments) -> tuple[Tensor, Tensor]:
+    """The mean and variance that eval mode normalizes by, (channels,): the batch's where a layer stores none.
+
+    NaN where they cannot be read.
+    """
+    if not has_stored_statistics(layer) or layer.running_mean is None or layer.running_var is None:
+        return moments.mean, moments.var
+    numbers = [whole(layer.running_mean), whole(layer.running_var)]
+    mean, var = (torch.full_like(moments.mean, torch.nan) if x is None else x.double().cpu() for x in numbers)
+    return mean, var
+
+
+def gap(layer: _BatchNorm, moments: Moments) -> float:
+    """Rms difference of a layer's outputs by a batch's own moments and by stored ones, in sd of the latter.
+
+    0 for a layer that stores no statistics.
+    """
+    mean, var = stored(layer, moments)
+    gain = Layers({"": layer}).affine()[0].square()
+    by_stored = mean, (var + layer.eps).rsqrt()
+    by_batch = moments.mean, (moments.var + layer.eps).rsqrt()
+    between = gain * difference(moments.mean, moments.var, by_batch, by_stored)
+    return float((between.sum() / (gain * moments.var * by_stored[1].square()).sum()).sqrt())
+
+
+def _quantiles(values: Tensor) -> Tensor:
+    values = values.double().flatten()
+    values = values[:: -(-len(values) // _MOST_VALUES)]
+    return values.quantile(torch.tensor(PERCENTILES, dtype=torch.float64) / 100)
+
+
+def _usual_loss(output: Any, batch: Any) -> Loss | None:
+    """The loss that the kinds of output and target leave no doubt about."""
+    target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return None
+    if target.dtype == torch.long and output.ndim > 1 and target.shape == output.shape[:1] + output.shape[2:]:
+        return lambda output, batch: F.cross_entropy(output.float(), batch[1])
+    if target.is_floating_point() and target.shape == output.shape:
+        return lambda output, batch: F.mse_loss(output.float(), batch[1].float())
+    return None
+
+
+def _output_gap(trained: Any, evaluated: Any) -> float | None:
+    """Rms difference of outputs of any kind in standard deviations over examples; None without such an output."""
+    a, b = (
+        torch.cat([x.double().flatten(1) for x in _floats(y)], 1).cpu() if _floats(y) else None
+        for y in (trained, evaluated)
+    )
+    if a is None or b is None or a.shape != b.shape:
+        return None
+    spread = (b - b.mean(0)).square().mean()
+    return float(((a - b).square().mean() / spread).sqrt()) if spread > 0 else None
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """Every floating-point tensor of two axes or more in an output of any kind."""
+    found = [whole(x) for x in tensors_in(value)]
+    return [x for x in found if x is not None and x.is_floating_point() and x.ndim > 1]
+
+
+def _communicates(layers: Layers) -> bool:
+    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there_are_others and any(isinstance(layer, SyncBatchNorm) for layer in layers.layers)
+
+
+def _row(values: dict[str, Tensor]) -> dict[str, list[float | None]]:
+    return {name: value.tolist() for name, value in values.items()}

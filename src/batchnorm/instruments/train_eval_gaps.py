@@ -1,0 +1,329 @@
+"""Gaps: why a model is better or worse in eval mode than in train mode, and which layer is to blame.
+
+Three losses of one data set, with the same weights and dropout off:
+
+    L_batch    each batch normalized by its own statistics, as in train mode
+    L_pop      all by the exact statistics of the data set (``recalibrate``)
+    L_eval     all by what the layers store
+
+    L_eval - L_batch = (L_pop - L_batch) + (L_eval - L_pop)
+                        noise part          stale part
+
+The noise part is what normalizing by a batch does: it shrinks with the batch size. The stale part is what is wrong
+with the running averages: lag, an average over too few batches, statistics of other data. Of a layer l,
+
+    share_l = L_eval - L_eval with the exact statistics in layer l alone
+
+(Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", on train-test inconsistency of statistics). How far stored
+statistics are from exact ones is told in standard errors of a running average with momentum a, whose batches differ
+by Var(mu_B):
+
+    t_mean^2 = mean (mu_stored - mu_pop)^2 / s^2 / (mean Var(mu_B) / s^2) / (a / (2 - a) + 1 / batches)
+
+and t_var likewise from the logarithms of unbiased variances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, scalar
+from batchnorm.instruments.probe_tier import unwrapped, with_shape
+from batchnorm.layers import input_of
+from batchnorm.moments import Moments
+from batchnorm.population.batches import Batches, call, device_of
+from batchnorm.population.recalibration import recalibrate, uncompiled
+from batchnorm.population.state_shield import preserve_random_state, preserve_state
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    Statistics = tuple[Tensor, Tensor]  # running mean and variance
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over batches and its standard error, NaN for a single batch."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.4g} +- {self.error:.2g}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LayerGap:
+    """What one layer has to do with the stale part.
+
+    Args:
+        name: Dotted path.
+        share: By how much the loss in eval mode falls if this layer alone gets exact statistics.
+        t_mean: Distance of the stored mean from the exact one, in standard errors, rms over channels; NaN for a
+            single batch.
+        t_var: The same for the logarithm of the variance.
+    """
+
+    name: str
+    share: Estimate
+    t_mean: float
+    t_var: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TrainEvalGap:
+    """The loss in train and eval mode and what lies between them.
+
+    Args:
+        batch: L_batch.
+        population: L_pop.
+        eval: L_eval.
+        noise: L_pop - L_batch.
+        stale: L_eval - L_pop.
+        layers: In the order of execution.
+        together: Of the stale part, what no layer explains alone: stale minus all shares.
+        batches: How many.
+        examples: How many.
+    """
+
+    batch: Estimate
+    population: Estimate
+    eval: Estimate
+    noise: Estimate
+    stale: Estimate
+    layers: tuple[LayerGap, ...]
+    together: float
+    batches: int
+    examples: int
+
+    @property
+    def worst(self) -> LayerGap:
+        """The layer with the largest share, whatever its sign."""
+        return max(self.layers, key=lambda layer: abs(layer.share.value))
+
+    def __str__(self) -> str:
+        worst = self.worst
+        return (
+            f"loss {self.batch.value:.4g} in train mode, {self.population.value:.4g} by exact statistics, "
+            f"{self.eval.value:.4g} in eval mode: noise part {self.noise}, stale part {self.stale}, most of it "
+            f"{worst.share} in {worst.name} (stored mean {worst.t_mean:.1f}, variance {worst.t_var:.1f} standard "
+            f"errors away)"
+        )
+
+
+def train_eval_gap(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss,
+    max_examples: int | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> TrainEvalGap:
+    """Why the loss differs between train and eval mode, with the share of every layer; the model stays as it is.
+
+    Losses are means over examples: each batch's loss, a mean, counts by its examples. Dropout is off throughout.
+    Costs what ``recalibrate`` costs, and 3 forward passes over the data and one more for each layer. Frozen layers
+    and layers without stored statistics, and layers in eval mode in a model in train mode, are left as they are.
+
+    Unit: of the loss; ``t_mean`` and ``t_var`` in standard errors. Noise floor: the errors, from the scatter of the
+    differences over batches. The same batches are used for all losses, so that most of their scatter cancels. Where
+    stored statistics are the exact ones, the stale part is 0 to the last digit.
+
+    How to read it: a noise part below 0 says that train mode is worse, as it is with small batches. A stale part
+    above 0 is repaired by ``recalibrate``; t below 2 is what a running average scatters by, above 4 it is stale,
+    unless rare examples are very large: a variance that has some of them in it may be above 4 by chance. In
+    batches of M values a channel's own standard deviation is sqrt((M - 1) / M) too small, which eval mode does not
+    do: at M = 2 the output's slope falls by 29 % there, and that belongs to the noise part. It misleads with data
+    other than that of training, where exact statistics of these data are a third thing, an adaptation; with
+    augmentation that differs between the two modes; with batches of another size than in training; and shares do not
+    add up where several layers are wrong (``together``). Behind another batch norm layer batches are alike by
+    construction, and t can be large for a difference that matters little: read the share first.
+
+    Args:
+        model: Any model with batch norm, compiled or not.
+        data: Batches as ``recalibrate`` takes them, of the size of training's. A shuffling loader may shuffle.
+        loss: ``loss(output, batch)`` gives the mean over the batch's examples.
+        max_examples: Stop after so many.
+        device: Where batches are moved, if not to the device of the model.
+
+    Raises:
+        TypeError: If ``data`` is no iterable of batches, or the loss does not give a tensor.
+        ValueError: If there is no layer with stored statistics, no batch, a batch gives a layer one value per
+            channel, or the loss is not a finite scalar.
+
+    References:
+        Wu and Johnson 2021; Ioffe and Szegedy 2015, algorithm 2.
+    """
+    what = "train_eval_gap"
+    model = unwrapped(model)
+    named = with_shape(model, what)
+    data = list(data) if isinstance(data, Iterator) else data
+    with preserve_state(model), uncompiled(), torch.no_grad():
+        layers, exact, stored = _measure(model, named, data, max_examples, device)
+        batches = Batches(
+            data, max_examples, device_of(model) if device is None else torch.device(device), who="train_eval_gap"
+        )
+        losses, weights, seen = _losses(model, batches, loss, layers, _choices(stored, exact))
+    trained, stored_loss, exact_loss, *alone = torch.tensor(losses, dtype=torch.float64).T  # (batches,) each
+    mean = partial(_estimate, torch.tensor(weights, dtype=torch.float64))
+    gaps = [
+        LayerGap(name, mean(stored_loss - loss), *_standard_errors(layer, stored[name], exact[name], seen[name]))
+        for (name, layer), loss in zip(layers.items(), alone, strict=True)
+    ]
+    stale = mean(stored_loss - exact_loss)
+    return TrainEvalGap(
+        batch=mean(trained),
+        population=mean(exact_loss),
+        eval=mean(stored_loss),
+        noise=mean(exact_loss - trained),
+        stale=stale,
+        layers=tuple(gaps),
+        together=stale.value - sum(gap.share.value for gap in gaps),
+        batches=len(weights),
+        examples=sum(weights),
+    )
+
+
+def _measure(
+    model: nn.Module, named: dict[str, _BatchNorm], data: Any, max_examples: int | None, device: Any
+) -> tuple[dict[str, _BatchNorm], dict[str, Statistics], dict[str, Statistics]]:
+    """The layers that can be measured, in the order of execution, their exact and their stored statistics."""
+    before = {name: _statistics(layer) for name, layer in named.items() if layer.running_mean is not None}
+    if not before:
+        raise ValueError(
+            "train_eval_gap needs layers with stored statistics, got none. Construct them with "
+            "track_running_stats=True: without, eval mode is train mode."
+        )
+    found = recalibrate(model, data, max_examples, device=device)
+    layers = {name: named[name] for name in found}
+    if not layers:
+        raise ValueError(
+            "train_eval_gap needs layers that train mode normalizes by batches, got only frozen ones, or none that "
+            "ran. Unfreeze them, or pass a model in eval mode."
+        )
+    return layers, {name: _statistics(layer) for name, layer in layers.items()}, {n: before[n] for n in layers}
+
+
+def _statistics(layer: _BatchNorm) -> Statistics:
+    mean, var = cast("Statistics", (layer.running_mean, layer.running_var))
+    return mean.clone(), var.clone()
+
+
+def _choices(stored: dict[str, Statistics], exact: dict[str, Statistics]) -> list[dict[str, Statistics]]:
+    """What all layers normalize by: what they store, exact statistics, and exact ones in each layer alone."""
+    return [stored, exact, *({**stored, name: exact[name]} for name in stored)]
+
+
+def _losses(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    layers: dict[str, _BatchNorm],
+    choices: list[dict[str, Statistics]],
+) -> tuple[list[list[float]], list[int], dict[str, list[Moments]]]:
+    """Of every batch the loss in train mode and by each choice, and its examples; moments of each layer's inputs."""
+    losses: list[list[float]] = []
+    weights: list[int] = []
+    seen: dict[str, list[Moments]] = {name: [] for name in layers}
+    model.eval()
+    with preserve_random_state(*batches.generators):
+        for batch in batches:
+            evaluate = partial(_loss, model, batch, loss)
+            with _train_mode(layers, seen), refuse_single_values(model, "train_eval_gap"):
+                row = [evaluate()]
+            for statistics in choices:
+                _store(layers, statistics)
+                row.append(evaluate())
+            losses.append(row)
+            weights.append(examples_in(batch))
+    return losses, weights, seen
+
+
+def _loss(model: nn.Module, batch: Any, loss: Loss) -> float:
+    with preserve_random_state():
+        return float(finite(scalar(loss(call(model, batch), batch), "train_eval_gap"), "train_eval_gap"))
+
+
+def _store(layers: dict[str, _BatchNorm], statistics: dict[str, Statistics]) -> None:
+    for name, layer in layers.items():
+        for buffer, value in zip(
+            cast("Statistics", (layer.running_mean, layer.running_var)), statistics[name], strict=True
+        ):
+            buffer.copy_(value)
+
+
+@contextmanager
+def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -> Iterator[None]:
+    """A block in which the layers normalize by batches, whose moments are collected."""
+
+    def see(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen[name].append(Moments.of(input_of(args, kwargs)))
+
+    handles = [m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in layers.items()]
+    for layer in layers.values():
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.training = False
+        for handle in handles:
+            handle.remove()
+
+
+def examples_in(batch: Any) -> int:
+    """Examples of a batch by its first tensor; 1 if it has none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((count for count in map(_examples_or_none, parts) if count), 1)
+
+
+def _examples_or_none(part: Any) -> int | None:
+    return examples_in(part) if isinstance(part, (Tensor, Mapping, tuple, list)) else None
+
+
+def _estimate(weight: Tensor, values: Tensor) -> Estimate:
+    """Mean of (batches,) by weight, and its standard error."""
+    share = weight / weight.sum()
+    mean = (share * values).sum()
+    count = len(values)
+    spread = (share * (values - mean)).square().sum()
+    return Estimate(float(mean), float((spread * count / (count - 1)).sqrt()) if count > 1 else math.nan)
+
+
+def _standard_errors(
+    layer: _BatchNorm, stored: Statistics, exact: Statistics, batches: list[Moments]
+) -> tuple[float, float]:
+    """Distance of the stored mean and log variance from the exact ones, in standard errors of a running average."""
+    if len(batches) < 2:
+        return math.nan, math.nan
+    (mean, var), (exact_mean, exact_var) = ([x.double() for x in pair] for pair in (stored, exact))
+    kept = (exact_var > 0) & (var > 0)
+    scale = exact_var[kept]
+    means = torch.stack([m.mean for m in batches])[:, kept]  # (batches, channels)
+    logs = torch.stack([m.unbiased_var for m in batches])[:, kept].log()
+    share = _noise_of_average(layer) + 1 / len(batches)  # the exact ones are an average of these batches
+    off_mean = (mean - exact_mean)[kept].square() / scale
+    off_log = (var / exact_var)[kept].log().square()
+    pairs = [(off_mean, means.var(0) / scale), (off_log, logs.var(0))]
+    mean_t, log_t = (float((off.mean() / (noise.mean() * share)).sqrt()) for off, noise in pairs)
+    return mean_t, log_t
+
+
+def _noise_of_average(layer: _BatchNorm) -> float:
+    """Variance of a running average over that of one batch, after many batches."""
+    if layer.momentum is None:
+        return 1 / max(int(layer.num_batches_tracked or 1), 1)
+    return layer.momentum / (2 - layer.momentum)

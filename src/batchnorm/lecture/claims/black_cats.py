@@ -1,0 +1,320 @@
+"""Claim "cats": a model that learned from black cats fails on coloured ones; and what new statistics repair."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchnorm.lecture import data_sets, over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png
+from batchnorm.lecture.tested_on_other_cats import (
+    ALPHA,
+    BATCH,
+    COUNTED,
+    LAYERS,
+    LOOK,
+    NUMBERS,
+    PARTS,
+    RATES,
+    SHIFTS,
+    STEPS,
+    STREAM,
+    STREAMED,
+    Findings,
+    measure,
+    recovered,
+)
+from batchnorm.lecture.verdict import judge, minus
+
+NAMES = {
+    "black": "black cats, as learned",
+    "coloured": "coloured cats",
+    "contrast": f"contrast × {CONTRAST:g}, brightness + {BRIGHTNESS:g}",
+    "noise": f"noise of sd {NOISE:g}",
+    "inverted": "inverted",
+    "mix": "black, 1 in 20 a cat",
+}
+# What a criterion asks about: cats-repair-<name>
+REPAIRS = {"coloured": "coloured", "affine": "contrast", "noise": "noise", "inversion": "inverted"}
+LEARNED = 0.85
+LEAST = 0.05  # of accuracy lost; below, there is nothing to win back
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Train both arms on black cats, then test them on every shift, as they stand and re-estimated."""
+    total, done = settings.seeds * 2 * len(RATES), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done / total)
+
+    found = measure(settings, tick)
+    verdicts = [_shift(found), _robust(found), *(_repair(found, name) for name in REPAIRS), _mix(found)]
+    numbers: dict[str, float | None] = {
+        "best learning rate, median, without batch norm": round(float(over_seeds.median(found["rate", "without"])), 4),
+        "best learning rate, median, with batch norm": round(float(over_seeds.median(found["rate", "with"])), 4),
+        "test answers that less contrast changes after re-estimation, share": round(found.mean("changed"), 5),
+    }
+    rang = found["rang", "coloured"]
+    numbers["coloured cats and dogs until the alarm, median"] = _pictures(rang)
+    numbers["coloured cats and dogs until the alarm, most of any seed"] = _pictures(rang, of=torch.amax)
+    numbers[f"black cats and dogs, {STREAM} a seed: seeds with an alarm"] = int(found["rang", "black"].isfinite().sum())
+    numbers["coloured cats and dogs until an adapter uses new statistics, median"] = _pictures(
+        found["adapted", "coloured"]
+    )
+    for shift in STREAMED:
+        numbers[f"accuracy on {shift} cats and dogs, deployed"] = round(found.mean("with", shift), 4)
+        numbers[f"accuracy on {shift} cats and dogs, after the guarded repair"] = round(found.mean("guarded", shift), 4)
+    charts = [_picture(found, settings.seed), _shifts(found), _by_number(found), _distances(found), _alarm(found)]
+    return Result(verdicts, charts, numbers)
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------
+
+
+def _shift(found: Findings) -> Verdict:
+    black, coloured = found["with", "black"], found["with", "coloured"]
+    sentence = (
+        f"With batch norm {black.mean():.1%} on black cats and {coloured.mean():.1%} on coloured ones "
+        f"({_change(coloured - black)})."
+    )
+    failed = f"only {black.mean():.1%} on black" if black.mean() < LEARNED else ""
+    return judge("cats-shift", (black - coloured).tolist(), sentence, failed_guard=failed)
+
+
+def _robust(found: Findings) -> Verdict:
+    on = (
+        f"{found.mean('with', shift):.1%} with and {found.mean('without', shift):.1%} without batch norm on {shift}"
+        for shift in ("coloured", "black")
+    )
+    return judge(
+        "cats-robust", (found["with", "coloured"] - found["without", "coloured"]).tolist(), f"{'; '.join(on)}."
+    )
+
+
+def _repair(found: Findings, name: str) -> Verdict:
+    shift, key = REPAIRS[name], f"cats-repair-{name}"
+    before, after = found["with", shift], found["again", shift]
+    sentence = f"{NAMES[shift].capitalize()}: {before.mean():.1%} as it stands, {after.mean():.1%} re-estimated"
+    if _lost(found, shift) < LEAST:
+        return judge(key, [], f"{sentence}.", failed_guard=f"only {_points(_lost(found, shift))} lost")
+    shares = recovered(found["with", "black"], before, after)
+    sentence += f" ({shares.mean():.0%} of {_points(_lost(found, shift))} won back)."
+    return judge(key, shares.tolist(), sentence)
+
+
+def _mix(found: Findings) -> Verdict:
+    before, after = found["with", "mix"], found["again", "mix"]
+    sentence = (
+        f"Where 1 in 20 is a cat: {before.mean():.1%} as it stands, {after.mean():.1%} re-estimated "
+        f"({_change(after - before)})."
+    )
+    return judge("cats-repair-mix", (after - before).tolist(), sentence)
+
+
+def _lost(found: Findings, shift: str) -> float:
+    return found.mean("with", "black") - found.mean("with", shift)
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"
+
+
+def _change(values: Tensor) -> str:
+    mean = float(values.mean())
+    return f"{_points(abs(mean))} {'lost' if mean < 0 else 'won'}"
+
+
+# -- charts ---------------------------------------------------------------------------------------------------
+
+_LINES: dict[str, tuple[str, Role]] = {
+    "without": ("without batch norm", "without"),
+    "with": ("with batch norm", "with"),
+    "again": ("with batch norm, re-estimated", "with"),
+}
+_SERIES: dict[str, Role] = dict(_LINES.values())
+_ON_BLACK = "with batch norm on black cats"
+
+
+def _interval(values: Tensor, name: str) -> dict[str, float]:
+    """Mean over seeds as ``name``, and its 95% interval inside 0 to 1."""
+    return {key: min(max(value, 0.0), 1.0) for key, value in over_seeds.interval(values, name, 0.95).items()}
+
+
+def _picture(found: Findings, seed: int) -> Chart:
+    silhouettes = data_sets.cats()
+    shown = torch.cat([(silhouettes.y == c).nonzero().flatten()[:5] for c in (0, 1)])
+    picture = mosaic([paint(name, silhouettes.x[shown], seed) for name in PAINTINGS], zoom=3)
+    below = ", ".join(f"{found.mean('with', name):.0%} ({NAMES[name]})" for name in PAINTINGS if name != "black")
+    return Chart(
+        "picture",
+        f"With batch norm, learned from the first row ({found.mean('with', 'black'):.0%} right); right on the rows "
+        f"below it: {below}",
+        "Five rows of the same ten silhouettes, five cats and five dogs: black on a light ground; in many colours on a "
+        "light ground; black with less contrast, grey on grey; black with strong noise; light on a dark ground.",
+        [{"png": base64.b64encode(png(picture)).decode(), "width": picture.shape[2]}],
+    )
+
+
+def _shifts(found: Findings) -> Chart:
+    rows = [
+        {"label": NAMES[shift], **_interval(found[arm, shift], "value"), "series": series}
+        for shift in SHIFTS
+        for arm, (series, _) in _LINES.items()
+    ]
+    shares = [
+        f"{recovered(found['with', 'black'], found['with', shift], found['again', shift]).mean():.0%} ({name})"
+        for name, shift in REPAIRS.items()
+        if _lost(found, shift) >= LEAST
+    ]
+    won = f"wins back {', '.join(shares)} of the lost accuracy" if shares else "finds no lost accuracy to win back"
+    return Chart(
+        "dots",
+        minus(f"Re-estimating {won}; where 1 in 20 is a cat: {_change(found['again', 'mix'] - found['with', 'mix'])}"),
+        "Accuracy for each kind of test image. Orange: without batch norm; blue: with batch norm as it stands; "
+        "below it, its second shade: after re-estimating its statistics on unlabelled images of that kind.",
+        rows,
+        Axis("accuracy on test images, with 95% interval", domain=(0, 1), percent=True),
+        series=_SERIES,
+    )
+
+
+def _by_number(found: Findings) -> Chart:
+    again = _LINES["again"][0]
+    rows = []
+    for shift in COUNTED:
+        panel = {"panel": NAMES[shift]}
+        rows += [
+            {"x": number, **_interval(found["again", shift, number], "y"), "series": again, **panel}
+            for number in NUMBERS
+        ]
+        levels = {_LINES[arm][0]: found.mean(arm, shift) for arm in ("without", "with")}
+        levels[_ON_BLACK] = found.mean("with", "black")
+        rows += [
+            {"x": number, "y": round(level, 4), "series": series, **panel}
+            for series, level in levels.items()
+            for number in NUMBERS
+        ]
+    reached = ", ".join(f"{found.mean('again', 'coloured', number):.0%} with {number}" for number in NUMBERS)
+    return Chart(
+        "points",
+        f"Coloured cats, by unlabelled images used: {found.mean('with', 'coloured'):.0%} right with none, {reached}",
+        "Accuracy after re-estimating against the number of unlabelled images on a log scale, one panel for coloured "
+        "cats and one for less contrast. Dashed lines show each arm as it stands, and the accuracy on black cats.",
+        rows,
+        Axis("unlabelled images", log=True),
+        Axis("accuracy on test images", domain=(0, 1), percent=True),
+        {**_SERIES, _ON_BLACK: "neutral"},
+        dashed=(*(_LINES[arm][0] for arm in ("without", "with")), _ON_BLACK),
+    )
+
+
+def _distances(found: Findings) -> Chart:
+    rows = [
+        {
+            "label": NAMES[shift],
+            "value": over_seeds.figures(found.mean("moved", shift, layer), 3),
+            "series": f"layer {layer}",
+        }
+        for shift in SHIFTS
+        for layer in LAYERS
+    ]
+    (contrast, far), (coloured, deep) = (
+        [found.mean("moved", shift, layer) for layer in (LAYERS[0], LAYERS[-1])] for shift in COUNTED[::-1]
+    )
+    return Chart(
+        "dots",
+        f"Less contrast moves the first layer's statistics by {contrast:.2f} sd and, re-estimated up to there, the "
+        f"last one's by {far:.2f}; coloured cats move them by {coloured:.2f} and {deep:.2f}",
+        "Distance between stored and re-estimated statistics of the three layers for each kind of image, on a log "
+        "scale. The first line, black cats as learned, is what re-estimating moves without a shift.",
+        rows,
+        Axis("distance of statistics, in stored standard deviations", log=True),
+        series={f"layer {layer}": "with" for layer in LAYERS},
+    )
+
+
+def _alarm(found: Findings) -> Chart:
+    looks = range(LOOK, STREAM + 1, LOOK)
+    names = {"black": "black, as learned", "coloured": "coloured"}
+    rows = [
+        row
+        for shift in STREAMED
+        for row in over_seeds.curve(
+            looks, torch.stack([found["evidence", shift, n] for n in looks]), series=names[shift]
+        )
+    ]
+    limit = f"alarm: {1 / ALPHA:.0f} to 1"
+    rows += [{"x": n, "y": -math.log10(ALPHA), "series": limit} for n in (looks[0], looks[-1])]
+    rang, false = found["rang", "coloured"], found["rang", "black"]
+    heard = f"after {_pictures(rang)} coloured pictures" if rang.isfinite().any() else "in no seed"
+    return Chart(
+        "lines",
+        f"A monitor that has only the model rings {heard} ({int(rang.isfinite().sum())} of {len(rang)} seeds; median), "
+        f"and on black ones in {int(false.isfinite().sum())} of {len(false)} seeds; {_repaired(found)}",
+        "Evidence against pictures as they were learned, as a power of ten, by the number of pictures that passed: for "
+        "black and for coloured ones, median and range over seeds, with a dashed line at the alarm.",
+        rows,
+        Axis("pictures"),
+        Axis("evidence, power of ten"),
+        {names["black"]: "neutral", names["coloured"]: "with", limit: "neutral"},
+        dashed=(limit,),
+    )
+
+
+def _repaired(found: Findings) -> str:
+    """What a guarded adapter did after the alarm."""
+    began = int(found["adapted", "coloured"].isfinite().sum())
+    answers = f"{found.mean('guarded', 'coloured'):.0%} of coloured ones right for {found.mean('with', 'coloured'):.0%}"
+    return f"a guarded repair then answers {answers} (it began in {began} of {len(found['adapted', 'coloured'])} seeds)"
+
+
+def _pictures(rang: Tensor, of: Callable[[Tensor], Tensor] = torch.median) -> int | None:
+    """So many pictures; None for a monitor that stayed silent."""
+    number = float(of(rang))
+    return int(number) if math.isfinite(number) else None
+
+
+CLAIM = Claim(
+    name="cats",
+    title="Black cats, coloured cats",
+    sentence=(
+        "A model that learned to know cats from black ones does badly on coloured cats, although the answer to the "
+        "question is the same: the distribution of the inputs has shifted (covariate shift)."
+    ),
+    arms=(
+        "Silhouettes of cats and dogs of 28 × 28 pixels, not photographs. Learned: black on a light ground (each "
+        f"colour {LIGHT:g} to 1). Tested: in random colours on such a ground; black with the whole picture x changed "
+        f"to {CONTRAST:g} x + {BRIGHTNESS:g}, to 1 − x, or by Gaussian noise of standard deviation {NOISE:g} (chosen "
+        "after a look: half of that took too little accuracy to ask what is won back); and black with 1 cat in 20. "
+        f"Three convolutions without and with batch norm, {STEPS} steps of SGD with momentum 0.9 on {PARTS['train']} "
+        f"images, batches of {BATCH}, learning rates falling to 0 from {', '.join(map(str, RATES))}: each network "
+        f"keeps the rate that is best on {PARTS['validation']} other black images. Statistics are re-estimated on up "
+        f"to {PARTS['adaptation']} unlabelled images of the test's kind, none of them a test image. A seed varies "
+        "split, order, initialization and colours; a share won back is what all seeds won over what all lost."
+    ),
+    how_to_read=(
+        "In the second chart compare the last two marks of a line: their distance is what new statistics change "
+        "without a label, and where they reach the first line all is repaired. In the chart of distances a shift that "
+        "batch norm cancels moves the first layer only; others move later layers too, beyond the first line. The "
+        "guarded repair is that of an adapter whose monitor was calibrated on what the network learned from: from the "
+        "alarm on, statistics follow the pictures if that makes answers more informative."
+    ),
+    not_shown=(
+        "Silhouettes are far simpler than photographs of cats, and the networks are small. Other ways to adapt, with "
+        "labels, augmentation or entropy, are not tried; no statistics help where what makes a cat a cat has changed."
+    ),
+    sources=(
+        "Shimodaira 2000, Improving predictive inference under covariate shift",
+        "Li et al. 2016, Revisiting Batch Normalization for Practical Domain Adaptation",
+        "Schneider et al. 2020, Improving robustness against common corruptions by covariate shift adaptation",
+        "Nado et al. 2020, Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift",
+    ),
+    run=run,
+)

@@ -1,0 +1,291 @@
+"""Claim "scale": normalizing input features that differ in range makes the loss rounder and learning faster.
+
+Softmax regression by full-batch gradient descent: with x~ = (x, 1), its Hessian is bounded by E[x~ x~^T], so the
+condition number of that matrix says how long the bowl is that the lecture draws (LeCun et al. 1998, section 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from sklearn import datasets
+from torch import Tensor
+
+from batchnorm.inputs import InputNorm
+from batchnorm.lecture import data_sets, over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.ensemble_training import Arrival, first_step
+from batchnorm.lecture.verdict import judge
+
+# Half decades, widened after a look until the best rate of every arm that arrives lay inside.
+RATES = tuple(10 ** (k / 2) for k in range(-16, 7))
+# At 0.1 nats the true class has a probability of 0.9 (geometric mean over examples), whatever the number of classes.
+TARGET = 0.1
+FLOOR = 1e-3  # smallest loss that charts tell apart
+RAW, CENTRED, NORMALIZED = "as recorded", "only centred", "normalized"
+_SERIES: dict[str, Role] = {RAW: "without", CENTRED: "neutral", NORMALIZED: "with"}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table of the claim: its name in sentences, training examples, steps at most, divisor of its features."""
+
+    title: str
+    train: int
+    steps: int
+    divisor: float = 1.0
+
+
+# Four fifths of wine and breast cancer; 500 digits, as training on all would take most of the claim's time.
+TABLES = {
+    "wine": Table("wine", 142, 1000),
+    "cancer": Table("breast cancer", 455, 1000),
+    "digits": Table("digits", 500, 150, divisor=16.0),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Descent:
+    """Learning curves of one arm.
+
+    Args:
+        losses: Training loss before every step and after the last, nats, (steps + 1, seeds, rates).
+    """
+
+    losses: Tensor
+
+    @property
+    def cap(self) -> int:
+        """Number of steps that were taken."""
+        return len(self.losses) - 1
+
+    def steps_to_target(self) -> Tensor:
+        """First step with a loss of TARGET or less, (seeds, rates); infinity where there was none."""
+        return first_step(self.losses <= TARGET, torch.arange(len(self.losses)))
+
+    def best_rate(self) -> int:
+        """Index of the rate that is fastest to the target in the median over seeds; of the lowest last loss if none."""
+        median = over_seeds.median(self.steps_to_target(), 0)
+        last = over_seeds.median(self.losses[-1].nan_to_num(torch.inf), 0)
+        return int(median.argmin() if median.isfinite().any() else last.argmin())
+
+    def best(self) -> Arrival:
+        """Steps to the target at the best rate."""
+        return Arrival(self.steps_to_target()[:, self.best_rate()], self.cap)
+
+
+def descend(x: Tensor, y: Tensor, steps: int) -> Descent:
+    """Softmax regression from zero weights by gradient descent, every seed and rate in one product of matrices.
+
+    Args:
+        x: Inputs of each seed, (seeds, N, features).
+        y: Classes, (seeds, N).
+        steps: Number of full-batch steps.
+    """
+    classes, rates = int(y.max()) + 1, len(RATES)
+    x = _with_bias(x)
+    true = y[:, :, None, None].expand(-1, -1, 1, rates)
+    weights = torch.zeros(len(x), x.shape[2], classes * rates)
+    scale = (torch.tensor(RATES) / x.shape[1]).repeat(classes)
+    losses = []
+    for step in range(steps + 1):
+        logits = (x @ weights).unflatten(2, (classes, rates))  # (seeds, N, classes, rates)
+        log_p = logits.log_softmax(2)
+        losses.append(-log_p.gather(2, true).mean((1, 2)))
+        if step < steps:
+            error = log_p.exp_().scatter_add_(2, true, -torch.ones(true.shape))
+            weights -= x.mT @ error.flatten(2) * scale
+    return Descent(torch.stack(losses))
+
+
+def _with_bias(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
+
+
+def condition_number(x: Tensor) -> float:
+    """Largest over smallest eigenvalue of E[x~ x~^T] with a column of ones, over directions that are not empty.
+
+    From singular values in float64, whose square the eigenvalues are, so that 1e12 is still exact to some digits.
+    A constant feature repeats the column of ones and adds an empty direction.
+
+    Args:
+        x: Inputs, (N, features).
+    """
+    values = torch.linalg.svdvals(_with_bias(x.double()))
+    empty = values[0] * max(x.shape) * torch.finfo(torch.float64).eps  # as numpy's matrix_rank
+    return float((values[0] / values[values > empty][-1]).square())
+
+
+def arms(name: str, settings: Settings) -> tuple[dict[str, Tensor], Tensor]:
+    """Each arm's inputs, (seeds, N, features), and the classes, (seeds, N), of every seed's training split."""
+    table, examples = TABLES[name], data_sets.table(name)
+    picked = examples[torch.stack([data_sets.split(len(examples), table.train, s)[0] for s in settings.all_seeds])]
+    raw = picked.x / table.divisor
+    normalized = torch.stack([InputNorm.fit(x)(x) for x in raw])
+    return {RAW: raw, CENTRED: raw - raw.mean(1, keepdim=True), NORMALIZED: normalized}, picked.y
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Train on every table in every form over one grid of learning rates."""
+    found: dict[str, dict[str, Descent]] = {}
+    numbers: dict[str, float | int | str | None] = {}
+    for done, (name, table) in enumerate(TABLES.items(), start=1):
+        inputs, classes = arms(name, settings)
+        steps = settings.steps(table.steps)
+        found[name] = {arm: descend(x, classes, steps) for arm, x in inputs.items()}
+        numbers |= _numbers(table, inputs, found[name])
+        progress(done / len(TABLES))
+    verdicts = [_judge(name, descents) for name, descents in found.items()]
+    return Result(verdicts, [_curves(found), _rates(found), _spreads()], numbers)
+
+
+def _numbers(
+    table: Table, inputs: Mapping[str, Tensor], descents: Mapping[str, Descent]
+) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {
+        f"{table.title}, {_called(arm, table)}, condition number (first seed)": over_seeds.figures(
+            condition_number(x[0]), 3
+        )
+        for arm, x in inputs.items()
+    }
+    for arm in (RAW, NORMALIZED):
+        rate = RATES[descents[arm].best_rate()]
+        numbers[f"{table.title}, {_called(arm, table)}, best learning rate"] = over_seeds.figures(rate, 2)
+    return numbers
+
+
+def _called(arm: str, table: Table) -> str:
+    return f"as pixels / {table.divisor:g}" if arm == RAW and table.divisor != 1 else arm
+
+
+def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
+    """Steps to the target as recorded against normalized, each at its best rate."""
+    table, control = TABLES[name], name == "digits"
+    raw, centred, fast = (descents[arm].best() for arm in (RAW, CENTRED, NORMALIZED))
+    ratios = raw.steps / fast.steps
+    sentence = (
+        f"{table.title}: {fast} steps with normalized features, {raw} {_called(RAW, table)} "
+        f"({_times(raw, fast)} as many), {centred} if only centred"
+    )
+    if control:
+        sentence += (
+            ". Normalizing also centres, and the control counts that too: features that are only centred take "
+            f"{_times(centred, fast)} as many steps as normalized ones"
+        )
+    late = [arm for arm, arrival in ((NORMALIZED, fast), (RAW, raw)) if arrival.late and (control or arrival is fast)]
+    failed = f"{' and '.join(late)}: not every seed reached {TARGET} nats in {fast.last} steps" if late else ""
+    return judge(f"scale-{name}", ratios.log10().tolist(), f"{sentence}.", failed_guard=failed)
+
+
+def _times(slow: Arrival, fast: Arrival) -> str:
+    return f"{'at least ' if slow.late else ''}{over_seeds.factor(slow.steps / fast.steps):.3g} times"
+
+
+def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
+    rows, counts = [], []
+    for name, descents in found.items():
+        panel, cap = TABLES[name].title, descents[RAW].cap
+        shown = sorted({round(cap ** (k / 30)) for k in range(31)})
+        for arm, descent in descents.items():
+            best = descent.losses[shown, :, descent.best_rate()]  # (shown, seeds)
+            rows += over_seeds.curve(shown, best.clamp_min(FLOOR), series=arm, panel=panel)
+        rows += [{"x": x, "y": TARGET, "series": "target", "panel": panel} for x in (1, cap)]
+        counts.append(f"{panel} {descents[NORMALIZED].best()} instead of {descents[RAW].best()}")
+    return Chart(
+        "lines",
+        f"Steps to {TARGET} nats with normalized features, each form at its best learning rate: {', '.join(counts)}",
+        "Training loss against steps, both on log scales, one panel for each table: blue with normalized features, "
+        "orange with features as recorded (digits: pixels / 16), grey with features that are only centred, each with "
+        f"its band over seeds; the target of {TARGET} nats is dashed. Steps to it: {', '.join(counts)}.",
+        rows,
+        Axis("training step", log=True),
+        Axis(f"training loss, nats (at least {FLOOR})", log=True),
+        {**_SERIES, "target": "neutral"},
+        dashed=("target",),
+    )
+
+
+def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
+    rows, reached = [], []
+    for name, descents in found.items():
+        panel = TABLES[name].title
+        for arm, descent in descents.items():
+            last = descent.losses[-1].T.clamp_min(FLOOR)  # (rates, seeds)
+            rows += over_seeds.curve(map(over_seeds.figures, RATES), last, series=arm, panel=panel)
+        count = {arm: int(over_seeds.median(d.steps_to_target(), 0).isfinite().sum()) for arm, d in descents.items()}
+        reached.append(f"{panel} {count[NORMALIZED]} instead of {count[RAW]}")
+    return Chart(
+        "points",
+        f"Of {len(RATES)} learning rates, so many reach {TARGET} nats with normalized features instead of as recorded: "
+        f"{', '.join(reached)}",
+        "Training loss after the last step against the learning rate, both on log scales, one panel for each table: "
+        "blue normalized, orange as recorded (digits: pixels / 16), grey only centred, with the range over seeds. "
+        f"Rates that reach {TARGET} nats in the median seed: {', '.join(reached)}.",
+        rows,
+        Axis("learning rate", log=True),
+        Axis(f"last training loss, nats (at least {FLOOR})", log=True, domain=(FLOOR, 100)),
+        _SERIES,
+    )
+
+
+def _spreads() -> Chart:
+    """Standard deviation of every feature of the whole wine table before and after."""
+    x = data_sets.table("wine").x
+    names = cast("Any", datasets.load_wine()).feature_names
+    before, after = x.std(0, correction=0), InputNorm.fit(x)(x).std(0, correction=0)
+    rows = [
+        {"label": label.replace("_", " "), "value": float(f"{sd:.3g}"), "series": arm}
+        for arm, spread in ((RAW, before), (NORMALIZED, after))
+        for label, sd in zip(names, spread.tolist(), strict=True)
+    ]
+    return Chart(
+        "dots",
+        f"Wine as recorded has features with standard deviations from {before.min():.2g} to {before.max():.3g}; "
+        f"normalized, from {after.min():.3g} to {after.max():.3g}",
+        f"One row for each of the {len(names)} features of wine. The orange dots, as recorded, span "
+        f"{math.log10(before.max() / before.min()):.1f} powers of ten, the blue ones, normalized, "
+        f"{math.log10(after.max() / after.min()):.1f}.",
+        rows,
+        Axis("standard deviation, in the feature's unit (log)", log=True),
+        series={arm: _SERIES[arm] for arm in (RAW, NORMALIZED)},
+    )
+
+
+CLAIM = Claim(
+    name="scale",
+    title="Normalizing the inputs",
+    sentence=(
+        "When input features have very different ranges, the loss is a long narrow bowl; normalizing them to mean 0 "
+        "and variance 1 makes it rounder, so that gradient descent can take larger steps and learns faster."
+    ),
+    arms=(
+        f"Softmax regression on wine ({TABLES['wine'].train} of 178 examples), breast cancer ({TABLES['cancer'].train} "
+        f"of 569) and, as a control, digits ({TABLES['digits'].train} of 1797, pixels / 16), with features as "
+        "recorded, only centred, and normalized by InputNorm fitted on the training examples. Full-batch gradient "
+        f"descent from zero weights, so every form starts at the same loss; {len(RATES)} learning rates from 1e-8 to "
+        "1000, the same for each (a grid that was widened after a look, until the best rate of every form that arrives "
+        f"lay inside); a seed is a draw of training examples. Counted are the steps to a training loss of {TARGET} "
+        f"nats, where the true class has a probability of 0.9, {TABLES['wine'].steps} at most "
+        f"({TABLES['digits'].steps} for digits)."
+    ),
+    how_to_read=(
+        "In the first chart look where a curve crosses the dashed line: that is the number of steps, each form at its "
+        "own best rate, with the band spanning all seeds; grey shows how much centring does alone. In the "
+        "second look at how far apart the best rates are, and how low the points get there."
+    ),
+    not_shown=(
+        "An arm that never arrives counts with the last step, so its ratio is a lower bound. Normalizing changes mean "
+        "and spread together, and the criterion counts both, on the control too: there the grey arm tells what of it "
+        "is the mean. Optimizers that scale each weight's step, such as Adam, and second-order methods narrow the gap; "
+        "the test loss is not looked at."
+    ),
+    sources=(
+        "LeCun, Bottou, Orr and Müller 1998, Efficient BackProp, sections 4.3 and 5",
+        "Ioffe and Szegedy 2015, Batch Normalization, section 2",
+    ),
+    run=run,
+)

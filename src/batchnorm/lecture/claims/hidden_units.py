@@ -1,0 +1,133 @@
+"""Claim "hidden": batch norm does for hidden units what normalization does for inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.rate_sweep import BOTH, EVERY, RATES, TARGET, Sweep, sweep
+from batchnorm.lecture.verdict import judge
+
+ACTIVATIONS = ("relu", "sigmoid")
+_NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}
+USABLE = 0.9
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Sweep both arms with both activations over one grid of learning rates."""
+    sweeps: dict[str, dict[str, Sweep]] = {}
+    for done, activation in enumerate(ACTIVATIONS, start=1):
+        sweeps[activation] = {arm: sweep(settings, activation, norm) for arm, norm in BOTH.items()}
+        progress(done / len(ACTIVATIONS))
+    speeds = [judge_speed(name, arms) for name, arms in sweeps.items()]
+    ranges = [_judge_rate(name, arms) for name, arms in sweeps.items()]
+    numbers = {
+        f"best learning rate, {_NAMES[name]}, {arm} batch norm": RATES[s.best_rate()]
+        for name, arms in sweeps.items()
+        for arm, s in arms.items()
+    }
+    return Result([*speeds, *ranges], [_curves(sweeps, speeds), _usable(sweeps, ranges)], numbers)
+
+
+def judge_speed(activation: str, arms: dict[str, Sweep]) -> Verdict:
+    """Steps to the target without against with batch norm, each at its best rate."""
+    slow, fast = arms["without"].best(), arms["with"].best()
+    ratios = slow.steps / fast.steps
+    sentence = (
+        f"{_NAMES[activation]}: {fast} steps with batch norm, {slow} without "
+        f"({'at least ' if slow.late else ''}{over_seeds.factor(ratios):.1f} times as many)."
+    )
+    failed = f"with batch norm not every seed reached {TARGET:.0%} in {fast.last} steps" if fast.late else ""
+    return judge(f"hidden-speed-{activation}", ratios.log2().tolist(), sentence, failed_guard=failed)
+
+
+def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
+    """Largest usable rate with against without; an arm with no usable rate counts with the smallest of the grid."""
+    largest = {name: arm.largest_rate(USABLE) for name, arm in arms.items()}
+    ratio = largest["with"].clamp_min(RATES[0]) / largest["without"].clamp_min(RATES[0])
+    sentence = (
+        f"{_NAMES[activation]}: the largest learning rate that ends at {USABLE:.0%} or more is "
+        f"{_largest(largest['with'])} with batch norm, {_largest(largest['without'])} without (medians over seeds)."
+    )
+    failed = f"no rate reached {USABLE:.0%} with batch norm" if bool((largest["with"] == 0).any()) else ""
+    return judge(f"hidden-rate-{activation}", ratio.log2().tolist(), sentence, failed_guard=failed)
+
+
+def _largest(rates: Tensor) -> str:
+    """The median over seeds in words; 0 is none."""
+    median = float(rates.median())
+    if not median:
+        return "none of the grid"
+    return f"{median:g}" + (" (the grid's largest)" if median == RATES[-1] else "")
+
+
+def _curves(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Chart:
+    rows = [
+        row
+        for activation, arms in sweeps.items()
+        for name, arm in arms.items()
+        for row in over_seeds.curve(
+            arm.steps.tolist(), arm.best_curve(), series=f"{name} batch norm", panel=_NAMES[activation]
+        )
+    ]
+    return Chart(
+        "lines",
+        f"At its best learning rate each: {verdicts[0].sentence.rstrip('.')}",
+        "Training accuracy against steps, one panel for ReLU and one for sigmoid, with a curve and its band over seeds "
+        f"for each arm. {' '.join(verdict.sentence for verdict in verdicts)}",
+        rows,
+        Axis("training step"),
+        Axis("training accuracy", domain=(0, 1), percent=True),
+        SERIES,
+    )
+
+
+def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Chart:
+    rows, found = [], []
+    for activation, arms in sweeps.items():
+        counts = {}
+        for name, arm in arms.items():
+            final = arm.accuracy[-1]  # (seeds, rates)
+            rows += over_seeds.curve(arm.rates, final.T, series=f"{name} batch norm", panel=_NAMES[activation])
+            counts[name] = int((final.median(0).values >= USABLE).sum())
+        found.append(f"{_NAMES[activation]} {counts['with']} with batch norm and {counts['without']} without")
+    return Chart(
+        "points",
+        f"Of {len(RATES)} learning rates, so many end at {USABLE:.0%} or more in the median seed: {', '.join(found)}",
+        "Final training accuracy against learning rate on a log scale, one panel for each activation, one point with "
+        f"its range over seeds for each arm and rate. {' '.join(verdict.sentence for verdict in verdicts)}",
+        rows,
+        Axis("learning rate", log=True),
+        Axis("final training accuracy", domain=(0, 1), percent=True),
+        SERIES,
+    )
+
+
+CLAIM = Claim(
+    name="hidden",
+    title="The same for hidden units",
+    sentence=(
+        "Normalizing the inputs makes learning easier when features differ in range; batch norm does the same "
+        "for the values of hidden units, not only for the inputs, and so speeds up learning."
+    ),
+    arms=(
+        "The lecture's network with weights W1 to W5 (64 pixels, four hidden layers of 64, 10 digits) without and "
+        "with batch norm before each activation, from the same initialization for its activation. Plain SGD, batches "
+        f"of 64, {len(RATES)} learning rates from {RATES[0]} to {RATES[-1]:g} for both arms; accuracy on 300 training "
+        f"examples every {EVERY} steps, in eval mode."
+    ),
+    how_to_read=(
+        "In the first chart look at how far left a curve rises: that is speed, each arm at its own best rate, with "
+        "the band spanning all seeds. In the second look at how many rates still end high."
+    ),
+    not_shown=(
+        "It does not say why batch norm helps, and nothing about final test accuracy; residual networks and adaptive "
+        "optimizers narrow the gap. An arm that never arrives counts with the last step, so its ratio is a lower bound."
+    ),
+    sources=(
+        "Ioffe and Szegedy 2015, Batch Normalization, section 4",
+        "Bjorck et al. 2018, Understanding Batch Normalization",
+    ),
+    run=run,
+)

@@ -1,0 +1,342 @@
+"""Claim "noise": a mini-batch's statistics are noisy, less so the larger it is, and the noise regularizes slightly.
+
+For a population-standardized value z and a batch of M with mean d and standard deviation s, batch norm gives
+(z - d) / s instead of z. Averaged over the batch, E[((z - d) / s - z)^2] = 2 (1 - E[s]), because the batch's own
+covariance of both is s (the layer's eps aside). To first order in 1 / M this is (kurtosis + 3) / (4 M): 1 / M from
+the mean and (kurtosis - 1) / (4 M) from the standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm import kernels
+from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture import data_sets, over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
+from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
+from batchnorm.lecture.rate_sweep import digits
+from batchnorm.lecture.renormalized import GhostNorm, with_population
+from batchnorm.lecture.verdict import judge, minus
+
+SIZES = (64, 64, 64, 10)
+TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
+STEPS = 150
+RATE = 0.3
+GROUPS = (4, 8, 16, 32, 128, 512)
+BATCHES = (16, 32, 128)  # of the naive comparison, where the optimizer's batch changes too
+LEARNED = 0.95
+MEASURED = tuple(2**k for k in range(1, 10))
+ROWS = 16384  # examples drawn for each batch size, at least
+AT_LEAST = 64  # batches
+
+Value = TypeVar("Value", Tensor, float)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arm:
+    """Networks trained with one normalization, at the end of training, with exact population statistics.
+
+    Args:
+        ensemble: One network for each seed.
+        train_accuracy: (seeds,).
+        test_loss: Nats, (seeds,).
+        test_accuracy: (seeds,).
+    """
+
+    ensemble: Ensemble
+    train_accuracy: Tensor
+    test_loss: Tensor
+    test_accuracy: Tensor
+
+
+def train_arm(settings: Settings, norm: Norm, batch: int = TRAIN) -> Arm:
+    """One network for each seed, trained with ``norm`` for STEPS steps of ``batch`` examples; all arms start alike."""
+    splits = [data_sets.split(len(digits()), TRAIN, seed) for seed in settings.all_seeds]
+    steps = settings.steps(STEPS)
+    indices = [
+        data_sets.batch_indices(kept, batch, steps, seed)
+        for (kept, _), seed in zip(splits, settings.all_seeds, strict=True)
+    ]
+    ensemble = Ensemble.of(lambda: fully_connected(SIZES, norm=norm), settings.all_seeds)
+    sgd(ensemble, digits(), torch.stack(indices), torch.full((settings.seeds,), RATE))
+    train, test = (digits()[torch.stack(part)] for part in zip(*splits, strict=True))
+    exact = with_population(ensemble, SIZES, train.x)
+    with torch.no_grad():
+        fitted, unseen = exact(train.x), exact(test.x)
+    return Arm(exact, accuracies(fitted, train.y), losses(unseen, test.y), accuracies(unseen, test.y))
+
+
+def pre_activations(ensemble: Ensemble, x: Tensor) -> list[Tensor]:
+    """What each batch norm layer receives in eval mode, (R, N, C) each, standardized over the N examples of ``x``."""
+    found = []
+    children = list(ensemble.template.named_children())
+    for end, (name, _) in enumerate(children):
+        if name.startswith("norm"):
+            with torch.no_grad():
+                received = ensemble.through(nn.Sequential(OrderedDict(children[:end])), x)
+            mean, std = received.mean(1, keepdim=True), received.std(1, correction=0, keepdim=True)
+            found.append((received - mean) / std)
+    return found
+
+
+def noise_of_batches(z: Tensor, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise power of batch norm and variance of the batch mean, of each channel, for batches of ``size``.
+
+    Batches are drawn with replacement, so that M examples are independent however few there are in ``z``.
+
+    Args:
+        z: Population of standardized values, (N, C).
+        size: Examples in a batch, M.
+        random: Draws the batches.
+
+    Returns:
+        Mean over batches and their examples of (normalized - z)^2, (C,); mean of the squared batch mean, (C,).
+    """
+    batches = max(ROWS // size, AT_LEAST)
+    drawn = z[torch.randint(len(z), (size, batches), generator=random)].flatten(1)  # (M, batches * C)
+    normalized, mean, _ = kernels.train_forward(drawn, None, None, BatchNorm1d(1).eps)
+    power = (normalized - drawn).square().mean(0).view(batches, -1).mean(0)
+    return power, mean.square().view(batches, -1).mean(0)
+
+
+def kurtosis(z: Tensor) -> Tensor:
+    """E[z^4] of standardized values, 3 for a normal law: (..., N, C) -> (..., C)."""
+    return z.double().pow(4).mean(-2)
+
+
+def theory(kurtosis: Value, size: int) -> Value:
+    """Noise power of a batch of ``size`` to first order, (kurtosis + 3) / (4 M)."""
+    return (kurtosis + 3) / (4 * size)
+
+
+def gaussian(size: int) -> float:
+    """Noise power of a batch of ``size`` normal values, exactly: 2 (1 - E[s]).
+
+    E[s] = sqrt(2 / M) Gamma(M / 2) / Gamma((M - 1) / 2), the mean of a chi variable with M - 1 degrees of freedom.
+    """
+    log_mean = 0.5 * math.log(2 / size) + math.lgamma(size / 2) - math.lgamma((size - 1) / 2)
+    return -2 * math.expm1(log_mean)
+
+
+def dropout(power: Value) -> Value:
+    """Share p of values that dropout drops for a noise power of p / (1 - p) (Srivastava et al. 2014, section 10)."""
+    return power / (1 + power)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noise:
+    """Noise of mini-batches at each size of MEASURED, mean over layers and channels.
+
+    Args:
+        power: Noise power, (sizes, seeds).
+        mean: Variance of the batch mean, (sizes, seeds).
+        kurtosis: Of the pre-activations, (seeds,).
+    """
+
+    power: Tensor
+    mean: Tensor
+    kurtosis: Tensor
+
+    def slopes(self) -> Tensor:
+        """Least-squares slope of log power on log size, (seeds,)."""
+        x = torch.tensor(MEASURED, dtype=self.power.dtype).log()
+        x = x - x.mean()
+        return (x @ self.power.log()) / x.square().sum()
+
+
+def measure_noise(ensemble: Ensemble, settings: Settings) -> Noise:
+    """Noise of batches drawn from all digits at every batch norm layer of ``ensemble``."""
+    layers = pre_activations(ensemble, digits().x)
+    power, mean = (torch.zeros(len(MEASURED), settings.seeds, dtype=torch.float64) for _ in range(2))
+    for index, seed in enumerate(settings.all_seeds):
+        random = torch.Generator().manual_seed(seed)
+        for row, size in enumerate(MEASURED):
+            found = [noise_of_batches(z[index], size, random) for z in layers]
+            power[row, index], mean[row, index] = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
+    return Noise(power, mean, torch.cat([kurtosis(z) for z in layers], 1).mean(1))
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Train with every group size and batch, and measure the noise on the networks trained with one group."""
+    arms: dict[int, Arm] = {}
+    naive: dict[int, Arm] = {}
+    for done, size in enumerate(GROUPS + BATCHES):
+        if done < len(GROUPS):
+            arms[size] = train_arm(settings, partial(GhostNorm, size=size))
+        else:
+            naive[size] = train_arm(settings, BatchNorm1d, size)
+        progress((done + 1) / (len(GROUPS) + len(BATCHES) + 1))
+    noise = measure_noise(arms[TRAIN].ensemble, settings)
+    progress(1.0)
+    slope, effect = _judge_slope(noise), judge_effect(arms)
+    charts = [_power_chart(noise, slope), _dropout_chart(noise), _effect_chart(arms, naive)]
+    return Result([slope, effect], charts, _numbers(noise, arms, naive))
+
+
+def _judge_slope(noise: Noise) -> Verdict:
+    slopes, power = noise.slopes(), noise.power.mean(1)
+    sentence = (
+        f"The noise power is {power[0]:.2f} at batches of {MEASURED[0]} and {power[-1]:.4f} at {MEASURED[-1]}: it goes "
+        f"as batch size to the power {slopes.mean():.2f} (theory: -1)."
+    )
+    return judge("noise-slope", slopes.tolist(), sentence)
+
+
+def judge_effect(arms: Mapping[int, Arm]) -> Verdict:
+    """Test loss with groups of 512 minus with 16."""
+    small, large = arms[16], arms[512]
+    effect = large.test_loss - small.test_loss
+    points = 100 * (small.test_accuracy - large.test_accuracy).mean()
+    sentence = (
+        f"Test loss {small.test_loss.mean():.3f} nats with groups of 16, {large.test_loss.mean():.3f} with 512 "
+        f"({abs(effect.mean()):.3f} {'lower' if effect.mean() >= 0 else 'higher'}; accuracy {points:+.1f} points with "
+        f"16); {_shape(arms)}."
+    )
+    worst = {size: float(arms[size].train_accuracy.min()) for size in (16, 512)}
+    failed = "; ".join(f"groups of {g} ended at {w:.1%} training accuracy" for g, w in worst.items() if w < LEARNED)
+    return judge("noise-regularizes", effect.tolist(), sentence, failed_guard=failed)
+
+
+def _shape(arms: Mapping[int, Arm]) -> str:
+    """Whether the test loss rises with the size of groups all the way."""
+    mean = {size: float(arm.test_loss.mean()) for size, arm in arms.items()}
+    ordered = [mean[size] for size in sorted(mean)]
+    if ordered == sorted(ordered):
+        return "the smaller the groups, the lower the loss"
+    return f"not monotone: lowest with groups of {min(mean, key=mean.__getitem__)}"
+
+
+def _numbers(noise: Noise, arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {
+        "kurtosis of pre-activations (3 for a normal law)": over_seeds.mean(noise.kurtosis)
+    }
+    for size in (2, 8, 32, 512):
+        ratio = noise.power[MEASURED.index(size)].mean() / theory(noise.kurtosis, size).mean()
+        numbers[f"batches of {size}, noise power over theory"] = over_seeds.figures(ratio, 3)
+    for size in (16, TRAIN):
+        numbers[f"groups of {size}, test accuracy, %"] = over_seeds.mean(100 * arms[size].test_accuracy)
+        numbers[f"groups of {size}, training accuracy, %"] = over_seeds.mean(100 * arms[size].train_accuracy)
+    for size, arm in naive.items():
+        numbers[f"optimizer batches of {size}, test loss, nats"] = over_seeds.mean(arm.test_loss)
+        numbers[f"optimizer batches of {size}, training accuracy, %"] = over_seeds.mean(100 * arm.train_accuracy)
+    return numbers
+
+
+_MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal law, exact"
+
+
+def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> list[dict[str, Any]]:
+    """Measured values (sizes, seeds) and dashed theories at every size of MEASURED."""
+    rows = over_seeds.curve(MEASURED, values, middle=torch.mean, series=_MEASURED, panel=panel)
+    for name, formula in theories.items():
+        rows += [{"x": m, "y": over_seeds.figures(formula(m)), "series": name, "panel": panel} for m in MEASURED]
+    return rows
+
+
+def _power_chart(noise: Noise, slope: Verdict) -> Chart:
+    kappa = float(noise.kurtosis.mean())
+    whole = {_FIRST_ORDER: lambda m: theory(kappa, m), _NORMAL: gaussian}
+    return Chart(
+        "points",
+        slope.sentence.rstrip("."),
+        "Noise power against batch size, both on log scales, in two panels: of a normalized value, and of the batch "
+        "mean alone. Blue points with the range over seeds are measured; dashed lines are the theory to first order, "
+        "which halves whenever the batch doubles, and in the first panel the exact one for a normal law. "
+        f"{slope.sentence}",
+        _lines("of a normalized value", noise.power, whole)
+        + _lines("of the batch mean", noise.mean, {_FIRST_ORDER: lambda m: 1 / m}),
+        Axis("batch size M", log=True),
+        Axis("noise power, in variances of the value", log=True),
+        {_MEASURED: "with", _FIRST_ORDER: "neutral", _NORMAL: "neutral"},
+        dashed=(_FIRST_ORDER, _NORMAL),
+    )
+
+
+def _dropout_chart(noise: Noise) -> Chart:
+    kappa = float(noise.kurtosis.mean())
+    equal = dropout(noise.power)
+    at = {size: 100 * equal[MEASURED.index(size)].mean() for size in (8, 32, 512)}
+    said = ", ".join(f"{share:.2g}% with batches of {size}" for size, share in at.items())
+    return Chart(
+        "points",
+        f"The noise of a batch is as strong as that of dropout at {said}",
+        "Dropout rate with the same noise power against batch size, both on log scales: blue points measured, "
+        f"with the range over seeds, the dashed line by theory to first order. Measured: {said}.",
+        _lines("", equal, {_FIRST_ORDER: lambda m: dropout(theory(kappa, m))}),
+        Axis("batch size M", log=True),
+        Axis("equivalent dropout rate p", log=True, percent=True),
+        {_MEASURED: "with", _FIRST_ORDER: "neutral"},
+        dashed=(_FIRST_ORDER,),
+    )
+
+
+def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
+    kinds = {_GROUPED: arms, _RESIZED: {**naive, TRAIN: arms[TRAIN]}}
+    rows = []
+    for kind, found in kinds.items():
+        for size, arm in found.items():
+            change = over_seeds.interval(arm.test_loss - arms[TRAIN].test_loss, "y")
+            rows.append({"x": size, **change, "series": kind, "panel": kind})
+        rows += [{"x": size, "y": 0.0, "series": _SAME, "panel": kind} for size in (min(GROUPS), TRAIN)]
+    changes = {row["x"]: row["y"] for row in rows if row["series"] == _GROUPED and row["x"] != TRAIN}
+    said = ", ".join(f"{change:+.3f} with groups of {size}" for size, change in changes.items())
+    return Chart(
+        "points",
+        minus(f"Test loss in nats against one group of {TRAIN}: {said}"),
+        f"Change of the test loss from one group of {TRAIN}, against the number of examples normalized together on a "
+        "log scale, with intervals over seeds. Blue points in the first panel: groups at a fixed optimizer batch. Grey "
+        "points in the second: the optimizer's batch itself has that size. A dashed line marks no change; lower is "
+        "better.",
+        rows,
+        Axis("examples normalized together", log=True),
+        Axis(f"test loss minus that with {TRAIN}, nats"),
+        {_GROUPED: "with", _RESIZED: "neutral", _SAME: "neutral"},
+        dashed=(_SAME,),
+    )
+
+
+_GROUPED, _RESIZED, _SAME = f"groups, optimizer batch {TRAIN}", "optimizer batch itself", "no change"
+
+CLAIM = Claim(
+    name="noise",
+    title="Mini-batch noise regularizes",
+    sentence=(
+        "Each mini-batch's mean and variance are noisy estimates, so batch norm adds some noise to every hidden unit, "
+        "as dropout does, and has a slight regularization effect; with a batch of 512 instead of 64 there is less."
+    ),
+    arms=(
+        f"Noise: batches of {MEASURED[0]} to {MEASURED[-1]} drawn with replacement from all digits, at both batch norm "
+        "layers of trained networks, against values normalized by population statistics. Effect: networks with two "
+        f"hidden layers of 64 on {TRAIN} digits, {STEPS} steps at rate {RATE} for all arms; every step sees all "
+        f"{TRAIN} examples, normalized in random groups of {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}, so that "
+        f"grouping is the only randomness. Test loss on the other {1797 - TRAIN} digits with exact population "
+        f"statistics. As a contrast, optimizer batches of {', '.join(map(str, BATCHES))} for as many steps."
+    ),
+    how_to_read=(
+        "In the first two charts hold the points against the dashed theory, by which doubling the batch about halves "
+        "the noise. In the third, a point below the dashed line is a better test loss than without the "
+        "noise of groups, and its interval says how sure that is."
+    ),
+    not_shown=(
+        "Equal noise power is not equal noise: batch norm's is shared by all examples of a batch. The grey points mix "
+        "in the noise of the optimizer's own small batches and fewer examples seen, so they do not speak for batch "
+        "norm. Small networks on few examples, all stopped at the same step; more data leave less to regularize."
+    ),
+    sources=(
+        "Ioffe and Szegedy 2015, Batch Normalization, section 3.4",
+        "Hoffer, Hubara and Soudry 2017, Train longer, generalize better (ghost batch norm)",
+        "Luo et al. 2019, Towards Understanding Regularization in Batch Normalization",
+        "Srivastava et al. 2014, Dropout, section 10 (Gaussian multiplicative noise)",
+    ),
+    run=run,
+)

@@ -1,0 +1,300 @@
+"""Claim "cause": the reduced shift is why batch norm trains faster - tested by bringing the shift back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from batchnorm.instruments.layer_drift import drift, noise_floor
+from batchnorm.layers import BatchNorm1d
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.data_sets import Examples
+from batchnorm.lecture.ensemble_training import accuracies, first_step, losses, sgd
+from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
+from batchnorm.lecture.rate_sweep import (
+    BOTH,
+    RATES,
+    SIZES,
+    TARGET,
+    Sweep,
+    digits,
+    probe_indices,
+    sweep,
+    training_indices,
+)
+from batchnorm.lecture.verdict import judge
+
+# Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
+# round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
+SHIFT = 1.0  # a unit's mean moves by -SHIFT .. SHIFT
+SCALE = 1.5  # its standard deviation is multiplied by 1 / SCALE .. SCALE
+WINDOW = 100  # steps over which the drift counts: about what the slowest arm needs to reach the target
+EVERY = 10  # steps between two looks at a[2]
+READ = 5  # steps between two readings of the accuracy in train mode, as in the sweeps
+PROBE = 256
+LAYER = 3
+CALLED = {
+    "without": "without batch norm",
+    "with": "with batch norm",
+    "noisy": "with batch norm and noise",
+    "half": "with batch norm and half the noise",
+}
+
+
+class Noisy(nn.Module):
+    """Batch norm, followed in train mode by a random shift and scale of every unit, fresh at each call.
+
+    All examples of a batch get the same, so that nothing but the distribution which the next layer receives moves.
+
+    Args:
+        width: Number of units.
+        strength: 1 for shifts up to SHIFT and factors up to SCALE, 0.5 for half of that (factors on a log scale).
+    """
+
+    def __init__(self, width: int, strength: float = 1.0) -> None:
+        super().__init__()
+        self.norm = BatchNorm1d(width)
+        self.strength = strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized values, (N, width), moved in train mode only."""
+        y = self.norm(x)
+        if not self.training:
+            return y
+        shift, scale = self.strength * (2 * torch.rand(2, y.shape[1]) - 1)
+        return y * SCALE**scale + SHIFT * shift
+
+
+ARMS: dict[str, Norm | None] = {**BOTH, "noisy": Noisy, "half": partial(Noisy, strength=0.5)}
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Tune every arm on one grid, then look at what layer 3 receives at each arm's best rate."""
+    sweeps: dict[str, Sweep] = {}
+    watched: dict[str, Watched] = {}
+    for arm, norm in ARMS.items():
+        with _noise_from(settings.seed):
+            sweeps[arm] = sweep(settings, "relu", norm)
+        progress(len(sweeps) / 5)
+    for arm in ARMS:
+        with _noise_from(settings.seed):
+            watched[arm] = _watch(settings, arm, RATES[sweeps[arm].best_rate()])
+        progress(0.8 + len(watched) / 20)
+    charts = [_curves(sweeps), _drifts(watched)]
+    return Result([_judge(sweeps, watched)], charts, _numbers(sweeps, watched))
+
+
+@contextmanager
+def _noise_from(seed: int) -> Iterator[None]:
+    """The same noise at every run, and the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watched:
+    """What layer 3 of one arm saw at its best rate; S seeds.
+
+    Args:
+        rate: That rate.
+        drift: Drift of a[2] per EVERY steps, averaged over the window, (S,).
+        floor: Its noise floor, (S,).
+        relative: Change of layer 3's gradient by the step of the layers before it, in lengths of the gradient, (S,).
+        cosine: Cosine between the two gradients, (S,).
+        reached: First step with the target accuracy read in train mode, noise on, (S,); infinity if not in the window.
+    """
+
+    rate: float
+    drift: Tensor
+    floor: Tensor
+    relative: Tensor
+    cosine: Tensor
+    reached: Tensor
+
+
+def _watch(settings: Settings, arm: str, rate: float) -> Watched:
+    steps = settings.steps(WINDOW)
+    net = Ensemble.of(lambda: fully_connected(SIZES, "relu", ARMS[arm]), settings.all_seeds)
+    probe = digits()[probe_indices(settings, PROBE)]
+    indices = training_indices(settings, steps)
+    values: list[Tensor] = []
+    curve: list[Tensor] = []
+    changes: list[Tensor] = []
+    before: dict[str, Tensor] = {}
+
+    def observe(step: int) -> None:
+        if step % EVERY == 1:
+            changes.append(gradient_shift(net, before, digits()[indices[:, step - 1]], settings.seed + step))
+        if step % EVERY == 0:
+            values.append(net.behind(f"act{LAYER - 1}", probe.x, train=True))
+            before.update({name: value.detach().clone() for name, value in net.parameters.items()})
+        if step % READ == 0:
+            with torch.no_grad():
+                curve.append(accuracies(net(probe.x, train=True, keep_statistics=True), probe.y))
+
+    sgd(net, digits(), indices, torch.full((settings.seeds,), rate), observe)
+    seen = torch.stack(values)
+    relative, cosine = torch.stack(changes).mean(0)
+    reached = first_step(torch.stack(curve) >= TARGET, torch.arange(len(curve)) * READ)
+    moved = drift(seen[:-1], seen[1:]).total.mean(0)
+    return Watched(rate, moved, noise_floor(seen).mean(0), relative, cosine, reached)
+
+
+def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
+    """How a step of the layers before layer 3 changes the gradient of W3: relative change and cosine, (2, R).
+
+    Santurkar et al. 2018, definition 2.1: the gradient with all parameters as they were, against the one with the
+    layers before as they are after the step; on the same batch and with the same noise.
+    """
+    moved = {
+        name: after.parameters[name].detach() if int(name.split(".")[0][-1]) < LAYER else value
+        for name, value in before.items()
+    }
+    first, second = (_gradient(after, parameters, batch, seed) for parameters in (before, moved))
+    relative = (first - second).norm(dim=1) / first.norm(dim=1)
+    return torch.stack([relative, F.cosine_similarity(first, second, dim=1)])
+
+
+def _gradient(net: Ensemble, parameters: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
+    """Gradient of the loss with respect to W3, (R, entries)."""
+    weight = f"w{LAYER}.weight"
+    parameters = parameters | {weight: parameters[weight].detach().requires_grad_()}
+    with _noise_from(seed):
+        logits = Ensemble(net.template, parameters, net.buffers)(batch.x, train=True, keep_statistics=True)
+    return torch.autograd.grad(losses(logits, batch.y).sum(), parameters[weight])[0].flatten(1)
+
+
+def _lost(without: Tensor, batch_norm: Tensor, noisy: Tensor) -> Tensor:
+    """Share of batch norm's log speed-up that is gone with the noise, for each seed."""
+    return 1 - (without / noisy).log() / (without / batch_norm).log()
+
+
+def _share(values: Tensor) -> str:
+    return f"{values.mean():.0%}" if bool(values.isfinite().all()) else "an unknown share"
+
+
+def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
+    best = {arm: sweeps[arm].best() for arm in ARMS}
+    lost, half = (_lost(*(best[name].steps for name in ("without", "with", arm))) for arm in ("noisy", "half"))
+    moved = {arm: float(watched[arm].drift.mean()) for arm in ARMS}
+    sentence = (
+        f"{best['with']} steps to {TARGET:.0%} with batch norm, {best['noisy']} with noise behind it, "
+        f"{best['without']} without: the noise costs {_share(lost)} of the (log) speed-up, while a[2] moves by "
+        f"{moved['noisy']:.2g} standard deviations per {EVERY} steps, against {moved['with']:.2g} with batch norm and "
+        f"{moved['without']:.2g} without. Half the noise ({moved['half']:.2g}) costs {_share(half)}."
+    )
+    failed = ""
+    if best["without"].late or best["with"].late:
+        failed = f"not every seed reached {TARGET:.0%} in {best['with'].last} steps with and without batch norm"
+    elif not bool((best["without"].steps > best["with"].steps).all()):
+        failed = "there is a seed in which batch norm gave no speed-up to lose"
+    elif not moved["noisy"] >= moved["without"]:
+        failed = f"the drift is {moved['noisy']:.2g} with the noise, below {moved['without']:.2g} without batch norm"
+    return judge("cause-drift", lost.tolist(), sentence, failed_guard=failed)
+
+
+def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {}
+    for arm, seen in watched.items():
+        shift = "change of layer 3's gradient by the layers before it"
+        numbers[f"best learning rate, {CALLED[arm]}"] = seen.rate
+        numbers[f"{shift}, relative, {CALLED[arm]}"] = over_seeds.mean(seen.relative)
+        numbers[f"{shift}, cosine, {CALLED[arm]}"] = over_seeds.mean(seen.cosine)
+    read = {arm: watched[arm].reached for arm in ("with", "noisy")}
+    for arm, reached in read.items():
+        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds.mean(
+            over_seeds.median(reached)
+        )
+    share = _lost(sweeps["without"].best().steps, *read.values())
+    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds.mean(share)
+    return numbers
+
+
+_SERIES: dict[str, Role] = {
+    CALLED["without"]: "without",
+    CALLED["with"]: "with",
+    CALLED["noisy"]: "neutral",
+    CALLED["half"]: "neutral",
+}
+
+
+def _curves(sweeps: dict[str, Sweep]) -> Chart:
+    rows = [
+        row
+        for arm, swept in sweeps.items()
+        for row in over_seeds.curve(swept.steps.tolist(), swept.best_curve(), series=CALLED[arm])
+    ]
+    found = ", ".join(f"{swept.best()} {CALLED[arm]}" for arm, swept in sweeps.items())
+    return Chart(
+        "lines",
+        f"Steps to {TARGET:.0%} training accuracy, each at its best learning rate: {found}",
+        "Training accuracy against steps for four arms with bands over all seeds: orange without batch norm, blue "
+        f"with, grey with batch norm and noise behind it, at full and at half strength. Steps to {TARGET:.0%}: "
+        f"{found}.",
+        rows,
+        Axis("training step"),
+        Axis("training accuracy", domain=(0, 1), percent=True),
+        _SERIES,
+    )
+
+
+def _drifts(watched: dict[str, Watched]) -> Chart:
+    rows = [
+        {"label": label, **over_seeds.interval(values), "series": CALLED[arm]}
+        for arm, seen in watched.items()
+        for label, values in ((CALLED[arm], seen.drift), (f"noise floor {CALLED[arm]}", seen.floor))
+        if bool((values > 0).all() & values.isfinite().all())
+    ]
+    found = ", ".join(f"{seen.drift.mean():.2g} {CALLED[arm]}" for arm, seen in watched.items())
+    return Chart(
+        "dots",
+        f"Drift of what layer 3 receives, in standard deviations per {EVERY} steps: {found}",
+        f"Drift of a[2] over the first {WINDOW} steps for four arms with intervals over seeds, each followed by its "
+        f"noise floor, the distance of two random halves of the probe. Mean drift: {found}.",
+        rows,
+        Axis(f"drift of a[2] per {EVERY} steps [sd]"),
+        None,
+        _SERIES,
+    )
+
+
+CLAIM = Claim(
+    name="cause",
+    title="Is the reduced shift the reason?",
+    sentence=(
+        "Batch norm makes the values that a layer receives shift less while the layers before it learn, and that is "
+        "why each layer learns more by itself and the whole network learns faster."
+    ),
+    arms=(
+        "Three arms of the lecture's five-layer network (ReLU): without batch norm, with it, and with batch norm whose "
+        f"output is disturbed again in training: at every step each unit is shifted by up to {SHIFT:g} and stretched "
+        f"by a factor of up to {SCALE:g} either way, drawn anew (after Santurkar et al.). The strength was chosen "
+        "after a look at the drift, and at nothing else; a fourth arm with half of it is shown, not judged. Each arm "
+        f"has its learning rate tuned on the same grid of {len(RATES)}; accuracy is read in eval mode, where the noise "
+        f"is off, and the drift of a[2] over the first {WINDOW} steps (about what the slowest arm needs) at the best "
+        "rate with the noise on, because layer 3 receives it."
+    ),
+    how_to_read=(
+        "If the reduced shift were the reason, the curve with the full noise would fall back to the orange one. The "
+        "second chart is the check that this noise brings the shift back: its dot must lie at or beyond the orange one."
+    ),
+    not_shown=(
+        "The noise moves distributions, which the next batch norm partly undoes: only the distributional version of "
+        "the explanation is tested. How a step of earlier layers changes layer 3's gradient is in the figures. Noise "
+        "may also slow learning for other reasons than drift, so a loss of speed is weak evidence and none lost is "
+        "strong. Accuracy read with the noise on (in the figures) includes what the noise does to the answer itself."
+    ),
+    sources=(
+        "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",
+        "Ioffe and Szegedy 2015, Batch Normalization, section 2",
+    ),
+    run=run,
+)

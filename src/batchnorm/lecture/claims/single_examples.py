@@ -1,0 +1,373 @@
+"""Claim "test time": one example at a time needs stored statistics, and with them its answer is its own.
+
+Three choices of statistics for a network in use: those of the test batch (train mode), the exponentially weighted
+average of training (running statistics, EMA), and those of the whole training set under the final weights
+(population). Only the stored ones make the answer a function of the example alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from batchnorm.lecture import data_sets, over_seeds
+from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.data_sets import Examples
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.rate_sweep import SIZES, digits
+from batchnorm.lecture.renormalized import GhostNorm, with_norm, with_population
+from batchnorm.lecture.verdict import judge
+
+BATCH = 32
+STEPS = 300
+RATE = 0.1
+MEASURED = (2, 4, 8, 16, 32, 64, 128)
+TEST = 768  # a multiple of every size measured, so that no example is left out of a batch
+PARTITIONS = 8  # random ways to divide the test examples into batches
+ALONE = 256  # test examples that are also put through the network one at a time
+EARLY = 20  # steps after which the EMA has seen little
+READ = (5, 10, EARLY, 40, 70, 100, 150, 200, 300)  # steps at which test accuracy is read
+POPULATION, EMA, OWN = "population statistics", "running average (EMA)", "statistics of the test batch"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """Test accuracy and loss in nats after some steps with stored statistics of a kind, (seeds,) each."""
+
+    step: int
+    statistics: str
+    accuracy: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """One network for each seed after training, with its running statistics.
+
+    Args:
+        ensemble: The networks.
+        exact: The same networks with population statistics stored.
+        test: Test examples of each network, (seeds, TEST, ...).
+        readings: During training, in the order of steps.
+    """
+
+    ensemble: Ensemble
+    exact: Ensemble
+    test: Examples
+    readings: list[Reading]
+
+    def reading(self, statistics: str, step: int | None = None) -> Reading:
+        """The reading after ``step``, by default the last one."""
+        of_kind = [reading for reading in self.readings if reading.statistics == statistics]
+        return of_kind[-1] if step is None else next(reading for reading in of_kind if reading.step == step)
+
+
+def train(settings: Settings) -> Trained:
+    """Train the lecture's five-layer network with batches of BATCH; the examples of TEST are never trained on."""
+    splits = [data_sets.split(len(digits()), len(digits()) - TEST, seed) for seed in settings.all_seeds]
+    fitted, test = (digits()[torch.stack(part)] for part in zip(*splits, strict=True))
+    steps = settings.steps(STEPS)
+    indices = [
+        data_sets.batch_indices(kept, BATCH, steps, seed)
+        for (kept, _), seed in zip(splits, settings.all_seeds, strict=True)
+    ]
+    ensemble = Ensemble.of(lambda: fully_connected(SIZES), settings.all_seeds)
+    readings: list[Reading] = []
+
+    def observe(step: int) -> None:
+        if step in READ or step == steps:
+            exact = with_population(ensemble, SIZES, fitted.x)
+            readings.extend(_read(step, kind, nets, test) for kind, nets in ((EMA, ensemble), (POPULATION, exact)))
+
+    sgd(ensemble, digits(), torch.stack(indices), torch.full((settings.seeds,), RATE), observe)
+    return Trained(ensemble, with_population(ensemble, SIZES, fitted.x), test, readings)
+
+
+def _read(step: int, statistics: str, ensemble: Ensemble, test: Examples) -> Reading:
+    with torch.no_grad():
+        logits = ensemble(test.x)
+    return Reading(step, statistics, accuracies(logits, test.y), losses(logits, test.y))
+
+
+def logits_in_batches(ensemble: Ensemble, x: Tensor, size: int, settings: Settings) -> Tensor:
+    """Logits in train mode, each example among random companions: (seeds, PARTITIONS, N, classes).
+
+    Args:
+        ensemble: Fully connected networks of SIZES; left as they are.
+        x: Examples of each network, (seeds, N, features), N a multiple of ``size``.
+        size: Examples in a batch.
+        settings: Seeds that draw the companions.
+    """
+    orders = torch.stack([_partitions(x.shape[1], seed) for seed in settings.all_seeds])  # (seeds, PARTITIONS, N)
+    mixed = x.gather(1, orders.flatten(1)[:, :, None].expand(-1, -1, x.shape[2]))
+    # all batches at once: groups of ``size`` neighbours are normalized by themselves
+    in_groups = with_norm(ensemble, SIZES, partial(GhostNorm, size=size))
+    with torch.no_grad():
+        logits = in_groups(mixed, train=True)
+    logits = logits.unflatten(1, orders.shape[1:])
+    return torch.empty_like(logits).scatter_(2, orders[..., None].expand_as(logits), logits)
+
+
+def _partitions(count: int, seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(count, generator=random) for _ in range(PARTITIONS)])
+
+
+def flip_rate(predictions: Tensor, classes: int) -> Tensor:
+    """Probability that two random partitions give an example different classes, mean over examples.
+
+    Args:
+        predictions: Classes, (seeds, partitions, N).
+        classes: Number of classes.
+
+    Returns:
+        1 - sum_k c_k (c_k - 1) / (P (P - 1)) with c_k votes of P for class k, (seeds,).
+    """
+    partitions = predictions.shape[1]
+    votes = torch.nn.functional.one_hot(predictions, classes).sum(1).double()  # (seeds, N, classes)
+    same = (votes * (votes - 1)).sum(-1) / (partitions * (partitions - 1))
+    return 1 - same.mean(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InBatches:
+    """What train mode does to the test examples in batches of each size of MEASURED.
+
+    Args:
+        accuracy: (sizes, seeds).
+        flips: Probability that another batch changes an example's class, (sizes, seeds).
+        spread: Standard deviation of a logit over partitions in units of the logits', (sizes, seeds).
+    """
+
+    accuracy: Tensor
+    flips: Tensor
+    spread: Tensor
+
+
+def measure_batches(trained: Trained, settings: Settings) -> InBatches:
+    """Accuracy, flips and spread in batches of every size."""
+    accuracy, flips, spread = [], [], []
+    for size in MEASURED:
+        logits = logits_in_batches(trained.ensemble, trained.test.x, size, settings)
+        predicted = logits.argmax(-1)
+        accuracy.append((predicted == trained.test.y[:, None]).double().mean((1, 2)))
+        flips.append(flip_rate(predicted, SIZES[-1]))
+        spread.append(logits.var(1).mean((1, 2)).sqrt() / logits.std((1, 2, 3)))
+    return InBatches(torch.stack(accuracy), torch.stack(flips), torch.stack(spread))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alone:
+    """The same examples alone and in batches of every size, with stored statistics.
+
+    Args:
+        largest: Largest difference of a logit in units of the logits' standard deviation, (seeds,).
+        same_bits: Share of logits that are equal to the bit.
+        layer_same_bits: Share of a batch norm layer's outputs that are equal to the bit.
+        changes: Share of classes that differ between alone and in a batch.
+    """
+
+    largest: Tensor
+    same_bits: float
+    layer_same_bits: float
+    changes: float
+
+
+def measure_alone(trained: Trained, settings: Settings) -> Alone:
+    """Put ALONE test examples through each network one at a time, and in random batches of every size."""
+    largest, logit_bits, layer_bits, changes = [], [], [], []
+    for index, seed in enumerate(settings.all_seeds):
+        net = partial(_one_network, trained.exact, index)
+        x = trained.test.x[index, :ALONE]
+        order = torch.randperm(ALONE, generator=torch.Generator().manual_seed(seed))
+        alone = net("", x, 1, order)
+        batched = torch.stack([net("", x, size, order) for size in MEASURED])
+        largest.append((batched - alone).abs().max() / alone.std())
+        logit_bits.append((batched == alone).double().mean())
+        changes.append((batched.argmax(-1) != alone.argmax(-1)).double().mean())
+        received = net("w1", x, ALONE, order)
+        layer_alone = net("norm1", received, 1, order)
+        layer_batched = torch.stack([net("norm1", received, size, order) for size in MEASURED])
+        layer_bits.append((layer_batched == layer_alone).double().mean())
+    shares = (float(torch.stack(share).mean()) for share in (logit_bits, layer_bits, changes))
+    return Alone(torch.stack(largest), *shares)
+
+
+def _one_network(ensemble: Ensemble, index: int, child: str, x: Tensor, size: int, order: Tensor) -> Tensor:
+    """Outputs of one network, or of one of its children, in eval mode: ``x`` in batches of ``size`` in this order."""
+    prefix = f"{child}." if child else ""
+    state = {**ensemble.parameters, **ensemble.buffers}
+    mine = {k.removeprefix(prefix): v[index] for k, v in state.items() if k.startswith(prefix)}
+    part = ensemble.template.get_submodule(child).eval()
+    with torch.no_grad():
+        outputs = torch.cat([functional_call(part, mine, (batch,)) for batch in x[order].split(size)])
+    return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+
+def refusal_of_one(trained: Trained) -> str:
+    """What train mode answers to a single example."""
+    try:
+        trained.ensemble(trained.test.x[:, :1], train=True, keep_statistics=True)
+    except ValueError as error:
+        return f"refused: {error}".split(". ")[0]
+    return "accepted"
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Train, then put the test examples through the networks in every way."""
+    trained = train(settings)
+    progress(0.6)
+    batches = measure_batches(trained, settings)
+    progress(0.9)
+    alone = measure_alone(trained, settings)
+    progress(1.0)
+    verdicts = [_judge_size(trained, batches, name, size) for name, size in (("small", 2), ("medium", 8))]
+    verdicts.append(_judge_alone(alone, batches))
+    charts = [_accuracy_chart(trained, batches), _flip_chart(batches, alone), _early_chart(trained)]
+    return Result(verdicts, charts, _numbers(trained, batches))
+
+
+def _judge_size(trained: Trained, batches: InBatches, name: str, size: int) -> Verdict:
+    population, batch = trained.reading(POPULATION).accuracy.double(), batches.accuracy[MEASURED.index(size)]
+    sentence = (
+        f"Accuracy on test data {population.mean():.1%} with population statistics, {batch.mean():.1%} with those of "
+        f"batches of {size}."
+    )
+    return judge(f"test-time-{name}", (population - batch).tolist(), sentence)
+
+
+def _judge_alone(alone: Alone, batches: InBatches) -> Verdict:
+    flips = batches.flips[MEASURED.index(BATCH)].mean()
+    sentence = (
+        f"With stored statistics a logit differs by at most {alone.largest.max():.1g} of the logits' standard "
+        f"deviation between alone and in any batch; {alone.same_bits:.0%} of logits are equal to the bit, and "
+        f"{alone.layer_same_bits:.0%} of a batch norm layer's outputs. In train mode another batch of {BATCH} changes "
+        f"the class of an example with probability {flips:.1%}."
+    )
+    return judge("test-time-alone", alone.largest.tolist(), sentence)
+
+
+def _numbers(trained: Trained, batches: InBatches) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {"a batch of 1 in train mode": refusal_of_one(trained)}
+    last = trained.readings[-1].step
+    for step in sorted({EARLY, last}):
+        for kind in (EMA, POPULATION):
+            reading = trained.reading(kind, step)
+            numbers[f"after {step} steps, {kind}, test accuracy, %"] = round(100 * float(reading.accuracy.mean()), 2)
+            numbers[f"after {step} steps, {kind}, test loss, nats"] = round(float(reading.loss.mean()), 4)
+    for size in (MEASURED[0], BATCH, MEASURED[-1]):
+        spread = batches.spread[MEASURED.index(size)]
+        numbers[f"batches of {size} in train mode, spread of a logit, standard deviations of logits"] = over_seeds.mean(
+            spread
+        )
+    return numbers
+
+
+# Every series is with batch norm; grey is the one whose statistics are not stored
+_SERIES: dict[str, Role] = {OWN: "neutral", POPULATION: "with", EMA: "with"}
+_STORED = "stored statistics"
+
+
+def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
+    rows = over_seeds.curve(MEASURED, batches.accuracy, middle=torch.mean, series=OWN)
+    stored = {kind: float(trained.reading(kind).accuracy.mean()) for kind in (POPULATION, EMA)}
+    rows += [
+        {"x": m, "y": round(y, 4), "series": kind} for kind, y in stored.items() for m in (MEASURED[0], MEASURED[-1])
+    ]
+    small, large = (float(batches.accuracy[row].mean()) for row in (0, -1))
+    found = (
+        f"Batches of {MEASURED[0]} reach {small:.1%} and of {MEASURED[-1]} {large:.1%}; population statistics "
+        f"{stored[POPULATION]:.1%}, the running average {stored[EMA]:.1%}"
+    )
+    return Chart(
+        "points",
+        found,
+        "Accuracy on test data against the size of test batches on a log scale: grey points with the range over seeds "
+        f"for statistics of the test batch, two dashed horizontal lines for the stored statistics. {found}.",
+        rows,
+        Axis("examples in a test batch", log=True),
+        Axis("accuracy on test data", domain=(0, 1), percent=True),
+        _SERIES,
+        dashed=(POPULATION, EMA),
+    )
+
+
+def _flip_chart(batches: InBatches, alone: Alone) -> Chart:
+    rows = over_seeds.curve(MEASURED, batches.flips, middle=torch.mean, series=OWN)
+    rows += [{"x": m, "y": over_seeds.figures(alone.changes), "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
+    first, middle = batches.flips[0].mean(), batches.flips[MEASURED.index(BATCH)].mean()
+    return Chart(
+        "points",
+        f"Other companions in the batch change an example's class with probability {first:.1%} in batches of "
+        f"{MEASURED[0]} and {middle:.1%} in batches of {BATCH}",
+        "Probability that an example gets another class in another random batch, against batch size on a log scale: "
+        "grey points with the range over seeds for statistics of the test batch; dashed, the share of classes that "
+        f"differ between alone and in a batch with stored statistics, {alone.changes:.2%}.",
+        rows,
+        Axis("examples in a test batch", log=True),
+        Axis("class changes with the batch", percent=True),
+        {OWN: "neutral", _STORED: "with"},
+        dashed=(_STORED,),
+    )
+
+
+def _early_chart(trained: Trained) -> Chart:
+    rows = [
+        row
+        for reading in trained.readings
+        for row in over_seeds.curve(
+            [reading.step], reading.accuracy[None], middle=torch.mean, series=reading.statistics
+        )
+    ]
+    early = {kind: float(trained.reading(kind, EARLY).accuracy.mean()) for kind in (POPULATION, EMA)}
+    found = (
+        f"After {EARLY} steps the running average gives {early[EMA]:.1%} accuracy, population statistics "
+        f"{early[POPULATION]:.1%}"
+    )
+    return Chart(
+        "lines",
+        found,
+        "Accuracy on test data against training steps on a log scale, one curve with its range over seeds for "
+        f"population statistics and one, in the second shade, for the running average. {found}.",
+        rows,
+        Axis("training step", log=True),
+        Axis("accuracy on test data", domain=(0, 1), percent=True),
+        {kind: _SERIES[kind] for kind in (POPULATION, EMA)},
+    )
+
+
+CLAIM = Claim(
+    name="test-time",
+    title="Batch norm at test time",
+    sentence=(
+        "At test time examples may come one at a time, so mean and variance cannot come from the batch; they are "
+        "estimated while training, by an exponentially weighted average over mini-batches or in another reasonable "
+        "way, and any such estimate works well."
+    ),
+    arms=(
+        f"The lecture's five-layer network on digits, trained for {STEPS} steps of {BATCH} examples at rate {RATE}. "
+        f"{TEST} test examples with the statistics of their own batch, for batches of {MEASURED[0]} to {MEASURED[-1]} "
+        f"({PARTITIONS} random divisions), with the running average (momentum 0.1), and with exact population "
+        f"statistics of the training set. Then {ALONE} of them with stored statistics, alone and in batches of every "
+        "size."
+    ),
+    how_to_read=(
+        "In the first chart see how large a test batch must be before its own statistics do as well as stored ones. In "
+        "the second, a point above zero says that predictions depend on who else is in the batch."
+    ),
+    not_shown=(
+        "A batch of 1 has no variance, so train mode refuses it. Test data come from the same source as training data; "
+        "where they do not, statistics of the test data can be the better ones. What differs in the last digits "
+        "between alone and in a batch comes from the matrix product's order of addition."
+    ),
+    sources=(
+        "Ioffe and Szegedy 2015, Batch Normalization, section 3.1",
+        'Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, sections 3 and 4',
+    ),
+    run=run,
+)

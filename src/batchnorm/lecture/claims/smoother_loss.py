@@ -1,0 +1,367 @@
+"""Claim "smooth": batch norm makes the loss smoother along the gradient (Santurkar et al. 2018).
+
+At a point w of a training run with gradient g on the batch of the step, the loss L and its gradient are evaluated
+at w - d g for distances d = rate * (1/2, 1, 2, 4):
+
+    loss range = max L - min L over the distances
+    gradient change = max |grad L(w - d g) - g|                (small: the gradient is predictive)
+    beta-hat = max |grad L(w - d g) - g| / |d g|               (effective smoothness, 1 / rate)
+    cosine between g and grad L(w - rate g)
+
+On a quadratic with curvature c along g, beta-hat is c, and gradient descent is stable while rate × beta-hat < 2.
+beta-hat depends on the scale of the weights: a network with batch norm computes the same with all weights before
+it doubled, but its beta-hat is a quarter. So rate × beta-hat and the cosine are always told too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.data_sets import Examples
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.rate_sweep import BOTH, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
+from batchnorm.lecture.verdict import judge, minus
+
+MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the rate, as in the paper
+RATE = 0.1  # equal for both arms: a rate at which both learn
+EVERY = 10  # steps between two probes
+LEARNED = 0.9
+EDGE = 2.0
+
+# The loss of R networks, (R,), and its gradient, of the parameters' shapes (R, ...), at given parameters
+Evaluate = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Landscape:
+    """The loss along the gradient; each quantity is (R,) at one point of R networks.
+
+    Args:
+        loss: At the point itself, nats.
+        loss_range, gradient_change, beta: Over the distances, as above.
+        cosine: At a distance of one step.
+    """
+
+    loss: Tensor
+    loss_range: Tensor
+    gradient_change: Tensor
+    beta: Tensor
+    cosine: Tensor
+
+
+def along_gradient(evaluate: Evaluate, parameters: Sequence[Tensor], rates: Tensor) -> Landscape:
+    """The loss of R networks along their own gradients.
+
+    Args:
+        evaluate: Loss and gradient at given parameters.
+        parameters: The point to start from, (R, ...) each.
+        rates: Learning rate of each network, (R,).
+    """
+    start, gradient = evaluate(parameters)
+    direction = _flat(gradient)  # (R, all parameters)
+    values, changes, cosines = [], [], []
+    for multiple in MULTIPLES:
+        loss, there = evaluate([
+            parameter - multiple * rates.view(-1, *[1] * (slope.ndim - 1)) * slope
+            for parameter, slope in zip(parameters, gradient, strict=True)
+        ])  # fmt: skip
+        values.append(loss)
+        changes.append((_flat(there) - direction).norm(dim=1))
+        cosines.append(F.cosine_similarity(_flat(there), direction, dim=1))
+    reached, change = torch.stack(values), torch.stack(changes)  # (distances, R)
+    distance = torch.tensor(MULTIPLES).view(-1, 1) * rates * direction.norm(dim=1)
+    beta = (change / distance).amax(0)
+    return Landscape(start, reached.amax(0) - reached.amin(0), change.amax(0), beta, cosines[MULTIPLES.index(1.0)])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """(R, ...) each -> (R, all entries)."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+
+
+def of_batch(net: Ensemble, batch: Examples) -> Evaluate:
+    """Loss and gradient of an ensemble on a batch in train mode; stored statistics stay as they are."""
+
+    def evaluate(parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        here = [parameter.detach().requires_grad_() for parameter in parameters]
+        moved = Ensemble(net.template, dict(zip(net.parameters, here, strict=True)), net.buffers)
+        loss = losses(moved(batch.x, train=True, keep_statistics=True), batch.y)
+        return loss.detach(), torch.autograd.grad(loss.sum(), here)
+
+    return evaluate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Course:
+    """What one arm met along its gradients in training; S seeds, two rates each: equal and its best.
+
+    Args:
+        rates: The two rates.
+        steps: Steps at which it was probed, (T,).
+        met: Each quantity of Landscape, (T, S, 2).
+        accuracy: Best training accuracy reached, in eval mode, (S, 2).
+    """
+
+    rates: tuple[float, float]
+    steps: Tensor
+    met: Landscape
+    accuracy: Tensor
+
+    @property
+    def rate_beta(self) -> Tensor:
+        """Rate times beta-hat, (T, S, 2)."""
+        return self.met.beta * torch.tensor(self.rates)
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Probe both arms at an equal rate and at the best rate of each."""
+    best: dict[str, float] = {}
+    for arm, norm in BOTH.items():
+        best[arm] = RATES[sweep(settings, "relu", norm).best_rate()]
+        progress(len(best) / 4)
+    courses: dict[str, Course] = {}
+    for arm in BOTH:
+        courses[arm] = _course(settings, arm, (RATE, best[arm]))
+        progress(0.5 + len(courses) / 4)
+    effects = _effects(courses)
+    verdicts = [_judge(key, courses, effects) for key in _ASKED]
+    charts = [_ratios(effects), *(_lines(name, courses) for name in _SHOWN)]
+    return Result(verdicts, charts, _numbers(courses, effects))
+
+
+def _course(settings: Settings, arm: str, rates: tuple[float, float]) -> Course:
+    steps = settings.steps(STEPS)
+    net = Ensemble.of(lambda: fully_connected(SIZES, "relu", BOTH[arm]), settings.all_seeds, repeat=2)
+    indices = training_indices(settings, steps).repeat_interleave(2, 0)
+    probe = digits()[probe_indices(settings).repeat_interleave(2, 0)]
+    each = torch.tensor(rates).repeat(settings.seeds)
+    met: list[Landscape] = []
+    learned: list[Tensor] = []
+
+    def observe(step: int) -> None:
+        if step % EVERY == 0 or step == steps:
+            with torch.no_grad():
+                learned.append(accuracies(net(probe.x), probe.y))
+        if step % EVERY == 0 and step < steps:
+            batch = digits()[indices[:, step]]
+            met.append(along_gradient(of_batch(net, batch), [*net.parameters.values()], each))
+
+    sgd(net, digits(), indices, each, observe)
+    grid = (-1, settings.seeds, 2)
+    quantities = {f.name: torch.stack([getattr(m, f.name) for m in met]).view(grid) for f in fields(Landscape)}
+    accuracy = torch.stack(learned).amax(0).view(settings.seeds, 2)
+    return Course(rates, torch.arange(len(met)) * EVERY, Landscape(**quantities), accuracy)
+
+
+# Criterion -> quantity, and 0 for the equal rate or 1 for the best
+_ASKED = {
+    "smooth-equal": ("beta-hat", 0),
+    "smooth-variation": ("loss range", 0),
+    "smooth-predictive": ("gradient change", 0),
+    "smooth-best": ("rate × beta-hat", 1),
+}
+_QUANTITIES: dict[str, Callable[[Course], Tensor]] = {
+    "beta-hat": lambda course: course.met.beta,
+    "rate × beta-hat": lambda course: course.rate_beta,
+    "loss range": lambda course: course.met.loss_range,
+    "gradient change": lambda course: course.met.gradient_change,
+    "cosine": lambda course: course.met.cosine,
+}
+_UNITS = {"beta-hat": "1 / rate", "loss range": "nats", "gradient change": "nats / distance"}
+_POSITIVE = tuple(name for name in _QUANTITIES if name != "cosine")
+_EDGE = "edge of stability"
+# What has a chart over steps: its title, its axis
+_SHOWN = {
+    "rate × beta-hat": (
+        "Rate × beta-hat, the roughness as a step of that rate meets it",
+        Axis("rate × beta-hat", log=True),
+    ),
+    "loss range": (
+        "Range of the loss over steps of 1/2 to 4 times the rate, in nats",
+        Axis("range of the loss along the gradient [nats]", log=True),
+    ),
+    "gradient change": (
+        "Largest change of the gradient over those steps",
+        Axis("largest change of the gradient", log=True),
+    ),
+    "cosine": (
+        "Cosine of the gradients before and after a step",
+        Axis("cosine of the gradients before and after a step", domain=(-1, 1)),
+    ),
+}
+
+
+def _effects(courses: dict[str, Course]) -> dict[str, Tensor]:
+    """log2 of each positive quantity, without / with batch norm, averaged over the run, (S, 2).
+
+    Logarithms are averaged, so that every time counts the same and no single spike decides.
+    """
+    return {
+        name: (_QUANTITIES[name](courses["without"]) / _QUANTITIES[name](courses["with"])).log2().mean(0)
+        for name in _POSITIVE
+    }
+
+
+def _typical(course: Course, name: str, which: int) -> float:
+    """A quantity averaged over the run and the seeds, a positive one by its logarithm."""
+    values = _QUANTITIES[name](course)[:, :, which]
+    return float(values.log().mean().exp() if name in _POSITIVE else values.mean())
+
+
+def _judge(key: str, courses: dict[str, Course], effects: dict[str, Tensor]) -> Verdict:
+    name, which = _ASKED[key]
+    effect = effects[name][:, which]
+    plain, normed = (_typical(courses[arm], name, which) for arm in BOTH)
+    rates = [courses[arm].rates[which] for arm in BOTH]
+    at = (
+        f"at the equal rate {RATE:g}" if which == 0 else f"at the best rates {rates[0]:g} without and {rates[1]:g} with"
+    )
+    unit = f" {_UNITS[name]}" if name == "loss range" else ""
+    sentence = (
+        f"{name} {at}: {plain:.2g}{unit} without batch norm, {normed:.2g}{unit} with "
+        f"({float(effect.mean().exp2()):.1f} times as large without)."
+    )
+    return judge(key, effect.tolist(), sentence, failed_guard=_failed(courses, effect, which))
+
+
+def _failed(courses: dict[str, Course], effect: Tensor, which: int) -> str:
+    late = [
+        f"{float(courses[arm].accuracy[:, which].min()):.0%} {arm} batch norm"
+        for arm in BOTH
+        if not float(courses[arm].accuracy[:, which].min()) >= LEARNED
+    ]
+    if late:
+        return f"the worst seed reached {' and '.join(late)}"
+    return "" if bool(effect.isfinite().all()) else "the loss along the gradient is not finite everywhere"
+
+
+def at_equal_loss(courses: dict[str, Course], name: str) -> Tensor:
+    """As an effect at the equal rate, but where both arms have the same batch loss, (S,).
+
+    At an equal step the arm with batch norm is further along. Here each probe without is held against the value that
+    the arm with batch norm had at that loss, interpolated in logarithms; NaN where the losses do not overlap.
+    """
+    loss = {arm: course.met.loss[:, :, 0].log2().T.numpy() for arm, course in courses.items()}  # (S, T)
+    value = {arm: _QUANTITIES[name](course)[:, :, 0].log2().T.numpy() for arm, course in courses.items()}
+    ratios = []
+    for seed, (at, known) in enumerate(zip(loss["without"], loss["with"], strict=True)):
+        order = np.argsort(known)
+        inside = (at >= known.min()) & (at <= known.max())
+        matched = np.interp(at[inside], known[order], value["with"][seed][order])
+        ratios.append(float((value["without"][seed][inside] - matched).mean()) if inside.any() else float("nan"))
+    return torch.tensor(ratios)
+
+
+def _numbers(courses: dict[str, Course], effects: dict[str, Tensor]) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {}
+    for which, at in enumerate(("equal rate", "best rate")):
+        for arm, course in courses.items():
+            for name in ("rate × beta-hat", "cosine"):
+                typical = over_seeds.figures(_typical(course, name, which), 3)
+                numbers[f"{name}, {at}, {arm} batch norm"] = typical if math.isfinite(typical) else None
+    for name in ("loss range", "gradient change"):
+        numbers[f"{name}, best rate, log2 of without / with"] = over_seeds.mean(effects[name][:, 1])
+    for name in ("beta-hat", "loss range", "gradient change"):
+        matched = over_seeds.mean(at_equal_loss(courses, name))
+        numbers[f"{name} where both arms have the same loss, equal rate, log2 of without / with"] = matched
+    return numbers
+
+
+def _ratios(effects: dict[str, Tensor]) -> Chart:
+    names = ("equal rate", "each at its best rate")
+    rows = [
+        {"label": name, **over_seeds.interval(effects[name][:, which]), "series": series}
+        for name in _POSITIVE
+        for which, series in enumerate(names)
+        if bool(effects[name][:, which].isfinite().all())
+    ]
+    equal, best = (
+        float(effects[name][:, which].mean().exp2()) for name, which in (("beta-hat", 0), ("rate × beta-hat", 1))
+    )
+    return Chart(
+        "dots",
+        f"Without batch norm, beta-hat is {equal:.2g} times as large at an equal rate; at the best rates, rate × "
+        f"beta-hat is {best:.2g} times as large",
+        "Logarithm to base 2 of four measures of roughness, without over with batch norm, at an equal learning rate "
+        "and at the best rate of each arm, with intervals over seeds; 0 is no difference.",
+        rows,
+        Axis("log2 of without / with batch norm (1 = twice as rough without)"),
+        None,
+        dict.fromkeys(names, "neutral"),
+    )
+
+
+def _lines(name: str, courses: dict[str, Course]) -> Chart:
+    rates = [courses[arm].rates[1] for arm in BOTH]
+    panels = (f"equal rate {RATE:g}", f"best rates: {rates[0]:g} without, {rates[1]:g} with")
+    rows = []
+    for which, panel in enumerate(panels):
+        for arm, course in courses.items():
+            values = _QUANTITIES[name](course)[:, :, which]
+            positive = name in _POSITIVE
+            rows += over_seeds.curve(
+                course.steps.tolist(), values, positive=positive, series=f"{arm} batch norm", panel=panel
+            )
+        if name == "rate × beta-hat":
+            ends = (0, int(courses["with"].steps[-1]))
+            rows += [{"x": x, "y": EDGE, "series": _EDGE, "panel": panel} for x in ends]
+    title, axis = _SHOWN[name]
+    means = [[_typical(courses[arm], name, which) for arm in BOTH] for which in (0, 1)]
+    edge = "; the dashed line is the edge of stability, 2" if name == "rate × beta-hat" else ""
+    reference: dict[str, Role] = {_EDGE: "neutral"} if edge else {}
+    return Chart(
+        "lines",
+        minus(
+            f"{title}: {means[0][0]:.2g} without and {means[0][1]:.2g} with batch norm at an equal rate, "
+            f"{means[1][0]:.2g} and {means[1][1]:.2g} at the best rates"
+        ),
+        f"{title}, against training steps: orange without and blue with batch norm, with bands over all seeds; "
+        f"one panel at an equal rate and one at the best rate of each arm{edge}.",
+        rows,
+        Axis("training step"),
+        axis,
+        SERIES | reference,
+        dashed=tuple(reference),
+    )
+
+
+CLAIM = Claim(
+    name="smooth",
+    title="A smoother loss",
+    sentence=(
+        "Batch norm makes the loss smoother: along the gradient, the loss and its gradient change less, so that "
+        "larger steps are safe. (This explanation came after the lecture's.)"
+    ),
+    arms=(
+        "The lecture's five-layer network (ReLU) without and with batch norm on digits, plain SGD, batches of 64, "
+        f"{STEPS} steps: at an equal rate of {RATE:g} and at each arm's best rate from the "
+        f"same grid of {len(RATES)}. Every {EVERY} steps the loss and its gradient are evaluated on the step's own "
+        "batch with its own statistics, at 1/2, 1, 2 and 4 times the rate along the negative gradient. Quantities are "
+        "averaged over the whole run by their logarithms, so that no single spike decides."
+    ),
+    how_to_read=(
+        "Further right in the first chart is rougher without batch norm; compare the two shades. In the others look "
+        "at how far apart the curves are at an equal rate, and whether that remains at the best rates, where each arm "
+        "takes steps as large as serve it; beyond the edge of stability a step overshoots."
+    ),
+    not_shown=(
+        "That smoothness is the cause of the speed. beta-hat is not invariant to rescaling weights in front of batch "
+        "norm, so only rate × beta-hat and the cosine compare steps. At an equal step the arm with batch norm is "
+        "further along in training; the figures give the ratios at an equal loss too."
+    ),
+    sources=(
+        "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 3",
+        "Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability",
+    ),
+    run=run,
+)

@@ -1,0 +1,324 @@
+"""Claim "layer3": what the third layer receives shifts less with batch norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
+from batchnorm.lecture import over_seeds
+from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
+from batchnorm.lecture.networks import Ensemble, fully_connected
+from batchnorm.lecture.rate_sweep import BOTH, SIZES, STEPS, digits, probe_indices, training_indices
+from batchnorm.lecture.verdict import judge
+
+RATE = 0.1
+EVERY = 10  # steps between two looks at a[2]
+PROBE = 256
+LEARNED = 0.9
+# Widths and training steps. The lecture's picture is the wide network with its second hidden layer narrowed to the
+# four units a[2]1 .. a[2]4; without batch norm that bottleneck needs the longer training to reach 90%.
+NETWORKS = {"four": ((64, 64, 4, 64, 64, 10), 800), "wide": (SIZES, STEPS)}
+CALLED = {"four": "four units", "wide": "wide"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What layer 3 of one arm received, at times T for S seeds, on the probe of N examples.
+
+    Args:
+        steps: Training steps at which it was read, (T,).
+        batch: z~[2] (z[2] without batch norm) by the probe's own statistics, as in training, (T, S, N, units).
+        stored: The same by stored statistics, as in eval mode.
+        beta, gamma: Parameters of the second batch norm, (T, S, units); (T, S, 0) without.
+        loss: Loss on the probe by stored statistics before and after training, nats, (2, S).
+        accuracy: Final accuracy on the probe by stored statistics, (S,).
+    """
+
+    steps: Tensor
+    batch: Tensor
+    stored: Tensor
+    beta: Tensor
+    gamma: Tensor
+    loss: Tensor
+    accuracy: Tensor
+
+    @property
+    def received(self) -> Tensor:
+        """a[2] as layer 3 receives it in training, (T, S, N, units)."""
+        return self.batch.relu()
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """Watch a[2] of both arms of both networks while they learn."""
+    seen: dict[str, dict[str, Seen]] = {}
+    for done, (name, (sizes, steps)) in enumerate(NETWORKS.items(), start=1):
+        seen[name] = {arm: _watch(settings, net, steps) for arm, net in _paired(settings, sizes).items()}
+        progress(done / len(NETWORKS))
+    shifts = {name: {arm: Shift.of(s) for arm, s in arms.items()} for name, arms in seen.items()}
+    verdicts = [_judge_shift(name, seen[name], shifts[name]) for name in ("wide", "four")]
+    governed = {name: _distances(arms["with"]) for name, arms in seen.items()}
+    charts = [_ribbons(seen["four"], shifts["four"], settings.seed), _over_time(seen, shifts)]
+    charts.append(_governed_chart(seen["four"]["with"], governed["four"], settings.seed))
+    return Result([*verdicts, _judge_governed(governed)], charts, _numbers(seen, shifts))
+
+
+def _paired(settings: Settings, sizes: tuple[int, ...]) -> dict[str, Ensemble]:
+    """Both arms, for every seed from the same weights."""
+    arms = {
+        arm: Ensemble.of(partial(fully_connected, sizes, "relu", norm), settings.all_seeds)
+        for arm, norm in BOTH.items()
+    }
+    with torch.no_grad():
+        for layer in range(1, len(sizes)):
+            weight = f"w{layer}.weight"
+            arms["with"].parameters[weight].copy_(arms["without"].parameters[weight])
+    return arms
+
+
+def _watch(settings: Settings, net: Ensemble, full_steps: int) -> Seen:
+    steps = settings.steps(full_steps)
+    probe = digits()[probe_indices(settings, PROBE)]
+    last = "norm2" if "norm2.weight" in net.parameters else "w2"
+    taken: list[tuple[Tensor, ...]] = []
+    ends: list[tuple[Tensor, Tensor]] = []
+
+    def observe(step: int) -> None:
+        if step % EVERY == 0:
+            taken.append((
+                torch.tensor(step), net.behind(last, probe.x, train=True), net.behind(last, probe.x, train=False),
+                *(net.parameters[name].detach().clone() for name in ("norm2.bias", "norm2.weight") if last == "norm2"),
+            ))  # fmt: skip
+        if step in {0, steps}:
+            with torch.no_grad():
+                logits = net(probe.x)
+            ends.append((losses(logits, probe.y), accuracies(logits, probe.y)))
+
+    sgd(net, digits(), training_indices(settings, steps), torch.full((settings.seeds,), RATE), observe)
+    at, batch, stored, *affine = (torch.stack(values) for values in zip(*taken, strict=True))
+    beta, gamma = affine or (stored.new_empty(len(at), settings.seeds, 0),) * 2
+    loss = torch.stack([value for value, _ in ends])
+    return Seen(at, batch, stored, beta, gamma, loss, ends[-1][1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shift:
+    """Drift of a[2] per EVERY steps over a training run.
+
+    Args:
+        total: In train mode at every time but the last, (T - 1, S).
+        floor: Noise floor at every time, (T, S).
+        mean, log_sd, idle, eval: Averages over the run for each seed: parts, idle units, drift in eval mode, (S,).
+    """
+
+    total: Tensor
+    floor: Tensor
+    mean: Tensor
+    log_sd: Tensor
+    idle: Tensor
+    eval: Tensor
+
+    @classmethod
+    def of(cls, seen: Seen) -> Shift:
+        """Measured between neighbouring times."""
+        moved, stored = (drift(values[:-1], values[1:]) for values in (seen.received, seen.stored.relu()))
+        parts = (moved.mean.mean(0), moved.log_sd.mean(0), moved.idle.mean(0))
+        return cls(moved.total, noise_floor(seen.received), *parts, stored.total.mean(0))
+
+    @property
+    def average(self) -> Tensor:
+        """Drift per EVERY steps averaged over the run, (S,)."""
+        return self.total.mean(0)
+
+
+def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> Verdict:
+    plain, normed = (shifts[arm].average for arm in BOTH)
+    ratio = plain / normed
+    sentence = (
+        f"{CALLED[name]}: a[2] moves by {normed.mean():.2g} standard deviations per {EVERY} steps with batch norm, "
+        f"by {plain.mean():.2g} without ({over_seeds.factor(ratio):.1f} times as much); by stored statistics it is "
+        f"{shifts['with'].eval.mean():.2g} against {shifts['without'].eval.mean():.2g}."
+    )
+    lowest = {arm: float(seen[arm].accuracy.min()) for arm in BOTH}
+    late = [f"{low:.0%} {arm} batch norm" for arm, low in lowest.items() if not low >= LEARNED]
+    failed = f"{CALLED[name]}: the worst seed ended at {' and '.join(late)}" if late else ""
+    return judge(f"layer3-{name}", ratio.log2().tolist(), sentence, failed_guard=failed)
+
+
+def _distances(seen: Seen) -> Tensor:
+    """Distance of z~'s mean and sd by stored statistics from beta and |gamma|, in |gamma|, (T, S, units)."""
+    mean, sd = seen.stored.mean(2), seen.stored.std(2, correction=0)
+    return torch.hypot(mean - seen.beta, sd - seen.gamma.abs()) / seen.gamma.abs()
+
+
+def _judge_governed(distances: dict[str, Tensor]) -> Verdict:
+    """Each seed counts with the network in which it is further off."""
+    medians = {name: _median_of_seeds(values) for name, values in distances.items()}
+    figures = " and ".join(f"{medians[name].mean():.2g} ({CALLED[name]})" for name in ("wide", "four"))
+    sentence = (
+        f"By stored statistics, mean and standard deviation of z~ lie {figures} times |gamma| from (beta, |gamma|) "
+        "in the median over units and steps."
+    )
+    return judge("layer3-governed", torch.stack([*medians.values()]).amax(0).tolist(), sentence)
+
+
+def _median_of_seeds(values: Tensor) -> Tensor:
+    """(T, S, units) -> (S,)."""
+    return over_seeds.median(values.transpose(0, 1).flatten(1), 1)
+
+
+def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:
+    """Largest error of z~'s mean and of its sd in the batch that normalizes, against beta and |gamma|, in |gamma|."""
+    scale = seen.gamma.abs()
+    mean, sd = seen.batch.mean(2), seen.batch.std(2, correction=0)
+    return ((mean - seen.beta) / scale).abs().max(), ((sd - scale) / scale).abs().max()
+
+
+def _numbers(
+    seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]
+) -> dict[str, float | int | str | None]:
+    numbers: dict[str, float | int | str | None] = {}
+    for name, arms in shifts.items():
+        for arm, shift in arms.items():
+            figures = {
+                "part of the drift in the mean, sd": shift.mean,
+                "part of the drift in the log of the sd": shift.log_sd,
+                "share of idle units": shift.idle,
+            }
+            numbers |= {f"{what}, {CALLED[name]}, {arm} batch norm": over_seeds.mean(v) for what, v in figures.items()}
+        plain, normed = (arms[arm].total.sum(0) / (seen[name][arm].loss[0] - seen[name][arm].loss[1]) for arm in BOTH)
+        what = f"drift per nat of loss decrease, {CALLED[name]}, log2 of without / with batch norm"
+        numbers[what] = over_seeds.mean((plain / normed).log2())
+    off = torch.stack([error for arms in seen.values() for error in _in_batch_errors(arms["with"])]).max()
+    what = "mean or sd of z~ off beta or |gamma| in the batch (rounding and eps), largest, |gamma|"
+    numbers[what] = over_seeds.mean(off)
+    return numbers
+
+
+def _every(count: int, most: int) -> range:
+    """Indices of at most ``most + 1`` of ``count`` times, evenly spaced from the first on."""
+    return range(0, count, -(-(count - 1) // most))
+
+
+def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Chart:
+    levels = {"p2": 0.02, "p16": 0.16, "p50": 0.5, "p84": 0.84, "p98": 0.98}
+    rows = []
+    for arm, what in seen.items():
+        bands = what.received[:, 0].quantile(torch.tensor([*levels.values()]), dim=1)  # (levels, T, units)
+        rows += [
+            {
+                "x": int(what.steps[t]), **{p: round(float(bands[i, t, unit]), 3) for i, p in enumerate(levels)},
+                "series": f"{arm} batch norm", "panel": f"{arm} batch norm", "row": f"a[2]{unit + 1}",
+            }
+            for unit in range(bands.shape[2])
+            for t in _every(len(what.steps), 40)
+            if bool(bands[:, t, unit].isfinite().all())
+        ]  # fmt: skip
+    plain, normed = (float(shifts[arm].average.mean()) for arm in BOTH)
+    return Chart(
+        "ribbons",
+        f"What layer 3 receives from the four units moves by {plain:.2g} standard deviations per {EVERY} steps without "
+        f"batch norm and by {normed:.2g} with",
+        f"Distribution of the four values a[2]1 to a[2]4 on {PROBE} fixed examples over training steps, seed {seed}: "
+        "2%, 16%, 50%, 84% and 98% quantiles as ribbons, one row for each unit, without batch norm on the left and "
+        "with it on the right, on the same axes.",
+        rows,
+        Axis("training step"),
+        Axis("value of the unit"),
+        SERIES,
+    )
+
+
+def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Chart:
+    rows = []
+    for name in ("wide", "four"):
+        for arm, shift in shifts[name].items():
+            kept = list(_every(len(shift.total), 40))
+            steps = seen[name][arm].steps[kept].tolist()
+            for series, values in ((f"{arm} batch norm", shift.total), (f"noise floor {arm}", shift.floor)):
+                rows += over_seeds.curve(steps, values[kept], positive=True, series=series, panel=CALLED[name])
+    apart = " and ".join(
+        f"{over_seeds.factor(shifts[name]['without'].average / shifts[name]['with'].average):.1f} times "
+        f"({CALLED[name]})"
+        for name in ("wide", "four")
+    )
+    return Chart(
+        "lines",
+        f"Averaged over training, a[2] drifts {apart} as much without batch norm as with it",
+        f"Drift of a[2] per {EVERY} steps in standard deviations against training steps on a log scale, one panel for "
+        "the wide network and one for the four units: orange without, blue with batch norm, bands over all seeds; the "
+        f"dashed lines are the distance of two random halves of the probe. Averaged over training it is {apart} as "
+        "much without batch norm as with it.",
+        [{k: v for k, v in row.items() if row["series"] in SERIES or k not in ("low", "high")} for row in rows],
+        Axis("training step"),
+        Axis(f"drift per {EVERY} steps [sd]", log=True),
+        SERIES | {"noise floor without": "without", "noise floor with": "with"},
+        dashed=("noise floor without", "noise floor with"),
+    )
+
+
+def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
+    panels = {
+        "mean, beta": (seen.stored.mean(2), seen.beta),
+        "sd, |gamma|": (seen.stored.std(2, correction=0), seen.gamma.abs()),
+    }
+    rows = [
+        {
+            "x": int(seen.steps[t]), "y": round(float(values[t, 0, unit]), 3), "series": series,
+            "panel": panel, "row": f"z~[2]{unit + 1}",
+        }
+        for panel, (measured, set_to) in panels.items()
+        for series, values in (("z~ by stored statistics", measured), ("beta, |gamma|", set_to))
+        for unit in range(measured.shape[2])
+        for t in _every(len(seen.steps), 27)
+        if bool(values[t, 0, unit].isfinite())
+    ]  # fmt: skip
+    return Chart(
+        "lines",
+        "By stored statistics, mean and standard deviation of the four units' z~ lie "
+        f"{_median_of_seeds(distances).mean():.2g} |gamma| from beta and |gamma|",
+        f"Mean of z~[2] with beta, and its standard deviation with |gamma|, over training steps for the four units, "
+        f"seed {seed}, on {PROBE} fixed examples in eval mode: blue measured, grey dashed the parameter.",
+        rows,
+        Axis("training step"),
+        Axis("value"),
+        {"z~ by stored statistics": "with", "beta, |gamma|": "neutral"},
+        dashed=("beta, |gamma|",),
+    )
+
+
+CLAIM = Claim(
+    name="layer3",
+    title="What the third layer receives",
+    sentence=(
+        "While W1 and W2 learn, the values a[2] that layer 3 learns from keep shifting; batch norm makes them shift "
+        "less: whatever happens before, mean and standard deviation of z~ are set by beta and gamma."
+    ),
+    arms=(
+        "The lecture's network without and with batch norm (ReLU), from the same weights and on the same batches of "
+        f"64, plain SGD at the same rate of {RATE:g}: the wide one (64 units in every hidden layer, "
+        f"{NETWORKS['wide'][1]} steps) and one whose second hidden layer has the picture's four units "
+        f"({NETWORKS['four'][1]} steps, chosen after a look: without batch norm the bottleneck learns more slowly). "
+        f"Every {EVERY} steps a[2] is read on {PROBE} fixed training examples with the statistics that training uses; "
+        f"the drift is the distance (Wasserstein 2) of each unit's values from those {EVERY} steps before in its own "
+        f"standard deviations, averaged over the whole training. Units that are constant but for 1 in {IDLE} examples "
+        "(idle ReLUs) are left out in both arms."
+    ),
+    how_to_read=(
+        "Ribbons that stay level are values that keep their distribution (flat at 0: a ReLU that is off); the drift "
+        "below them says the same as one number, and the dashed line what two random halves of the same examples "
+        "differ by. The last chart shows whether beta and gamma govern z~ for single examples too, where stored "
+        "statistics stand in for the batch's."
+    ),
+    not_shown=(
+        "That a smaller shift is why batch norm helps: see claim cause. Only mean and standard deviation are governed, "
+        "not the shape, and the identity holds (up to eps) only in the batch that normalizes. Drift is measured unit "
+        "by unit, so a change of the correlation between units is not seen."
+    ),
+    sources=("Ioffe and Szegedy 2015, Batch Normalization, sections 2 and 4.1",),
+    run=run,
+)

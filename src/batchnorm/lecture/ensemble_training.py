@@ -1,0 +1,99 @@
+"""Training of an ensemble by SGD with one learning rate for each network, and what is read off a run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchnorm.lecture import over_seeds
+
+if TYPE_CHECKING:
+    from batchnorm.lecture.data_sets import Examples
+    from batchnorm.lecture.networks import Ensemble
+
+# Called before step 0 and after every step with the number of steps done.
+Observer = Callable[[int], None]
+
+
+def losses(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of every network, nats: logits (R, N, K), classes (R, N) or (N,) -> (R,)."""
+    y = y.expand(logits.shape[:2])
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y).mean(1)
+
+
+def accuracies(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of examples whose largest logit is their class: logits (R, N, K), classes (R, N) or (N,) -> (R,)."""
+    finite = logits.isfinite().all(-1)  # argmax of NaN is a class, but no answer
+    return ((logits.argmax(-1) == y) & finite).float().mean(1)
+
+
+def first_step(reached: Tensor, steps: Tensor) -> Tensor:
+    """First of ``steps``, (T,), at which something was reached, (T, ...) -> (...); infinity where it never was."""
+    return torch.where(reached.any(0), steps[reached.float().argmax(0)].float(), torch.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """When the seeds of an arm reached a target.
+
+    Args:
+        first: Each seed's steps to it, (seeds,); infinity for one that never did.
+        last: The last step of the run.
+    """
+
+    first: Tensor
+    last: int
+
+    @property
+    def steps(self) -> Tensor:
+        """Each seed's steps; one that never arrived counts with the last, (seeds,), so ratios are bounds."""
+        return self.first.clamp_max(self.last)
+
+    @property
+    def late(self) -> int:
+        """Number of seeds that never arrived."""
+        return int(self.first.isinf().sum())
+
+    def __str__(self) -> str:
+        """The median in words, such as "80", "more than 300" or "80 (1 of 5 seeds never)"."""
+        median = over_seeds.median(self.first)
+        if median.isinf():
+            return f"more than {self.last}"
+        return f"{median:g}" + (f" ({self.late} of {len(self.first)} seeds never)" if self.late else "")
+
+
+def sgd(
+    ensemble: Ensemble, examples: Examples, indices: Tensor, rates: Tensor, observe: Observer = lambda _: None
+) -> None:
+    """Train every network of ``ensemble`` in place by plain SGD.
+
+    Args:
+        ensemble: Changed: parameters and stored statistics.
+        examples: All examples.
+        indices: Which examples each step takes, (R, steps, batch).
+        rates: Learning rate of each network, (R,).
+        observe: Called with 0 before the first step and with t after step t.
+    """
+    with warnings.catch_warnings():
+        # a rate that is too large diverges: here that is an outcome, not a fault to warn of
+        warnings.filterwarnings("ignore", "NaN or infinity in the batch statistics", RuntimeWarning)
+        observe(0)
+        for step in range(indices.shape[1]):
+            batch = examples[indices[:, step]]
+            _step(ensemble, batch, rates)
+            observe(step + 1)
+
+
+def _step(ensemble: Ensemble, batch: Examples, rates: Tensor) -> None:
+    parameters = list(ensemble.parameters.values())
+    loss = losses(ensemble(batch.x, train=True), batch.y).sum()
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(gradient * rates.view(-1, *[1] * (gradient.ndim - 1)))

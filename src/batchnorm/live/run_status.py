@@ -1,0 +1,74 @@
+"""How the training is: where it is, how fast, what looking costs it, and whether anybody still writes."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.live.page_data import number, text
+
+if TYPE_CHECKING:
+    from batchnorm.record import Log
+
+# a training that runs writes once a second; a first step that compiles, or a validation, takes longer
+_QUIET = 30.0
+_PULSES = 12  # progress lines that the speed is a mean over
+_LOCKS = Path("/proc/locks")
+
+
+def status(log: Log) -> dict[str, Any]:
+    """State of the training, in numbers and one of the words finished, writing and silent."""
+    pulses = log.rows("progress", first=max(0, log.count("progress") - _PULSES))
+    updated = _updated(log, pulses)
+    state, reason = _state(log, updated)
+    return {
+        "step": log.step,
+        "rate": _rate(log, pulses),
+        "cost": number(pulses[-1].get("cost")) if pulses else None,
+        "updated": updated,
+        "now": time.time(),
+        "state": state,
+        "reason": reason,
+        "damaged": log.damaged,
+    }
+
+
+def _updated(log: Log, pulses: list[dict[str, Any]]) -> float:
+    """Unix time of the last line that has one; else of the file, which a copy may have changed."""
+    last = [*pulses[-1:]]
+    for kind in ("free", "probe", "lab", "event", "end"):
+        last += log.rows(kind, first=max(0, log.count(kind) - 1))
+    times = [seconds for row in last if (seconds := number(row.get("seconds"))) and seconds > 0]
+    return max(times) if times else (log.folder / "record.jsonl").stat().st_mtime
+
+
+def _rate(log: Log, pulses: list[dict[str, Any]]) -> float | None:
+    """Steps a second over the last progress lines of this start; None from fewer than two."""
+    begun = number(log.start.get("time")) or 0.0
+    marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]
+    known = [(at, step) for at, step in marks if at is not None and step is not None and at >= begun]
+    if len(known) < 2 or known[-1][0] <= known[0][0]:
+        return None
+    return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
+
+
+def _state(log: Log, updated: float) -> tuple[str, str]:
+    if log.is_finished:
+        ends = log.rows("end", first=log.count("end") - 1)
+        return "finished", (text(ends[-1].get("reason")) if ends else None) or "finished"
+    if _is_held(log.folder / "record.jsonl") or time.time() - updated < _QUIET:
+        return "writing", ""
+    return "silent", ""
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process of this machine holds the lock of a log's writer, read without touching the lock.
+
+    To try the lock would be simpler, but a training that starts at that moment would find it taken.
+    """
+    with suppress(OSError):
+        inode = f":{path.stat().st_ino} "
+        return any("FLOCK" in line and " WRITE " in line and inode in line for line in _LOCKS.read_text().splitlines())
+    return False

@@ -1,0 +1,154 @@
+"""Absent numbers in a pass: which of a model's tensors had none, in place of what torch says where it stumbles.
+
+Tensors that are gone may be fetched for a pass (FSDP, offloading), so that a model is not refused for them beforehand,
+unless it is certain that nobody will: fake ones, and memory that is still missing when a module of torch.nn begins,
+whose forward fetches nothing. To go on there would end the process in some operators.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from batchnorm.argument_types import require_module
+from batchnorm.population.tensor_memory import AbsenceError, emptiness, is_distributed, is_fake, is_freed, require
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# what torch says of tensors without numbers
+_SPOKEN_OF = re.compile(
+    r"not allocated|storage|data pointer|\bmeta\b|fake|DataDependent|DynamicOutputShape", re.IGNORECASE
+)
+_MIXED = re.compile(r"mixed torch\.Tensor and DTensor")
+
+
+def require_real(model: nn.Module, who: str) -> None:
+    """Refuse a model of fake tensors, which nobody fetches, and whose passes give numbers that do not exist.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        AbsenceError: If one of its tensors is fake.
+    """
+    require_module(model, who)
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    require({name: tensor for name, tensor in tensors if is_fake(tensor)}, who)
+
+
+def require_batch(tensors: Iterable[Tensor], who: str) -> None:
+    """Refuse a batch of tensors without numbers.
+
+    Raises:
+        AbsenceError: If one of them is fake, on the meta device, inside of a transform or freed.
+    """
+    if why := next(filter(None, map(emptiness, tensors)), ""):
+        raise AbsenceError(f"{who} needs batches with numbers, got a tensor that {why}.")
+
+
+@contextmanager
+def named_absences(model: nn.Module) -> Iterator[None]:
+    """A block that runs a model: where numbers are absent it ends with their name and a remedy.
+
+    Raises:
+        AbsenceError: In place of what was raised for want of them.
+    """
+    try:
+        with refusing_absences(model):
+            yield
+    except AbsenceError:
+        raise
+    except Exception as error:
+        if told := _told(model, error):
+            raise AbsenceError(f"a pass {told}") from error
+        raise
+
+
+def note_absence(model: nn.Module, error: BaseException | None) -> None:
+    """Add to an error of somebody else's pass what of the model had no numbers, if that was why."""
+    if isinstance(error, Exception) and not isinstance(error, AbsenceError) and (told := _told(model, error)):
+        error.add_note(f"batchnorm: the pass {told}")
+
+
+@contextmanager
+def refusing_absences(model: nn.Module) -> Iterator[None]:
+    """A block in which no module of torch.nn, or ours, begins without numbers that it had not before the block either.
+
+    Raises:
+        AbsenceError: When one does, with the name and a remedy.
+    """
+    lacking = [module for module in model.modules() if any(map(emptiness, _own(module)))]
+    with ExitStack() as stack:
+        for path, module in model.named_modules() if lacking else ():
+            if module in lacking and _fetches_nothing(module):
+                stack.callback(module.register_forward_pre_hook(partial(_refuse, path)).remove)
+        yield
+
+
+def _refuse(path: str, module: nn.Module, _: Any) -> None:
+    absent = {name: tensor for name, tensor in _named(path, module).items() if emptiness(tensor)}
+    require({name: absent[name] for name in absent if _is_used(module, name, absent[name])}, "a pass")
+
+
+def _is_used(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a module of torch.nn needs a tensor's numbers, which not everything that was put on it does."""
+    name = name.rpartition(".")[2]
+    if name == "num_batches_tracked":  # only memory can be missing to a count
+        return module.training and is_freed(tensor)
+    return name.startswith(_READ)
+
+
+_READ = ("weight", "bias", "running_", "in_proj_", "q_proj_", "k_proj_", "v_proj_")
+
+
+def _fetches_nothing(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return (home.startswith("torch.nn.modules.") or home == "batchnorm.layers") and "forward" not in vars(module)
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    held = vars(module)  # a scripted module holds none of its own here
+    tensors = [*held.get("_parameters", {}).values(), *held.get("_buffers", {}).values()]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _named(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's own tensors by their names in a model."""
+    tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return {f"{path}.{name}".lstrip("."): tensor for name, tensor in tensors}
+
+
+def _told(model: nn.Module, error: BaseException) -> str:
+    """What a pass that failed needed, as the end of a sentence; "" if it was no numbers."""
+    names = {module: path for path, module in model.named_modules()}
+    module = _innermost(error, names)
+    own = _named(names[module], module)
+    if _MIXED.search(str(error)) and (kind := next((name for name in own if is_distributed(own[name])), "")):
+        return (
+            f"needs inputs of the kind of {kind!r}, a DTensor, got others. Distribute them, or use its full_tensor()."
+        )
+    below = chain(module.named_parameters(prefix=names[module]), module.named_buffers(prefix=names[module]))
+    is_spoken_of = _SPOKEN_OF.search(f"{type(error).__name__} {error}")  # code may use what modules below it hold
+    for name, tensor in chain(own.items(), below if is_spoken_of else ()):
+        if why := emptiness(tensor):
+            return f"needs the numbers of {name!r}, got a tensor that {why}."
+    return ""
+
+
+def _innermost(error: BaseException, known: dict[nn.Module, str]) -> nn.Module:
+    """The module whose code raised it; the model if it is of none."""
+    return next(iter([module for module in modules_behind(error) if module in known][::-1]), next(iter(known)))
+
+
+def modules_behind(error: BaseException) -> Iterator[nn.Module]:
+    """The modules whose code was running when it was raised, from the outermost on."""
+    trace = error.__traceback__
+    while trace is not None:
+        if isinstance(owner := trace.tb_frame.f_locals.get("self"), nn.Module):
+            yield owner
+        trace = trace.tb_next

@@ -1,0 +1,273 @@
+"""preserve_state: whatever a tool does to a model inside the block, nothing is left of it behind the block.
+
+A model is a graph of modules, containers and tensors. On entry every one of them is visited once and gives a
+step that takes it back; on exit all steps run. A step changes only what differs, and changes it in place, so
+that optimizers, ties between parameters and graphs recorded before the block go on working.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.argument_types import require_module
+from batchnorm.population.sharded_models import is_flat, keep_together, own_shards
+from batchnorm.population.tensor_memory import (
+    bits_of,
+    has_memory,
+    is_freed,
+    memory_of,
+    parts_of,
+    resize_storage,
+    same_bits,
+    same_memory,
+    storage_size,
+    write,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Undo = Callable[[], object]
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+@contextmanager
+def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, to be looked at by any tool; on leaving the block, also by an exception, it is as it was, bit for bit.
+
+    Restored are parameters, buffers, gradients, ``requires_grad``, the training flag of every module, hooks of
+    modules and tensors, submodules, classes, plain attributes (momentum, lists, tensors that are no buffers),
+    and the random states of torch (CPU, and CUDA if it was in use), Python and NumPy. Tensors stay the same
+    objects in the same memory, and one whose bits did not change is not written, so autograd graphs recorded
+    before the block stay valid. Restored memory is compared as bits: a NaN stays the NaN that it was.
+
+    Memory that was given back before the block (FSDP, offloading) is not fetched for it, and memory that is given back
+    inside it is there again behind it. Sharded models are put back as FSDP holds them, sharded or gathered, for which
+    every rank has to leave the block. Tensors without numbers (fake, on the meta device, inside a transform of
+    torch.func) are put back as references.
+
+    The block needs the memory of one more copy of the model. Objects of other classes that a module refers to
+    (a configuration, a logger, a NumPy array) are put back as references; what changes inside them stays changed.
+
+    Args:
+        model: Any module, also one whose lazy layers have no shape yet.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+        >>> with preserve_state(model):
+        ...     y = model(torch.randn(8, 2) + 5)
+        >>> model[0].running_mean, int(model[0].num_batches_tracked)
+        (tensor([0., 0.]), 0)
+    """
+    require_module(model, "preserve_state")
+    steps = _remember(model)
+    with preserve_random_state():
+        try:
+            yield model
+        finally:
+            _take_back(steps)
+
+
+def _take_back(steps: list[Undo]) -> None:
+    """Run all steps, also where one of them fails: what can be put back is."""
+    failed: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - it is raised when the others have run
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+@contextmanager
+def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
+    """A block after which every global random state, and that of ``generators``, is what it was before."""
+    sources: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        (torch.get_rng_state, torch.set_rng_state),
+        (random.getstate, random.setstate),
+        *((generator.get_state, generator.set_state) for generator in generators),
+    ]
+    if torch.cuda.is_initialized():
+        sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    if numpy_random := sys.modules.get("numpy.random"):
+        sources.append((numpy_random.get_state, numpy_random.set_state))
+    states = [(put_back, read()) for read, put_back in sources]
+    try:
+        yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
+
+
+def _remember(model: nn.Module) -> list[Undo]:
+    """The steps that take everything reachable from ``model`` back to what it is now."""
+    seen: dict[int, object] = {}  # holds what it has seen, so that no id is given out twice
+    waiting: list[object] = [model]
+    steps: list[Undo] = []
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        step, parts = _remember_one(item)
+        waiting.extend(parts)
+        if step is not None:
+            steps.append(step)
+    return steps
+
+
+def _remember_one(item: object) -> tuple[Undo | None, list[Any]]:
+    """The step that takes ``item`` itself back, and what it refers to."""
+    if isinstance(item, Tensor) and is_flat(item):
+        return _undo_grad(item), own_shards(item)
+    if isinstance(item, Tensor):
+        return _undo_tensor(item), _parts_of_tensor(item)
+    if isinstance(item, nn.Module):
+        # a scripted module keeps its parts outside of its attributes, so they are asked for
+        tensors = [*item.parameters(recurse=False), *item.buffers(recurse=False)]
+        return _undo_module(item), [vars(item), *item.children(), *tensors]
+    if isinstance(item, dict):
+        return _undo_dict(item), list(item.values())
+    if isinstance(item, (list, deque)):
+        return _undo_list(item), list(item)
+    if isinstance(item, set):
+        return _undo_set(item), []
+    if isinstance(item, tuple):
+        return None, list(item)
+    if isinstance(item, torch.Generator):
+        state = item.get_state()
+        return lambda: item.set_state(state), []
+    return None, []
+
+
+def _undo_module(module: nn.Module) -> Undo:
+    kind, together = type(module), keep_together(module)
+    training = getattr(module, "training", None)  # torch.jit.freeze takes the flag away
+
+    def undo() -> None:
+        if together is not None:
+            together()
+        if type(module) is not kind:
+            module.__class__ = kind
+        if training is not None and module.training != training:
+            module.training = training
+
+    return undo
+
+
+def _undo_dict(found: dict) -> Undo:
+    before = dict(found)
+
+    def undo() -> None:
+        same = len(found) == len(before) and all(
+            k is key and v is value for (k, v), (key, value) in zip(found.items(), before.items(), strict=True)
+        )
+        if not same:
+            found.clear()
+            found.update(before)
+
+    return undo
+
+
+def _undo_list(found: list | deque) -> Undo:
+    before = list(found)
+
+    def undo() -> None:
+        if len(found) != len(before) or any(v is not value for v, value in zip(found, before, strict=True)):
+            found.clear()
+            found.extend(before)
+
+    return undo
+
+
+def _undo_set(found: set) -> Undo:
+    before = set(found)
+
+    def undo() -> None:
+        if found != before:
+            found.clear()
+            found.update(before)
+
+    return undo
+
+
+def _parts_of_tensor(tensor: Tensor) -> list[Any]:
+    # a tensor's own attributes, its hooks, and its gradient, which only some tensors can be asked for
+    grad = tensor.grad if _owns_grad(tensor) else None
+    return [vars(tensor), grad, *parts_of(tensor), *(getattr(tensor, name) for name in _TENSOR_HOOKS)]
+
+
+def _undo_tensor(tensor: Tensor) -> Undo:
+    kind, needs_grad = type(tensor), tensor.requires_grad
+    undo_memory = _undo_memory(tensor) if has_memory(tensor) else None
+    undo_grad = _undo_grad(tensor)
+    hooks = {name: getattr(tensor, name) for name in _TENSOR_HOOKS}
+
+    def undo() -> None:
+        if undo_memory is not None:
+            undo_memory()
+        if type(tensor) is not kind:
+            tensor.__class__ = kind
+        if _is_leaf(tensor) and tensor.requires_grad != needs_grad:
+            tensor.requires_grad_(needs_grad)
+        undo_grad()
+        for name, own in hooks.items():
+            if (now := getattr(tensor, name)) is not own:
+                if now is not None:
+                    now.clear()  # autograd may hold on to a dict of hooks that the tensor has let go of
+                setattr(tensor, name, own)
+
+    return undo
+
+
+def _undo_grad(tensor: Tensor) -> Undo:
+    owns_grad = _owns_grad(tensor)
+    grad = tensor.grad if owns_grad else None
+
+    def undo() -> None:
+        if owns_grad and tensor.grad is not grad and (grad is None or grad.shape == tensor.shape):
+            tensor.grad = grad
+
+    return undo
+
+
+def _undo_memory(tensor: Tensor) -> Undo:
+    """The step that gives a tensor the memory that it has now, as much of it, with the same bits in it."""
+    memory, size = memory_of(tensor), storage_size(tensor)
+    before = None if is_freed(tensor) else bits_of(memory).clone()
+
+    def undo() -> None:
+        if not same_memory(memory_of(tensor), memory):  # cast, moved, resized, or given a shape by a lazy layer
+            tensor.data = memory
+        if before is None or is_freed(tensor):  # given back before the block and fetched in it, or the other way round
+            resize_storage(tensor, size)
+        if before is None or same_bits(now := bits_of(memory_of(tensor)), before):
+            return
+        write(now if now.dtype != tensor.dtype or _is_leaf(tensor) is None else tensor, before)
+
+    return undo
+
+
+def _owns_grad(tensor: Tensor) -> bool:
+    return bool(_is_leaf(tensor)) or (_is_leaf(tensor) is not None and tensor.retains_grad)
+
+
+def _is_leaf(tensor: Tensor) -> bool | None:
+    """None for a view that autograd will not speak of, because what it is a view of was written to, as FSDP1 does."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return None

@@ -1,0 +1,312 @@
+"""BN2: batches, the optimizer and the training step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchnorm.rules.finding import Finding, Unknown
+from batchnorm.rules.phrases import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchnorm.rules.rule_evidence import Evidence, Run
+
+# ResNet-50's error on ImageNet is 23.6 % with 32 examples per device, 24.8 % with 8, 27.3 % with 4 (Wu and He 2018)
+FEWEST_EXAMPLES = 8
+# Examples whose statistics count as good enough to accumulate on: the batch per device that Goyal et al. (2017) keep
+# fixed. The noise of its means, 1 / sqrt(32), is 18 % of the sd.
+ENOUGH_EXAMPLES = 32
+_NO_SIZE = "the loader does not tell its batch size; batch_size= does"
+
+
+def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """Fewer than 8 examples per device are normalized together.
+
+    Why:
+        Train mode estimates each channel's mean and variance from the batch on one device. With M examples the mean
+        has a noise of 1 / sqrt(M) of the channel's standard deviation. Few examples mean noisy training, and a
+        model that sees other statistics at test time than it was trained with.
+
+    How:
+        From the loader's batch size, or the one given; times the processes if every layer is a SyncBatchNorm.
+        Limit: 8 (ResNet-50 on ImageNet: 24.8 % error at 8, 27.3 % at 4, 34.7 % at 2). Positions of an image count
+        as well, but are alike. Silent if every layer is frozen.
+
+    Example:
+        DataLoader(data, batch_size=2)
+
+    Fix:
+        Larger batches, SyncBatchNorm over the processes, group normalization, or freeze a pretrained model's layers.
+
+    References:
+        Wu and He 2018, "Group Normalization", table 2. Ioffe 2017, "Batch Renormalization".
+    """
+    size = _normalized_together(evidence)
+    if size is None and _measures_batches(evidence):
+        yield Unknown("", _NO_SIZE)
+    if size is not None and size < FEWEST_EXAMPLES:
+        yield Finding(
+            "",
+            f"{_examples(size)} per batch: noise of the mean {size**-0.5:.0%} of a channel's sd",
+            f"{FEWEST_EXAMPLES} examples ({FEWEST_EXAMPLES**-0.5:.0%})",
+            "Training is noisy, and eval mode normalizes by other statistics than the model learned with.",
+            "batchnorm.to_group_norm(model), batchnorm.freeze(model), or a larger batch_size",
+        )
+
+
+def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """The last batch of an epoch has one example.
+
+    Why:
+        One value per channel has no variance. A layer behind a linear layer, or one whose image has shrunk to 1 x 1,
+        raises ValueError at the end of the first epoch. Other layers train on the statistics of one example.
+
+    How:
+        Data set length modulo batch size, where drop_last is off. Data tell which layers get one value.
+
+    Example:
+        DataLoader(TensorDataset(torch.randn(65, 3)), batch_size=32)
+
+    Fix:
+        drop_last=True in the loader; or layers of this package with single_element="population", which normalize
+        such a batch by the stored statistics.
+
+    References:
+        pytorch#4534, "Expected more than 1 value per channel when training".
+    """
+    loop = evidence.loop
+    if loop is None or not _measures_batches(evidence):
+        return
+    if loop.last_batch is None:
+        yield Unknown("", "the length of the data set is not known")
+    if loop.last_batch != 1 or (loop.batch_size or 0) <= 1:
+        return
+    raising = [name for name, found in (evidence.measured or {}).items() if found.values_per_example == 1]
+    what = f"{listed(raising)} will raise ValueError" if raising else "Layers with one value per channel raise"
+    yield Finding(
+        "",
+        f"1 example in the last batch, {loop.batch_size} in the others",
+        "2 examples",
+        f"{what}; the others train on statistics of a single example.",
+        'DataLoader(..., drop_last=True), or layers with single_element="population"',
+    )
+
+
+def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
+    """Gradients are accumulated over batches, statistics are not.
+
+    Why:
+        Accumulating k batches of M examples gives the gradient of k M examples, but each batch is still normalized by
+        M. The noise of the mean stays 1 / sqrt(M), so it is not the training of a batch of k M.
+
+    How:
+        From the accumulation given. Silent at 32 or more examples per device, whose means have a noise below 18 % of
+        the standard deviation, and if every layer is frozen.
+
+    Example:
+        batchnorm.doctor.examine(model, batch_size=8, accumulation=4)
+
+    Fix:
+        A larger batch in place of accumulation; SyncBatchNorm; group normalization; or frozen layers.
+
+    References:
+        Goyal et al. 2017, section 2.3. keras#16633, matconvnet#405.
+    """
+    loop, size = evidence.loop, _normalized_together(evidence)
+    if loop is None or loop.accumulation <= 1 or not _measures_batches(evidence):
+        return
+    if size is None or size < ENOUGH_EXAMPLES:
+        seen = f"{size} examples, not {size * loop.accumulation}" if size else f"1 of {loop.accumulation} batches"
+        yield Finding(
+            "",
+            f"accumulation {loop.accumulation}: batch norm sees {seen}",
+            f"{ENOUGH_EXAMPLES} examples",
+            "Gradients are those of the large batch, statistics have the noise of a small one.",
+            "batchnorm.to_group_norm(model), batchnorm.freeze(model), or a larger batch in place of accumulation",
+        )
+
+
+def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """One training step updates the stored statistics twice: activation checkpointing runs forward again.
+
+    Why:
+        The second forward, within backward, moves running_mean and running_var by the same batch again. Momentum m
+        acts as 1 - (1 - m)^2, about 2 m, and num_batches_tracked counts double.
+
+    How:
+        num_batches_tracked before and after the backward pass of one trial step. Any update there is one too many.
+        Not checked where there was no backward pass: the step failed, or no output has a gradient.
+
+    Example:
+        torch.utils.checkpoint.checkpoint(block_with_batch_norm, x, use_reentrant=False)
+
+    Fix:
+        memory="save" of this package in place of checkpointing, or momentum 1 - sqrt(1 - m): both updates together
+        then weigh as much as one should.
+
+    References:
+        pytorch#96136, pytorch#62471.
+    """
+    for name, again in (evidence.run.updates_backward if evidence.run else {}).items():
+        if again > 0:
+            module = (evidence.modules or {}).get(name)
+            momentum = 0.1 if module is None or module.momentum is None else module.momentum
+            yield Finding(
+                name,
+                f"{again} more update{'s' if again > 1 else ''} in the backward pass",
+                "none",
+                "The stored statistics forget twice as fast and are noisier than momentum says.",
+                f'batchnorm.convert(model, memory="save") without checkpoint(), or momentum = '
+                f"{1 - (1 - momentum) ** (1 / (1 + again)):.3g}",
+            )
+    if evidence.run and (why := _no_backward(evidence.run)):
+        yield Unknown("", why)
+    elif evidence.run and evidence.stored and not evidence.run.updates_forward:
+        yield Unknown("", "no layer has a counter that can be watched")
+
+
+def weight_decay_on_affine(evidence: Evidence) -> Iterator[Finding]:
+    """Weight decay pulls gamma and beta towards zero.
+
+    Why:
+        Decay regularizes weights whose size matters. gamma and beta are few, and pulling gamma to 0 switches channels
+        off. Most recipes leave them out; for some, decay on gamma is meant (it makes channels to prune).
+
+    How:
+        A weight decay above 0 in the optimizer's group that has a layer's gamma or beta.
+
+    Example:
+        torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+
+    Fix:
+        A group of their own, with weight_decay=0, for parameters of one axis.
+
+    References:
+        Goyal et al. 2017, section 5.1. He et al. 2019, "Bag of Tricks", section 3.1. pytorch#1402.
+    """
+    decayed = {name: decay for name, decay in (evidence.optimizer.decay if evidence.optimizer else {}).items() if decay}
+    if decayed:
+        yield Finding(
+            "",
+            f"weight decay {max(decayed.values()):.3g} on gamma or beta of {len(decayed)} layers: {listed(decayed)}",
+            "0",
+            "Channels are pulled towards zero without a gain in regularization.",
+            '{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}',
+        )
+
+
+def unused_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """A layer was not called on the data.
+
+    Why:
+        It learns nothing and its statistics stay as they are. Often a leftover, or a branch for other inputs.
+
+    How:
+        No call of the layer in eval mode on all the data given. A layer whose parts are used by functions counts too.
+
+    Example:
+        self.spare = nn.BatchNorm2d(8)  # forward does not use it
+
+    Fix:
+        Remove it, or give data that reach it.
+
+    References:
+        torch.nn.parallel.DistributedDataParallel, find_unused_parameters.
+    """
+    for name in evidence.run.unwatched if evidence.run else ():
+        yield Unknown(name, "its calls cannot be watched")
+    for name in evidence.run.never_ran if evidence.run else ():
+        yield Finding(
+            name,
+            "0 calls on the data",
+            "1 call",
+            "Nothing about it was measured. Unless its tensors are used elsewhere, it has no effect on these data.",
+            "remove the layer, or give data that reach it",
+        )
+
+
+def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """A training step raises an error.
+
+    Why:
+        Eval mode works, train mode does not: the layers cannot be trained as they stand.
+
+    How:
+        One forward and backward pass in train mode on up to 8 examples, with the mean square of the outputs as loss.
+        A model that fails on the first part of a batch gets all its parts, such as labels. Not checked where a batch
+        has one example, or where the model takes further arguments that the batch does not hold and fails outside of
+        its batch norm layers.
+
+    Example:
+        A layer that gets (1, C) where each example is one batch.
+
+    Fix:
+        As the error says. If the model needs arguments in train mode only, give batches that hold them.
+
+    References:
+        pytorch#4534.
+    """
+    if evidence.run and evidence.run.train_error:
+        yield Finding(
+            "",
+            evidence.run.train_error,
+            "no error",
+            "The model runs in eval mode only.",
+            "model.train(); model(x)  # shows where",
+        )
+    if evidence.run and (why := evidence.run.unknown.get("step")):
+        yield Unknown("", why)
+
+
+def not_in_optimizer(evidence: Evidence) -> Iterator[Finding]:
+    """The optimizer does not know a trainable layer.
+
+    Why:
+        gamma and beta get gradients and never move. Usually the layer was added or replaced after the optimizer was
+        made, which still holds the old parameters.
+
+    How:
+        gamma or beta that require gradients and are in no parameter group.
+
+    Example:
+        optimizer = SGD(model.parameters(), lr=0.1); model.bn = nn.BatchNorm2d(8)
+
+    Fix:
+        Make the optimizer after the model is complete, or optimizer.add_param_group.
+
+    References:
+        torch.optim.Optimizer.add_param_group.
+    """
+    for name in evidence.optimizer.unlisted if evidence.optimizer else ():
+        yield Finding(
+            name,
+            f"gamma or beta is in no group of {evidence.optimizer.kind if evidence.optimizer else 'the optimizer'}",
+            "all in a group",
+            "The layer's gamma and beta are not trained.",
+            f'optimizer.add_param_group({{"params": model.get_submodule("{name}").parameters()}})',
+        )
+
+
+def _no_backward(run: Run) -> str:
+    """Why nothing is known of a backward pass; "" if one was run."""
+    failed = f"the training step failed: {run.train_error}" if run.train_error else ""
+    return run.unknown.get("step") or run.unknown.get("backward") or failed
+
+
+def _measures_batches(evidence: Evidence) -> bool:
+    """Whether some layer would normalize by the batch in training."""
+    return evidence.modules is None or any(not module.frozen for module in evidence.modules.values())
+
+
+def _normalized_together(evidence: Evidence) -> int | None:
+    """Examples that share their statistics; None if not known, or if every layer is frozen."""
+    loop, modules = evidence.loop, evidence.modules
+    if loop is None or loop.batch_size is None or not _measures_batches(evidence):
+        return None
+    is_synchronized = bool(modules) and all(module.is_sync or module.frozen for module in modules.values())
+    return loop.batch_size * (loop.world_size if is_synchronized else 1)
+
+
+def _examples(number: int) -> str:
+    return f"{number} example{'' if number == 1 else 's'}"

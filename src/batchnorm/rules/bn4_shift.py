@@ -1,0 +1,150 @@
+"""BN4: data that are not those of training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING
+
+from batchnorm.rules.finding import Finding, Fix, Unknown
+from batchnorm.rules.phrases import unsettled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchnorm.checkpoint.stored import Stored
+    from batchnorm.rules.rule_evidence import Evidence, Measured
+
+# A mean that moved by its own sd, or an sd that doubled or halved: half of the values leave what the layer normalizes
+# to. Models in the middle of training have channels up to 0.35 sd off.
+MOVED_MEAN = 1.0
+MOVED_VARIANCE = 4.0
+# a few channels may depend on what is rare in training
+MOVED_CHANNELS = 0.25
+# The curvature of a squared loss goes with the square of a feature's scale: a ratio of 100 in sd is one of 10^4 in
+# condition number. A mean of 10 sd is a ratio of 100 in mean square between the mean and what varies.
+SCALE_RATIO = 100.0
+FAR_MEAN = 10.0
+
+
+def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """The data differ from what the layer was trained with.
+
+    Why:
+        Eval mode subtracts the training data's mean and divides by their standard deviation. On data of another
+        camera, another scale or another domain the outputs are then not normalized, and accuracy drops.
+
+    How:
+        For each channel, the fresh mean's distance from the stored one in stored standard deviations (limit 1), and
+        the ratio of variances (limits 1/4 and 4). Fires if a quarter of a layer's channels is beyond, and shown to have
+        other statistics whatever the law of the examples (as in BN116); only the first such layer in execution order is
+        named, later ones follow from it. Not checked where examples too rare to be among these can explain it, as with
+        a variance that is only smaller. Constant channels (BN211) and layers that were never updated do not count.
+
+    Example:
+        A model trained on images in 0..1 gets images in 0..255.
+
+    Fix:
+        First check that the data are prepared as in training. If the new domain is meant: batchnorm.recalibrate on
+        examples of it (adaptive batch normalization).
+
+    References:
+        Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation".
+        Li et al. 2016, "Revisiting batch normalization for practical domain adaptation".
+    """
+    measured = evidence.measured or {}
+    beyond = {name: channels for name, m in measured.items() if (channels := _moved(evidence, name, m))}
+    moved = {name: some for name, channels in beyond.items() if (some := _shown(measured[name], channels))}
+    for name in beyond if not moved else ():
+        yield Unknown(
+            name, f"{len(beyond[name])} of {len(measured[name].mean)} channels moved, {unsettled(measured[name])}"
+        )
+    if moved:
+        name, channels = next(iter(moved.items()))
+        found = measured[name]
+        distance = statistics.median(abs(found.mean_deviation[c]) for c in channels)
+        ratio = statistics.median(found.var_ratio[c] for c in channels)
+        yield Finding(
+            name,
+            f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance {ratio:.2g} times"
+            + (f"; {len(moved)} layers in all" if len(moved) > 1 else ""),
+            f"{MOVED_MEAN:.0f} sd, 1/{MOVED_VARIANCE:.0f} to {MOVED_VARIANCE:.0f} times, in {MOVED_CHANNELS:.0%}",
+            "Eval mode normalizes these data by the statistics of other ones.",
+            "prepare data as in training; or, if these are meant, batchnorm.recalibrate(model, loader)",
+            channels=channels,
+            fixable=Fix.DATA,
+        )
+
+
+def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """Input features range over very different scales.
+
+    Why:
+        Gradients of the first layer's weights go with the scale of their features. One learning rate then is too
+        large for some weights and too small for others, and batch norm behind that layer does not mend it.
+
+    How:
+        Standard deviation and mean of each input feature (axis 1). Fires if the largest standard deviation is above
+        100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are left
+        out. Silent for models that begin with InputNorm or batch norm; not checked for integer inputs and more than
+        4096 features.
+
+    Example:
+        Columns age (20..80) and income (20000..200000) straight from the table.
+
+    Fix:
+        batchnorm.InputNorm.fit(data) as the first module; it is saved with the model.
+
+    References:
+        LeCun, Bottou, Orr and Müller 1998, "Efficient BackProp", section 4.3.
+    """
+    run = evidence.run
+    if run is None:
+        return
+    if run.input_scales is None or run.input_means is None:
+        if why := run.unknown.get("inputs"):
+            yield Unknown("", why)
+        return
+    pairs = [(scale, mean) for scale, mean in zip(run.input_scales, run.input_means, strict=True) if scale > 0]
+    # what rounding leaves of a constant
+    pairs = [(scale, mean) for scale, mean in pairs if scale > abs(mean) * 2**-23]
+    if not pairs:
+        return
+    scales = [scale for scale, _ in pairs]
+    ratio = max(scales) / min(scales)
+    distance = max(abs(mean) / scale for scale, mean in pairs)
+    if ratio > SCALE_RATIO or distance > FAR_MEAN:
+        yield Finding(
+            "",
+            f"sd of input features {min(scales):.3g} to {max(scales):.3g}, means up to {distance:.3g} sd from 0",
+            f"{SCALE_RATIO:.0f} times, {FAR_MEAN:.0f} sd",
+            "The first layer learns slowly: no learning rate fits all of its weights.",
+            "nn.Sequential(batchnorm.InputNorm.fit(loader), model)",
+        )
+
+
+def is_as_constructed(stored: Stored | None) -> bool:
+    """Whether a layer holds no statistics of data: nothing stored, or mean 0 and variance 1."""
+    return stored is None or stored.running_mean is None or stored.running_var is None or stored.is_initial
+
+
+def _moved(evidence: Evidence, name: str, found: Measured) -> tuple[int, ...]:
+    """Channels that are beyond a limit, if these are enough of the layer."""
+    if is_as_constructed(evidence.stored.get(name)):
+        return ()
+    pairs, constant = zip(found.mean_deviation, found.var_ratio, strict=True), set(found.constant)
+    moved = [
+        channel
+        for channel, (deviation, ratio) in enumerate(pairs)
+        if channel not in constant
+        if abs(deviation) > MOVED_MEAN or abs(math.log(max(ratio, 1e-300))) > math.log(MOVED_VARIANCE)
+    ]
+    return _enough(found, moved)
+
+
+def _shown(found: Measured, channels: tuple[int, ...]) -> tuple[int, ...]:
+    return _enough(found, [channel for channel in channels if channel in found.shown])
+
+
+def _enough(found: Measured, channels: list[int]) -> tuple[int, ...]:
+    return tuple(channels) if len(channels) >= MOVED_CHANNELS * len(found.mean) else ()

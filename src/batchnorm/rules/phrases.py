@@ -1,0 +1,90 @@
+"""Phrases that several rules use, and remedies that are possible for what was examined."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from batchnorm.checkpoint import Stored
+    from batchnorm.rules.rule_evidence import Evidence, Measured
+
+# what ``batchnorm fix`` writes: states of torch.save and safetensors. A graph or a whole object is made anew
+_WRITABLE = {"pt", "safetensors"}
+_ANEW = {
+    "onnx": "mend the model that the file was made from, and export it again",
+    "": "load the model, mend it, and save it again",
+}
+
+
+class Fix(StrEnum):
+    """What it takes to mend a finding."""
+
+    NO = "no"  # a decision, or code that only its owner can change
+    SAFE = "safe"  # needs no data, and eval outputs stay the same
+    DATA = "data"  # needs examples
+    UNSAFE = "unsafe"  # needs no data, and changes eval outputs
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more there are: "stem.1, body.1, body.4 and 2 more"."""
+    every = list(names)
+    rest = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(name or "the model itself" for name in every[:most]) + rest
+
+
+def some_of(channels: tuple[int, ...], stored: Stored) -> str:
+    """How many channels of a layer: "3 of 64 channels"."""
+    return f"{len(channels)} of {stored.channels} channels"
+
+
+def unsettled(measured: Measured) -> str:
+    """What a difference that is not shown may come from."""
+    return f"which examples too rare to be among these {measured.examples} may explain"
+
+
+def is_written(evidence: Evidence) -> bool:
+    """Whether a target can be mended as it is: a model, or a file whose numbers ``batchnorm fix`` writes."""
+    return evidence.file is None or (evidence.file.format in _WRITABLE and not evidence.file.is_whole)
+
+
+def possible(fix: Fix, remedy: str, evidence: Evidence) -> tuple[Fix, str]:
+    """A remedy as it can be done to the target.
+
+    What cannot be written is made anew from its source. ``fix`` loads tensors and plain values alone: they are saved
+    first where a file holds other things beside them.
+    """
+    if not is_written(evidence) and fix is not Fix.NO:
+        return Fix.NO, _ANEW.get(evidence.file.format if evidence.file else "", _ANEW[""])
+    if evidence.file is None or evidence.file.is_plain or not remedy.startswith("batchnorm fix "):
+        return fix, remedy
+    command = remedy.replace(_target(evidence), "PATH")
+    return fix, f"torch.save(model.state_dict(), PATH) of the loaded model; then {command}"
+
+
+def mend(evidence: Evidence) -> str:
+    """The command that mends a target without data, else the call."""
+    if _is_known(evidence):
+        return f"batchnorm fix {_target(evidence)}"
+    return "batchnorm.treat(model)"
+
+
+def measure_again(evidence: Evidence) -> str:
+    """The command that measures statistics anew for a target that the command line knows, else the call."""
+    if evidence.modules is None:  # a file alone says nothing of the forward
+        return f"batchnorm fix model.py:make_model --weights {_target(evidence)} --data data.py:train_loader"
+    if _is_known(evidence):
+        return f"batchnorm fix {_target(evidence)} --data data.py:train_loader"
+    return "batchnorm.recalibrate(model, loader)"
+
+
+def _is_known(evidence: Evidence) -> bool:
+    return evidence.modules is None or ":" in evidence.target
+
+
+def _target(evidence: Evidence) -> str:
+    """The target as a shell takes it: a file's name may hold spaces and signs; an address is a command's words."""
+    return shlex.quote(evidence.target) if evidence.modules is None else evidence.target

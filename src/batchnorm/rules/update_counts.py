@@ -1,0 +1,146 @@
+"""What num_batches_tracked proves about stored statistics: nothing by itself.
+
+It counts forwards in train mode, but importers write 0, recalibrate and torch's update_bn the batches that they
+measured, copies take it along, and averages of weights round it down. It makes a claim that can be tested: k updates
+with momentum a, from mean 0 and variance 1, leave the share r = (1 - a)^k of that start,
+
+    stored mean = (1 - r) m,   stored variance = r + (1 - r) v,   with v >= 0 and averages m, v of batches.
+
+- Arithmetic refutes it: one variance below r, in any layer of that count.
+- Arithmetic shows it: a channel that never varied is left at r exactly. Two of them are no accident. In a large model
+  many channels vary little: if in four layers or more the smallest variance is within a tenth above r, in none below,
+  and others are far away, then r is where variances begin.
+- Data decide: with fresh statistics m, v over the data, what is stored is nearer to the formula than to m, v, or not.
+  Data of another scale have other variances too, by one factor in all channels. So the formula must also explain how
+  the factor differs between channels: r weighs most where v is small.
+
+Without any of these the claim is open: statistics that were measured at once look the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchnorm.checkpoint import Stored
+    from batchnorm.rules.rule_evidence import Evidence, Measured
+
+RESIDUE = 0.01  # of the initial statistics: what is less does not matter
+USUAL_MOMENTUM = 0.1
+# a float32 rounds by 2^-24 of itself in each update
+_ROUNDING = 2.0**-23
+# smaller differences of a layer's statistics, as rms in sd of its channels, change outputs by less than 5 %
+MATTERS = 0.05
+_NEARER = 0.5  # of the distance: chance makes one guess nearer than another, but rarely by half in all channels
+_FLOOR_CHANNELS, _FLOOR_LAYERS = 2, 4
+_FLOOR, _FAR = 1.1, 3.0  # times r
+
+
+class Claim(Enum):
+    """What is known of the start that a counter says is left in a layer's statistics."""
+
+    GONE = "gone"  # less than RESIDUE, or refuted
+    OPEN = "open"  # neither refuted nor shown
+    SHOWN = "shown"
+
+
+def claims(evidence: Evidence) -> dict[str, tuple[Claim, float]]:
+    """What each layer's counter proves, and the share of the initial statistics that it says is left."""
+    shares = {name: _share(evidence, stored) for name, stored in evidence.stored.items()}
+    alike: dict[float, list[Stored]] = defaultdict(list)
+    for name, share in shares.items():
+        if share > RESIDUE and not evidence.stored[name].is_initial:
+            alike[share].append(evidence.stored[name])
+    found = {name: (Claim.GONE, share) for name, share in shares.items()}
+    for share, layers in alike.items():
+        proof = _by_arithmetic(layers, share)
+        for stored in layers:
+            measured = (evidence.measured or {}).get(stored.name)
+            by_data = None if measured is None else _by_data(stored, measured, share, evidence.eps(stored.name))
+            claim = proof if proof is Claim.GONE or by_data is None else by_data
+            found[stored.name] = claim, share
+    return found
+
+
+def is_counted(stored: Stored) -> bool:
+    """Whether train-mode forwards were counted, so that a layer has been used for training; 0 says nothing."""
+    return (stored.num_batches_tracked or 0) > 0
+
+
+def misfit(evidence: Evidence, name: str) -> float | None:
+    """How far a layer's stored statistics are from those of the data, as rms in sd; None if that is not known."""
+    stored, measured = evidence.stored.get(name), (evidence.measured or {}).get(name)
+    if stored is None or measured is None or stored.running_mean is None or stored.running_var is None:
+        return None
+    return _distance(stored, measured.mean, measured.var, evidence.eps(name))
+
+
+def is_nearer(stored: Stored, mean: Sequence[float], var: Sequence[float], found: Measured, eps: float) -> bool:
+    """Whether other statistics are nearer to a layer's stored ones than the data's own, by half or more."""
+    own = _distance(stored, found.mean, found.var, eps)
+    other = _distance(stored, mean, var, eps)
+    return own is not None and other is not None and own > MATTERS and other < _NEARER * own
+
+
+def _share(evidence: Evidence, stored: Stored) -> float:
+    """(1 - a)^k; 0 where no running average of that kind is claimed."""
+    count, momentum = stored.num_batches_tracked or 0, evidence.momentum(stored.name)
+    if momentum is None and evidence.modules is None:
+        momentum = USUAL_MOMENTUM  # a file does not tell
+    if count <= 0 or momentum is None or not 0 < momentum < 1 or not stored.running_var:
+        return 0.0
+    return math.exp(count * math.log1p(-momentum))
+
+
+def _by_arithmetic(layers: Sequence[Stored], share: float) -> Claim:
+    """What the variances of all layers of one count say."""
+    variances = [value for stored in layers for value in stored.running_var or () if math.isfinite(value)]
+    updates = max(stored.num_batches_tracked or 0 for stored in layers)
+    slack = share * updates * _ROUNDING
+    if not variances or min(variances) < share - slack:
+        return Claim.GONE
+    if sum(value <= share + slack for value in variances) >= _FLOOR_CHANNELS:
+        return Claim.SHOWN
+    begins = [min(stored.running_var or (math.inf,)) <= _FLOOR * share for stored in layers]
+    if len(layers) >= _FLOOR_LAYERS and all(begins) and max(variances) > _FAR * share:
+        return Claim.SHOWN
+    return Claim.OPEN
+
+
+def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> Claim | None:
+    """What the data say: whether the start explains where the statistics are; None if there are none to compare."""
+    if stored.running_mean is None or _distance(stored, found.mean, found.var, eps) is None:
+        return None
+    mean = [(1 - share) * value for value in found.mean]
+    var = [share + (1 - share) * value for value in found.var]
+    near = is_nearer(stored, mean, var, found, eps)
+    return Claim.SHOWN if near and _has_pattern(stored, var, found, eps) else Claim.GONE
+
+
+def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: float) -> bool:
+    """Whether expected variances are nearer, by half, to the stored ones than the data's are by any one factor."""
+    triples = zip(stored.running_var or (), var, found.var, strict=False)
+    logs = [
+        (math.log((v_s + eps) / (v + eps)), math.log((v_s + eps) / (fresh + eps)))
+        for v_s, v, fresh in triples
+        if min(v_s, v, fresh) + eps > 0 and math.isfinite(v_s + v + fresh)
+    ]
+    if not logs:
+        return False
+    center = sum(by_data for _, by_data in logs) / len(logs)
+    return sum(by_claim**2 for by_claim, _ in logs) < _NEARER**2 * sum((each - center) ** 2 for _, each in logs)
+
+
+def _distance(stored: Stored, mean: Sequence[float], var: Sequence[float], eps: float) -> float | None:
+    """Root mean square over channels of the difference of means, in sd, and of the log of the sd's ratio."""
+    squares = []
+    for m, v, m_s, v_s in zip(mean, var, stored.running_mean or (), stored.running_var or (), strict=False):
+        here, there = v + eps, v_s + eps
+        if here > 0 and there > 0 and math.isfinite(m - m_s) and math.isfinite(here + there):
+            squares.append((m - m_s) ** 2 / math.sqrt(here * there) + (0.5 * math.log(here / there)) ** 2)
+    return math.sqrt(sum(squares) / len(squares)) if squares else None

@@ -1,0 +1,135 @@
+"""Clean: what calibration learned of clean observations: scores, a bag to compare with, marks, and components.
+
+Half of the observations (at most 1,000) teach how scores are measured, and the others fill the bag, so that neither
+knows the other. Validity needs that only. Marks and the spread of components are of all and of the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from batchnorm.shift import conformal
+from batchnorm.shift.channel_marks import MARKS, Marks
+from batchnorm.shift.conformal import Bag
+from batchnorm.shift.principal_components import Components, axes_shape, halves
+from batchnorm.shift.scores import KIND_OF, Scores, powers
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CONFIDENCE = 0.95  # that no component's mean is further off than its error, for normal ones
+# relative standard error of a variance of m values of kurtosis 6.5, half as much again as of normal ones
+_VARIANCE_ERROR = 1.5
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Clean:
+    """What calibration learned.
+
+    Args:
+        scores: How strange observations are.
+        bag: Clean observations to compare with.
+        marks: What few of them are beyond.
+    """
+
+    scores: Scores
+    bag: Bag
+    marks: Marks
+
+    @classmethod
+    def of(cls, sizes: tuple[int, ...], z: Tensor, q: Tensor, *, tolerance: float) -> Clean:
+        """Learned from clean observations.
+
+        Args:
+            sizes: Channels of each layer.
+            z: Channel means in stored sd, (n, channels).
+            q: Energies of channels, likewise.
+            tolerance: How far a component's mean may be off without having moved.
+        """
+        teach, rest = halves(len(z))
+        power = powers(q[teach])
+        bounds = _Bounds(tolerance, _errors(2 * z.shape[1]))
+        components = Components.measured(sizes, z, q / power, bounds)
+        scores = Scores.learned(components, power, z[teach], q[teach])
+        return cls(scores, Bag.of(scores.cells(z[rest], q[rest])), Marks.of(z))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by their names in a file."""
+        parts = {"components": self.scores.components, "scores": self.scores, "marks": self.marks}
+        return {"bag.above": self.bag.counts} | {
+            f"{name}.{field.name}": value
+            for name, part in parts.items()
+            for field in fields(part)
+            if isinstance(value := getattr(part, field.name), Tensor)
+        }
+
+    @classmethod
+    def of_tensors(cls, sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Clean:
+        """What ``tensors`` gave.
+
+        Raises:
+            KeyError: If one is missing.
+        """
+
+        def part(name: str, kind: type, **more: Any) -> Any:
+            names = [field.name for field in fields(kind) if field.name not in more]
+            return kind(**more, **{key: tensors[f"{name}.{key}"] for key in names})
+
+        components = part("components", Components, sizes=sizes)
+        return cls(
+            part("scores", Scores, components=components), Bag.counted(tensors["bag.above"]), part("marks", Marks)
+        )
+
+
+def shapes(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, by name."""
+    channels, scores, marks = sum(sizes), len(KIND_OF) * len(sizes), MARKS
+    expected: dict[str, tuple[int, ...]] = {
+        f"components.{name}": (2 * channels,) for name in ("center", "delta", "kappa")
+    }
+    of_channels = ("center", "spread", "power", "power_center", "power_spread")
+    expected |= {f"scores.{name}": (channels,) for name in of_channels}
+    expected |= {f"scores.{name}": (2 * channels,) for name in ("turned_center", "turned_spread")}
+    expected |= {f"scores.{name}": (scores,) for name in ("middle", "width")}
+    expected |= {f"marks.{name}": (marks, channels) for name in ("upper", "lower")}
+    expected |= {"components.axes": axes_shape(sizes), "bag.above": (scores, conformal.CELLS), "marks.shares": (marks,)}
+    return expected
+
+
+# tensors whose values may have either sign, or be 0
+SIGNED = frozenset(
+    {"components.center", "components.axes", "scores.center", "scores.power_center", "scores.turned_center"}
+    | {"scores.middle", "marks.upper", "marks.lower", "bag.above"}
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Center, error and largest variance of observations, as far as normal ones tell; for hints, not for alarms.
+
+    Args:
+        tolerance: Added to the errors of means.
+        errors: Standard errors that are allowed for.
+    """
+
+    tolerance: float
+    errors: float
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, its tolerance and the largest variance of observations, (n, k) -> (k,) each."""
+        var, n = x.var(0), len(x)
+        widened = var * (1 + self.errors * _VARIANCE_ERROR * (2 / n) ** 0.5)
+        least = torch.finfo(torch.float32).eps
+        return x.mean(0), self.tolerance + self.errors * (var / n).sqrt(), widened.clamp_min(least)
+
+
+def _errors(bounds: int) -> float:
+    """Standard errors within which so many means are at once."""
+    return NormalDist().inv_cdf(1 - (1 - _CONFIDENCE) / (2 * bounds))

@@ -1,0 +1,61 @@
+"""Passes: what a data set looks like at the entrance of every batch norm layer, with the model left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.population.batch_rows import settle
+from batchnorm.population.batches import Batches, call, device_of
+from batchnorm.population.eval_mode import to_eval
+from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.state_shield import preserve_random_state, preserve_state
+
+if TYPE_CHECKING:
+    from batchnorm.shift.layer_observer import Tap
+
+
+def passes(
+    model: nn.Module, tap: Tap, loader: Iterable[Any], max_examples: int | None, who: str
+) -> Generator[tuple[Any, Tensor, Tensor]]:
+    """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
+
+    Args:
+        model: That ``tap`` is for.
+        tap: It is attached meanwhile.
+        loader: Batches as ``recalibrate`` takes them.
+        max_examples: At most so many.
+        who: Asks, for error messages.
+
+    Raises:
+        ValueError: If a pass does not reach every layer with each example once.
+    """
+    batches = Batches(loader, max_examples, device_of(model), who=who)
+    with preserve_state(model), preserve_random_state(*batches.generators):
+        to_eval(model)
+        with uncompiled():
+            settle(batches, model)
+        with tap.attached():
+            yield from _passes(model, tap, batches, who)
+
+
+def _passes(model: nn.Module, tap: Tap, batches: Batches, who: str) -> Generator[tuple[Any, Tensor, Tensor]]:
+    for batch in batches:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
+        with uncompiled(), torch.no_grad():
+            call(model, batch)
+        if (seen := tap.taken()) is None:
+            raise ValueError(passes_needed(who))
+        yield kept, *seen
+
+
+def passes_needed(who: str) -> str:
+    """What to say of a model whose layers see parts of a batch."""
+    return (
+        f"{who} needs passes that reach every batch norm layer with each example once, got another. "
+        "Give a model whose layers all see whole batches."
+    )

@@ -1,0 +1,155 @@
+"""Tap: what a few examples of a batch look like at the entrance of every batch norm layer.
+
+One example gives a channel's mean over positions and its energy, whose mean over channels is the layer's:
+
+    z_c = mean over positions of (x_c - mean_c) / std_c,      q_c = mean over positions of ((x_c - mean_c) / std_c)^2.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.layers import input_of
+from batchnorm.population.hooks import Hook
+from batchnorm.population.tensor_memory import whole
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from batchnorm.shift.alarm_reference import Reference
+
+ALL = 2**62  # examples: more than a batch has
+
+
+def drawn(size: int, examples: int, seed: int) -> list[int] | None:
+    """Rows of a batch to look at, in order: at random, since batches may be sorted; None for all of ``size``."""
+    return None if examples >= size else sorted(Random(seed).sample(range(size), examples))  # noqa: S311
+
+
+@final
+class _Pass(threading.local):
+    """What one thread's pass is about."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.begin(0, 0)
+
+    def begin(self, examples: int, seed: int) -> None:
+        self.examples, self.seed = examples, seed
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
+        self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows of a layer's input that are looked at; the same in all layers."""
+        key = len(x), x.device
+        if key not in self._indices:
+            rows = drawn(len(x), self.examples, self.seed)
+            self._indices[key] = None if rows is None else torch.tensor(rows, device=x.device)
+        index = self._indices[key]
+        return x if index is None else x[index]
+
+
+@final
+class Tap:
+    """Hooks on layers that keep statistics of some examples of each batch that passes.
+
+    Args:
+        layers: By name, in the reference's order.
+        reference: Whose means and standard deviations standardize.
+    """
+
+    def __init__(self, layers: dict[str, _BatchNorm], reference: Reference) -> None:
+        self._layers = layers
+        self._pass = _Pass()
+        parts = zip(
+            reference.mean.split(list(reference.sizes)), reference.std.split(list(reference.sizes)), strict=True
+        )
+        self._standards = dict(zip(layers, parts, strict=True))
+        self._on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def begin(self, examples: int, seed: int) -> None:
+        """Look at so many examples of the batch that passes next in this thread; 0 lets it pass.
+
+        Args:
+            examples: Of each batch, at most.
+            seed: Which ones.
+        """
+        self._pass.begin(examples, seed)
+
+    def end(self) -> int:
+        """Let what passes in this thread pass from now on; how many examples were to be looked at."""
+        examples, self._pass.examples = self._pass.examples, 0
+        return examples
+
+    @property
+    def seconds(self) -> float:
+        """Time that this thread spent since it set it to 0."""
+        return self._pass.seconds
+
+    @seconds.setter
+    def seconds(self, number: float) -> None:
+        self._pass.seconds = number
+
+    def attach(self) -> list[Any]:
+        """Tap the layers until the handles are removed."""
+        return [
+            layer.register_forward_pre_hook(Hook(partial(self._see, name), is_always=True), with_kwargs=True)
+            for name, layer in self._layers.items()
+        ]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """A block in which all examples that pass the layers are seen."""
+        handles = self.attach()
+        self.begin(ALL, 0)
+        try:
+            yield
+        finally:
+            self.begin(0, 0)  # a pass that failed leaves the first layers' part
+            for handle in handles:
+                handle.remove()
+
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        """Means and energies of channels, (n, channels) each, of what passed since the last call: float64, on the CPU.
+
+        None if a layer was not reached, or saw another number of examples: it runs on parts of the batch.
+        """
+        seen, self._pass.seen = self._pass.seen, {}
+        if set(seen) != set(self._layers) or len({len(z) for z, _ in seen.values()}) != 1:
+            return None
+        z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
+        return z.cpu().double(), q.cpu().double()
+
+    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        here = self._pass
+        if not here.examples or module.training or name in here.seen:
+            return
+        start = time.perf_counter()
+        x = input_of(args, kwargs)
+        if x is not None and (x := whole(x)) is not None:  # a DTensor's; none while a trace runs through the model
+            here.seen[name] = self._statistics(name, here.of(x))
+        here.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _statistics(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self._standard(name, x.device)
+        wide = x.detach().flatten(2).float() if x.ndim > 2 else x.detach().float()[:, :, None]  # (n, C, positions)
+        var, center = torch.var_mean(wide, 2, correction=0)
+        z = (center - mean) / std
+        return z, z.square() + var / std.square()
+
+    def _standard(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = name, device
+        if key not in self._on_device:
+            mean, std = self._standards[name]
+            self._on_device[key] = mean.float().to(device), std.float().to(device)
+        return self._on_device[key]

@@ -1,0 +1,132 @@
+"""State: everything that a stream's next observation depends on, bit by bit, for files and other replicas."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm.files import sidecar
+from batchnorm.shift.alarm import Alarm
+from batchnorm.shift.conformal import CELLS, Bag
+from batchnorm.shift.e_processes import Wealth
+from batchnorm.shift.evidence import BETS, Evidence, shapes, stakes_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from batchnorm.shift.alarm_reference import Reference
+
+VERSION = 3
+SUFFIX = ".bnshift.safetensors"
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """What a stream knows at one moment, or a part of that; parts are joined by ``|``.
+
+    Args:
+        tensors: Wealth, sums and what is waiting, in float64.
+        about: The rest, JSON-able: counts, the alarm, and which reference and unit it is about.
+    """
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+    def __or__(self, other: State) -> State:
+        """Both parts."""
+        return State(self.tensors | other.tensors, self.about | other.about)
+
+    @classmethod
+    def of_evidence(cls, evidence: Evidence) -> State:
+        """The evidence's part."""
+        tensors, bets = {}, {}
+        for name in BETS:
+            wealth: Wealth | None = getattr(evidence, name)
+            if wealth is None:
+                continue
+            tensors |= {f"{name}.product": wealth.product.clone(), f"{name}.restarted": wealth.restarted.clone()}
+            bets[name] = {"updates": wealth.updates, "rest": wealth.rest, "is_spread": wealth.is_spread}
+        if evidence.bag is not None:
+            tensors["bag"] = evidence.bag.counts.clone()
+        return cls(tensors, {"bets": bets, "observations": evidence.observations})
+
+    def evidence(self, reference: Reference) -> Evidence:
+        """The evidence against ``reference``, which it must be about."""
+        bets: dict[str, Any] = dict.fromkeys(BETS)
+        for name, about in self.about["bets"].items():
+            bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
+        bag = Bag.counted(self.tensors["bag"].clone()) if "bag" in self.tensors else None
+        return Evidence(
+            reference, **bets, bag=bag, stakes=stakes_for(reference), observations=self.about["observations"]
+        )
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """The alarm, if it has rung."""
+        told = self.about["alarm"]
+        return None if told is None else Alarm.of_dict(told)
+
+    def check(self, reference: Reference) -> None:
+        """Refuse a state that lacks something, or whose tensors are of other sizes than ``reference`` says.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        channels, bets = sum(reference.sizes), shapes(reference)
+        try:
+            expected = {
+                f"{name}.{part}": bets[name] for name in self.about["bets"] for part in ("product", "restarted")
+            }
+            expected |= {
+                "sums": (2, channels),
+                "recent": (2, channels),
+                "later": (2, channels),
+                "tails.sums": (2, len(reference.sizes)),
+            }
+            if "ranks" in bets:
+                expected["bag"] = (bets["ranks"][1], CELLS)
+            good = all(tuple(self.tensors[name].shape) == shape for name, shape in expected.items())
+            good &= all(self.tensors[f"waiting.{name}"].shape[1] == channels for name in "zq")
+            good &= self.tensors["tails.largest"].shape[1] == len(reference.sizes)
+            good &= set(self.about["bets"]) == set(bets)
+            good &= "bag" not in self.tensors or Bag.counted(self.tensors["bag"]).is_whole
+            good &= all({"count", "least"} <= set(self.about[name]) for name in ("recent", "later"))
+            good &= {"passed", "alarm", "open", "auto", "recent", "observations", "tails"} <= set(self.about)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            good = False
+        if not good:
+            raise ValueError("the state is damaged: parts are missing or of other sizes. Start a new stream.")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all, as a safetensors file that ends in .bnshift.safetensors.
+
+        Raises:
+            ValueError: If the name ends otherwise, or an open key is neither text nor a number.
+            OSError: If it cannot be written.
+        """
+        path = Path(path)
+        if not path.name.endswith(SUFFIX):
+            raise ValueError(f"a monitor's state needs a file that ends in {SUFFIX}, got {path.name!r}. Name it so.")
+        try:
+            sidecar.write(path, "shift", {"version": VERSION, **self.about}, self.tensors)
+        except TypeError as error:
+            raise ValueError(f"a monitor is saved with keys that are text or numbers: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> State:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: If the file is something else, or of another version.
+            OSError: If it cannot be read.
+        """
+        try:
+            about, tensors = sidecar.read(path, "shift")
+        except ValueError as error:
+            raise ValueError(f"{path} is no state of a monitor: {error}. Write one with monitor.save(path).") from error
+        if about.pop("version", None) != VERSION:
+            raise ValueError(f"{path} is no state of a monitor of version {VERSION}. Write it with monitor.save(path).")
+        return cls(tensors, about)

@@ -1,0 +1,292 @@
+"""fold and unfold: batch norm layers of a finished model become part of the layers next to them, and come back.
+
+Where each goes is read from the model's code (``plan``), what becomes of the weights is algebra
+(``arithmetic``), and what stands in its place is the way back (``folding_placeholder``).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from batchnorm.argument_types import require_flag, require_module
+from batchnorm.other_libraries import out_of_reach
+from batchnorm.population import preserve_state
+from batchnorm.population.absent_numbers import require_real
+from batchnorm.population.batches import call, require_examples
+from batchnorm.surgery.dataflow import set_mode
+from batchnorm.surgery.folding.arithmetic import Linear
+from batchnorm.surgery.folding.plan import Partner, fresh, plan
+from batchnorm.surgery.folding_placeholder import FoldedAway, own_tensors, set_tensors
+from batchnorm.surgery.replacement import check_memory, duplicate, find
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from batchnorm.surgery.layer_maps import Parts
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@final
+@dataclass(frozen=True)
+class Folding:
+    """What was folded, what was not and why, and how far the outputs on the example moved.
+
+    ``layers`` has for the path of each batch norm layer its partner, or the reason why it stays. ``error`` is the
+    largest absolute difference of an output, ``largest`` the largest absolute output of the original.
+    """
+
+    layers: Mapping[str, Partner | str]
+    error: float
+    largest: float
+
+    def __str__(self) -> str:
+        left = {path: reason for path, reason in self.layers.items() if isinstance(reason, str)}
+        count = len(self.layers)
+        lines = [
+            f"folded {count - len(left)} of {count} batch norm layers; "
+            f"outputs differ by at most {self.error:.2g}, where the largest is {self.largest:.2g}"
+        ]
+        return "\n".join(lines + [f"  left {path!r}: {reason}" for path, reason in left.items()])
+
+
+def foldable(model: nn.Module, example: Any = None) -> dict[str, Partner | str]:
+    """For each batch norm layer by path: what ``fold`` would fold it into, or the reason why it would not.
+
+    The model is not changed, and nothing but the example is run. Without one, only the code is looked at: what runs
+    is taken to be all that it can call, convolutions are taken to get batches, and a layer next to a linear layer
+    counts as not foldable, since (N, C) and (N, C, L) look the same.
+
+    Args:
+        model: In any mode; it is looked at in eval mode.
+        example: A batch, as for ``fold``.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If the model is compiled or does not run on ``example``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
+        >>> for path, partner in foldable(model).items():
+        ...     print(path, partner)
+        1 '0' before it
+        3 no convolution or linear layer is next to it: '2' before it, what is returned behind it
+    """
+    found, _ = plan(model, example)
+    return {path: found[path] for path in find(model)} | out_of_reach(model)
+
+
+def fold(
+    model: Model, example: Any, *, inplace: bool = False, report: Callable[[Folding], object] | None = print
+) -> Model:
+    """A copy of the model in eval mode, whose batch norm layers are folded into the layers next to them.
+
+    A batch norm layer in eval mode multiplies each channel by a number and adds one. A convolution, a transposed
+    convolution or a linear layer before it can do that with other weights, and so can one behind it. Folding uses the
+    stored statistics: what the copy does in train mode is not batch norm, and it cannot be trained as the model was.
+
+    Which layers are neighbours is read from the forwards, not from the order of registration: through ``Identity``,
+    dropout, modules that run inside of others, and operations that only move values, such as ``view``, ``transpose``
+    and ``cat``. Forwards that torch.fx cannot trace are followed in a run on tensors of the example's sizes without
+    values; what they decide by sizes is taken as it is there. Layers of torch.nn, SyncBatchNorm, ours and frozen ones
+    are folded, and those of other classes and libraries whose tensors multiply each channel by a number and add one, as
+    found by trying it. An activation that a layer applies, and a residual that it adds, stay in its place. The copy has
+    a bias where there was none, and no state_dict keys of folded layers but those of their activations.
+
+    A layer is left as it is, and ``report`` says why, if
+
+    - no convolution or linear layer is next to it in the code, or that code decides by values, sets attributes or runs
+      in a context such as ``no_grad``;
+    - either is called at several places or not at all, has several names, or shares a tensor with another module;
+    - what lies between them also goes elsewhere, or hooks see it;
+    - either is parametrized, or has a forward that does something else than such layers do;
+    - it is no layer but an operation of an exported program or a call of torch's function, or belongs to quantization;
+    - it stores no statistics, a variance is negative, or weights would be NaN, infinite or too large for their type;
+    - the channels are on different axes: a linear layer makes (N, L, C), and batch norm takes (N, C, L);
+    - the layer behind it does not pass a shift on evenly: it pads with zeros, or is a transposed convolution of a
+      kernel or a stride above 1. Where the shift is 0 that does not matter.
+
+    The weights are computed in float64 and rounded once. Model and copy are then compared on the example, as they
+    are and, where they run in it, in float64. A difference of more than sqrt(eps) of the largest output, half of the
+    digits that the type has, is no matter of rounding.
+
+    Args:
+        model: Not changed, unless ``inplace``. Its mode does not matter.
+        example: A batch: a tensor is given to the model; of a tuple or list the first element; a mapping by name if
+            ``model.forward`` accepts its keys, else whole. A layer that does not run on it is not folded.
+        inplace: Change ``model`` itself and return it; parameters stay the same objects. If anything is raised, it has
+            its weights and layers as before.
+        report: Called with a ``Folding``: what became of each layer, and the difference that was measured. None for
+            nobody.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
+        ValueError: If the model does not run on ``example``, also for want of numbers (fake, on the meta device),
+            returns no tensors, or is compiled; or if the comparison fails, with the difference.
+        RuntimeError: If the model cannot be copied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> folded = fold(model, x, report=None)
+        >>> torch.allclose(folded(x), model(x), atol=1e-5), list(folded.state_dict())
+        (True, ['0.weight', '0.bias'])
+
+    References:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference", section 3.2.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+        )
+    require_real(model, "fold")
+    require_examples(example, "fold")
+    require_flag(inplace, "inplace")
+    if inplace:
+        check_memory(model, "fold")
+    result = model if inplace else duplicate(model, "fold")
+    found, parts = plan(result, example)
+    layers = {path: found[path] for path in find(result)} | out_of_reach(result)
+    expected = _outputs(result, example)
+    wide = _in_float64(result, example)
+    _put_in(result, found, parts)
+    try:
+        error, largest = _difference(expected, result, example)
+        if wide is not None:
+            wide_model, wide_example, wide_expected = wide
+            _put_in(wide_model, found, parts)
+            _difference(wide_expected, wide_model, wide_example)
+    except ValueError:
+        if inplace:
+            unfold(result, inplace=True)
+        raise
+    if report is not None:
+        report(Folding(layers, error, largest))
+    return result.eval()
+
+
+def unfold(model: Model, *, inplace: bool = False) -> Model:
+    """A copy of the model with the batch norm layers that ``fold`` took away, and the weights of before, bit for bit.
+
+    What was done to the folded weights since is lost. The layers are in the mode that the places they come back to
+    are in: eval mode, unless ``train()`` was called. A model without folded layers is only copied.
+
+    Args:
+        model: Not changed, unless ``inplace``.
+        inplace: Change ``model`` itself and return it.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        RuntimeError: If the model cannot be copied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.BatchNorm1d(8))
+        >>> back = unfold(fold(model, torch.randn(4, 3), report=None))
+        >>> type(back[1]).__name__, back[0].bias, torch.equal(back[0].weight, model[0].weight)
+        ('BatchNorm1d', None, True)
+    """
+    require_module(model, "unfold")
+    require_flag(inplace, "inplace")
+    model = model if inplace else duplicate(model, "unfold")
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, FoldedAway):
+                module._modules[name] = child.restored()
+    return model
+
+
+def _put_in(model: nn.Module, found: Mapping[str, Partner | str], parts: Mapping[str, Parts]) -> None:
+    """Change the model in place as planned."""
+    folded = [m for m in model.modules() if isinstance(m, FoldedAway)]
+    before = {id(p): tensors for m in folded for p, tensors in zip(m.partners, m._tensors, strict=True)}
+    joined: dict[nn.Module, Linear] = {}
+    for path, answer in found.items():
+        if not isinstance(answer, Partner):
+            continue
+        layer: Any = model.get_submodule(path)
+        partners = {each.path: model.get_submodule(each.path) for each in (answer, *answer.others)}
+        for each, partner in zip((answer, *answer.others), partners.values(), strict=True):
+            affine = parts[path].affine.spread(each.channels)
+            joined[partner] = joined.get(partner, Linear.of(partner)).joined(affine, each.position)
+        tensors = [dict(before.setdefault(id(partner), own_tensors(partner))) for partner in partners.values()]
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = FoldedAway(
+            layer, partners, tensors, then=parts[path].code, moved=answer.channels is not None
+        )
+    for partner, new in joined.items():
+        like: Any = partner.weight
+        weight = torch.empty_like(like, requires_grad=False).copy_(new.weight)  # in its memory format
+        set_tensors(partner, {"weight": weight, "bias": new.bias.to(like.device, like.dtype)})
+
+
+def _in_float64(model: nn.Module, example: Any) -> tuple[nn.Module, Any, list[Tensor]] | None:
+    """A copy of the model that computes in float64, an example for it and what it returns, if it runs in that type."""
+    try:
+        wide = copy.deepcopy(model).double()
+        wide_example = tree_map(
+            lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, example
+        )
+        return wide, wide_example, _outputs(wide, wide_example)
+    except Exception:  # noqa: BLE001 - then the comparison in the model's own type is all there is
+        return None
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """The tensors of numbers that a model returns in eval mode. The model is as before."""
+    with preserve_state(model), torch.no_grad():
+        set_mode(model, False)
+        returned = call(model, fresh(example))
+        leaves = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+        leaves = [leaf.clone() for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+    if not leaves:
+        raise ValueError(
+            f"fold needs a model whose results can be compared, got {type(returned).__name__} without floating-point "
+            "tensors. Fold the part of it that computes them."
+        )
+    return leaves
+
+
+def _difference(expected: list[Tensor], folded: nn.Module, example: Any) -> tuple[float, float]:
+    """The largest difference of what both return, and the largest value, of the original."""
+    try:
+        got = _outputs(folded, example)
+    except Exception as error:
+        raise ValueError(
+            f"fold needs a model that runs without its batch norm layers, got {type(error).__name__}: {error} "
+            "Code that reads attributes of a layer cannot do without it."
+        ) from error
+    if [t.shape for t in got] != [t.shape for t in expected]:
+        raise ValueError("fold needs a model whose results have the same shapes each time, got others. Fold its parts.")
+    error = max(_largest(a, b) for a, b in zip(expected, got, strict=True))
+    largest = max(_largest(t) for t in expected)
+    line = max(map(_eps, expected)) ** 0.5 * largest
+    if not error <= line:
+        raise ValueError(
+            f"fold needs weights that bear it, got outputs that differ by {error:.3g}, where rounding explains "
+            f"{line:.2g}. A variance near 0 or a mean far from 0 takes digits: see foldable, and recalibrate the model."
+        )
+    return error, largest
+
+
+def _eps(tensor: Tensor) -> float:
+    """The relative error of what a tensor was computed with: GPUs may take float32 factors to TF32's 10 bits."""
+    is_short = tensor.dtype == torch.float32 and tensor.device.type != "cpu"
+    return torch.finfo(torch.float16 if is_short else tensor.dtype).eps
+
+
+def _largest(a: Tensor, b: Tensor | None = None) -> float:
+    """The largest absolute value, or difference. Where both are the same, NaN for one, there is none."""
+    a = a.to("cpu", torch.complex128 if a.is_complex() else torch.float64)
+    if b is None:
+        a = a[a.isfinite()]
+    else:
+        b = b.to("cpu", a.dtype)
+        a = (a - b)[~((a == b) | (a.isnan() & b.isnan()))]
+    return a.abs().max().item() if a.numel() else 0.0
