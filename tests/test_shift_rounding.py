@@ -25,7 +25,7 @@ def at_an_edge() -> float:
 
 def test_an_edge_between_equal_observations_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert at_an_edge() <= 0
-    monkeypatch.setattr(conformal, "_EDGE", 0)
+    monkeypatch.setattr(conformal, "EDGE", 0)
     assert at_an_edge() > LIMIT
 
 

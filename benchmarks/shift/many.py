@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchnorm.shift.conformal import CELLS
+from batchnorm.shift.conformal import CELLS, EDGE
 from batchnorm.shift.evidence import KINDS, Evidence, stakes_for
 from batchnorm.shift.scores import KIND_OF
 
@@ -109,7 +109,7 @@ def _ranks(cells, inside, before, weight, started, rest, is_spread):  # type: ig
                 while at <= CELLS:
                     tree[at] += 1
                     at += at & -at
-                at, rank = CELLS - max(cells[score, i] - 1, 0), 0  # the cell below counts too: rounding
+                at, rank = CELLS - max(cells[score, i] - EDGE, 0), 0
                 while at > 0:
                     rank += tree[at]
                     at -= at & -at

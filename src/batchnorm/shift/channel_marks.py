@@ -19,8 +19,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.conformal import how_many
-
 # parts of the observations beyond a mark: the largest alone, 5 % and 25 %
 _PARTS = (0.0, 0.05, 0.25)
 # r = S + this part of 1 - S
@@ -61,7 +59,7 @@ class Marks:
         beyond, share = torch.zeros(2, *self.upper.shape, dtype=torch.float64), self.shares[:, None]
         upper, lower = self._outer
         for some in z.float().split(255):  # as many as a byte counts
-            beyond += torch.stack([how_many(some[:, None] > upper), how_many(some[:, None] < lower)])
+            beyond += torch.stack([_how_many(some[:, None] > upper), _how_many(some[:, None] < lower)])
         r = share + torch.tensor(_HOPES, dtype=torch.float64)[:, None, None] * (1 - share)  # (hopes, marks, 1)
         won, lost = (r / share).log(), ((1 - r) / (1 - share)).log()
         return (beyond[:, None] * (won - lost)).add_(len(z) * lost).flatten(1, 2)
@@ -70,6 +68,11 @@ class Marks:
     def _outer(self) -> tuple[Tensor, Tensor]:
         """The marks, further out by what rounding may move a mean, in float32."""
         return (self.upper + _ROUNDING).float(), (self.lower - _ROUNDING).float()
+
+
+def _how_many(is_so: Tensor) -> Tensor:
+    """How many are true of the first dimension, of 255 at most: uint8."""
+    return is_so.view(torch.uint8).sum(0, dtype=torch.uint8)
 
 
 def _most(n: int, k: int, error: float) -> float:

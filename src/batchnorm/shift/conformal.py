@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 CELLS = 512
-_EDGE = 1  # cells below its own that an observation counts as not less strange
+EDGE = 1  # cells below its own that an observation counts as not less strange
 _LATER = 64  # observations that are counted together, since counting costs as much for one as for many
 _POWERS = (0.1, 0.25, 0.5, 0.75)
 _SLOPES = (0.5, 0.9)
@@ -101,7 +101,7 @@ class Bag:
 
     def _p_values(self, cells: Tensor) -> Tensor:
         n = len(cells)
-        low = (cells - _EDGE).clamp_min(0)
+        low = lowest(cells)
         rank = self.above.gather(1, low.T.contiguous()).T  # (n, scores)
         new, low = cells.to(torch.int16), low.to(torch.int16)
         before = self.observations + torch.arange(1, n + 1, dtype=torch.int32)[:, None]  # and itself
@@ -110,6 +110,11 @@ class Bag:
         is_past = torch.ones(n, n, dtype=torch.int16).triu()[:, :, None]
         rank -= _negative((new[:, None] - low).mul_(is_past))
         return rank / before.double()
+
+
+def lowest(cells: Tensor) -> Tensor:
+    """The lowest cells whose observations count as no less strange than those in ``cells``."""
+    return (cells - EDGE).clamp_min(0)
 
 
 def _negative(x: Tensor) -> Tensor:
@@ -123,11 +128,6 @@ def _counted(above: Tensor, cells: Tensor) -> Tensor:
     counts.scatter_add_(1, cells, torch.ones_like(cells, dtype=torch.int32))
     below = counts.cumsum(1, dtype=torch.int32).sub_(counts)
     return (above + cells.shape[1]).sub_(below)
-
-
-def how_many(is_so: Tensor) -> Tensor:
-    """How many are true of the first dimension, of 255 at most: uint8."""
-    return is_so.view(torch.uint8).sum(0, dtype=torch.uint8)
 
 
 def factors(p: Tensor) -> Tensor:

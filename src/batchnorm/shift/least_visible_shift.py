@@ -62,7 +62,7 @@ def _by_ranks(evidence: Evidence, alpha: float) -> Tensor:
     least = []
     for layer in range(layers):  # the first score of each
         cells = conformal.cells_of(score, clean.scores.middle[layer], clean.scores.width[layer])
-        p = (counts[layer][cells] + 1) / (bag.observations + 1)  # (moves, values)
+        p = (counts[layer][conformal.lowest(cells)] + 1) / (bag.observations + 1)  # (moves, values)
         won = conformal.factors(p.T.double()) / _NORMAL  # (bets, moves)
         enough = won.amax(0) >= needed
         least.append(moves[enough][0] if bool(enough.any()) else torch.tensor(math.inf, dtype=torch.float64))

@@ -107,7 +107,8 @@ class Grouping:
         closed = [run for run in taken if run is not None]
         if not closed:
             return z[:0], q[:0]
-        return tuple(torch.stack([getattr(run, part) / run.examples for run in closed]) for part in "zq")  # type: ignore[return-value]
+        means = [(run.z / run.examples, run.q / run.examples) for run in closed]
+        return torch.stack([mean for mean, _ in means]), torch.stack([energy for _, energy in means])
 
     def missed(self) -> None:
         """Examples passed that nobody looked at: a run that they may belong to is not whole."""
@@ -119,8 +120,8 @@ class Grouping:
         wanted = self._examples or len(z)
         if len(z) >= wanted:
             self._draws += 1
-            rows = drawn(len(z), wanted, self._draws)
-            return tuple(x[rows or slice(None)].mean(0, keepdim=True) for x in (z, q))  # type: ignore[return-value]
+            rows = drawn(len(z), wanted, self._draws) or slice(None)
+            return z[rows].mean(0, keepdim=True), q[rows].mean(0, keepdim=True)
         run = self._open or _Run(None, torch.zeros_like(z[0]), torch.zeros_like(q[0]), 0)
         few = min(len(z), wanted - run.examples)
         run.add(z[:few].sum(0), q[:few].sum(0), few)
