@@ -116,6 +116,7 @@ def commands() -> dict[str, Any]:
 def _command(command: click.Command, words: list[str]) -> dict[str, Any]:
     from batchnorm.cli import main
 
+    command._help_option = None  # click keeps the one of the first call, which may have been without our -h
     result = CliRunner().invoke(main, [*words, "--help"], prog_name="batchnorm", env={"COLUMNS": "100"})
     assert result.exit_code == 0, result.output
     options = {"|".join([*p.opts, *p.secondary_opts]): _option(p) for p in command.params}
