@@ -32,11 +32,12 @@ from batchnorm.adaptation.trial_statistics import Trial
 from batchnorm.argument_types import require_number, require_type
 from batchnorm.population.absent_numbers import note_absence
 from batchnorm.population.batches import examples_in
-from batchnorm.population.hooks import Hook
+from batchnorm.population.hooks import Hook, detach
 from batchnorm.shift import ShiftMonitor
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.utils.hooks import RemovableHandle
 
     Layers = dict[str, _BatchNorm]
 
@@ -134,7 +135,7 @@ class Adapter:
         self._window, self._options = window, {"prior": prior, "floor": floor, "window": window}
         self._classes = classes
         self._layers: Layers = adaptable(monitor.model, "Adapter")
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._attached = ExitStack()  # what is on the layers for the pass that runs
         self._start()
 
@@ -179,8 +180,7 @@ class Adapter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         note_absence(self.monitor.model, error)
-        while self._handles:
-            self._handles.pop().remove()
+        detach(self._handles)
         self._attached.close()
         if self._starts_monitor:
             self.monitor.stop()

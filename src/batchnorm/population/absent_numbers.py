@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from batchnorm.argument_types import require_module
+from batchnorm.population.hooks import attached
 from batchnorm.population.tensor_memory import AbsenceError, emptiness, is_distributed, is_fake, is_freed, require
 
 if TYPE_CHECKING:
@@ -83,10 +84,9 @@ def refusing_absences(model: nn.Module) -> Iterator[None]:
         AbsenceError: When one does, with the name and a remedy.
     """
     lacking = [module for module in model.modules() if any(map(emptiness, _own(module)))]
-    with ExitStack() as stack:
-        for path, module in model.named_modules() if lacking else ():
-            if module in lacking and _fetches_nothing(module):
-                stack.callback(module.register_forward_pre_hook(partial(_refuse, path)).remove)
+    named = model.named_modules() if lacking else ()
+    refusing = ((path, module) for path, module in named if module in lacking and _fetches_nothing(module))
+    with attached(module.register_forward_pre_hook(partial(_refuse, path)) for path, module in refusing):
         yield
 
 

@@ -1,11 +1,51 @@
-"""Hooks on a model that is watched, of which copies and files of the model keep nothing."""
+"""Hooks on a model: put on and taken off together, and left out of copies and files of a model that is watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from batchnorm.layers import input_of
+
+# what is done with a layer's input: path, layer, input
+See = Callable[[str, nn.Module, Tensor], None]
+
+
+@contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """A block in which hooks are on; they are removed behind it, also those that are on when another cannot be put on.
+
+    Args:
+        handles: What putting the hooks on returns; a generator puts each one on when the block begins.
+    """
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def detach(handles: list[RemovableHandle]) -> None:
+    """Remove hooks that were on for longer than a block; the list is empty behind it."""
+    while handles:
+        handles.pop().remove()
+
+
+@contextmanager
+def seeing(layers: Mapping[str, nn.Module], see: See) -> Iterator[None]:
+    """A block in which ``see`` gets each input of a layer before the layer uses it."""
+
+    def hook(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(path, layer, input_of(args, kwargs))
+
+    puts = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())
+    with attached(puts):
+        yield
 
 
 @final

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.layers import input_of
-from batchnorm.population.hooks import Hook
+from batchnorm.population.hooks import Hook, attached
 from batchnorm.population.tensor_memory import whole
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.utils.hooks import RemovableHandle
 
     from batchnorm.shift.alarm_reference import Reference
 
@@ -99,8 +100,8 @@ class Tap:
     def seconds(self, number: float) -> None:
         self._pass.seconds = number
 
-    def attach(self) -> list[Any]:
-        """Tap the layers until the handles are removed."""
+    def attach(self) -> list[RemovableHandle]:
+        """See what the layers receive until the handles are removed."""
         return [
             layer.register_forward_pre_hook(Hook(partial(self._see, name), is_always=True), with_kwargs=True)
             for name, layer in self._layers.items()
@@ -109,14 +110,12 @@ class Tap:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A block in which all examples that pass the layers are seen."""
-        handles = self.attach()
-        self.begin(ALL, 0)
-        try:
-            yield
-        finally:
-            self.begin(0, 0)  # a pass that failed leaves the first layers' part
-            for handle in handles:
-                handle.remove()
+        with attached(self.attach()):
+            self.begin(ALL, 0)
+            try:
+                yield
+            finally:
+                self.begin(0, 0)  # a pass that failed leaves the first layers' part
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
         """Means and energies of channels, (n, channels) each, of what passed since the last call: float64, on the CPU.

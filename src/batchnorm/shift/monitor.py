@@ -20,7 +20,7 @@ from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches, examples_in, rows_of, why_without_rows
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
-from batchnorm.population.hooks import Hook
+from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.tensor_memory import require
 from batchnorm.shift.alarm_reference import Reference
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import os
 
     from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.utils.hooks import RemovableHandle
 
     from batchnorm.shift.alarm import Alarm, LayerShift
 
@@ -108,7 +109,7 @@ class ShiftMonitor:
         self._trained = {"batch": batch, "kurtosis": kurtosis}
         self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
         self._is_whole = False  # a compiled model is shown whole batches, since it does not take a part of one
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._guard = ExitStack()
         self._passes = threading.local()  # each thread's own pass: when it began
         self._use(self._referred(reference))
@@ -188,8 +189,7 @@ class ShiftMonitor:
 
     def stop(self) -> None:
         """Observe no more, and count what was waiting."""
-        while self._handles:
-            self._handles.pop().remove()
+        detach(self._handles)
         self._guard.close()
         self.stream.update()
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import Batches, call, device_of, examples_in, on_device_of, tensors_in
 from batchnorm.population.eval_mode import to_eval
+from batchnorm.population.hooks import attached
 from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.rules.rule_evidence import Loop, Measured, Run
@@ -161,10 +163,8 @@ class _View:
             *((module, self._normalize) for module in normalizers),
             *((gauge.layer, partial(self._gauge, name)) for name, gauge in self.gauges.items()),
         ]
-        with ExitStack() as stack:
-            for module, hook in hooks:
-                if _takes_hooks(module):
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        takers = [(module, hook) for module, hook in hooks if _takes_hooks(module)]
+        with attached(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in takers):
             yield
 
     def see(self, batch: Any) -> None:
@@ -271,11 +271,10 @@ def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None
         if running and not isinstance(running[-1], _BatchNorm):
             found[names[running[-1]]] = None
 
-    with ExitStack() as stack:
-        for module in filter(_takes_hooks, names):
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(_Calls(see))
+    takers = list(filter(_takes_hooks, names))
+    enters = (module.register_forward_pre_hook(enter) for module in takers)
+    leaves = (module.register_forward_hook(leave, always_call=True) for module in takers)
+    with attached(chain(enters, leaves)), _Calls(see):
         yield
 
 

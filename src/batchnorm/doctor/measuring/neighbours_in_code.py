@@ -15,7 +15,8 @@ from batchnorm.doctor.measuring.layer_inputs import plain
 from batchnorm.doctor.measuring.live_layers import layers_of
 from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
-from batchnorm.population.batches import call
+from batchnorm.population.batches import call, on_device_of
+from batchnorm.population.hooks import attached
 from batchnorm.rules.bn1_channels import ACTIVE
 from batchnorm.rules.rule_evidence import Graph
 from batchnorm.surgery import Partner, foldable
@@ -173,19 +174,12 @@ def _known(name: str) -> str:
 def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Any) -> dict[str, int] | None:
     if example is None:
         return None
-    from batchnorm.population.batches import on_device_of
-
     counts: Counter[str] = Counter()
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, _: counts.update([paths[layer]])) for layer in paths
-    ]  # fmt: skip
-    try:
-        call(model.eval(), on_device_of(model, example))
-    except Exception as error:
-        raise ValueError(f"the model raises {type(error).__name__} on the example: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attached(layer.register_forward_pre_hook(lambda layer, _: counts.update([paths[layer]])) for layer in paths):
+        try:
+            call(model.eval(), on_device_of(model, example))
+        except Exception as error:
+            raise ValueError(f"the model raises {type(error).__name__} on the example: {error}") from error
     return dict(counts)
 
 
