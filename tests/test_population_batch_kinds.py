@@ -15,15 +15,9 @@ from torch.nn.utils.rnn import pack_sequence
 
 import batchnorm as bn
 from batchnorm.population.batch_rows import why_whole
-from batchnorm.population.batches import (
-    Batches,
-    _tensors_of_object,
-    arguments,
-    call,
-    examples_in,
-    why_without_rows,
-)
+from batchnorm.population.batches import Batches, _tensors_of_object, arguments, call
 from batchnorm.population.tensor_memory import same_bits
+from batchnorm.population.tensor_trees import examples_in, why_without_rows
 from batchnorm.shift.verdict import judge
 
 

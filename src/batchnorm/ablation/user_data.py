@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.population import batches
-from batchnorm.population.batches import is_object, tensors_in, why_without_rows
+from batchnorm.population import tensor_trees
+from batchnorm.population.tensor_trees import is_object, tensors_in, why_without_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,7 +128,7 @@ def examples_in(batch: Any) -> int:
     Raises:
         ValueError: If there is none.
     """
-    count = batches.examples_in(batch)
+    count = tensor_trees.examples_in(batch)
     if count is None:
         raise ValueError(f"a batch must hold tensors, got {type(batch).__name__} without any. Convert it to tensors.")
     return count

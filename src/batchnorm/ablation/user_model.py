@@ -18,10 +18,11 @@ from torch.nn.parameter import is_lazy
 from batchnorm.ablation.user_data import Data, examples_in, first_examples
 from batchnorm.ablation.usual_losses import accuracy, default_loss
 from batchnorm.layers import batch_norms, input_of
-from batchnorm.population.batches import arguments, call, tensors_in
+from batchnorm.population.batches import arguments, call
 from batchnorm.population.forward_signatures import names_in
 from batchnorm.population.freezing import Frozen
 from batchnorm.population.state_shield import preserve_random_state
+from batchnorm.population.tensor_trees import tensors_in
 
 # values in a batch, over all layers: about 5 ms of a step of convolutions, from where on a second thread pays
 _LARGE = 2**20

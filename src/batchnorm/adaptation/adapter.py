@@ -31,8 +31,8 @@ from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.trial_statistics import Trial
 from batchnorm.argument_types import require_number, require_type
 from batchnorm.population.absent_numbers import note_absence
-from batchnorm.population.batches import examples_in
 from batchnorm.population.hooks import Hook, detach
+from batchnorm.population.tensor_trees import examples_in
 from batchnorm.shift import ShiftMonitor
 
 if TYPE_CHECKING:

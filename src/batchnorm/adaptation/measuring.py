@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from batchnorm.adaptation.layer_statistics import See, Statistics, buffers, mixed, seeing, write
 from batchnorm.moments import Moments
-from batchnorm.population.batches import Batches, call, examples_in
+from batchnorm.population.batches import Batches, call
 from batchnorm.population.recalibration import execution_order
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state
+from batchnorm.population.tensor_trees import examples_in
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm

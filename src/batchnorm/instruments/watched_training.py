@@ -36,10 +36,11 @@ from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.instruments.training_events import Events
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
-from batchnorm.population.batches import Batches, call, on_device_of, tensors_in
+from batchnorm.population.batches import Batches, call, on_device_of
 from batchnorm.population.hooks import Hook
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
+from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import QUANTITIES, Record
 
 if TYPE_CHECKING:

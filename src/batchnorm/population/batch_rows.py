@@ -11,23 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.batches import (
-    Batches,
-    are_sequences,
-    arguments,
-    call,
-    device_of,
-    examples_in,
-    tensors_in,
-    why_without_rows,
-)
+from batchnorm.population.batches import Batches, arguments, call, device_of
 from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.tensor_trees import are_sequences, examples_in, tensors_in, why_without_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Forward = Callable[[nn.Module, Any], object]
+    from batchnorm.population.batches import Forward
 
 
 def settle(batches: Batches, model: nn.Module, forward: Forward | None = None) -> None:

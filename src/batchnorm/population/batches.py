@@ -9,10 +9,9 @@ A model may write to what it is given (``x.sub_(mean)``), so every pass has memo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy, deepcopy
-from dataclasses import is_dataclass
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,22 +19,32 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, default_collate
 
 from batchnorm.argument_types import kind_of, require_whole_number
 from batchnorm.population.absent_numbers import named_absences, require_batch
-from batchnorm.population.forward_signatures import code_of, fields_of, names_in, ways
+from batchnorm.population.forward_signatures import code_of, names_in, ways
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError
+from batchnorm.population.tensor_trees import (
+    Batch,
+    Leaf,
+    copied,
+    each_leaf,
+    examples_in,
+    is_object,
+    leaf_rows,
+    leaves_of,
+    why_without_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from batchnorm.population.forward_signatures import Way
 
-_DEEPEST = 4  # attributes of attributes of a batch object, in which tensors are looked for
-
+    Forward = Callable[[nn.Module, Batch], object]  # how a model is called with a batch
 
 # what a model says that was given a batch in another way than it takes it
 _MISTAKEN = (AttributeError, TypeError, ValueError, LookupError)
@@ -43,7 +52,7 @@ _MISTAKEN = (AttributeError, TypeError, ValueError, LookupError)
 _SETTLED: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
 
 
-def call(model: nn.Module, batch: Any) -> object:
+def call(model: nn.Module, batch: Batch) -> object:
     """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says.
 
     Where the forward's signature leaves a doubt (``forward_signatures``), the second way is tried if the first one
@@ -74,17 +83,17 @@ def _called(model: nn.Module, way: Way) -> object:
     return model(*args, **kwargs)
 
 
-def _settled(model: nn.Module, batch: Any, count: int) -> int:
+def _settled(model: nn.Module, batch: Batch, count: int) -> int:
     return _SETTLED.get(model, {}).get(_kind_of(model, batch), 0) if count > 1 else 0
 
 
-def _kind_of(model: nn.Module, batch: Any) -> object:
+def _kind_of(model: nn.Module, batch: Batch) -> object:
     while isinstance(batch, (tuple, list)) and names_in(batch) is None and len(batch):
         batch = batch[0]
     return code_of(model), type(batch), tuple(names_in(batch) or ())
 
 
-def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What of a batch a model is called with.
 
     A batch with names (mapping, named tuple, dataclass) is given by name if ``forward`` cannot do without some of them,
@@ -97,15 +106,13 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     return possible[_settled(model, batch, len(possible))]
 
 
-def require_examples(batch: Any, who: str) -> None:
+def require_examples(batch: Batch, who: str) -> None:
     """Refuse what is no batch.
 
     Raises:
         TypeError: If nothing in it may hold examples.
     """
-    leaves: list[Any] = []
-    if not isinstance(batch, (str, bytes)):
-        _each_leaf(batch, leaves.append)
+    leaves = [] if isinstance(batch, (str, bytes)) else leaves_of(batch)
     if isinstance(batch, Iterator):
         raise TypeError(f"{who} needs a batch that can be read again, got a {kind_of(batch)}. Use list(batch).")
     if not any(map(_may_hold_examples, leaves)):
@@ -115,37 +122,12 @@ def require_examples(batch: Any, who: str) -> None:
         )
 
 
-def _may_hold_examples(leaf: Any) -> bool:
+def _may_hold_examples(leaf: Leaf) -> bool:
     if isinstance(leaf, (Tensor, PackedSequence, str, bytes)) or hasattr(leaf, "__array__"):
         return True
     if isinstance(leaf, (type, nn.Module, DataLoader, Iterator)) or callable(leaf):
         return False
     return hasattr(leaf, "to") or hasattr(leaf, "__dict__")
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return list(chain.from_iterable(map(tensors_in, _parts(value))))
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    if is_dataclass(value) and not isinstance(value, type):
-        return fields_of(value).values()
-    return value if isinstance(value, (tuple, list)) else ()
-
-
-def _tensors_of_object(value: Any, depth: int = _DEEPEST) -> list[Tensor]:
-    """The tensors in a batch object's attributes, whatever holds them."""
-    if isinstance(value, (Tensor, PackedSequence)):
-        return [value.data if isinstance(value, PackedSequence) else value]
-    if not depth or isinstance(value, (str, bytes, type, nn.Module)):
-        return []
-    inside = _parts(value) or (vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ())
-    return list(chain.from_iterable(_tensors_of_object(part, depth - 1) for part in inside))
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -157,7 +139,7 @@ def device_of(model: nn.Module) -> torch.device | None:
     return next((device for device in devices if device.type != "meta"), None)
 
 
-def on_device_of(model: nn.Module, batch: Any, most: int | None = None, *, who: str = "a pass of the model") -> Any:
+def on_device_of(model: nn.Module, batch: Batch, most: int | None = None, *, who: str = "a pass of the model") -> Batch:
     """The batch where the model is, cut to ``most`` examples, in memory of its own. ``who`` asks.
 
     Raises:
@@ -185,11 +167,16 @@ class Batches:
     """The batches of a loader, once for each pass: cut to ``max_examples`` and moved to ``device``.
 
     A batch without rows is not cut: with it the limit may be passed. Tensors are copies, one batch at a time, where
-    they would be the loader's own. ``who`` is what complaints call the one who asks.
+    they would be the loader's own. ``who`` is the name of the function that asks, for its error messages.
     """
 
     def __init__(
-        self, loader: Iterable[Any], max_examples: int | None, device: torch.device | None, *, who: str = "recalibrate"
+        self,
+        loader: Iterable[Batch],
+        max_examples: int | None,
+        device: torch.device | None,
+        *,
+        who: str = "recalibrate",
     ) -> None:
         self.who = who
         if max_examples is not None:
@@ -204,7 +191,7 @@ class Batches:
         self.max_examples = max_examples
         self.device = device
         self.has_rows = True  # as far as a model was asked (``rows.settle``)
-        self.given: Callable[[Any], Any] = _first_part  # what of a batch the model gets
+        self.given: Callable[[Batch], Batch] = _first_part  # what of a batch the model gets
         self.loader = list(self._up_to_max(loader, cut=False)) if isinstance(loader, Iterator) else rereadable(loader)
         # what stacks examples makes a new tensor for every batch
         self._are_new = type(loader) is DataLoader and loader.collate_fn is default_collate
@@ -216,10 +203,10 @@ class Batches:
         owners = [self.loader, getattr(self.loader, "sampler", None)]
         return [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         count = 0
         for batch in self._up_to_max(self.loader):
-            yield _each_leaf(batch, self._moved)
+            yield each_leaf(batch, self._moved)
             count += 1
         if not count and not self.count:
             raise ValueError(
@@ -233,7 +220,7 @@ class Batches:
             )
         self.count = count
 
-    def to_be_cut(self) -> tuple[Any, int] | None:
+    def to_be_cut(self) -> tuple[Batch, int] | None:
         """The batch that the limit falls into, and the number of examples to take of it; None if it falls into none."""
         if (left := self.max_examples) is None:
             return None
@@ -246,7 +233,7 @@ class Batches:
                 break
         return None
 
-    def _up_to_max(self, loader: Iterable[Any], *, cut: bool = True) -> Iterator[Any]:
+    def _up_to_max(self, loader: Iterable[Batch], *, cut: bool = True) -> Iterator[Batch]:
         if self.max_examples is None:
             yield from loader
             return
@@ -254,12 +241,12 @@ class Batches:
         for batch in loader:
             size = self._size_of(batch)
             may_cut = cut and self.has_rows and not why_without_rows(self.given(batch))
-            yield batch if size <= left or not may_cut else _each_leaf(batch, partial(_rows, range(left), size))
+            yield batch if size <= left or not may_cut else each_leaf(batch, partial(leaf_rows, range(left), size))
             left -= size
             if left <= 0:
                 return
 
-    def _size_of(self, batch: Any) -> int:
+    def _size_of(self, batch: Batch) -> int:
         size = examples_in(batch)
         if size is None:
             raise ValueError(
@@ -268,14 +255,14 @@ class Batches:
             )
         return size
 
-    def _moved(self, leaf: Any) -> Any:
+    def _moved(self, leaf: Leaf) -> Leaf:
         if isinstance(leaf, Tensor):
             require_batch([leaf], self.who)
         if is_object(leaf):  # its own ``to`` may move it where it is
             leaf = leaf.clone() if hasattr(leaf, "clone") else deepcopy(leaf)
             return leaf.to(self.device) if self.device is not None else leaf
         moved = leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf
-        return _copied(moved) if moved is leaf and not self._are_new else moved
+        return copied(moved) if moved is leaf and not self._are_new else moved
 
 
 def _is_no_loader(loader: Any) -> bool:
@@ -283,104 +270,6 @@ def _is_no_loader(loader: Any) -> bool:
     return is_one_batch or isinstance(loader, (type, nn.Module)) or not isinstance(loader, Iterable)
 
 
-def is_object(leaf: Any) -> bool:
-    """Whether a part of a batch is an object of a class of its own that can be moved, such as a batch of graphs."""
-    return hasattr(leaf, "to") and not isinstance(leaf, (Tensor, PackedSequence, nn.Module, type))
-
-
-def examples_in(batch: Any) -> int | None:
-    """Examples in a batch, by the first tensor in it that has an axis; None without any.
-
-    A batch object has as many as its ``num_graphs`` or ``batch_size`` says, else as its first tensor.
-    """
-    found: list[int] = []
-    _each_leaf(batch, lambda leaf: found.extend(_size(leaf) or _size_of_object(leaf)))
-    return next(iter(found), None)
-
-
-def why_without_rows(given: Any) -> str:
-    """Why what a model is given has no rows that could be taken apart, as the end of a sentence; "" if it has."""
-    leaves: list[Any] = []
-    _each_leaf(given, leaves.append)
-    if objects := [type(leaf).__name__ for leaf in leaves if is_object(leaf)]:
-        return f"a part is a {objects[0]}, which is not looked into"
-    sizes = list(dict.fromkeys(chain.from_iterable(map(_size, leaves))))
-    return f"the first axes have the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
-
-
-def are_sequences(given: Any) -> bool:
-    """Whether everything in what a model is given is sequences that are packed or nested, one for each example."""
-    leaves: list[Any] = []
-    _each_leaf(given, leaves.append)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))]
-    return bool(tensors) and all(isinstance(leaf, PackedSequence) or leaf.is_nested for leaf in tensors)
-
-
-def _first_part(batch: Any) -> Any:
+def _first_part(batch: Batch) -> Batch:
     is_row = isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence)
     return batch[0] if is_row and len(batch) else batch
-
-
-def _size(leaf: Any) -> list[int]:
-    if isinstance(leaf, PackedSequence):
-        return [int(leaf.batch_sizes[0])]
-    if not isinstance(leaf, Tensor) or not (leaf.is_nested or leaf.ndim):
-        return []
-    return [leaf.size(0)]
-
-
-def _size_of_object(leaf: Any) -> list[int]:
-    if not is_object(leaf):
-        return []
-    told = next((n for name in ("num_graphs", "batch_size") if isinstance(n := getattr(leaf, name, None), int)), None)
-    return [told] if told is not None else list(chain.from_iterable(map(_size, _tensors_of_object(leaf))))[:1]
-
-
-def rows_of(batch: Any, rows: Sequence[int]) -> Any:
-    """These rows of everything in a batch that has as many as it has examples; of other parts all."""
-    return _each_leaf(batch, partial(_rows, rows, examples_in(batch) or 0))
-
-
-def _rows(rows: Sequence[int], size: int, leaf: Any) -> Any:
-    if _size(leaf) != [size]:
-        return leaf
-    if isinstance(leaf, PackedSequence):
-        sequences = unpack_sequence(leaf)
-        return pack_sequence([sequences[row] for row in rows], enforce_sorted=False)
-    if leaf.is_nested:
-        parts = leaf.unbind()
-        return torch.nested.as_nested_tensor([parts[row] for row in rows], layout=leaf.layout)
-    if leaf.layout in _BY_INDEX:  # which cannot be sliced
-        index = torch.tensor(rows, device=leaf.device)
-        return leaf.to_sparse_coo().index_select(0, index).to_sparse(layout=leaf.layout)
-    return leaf[: len(rows)] if isinstance(rows, range) else leaf[torch.tensor(rows, device=leaf.device)]
-
-
-_BY_INDEX = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc}
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, PackedSequence):
-        return PackedSequence(leaf.data.clone(), *leaf[1:])
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _each_leaf(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``value`` with ``change`` applied to everything in its tuples, lists, mappings and dataclasses."""
-    if isinstance(value, PackedSequence):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each_leaf(part, change) for part in value))
-    if type(value) in {tuple, list}:
-        return type(value)(_each_leaf(part, change) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        changed = copy(value)
-        for name, part in fields_of(value).items():
-            object.__setattr__(changed, name, _each_leaf(part, change))  # some are frozen
-        return changed
-    if isinstance(value, Mapping):
-        changed = copy(value) if isinstance(value, MutableMapping) else dict(value)
-        for key in value:
-            changed[key] = _each_leaf(value[key], change)
-        return changed
-    return change(value)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.population.batches import examples_in
+from batchnorm.population.tensor_trees import examples_in
 from batchnorm.shift.alarm import first_moved
 from batchnorm.shift.data_passes import passes, passes_needed
 from batchnorm.shift.layer_observer import Tap

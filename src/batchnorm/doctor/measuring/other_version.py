@@ -14,7 +14,8 @@ from batchnorm import checkpoint
 from batchnorm.checkpoint import Checkpoint, Stored
 from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
 from batchnorm.population import preserve_state
-from batchnorm.population.batches import call, on_device_of, tensors_in
+from batchnorm.population.batches import call, on_device_of
+from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.rules.rule_evidence import Reference
 
 # Sums of float32 terms in another order differ by eps sqrt(terms), for each layer on the way: 2^10 is 4096 terms

@@ -21,8 +21,9 @@ from batchnorm.doctor.measuring.other_version import difference, floats_in, tole
 from batchnorm.layers import batch_norms
 from batchnorm.population.absent_numbers import modules_behind
 from batchnorm.population.batch_rows import why_whole
-from batchnorm.population.batches import arguments, call, examples_in, on_device_of, why_without_rows
+from batchnorm.population.batches import arguments, call, on_device_of
 from batchnorm.population.tensor_memory import AbsenceError
+from batchnorm.population.tensor_trees import examples_in, why_without_rows
 
 if TYPE_CHECKING:
     from torch import nn
