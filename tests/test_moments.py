@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm import moments as module
+from batchnorm.kernels.cpu import INSTRUCTION_SET
 from batchnorm.moments import Moments
 
 U = 2.0**-53  # unit roundoff of float64
@@ -219,6 +220,23 @@ def test_the_rounding_of_the_mean_does_not_enter_the_variance(weight):
         assert found.m2[i].item() == pytest.approx(true, rel=(101 + 8) * U)
 
 
+@pytest.mark.skipif(INSTRUCTION_SET is None, reason="built without a compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("axis", [1, -2])
+def test_the_native_kernel_measures_the_channels_of_usual_tensors(monkeypatch, dtype, axis):
+    """It takes a twentieth of the time of the way for all others; both are the moments to rounding."""
+    x = torch.randn(5, 3, 7).to(dtype)
+    native = Moments.of(x, axis)
+    monkeypatch.setattr(module, "_two_pass", None)  # the way for all others
+    assert torch.equal(Moments.of(x, axis).mean, native.mean)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_is_native", lambda _: False)
+    other = Moments.of(x, axis)
+    n = x.numel() / 3
+    torch.testing.assert_close(native.mean, other.mean, rtol=0, atol=n * U * float(x.abs().max()))
+    torch.testing.assert_close(native.m2, other.m2, rtol=9 * n * U, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(7, 3), (1, 3, 50), (2, 3, 5, 6)], ids=str)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["plain", "masked"])
 def test_measuring_in_chunks_gives_the_same_as_at_once(monkeypatch, shape, with_mask):
@@ -227,6 +245,7 @@ def test_measuring_in_chunks_gives_the_same_as_at_once(monkeypatch, shape, with_
     at_once, sizes = Moments.of(x, mask=mask), []
     two_pass = module._two_pass
     monkeypatch.setattr(module, "_CHUNK", 12)
+    monkeypatch.setattr(module, "_is_native", lambda _: False)
     monkeypatch.setattr(module, "_two_pass", lambda part, *rest: sizes.append(part.numel()) or two_pass(part, *rest))
     chunked = Moments.of(x, mask=mask)
     assert len(sizes) > 1
