@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help why test check planted bench bench-quick bench-shift bench-watch acceptance precision sanitize docs clean browser
+.PHONY: help why test check planted bench bench-quick bench-shift bench-recalibration bench-watch acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other de
 	$(BIN)/python benchmarks/shift/bench_adaptation.py
 	$(BIN)/python benchmarks/shift/bench_clean_streams.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
+
+bench-recalibration: $(STAMP)  ## exact statistics beside torch's update_bn (three minutes)
+	$(BIN)/python benchmarks/bench_recalibration.py
 
 bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and TensorBoard (ten minutes)
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'

@@ -1,4 +1,4 @@
-"""ResNet-20 for 32x32 images and ResNet-18 (He et al. 2016) as torchvision writes them, and their training steps."""
+"""ResNet-20 for 32x32 images, ResNet-18 and ResNet-50 (He et al. 2016), and their training steps."""
 
 from __future__ import annotations
 
@@ -47,6 +47,38 @@ def resnet18() -> nn.Module:
     stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     blocks = [Block(*sizes) for sizes in _stages(64, (64, 128, 256, 512), 2)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
+class Bottleneck(nn.Module):
+    """A narrow convolution of 3x3 between two of 1x1, and a way around them."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        sizes = ((inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1))
+        self.convs = nn.ModuleList(nn.Conv2d(*size, size[2] // 2, bias=False) for size in sizes)
+        self.bns = nn.ModuleList(nn.BatchNorm2d(size[1]) for size in sizes)
+        self.around = nn.Sequential()
+        if stride > 1 or inputs != 4 * width:
+            around = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+            self.around = nn.Sequential(around, nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for conv, norm in zip(self.convs[:2], self.bns[:2], strict=True):
+            y = norm(conv(y)).relu_()
+        return (self.bns[2](self.convs[2](y)) + self.around(x)).relu_()
+
+
+def resnet50() -> nn.Module:
+    """For (N, 3, H, W) and 1000 classes: 25.6 million parameters, 53 batch norms."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inputs = 64
+    for width, depth in zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True):
+        for block in range(depth):
+            layers.append(Bottleneck(inputs, width, 2 if width > 64 and not block else 1))
+            inputs = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
 def _stages(inputs: int, widths: tuple[int, ...], depth: int) -> list[tuple[int, int, int]]:

@@ -43,3 +43,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("PyTorch's own samples")
     for group, times in sorted(groups.items()):
         terminalreporter.line(f"{group:20} {len(times):3} samples passed {sum(times):4} checks")
+
+
+@pytest.fixture(scope="module", params=["waiting", "restarted"])
+def forwards(request):
+    """Tests that use it run with forwards that wait for each other, and with forwards that are restarted."""
+    from batchnorm.population import layer_by_layer  # loads torch, which some tests do without
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "restarted":
+            patch.setattr(layer_by_layer, "why_not", lambda _: "the test says so")
+        yield request.param

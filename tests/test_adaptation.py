@@ -11,7 +11,8 @@ from fingerprint import Net
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.adaptation.layer_statistics import Statistics, adaptable
+from batchnorm.adaptation.layer_statistics import adaptable
+from batchnorm.population.stored_statistics import Statistics
 
 KINDS = [
     (nn.BatchNorm1d, (5,)),
@@ -23,6 +24,8 @@ KINDS = [
     (bn.BatchNorm2d, (5, 3, 4)),
     (bn.BatchNorm3d, (5, 2, 3, 2)),
 ]
+
+pytestmark = pytest.mark.usefixtures("forwards")
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from batchnorm.adaptation.answer_window import Window
 from batchnorm.adaptation.cumulative import Cumulative, energy, faded
 from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
-from batchnorm.adaptation.layer_statistics import Statistics, seeing
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.moments import Moments
+from batchnorm.population.hooks import seeing
+from batchnorm.population.stored_statistics import Statistics
 
 
 def entropy(p: np.ndarray) -> np.ndarray:

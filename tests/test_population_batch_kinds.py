@@ -15,10 +15,12 @@ from torch.nn.utils.rnn import pack_sequence
 
 import batchnorm as bn
 from batchnorm.population.batch_rows import why_whole
-from batchnorm.population.batches import Batches, _tensors_of_object, arguments, call
+from batchnorm.population.batches import Batches, arguments, call
 from batchnorm.population.tensor_memory import same_bits
-from batchnorm.population.tensor_trees import examples_in, why_without_rows
+from batchnorm.population.tensor_trees import _tensors_of_object, examples_in, why_without_rows
 from batchnorm.shift.verdict import judge
+
+pytestmark = pytest.mark.usefixtures("forwards")
 
 
 class Pair(NamedTuple):

@@ -22,6 +22,8 @@ U = 2.0**-53  # unit roundoff of float64
 # products; errors relative to the spread of a channel grow by less than 100 from layer to layer.
 ROUNDING = 300 * 27 * 100**2 * U
 
+pytestmark = pytest.mark.usefixtures("forwards")
+
 
 def conv_net(make: type = nn.BatchNorm2d) -> nn.Sequential:
     """Two batch norm layers that see convolutions, one that sees features, and dropout, in float64."""
@@ -159,7 +161,7 @@ def test_an_interrupt_in_any_pass_leaves_the_model_bit_identical(in_pass, error)
     loader = Interrupted(in_pass, error)
     before = fingerprint(net)
     with pytest.raises(error):
-        recalibrate(net, loader)
+        recalibrate(net, loader, memory=0)
     assert fingerprint(net) == before
 
 
@@ -188,7 +190,7 @@ def test_the_cost_is_one_pass_and_then_one_for_each_layer_up_to_that_layer():
     calls = dict.fromkeys(range(len(net)), 0)
     for i, layer in enumerate(net):
         layer.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    recalibrate(net, [images()])
+    recalibrate(net, [images()], memory=0)
     # in pass k the k-th batch norm layer is reached (its hooks run, the layer does not), nothing behind it
     assert [calls[i] for i in (0, 1, 4, 5, 8, 9, 10)] == [4, 4, 3, 3, 2, 2, 1]
     calls.update(dict.fromkeys(calls, 0))

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.adaptation.layer_statistics import Statistics, mixed, seeing
+from batchnorm.adaptation.layer_statistics import mixed
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
+from batchnorm.population.hooks import seeing
+from batchnorm.population.stored_statistics import Statistics
 
 # stored mean and variance, mean and variance of the batch, examples -> mean and variance to normalize by
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]

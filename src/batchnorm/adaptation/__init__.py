@@ -8,6 +8,6 @@ from batchnorm.adaptation.adapter import Adapter, Event
 from batchnorm.adaptation.bank import DomainBank
 from batchnorm.adaptation.estimation import adapt, adapted
 from batchnorm.adaptation.guards import Limits
-from batchnorm.adaptation.layer_statistics import Statistics
+from batchnorm.population.stored_statistics import Statistics
 
 __all__ = ["Adapter", "DomainBank", "Event", "Limits", "Statistics", "adapt", "adapted"]

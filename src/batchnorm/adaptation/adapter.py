@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from batchnorm.adaptation.answer_window import Window
 from batchnorm.adaptation.cumulative import energy
 from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
-from batchnorm.adaptation.layer_statistics import Statistics, adaptable, seeing
-from batchnorm.adaptation.measuring import finite_moments
+from batchnorm.adaptation.layer_statistics import adaptable
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.trial_statistics import Trial
 from batchnorm.argument_types import require_number, require_type
 from batchnorm.population.absent_numbers import note_absence
-from batchnorm.population.hooks import Hook, detach
+from batchnorm.population.hooks import Hook, detach, seeing
+from batchnorm.population.observation import InputMoments
+from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_trees import examples_in
 from batchnorm.shift import ShiftMonitor
 
@@ -293,7 +294,7 @@ class Adapter:
         self._become(state, reason)
 
     def _look(self, path: str, layer: _BatchNorm, x: Tensor) -> None:
-        self._energies[path] = energy(layer, finite_moments(x.detach())), 1.0
+        self._energies[path] = energy(layer, InputMoments.of(x.detach()).moments), 1.0
 
     def _reconsider(self, examples: int) -> None:
         """Begin another trial if the energies are no longer those at the end of the last one."""

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, final
 from torch import Tensor, nn
 
 from batchnorm.adaptation.estimation import adapted
-from batchnorm.adaptation.layer_statistics import Statistics, adaptable
+from batchnorm.adaptation.layer_statistics import adaptable
 from batchnorm.files import sidecar
 from batchnorm.layers import unwrapped
+from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_memory import digest_of
 
 if TYPE_CHECKING:
-    from batchnorm.adaptation.measuring import Layers
+    from batchnorm.population.stored_statistics import Layers
 
 VERSION = 1
 SUFFIX = ".bnbank.safetensors"

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from batchnorm.adaptation.layer_statistics import Statistics, buffers, mixed, write
-from batchnorm.adaptation.measuring import finite_moments
+from batchnorm.adaptation.layer_statistics import mixed
 from batchnorm.moments import Moments
+from batchnorm.population.observation import InputMoments
+from batchnorm.population.stored_statistics import Statistics, buffers, store
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,7 +41,7 @@ class Cumulative:
         """Count the input of a layer, and let the layer normalize by the result."""
         if layer.training or not x.numel():
             return
-        new = finite_moments(x.detach())
+        new = InputMoments.of(x.detach()).moments
         if not bool(new.count.all()):
             return  # NaN or infinity: this input is evidence of something else
         moments, examples = self._seen.get(path, (Moments.empty(), 0.0))
@@ -51,7 +52,7 @@ class Cumulative:
         self._seen[path] = moments, examples * kept + len(x)
         stored = self._stored.mean[path], self._stored.var[path]
         mean, var = _fitting(mixed(stored, self._prior, moments, self._seen[path][1]), buffers(layer))
-        write(layer, mean, var)
+        store(layer, mean, var)
 
     def copy(self) -> Cumulative:
         """One that goes on by itself."""

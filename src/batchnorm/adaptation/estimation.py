@@ -7,32 +7,40 @@ practical domain adaptation": AdaBN).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from batchnorm.adaptation import measuring
-from batchnorm.adaptation.layer_statistics import Statistics, adaptable
+from batchnorm.adaptation.layer_statistics import adaptable, mixed
 from batchnorm.argument_types import require_number
 from batchnorm.moments import Moments
 from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, device_of
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
-from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.layer_by_layer import LayerMoments, measured, require_memory
+from batchnorm.population.observation import InputMoments, Observation
 from batchnorm.population.state_shield import preserve_state
+from batchnorm.population.stored_statistics import Statistics, buffers, store
+
+if TYPE_CHECKING:
+    from batchnorm.population.lock_step import Finish
+    from batchnorm.population.tensor_trees import Batch
 
 
 def adapt(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     *,
     prior: float | None = None,
     ema: float | None = None,
     max_examples: int | None = None,
-) -> dict[str, Moments]:
+    memory: int | None = None,
+) -> LayerMoments:
     """The moments that each batch norm layer receives on the given data, by path; its statistics are moved to them.
 
     Without options the statistics become those of the data, as ``recalibrate`` measures them: layer by layer, dropout
@@ -56,10 +64,12 @@ def adapt(
             in). One pass.
         max_examples: Stop after this many examples; the last batch is cut to fit where it can be, as ``recalibrate``
             says.
+        memory: Bytes that forwards which wait for each other may hold, as ``recalibrate`` says; the result does not
+            depend on it.
 
     Returns:
-        Moments of what each layer received, float64. With ``ema`` over all batches, each under the statistics of its
-        time.
+        Moments of what each layer received, float64, in execution order; ``restarted`` as ``recalibrate`` says. With
+        ``ema`` over all batches, each under the statistics of its time.
 
     Raises:
         TypeError: If ``loader`` is not an iterable of batches.
@@ -77,28 +87,59 @@ def adapt(
         (tensor([2.]), tensor([5.5000]))
     """
     _check(prior, ema)
+    require_memory(memory)
     layers = adaptable(model, "adapt")
     with preserve_state(model), torch.no_grad(), uncompiled():
-        batches = Batches(loader, max_examples, device_of(model), who="adapt")
+        view = Observation("adapt", model, layers, Batches(loader, max_examples, device_of(model), who="adapt"))
         to_eval(model)
-        settle(batches, model)
+        settle(view.batches, model)
         if ema is not None:
-            measured = measuring.exponential(model, batches, layers, ema)
+            found, restarted = _averaged(view, ema), ""
         else:
-            measured = measuring.exact(model, batches, layers, prior or 0.0)
-        found = Statistics.of(layers)
-    found.put(layers)
-    return measured
+            found, restarted = measured(view, _mixing(view, prior or 0.0), memory)
+        new = Statistics.of(layers)
+    view.warn(found, "batches that use them", stacklevel=2)
+    new.put(layers)
+    return LayerMoments(found, restarted)
+
+
+def _mixing(view: Observation, prior: float) -> Finish:
+    """What stores a layer's statistics, mixed with ``prior`` examples of what was stored before."""
+    stored = Statistics.of(view.layers)
+
+    def finish(path: str, found: InputMoments) -> None:
+        # a channel that was left out of some batches has seen fewer examples
+        seen = view.examples * found.moments.count / max(1, found.values)
+        if not math.isinf(prior):
+            _store(view, path, mixed((stored.mean[path], stored.var[path]), prior, found.moments, seen))
+
+    return finish
+
+
+def _averaged(view: Observation, weight: float) -> dict[str, InputMoments]:
+    """Exponential averages in one pass, from the layers' statistics on, and left in them."""
+
+    def average(path: str, batch: InputMoments) -> None:
+        new = batch.moments
+        _store(view, path, mixed(buffers(view.layers[path]), 1 - weight, new, torch.where(new.count > 0, weight, 0.0)))
+
+    return view.in_one_pass(average)
+
+
+def _store(view: Observation, path: str, new: Moments) -> None:
+    view.require_fit(path, new.mean, new.var)
+    store(view.layers[path], new.mean, new.var)
 
 
 @contextmanager
 def adapted(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     *,
     prior: float | None = None,
     ema: float | None = None,
     max_examples: int | None = None,
+    memory: int | None = None,
 ) -> Iterator[nn.Module]:
     """The model, adapted inside the block as by ``adapt``; its statistics are as before after it, bit for bit.
 
@@ -107,7 +148,7 @@ def adapted(
     layers = adaptable(model, "adapted")
     before = Statistics.of(layers)
     try:
-        adapt(model, loader, prior=prior, ema=ema, max_examples=max_examples)
+        adapt(model, loader, prior=prior, ema=ema, max_examples=max_examples, memory=memory)
         yield model
     finally:
         before.put(layers)

@@ -1,4 +1,4 @@
-"""Statistics: what a model's batch norm layers normalize by, as one value, put in and taken out bit for bit.
+"""Mixed statistics: those of new examples together with the stored ones, and the layers that may have them.
 
 New statistics (mean m_t, variance v_t, of n examples) are mixed into stored ones (m_s, v_s) as if the stored ones were
 N examples more. With w = N / (N + n),
@@ -12,70 +12,24 @@ where the means are apart, which is where adaptation is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.layers import batch_norms, input_of
+from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import require_real
-from batchnorm.population.freezing import Frozen, has_stored_statistics, statistics_of
-from batchnorm.population.tensor_memory import require, same_bits
-from batchnorm.population.tensor_memory import write as write_tensor
+from batchnorm.population.freezing import statistics_of
+from batchnorm.population.stored_statistics import open_layers
+from batchnorm.population.tensor_memory import require
 
 if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-# what happens to a layer's input on its way in: path, layer, input
-See = Callable[[str, "_BatchNorm", Tensor], None]
+    from batchnorm.population.stored_statistics import Layers
 
 
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Statistics:
-    """Mean and variance of every layer by its dotted path, as ``running_mean`` and ``running_var`` hold them.
-
-    Args:
-        mean: By path, a layer's own type and device.
-        var: Likewise; unbiased, torch's convention.
-    """
-
-    mean: dict[str, Tensor]
-    var: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, layers: dict[str, _BatchNorm]) -> Statistics:
-        """A copy of what the layers store now."""
-        pairs = {path: [buffer.detach().clone() for buffer in buffers(layer)] for path, layer in layers.items()}
-        return cls({path: mean for path, (mean, _) in pairs.items()}, {path: var for path, (_, var) in pairs.items()})
-
-    def put(self, layers: dict[str, _BatchNorm]) -> None:
-        """Write them into the layers, in place: all of them or, on an exception, none.
-
-        A buffer that has these bits already is not written, so that autograd graphs which used it stay valid.
-        """
-        before = [(buffer, buffer.clone()) for path in self.mean for buffer in buffers(layers[path])]
-        try:
-            for path in self.mean:
-                write(layers[path], self.mean[path], self.var[path])
-        except BaseException:
-            for buffer, value in before:
-                write_tensor(buffer, value)
-            raise
-
-    def are_in(self, layers: dict[str, _BatchNorm]) -> bool:
-        """Whether the layers hold exactly these bits."""
-        pairs = (zip(buffers(layers[path]), (self.mean[path], self.var[path]), strict=True) for path in self.mean)
-        return all(same_bits(buffer, value) for pair in pairs for buffer, value in pair)
-
-
-def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
+def adaptable(model: nn.Module, name: str) -> Layers:
     """The layers whose statistics may be exchanged, by path.
 
     Frozen layers, and layers in eval mode inside a model in train mode, were told to keep what they have: they do, and
@@ -86,12 +40,7 @@ def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
         ValueError: If there is none, or one's statistics cannot be read here; ``name`` is who asks.
     """
     require_real(model, name)
-    layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
-    found = {
-        path: layer
-        for path, layer in layers.items()
-        if has_stored_statistics(layer) and not isinstance(layer, Frozen) and (layer.training or not model.training)
-    }
+    found = open_layers(model, {**batch_norms(model), **layers_of_others(model)})
     if not found:
         raise ValueError(
             f"{name} needs batch norm layers that store statistics and are not frozen, got {type(model).__name__} "
@@ -99,11 +48,6 @@ def adaptable(model: nn.Module, name: str) -> dict[str, _BatchNorm]:
         )
     require(statistics_of(found), name)
     return found
-
-
-def buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Running mean and variance of a layer that has them."""
-    return cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
 
 
 def mixed(layer: tuple[Tensor, Tensor], weight: float, new: Moments, new_weight: Tensor | float) -> Moments:
@@ -115,28 +59,3 @@ def mixed(layer: tuple[Tensor, Tensor], weight: float, new: Moments, new_weight:
     mean, var = (buffer.detach().double() for buffer in layer)
     spread = torch.where(new.count > 1, new.unbiased_var, 0.0)
     return Moments.from_var(weight, mean, var) + Moments.from_var(new_weight, new.mean, spread)
-
-
-def write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    """Store a mean and a variance in a layer, in place."""
-    for buffer, value in zip(buffers(layer), (mean, var), strict=True):
-        if not same_bits(buffer, value):
-            write_tensor(buffer, value)
-
-
-@contextmanager
-def seeing(layers: dict[str, _BatchNorm], see: See) -> Iterator[None]:
-    """A block in which ``see`` is told of each input of a layer before the layer normalizes it."""
-
-    def hook(path: str, layer: _BatchNorm, args: tuple, kwargs: dict) -> None:
-        see(path, layer, input_of(args, kwargs))
-
-    handles = [
-        layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True)  # type: ignore[arg-type]
-        for path, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

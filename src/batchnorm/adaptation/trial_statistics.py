@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from batchnorm.adaptation.answer_window import Window
 from batchnorm.adaptation.cumulative import Cumulative
-from batchnorm.adaptation.layer_statistics import Statistics, seeing
 from batchnorm.population.batches import Batches
-from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.eager import uncompiled
+from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state
+from batchnorm.population.stored_statistics import Statistics
 
 if TYPE_CHECKING:
-    from batchnorm.adaptation.measuring import Layers
+    from batchnorm.population.stored_statistics import Layers
 
 
 @final

@@ -28,7 +28,7 @@ from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.instruments.train_eval_gaps import examples_in
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
-from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 
 Read = Callable[[Any], Tensor]

@@ -35,7 +35,7 @@ from batchnorm.instruments.probe_tier import unwrapped, with_shape
 from batchnorm.kernels.reference import exact_dtype
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
-from batchnorm.population.recalibration import uncompiled
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.state_shield import preserve_state
 
 Loss = Callable[[Any, Any], Tensor]

@@ -27,8 +27,8 @@ from batchnorm.layers import batch_norms, input_of, unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import call, on_device_of
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
-from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_memory import require, whole
 from batchnorm.population.tensor_trees import tensors_in

@@ -40,7 +40,8 @@ from batchnorm.instruments.probe_tier import unwrapped, with_shape
 from batchnorm.layers import input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
-from batchnorm.population.recalibration import recalibrate, uncompiled
+from batchnorm.population.eager import uncompiled
+from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import Batches, call, device_of
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.tensor_trees import tensors_in
 
 _MOST = 8  # examples that are asked for alone

@@ -255,14 +255,24 @@ class Batches:
             )
         return size
 
+    def copy_of(self, batch: Batch) -> Batch:
+        """A batch that another forward may write to."""
+        return each_leaf(batch, _copy)
+
     def _moved(self, leaf: Leaf) -> Leaf:
         if isinstance(leaf, Tensor):
             require_batch([leaf], self.who)
         if is_object(leaf):  # its own ``to`` may move it where it is
-            leaf = leaf.clone() if hasattr(leaf, "clone") else deepcopy(leaf)
+            leaf = _copy(leaf)
             return leaf.to(self.device) if self.device is not None else leaf
         moved = leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf
         return copied(moved) if moved is leaf and not self._are_new else moved
+
+
+def _copy(leaf: Leaf) -> Leaf:
+    if is_object(leaf):
+        return leaf.clone() if hasattr(leaf, "clone") else deepcopy(leaf)
+    return copied(leaf)
 
 
 def _is_no_loader(loader: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.layers import input_of
 
-# what is done with a layer's input: path, layer, input
-See = Callable[[str, nn.Module, Tensor], None]
+Seen = TypeVar("Seen", bound=nn.Module)
 
 
 @contextmanager
@@ -37,10 +36,15 @@ def detach(handles: list[RemovableHandle]) -> None:
 
 
 @contextmanager
-def seeing(layers: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """A block in which ``see`` gets each input of a layer before the layer uses it."""
+def seeing(layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object]) -> Iterator[None]:
+    """A block in which ``see`` gets each input of a layer before the layer uses it.
 
-    def hook(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    Args:
+        layers: By path.
+        see: Called with the path, the layer and the input.
+    """
+
+    def hook(path: str, layer: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(path, layer, input_of(args, kwargs))
 
     puts = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())

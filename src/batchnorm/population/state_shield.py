@@ -95,6 +95,30 @@ def _take_back(steps: list[Undo]) -> None:
 @contextmanager
 def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
     """A block after which every global random state, and that of ``generators``, is what it was before."""
+    states = [(put_back, read()) for read, put_back in _random_sources(*generators)]
+    try:
+        yield
+    finally:
+        for put_back, state in states:
+            put_back(state)
+
+
+def random_state() -> tuple[object, ...]:
+    """Every global random state, to be compared with another."""
+    return tuple(_comparable(read()) for read, _ in _random_sources())
+
+
+def _comparable(state: object) -> object:
+    """A state that ``==`` can compare: of torch a tensor or several, of NumPy a tuple with an array."""
+    if isinstance(state, Tensor):
+        return state.numpy().tobytes()
+    if isinstance(state, list) or (isinstance(state, tuple) and isinstance(state[0], str)):
+        return tuple(part.tobytes() if hasattr(part, "tobytes") else _comparable(part) for part in state)
+    return state
+
+
+def _random_sources(*generators: torch.Generator) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How each state is read and put back."""
     sources: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
         (torch.get_rng_state, torch.set_rng_state),
         (random.getstate, random.setstate),
@@ -104,12 +128,7 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
         sources.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     if numpy_random := sys.modules.get("numpy.random"):
         sources.append((numpy_random.get_state, numpy_random.set_state))
-    states = [(put_back, read()) for read, put_back in sources]
-    try:
-        yield
-    finally:
-        for put_back, state in states:
-            put_back(state)
+    return sources
 
 
 def _remember(model: nn.Module) -> list[Undo]:

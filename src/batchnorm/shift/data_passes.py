@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, call, device_of
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
-from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 
 if TYPE_CHECKING:

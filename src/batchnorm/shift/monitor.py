@@ -19,9 +19,9 @@ from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import Hook, detach
-from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.tensor_memory import require
 from batchnorm.population.tensor_trees import examples_in, rows_of, why_without_rows
 from batchnorm.shift.alarm_reference import Reference

@@ -31,9 +31,9 @@ from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import Batches, call, device_of, on_device_of
+from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.hooks import attached
-from batchnorm.population.recalibration import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_trees import examples_in, tensors_in
 from batchnorm.rules.rule_evidence import Loop, Measured, Run

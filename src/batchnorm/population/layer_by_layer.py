@@ -1,0 +1,117 @@
+"""Exact statistics: each layer measured behind finished ones, in execution order.
+
+Where it is proved to change nothing, the forwards of all batches run once, in ``lock_step``. Otherwise each layer costs
+a pass that ends at the layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from torch import Tensor
+
+from batchnorm.argument_types import require_whole_number
+from batchnorm.moments import Moments
+from batchnorm.population.free_memory import free_memory
+from batchnorm.population.lock_step import LockStep, UnsuitedError, why_not
+from batchnorm.population.observation import EndForward, InputMoments, Observation, execution_order
+from batchnorm.population.sharded_models import is_sharded
+from batchnorm.population.stored_statistics import Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from batchnorm.population.lock_step import Finish
+
+_SHARE = 0.5  # of the free memory, for forwards that wait
+
+
+@final
+class LayerMoments(dict[str, Moments]):
+    """Moments of the inputs of each layer, by dotted path, in execution order.
+
+    Attributes:
+        restarted: Why each layer cost a pass of its own, as the end of a sentence; "" where one pass was enough.
+    """
+
+    def __init__(self, found: Mapping[str, InputMoments] | None = None, restarted: str = "") -> None:
+        super().__init__({path: _by_channel(each.moments) for path, each in (found or {}).items()})
+        self.restarted = restarted
+
+
+def _by_channel(moments: Moments) -> Moments:
+    return Moments(moments.count.expand(moments.shape).clone(), moments.mean, moments.m2)
+
+
+def require_memory(memory: int | None) -> None:
+    """Refuse what is no number of bytes.
+
+    Raises:
+        TypeError: If it is neither None nor a whole number.
+        ValueError: If it is negative.
+    """
+    if memory is None:
+        return
+    require_whole_number(memory, "memory", "Give bytes, or None for half of what is free.")
+    if memory < 0:
+        raise ValueError(
+            f"memory must be a number of bytes, 0 or more, got {memory}. Use None for half of what is free."
+        )
+
+
+def measured(observation: Observation, finish: Finish, memory: int | None) -> tuple[dict[str, InputMoments], str]:
+    """The inputs of each layer while the layers before it normalize by what ``finish`` stored for them.
+
+    Args:
+        observation: Of which model on which data.
+        finish: Called with a layer's path and its inputs, in execution order.
+        memory: Bytes that waiting forwards may hold; None for half of what is free where the model is. The result
+            does not depend on it, to the bit.
+
+    Returns:
+        The inputs by path, and why forwards were restarted for each layer; "" where they waited.
+
+    Raises:
+        ValueError: If a channel gets fewer than 2 finite values.
+    """
+    stored = Statistics.of(observation.layers)
+    if not (why := "memory= leaves none for forwards that wait" if memory == 0 else why_not(observation.model)):
+        limit = int(free_memory(observation.batches.device) * _SHARE) if memory is None else memory
+        try:
+            return LockStep(observation, stored, limit).measure(finish), ""
+        except UnsuitedError as error:
+            why = str(error)
+        stored.put(observation.layers)
+    return _restarted(observation, finish), why
+
+
+def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
+    """One pass for the order, then one for each layer that ends at the layer."""
+    traces = observation.run(lambda *_: None)
+    order = execution_order(traces)
+    most = {path: max(trace.count(path) for trace in traces) for path in order}
+    found: dict[str, InputMoments] = {}
+    # where layers are reused, first calls alone give statistics that do not depend on what was stored before
+    for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
+        for path in order:
+            found[path] = _inputs_of(observation, path, 1 if first_only else most[path])
+            observation.require_variance(path, found[path].moments)
+            finish(path, found[path])
+    return found
+
+
+def _inputs_of(observation: Observation, wanted: str, calls: int) -> InputMoments:
+    """What one layer receives in its first ``calls`` calls of each forward."""
+    may_end = not is_sharded(observation.model)
+    found = InputMoments()
+
+    def look(path: str, x: Tensor, before: int) -> None:
+        nonlocal found
+        if path != wanted or before >= calls:
+            return
+        found += InputMoments.of(x)
+        if may_end and before + 1 == calls:
+            raise EndForward
+
+    observation.run(look)
+    return found

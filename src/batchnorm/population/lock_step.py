@@ -1,0 +1,420 @@
+"""Lock step: one forward for each batch, all of which wait at the layer that is measured next.
+
+Measuring layer k behind finished layers needs the inputs of layer k from all batches before one batch may go on. To run
+every forward again for each layer costs (L + 1) / 2 passes. Here a forward waits where it enters a layer that is not
+finished, in a greenlet of its own, and goes on from there: one pass for all layers, with the same bits.
+
+A forward that waits must not notice. The first batch runs alone, and shows whether the model changes itself, draws
+random numbers, changes settings of the process, or enters a layer twice. At the end the first two batches run through,
+and every layer must receive what it received from the forwards that waited: the moments of each input and 1,024 of its
+values are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+
+from batchnorm.population.hooks import seeing
+from batchnorm.population.observation import EndForward, InputMoments, Observation, execution_order
+from batchnorm.population.sharded_models import is_sharded
+from batchnorm.population.state_shield import preserve_random_state, random_state
+from batchnorm.population.stored_statistics import Statistics
+from batchnorm.population.tensor_memory import emptiness
+from batchnorm.population.tensor_trees import Batch, examples_in, tensors_in
+from batchnorm.population.torch_modes import Modes, shared_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from greenlet import greenlet
+
+    # stores the statistics of a layer, by its path, when all of its input is measured
+    Finish = Callable[[str, InputMoments], None]
+
+_PROVED = 2  # batches that run once more, through
+_SAMPLE = 1024  # values of an input that are compared one by one
+
+
+class UnsuitedError(Exception):
+    """Forwards may not wait here; says why, as the end of a sentence."""
+
+
+def why_not(model: nn.Module) -> str:
+    """Why the forwards of a model may not wait, as far as the model tells without running; "" if nothing is known."""
+    if find_spec("greenlet") is None:
+        return "greenlet is not installed (pip install greenlet)"
+    if is_sharded(model):
+        return "the model is sharded, and its forwards must run through on all ranks"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "the model is offloaded, and its weights come and go with each forward"
+    if any(emptiness(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return "some of the model's tensors have no numbers between forwards"
+    return ""
+
+
+def _greenlet() -> ModuleType:
+    import greenlet
+
+    return greenlet
+
+
+@final
+@dataclass(eq=False)
+class _Forward:
+    """The model's run on one batch.
+
+    Args:
+        index: Of the batch.
+        run: Where it runs, and waits.
+        at: The layer at which it waits; None where it does not.
+        part: Of its input there.
+        digests: Of every input, by layer, in order.
+    """
+
+    index: int
+    run: greenlet | None = None
+    at: str | None = None
+    part: InputMoments = field(default_factory=InputMoments)
+    digests: dict[str, tuple[object, ...]] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has reached its end."""
+        return self.run is None or bool(self.run.dead)
+
+
+@final
+class LockStep:
+    """The forwards of a model on all batches, or on as many as may wait.
+
+    Args:
+        observation: Of which model on which data.
+        stored: The statistics of its layers; those of finished ones are exchanged, and not put back.
+        memory: Bytes that waiting forwards may hold.
+    """
+
+    def __init__(self, observation: Observation, stored: Statistics, memory: int) -> None:
+        self._view, self._stored, self._memory = observation, stored, memory
+        self._loop = _greenlet().getcurrent()  # where forwards are started, and where the loop goes on when one waits
+        self._thread = threading.get_ident()
+        self._modes = Modes.now()
+        self._forwards: list[_Forward] = []
+        self._running: _Forward | None = None
+        self._copies: list[Batch] = []  # of the batches that run once more
+        self._finished: dict[str, InputMoments] = {}
+        self._order: list[str] | None = None  # of all layers, where it is known beforehand
+        self._has_rest = False  # batches whose forwards do not wait
+        self._is_ending = False
+        self._unsuited = ""
+
+    def measure(self, finish: Finish) -> dict[str, InputMoments]:
+        """The inputs of each layer behind finished ones, in execution order.
+
+        Raises:
+            UnsuitedError: If it is not certain that waiting changes nothing.
+        """
+        try:
+            with seeing(self._view.layers, self._enter):
+                self._begin()
+                state = random_state()
+                self._go_on(finish)
+            self._prove()
+        finally:
+            self._end()
+        self._require(state == random_state(), "the model draws random numbers")
+        return self._finished
+
+    # starting
+
+    def _begin(self) -> None:
+        """Start a forward for each batch, as far as memory goes."""
+        view, most = self._view, None
+        view.examples = 0
+        with preserve_random_state(*view.batches.generators):
+            for index, batch in enumerate(view.batches):
+                if index < _PROVED:
+                    self._copies.append(view.batches.copy_of(batch))
+                if most is None:
+                    most = self._memory // max(1, self._bytes_of_one(view.batches.copy_of(batch)))
+                    self._require(most > 0, "memory= is less than one waiting forward holds")
+                if index == most:
+                    self._has_rest = True
+                    break
+                view.examples += examples_in(batch) or 0
+                self._start(index, batch)
+        if self._has_rest:
+            self._order = self._traced_order()
+
+    def _start(self, index: int, batch: Batch) -> None:
+        forward = _Forward(index)
+        forward.run = _greenlet().greenlet(partial(self._view.end_early, batch))
+        forward.run.gr_context = copy_context()
+        self._forwards.append(forward)
+        state = random_state()
+        self._resume(forward)
+        self._require(state == random_state(), "the model draws random numbers")
+
+    def _bytes_of_one(self, batch: Batch) -> int:
+        """The most that a forward holds where it waits; the batch runs through alone, and shows what speaks against it.
+
+        Raises:
+            UnsuitedError: If something does.
+        """
+        held, entered = HeldMemory(), set[str]()
+
+        def see(path: str, _: nn.Module, __: Tensor) -> None:
+            with held.off():
+                held.look()
+                self._require_thread()
+                self._require(path not in entered, f"a forward enters {path!r} more than once")
+                self._require(shared_settings() == settings, "the model changes settings of the process")
+                self._require(marks.are_same(), "the model changes its own attributes in a forward")
+            entered.add(path)
+
+        state = random_state()
+        with preserve_random_state(), self._not_seen(), seeing(self._view.layers, see):
+            marks = ModelMarks(self._view.model)
+            with held:
+                settings = shared_settings()
+                self._run_alone(batch)
+            self._require(marks.are_same(), "the model changes its own attributes in a forward")
+            self._require(random_state() == state, "the model draws random numbers")
+        return held.most + sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
+
+    def _run_alone(self, batch: Batch) -> None:
+        try:
+            self._view.end_early(batch)
+        except Exception as error:
+            if self._unsuited:  # what a model makes of what the hook raised
+                raise UnsuitedError(self._unsuited) from error
+            raise
+        self._require(not self._unsuited, self._unsuited)
+
+    # going on
+
+    def _resume(self, forward: _Forward) -> None:
+        forward.at, self._running = None, forward
+        if forward.run is not None:
+            forward.run.switch()
+        self._running = None
+        self._require(not self._unsuited, self._unsuited)
+
+    def _enter(self, path: str, _: nn.Module, x: Tensor) -> None:
+        """What a forward does where it enters a layer: it is measured and waits, unless it is none of ours."""
+        forward = self._running
+        if forward is None:
+            return
+        if self._is_ending:
+            raise EndForward
+        self._require_thread()
+        self._require(path not in forward.digests, f"a forward enters {path!r} more than once")
+        self._require(path not in self._finished, "forwards enter the layers in orders that contradict each other")
+        forward.at, forward.part = path, InputMoments.of(x)
+        forward.digests[path] = digest(x, forward.part) if forward.index < _PROVED else ()
+        with self._modes.on():
+            self._loop.switch()
+        if self._is_ending:
+            raise EndForward
+
+    def _go_on(self, finish: Finish) -> None:
+        while (path := self._next()) is not None:
+            waiting = [forward for forward in self._forwards if forward.at == path]
+            found = InputMoments()
+            for forward in waiting:  # in the order of the loader
+                found += forward.part
+            found = self._with_rest(path, found)
+            self._view.require_variance(path, found.moments)
+            finish(path, found)
+            self._finished[path] = found
+            for forward in waiting:
+                self._resume(forward)
+
+    def _next(self) -> str | None:
+        """The layer that is measured next: all forwards that reach it wait there, or will be restarted."""
+        waited_at = dict.fromkeys(forward.at for forward in self._forwards if forward.at is not None)
+        if self._order is None and len(waited_at) > 1:
+            self._order = self._traced_order()
+        candidates = waited_at if self._order is None else self._order
+        return next((path for path in candidates if path not in self._finished), None)
+
+    def _traced_order(self) -> list[str]:
+        """The execution order over all forwards under the statistics that were stored; one more pass."""
+        so_far = Statistics.of(self._view.layers)
+        self._stored.put(self._view.layers)
+        with self._not_seen():
+            order = execution_order(self._view.run(lambda *_: None))
+        so_far.put(self._view.layers)
+        return order
+
+    def _with_rest(self, wanted: str, found: InputMoments) -> InputMoments:
+        """With what the layer receives from batches whose forwards do not wait: they run until it, once again."""
+        if not self._has_rest:
+            return found
+
+        def look(path: str, x: Tensor, _: int) -> None:
+            nonlocal found
+            if path == wanted:
+                found += InputMoments.of(x)
+                raise EndForward
+
+        with self._not_seen():
+            self._view.run(look, skip=len(self._forwards))
+        return found
+
+    # ending
+
+    def _prove(self) -> None:
+        """Run the first batches through, and compare what the layers receive."""
+        for forward, batch in zip(self._forwards, self._copies, strict=False):
+            digests: dict[str, tuple[object, ...]] = {}
+
+            def see(path: str, _: nn.Module, x: Tensor, digests: dict[str, tuple[object, ...]] = digests) -> None:
+                digests[path] = digest(x, InputMoments.of(x))
+
+            with preserve_random_state(), seeing(self._view.layers, see):
+                self._view.end_early(batch)
+            is_same = list(digests.items()) == list(forward.digests.items())
+            self._require(is_same, "a layer receives other values from a forward that waits")
+
+    def _end(self) -> None:
+        """End the forwards that still wait."""
+        self._is_ending = True
+        for forward in self._forwards:
+            while forward.run is not None and not forward.is_over:
+                self._running = forward
+                with suppress(Exception, EndForward):  # what a model says that was stopped
+                    forward.run.throw(EndForward)
+        self._running = None
+
+    @contextmanager
+    def _not_seen(self) -> Iterator[None]:
+        """A block in which forwards run through."""
+        running, self._running = self._running, None
+        try:
+            yield
+        finally:
+            self._running = running
+
+    def _require_thread(self) -> None:
+        self._require(threading.get_ident() == self._thread, "a layer runs in another thread than the model")
+
+    def _require(self, condition: bool, otherwise: str) -> None:
+        if condition:
+            return
+        self._unsuited = otherwise  # also where the model catches what is raised
+        raise UnsuitedError(otherwise)
+
+
+def digest(x: Tensor, part: InputMoments) -> tuple[object, ...]:
+    """What tells one input of a layer from another: shape, type, moments and some values, bit for bit."""
+    flat = x.detach().reshape(-1)
+    some = flat[:: max(1, len(flat) // _SAMPLE)]
+    tensors = (part.moments.mean, part.moments.m2, part.moments.count, some.double())
+    return x.shape, x.dtype, *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
+
+
+@final
+class ModelMarks:
+    """Which objects a model holds; whether it holds others since, has written to tensors, or drawn random numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._generators: list[torch.Generator] = []
+        self._alive: dict[int, object] = {}  # what was seen, so that no id is given out twice
+        self._collect(model)
+        self._before = self._now()
+
+    def are_same(self) -> bool:
+        """Whether nothing of this has happened."""
+        return self._now() == self._before
+
+    def _collect(self, model: nn.Module) -> None:
+        seen = self._alive
+        waiting: list[object] = [model]
+        while waiting:
+            item = waiting.pop()
+            if id(item) in seen:
+                continue
+            seen[id(item)] = item
+            if isinstance(item, Tensor):
+                self._tensors.append(item)
+            elif isinstance(item, torch.Generator):
+                self._generators.append(item)
+            elif isinstance(item, (dict, list, deque, set)):
+                self._holders.append(item)
+                waiting.extend(item.values() if isinstance(item, dict) else item)
+            elif isinstance(item, tuple):
+                waiting.extend(item)
+            elif isinstance(item, nn.Module):
+                self._holders.append(vars(item))
+                waiting.extend(value for name, value in vars(item).items() if "hooks" not in name)
+                waiting.extend(item.children())
+
+    def _now(self) -> tuple[list[list[int]], list[tuple[int, int]], list[bytes]]:
+        held = [list(map(id, holder.values() if isinstance(holder, dict) else holder)) for holder in self._holders]
+        drawn = [generator.get_state().numpy().tobytes() for generator in self._generators]
+        return held, list(map(_written, self._tensors)), drawn
+
+
+def _written(tensor: Tensor) -> tuple[int, int]:
+    """Where its memory is, and how often it was written to."""
+    address = tensor.data_ptr() if tensor.layout == torch.strided and torch._C._has_storage(tensor) else 0
+    return address, 0 if tensor.is_inference() else tensor._version
+
+
+@final
+class HeldMemory(TorchFunctionMode):
+    """A block that knows how much memory the results of torch's functions hold.
+
+    Attributes:
+        most: Bytes, the most at any ``look``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._results: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Any = None,
+    ) -> object:
+        """Call the function, and note what it makes."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self._note(tensor)
+        return result
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A block that is not watched."""
+        with torch._C.DisableTorchFunction():
+            yield
+
+    def look(self) -> None:
+        """Count what is held now; called where the block is ``off``."""
+        self._results = {key: each for key, each in self._results.items() if not each[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._results.values()))
+
+    def _note(self, tensor: Tensor) -> None:
+        if tensor.layout == torch.strided and torch._C._has_storage(tensor):
+            storage = tensor.untyped_storage()
+            self._results[storage._cdata] = StorageWeakRef(storage), storage.nbytes()

@@ -1,0 +1,87 @@
+"""Stored statistics: what batch norm layers hold in running_mean and running_var, taken out and put in bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, final
+
+from torch import Tensor, nn
+
+from batchnorm.population.freezing import Frozen, has_stored_statistics
+from batchnorm.population.tensor_memory import same_bits, write
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    Layers = dict[str, _BatchNorm]  # by dotted path
+
+
+def open_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
+    """Those with stored statistics that may change: neither frozen, nor in eval mode in a model in train mode."""
+    like_ours = cast("Layers", layers)
+    return {path: layer for path, layer in like_ours.items() if has_stored_statistics(layer) and _is_open(model, layer)}
+
+
+def _is_open(model: nn.Module, layer: _BatchNorm) -> bool:
+    return not isinstance(layer, Frozen) and (layer.training or not model.training)
+
+
+def buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a layer that has them."""
+    return cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
+
+
+def store(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Store a mean and a variance in a layer, in place, in the types of its buffers."""
+    put(zip(buffers(layer), (mean, var), strict=True))
+
+
+def put(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write a value into each tensor, in place: into all of them or, on an exception, into none.
+
+    A tensor that has these bits already is not written, so that autograd graphs which used it stay valid.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor, value in values:
+            if not same_bits(tensor, new := value.to(tensor.dtype)):
+                before.append((tensor, tensor.clone()))
+                write(tensor, new)
+    except BaseException:
+        for tensor, value in before:
+            write(tensor, value)
+        raise
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """Mean and variance of every layer by its dotted path, as ``running_mean`` and ``running_var`` hold them.
+
+    Args:
+        mean: By path, in the layer's own type, on its device.
+        var: Likewise; unbiased, torch's convention.
+    """
+
+    mean: dict[str, Tensor]
+    var: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, layers: Layers) -> Statistics:
+        """A copy of what the layers store now."""
+        pairs = {path: [buffer.detach().clone() for buffer in buffers(layer)] for path, layer in layers.items()}
+        return cls({path: mean for path, (mean, _) in pairs.items()}, {path: var for path, (_, var) in pairs.items()})
+
+    def put(self, layers: Layers) -> None:
+        """Write them into the layers, in place: all of them or, on an exception, none."""
+        put(self.pairs(layers))
+
+    def pairs(self, layers: Layers) -> list[tuple[Tensor, Tensor]]:
+        """Each buffer of the layers with the value that is meant for it."""
+        values = {path: (self.mean[path], self.var[path]) for path in self.mean}
+        return [pair for path, two in values.items() for pair in zip(buffers(layers[path]), two, strict=True)]
+
+    def are_in(self, layers: Layers) -> bool:
+        """Whether the layers hold exactly these bits."""
+        return all(same_bits(buffer, value) for buffer, value in self.pairs(layers))

@@ -1,0 +1,70 @@
+"""Modes: what torch's blocks switch on for a thread, so that a forward that waits inside of them leaves none behind."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """The modes of this thread that can be exchanged.
+
+    Args:
+        inference: Whether inference mode is on.
+        grad: Whether gradients are recorded.
+        autocast: For each kind of device whether autocast is on, and to which type.
+        cuda: The current CUDA device and stream, where CUDA is in use.
+    """
+
+    inference: bool
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    cuda: tuple[int, int] | None
+
+    @classmethod
+    def now(cls) -> Modes:
+        """Those that are on."""
+        kinds = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
+        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        cuda = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream) if len(kinds) > 1 else None
+        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast, cuda)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """A block in which they are on, whatever is on outside of it."""
+        if (now := Modes.now()) == self:
+            yield
+            return
+        with ExitStack() as stack:
+            if now.cuda != self.cuda and self.cuda is not None:
+                stack.enter_context(torch.cuda.device(self.cuda[0]))
+                stack.enter_context(torch.cuda.stream(torch.cuda.ExternalStream(self.cuda[1])))
+            if now.inference != self.inference:
+                stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for before, (kind, enabled, dtype) in zip(now.autocast, self.autocast, strict=False):
+                if before != (kind, enabled, dtype):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled))
+            yield
+
+
+def shared_settings() -> tuple[object, ...]:
+    """What a block may change that cannot be exchanged: settings of the process, and modes that watch operators."""
+    cudnn = torch.backends.cudnn
+    return (
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        len(torch._C._functorch.get_interpreter_stack() or ()),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        id(warnings.filters),
+    )
