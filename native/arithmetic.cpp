@@ -64,10 +64,13 @@ template <class T, class A> void measure_apart(const Plan &plan, const Layer &la
             });
 }
 
-template <class T> void moments(const Layer &layer, const T *x) {
+template <class T, class A> void measure_all(const Layer &layer, const T *x) {
     const Plan plan(layer.shape, sizeof(T));
-    if (!plan.together) return measure_apart<T, double>(plan, layer, x);
-    plan.run([&](int64_t, const Window &window) { measure_window<T, double>(plan, layer, x, window); });
+    if (!plan.together) return measure_apart<T, A>(plan, layer, x);
+    plan.run([&](int64_t, const Window &window) { measure_window<T, A>(plan, layer, x, window); });
+}
+template <class T> void moments(const Layer &layer, const T *x, bool exact) {
+    exact ? measure_all<T, double>(layer, x) : measure_all<T, Wide<T>>(layer, x);
 }
 
 // ---- forward
@@ -138,15 +141,26 @@ template <class T> Passes<T> backward_for(const Layer &layer, const Backward &jo
     return {&sum_products<T, Curve, false, true>, &apply_backward<T, Curve, true>};
 }
 
+Plan backward_plan(const Layer &layer, const Backward &job, int64_t value) {
+    return Plan(layer.shape, (job.other ? 3 : 2) * value);
+}
+
 template <class T> void backward(const Layer &layer, const Backward &job) {
     using W = Wide<T>;
     const auto [sum, apply] = backward_for<T>(layer, job);
     const bool stored = job.other && layer.act != Act::none && !job.x_is_y; // the gradient of p, by the first pass
     const T *grad = static_cast<const T *>(stored ? job.d_residual : job.grad);
-    const Plan plan(layer.shape, (job.other ? 3 : 2) * sizeof(T));
+    const Plan plan = backward_plan(layer, job, sizeof(T));
     const double count = double(plan.count());
     const auto finish = [&](All<W> &all, int64_t first, const std::vector<Sums> &sums) {
-        for (size_t c = 0; c < all.size(); ++c) all[c] = Coefficients<W>(layer, job, first + int64_t(c), sums[c], count);
+        for (size_t i = 0; i < all.size(); ++i) {
+            const int64_t c = first + int64_t(i);
+            const Sums total = Coefficients<W>::of_gradient(layer, c, sums[i]);
+            static_cast<W *>(job.d_weight)[c] = W(total.second);
+            static_cast<W *>(job.d_bias)[c] = W(total.first);
+            const Sums means{total.first / count, total.second / count};
+            all[i] = Coefficients<W>(layer, c, job.constant ? nullptr : &means);
+        }
     };
     if (plan.together) {
         plan.run([&](int64_t, const Window &window) {
@@ -162,6 +176,37 @@ template <class T> void backward(const Layer &layer, const Backward &job) {
     std::vector<Sums> sums(layer.shape.channels);
     sum_apart(plan, sums.data(), [&](const Window &window, Sums *part) { sum(layer, job, window, &all[window.channel], part); });
     finish(all, 0, sums);
+    plan.run([&](int64_t, const Window &window) { apply(layer, job, grad, window, &all[window.channel]); });
+}
+
+template <class T> void sum_gradients(const Layer &layer, const Backward &job, const Halves &halves) {
+    using W = Wide<T>;
+    const auto sum = backward_for<T>(layer, job).sum;
+    const int64_t channels = layer.shape.channels;
+    const All<W> all = coefficients<W>(layer, 0, channels);
+    const Plan plan = backward_plan(layer, job, sizeof(T));
+    std::vector<Sums> sums(channels);
+    if (plan.together)
+        plan.run([&](int64_t, const Window &window) { sum(layer, job, window, &all[window.channel], &sums[window.channel]); });
+    else
+        sum_apart(plan, sums.data(), [&](const Window &window, Sums *part) { sum(layer, job, window, &all[window.channel], part); });
+    for (int64_t c = 0; c < channels; ++c) {
+        const Sums total = Coefficients<W>::of_gradient(layer, c, sums[c]);
+        halves.sums[c] = total.first, halves.sums[channels + c] = total.second;
+    }
+}
+
+template <class T> void input_gradient(const Layer &layer, const Backward &job, const Halves &halves) {
+    using W = Wide<T>;
+    const auto apply = backward_for<T>(layer, job).apply;
+    const int64_t channels = layer.shape.channels;
+    All<W> all;
+    for (int64_t c = 0; c < channels; ++c) {
+        const Sums means = halves.means ? Sums{halves.means[c], halves.means[channels + c]} : Sums{};
+        all.emplace_back(layer, c, halves.means ? &means : nullptr);
+    }
+    const Plan plan(layer.shape, 2 * sizeof(T), true);
+    const T *grad = static_cast<const T *>(job.grad);
     plan.run([&](int64_t, const Window &window) { apply(layer, job, grad, window, &all[window.channel]); });
 }
 
@@ -213,12 +258,18 @@ void backward_any(const Layer &layer, const Backward &job) {
 void normalize_any(const Layer &layer, const Forward &job) {
     with_type(layer.type, [&]<class T>() { normalize<T>(layer, job); });
 }
-void moments_any(const Layer &layer, const void *x) {
-    with_type(layer.type, [&]<class T>() { moments<T>(layer, static_cast<const T *>(x)); });
+void moments_any(const Layer &layer, const void *x, bool exact) {
+    with_type(layer.type, [&]<class T>() { moments<T>(layer, static_cast<const T *>(x), exact); });
+}
+void sum_gradients_any(const Layer &layer, const Backward &job, const Halves &halves) {
+    with_type(layer.type, [&]<class T>() { sum_gradients<T>(layer, job, halves); });
+}
+void input_gradient_any(const Layer &layer, const Backward &job, const Halves &halves) {
+    with_type(layer.type, [&]<class T>() { input_gradient<T>(layer, job, halves); });
 }
 
 } // namespace
 
-extern const Arithmetic arithmetic{train_any, backward_any, normalize_any, moments_any, update};
+extern const Arithmetic arithmetic{train_any, backward_any, normalize_any, moments_any, update, sum_gradients_any, input_gradient_any};
 
 } // namespace batchnorm::ISA

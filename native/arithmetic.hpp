@@ -5,7 +5,9 @@
 namespace batchnorm {
 
 enum class Type : int { float32, float64, bfloat16, float16 };
+// numbered as in src/batchnorm/kernels/activations.py
 enum class Act : int { none, relu, leaky_relu, elu, silu, gelu, hardswish };
+constexpr const char *ACTS[] = {"none", "relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"};
 
 // A tensor of `outer` x `channels` x `inner` values, contiguous. A matrix of rows (N, C), or channels_last, has inner 1.
 struct Shape {
@@ -44,14 +46,22 @@ struct Backward {
     void *d_x, *d_residual, *d_weight, *d_bias;
 };
 
+// The halves of a backward pass, between which sums of other values may be added: see kernels/interface.py.
+struct Halves {
+    double *sums;        // (2, channels), of g and of g z
+    const double *means; // the same divided by the count; null: mean and variance are constants
+};
+
 struct Arithmetic {
     // Measures x, writes mean and var, normalizes, moves running statistics; returns how many channels are not finite.
     int64_t (*train)(const Layer &, const Forward &, const Running &);
     void (*backward)(const Layer &, const Backward &);
     void (*normalize)(const Layer &, const Forward &); // by the mean and var of the layer
-    // Mean and biased variance of every channel, every value added in float64.
-    void (*moments)(const Layer &, const void *x);
+    // Mean and biased variance of every channel: with the bits of train, or every value added in float64.
+    void (*moments)(const Layer &, const void *x, bool exact);
     int64_t (*update)(int64_t channels, const double *mean, const double *var, double count, const Running &);
+    void (*sum_gradients)(const Layer &, const Backward &, const Halves &);  // writes sums, and d_residual if there is one
+    void (*input_gradient)(const Layer &, const Backward &, const Halves &); // writes d_x
 };
 
 namespace portable { extern const Arithmetic arithmetic; }

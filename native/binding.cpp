@@ -3,6 +3,7 @@
 #include "threads.hpp"
 
 #include <atomic>
+#include <iterator>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <string>
@@ -53,10 +54,21 @@ void use(const std::string &name) {
 using Address = uintptr_t;
 template <class T = void> T *at(Address address) { return reinterpret_cast<T *>(address); }
 
+Act activation(int number) {
+    if (number < 0 || size_t(number) >= std::size(ACTS)) throw nb::value_error("act needs a number of activations().");
+    return Act(number);
+}
+
+nb::list activations() {
+    nb::list names;
+    for (const char *name : ACTS) names.append(name);
+    return names;
+}
+
 Layer layer(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
             Address bias, double eps, int act, double param) {
     return {Type(type), {outer, channels, inner}, at<double>(mean), at<double>(var), at(weight), at(bias), eps,
-            Act(act),   param};
+            activation(act), param};
 }
 
 int64_t train(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
@@ -84,9 +96,27 @@ void normalize(int type, int64_t outer, int64_t channels, int64_t inner, Address
                                  {at(x), at(residual), at(y)});
 }
 
-void moments(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address x) {
+void moments(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address x, bool exact) {
     nb::gil_scoped_release free;
-    chosen.load()->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0), at(x));
+    chosen.load()->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0), at(x), exact);
+}
+
+void sum_gradients(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
+                   Address bias, double eps, int act, double param, Address grad, Address x, Address other,
+                   bool other_is_y, bool x_is_y, Address d_residual, Address sums) {
+    nb::gil_scoped_release free;
+    chosen.load()->sum_gradients(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+                                 {at(grad), at(x), at(other), other_is_y, x_is_y, false, nullptr, at(d_residual)},
+                                 {at<double>(sums), nullptr});
+}
+
+void input_gradient(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
+                    Address bias, double eps, int act, double param, Address grad, Address x, bool x_is_y, Address means,
+                    Address d_x) {
+    nb::gil_scoped_release free;
+    chosen.load()->input_gradient(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+                                  {at(grad), at(x), nullptr, false, x_is_y, false, at(d_x)},
+                                  {nullptr, at<double>(means)});
 }
 
 int64_t update(int64_t channels, Address mean, Address var, double count, Address batches, Address running_mean,
@@ -106,4 +136,7 @@ NB_MODULE(_native, module) {
     module.def("normalize", &normalize);
     module.def("moments", &moments);
     module.def("update", &update);
+    module.def("sum_gradients", &sum_gradients);
+    module.def("input_gradient", &input_gradient);
+    module.def("activations", &activations);
 }

@@ -67,18 +67,18 @@ template <class W> struct Coefficients {
         fields[SHIFT] = W(or_else<W>(layer.bias, c, 0) - low(layer, c) * slope);
         fields[UNSCALE] = W(1 / slope);
     }
-    // Also those of the gradient, which are written out for gamma and beta. The sums are of x - mean without its low part.
-    Coefficients(const Layer &layer, const Backward &job, int64_t c, const Sums &sums, double count)
-        : Coefficients(layer, c) {
+    // Sums of g and g z, from those of g and of g (x - mean) without the low part of the mean.
+    static Sums of_gradient(const Layer &layer, int64_t c, const Sums &sums) {
+        return {sums.first, (sums.second - low(layer, c) * sums.first) * rstd(layer, c)};
+    }
+    // Also the coefficients of d_x, given the means of g and g z, or null where mean and variance are constants.
+    Coefficients(const Layer &layer, int64_t c, const Sums *means) : Coefficients(layer, c) {
         const double inverse = rstd(layer, c), slope = inverse * or_else<W>(layer.weight, c, 1);
-        const double d_weight = (sums.second - low(layer, c) * sums.first) * inverse;
-        static_cast<W *>(job.d_weight)[c] = W(d_weight);
-        static_cast<W *>(job.d_bias)[c] = W(sums.first);
         fields[BACK] = W(slope);
-        if (job.constant) return;
+        if (!means) return;
         fields[RSTD] = W(inverse);
-        fields[ALONG] = W(d_weight / count * slope);
-        fields[EVEN] = W((sums.first - low(layer, c) * inverse * d_weight) / count * slope);
+        fields[ALONG] = W(means->second * slope);
+        fields[EVEN] = W((means->first - low(layer, c) * inverse * means->second) * slope);
     }
 
   private:

@@ -91,11 +91,10 @@ struct Inputs {
 
 enum class Other { none, residual, y };
 const char *const OTHERS[] = {"", " residual", " y"};
-const char *const ACTS[] = {"none", "relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"};
 const char *const TYPES[] = {"float32", "float64", "bfloat16", "float16"};
 
 struct Call {
-    enum Pass { train, inplace, normalize, moments, backward, inverted, update } pass;
+    enum Pass { train, inplace, normalize, moments, exact_moments, backward, inverted, sums, input_gradient, update } pass;
     Act act = Act::none;
     Other other = Other::none;
     bool constant = false, affine = true;
@@ -103,13 +102,13 @@ struct Call {
     bool wide = false; // running statistics
 
     std::string name() const {
-        const char *const passes[] = {"train", "train in place", "normalize", "moments", "backward", "backward of a leaky ReLU in place", "update"};
+        const char *const passes[] = {"train", "train in place", "normalize", "moments", "exact moments", "backward", "backward of a leaky ReLU in place", "sums of gradients", "gradient of x", "update"};
         return std::string(passes[pass]) + " " + ACTS[int(act)] + OTHERS[int(other)] + (constant ? " constant" : "") + (affine ? "" : " plain");
     }
 };
 
 std::vector<Call> calls() {
-    std::vector<Call> all{{Call::moments}};
+    std::vector<Call> all{{Call::moments}, {Call::exact_moments}};
     for (const bool wide : {false, true})
         for (const double momentum : {0.1, std::nan("")}) {
             all.push_back({Call::update, Act::none, Other::none, false, true, momentum, wide});
@@ -118,9 +117,12 @@ std::vector<Call> calls() {
     for (const Act act : {Act::none, Act::relu, Act::leaky_relu, Act::elu, Act::silu, Act::gelu, Act::hardswish}) {
         for (const Other other : {Other::none, Other::residual})
             for (const auto pass : {Call::train, Call::inplace, Call::normalize}) all.push_back({pass, act, other});
+        for (const Other other : {Other::none, Other::residual, Other::y})
+            if (act != Act::none || other == Other::none) all.push_back({Call::sums, act, other});
         for (const bool constant : {false, true}) {
             all.push_back({Call::backward, act, Other::none, constant});
             all.push_back({Call::backward, act, Other::none, constant, false});
+            all.push_back({Call::input_gradient, act, Other::none, constant});
             if (act == Act::none) continue; // its callers pass no residual: the gradient needs none
             all.push_back({Call::backward, act, Other::residual, constant});
             all.push_back({Call::backward, act, Other::y, constant});
@@ -165,9 +167,10 @@ std::vector<Buffer> results(const Arithmetic &arithmetic, const Inputs &in, cons
     }
     case Call::normalize: arithmetic.normalize(layer, {in.x.at(), residual, add(in.x.size)}); break;
     case Call::moments:
+    case Call::exact_moments:
         layer.mean = static_cast<double *>(add(channels * sizeof(double)));
         layer.var = static_cast<double *>(add(channels * sizeof(double)));
-        arithmetic.moments(layer, in.x.at());
+        arithmetic.moments(layer, in.x.at(), call.pass == Call::exact_moments);
         break;
     case Call::backward:
     case Call::inverted: {
@@ -175,6 +178,18 @@ std::vector<Buffer> results(const Arithmetic &arithmetic, const Inputs &in, cons
         void *d_x = add(in.x.size), *d_residual = residual ? add(in.x.size) : nullptr, *d_weight = add(wide);
         arithmetic.backward(layer, {in.grad.at(), in.x.at(), residual, call.other == Other::y, call.pass == Call::inverted,
                                     call.constant, d_x, d_residual, d_weight, add(wide)});
+        break;
+    }
+    case Call::sums: {
+        void *d_residual = residual ? add(in.x.size) : nullptr, *sums = add(2 * channels * sizeof(double));
+        arithmetic.sum_gradients(layer, {in.grad.at(), in.x.at(), residual, call.other == Other::y, false, false, nullptr, d_residual},
+                                 {static_cast<double *>(sums), nullptr});
+        break;
+    }
+    case Call::input_gradient: {
+        const std::vector<double> means(2 * channels, 0.5);
+        arithmetic.input_gradient(layer, {in.grad.at(), in.x.at(), nullptr, false, false, false, add(in.x.size)},
+                                  {nullptr, call.constant ? nullptr : means.data()});
         break;
     }
     case Call::update: arithmetic.update(channels, layer.mean, layer.var, double(in.shape.outer * in.shape.inner), running());

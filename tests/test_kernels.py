@@ -10,7 +10,7 @@ from layouts import LAYOUTS, channels_last, contiguous, expanded
 from torch.autograd import gradcheck, gradgradcheck
 
 from batchnorm import kernels
-from batchnorm.kernels import reference
+from batchnorm.kernels import ChannelStatistics, Layer, Running, reference
 
 # forward mode makes torch load formulas of its own that still use the deprecated torch.jit
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -32,7 +32,7 @@ def tracked(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def normalized(x, *gamma_and_beta):
-    return kernels.train(x, *gamma_and_beta, EPS)
+    return kernels.train(x, Layer(*gamma_and_beta, EPS))
 
 
 # --- values -----------------------------------------------------------------------------------------------
@@ -97,13 +97,14 @@ def test_results_are_laid_out_in_memory_as_torch_empty_like_the_input(shape, lay
 
 
 def test_one_example_is_normalized_to_the_same_bits_in_any_company():
-    mean, var, gamma, beta = torch.randn(5), torch.rand(5) + 0.1, torch.randn(5), torch.randn(5)
+    statistics = ChannelStatistics(torch.randn(5), torch.rand(5) + 0.1)
+    layer = Layer(torch.randn(5), torch.randn(5), EPS)
     x = torch.randn(33, 5, 7, 3)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for layout in (contiguous, channels_last):
             batch = layout(x.to(dtype))
-            together = kernels.normalize(batch, mean, var, gamma, beta, EPS)
-            alone = [kernels.normalize(one, mean, var, gamma, beta, EPS) for one in batch.split(1)]
+            together = kernels.normalize(batch, statistics, layer)
+            alone = [kernels.normalize(one, statistics, layer) for one in batch.split(1)]
             assert torch.equal(together, torch.cat(alone))
 
 
@@ -180,6 +181,10 @@ def test_each_gradient_has_the_type_of_what_it_belongs_to(dtype):
 # --- the update of stored statistics ----------------------------------------------------------------------
 
 
+def update(mean, var, batches, skipped, new_mean, new_var, count, momentum):
+    kernels.update_running(Running(mean, var, batches, skipped, momentum), ChannelStatistics(new_mean, new_var), count)
+
+
 def stored(channels: int = 3, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     return torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype), torch.tensor(4), torch.tensor(0)
 
@@ -189,7 +194,7 @@ def test_an_update_moves_towards_the_mean_and_the_unbiased_variance(momentum):
     x = torch.randn(5, 3, dtype=torch.float64)
     mean, var, batches, skipped = stored(dtype=torch.float64)
     expected = oracle.updated(mean.numpy().copy(), var.numpy().copy(), x.numpy(), momentum)
-    kernels.update_running(mean, var, batches, skipped, x.mean(0), x.var(0, correction=0), 5, momentum)
+    update(mean, var, batches, skipped, x.mean(0), x.var(0, correction=0), 5, momentum)
     for found, value in zip((mean, var), expected, strict=True):
         np.testing.assert_allclose(found, value, rtol=0, atol=16 * 2.0**-53)
     assert (batches.item(), skipped.item()) == (5, 0)
@@ -200,7 +205,7 @@ def test_without_momentum_all_batches_weigh_the_same():
     batches = torch.tensor(0)
     values = torch.randn(6, 2), torch.rand(6, 2)
     for new_mean, new_var in zip(*values, strict=True):
-        kernels.update_running(mean, var, batches, skipped, new_mean, new_var * 0.5, 2, None)
+        update(mean, var, batches, skipped, new_mean, new_var * 0.5, 2, None)
     u = 2.0**-24
     torch.testing.assert_close(mean, values[0].mean(0), rtol=0, atol=6 * 4 * u * values[0].abs().max().item())
     torch.testing.assert_close(var, values[1].mean(0), rtol=6 * 4 * u, atol=0)
@@ -214,7 +219,7 @@ def test_a_channel_that_is_not_finite_keeps_what_is_stored_and_the_others_move(b
     new = {"mean": torch.ones(3), "var": torch.ones(3)}
     new[spoiled][1] = bad
     with pytest.warns(RuntimeWarning, match="batch statistics of 1 of 3 channels: these channels keep their running"):
-        kernels.update_running(mean, var, batches, skipped, new["mean"], new["var"], 4, 0.5)
+        update(mean, var, batches, skipped, new["mean"], new["var"], 4, 0.5)
     for found, old in zip((mean, var), before, strict=True):
         assert found[1] == old[1]
         assert (found[[0, 2]] != old[[0, 2]]).all()
@@ -224,7 +229,7 @@ def test_a_channel_that_is_not_finite_keeps_what_is_stored_and_the_others_move(b
 def test_a_variance_that_overflows_when_made_unbiased_is_not_stored():
     mean, var, batches, skipped = stored(1)
     with pytest.warns(RuntimeWarning, match="1 of 1 channels"):
-        kernels.update_running(mean, var, batches, skipped, torch.ones(1), torch.full((1,), 3e38), 2, 0.5)
+        update(mean, var, batches, skipped, torch.ones(1), torch.full((1,), 3e38), 2, 0.5)
     assert var.isfinite().all()
     assert skipped == 1
 
@@ -233,9 +238,9 @@ def test_an_average_of_all_batches_leaves_a_spoiled_one_out_as_a_whole():
     """There is one count for all channels: a batch in which one is not finite may not weigh on the others."""
     mean, var, batches, skipped = torch.zeros(2), torch.ones(2), torch.tensor(0), torch.tensor(0)
     with pytest.warns(RuntimeWarning, match="1 of 2 channels: this batch is left out of all running"):
-        kernels.update_running(mean, var, batches, skipped, torch.tensor([torch.nan, 9]), torch.ones(2), 2, None)
+        update(mean, var, batches, skipped, torch.tensor([torch.nan, 9]), torch.ones(2), 2, None)
     for value in (2.0, 4.0):
-        kernels.update_running(mean, var, batches, skipped, torch.full((2,), value), torch.ones(2), 2, None)
+        update(mean, var, batches, skipped, torch.full((2,), value), torch.ones(2), 2, None)
     assert mean.tolist() == [3, 3]
     assert (batches.item(), skipped.item()) == (2, 1)
 
@@ -244,9 +249,9 @@ def test_the_models_of_an_ensemble_are_updated_each_by_its_own():
     one_by_one, at_once = [stored() for _ in range(2)], [torch.empty(0)] * 3
     at_once = [torch.stack([s[i] for s in one_by_one]) for i in range(3)]
     new = torch.randn(2, 3), torch.rand(2, 3)
-    kernels.update_running(*at_once, torch.tensor(0), *new, 7, None)
+    update(*at_once, torch.tensor(0), *new, 7, None)
     for i, single in enumerate(one_by_one):
-        kernels.update_running(*single, new[0][i], new[1][i], 7, None)
+        update(*single, new[0][i], new[1][i], 7, None)
         for found, expected in zip(at_once, single, strict=False):
             # other kernels may contract a multiplication with an addition: one rounding less
             torch.testing.assert_close(found[i], expected, rtol=2**-23, atol=2**-24)
@@ -288,7 +293,7 @@ def test_the_forward_operator_passes_opcheck_without_values():
 def test_the_backward_operator_passes_opcheck(sample):
     x, gamma, _ = tracked(*arguments(*sample))
     grad = torch.randn_like(x).requires_grad_()
-    statistics = reference.statistics(x.detach())
+    statistics = reference.measure(x.detach())
     torch.library.opcheck(kernels.train_backward, (grad, x, *statistics, gamma, EPS))
 
 

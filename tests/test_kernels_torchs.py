@@ -12,12 +12,14 @@ import pytest
 import torch
 from layouts import channels_last, contiguous
 
-from batchnorm.kernels import choice, cpu, reference, running_statistics, torch_batch_norm
+from batchnorm.kernels import Layer, choice, cpu, reference, torch_batch_norm
 from batchnorm.kernels.activations import NAMES, parameter
+from batchnorm.kernels.interface import ForwardPass
 from batchnorm.kernels.running_statistics import Running
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 EPS = 1e-5
+PLAIN = Layer(eps=EPS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 layouts = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
@@ -47,7 +49,7 @@ def test_torchs_results_are_the_oracles_within_rounding(act, dtype):
         gamma, beta = torch.randn(2, 3, dtype=wide)
         inputs = [t.requires_grad_() for t in ((x, r, gamma, beta) if with_residual else (x, gamma, beta))]
         r = r if with_residual else None
-        y = torch_batch_norm.train(x, gamma, beta, EPS, act, param, r, None)
+        y = torch_batch_norm.train(x, Layer(gamma, beta, EPS, act, param), r, None)
         assert y.dtype == dtype
         found = dict(zip(("x", "r", "gamma", "beta") if with_residual else ("x", "gamma", "beta"),
                          torch.autograd.grad(y, inputs, grad), strict=True))  # fmt: skip
@@ -67,9 +69,8 @@ def test_torchs_running_statistics_are_the_references(dtype, of, momentum):
     x, ours = (2 + torch.randn(9, 3)).to(dtype), stored(dtype=of, momentum=momentum)
     theirs = copied(ours)
     for _ in range(2):
-        torch_batch_norm.train(x, None, None, EPS, "relu", 0.0, None, ours)
-        mean, var = reference.statistics(x)
-        running_statistics.update(*theirs[:4], mean, var, 9, momentum)
+        torch_batch_norm.train(x, Layer(eps=EPS, act="relu"), None, ours)
+        choice.update_running(theirs, reference.measure(x), 9)
     # torch's are in float32 at least, and 9 values of size 5 are added and squared
     u = torch.finfo(reference.wide_dtype(dtype)).eps / 2 + torch.finfo(of).eps / 2
     for found, expected in zip(ours[:2], theirs[:2], strict=True):
@@ -85,7 +86,7 @@ def test_torchs_statistics_that_are_not_finite_are_not_stored(bad, momentum):
     x[4, 1] = bad
     before = copied(ours)
     with pytest.warns(RuntimeWarning, match="1 of 3 channels"):
-        torch_batch_norm.train(x, None, None, EPS, None, 0.0, None, ours)
+        torch_batch_norm.train(x, PLAIN, None, ours)
     stays = [1] if momentum else [0, 1, 2]
     assert torch.equal(ours.mean[stays], before.mean[stays])
     assert torch.equal(ours.var[stays], before.var[stays])
@@ -100,23 +101,21 @@ def test_torchs_statistics_that_are_not_finite_are_not_stored(bad, momentum):
 )
 def test_torchs_takes_every_pair_of_types_that_a_layer_takes(of_x, of_gamma):
     x, gamma, beta = torch.randn(8, 3).to(of_x), *torch.randn(2, 3).to(of_gamma)
-    y = torch_batch_norm.train(x, gamma, beta, EPS, None, 0.0, None, stored())
+    y = torch_batch_norm.train(x, Layer(gamma, beta, EPS), None, stored())
     assert y.dtype == of_x
-    expected, *_ = reference.train_forward(x, gamma, beta, EPS)
+    expected, _ = reference.train_forward(x, Layer(gamma, beta, EPS))
     torch.testing.assert_close(y, expected)
 
 
 def test_torchs_passes_no_values():
-    assert torch_batch_norm.train(torch.empty(0, 3), None, None, EPS, "relu", 0.0, torch.empty(0, 3), None).shape == (
-        0,
-        3,
-    )
+    empty = torch.empty(0, 3)
+    assert torch_batch_norm.train(empty, Layer(eps=EPS, act="relu"), empty, None).shape == (0, 3)
 
 
 @layouts
 def test_torchs_keeps_the_layout(layout):
     x = layout(torch.randn(4, 3, 5, 2))
-    assert torch_batch_norm.train(x, None, None, EPS, "silu", 0.0, x, None).stride() == x.stride()
+    assert torch_batch_norm.train(x, Layer(eps=EPS, act="silu"), x, None).stride() == x.stride()
 
 
 # --- the table --------------------------------------------------------------------------------------------
@@ -199,7 +198,7 @@ SHAPES = [(50, 3), (7, 70, 5), (6, 5, 9, 11), (3, 2, 40, 40), (2, 3, 4, 5, 6), (
 def test_moments_are_numpys_in_float64(dtype, layout):
     for shape in SHAPES:
         x = layout((3 + 2 * torch.randn(shape)).to(dtype))
-        mean, var = (t.numpy() for t in cpu.moments(x))
+        mean, var = (t.numpy() for t in cpu.measure(x, exact=True))
         true_mean, true_var = oracle.statistics(oracle.exact(x))
         u, p = 2.0**-53, oracle.path(x.numel() // shape[1])
         # sums are around a guess within two standard deviations of the mean: at most 4 var + 3 var
@@ -213,7 +212,7 @@ def test_moments_far_from_zero_keep_six_digits(layout):
     """Mean 1e6 and deviation 1e-3 in float64: x has spacing 1e-10, the variance of 1e-6 keeps six digits of it."""
     for shape in SHAPES:
         x = layout(1e6 + 1e-3 * torch.randn(shape, dtype=torch.float64))
-        mean, var = cpu.moments(x)
+        mean, var = cpu.measure(x, exact=True)
         exact = x.numpy().astype(np.longdouble)
         axes = tuple(a for a in range(x.ndim) if a != 1)
         true = exact.mean(axes, keepdims=True)
@@ -226,7 +225,7 @@ def test_moments_far_from_zero_keep_six_digits(layout):
 def test_moments_of_constant_channels_are_exact():
     for dtype, value in itertools.product(DTYPES, [0.0, 1.1, -3e4]):
         x = torch.full((9, 5, 7), value, dtype=dtype)
-        mean, var = cpu.moments(x)
+        mean, var = cpu.measure(x, exact=True)
         assert (mean == x[0, 0, 0].double()).all()
         assert not var.any()
 
@@ -237,14 +236,15 @@ def test_moments_of_constant_channels_are_exact():
 def check(x, grad=None, gamma=None, beta=None):
     """The native kernels' y and gradients are the oracle's, within rounding."""
     grad = torch.randn(x.shape).to(x.dtype) if grad is None else grad
-    y, mean, var = cpu.train_forward(x, gamma, beta, EPS)
-    d_x, d_gamma, d_beta, _ = cpu.train_backward(grad, x, mean, var, gamma, EPS, beta)
+    layer = Layer(gamma, beta, EPS)
+    y, statistics = cpu.train_forward(x, layer)
+    d_x, d_gamma, d_beta, _ = cpu.train_backward(grad, ForwardPass(x, statistics, layer))
     values = [oracle.exact(t) for t in (x, grad, gamma)]
     expected = oracle.train(*values, oracle.exact(beta), EPS)
     bound = oracle.train_rounding(*values, expected, EPS, reference.wide_dtype(x.dtype))
     for found, value, allowed in zip((y, d_x, d_gamma, d_beta), expected, bound, strict=True):
         oracle.assert_within(found, value, allowed)
-    return mean, var
+    return statistics
 
 
 @built
@@ -309,8 +309,9 @@ def test_every_small_size_equals_the_oracle(layout):
         x = 1 + 2 * torch.randn(n, c, *([inner] if inner else []))
         r, grad, gamma, beta = torch.randn_like(x), torch.randn_like(x), *torch.randn(2, c)
         x = layout(x)
-        y, mean, var = cpu.train_forward(x, gamma, beta, EPS, "silu", 0.0, r)
-        found = (y, *cpu.train_backward(grad, x, mean, var, gamma, EPS, beta, "silu", 0.0, r))
+        layer = Layer(gamma, beta, EPS, "silu")
+        y, statistics = cpu.train_forward(x, layer, r)
+        found = (y, *cpu.train_backward(grad, ForwardPass(x, statistics, layer, r)))
         values = [oracle.exact(t) for t in (x, grad, r, gamma, beta)]
         for one, value, allowed in zip(
             found, *oracle_activations.fused(*values, EPS, "silu", 0.0, x.dtype), strict=True
@@ -327,18 +328,19 @@ def test_every_small_size_equals_the_oracle(layout):
 def test_the_last_values_of_a_plane_that_is_cut_are_there(shape):
     """A plane is cut into pieces of whole blocks: what is left over by less than a piece belongs to the last."""
     x, poison = torch.randn(shape), torch.full(shape, torch.nan)
-    y, mean, var = cpu.train_forward(x, None, None, EPS)
-    expected, true_mean, true_var = reference.train_forward(x.double(), None, None, EPS)
+    y, statistics = cpu.train_forward(x, PLAIN)
+    expected, true = reference.train_forward(x.double(), PLAIN)
+    (mean, var), (true_mean, true_var) = statistics, true
     assert poison.isnan().all()
     assert (y - expected).abs().max() <= 1e-5
     assert ((mean - true_mean).abs() <= 1e-7).all()
     assert ((var - true_var).abs() <= 1e-6).all()
-    d_x, *_ = cpu.train_backward(x, x, mean, var, None, EPS)
-    d_x_, *_ = reference.train_backward(x.double(), x.double(), true_mean, true_var, None, EPS)
+    d_x, *_ = cpu.train_backward(x, ForwardPass(x, statistics, PLAIN))
+    d_x_, *_ = reference.train_backward(x.double(), ForwardPass(x.double(), true, PLAIN))
     assert (d_x - d_x_).abs().max() <= 1e-5
-    y = cpu.normalize(x, mean, var, None, None, EPS)
+    y = cpu.normalize(x, statistics, PLAIN)
     assert (y - expected).abs().max() <= 1e-5
-    exact_mean, exact_var = cpu.moments(x)
+    exact_mean, exact_var = cpu.measure(x, exact=True)
     assert ((exact_mean - true_mean).abs() <= 1e-12).all()
     assert ((exact_var - true_var).abs() <= 1e-11).all()
 

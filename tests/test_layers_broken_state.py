@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from batchnorm import kernels
+from batchnorm.kernels import ChannelStatistics, Layer, Running
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 X = torch.randn(4, 3, 5, 5)
@@ -42,14 +43,15 @@ def test_the_operators_refuse_them_too(size):
     with pytest.raises((ValueError, RuntimeError)):
         kernels.train_backward(X, X, right, wrong, None, 1e-5)
     with pytest.raises((ValueError, RuntimeError)):
-        kernels.normalize(X, right, wrong, None, None, 1e-5)
+        kernels.normalize(X, ChannelStatistics(right, wrong), Layer())
 
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_the_update_refuses_them_too(size):
     wrong, right = torch.ones(size), torch.ones(3)
+    running = Running(wrong, right, torch.tensor(0), torch.tensor(0), 0.1)
     with pytest.raises((ValueError, RuntimeError)):
-        kernels.update_running(wrong, right, torch.tensor(0), torch.tensor(0), right, right, 4, 0.1)
+        kernels.update_running(running, ChannelStatistics(right, right), 4)
 
 
 def test_a_layer_without_a_counter_goes_on_as_torchs_does():

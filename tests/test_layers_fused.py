@@ -16,8 +16,9 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from batchnorm import kernels
-from batchnorm.kernels import cpu, reference
-from batchnorm.kernels.activations import NAMES, PARAMETERS, parameter
+from batchnorm.kernels import Layer, cpu, reference
+from batchnorm.kernels.activations import NAMES, has_parameter, parameter
+from batchnorm.kernels.interface import ForwardPass
 from batchnorm.layers import BatchNorm1d, BatchNorm2d
 
 # forward mode makes torch load formulas of its own that still use the deprecated torch.jit
@@ -128,17 +129,18 @@ def test_large_planes_and_rows_agree_with_the_oracle(act, training):
 def test_the_kernels_and_the_specification_agree(act):
     x, r, gamma, beta, grad = torch.randn(9, 5, 7), torch.randn(9, 5, 7), *torch.randn(2, 5), torch.randn(9, 5, 7)
     param = parameter(act, None)
-    found = cpu.train_forward(x, gamma, beta, EPS, act, param, r)
+    layer = Layer(gamma, beta, EPS, act, param)
+    found, _ = cpu.train_forward(x, layer, r)
     for kernel in (cpu, reference):
-        y, mean, var = kernel.train_forward(x, gamma, beta, EPS, act, param, r)
-        gradients = kernel.train_backward(grad, x, mean, var, gamma, EPS, beta, act, param, r)
+        y, statistics = kernel.train_forward(x, layer, r)
+        gradients = kernel.train_backward(grad, ForwardPass(x, statistics, layer, r))
         values = [oracle.exact(t) for t in (x, grad, r, gamma, beta)]
         expected, bound = oracle_activations.fused(*values, EPS, act, param, torch.float32)
         oracle.assert_within(y, expected.y, bound.y)
         for one, value, allowed in zip(gradients, expected[1:], bound[1:], strict=True):
             oracle.assert_within(one, value, allowed)
-        constant = kernel.normalize(x, mean, var, gamma, beta, EPS, act, param, r)
-        assert torch.equal(constant, found[0]) or kernel is reference
+        constant = kernel.normalize(x, statistics, layer, r)
+        assert torch.equal(constant, found) or kernel is reference
 
 
 # --- kinks, and values that are not finite ----------------------------------------------------------------
@@ -214,7 +216,7 @@ def fixed(act, shape=(3, 2, 2)):
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 def test_first_and_second_derivatives_agree_with_finite_differences(act, residual):
     def of_batch(x, gamma, beta, r):
-        return kernels.train(x, gamma, beta, EPS, act, parameter(act, None), r if residual else None)
+        return kernels.train(x, Layer(gamma, beta, EPS, act, parameter(act, None)), r if residual else None)
 
     x, gamma, beta, r = fixed(act)
     inputs = (x, gamma, beta, r if residual else r.detach())
@@ -344,7 +346,7 @@ def test_the_operators_pass_opcheck(act, x, with_residual):
     )
     r, param = r if with_residual else None, parameter(act, None)
     torch.library.opcheck(kernels.train_forward, (x, gamma, beta, EPS, act, param, r))
-    mean, var = reference.statistics(x.detach())
+    mean, var = reference.measure(x.detach())
     arguments = (grad, x, mean, var, gamma, EPS, beta, act, param)
     torch.library.opcheck(kernels.train_backward, (*arguments, r))
     if act in {"relu", "leaky_relu"}:
@@ -395,7 +397,7 @@ def test_an_unknown_activation_is_refused(act):
         BatchNorm1d(3, act=act)
 
 
-@pytest.mark.parametrize("act", [None, *(name for name in NAMES if name not in PARAMETERS)])
+@pytest.mark.parametrize("act", [None, *(name for name in NAMES if not has_parameter(name))])
 def test_a_parameter_is_refused_where_the_activation_has_none(act):
     with pytest.raises(ValueError, match=rf"act_param belongs to leaky_relu or elu, got 0.1 with act={act!r}\. Leave"):
         BatchNorm1d(3, act=act, act_param=0.1)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm import kernels
+from batchnorm.kernels import ChannelStatistics, Running
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 PAIRS = [(BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)]
@@ -208,8 +209,9 @@ def test_a_small_momentum_is_not_lost_in_a_half_precision_layer():
     """From 1 towards 3 with momentum 1e-3: a step of 2e-3 is below half an ulp of bfloat16, which would stall."""
     layer = BatchNorm1d(1, momentum=1e-3).bfloat16()
     layer.running_mean.fill_(1)
+    batch = ChannelStatistics(torch.full((1,), 3.0), torch.ones(1))
     for _ in range(500):
-        kernels.update_running(*_stored(layer), torch.full((1,), 3.0), torch.ones(1), 4, layer.momentum)
+        kernels.update_running(Running(*_stored(layer), layer.momentum), batch, 4)
     # 500 steps, each rounded to float32 (u = 6e-8) a few times
     assert layer.running_mean.item() == pytest.approx(3 - 2 * 0.999**500, rel=500 * 4 * 2**-24)
 

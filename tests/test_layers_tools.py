@@ -18,7 +18,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.kernels import reference
+from batchnorm.kernels import ChannelStatistics, Layer, reference
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 pytestmark = [
@@ -61,7 +61,9 @@ def assert_normalized(y, x, norm, act=None, param=0.0, residual=None):
     size = size + (0 if beta is None else reference.along_channels(beta.abs(), x))
     extra = None if residual is None else residual.double()
     size = size + (0 if extra is None else extra.abs())
-    expected = reference.normalize(x.double(), mean, var, gamma, beta, norm.eps, act, param, extra)
+    expected = reference.normalize(
+        x.double(), ChannelStatistics(mean, var), Layer(gamma, beta, norm.eps, act, param), extra
+    )
     # alpha and beta take 4 roundings of float32, the result 2, storing in half precision one of its own for each step;
     # no activation here has a slope above 1.2
     eps = 8 * torch.finfo(torch.float32).eps + 3 * torch.finfo(x.dtype).eps
@@ -218,11 +220,8 @@ def test_an_eval_layer_computes_digits_that_no_recorder_asked_to_give_up():
         plain = norm(x)
         with Watching():
             watched = norm(x)
-        expected = reference.normalize(
-            x.double(),
-            *(t.detach().double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)),
-            norm.eps,
-        )
+        stored = ChannelStatistics(norm.running_mean.double(), norm.running_var.double())
+        expected = reference.normalize(x.double(), stored, Layer(norm.weight.double(), norm.bias.double(), norm.eps))
     for y in (plain, watched):
         torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
 

@@ -7,11 +7,14 @@ import forked
 import pytest
 import torch
 
-from batchnorm.kernels import cpu, reference, running_statistics
+from batchnorm.kernels import cpu, reference
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Layer
+from batchnorm.kernels.running_statistics import Running
 
 native = pytest.importorskip("batchnorm._native", reason="built without a compiler: the reference runs, and is tested")
 
 EPS = 1e-5
+PLAIN = Layer(eps=EPS)
 SHAPES = [
     (7, 5),
     (300, 33),
@@ -67,9 +70,10 @@ def test_forward_backward_and_eval_equal_the_reference_in_float64(instruction_se
     x, weight, bias, grad = case(shape, dtype, channels_last=channels_last)
     assert cpu.supports(x)
     count = x.numel() // shape[1]
-    y, mean, var = cpu.train_forward(x, weight, bias, EPS)
-    wide = (t.double() for t in (x, weight, bias))
-    y_, mean_, var_ = reference.train_forward(*wide, EPS)
+    layer, wide = Layer(weight, bias, EPS), Layer(weight.double(), bias.double(), EPS)
+    y, statistics = cpu.train_forward(x, layer)
+    y_, statistics_ = reference.train_forward(x.double(), wide)
+    (mean, var), (mean_, var_) = statistics, statistics_
     close(y, y_, dtype, count=count)
     # deviations are rounded at their own size, whatever the mean is; up to 64 are added (8 is the root of that) before
     # they go to float64
@@ -81,10 +85,10 @@ def test_forward_backward_and_eval_equal_the_reference_in_float64(instruction_se
     assert ((var - var_).abs() <= 4 * (16 + count**0.5) * summed * var_).all()
     assert y.stride() == x.stride()
 
-    found = cpu.train_backward(grad, x, mean, var, weight, EPS)[:3]
-    expected = reference.train_backward(grad.double(), x.double(), mean_, var_, weight.double(), EPS)[:3]
+    found = cpu.train_backward(grad, ForwardPass(x, statistics, layer))[:3]
+    expected = reference.train_backward(grad.double(), ForwardPass(x.double(), statistics_, wide))[:3]
     # d_x = slope (g - mean g - z mean gz): each term is at most slope |g| (1 + z^2)
-    z = reference.train_forward(x.double(), None, None, EPS)[0]
+    z = reference.train_forward(x.double(), PLAIN)[0]
     terms = (weight.double() * (var_ + EPS).rsqrt()).max() * grad.double().abs().max() * (1 + z.square().max())
     close(found[0], expected[0], dtype, count=count, terms=terms)
     for sums, sums_ in zip(found[1:], expected[1:], strict=True):
@@ -93,8 +97,8 @@ def test_forward_backward_and_eval_equal_the_reference_in_float64(instruction_se
         assert ((sums.double() - sums_).abs() <= 16 * ROUNDOFF[sums.dtype] * scale).all()
 
     close(
-        cpu.normalize(x, mean, var, weight, bias, EPS),
-        reference.normalize(*(t.double() for t in (x, mean, var, weight, bias)), EPS),
+        cpu.normalize(x, statistics, layer),
+        reference.normalize(x.double(), statistics, wide),
         dtype,
         count=1,
     )
@@ -103,8 +107,8 @@ def test_forward_backward_and_eval_equal_the_reference_in_float64(instruction_se
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_values_far_from_zero_keep_the_digits_that_their_format_has(instruction_set, channels_last):
     x, *_ = case((32, 16, 28, 28), torch.float32, channels_last=channels_last, mean=1e5)
-    y, *_ = cpu.train_forward(x, None, None, EPS)
-    expected, *_ = reference.train_forward(x.double(), None, None, EPS)
+    y, _ = cpu.train_forward(x, PLAIN)
+    expected, _ = reference.train_forward(x.double(), PLAIN)
     assert (y.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
@@ -112,8 +116,8 @@ def test_a_first_image_of_zeros_and_an_outlier_do_not_spoil_the_statistics():
     x = torch.randn(16, 4, 40, 40) + 1000
     x[0] = 0
     x[3, 1, 5, 5] = 1e6
-    _, mean, var = cpu.train_forward(x, None, None, EPS)
-    _, mean_, var_ = reference.train_forward(x.double(), None, None, EPS)
+    _, (mean, var) = cpu.train_forward(x, PLAIN)
+    _, (mean_, var_) = reference.train_forward(x.double(), PLAIN)
     assert ((mean - mean_).abs() <= 1e-6 * var_.sqrt()).all()
     assert ((var - var_).abs() <= 1e-6 * var_).all()
 
@@ -121,7 +125,7 @@ def test_a_first_image_of_zeros_and_an_outlier_do_not_spoil_the_statistics():
 def test_nan_and_infinity_stay_in_their_channel(instruction_set):
     x = torch.randn(8, 3, 9, 9)
     x[2, 0, 1, 1], x[1, 1, 0, 0] = torch.nan, torch.inf
-    y, *_ = cpu.train_forward(x, None, None, EPS)
+    y, _ = cpu.train_forward(x, PLAIN)
     assert y[:, 0].isnan().all()
     assert y[:, 1].isnan().any()
     assert y[:, 2].isfinite().all()
@@ -131,13 +135,14 @@ def test_nan_and_infinity_stay_in_their_channel(instruction_set):
 @pytest.mark.parametrize("shape", [(64, 48, 30, 30), (64, 48, 7, 7), (5000, 100)], ids=str)
 def test_results_have_the_same_bits_for_any_number_of_threads(shape, channels_last):
     x, weight, bias, grad = case(shape, torch.float32, channels_last=channels_last)
+    layer = Layer(weight, bias, EPS)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            forward = cpu.train_forward(x, weight, bias, EPS)
-            results.append([*forward, *cpu.train_backward(grad, x, *forward[1:], weight, EPS)])
+            y, statistics = cpu.train_forward(x, layer)
+            results.append([y, *statistics, *cpu.train_backward(grad, ForwardPass(x, statistics, layer))[:3]])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -148,45 +153,46 @@ def test_results_have_the_same_bits_for_any_number_of_threads(shape, channels_la
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_example_has_the_same_bits_alone_and_in_any_batch(instruction_set, shape, dtype):
     x, weight, bias, _ = case(shape, dtype)
-    mean, var = torch.randn(shape[1]), torch.rand(shape[1]) + 0.1
-    whole = cpu.normalize(x, mean, var, weight, bias, EPS)
+    statistics = ChannelStatistics(torch.randn(shape[1]), torch.rand(shape[1]) + 0.1)
+    layer = Layer(weight, bias, EPS)
+    whole = cpu.normalize(x, statistics, layer)
     for i in (0, 1, 31):
-        assert torch.equal(cpu.normalize(x[i : i + 1].clone(), mean, var, weight, bias, EPS), whole[i : i + 1])
+        assert torch.equal(cpu.normalize(x[i : i + 1].clone(), statistics, layer), whole[i : i + 1])
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
-def test_running_statistics_move_as_the_reference_moves_them(instruction_set, monkeypatch, bad, dtype, momentum):
-    def moved(natively):
-        monkeypatch.setattr(running_statistics, "updates_natively", lambda *_: natively)
+def test_running_statistics_move_as_the_reference_moves_them(instruction_set, bad, dtype, momentum):
+    def moved(kernel):
         stored = [torch.zeros(37, dtype=dtype), torch.ones(37, dtype=dtype), torch.tensor(4), torch.tensor(2)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            running_statistics.update(*stored, mean, var, 9, momentum)
+            kernel.update_running(Running(*stored, momentum), ChannelStatistics(mean, var), 9)
         return stored
 
     mean, var = torch.randn(37, dtype=torch.float64), torch.rand(37, dtype=torch.float64)
     if bad is not None:
         mean[3], var[5] = bad, bad
-    for found, expected in zip(moved(True), moved(False), strict=True):
+    for found, expected in zip(moved(cpu), moved(reference), strict=True):
         torch.testing.assert_close(found, expected, rtol=4 * ROUNDOFF[dtype], atol=4 * ROUNDOFF[dtype])
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_tensors_that_start_anywhere_in_memory_are_read_right(instruction_set, offset):
     x = torch.randn(4 * 6 * 19 + offset)[offset:].view(4, 6, 19)
-    y, *_ = cpu.train_forward(x, None, None, EPS)
-    expected, *_ = reference.train_forward(x.double(), None, None, EPS)
+    y, _ = cpu.train_forward(x, PLAIN)
+    expected, _ = reference.train_forward(x.double(), PLAIN)
     close(y, expected, torch.float32, count=76)
 
 
 def test_a_gradient_of_another_layout_or_type_is_taken():
     x, weight, bias, grad = case((4, 6, 5, 5), torch.float32)
-    forward = cpu.train_forward(x, weight, bias, EPS)
-    expected = cpu.train_backward(grad, x, *forward[1:], weight, EPS)
+    layer = Layer(weight, bias, EPS)
+    forward = ForwardPass(x, cpu.train_forward(x, layer)[1], layer)
+    expected = cpu.train_backward(grad, forward)[:3]
     for other in (grad.to(memory_format=torch.channels_last), grad.double()):
-        found = cpu.train_backward(other, x, *forward[1:], weight, EPS)
+        found = cpu.train_backward(other, forward)[:3]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -197,17 +203,22 @@ def test_what_the_kernels_do_not_know_is_left_to_the_reference():
     assert not cpu.supports(x.to("meta"))
     assert not cpu.supports(x[0, 0, 0])
     with pytest.raises(ValueError, match=r"need a contiguous or channels_last tensor, got strides \(150, 25, 5, 2\)"):
-        cpu.train_forward(x[..., ::2], None, None, EPS)
+        cpu.train_forward(x[..., ::2], PLAIN)
 
 
 def test_four_python_threads_at_once_give_the_single_thread_bits():
     x, weight, bias, _ = case((32, 64, 28, 28), torch.float32)
-    expected = cpu.train_forward(x, weight, bias, EPS)
-    wrong = []
+    layer, wrong = Layer(weight, bias, EPS), []
+
+    def step():
+        y, statistics = cpu.train_forward(x, layer)
+        return y, *statistics
+
+    expected = step()
 
     def work():
         for _ in range(5):
-            found = cpu.train_forward(x, weight, bias, EPS)
+            found = step()
             wrong.extend(1 for a, b in zip(found, expected, strict=True) if not torch.equal(a, b))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -221,13 +232,13 @@ def test_four_python_threads_at_once_give_the_single_thread_bits():
 def test_a_forked_child_finishes_after_the_parent_ran_in_parallel():
     program = """
 import os, sys, torch
-from batchnorm.kernels import cpu
+from batchnorm.kernels import Layer, cpu
 torch.set_num_threads(2)
 x = torch.randn(64, 64, 28, 28)
-cpu.train_forward(x, None, None, 1e-5)
+cpu.train_forward(x, Layer())
 child = os.fork()
 if child == 0:
-    cpu.train_forward(x, None, None, 1e-5)
+    cpu.train_forward(x, Layer())
     os._exit(7)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -264,9 +275,10 @@ for found, right in zip(loader, expected, strict=True):
 
 def test_a_gradient_of_fewer_examples_is_refused_although_its_strides_agree():
     x, weight, *_ = case((4, 6, 5, 5), torch.float32)
-    forward = cpu.train_forward(x, weight, None, EPS)
+    layer = Layer(weight, None, EPS)
+    forward = ForwardPass(x, cpu.train_forward(x, layer)[1], layer)
     with pytest.raises((ValueError, RuntimeError)):
-        cpu.train_backward(torch.randn(3, 6, 5, 5), x, *forward[1:], weight, EPS)
+        cpu.train_backward(torch.randn(3, 6, 5, 5), forward)
 
 
 def test_a_lazily_negated_tensor_is_read_with_its_sign():
@@ -274,7 +286,8 @@ def test_a_lazily_negated_tensor_is_read_with_its_sign():
     negated = torch._neg_view(x)
     assert negated.is_neg()
     assert not cpu.supports(negated)
-    forward = cpu.train_forward(x, weight, bias, EPS)
-    expected = cpu.train_backward(-grad, x, *forward[1:], weight, EPS)
-    found = cpu.train_backward(torch._neg_view(grad), x, *forward[1:], weight, EPS)
+    layer = Layer(weight, bias, EPS)
+    forward = ForwardPass(x, cpu.train_forward(x, layer)[1], layer)
+    expected = cpu.train_backward(-grad, forward)[:3]
+    found = cpu.train_backward(torch._neg_view(grad), forward)[:3]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

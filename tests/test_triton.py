@@ -17,8 +17,12 @@ pytest.importorskip("triton", reason="Triton comes with GPU builds of torch; `pi
 from triton_cases import EPS, case
 
 from batchnorm.kernels import triton as kernels
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Layer
 
-KERNELS = ["forward_whole", "normalize_part", "measure_part", "merge", "backward_whole", "sum_part", "backward_part"]
+KERNELS = [
+    "forward_whole", "normalize_part", "measure_whole", "measure_part", "merge", "backward_whole", "sum_part",
+    "backward_part",
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -34,7 +38,7 @@ def test_every_case_passes(interpret):
     )
     outcome = done.stdout.rstrip().rpartition("\n")[2].partition(" in ")[0]
     # the one of 2^31 values needs a large GPU
-    assert outcome in {"177 passed, 1 skipped", "178 passed"}, done.stdout[-5000:] + done.stderr[-2000:]
+    assert outcome in {"188 passed, 1 skipped", "189 passed"}, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 def test_tensors_on_the_cpu_are_left_to_others():
@@ -76,10 +80,14 @@ def test_kernels_compile_with_offsets_of_64_bits(tmp_path, monkeypatch, shape, d
     for name in KERNELS:
         monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), target, seen))
     x, weight, bias, residual, grad = case(shape, dtype, device="cpu")
-    _, mean, var = kernels.train_forward(x, weight, bias, EPS, act, param, residual)
-    kernels.train_backward(grad, x, mean, var, weight, EPS, bias, act, param, residual)
-    kernels.normalize(x, weight, weight, weight, None, EPS, act, param)
-    assert len(seen) == (3 if kernels._cut(x, kernels._WHOLE).parts == 1 else 5)
+    layer = Layer(weight, bias, EPS, act, param)
+    forward = ForwardPass(x, kernels.train_forward(x, layer, residual)[1], layer, residual)
+    kernels.train_backward(grad, forward)
+    kernels.measure(x)
+    sums, g = kernels.sum_gradients(grad, forward)
+    kernels.input_gradient(grad, forward, sums, g)
+    kernels.normalize(x, ChannelStatistics(weight, weight), Layer(weight, None, EPS, act, param))
+    assert len(seen) == (6 if kernels._cut(x, kernels._WHOLE).parts == 1 else 5)
     addresses = [line for code in seen.values() for line in code.splitlines() if "tt.addptr" in line]
     assert addresses
     assert not any("xi32>" in line for line in addresses)

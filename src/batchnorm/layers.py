@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
 from batchnorm.argument_types import require_number, require_type, require_whole_number
-from batchnorm.kernels import Running, activations, values_per_channel
+from batchnorm.kernels import ChannelStatistics, Layer, Running, activations
 from batchnorm.kernels.reference import wide_dtype
+from batchnorm.kernels.shapes import values_per_channel
 from batchnorm.ownership import claim
 from batchnorm.tracing import call_whole
 
@@ -117,7 +118,7 @@ class _Layer(_BatchNorm):
         elif name == "act":
             self._activate(value, self._act_param if value == self._act else activations.parameter(value, None))
         elif name == "act_param":
-            given = value if self._act in activations.PARAMETERS else value or None
+            given = value if activations.has_parameter(self._act) else value or None
             self._activate(self._act, activations.parameter(self._act, given))
         else:
             {"memory": _check_memory, "single_element": _check_single_element}[name](value)
@@ -182,16 +183,16 @@ class _Layer(_BatchNorm):
         self._check_state(input, weight, bias, mean, var)
         if residual is not None:
             input, residual = self._promoted(input, residual)  # noqa: A001
-        layer = (weight, bias, self.eps, self._act, self._act_param, residual)
+        layer = Layer(weight, bias, self.eps, self._act, self._act_param)
         stored = mean is not None and var is not None
         if stored and not self._measures(input):
-            return kernels.normalize(input, mean, var, *layer)
+            return kernels.normalize(input, ChannelStatistics(mean, var), layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
             raise ValueError(self._about_a_single_value(input) if count == 1 else _about_eps(self.eps))
         moves = stored and self.training and self.track_running_stats and count
         running = Running(mean, var, *self._counters(), self.momentum) if moves else None
-        return kernels.train(input, *layer, running, save=self._memory is not None)
+        return kernels.train(input, layer, residual, running, save=self._memory is not None)
 
     def _state(self) -> Any:
         """Gamma, beta and the stored statistics; nn.Module's own look-up of a name takes ten times as long."""
@@ -220,7 +221,11 @@ class _Layer(_BatchNorm):
 
     def _counters(self) -> tuple[Tensor, Tensor]:
         """Batches tracked and batches skipped; one that nothing can keep is counted and forgotten."""
-        tracked, skipped = self.num_batches_tracked, self._skipped
+        skipped = self._skipped
+        try:
+            tracked = self._buffers["num_batches_tracked"]
+        except KeyError:  # see _state
+            tracked = self.num_batches_tracked
         if skipped is None:
             stored: Any = self.running_mean
             skipped = torch.zeros((), dtype=torch.long, device=stored.device)
@@ -322,7 +327,8 @@ class _Layer(_BatchNorm):
             parts.append("weight=False")
         if self._act is not None:
             parts.append(
-                f"act={self._act!r}" + (f", act_param={self._act_param}" if self._act in activations.PARAMETERS else "")
+                f"act={self._act!r}"
+                + (f", act_param={self._act_param}" if activations.has_parameter(self._act) else "")
             )
         if self._memory is not None:
             parts.append(f"memory={self._memory!r}")

@@ -107,7 +107,7 @@ class Moments:
             raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Take x.real and x.imag apart.")
         channels = _axes(channel_axis, x.ndim)
         if weight is None and mask is None and channels == [1] and _is_native(x):
-            mean, var = cpu.moments(x.detach())
+            mean, var = cpu.measure(x.detach(), exact=True)
             return Moments(torch.tensor(x.numel() // len(mean)), mean, var * (x.numel() // len(mean)))
         others = [axis for axis in range(x.ndim) if axis not in channels]
         order = (*others, *channels)

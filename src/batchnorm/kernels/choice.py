@@ -20,7 +20,7 @@ import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -32,13 +32,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from batchnorm.kernels import cpu, reference
 
 if TYPE_CHECKING:
+    from batchnorm.kernels.interface import ChannelStatistics, Kernel
     from batchnorm.kernels.running_statistics import Running
 
 _FORCED = os.environ.get("BATCHNORM_KERNELS", "")
 
 
-def kernel_for(x: Tensor) -> Any:
-    """The module whose train_forward, train_backward and normalize take ``x``."""
+def kernel_for(x: Tensor) -> Kernel:
+    """The kernel that takes ``x``."""
     if _FORCED == "reference":
         return reference
     if _FORCED == "triton" or x.is_cuda:
@@ -55,15 +56,23 @@ def is_torchs(x: Tensor) -> bool:
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether tensors may be computed with by address: nothing watches, wraps or records the operators."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_watched():
         return False
-    return not (
-        torch._C._is_tracing()
-        or torch._C._functorch.get_interpreter_stack()  # torch has no public questions like these
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    for t in tensors:  # noqa: SIM110 - no generator: this runs in every call of a layer
+        if t is not None and (type(t) not in _PLAIN or not torch._C._has_storage(t)):
+            return False
+    return True
+
+
+def _is_watched() -> bool:
+    """Whether a tracer, a transform, a dispatch mode or forward-mode differentiation is at work."""
+    c = torch._C  # torch has no public questions like these
+    return bool(
+        c._is_tracing()
+        or c._functorch.get_interpreter_stack()
+        or c._len_torch_dispatch_stack()
+        or c._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or forward_mode._current_level >= 0
-        or any(t is not None and (type(t) not in _PLAIN or not torch._C._has_storage(t)) for t in tensors)
     )
 
 
@@ -86,9 +95,11 @@ _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _RECORDERS = (_TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.FUNCTIONAL)
 
 
-def updates_natively(running: Running, mean: Tensor, var: Tensor) -> bool:
-    """Whether running statistics and a batch's are moved by the native kernel."""
-    return _FORCED != "reference" and mean.is_cpu and var.is_cpu and cpu.supports_update(running)
+def update_running(running: Running, statistics: ChannelStatistics, count: int) -> None:
+    """Move running statistics of plain tensors towards those of a batch, natively where those kernels take them."""
+    on_cpu = statistics.mean.is_cpu and statistics.var.is_cpu
+    natively = _FORCED != "reference" and on_cpu and cpu.supports_update(running)
+    (cpu if natively else reference).update_running(running, statistics, count)
 
 
 def _faster_by_triton(x: Tensor) -> bool:

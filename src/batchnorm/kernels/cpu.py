@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from batchnorm.kernels.activations import NAMES
+from batchnorm.kernels.activations import number
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.kernels.shapes import TYPES, address, is_readable, like, per_channel, sizes
 
@@ -35,9 +36,11 @@ INSTRUCTION_SET: str | None = _native and _native.instruction_sets()[0]
 # as arithmetic.hpp numbers them
 _TYPES = {dtype: number for number, dtype in enumerate(TYPES)}
 _STORED = {torch.float32, torch.float64}
-_ACTS = {act: number for number, act in enumerate((None, *NAMES))}
-_NOTHING = torch.empty(0)
-_NOTHING_STORED = (0, 0, 0, False, 0.0)
+# addresses of running statistics, whether they are float64, momentum
+Stored = tuple[int, int, int, bool, float]
+_NOTHING_STORED: Stored = (0, 0, 0, False, 0.0)
+# type, sizes, addresses of mean, var, gamma and beta, eps, number and parameter of the activation
+Described = tuple[int, int, int, int, int, int, int, int, float, int, float]
 
 
 def supports(x: Tensor) -> bool:
@@ -46,93 +49,77 @@ def supports(x: Tensor) -> bool:
 
 
 def train_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-    running: Running | None = None,
-    *,
-    inplace: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, layer: Layer, residual: Tensor | None = None, running: Running | None = None, *, inplace: bool = False
+) -> tuple[Tensor, ChannelStatistics]:
     """As reference.train_forward; also moves running statistics, and writes y over x, where that is asked for."""
-    y, residual, wide = x if inplace else torch.empty_like(x), like(x, residual), wide_dtype(x.dtype)
-    mean, var = _empty(x, torch.float64), _empty(x, torch.float64)
-    weight, bias = per_channel(x, weight, wide), per_channel(x, bias, wide)
+    y, residual = x if inplace else torch.empty_like(x), None if residual is None else like(x, residual)
+    mean, var = _pair(x, torch.float64)
+    described, _kept = _described(x, mean, var, layer)
     stored = _NOTHING_STORED if running is None else _stored(x.size(1), running)
-    skipped = _native.train(
-        *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
-        _at(x), _at(residual), _at(y), *stored,
-    )  # fmt: skip
+    skipped = _native.train(*described, address(x), address(residual), address(y), *stored)
     if running is not None:
-        running.moved(skipped, mean.numel())
-    return y, mean, var
+        running.moved(skipped, x.size(1))
+    return y, ChannelStatistics(mean, var)
 
 
-def train_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    bias: Tensor | None = None,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-    y: Tensor | None = None,
-    *,
-    constant: bool = False,
-    inverted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first.
-
-    With ``constant`` mean and variance are not functions of x: the backward pass of ``normalize``. With ``inverted``
-    ``x`` is what a leaky ReLU wrote over it, from which it is recovered.
-    """
-    wide = wide_dtype(x.dtype)
-    grad, other = like(x, grad), None if act is None else like(x, residual if y is None else y)
-    d_x, d_residual = torch.empty_like(x), _NOTHING if other is None else torch.empty_like(x)
-    d_weight, d_bias = _empty(x, wide), _empty(x, wide)
-    mean, var = per_channel(x, mean, torch.float64), per_channel(x, var, torch.float64)
-    weight, bias = per_channel(x, weight, wide), per_channel(x, bias, wide)
+def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
+    """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first."""
+    x, statistics, layer, _, y, constant = forward
+    grad, other = like(x, grad), _other(forward)
+    d_x, d_residual = torch.empty_like(x), None if other is None else torch.empty_like(x)
+    d_weight, d_bias = _pair(x, wide_dtype(x.dtype))
+    described, _kept = _described(x, *_exact(x, statistics), layer)
     _native.backward(
-        *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
-        _at(grad), _at(x), _at(other), y is not None, inverted, constant,
-        _at(d_x), _at(d_residual), _at(d_weight), _at(d_bias),
+        *described, address(grad), address(x), address(other), y is not None, y is x, constant,
+        address(d_x), address(d_residual), address(d_weight), address(d_bias),
     )  # fmt: skip
     return d_x, d_weight, d_bias, d_residual
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-) -> Tensor:
+def measure(x: Tensor, *, exact: bool = False) -> ChannelStatistics:
+    """As reference.measure, with the bits of ``train_forward``; with ``exact`` every value is added in float64."""
+    mean, var = _pair(x, torch.float64)
+    _native.moments(*_head(x), address(mean), address(var), address(x), exact)
+    return ChannelStatistics(mean, var)
+
+
+def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
     """As reference.normalize."""
-    y, residual, wide = torch.empty_like(x), like(x, residual), wide_dtype(x.dtype)
-    mean, var = per_channel(x, mean, torch.float64), per_channel(x, var, torch.float64)
-    weight, bias = per_channel(x, weight, wide), per_channel(x, bias, wide)
-    _native.normalize(
-        *_head(x), _at(mean), _at(var), _at(weight), _at(bias), eps, _ACTS[act], param,
-        _at(x), _at(residual), _at(y),
-    )  # fmt: skip
+    y, residual = torch.empty_like(x), None if residual is None else like(x, residual)
+    described, _kept = _described(x, *_exact(x, statistics), layer)
+    _native.normalize(*described, address(x), address(residual), address(y))
     return y
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel of ``x``, which ``supports`` takes, with every sum in float64."""
-    mean, var = _empty(x, torch.float64), _empty(x, torch.float64)
-    _native.moments(*_head(x), _at(mean), _at(var), _at(x))
-    return mean, var
+def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
+    """As reference.sum_gradients, with sums in float64 and the bits of ``train_backward``."""
+    x, statistics, layer, _, y, _ = forward
+    grad, other = like(x, grad), _other(forward)
+    d_residual, sums = None if other is None else torch.empty_like(x), torch.empty(2, x.size(1), dtype=torch.float64)
+    described, _kept = _described(x, *_exact(x, statistics), layer)
+    _native.sum_gradients(
+        *described, address(grad), address(x), address(other), y is not None, y is x, address(d_residual), address(sums)
+    )
+    return sums, d_residual
+
+
+def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None) -> Tensor:
+    """As reference.input_gradient, with the bits of ``train_backward``."""
+    x, statistics, layer, _, y, _ = forward
+    if g is None and forward.gradient_of_p and y is not x:
+        raise ValueError("input_gradient needs g where an activation met a residual. Pass what sum_gradients returned.")
+    layer = layer if g is None else layer._replace(act=None)
+    grad, d_x = like(x, grad if g is None else g), torch.empty_like(x)
+    means = None if means is None else means.to(torch.float64).contiguous()
+    described, _kept = _described(x, *_exact(x, statistics), layer)
+    _native.input_gradient(*described, address(grad), address(x), y is x, address(means), address(d_x))
+    return d_x
+
+
+def _other(forward: ForwardPass) -> Tensor | None:
+    """The residual or y, whichever the derivative of the activation is found from."""
+    x, _, layer, residual, y, _ = forward
+    return None if layer.act is None or y is x else like(x, residual if y is None else y)
 
 
 def supports_update(running: Running) -> bool:
@@ -147,18 +134,18 @@ def _is_readable(values: Tensor) -> bool:
     return values.is_cpu and values.is_contiguous() and not values.is_neg()
 
 
-def update_running(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-    """As running.update."""
-    mean, var = (t.to(torch.float64).contiguous().resolve_neg() for t in (mean, var))
+def update_running(running: Running, statistics: ChannelStatistics, count: int) -> None:
+    """As reference.update_running."""
+    mean, var = (t.to(torch.float64).contiguous().resolve_neg() for t in statistics)
     if mean.shape != var.shape:
         raise ValueError(
             f"mean and var need one shape, got {tuple(mean.shape)} and {tuple(var.shape)}. Pass one batch's."
         )
     stored = _stored(mean.numel(), running)
-    running.moved(_native.update(mean.numel(), _at(mean), _at(var), count, *stored), mean.numel())
+    running.moved(_native.update(mean.numel(), address(mean), address(var), count, *stored), mean.numel())
 
 
-def _stored(channels: int, running: Running) -> tuple[Any, ...]:
+def _stored(channels: int, running: Running) -> Stored:
     """Addresses of running statistics for the kernels, which read and write as many values as there are channels."""
     mean, var = running.mean, running.var
     if mean.numel() != channels or var.numel() != channels:
@@ -167,16 +154,28 @@ def _stored(channels: int, running: Running) -> tuple[Any, ...]:
             "Give one value for each channel."
         )
     momentum = nan if running.momentum is None else running.momentum
-    return _at(running.batches), _at(mean), _at(var), mean.dtype == torch.float64, momentum
+    return address(running.batches), address(mean), address(var), mean.dtype == torch.float64, momentum
 
 
-def _head(x: Tensor) -> tuple[int, ...]:
+def _described(x: Tensor, mean: Tensor, var: Tensor, layer: Layer) -> tuple[Described, tuple[Tensor | None, ...]]:
+    """What the kernels are told of a layer, and the tensors at these addresses: the caller must keep them meanwhile."""
+    wide = wide_dtype(x.dtype)
+    weight, bias = per_channel(x, layer.weight, wide), per_channel(x, layer.bias, wide)
+    at = address(mean), address(var), address(weight), address(bias)
+    return (*_head(x), *at, layer.eps, number(layer.act), layer.param), (mean, var, weight, bias)
+
+
+def _exact(x: Tensor, statistics: ChannelStatistics) -> tuple[Tensor, Tensor]:
+    """Given statistics in the type that kernels read."""
+    mean, var = statistics
+    return per_channel(x, mean, torch.float64), per_channel(x, var, torch.float64)
+
+
+def _head(x: Tensor) -> tuple[int, int, int, int]:
     return _TYPES[x.dtype], *sizes(x)
 
 
-def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else address(tensor)
-
-
-def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.size(1), dtype=dtype)
+def _pair(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two values for each channel, not set."""
+    first = torch.empty(x.size(1), dtype=dtype)
+    return first, torch.empty_like(first)

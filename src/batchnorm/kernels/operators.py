@@ -1,14 +1,9 @@
 """Batch norm as registered operators: what vmap, torch.compile, torch.export and double backward see of it.
 
-Four operators are registered with torch.library:
-
-- ``batchnorm::train_forward`` (x, weight, bias, eps, act, param, residual) -> y, mean, var
-- ``batchnorm::train_backward`` (grad, x, mean, var, weight, eps, bias, act, param, residual, y)
-  -> d_x, d_weight, d_bias, d_residual
-- ``batchnorm::moved_running`` (mean, var, batches, skipped, mean and var of a batch, count, momentum)
-  -> what the first four move to
-- ``batchnorm::update_running`` moves running statistics in place, for torch.func.grad and its relatives alone, which
-  let nobody copy into a tensor that they did not get as an argument
+Operators take tensors and numbers alone. So a Layer is taken apart in front of them and put together behind them: the
+four strings below are their schemas, which exported programs hold. The third operator computes what running statistics
+move to. The fourth moves them in place: torch.func.grad and its relatives need it, as they let nobody copy into what
+they did not get as an argument.
 
 An operator that mutates its arguments cannot have a gradient, which is why the update stands apart. It is also one
 that ``torch.func.functionalize`` refuses, and ``draft_export`` does so after a batch that moved nothing: hence the
@@ -18,71 +13,81 @@ channels of one call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import reference, running_statistics
+from batchnorm.kernels import choice, reference
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import kernel_for
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
+from batchnorm.kernels.running_statistics import Running
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from torch._functorch.autograd_function import VmapInfo
+
+    # which axis of each argument has the models
+    Axes = Sequence[int | None]
+    Gradient = Tensor | None
+
+# an argument as torch passes it: of the type that the schema says
+Flat = Any
+
+_FORWARD = (
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, str? act=None, float param=0., Tensor? residual=None)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, Tensor? bias=None, str? act=None, "
+    "float param=0., Tensor? residual=None, Tensor? y=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_STORED = "Tensor{} running_mean, Tensor{} running_var, Tensor{} num_batches_tracked, Tensor{} skipped"
+_BATCH = "Tensor mean, Tensor var, SymInt count, float? momentum"
+_MOVED = f"({_STORED.format('', '', '', '')}, {_BATCH}) -> (Tensor, Tensor, Tensor, Tensor)"
+_UPDATE = f"({_STORED.format('(a0!)', '(a1!)', '(a2!)', '(a3!)')}, {_BATCH}) -> ()"
 
 
-def laid_out_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str | None = None,
-    param: float = 0.0,
+def _of_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str | None = None, param: float = 0.0,
     residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """train_forward by the kernels that the table names, with y in the memory layout of x."""
-    y, mean, var = kernel_for(x).train_forward(x, weight, bias, eps, act, param, residual)
-    return _laid_out_as(x, y), mean, var
+) -> tuple[Tensor, Layer, Tensor | None]:  # fmt: skip
+    """What a forward operator's arguments say."""
+    return x, Layer(weight, bias, eps, act, param), residual
 
 
-train_forward = torch.library.custom_op("batchnorm::train_forward", laid_out_forward, mutates_args=())
+def _of_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None,
+    act: str | None = None, param: float = 0.0, residual: Tensor | None = None, y: Tensor | None = None,
+) -> tuple[Tensor, ForwardPass]:  # fmt: skip
+    """What a backward operator's arguments say."""
+    layer = Layer(weight, bias, eps, act, param)
+    return grad, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y)
 
 
-@train_forward.register_fake
-def _(x: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
-    exact = reference.exact_dtype(x.device)
-    return torch.empty_like(x), _empty_channels(x, exact), _empty_channels(x, exact)
+def _of_update(*flat: Flat) -> tuple[Running, ChannelStatistics, int]:
+    """What an update operator's arguments say."""
+    *stored, mean, var, count, momentum = flat
+    return Running(*stored, momentum=momentum), ChannelStatistics(mean, var), count
 
 
-def laid_out_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    bias: Tensor | None = None,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """train_backward by the kernels that the table names, with d_x and d_residual in the memory layout of x."""
-    gradients = kernel_for(x).train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
-    d_x, d_weight, d_bias, d_residual = gradients
-    met = act is not None and (residual is not None or y is not None)
-    return _laid_out_as(x, d_x), d_weight, d_bias, _laid_out_as(x, d_residual) if met else x.new_empty(0)
+def laid_out_forward(x: Tensor, layer: Layer, residual: Tensor | None) -> tuple[Tensor, ChannelStatistics]:
+    """train_forward by the kernel that the table names, with y in the memory layout of x."""
+    kernel = kernel_for(x)
+    y, statistics = kernel.train_forward(x, layer, residual)
+    return _laid_out_as(x, y) if kernel is reference else y, statistics
 
 
-train_backward = torch.library.custom_op("batchnorm::train_backward", laid_out_backward, mutates_args=())
-
-
-@train_backward.register_fake
-def _(_grad, x, _mean, _var, _weight, _eps, _bias=None, act=None, _param=0.0, residual=None, y=None):
-    wide = reference.wide_dtype(x.dtype)
-    other = act is not None and (residual is not None or y is not None)
-    d_residual = torch.empty_like(x) if other else x.new_empty(0)
-    return torch.empty_like(x), _empty_channels(x, wide), _empty_channels(x, wide), d_residual
+def laid_out_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
+    """train_backward by the kernel that the table names, with d_x and d_residual in the memory layout of x."""
+    x, kernel = forward.x, kernel_for(forward.x)
+    d_x, d_weight, d_bias, d_residual = kernel.train_backward(grad, forward)
+    if kernel is reference:  # others fill what torch.empty_like(x) is
+        d_x = _laid_out_as(x, d_x)
+        d_residual = None if d_residual is None else _laid_out_as(x, d_residual)
+    return d_x, d_weight, d_bias, d_residual
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
@@ -93,72 +98,150 @@ def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
     return y if y.stride() == target.stride() else target.copy_(y)
 
 
+def _train_forward(*flat: Flat) -> tuple[Tensor, Tensor, Tensor]:
+    y, (mean, var) = laid_out_forward(*_of_forward(*flat))
+    return y, mean, var
+
+
+def _train_backward(*flat: Flat) -> tuple[Tensor, ...]:
+    grad, forward = _of_backward(*flat)
+    *gradients, d_residual = laid_out_backward(grad, forward)
+    return *gradients, forward.x.new_empty(0) if d_residual is None else d_residual
+
+
+train_forward = torch.library.custom_op("batchnorm::train_forward", _train_forward, mutates_args=(), schema=_FORWARD)
+train_backward = torch.library.custom_op(
+    "batchnorm::train_backward", _train_backward, mutates_args=(), schema=_BACKWARD
+)
+
+
+@train_forward.register_fake
+def _(x: Tensor, *_: Flat, **__: Flat) -> tuple[Tensor, Tensor, Tensor]:
+    exact = reference.exact_dtype(x.device)
+    return torch.empty_like(x), _empty_channels(x, exact), _empty_channels(x, exact)
+
+
+@train_backward.register_fake
+def _(*flat: Flat) -> tuple[Tensor, ...]:
+    _, forward = _of_backward(*flat)
+    x, wide = forward.x, reference.wide_dtype(forward.x.dtype)
+    d_residual = torch.empty_like(x) if forward.gradient_of_p else x.new_empty(0)
+    return torch.empty_like(x), _empty_channels(x, wide), _empty_channels(x, wide), d_residual
+
+
 def _empty_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[1], dtype=dtype)
 
 
-def save(ctx: Any, residual: Tensor | None, y: Tensor, *tensors: Tensor | None) -> None:
-    """Keep what a backward pass needs: tensors, and behind them the residual or, where its sign is enough, y."""
-    _, act, param = ctx.call[:3]
+# --- gradients --------------------------------------------------------------------------------------------
+
+
+class Context(Protocol):
+    """Where a node of autograd's keeps what its backward pass needs."""
+
+    saved_tensors: tuple[Tensor, ...]
+    statistics: ChannelStatistics
+    settings: tuple[float, str | None, float]  # of a Layer, all but its tensors
+    has_residual: bool
+    inplace: bool
+
+    save_for_backward: Callable[..., None]
+    mark_non_differentiable: Callable[..., None]
+    mark_dirty: Callable[..., None]
+
+
+def save(ctx: Context, forward: ForwardPass, *statistics: Tensor) -> None:
+    """Keep a forward pass for ``saved``: of residual and y one is enough, or none."""
+    x, _, layer, residual, y, _ = forward
+    ctx.settings = layer[2:]
     ctx.has_residual = residual is not None
-    kept = (None, y) if ctx.has_residual and sign_shows(act, param) else (None if act is None else residual, None)
-    ctx.save_for_backward(*tensors, *kept)
+    if residual is None or layer.act is None:
+        residual = y = None
+    elif sign_shows(layer.act, layer.param):
+        residual = None
+    else:
+        y = None
+    ctx.save_for_backward(x, layer.weight, layer.bias, residual, y, *statistics)
 
 
-def for_autograd(ctx: Any, grad: Tensor, found: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None) -> Any:
-    """What a backward pass found for x, weight, bias and residual, in the types of parameters; None for none."""
+def saved(ctx: Context, statistics: ChannelStatistics | None = None) -> ForwardPass:
+    """What ``save`` kept; statistics are given where they were not kept with it."""
+    x, weight, bias, residual, y, *kept = ctx.saved_tensors
+    statistics = ChannelStatistics(*kept) if statistics is None else statistics
+    return ForwardPass(x, statistics, Layer(weight, bias, *ctx.settings), residual, y)
+
+
+def differentiable_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
+    """As ``laid_out_backward``, by the operator, which can be differentiated again."""
+    x, statistics, (weight, bias, *rest), residual, y, _ = forward
+    eps, act, param = rest
+    return train_backward(grad, x, *statistics, weight, eps, bias, act, param, residual, y)
+
+
+def for_autograd(ctx: Context, grad: Tensor, found: Gradients, layer: Layer) -> tuple[Gradient, ...]:
+    """Gradients of x, weight, bias and residual, in the types of parameters; None for none."""
     d_x, d_weight, d_bias, d_residual = found
-    d_weight = None if weight is None else d_weight.to(weight.dtype)
-    d_bias = None if bias is None else d_bias.to(bias.dtype)
-    return d_x, d_weight, d_bias, (d_residual if ctx.call[1] else grad) if ctx.has_residual else None
+    of_residual = (grad if layer.act is None else d_residual) if ctx.has_residual else None
+    return d_x, _typed_as(layer.weight, d_weight), _typed_as(layer.bias, d_bias), of_residual
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.call, residual = inputs
+def _typed_as(parameter: Tensor | None, gradient: Tensor) -> Gradient:
+    """The gradient of a parameter that may not be there."""
+    if parameter is None or parameter.dtype == gradient.dtype:
+        return None if parameter is None else gradient
+    return gradient.to(parameter.dtype)
+
+
+def _save_for_backward(ctx: Context, inputs: Sequence[Flat], output: tuple[Tensor, ...]) -> None:
+    x, layer, residual = _of_forward(*inputs)
     y, mean, var = output
-    save(ctx, residual, y, x, mean, var, weight, bias)
+    save(ctx, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y), mean, var)
     ctx.mark_non_differentiable(mean, var)
 
 
-def _train_backward(ctx, grad, *_statistics):
-    x, mean, var, weight, bias, residual, y = ctx.saved_tensors
-    eps, act, param = ctx.call
-    found = train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
-    d_x, d_weight, d_bias, d_residual = for_autograd(ctx, grad, found, weight, bias)
+def _backward(ctx: Context, grad: Tensor, *_statistics: Tensor) -> tuple[Gradient, ...]:
+    forward = saved(ctx)
+    found = differentiable_backward(grad, forward)
+    d_x, d_weight, d_bias, d_residual = for_autograd(ctx, grad, found, forward.layer)
     return d_x, d_weight, d_bias, None, None, None, d_residual
 
 
-train_forward.register_autograd(_train_backward, setup_context=_save_for_backward)
+train_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _save_for_double_backward(ctx, inputs, output) -> None:  # noqa: ARG001 - torch passes it by name
-    grad, x, _mean, _var, weight, ctx.eps, bias, ctx.act, ctx.param, residual, y = inputs
-    ctx.save_for_backward(grad, x, weight, bias, residual, y)
+def _save_for_double_backward(ctx: Context, inputs: Sequence[Flat], output: tuple[Tensor, ...]) -> None:  # noqa: ARG001 - torch passes it by name
+    grad, (x, _, layer, residual, y, _) = _of_backward(*inputs)
+    ctx.settings = layer[2:]
+    ctx.save_for_backward(grad, x, layer.weight, layer.bias, residual, y)
 
 
-def _double_backward(ctx, *cotangents):
+def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...]:
     """Derivatives of the backward pass: the specification is differentiated, statistics as functions of x."""
     *tensors, y = ctx.saved_tensors
     if tensors[1].numel() == 0:  # the statistics are NaN, but no value depends on them
-        d_grad, d_x, d_weight, d_bias, d_residual = (None if t is None else torch.zeros_like(t) for t in tensors)
+        found = [None if t is None else torch.zeros_like(t) for t in tensors]
     else:
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
-            grad, x, weight, bias, residual = tracked = [None if t is None else _tracked(t) for t in tensors]
-            tail = (bias, ctx.act, ctx.param, residual, y)
-            outputs = reference.train_backward(grad, x, *reference.statistics(x), weight, ctx.eps, *tail)  # pyrefly: ignore
-            found = _gradients(outputs, tracked, cotangents, create_graph=higher)
-        d_grad, d_x, d_weight, d_bias, d_residual = found
+            grad, x = _tracked(tensors[0]), _tracked(tensors[1])
+            weight, bias, residual = others = [None if t is None else _tracked(t) for t in tensors[2:]]
+            layer = Layer(weight, bias, *ctx.settings)
+            outputs = reference.train_backward(grad, ForwardPass(x, reference.measure(x), layer, residual, y))
+            found = _gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
+    d_grad, d_x, d_weight, d_bias, d_residual = found
     return d_grad, d_x, None, None, d_weight, None, d_bias, None, None, d_residual, None
 
 
-def _gradients(outputs, inputs, cotangents, **options):
-    """torch.autograd.grad for inputs of which some are None, and outputs of which some may be empty."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and c is not None]
+def _gradients(
+    outputs: Sequence[Gradient], inputs: Sequence[Tensor | None], cotangents: Sequence[Gradient], *, create_graph: bool
+) -> list[Gradient]:
+    """torch.autograd.grad for inputs and outputs of which some are None."""
+    pairs = [
+        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad and c is not None
+    ]
     wanted = [t for t in inputs if t is not None]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True, **options)
-    )
+    values, weights = [o for o, _ in pairs], [c for _, c in pairs]
+    found = iter(torch.autograd.grad(values, wanted, weights, allow_unused=True, create_graph=create_graph))
     return [None if t is None else next(found) for t in inputs]
 
 
@@ -169,78 +252,112 @@ def _tracked(tensor: Tensor) -> Tensor:
 train_backward.register_autograd(_double_backward, setup_context=_save_for_double_backward)
 
 
-def _models_first(tensors: Sequence[Tensor | None], in_dims: Sequence[int | None], models: int) -> list[Any]:
-    """Each tensor, or None, with the models of the ensemble on axis 0; what they share is repeated, not copied."""
-    return [
-        t if t is None else t.expand(models, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip(tensors, in_dims, strict=False)
-    ]
+# --- ensembles --------------------------------------------------------------------------------------------
 
 
-def _as_channels(x: Tensor) -> Tensor:
-    return x.movedim(0, 1).flatten(1, 2)  # (models, N, C, ...) -> (N, models * C, ...)
+def _models_first(value: Flat, axis: int | None, models: int) -> Flat:
+    """A tensor with the models of the ensemble on axis 0; what they share is repeated, not copied."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.expand(models, *value.shape) if axis is None else value.movedim(axis, 0)
 
 
-@train_forward.register_vmap
-def _(info, in_dims, x, weight, bias, eps, act=None, param=0.0, residual=None):
-    models = info.batch_size
-    in_dims = (*in_dims, *[None] * 7)  # defaults are not passed
-    x, weight, bias, residual = _models_first((x, weight, bias, residual), (*in_dims[:3], in_dims[6]), models)
-    flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
-    flat_residual = None if residual is None else _as_channels(residual)
-    y, *channels = train_forward(_as_channels(x), *flat, eps, act, param, flat_residual)
-    unflat = [t.unflatten(0, (models, -1)) for t in channels]
-    return (y.unflatten(1, (models, x.shape[2])), *unflat), (1, 0, 0)
+def _as_channels(value: Flat) -> Flat:
+    """A tensor of all models as that of one, whose channels are those of all: (models, C) or (models, N, C, ...)."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(-1) if value.ndim == 2 else value.movedim(0, 1).flatten(1, 2)
 
 
-@train_backward.register_vmap
-def _(info, in_dims, grad, x, mean, var, weight, eps, bias=None, act=None, param=0.0, residual=None, y=None):
-    models, dims = info.batch_size, (*in_dims, *[None] * 11)
-    whole = _models_first((grad, x, residual, y), (*dims[:2], *dims[9:11]), models)
-    channels = _models_first((mean, var, weight, bias), (*dims[2:5], dims[6]), models)
-    grad, x, residual, y = (None if t is None else _as_channels(t) for t in whole)
-    mean, var, weight, bias = (None if t is None else t.reshape(-1) for t in channels)
-    found = train_backward(grad, x, mean, var, weight, eps, bias, act, param, residual, y)
-    d_x, d_weight, d_bias, d_residual = found
-    unflat = [t.unflatten(0, (models, -1)) for t in (d_weight, d_bias)]
-    sizes = (models, d_x.shape[1] // models)
-    if not d_residual.numel():
-        return (d_x.unflatten(1, sizes), *unflat, d_residual), (1, 0, 0, None)
-    return (d_x.unflatten(1, sizes), *unflat, d_residual.unflatten(1, sizes)), (1, 0, 0, 1)
+def _of_each_model(value: Tensor, models: int) -> tuple[Tensor, int | None]:
+    """A result of one call for all models, split again, and the axis that the models are on."""
+    if value.ndim == 1 and not value.numel():  # a gradient that was not asked for
+        return value, None
+    axis = min(value.ndim - 1, 1)
+    return value.unflatten(axis, (models, value.shape[axis] // models)), axis
 
 
-def _moved(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    skipped: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    stored = running_mean.clone(), running_var.clone(), num_batches_tracked.clone(), skipped.clone()
-    running_statistics.update(*stored, mean, var, count, momentum)
+def _in_one_call(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[tuple[Tensor, ...], Axes]]:
+    """How an operator computes an ensemble: the models become more channels."""
+
+    def of_ensemble(info: VmapInfo, in_dims: Axes, *flat: Flat) -> tuple[tuple[Tensor, ...], Axes]:
+        models = info.batch_size
+        joined = [_as_channels(_models_first(t, axis, models)) for t, axis in zip(flat, in_dims, strict=True)]
+        values, axes = zip(*(_of_each_model(value, models) for value in operator(*joined)), strict=True)
+        return values, axes
+
+    return of_ensemble
+
+
+train_forward.register_vmap(_in_one_call(train_forward))
+train_backward.register_vmap(_in_one_call(train_backward))
+
+
+# --- running statistics -----------------------------------------------------------------------------------
+
+
+def _moved(*flat: Flat) -> tuple[Tensor, ...]:
+    running, statistics, count = _of_update(*flat)
+    mean, var, batches, skipped = stored = tuple(t.clone() for t in running[:4])
+    choice.update_running(Running(mean, var, batches, skipped, running.momentum), statistics, count)
     return stored
 
 
-moved_running = torch.library.custom_op("batchnorm::moved_running", _moved, mutates_args=())
+def _update(*flat: Flat) -> None:
+    choice.update_running(*_of_update(*flat))
+
+
+moved_running = torch.library.custom_op("batchnorm::moved_running", _moved, mutates_args=(), schema=_MOVED)
+update_running = torch.library.custom_op(
+    "batchnorm::update_running",
+    _update,
+    mutates_args={"running_mean", "running_var", "num_batches_tracked", "skipped"},
+    schema=_UPDATE,
+)
 
 
 @moved_running.register_fake
-def _(*tensors: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t) for t in tensors[:4])
+def _(*flat: Flat) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in _of_update(*flat)[0][:4])
+
+
+@update_running.register_fake
+def _(*_: Flat) -> None:
+    return None
 
 
 @moved_running.register_vmap
-def _(info, in_dims, *arguments):
-    *stored, skipped, mean, var, count, momentum = _for_each_model(info, in_dims, arguments)
-    return moved_running(*stored, skipped, mean, var, count, momentum), (0, 0, 0, None)
+def _(info: VmapInfo, in_dims: Axes, *flat: Flat) -> tuple[tuple[Tensor, ...], Axes]:
+    return moved_running(*_for_each_model(info, in_dims, flat)), (0, 0, 0, None)
 
 
-def move(*arguments: Any) -> None:
+@update_running.register_vmap
+def _(info: VmapInfo, in_dims: Axes, *flat: Flat) -> tuple[None, None]:
+    update_running(*_for_each_model(info, in_dims, flat))
+    return None, None
+
+
+def _for_each_model(info: VmapInfo, in_dims: Axes, flat: Sequence[Flat]) -> list[Flat]:
+    """What an update takes, with the models of the ensemble on axis 0; ``skipped`` is one for all."""
+    if any(dim is None for dim in in_dims[:3]):
+        raise RuntimeError(
+            "BatchNorm in train mode under vmap needs running statistics for each model, got one set shared by "
+            f"{info.batch_size}. Pass the buffers of torch.func.stack_module_state through vmap, or use "
+            "track_running_stats=False."
+        )
+    first = [_models_first(t, axis, info.batch_size) for t, axis in zip(flat, in_dims, strict=True)]
+    first[3] = flat[3] if in_dims[3] is None else flat[3].select(in_dims[3], 0)  # a recorder's, which is thrown away
+    return first
+
+
+def flat_update(running: Running, statistics: ChannelStatistics, count: int) -> tuple[Flat, ...]:
+    """What an update operator takes."""
+    return *running[:4], *statistics, count, running.momentum
+
+
+def move(running: Running, statistics: ChannelStatistics, count: int) -> None:
     """Move running statistics in place: new values are computed, and then copied."""
-    for stored, moved in zip(arguments, moved_running(*arguments), strict=False):
+    for stored, moved in zip(running[:4], moved_running(*flat_update(running, statistics, count)), strict=True):
         stored.copy_(moved if torch.compiler.is_compiling() else _fitting(stored, moved))
 
 
@@ -250,36 +367,3 @@ def _fitting(stored: Tensor, moved: Tensor) -> Tensor:
         return moved
     torch._sync(moved)
     return torch._from_functional_tensor(moved)
-
-
-update_running = torch.library.custom_op(
-    "batchnorm::update_running",
-    running_statistics.update,
-    mutates_args={"running_mean", "running_var", "num_batches_tracked", "skipped"},
-)
-
-
-@update_running.register_fake
-def _(*_: object) -> None:
-    return None
-
-
-@update_running.register_vmap
-def _(info, in_dims, *arguments):
-    update_running(*_for_each_model(info, in_dims, arguments))
-    return None, None
-
-
-def _for_each_model(info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> list[Any]:
-    """What an update takes, with the models of the ensemble on axis 0; ``skipped`` is one for all."""
-    if any(dim is None for dim in in_dims[:3]):
-        raise RuntimeError(
-            "BatchNorm in train mode under vmap needs running statistics for each model, got one set shared by "
-            f"{info.batch_size}. Pass the buffers of torch.func.stack_module_state through vmap, or use "
-            "track_running_stats=False."
-        )
-    skipped, mean, var, count, momentum = arguments[3:]
-    if in_dims[3] is not None:  # a recorder's, which is thrown away
-        skipped = skipped.select(in_dims[3], 0)
-    stored = _models_first(arguments[:3], in_dims, info.batch_size)
-    return [*stored, skipped, *_models_first((mean, var), in_dims[4:6], info.batch_size), count, momentum]

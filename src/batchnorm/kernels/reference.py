@@ -18,10 +18,18 @@ than their own format has. Half-precision inputs are widened to float32 first. C
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from batchnorm.kernels import running_statistics
 from batchnorm.kernels.activations import activate, derivative
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
+from batchnorm.kernels.shapes import values_per_channel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,97 +42,103 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def train_forward(x: Tensor, layer: Layer, residual: Tensor | None = None) -> tuple[Tensor, ChannelStatistics]:
+    """The batch normalized by its own statistics, and those statistics."""
+    statistics = measure(x)
+    return normalize(x, statistics, layer, residual), statistics
+
+
+def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
+    """Gradients of x, gamma, beta and p, given that of y; the last is None where no activation met a residual."""
+    z, g = _z_and_gradient_of_p(grad, forward)
+    d_bias, d_weight = _sums(g, z)
+    count = max(values_per_channel(forward.x), 1)
+    means = None if forward.constant else (d_bias / count, d_weight / count)
+    d_residual = g.to(forward.x.dtype) if forward.gradient_of_p else None
+    return _input_gradient(g, z, forward, means), d_weight, d_bias, d_residual
+
+
+def measure(x: Tensor) -> ChannelStatistics:
     """Mean and biased variance of every channel; NaN for a batch of no values."""
     x, exact = x.to(wide_dtype(x.dtype)), exact_dtype(x.device)
-    axes = [axis for axis in range(x.ndim) if axis != 1]
+    axes = _axes(x)
     near = x.mean(axes)
     deviation = (x - along_channels(near, x)).to(exact)
     low = deviation.mean(axes)
     var = deviation.square().mean(axes) - low.square()
-    return near.to(exact) + low, var.clamp_min(0)
+    return ChannelStatistics(near.to(exact) + low, var.clamp_min(0))
 
 
-def train_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch normalized by its own statistics, and those statistics: y, mean, var."""
-    mean, var = statistics(x)
-    return normalize(x, mean, var, weight, bias, eps, act, param, residual), mean, var
-
-
-def train_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    bias: Tensor | None = None,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma, beta and p, given the gradient of y and what ``train_forward`` returned.
-
-    The gradient of p, which is that of the residual, is returned where an activation met a residual, and is empty
-    otherwise. ``y`` may stand for the residual where the sign of y shows the derivative of the activation.
-    """
-    axes = [axis for axis in range(x.ndim) if axis != 1]
-    count = max(x.numel() // max(x.shape[1], 1), 1)
-    z = standardize(x, mean, var, eps)
-    grad = gradient_before_activation(grad, z, weight, bias, act, param, residual, y)
-    met = act is not None and (residual is not None or y is not None)
-    d_residual = grad.to(x.dtype) if met else x.new_empty(0)
-    d_bias = grad.sum(axes)
-    d_weight = (grad * z).sum(axes)
-    inner = grad - along_channels(d_bias / count, x) - z * along_channels(d_weight / count, x)
-    scale = rstd(x, var, eps) if weight is None else rstd(x, var, eps) * weight
-    return (inner * along_channels(scale.to(z.dtype), x)).to(x.dtype), d_weight, d_bias, d_residual
-
-
-def gradient_before_activation(
-    grad: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    act: str | None,
-    param: float,
-    residual: Tensor | None,
-    y: Tensor | None,
-) -> Tensor:
-    """g = a'(p) d_y, in the type of z."""
-    grad = grad.to(z.dtype)
-    if act is None:
-        return grad
-    p = _scale_and_shift(z, weight, bias, residual) if y is None else y.to(z.dtype)
-    return grad * derivative(p, act, param)
-
-
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    act: str | None = None,
-    param: float = 0.0,
-    residual: Tensor | None = None,
-) -> Tensor:
+def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
     """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch."""
-    z = standardize(x, mean, var, eps)
-    return activate(_scale_and_shift(z, weight, bias, residual), act, param).to(x.dtype)
+    z = _standardize(x, statistics, layer.eps)
+    return activate(_scale_and_shift(z, layer, residual), layer.act, layer.param).to(x.dtype)
 
 
-def moving_average(old: Tensor, new: Tensor, momentum: Tensor | float) -> Tensor:
+def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
+    """Sum g and sum g z (2, C), and g where an activation met a residual."""
+    z, g = _z_and_gradient_of_p(grad, forward)
+    return torch.stack(_sums(g, z)), g.to(forward.x.dtype) if forward.gradient_of_p else None
+
+
+def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None) -> Tensor:
+    """d_x, from the means of g and g z (2, C), or for fixed statistics; ``g`` where it is known."""
+    if g is None:
+        z, g = _z_and_gradient_of_p(grad, forward)
+    else:
+        z = _standardize(forward.x, forward.statistics, forward.layer.eps)
+    return _input_gradient(g.to(z.dtype), z, forward, None if means is None else means.unbind())
+
+
+def _z_and_gradient_of_p(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor]:
+    """z and g = a'(p) d_y, in the type of z."""
+    x, statistics, layer, residual, y, _ = forward
+    z = _standardize(x, statistics, layer.eps)
+    grad = grad.to(z.dtype)
+    if layer.act is None:
+        return z, grad
+    p = _scale_and_shift(z, layer, residual) if y is None else y.to(z.dtype)
+    return z, grad * derivative(p, layer.act, layer.param)
+
+
+def _sums(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum g and sum g z of each channel."""
+    axes = _axes(g)
+    return g.sum(axes), (g * z).sum(axes)
+
+
+def _input_gradient(g: Tensor, z: Tensor, forward: ForwardPass, means: Sequence[Tensor] | None) -> Tensor:
+    x, weight = forward.x, forward.layer.weight
+    scale = _rstd(x, forward.statistics.var, forward.layer.eps)
+    scale = scale if weight is None else scale * weight
+    if means is not None:
+        mean_g, mean_gz = (along_channels(mean.to(z.dtype), x) for mean in means)
+        g = g - mean_g - z * mean_gz
+    return (g * along_channels(scale.to(z.dtype), x)).to(x.dtype)
+
+
+def update_running(running: running_statistics.Running, statistics: ChannelStatistics, count: int) -> None:
+    """Move running statistics towards those of a batch of ``count`` values a channel, at least 2, in place."""
+    mean, var = statistics
+    unbiased = var * (count / (count - 1))
+    # what overflows the stored type is as bad as what is not finite
+    finite = torch.isfinite(mean.to(running.mean.dtype)) & torch.isfinite(unbiased.to(running.var.dtype))
+    if running.momentum is None:  # one count serves all channels, so a batch enters the average of each or of none
+        whole = finite.all(-1)
+        running.batches.add_(whole)
+        used = whole.unsqueeze(-1).expand_as(finite)
+        factor = 1 / running.batches.to(mean.dtype).unsqueeze(-1)
+    else:
+        running.batches.add_(1)
+        used, factor = finite, running.momentum
+    for stored, new in ((running.mean, mean), (running.var, unbiased)):
+        stored.copy_(_moving_average(stored, torch.where(used, new, torch.nan), factor))
+    running.skipped.add_((~finite).any())
+    if running_statistics.warns_at_once(finite.device) and not finite.all():
+        running_statistics.warn_of_skipped(int((~finite).sum()), mean.numel(), mean.device, running.momentum)
+
+
+def _moving_average(old: Tensor, new: Tensor, momentum: Tensor | float) -> Tensor:
     """(1 - momentum) old + momentum new, as torch's running statistics; a non-finite new value leaves the old."""
     average = (old + momentum * (new - old)).to(old.dtype)
     return torch.where(torch.isfinite(average), average, old)
@@ -135,23 +149,30 @@ def along_channels(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(1, x.shape[1], *[1] * (x.ndim - 2))  # (C,) -> (1, C, 1, ...)
 
 
-def standardize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def _axes(x: Tensor) -> list[int]:
+    """All axes but that of the channels."""
+    return [axis for axis in range(x.ndim) if axis != 1]
+
+
+def _standardize(x: Tensor, statistics: ChannelStatistics, eps: float) -> Tensor:
     """z, in the type that values of ``x`` are computed in."""
+    mean, var = statistics
     x, near = x.to(wide_dtype(x.dtype)), mean.to(wide_dtype(x.dtype))
     deviation = x - along_channels(near, x)
     if mean.dtype != near.dtype:
         deviation = deviation - along_channels((mean - near).to(x.dtype), x)
-    return deviation * along_channels(rstd(x, var, eps).to(x.dtype), x)
+    return deviation * along_channels(_rstd(x, var, eps).to(x.dtype), x)
 
 
-def rstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
+def _rstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
     """1 / sqrt(var + eps), in the wider of the types of ``var`` and of what values of ``x`` are computed in."""
     return (var.to(torch.promote_types(var.dtype, wide_dtype(x.dtype))) + eps).rsqrt()
 
 
-def _scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if weight is not None:
-        z = z * along_channels(weight.to(z.dtype), z)
-    if bias is not None:
-        z = z + along_channels(bias.to(z.dtype), z)
+def _scale_and_shift(z: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
+    """p = gamma z + beta + residual."""
+    if layer.weight is not None:
+        z = z * along_channels(layer.weight.to(z.dtype), z)
+    if layer.bias is not None:
+        z = z + along_channels(layer.bias.to(z.dtype), z)
     return z if residual is None else z + residual.to(z.dtype)

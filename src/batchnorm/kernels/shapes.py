@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import overload
 
 import torch
 from torch import Tensor
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def values_per_channel(x: Tensor) -> int:
+    """Values of each channel, on axis 1."""
+    return x.shape[0] * x.shape[2:].numel()
 
 
 def is_readable(x: Tensor) -> bool:
@@ -48,7 +53,11 @@ def _channels_come_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def like(x: Tensor, other: Tensor | None) -> Any:
+@overload
+def like(x: Tensor, other: Tensor) -> Tensor: ...
+@overload
+def like(x: Tensor, other: Tensor | None) -> Tensor | None: ...
+def like(x: Tensor, other: Tensor | None) -> Tensor | None:
     """A residual or gradient in the type and layout of ``x``: itself where it has them."""
     if other is None:
         return None
@@ -65,12 +74,14 @@ def like(x: Tensor, other: Tensor | None) -> Any:
 _LOWEST = 1 << 36
 
 
-def address(tensor: Tensor) -> int:
-    """Where a tensor's values are.
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's values are; 0 for None.
 
     Raises:
         RuntimeError: If it has given its memory back: kernels, and torch's casts, would end the process.
     """
+    if tensor is None:
+        return 0
     found = tensor.data_ptr()
     if found < _LOWEST and tensor.numel() and not tensor.untyped_storage().nbytes():
         raise RuntimeError(
@@ -80,19 +91,24 @@ def address(tensor: Tensor) -> int:
     return found
 
 
-def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+@overload
+def per_channel(x: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
+@overload
+def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None: ...
+def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """Statistics or parameters of ``x``, in a type if one is given; kernels read as many as ``x`` has channels."""
     if values is None:
         return None
-    if values.dim() != 1 or values.numel() != x.size(1) or values.device != x.device:
+    here = values.device == x.device if not x.is_cpu else values.is_cpu
+    if values.dim() != 1 or values.numel() != x.size(1) or not here:
         raise ValueError(
             f"batch norm needs statistics and parameters of shape {tuple(x.shape[1:2])} on {x.device}, got "
             f"{tuple(values.shape)} on {values.device}. Give one value for each channel."
         )
-    dtype = dtype or values.dtype
-    plain = values.dtype == dtype and values.is_contiguous() and not values.is_neg()
-    if plain:
+    plain = values.is_contiguous() and not values.is_neg()
+    if plain and (dtype is None or values.dtype == dtype):
         return values
     if values.is_cpu:
         address(values)
-    return values.to(dtype).contiguous().resolve_neg()
+    wide = values.to(dtype or values.dtype)
+    return wide if plain else wide.contiguous().resolve_neg()

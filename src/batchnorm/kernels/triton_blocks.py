@@ -63,6 +63,18 @@ def normalize_part(
 
 
 @_jit
+def measure_whole(
+    x, means, variances,
+    outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
+):  # fmt: skip
+    """Mean and var of each channel, from all its values."""
+    block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
+    near, low, m2 = _measure(_load(x, block), count, block)
+    _store_channels(means, near.to(tl.float64) + low, block)
+    _store_channels(variances, m2 / count, block)
+
+
+@_jit
 def measure_part(
     x, means, m2s, parts,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
@@ -97,47 +109,54 @@ def merge(
 
 @_jit
 def backward_whole(
-    grad, x, other, means, variances, weight, bias, d_x, d_residual, sums,
+    grad, x, other, means, variances, weight, bias, d_x, d_residual, d_bias, d_weight,
     eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """d_x, d_residual and the sums of g and g z."""
+    """d_x, d_residual and the sums of g and of g z, which are d_bias and d_weight."""
     block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
     z, rstd = _standardize(x, means, variances, eps, block)
     g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
     sum_g, sum_gz = tl.sum(g, 0), tl.sum(g * z, 0)
-    _store_channels(sums, sum_g, block)
-    _store_channels(sums + channels, sum_gz, block)
-    _store_gradients(d_x, d_residual, g, z, sum_g / count, sum_gz / count, rstd, weight, block)
+    _store_channels(d_bias, sum_g, block)
+    _store_channels(d_weight, sum_gz, block)
+    if d_residual is not None:
+        _store(d_residual, g, block)
+    g = g - (sum_g / count)[None, :] - z * (sum_gz / count)[None, :]
+    _store(d_x, _slope(rstd, weight, block)[None, :] * g, block)
 
 
 @_jit
 def sum_part(
-    grad, x, other, means, variances, weight, bias, sums, sums_z, parts,
+    grad, x, other, means, variances, weight, bias, d_residual, sums, sums_z, parts,
     eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """The sums of g and g z over a part of each channel."""
+    """The sums of g and g z over a part of each channel, and d_residual, which is g."""
     block, part, _ = _place(outer, channels, inner, block_n, block_c, block_run)
     z, _ = _standardize(x, means, variances, eps, block)
     g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
+    if d_residual is not None:
+        _store(d_residual, g, block)
     _store_part(sums, tl.sum(g, 0), part, parts, block)
     _store_part(sums_z, tl.sum(g * z, 0), part, parts, block)
 
 
 @_jit
 def backward_part(
-    grad, x, other, means, variances, weight, bias, sums, d_x, d_residual, count,
+    grad, x, other, means, variances, weight, bias, means_of_gradients, d_x,
     eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """d_x and d_residual, from the sums of g and g z over all of a channel."""
+    """d_x, from the means of g and g z over all of a channel, or for fixed statistics."""
     block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
     z, rstd = _standardize(x, means, variances, eps, block)
     g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
-    mean_g = (_load_channels(sums, block) / count).to(z.dtype)
-    mean_gz = (_load_channels(sums + channels, block) / count).to(z.dtype)
-    _store_gradients(d_x, d_residual, g, z, mean_g, mean_gz, rstd, weight, block)
+    if means_of_gradients is not None:
+        mean_g = _load_channels(means_of_gradients, block).to(z.dtype)
+        mean_gz = _load_channels(means_of_gradients + channels, block).to(z.dtype)
+        g = g - mean_g[None, :] - z * mean_gz[None, :]
+    _store(d_x, _slope(rstd, weight, block)[None, :] * g, block)
 
 
 @_jit
@@ -251,12 +270,9 @@ def _gradient(grad, z, other, weight, bias, act: tl.constexpr, param: tl.constex
 
 
 @_jit
-def _store_gradients(d_x, d_residual, g, z, mean_g, mean_gz, rstd, weight, block):
-    if d_residual is not None:
-        _store(d_residual, g, block)
-    if weight is not None:
-        rstd = rstd * _load_channels(weight, block).to(z.dtype)
-    _store(d_x, rstd[None, :] * (g - mean_g[None, :] - z * mean_gz[None, :]), block)
+def _slope(rstd, weight, block):
+    """gamma rstd."""
+    return rstd if weight is None else rstd * _load_channels(weight, block).to(rstd.dtype)
 
 
 @_jit
@@ -274,6 +290,8 @@ def _activate(p, act: tl.constexpr, param: tl.constexpr):
         p = p * 0.5 * (1.0 + tl.erf(p * 0.7071067811865476))  # 1 / sqrt(2)
     elif act == "hardswish":
         p = p * tl.minimum(tl.maximum(p + 3.0, 0.0), 6.0) / 6.0
+    else:
+        tl.static_assert(act is None, "an activation without a formula")
     return p
 
 
@@ -294,4 +312,6 @@ def _derivative(p, act: tl.constexpr, param: tl.constexpr):
         p = 0.5 * (1.0 + tl.erf(p * 0.7071067811865476)) + p * density
     elif act == "hardswish":
         p = tl.where(p > 3, 1.0, tl.where(p < -3, 0.0, p / 3.0 + 0.5))
+    else:
+        tl.static_assert(False, "an activation without a derivative")
     return p

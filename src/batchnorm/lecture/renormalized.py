@@ -33,7 +33,7 @@ class GhostNorm(BatchNorm1d):
         if not self.training:
             return super().forward(input)
         groups = input.unflatten(0, (-1, self.size))  # (N, C) -> (groups, size, C)
-        return vmap(lambda x: kernels.train(x, self.weight, self.bias, self.eps))(groups).flatten(0, 1)
+        return vmap(lambda x: kernels.train(x, kernels.Layer(self.weight, self.bias, self.eps)))(groups).flatten(0, 1)
 
 
 def with_norm(trained: Ensemble, sizes: Sequence[int], norm: Norm = BatchNorm1d) -> Ensemble:

@@ -22,7 +22,7 @@ from batchnorm.surgery import comparison
 from batchnorm.surgery.dataflow import Flow, traced
 from batchnorm.surgery.fusion import _MARK
 from batchnorm.surgery.layer_maps import KINDS, graph_of_layer, parts_of
-from batchnorm.surgery.patterns import OURS, Activation, activation_of, written_kind
+from batchnorm.surgery.patterns import OURS, FusedActivation, activation_of, written_kind
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -46,7 +46,7 @@ def is_of_another_class(layer: nn.Module) -> bool:
     return written_kind(layer) not in KINDS
 
 
-def activation_in(layer: Any) -> Activation | str | None:
+def activation_in(layer: Any) -> FusedActivation | str | None:
     """The activation that a layer of another class applies behind batch norm, None for none, or why it cannot be ours.
 
     The layer is not changed.
@@ -85,7 +85,7 @@ def is_same(layer: Any, new: Any) -> bool:
     return True
 
 
-def adopt(layer: Any, kind: type, children: dict[str, nn.Module], act: Activation | None) -> None:
+def adopt(layer: Any, kind: type, children: dict[str, nn.Module], act: FusedActivation | None) -> None:
     """Change a layer in place that has become ours: it applies the activation and knows where it comes from."""
     vars(layer)[_ORIGIN] = Origin(kind, children)
     for name in children:
@@ -123,7 +123,7 @@ def _about(layer: Any) -> str | None:
     return None
 
 
-def _only_activation(layer: nn.Module, then: Graph) -> Activation | None:
+def _only_activation(layer: nn.Module, then: Graph) -> FusedActivation | None:
     """The one activation of our table that a graph consists of, also where it is in a child's forward."""
     nodes = [node for node in then.nodes if node.op not in {"placeholder", "output"}]
     if len(nodes) != 1 or not _is_result(nodes[0], then):

@@ -1,7 +1,6 @@
-"""Where act(bn(x)) and act(bn(x) + residual) are written in a graph, and nothing else sees what lies between.
+"""Where act(bn(x)) and act(bn(x) + residual) are written in a graph, and nothing else reads what lies between.
 
-``_MODULES``, ``_FUNCTIONS`` and ``_METHODS`` are the tables of activations as torch writes them, by the names that
-our layers have for them (``batchnorm.kernels.activations``).
+Activations are those of ``batchnorm.kernels.activations.TABLE``.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from batchnorm.kernels.activations import PARAMETERS
+from batchnorm.kernels.activations import TABLE, activation
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.population.freezing import Frozen
 from batchnorm.surgery.dataflow import IN_PLACE, is_chain
@@ -29,36 +27,10 @@ if TYPE_CHECKING:
 
 OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
-_MODULES = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ELU: "elu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-}
-_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.elu: "elu",
-    F.elu_: "elu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.hardswish: "hardswish",
-}
-_METHODS = {"relu": "relu", "relu_": "relu"}
-# what follows the input, in torch's order, with torch's values; inplace is of no consequence on a fresh result
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "relu": {"inplace": False},
-    "leaky_relu": {"negative_slope": 0.01, "inplace": False},
-    "elu": {"alpha": 1.0, "inplace": False},
-    "silu": {"inplace": False},
-    "gelu": {"approximate": "none"},
-    "hardswish": {"inplace": False},
-}
+# how torch writes each activation
+_MODULES = {row.module: name for name, row in TABLE.items()}
+_FUNCTIONS = {function: name for name, row in TABLE.items() for function in row.functions}
+_METHODS = {method: name for name, row in TABLE.items() for method in row.methods}
 _ADDITIONS = {operator.add, torch.add, "add"}
 _ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
 _MAKE_NEW = (nn.modules.conv._ConvNd, nn.Linear)  # whose result is no view of anything
@@ -66,7 +38,7 @@ _MAKE_NEW = (nn.modules.conv._ConvNd, nn.Linear)  # whose result is no view of a
 
 @final
 @dataclass(frozen=True)
-class Activation:
+class FusedActivation:
     """An activation as a layer applies it."""
 
     name: str
@@ -82,7 +54,7 @@ class Site:
     """
 
     chain: tuple[nn.Module, ...]
-    act: Activation
+    act: FusedActivation
     call: Node
     addition: Node | None
     activation: Node
@@ -152,8 +124,8 @@ def activation_name(module: nn.Module) -> str | None:
 
 def activation_module(act: str, param: float) -> nn.Module:
     """An activation as a module of torch.nn."""
-    kind: Any = next(kind for kind, name in _MODULES.items() if name == act)
-    return kind(param) if act in PARAMETERS else kind()
+    row = activation(act)
+    return row.module(param) if row.parameter else row.module()
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -175,30 +147,32 @@ def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
     return tuple(chain) if takes_one else ()
 
 
-def activation_of(flow: Flow, node: Node) -> Activation | None:
+def activation_of(flow: Flow, node: Node) -> FusedActivation | None:
     """The activation that a node applies, if our layers have it."""
     if node.op == "call_module":
         module: Any = flow.called(node)
         name = _MODULES.get(type(module))
         if name is None or is_watched(module) or "forward" in vars(module):
             return None
-        return _with_parameter(name, {key: getattr(module, key, value) for key, value in _ARGUMENTS[name].items()})
+        options = TABLE[name].options
+        return _with_parameter(name, {key: getattr(module, key, value) for key, value in options.items()})
     table: dict[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
     name = table.get(node.target)
     if name is None:
         return None
-    named = dict(zip(_ARGUMENTS[name], node.args[1:], strict=False)) | node.kwargs
+    options = TABLE[name].options
+    named = dict(zip(options, node.args[1:], strict=False)) | node.kwargs
     named.pop("input", None)
-    return _with_parameter(name, named) if named.keys() <= _ARGUMENTS[name].keys() else None
+    return _with_parameter(name, named) if named.keys() <= options.keys() else None
 
 
-def _with_parameter(name: str, given: dict[str, Any]) -> Activation | None:
-    """The activation with these arguments, unless it is one that a layer does not have."""
-    values = _ARGUMENTS[name] | given
-    parameter = values.get("negative_slope", values.get("alpha", 0.0))
+def _with_parameter(name: str, given: dict[str, Any]) -> FusedActivation | None:
+    """The activation with these options, unless it is one that a layer does not have."""
+    row, values = TABLE[name], TABLE[name].options | given
+    parameter = 0.0 if row.parameter is None else values[row.parameter]
     if values.get("approximate", "none") != "none" or not isinstance(parameter, (int, float)):
         return None
-    return Activation(name, float(parameter))
+    return FusedActivation(name, float(parameter))
 
 
 def _input(node: Node) -> Node | None:
