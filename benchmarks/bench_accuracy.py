@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.bench import SCHEMA_VERSION
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable

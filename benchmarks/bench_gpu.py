@@ -110,7 +110,7 @@ def line(row):
 
 
 def write(rows, rounds):
-    from batchnorm.lecture.verdicts import environment
+    from batchnorm.experiment.environment import environment
 
     versions = environment() | {"kernels": "triton", "cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
     versions["cudnn"] = str(torch.backends.cudnn.version())

@@ -23,7 +23,7 @@ from networks import NETWORKS, training_step
 from report import save
 
 from batchnorm import bench
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.surgery import convert
 
 MEGABYTE = 1e6

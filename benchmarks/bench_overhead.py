@@ -14,7 +14,7 @@ from report import save, spread, tell_load
 
 from batchnorm import bench
 from batchnorm import paired_timing as timing
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 
 SHAPES = ((8, 8), (2, 8, 2, 2))
 MODES = {

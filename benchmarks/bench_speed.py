@@ -22,7 +22,7 @@ from report import save, tell_goals, tell_load, tell_row, told
 
 import batchnorm as bn
 from batchnorm import bench, paired_timing
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.surgery import convert
 
 if TYPE_CHECKING:

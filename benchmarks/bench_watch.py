@@ -25,8 +25,8 @@ from report import save, spread, tell_load
 import batchnorm as bn
 from batchnorm import bench
 from batchnorm import paired_timing as timing
+from batchnorm.experiment.environment import environment
 from batchnorm.instruments.look_schedule import Schedule
-from batchnorm.lecture.verdicts import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,11 +10,13 @@ from functools import cache
 
 import numpy as np
 
+from batchnorm.experiment.chart_data import Axis, Chart
+from batchnorm.experiment.claim import Claim, Result
+from batchnorm.experiment.outcomes import ClaimOutcome
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.lecture import NAMES
-from batchnorm.lecture.claim import Axis, Chart, Claim, Result, Settings
-from batchnorm.lecture.criteria import CRITERIA
-from batchnorm.lecture.verdict import judge
-from batchnorm.lecture.verdicts import Outcome, Verdicts
+from batchnorm.lecture.claim_criteria import CRITERIA, judge
+from batchnorm.lecture.verdicts import LectureVerdicts
 
 PAIR = {"without batch norm": "without", "with batch norm": "with"}
 
@@ -69,17 +71,17 @@ SENTENCES = {
 
 
 @cache
-def sample(*, seeds: int = 5, effort: float = 1.0) -> Verdicts:
+def sample(*, seeds: int = 5, effort: float = 1.0) -> LectureVerdicts:
     """All eight claims, with 20 charts."""
-    outcomes = [Outcome(_claim(name), _result(name, seeds), 3.0 + 7 * n) for n, name in enumerate(NAMES)]
-    return Verdicts(Settings(0, seeds, effort), outcomes, "batchnorm why --seed 0 --seeds 5")
+    outcomes = [ClaimOutcome(_claim(name), _result(name, seeds), 3.0 + 7 * n) for n, name in enumerate(NAMES)]
+    return LectureVerdicts(RunSettings(0, seeds, effort), outcomes, "batchnorm why --seed 0 --seeds 5")
 
 
-def only(name: str, *charts: Chart) -> Verdicts:
+def only(name: str, *charts: Chart) -> LectureVerdicts:
     """One claim, with the given charts."""
     result = _result(name, 5)
-    outcome = Outcome(_claim(name), Result(result.verdicts, charts, result.numbers), 1.0)
-    return Verdicts(Settings(), [outcome], f"batchnorm why --claim {name}")
+    outcome = ClaimOutcome(_claim(name), Result(result.verdicts, charts, result.numbers), 1.0)
+    return LectureVerdicts(RunSettings(), [outcome], f"batchnorm why --claim {name}")
 
 
 def _claim(name: str) -> Claim:

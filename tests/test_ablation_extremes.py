@@ -18,9 +18,9 @@ from batchnorm.ablation import model_as_it_is
 from batchnorm.ablation.answers import Answers
 from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT
-from batchnorm.ablation.criteria import CRITERIA, judge, power, share, times
 from batchnorm.ablation.effort import Cost, Plan, plan
 from batchnorm.ablation.grid import Grid
+from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions import (
     input_scales,
     noise_of_layers,
@@ -34,11 +34,14 @@ from batchnorm.ablation.study import Study
 from batchnorm.ablation.user_data import Data, is_rows
 from batchnorm.ablation.user_model import Subject
 from batchnorm.ablation.watched_runs import Watched
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Claim, Result, Settings, Status
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.claim import Claim, Result
+from batchnorm.experiment.figures_in_words import share, times
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.outcomes import ClaimOutcome
+from batchnorm.experiment.paired_seeds import Arrival
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.lecture.claims.smoother_loss import Landscape
-from batchnorm.lecture.ensemble_training import Arrival
-from batchnorm.lecture.verdicts import Outcome
 
 STEPS, SEEDS = 40, 2
 RATES = (0.01, 0.1)
@@ -117,10 +120,10 @@ def told(result: Result) -> list[str]:
 def answers(results: dict[str, Result], **more: object) -> Answers:
     results = {name: replace(r, charts=[chart for chart in r.charts if chart.rows]) for name, r in results.items()}
     claims = [
-        Outcome(Claim(name, name.title(), "S.", "A.", "R.", "N.", (), run=lambda *_: None), result, 1.0)
+        ClaimOutcome(Claim(name, name.title(), "S.", "A.", "R.", "N.", (), run=lambda *_: None), result, 1.0)
         for name, result in results.items()
     ]
-    return Answers(Settings(0, SEEDS), claims, "batchnorm why", model="m.py:make", steps=STEPS, **more)
+    return Answers(RunSettings(0, SEEDS), claims, "batchnorm why", model="m.py:make", steps=STEPS, **more)
 
 
 @pytest.mark.parametrize(("with_", "without"), list(itertools.product(CURVES, CURVES)))
@@ -299,7 +302,8 @@ def test_ratios_and_shares_of_every_size_are_words() -> None:
         "any number of",
     ]
     assert [share(v) for v in (0.041, -0.5, 9.9, 31261632.9)] == ["+4.1%", "-50.0%", "+990.0%", "3e+07 times more"]
-    assert (power(2, 3), power(2, 5000), power(2, -5000)) == (8, INF, 0)
+    natural = CRITERIA["speed-steps"].natural
+    assert (natural(3), natural(5000), natural(-5000)) == (8, INF, 0)
 
 
 # -- medians --------------------------------------------------------------------------------------------------------
@@ -307,7 +311,7 @@ def test_ratios_and_shares_of_every_size_are_words() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9))
 def test_a_median_of_an_even_number_lies_between_the_two_in_the_middle(values: list[float]) -> None:
-    found = over_seeds.median(torch.tensor(values, dtype=torch.float64))
+    found = paired_seeds.median(torch.tensor(values, dtype=torch.float64))
     assert float(found) == pytest.approx(float(np.median(values)), abs=1e-9)
 
 
@@ -317,8 +321,8 @@ def test_a_seed_that_never_arrives_counts_in_the_median() -> None:
     assert str(Arrival(torch.tensor([INF, INF]), 40)) == "more than 40"
     assert str(Arrival(torch.tensor([5.0, 7.0, INF]), 40)) == "7 (1 of 3 seeds never)"
     table = torch.tensor([[1.0, INF], [3.0, INF], [INF, 2.0], [9.0, 4.0]])
-    assert over_seeds.median(table, 0).tolist() == [6.0, INF]
-    (row,) = over_seeds.curve([1], torch.tensor([[1.0, 3.0]]))
+    assert paired_seeds.median(table, 0).tolist() == [6.0, INF]
+    (row,) = paired_seeds.curve([1], torch.tensor([[1.0, 3.0]]))
     assert row["y"] == 2.0
 
 

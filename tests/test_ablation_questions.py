@@ -16,13 +16,16 @@ from batchnorm import ablation, report
 from batchnorm.ablation import model_as_it_is
 from batchnorm.ablation.answers import Answers
 from batchnorm.ablation.arm_training import train
-from batchnorm.ablation.criteria import CRITERIA, LEVEL, judge, times
 from batchnorm.ablation.effort import plan
 from batchnorm.ablation.facts import facts
+from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions import noise_of_layers, test_statistics
 from batchnorm.ablation.questions.input_scales import condition, spread
-from batchnorm.lecture.claim import Claim, Result, Settings, Status
-from batchnorm.lecture.verdicts import Outcome
+from batchnorm.experiment.claim import Claim, Result
+from batchnorm.experiment.figures_in_words import times
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.outcomes import ClaimOutcome
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.population import recalibrate
 
 SEEDS = range(3)
@@ -270,10 +273,12 @@ def test_a_look_leaves_the_model_and_random_states_alone():
 # -- answers --------------------------------------------------------------------------------------------------
 
 
-def made(key="speed-steps", values=(2.0, 2.1, 2.2), sentence="20 steps.", failed=""):
-    verdict = judge(key, values, sentence, failed_guard=failed)
+def made(key="speed-steps", values=(2.0, 2.1, 2.2), sentence="20 steps.", failed="", bound=""):
+    verdict = judge(key, values, sentence, failed_guard=failed, bound=bound)
     claim = Claim("speed", "Speed", "It is.", "Arms.", "Read.", "Not.", (), run=lambda _, __: Result([], []))
-    return Answers(Settings(0, 3), [Outcome(claim, Result([verdict], []), 1.0)], "batchnorm why", model="m.py:make")
+    return Answers(
+        RunSettings(0, 3), [ClaimOutcome(claim, Result([verdict], []), 1.0)], "batchnorm why", model="m.py:make"
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,12 +296,10 @@ def test_the_headline_says_what_came_out_the_unwelcome_too(values, start):
 
 
 def test_an_arm_that_never_learned_is_told_where_the_steps_are_too_few_for_a_verdict():
-    answers = replace(
-        made(values=(0.1, 2.0, 0.3), sentence="(at least 1.7 times as many)"), idle=("without",), steps=80
-    )
+    answers = replace(made(values=(0.1, 2.0, 0.3), bound="at least"), idle=("without",), steps=80)
     assert answers.headline.startswith("Not shown in 80 steps: with batch norm it learns, without it does not")
     assert "at least 1.7×" in answers.headline
-    shown = replace(made(sentence="(at least 4.3 times as many)"), idle=("without",), steps=80)
+    shown = replace(made(bound="at least"), idle=("without",), steps=80)
     assert shown.headline.startswith("Yes: with batch norm it learns, without it does not in 80 steps")
 
 
@@ -305,7 +308,7 @@ def test_a_rate_at_the_end_of_the_grid_is_told(saturated):
 
 
 def test_a_bound_is_told_as_one():
-    answers = made(sentence="20 steps with, more than 300 without (at least 4.3 times as many).")
+    answers = made(bound="at least")
     assert "takes at least 4.3× as many" in answers.headline
     assert answers.cards[0].figure == "≥ 4.3×"
 
@@ -329,7 +332,7 @@ def test_the_same_seed_gives_the_same_data():
     )  # fmt: skip
     assert first == second
     data = json.loads(first)
-    assert data["level"] == LEVEL
+    assert data["level"] == CRITERIA.level
     assert data["measured"]["Seeds"].startswith("2, from 0 to 1.")
 
 

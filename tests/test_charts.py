@@ -24,7 +24,7 @@ from batchnorm.charts import panels, with_gaps
 from batchnorm.charts.scales import log_ticks, scale
 from batchnorm.charts.series import legend, looks
 from batchnorm.charts.svg import to_specification, to_svg
-from batchnorm.lecture.claim import Axis, Chart
+from batchnorm.experiment.chart_data import Axis, Chart
 
 DRAWN = [learning, usable_rates, noise_power, accuracies, one_series, four_units, drift, groups]
 

@@ -86,13 +86,13 @@ def test_debug_shows_the_traceback(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Little training: the machinery without its minutes."""
-    from batchnorm.lecture import claim
+    from batchnorm.experiment import run_settings
 
-    class Quick(claim.Settings):
+    class Quick(run_settings.RunSettings):
         def steps(self, full):
             return 20
 
-    monkeypatch.setattr(claim, "Settings", Quick)
+    monkeypatch.setattr(run_settings, "RunSettings", Quick)
 
 
 def test_why_prints_criteria_then_verdicts_then_the_report(quick, tmp_path):

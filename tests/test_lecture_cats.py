@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from batchnorm import lecture
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm2d
 from batchnorm.lecture import data_sets, tested_on_other_cats
-from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import black_cats
-from batchnorm.lecture.criteria import CRITERIA
 from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png, with_share
 from batchnorm.lecture.tested_on_other_cats import (
     Findings,
@@ -31,7 +33,7 @@ from batchnorm.lecture.tested_on_other_cats import (
 )
 from batchnorm.population import recalibrate
 
-QUICK = Settings(seed=3, seeds=2, effort=0.01)  # 20 steps a network
+QUICK = RunSettings(seed=3, seeds=2, effort=0.01)  # 20 steps a network
 
 
 # Pictures are float32 of 0 to 1, each value rounded two or three times by 6e-8: far inside assert_close's 1e-5.

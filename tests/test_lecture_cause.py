@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import rate_sweep
-from batchnorm.lecture.claim import Result, Settings, Status
 from batchnorm.lecture.claims import shift_as_cause
 from batchnorm.lecture.claims.shift_as_cause import CALLED, SCALE, SHIFT, Noisy, Watched, gradient_shift
 from batchnorm.lecture.data_sets import Examples
@@ -18,7 +20,7 @@ from batchnorm.lecture.ensemble_training import losses
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import Sweep
 
-QUICK = Settings(seeds=2, effort=0.05)
+QUICK = RunSettings(seeds=2, effort=0.05)
 EPS32 = torch.finfo(torch.float32).eps
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from batchnorm import lecture
-from batchnorm.lecture.claim import Result, Settings, Status
-from batchnorm.lecture.criteria import CRITERIA, criteria_of
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
+from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.rate_sweep import sweep
 
-QUICK = Settings(seeds=2, effort=0.05)
+QUICK = RunSettings(seeds=2, effort=0.05)
 FIELDS = {"x": "x", "y": "y", "low": "y", "high": "y"}
 
 
@@ -31,12 +33,12 @@ def result(name, progress) -> Result:
 
 
 def test_every_criterion_is_judged_in_the_order_of_the_table(name, result):
-    assert [verdict.criterion for verdict in result.verdicts] == criteria_of(name)
-    assert criteria_of(name)
+    assert [verdict.criterion for verdict in result.verdicts] == CRITERIA.of(name)
+    assert CRITERIA.of(name)
 
 
 def test_no_criterion_is_without_a_claim():
-    assert sum(len(criteria_of(name)) for name in lecture.NAMES) == len(CRITERIA)
+    assert sum(len(CRITERIA.of(name)) for name in lecture.NAMES) == len(CRITERIA)
 
 
 def test_a_verdict_says_what_it_is_based_on(result):

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import third_layer
-from batchnorm.lecture.criteria import CRITERIA
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import digits, probe_indices
 
-QUICK = Settings(seeds=2, effort=0.1)
+QUICK = RunSettings(seeds=2, effort=0.1)
 EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -209,6 +211,6 @@ def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result:
 
 def test_progress_ends_at_one() -> None:
     seen: list[float] = []
-    third_layer.run(Settings(seeds=2, effort=0.01), seen.append)
+    third_layer.run(RunSettings(seeds=2, effort=0.01), seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1

@@ -9,9 +9,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
-from batchnorm.lecture.claim import Result, Settings, Status
 from batchnorm.lecture.claims import mini_batch_noise
 from batchnorm.lecture.claims.mini_batch_noise import (
     MEASURED,
@@ -32,7 +34,7 @@ from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
 from batchnorm.population import recalibrate
 
-QUICK = Settings(seeds=2, effort=0.1)
+QUICK = RunSettings(seeds=2, effort=0.1)
 EPS32 = torch.finfo(torch.float32).eps
 
 

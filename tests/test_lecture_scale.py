@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.inputs import InputNorm
 from batchnorm.lecture import data_sets
-from batchnorm.lecture.claim import Result, Settings, Status
 from batchnorm.lecture.claims import feature_ranges
 from batchnorm.lecture.claims.feature_ranges import (
     CENTRED,
@@ -23,7 +25,7 @@ from batchnorm.lecture.claims.feature_ranges import (
     descend,
 )
 
-QUICK = Settings(seeds=2, effort=0.1)
+QUICK = RunSettings(seeds=2, effort=0.1)
 EPS32 = float(np.finfo(np.float32).eps)
 
 
@@ -33,7 +35,7 @@ def result() -> Result:
 
 
 def test_other_seeds_give_other_numbers(result: Result) -> None:
-    other = feature_ranges.run(Settings(seed=7, seeds=2, effort=0.1), lambda _: None)
+    other = feature_ranges.run(RunSettings(seed=7, seeds=2, effort=0.1), lambda _: None)
     assert other.to_dict() != result.to_dict()
 
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.lecture import rate_sweep
-from batchnorm.lecture.claim import Result, Settings, Status
+from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import smoother_loss
 from batchnorm.lecture.claims.smoother_loss import MULTIPLES, Course, Landscape, along_gradient, at_equal_loss, of_batch
-from batchnorm.lecture.criteria import CRITERIA
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.networks import Ensemble, fully_connected
 
-QUICK = Settings(seeds=2, effort=0.1)
+QUICK = RunSettings(seeds=2, effort=0.1)
 EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
 CURVATURES = torch.tensor([0.5, 3.0, 30.0], dtype=torch.float64)

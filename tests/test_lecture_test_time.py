@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from batchnorm.experiment.claim import Result
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
-from batchnorm.lecture.claim import Result, Settings
 from batchnorm.lecture.claims import mini_batch_noise, single_examples
 from batchnorm.lecture.claims.single_examples import (
     ALONE,
@@ -29,7 +30,7 @@ from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import SIZES, digits
 from batchnorm.population import recalibrate
 
-QUICK = Settings(seeds=2, effort=0.1)
+QUICK = RunSettings(seeds=2, effort=0.1)
 EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -143,7 +144,7 @@ def test_readings_are_the_accuracies_of_one_network_in_eval_mode(trained: Traine
 
 
 def test_an_early_reading_is_that_of_a_run_that_stops_there(trained: Trained) -> None:
-    short = train(Settings(seeds=2, effort=20 / single_examples.STEPS))
+    short = train(RunSettings(seeds=2, effort=20 / single_examples.STEPS))
     for kind in (EMA, POPULATION):
         early, last = trained.reading(kind, 20), short.reading(kind)
         assert (last.step, early.step) == (20, 20)

@@ -14,10 +14,10 @@ import pytest
 from sample_verdicts import CHARTS, accuracies, groups, learning, noise_power, only, picture, sample
 
 from batchnorm import report
-from batchnorm.lecture.claim import Settings, Status
-from batchnorm.lecture.criteria import VERSION
-from batchnorm.lecture.verdict import judge
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
+from batchnorm.experiment.judgement import Status
+from batchnorm.experiment.run_settings import RunSettings
+from batchnorm.lecture.claim_criteria import CRITERIA, judge
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_every_claim_says_its_criteria_before_its_results(page):
             )
             assert criterion.guard in text
             assert text.index("What came out") < text.index(verdict.status.value)
-        assert f"Criteria version {VERSION}" in text
+        assert f"Criteria version {CRITERIA.version}" in text
 
 
 def test_every_claim_shows_all_its_parts(page):
@@ -133,7 +133,7 @@ def test_the_page_says_how_it_was_measured(page):
     assert "Seeds 5, from 0 to 4." in text
     assert "99.375 %: 8 claims" in text
     assert "Bonferroni" in text
-    assert f"Criteria Version {VERSION}" in text
+    assert f"Criteria Version {CRITERIA.version}" in text
     assert len(environment()) >= 5
     for what, value in environment().items():
         assert f"{what} {value}" in text
@@ -142,7 +142,7 @@ def test_the_page_says_how_it_was_measured(page):
 
 
 def test_a_shortened_run_says_above_everything_that_it_gives_no_verdicts(page):
-    short = words(report.render(dataclasses.replace(only("noise", learning()), settings=Settings(effort=0.05))))
+    short = words(report.render(dataclasses.replace(only("noise", learning()), settings=RunSettings(effort=0.05))))
     banner = "A check of the machinery, not verdicts. This run trained for 5 % of the steps"
     assert short.index(banner) < short.index("Verdicts", short.index("held in these"))
     assert "A check of the machinery" not in page
@@ -271,7 +271,9 @@ def test_text_from_claims_is_escaped_wherever_it_stands():
     outcome = verdicts.outcomes[0]
     texts = ("title", "sentence", "arms", "how_to_read", "not_shown")
     claim = dataclasses.replace(outcome.claim, **dict.fromkeys(texts, attack), sources=[attack])
-    verdict = dataclasses.replace(outcome.main, sentence=attack, failed_guard=attack, status=Status.INVALID)
+    verdict = dataclasses.replace(
+        outcome.main, words="{attack}", figures={"attack": attack}, failed_guard=attack, status=Status.INVALID
+    )
     result = dataclasses.replace(outcome.result, verdicts=[verdict], numbers={attack: attack})
     outcome = dataclasses.replace(outcome, claim=claim, result=result)
     page = report.render(dataclasses.replace(verdicts, outcomes=[outcome], command=attack))

@@ -28,7 +28,7 @@ from digits import CHANGES, ORDERS, digits, iid, ragged, trained
 from report import FOLDER, save
 from rules import RULES
 
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 
 SEEDS = (0, 1, 2)
 # sizes of batches in each order; None is 1 to 200

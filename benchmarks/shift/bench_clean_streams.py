@@ -23,7 +23,7 @@ from report import save
 from tails import TAILS
 
 import batchnorm as bn
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 
 STREAMS, EXAMPLES, SIZE = 6, 3200, 16
 FEATURES, CLASSES = 16, 4

@@ -27,7 +27,7 @@ from pools import ROUND, Streams, calibrations, drawn, observations, prepared
 from report import FOLDER, save
 from worlds import WORLDS
 
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.shift.alarm import discovered
 from batchnorm.shift.stream import LOGGER, Stream
 

@@ -22,7 +22,7 @@ from report import save, spread, tell_load
 
 from batchnorm import ShiftMonitor, recalibrate
 from batchnorm import paired_timing as timing
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.shift.stream import Stream
 
 ROUNDS, UPDATES, SHAPE = 120, 500, (16, 3, 96, 96)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from report import FOLDER, save
 
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.shift.principal_components import halves
 from batchnorm.shift.stream import LOGGER, Stream
 

@@ -30,7 +30,7 @@ from report import FOLDER, save
 from tails import TAILS
 from worlds import WORLDS, accuracy
 
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.shift.alarm import discovered
 
 if TYPE_CHECKING:

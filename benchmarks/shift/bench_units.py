@@ -22,7 +22,7 @@ from pools import ROUND, observations, prepared
 from report import save
 from worlds import SHAPES
 
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 from batchnorm.shift.stream import LOGGER, Stream
 
 RUNS = (1, 10, 50)

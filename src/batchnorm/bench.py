@@ -205,7 +205,7 @@ def short_table(
     Raises:
         ValueError: If an argument names nothing that can be measured.
     """
-    from batchnorm.lecture.verdicts import environment
+    from batchnorm.experiment.environment import environment
 
     if shapes is None:
         shapes = [shape for shape in SHAPES if len(shape) > 3 or not channels_last]

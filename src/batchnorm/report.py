@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.experiment.judgement import Status
 from batchnorm.files.whole import replacing
 from batchnorm.lecture import NAMES
-from batchnorm.lecture.claim import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
     from batchnorm.charts import Panel
-    from batchnorm.lecture.claim import Axis, Chart, Verdict
-    from batchnorm.lecture.verdicts import Outcome, Verdicts
+    from batchnorm.experiment.chart_data import Axis, Chart
+    from batchnorm.experiment.judgement import Verdict
+    from batchnorm.experiment.outcomes import ClaimOutcome, Verdicts
 
 # What a report's file may end in, and so be.
 SUFFIXES = (".html", ".json", ".md")
@@ -57,7 +58,7 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
         ValueError: If a chart's data cannot be drawn; the message names the chart.
     """
     require_extra()
-    from batchnorm.lecture.verdicts import environment
+    from batchnorm.experiment.environment import environment
 
     page = {
         "verdicts": verdicts,
@@ -147,7 +148,7 @@ class _Figure:
 class _Section:
     """A claim as the page shows it."""
 
-    outcome: Outcome
+    outcome: ClaimOutcome
     figures: Sequence[_Figure]
 
     @property
@@ -157,7 +158,7 @@ class _Section:
         return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
 
 
-def _section(outcome: Outcome) -> _Section:
+def _section(outcome: ClaimOutcome) -> _Section:
     from batchnorm.charts import panels
 
     name, charts = outcome.claim.name, outcome.result.charts
@@ -175,7 +176,7 @@ def _neighbours(figures: Sequence[_Figure]) -> Iterator[list[_Figure]]:
             yield from (run[i : i + 2] for i in range(0, len(run), 2))
 
 
-def _failed(verdicts: Verdicts) -> Iterator[tuple[Outcome, Verdict]]:
+def _failed(verdicts: Verdicts) -> Iterator[tuple[ClaimOutcome, Verdict]]:
     """Every verdict that does not support its claim, with the claim."""
     for outcome in verdicts.outcomes:
         for verdict in outcome.result.verdicts:

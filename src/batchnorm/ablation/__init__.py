@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.lecture.claim import Result
+from batchnorm.experiment.claim import Result
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from batchnorm.ablation.answers import Answers
     from batchnorm.ablation.effort import Plan
     from batchnorm.ablation.user_model import Subject
-    from batchnorm.lecture.claim import Claim
-    from batchnorm.lecture.verdicts import Outcome
+    from batchnorm.experiment.claim import Claim
+    from batchnorm.experiment.outcomes import ClaimOutcome
 
 Advance = Callable[[float], None]
 Say = Callable[[Any], None]
@@ -81,20 +81,20 @@ def look(
         return _answers(subject, outcomes, command, draws=seeds)
 
 
-def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say) -> list[Outcome]:
+def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say) -> list[ClaimOutcome]:
     """Outcomes, each with its time; the first one has the training's."""
-    from batchnorm.lecture.claim import Settings
-    from batchnorm.lecture.verdicts import Outcome
+    from batchnorm.experiment.outcomes import ClaimOutcome
+    from batchnorm.experiment.run_settings import RunSettings
 
     outcomes = []
     for claim in claims:
         start = time.perf_counter()
         try:
-            result = claim.run(Settings(seed, seeds), lambda _: None)
+            result = claim.run(RunSettings(seed, seeds), lambda _: None)
         except Exception as error:  # noqa: BLE001 - of the user's code or ours: what was measured before is told
             result = _unanswered(claim.name, error)
         result = replace(result, charts=[chart for chart in result.charts if chart.rows])
-        outcomes.append(Outcome(claim, result, seconds + time.perf_counter() - start))
+        outcomes.append(ClaimOutcome(claim, result, seconds + time.perf_counter() - start))
         say(outcomes[-1])
         seconds = 0.0
     return outcomes
@@ -102,26 +102,24 @@ def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say)
 
 def _unanswered(name: str, error: Exception) -> Result:
     """No verdict on a question's criteria, and what stopped it."""
-    from batchnorm.ablation.criteria import CRITERIA, judge
+    from batchnorm.ablation.question_criteria import CRITERIA
 
     words = " ".join(str(error).split())[:_WORDS]
-    failed = f"it could not be measured: {type(error).__name__}: {words}" if words else (
-        f"it could not be measured: {type(error).__name__}"
-    )  # fmt: skip
-    return Result([judge(key, [], "", failed_guard=failed) for key in CRITERIA if key.startswith(f"{name}-")], [])
+    failed = f"it could not be measured: {type(error).__name__}" + (f": {words}" if words else "")
+    return Result(CRITERIA.unjudged(name, failed), [])
 
 
 def _answers(
-    subject: Subject, outcomes: list[Outcome], command: str, *,
+    subject: Subject, outcomes: list[ClaimOutcome], command: str, *,
     plan: Plan | None = None, draws: range = range(2), checkpoint: nn.Module | None = None,
 ) -> Answers:  # fmt: skip
     from batchnorm.ablation.answers import Answers
     from batchnorm.ablation.facts import facts, left_out
-    from batchnorm.lecture.claim import Settings
+    from batchnorm.experiment.run_settings import RunSettings
 
     seeds = plan.all_seeds if plan else draws
     return Answers(
-        Settings(seeds[0], len(seeds)),
+        RunSettings(seeds[0], len(seeds)),
         outcomes,
         command,
         model=subject.name,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from batchnorm.ablation.arm_training import MOMENTUM
-from batchnorm.ablation.criteria import LEVEL, VERSION
+from batchnorm.ablation.question_criteria import CRITERIA
 from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import Frozen
 
@@ -43,10 +43,10 @@ def facts(subject: Subject, plan: Plan | None, seeds: range, *, checkpoint: bool
             "Training began from fresh weights; depth, gamma and beta, noise and test time are those of --weights."
         )
     found["Intervals"] = (
-        f"Student's t at {LEVEL:.0%} for each question by itself: of twenty such intervals one misses, and several "
-        "questions were asked."
+        f"Student's t at {CRITERIA.level:.0%} for each question by itself: of twenty such intervals one misses, and "
+        "several questions were asked."
     )
-    found["Criteria"] = f"Version {VERSION}, fixed before anything was measured."
+    found["Criteria"] = f"Version {CRITERIA.version}, fixed before anything was measured."
     return found
 
 

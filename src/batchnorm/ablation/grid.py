@@ -11,9 +11,9 @@ from torch import Tensor
 
 from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
-from batchnorm.ablation.criteria import LEARNED, TARGET, USABLE
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.ensemble_training import Arrival, first_step
+from batchnorm.ablation.question_criteria import LEARNED, TARGET, USABLE
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.paired_seeds import Arrival, first_step
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -93,7 +93,7 @@ class Grid:
 
     def best(self, arm: str) -> int:
         """Index of the rate with the fewest median steps to the target; the lower final loss decides ties."""
-        median, final = over_seeds.median(self.steps_to(arm), 0), self.final(arm).mean(0)
+        median, final = paired_seeds.median(self.steps_to(arm), 0), self.final(arm).mean(0)
         return min(range(len(self.rates)), key=lambda n: (float(median[n]), float(final[n]), n))
 
     def edge(self, arm: str) -> str:

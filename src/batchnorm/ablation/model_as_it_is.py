@@ -6,22 +6,24 @@ Nothing here says whether batch norm helps to learn. Intervals are over random d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.ablation.criteria import counted, figure, judge
+from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions import noise_of_layers, test_statistics
 from batchnorm.ablation.questions.input_scales import inputs, spread
 from batchnorm.ablation.user_data import examples_in, first_examples
 from batchnorm.ablation.user_model import kept_buffers, received
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Role, Rows
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.figures_in_words import counted, in_words, known
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.signal_propagation import resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Result, Role
 from batchnorm.population.freezing import has_stored_statistics
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 _EXAMPLES = 128  # whose likeness is measured: their Gram matrix is decomposed
 _LAYERS = 16  # in a chart
 _OF = "Your model as it is"
-
-Numbers = dict[str, float | int | str | None]
 
 
 def claims(subject: Subject, model: nn.Module, seeds: range) -> list[Claim]:
@@ -70,21 +70,20 @@ def measure_depth(subject: Subject, model: nn.Module, seeds: Sequence[int]) -> R
     ranks = {path: [_rank(values, seed) for seed in seeds] for path, values in seen.items()}
     paths = [*ranks]
     if not paths:
-        verdict = judge("depth-rank", [], "it could not be measured.", failed_guard="no forward reached a layer")
-        return Result([verdict], [])
+        return Result(CRITERIA.unjudged("depth", "no forward reached a layer"), [])
     first, last = (torch.tensor(ranks[path]) for path in (paths[0], paths[-1]))
-    sentence = (
-        f"The stable rank of what a layer receives is {float(first.mean()):.3g} at the first ({_named(paths[0])}) and "
-        f"{float(last.mean()):.3g} at the last ({_named(paths[-1])}) of {len(paths)} batch norm layers."
-    )
     alone = "there is one batch norm layer alone, so its first is its last" if len(paths) == 1 else ""
-    verdict = judge("depth-rank", (last / first).log2().tolist(), sentence, failed_guard=alone)
-    told = (
-        f"The stable rank of what {_named(paths[0])} receives is {figure(float(first.mean()), 3)}."
-        if alone
-        else verdict.told
-    )
-    return Result([verdict], [_depth_chart(seen, told)], _depth_numbers(seen))
+    verdict = judge(
+        "depth-rank", (last / first).log2().tolist(),
+        "The stable rank of what a layer receives is {first:.3g} at the first ({first_layer}) and {last:.3g} at the "
+        "last ({last_layer}) of {layers} batch norm layers.",
+        failed_guard=alone, first=first.mean(), first_layer=_named(paths[0]), last=last.mean(),
+        last_layer=_named(paths[-1]), layers=len(paths),
+    )  # fmt: skip
+    title = verdict.heading
+    if alone:
+        title = f"The stable rank of what {_named(paths[0])} receives is {known(float(first.mean()), 3)}"
+    return Result([verdict], [_depth_chart(seen, title)], _depth_numbers(seen))
 
 
 def _named(path: str) -> str:
@@ -101,27 +100,27 @@ def _depth_numbers(seen: dict[str, Tensor]) -> Numbers:
     found: Numbers = {}
     for name, values in ends.items():
         cosine = resemblance(values)["cosine"]
-        found[f"mean cosine between examples, {name} layer"] = over_seeds.mean(torch.tensor([cosine]))
-        found[f"mean square of a value, {name} layer"] = over_seeds.mean(values.square().mean().reshape(1))
+        found[f"mean cosine between examples, {name} layer"] = paired_seeds.mean(torch.tensor([cosine]))
+        found[f"mean square of a value, {name} layer"] = paired_seeds.mean(values.square().mean().reshape(1))
     return found
 
 
-def _depth_chart(seen: dict[str, Tensor], sentence: str) -> Chart:
+def _depth_chart(seen: dict[str, Tensor], title: str) -> Chart:
     panels = {
         "stable rank": lambda values: resemblance(values)["stable_rank"],
         "mean square": lambda values: float(values.square().mean()),
     }
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for panel, read in panels.items():
         for depth, values in enumerate(seen.values(), start=1):
             y = read(values)
             if 0 < y < float("inf"):
-                rows.append({"x": depth, "y": over_seeds.figures(y), "series": "received", "panel": panel})
+                rows.append({"x": depth, "y": paired_seeds.figures(y), "series": "received", "panel": panel})
     return Chart(
         "lines",
-        sentence.rstrip("."),
+        title,
         "Stable rank and mean square of what each batch norm layer receives, against its place in the forward, log "
-        f"scale. {sentence}",
+        f"scale. {title}.",
         rows,
         Axis("batch norm layer, in the order of the forward"),
         Axis("stable rank; mean square", log=True),
@@ -151,16 +150,18 @@ def measure_census(model: nn.Module, seeds: Sequence[int]) -> Result:
     """Gamma, beta and dead channels of every layer, read and not estimated."""
     stored = {path: layer for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
     if not stored:
-        failed = "the batch norm layers store no statistics"
-        return Result([judge("census-dead", [], "it could not be read.", failed_guard=failed)], [])
+        return Result(CRITERIA.unjudged("census", "the batch norm layers store no statistics"), [])
     layers = Layers(stored)
     found = census(layers, Snapshot.of(layers))
     dead = found["dead"]
     worst = int(dead.argmax())
-    sentence = f"{float(dead.mean()):.1%} of channels are dead, mean over {counted(len(stored), 'layer')}"
-    sentence += f"; most at {_named(layers.names[worst])}, {float(dead[worst]):.1%}." if float(dead[worst]) else "."
     # one model has one value: it is read, so its interval has no width
-    verdict = judge("census-dead", [float(dead.mean())] * len(seeds), sentence)
+    verdict = judge(
+        "census-dead", [float(dead.mean())] * len(seeds),
+        "{dead:.1%} of channels are dead, mean over {layers}"
+        + ("; most at {worst}, {most:.1%}." if dead.any() else "."),
+        dead=dead.mean(), layers=counted(len(stored), "layer"), worst=_named(layers.names[worst]), most=dead[worst],
+    )  # fmt: skip
     numbers: Numbers = {
         "median |gamma|, smallest and largest over layers": _range(found["gamma"]),
         "median beta, smallest and largest over layers": _range(found["beta"]),
@@ -170,14 +171,14 @@ def measure_census(model: nn.Module, seeds: Sequence[int]) -> Result:
 
 
 def _range(values: Tensor) -> str:
-    return f"{float(values.min()):.3g} to {float(values.max()):.3g}".replace("-", "−")
+    return in_words("{least:.3g} to {most:.3g}", least=values.min(), most=values.max())
 
 
 def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
     kept = torch.linspace(0, len(names) - 1, min(_LAYERS, len(names))).round().long().unique()
     role: dict[str, Role] = {"gamma": "with"}
-    found = f"The median |gamma| of a layer lies between {figure(float(gamma.min()))} and {figure(float(gamma.max()))}"
-    rows = [{"label": _named(names[i]), "value": over_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
+    found = f"The median |gamma| of a layer lies between {known(float(gamma.min()))} and {known(float(gamma.max()))}"
+    rows = [{"label": _named(names[i]), "value": paired_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
     return Chart("dots", found, f"Median |gamma| by layer. {found}.", rows, Axis("median |gamma|"), None, role)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import altair as alt
 
-    from batchnorm.lecture.claim import Chart
+    from batchnorm.experiment.chart_data import Chart
 
     Row = Mapping[str, Any]
 
@@ -98,7 +98,7 @@ def _draw(frame: _Frame, rows: Sequence[Row], width: int, height: int) -> alt.La
 
 
 def _config() -> alt.Config:
-    """Settings of all drawings; the font is close in width to the page's, which replaces it."""
+    """RunSettings of all drawings; the font is close in width to the page's, which replaces it."""
     import altair as alt
 
     labels = {"labelColor": "var(--muted)", "labelFontSize": 11, "labelPadding": 4, "tickSize": 4}

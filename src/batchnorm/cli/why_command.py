@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from batchnorm.ablation.answers import Answers
     from batchnorm.ablation.user_model import Subject
-    from batchnorm.lecture.claim import Settings, Verdict
-    from batchnorm.lecture.verdicts import Outcome, Verdicts
+    from batchnorm.experiment.judgement import Verdict
+    from batchnorm.experiment.outcomes import ClaimOutcome, Verdicts
+    from batchnorm.experiment.run_settings import RunSettings
 
 FULL_SEEDS = 20
 _GLYPHS = {"SUPPORTED": "✓", "NOT SUPPORTED": "–", "OPPOSITE": "✗", "INVALID": "?"}
@@ -148,26 +149,26 @@ def _check_output(output: Path, *, interactive: bool) -> None:
 
 
 def _lecture(names: tuple[str, ...], seed: int, seeds: int, talk: Talk, *, quiet: bool) -> Verdicts:
-    from batchnorm.lecture.claim import Settings
+    from batchnorm.experiment.run_settings import RunSettings
 
-    settings = Settings(seed, seeds)
+    settings = RunSettings(seed, seeds)
     names = tuple(name for name in NAMES if name in names) or NAMES
     return _run_claims(names, settings, talk, _command(names, settings), quiet=quiet)
 
 
-def _command(names: Iterable[str], settings: Settings) -> str:
+def _command(names: Iterable[str], settings: RunSettings) -> str:
     """The shortest command line that repeats the numbers of this run."""
     claims = "" if tuple(names) == NAMES else "".join(f" --claim {name}" for name in names)
     return f"batchnorm why{claims} --seed {settings.seed} --seeds {settings.seeds}"
 
 
-def _run_claims(names: tuple[str, ...], settings: Settings, talk: Talk, command: str, *, quiet: bool) -> Verdicts:
+def _run_claims(names: tuple[str, ...], settings: RunSettings, talk: Talk, command: str, *, quiet: bool) -> Verdicts:
     from batchnorm import lecture
-    from batchnorm.lecture.criteria import VERSION
-    from batchnorm.lecture.verdicts import Verdicts
+    from batchnorm.lecture.claim_criteria import CRITERIA
+    from batchnorm.lecture.verdicts import LectureVerdicts
 
     claims = "1 claim" if len(names) == 1 else f"{len(names)} claims"
-    talk.print(f"{claims}, {settings.seeds} seeds each, criteria version {VERSION} (set before the runs)\n")
+    talk.print(f"{claims}, {settings.seeds} seeds each, criteria version {CRITERIA.version} (set before the runs)\n")
     outcomes = []
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("", total=len(names))
@@ -177,14 +178,14 @@ def _run_claims(names: tuple[str, ...], settings: Settings, talk: Talk, command:
             outcome = lecture.run(name, settings, lambda share, done=done: bar.update(task, completed=done + share))
             talk.print(Padding(_line(outcome.main, f"{outcome.seconds:.0f} s"), (0, 0, 1, 2)))
             outcomes.append(outcome)
-    return Verdicts(settings, outcomes, command)
+    return LectureVerdicts(settings, outcomes, command)
 
 
 def _announce(name: str, talk: Talk) -> None:
-    from batchnorm.lecture.criteria import criteria_of
+    from batchnorm.lecture.claim_criteria import CRITERIA
 
     talk.print(f"[bold]{name}[/bold]")
-    for criterion in criteria_of(name):
+    for criterion in CRITERIA.of(name):
         talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
 
 
@@ -317,16 +318,16 @@ def _checkpoint(asked: _Asked, subject: Subject) -> Any:
 
 
 def _announce_questions(talk: Talk) -> None:
-    from batchnorm.ablation.criteria import CRITERIA, VERSION
+    from batchnorm.ablation.question_criteria import CRITERIA
 
-    talk.print(f"criteria version {VERSION}, set before the runs:\n")
+    talk.print(f"criteria version {CRITERIA.version}, set before the runs:\n")
     for criterion in CRITERIA.values():
         if not criterion.key.startswith(("depth", "census")):
             talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
     talk.print()
 
 
-def _say(outcome: Outcome, talk: Talk) -> None:
+def _say(outcome: ClaimOutcome, talk: Talk) -> None:
     talk.print(f"[bold]{outcome.claim.name}[/bold]")
     for verdict in outcome.result.verdicts:
         talk.print(Padding(_line(verdict, ""), (0, 0, 0, 2)))
@@ -358,7 +359,7 @@ def _show(verdicts: Verdicts, output_format: str) -> None:
         Talk(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{escape(verdicts.headline)}[/bold]", second)
 
 
-def _table(outcomes: Iterable[Outcome]) -> Table:
+def _table(outcomes: Iterable[ClaimOutcome]) -> Table:
     table = Table("criterion", "verdict", "measured", box=SIMPLE, expand=False)
     for outcome in outcomes:
         for verdict in outcome.result.verdicts:

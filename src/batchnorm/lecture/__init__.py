@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from batchnorm.lecture.claim import Claim, Progress, Settings
-    from batchnorm.lecture.verdicts import Outcome
+    from batchnorm.experiment.claim import Claim
+    from batchnorm.experiment.outcomes import ClaimOutcome
+    from batchnorm.experiment.run_settings import Progress, RunSettings
 
 # In the lecture's order, with the module of each, which imports torch, and so is loaded when the claim runs.
 _MODULES = {
@@ -38,15 +39,15 @@ def load(name: str) -> Claim:
     return import_module(f"{__name__}.claims.{_MODULES[name]}").CLAIM
 
 
-def run(name: str, settings: Settings, progress: Progress = lambda _: None) -> Outcome:
+def run(name: str, settings: RunSettings, progress: Progress = lambda _: None) -> ClaimOutcome:
     """Run one claim's experiment and time it."""
-    from batchnorm.lecture.verdicts import Outcome
+    from batchnorm.experiment.outcomes import ClaimOutcome
 
     start = time.perf_counter()
     claim = load(name)
     with _one_thread():
         result = claim.run(settings, progress)
-    return Outcome(claim, result, time.perf_counter() - start)
+    return ClaimOutcome(claim, result, time.perf_counter() - start)
 
 
 @contextmanager

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from batchnorm.lecture import over_seeds
 
 if TYPE_CHECKING:
     from batchnorm.lecture.data_sets import Examples
@@ -31,41 +28,6 @@ def accuracies(logits: Tensor, y: Tensor) -> Tensor:
     """Share of examples whose largest logit is their class: logits (R, N, K), classes (R, N) or (N,) -> (R,)."""
     finite = logits.isfinite().all(-1)  # argmax of NaN is a class, but no answer
     return ((logits.argmax(-1) == y) & finite).float().mean(1)
-
-
-def first_step(reached: Tensor, steps: Tensor) -> Tensor:
-    """First of ``steps``, (T,), at which something was reached, (T, ...) -> (...); infinity where it never was."""
-    return torch.where(reached.any(0), steps[reached.float().argmax(0)].float(), torch.inf)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arrival:
-    """When the seeds of an arm reached a target.
-
-    Args:
-        first: Each seed's steps to it, (seeds,); infinity for one that never did.
-        last: The last step of the run.
-    """
-
-    first: Tensor
-    last: int
-
-    @property
-    def steps(self) -> Tensor:
-        """Each seed's steps; one that never arrived counts with the last, (seeds,), so ratios are bounds."""
-        return self.first.clamp_max(self.last)
-
-    @property
-    def late(self) -> int:
-        """Number of seeds that never arrived."""
-        return int(self.first.isinf().sum())
-
-    def __str__(self) -> str:
-        """The median in words, such as "80", "more than 300" or "80 (1 of 5 seeds never)"."""
-        median = over_seeds.median(self.first)
-        if median.isinf():
-            return f"more than {self.last}"
-        return f"{median:g}" + (f" ({self.late} of {len(self.first)} seeds never)" if self.late else "")
 
 
 def sgd(

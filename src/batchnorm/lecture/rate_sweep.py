@@ -9,10 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.paired_seeds import Arrival, first_step
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import data_sets, over_seeds
-from batchnorm.lecture.claim import Settings
-from batchnorm.lecture.ensemble_training import Arrival, accuracies, first_step, losses, sgd
+from batchnorm.lecture import data_sets
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -50,7 +52,7 @@ class Sweep:
 
     def best_rate(self) -> int:
         """Index of the rate with the least median steps to TARGET; if none arrives, the most accurate."""
-        median = over_seeds.median(self.steps_to(TARGET), 0)
+        median = paired_seeds.median(self.steps_to(TARGET), 0)
         return int(median.argmin()) if median.isfinite().any() else int(self.accuracy[-1].mean(0).argmax())
 
     def best(self) -> Arrival:
@@ -73,7 +75,7 @@ def digits() -> data_sets.Examples:
     return data_sets.Examples(raw.x / 16, raw.y)
 
 
-def training_indices(settings: Settings, steps: int, *, batch: int = BATCH) -> Tensor:
+def training_indices(settings: RunSettings, steps: int, *, batch: int = BATCH) -> Tensor:
     """Each seed's mini-batches from its own training split, (seeds, steps, batch); the same for every arm."""
     return torch.stack(
         [data_sets.batch_indices(training_split(seed), batch, steps, seed) for seed in settings.all_seeds]
@@ -85,13 +87,13 @@ def training_split(seed: int) -> Tensor:
     return data_sets.split(len(digits()), TRAIN, seed)[0]
 
 
-def probe_indices(settings: Settings, count: int = PROBE) -> Tensor:
+def probe_indices(settings: RunSettings, count: int = PROBE) -> Tensor:
     """A fixed set of each seed's training examples, (seeds, count)."""
     return torch.stack([training_split(seed)[:count] for seed in settings.all_seeds])
 
 
 @cache
-def sweep(settings: Settings, activation: str, norm: Norm | None) -> Sweep:
+def sweep(settings: RunSettings, activation: str, norm: Norm | None) -> Sweep:
     """Train the five-layer network at every rate of RATES; all seeds and rates run as one program."""
     rates = torch.tensor(RATES).repeat(settings.seeds)
     ensemble = Ensemble.of(lambda: fully_connected(SIZES, activation, norm), settings.all_seeds, repeat=len(RATES))

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.adaptation import Adapter, Statistics
+from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm2d, batch_norms
 from batchnorm.lecture import data_sets
-from batchnorm.lecture.claim import Settings
 from batchnorm.lecture.networks import Norm
 from batchnorm.lecture.painted_cats import PAINTINGS, paint, with_share
 from batchnorm.moments import Moments
@@ -70,7 +70,7 @@ class Findings:
         return float(self[key].mean())
 
 
-def measure(settings: Settings, tick: Callable[[], None]) -> Findings:
+def measure(settings: RunSettings, tick: Callable[[], None]) -> Findings:
     """Both arms of every seed trained on black cats and tested on every shift.
 
     Args:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.ablation.arms import SCALED, WITH, WITHOUT
-from batchnorm.ablation.criteria import judge
+from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, curves, versus, wide_axis
 from batchnorm.ablation.user_data import Data, inputs_of
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Chart, Claim, Result, Role, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Chart, Role
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
 from batchnorm.moments import Moments
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 _FEATURES = 4096  # at most so many, for their covariance
 _SHOWN = 16  # features in the chart
 _HUGE = 1e9  # ratios from here on are told by their power of ten
-
-Numbers = dict[str, float | int | str | None]
 
 
 def inputs(data: Data) -> Tensor | None:
@@ -48,7 +48,7 @@ def measure(study: Study) -> Result:
         verdicts.append(versus(study.grid, "scale-instead", SCALED, WITH))
     if SCALED in study.grid.losses:
         roles: dict[str, Role] = {WITH: "with", WITHOUT: "without", SCALED: "without"}
-        charts.append(curves(study.grid.versus(WITHOUT, SCALED), roles, verdicts[0].told))
+        charts.append(curves(study.grid.versus(WITHOUT, SCALED), roles, verdicts[0]))
     if x is not None and x.shape[1] > 1:
         found = spread(x, study.plan.all_seeds)
         verdicts, charts = [*verdicts, *found.verdicts], [*charts, *found.charts]
@@ -61,25 +61,21 @@ def spread(x: Tensor, seeds: range) -> Result:
     whole = Moments.of(x)
     halves = [_ratio(Moments.of(x[_half(len(x), seed)])) for seed in seeds]
     sds = whole.std[whole.var > 0]
-    noun = "features" if x.ndim == 2 else "channels"
-    failed = "" if len(sds) else f"none of the {len(whole.mean)} {noun} has a finite variance above 0"
-    sentence = (
-        f"The standard deviations of the {len(whole.mean)} {noun} lie between {_least(sds):.3g} and "
-        f"{float(sds.max()) if len(sds) else 0:.3g} ({_many(_ratio(whole))} times)."
-    )
-    verdict = judge("scale-spread", torch.tensor(halves).log10().tolist(), sentence, failed_guard=failed)
-    numbers: Numbers = {f"{noun} that never vary": int((whole.var == 0).sum())}
-    numbers |= _conditions(x)
-    return Result([verdict], [_spread_chart(whole, noun, verdict.told)], numbers)
+    noun = "feature" if x.ndim == 2 else "channel"
+    failed = "" if len(sds) else f"none of the {len(whole.mean)} {noun}s has a finite variance above 0"
+    verdict = judge(
+        "scale-spread", torch.tensor(halves).log10().tolist(),
+        "The standard deviations of the {count} {noun}s lie between {least:.3g} and {most:.3g} ({ratio} times).",
+        failed_guard=failed, count=len(whole.mean), noun=noun, ratio=_many(_ratio(whole)),
+        least=sds.min() if len(sds) else 0.0, most=sds.max() if len(sds) else 0.0,
+    )  # fmt: skip
+    numbers: Numbers = {f"{noun}s that never vary": int((whole.var == 0).sum()), **_conditions(x)}
+    return Result([verdict], [_spread_chart(whole, noun, verdict)], numbers)
 
 
 def _many(ratio: float) -> str:
     """A ratio that may be huge, to three digits."""
     return f"{float(f'{ratio:.3g}'):,.0f}" if 1000 <= ratio < _HUGE else f"{ratio:.3g}"
-
-
-def _least(sds: Tensor) -> float:
-    return float(sds.min()) if len(sds) else 0.0
 
 
 def _half(count: int, seed: int) -> Tensor:
@@ -110,15 +106,15 @@ def _conditions(x: Tensor) -> Numbers:
     moments = Moments.of(flat)
     z = (flat.double() - moments.mean) / torch.where(moments.var > 0, moments.std, 1)
     pair = {"as they are": condition(flat), "normalized": condition(z)}
-    return {f"condition number of {what}, {name}": over_seeds.figures(value, 3) for name, value in pair.items()}
+    return {f"condition number of {what}, {name}": paired_seeds.figures(value, 3) for name, value in pair.items()}
 
 
-def _spread_chart(moments: Moments, noun: str, sentence: str) -> Chart:
+def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
     order = moments.std.argsort(descending=True)
     order = order[moments.var[order] > 0]
     kept = torch.linspace(0, max(len(order) - 1, 0), min(_SHOWN, len(order))).round().long().unique()
     rows = [
-        {"label": f"{noun[:-1]} {int(i)}", "value": over_seeds.figures(moments.std[i]), "series": "sd"}
+        {"label": f"{noun} {int(i)}", "value": paired_seeds.figures(moments.std[i]), "series": "sd"}
         for i in order[kept]
     ]
     selected = (
@@ -126,10 +122,10 @@ def _spread_chart(moments: Moments, noun: str, sentence: str) -> Chart:
     )
     return Chart(
         "dots",
-        sentence.rstrip("."),
-        f"Standard deviation of input {noun}{selected}. {sentence}",
+        verdict.heading,
+        f"Standard deviation of input {noun}s{selected}. {verdict.told}",
         rows,
-        wide_axis(f"standard deviation of the input {noun}", rows),
+        wide_axis(f"standard deviation of the input {noun}s", rows),
         None,
         {"sd": "neutral"},
     )

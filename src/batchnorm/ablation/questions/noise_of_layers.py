@@ -10,19 +10,20 @@ averaged over the values z of the batch; for M independent normal values it is 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.ablation.criteria import judge
+from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions.speed_and_rates import wide_axis
 from batchnorm.ablation.user_data import examples_in
 from batchnorm.ablation.user_model import kept_buffers, own_statistics, received
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Result
-from batchnorm.lecture.verdict import minus
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
 
 if TYPE_CHECKING:
     from batchnorm.ablation.study import Study
@@ -32,6 +33,10 @@ _EXAMPLES = 512  # that batches are drawn from
 _DRAWS = 128  # batches of each size
 _SMALLEST, _LARGEST = 4, 256
 _LAYERS = 16  # in the chart by layer
+
+# What a verdict says of the noise, and how a card quotes it
+POWER = "is {also}{power:.2g} in batches of {size}"
+NOISE = POWER + ", as much as dropout at {dropout:.1%}; it goes as batch size to the power {slope:.2f}"
 
 Parts = tuple[Tensor, Tensor]  # m_i and v_i of every example and channel, (N, C) each
 
@@ -109,14 +114,9 @@ def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int])
     paths = [path for path in each[0] if all(path in found for found in each)]
     if not paths or len(measured) < 2:
         reason = "no layer normalizes by its batch" if not paths else f"only {examples} examples were given"
-        return unmeasured(reason)
+        return Result(CRITERIA.unjudged("noise", reason), [])
     stacked = torch.stack([torch.stack([found[path] for path in paths]) for found in each])  # (seeds, layers, sizes)
     return _result(subject, stacked, paths, measured)
-
-
-def unmeasured(reason: str) -> Result:
-    """No verdict, and why."""
-    return Result([judge("noise-slope", [], "", failed_guard=reason)], [])
 
 
 def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Sequence[int]) -> Result:
@@ -124,31 +124,28 @@ def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Seq
     slopes = [slope(values, measured) for values in whole]
     at = min(measured, key=lambda size: abs(size - subject.data.size))
     own = whole[:, measured.index(at)].mean()
-    smallest = f"{float(whole[:, 0].mean()):.2g} in batches of {measured[0]} and " if at != measured[0] else ""
-    sentence = (
-        f"The noise power is {smallest}{float(own):.2g} in batches of {at}, as much as dropout at "
-        f"{float(own / (1 + own)):.1%}; it goes as batch size to the power {sum(slopes) / len(slopes):.2f}."
-    )
-    verdict = judge("noise-slope", slopes, sentence)
-    numbers: dict[str, float | int | str | None] = {}
+    verdict = judge(
+        "noise-slope", slopes, f"The noise power {NOISE}.", power=own, size=at, dropout=own / (1 + own),
+        also=f"{float(whole[:, 0].mean()):.2g} in batches of {measured[0]} and " if at != measured[0] else "",
+        slope=sum(slopes) / len(slopes),
+    )  # fmt: skip
+    numbers: Numbers = {}
     for index, size in enumerate(measured):
         mean = float(whole[:, index].mean())
-        numbers[f"batches of {size}, dropout with the same noise power, %"] = over_seeds.figures(
+        numbers[f"batches of {size}, dropout with the same noise power, %"] = paired_seeds.figures(
             100 * mean / (1 + mean), 3
         )
-    return Result([verdict], [_chart(whole, measured, sentence), _layer_chart(found, paths, measured, at)], numbers)
+    return Result([verdict], [_chart(whole, measured, verdict), _layer_chart(found, paths, measured, at)], numbers)
 
 
-def _chart(whole: Tensor, measured: Sequence[int], sentence: str) -> Chart:
-    rows: list[dict[str, Any]] = over_seeds.curve(
-        measured, whole.T, middle=torch.mean, positive=True, series="measured"
-    )
-    rows += [{"x": m, "y": over_seeds.figures(1.5 / m), "series": "1.5 / M"} for m in measured]
+def _chart(whole: Tensor, measured: Sequence[int], verdict: Verdict) -> Chart:
+    rows = paired_seeds.curve(measured, whole.T, middle=torch.mean, positive=True, series="measured")
+    rows += [{"x": m, "y": paired_seeds.figures(1.5 / m), "series": "1.5 / M"} for m in measured]
     return Chart(
         "points",
-        minus(sentence.rstrip(".")),
+        verdict.heading,
         "Noise power against batch size, both on log scales: points with the range over seeds are measured, mean over "
-        f"layers; the dashed line is that of M independent normal values. {sentence}",
+        f"layers; the dashed line is that of M independent normal values. {verdict.sentence}",
         rows,
         Axis("batch size M", log=True),
         Axis("noise power, in variances of the value", log=True),
@@ -160,7 +157,9 @@ def _chart(whole: Tensor, measured: Sequence[int], sentence: str) -> Chart:
 def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], at: int) -> Chart:
     values = found[:, :, measured.index(at)].mean(0)  # (layers,)
     kept = torch.linspace(0, len(paths) - 1, min(_LAYERS, len(paths))).round().long().unique()
-    rows = [{"label": paths[i] or "the layer", "value": over_seeds.figures(values[i]), "series": "noise"} for i in kept]
+    rows = [
+        {"label": paths[i] or "the layer", "value": paired_seeds.figures(values[i]), "series": "noise"} for i in kept
+    ]
     worst = int(values.argmax())
     most = f"In batches of {at} the noise is largest at {paths[worst] or 'the layer'}: {float(values[worst]):.2g}"
     return Chart(
@@ -174,7 +173,7 @@ def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], a
     )
 
 
-def claim(run: Any, of_what: str) -> Claim:
+def claim(run: Callable[[], Result], of_what: str) -> Claim:
     """The question about noise, of trained models or of one as it is."""
     return Claim(
         name="noise",
@@ -205,6 +204,6 @@ def noise(study: Study) -> Claim:
     seeds = study.plan.all_seeds
 
     def run() -> Result:
-        return unmeasured(failed) if failed else measure(study.subject, models, seeds)
+        return Result(CRITERIA.unjudged("noise", failed), []) if failed else measure(study.subject, models, seeds)
 
     return claim(run, "Your model as trained with batch norm, for each seed")

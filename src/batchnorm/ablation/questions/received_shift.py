@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
-from batchnorm.ablation.criteria import counted, figure, judge, times
+from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Result, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Rows
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.figures_in_words import counted, known
+from batchnorm.experiment.judgement import Verdict
 
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import Watched
@@ -26,11 +29,11 @@ def measure(study: Study) -> Result:
     verdict = _judge(study)
     charts = [chart for chart in (_by_layer(study), _over_time(study)) if chart.rows]
     rate = study.plan.rates[study.grid.shared()]
-    numbers: dict[str, float | int | str | None] = {"equal learning rate": rate}
+    numbers: Numbers = {"equal learning rate": rate}
     for arm in PAIR:
         floor = [torch.tensor([*w.floor.values()]).mean() for w in study.equal(arm) if w.floor]
         if floor:
-            numbers[f"noise floor {CALLED[arm]}, sd"] = over_seeds.mean(torch.stack(floor))
+            numbers[f"noise floor {CALLED[arm]}, sd"] = paired_seeds.mean(torch.stack(floor))
     return Result([verdict], charts, numbers)
 
 
@@ -43,14 +46,13 @@ def _judge(study: Study) -> Verdict:
         return judge("shift-drift", [], "", failed_guard=failed)
     plain, normed = (_averages(study.equal(arm)) for arm in PAIR)
     ratio = plain / normed
-    every = _apart(study)
-    sentence = (
-        f"What the layers receive moves by {over_seeds.factor(normed):.2g} standard deviations in "
-        f"{counted(every, 'step')} with batch norm, by {over_seeds.factor(plain):.2g} without "
-        f"({times(over_seeds.factor(ratio))} times as much), both at the rate "
-        f"{study.plan.rates[study.grid.shared()]:g}."
-    )
-    return judge("shift-drift", ratio.log2().tolist(), sentence)
+    return judge(
+        "shift-drift", ratio.log2().tolist(),
+        "What the layers receive moves by {normed:.2g} standard deviations in {steps} with batch norm, by {plain:.2g} "
+        "without ({ratio:times} times as much), both at the rate {rate:g}.",
+        normed=paired_seeds.factor(normed), steps=counted(_apart(study), "step"), plain=paired_seeds.factor(plain),
+        ratio=paired_seeds.factor(ratio), rate=study.plan.rates[study.grid.shared()],
+    )  # fmt: skip
 
 
 def _apart(study: Study) -> int:
@@ -67,17 +69,17 @@ def _layers(study: Study) -> list[str]:
 
 
 def _by_layer(study: Study) -> Chart:
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for path in _layers(study):
         for arm in PAIR:
             values = torch.stack([run.moved[path].mean() for run in study.equal(arm)])
             if bool((values > 0).all()) and bool(values.isfinite().all()):
-                row = {"label": path or "the layer", "value": over_seeds.figures(over_seeds.median(values))}
-                extent = {"low": over_seeds.figures(values.min()), "high": over_seeds.figures(values.max())}
+                row = {"label": path or "the layer", "value": paired_seeds.figures(paired_seeds.median(values))}
+                extent = {"low": paired_seeds.figures(values.min()), "high": paired_seeds.figures(values.max())}
                 rows.append(row | extent | {"series": CALLED[arm]})
     less = sum(
-        float(over_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITH)])))
-        < float(over_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITHOUT)])))
+        float(paired_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITH)])))
+        < float(paired_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITHOUT)])))
         for path in _layers(study)
     )
     found = f"{less} of {len(_layers(study))} layers shown receive values that move less with batch norm"
@@ -93,7 +95,7 @@ def _by_layer(study: Study) -> Chart:
 
 
 def _over_time(study: Study) -> Chart:
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for arm in PAIR:
         runs = study.equal(arm)
         times = min((len(next(iter(run.moved.values()))) for run in runs if run.moved), default=0)
@@ -101,9 +103,9 @@ def _over_time(study: Study) -> Chart:
             continue
         values = torch.stack([torch.stack([d[:times] for d in run.moved.values()]).mean(0) for run in runs], 1)
         steps = runs[0].looked[1 : times + 1]
-        rows += over_seeds.curve(steps, values, positive=True, series=CALLED[arm])
-    plain, normed = (over_seeds.factor(_averages(study.equal(arm))) for arm in PAIR)
-    found = f"Averaged over layers, drift is {figure(plain)} without batch norm and {figure(normed)} with it"
+        rows += paired_seeds.curve(steps, values, positive=True, series=CALLED[arm])
+    plain, normed = (paired_seeds.factor(_averages(study.equal(arm))) for arm in PAIR)
+    found = f"Averaged over layers, drift is {known(plain)} without batch norm and {known(normed)} with it"
     return Chart(
         "lines",
         found,

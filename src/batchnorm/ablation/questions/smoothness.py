@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from batchnorm.ablation.arm_training import MOMENTUM
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
-from batchnorm.ablation.criteria import judge, times
+from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS
 from batchnorm.ablation.study import PAIR, Study
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Result, Role, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Role, Rows
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
 
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import Watched
@@ -25,11 +27,11 @@ _EDGE = "edge of stability"
 def measure(study: Study) -> Result:
     """Beta-hat at the equal rate, and rate × beta-hat at the best rates."""
     verdicts = [_judge(study, "smooth-equal", equal=True), _judge(study, "smooth-best", equal=False)]
-    numbers: dict[str, float | int | str | None] = {}
+    numbers: Numbers = {}
     for at, runs in (("equal rate", study.equal), ("best rate", study.best)):
         for arm in PAIR:
             cosine = torch.cat([run.landscape.cosine for run in runs(arm)])
-            numbers[f"cosine of the gradients before and after a step, {at}, {CALLED[arm]}"] = over_seeds.mean(cosine)
+            numbers[f"cosine of the gradients before and after a step, {at}, {CALLED[arm]}"] = paired_seeds.mean(cosine)
     chart = _chart(study, verdicts)
     return Result(verdicts, [chart], numbers)
 
@@ -46,16 +48,16 @@ def _judge(study: Study, key: str, *, equal: bool) -> Verdict:
     effect = plain - normed
     failed = study.unlearned(equal=equal) or study.unwatched(equal=equal)
     at = f"the equal rate {rates[0]:g}" if equal else f"the best rates {rates[0]:g} without and {rates[1]:g} with"
-    what = "beta-hat" if equal else "rate × beta-hat"
-    sentence = (
-        f"{what} at {at}: {float(plain.mean().exp2()):.2g} without batch norm, {float(normed.mean().exp2()):.2g} with "
-        f"({times(float(effect.mean().exp2()))} times as large without)."
-    )
-    return judge(key, effect.tolist(), sentence, failed_guard=failed)
+    return judge(
+        key, effect.tolist(),
+        "{quantity} at {at}: {plain:.2g} without batch norm, {normed:.2g} with ({ratio:times} times as large without).",
+        failed_guard=failed, quantity="beta-hat" if equal else "rate × beta-hat", at=at, plain=plain.mean().exp2(),
+        normed=normed.mean().exp2(), ratio=effect.mean().exp2(),
+    )  # fmt: skip
 
 
 def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     shared = study.plan.rates[study.grid.shared()]
     best = {arm: study.plan.rates[study.grid.best(arm)] for arm in PAIR}
     panels = {
@@ -67,13 +69,13 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
             times = min(len(run.landscape.beta) for run in runs(arm))
             values = torch.stack([rates[arm] * run.landscape.beta[:times] for run in runs(arm)], 1)
             steps = runs(arm)[0].probed[:times]
-            rows += over_seeds.curve(steps, values, positive=True, series=CALLED[arm], panel=panel)
+            rows += paired_seeds.curve(steps, values, positive=True, series=CALLED[arm], panel=panel)
         rows += [{"x": x, "y": EDGE, "series": _EDGE, "panel": panel} for x in (0, study.plan.steps)]
     shown = {row["series"] for row in rows}
     reference: dict[str, Role] = {_EDGE: "neutral"}
     return Chart(
         "lines",
-        verdicts[1].told.rstrip("."),
+        verdicts[1].heading,
         "Rate × beta-hat, the roughness as a step of that rate meets it, against training steps on a log scale: one "
         f"panel at an equal rate, one at the best rates; the dashed line is {EDGE:.2g}. {verdicts[0].told}",
         rows,

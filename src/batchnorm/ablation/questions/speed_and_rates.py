@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.ablation.arm_training import MOMENTUM
 from batchnorm.ablation.arms import CALLED, ONCE, WITH, WITHOUT
-from batchnorm.ablation.criteria import TARGET, USABLE, judge, times
 from batchnorm.ablation.grid import Grid
+from batchnorm.ablation.question_criteria import TARGET, USABLE, judge
 from batchnorm.ablation.study import PAIR, Study
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Result, Role, Verdict
-from batchnorm.lecture.verdict import minus
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Role, Row, Rows
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.figures_in_words import Figure
+from batchnorm.experiment.judgement import Bound, Verdict
+
+if TYPE_CHECKING:
+    from batchnorm.ablation.user_model import Subject
 
 ROLES: dict[str, Role] = {WITH: "with", WITHOUT: "without", ONCE: "neutral"}
 _POINTS = 60  # of a curve that a chart shows
@@ -29,18 +34,18 @@ def measure(study: Study) -> Result:
     """Steps to the target of all arms."""
     grid, subject, plan = study.grid, study.subject, study.plan
     verdicts = [_judge_steps(grid), versus(grid, "speed-once", ONCE, WITH)]
-    numbers: dict[str, float | int | str | None] = {
-        "training loss at the start": over_seeds.figures(grid.start),
-        "target": over_seeds.figures(grid.target),
+    numbers: Numbers = {
+        "training loss at the start": paired_seeds.figures(grid.start),
+        "target": paired_seeds.figures(grid.target),
     }
     for arm in grid.losses:
         final = grid.final(arm)[:, grid.best(arm)]
         numbers[f"{CALLED[arm]}, best learning rate"] = plan.rates[grid.best(arm)]
-        numbers[f"{CALLED[arm]}, final training loss"] = over_seeds.mean(final)
+        numbers[f"{CALLED[arm]}, final training loss"] = paired_seeds.mean(final)
     for arm in PAIR:
         held = [_held_loss(subject, watched.model) for watched in study.best(arm)]
-        numbers[f"{CALLED[arm]}, held-out loss at the end"] = over_seeds.mean(torch.tensor(held))
-    return Result(verdicts, [curves(grid, ROLES, verdicts[0].told)], numbers)
+        numbers[f"{CALLED[arm]}, held-out loss at the end"] = paired_seeds.mean(torch.tensor(held))
+    return Result(verdicts, [curves(grid, ROLES, verdicts[0])], numbers)
 
 
 def measure_rates(study: Study) -> Result:
@@ -49,7 +54,7 @@ def measure_rates(study: Study) -> Result:
     return Result([verdict], [_usable_chart(study.grid, verdict)])
 
 
-def _held_loss(subject: Any, model: Any) -> float:
+def _held_loss(subject: Subject, model: nn.Module) -> float:
     model.eval()
     with torch.no_grad():
         return float(torch.stack([subject.value(model, batch) for batch in subject.data.held]).mean())
@@ -66,32 +71,38 @@ def effect(grid: Grid) -> list[float]:
     return ratio(grid).log2().tolist() if isfinite(grid.target) else []
 
 
-def told(grid: Grid) -> str:
-    """Both arms' steps in words, and their ratio."""
+def _bound(slower: bool, faster: bool) -> Bound:
+    """What the ratio of two arms is where one of them never arrived, and counts with the last step."""
+    return "" if slower == faster else "at least" if slower else "at most"
+
+
+def judge_steps(grid: Grid, key: str, words: str = "", **figures: Figure) -> Verdict:
+    """Steps of the pair's slower arm against those of its faster one; more words follow."""
     slow, fast = grid.pair
     slower, faster = grid.arrival(slow), grid.arrival(fast)
-    bound = "at least " if slower.late and not faster.late else "at most " if faster.late and not slower.late else ""
     # a median of steps beside a mean of paired ratios, which may differ in direction
-    said = f"seed by seed {bound}{times(over_seeds.factor(ratio(grid)))} times as many"
+    said = "seed by seed {bound}{ratio:times} times as many"
     if slower.late == faster.late == len(slower.first):
         said = "neither arrived"
-    return f"{faster} steps {CALLED[fast]}, {slower} {CALLED[slow]} ({said}) to a training loss of {grid.target:.3g}"
+    return judge(
+        key, effect(grid),
+        f"{{faster}} steps {{fast}}, {{slower}} {{slow}} ({said}) to a training loss of {{target:.3g}}{words}.",
+        bound=_bound(bool(slower.late), bool(faster.late)),
+        failed_guard=grid.unlearned(grid.better, grid.best(grid.better)), faster=str(faster), fast=CALLED[fast],
+        slower=str(slower), slow=CALLED[slow], ratio=paired_seeds.factor(ratio(grid)), target=grid.target, **figures,
+    )  # fmt: skip
 
 
 def versus(grid: Grid, key: str, slow: str, fast: str) -> Verdict:
     """Steps of one arm against another, to the target of these two."""
     if failed := grid.failed.get(slow) or grid.failed.get(fast):
         return judge(key, [], "", failed_guard=failed)
-    grid = grid.versus(slow, fast)
-    failed = grid.unlearned(grid.better, grid.best(grid.better))
-    return judge(key, effect(grid), f"{told(grid)}.", failed_guard=failed)
+    return judge_steps(grid.versus(slow, fast), key)
 
 
 def _judge_steps(grid: Grid) -> Verdict:
     at = " and ".join(f"{_best(grid, arm)} {arm}" for arm in PAIR)
-    sentence = f"{told(grid)}, from {grid.start:.3g}, at the rates {at}."
-    failed = grid.unlearned(grid.better, grid.best(grid.better))
-    return judge("speed-steps", effect(grid), sentence, failed_guard=failed)
+    return judge_steps(grid, "speed-steps", ", from {start:.3g}, at the rates {at}", start=grid.start, at=at)
 
 
 def _best(grid: Grid, arm: str) -> str:
@@ -109,20 +120,19 @@ def largest(grid: Grid, arm: str) -> Tensor:
 def _judge_rates(grid: Grid) -> Verdict:
     found = {arm: largest(grid, arm) for arm in PAIR}
     factor = found[WITH].clamp_min(min(grid.rates)) / found[WITHOUT].clamp_min(min(grid.rates))
-    sentence = (
-        f"The largest learning rate that ends at a training loss of {grid.usable:.3g} or less is "
-        f"{_rate(found[WITH], grid)} with batch norm, {_rate(found[WITHOUT], grid)} without (medians over seeds)."
-    )
-    failed = grid.unlearned(grid.better, grid.best(grid.better))
-    some = {arm: bool((rates > 0).all()) for arm, rates in found.items()}
-    if some[WITH] != some[WITHOUT]:
-        bound = "at least" if some[WITH] else "at most"
-        sentence = f"{sentence.rstrip('.')}; so {bound} {times(over_seeds.factor(factor))} times as large."
-    return judge("rates-largest", factor.log2().tolist(), sentence, failed_guard=failed)
+    none = {arm: bool((rates == 0).any()) for arm, rates in found.items()}
+    bound = _bound(none[WITHOUT], none[WITH])
+    return judge(
+        "rates-largest", factor.log2().tolist(),
+        "The largest learning rate that ends at a training loss of {usable:.3g} or less is {normed} with batch norm, "
+        "{plain} without (medians over seeds)" + ("; so {bound}{ratio:times} times as large." if bound else "."),
+        bound=bound, failed_guard=grid.unlearned(grid.better, grid.best(grid.better)), usable=grid.usable,
+        normed=_rate(found[WITH], grid), plain=_rate(found[WITHOUT], grid), ratio=paired_seeds.factor(factor),
+    )  # fmt: skip
 
 
 def _rate(rates: Tensor, grid: Grid) -> str:
-    median = float(over_seeds.median(rates))
+    median = float(paired_seeds.median(rates))
     if not median:
         return "none of the grid"
     return f"{median:.3g}" + (" (the grid's largest)" if median >= max(grid.rates) * 0.999 else "")
@@ -138,28 +148,30 @@ def loss_axis(grid: Grid, values: Sequence[float]) -> Axis:
     return Axis("training loss", domain=(min(0.0, low), top) if top > low else None)
 
 
-def wide_axis(title: str, rows: Sequence[Mapping[str, Any]]) -> Axis:
+def wide_axis(title: str, rows: Sequence[Row]) -> Axis:
     """The value axis of a chart of dots: logarithmic where the values span much."""
     values = [row["value"] for row in rows]
     return Axis(title, log=bool(values) and min(values) > 0 and max(values) > _SPAN * min(values))
 
 
-def curves(grid: Grid, roles: dict[str, Role], title: str) -> Chart:
+def curves(grid: Grid, roles: dict[str, Role], verdict: Verdict) -> Chart:
     """Smoothed training loss of some arms against steps, each at its best rate."""
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for arm in filter(grid.losses.__contains__, roles):
         smooth = grid.smooth(arm)[:, grid.best(arm)].T  # (times, seeds)
         kept = torch.linspace(0, len(smooth) - 1, min(_POINTS, len(smooth))).round().long().unique()
         steps = (kept + grid.window).tolist()
-        rows += over_seeds.curve(steps, smooth[kept], series=CALLED[arm])
+        rows += paired_seeds.curve(steps, smooth[kept], series=CALLED[arm])
     if isfinite(grid.target):
-        rows += [{"x": x, "y": over_seeds.figures(grid.target), "series": "target"} for x in (grid.window, grid.steps)]
+        rows += [
+            {"x": x, "y": paired_seeds.figures(grid.target), "series": "target"} for x in (grid.window, grid.steps)
+        ]
     shown = {row["series"] for row in rows}
     return Chart(
         "lines",
-        minus(title.rstrip(".")),
+        verdict.heading,
         "Training loss against steps, each arm at its best learning rate, with bands over all seeds; the dashed line "
-        f"is the target. {title}",
+        f"is the target. {verdict.told}",
         rows,
         Axis("training step"),
         loss_axis(grid, [row.get("low", row["y"]) for row in rows]),
@@ -169,16 +181,16 @@ def curves(grid: Grid, roles: dict[str, Role], title: str) -> Chart:
 
 
 def _usable_chart(grid: Grid, verdict: Verdict) -> Chart:
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for arm in PAIR:
-        rows += over_seeds.curve(grid.rates, grid.final(arm).T, series=CALLED[arm])
+        rows += paired_seeds.curve(grid.rates, grid.final(arm).T, series=CALLED[arm])
     ends = (min(grid.rates), max(grid.rates))
     if isfinite(grid.usable):
-        rows += [{"x": rate, "y": over_seeds.figures(grid.usable), "series": "usable"} for rate in ends]
+        rows += [{"x": rate, "y": paired_seeds.figures(grid.usable), "series": "usable"} for rate in ends]
     shown = {row["series"] for row in rows}
     return Chart(
         "points",
-        verdict.told.rstrip("."),
+        verdict.heading,
         "Final training loss against the learning rate on a log scale, one point with its range over seeds for each "
         "arm and rate; a point that is missing diverged in a seed. Below the dashed line a rate is usable. "
         f"{verdict.told}",

@@ -8,20 +8,22 @@ population   exact statistics of the training data under the final weights (reca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from batchnorm.ablation.criteria import judge, share
+from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.user_data import examples_in, first_examples, is_rows, joined, regrouped, take
 from batchnorm.ablation.user_model import first_tensor, kept_buffers, own_statistics
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Result
-from batchnorm.lecture.verdict import minus
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Rows
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
@@ -34,7 +36,7 @@ SMALL = 4
 _SIZES = (SMALL, 16, 64)
 _POPULATION = 512  # training examples that exact statistics are measured on, at most: a pass for every layer
 _ALONE = 16  # examples that go through the model one at a time
-_HELD = 512  # held-out examples at most
+_STORED = ("running averages (eval mode)", "population statistics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,26 +144,19 @@ def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int])
     """One model for each seed, or one model with one division into batches for each seed."""
     found = [read(subject, models[n % len(models)], seed) for n, seed in enumerate(seeds)]
     verdicts = [_judge_small(found), _judge_stored(found), _judge_alone(found)]
-    numbers: dict[str, float | int | str | None] = {}
+    numbers: Numbers = {}
     for name, readings in _by_name(found).items():
-        numbers[f"held-out loss by {name}"] = over_seeds.figures(_average([r.loss for r in readings]))
+        numbers[f"held-out loss by {name}"] = paired_seeds.figures(_average([r.loss for r in readings]))
         right = [r.accuracy for r in readings if r.accuracy is not None]
         if len(right) == len(readings):
-            numbers[f"held-out accuracy by {name}, %"] = over_seeds.figures(100 * _average(right))
-    return Result(verdicts, [_chart(found, verdicts[0].told)] if _by_name(found) else [], numbers)
-
-
-def unmeasured(reason: str) -> Result:
-    """No verdicts, and why."""
-    keys = ("test-time-small", "test-time-stored", "test-time-alone")
-    return Result([judge(key, [], "", failed_guard=reason) for key in keys], [])
+            numbers[f"held-out accuracy by {name}, %"] = paired_seeds.figures(100 * _average(right))
+    return Result(verdicts, [_chart(found, verdicts[0])] if _by_name(found) else [], numbers)
 
 
 def _by_name(found: list[Readings]) -> dict[str, list[Reading]]:
     """Readings of every kind of statistics that all models have."""
     names = {f"batches of {size}": [r.batch.get(size) for r in found] for size in sorted(found[0].batch)}
-    names["running averages (eval mode)"] = [r.stored for r in found]
-    names["population statistics"] = [r.population for r in found]
+    names |= dict(zip(_STORED, ([r.stored for r in found], [r.population for r in found]), strict=True))
     whole = {name: [r for r in readings if r is not None] for name, readings in names.items()}
     return {name: readings for name, readings in whole.items() if len(readings) == len(found)}
 
@@ -198,58 +193,58 @@ def _said(reading: list[Reading | None]) -> str:
     return f"{_average([r.loss for r in known]):.3g}{correct}"
 
 
-def _judge_small(found: list[Readings]) -> Any:
+def _judge_small(found: list[Readings]) -> Verdict:
     small = [r.batch.get(SMALL) for r in found]
     values = _relative(found, small)
     failed = _unrelated(found, small)
     if any(r is None for r in small):
         failed = f"held-out examples cannot be put into batches of {SMALL}, or no statistics are stored"
-    sentence = (
-        f"Held-out loss {_said([r.population for r in found])} by population statistics, {_said(small)} by those of "
-        f"batches of {SMALL}."
-    )
-    return judge("test-time-small", values, sentence, failed_guard=failed)
+    return judge(
+        "test-time-small", values,
+        "Held-out loss {population} by population statistics, {own} by those of batches of {size}.",
+        failed_guard=failed, population=_said([r.population for r in found]), own=_said(small), size=SMALL,
+    )  # fmt: skip
 
 
-def _judge_stored(found: list[Readings]) -> Any:
+def _judge_stored(found: list[Readings]) -> Verdict:
     values = _relative(found, [r.stored for r in found])
     failed = _unrelated(found, [r.stored for r in found])
     if any(r.stored is None for r in found):
         failed = "the batch norm layers store no statistics of their own"
-    sentence = (
-        f"Held-out loss {_said([r.stored for r in found])} by running averages, "
-        f"{_said([r.population for r in found])} by population statistics"
-    )
     # a mean of shares beside means of losses, which may differ in direction
-    sentence += f" (seed by seed {share(_average(values))})." if values else "."
-    return judge("test-time-stored", values, minus(sentence), failed_guard=failed)
+    return judge(
+        "test-time-stored", values,
+        "Held-out loss {stored} by running averages, {population} by population statistics (seed by seed "
+        "{more:share}).",
+        failed_guard=failed, stored=_said([r.stored for r in found]), population=_said([r.population for r in found]),
+        more=_average(values) if values else nan,
+    )  # fmt: skip
 
 
-def _judge_alone(found: list[Readings]) -> Any:
+def _judge_alone(found: list[Readings]) -> Verdict:
     values = [r.alone for r in found if r.alone is not None]
     whole = len(values) == len(found)
-    failed = "" if whole else "batches are not rows of examples, or no output has one row for each"
-    sentence = (
-        f"In eval mode an output differs by at most {max(values):.1g} standard deviations between alone and in a batch."
-        if whole
-        else "It could not be measured."
-    )
-    return judge("test-time-alone", values if whole else [], sentence, failed_guard=failed)
+    return judge(
+        "test-time-alone", values if whole else [],
+        "In eval mode an output differs by at most {most:.1g} standard deviations between alone and in a batch.",
+        failed_guard="" if whole else "batches are not rows of examples, or no output has one row for each",
+        most=max(values) if whole else nan,
+    )  # fmt: skip
 
 
-def _chart(found: list[Readings], sentence: str) -> Chart:
-    rows: list[dict[str, Any]] = []
+def _chart(found: list[Readings], verdict: Verdict) -> Chart:
+    rows: Rows = []
     for name, readings in _by_name(found).items():
         losses = torch.tensor([r.loss for r in readings])
         if bool(losses.isfinite().all()):
-            series = "its own" if name.startswith("batches") else "stored"
-            extent = {"low": over_seeds.figures(losses.min()), "high": over_seeds.figures(losses.max())}
-            rows.append({"label": name, "value": over_seeds.figures(losses.mean()), **extent, "series": series})
+            series = "stored" if name in _STORED else "its own"
+            extent = {"low": paired_seeds.figures(losses.min()), "high": paired_seeds.figures(losses.max())}
+            rows.append({"label": name, "value": paired_seeds.figures(losses.mean()), **extent, "series": series})
     shown = {row["series"] for row in rows}
     return Chart(
         "dots",
-        sentence.rstrip("."),
-        f"Held-out loss by the statistics that normalize, mean and range over seeds. {sentence}",
+        verdict.heading,
+        f"Held-out loss by the statistics that normalize, mean and range over seeds. {verdict.told}",
         rows,
         Axis("held-out loss"),
         None,
@@ -257,7 +252,7 @@ def _chart(found: list[Readings], sentence: str) -> Chart:
     )
 
 
-def claim(run: Any, of_what: str) -> Claim:
+def claim(run: Callable[[], Result], of_what: str) -> Claim:
     """The question about test time, of trained models or of one as it is."""
     return Claim(
         name="test-time",
@@ -291,6 +286,6 @@ def test_time(study: Study) -> Claim:
     seeds = study.plan.all_seeds
 
     def run() -> Result:
-        return unmeasured(failed) if failed else measure(study.subject, models, seeds)
+        return Result(CRITERIA.unjudged("test-time", failed), []) if failed else measure(study.subject, models, seeds)
 
     return claim(run, "Your model as trained with batch norm, for each seed")

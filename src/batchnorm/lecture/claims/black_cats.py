@@ -9,8 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batchnorm.lecture import data_sets, over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Role
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.figures_in_words import minus
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.lecture import data_sets
+from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png
 from batchnorm.lecture.tested_on_other_cats import (
     ALPHA,
@@ -29,7 +35,6 @@ from batchnorm.lecture.tested_on_other_cats import (
     measure,
     recovered,
 )
-from batchnorm.lecture.verdict import judge, minus
 
 NAMES = {
     "black": "black cats, as learned",
@@ -45,7 +50,7 @@ LEARNED = 0.85
 LEAST = 0.05  # of accuracy lost; below, there is nothing to win back
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Train both arms on black cats, then test them on every shift, as they stand and re-estimated."""
     total, done = settings.seeds * 2 * len(RATES), 0
 
@@ -56,9 +61,11 @@ def run(settings: Settings, progress: Progress) -> Result:
 
     found = measure(settings, tick)
     verdicts = [_shift(found), _robust(found), *(_repair(found, name) for name in REPAIRS), _mix(found)]
-    numbers: dict[str, float | None] = {
-        "best learning rate, median, without batch norm": round(float(over_seeds.median(found["rate", "without"])), 4),
-        "best learning rate, median, with batch norm": round(float(over_seeds.median(found["rate", "with"])), 4),
+    numbers: Numbers = {
+        "best learning rate, median, without batch norm": round(
+            float(paired_seeds.median(found["rate", "without"])), 4
+        ),
+        "best learning rate, median, with batch norm": round(float(paired_seeds.median(found["rate", "with"])), 4),
         "test answers that less contrast changes after re-estimation, share": round(found.mean("changed"), 5),
     }
     rang = found["rang", "coloured"]
@@ -80,42 +87,42 @@ def run(settings: Settings, progress: Progress) -> Result:
 
 def _shift(found: Findings) -> Verdict:
     black, coloured = found["with", "black"], found["with", "coloured"]
-    sentence = (
-        f"With batch norm {black.mean():.1%} on black cats and {coloured.mean():.1%} on coloured ones "
-        f"({_change(coloured - black)})."
-    )
     failed = f"only {black.mean():.1%} on black" if black.mean() < LEARNED else ""
-    return judge("cats-shift", (black - coloured).tolist(), sentence, failed_guard=failed)
+    return judge(
+        "cats-shift", (black - coloured).tolist(),
+        "With batch norm {black:.1%} on black cats and {coloured:.1%} on coloured ones ({change}).",
+        failed_guard=failed, black=black.mean(), coloured=coloured.mean(), change=_change(coloured - black),
+    )  # fmt: skip
 
 
 def _robust(found: Findings) -> Verdict:
-    on = (
-        f"{found.mean('with', shift):.1%} with and {found.mean('without', shift):.1%} without batch norm on {shift}"
-        for shift in ("coloured", "black")
-    )
     return judge(
-        "cats-robust", (found["with", "coloured"] - found["without", "coloured"]).tolist(), f"{'; '.join(on)}."
-    )
+        "cats-robust", (found["with", "coloured"] - found["without", "coloured"]).tolist(),
+        "{with_coloured:.1%} with and {without_coloured:.1%} without batch norm on coloured; {with_black:.1%} with and "
+        "{without_black:.1%} without batch norm on black.",
+        {f"{arm}_{shift}": found.mean(arm, shift) for arm in ("with", "without") for shift in ("coloured", "black")},
+    )  # fmt: skip
 
 
 def _repair(found: Findings, name: str) -> Verdict:
     shift, key = REPAIRS[name], f"cats-repair-{name}"
     before, after = found["with", shift], found["again", shift]
-    sentence = f"{NAMES[shift].capitalize()}: {before.mean():.1%} as it stands, {after.mean():.1%} re-estimated"
-    if _lost(found, shift) < LEAST:
-        return judge(key, [], f"{sentence}.", failed_guard=f"only {_points(_lost(found, shift))} lost")
+    lost, words = _lost(found, shift), "{pictures}: {before:.1%} as it stands, {after:.1%} re-estimated"
+    figures = {"pictures": NAMES[shift].capitalize(), "before": before.mean(), "after": after.mean()}
+    if lost < LEAST:
+        return judge(key, [], f"{words}.", figures, failed_guard=f"only {_points(lost)} lost")
     shares = recovered(found["with", "black"], before, after)
-    sentence += f" ({shares.mean():.0%} of {_points(_lost(found, shift))} won back)."
-    return judge(key, shares.tolist(), sentence)
+    words += " ({won:.0%} of {lost} won back)."
+    return judge(key, shares.tolist(), words, figures, won=shares.mean(), lost=_points(lost))
 
 
 def _mix(found: Findings) -> Verdict:
     before, after = found["with", "mix"], found["again", "mix"]
-    sentence = (
-        f"Where 1 in 20 is a cat: {before.mean():.1%} as it stands, {after.mean():.1%} re-estimated "
-        f"({_change(after - before)})."
-    )
-    return judge("cats-repair-mix", (after - before).tolist(), sentence)
+    return judge(
+        "cats-repair-mix", (after - before).tolist(),
+        "Where 1 in 20 is a cat: {before:.1%} as it stands, {after:.1%} re-estimated ({change}).",
+        before=before.mean(), after=after.mean(), change=_change(after - before),
+    )  # fmt: skip
 
 
 def _lost(found: Findings, shift: str) -> float:
@@ -144,7 +151,7 @@ _ON_BLACK = "with batch norm on black cats"
 
 def _interval(values: Tensor, name: str) -> dict[str, float]:
     """Mean over seeds as ``name``, and its 95% interval inside 0 to 1."""
-    return {key: min(max(value, 0.0), 1.0) for key, value in over_seeds.interval(values, name, 0.95).items()}
+    return {key: min(max(value, 0.0), 1.0) for key, value in paired_seeds.interval(values, 0.95, name).items()}
 
 
 def _picture(found: Findings, seed: int) -> Chart:
@@ -219,7 +226,7 @@ def _distances(found: Findings) -> Chart:
     rows = [
         {
             "label": NAMES[shift],
-            "value": over_seeds.figures(found.mean("moved", shift, layer), 3),
+            "value": paired_seeds.figures(found.mean("moved", shift, layer), 3),
             "series": f"layer {layer}",
         }
         for shift in SHIFTS
@@ -246,7 +253,7 @@ def _alarm(found: Findings) -> Chart:
     rows = [
         row
         for shift in STREAMED
-        for row in over_seeds.curve(
+        for row in paired_seeds.curve(
             looks, torch.stack([found["evidence", shift, n] for n in looks]), series=names[shift]
         )
     ]

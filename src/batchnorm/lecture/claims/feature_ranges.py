@@ -15,11 +15,15 @@ import torch
 from sklearn import datasets
 from torch import Tensor
 
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Role
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.paired_seeds import Arrival, first_step
+from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.inputs import InputNorm
-from batchnorm.lecture import data_sets, over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
-from batchnorm.lecture.ensemble_training import Arrival, first_step
-from batchnorm.lecture.verdict import judge
+from batchnorm.lecture import data_sets
+from batchnorm.lecture.claim_criteria import judge
 
 # Half decades, widened after a look until the best rate of every arm that arrives lay inside.
 RATES = tuple(10 ** (k / 2) for k in range(-16, 7))
@@ -69,8 +73,8 @@ class Descent:
 
     def best_rate(self) -> int:
         """Index of the rate that is fastest to the target in the median over seeds; of the lowest last loss if none."""
-        median = over_seeds.median(self.steps_to_target(), 0)
-        last = over_seeds.median(self.losses[-1].nan_to_num(torch.inf), 0)
+        median = paired_seeds.median(self.steps_to_target(), 0)
+        last = paired_seeds.median(self.losses[-1].nan_to_num(torch.inf), 0)
         return int(median.argmin() if median.isfinite().any() else last.argmin())
 
     def best(self) -> Arrival:
@@ -120,7 +124,7 @@ def condition_number(x: Tensor) -> float:
     return float((values[0] / values[values > empty][-1]).square())
 
 
-def arms(name: str, settings: Settings) -> tuple[dict[str, Tensor], Tensor]:
+def arms(name: str, settings: RunSettings) -> tuple[dict[str, Tensor], Tensor]:
     """Each arm's inputs, (seeds, N, features), and the classes, (seeds, N), of every seed's training split."""
     table, examples = TABLES[name], data_sets.table(name)
     picked = examples[torch.stack([data_sets.split(len(examples), table.train, s)[0] for s in settings.all_seeds])]
@@ -129,10 +133,10 @@ def arms(name: str, settings: Settings) -> tuple[dict[str, Tensor], Tensor]:
     return {RAW: raw, CENTRED: raw - raw.mean(1, keepdim=True), NORMALIZED: normalized}, picked.y
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Train on every table in every form over one grid of learning rates."""
     found: dict[str, dict[str, Descent]] = {}
-    numbers: dict[str, float | int | str | None] = {}
+    numbers: Numbers = {}
     for done, (name, table) in enumerate(TABLES.items(), start=1):
         inputs, classes = arms(name, settings)
         steps = settings.steps(table.steps)
@@ -143,18 +147,16 @@ def run(settings: Settings, progress: Progress) -> Result:
     return Result(verdicts, [_curves(found), _rates(found), _spreads()], numbers)
 
 
-def _numbers(
-    table: Table, inputs: Mapping[str, Tensor], descents: Mapping[str, Descent]
-) -> dict[str, float | int | str | None]:
-    numbers: dict[str, float | int | str | None] = {
-        f"{table.title}, {_called(arm, table)}, condition number (first seed)": over_seeds.figures(
+def _numbers(table: Table, inputs: Mapping[str, Tensor], descents: Mapping[str, Descent]) -> Numbers:
+    numbers: Numbers = {
+        f"{table.title}, {_called(arm, table)}, condition number (first seed)": paired_seeds.figures(
             condition_number(x[0]), 3
         )
         for arm, x in inputs.items()
     }
     for arm in (RAW, NORMALIZED):
         rate = RATES[descents[arm].best_rate()]
-        numbers[f"{table.title}, {_called(arm, table)}, best learning rate"] = over_seeds.figures(rate, 2)
+        numbers[f"{table.title}, {_called(arm, table)}, best learning rate"] = paired_seeds.figures(rate, 2)
     return numbers
 
 
@@ -167,22 +169,24 @@ def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
     table, control = TABLES[name], name == "digits"
     raw, centred, fast = (descents[arm].best() for arm in (RAW, CENTRED, NORMALIZED))
     ratios = raw.steps / fast.steps
-    sentence = (
-        f"{table.title}: {fast} steps with normalized features, {raw} {_called(RAW, table)} "
-        f"({_times(raw, fast)} as many), {centred} if only centred"
+    words = (
+        "{table}: {fast} steps with normalized features, {raw} {recorded} ({bound}{ratio:.3g} times as many), "
+        "{centred} if only centred."
     )
     if control:
-        sentence += (
-            ". Normalizing also centres, and the control counts that too: features that are only centred take "
-            f"{_times(centred, fast)} as many steps as normalized ones"
+        words += (
+            " Normalizing also centres, and the control counts that too: features that are only centred take "
+            "{centred_bound}{centred_ratio:.3g} times as many steps as normalized ones."
         )
     late = [arm for arm, arrival in ((NORMALIZED, fast), (RAW, raw)) if arrival.late and (control or arrival is fast)]
     failed = f"{' and '.join(late)}: not every seed reached {TARGET} nats in {fast.last} steps" if late else ""
-    return judge(f"scale-{name}", ratios.log10().tolist(), f"{sentence}.", failed_guard=failed)
-
-
-def _times(slow: Arrival, fast: Arrival) -> str:
-    return f"{'at least ' if slow.late else ''}{over_seeds.factor(slow.steps / fast.steps):.3g} times"
+    return judge(
+        f"scale-{name}", ratios.log10().tolist(), words,
+        bound="at least" if raw.late else "", failed_guard=failed, table=table.title, recorded=_called(RAW, table),
+        fast=str(fast), raw=str(raw), centred=str(centred), ratio=paired_seeds.factor(ratios),
+        centred_bound="at least " if centred.late else "",
+        centred_ratio=paired_seeds.factor(centred.steps / fast.steps),
+    )  # fmt: skip
 
 
 def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
@@ -192,7 +196,7 @@ def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
         shown = sorted({round(cap ** (k / 30)) for k in range(31)})
         for arm, descent in descents.items():
             best = descent.losses[shown, :, descent.best_rate()]  # (shown, seeds)
-            rows += over_seeds.curve(shown, best.clamp_min(FLOOR), series=arm, panel=panel)
+            rows += paired_seeds.curve(shown, best.clamp_min(FLOOR), series=arm, panel=panel)
         rows += [{"x": x, "y": TARGET, "series": "target", "panel": panel} for x in (1, cap)]
         counts.append(f"{panel} {descents[NORMALIZED].best()} instead of {descents[RAW].best()}")
     return Chart(
@@ -215,8 +219,8 @@ def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
         panel = TABLES[name].title
         for arm, descent in descents.items():
             last = descent.losses[-1].T.clamp_min(FLOOR)  # (rates, seeds)
-            rows += over_seeds.curve(map(over_seeds.figures, RATES), last, series=arm, panel=panel)
-        count = {arm: int(over_seeds.median(d.steps_to_target(), 0).isfinite().sum()) for arm, d in descents.items()}
+            rows += paired_seeds.curve(map(paired_seeds.figures, RATES), last, series=arm, panel=panel)
+        count = {arm: int(paired_seeds.median(d.steps_to_target(), 0).isfinite().sum()) for arm, d in descents.items()}
         reached.append(f"{panel} {count[NORMALIZED]} instead of {count[RAW]}")
     return Chart(
         "points",

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import SERIES, Axis, Chart
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.rate_sweep import BOTH, EVERY, RATES, TARGET, Sweep, sweep
-from batchnorm.lecture.verdict import judge
 
 ACTIVATIONS = ("relu", "sigmoid")
 _NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}
 USABLE = 0.9
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Sweep both arms with both activations over one grid of learning rates."""
     sweeps: dict[str, dict[str, Sweep]] = {}
     for done, activation in enumerate(ACTIVATIONS, start=1):
@@ -22,7 +25,7 @@ def run(settings: Settings, progress: Progress) -> Result:
         progress(done / len(ACTIVATIONS))
     speeds = [judge_speed(name, arms) for name, arms in sweeps.items()]
     ranges = [_judge_rate(name, arms) for name, arms in sweeps.items()]
-    numbers = {
+    numbers: Numbers = {
         f"best learning rate, {_NAMES[name]}, {arm} batch norm": RATES[s.best_rate()]
         for name, arms in sweeps.items()
         for arm, s in arms.items()
@@ -34,24 +37,26 @@ def judge_speed(activation: str, arms: dict[str, Sweep]) -> Verdict:
     """Steps to the target without against with batch norm, each at its best rate."""
     slow, fast = arms["without"].best(), arms["with"].best()
     ratios = slow.steps / fast.steps
-    sentence = (
-        f"{_NAMES[activation]}: {fast} steps with batch norm, {slow} without "
-        f"({'at least ' if slow.late else ''}{over_seeds.factor(ratios):.1f} times as many)."
-    )
     failed = f"with batch norm not every seed reached {TARGET:.0%} in {fast.last} steps" if fast.late else ""
-    return judge(f"hidden-speed-{activation}", ratios.log2().tolist(), sentence, failed_guard=failed)
+    return judge(
+        f"hidden-speed-{activation}", ratios.log2().tolist(),
+        "{activation}: {fast} steps with batch norm, {slow} without ({bound}{ratio:.1f} times as many).",
+        bound="at least" if slow.late else "", failed_guard=failed,
+        activation=_NAMES[activation], fast=str(fast), slow=str(slow), ratio=paired_seeds.factor(ratios),
+    )  # fmt: skip
 
 
 def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
     """Largest usable rate with against without; an arm with no usable rate counts with the smallest of the grid."""
     largest = {name: arm.largest_rate(USABLE) for name, arm in arms.items()}
     ratio = largest["with"].clamp_min(RATES[0]) / largest["without"].clamp_min(RATES[0])
-    sentence = (
-        f"{_NAMES[activation]}: the largest learning rate that ends at {USABLE:.0%} or more is "
-        f"{_largest(largest['with'])} with batch norm, {_largest(largest['without'])} without (medians over seeds)."
-    )
     failed = f"no rate reached {USABLE:.0%} with batch norm" if bool((largest["with"] == 0).any()) else ""
-    return judge(f"hidden-rate-{activation}", ratio.log2().tolist(), sentence, failed_guard=failed)
+    return judge(
+        f"hidden-rate-{activation}", ratio.log2().tolist(),
+        "{activation}: the largest learning rate that ends at {usable:.0%} or more is {normed} with batch norm, "
+        "{plain} without (medians over seeds).", failed_guard=failed, activation=_NAMES[activation], usable=USABLE,
+        normed=_largest(largest["with"]), plain=_largest(largest["without"]),
+    )  # fmt: skip
 
 
 def _largest(rates: Tensor) -> str:
@@ -67,13 +72,13 @@ def _curves(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
         row
         for activation, arms in sweeps.items()
         for name, arm in arms.items()
-        for row in over_seeds.curve(
+        for row in paired_seeds.curve(
             arm.steps.tolist(), arm.best_curve(), series=f"{name} batch norm", panel=_NAMES[activation]
         )
     ]
     return Chart(
         "lines",
-        f"At its best learning rate each: {verdicts[0].sentence.rstrip('.')}",
+        f"At its best learning rate each: {verdicts[0].heading}",
         "Training accuracy against steps, one panel for ReLU and one for sigmoid, with a curve and its band over seeds "
         f"for each arm. {' '.join(verdict.sentence for verdict in verdicts)}",
         rows,
@@ -89,7 +94,7 @@ def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
         counts = {}
         for name, arm in arms.items():
             final = arm.accuracy[-1]  # (seeds, rates)
-            rows += over_seeds.curve(arm.rates, final.T, series=f"{name} batch norm", panel=_NAMES[activation])
+            rows += paired_seeds.curve(arm.rates, final.T, series=f"{name} batch norm", panel=_NAMES[activation])
             counts[name] = int((final.median(0).values >= USABLE).sum())
         found.append(f"{_NAMES[activation]} {counts['with']} with batch norm and {counts['without']} without")
     return Chart(

@@ -19,14 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import kernels
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.figures_in_words import minus
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import data_sets, over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture import data_sets
+from batchnorm.lecture.claim_criteria import CRITERIA, judge
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
-from batchnorm.lecture.verdict import judge, minus
 
 SIZES = (64, 64, 64, 10)
 TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
@@ -59,7 +64,7 @@ class Arm:
     test_accuracy: Tensor
 
 
-def train_arm(settings: Settings, norm: Norm, batch: int = TRAIN) -> Arm:
+def train_arm(settings: RunSettings, norm: Norm, batch: int = TRAIN) -> Arm:
     """One network for each seed, trained with ``norm`` for STEPS steps of ``batch`` examples; all arms start alike."""
     splits = [data_sets.split(len(digits()), TRAIN, seed) for seed in settings.all_seeds]
     steps = settings.steps(STEPS)
@@ -154,7 +159,7 @@ class Noise:
         return (x @ self.power.log()) / x.square().sum()
 
 
-def measure_noise(ensemble: Ensemble, settings: Settings) -> Noise:
+def measure_noise(ensemble: Ensemble, settings: RunSettings) -> Noise:
     """Noise of batches drawn from all digits at every batch norm layer of ``ensemble``."""
     layers = pre_activations(ensemble, digits().x)
     power, mean = (torch.zeros(len(MEASURED), settings.seeds, dtype=torch.float64) for _ in range(2))
@@ -166,7 +171,7 @@ def measure_noise(ensemble: Ensemble, settings: Settings) -> Noise:
     return Noise(power, mean, torch.cat([kurtosis(z) for z in layers], 1).mean(1))
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Train with every group size and batch, and measure the noise on the networks trained with one group."""
     arms: dict[int, Arm] = {}
     naive: dict[int, Arm] = {}
@@ -185,26 +190,28 @@ def run(settings: Settings, progress: Progress) -> Result:
 
 def _judge_slope(noise: Noise) -> Verdict:
     slopes, power = noise.slopes(), noise.power.mean(1)
-    sentence = (
-        f"The noise power is {power[0]:.2f} at batches of {MEASURED[0]} and {power[-1]:.4f} at {MEASURED[-1]}: it goes "
-        f"as batch size to the power {slopes.mean():.2f} (theory: -1)."
-    )
-    return judge("noise-slope", slopes.tolist(), sentence)
+    return judge(
+        "noise-slope", slopes.tolist(),
+        "The noise power is {first:.2f} at batches of {smallest} and {last:.4f} at {largest}: it goes as batch size to "
+        "the power {slope:.2f} (theory: −1).",
+        first=power[0], smallest=MEASURED[0], last=power[-1], largest=MEASURED[-1], slope=slopes.mean(),
+    )  # fmt: skip
 
 
 def judge_effect(arms: Mapping[int, Arm]) -> Verdict:
     """Test loss with groups of 512 minus with 16."""
     small, large = arms[16], arms[512]
     effect = large.test_loss - small.test_loss
-    points = 100 * (small.test_accuracy - large.test_accuracy).mean()
-    sentence = (
-        f"Test loss {small.test_loss.mean():.3f} nats with groups of 16, {large.test_loss.mean():.3f} with 512 "
-        f"({abs(effect.mean()):.3f} {'lower' if effect.mean() >= 0 else 'higher'}; accuracy {points:+.1f} points with "
-        f"16); {_shape(arms)}."
-    )
     worst = {size: float(arms[size].train_accuracy.min()) for size in (16, 512)}
     failed = "; ".join(f"groups of {g} ended at {w:.1%} training accuracy" for g, w in worst.items() if w < LEARNED)
-    return judge("noise-regularizes", effect.tolist(), sentence, failed_guard=failed)
+    return judge(
+        "noise-regularizes", effect.tolist(),
+        "Test loss {small:.3f} nats with groups of 16, {large:.3f} with 512 ({apart:.3f} {direction}; accuracy "
+        "{points:+.1f} points with 16); {shape}.",
+        failed_guard=failed, small=small.test_loss.mean(), large=large.test_loss.mean(), apart=effect.mean().abs(),
+        direction="lower" if effect.mean() >= 0 else "higher", shape=_shape(arms),
+        points=100 * (small.test_accuracy - large.test_accuracy).mean(),
+    )  # fmt: skip
 
 
 def _shape(arms: Mapping[int, Arm]) -> str:
@@ -216,19 +223,17 @@ def _shape(arms: Mapping[int, Arm]) -> str:
     return f"not monotone: lowest with groups of {min(mean, key=mean.__getitem__)}"
 
 
-def _numbers(noise: Noise, arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> dict[str, float | int | str | None]:
-    numbers: dict[str, float | int | str | None] = {
-        "kurtosis of pre-activations (3 for a normal law)": over_seeds.mean(noise.kurtosis)
-    }
+def _numbers(noise: Noise, arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Numbers:
+    numbers: Numbers = {"kurtosis of pre-activations (3 for a normal law)": paired_seeds.mean(noise.kurtosis)}
     for size in (2, 8, 32, 512):
         ratio = noise.power[MEASURED.index(size)].mean() / theory(noise.kurtosis, size).mean()
-        numbers[f"batches of {size}, noise power over theory"] = over_seeds.figures(ratio, 3)
+        numbers[f"batches of {size}, noise power over theory"] = paired_seeds.figures(ratio, 3)
     for size in (16, TRAIN):
-        numbers[f"groups of {size}, test accuracy, %"] = over_seeds.mean(100 * arms[size].test_accuracy)
-        numbers[f"groups of {size}, training accuracy, %"] = over_seeds.mean(100 * arms[size].train_accuracy)
+        numbers[f"groups of {size}, test accuracy, %"] = paired_seeds.mean(100 * arms[size].test_accuracy)
+        numbers[f"groups of {size}, training accuracy, %"] = paired_seeds.mean(100 * arms[size].train_accuracy)
     for size, arm in naive.items():
-        numbers[f"optimizer batches of {size}, test loss, nats"] = over_seeds.mean(arm.test_loss)
-        numbers[f"optimizer batches of {size}, training accuracy, %"] = over_seeds.mean(100 * arm.train_accuracy)
+        numbers[f"optimizer batches of {size}, test loss, nats"] = paired_seeds.mean(arm.test_loss)
+        numbers[f"optimizer batches of {size}, training accuracy, %"] = paired_seeds.mean(100 * arm.train_accuracy)
     return numbers
 
 
@@ -237,9 +242,9 @@ _MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal l
 
 def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> list[dict[str, Any]]:
     """Measured values (sizes, seeds) and dashed theories at every size of MEASURED."""
-    rows = over_seeds.curve(MEASURED, values, middle=torch.mean, series=_MEASURED, panel=panel)
+    rows = paired_seeds.curve(MEASURED, values, middle=torch.mean, series=_MEASURED, panel=panel)
     for name, formula in theories.items():
-        rows += [{"x": m, "y": over_seeds.figures(formula(m)), "series": name, "panel": panel} for m in MEASURED]
+        rows += [{"x": m, "y": paired_seeds.figures(formula(m)), "series": name, "panel": panel} for m in MEASURED]
     return rows
 
 
@@ -248,7 +253,7 @@ def _power_chart(noise: Noise, slope: Verdict) -> Chart:
     whole = {_FIRST_ORDER: lambda m: theory(kappa, m), _NORMAL: gaussian}
     return Chart(
         "points",
-        slope.sentence.rstrip("."),
+        slope.heading,
         "Noise power against batch size, both on log scales, in two panels: of a normalized value, and of the batch "
         "mean alone. Blue points with the range over seeds are measured; dashed lines are the theory to first order, "
         "which halves whenever the batch doubles, and in the first panel the exact one for a normal law. "
@@ -285,7 +290,7 @@ def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
     rows = []
     for kind, found in kinds.items():
         for size, arm in found.items():
-            change = over_seeds.interval(arm.test_loss - arms[TRAIN].test_loss, "y")
+            change = paired_seeds.interval(arm.test_loss - arms[TRAIN].test_loss, CRITERIA.level, "y")
             rows.append({"x": size, **change, "series": kind, "panel": kind})
         rows += [{"x": size, "y": 0.0, "series": _SAME, "panel": kind} for size in (min(GROUPS), TRAIN)]
     changes = {row["x"]: row["y"] for row in rows if row["series"] == _GROUPED and row["x"] != TRAIN}

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Role
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.paired_seeds import first_step
+from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.lecture.claim_criteria import CRITERIA, judge
 from batchnorm.lecture.data_sets import Examples
-from batchnorm.lecture.ensemble_training import accuracies, first_step, losses, sgd
+from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.rate_sweep import (
     BOTH,
@@ -29,7 +34,6 @@ from batchnorm.lecture.rate_sweep import (
     sweep,
     training_indices,
 )
-from batchnorm.lecture.verdict import judge
 
 # Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
 # round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
@@ -75,7 +79,7 @@ class Noisy(nn.Module):
 ARMS: dict[str, Norm | None] = {**BOTH, "noisy": Noisy, "half": partial(Noisy, strength=0.5)}
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Tune every arm on one grid, then look at what layer 3 receives at each arm's best rate."""
     sweeps: dict[str, Sweep] = {}
     watched: dict[str, Watched] = {}
@@ -120,7 +124,7 @@ class Watched:
     reached: Tensor
 
 
-def _watch(settings: Settings, arm: str, rate: float) -> Watched:
+def _watch(settings: RunSettings, arm: str, rate: float) -> Watched:
     steps = settings.steps(WINDOW)
     net = Ensemble.of(lambda: fully_connected(SIZES, "relu", ARMS[arm]), settings.all_seeds)
     probe = digits()[probe_indices(settings, PROBE)]
@@ -185,12 +189,6 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
     best = {arm: sweeps[arm].best() for arm in ARMS}
     lost, half = (_lost(*(best[name].steps for name in ("without", "with", arm))) for arm in ("noisy", "half"))
     moved = {arm: float(watched[arm].drift.mean()) for arm in ARMS}
-    sentence = (
-        f"{best['with']} steps to {TARGET:.0%} with batch norm, {best['noisy']} with noise behind it, "
-        f"{best['without']} without: the noise costs {_share(lost)} of the (log) speed-up, while a[2] moves by "
-        f"{moved['noisy']:.2g} standard deviations per {EVERY} steps, against {moved['with']:.2g} with batch norm and "
-        f"{moved['without']:.2g} without. Half the noise ({moved['half']:.2g}) costs {_share(half)}."
-    )
     failed = ""
     if best["without"].late or best["with"].late:
         failed = f"not every seed reached {TARGET:.0%} in {best['with'].last} steps with and without batch norm"
@@ -198,23 +196,31 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
         failed = "there is a seed in which batch norm gave no speed-up to lose"
     elif not moved["noisy"] >= moved["without"]:
         failed = f"the drift is {moved['noisy']:.2g} with the noise, below {moved['without']:.2g} without batch norm"
-    return judge("cause-drift", lost.tolist(), sentence, failed_guard=failed)
+    return judge(
+        "cause-drift", lost.tolist(),
+        "{steps_with} steps to {target:.0%} with batch norm, {steps_noisy} with noise behind it, {steps_without} "
+        "without: the noise costs {lost} of the (log) speed-up, while a[2] moves by {noisy:.2g} standard deviations "
+        "per {every} steps, against {with:.2g} with batch norm and {without:.2g} without. Half the noise ({half:.2g}) "
+        "costs {lost_by_half}.",
+        {**moved, **{f"steps_{arm}": str(arrival) for arm, arrival in best.items()}},
+        failed_guard=failed, target=TARGET, lost=_share(lost), every=EVERY, lost_by_half=_share(half),
+    )  # fmt: skip
 
 
-def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> dict[str, float | int | str | None]:
-    numbers: dict[str, float | int | str | None] = {}
+def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Numbers:
+    numbers: Numbers = {}
     for arm, seen in watched.items():
         shift = "change of layer 3's gradient by the layers before it"
         numbers[f"best learning rate, {CALLED[arm]}"] = seen.rate
-        numbers[f"{shift}, relative, {CALLED[arm]}"] = over_seeds.mean(seen.relative)
-        numbers[f"{shift}, cosine, {CALLED[arm]}"] = over_seeds.mean(seen.cosine)
+        numbers[f"{shift}, relative, {CALLED[arm]}"] = paired_seeds.mean(seen.relative)
+        numbers[f"{shift}, cosine, {CALLED[arm]}"] = paired_seeds.mean(seen.cosine)
     read = {arm: watched[arm].reached for arm in ("with", "noisy")}
     for arm, reached in read.items():
-        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = over_seeds.mean(
-            over_seeds.median(reached)
+        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = paired_seeds.mean(
+            paired_seeds.median(reached)
         )
     share = _lost(sweeps["without"].best().steps, *read.values())
-    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = over_seeds.mean(share)
+    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = paired_seeds.mean(share)
     return numbers
 
 
@@ -230,7 +236,7 @@ def _curves(sweeps: dict[str, Sweep]) -> Chart:
     rows = [
         row
         for arm, swept in sweeps.items()
-        for row in over_seeds.curve(swept.steps.tolist(), swept.best_curve(), series=CALLED[arm])
+        for row in paired_seeds.curve(swept.steps.tolist(), swept.best_curve(), series=CALLED[arm])
     ]
     found = ", ".join(f"{swept.best()} {CALLED[arm]}" for arm, swept in sweeps.items())
     return Chart(
@@ -248,7 +254,7 @@ def _curves(sweeps: dict[str, Sweep]) -> Chart:
 
 def _drifts(watched: dict[str, Watched]) -> Chart:
     rows = [
-        {"label": label, **over_seeds.interval(values), "series": CALLED[arm]}
+        {"label": label, **paired_seeds.interval(values, CRITERIA.level), "series": CALLED[arm]}
         for arm, seen in watched.items()
         for label, values in ((CALLED[arm], seen.drift), (f"noise floor {CALLED[arm]}", seen.floor))
         if bool((values > 0).all() & values.isfinite().all())

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from batchnorm.lecture import data_sets, over_seeds
-from batchnorm.lecture.claim import Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import Axis, Chart, Role
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.lecture import data_sets
+from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import SIZES, digits
 from batchnorm.lecture.renormalized import GhostNorm, with_norm, with_population
-from batchnorm.lecture.verdict import judge
 
 BATCH = 32
 STEPS = 300
@@ -67,7 +71,7 @@ class Trained:
         return of_kind[-1] if step is None else next(reading for reading in of_kind if reading.step == step)
 
 
-def train(settings: Settings) -> Trained:
+def train(settings: RunSettings) -> Trained:
     """Train the lecture's five-layer network with batches of BATCH; the examples of TEST are never trained on."""
     splits = [data_sets.split(len(digits()), len(digits()) - TEST, seed) for seed in settings.all_seeds]
     fitted, test = (digits()[torch.stack(part)] for part in zip(*splits, strict=True))
@@ -94,7 +98,7 @@ def _read(step: int, statistics: str, ensemble: Ensemble, test: Examples) -> Rea
     return Reading(step, statistics, accuracies(logits, test.y), losses(logits, test.y))
 
 
-def logits_in_batches(ensemble: Ensemble, x: Tensor, size: int, settings: Settings) -> Tensor:
+def logits_in_batches(ensemble: Ensemble, x: Tensor, size: int, settings: RunSettings) -> Tensor:
     """Logits in train mode, each example among random companions: (seeds, PARTITIONS, N, classes).
 
     Args:
@@ -149,7 +153,7 @@ class InBatches:
     spread: Tensor
 
 
-def measure_batches(trained: Trained, settings: Settings) -> InBatches:
+def measure_batches(trained: Trained, settings: RunSettings) -> InBatches:
     """Accuracy, flips and spread in batches of every size."""
     accuracy, flips, spread = [], [], []
     for size in MEASURED:
@@ -178,7 +182,7 @@ class Alone:
     changes: float
 
 
-def measure_alone(trained: Trained, settings: Settings) -> Alone:
+def measure_alone(trained: Trained, settings: RunSettings) -> Alone:
     """Put ALONE test examples through each network one at a time, and in random batches of every size."""
     largest, logit_bits, layer_bits, changes = [], [], [], []
     for index, seed in enumerate(settings.all_seeds):
@@ -218,7 +222,7 @@ def refusal_of_one(trained: Trained) -> str:
     return "accepted"
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Train, then put the test examples through the networks in every way."""
     trained = train(settings)
     progress(0.6)
@@ -234,26 +238,27 @@ def run(settings: Settings, progress: Progress) -> Result:
 
 def _judge_size(trained: Trained, batches: InBatches, name: str, size: int) -> Verdict:
     population, batch = trained.reading(POPULATION).accuracy.double(), batches.accuracy[MEASURED.index(size)]
-    sentence = (
-        f"Accuracy on test data {population.mean():.1%} with population statistics, {batch.mean():.1%} with those of "
-        f"batches of {size}."
-    )
-    return judge(f"test-time-{name}", (population - batch).tolist(), sentence)
+    return judge(
+        f"test-time-{name}", (population - batch).tolist(),
+        "Accuracy on test data {population:.1%} with population statistics, {own:.1%} with those of batches of {size}.",
+        population=population.mean(), own=batch.mean(), size=size,
+    )  # fmt: skip
 
 
 def _judge_alone(alone: Alone, batches: InBatches) -> Verdict:
-    flips = batches.flips[MEASURED.index(BATCH)].mean()
-    sentence = (
-        f"With stored statistics a logit differs by at most {alone.largest.max():.1g} of the logits' standard "
-        f"deviation between alone and in any batch; {alone.same_bits:.0%} of logits are equal to the bit, and "
-        f"{alone.layer_same_bits:.0%} of a batch norm layer's outputs. In train mode another batch of {BATCH} changes "
-        f"the class of an example with probability {flips:.1%}."
-    )
-    return judge("test-time-alone", alone.largest.tolist(), sentence)
+    return judge(
+        "test-time-alone", alone.largest.tolist(),
+        "With stored statistics a logit differs by at most {largest:.1g} of the logits' standard deviation between "
+        "alone and in any batch; {same_bits:.0%} of logits are equal to the bit, and {layer_same_bits:.0%} of a batch "
+        "norm layer's outputs. In train mode another batch of {size} changes the class of an example with probability "
+        "{flips:.1%}.",
+        largest=alone.largest.max(), same_bits=alone.same_bits, layer_same_bits=alone.layer_same_bits, size=BATCH,
+        flips=batches.flips[MEASURED.index(BATCH)].mean(),
+    )  # fmt: skip
 
 
-def _numbers(trained: Trained, batches: InBatches) -> dict[str, float | int | str | None]:
-    numbers: dict[str, float | int | str | None] = {"a batch of 1 in train mode": refusal_of_one(trained)}
+def _numbers(trained: Trained, batches: InBatches) -> Numbers:
+    numbers: Numbers = {"a batch of 1 in train mode": refusal_of_one(trained)}
     last = trained.readings[-1].step
     for step in sorted({EARLY, last}):
         for kind in (EMA, POPULATION):
@@ -262,8 +267,8 @@ def _numbers(trained: Trained, batches: InBatches) -> dict[str, float | int | st
             numbers[f"after {step} steps, {kind}, test loss, nats"] = round(float(reading.loss.mean()), 4)
     for size in (MEASURED[0], BATCH, MEASURED[-1]):
         spread = batches.spread[MEASURED.index(size)]
-        numbers[f"batches of {size} in train mode, spread of a logit, standard deviations of logits"] = over_seeds.mean(
-            spread
+        numbers[f"batches of {size} in train mode, spread of a logit, standard deviations of logits"] = (
+            paired_seeds.mean(spread)
         )
     return numbers
 
@@ -274,7 +279,7 @@ _STORED = "stored statistics"
 
 
 def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
-    rows = over_seeds.curve(MEASURED, batches.accuracy, middle=torch.mean, series=OWN)
+    rows = paired_seeds.curve(MEASURED, batches.accuracy, middle=torch.mean, series=OWN)
     stored = {kind: float(trained.reading(kind).accuracy.mean()) for kind in (POPULATION, EMA)}
     rows += [
         {"x": m, "y": round(y, 4), "series": kind} for kind, y in stored.items() for m in (MEASURED[0], MEASURED[-1])
@@ -298,8 +303,8 @@ def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
 
 
 def _flip_chart(batches: InBatches, alone: Alone) -> Chart:
-    rows = over_seeds.curve(MEASURED, batches.flips, middle=torch.mean, series=OWN)
-    rows += [{"x": m, "y": over_seeds.figures(alone.changes), "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
+    rows = paired_seeds.curve(MEASURED, batches.flips, middle=torch.mean, series=OWN)
+    rows += [{"x": m, "y": paired_seeds.figures(alone.changes), "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
     first, middle = batches.flips[0].mean(), batches.flips[MEASURED.index(BATCH)].mean()
     return Chart(
         "points",
@@ -320,7 +325,7 @@ def _early_chart(trained: Trained) -> Chart:
     rows = [
         row
         for reading in trained.readings
-        for row in over_seeds.curve(
+        for row in paired_seeds.curve(
             [reading.step], reading.accuracy[None], middle=torch.mean, series=reading.statistics
         )
     ]

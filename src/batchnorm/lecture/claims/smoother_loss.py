@@ -24,13 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Role, Settings, Verdict
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Role
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.figures_in_words import minus
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.lecture.claim_criteria import CRITERIA, judge
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
-from batchnorm.lecture.verdict import judge, minus
 
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the rate, as in the paper
 RATE = 0.1  # equal for both arms: a rate at which both learn
@@ -123,7 +127,7 @@ class Course:
         return self.met.beta * torch.tensor(self.rates)
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Probe both arms at an equal rate and at the best rate of each."""
     best: dict[str, float] = {}
     for arm, norm in BOTH.items():
@@ -139,7 +143,7 @@ def run(settings: Settings, progress: Progress) -> Result:
     return Result(verdicts, charts, _numbers(courses, effects))
 
 
-def _course(settings: Settings, arm: str, rates: tuple[float, float]) -> Course:
+def _course(settings: RunSettings, arm: str, rates: tuple[float, float]) -> Course:
     steps = settings.steps(STEPS)
     net = Ensemble.of(lambda: fully_connected(SIZES, "relu", BOTH[arm]), settings.all_seeds, repeat=2)
     indices = training_indices(settings, steps).repeat_interleave(2, 0)
@@ -177,7 +181,6 @@ _QUANTITIES: dict[str, Callable[[Course], Tensor]] = {
     "gradient change": lambda course: course.met.gradient_change,
     "cosine": lambda course: course.met.cosine,
 }
-_UNITS = {"beta-hat": "1 / rate", "loss range": "nats", "gradient change": "nats / distance"}
 _POSITIVE = tuple(name for name in _QUANTITIES if name != "cosine")
 _EDGE = "edge of stability"
 # What has a chart over steps: its title, its axis
@@ -223,15 +226,14 @@ def _judge(key: str, courses: dict[str, Course], effects: dict[str, Tensor]) -> 
     effect = effects[name][:, which]
     plain, normed = (_typical(courses[arm], name, which) for arm in BOTH)
     rates = [courses[arm].rates[which] for arm in BOTH]
-    at = (
-        f"at the equal rate {RATE:g}" if which == 0 else f"at the best rates {rates[0]:g} without and {rates[1]:g} with"
-    )
-    unit = f" {_UNITS[name]}" if name == "loss range" else ""
-    sentence = (
-        f"{name} {at}: {plain:.2g}{unit} without batch norm, {normed:.2g}{unit} with "
-        f"({float(effect.mean().exp2()):.1f} times as large without)."
-    )
-    return judge(key, effect.tolist(), sentence, failed_guard=_failed(courses, effect, which))
+    at = f"the equal rate {RATE:g}" if which == 0 else f"the best rates {rates[0]:g} without and {rates[1]:g} with"
+    return judge(
+        key, effect.tolist(),
+        "{quantity} at {at}: {plain:.2g}{unit} without batch norm, {normed:.2g}{unit} with ({ratio:.1f} times as large "
+        "without).",
+        failed_guard=_failed(courses, effect, which), quantity=name, at=at, plain=plain, normed=normed,
+        unit=" nats" if name == "loss range" else "", ratio=effect.mean().exp2(),
+    )  # fmt: skip
 
 
 def _failed(courses: dict[str, Course], effect: Tensor, which: int) -> str:
@@ -262,17 +264,17 @@ def at_equal_loss(courses: dict[str, Course], name: str) -> Tensor:
     return torch.tensor(ratios)
 
 
-def _numbers(courses: dict[str, Course], effects: dict[str, Tensor]) -> dict[str, float | int | str | None]:
-    numbers: dict[str, float | int | str | None] = {}
+def _numbers(courses: dict[str, Course], effects: dict[str, Tensor]) -> Numbers:
+    numbers: Numbers = {}
     for which, at in enumerate(("equal rate", "best rate")):
         for arm, course in courses.items():
             for name in ("rate × beta-hat", "cosine"):
-                typical = over_seeds.figures(_typical(course, name, which), 3)
+                typical = paired_seeds.figures(_typical(course, name, which), 3)
                 numbers[f"{name}, {at}, {arm} batch norm"] = typical if math.isfinite(typical) else None
     for name in ("loss range", "gradient change"):
-        numbers[f"{name}, best rate, log2 of without / with"] = over_seeds.mean(effects[name][:, 1])
+        numbers[f"{name}, best rate, log2 of without / with"] = paired_seeds.mean(effects[name][:, 1])
     for name in ("beta-hat", "loss range", "gradient change"):
-        matched = over_seeds.mean(at_equal_loss(courses, name))
+        matched = paired_seeds.mean(at_equal_loss(courses, name))
         numbers[f"{name} where both arms have the same loss, equal rate, log2 of without / with"] = matched
     return numbers
 
@@ -280,7 +282,7 @@ def _numbers(courses: dict[str, Course], effects: dict[str, Tensor]) -> dict[str
 def _ratios(effects: dict[str, Tensor]) -> Chart:
     names = ("equal rate", "each at its best rate")
     rows = [
-        {"label": name, **over_seeds.interval(effects[name][:, which]), "series": series}
+        {"label": name, **paired_seeds.interval(effects[name][:, which], CRITERIA.level), "series": series}
         for name in _POSITIVE
         for which, series in enumerate(names)
         if bool(effects[name][:, which].isfinite().all())
@@ -309,7 +311,7 @@ def _lines(name: str, courses: dict[str, Course]) -> Chart:
         for arm, course in courses.items():
             values = _QUANTITIES[name](course)[:, :, which]
             positive = name in _POSITIVE
-            rows += over_seeds.curve(
+            rows += paired_seeds.curve(
                 course.steps.tolist(), values, positive=positive, series=f"{arm} batch norm", panel=panel
             )
         if name == "rate × beta-hat":

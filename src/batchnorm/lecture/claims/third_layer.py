@@ -8,13 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from batchnorm.experiment import paired_seeds
+from batchnorm.experiment.chart_data import SERIES, Axis, Chart
+from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.judgement import Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
-from batchnorm.lecture import over_seeds
-from batchnorm.lecture.claim import SERIES, Axis, Chart, Claim, Progress, Result, Settings, Verdict
+from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, SIZES, STEPS, digits, probe_indices, training_indices
-from batchnorm.lecture.verdict import judge
 
 RATE = 0.1
 EVERY = 10  # steps between two looks at a[2]
@@ -53,7 +56,7 @@ class Seen:
         return self.batch.relu()
 
 
-def run(settings: Settings, progress: Progress) -> Result:
+def run(settings: RunSettings, progress: Progress) -> Result:
     """Watch a[2] of both arms of both networks while they learn."""
     seen: dict[str, dict[str, Seen]] = {}
     for done, (name, (sizes, steps)) in enumerate(NETWORKS.items(), start=1):
@@ -67,7 +70,7 @@ def run(settings: Settings, progress: Progress) -> Result:
     return Result([*verdicts, _judge_governed(governed)], charts, _numbers(seen, shifts))
 
 
-def _paired(settings: Settings, sizes: tuple[int, ...]) -> dict[str, Ensemble]:
+def _paired(settings: RunSettings, sizes: tuple[int, ...]) -> dict[str, Ensemble]:
     """Both arms, for every seed from the same weights."""
     arms = {
         arm: Ensemble.of(partial(fully_connected, sizes, "relu", norm), settings.all_seeds)
@@ -80,7 +83,7 @@ def _paired(settings: Settings, sizes: tuple[int, ...]) -> dict[str, Ensemble]:
     return arms
 
 
-def _watch(settings: Settings, net: Ensemble, full_steps: int) -> Seen:
+def _watch(settings: RunSettings, net: Ensemble, full_steps: int) -> Seen:
     steps = settings.steps(full_steps)
     probe = digits()[probe_indices(settings, PROBE)]
     last = "norm2" if "norm2.weight" in net.parameters else "w2"
@@ -138,15 +141,17 @@ class Shift:
 def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> Verdict:
     plain, normed = (shifts[arm].average for arm in BOTH)
     ratio = plain / normed
-    sentence = (
-        f"{CALLED[name]}: a[2] moves by {normed.mean():.2g} standard deviations per {EVERY} steps with batch norm, "
-        f"by {plain.mean():.2g} without ({over_seeds.factor(ratio):.1f} times as much); by stored statistics it is "
-        f"{shifts['with'].eval.mean():.2g} against {shifts['without'].eval.mean():.2g}."
-    )
     lowest = {arm: float(seen[arm].accuracy.min()) for arm in BOTH}
     late = [f"{low:.0%} {arm} batch norm" for arm, low in lowest.items() if not low >= LEARNED]
     failed = f"{CALLED[name]}: the worst seed ended at {' and '.join(late)}" if late else ""
-    return judge(f"layer3-{name}", ratio.log2().tolist(), sentence, failed_guard=failed)
+    return judge(
+        f"layer3-{name}", ratio.log2().tolist(),
+        "{network}: a[2] moves by {normed:.2g} standard deviations per {every} steps with batch norm, by {plain:.2g} "
+        "without ({ratio:.1f} times as much); by stored statistics it is {normed_eval:.2g} against {plain_eval:.2g}.",
+        failed_guard=failed, network=CALLED[name], every=EVERY, normed=normed.mean(), plain=plain.mean(),
+        ratio=paired_seeds.factor(ratio), normed_eval=shifts["with"].eval.mean(),
+        plain_eval=shifts["without"].eval.mean(),
+    )  # fmt: skip
 
 
 def _distances(seen: Seen) -> Tensor:
@@ -158,17 +163,17 @@ def _distances(seen: Seen) -> Tensor:
 def _judge_governed(distances: dict[str, Tensor]) -> Verdict:
     """Each seed counts with the network in which it is further off."""
     medians = {name: _median_of_seeds(values) for name, values in distances.items()}
-    figures = " and ".join(f"{medians[name].mean():.2g} ({CALLED[name]})" for name in ("wide", "four"))
-    sentence = (
-        f"By stored statistics, mean and standard deviation of z~ lie {figures} times |gamma| from (beta, |gamma|) "
-        "in the median over units and steps."
-    )
-    return judge("layer3-governed", torch.stack([*medians.values()]).amax(0).tolist(), sentence)
+    return judge(
+        "layer3-governed", torch.stack([*medians.values()]).amax(0).tolist(),
+        "By stored statistics, mean and standard deviation of z~ lie {wide:.2g} (wide) and {four:.2g} (four units) "
+        "times |gamma| from (beta, |gamma|) in the median over units and steps.",
+        {name: values.mean() for name, values in medians.items()},
+    )  # fmt: skip
 
 
 def _median_of_seeds(values: Tensor) -> Tensor:
     """(T, S, units) -> (S,)."""
-    return over_seeds.median(values.transpose(0, 1).flatten(1), 1)
+    return paired_seeds.median(values.transpose(0, 1).flatten(1), 1)
 
 
 def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:
@@ -178,10 +183,8 @@ def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:
     return ((mean - seen.beta) / scale).abs().max(), ((sd - scale) / scale).abs().max()
 
 
-def _numbers(
-    seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]
-) -> dict[str, float | int | str | None]:
-    numbers: dict[str, float | int | str | None] = {}
+def _numbers(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Numbers:
+    numbers: Numbers = {}
     for name, arms in shifts.items():
         for arm, shift in arms.items():
             figures = {
@@ -189,13 +192,15 @@ def _numbers(
                 "part of the drift in the log of the sd": shift.log_sd,
                 "share of idle units": shift.idle,
             }
-            numbers |= {f"{what}, {CALLED[name]}, {arm} batch norm": over_seeds.mean(v) for what, v in figures.items()}
+            numbers |= {
+                f"{what}, {CALLED[name]}, {arm} batch norm": paired_seeds.mean(v) for what, v in figures.items()
+            }
         plain, normed = (arms[arm].total.sum(0) / (seen[name][arm].loss[0] - seen[name][arm].loss[1]) for arm in BOTH)
         what = f"drift per nat of loss decrease, {CALLED[name]}, log2 of without / with batch norm"
-        numbers[what] = over_seeds.mean((plain / normed).log2())
+        numbers[what] = paired_seeds.mean((plain / normed).log2())
     off = torch.stack([error for arms in seen.values() for error in _in_batch_errors(arms["with"])]).max()
     what = "mean or sd of z~ off beta or |gamma| in the batch (rounding and eps), largest, |gamma|"
-    numbers[what] = over_seeds.mean(off)
+    numbers[what] = paired_seeds.mean(off)
     return numbers
 
 
@@ -240,9 +245,9 @@ def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shi
             kept = list(_every(len(shift.total), 40))
             steps = seen[name][arm].steps[kept].tolist()
             for series, values in ((f"{arm} batch norm", shift.total), (f"noise floor {arm}", shift.floor)):
-                rows += over_seeds.curve(steps, values[kept], positive=True, series=series, panel=CALLED[name])
+                rows += paired_seeds.curve(steps, values[kept], positive=True, series=series, panel=CALLED[name])
     apart = " and ".join(
-        f"{over_seeds.factor(shifts[name]['without'].average / shifts[name]['with'].average):.1f} times "
+        f"{paired_seeds.factor(shifts[name]['without'].average / shifts[name]['with'].average):.1f} times "
         f"({CALLED[name]})"
         for name in ("wide", "four")
     )

@@ -1,15 +1,15 @@
-"""Values of several seeds told as one: a number in a sentence, a point with its spread in a chart."""
+"""Values of several seeds as one: a number in a sentence, a point with its spread in a chart, when an arm arrived."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from batchnorm.lecture.criteria import LEVEL
-from batchnorm.lecture.verdict import estimate
+from batchnorm.experiment.chart_data import Rows
+from batchnorm.experiment.judgement import estimate
 
 
 def figures(value: Tensor | float, count: int = 4) -> float:
@@ -46,7 +46,7 @@ def curve(
     middle: Callable[[Tensor], Tensor] = median,
     positive: bool = False,
     **same: str,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Rows with the middle and the range over seeds; a point that one seed does not have is left out.
 
     Args:
@@ -63,7 +63,42 @@ def curve(
     ]
 
 
-def interval(values: Tensor, name: str = "value", level: float = LEVEL) -> dict[str, float]:
+def interval(values: Tensor, level: float, name: str = "value") -> dict[str, float]:
     """Mean over seeds as ``name``, and its confidence interval as "low" and "high"."""
     measured = estimate(values.tolist(), level)
     return {name: figures(measured.mean), "low": figures(measured.low), "high": figures(measured.high)}
+
+
+def first_step(reached: Tensor, steps: Tensor) -> Tensor:
+    """First of ``steps``, (T,), at which something was reached, (T, ...) -> (...); infinity where it never was."""
+    return torch.where(reached.any(0), steps[reached.float().argmax(0)].float(), torch.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """When the seeds of an arm reached a target.
+
+    Args:
+        first: Each seed's steps to it, (seeds,); infinity for one that never did.
+        last: The last step of the run.
+    """
+
+    first: Tensor
+    last: int
+
+    @property
+    def steps(self) -> Tensor:
+        """Each seed's steps; one that never arrived counts with the last, (seeds,), so ratios are bounds."""
+        return self.first.clamp_max(self.last)
+
+    @property
+    def late(self) -> int:
+        """Number of seeds that never arrived."""
+        return int(self.first.isinf().sum())
+
+    def __str__(self) -> str:
+        """The median in words, such as "80", "more than 300" or "80 (1 of 5 seeds never)"."""
+        middle = median(self.first)
+        if middle.isinf():
+            return f"more than {self.last}"
+        return f"{middle:g}" + (f" ({self.late} of {len(self.first)} seeds never)" if self.late else "")

@@ -1,0 +1,66 @@
+"""A claim as data: what is asked, by which criteria that were fixed beforehand, what was measured, what it shows.
+
+Nothing here computes or draws. A claim's own file measures and fills a Result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from batchnorm.experiment.chart_data import Chart
+from batchnorm.experiment.judgement import Json, Verdict
+from batchnorm.experiment.run_settings import Progress, RunSettings
+
+# Figures worth quoting, flat: "what, unit" -> number
+Numbers = dict[str, float | int | str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One claim of the lecture and the experiment that tests it.
+
+    Args:
+        name: What the command line calls it.
+        title: A few words.
+        sentence: The lecture's sentence, in our words.
+        arms: What is compared, on which data, with which budget: two to four sentences.
+        how_to_read: Two sentences on reading the charts.
+        not_shown: What the experiment does not show: one to three sentences.
+        sources: Papers the experiment follows.
+        run: Measures and returns the Result. Its module imports torch, so it is loaded when a claim runs.
+    """
+
+    name: str
+    title: str
+    sentence: str
+    arms: str
+    how_to_read: str
+    not_shown: str
+    sources: Sequence[str]
+    run: Callable[[RunSettings, Progress], Result]
+
+    def words(self) -> Json:
+        """What is written about the claim, as data."""
+        names = ("title", "sentence", "arms", "how_to_read", "not_shown")
+        return {**{name: getattr(self, name) for name in names}, "sources": list(self.sources)}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a claim's experiment measured.
+
+    Args:
+        verdicts: One for each of the claim's criteria, the main one first.
+        charts: At least one.
+        numbers: Further figures worth quoting, flat: "what, unit" -> number.
+    """
+
+    verdicts: Sequence[Verdict]
+    charts: Sequence[Chart]
+    numbers: Numbers = field(default_factory=dict)
+
+    def to_dict(self) -> Json:
+        """The result as data."""
+        charts, numbers = [asdict(chart) for chart in self.charts], dict(self.numbers)
+        return {"verdicts": [verdict.to_dict() for verdict in self.verdicts], "charts": charts, "numbers": numbers}

@@ -1,0 +1,72 @@
+"""Numbers in sentences: a sentence is a template and its figures, and this is the one place where it is written out.
+
+A template names its figures in braces, with Python's format after a colon. Three formats are our own: ``times`` for
+ratios, ``share`` for signed shares, ``known`` for a number of two digits that may not exist.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from string import Formatter
+from typing import SupportsFloat
+
+# What a template may be filled with; a tensor of one number has a float as well
+Figure = SupportsFloat | str
+
+_PERCENT = 10.0  # from a thousand percent on
+_MANY = 1e6  # from here on the digits of a ratio say nothing
+
+
+def in_words(template: str, figures: Mapping[str, Figure] | None = None, /, **more: Figure) -> str:
+    """The sentence of a template: it begins with a capital letter, and negative numbers have a true minus sign.
+
+    Raises:
+        KeyError: If the template names a figure that is not given.
+    """
+    text = _Words().vformat(template, (), {**(figures or {}), **more})
+    return minus(text[:1].upper() + text[1:])
+
+
+class _Words(Formatter):
+    def format_field(self, value: Figure, format_spec: str) -> str:
+        if format_spec in _FORMATS and not isinstance(value, str):
+            return _FORMATS[format_spec](float(value))
+        return format(value, format_spec)
+
+
+def minus(text: str) -> str:
+    """The text with a true minus sign before negative numbers; hyphens and exponents stay."""
+    return re.sub(r"(?<![\w)\]])-(?=[\d.])", "−", text)
+
+
+def times(ratio: float) -> str:
+    """A ratio with the digits that count, such as 4.7, 0.83, 120 or 3e+29; "any number of" for infinity."""
+    if ratio == math.inf:
+        return "any number of"
+    if ratio >= _MANY:
+        return f"{ratio:.1g}"
+    if ratio >= 100:
+        return f"{ratio:.0f}"
+    return f"{ratio:.1f}" if ratio >= 0.95 else f"{ratio:.2g}"
+
+
+def share(value: float) -> str:
+    """A signed share as a percentage, or as a multiple where a percentage says nothing: +4.1%, 31 times more."""
+    if not math.isfinite(value) or abs(value) < _PERCENT:
+        return f"{value:+.1%}"
+    return f"{times(abs(value))} times {'more' if value > 0 else 'less'}"
+
+
+def known(value: float, digits: int = 2) -> str:
+    """A number with the digits that count; "not known" where it is none."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else "not known"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 step, 4 steps."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+_FORMATS: dict[str, Callable[[float], str]] = {"times": times, "share": share, "known": known}

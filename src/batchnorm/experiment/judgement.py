@@ -1,0 +1,232 @@
+"""From the effects of several seeds to a verdict, by one rule: the region that holds the whole interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Literal, TypedDict
+
+from batchnorm.experiment.figures_in_words import Figure, in_words
+
+# A side of a comparison that never arrived counts with the last step: then the effect is a bound
+Bound = Literal["", "at least", "at most"]
+Interval = tuple[float, float]
+Json = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """What a claim must show, fixed before anything is measured.
+
+    The verdict is read off the confidence interval of the effect: inside ``supported`` the claim is supported, inside
+    ``opposite`` the opposite holds, anything else is not supported.
+
+    Args:
+        key: Name, ``<claim>-<what>``.
+        question: What is asked, one sentence a newcomer understands, ending in a question mark.
+        quantity: What is computed for each seed, with its unit.
+        supported: Open interval of effects that support the claim.
+        opposite: Open interval of effects that show the opposite, or None where there is none.
+        guard: What must hold for the arms to be comparable, in words; "" for nothing.
+        log: Base of the logarithm, where the effect is that of a ratio; 0 where it is the quantity itself.
+        compares: The two sides of that ratio, and where they are compared; "" where ``quantity`` names them.
+    """
+
+    key: str
+    question: str
+    quantity: str
+    supported: Interval
+    opposite: Interval | None = None
+    guard: str = ""
+    log: int = 0
+    compares: str = ""
+
+    @property
+    def effect(self) -> str:
+        """What is computed for each seed, in words."""
+        logarithm = f"log{self.log} of " if self.log else ""
+        return f"{logarithm}{self.quantity}" + (f", {self.compares}" if self.compares else "")
+
+    def natural(self, effect: float) -> float:
+        """An effect as a ratio where it is the logarithm of one; infinite beyond floating-point numbers."""
+        try:
+            return float(self.log**effect) if self.log else effect
+        except OverflowError:
+            return math.inf
+
+    def to_dict(self) -> Json:
+        """The criterion as data."""
+        names = ("key", "question", "effect", "supported", "opposite", "guard")
+        return {name: getattr(self, name) for name in names}
+
+
+class Regions(TypedDict):
+    """Open intervals of effects that support a claim, and that show its opposite."""
+
+    supported: Interval
+    opposite: Interval
+
+
+def beyond(least: float) -> Regions:
+    """Regions of an effect that must lie above a number, and whose opposite lies below the number's negative."""
+    return {"supported": (least, math.inf), "opposite": (-math.inf, -least)}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Mean of an effect over seeds with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    level: float
+    values: tuple[float, ...]
+
+
+def estimate(values: Sequence[float], level: float) -> Estimate:
+    """Mean over seeds with Student's t interval; equal values give an interval of width 0."""
+    import numpy as np
+    from scipy import stats
+
+    values = [float(value) for value in values]
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return Estimate(mean, mean - half, mean + half, level, tuple(values))
+
+
+class Status(StrEnum):
+    """Outcome of a criterion."""
+
+    SUPPORTED = "SUPPORTED"
+    NOT_SUPPORTED = "NOT SUPPORTED"
+    OPPOSITE = "OPPOSITE"
+    INVALID = "INVALID"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a criterion came to, in figures; every sentence about it is made from them.
+
+    Args:
+        criterion: What was asked, of which quantity, between which sides.
+        status: The outcome.
+        estimate: The effect; None where it could not be computed.
+        words: The measurement as a template that names its figures, such as "{fast} steps instead of {slow}".
+        figures: The numbers and names of ``words``.
+        bound: Whether the effect is a bound, because one side never arrived.
+        failed_guard: For INVALID, what did not hold, with its number.
+    """
+
+    criterion: Criterion
+    status: Status
+    estimate: Estimate | None
+    words: str
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    bound: Bound = ""
+    failed_guard: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The measurement in plain words with its numbers, such as "30 steps instead of 120 (4.0× as many)."."""
+        return in_words(self.words, self.figures, bound=self.bound and f"{self.bound} ")
+
+    @property
+    def told(self) -> str:
+        """What stands beside the status: the guard that failed, else the sentence."""
+        return self.failed_guard or self.sentence
+
+    @property
+    def heading(self) -> str:
+        """``told`` as a heading, without a full stop."""
+        return self.told.removesuffix(".")
+
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """Effect and ends of its interval, as ratios where effects are logarithms; NaN without an estimate."""
+        if self.estimate is None:
+            return math.nan, math.nan, math.nan
+        low, high = self.estimate.low, self.estimate.high
+        return self.criterion.natural(self.estimate.mean), self.criterion.natural(low), self.criterion.natural(high)
+
+    def to_dict(self) -> Json:
+        """The verdict as data."""
+        return {
+            "criterion": self.criterion.to_dict(),
+            "status": self.status,
+            "estimate": None if self.estimate is None else asdict(self.estimate),
+            "sentence": self.sentence,
+            "failed_guard": self.failed_guard,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Criteria(Mapping[str, Criterion]):
+    """Criteria by their keys, with what they were fixed together with.
+
+    Args:
+        version: Raised when a criterion changes.
+        level: Of the confidence intervals that verdicts are read off.
+        table: In the order in which they are asked.
+    """
+
+    version: str
+    level: float
+    table: tuple[Criterion, ...]
+
+    def __getitem__(self, key: str) -> Criterion:
+        return {criterion.key: criterion for criterion in self.table}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (criterion.key for criterion in self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def of(self, claim: str) -> list[Criterion]:
+        """The criteria of one claim, the main one first."""
+        return [criterion for criterion in self.table if criterion.key.startswith(f"{claim}-")]
+
+    def judge(
+        self, key: str, values: Sequence[float], words: str, figures: Mapping[str, Figure] | None = None, /, *,
+        bound: Bound = "", failed_guard: str = "", **more: Figure,
+    ) -> Verdict:  # fmt: skip
+        """The verdict on one criterion.
+
+        Args:
+            key: Of the criterion.
+            values: The effect for each seed; where one is not finite there is no verdict.
+            words: The measurement in plain words, a template that names its figures; not used where there is no
+                estimate and a figure is not finite.
+            figures: Numbers and names for the template, also by keywords.
+            bound: Whether the effect is a bound.
+            failed_guard: What did not hold, with its number; it makes the verdict INVALID.
+        """
+        finite = len(values) > 1 and all(map(math.isfinite, values))
+        failed = failed_guard or ("" if finite else "the effect is not a finite number in every seed")
+        measured = estimate(values, self.level) if finite else None
+        status = status_of(self[key], measured) if measured and not failed else Status.INVALID
+        given = {**(figures or {}), **more}
+        plain = {name: value if isinstance(value, (str, int)) else float(value) for name, value in given.items()}
+        if not finite and (not words or any(isinstance(v, float) and not math.isfinite(v) for v in plain.values())):
+            words = "The arms could not be compared."
+        return Verdict(self[key], status, measured, words, plain, bound, failed)
+
+    def unjudged(self, claim: str, reason: str) -> list[Verdict]:
+        """No verdict on any criterion of a claim, and why."""
+        return [self.judge(criterion.key, [], "", failed_guard=reason) for criterion in self.of(claim)]
+
+
+def status_of(criterion: Criterion, measured: Estimate) -> Status:
+    """The outcome by where the whole interval lies."""
+    if _inside(measured, criterion.supported):
+        return Status.SUPPORTED
+    if criterion.opposite is not None and _inside(measured, criterion.opposite):
+        return Status.OPPOSITE
+    return Status.NOT_SUPPORTED
+
+
+def _inside(measured: Estimate, interval: Interval) -> bool:
+    return interval[0] < measured.low and measured.high < interval[1]

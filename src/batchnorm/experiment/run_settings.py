@@ -1,0 +1,42 @@
+"""What a run of experiments is determined by: its seeds, and how much is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Called with the share of the work that is done, 0..1.
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Seeds and effort of a run; the same settings give the same numbers.
+
+    Args:
+        seed: First seed; seed, seed + 1, ... are used.
+        seeds: Number of seeds. Arms share seeds, so differences are paired.
+        effort: Share of each experiment's full number of training steps, above 0 up to 1. Below 1 is for trying
+            the machinery, not for verdicts.
+    """
+
+    seed: int = 0
+    seeds: int = 5
+    effort: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ValueError(f"seeds must be 2 or more, got {self.seeds}. One seed has no interval.")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}.")
+        if not 0 < self.effort <= 1:
+            raise ValueError(f"effort must be above 0 and at most 1, got {self.effort}.")
+
+    @property
+    def all_seeds(self) -> range:
+        """Every seed of the run."""
+        return range(self.seed, self.seed + self.seeds)
+
+    def steps(self, full: int) -> int:
+        """The number of steps where ``full`` is what a verdict needs; at least 20."""
+        return max(20, round(full * self.effort))
