@@ -41,7 +41,7 @@ from batchnorm.experiment.judgement import Status
 from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.paired_seeds import Arrival
 from batchnorm.experiment.run_settings import RunSettings
-from batchnorm.lecture.claims.smoother_loss import Landscape
+from batchnorm.instruments.loss_landscape import Roughness
 
 STEPS, SEEDS = 40, 2
 RATES = (0.01, 0.1)
@@ -84,8 +84,8 @@ CURVES = {
 }
 
 
-def landscape(beta: float) -> Landscape:
-    return Landscape(*(torch.full((6,), beta) for _ in range(len(Landscape.__dataclass_fields__))))
+def landscape(beta: float) -> Roughness:
+    return Roughness(*(torch.full((6,), beta) for _ in range(len(Roughness.__dataclass_fields__))))
 
 
 def watched(drift: float, beta: float, failed: str = "") -> Watched:

@@ -20,12 +20,14 @@ from batchnorm.ablation.effort import plan
 from batchnorm.ablation.facts import facts
 from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions import noise_of_layers, test_statistics
-from batchnorm.ablation.questions.input_scales import condition, spread
+from batchnorm.ablation.questions.input_scales import spread
 from batchnorm.experiment.claim import Claim, Result
 from batchnorm.experiment.figures_in_words import times
 from batchnorm.experiment.judgement import Status
 from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.run_settings import RunSettings
+from batchnorm.instruments.batch_noise import log_slope
+from batchnorm.instruments.condition_number import condition_number
 from batchnorm.population import recalibrate
 
 SEEDS = range(3)
@@ -89,7 +91,7 @@ def test_spread_and_condition_of_planted_features():
     assert verdicts(result)["scale-spread"].status is Status.SUPPORTED
     alike = spread(z, SEEDS)
     assert verdicts(alike)["scale-spread"].status is Status.OPPOSITE
-    assert condition(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 1.0], [-1.0, -1.0]]).double()) < 10
+    assert condition_number(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 1.0], [-1.0, -1.0]]).double()) < 10
     before, after = (result.numbers[f"condition number of features, {name}"] for name in ("as they are", "normalized"))
     assert before > 1e5
     assert after < 2
@@ -172,7 +174,7 @@ def test_the_noise_of_independent_normal_values_is_one_and_a_half_over_the_batch
     for size in (16, 64):
         assert float(noise_of_layers.power(parts, size, random)) == pytest.approx(1.5 / size, rel=0.1)
     found = noise_of_layers.powers({"layer": parts}, (8, 16, 32, 64, 128), 0)["layer"]
-    assert noise_of_layers.slope(found, (8, 16, 32, 64, 128)) == pytest.approx(-1, abs=0.1)
+    assert log_slope(found, (8, 16, 32, 64, 128)) == pytest.approx(-1, abs=0.1)
 
 
 def test_the_noise_formula_is_what_normalizing_a_batch_does():

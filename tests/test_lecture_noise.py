@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
 from batchnorm.experiment.run_settings import RunSettings
+from batchnorm.instruments.batch_noise import dropout_rate
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claims import mini_batch_noise
@@ -21,7 +22,6 @@ from batchnorm.lecture.claims.mini_batch_noise import (
     TRAIN,
     Arm,
     Noise,
-    dropout,
     gaussian,
     judge_effect,
     kurtosis,
@@ -93,7 +93,7 @@ def test_noise_power_is_what_separate_layers_do_to_the_drawn_batches() -> None:
     normalized = torch.stack([layer(drawn[:, b]) for b in range(batches)], 1)
     # sums of some thousand terms of one size, in another order: below sqrt(count) roundings
     bound = {"rtol": 64 * EPS32, "atol": 0.0}
-    torch.testing.assert_close(power, (normalized - drawn).square().mean((0, 1)), **bound)
+    torch.testing.assert_close(power.float(), (normalized - drawn).square().mean((0, 1)), **bound)
     torch.testing.assert_close(mean.float(), drawn.mean(0).square().mean(0), **bound)
 
 
@@ -129,7 +129,7 @@ def test_kurtosis_of_equally_spaced_values_is_nine_fifths() -> None:
 
 def test_dropout_of_the_equivalent_rate_has_the_same_noise_power() -> None:
     for power in (0.001, 0.2, 1.0):
-        p = dropout(power)
+        p = dropout_rate(power)
         assert p / (1 - p) == pytest.approx(power, rel=1e-12)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch.nn import functional as F
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
 from batchnorm.experiment.run_settings import RunSettings
+from batchnorm.instruments.loss_landscape import FRACTIONS, Roughness, along_gradient
 from batchnorm.lecture import rate_sweep
 from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import smoother_loss
-from batchnorm.lecture.claims.smoother_loss import MULTIPLES, Course, Landscape, along_gradient, at_equal_loss, of_batch
+from batchnorm.lecture.claims.smoother_loss import Course, at_equal_loss, of_batch
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.networks import Ensemble, fully_connected
 
@@ -36,7 +38,7 @@ def _quadratic(parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     return CURVATURES * squares / 2, [CURVATURES.view(-1, *[1] * (p.ndim - 1)) * p for p in parameters]
 
 
-def _on_a_quadratic(rate: float = 0.1) -> tuple[Landscape, Tensor]:
+def _on_a_quadratic(rate: float = 0.1) -> tuple[Roughness, Tensor]:
     point = [torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)]
     squares = point[0].square().sum(1) + point[1].square().sum((1, 2))
     return along_gradient(_quadratic, point, torch.full((3,), rate, dtype=torch.float64)), squares
@@ -50,20 +52,20 @@ def test_beta_hat_of_a_quadratic_is_its_curvature() -> None:
 
 def test_the_loss_range_of_a_quadratic_is_its_closed_form() -> None:
     met, squares = _on_a_quadratic()
-    losses = CURVATURES * squares / 2 * torch.stack([(1 - m * 0.1 * CURVATURES).square() for m in MULTIPLES])
+    losses = CURVATURES * squares / 2 * torch.stack([(1 - m * 0.1 * CURVATURES).square() for m in FRACTIONS])
     torch.testing.assert_close(met.loss_range, losses.amax(0) - losses.amin(0), rtol=64 * EPS64, atol=0)
     torch.testing.assert_close(met.loss, CURVATURES * squares / 2, rtol=64 * EPS64, atol=0)
 
 
 def test_the_gradient_change_of_a_quadratic_is_curvature_times_the_longest_distance() -> None:
     met, squares = _on_a_quadratic()
-    expected = max(MULTIPLES) * 0.1 * CURVATURES.square() * squares.sqrt()
+    expected = max(FRACTIONS) * 0.1 * CURVATURES.square() * squares.sqrt()
     torch.testing.assert_close(met.gradient_change, expected, rtol=64 * EPS64, atol=0)
 
 
 def test_the_cosine_of_a_quadratic_turns_where_a_step_overshoots() -> None:
     met, _ = _on_a_quadratic()  # rate times curvature 0.05, 0.3 and 3
-    torch.testing.assert_close(met.cosine, torch.tensor([1.0, 1.0, -1.0]).double(), rtol=64 * EPS64, atol=0)
+    torch.testing.assert_close(met.cosine_after, torch.tensor([1.0, 1.0, -1.0]).double(), rtol=64 * EPS64, atol=0)
 
 
 def _net_and_batch() -> tuple[Ensemble, Examples]:
@@ -112,13 +114,14 @@ def test_beta_hat_of_a_normalized_network_falls_by_four_when_its_weights_double(
     # batch norm's eps breaks the invariance by eps / var: below 1e-3 where the variance is above 0.01
     torch.testing.assert_close(twice.beta, once.beta / 4, rtol=1e-3, atol=0)
     torch.testing.assert_close(twice.loss_range, once.loss_range, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(twice.cosine, once.cosine, rtol=1e-3, atol=0)
+    torch.testing.assert_close(twice.cosine_after, once.cosine_after, rtol=1e-3, atol=0)
 
 
 def _course(loss: Tensor, beta: Tensor, accuracy: float = 1.0) -> Course:
     """One seed per column of ``loss`` (T, S), the same at both rates."""
-    both = [values[:, :, None].expand(-1, -1, 2) for values in (loss, beta, beta, beta, beta)]
-    return Course((0.1, 0.1), torch.arange(len(loss)) * 10, Landscape(*both), torch.full((loss.shape[1], 2), accuracy))
+    both = {name: values[:, :, None].expand(-1, -1, 2) for name, values in (("loss", loss), ("other", beta))}
+    met = Roughness(*(both["loss" if field.name == "loss" else "other"] for field in fields(Roughness)))
+    return Course((0.1, 0.1), torch.arange(len(loss)) * 10, met, torch.full((loss.shape[1], 2), accuracy))
 
 
 def test_at_equal_loss_a_roughness_that_depends_on_the_loss_alone_shows_no_difference() -> None:

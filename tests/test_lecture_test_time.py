@@ -8,6 +8,7 @@ from torch import nn
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.run_settings import RunSettings
+from batchnorm.instruments.companion_examples import disagreement
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claims import mini_batch_noise, single_examples
@@ -19,7 +20,6 @@ from batchnorm.lecture.claims.single_examples import (
     POPULATION,
     TEST,
     Trained,
-    flip_rate,
     logits_in_batches,
     measure_alone,
     measure_batches,
@@ -112,13 +112,13 @@ def test_flip_rate_is_the_share_of_pairs_of_partitions_that_disagree() -> None:
     predictions = torch.randint(3, (2, 5, 40))
     pairs = list(itertools.combinations(range(5), 2))
     expected = sum((predictions[:, a] != predictions[:, b]).double().mean(1) for a, b in pairs) / len(pairs)
-    torch.testing.assert_close(flip_rate(predictions, 3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(disagreement(predictions), expected, rtol=0, atol=1e-12)
 
 
 def test_flip_rate_is_zero_where_all_agree_and_one_where_no_two_do() -> None:
     same, different = torch.zeros(1, 3, 7, dtype=torch.long), torch.arange(3)[None, :, None].expand(1, 3, 7)
-    assert flip_rate(same, 3).tolist() == [0.0]
-    assert flip_rate(different, 3).tolist() == [1.0]
+    assert disagreement(same).tolist() == [0.0]
+    assert disagreement(different).tolist() == [1.0]
 
 
 def test_train_mode_refuses_a_batch_of_one_and_the_numbers_say_so(result: Result) -> None:

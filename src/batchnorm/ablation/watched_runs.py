@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.user_model import kept_buffers, quiet_divergence, received
+from batchnorm.instruments.gradients import Vectors, of_one
 from batchnorm.instruments.layer_drift import drift, noise_floor
+from batchnorm.instruments.loss_landscape import Roughness, along_gradient
 from batchnorm.instruments.signal_propagation import sample
-from batchnorm.lecture.claims.smoother_loss import Landscape, along_gradient
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -44,7 +45,7 @@ class Watched:
     moved: dict[str, Tensor]
     floor: dict[str, float]
     probed: Sequence[int]
-    landscape: Landscape
+    landscape: Roughness
     failed: str = ""
 
     @property
@@ -60,7 +61,7 @@ def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Wat
     looked: list[int] = []
     values: list[dict[str, Tensor]] = []
     probed: list[int] = []
-    met: list[Landscape] = []
+    met: list[Roughness] = []
 
     failed: list[str] = []
 
@@ -84,9 +85,7 @@ def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Wat
 
     model = train(subject, arm, seed, rate, steps, observe)[1]
     moved, floor = _drifts(values)
-    landscape = Landscape(*(
-        torch.cat([getattr(m, f.name) for m in met]) if met else torch.zeros(0) for f in fields(Landscape)
-    ))  # fmt: skip
+    landscape = Roughness.joined(met, torch.cat) if met else Roughness.of_nothing()
     return Watched(model, looked, moved, floor, probed, landscape, *failed)
 
 
@@ -109,18 +108,17 @@ def _drifts(values: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[st
     return moved, floor
 
 
-def _landscape(subject: Subject, model: nn.Module, batch: Any, rate: float) -> Landscape:
+def _landscape(subject: Subject, model: nn.Module, batch: Any, rate: float) -> Roughness:
     """The loss of one batch along its gradient, in train mode; the model is left as it was."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
 
-    def evaluate(there: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def evaluate(there: Sequence[Tensor]) -> tuple[Tensor, Vectors]:
         _move(parameters, [t[0] for t in there])
         torch.manual_seed(0)
         loss = subject.value(model, batch)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        slopes = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-        return loss.detach().reshape(1), [g.unsqueeze(0) for g in slopes]
+        return loss.detach().reshape(1), of_one(found)
 
     with kept_buffers(model), quiet_divergence():
         try:

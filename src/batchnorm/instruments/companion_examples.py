@@ -199,7 +199,7 @@ def _summary(logits: Tensor, reference: Tensor, batch: int) -> Companions:
     """From logits (examples, repeats, classes, ...) and those of eval mode (examples, classes, ...)."""
     count, repeats = logits.shape[:2]
     predicted = _predictions(logits, axis=2)  # (examples, repeats, ...)
-    flips = _disagreement(predicted)
+    flips = disagreement(predicted)
     of_eval = _predictions(reference, axis=1).unsqueeze(1)
     # differences from the first: equal values would leave the rounding of their mean
     variances = (logits - logits[:, :1]).var(1).reshape(count, -1).mean(1)
@@ -223,8 +223,11 @@ def _predictions(logits: Tensor, axis: int) -> Tensor:
     return (logits.select(axis, 0) > 0).long() if logits.shape[axis] == 1 else logits.argmax(axis)
 
 
-def _disagreement(predicted: Tensor) -> Tensor:
-    """Share of pairs of repeats that differ, mean over positions: (examples, repeats, ...) -> (examples,)."""
+def disagreement(predicted: Tensor) -> Tensor:
+    """Share of pairs of repeats that differ, mean over positions: (examples, repeats, ...) -> (examples,).
+
+    1 - sum_k c_k (c_k - 1) / (R (R - 1)) with c_k votes of R repeats for class k.
+    """
     flat = predicted.flatten(2) if predicted.ndim > 2 else predicted.unsqueeze(2)  # (examples, repeats, positions)
     repeats = flat.shape[1]
     counts = torch.nn.functional.one_hot(flat).double().sum(1)  # (examples, positions, classes)

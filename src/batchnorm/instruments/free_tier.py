@@ -28,6 +28,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from batchnorm.instruments.batch_noise import dropout_rate
 from batchnorm.instruments.passes import End
 from batchnorm.instruments.snapshots import Layers, Snapshot, Updates
 from batchnorm.instruments.window_readings import Places, Readings, readings
@@ -103,7 +104,7 @@ def _of_group(group: Readings, independent: bool) -> Window:
     return Window(
         noise=noise,
         m_eff=unknown if passes is None else 1 / passes.of_mean,
-        dropout=noise / (1 + noise),
+        dropout=dropout_rate(noise),
         staleness=(lag / (whole.of_mean * ema)).sqrt(),
         staleness_var=(log_lag / (whole.of_log * ema)).sqrt(),
         short_var=(short / (whole.of_log * ema)).sqrt(),

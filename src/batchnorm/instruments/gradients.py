@@ -39,6 +39,8 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.state_shield import preserve_state
 
 Loss = Callable[[Any, Any], Tensor]
+# A vector of each of R networks, such as its gradient, in the pieces of its parameters: (R, ...), or None for zeros
+Vectors = Sequence[Tensor | None]
 
 
 @final
@@ -222,20 +224,31 @@ def loss_and_gradients(
     return value.detach(), list(gradients)
 
 
-def inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
-    """Inner product of two lists of tensors in float64; None counts as zeros."""
+def inner(a: Vectors, b: Vectors) -> Tensor:
+    """Inner product of two vectors of each of R networks, (R,), in float64 on the CPU; None counts as zeros."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return sum(float((_wide(x) * _wide(y)).sum()) for x, y in pairs)
+    products = ((_wide(x) * _wide(y)).reshape(len(x), -1).sum(1) for x, y in pairs)
+    return sum((product.double().cpu() for product in products), torch.zeros(1, dtype=torch.float64))
 
 
-def norm(a: Sequence[Tensor | None]) -> float:
-    """Length of a list of tensors."""
-    return math.sqrt(inner(a, a))
+def norm(a: Vectors) -> Tensor:
+    """Length of a vector of each of R networks, (R,)."""
+    return inner(a, a).sqrt()
 
 
-def minus(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Difference of two lists of tensors; None counts as zeros."""
+def cosine(a: Vectors, b: Vectors) -> Tensor:
+    """Cosine between two vectors of each of R networks, (R,); NaN where one is 0."""
+    return (inner(a, b) / (norm(a) * norm(b))).clamp(-1, 1)
+
+
+def minus(a: Vectors, b: Vectors) -> list[Tensor | None]:
+    """Difference of two vectors of each of R networks; None counts as zeros."""
     return [x if y is None else -y if x is None else _wide(x) - _wide(y) for x, y in zip(a, b, strict=True)]
+
+
+def of_one(a: Vectors) -> list[Tensor | None]:
+    """The vector of one network as those of R = 1 networks."""
+    return [None if x is None else x.detach().unsqueeze(0) for x in a]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -314,7 +327,7 @@ def _calls_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
 def _squares(names: list[str], gradients: Sequence[Tensor | None]) -> tuple[LayerGradient, ...]:
     sums = dict.fromkeys(names, 0.0)
     for name, gradient in zip(names, gradients, strict=False):
-        sums[name] += inner([gradient], [gradient])
+        sums[name] += float(inner(of_one([gradient]), of_one([gradient])))
     return tuple(LayerGradient(name, s, math.log(s) if s > 0 else -math.inf) for name, s in sums.items())
 
 

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from batchnorm.instruments.gradients import (
     Loss,
+    Vectors,
+    cosine,
     finite,
-    inner,
     loss_and_gradients,
     minus,
     norm,
+    of_one,
     training,
 )
 from batchnorm.instruments.probe_tier import unwrapped
@@ -58,6 +60,23 @@ class WeightShift:
     relative: float
     cosine: float
     norm: float
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """How far the gradients of R networks turned; the quantities of WeightShift, (R,) each, in float64."""
+
+    ics: Tensor
+    relative: Tensor
+    cosine: Tensor
+    norm: Tensor
+
+    @classmethod
+    def between(cls, old: Vectors, new: Vectors) -> Turn:
+        """From G to G'."""
+        ics, length = norm(minus(old, new)), norm(old)
+        return cls(ics, torch.where(length > 0, ics / length, torch.nan), cosine(old, new), length)
 
 
 @final
@@ -226,6 +245,5 @@ def _before(parameters: dict[str, nn.Parameter], name: str, after: dict[Tensor, 
 
 
 def _compare(name: str, old: Tensor | None, new: Tensor | None) -> WeightShift:
-    difference, length, other = norm(minus([old], [new])), norm([old]), norm([new])
-    cosine = inner([old], [new]) / (length * other) if length * other else math.nan
-    return WeightShift(name, difference, difference / length if length else math.nan, cosine, length)
+    turned = Turn.between(of_one([old]), of_one([new]))
+    return WeightShift(name, float(turned.ics), float(turned.relative), float(turned.cosine), float(turned.norm))

@@ -17,14 +17,24 @@ al. 2021, "Gradient Descent on Neural Networks Typically Occurs at the Edge of S
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.instruments.gradients import Loss, finite, inner, loss_and_gradients, minus, norm, training
+from batchnorm.instruments.gradients import (
+    Loss,
+    Vectors,
+    cosine,
+    finite,
+    loss_and_gradients,
+    minus,
+    norm,
+    of_one,
+    training,
+)
 from batchnorm.instruments.internal_covariate_shift import check_optimizer, moved_parameters, values_after_step
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
@@ -125,10 +135,33 @@ def landscape(
         value, gradients = loss_and_gradients(model, batch, loss, parameters, what)
         finite(value, what)
         moving = _next(optimizer, lr, parameters, gradients)
-        update = minus(list(moving.values()), list(moving))
         here = [g for p, g in zip(parameters, gradients, strict=True) if p in moving]
-        points = [_at(model, batch, loss, moving, update, f) for f in (0.0, *fractions)]
-    return _summary(float(value), here, norm(update), tuple(map(float, fractions)), points)
+        update = of_one(minus(list(moving.values()), list(moving)))
+        _refuse_standstill(norm(of_one(here)), norm(update))
+
+        def evaluate(there: Sequence[Tensor]) -> tuple[Tensor, Vectors]:
+            with moved_parameters([(p, values[0]) for p, values in zip(moving, there, strict=True)]):
+                loss_there, slopes = loss_and_gradients(model, batch, loss, list(moving), what)
+            return loss_there.reshape(1), of_one(slopes)
+
+        start = [p.detach().unsqueeze(0) for p in moving]
+        again = evaluate(start)[1]
+        found = along_update(evaluate, start, value.reshape(1), of_one(here), update, fractions)
+    floor = float(norm(minus(again, of_one(here))) / norm(of_one(here)))
+    losses = tuple(found.losses[0].tolist())
+    numbers = {name: float(getattr(found, name)) for name in _NUMBERS}
+    return Landscape(loss=float(value), fractions=tuple(map(float, fractions)), losses=losses, floor=floor, **numbers)
+
+
+_NUMBERS = ("loss_range", "gradient_change", "beta", "eta", "eta_beta", "cosine")
+
+
+def _refuse_standstill(slope: Tensor, length: Tensor) -> None:
+    if not slope or not length:
+        raise ValueError(
+            f"landscape needs an update and a gradient that are not 0, got lengths {float(length):g} and "
+            f"{float(slope):g}. Check the learning rate, and that the loss depends on the parameters."
+        )
 
 
 def _check(
@@ -163,55 +196,94 @@ def _next(
     return {p: p.detach() - lr * g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
-def _at(
-    model: nn.Module, batch: Any, loss: Loss, moving: dict[Tensor, Tensor], update: list[Tensor | None], fraction: float
-) -> tuple[float, list[Tensor | None]]:
-    there = [
-        (parameter, parameter.detach() + fraction * step)
-        for parameter, step in zip(moving, update, strict=True)
-        if step is not None
-    ]
-    with moved_parameters(there):
-        value, gradients = loss_and_gradients(model, batch, loss, list(moving), "landscape")
-    return float(value), gradients
+# -- of R networks at once ------------------------------------------------------------------------------------
+
+# The loss of R networks, (R,), and its gradient, of the parameters' shapes (R, ...), at given parameters
+Evaluate = Callable[[Sequence[Tensor]], tuple[Tensor, Vectors]]
 
 
-def _summary(
-    loss: float,
-    here: list[Tensor | None],
-    length: float,
-    fractions: tuple[float, ...],
-    points: list[tuple[float, list[Tensor | None]]],
-) -> Landscape:
-    slope = norm(here)
-    if not slope or not length:
-        raise ValueError(
-            f"landscape needs an update and a gradient that are not 0, got lengths {length:g} and {slope:g}. "
-            "Check the learning rate, and that the loss depends on the parameters."
-        )
-    again, *reached = [there for _, there in points]
-    losses = tuple(value for value, _ in points[1:])
-    changes = [_or_infinite(norm(minus(there, here))) for there in reached]
-    relative = max(change / fraction for change, fraction in zip(changes, fractions, strict=True))
-    cosines = [_cosine(here, there) for there in reached]
-    return Landscape(
-        loss=loss,
-        fractions=fractions,
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Roughness:
+    """The loss of R networks along an update of each; the quantities of Landscape, (R,) each, in float64.
+
+    Args:
+        loss, loss_range, gradient_change, beta, eta, eta_beta, cosine: As there.
+        losses: At every fraction, (R, fractions).
+        cosine_after: Cosine between the gradients at the first fraction of 1 or more: before and after a step.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    loss_range: Tensor
+    gradient_change: Tensor
+    beta: Tensor
+    eta: Tensor
+    eta_beta: Tensor
+    cosine: Tensor
+    cosine_after: Tensor
+
+    @classmethod
+    def joined(cls, met: Sequence[Roughness], join: Callable[[list[Tensor]], Tensor] = torch.stack) -> Roughness:
+        """Several of them as one, by stacking or by ``torch.cat``."""
+        return cls(*(join([getattr(each, name) for each in met]) for name in _QUANTITIES))
+
+    @classmethod
+    def of_nothing(cls) -> Roughness:
+        """That of no network."""
+        return cls(*[torch.zeros(0)] * len(_QUANTITIES))
+
+
+_QUANTITIES = tuple(field.name for field in fields(Roughness))
+
+
+def along_gradient(evaluate: Evaluate, parameters: Sequence[Tensor], rates: Tensor) -> Roughness:
+    """The loss of R networks along the steps that plain gradient descent would take.
+
+    Args:
+        evaluate: Loss and gradient at given parameters.
+        parameters: The point to start from, (R, ...) each.
+        rates: Learning rate of each network, (R,).
+    """
+    loss, gradient = evaluate(parameters)
+    update = [None if g is None else -rates.view(-1, *[1] * (g.ndim - 1)) * g for g in gradient]
+    return along_update(evaluate, parameters, loss, gradient, update)
+
+
+def along_update(
+    evaluate: Evaluate, parameters: Sequence[Tensor], loss: Tensor, gradient: Vectors, update: Vectors,
+    fractions: Sequence[float] = FRACTIONS,
+) -> Roughness:  # fmt: skip
+    """The loss of R networks along updates of their parameters; all (R, ...) each.
+
+    Args:
+        evaluate: Loss and gradient at given parameters.
+        parameters: The point to start from.
+        loss: There.
+        gradient: There.
+        update: What a whole step adds.
+        fractions: Of the update at which the loss is evaluated.
+    """
+    moves = list(zip(parameters, update, strict=True))
+    points = [evaluate([p if u is None else p.detach() + f * u for p, u in moves]) for f in fractions]
+    losses = torch.stack([value.double().cpu() for value, _ in points], 1)
+    changes = torch.stack([norm(minus(there, gradient)) for _, there in points], 1)  # (R, fractions)
+    cosines = torch.stack([cosine(gradient, there) for _, there in points], 1)
+    slope, length = norm(gradient), norm(update)
+    relative = _or_infinite((changes / torch.tensor(fractions, dtype=torch.float64)).amax(1))
+    after = next((n for n, fraction in enumerate(fractions) if fraction >= 1), -1)
+    return Roughness(
+        loss=loss.double().cpu(),
         losses=losses,
-        loss_range=_or_infinite(max(losses) - min(losses)) if all(map(math.isfinite, losses)) else math.inf,
-        gradient_change=max(changes),
+        loss_range=_or_infinite(losses.amax(1) - losses.amin(1)),
+        gradient_change=_or_infinite(changes.amax(1)),
         beta=relative / length,
         eta=length / slope,
         eta_beta=relative / slope,
-        cosine=math.nan if any(map(math.isnan, cosines)) else min(cosines),
-        floor=norm(minus(again, here)) / slope,
+        cosine=cosines.amin(1),
+        cosine_after=cosines[:, after],
     )
 
 
-def _or_infinite(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
-
-
-def _cosine(a: list[Tensor | None], b: list[Tensor | None]) -> float:
-    lengths = norm(a) * norm(b)
-    return inner(a, b) / lengths if lengths else math.nan
+def _or_infinite(values: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, torch.inf)

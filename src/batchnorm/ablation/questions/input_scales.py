@@ -15,6 +15,7 @@ from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Chart, Role
 from batchnorm.experiment.claim import Claim, Numbers, Result
 from batchnorm.experiment.judgement import Verdict
+from batchnorm.instruments.condition_number import condition_number
 from batchnorm.moments import Moments
 
 if TYPE_CHECKING:
@@ -87,13 +88,10 @@ def _ratio(moments: Moments) -> float:
     return float(sds.max() / sds.min()) if len(sds) else 1.0
 
 
-def condition(x: Tensor) -> float:
-    """Condition number of E[x~ x~^T], x~ = (x, 1), over features that vary: (N, F)."""
+def _condition(x: Tensor) -> float:
+    """Condition number over features that vary: (N, F)."""
     x = x.double()
-    x = x[:, x.std(0) > 0]
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    values = torch.linalg.eigvalsh(x.T @ x / len(x))
-    return float(values[-1] / values[0].clamp_min(values[-1] * torch.finfo(x.dtype).eps))
+    return condition_number(x[:, x.std(0) > 0])
 
 
 def _conditions(x: Tensor) -> Numbers:
@@ -105,7 +103,7 @@ def _conditions(x: Tensor) -> Numbers:
         return {}
     moments = Moments.of(flat)
     z = (flat.double() - moments.mean) / torch.where(moments.var > 0, moments.std, 1)
-    pair = {"as they are": condition(flat), "normalized": condition(z)}
+    pair = {"as they are": _condition(flat), "normalized": _condition(z)}
     return {f"condition number of {what}, {name}": paired_seeds.figures(value, 3) for name, value in pair.items()}
 
 

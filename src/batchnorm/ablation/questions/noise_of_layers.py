@@ -3,9 +3,9 @@
 For an example i, m_i is the mean and v_i the variance of a channel's values inside it (v_i = 0 without positions),
 standardized by the population: mean of m_i 0, mean of v_i + m_i^2 1. A batch of M examples has
 
-    d = mean m_i,    s^2 = mean v_i + mean m_i^2 - d^2,    noise power = E[((z - d) / s - z)^2] = d^2 + (1 - s)^2
+    d = mean m_i,    s^2 = mean v_i + mean m_i^2 - d^2
 
-averaged over the values z of the batch; for M independent normal values it is 1.5 / M to first order.
+and the noise power of ``instruments.batch_noise``; for M independent normal values it is 1.5 / M to first order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart
 from batchnorm.experiment.claim import Claim, Numbers, Result
 from batchnorm.experiment.judgement import Verdict
+from batchnorm.instruments.batch_noise import dropout_rate, log_slope, noise_power
 
 if TYPE_CHECKING:
     from batchnorm.ablation.study import Study
@@ -87,8 +88,7 @@ def power(parts: Parts, size: int, random: torch.Generator) -> Tensor:
     counts.scatter_add_(1, drawn, torch.ones(_DRAWS, size, dtype=torch.float64))
     weights = counts / size  # (draws, N)
     d = weights @ means  # (draws, C)
-    s = (weights @ (inside + means.square()) - d.square()).clamp_min(0).sqrt()
-    return (d.square() + (1 - s).square()).mean()
+    return noise_power(d, (weights @ (inside + means.square()) - d.square()).clamp_min(0)).mean()
 
 
 def powers(layers: Mapping[str, Parts], measured: Sequence[int], seed: int) -> dict[str, Tensor]:
@@ -96,13 +96,6 @@ def powers(layers: Mapping[str, Parts], measured: Sequence[int], seed: int) -> d
     random = torch.Generator().manual_seed(seed)
     found = {path: torch.stack([power(parts, size, random) for size in measured]) for path, parts in layers.items()}
     return {path: values for path, values in found.items() if bool((values > 0).all())}
-
-
-def slope(values: Tensor, measured: Sequence[int]) -> float:
-    """Least-squares slope of log power on log size."""
-    x = torch.tensor(measured, dtype=torch.float64).log()
-    x = x - x.mean()
-    return float(x @ values.double().log() / x.square().sum())
 
 
 def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
@@ -121,20 +114,18 @@ def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int])
 
 def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Sequence[int]) -> Result:
     whole = found.mean(1)  # (seeds, sizes)
-    slopes = [slope(values, measured) for values in whole]
+    slopes = [float(log_slope(values, measured)) for values in whole]
     at = min(measured, key=lambda size: abs(size - subject.data.size))
     own = whole[:, measured.index(at)].mean()
     verdict = judge(
-        "noise-slope", slopes, f"The noise power {NOISE}.", power=own, size=at, dropout=own / (1 + own),
+        "noise-slope", slopes, f"The noise power {NOISE}.", power=own, size=at, dropout=dropout_rate(own),
         also=f"{float(whole[:, 0].mean()):.2g} in batches of {measured[0]} and " if at != measured[0] else "",
         slope=sum(slopes) / len(slopes),
     )  # fmt: skip
     numbers: Numbers = {}
     for index, size in enumerate(measured):
-        mean = float(whole[:, index].mean())
-        numbers[f"batches of {size}, dropout with the same noise power, %"] = paired_seeds.figures(
-            100 * mean / (1 + mean), 3
-        )
+        rate = 100 * dropout_rate(float(whole[:, index].mean()))
+        numbers[f"batches of {size}, dropout with the same noise power, %"] = paired_seeds.figures(rate, 3)
     return Result([verdict], [_chart(whole, measured, verdict), _layer_chart(found, paths, measured, at)], numbers)
 
 

@@ -30,7 +30,7 @@ def measure(study: Study) -> Result:
     numbers: Numbers = {}
     for at, runs in (("equal rate", study.equal), ("best rate", study.best)):
         for arm in PAIR:
-            cosine = torch.cat([run.landscape.cosine for run in runs(arm)])
+            cosine = torch.cat([run.landscape.cosine_after for run in runs(arm)])
             numbers[f"cosine of the gradients before and after a step, {at}, {CALLED[arm]}"] = paired_seeds.mean(cosine)
     chart = _chart(study, verdicts)
     return Result(verdicts, [chart], numbers)

@@ -22,6 +22,7 @@ from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import Arrival, first_step
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.inputs import InputNorm
+from batchnorm.instruments.condition_number import condition_number, with_bias
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim_criteria import judge
 
@@ -91,7 +92,7 @@ def descend(x: Tensor, y: Tensor, steps: int) -> Descent:
         steps: Number of full-batch steps.
     """
     classes, rates = int(y.max()) + 1, len(RATES)
-    x = _with_bias(x)
+    x = with_bias(x)
     true = y[:, :, None, None].expand(-1, -1, 1, rates)
     weights = torch.zeros(len(x), x.shape[2], classes * rates)
     scale = (torch.tensor(RATES) / x.shape[1]).repeat(classes)
@@ -104,24 +105,6 @@ def descend(x: Tensor, y: Tensor, steps: int) -> Descent:
             error = log_p.exp_().scatter_add_(2, true, -torch.ones(true.shape))
             weights -= x.mT @ error.flatten(2) * scale
     return Descent(torch.stack(losses))
-
-
-def _with_bias(x: Tensor) -> Tensor:
-    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
-
-
-def condition_number(x: Tensor) -> float:
-    """Largest over smallest eigenvalue of E[x~ x~^T] with a column of ones, over directions that are not empty.
-
-    From singular values in float64, whose square the eigenvalues are, so that 1e12 is still exact to some digits.
-    A constant feature repeats the column of ones and adds an empty direction.
-
-    Args:
-        x: Inputs, (N, features).
-    """
-    values = torch.linalg.svdvals(_with_bias(x.double()))
-    empty = values[0] * max(x.shape) * torch.finfo(torch.float64).eps  # as numpy's matrix_rank
-    return float((values[0] / values[values > empty][-1]).square())
 
 
 def arms(name: str, settings: RunSettings) -> tuple[dict[str, Tensor], Tensor]:

@@ -1,9 +1,9 @@
 """Claim "noise": a mini-batch's statistics are noisy, less so the larger it is, and the noise regularizes slightly.
 
 For a population-standardized value z and a batch of M with mean d and standard deviation s, batch norm gives
-(z - d) / s instead of z. Averaged over the batch, E[((z - d) / s - z)^2] = 2 (1 - E[s]), because the batch's own
-covariance of both is s (the layer's eps aside). To first order in 1 / M this is (kurtosis + 3) / (4 M): 1 / M from
-the mean and (kurtosis - 1) / (4 M) from the standard deviation.
+(z - d) / s instead of z (``instruments.batch_noise``). Averaged over batches, E[((z - d) / s - z)^2] = 2 (1 - E[s]),
+because the batch's own covariance of both is s (the layer's eps aside). To first order in 1 / M this is (kurtosis + 3)
+/ (4 M): 1 / M from the mean and (kurtosis - 1) / (4 M) from the standard deviation.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm import kernels
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart
 from batchnorm.experiment.claim import Claim, Numbers, Result
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.instruments.batch_noise import Value, dropout_rate, log_slope, noise_power
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim_criteria import CRITERIA, judge
@@ -44,7 +44,7 @@ MEASURED = tuple(2**k for k in range(1, 10))
 ROWS = 16384  # examples drawn for each batch size, at least
 AT_LEAST = 64  # batches
 
-Value = TypeVar("Value", Tensor, float)
+_EPS = BatchNorm1d(1).eps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,10 +108,9 @@ def noise_of_batches(z: Tensor, size: int, random: torch.Generator) -> tuple[Ten
         Mean over batches and their examples of (normalized - z)^2, (C,); mean of the squared batch mean, (C,).
     """
     batches = max(ROWS // size, AT_LEAST)
-    drawn = z[torch.randint(len(z), (size, batches), generator=random)].flatten(1)  # (M, batches * C)
-    normalized, mean, _ = kernels.train_forward(drawn, None, None, BatchNorm1d(1).eps)
-    power = (normalized - drawn).square().mean(0).view(batches, -1).mean(0)
-    return power, mean.square().view(batches, -1).mean(0)
+    drawn = z[torch.randint(len(z), (size, batches), generator=random)].double()  # (M, batches, C)
+    mean = drawn.mean(0)
+    return noise_power(mean, drawn.var(0, correction=0), _EPS).mean(0), mean.square().mean(0)
 
 
 def kurtosis(z: Tensor) -> Tensor:
@@ -133,11 +132,6 @@ def gaussian(size: int) -> float:
     return -2 * math.expm1(log_mean)
 
 
-def dropout(power: Value) -> Value:
-    """Share p of values that dropout drops for a noise power of p / (1 - p) (Srivastava et al. 2014, section 10)."""
-    return power / (1 + power)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Noise:
     """Noise of mini-batches at each size of MEASURED, mean over layers and channels.
@@ -154,9 +148,7 @@ class Noise:
 
     def slopes(self) -> Tensor:
         """Least-squares slope of log power on log size, (seeds,)."""
-        x = torch.tensor(MEASURED, dtype=self.power.dtype).log()
-        x = x - x.mean()
-        return (x @ self.power.log()) / x.square().sum()
+        return log_slope(self.power, MEASURED)
 
 
 def measure_noise(ensemble: Ensemble, settings: RunSettings) -> Noise:
@@ -167,7 +159,7 @@ def measure_noise(ensemble: Ensemble, settings: RunSettings) -> Noise:
         random = torch.Generator().manual_seed(seed)
         for row, size in enumerate(MEASURED):
             found = [noise_of_batches(z[index], size, random) for z in layers]
-            power[row, index], mean[row, index] = (torch.cat(part).double().mean() for part in zip(*found, strict=True))
+            power[row, index], mean[row, index] = (torch.cat(part).mean() for part in zip(*found, strict=True))
     return Noise(power, mean, torch.cat([kurtosis(z) for z in layers], 1).mean(1))
 
 
@@ -269,7 +261,7 @@ def _power_chart(noise: Noise, slope: Verdict) -> Chart:
 
 def _dropout_chart(noise: Noise) -> Chart:
     kappa = float(noise.kurtosis.mean())
-    equal = dropout(noise.power)
+    equal = dropout_rate(noise.power)
     at = {size: 100 * equal[MEASURED.index(size)].mean() for size in (8, 32, 512)}
     said = ", ".join(f"{share:.2g}% with batches of {size}" for size, share in at.items())
     return Chart(
@@ -277,7 +269,7 @@ def _dropout_chart(noise: Noise) -> Chart:
         f"The noise of a batch is as strong as that of dropout at {said}",
         "Dropout rate with the same noise power against batch size, both on log scales: blue points measured, "
         f"with the range over seeds, the dashed line by theory to first order. Measured: {said}.",
-        _lines("", equal, {_FIRST_ORDER: lambda m: dropout(theory(kappa, m))}),
+        _lines("", equal, {_FIRST_ORDER: lambda m: dropout_rate(theory(kappa, m))}),
         Axis("batch size M", log=True),
         Axis("equivalent dropout rate p", log=True, percent=True),
         {_MEASURED: "with", _FIRST_ORDER: "neutral"},

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role
@@ -17,6 +16,7 @@ from batchnorm.experiment.claim import Claim, Numbers, Result
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import first_step
 from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.instruments.internal_covariate_shift import Turn
 from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture.claim_criteria import CRITERIA, judge
@@ -162,18 +162,17 @@ def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, 
         name: after.parameters[name].detach() if int(name.split(".")[0][-1]) < LAYER else value
         for name, value in before.items()
     }
-    first, second = (_gradient(after, parameters, batch, seed) for parameters in (before, moved))
-    relative = (first - second).norm(dim=1) / first.norm(dim=1)
-    return torch.stack([relative, F.cosine_similarity(first, second, dim=1)])
+    turned = Turn.between(*([_gradient(after, parameters, batch, seed)] for parameters in (before, moved)))
+    return torch.stack([turned.relative, turned.cosine])
 
 
 def _gradient(net: Ensemble, parameters: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
-    """Gradient of the loss with respect to W3, (R, entries)."""
+    """Gradient of the loss with respect to W3, (R, ...)."""
     weight = f"w{LAYER}.weight"
     parameters = parameters | {weight: parameters[weight].detach().requires_grad_()}
     with _noise_from(seed):
         logits = Ensemble(net.template, parameters, net.buffers)(batch.x, train=True, keep_statistics=True)
-    return torch.autograd.grad(losses(logits, batch.y).sum(), parameters[weight])[0].flatten(1)
+    return torch.autograd.grad(losses(logits, batch.y).sum(), parameters[weight])[0]
 
 
 def _lost(without: Tensor, batch_norm: Tensor, noisy: Tensor) -> Tensor:

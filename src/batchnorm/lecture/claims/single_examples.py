@@ -19,6 +19,7 @@ from batchnorm.experiment.chart_data import Axis, Chart, Role
 from batchnorm.experiment.claim import Claim, Numbers, Result
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.instruments.companion_examples import disagreement
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.data_sets import Examples
@@ -122,22 +123,6 @@ def _partitions(count: int, seed: int) -> Tensor:
     return torch.stack([torch.randperm(count, generator=random) for _ in range(PARTITIONS)])
 
 
-def flip_rate(predictions: Tensor, classes: int) -> Tensor:
-    """Probability that two random partitions give an example different classes, mean over examples.
-
-    Args:
-        predictions: Classes, (seeds, partitions, N).
-        classes: Number of classes.
-
-    Returns:
-        1 - sum_k c_k (c_k - 1) / (P (P - 1)) with c_k votes of P for class k, (seeds,).
-    """
-    partitions = predictions.shape[1]
-    votes = torch.nn.functional.one_hot(predictions, classes).sum(1).double()  # (seeds, N, classes)
-    same = (votes * (votes - 1)).sum(-1) / (partitions * (partitions - 1))
-    return 1 - same.mean(-1)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class InBatches:
     """What train mode does to the test examples in batches of each size of MEASURED.
@@ -160,7 +145,7 @@ def measure_batches(trained: Trained, settings: RunSettings) -> InBatches:
         logits = logits_in_batches(trained.ensemble, trained.test.x, size, settings)
         predicted = logits.argmax(-1)
         accuracy.append((predicted == trained.test.y[:, None]).double().mean((1, 2)))
-        flips.append(flip_rate(predicted, SIZES[-1]))
+        flips.append(disagreement(predicted))
         spread.append(logits.var(1).mean((1, 2)).sqrt() / logits.std((1, 2, 3)))
     return InBatches(torch.stack(accuracy), torch.stack(flips), torch.stack(spread))
 

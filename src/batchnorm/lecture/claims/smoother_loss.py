@@ -1,28 +1,21 @@
 """Claim "smooth": batch norm makes the loss smoother along the gradient (Santurkar et al. 2018).
 
-At a point w of a training run with gradient g on the batch of the step, the loss L and its gradient are evaluated
-at w - d g for distances d = rate * (1/2, 1, 2, 4):
-
-    loss range = max L - min L over the distances
-    gradient change = max |grad L(w - d g) - g|                (small: the gradient is predictive)
-    beta-hat = max |grad L(w - d g) - g| / |d g|               (effective smoothness, 1 / rate)
-    cosine between g and grad L(w - rate g)
-
-On a quadratic with curvature c along g, beta-hat is c, and gradient descent is stable while rate × beta-hat < 2.
-beta-hat depends on the scale of the weights: a network with batch norm computes the same with all weights before
-it doubled, but its beta-hat is a quarter. So rate × beta-hat and the cosine are always told too.
+At a point w of a training run with gradient g on the batch of the step, the loss and its gradient are evaluated at
+w - d g for distances d = rate * (1/2, 1, 2, 4). ``instruments.loss_landscape`` says how rough the loss is there: its
+range, the change of the gradient, beta-hat, and the cosine between g and the gradient after a step. beta-hat depends on
+the scale of the weights: a network with batch norm computes the same with all weights before it doubled, but its
+beta-hat is a quarter. So rate × beta-hat and the cosine are always told too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Role
@@ -30,67 +23,17 @@ from batchnorm.experiment.claim import Claim, Numbers, Result
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.instruments.loss_landscape import Evaluate, Roughness, along_gradient
 from batchnorm.lecture.claim_criteria import CRITERIA, judge
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
 
-MULTIPLES = (0.5, 1.0, 2.0, 4.0)  # of the rate, as in the paper
 RATE = 0.1  # equal for both arms: a rate at which both learn
 EVERY = 10  # steps between two probes
 LEARNED = 0.9
 EDGE = 2.0
-
-# The loss of R networks, (R,), and its gradient, of the parameters' shapes (R, ...), at given parameters
-Evaluate = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Landscape:
-    """The loss along the gradient; each quantity is (R,) at one point of R networks.
-
-    Args:
-        loss: At the point itself, nats.
-        loss_range, gradient_change, beta: Over the distances, as above.
-        cosine: At a distance of one step.
-    """
-
-    loss: Tensor
-    loss_range: Tensor
-    gradient_change: Tensor
-    beta: Tensor
-    cosine: Tensor
-
-
-def along_gradient(evaluate: Evaluate, parameters: Sequence[Tensor], rates: Tensor) -> Landscape:
-    """The loss of R networks along their own gradients.
-
-    Args:
-        evaluate: Loss and gradient at given parameters.
-        parameters: The point to start from, (R, ...) each.
-        rates: Learning rate of each network, (R,).
-    """
-    start, gradient = evaluate(parameters)
-    direction = _flat(gradient)  # (R, all parameters)
-    values, changes, cosines = [], [], []
-    for multiple in MULTIPLES:
-        loss, there = evaluate([
-            parameter - multiple * rates.view(-1, *[1] * (slope.ndim - 1)) * slope
-            for parameter, slope in zip(parameters, gradient, strict=True)
-        ])  # fmt: skip
-        values.append(loss)
-        changes.append((_flat(there) - direction).norm(dim=1))
-        cosines.append(F.cosine_similarity(_flat(there), direction, dim=1))
-    reached, change = torch.stack(values), torch.stack(changes)  # (distances, R)
-    distance = torch.tensor(MULTIPLES).view(-1, 1) * rates * direction.norm(dim=1)
-    beta = (change / distance).amax(0)
-    return Landscape(start, reached.amax(0) - reached.amin(0), change.amax(0), beta, cosines[MULTIPLES.index(1.0)])
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """(R, ...) each -> (R, all entries)."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
 
 
 def of_batch(net: Ensemble, batch: Examples) -> Evaluate:
@@ -112,13 +55,13 @@ class Course:
     Args:
         rates: The two rates.
         steps: Steps at which it was probed, (T,).
-        met: Each quantity of Landscape, (T, S, 2).
+        met: What was measured there, (T, S, 2) each.
         accuracy: Best training accuracy reached, in eval mode, (S, 2).
     """
 
     rates: tuple[float, float]
     steps: Tensor
-    met: Landscape
+    met: Roughness
     accuracy: Tensor
 
     @property
@@ -149,7 +92,7 @@ def _course(settings: RunSettings, arm: str, rates: tuple[float, float]) -> Cour
     indices = training_indices(settings, steps).repeat_interleave(2, 0)
     probe = digits()[probe_indices(settings).repeat_interleave(2, 0)]
     each = torch.tensor(rates).repeat(settings.seeds)
-    met: list[Landscape] = []
+    met: list[Roughness] = []
     learned: list[Tensor] = []
 
     def observe(step: int) -> None:
@@ -161,10 +104,9 @@ def _course(settings: RunSettings, arm: str, rates: tuple[float, float]) -> Cour
             met.append(along_gradient(of_batch(net, batch), [*net.parameters.values()], each))
 
     sgd(net, digits(), indices, each, observe)
-    grid = (-1, settings.seeds, 2)
-    quantities = {f.name: torch.stack([getattr(m, f.name) for m in met]).view(grid) for f in fields(Landscape)}
     accuracy = torch.stack(learned).amax(0).view(settings.seeds, 2)
-    return Course(rates, torch.arange(len(met)) * EVERY, Landscape(**quantities), accuracy)
+    course = Roughness.joined(met, lambda values: torch.stack([v.unflatten(0, (-1, 2)) for v in values]))
+    return Course(rates, torch.arange(len(met)) * EVERY, course, accuracy)
 
 
 # Criterion -> quantity, and 0 for the equal rate or 1 for the best
@@ -179,7 +121,7 @@ _QUANTITIES: dict[str, Callable[[Course], Tensor]] = {
     "rate × beta-hat": lambda course: course.rate_beta,
     "loss range": lambda course: course.met.loss_range,
     "gradient change": lambda course: course.met.gradient_change,
-    "cosine": lambda course: course.met.cosine,
+    "cosine": lambda course: course.met.cosine_after,
 }
 _POSITIVE = tuple(name for name in _QUANTITIES if name != "cosine")
 _EDGE = "edge of stability"
