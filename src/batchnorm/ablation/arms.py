@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.ablation.user_model import Subject
 from batchnorm.inputs import InputNorm
-from batchnorm.layers import batch_norms, input_of
+from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import freeze, has_stored_statistics
+from batchnorm.population.hooks import seeing
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -63,21 +64,12 @@ def fix(model: nn.Module, batch: Any) -> None:
     """
     found: dict[str, Moments] = {}
 
-    def hook(path: str) -> Any:
-        def look(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = input_of(args, kwargs)
-            found[path] = found.get(path, Moments.empty()) + Moments.of(x.detach())
-
-        return look
+    def see(path: str, _: nn.Module, x: Tensor) -> None:
+        found[path] = found.get(path, Moments.empty()) + Moments.of(x.detach())
 
     layers = batch_norms(model)
-    handles = [layer.register_forward_pre_hook(hook(path), with_kwargs=True) for path, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with seeing(layers, see), torch.no_grad():
+        call(model, batch)
     for path, layer in layers.items():
         if path in found:
             _store(layer, found[path].mean, found[path].var)

@@ -8,20 +8,30 @@ its tensors are equally long; a graph with its edges, or an object of a class of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
 from batchnorm.population import tensor_trees
-from batchnorm.population.tensor_trees import is_object, tensors_in, why_without_rows
+from batchnorm.population.tensor_trees import (
+    Batch,
+    Leaf,
+    copied,
+    each_leaf,
+    is_object,
+    leaf_rows,
+    leaves_of,
+    tensors_in,
+    why_without_rows,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 EXAMPLES = 4096  # of a pass that are read: enough for every question, and some hundred steps
 _BYTES = 2**28  # of memory that the examples may take
@@ -46,15 +56,15 @@ class Data:
         whole: Whether batches must stay as the loader gave them.
     """
 
-    train: Sequence[Any]
-    held: Sequence[Any]
-    pool: Any
+    train: Sequence[Batch]
+    held: Sequence[Batch]
+    pool: Batch
     size: int
     dropped: int = 0
     whole: bool = False
 
     @classmethod
-    def of(cls, train: Iterable[Any], test: Iterable[Any] | None = None, *, examples: int = EXAMPLES) -> Data:
+    def of(cls, train: Iterable[Batch], test: Iterable[Batch] | None = None, *, examples: int = EXAMPLES) -> Data:
         """Read a pass, up to ``examples``; without ``test`` every fifth batch is held out.
 
         Raises:
@@ -82,13 +92,13 @@ class Data:
         """Examples to train with, and held out."""
         return sum(map(examples_in, self.train)), sum(map(examples_in, self.held))
 
-    def deal(self, seed: int) -> Iterator[Any]:
+    def deal(self, seed: int) -> Iterator[Batch]:
         """Training batches without end, the same for the same seed; each is a copy."""
         random = torch.Generator().manual_seed(seed)
         if self.pool is None:
             while True:
                 for index in torch.randperm(len(self.train), generator=random).tolist():
-                    yield each(self.train[index], _copied)
+                    yield each_leaf(self.train[index], _copied)
         total = examples_in(self.pool)
         while True:
             for drawn in torch.randperm(total, generator=random).split(min(self.size, total)):
@@ -98,14 +108,14 @@ class Data:
     def to(self, device: torch.device) -> Data:
         """The same on another device."""
 
-        def moved(batch: Any) -> Any:
-            return each(batch, lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
+        def moved(batch: Batch) -> Batch:
+            return each_leaf(batch, lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
 
         train, held = [moved(b) for b in self.train], [moved(b) for b in self.held]
         return replace(self, train=train, held=held, pool=moved(self.pool))
 
 
-def regrouped(batches: Sequence[Any], size: int, seed: int) -> list[Any] | None:
+def regrouped(batches: Sequence[Batch], size: int, seed: int) -> list[Batch] | None:
     """The examples of ``batches`` in batches of ``size``, at random; None where they cannot be joined."""
     pool = joined(batches)
     if pool is None:
@@ -115,14 +125,14 @@ def regrouped(batches: Sequence[Any], size: int, seed: int) -> list[Any] | None:
     return [take(pool, group) for group in groups if len(group) == size]
 
 
-def inputs_of(batch: Any) -> Tensor | None:
+def inputs_of(batch: Batch) -> Tensor | None:
     """The input that a model gets of a batch where that is one floating-point tensor with features, else None."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     is_one = isinstance(first, Tensor) and first.is_floating_point() and first.ndim >= 2
     return first if is_one else None
 
 
-def examples_in(batch: Any) -> int:
+def examples_in(batch: Batch) -> int:
     """Examples in a batch, as every room counts them: the first axis of its first tensor, or what an object says.
 
     Raises:
@@ -134,32 +144,24 @@ def examples_in(batch: Any) -> int:
     return count
 
 
-def is_rows(batch: Any) -> bool:
+def is_rows(batch: Batch) -> bool:
     """Whether a batch is rows of examples: tensors of one length, beside numbers and words that belong to none."""
-    leaves: list[Any] = []
-    each(batch, leaves.append)
-    is_known = all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves)
+    is_known = all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves_of(batch))
     return is_known and not why_without_rows(batch)
 
 
-def first_examples(batch: Any, most: int) -> Any:
+def first_examples(batch: Batch, most: int) -> Batch:
     """The first examples of a batch, copied; all of it where it is not rows."""
-    return take(batch, torch.arange(min(most, examples_in(batch)))) if is_rows(batch) else each(batch, _copied)
+    return take(batch, torch.arange(min(most, examples_in(batch)))) if is_rows(batch) else each_leaf(batch, _copied)
 
 
-def take(batch: Any, chosen: Tensor) -> Any:
+def take(batch: Batch, chosen: Tensor) -> Batch:
     """Some of the examples of a batch that is rows, copied."""
-    count = examples_in(batch)
-
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf[chosen.to(leaf.device)] if leaf.ndim and len(leaf) == count else leaf.clone()
-
-    return each(batch, part)
+    rows, count = chosen.tolist(), examples_in(batch)
+    return each_leaf(batch, lambda leaf: copied(leaf_rows(rows, count, leaf)))
 
 
-def joined(batches: Sequence[Any]) -> Any:
+def joined(batches: Sequence[Batch]) -> Batch:
     """All examples in one batch, or None where the batches do not fit together."""
     try:
         return _joined(list(batches), [examples_in(batch) for batch in batches])
@@ -167,18 +169,7 @@ def joined(batches: Sequence[Any]) -> Any:
         return None
 
 
-def each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """``value`` with ``change`` applied to everything in its tuples, lists and mappings."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(each(part, change) for part in value))
-    if type(value) in {tuple, list}:
-        return type(value)(each(part, change) for part in value)
-    if isinstance(value, Mapping):
-        return _mapped(value, {key: each(part, change) for key, part in value.items()})
-    return change(value)
-
-
-def _read(loader: Iterable[Any], examples: int, option: str) -> list[Any]:
+def _read(loader: Iterable[Batch], examples: int, option: str) -> list[Batch]:
     if isinstance(loader, Tensor):
         raise TypeError(f"{option} needs batches, got one tensor. Return a DataLoader or a list of batches.")
     read, count, memory = [], 0, 0
@@ -193,7 +184,7 @@ def _read(loader: Iterable[Any], examples: int, option: str) -> list[Any]:
     return read
 
 
-def _usable(batches: list[Any]) -> tuple[list[Any], int]:
+def _usable(batches: list[Batch]) -> tuple[list[Batch], int]:
     """Batches that can be normalized by their own statistics, and the number of the others."""
     kept = [batch for batch in batches if examples_in(batch) > 1]
     if not kept:
@@ -203,25 +194,23 @@ def _usable(batches: list[Any]) -> tuple[list[Any], int]:
     return kept, len(batches) - len(kept)
 
 
-def _bytes(batch: Any) -> int:
+def _bytes(batch: Batch) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(batch))
 
 
-def _tensors_of(batch: Any) -> list[Tensor]:
+def _tensors_of(batch: Batch) -> list[Tensor]:
     """Every tensor of a batch, also of an object of a class of its own that can be moved to a device."""
-    leaves: list[Any] = []
-    each(batch, leaves.append)
-    found = [tensors_in(leaf if isinstance(leaf, Tensor) else _attributes(leaf)) for leaf in leaves]
+    found = [tensors_in(leaf if isinstance(leaf, Tensor) else _attributes(leaf)) for leaf in leaves_of(batch)]
     return list(chain.from_iterable(found))
 
 
-def _attributes(leaf: Any) -> list[Any]:
+def _attributes(leaf: Leaf) -> list[Batch]:
     """What such an object holds, of a mapping inside of it too."""
     held = list(getattr(leaf, "__dict__", {}).values()) if is_object(leaf) else []
     return [dict(part) if isinstance(part, Mapping) else part for part in held]
 
 
-def _joined(parts: list[Any], counts: list[int]) -> Any:
+def _joined(parts: list[Batch], counts: list[int]) -> Batch:
     first = parts[0]
     if any(type(part) is not type(first) for part in parts):
         raise _ApartError
@@ -233,13 +222,16 @@ def _joined(parts: list[Any], counts: list[int]) -> Any:
     if isinstance(first, Mapping):
         if any(part.keys() != first.keys() for part in parts):
             raise _ApartError
-        return _mapped(first, {key: _joined([part[key] for part in parts], counts) for key in first})
+        whole = copy(first) if isinstance(first, MutableMapping) else dict(first)
+        for key in first:
+            whole[key] = _joined([part[key] for part in parts], counts)
+        return whole
     if not isinstance(first, (int, float, str, type(None))) or any(part != first for part in parts):
         raise _ApartError
     return first
 
 
-def _columns(parts: list[Any]) -> Iterator[Any]:
+def _columns(parts: list[Batch]) -> Iterator[Batch]:
     if len({len(part) for part in parts}) > 1:
         raise _ApartError
     return zip(*parts, strict=True)
@@ -253,19 +245,5 @@ def _concatenated(parts: list[Tensor], counts: list[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def _mapped(like: Mapping, values: dict) -> Any:
-    if type(like) is dict:
-        return values
-    try:
-        changed: Any = copy(like)
-        for key, value in values.items():
-            changed[key] = value
-    except TypeError:  # a mapping that takes no values
-        return values
-    return changed
-
-
-def _copied(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.clone()
-    return deepcopy(leaf) if is_object(leaf) else leaf
+def _copied(leaf: Leaf) -> Leaf:
+    return deepcopy(leaf) if is_object(leaf) else copied(leaf)

@@ -17,10 +17,11 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.ablation.user_data import Data, examples_in, first_examples
 from batchnorm.ablation.usual_losses import accuracy, default_loss
-from batchnorm.layers import batch_norms, input_of
+from batchnorm.layers import batch_norms
 from batchnorm.population.batches import arguments, call
 from batchnorm.population.forward_signatures import names_in
 from batchnorm.population.freezing import Frozen
+from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_trees import tensors_in
 
@@ -199,21 +200,11 @@ def received(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     """What every batch norm layer receives of a batch, by path in the order of the forward; first calls only."""
     found: dict[str, Tensor] = {}
 
-    def look(path: str) -> Callable:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = input_of(args, kwargs)
-            found.setdefault(path, x.detach())
+    def see(path: str, _: nn.Module, x: Tensor) -> None:
+        found.setdefault(path, x.detach())
 
-        return hook
-
-    layers = batch_norms(model).items()
-    handles = [layer.register_forward_pre_hook(look(path), with_kwargs=True) for path, layer in layers]
-    try:
-        with torch.no_grad(), quiet_divergence():
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with seeing(batch_norms(model), see), torch.no_grad(), quiet_divergence():
+        call(model, batch)
     return found
 
 

@@ -29,10 +29,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.instruments.internal_covariate_shift import check_optimizer
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.kernels.reference import exact_dtype
+from batchnorm.population.hooks import detach
 from batchnorm.population.tensor_memory import require
 
 _KEEP = 1000
@@ -151,7 +153,7 @@ class Angles:
         self._before: list[Tensor] | None = None
         self._tests: Tensor | None = None
         self._steps: deque[tuple[Tensor, list[_Theory | None]]] = deque(maxlen=keep)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Angles:
         if not self._handles:
@@ -160,9 +162,8 @@ class Angles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._before = [], None
+        detach(self._handles)
+        self._before = None
 
     def report(self, last: int | None = None) -> AngleReport:
         """Every weight over the last so many measured steps, or all that are remembered.

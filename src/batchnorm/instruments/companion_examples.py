@@ -18,20 +18,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from functools import partial
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.instruments.gradients import refuse_single_values
 from batchnorm.instruments.probe_tier import unwrapped
-from batchnorm.instruments.train_eval_gaps import examples_in
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.tensor_trees import Batch, examples_in
 
-Read = Callable[[Any], Tensor]
+Read = Callable[[Batch], Tensor]
 
 
 @final
@@ -71,8 +72,8 @@ class Companions:
 
 def companion_flips(
     model: nn.Module,
-    examples: Any,
-    pool: Any,
+    examples: Batch,
+    pool: Batch,
     batch: int = 32,
     repeats: int = 50,
     *,
@@ -117,42 +118,38 @@ def companion_flips(
     _check(examples, pool, batch, repeats)
     examples, pool = on_device_of(model, examples), on_device_of(model, pool)
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randperm(examples_in(pool), generator=generator)[: batch - 1] for _ in range(repeats)]
+    count, size = examples_in(examples) or 0, examples_in(pool) or 0
+    draws = [torch.randperm(size, generator=generator)[: batch - 1] for _ in range(repeats)]
+    among = partial(_first_logits, model, examples, pool, (count, size), read)
     with preserve_state(model), uncompiled(), torch.no_grad():
         were_training = {layer for layer in batch_norms(model).values() if layer.training}
         layers = were_training if model.training else set(batch_norms(model).values())
         model.eval()
-        reference = torch.stack([_first_logits(model, examples, pool, i, draws[0], read) for i in _range(examples)])
+        reference = torch.stack([among(i, draws[0]) for i in range(count)])
         for layer in layers if train else ():
             layer.train()
         with refuse_single_values(model, what):
-            logits = torch.stack([
-                torch.stack([_first_logits(model, examples, pool, i, rows, read) for rows in draws])
-                for i in _range(examples)
-            ])  # fmt: skip
+            logits = torch.stack([torch.stack([among(i, rows) for rows in draws]) for i in range(count)])
     return _summary(logits, reference, batch)
 
 
-def _check(examples: Any, pool: Any, batch: int, repeats: int) -> None:
+def _check(examples: Batch, pool: Batch, batch: int, repeats: int) -> None:
     for name, value in (("batch", batch), ("repeats", repeats)):
         if value < 2:
             raise ValueError(f"companion_flips needs {name} of 2 or more, got {value}. One of it cannot differ.")
-    if examples_in(pool) < batch - 1:
+    if (size := examples_in(pool) or 0) < batch - 1:
         raise ValueError(
-            f"companion_flips needs a pool of {batch - 1} examples or more, got {examples_in(pool)}. "
-            "Give more, or a smaller batch=."
+            f"companion_flips needs a pool of {batch - 1} examples or more, got {size}. Give more, or a smaller batch=."
         )
     if not examples_in(examples):
         raise ValueError("companion_flips needs one example or more, got none. Give a batch of them.")
 
 
-def _range(examples: Any) -> range:
-    return range(examples_in(examples))
-
-
-def _first_logits(model: nn.Module, examples: Any, pool: Any, i: int, rows: Tensor, read: Read | None) -> Tensor:
+def _first_logits(
+    model: nn.Module, examples: Batch, pool: Batch, sizes: tuple[int, int], read: Read | None, i: int, rows: Tensor
+) -> Tensor:
     """Logits of one example among companions, (classes, ...), in float64."""
-    together = _joined(examples, pool, i, rows, examples_in(examples), examples_in(pool))
+    together = _joined(examples, pool, i, rows, *sizes)
     with preserve_random_state():
         logits = (read or _logits)(call(model, together))
     if not isinstance(logits, Tensor) or logits.ndim < 1 or len(logits) != len(rows) + 1:
@@ -169,7 +166,7 @@ def _first_logits(model: nn.Module, examples: Any, pool: Any, i: int, rows: Tens
     return first
 
 
-def _joined(one: Any, many: Any, i: int, rows: Tensor, count: int, size: int) -> Any:
+def _joined(one: Batch, many: Batch, i: int, rows: Tensor, count: int, size: int) -> Batch:
     """Example i of one batch in front of the rows of another; what belongs to no example is left as it is."""
     if isinstance(one, Tensor) and isinstance(many, Tensor) and one.ndim and len(one) == count and len(many) == size:
         return torch.cat([one[i : i + 1], many[rows.to(many.device)]])
@@ -185,7 +182,7 @@ def _joined(one: Any, many: Any, i: int, rows: Tensor, count: int, size: int) ->
     return one
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(output: Batch) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(

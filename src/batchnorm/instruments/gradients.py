@@ -36,6 +36,7 @@ from batchnorm.kernels.reference import exact_dtype
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
+from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
 
 Loss = Callable[[Any, Any], Tensor]
@@ -167,20 +168,16 @@ def training(model: nn.Module, what: str) -> Iterator[None]:
 def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
     """A block in which a layer that would have to take the variance of one value says so by name."""
 
-    def check(name: str, layer: nn.Module, args: tuple) -> None:
-        alone = args and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0][:, :1].numel() == 1
+    def check(name: str, layer: nn.Module, x: Tensor) -> None:
+        alone = isinstance(x, Tensor) and x.ndim > 1 and x[:, :1].numel() == 1
         if alone and layer.training and getattr(layer, "single_element", "error") == "error":
             raise ValueError(
-                f"{what} needs 2 or more values per channel in train mode, got {tuple(args[0].shape)} in layer "
+                f"{what} needs 2 or more values per channel in train mode, got {tuple(x.shape)} in layer "
                 f"{name!r}. Give batches of 2 examples or more: drop_last=True in a loader."
             )
 
-    handles = [layer.register_forward_pre_hook(partial(check, name)) for name, layer in batch_norms(model).items()]
-    try:
+    with seeing(batch_norms(model), check):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def scalar(value: Any, what: str) -> Tensor:
@@ -283,12 +280,8 @@ def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Any]]]
         seen.append((name, torch.autograd.graph.get_gradient_edge(x)))
         return ((x, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: x})
 
-    handles = [m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()]
-    try:
+    with attached(m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -316,12 +309,8 @@ def _calls_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
             # a copy: layers that save memory may write over what they can compute again
             seen.append((name, x.detach().clone(), torch.autograd.graph.get_gradient_edge(output)))
 
-    handles = [m.register_forward_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()]
-    try:
+    with attached(m.register_forward_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _squares(names: list[str], gradients: Sequence[Tensor | None]) -> tuple[LayerGradient, ...]:

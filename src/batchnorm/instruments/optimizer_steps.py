@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from batchnorm.population.hooks import detach
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.utils.hooks import RemovableHandle
 
 
 @final
@@ -45,7 +48,7 @@ class Steps:
         self._misses = 0
         self._moved: set[int] = set()  # parameters since the last step began
         self._versions = -1
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def on(self) -> None:
         """Begin to count."""
@@ -55,8 +58,7 @@ class Steps:
 
     def off(self) -> None:
         """Count no more."""
-        while self._handles:
-            self._handles.pop().remove()
+        detach(self._handles)
         self._inner = {}
 
     def refresh(self) -> None:

@@ -18,9 +18,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined, readable
-from batchnorm.population.hooks import Hook
+from batchnorm.population.hooks import Hook, detach
 
 State = tuple[Tensor, Tensor, Tensor]  # running_mean, running_var, num_batches_tracked
 
@@ -71,7 +72,7 @@ class Passes:
         self._outer, self._layers, self._guarded = outer, layers, guarded
         self._calls = [0] * len(layers.names)  # since the last step
         self._states: list[list[State]] = [[] for _ in layers.names]
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def on(self) -> None:
         """Begin to see passes; nothing if it has begun."""
@@ -87,8 +88,7 @@ class Passes:
 
     def off(self) -> None:
         """See no more of them."""
-        while self._handles:
-            self._handles.pop().remove()
+        detach(self._handles)
         self.taken()
 
     def taken(self) -> tuple[tuple[State, ...], ...]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -23,12 +22,13 @@ from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.instruments.output_differences import difference
 from batchnorm.instruments.signal_propagation import moments_of_channels, resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.layers import batch_norms, input_of, unwrapped
+from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
+from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_memory import require, whole
 from batchnorm.population.tensor_trees import tensors_in
@@ -146,19 +146,11 @@ class View:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """A block in which the layers' inputs are seen."""
-        handles = [
-            layer.register_forward_pre_hook(partial(self._see, name), with_kwargs=True)
-            for name, layer in zip(self.layers.names, self.layers.layers, strict=True)
-        ]
-        try:
+        with seeing(dict(zip(self.layers.names, self.layers.layers, strict=True)), self._see):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _see(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = input_of(args, kwargs)
-        x = None if x is None else whole(x)
+    def _see(self, name: str, _: nn.Module, received: Tensor) -> None:
+        x = None if received is None else whole(received)
         if name in self.units or x is None or x.ndim < 2:
             return
         self.units[name], self.channels[name] = sample(x)

@@ -26,7 +26,7 @@ and t_var likewise from the logarithms of unbiased variances.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,12 +37,13 @@ from torch import Tensor, nn
 
 from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, scalar
 from batchnorm.instruments.probe_tier import unwrapped, with_shape
-from batchnorm.layers import input_of
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.eager import uncompiled
+from batchnorm.population.hooks import seeing
 from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.tensor_trees import examples_in
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -247,7 +248,7 @@ def _losses(
                 _store(layers, statistics)
                 row.append(evaluate())
             losses.append(row)
-            weights.append(examples_in(batch))
+            weights.append(examples_in(batch) or 1)
     return losses, weights, seen
 
 
@@ -268,31 +269,14 @@ def _store(layers: dict[str, _BatchNorm], statistics: dict[str, Statistics]) -> 
 def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -> Iterator[None]:
     """A block in which the layers normalize by batches, whose moments are collected."""
 
-    def see(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen[name].append(Moments.of(input_of(args, kwargs)))
-
-    handles = [m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in layers.items()]
-    for layer in layers.values():
-        layer.training = True
-    try:
-        yield
-    finally:
+    with seeing(layers, lambda name, _, x: seen[name].append(Moments.of(x))):
         for layer in layers.values():
-            layer.training = False
-        for handle in handles:
-            handle.remove()
-
-
-def examples_in(batch: Any) -> int:
-    """Examples of a batch by its first tensor; 1 if it has none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((count for count in map(_examples_or_none, parts) if count), 1)
-
-
-def _examples_or_none(part: Any) -> int | None:
-    return examples_in(part) if isinstance(part, (Tensor, Mapping, tuple, list)) else None
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers.values():
+                layer.training = False
 
 
 def _estimate(weight: Tensor, values: Tensor) -> Estimate:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_type
 from batchnorm.instruments.free_tier import LEAST, Window, shift, shift_floor
@@ -37,7 +38,7 @@ from batchnorm.instruments.training_events import Events
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches, call, on_device_of
-from batchnorm.population.hooks import Hook
+from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
 from batchnorm.population.tensor_trees import tensors_in
@@ -154,7 +155,7 @@ class Watch:
         self._events = Events()
         self._unsaid: list[str] = []  # what there is no log for
         self._pulse = time.perf_counter()
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._guard = ExitStack()
         self._on = False
 
@@ -451,7 +452,7 @@ class Watch:
         with torch.no_grad():
             ((args, kwargs),) = Batches([(args, kwargs)], PROBE_EXAMPLES, None)  # copies, that no step writes into
         self._probe = Probe(lambda model: model(*args, **kwargs), None)
-        self._remove_hooks()
+        detach(self._handles)
 
     def _finish(self) -> None:
         if self._layers is None:
@@ -474,7 +475,7 @@ class Watch:
 
     def _release(self, reason: str) -> None:
         self._on = False
-        self._remove_hooks()
+        detach(self._handles)
         self._guard.close()
         if self._steps is not None:
             self._steps.off()
@@ -482,10 +483,6 @@ class Watch:
             self._close()
         self._outlets.close(self.steps, reason, self.cost)
         self._layers = self._last = self._view = None  # a second start opens the log again
-
-    def _remove_hooks(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
 
     def _tell_left_out(self) -> None:
         """Say what the user gave that is no number, once for each name."""
