@@ -283,12 +283,12 @@ def test_depth_and_census_of_any_model_are_told(broken: float | None) -> None:
             model[1].weight.fill_(broken)
             model[1].running_var.fill_(broken)
     for result in (
-        model_as_it_is.measure_depth(subject, model, range(2)),
-        model_as_it_is.measure_census(model, range(2)),
+        model_as_it_is.measure_depth(subject, [model], range(2)),
+        model_as_it_is.measure_census(subject, [model], range(2)),
     ):
         for text in told(result):
             no_nonsense(text)
-    depth = model_as_it_is.measure_depth(subject, model, range(2)).verdicts[0]
+    depth = model_as_it_is.measure_depth(subject, [model], range(2)).verdicts[0]
     assert depth.told == "there is one batch norm layer alone, so its first is its last"
 
 

@@ -240,7 +240,7 @@ def test_dead_channels_are_counted():
     with torch.no_grad():
         model[1].weight[:4] = 0
         model[1].bias[:4] = -1
-    verdict = verdicts(model_as_it_is.measure_census(model, SEEDS))["census-dead"]
+    verdict = verdicts(model_as_it_is.measure_census(subject(), [model], SEEDS))["census-dead"]
     assert verdict.status is Status.OPPOSITE
     assert "50.0% of channels are dead" in verdict.sentence
 
@@ -254,7 +254,7 @@ def test_examples_that_have_become_alike_are_found():
 
     model = nn.Sequential(nn.BatchNorm1d(40), Collapse(), nn.BatchNorm1d(40), nn.Linear(40, 2))
     batches = [(torch.randn(64, 40), torch.zeros(64).long()) for _ in range(2)]
-    result = model_as_it_is.measure_depth(subject(lambda: model, batches), model, SEEDS)
+    result = model_as_it_is.measure_depth(subject(lambda: model, batches), [model], SEEDS)
     assert verdicts(result)["depth-rank"].status is Status.OPPOSITE
     assert result.charts[0].rows
 

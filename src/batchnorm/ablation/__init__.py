@@ -45,7 +45,7 @@ def train_and_ask(
     from batchnorm.ablation.questions.received_shift import shift
     from batchnorm.ablation.questions.smoothness import smooth
     from batchnorm.ablation.questions.speed_and_rates import rates, speed
-    from batchnorm.ablation.study import study
+    from batchnorm.ablation.study import asked_of_trained, study
     from batchnorm.ablation.user_model import undisturbed
 
     with undisturbed(subject):
@@ -55,7 +55,10 @@ def train_and_ask(
         makers = [speed, rates, *([scale] if can_ask(trained) else []), shift, smooth]
         claims = [make(trained) for make in makers]
         if checkpoint is None:
-            claims += [noise_of_layers.noise(trained), test_statistics.test_time(trained)]
+            claims += [
+                asked_of_trained(trained, "noise", noise_of_layers.measure, noise_of_layers.FIGURES),
+                asked_of_trained(trained, "test-time", test_statistics.measure, test_statistics.FIGURES),
+            ]
         else:
             claims += [c for c in model_as_it_is.claims(subject, checkpoint, plan.all_seeds) if c.name != "scale"]
         outcomes = _asked(claims, plan.seed, plan.seeds, seconds, say)

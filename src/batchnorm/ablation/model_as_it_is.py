@@ -5,7 +5,8 @@ Nothing here says whether batch norm helps to learn. Intervals are over random d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions import noise_of_layers, test_statistics
 from batchnorm.ablation.questions.input_scales import inputs, spread
+from batchnorm.ablation.study import Measure
 from batchnorm.ablation.user_data import examples_in, first_examples
 from batchnorm.ablation.user_model import kept_buffers, received
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role, Rows
-from batchnorm.experiment.claim import Claim, Numbers, Result
-from batchnorm.experiment.figures_in_words import counted, in_words, known
+from batchnorm.experiment.claim import AS_IT_IS, Claim, Numbers, Result, claim
+from batchnorm.experiment.figures_in_words import Figure, counted, in_words, known
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.signal_propagation import resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
@@ -31,38 +33,38 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 128  # whose likeness is measured: their Gram matrix is decomposed
 _LAYERS = 16  # in a chart
-_OF = "Your model as it is"
 
 
 def claims(subject: Subject, model: nn.Module, seeds: range) -> list[Claim]:
     """The questions that need no training."""
     x = inputs(subject.data)
-    found = [_scale(x, seeds)] if x is not None and x.shape[1] > 1 else []
-    found += [_depth(subject, model, seeds), _census(model, seeds)]
-    found.append(noise_of_layers.claim(lambda: noise_of_layers.measure(subject, [model], seeds), _OF))
-    found.append(test_statistics.claim(lambda: test_statistics.measure(subject, [model], seeds), _OF))
+    found = (
+        [claim("ablation", f"scale{AS_IT_IS}", lambda _, __: spread(x, seeds))]
+        if x is not None and x.shape[1] > 1
+        else []
+    )
+    questions: dict[str, tuple[Measure, Mapping[str, Figure]]] = {
+        "depth": (measure_depth, {"examples": _EXAMPLES}),
+        "census": (measure_census, {}),
+        "noise": (noise_of_layers.measure, noise_of_layers.FIGURES),
+        "test-time": (test_statistics.measure, test_statistics.FIGURES),
+    }
+    for name, (measure, figures) in questions.items():
+        run = partial(_run, measure, subject, model, seeds)
+        found.append(claim("ablation", name, run, of_what="Your model as it is", **figures))
     return found
 
 
-def _scale(x: Tensor, seeds: range) -> Claim:
-    return Claim(
-        name="scale",
-        title="The scale of the inputs",
-        sentence="Where input features differ in range, gradient descent is slow unless something normalizes them.",
-        arms="The training inputs as the loader gives them; intervals are over random halves of them.",
-        how_to_read="Features that lie decades apart ask for batchnorm.InputNorm in front of the model.",
-        not_shown="Whether it slows this model down: that takes training.",
-        sources=("LeCun et al. 1998, Efficient BackProp, section 4.3",),
-        run=lambda _, __: spread(x, seeds),
-    )
+def _run(measure: Measure, subject: Subject, model: nn.Module, seeds: range, *_: object) -> Result:
+    return measure(subject, [model], seeds)
 
 
 # -- depth ----------------------------------------------------------------------------------------------------
 
 
-def measure_depth(subject: Subject, model: nn.Module, seeds: Sequence[int]) -> Result:
+def measure_depth(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
     """How alike examples look at the entrance of each layer, in eval mode."""
-    batch = subject.data.train[0]
+    model, batch = models[0], subject.data.train[0]
     batch = first_examples(batch, examples_in(batch) if subject.data.whole else _EXAMPLES)
     with kept_buffers(model):
         model.eval()
@@ -128,27 +130,12 @@ def _depth_chart(seen: dict[str, Tensor], title: str) -> Chart:
     )
 
 
-def _depth(subject: Subject, model: nn.Module, seeds: range) -> Claim:
-    return Claim(
-        name="depth",
-        title="The signal through depth",
-        sentence="In a deep network without batch norm all examples come to look alike; with it they stay apart.",
-        arms=f"{_OF}, in eval mode: one batch of at most {_EXAMPLES} examples, at most 256 units of a layer; "
-        "intervals are over random halves of the examples.",
-        how_to_read="A stable rank near 1: all examples point one way. A mean square that grows by decades: values "
-        "explode between layers, and batch norm brings them back.",
-        not_shown="What it would be without batch norm in this model, and the part of a mean that all examples share.",
-        sources=("Daneshmand et al. 2020, Batch Normalization Provably Avoids Rank Collapse",),
-        run=lambda _, __: measure_depth(subject, model, seeds),
-    )
-
-
 # -- gamma and beta -------------------------------------------------------------------------------------------
 
 
-def measure_census(model: nn.Module, seeds: Sequence[int]) -> Result:
+def measure_census(_: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
     """Gamma, beta and dead channels of every layer, read and not estimated."""
-    stored = {path: layer for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    stored = {path: layer for path, layer in batch_norms(models[0]).items() if has_stored_statistics(layer)}
     if not stored:
         return Result(CRITERIA.unjudged("census", "the batch norm layers store no statistics"), [])
     layers = Layers(stored)
@@ -180,17 +167,3 @@ def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
     found = f"The median |gamma| of a layer lies between {known(float(gamma.min()))} and {known(float(gamma.max()))}"
     rows = [{"label": _named(names[i]), "value": paired_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
     return Chart("dots", found, f"Median |gamma| by layer. {found}.", rows, Axis("median |gamma|"), None, role)
-
-
-def _census(model: nn.Module, seeds: range) -> Claim:
-    return Claim(
-        name="census",
-        title="Gamma and beta",
-        sentence="Gamma and beta set each channel's standard deviation and mean, so they tell what it still does.",
-        arms=f"{_OF}: the parameters and stored variances of every layer. A channel is dead if its stored variance is "
-        "below eps / 10,000, or |gamma| below 0.01 with less than 1 % of the values active behind a ReLU.",
-        how_to_read="Layers whose |gamma| is far below the others' pass little on.",
-        not_shown="Channels that die by what follows, and values that are not normal.",
-        sources=("Frankle et al. 2021, Training BatchNorm and Only BatchNorm, section 5",),
-        run=lambda _, __: measure_census(model, seeds),
-    )

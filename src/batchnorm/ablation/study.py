@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from torch import nn
+
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.grid import Grid, sweep
+from batchnorm.ablation.question_criteria import CRITERIA
 from batchnorm.ablation.watched_runs import Watched, watch
+from batchnorm.experiment.claim import Claim, Result, claim
+from batchnorm.experiment.figures_in_words import Figure
+from batchnorm.experiment.run_settings import Progress, RunSettings
 
 if TYPE_CHECKING:
     from batchnorm.ablation.effort import Plan
     from batchnorm.ablation.user_model import Subject
 
 Advance = Callable[[float], None]
+# Models, one for each seed or one for all, and seeds that draw examples
+Measure = Callable[["Subject", Sequence[nn.Module], Sequence[int]], Result]
 PAIR = (WITHOUT, WITH)
 
 
@@ -75,6 +83,18 @@ class Study:
     def late(self) -> tuple[str, ...]:
         """Arms, of those with and without batch norm, of which a seed never reached the target."""
         return tuple(arm for arm in PAIR if self.grid.arrival(arm).late)
+
+
+def asked_of_trained(study: Study, name: str, measure: Measure, figures: Mapping[str, Figure]) -> Claim:
+    """A question about the models that were trained with batch norm at its best rate, one for each seed."""
+    failed = study.diverged()
+
+    def run(_: RunSettings, __: Progress) -> Result:
+        if failed:
+            return Result(CRITERIA.unjudged(name, failed), [])
+        return measure(study.subject, [watched.model for watched in study.best(WITH)], study.plan.all_seeds)
+
+    return claim("ablation", name, run, of_what="Your model as trained with batch norm, for each seed", **figures)
 
 
 def study(subject: Subject, plan: Plan, advance: Advance = lambda _: None) -> Study:

@@ -25,8 +25,17 @@ def in_words(template: str, figures: Mapping[str, Figure] | None = None, /, **mo
     Raises:
         KeyError: If the template names a figure that is not given.
     """
-    text = _Words().vformat(template, (), {**(figures or {}), **more})
+    text = filled(template, {**(figures or {}), **more})
     return minus(text[:1].upper() + text[1:])
+
+
+def filled(template: str, figures: Mapping[str, Figure]) -> str:
+    """A template with its figures, as they are.
+
+    Raises:
+        KeyError: If the template names a figure that is not given.
+    """
+    return _Words().vformat(template, (), figures)
 
 
 class _Words(Formatter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from batchnorm.ablation.questions.speed_and_rates import ARMS, curves, versus, w
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Chart, Role
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.condition_number import condition_number
 from batchnorm.moments import Moments
@@ -131,22 +131,10 @@ def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
 
 def scale(study: Study) -> Claim:
     """The question about input features."""
-    extra: Any = "" if SCALED in study.grid.losses else dict(study.plan.left_out).get("normalizing the inputs", "")
+    extra = "" if SCALED in study.grid.losses else dict(study.plan.left_out).get("normalizing the inputs", "")
     arms = (
         f"{ARMS} One more arm has no batch norm and an InputNorm of the training data in front."
         if not extra
         else f"The training inputs as the loader gives them. Training on normalized inputs was left out: {extra}."
     )
-    return Claim(
-        name="scale",
-        title="The scale of the inputs",
-        sentence="Where input features differ in range, normalizing them speeds learning; batch norm does it inside.",
-        arms=arms,
-        how_to_read=(
-            "If normalized inputs alone bring the second orange curve close to the blue one, the inputs' scale was the "
-            "reason. A large condition number makes gradient descent slow."
-        ),
-        not_shown="Whether the condition of hidden layers' inputs matters as well.",
-        sources=("LeCun et al. 1998, Efficient BackProp, section 4.3",),
-        run=lambda _, __: measure(study),
-    )
+    return claim("ablation", "scale", lambda _, __: measure(study), compared=arms)

@@ -10,7 +10,7 @@ and the noise power of ``instruments.batch_noise``; for M independent normal val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +22,11 @@ from batchnorm.ablation.user_data import examples_in
 from batchnorm.ablation.user_model import kept_buffers, own_statistics, received
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.batch_noise import dropout_rate, log_slope, noise_power
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.study import Study
     from batchnorm.ablation.user_model import Subject
 
 _EXAMPLES = 512  # that batches are drawn from
@@ -164,37 +163,5 @@ def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], a
     )
 
 
-def claim(run: Callable[[], Result], of_what: str) -> Claim:
-    """The question about noise, of trained models or of one as it is."""
-    return Claim(
-        name="noise",
-        title="Mini-batch noise",
-        sentence="Each mini-batch's statistics are noisy, which regularizes as dropout does; larger batches add less.",
-        arms=(
-            f"{of_what}. What each batch norm layer receives in eval mode, from at most {_EXAMPLES} examples; {_DRAWS} "
-            "batches of each size are drawn from them with replacement and normalized by their own statistics, "
-            "against normalization by the statistics of all of them."
-        ),
-        how_to_read=(
-            "Points below the dashed line: a layer sees many positions of an example, so its batch counts for more. "
-            "On a line that falls, doubling the batch halves the noise."
-        ),
-        not_shown=(
-            "Whether this noise helps: training with smaller groups at a fixed optimizer batch was left out here (for "
-            "the lecture's network: batchnorm why --claim noise)."
-        ),
-        sources=("Luo et al. 2019, Towards Understanding Regularization in Batch Normalization",),
-        run=lambda _, __: run(),
-    )
-
-
-def noise(study: Study) -> Claim:
-    """The question about noise, of the trained models."""
-    failed = study.diverged()
-    models = [watched.model for watched in study.best("with")]
-    seeds = study.plan.all_seeds
-
-    def run() -> Result:
-        return Result(CRITERIA.unjudged("noise", failed), []) if failed else measure(study.subject, models, seeds)
-
-    return claim(run, "Your model as trained with batch norm, for each seed")
+# For the words of the question
+FIGURES = {"examples": _EXAMPLES, "draws": _DRAWS}

@@ -13,7 +13,7 @@ from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Rows
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import counted, known
 from batchnorm.experiment.judgement import Verdict
 
@@ -119,25 +119,4 @@ def _over_time(study: Study) -> Chart:
 
 def shift(study: Study) -> Claim:
     """The question about drift."""
-    return Claim(
-        name="shift",
-        title="What later layers receive",
-        sentence="While early layers learn, what later layers receive keeps shifting; batch norm makes it shift less.",
-        arms=(
-            f"{ARMS} Here both arms are compared at one rate, at which the slower one ends lowest. Ten "
-            "times in a run, what each batch norm layer receives (or gamma x + beta in its place) is read on one fixed "
-            "batch in train mode; drift is the distance (Wasserstein 2) of each unit's values from those at the look "
-            "before, in their standard deviations, over at most 256 units of a layer. Units that vary on less than one "
-            "example in twenty are left out."
-        ),
-        how_to_read="Further left in the first chart, lower in the second: it moves less. Rescaling plays no part.",
-        not_shown=(
-            "That a smaller shift is the cause of any speed: noise that brings the shift back leaves the lecture's "
-            "network as fast (batchnorm why --claim cause). An arm that does not learn does not move, hence the guard."
-        ),
-        sources=(
-            "Ioffe and Szegedy 2015, Batch Normalization, section 2",
-            "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",
-        ),
-        run=lambda _, __: measure(study),
-    )
+    return claim("ablation", "shift", lambda _, __: measure(study), compared=ARMS)

@@ -14,7 +14,7 @@ from batchnorm.ablation.questions.speed_and_rates import ARMS
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Role, Rows
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 
 if TYPE_CHECKING:
@@ -88,26 +88,4 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
 
 def smooth(study: Study) -> Claim:
     """The question about the loss along the gradient."""
-    return Claim(
-        name="smooth",
-        title="A smoother loss",
-        sentence="Batch norm makes the loss smoother along the gradient, so that larger steps are safe.",
-        arms=(
-            f"{ARMS} Six times in a run, the loss and its gradient are evaluated on the step's own "
-            "batch at 1/2, 1, 2 and 4 times the rate along the negative gradient; beta-hat is the largest change of "
-            "the gradient per distance, averaged over the run by its logarithm."
-        ),
-        how_to_read=(
-            "Look at how far apart the curves are at an equal rate, and whether that remains at the best rates; beyond "
-            f"the dashed line, 2 (1 + momentum) = {EDGE:.2g}, steps overshoot on a quadratic."
-        ),
-        not_shown=(
-            "That smoothness is the cause of any speed. beta-hat depends on the scale of weights before a batch norm "
-            "layer, so only rate × beta-hat compares steps."
-        ),
-        sources=(
-            "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 3",
-            "Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability",
-        ),
-        run=lambda _, __: measure(study),
-    )
+    return claim("ablation", "smooth", lambda _, __: measure(study), compared=ARMS, edge=EDGE)

@@ -16,7 +16,7 @@ from batchnorm.ablation.question_criteria import TARGET, USABLE, judge
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role, Row, Rows
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.judgement import Bound, Verdict
 
@@ -218,37 +218,12 @@ def arms_in_words(study: Study) -> str:
 
 def speed(study: Study) -> Claim:
     """The question whether batch norm is faster here."""
-    return Claim(
-        name="speed",
-        title="Speed",
-        sentence="With batch norm a network learns in fewer steps.",
-        arms=(
-            f"{arms_in_words(study)} A third arm normalizes by the statistics of its first batch for good: it has the "
-            "good start and not the normalization while training. The loss is that of each step's own batch, averaged "
-            f"over {study.grid.window} steps; the target is {TARGET:.0%} of the way that the better arm came."
-        ),
-        how_to_read=(
-            "Further left is faster. Where grey runs beside blue, the start is all that batch norm gives here. A curve "
-            "that is missing diverged at every rate."
-        ),
-        not_shown=(
-            "What a full training run, another optimizer or a schedule would give: only the first steps are trained. "
-            "A step with batch norm also takes more time. An arm that never arrives counts with the last step."
-        ),
-        sources=("Ioffe and Szegedy 2015, Batch Normalization, section 4",),
-        run=lambda _, __: measure(study),
-    )
+    return claim(
+        "ablation", "speed", lambda _, __: measure(study), compared=arms_in_words(study),
+        window=study.grid.window, target=TARGET,
+    )  # fmt: skip
 
 
 def rates(study: Study) -> Claim:
     """The question whether larger rates are usable."""
-    return Claim(
-        name="rates",
-        title="Larger learning rates",
-        sentence="With batch norm, training stands larger learning rates.",
-        arms=f"{ARMS} A rate is usable if it ends {USABLE:.0%} of the way that the better arm came.",
-        how_to_read="See how far to the right the points stay below the dashed line. An arm without points diverged.",
-        not_shown="Rates between those of the grid: a factor is known to one step of it. --rates sets another grid.",
-        sources=("Bjorck et al. 2018, Understanding Batch Normalization",),
-        run=lambda _, __: measure_rates(study),
-    )
+    return claim("ablation", "rates", lambda _, __: measure_rates(study), compared=ARMS, usable=USABLE)

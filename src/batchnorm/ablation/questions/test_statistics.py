@@ -8,7 +8,7 @@ population   exact statistics of the training data under the final weights (reca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
@@ -17,19 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from batchnorm.ablation.question_criteria import CRITERIA, judge
+from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.user_data import examples_in, first_examples, is_rows, joined, regrouped, take
 from batchnorm.ablation.user_model import first_tensor, kept_buffers, own_statistics
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Rows
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.study import Study
     from batchnorm.ablation.user_model import Subject
 
 SMALL = 4
@@ -252,40 +251,5 @@ def _chart(found: list[Readings], verdict: Verdict) -> Chart:
     )
 
 
-def claim(run: Callable[[], Result], of_what: str) -> Claim:
-    """The question about test time, of trained models or of one as it is."""
-    return Claim(
-        name="test-time",
-        title="Test time",
-        sentence=(
-            "At test time examples may come one at a time, so mean and variance are estimated while training; stored "
-            "statistics serve well, and make the answer a function of the example alone."
-        ),
-        arms=(
-            f"{of_what}. The held-out examples with batch norm by the statistics of their own batch (all else, such as "
-            f"dropout, in eval mode), by the running averages, and by exact statistics of at most {_POPULATION} "
-            f"training examples. Then {_ALONE} of them in eval mode, alone and in one batch."
-        ),
-        how_to_read="Lower is better. Running averages far from population statistics are stale: recalibrate them.",
-        not_shown=(
-            "Test data that are shifted: these come from the same loader. Running averages lag behind weights that "
-            "still change fast; a longer training with a falling rate narrows that."
-        ),
-        sources=(
-            "Ioffe and Szegedy 2015, Batch Normalization, section 3.1",
-            'Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, sections 3 and 4',
-        ),
-        run=lambda _, __: run(),
-    )
-
-
-def test_time(study: Study) -> Claim:
-    """The question about test time, of the trained models."""
-    failed = study.diverged()
-    models = [watched.model for watched in study.best("with")]
-    seeds = study.plan.all_seeds
-
-    def run() -> Result:
-        return Result(CRITERIA.unjudged("test-time", failed), []) if failed else measure(study.subject, models, seeds)
-
-    return claim(run, "Your model as trained with batch norm, for each seed")
+# For the words of the question
+FIGURES = {"population": _POPULATION, "alone": _ALONE}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -288,40 +288,8 @@ def _pictures(rang: Tensor, of: Callable[[Tensor], Tensor] = torch.median) -> in
     return int(number) if math.isfinite(number) else None
 
 
-CLAIM = Claim(
-    name="cats",
-    title="Black cats, coloured cats",
-    sentence=(
-        "A model that learned to know cats from black ones does badly on coloured cats, although the answer to the "
-        "question is the same: the distribution of the inputs has shifted (covariate shift)."
-    ),
-    arms=(
-        "Silhouettes of cats and dogs of 28 × 28 pixels, not photographs. Learned: black on a light ground (each "
-        f"colour {LIGHT:g} to 1). Tested: in random colours on such a ground; black with the whole picture x changed "
-        f"to {CONTRAST:g} x + {BRIGHTNESS:g}, to 1 − x, or by Gaussian noise of standard deviation {NOISE:g} (chosen "
-        "after a look: half of that took too little accuracy to ask what is won back); and black with 1 cat in 20. "
-        f"Three convolutions without and with batch norm, {STEPS} steps of SGD with momentum 0.9 on {PARTS['train']} "
-        f"images, batches of {BATCH}, learning rates falling to 0 from {', '.join(map(str, RATES))}: each network "
-        f"keeps the rate that is best on {PARTS['validation']} other black images. Statistics are re-estimated on up "
-        f"to {PARTS['adaptation']} unlabelled images of the test's kind, none of them a test image. A seed varies "
-        "split, order, initialization and colours; a share won back is what all seeds won over what all lost."
-    ),
-    how_to_read=(
-        "In the second chart compare the last two marks of a line: their distance is what new statistics change "
-        "without a label, and where they reach the first line all is repaired. In the chart of distances a shift that "
-        "batch norm cancels moves the first layer only; others move later layers too, beyond the first line. The "
-        "guarded repair is that of an adapter whose monitor was calibrated on what the network learned from: from the "
-        "alarm on, statistics follow the pictures if that makes answers more informative."
-    ),
-    not_shown=(
-        "Silhouettes are far simpler than photographs of cats, and the networks are small. Other ways to adapt, with "
-        "labels, augmentation or entropy, are not tried; no statistics help where what makes a cat a cat has changed."
-    ),
-    sources=(
-        "Shimodaira 2000, Improving predictive inference under covariate shift",
-        "Li et al. 2016, Revisiting Batch Normalization for Practical Domain Adaptation",
-        "Schneider et al. 2020, Improving robustness against common corruptions by covariate shift adaptation",
-        "Nado et al. 2020, Evaluating Prediction-Time Batch Normalization for Robustness under Covariate Shift",
-    ),
-    run=run,
-)
+CLAIM = claim(
+    "lecture", "cats", run, light=LIGHT, contrast=CONTRAST, brightness=BRIGHTNESS, noise=NOISE, steps=STEPS,
+    learned=PARTS["train"], batch=BATCH, rates=", ".join(map(str, RATES)), validation=PARTS["validation"],
+    adaptation=PARTS["adaptation"],
+)  # fmt: skip

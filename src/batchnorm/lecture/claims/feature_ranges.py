@@ -17,7 +17,7 @@ from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import Arrival, first_step
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -242,37 +242,8 @@ def _spreads() -> Chart:
     )
 
 
-CLAIM = Claim(
-    name="scale",
-    title="Normalizing the inputs",
-    sentence=(
-        "When input features have very different ranges, the loss is a long narrow bowl; normalizing them to mean 0 "
-        "and variance 1 makes it rounder, so that gradient descent can take larger steps and learns faster."
-    ),
-    arms=(
-        f"Softmax regression on wine ({TABLES['wine'].train} of 178 examples), breast cancer ({TABLES['cancer'].train} "
-        f"of 569) and, as a control, digits ({TABLES['digits'].train} of 1797, pixels / 16), with features as "
-        "recorded, only centred, and normalized by InputNorm fitted on the training examples. Full-batch gradient "
-        f"descent from zero weights, so every form starts at the same loss; {len(RATES)} learning rates from 1e-8 to "
-        "1000, the same for each (a grid that was widened after a look, until the best rate of every form that arrives "
-        f"lay inside); a seed is a draw of training examples. Counted are the steps to a training loss of {TARGET} "
-        f"nats, where the true class has a probability of 0.9, {TABLES['wine'].steps} at most "
-        f"({TABLES['digits'].steps} for digits)."
-    ),
-    how_to_read=(
-        "In the first chart look where a curve crosses the dashed line: that is the number of steps, each form at its "
-        "own best rate, with the band spanning all seeds; grey shows how much centring does alone. In the "
-        "second look at how far apart the best rates are, and how low the points get there."
-    ),
-    not_shown=(
-        "An arm that never arrives counts with the last step, so its ratio is a lower bound. Normalizing changes mean "
-        "and spread together, and the criterion counts both, on the control too: there the grey arm tells what of it "
-        "is the mean. Optimizers that scale each weight's step, such as Adam, and second-order methods narrow the gap; "
-        "the test loss is not looked at."
-    ),
-    sources=(
-        "LeCun, Bottou, Orr and Müller 1998, Efficient BackProp, sections 4.3 and 5",
-        "Ioffe and Szegedy 2015, Batch Normalization, section 2",
-    ),
-    run=run,
-)
+CLAIM = claim(
+    "lecture", "scale", run, wine=TABLES["wine"].train, cancer=TABLES["cancer"].train,
+    digits=TABLES["digits"].train, rates=len(RATES), target=TARGET, steps=TABLES["wine"].steps,
+    digits_steps=TABLES["digits"].steps,
+)  # fmt: skip

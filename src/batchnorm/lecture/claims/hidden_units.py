@@ -6,7 +6,7 @@ from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import SERIES, Axis, Chart
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.lecture.claim_criteria import judge
@@ -109,30 +109,4 @@ def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
     )
 
 
-CLAIM = Claim(
-    name="hidden",
-    title="The same for hidden units",
-    sentence=(
-        "Normalizing the inputs makes learning easier when features differ in range; batch norm does the same "
-        "for the values of hidden units, not only for the inputs, and so speeds up learning."
-    ),
-    arms=(
-        "The lecture's network with weights W1 to W5 (64 pixels, four hidden layers of 64, 10 digits) without and "
-        "with batch norm before each activation, from the same initialization for its activation. Plain SGD, batches "
-        f"of 64, {len(RATES)} learning rates from {RATES[0]} to {RATES[-1]:g} for both arms; accuracy on 300 training "
-        f"examples every {EVERY} steps, in eval mode."
-    ),
-    how_to_read=(
-        "In the first chart look at how far left a curve rises: that is speed, each arm at its own best rate, with "
-        "the band spanning all seeds. In the second look at how many rates still end high."
-    ),
-    not_shown=(
-        "It does not say why batch norm helps, and nothing about final test accuracy; residual networks and adaptive "
-        "optimizers narrow the gap. An arm that never arrives counts with the last step, so its ratio is a lower bound."
-    ),
-    sources=(
-        "Ioffe and Szegedy 2015, Batch Normalization, section 4",
-        "Bjorck et al. 2018, Understanding Batch Normalization",
-    ),
-    run=run,
-)
+CLAIM = claim("lecture", "hidden", run, rates=len(RATES), lowest=RATES[0], highest=RATES[-1], every=EVERY)

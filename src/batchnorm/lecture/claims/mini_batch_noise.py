@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -304,36 +304,8 @@ def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
 
 _GROUPED, _RESIZED, _SAME = f"groups, optimizer batch {TRAIN}", "optimizer batch itself", "no change"
 
-CLAIM = Claim(
-    name="noise",
-    title="Mini-batch noise regularizes",
-    sentence=(
-        "Each mini-batch's mean and variance are noisy estimates, so batch norm adds some noise to every hidden unit, "
-        "as dropout does, and has a slight regularization effect; with a batch of 512 instead of 64 there is less."
-    ),
-    arms=(
-        f"Noise: batches of {MEASURED[0]} to {MEASURED[-1]} drawn with replacement from all digits, at both batch norm "
-        "layers of trained networks, against values normalized by population statistics. Effect: networks with two "
-        f"hidden layers of 64 on {TRAIN} digits, {STEPS} steps at rate {RATE} for all arms; every step sees all "
-        f"{TRAIN} examples, normalized in random groups of {', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}, so that "
-        f"grouping is the only randomness. Test loss on the other {1797 - TRAIN} digits with exact population "
-        f"statistics. As a contrast, optimizer batches of {', '.join(map(str, BATCHES))} for as many steps."
-    ),
-    how_to_read=(
-        "In the first two charts hold the points against the dashed theory, by which doubling the batch about halves "
-        "the noise. In the third, a point below the dashed line is a better test loss than without the "
-        "noise of groups, and its interval says how sure that is."
-    ),
-    not_shown=(
-        "Equal noise power is not equal noise: batch norm's is shared by all examples of a batch. The grey points mix "
-        "in the noise of the optimizer's own small batches and fewer examples seen, so they do not speak for batch "
-        "norm. Small networks on few examples, all stopped at the same step; more data leave less to regularize."
-    ),
-    sources=(
-        "Ioffe and Szegedy 2015, Batch Normalization, section 3.4",
-        "Hoffer, Hubara and Soudry 2017, Train longer, generalize better (ghost batch norm)",
-        "Luo et al. 2019, Towards Understanding Regularization in Batch Normalization",
-        "Srivastava et al. 2014, Dropout, section 10 (Gaussian multiplicative noise)",
-    ),
-    run=run,
-)
+CLAIM = claim(
+    "lecture", "noise", run, smallest=MEASURED[0], largest=MEASURED[-1], train=TRAIN, steps=STEPS, rate=RATE,
+    groups=", ".join(map(str, GROUPS[:-1])), largest_group=GROUPS[-1], tested=1797 - TRAIN,
+    batches=", ".join(map(str, BATCHES)),
+)  # fmt: skip

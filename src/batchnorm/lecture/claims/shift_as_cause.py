@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import first_step
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -271,35 +271,4 @@ def _drifts(watched: dict[str, Watched]) -> Chart:
     )
 
 
-CLAIM = Claim(
-    name="cause",
-    title="Is the reduced shift the reason?",
-    sentence=(
-        "Batch norm makes the values that a layer receives shift less while the layers before it learn, and that is "
-        "why each layer learns more by itself and the whole network learns faster."
-    ),
-    arms=(
-        "Three arms of the lecture's five-layer network (ReLU): without batch norm, with it, and with batch norm whose "
-        f"output is disturbed again in training: at every step each unit is shifted by up to {SHIFT:g} and stretched "
-        f"by a factor of up to {SCALE:g} either way, drawn anew (after Santurkar et al.). The strength was chosen "
-        "after a look at the drift, and at nothing else; a fourth arm with half of it is shown, not judged. Each arm "
-        f"has its learning rate tuned on the same grid of {len(RATES)}; accuracy is read in eval mode, where the noise "
-        f"is off, and the drift of a[2] over the first {WINDOW} steps (about what the slowest arm needs) at the best "
-        "rate with the noise on, because layer 3 receives it."
-    ),
-    how_to_read=(
-        "If the reduced shift were the reason, the curve with the full noise would fall back to the orange one. The "
-        "second chart is the check that this noise brings the shift back: its dot must lie at or beyond the orange one."
-    ),
-    not_shown=(
-        "The noise moves distributions, which the next batch norm partly undoes: only the distributional version of "
-        "the explanation is tested. How a step of earlier layers changes layer 3's gradient is in the figures. Noise "
-        "may also slow learning for other reasons than drift, so a loss of speed is weak evidence and none lost is "
-        "strong. Accuracy read with the noise on (in the figures) includes what the noise does to the answer itself."
-    ),
-    sources=(
-        "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 2",
-        "Ioffe and Szegedy 2015, Batch Normalization, section 2",
-    ),
-    run=run,
-)
+CLAIM = claim("lecture", "cause", run, shift=SHIFT, scale=SCALE, rates=len(RATES), window=WINDOW)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import Axis, Chart, Role
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.companion_examples import disagreement
@@ -331,33 +331,7 @@ def _early_chart(trained: Trained) -> Chart:
     )
 
 
-CLAIM = Claim(
-    name="test-time",
-    title="Batch norm at test time",
-    sentence=(
-        "At test time examples may come one at a time, so mean and variance cannot come from the batch; they are "
-        "estimated while training, by an exponentially weighted average over mini-batches or in another reasonable "
-        "way, and any such estimate works well."
-    ),
-    arms=(
-        f"The lecture's five-layer network on digits, trained for {STEPS} steps of {BATCH} examples at rate {RATE}. "
-        f"{TEST} test examples with the statistics of their own batch, for batches of {MEASURED[0]} to {MEASURED[-1]} "
-        f"({PARTITIONS} random divisions), with the running average (momentum 0.1), and with exact population "
-        f"statistics of the training set. Then {ALONE} of them with stored statistics, alone and in batches of every "
-        "size."
-    ),
-    how_to_read=(
-        "In the first chart see how large a test batch must be before its own statistics do as well as stored ones. In "
-        "the second, a point above zero says that predictions depend on who else is in the batch."
-    ),
-    not_shown=(
-        "A batch of 1 has no variance, so train mode refuses it. Test data come from the same source as training data; "
-        "where they do not, statistics of the test data can be the better ones. What differs in the last digits "
-        "between alone and in a batch comes from the matrix product's order of addition."
-    ),
-    sources=(
-        "Ioffe and Szegedy 2015, Batch Normalization, section 3.1",
-        'Wu and Johnson 2021, Rethinking "Batch" in BatchNorm, sections 3 and 4',
-    ),
-    run=run,
-)
+CLAIM = claim(
+    "lecture", "test-time", run, steps=STEPS, batch=BATCH, rate=RATE, test=TEST, smallest=MEASURED[0],
+    largest=MEASURED[-1], partitions=PARTITIONS, alone=ALONE,
+)  # fmt: skip

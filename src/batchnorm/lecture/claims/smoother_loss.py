@@ -19,7 +19,7 @@ from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Role
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -279,33 +279,4 @@ def _lines(name: str, courses: dict[str, Course]) -> Chart:
     )
 
 
-CLAIM = Claim(
-    name="smooth",
-    title="A smoother loss",
-    sentence=(
-        "Batch norm makes the loss smoother: along the gradient, the loss and its gradient change less, so that "
-        "larger steps are safe. (This explanation came after the lecture's.)"
-    ),
-    arms=(
-        "The lecture's five-layer network (ReLU) without and with batch norm on digits, plain SGD, batches of 64, "
-        f"{STEPS} steps: at an equal rate of {RATE:g} and at each arm's best rate from the "
-        f"same grid of {len(RATES)}. Every {EVERY} steps the loss and its gradient are evaluated on the step's own "
-        "batch with its own statistics, at 1/2, 1, 2 and 4 times the rate along the negative gradient. Quantities are "
-        "averaged over the whole run by their logarithms, so that no single spike decides."
-    ),
-    how_to_read=(
-        "Further right in the first chart is rougher without batch norm; compare the two shades. In the others look "
-        "at how far apart the curves are at an equal rate, and whether that remains at the best rates, where each arm "
-        "takes steps as large as serve it; beyond the edge of stability a step overshoots."
-    ),
-    not_shown=(
-        "That smoothness is the cause of the speed. beta-hat is not invariant to rescaling weights in front of batch "
-        "norm, so only rate × beta-hat and the cosine compare steps. At an equal step the arm with batch norm is "
-        "further along in training; the figures give the ratios at an equal loss too."
-    ),
-    sources=(
-        "Santurkar et al. 2018, How Does Batch Normalization Help Optimization?, section 3",
-        "Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability",
-    ),
-    run=run,
-)
+CLAIM = claim("lecture", "smooth", run, steps=STEPS, rate=RATE, rates=len(RATES), every=EVERY)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.chart_data import SERIES, Axis, Chart
-from batchnorm.experiment.claim import Claim, Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
@@ -296,34 +296,7 @@ def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
     )
 
 
-CLAIM = Claim(
-    name="layer3",
-    title="What the third layer receives",
-    sentence=(
-        "While W1 and W2 learn, the values a[2] that layer 3 learns from keep shifting; batch norm makes them shift "
-        "less: whatever happens before, mean and standard deviation of z~ are set by beta and gamma."
-    ),
-    arms=(
-        "The lecture's network without and with batch norm (ReLU), from the same weights and on the same batches of "
-        f"64, plain SGD at the same rate of {RATE:g}: the wide one (64 units in every hidden layer, "
-        f"{NETWORKS['wide'][1]} steps) and one whose second hidden layer has the picture's four units "
-        f"({NETWORKS['four'][1]} steps, chosen after a look: without batch norm the bottleneck learns more slowly). "
-        f"Every {EVERY} steps a[2] is read on {PROBE} fixed training examples with the statistics that training uses; "
-        f"the drift is the distance (Wasserstein 2) of each unit's values from those {EVERY} steps before in its own "
-        f"standard deviations, averaged over the whole training. Units that are constant but for 1 in {IDLE} examples "
-        "(idle ReLUs) are left out in both arms."
-    ),
-    how_to_read=(
-        "Ribbons that stay level are values that keep their distribution (flat at 0: a ReLU that is off); the drift "
-        "below them says the same as one number, and the dashed line what two random halves of the same examples "
-        "differ by. The last chart shows whether beta and gamma govern z~ for single examples too, where stored "
-        "statistics stand in for the batch's."
-    ),
-    not_shown=(
-        "That a smaller shift is why batch norm helps: see claim cause. Only mean and standard deviation are governed, "
-        "not the shape, and the identity holds (up to eps) only in the batch that normalizes. Drift is measured unit "
-        "by unit, so a change of the correlation between units is not seen."
-    ),
-    sources=("Ioffe and Szegedy 2015, Batch Normalization, sections 2 and 4.1",),
-    run=run,
-)
+CLAIM = claim(
+    "lecture", "layer3", run, rate=RATE, wide_steps=NETWORKS["wide"][1], four_steps=NETWORKS["four"][1],
+    every=EVERY, probe=PROBE, idle=IDLE,
+)  # fmt: skip
