@@ -7,7 +7,7 @@ import torch
 
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.figures_in_words import in_words, minus
-from batchnorm.experiment.judgement import Criteria, Criterion, Status, beyond
+from batchnorm.experiment.judgement import Criteria, Criterion, Status
 from batchnorm.experiment.paired_seeds import Arrival, first_step
 from batchnorm.lecture.claim_criteria import judge
 
@@ -82,9 +82,11 @@ def test_negative_numbers_have_a_minus_sign_and_hyphens_stay() -> None:
 
 # -- verdicts ------------------------------------------------------------------------------------------------
 
-RATIO = Criterion(
-    "speed-steps", "Faster?", "steps", log=2, compares="without / with", guard="both learn", **beyond(math.log2(1.5))
-)
+ENTRY = {
+    "question": "Faster?", "quantity": "steps to {target:.0%}", "log": 2, "compares": "without / with", "above": 1.5,
+    "guard": "both learn",
+}  # fmt: skip
+RATIO = Criterion.read("speed-steps", ENTRY, {"target": 0.5})
 TABLE = Criteria("3", 0.95, (RATIO, Criterion("speed-loss", "Lower?", "loss", (-math.inf, 0.1), (0.2, math.inf))))
 
 
@@ -120,7 +122,7 @@ def test_without_a_finite_effect_in_every_seed_there_is_no_verdict_and_no_number
 
 def test_criteria_know_their_claims_and_say_what_they_compare() -> None:
     assert [criterion.key for criterion in TABLE.of("speed")] == list(TABLE)
-    assert RATIO.effect == "log2 of steps, without / with"
+    assert RATIO.effect == "log2 of steps to 50%, without / with"
     assert TABLE["speed-loss"].effect == "loss"
     assert (RATIO.natural(3), RATIO.natural(5000), TABLE["speed-loss"].natural(3)) == (8, math.inf, 3)
     assert {verdict.told for verdict in TABLE.unjudged("speed", "it broke")} == {"it broke"}
@@ -129,6 +131,10 @@ def test_criteria_know_their_claims_and_say_what_they_compare() -> None:
 def test_the_opposite_lies_on_the_other_side_of_0() -> None:
     assert RATIO.supported == (math.log2(1.5), math.inf)
     assert RATIO.opposite == (-math.inf, -math.log2(1.5))
+    between = Criterion.read(
+        "a-b", {"question": "?", "quantity": "q", "log": 2, "supported": [0, 4], "opposite": [8, math.inf]}, {}
+    )
+    assert (between.supported, between.opposite) == ((-math.inf, 2), (3, math.inf))
     assert [TABLE.judge("speed-loss", [v, v], "s").status for v in (0.0, 0.15, 0.3)] == [
         Status.SUPPORTED, Status.NOT_SUPPORTED, Status.OPPOSITE,
     ]  # fmt: skip

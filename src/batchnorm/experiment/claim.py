@@ -5,16 +5,13 @@ Nothing here computes or draws. A claim's own file measures and fills a Result.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
 from batchnorm.experiment.chart_data import Chart
 from batchnorm.experiment.figures_in_words import Figure, filled
 from batchnorm.experiment.judgement import Json, Verdict
+from batchnorm.experiment.room_tables import room_table
 from batchnorm.experiment.run_settings import Progress, RunSettings
 
 # Figures worth quoting, flat: "what, unit" -> number
@@ -60,17 +57,12 @@ def claim(room: str, name: str, run: Callable[[RunSettings, Progress], Result], 
         run: Measures and returns the Result.
         figures: Numbers and words for the braces.
     """
-    words = _words(room)[name]
+    words = room_table(room, "claims")[name]
     texts = {key: filled(text, figures) for key, text in words.items() if isinstance(text, str)}
     return Claim(name=name.partition(AS_IT_IS)[0], sources=words["sources"], run=run, **texts)
 
 
 AS_IT_IS = "-as-it-is"  # ends the entry of a question whose words are others where nothing is trained
-
-
-@cache
-def _words(room: str) -> dict[str, dict[str, Any]]:
-    return tomllib.loads(files(f"batchnorm.{room}").joinpath("claims.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)

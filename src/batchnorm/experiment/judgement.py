@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Literal, TypedDict
+from functools import partial
+from typing import Literal
 
-from batchnorm.experiment.figures_in_words import Figure, in_words
+from batchnorm.experiment.figures_in_words import Figure, filled, in_words
+from batchnorm.experiment.room_tables import Table, room_table
 
 # A side of a comparison that never arrived counts with the last step: then the effect is a bound
 Bound = Literal["", "at least", "at most"]
@@ -49,6 +51,17 @@ class Criterion:
         logarithm = f"log{self.log} of " if self.log else ""
         return f"{logarithm}{self.quantity}" + (f", {self.compares}" if self.compares else "")
 
+    @classmethod
+    def read(cls, key: str, table: Table, figures: Mapping[str, Figure]) -> Criterion:
+        """A criterion from the entry of a file ``criteria.toml``, whose texts name figures in braces.
+
+        There ``above`` stands for regions beyond a number on both sides, and those of logarithms are given as ratios.
+        """
+        names = ("question", "quantity", "guard", "compares")
+        question, quantity, guard, compares = (filled(table.get(name, ""), figures) for name in names)
+        supported, opposite = _regions(table, _LOGARITHMS[table.get("log", 0)])
+        return cls(key, question, quantity, supported, opposite, guard, table.get("log", 0), compares)
+
     def natural(self, effect: float) -> float:
         """An effect as a ratio where it is the logarithm of one; infinite beyond floating-point numbers."""
         try:
@@ -62,16 +75,25 @@ class Criterion:
         return {name: getattr(self, name) for name in names}
 
 
-class Regions(TypedDict):
-    """Open intervals of effects that support a claim, and that show its opposite."""
+def _regions(table: Table, scale: Callable[[float], float]) -> tuple[Interval, Interval | None]:
+    if "above" in table:
+        least = scale(table["above"])
+        return (least, math.inf), (-math.inf, -least)
+    supported, opposite = (
+        (scale(ends[0]), scale(ends[1])) for ends in (table["supported"], table.get("opposite", (1, 1)))
+    )
+    return supported, opposite if "opposite" in table else None
 
-    supported: Interval
-    opposite: Interval
+
+def _log(log: Callable[[float], float], ratio: float) -> float:
+    return log(ratio) if ratio else -math.inf
 
 
-def beyond(least: float) -> Regions:
-    """Regions of an effect that must lie above a number, and whose opposite lies below the number's negative."""
-    return {"supported": (least, math.inf), "opposite": (-math.inf, -least)}
+_LOGARITHMS: dict[int, Callable[[float], float]] = {
+    0: float,
+    2: partial(_log, math.log2),
+    10: partial(_log, math.log10),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +197,13 @@ class Criteria(Mapping[str, Criterion]):
     version: str
     level: float
     table: tuple[Criterion, ...]
+
+    @classmethod
+    def read(cls, room: str, **figures: Figure) -> Criteria:
+        """Those of a room's file ``criteria.toml``, whose texts name figures in braces."""
+        file = room_table(room, "criteria")
+        entries = ((key, table) for key, table in file.items() if isinstance(table, dict))
+        return cls(file["version"], file["level"], tuple(Criterion.read(key, t, figures) for key, t in entries))
 
     def __getitem__(self, key: str) -> Criterion:
         return {criterion.key: criterion for criterion in self.table}[key]
