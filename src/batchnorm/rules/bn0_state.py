@@ -40,11 +40,11 @@ def eval_layer_in_training(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if not module.training and not module.frozen and module.trainable:
             yield Finding(
-                name,
-                "eval mode, in a model in train mode, with trainable gamma or beta",
-                "the model's mode, or frozen",
-                "It normalizes by statistics that stay behind while the layers before it learn.",
-                "model.train(), or batchnorm.freeze(layer)",
+                layer=name,
+                measured="eval mode, in a model in train mode, with trainable gamma or beta",
+                limit="the model's mode, or frozen",
+                consequence="It normalizes by statistics that stay behind while the layers before it learn.",
+                remedy="model.train(), or batchnorm.freeze(layer)",
             )
 
 
@@ -75,11 +75,11 @@ def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
         moves = module.training and module.tracks and module.momentum != 0 and not module.frozen
         if moves and module.affine and not module.trainable:
             yield Finding(
-                name,
-                "train mode, gamma and beta fixed",
-                "eval mode, or frozen",
-                "Its statistics drift to the new data although its parameters are frozen.",
-                "batchnorm.freeze(layer)",
+                layer=name,
+                measured="train mode, gamma and beta fixed",
+                limit="eval mode, or frozen",
+                consequence="Its statistics drift to the new data although its parameters are frozen.",
+                remedy="batchnorm.freeze(layer)",
                 fixable=Fix.SAFE,
             )
 
@@ -103,11 +103,11 @@ def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if module.held and module.trainable:
             yield Finding(
-                name,
-                "frozen, with a gradient on gamma or beta",
-                "no gradient",
-                "The optimizer still changes what it computes.",
-                "batchnorm.freeze(layer, affine=True), if it is to stay as it is",
+                layer=name,
+                measured="frozen, with a gradient on gamma or beta",
+                limit="no gradient",
+                consequence="The optimizer still changes what it computes.",
+                remedy="batchnorm.freeze(layer, affine=True), if it is to stay as it is",
             )
 
 
@@ -134,11 +134,11 @@ def statistics_switched_off(evidence: Evidence) -> Iterator[Finding]:
         stored = evidence.stored.get(name)
         if not module.tracks and not module.frozen and stored and stored.running_mean is not None:
             yield Finding(
-                name,
-                "track_running_stats=False with stored statistics",
-                "True, or no statistics",
-                "Train mode uses the batch and eval mode old statistics that nothing updates.",
-                "layer.track_running_stats = True",
+                layer=name,
+                measured="track_running_stats=False with stored statistics",
+                limit="True, or no statistics",
+                consequence="Train mode uses the batch and eval mode old statistics that nothing updates.",
+                remedy="layer.track_running_stats = True",
                 fixable=Fix.SAFE,
             )
 
@@ -167,11 +167,11 @@ def no_statistics(evidence: Evidence) -> Iterator[Finding]:
         has_values = not module.is_lazy and module.device != "meta"
         if has_values and stored and stored.running_mean is None and stored.running_var is None:
             yield Finding(
-                name,
-                "no running_mean, no running_var",
-                "stored statistics",
-                "Eval outputs depend on the batch, and one example cannot be normalized.",
-                "construct it with track_running_stats=True, then batchnorm.recalibrate(model, loader)",
+                layer=name,
+                measured="no running_mean, no running_var",
+                limit="stored statistics",
+                consequence="Eval outputs depend on the batch, and one example cannot be normalized.",
+                remedy="construct it with track_running_stats=True, then batchnorm.recalibrate(model, loader)",
             )
 
 
@@ -198,11 +198,11 @@ def cumulative_momentum(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if module.momentum is None and module.tracks and not module.frozen:
             yield Finding(
-                name,
-                "momentum = None",
-                "a number such as 0.1 while weights learn",
-                "While weights learn, batches of old ones count as much as those of the present ones.",
-                "layer.momentum = 0.1",
+                layer=name,
+                measured="momentum = None",
+                limit="a number such as 0.1 while weights learn",
+                consequence="While weights learn, batches of old ones count as much as those of the present ones.",
+                remedy="layer.momentum = 0.1",
             )
 
 
@@ -226,11 +226,11 @@ def zero_momentum(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if module.momentum == 0 and module.tracks and not module.frozen:
             yield Finding(
-                name,
-                "momentum = 0",
-                "more than 0",
-                "Training further would leave the stored statistics behind.",
-                "layer.momentum = 0.1",
+                layer=name,
+                measured="momentum = 0",
+                limit="more than 0",
+                consequence="Training further would leave the stored statistics behind.",
+                remedy="layer.momentum = 0.1",
                 fixable=Fix.SAFE,
             )
 
@@ -259,11 +259,11 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
         momentum = module.momentum or 0.0
         if momentum >= HIGHEST_MOMENTUM and module.tracks and not module.frozen:
             yield Finding(
-                name,
-                f"momentum = {momentum:g}",
-                f"below {HIGHEST_MOMENTUM:g}",
-                "Stored statistics are little more than those of the last batch.",
-                f"layer.momentum = {max(1 - momentum, 0) or 0.1:.4g}",
+                layer=name,
+                measured=f"momentum = {momentum:g}",
+                limit=f"below {HIGHEST_MOMENTUM:g}",
+                consequence="Stored statistics are little more than those of the last batch.",
+                remedy=f"layer.momentum = {max(1 - momentum, 0) or 0.1:.4g}",
                 fixable=Fix.SAFE,
             )
 
@@ -290,11 +290,11 @@ def skipped_updates(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if module.skipped_updates:
             yield Finding(
-                name,
-                f"{module.skipped_updates} batches with NaN or infinity",
-                "none",
-                "Something in training makes values that are not numbers.",
-                "look for the first layer that reports them, and at the data before it",
+                layer=name,
+                measured=f"{module.skipped_updates} batches with NaN or infinity",
+                limit="none",
+                consequence="Something in training makes values that are not numbers.",
+                remedy="look for the first layer that reports them, and at the data before it",
             )
 
 
@@ -316,9 +316,9 @@ def uninitialized_layer(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if module.is_lazy:
             yield Finding(
-                name,
-                "no size yet",
-                "one batch seen",
-                "It cannot be examined before it has run.",
-                "model(batch)",
+                layer=name,
+                measured="no size yet",
+                limit="one batch seen",
+                consequence="It cannot be examined before it has run.",
+                remedy="model(batch)",
             )

@@ -86,11 +86,11 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         elif channels := tuple(i for i in steep if norms is None or _magnifies(evidence, stored, norms, i)):
             steepest = max(_gain(evidence, stored, i) for i in channels)
             yield Finding(
-                name,
-                f"var < eps / 10,000 and gain up to {steepest:.0f}, {some_of(channels, stored)}",
-                f"gain up to {STEEP:.0f}",
-                "A small change of the input there is magnified above everything else.",
-                "set gamma of these channels to 0, or prune them",
+                layer=name,
+                measured=f"var < eps / 10,000 and gain up to {steepest:.0f}, {some_of(channels, stored)}",
+                limit=f"gain up to {STEEP:.0f}",
+                consequence="A small change of the input there is magnified above everything else.",
+                remedy="set gamma of these channels to 0, or prune them",
                 channels=channels,
             )
 
@@ -138,11 +138,11 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if channels := tuple(sorted(still | rare)):
             what = [f"{len(still)} hardly vary" if still else "", f"{len(rare)} are {how}" if rare else ""]
             yield Finding(
-                name,
-                f"{some_of(channels, stored)}: {', '.join(filter(None, what))}",
-                f"output sd of {FAINT:g}, or active in {RARELY:.0%} of the values",
-                "They cost time and memory and contribute a constant, or next to nothing.",
-                "prune them, adding what is left of beta to the next layer's bias; or leave them",
+                layer=name,
+                measured=f"{some_of(channels, stored)}: {', '.join(filter(None, what))}",
+                limit=f"output sd of {FAINT:g}, or active in {RARELY:.0%} of the values",
+                consequence="They cost time and memory and contribute a constant, or next to nothing.",
+                remedy="prune them, adding what is left of beta to the next layer's bias; or leave them",
                 channels=channels,
             )
         elif not evidence.activation(name) and _is_open(evidence, stored):

@@ -54,11 +54,11 @@ def never_updated(evidence: Evidence) -> Iterator[Finding]:
     for name, stored in evidence.stored.items():
         if stored.is_initial and ((distance := misfit(evidence, name)) is None or distance > MATTERS):
             yield Finding(
-                name,
-                "running_mean = 0 and running_var = 1 in every channel",
-                "statistics of data",
-                "Eval mode uses the initial statistics, train mode does not: expect random eval results.",
-                measure_again(evidence),
+                layer=name,
+                measured="running_mean = 0 and running_var = 1 in every channel",
+                limit="statistics of data",
+                consequence="Eval mode uses the initial statistics, train mode does not: expect random eval results.",
+                remedy=measure_again(evidence),
                 fixable=Fix.DATA,
             )
 
@@ -80,11 +80,11 @@ def untrained_model(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.stored and _is_untrained(evidence) and not evidence.unread(("weight", "bias")):
         yield Finding(
-            "",
-            "initial statistics, gamma and beta in every layer",
-            "trained layers",
-            "A new model, or one whose weights were not loaded.",
-            "load the weights first, if there are any",
+            layer="",
+            measured="initial statistics, gamma and beta in every layer",
+            limit="trained layers",
+            consequence="A new model, or one whose weights were not loaded.",
+            remedy="load the weights first, if there are any",
         )
 
 
@@ -118,12 +118,12 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if claim is Claim.SHOWN and not (module and module.frozen):
             told = evidence.momentum(name) is not None or evidence.modules is not None
             yield Finding(
-                name,
-                f"{stored.num_batches_tracked} updates: {share:.0%} of the initial statistics left"
+                layer=name,
+                measured=f"{stored.num_batches_tracked} updates: {share:.0%} of the initial statistics left"
                 f"{'' if told else ', if momentum is 0.1'}",
-                f"{RESIDUE:.0%}",
-                "Eval mode normalizes partly by mean 0 and variance 1.",
-                measure_again(evidence),
+                limit=f"{RESIDUE:.0%}",
+                consequence="Eval mode normalizes partly by mean 0 and variance 1.",
+                remedy=measure_again(evidence),
                 fixable=Fix.DATA,
             )
     if some := [name for name, (claim, _) in known.items() if claim is Claim.OPEN]:
@@ -161,11 +161,12 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
     for layer, measured, severity in _reasons_for_averages(evidence):
         unless = "" if severity is Severity.ERROR else ", unless its layers were frozen on purpose"
         yield Finding(
-            layer,
-            measured,
-            "statistics of the weights that they are used with",
-            f"Eval mode normalizes the activations of these weights by statistics of other weights{unless}.",
-            measure_again(evidence) if evidence.file else "batchnorm.recalibrate(averaged_model, loader)",
+            layer=layer,
+            measured=measured,
+            limit="statistics of the weights that they are used with",
+            consequence=f"Eval mode normalizes the activations of these weights by statistics of other "
+            f"weights{unless}.",
+            remedy=measure_again(evidence) if evidence.file else "batchnorm.recalibrate(averaged_model, loader)",
             fixable=Fix.DATA,
             severity=severity,
         )
@@ -213,11 +214,12 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         elif len(channels) >= enough:
             largest = max((abs(_t(measured, i)) for i in channels if math.isfinite(_t(measured, i))), default=math.inf)
             yield Finding(
-                name,
-                f"|t| up to {largest:.0f}, {some_of(channels, stored)} beyond the limit",
-                f"|t| of {STALE_T:.0f} in {STALE_SHARE:.0%} of the channels",
-                "Eval mode normalizes by other statistics than these data have: right, unless they are training data.",
-                f"if these are training data: {measure_again(evidence)}",
+                layer=name,
+                measured=f"|t| up to {largest:.0f}, {some_of(channels, stored)} beyond the limit",
+                limit=f"|t| of {STALE_T:.0f} in {STALE_SHARE:.0%} of the channels",
+                consequence="Eval mode normalizes by other statistics than these data have: right, unless they are "
+                "training data.",
+                remedy=f"if these are training data: {measure_again(evidence)}",
                 channels=channels,
                 fixable=Fix.DATA,
             )

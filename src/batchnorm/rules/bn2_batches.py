@@ -70,12 +70,13 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
         worst = min(found, key=lambda name: found[name][0] / found[name][1])
         effective, size = found[worst]
         yield Finding(
-            "",
-            f"a batch of {size:.0f} counts for {effective:.1f} random examples in {worst!r} (p = {order_p:.1g}; "
+            layer="",
+            measured=f"a batch of {size:.0f} counts for {effective:.1f} random examples in {worst!r} (p = "
+            f"{order_p:.1g}; "
             f"{len(found)} of {len(measured)} layers)",
-            f"{CLUSTERED_SHARE * size:.0f} examples",
-            "Batches are sorted or correlated: each is normalized by its own kind of examples.",
-            "DataLoader(..., shuffle=True)",
+            limit=f"{CLUSTERED_SHARE * size:.0f} examples",
+            consequence="Batches are sorted or correlated: each is normalized by its own kind of examples.",
+            remedy="DataLoader(..., shuffle=True)",
         )
     if all(m.clustering_p is None for m in measured.values()):
         yield Unknown("", "it takes 4 batches whose rows in a layer are the model's examples, each used once")
@@ -105,11 +106,11 @@ def padding_counted(evidence: Evidence) -> Iterator[Finding]:
     for name, found in (evidence.measured or {}).items():
         if found.padded_share > PADDED_SHARE:
             yield Finding(
-                name,
-                f"{found.padded_share:.0%} of the positions are padding",
-                f"{PADDED_SHARE:.0%}",
-                "Statistics are those of data mixed with padding, and depend on the lengths in a batch.",
-                "y = x.transpose(1, 2).clone(); y[mask] = layer(y[mask])",
+                layer=name,
+                measured=f"{found.padded_share:.0%} of the positions are padding",
+                limit=f"{PADDED_SHARE:.0%}",
+                consequence="Statistics are those of data mixed with padding, and depend on the lengths in a batch.",
+                remedy="y = x.transpose(1, 2).clone(); y[mask] = layer(y[mask])",
             )
 
 
@@ -137,11 +138,11 @@ def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
     for name, found in (evidence.measured or {}).items():
         if found.non_finite:
             yield Finding(
-                name,
-                f"{found.non_finite} NaN or infinite inputs in {found.examples} examples",
-                "0",
-                "torch.nn's layers store NaN from such a batch and stay broken in eval mode.",
-                "torch.isfinite(x).all() for every batch; batchnorm.convert(model) for layers that leave it out",
+                layer=name,
+                measured=f"{found.non_finite} NaN or infinite inputs in {found.examples} examples",
+                limit="0",
+                consequence="torch.nn's layers store NaN from such a batch and stay broken in eval mode.",
+                remedy="torch.isfinite(x).all() for every batch; batchnorm.convert(model) for layers that leave it out",
             )
             return
         if _breaks_outputs(evidence, name):
@@ -192,11 +193,11 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
             yield Unknown(name, f"stored statistics move the output by {stale:.2g} sd, {unsettled(found)}")
         if shown > limit:
             yield Finding(
-                name,
-                f"stored statistics move the output by {shown:.2g} sd, the batch's noise by {noise:.2g} sd",
-                f"{limit:.2g} sd",
-                f"Eval mode is not what train mode is on these data: {_cause(evidence, name, found)}.",
-                f"if these are training data: {measure_again(evidence)}",
+                layer=name,
+                measured=f"stored statistics move the output by {shown:.2g} sd, the batch's noise by {noise:.2g} sd",
+                limit=f"{limit:.2g} sd",
+                consequence=f"Eval mode is not what train mode is on these data: {_cause(evidence, name, found)}.",
+                remedy=f"if these are training data: {measure_again(evidence)}",
                 fixable=Fix.DATA,
             )
 
@@ -226,11 +227,12 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
         named = (still_channels(evidence, stored) if stored else set()) | dead_before(evidence, name)
         if found.constant and found.examples > 1 and not named.issuperset(found.constant):
             yield Finding(
-                name,
-                f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} examples",
-                "0 channels",
-                "These channels carry no information about the data.",
-                "look at the weights or columns that feed these channels",
+                layer=name,
+                measured=f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} "
+                f"examples",
+                limit="0 channels",
+                consequence="These channels carry no information about the data.",
+                remedy="look at the weights or columns that feed these channels",
                 channels=found.constant,
             )
 

@@ -38,11 +38,11 @@ def bias_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
         if (module := (evidence.modules or {}).get(name)) and module.frozen:
             continue
         yield Finding(
-            name,
-            f"{producer!r} before it has a bias",
-            "bias=False",
-            "The bias is subtracted again: it costs memory and learns nothing.",
-            f"bias=False in {producer!r}",
+            layer=name,
+            measured=f"{producer!r} before it has a bias",
+            limit="bias=False",
+            consequence="The bias is subtracted again: it costs memory and learns nothing.",
+            remedy=f"bias=False in {producer!r}",
         )
 
 
@@ -79,11 +79,11 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
         # two names may be two ways to one call
         if (count := calls.get(name, len(names.get(name, ())))) > 1:
             yield Finding(
-                name,
-                f"used at {count} places",
-                "1",
-                "Its stored statistics are a mixture that fits none of the places.",
-                "give each place a layer of its own",
+                layer=name,
+                measured=f"used at {count} places",
+                limit="1",
+                consequence="Its stored statistics are a mixture that fits none of the places.",
+                remedy="give each place a layer of its own",
             )
     if evidence.file and not evidence.graph:
         yield from (_stored_once(shared, evidence.file) for shared in evidence.file.shared)
@@ -94,11 +94,11 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
     names = [file.shown(name) for name in shared.names]
     if shared.is_called:
         return Finding(
-            names[0],
-            f"it normalizes different inputs at {len(names)} places: {listed(names)}",
-            "1",
-            "Statistics of one layer that runs at several places are a mixture that fits none of them.",
-            "give each place a layer of its own",
+            layer=names[0],
+            measured=f"it normalizes different inputs at {len(names)} places: {listed(names)}",
+            limit="1",
+            consequence="Statistics of one layer that runs at several places are a mixture that fits none of them.",
+            remedy="give each place a layer of its own",
             severity=Severity.WARNING,
         )
     what = "one layer" if shared.layers == 1 else f"{shared.layers} layers, stored once,"
@@ -106,17 +106,21 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
     mixture = "the stored statistics are a mixture that fits none of the places."
     if shared.is_alias:
         return Finding(
-            names[0],
-            measured,
-            "one name, or names of one call",
-            f"Harmless if the names are two ways to the same call. If each is called on inputs of its own, {mixture}",
-            "count its calls: batchnorm doctor model.py:make_model --data data.py:loader",
+            layer=names[0],
+            measured=measured,
+            limit="one name, or names of one call",
+            consequence="Harmless if the names are two ways to the same call. If each is called on inputs of its "
+            f"own, {mixture}",
+            remedy="count its calls: batchnorm doctor model.py:make_model --data data.py:loader",
             severity=Severity.INFO,
         )
     return Finding(
-        names[0], measured, "one place for each layer", f"If each of them is called, {mixture}",
-        "give each place a layer of its own",
-    )  # fmt: skip
+        layer=names[0],
+        measured=measured,
+        limit="one place for each layer",
+        consequence=f"If each of them is called, {mixture}",
+        remedy="give each place a layer of its own",
+    )
 
 
 def dropout_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
@@ -141,11 +145,11 @@ def dropout_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, dropout in evidence.graph.behind_dropout.items() if evidence.graph else ():
         yield Finding(
-            name,
-            f"{dropout!r} before it",
-            "dropout behind the last batch norm",
-            "Its inputs vary less in eval mode than what it stored in train mode.",
-            "move the dropout, or batchnorm.recalibrate(model, loader)",
+            layer=name,
+            measured=f"{dropout!r} before it",
+            limit="dropout behind the last batch norm",
+            consequence="Its inputs vary less in eval mode than what it stored in train mode.",
+            remedy="move the dropout, or batchnorm.recalibrate(model, loader)",
         )
 
 
@@ -167,9 +171,9 @@ def batch_norm_twice(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, first in evidence.graph.behind_batch_norm.items() if evidence.graph else ():
         yield Finding(
-            name,
-            f"its input is the result of {first!r}",
-            "one layer",
-            "The first layer has no effect but its cost.",
-            f"remove {first!r}",
+            layer=name,
+            measured=f"its input is the result of {first!r}",
+            limit="one layer",
+            consequence="The first layer has no effect but its cost.",
+            remedy=f"remove {first!r}",
         )

@@ -65,12 +65,12 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
         distance = statistics.median(abs(found.mean_deviation[c]) for c in channels)
         ratio = statistics.median(found.var_ratio[c] for c in channels)
         yield Finding(
-            name,
-            f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance {ratio:.2g} times"
-            + (f"; {len(moved)} layers in all" if len(moved) > 1 else ""),
-            f"{MOVED_MEAN:.0f} sd, 1/{MOVED_VARIANCE:.0f} to {MOVED_VARIANCE:.0f} times, in {MOVED_CHANNELS:.0%}",
-            "Eval mode normalizes these data by the statistics of other ones.",
-            "prepare data as in training; or, if these are meant, batchnorm.recalibrate(model, loader)",
+            layer=name,
+            measured=f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance "
+            f"{ratio:.2g} times" + (f"; {len(moved)} layers in all" if len(moved) > 1 else ""),
+            limit=f"{MOVED_MEAN:.0f} sd, 1/{MOVED_VARIANCE:.0f} to {MOVED_VARIANCE:.0f} times, in {MOVED_CHANNELS:.0%}",
+            consequence="Eval mode normalizes these data by the statistics of other ones.",
+            remedy="prepare data as in training; or, if these are meant, batchnorm.recalibrate(model, loader)",
             channels=channels,
             fixable=Fix.DATA,
         )
@@ -115,11 +115,12 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     distance = max(abs(mean) / scale for scale, mean in pairs)
     if ratio > SCALE_RATIO or distance > FAR_MEAN:
         yield Finding(
-            "",
-            f"sd of input features {min(scales):.3g} to {max(scales):.3g}, means up to {distance:.3g} sd from 0",
-            f"{SCALE_RATIO:.0f} times, {FAR_MEAN:.0f} sd",
-            "The first layer learns slowly: no learning rate fits all of its weights.",
-            "nn.Sequential(batchnorm.InputNorm.fit(loader), model)",
+            layer="",
+            measured=f"sd of input features {min(scales):.3g} to {max(scales):.3g}, means up to {distance:.3g} sd "
+            f"from 0",
+            limit=f"{SCALE_RATIO:.0f} times, {FAR_MEAN:.0f} sd",
+            consequence="The first layer learns slowly: no learning rate fits all of its weights.",
+            remedy="nn.Sequential(batchnorm.InputNorm.fit(loader), model)",
         )
 
 

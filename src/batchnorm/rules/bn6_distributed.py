@@ -46,12 +46,12 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
     alone = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
     if parallel and alone and (size is None or size < ENOUGH_EXAMPLES):
         yield Finding(
-            "",
-            f"no synchronization in {listed(alone)}; "
+            layer="",
+            measured=f"no synchronization in {listed(alone)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
-            f"{ENOUGH_EXAMPLES} examples, or SyncBatchNorm",
-            "Each process normalizes by the noise of its own few examples.",
-            f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_as_torchs(evidence)})",
+            limit=f"{ENOUGH_EXAMPLES} examples, or SyncBatchNorm",
+            consequence="Each process normalizes by the noise of its own few examples.",
+            remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_as_torchs(evidence)})",
         )
 
 
@@ -83,11 +83,11 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         if module.is_sync and module.device == "cpu" and not module.frozen:
             yield Finding(
-                name,
-                f"{module.kind} on the CPU",
-                "an accelerator",
-                "A training step raises an error.",
-                "model.to('cuda'), or plain batch norm layers for a CPU",
+                layer=name,
+                measured=f"{module.kind} on the CPU",
+                limit="an accelerator",
+                consequence="A training step raises an error.",
+                remedy="model.to('cuda'), or plain batch norm layers for a CPU",
             )
 
 
@@ -115,9 +115,9 @@ def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
     alone = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
     if alone:
         yield Finding(
-            "",
-            f"broadcast_buffers=False, statistics in {listed(alone)}",
-            "True, or SyncBatchNorm",
-            "Processes evaluate with, and save, different statistics.",
-            "DistributedDataParallel(model, broadcast_buffers=True)",
+            layer="",
+            measured=f"broadcast_buffers=False, statistics in {listed(alone)}",
+            limit="True, or SyncBatchNorm",
+            consequence="Processes evaluate with, and save, different statistics.",
+            remedy="DistributedDataParallel(model, broadcast_buffers=True)",
         )

@@ -31,11 +31,11 @@ def shadowed_package(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.environment and evidence.environment.shadow:
         yield Finding(
-            "",
-            f"{evidence.environment.shadow} is there",
-            "no file of that name",
-            "Scripts in that folder import it in place of this package.",
-            f"rename {evidence.environment.shadow}",
+            layer="",
+            measured=f"{evidence.environment.shadow} is there",
+            limit="no file of that name",
+            consequence="Scripts in that folder import it in place of this package.",
+            remedy=f"rename {evidence.environment.shadow}",
         )
 
 
@@ -56,9 +56,9 @@ def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.environment and evidence.environment.kernels == "reference":
         yield Finding(
-            "",
-            "reference kernels",
-            "compiled ones",
-            "This package's layers run slower than they could.",
-            "install a C++ compiler, then pip install --force-reinstall --no-deps batchnorm",
+            layer="",
+            measured="reference kernels",
+            limit="compiled ones",
+            consequence="This package's layers run slower than they could.",
+            remedy="install a C++ compiler, then pip install --force-reinstall --no-deps batchnorm",
         )
