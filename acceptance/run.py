@@ -177,7 +177,8 @@ def formats(packages: Path) -> dict[str, str]:
     sys.path.insert(0, str(HERE.parent / "tests"))
     from planted import FAULTS
 
-    from batchnorm.doctor.formats import FORMATS
+    from batchnorm.doctor.diagnosis_report import report
+    from batchnorm.reporting.formats import rendered
 
     with tempfile.TemporaryDirectory() as folder:
         for archive in packages.glob("*.tgz"):
@@ -189,8 +190,8 @@ def formats(packages: Path) -> dict[str, str]:
         junit = xmlschema.XMLSchema(str(suite))
         for plant in FAULTS.values():
             diagnosis = examine(**plant(Path(folder)))
-            sarif.validate(json.loads(FORMATS["sarif"](diagnosis)))
-            junit.validate(FORMATS["junit"](diagnosis))
+            sarif.validate(json.loads(rendered(report(diagnosis), "sarif")))
+            junit.validate(rendered(report(diagnosis), "junit"))
         return {"valid": f"{len(FAULTS)} diagnoses", "sarif": log.name, "junit": suite.name}
 
 

@@ -469,12 +469,13 @@ SICK = {"net": nn.BatchNorm1d(3).state_dict() | {"running_var": torch.tensor([-1
 
 
 def test_every_format_of_the_doctor_names_what_was_left_unread(tmp_path):
-    from batchnorm.doctor.formats import FORMATS
+    from batchnorm.doctor.diagnosis_report import report
+    from batchnorm.reporting.formats import FORMATS, rendered
 
     (tmp_path / "c.pt").write_bytes(saved({**SICK, "args": argparse.Namespace(lr=0.1)}))
     diagnosis = examine(tmp_path / "c.pt")
     assert "BN103" in {finding.code for finding in diagnosis.findings}
     assert diagnosis.notes == ("left unread: argparse.Namespace",)
-    for name, write in FORMATS.items():
-        assert ("left unread: argparse.Namespace" in write(diagnosis)) == (name != "jsonl"), name
-        assert "left unread" not in write(dataclasses.replace(diagnosis, notes=())), name
+    for name in FORMATS:
+        assert ("left unread: argparse.Namespace" in rendered(report(diagnosis), name)) == (name != "jsonl"), name
+        assert "left unread" not in rendered(report(dataclasses.replace(diagnosis, notes=())), name), name

@@ -14,7 +14,8 @@ from torch import nn
 
 from batchnorm.checkpoint import Checkpoint, read
 from batchnorm.doctor import examine
-from batchnorm.doctor.formats import FORMATS
+from batchnorm.doctor.diagnosis_report import report
+from batchnorm.reporting.formats import FORMATS, rendered
 
 REMEDY = "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
 
@@ -83,9 +84,9 @@ def test_statistics_beside_sharded_parameters_are_read_and_these_are_named(folde
     diagnosis = examine(path)
     assert {"BN102", "BN103"} <= set(diagnosis.checked)
     assert diagnosis.not_checked["BN107"] == "some values could not be read (1, 2.1)"
-    for name, write in FORMATS.items():
+    for name in FORMATS:
         if name != "jsonl":
-            assert "StateDictOptions(" in write(diagnosis), name
+            assert "StateDictOptions(" in rendered(report(diagnosis), name), name
 
 
 @pytest.mark.parametrize("rank", [0, 1])

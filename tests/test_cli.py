@@ -49,7 +49,7 @@ def test_help_and_version_succeed(args):
         (["--seeds", "1"], ["--seeds", "x>=2"]),
         (["--seed", "-1"], ["--seed", "0<=x"]),
         (["--seed", str(2**64)], ["--seed", "2147483647"]),
-        (["-o", "why.pdf"], [".html, .json, .md", "why.pdf", "Name it why.html"]),
+        (["-o", "why.pdf"], [".html, .json, .jsonl, .md", "why.pdf", "Name it why.html"]),
         (["-o", "why.md", "--interactive"], ["--interactive needs an .html report"]),
         (["model.py:make"], ["asked with data", "--data data.py:loader"]),
         (["-o", "/proc/why.html"], ["cannot write /proc/why.html", "-o FILE"]),
@@ -70,7 +70,7 @@ def test_a_wrong_argument_ends_with_its_remedy_and_code_2(args, words):
 def test_a_missing_extra_names_the_command_that_installs_it(monkeypatch, tmp_path, hidden, extra, output):
     monkeypatch.setitem(sys.modules, hidden, None)
     monkeypatch.setattr(
-        "batchnorm.cli.terminal.find_spec", lambda name: None if sys.modules.get(name, ...) is None else ...
+        "batchnorm.cli.preconditions.find_spec", lambda name: None if sys.modules.get(name, ...) is None else ...
     )
     result = call("why", "-o", str(tmp_path / output))
     assert result.exit_code == 2
@@ -139,7 +139,7 @@ def test_a_terminal_without_unicode_does_not_cost_the_report(tmp_path):
     target = tmp_path / "why.md"
     done = scale(target, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert b"? SUPPORTED" in done.stdout
+    assert b"+ SUPPORTED" in done.stdout
     assert target.exists()
 
 

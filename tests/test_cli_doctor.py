@@ -163,7 +163,7 @@ def test_the_file_s_suffix_tells_the_format_and_nothing_is_printed(folder):
 
 def test_github_s_format_is_chosen_in_its_workflows(folder):
     result = call("doctor", "sick.pt", env={"GITHUB_ACTIONS": "true"})
-    assert result.output.startswith("::error title=BN103 negative-variance::sick.pt stem.1: ")
+    assert result.output.startswith("::error title=BN103 negative-variance::sick.pt: stem.1: ")
 
 
 def test_json_fits_its_schema(folder):

@@ -171,7 +171,7 @@ def test_quiet_prints_nothing(folder):
 
 def test_github_s_format_is_chosen_in_its_workflows_and_the_project_s_setting_wins(folder):
     there = {"GITHUB_ACTIONS": "true"}
-    assert judged("dark", env=there).stdout.startswith("::error file=net.py,line=1,title=covariate-shift::net.py:model")
+    assert judged("dark", env=there).stdout.startswith("::error title=covariate-shift,file=net.py,line=1::net.py:model")
     assert judged("clean", env=there).stdout == ""
     Path("pyproject.toml").write_text('[tool.batchnorm]\noutput-format = "concise"\n')
     assert judged("clean", env=there).stdout.startswith("net.py:model: no shift found: evidence none")
@@ -206,9 +206,9 @@ def test_sarif_and_junit_fit_their_schemas(folder, data):
 
 
 def test_names_are_text_in_every_format(folder):
-    import batchnorm.cli.shift_command as cli
-    from batchnorm.shift import page
+    from batchnorm.reporting.formats import FORMATS, rendered
     from batchnorm.shift.verdict import Layer, Verdict
+    from batchnorm.shift.verdict_report import report
 
     hostile = '<script>alert(1)</script>\x1b[31m\n::error::"|`&\x00\ud800'
     layer = Layer(hostile, 4, True, 9.0, "mean", (), 0.1, 0.1)
@@ -216,15 +216,17 @@ def test_names_are_text_in_every_format(folder):
         hostile, hostile, hostile, "checkpoint", 0, "example", 0.01, 8, 1, 0, 8, 9.0, ((8, 9.0),), 8, 0, hostile, "",
         (layer,), 0.5, True, 0.1, 12345.6789,
     )  # fmt: skip
-    for make in (page.full, page.concise, cli.markdown, cli.github, cli.junit, cli.sarif, page.page, Verdict.to_json):
-        text = make(verdict)
+    for form in FORMATS:
+        text = rendered(report(verdict), form)
         text.encode()
         for mark in ("\x1b", "\x00", "\n::error::"):
-            assert mark not in text.removeprefix("::error"), (make, mark)
-        if make in {cli.markdown, cli.junit, page.page}:
+            assert mark not in text.removeprefix("::error"), (form, mark)
+        if form in {"md", "junit", "html"}:
             assert "<script" not in text
-    sarif_schema().validate(json.loads(cli.sarif(verdict)))
-    xmlschema.XMLSchema(str(Path(__file__).with_name("schemas") / "junit.xsd")).validate(cli.junit(verdict))
+    sarif_schema().validate(json.loads(rendered(report(verdict), "sarif")))
+    xmlschema.XMLSchema(str(Path(__file__).with_name("schemas") / "junit.xsd")).validate(
+        rendered(report(verdict), "junit")
+    )
 
 
 @pytest.mark.parametrize("data", ["clean", "dark", "alike"])
@@ -347,7 +349,7 @@ def test_there_are_twelve_wrong_inputs_and_more():
 
 def test_a_missing_package_is_named_with_what_installs_it(folder, monkeypatch):
     real = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr("batchnorm.cli.terminal.find_spec", lambda name: None if name == "jinja2" else real(name))
+    monkeypatch.setattr("batchnorm.cli.preconditions.find_spec", lambda name: None if name == "jinja2" else real(name))
     result = judged("clean", "-o", "a.html")
     assert result.exit_code == 2
     assert "pip install 'batchnorm[report]'" in result.output

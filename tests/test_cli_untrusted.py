@@ -22,9 +22,9 @@ from torch import nn
 from batchnorm import addresses
 from batchnorm.cli import main
 from batchnorm.doctor import examine
-from batchnorm.doctor.formats import FORMATS
-from batchnorm.doctor.junit import junit
-from batchnorm.doctor.text import full
+from batchnorm.doctor.diagnosis_report import report
+from batchnorm.doctor.family_text import full
+from batchnorm.reporting.formats import FORMATS, rendered
 
 CODE = """
 import sys
@@ -161,7 +161,7 @@ def examine_with(name):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", EVIL, ids=range(len(EVIL)))
 def test_no_name_steers_what_shows_it(form, name):
-    text = FORMATS[form](examine_with(name))
+    text = rendered(report(examine_with(name)), form)
     text.encode()
     assert not STEERING & set(text)
     assert "<script" not in text or form not in {"html", "md", "junit"}
@@ -215,8 +215,8 @@ def test_a_pipe_is_written_to_and_not_replaced(folder):
 
 def test_never_fails_no_case():
     diagnosis = examine(sick())
-    assert 'failures="1"' in junit(diagnosis)
-    assert 'failures="1"' not in junit(diagnosis, None)
+    assert 'failures="1"' in rendered(report(diagnosis), "junit")
+    assert 'failures="1"' not in rendered(report(diagnosis, fail_on=None), "junit")
 
 
 def test_a_terminal_of_ascii_has_no_question_marks(folder):

@@ -74,7 +74,7 @@ def test_a_port_that_is_taken_ends_with_2_and_its_remedy(folder):
 
 
 def test_a_missing_extra_ends_with_2_and_the_command_that_installs_it(monkeypatch, folder):
-    monkeypatch.setattr("batchnorm.cli.terminal.find_spec", lambda name: None if name == "uvicorn" else ...)
+    monkeypatch.setattr("batchnorm.cli.preconditions.find_spec", lambda name: None if name == "uvicorn" else ...)
     result = call(folder)
     assert result.exit_code == 2
     assert "watch needs uvicorn, not installed here. Run: pip install 'batchnorm[live]'" in words(result)

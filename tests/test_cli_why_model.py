@@ -125,7 +125,7 @@ MAKE = ("net.py:make", "--data", "net.py:batches")
         ([*MAKE, "--set", "widht=3"], ["cannot be called with", "widht"]),
         ([*MAKE, "--set", "width"], ["--set needs key=value"]),
         ([*MAKE, "--weights", "none.pt"], ["none.pt"]),
-        ([*MAKE, "-o", "why.pdf"], [".html, .json, .md"]),
+        ([*MAKE, "-o", "why.pdf"], [".html, .json, .jsonl, .md"]),
         ([*MAKE, "--no-train"], ["--steps is about training"]),
     ],
 )

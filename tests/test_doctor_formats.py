@@ -13,9 +13,9 @@ import xmlschema
 from planted import FAULTS, changed, diagnosis_of, trained
 
 from batchnorm.doctor import examine
-from batchnorm.doctor.diagnosis import order
-from batchnorm.doctor.junit import junit
-from batchnorm.doctor.sarif import sarif
+from batchnorm.doctor.diagnosis_report import report
+from batchnorm.doctor.diagnosis_value import order
+from batchnorm.reporting.formats import rendered
 from batchnorm.rules import RULES, Finding, Severity
 
 
@@ -28,6 +28,14 @@ def sarif_schema():
 @cache
 def junit_schema():
     return xmlschema.XMLSchema(str(Path(__file__).with_name("schemas") / "junit.xsd"))
+
+
+def sarif(diagnosis):
+    return rendered(report(diagnosis), "sarif")
+
+
+def junit(diagnosis, fail_on=Severity.ERROR):
+    return rendered(report(diagnosis, fail_on=fail_on), "junit")
 
 
 def fits(diagnosis):

@@ -1,5 +1,6 @@
 """A diagnosis as people read it: in the terminal and as a page."""
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -7,9 +8,9 @@ import pytest
 from planted import Net, batches, changed, trained
 
 from batchnorm.doctor import examine
-from batchnorm.doctor.diagnosis import order
+from batchnorm.doctor.diagnosis_value import groups, order
 from batchnorm.doctor.examination import Selection
-from batchnorm.doctor.text import families, full, groups
+from batchnorm.doctor.family_text import families, full
 from batchnorm.rules import FAMILIES, RULES, Finding
 
 
@@ -124,9 +125,10 @@ def test_a_page_reads_well_without_its_styles():
     diagnosis = examine(changed(running_var=-1.0), batches())
     page = Words(diagnosis.to_html())
     text = " ".join(" ".join(page.words).split())
-    assert text.index("errors found") < text.index("BN103") < text.index("Layers") < text.index("Not checked")
+    assert text.index("Errors found") < text.index("BN103") < text.index("Layers") < text.index("Not checked")
     assert "running_var down to -1, 1 of 8 channels" in text
-    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not {"script", "img", "iframe"} & set(page.tags)
+    assert re.findall(r'<link[^>]*href="([^"]*)"', diagnosis.to_html()) == ["data:,"]  # no icon is asked for
     assert "default-src 'none'" in diagnosis.to_html()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from house import bugs, files, outputs, record, surface
+from house import bugs, files, outputs, record, sizes, surface
 from house.comparing import differences
 
 
@@ -39,6 +39,13 @@ def test_a_file_of_before_is_read_as_it_was_written(name):
 def test_a_bug_can_be_planted(bug):
     assert bug.place(surface.ROOT / "src").suffix == ".py"
     assert bug.instead != bug.text
+
+
+def test_no_modules_need_each_other_not_even_for_types():
+    source = surface.ROOT / "src"
+    every = [sizes.File(path, source) for path in sorted(source.rglob("*.py"))]
+    found = sizes.circles(every, types=True)
+    assert [circle for circle in found if "batchnorm.kernels.choice" not in circle] == []
 
 
 BEFORE = {"code": "BN101", "count": 3, "rows": [1.0, 200.0], "words": "a mean of 0.123 in 4 channels", "none": None}

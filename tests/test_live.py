@@ -475,7 +475,7 @@ def test_the_page_knows_the_words_of_every_quantity_and_rule(client):
 
 def test_colours_are_those_of_the_report():
     templates = Path(page.__file__).parents[1] / "templates"
-    ours, theirs = ((templates / name).read_text() for name in ("live.css", "report.css"))
+    ours, theirs = ((templates / name).read_text() for name in ("live.css", "page.css"))
     for name in (
         "ground",
         "ink",

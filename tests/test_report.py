@@ -211,16 +211,16 @@ def test_a_chart_that_cannot_be_drawn_is_named():
 
 def test_the_strip_draws_an_interval_inside_the_region_that_it_lies_in():
     strip = report._strip(judge("noise-regularizes", [0.018, 0.019, 0.017, 0.018], "s"))
-    (start, end), (low, high) = strip["regions"]["supported"], strip["interval"]
-    assert 0 < start < low < strip["mean"] < high < end == 100
-    assert strip["regions"]["opposite"][0] == 0
-    assert [label for _, label, _ in strip["bounds"]] == ["−0.005", "0.005"]
-    assert len(strip["values"]) == 4
+    (start, end), (low, high) = strip.regions["supported"], strip.interval
+    assert 0 < start < low < strip.mean < high < end == 100
+    assert strip.regions["opposite"][0] == 0
+    assert [label for _, label, _ in strip.bounds] == ["−0.005", "0.005"]
+    assert len(strip.seeds) == 4
 
 
 def test_the_strip_of_an_effect_without_spread_has_a_width():
     strip = report._strip(judge("test-time-alone", [0.0, 0.0, 0.0], "s"))
-    assert 0 <= strip["mean"] < strip["regions"]["supported"][1] < strip["regions"]["opposite"][0] < 100
+    assert 0 <= strip.mean < strip.regions["supported"][1] < strip.regions["opposite"][0] < 100
 
 
 # -- words ----------------------------------------------------------------------------------------------------

@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.lecture.painted_cats import png
+from batchnorm.reporting.command_line import CommandLine
+from batchnorm.reporting.text import plain
 from batchnorm.shift import ShiftMonitor
-from batchnorm.shift.page import concise, facts, full, odds, page, plain, unseen
 from batchnorm.shift.verdict import Channel, Layer, Verdict, judge
+from batchnorm.shift.verdict_page import page
+from batchnorm.shift.verdict_words import concise, facts, full, odds, unseen
+
+COMMAND = CommandLine("batchnorm shift", "net.py:model", "--data net.py:loader")
 
 
 def images(n: int, seed: int) -> Tensor:
@@ -60,7 +65,7 @@ def told(**changes: object) -> Verdict:
         for i in range(3)
     )
     verdict = Verdict(
-        target="net.py:model", data="net.py:loader", command="batchnorm shift net.py:model --data net.py:loader",
+        target="net.py:model", data="net.py:loader", command=COMMAND,
         source="checkpoint", calibrated=0, unit="example", alpha=0.01, examples=400, batches=4, left_out=0,
         observations=400, log_evidence=math.log(4567), trail=tuple((n, n / 50) for n in range(8, 401, 8)), rang=232,
         rise=0, first="stage1.bn", hint="", layers=layers, correlation=0.01, dependent=False, sight=0.2, seconds=1.5,
@@ -112,7 +117,8 @@ def test_neighbours_that_are_alike_are_told(net: nn.Module) -> None:
     one_after_another = [
         images(1, seed).expand(32, -1, -1, -1) + 0.05 * torch.randn(32, 3, 20, 20) for seed in range(8)
     ]
-    verdict = judge(ShiftMonitor(net), one_after_another)
+
+    verdict = judge(ShiftMonitor(net), one_after_another, command=COMMAND)
     assert verdict.dependent
     assert "the promise about false alarms does not hold" in full(verdict).replace("\n" + " " * 17, " ")
     assert "--unit batch" in full(verdict)
@@ -253,6 +259,15 @@ def test_long_names_and_many_channels_are_cut_in_the_table() -> None:
     assert len(row) <= 80
     assert "1 in 10^347" in row
     assert "100, 101, 1" in row
+
+
+@pytest.mark.parametrize("kind", ["mean", "component means", "energy of components"])
+def test_every_column_of_the_table_begins_below_its_title(kind: str) -> None:
+    layers = tuple(replace(layer, kind=kind, log_evidence=9.0) for layer in told().layers)
+    lines = full(told(layers=layers)).splitlines()
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("layer "))
+    start = lines[at].index("channels moved")
+    assert all(row[start - 1] == " " and row[start] != " " for row in lines[at + 1 : at + 3])
 
 
 def test_hidden_characters_are_shown() -> None:

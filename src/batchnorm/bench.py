@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil, inf, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from batchnorm.files.whole import replacing
-from batchnorm.paired_timing import ROUNDS, others, race, timed
+from batchnorm.paired_timing import BUSY, ROUNDS, others, race, timed
+from batchnorm.reporting.blocks import Table, Text
+from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
+from batchnorm.reporting.severity import Severity
+from batchnorm.reporting.text import many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +33,8 @@ SCHEMA_VERSION = 1
 SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32), (32, 256, 14, 14), (256, 512))
 SHORT = ("forward", "step", "residual", "eval")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+_COLUMNS = ("shape", "case", "ours ms", "torch ms", "× torch", "× limit")
+_LEGEND = "× torch: how many times as fast as torch.nn; × limit: our time over that of copies."
 _TENSORS = 12  # of the size of x that a case holds at one time, at most
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 
@@ -51,13 +57,71 @@ class Case:
 
 
 CASES = {
-    "forward": Case("train forward", True, False, False, False, {"copy": 1}, 1),
-    "relu": Case("BN + ReLU forward", True, True, False, False, {"copy": 1}, 1),
-    "pass": Case("forward + backward", True, False, False, True, {"copy": 1, "triad": 1}, 3),
-    "step": Case("BN + ReLU forward + backward", True, True, False, True, {"copy": 1, "triad": 1}, 3),
-    "residual": Case("BN + residual + ReLU forward + backward", True, True, True, True, {"copy": 1, "triad": 2}, 4),
-    "eval": Case("eval BN + ReLU", False, True, False, False, {"copy": 1}, 0),
+    "forward": Case(
+        words="train forward", train=True, relu=False, residual=False, backward=False, limit={"copy": 1}, reread=1
+    ),
+    "relu": Case(
+        words="BN + ReLU forward", train=True, relu=True, residual=False, backward=False, limit={"copy": 1}, reread=1
+    ),
+    "pass": Case(
+        words="forward + backward",
+        train=True,
+        relu=False,
+        residual=False,
+        backward=True,
+        limit={"copy": 1, "triad": 1},
+        reread=3,
+    ),
+    "step": Case(
+        words="BN + ReLU forward + backward",
+        train=True,
+        relu=True,
+        residual=False,
+        backward=True,
+        limit={"copy": 1, "triad": 1},
+        reread=3,
+    ),
+    "residual": Case(
+        words="BN + residual + ReLU forward + backward",
+        train=True,
+        relu=True,
+        residual=True,
+        backward=True,
+        limit={"copy": 1, "triad": 2},
+        reread=4,
+    ),
+    "eval": Case(
+        words="eval BN + ReLU", train=False, relu=True, residual=False, backward=False, limit={"copy": 1}, reread=0
+    ),
 }
+
+
+class Timing(TypedDict):
+    """Times of one case, in milliseconds, with quartiles of their ratios, and how busy the machine was otherwise."""
+
+    case: str
+    words: str
+    shape: list[int]
+    dtype: str
+    channels_last: bool
+    rounds: int
+    ours_ms: float
+    torch_ms: float
+    limit_ms: float
+    ratio: float
+    ratio_quartiles: list[float]
+    to_limit: float
+    to_limit_quartiles: list[float]
+    others: NotRequired[float]  # not known everywhere
+
+
+class Timings(TypedDict):
+    """What ``short_table`` measures."""
+
+    schema_version: int
+    environment: Mapping[str, str]
+    threads: int
+    rows: list[Timing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +255,7 @@ def short_table(
     threads: int | None = None,
     rounds: int = ROUNDS,
     progress: Callable[[float], None] = lambda share: None,  # noqa: ARG005
-) -> dict[str, Any]:
+) -> Timings:
     """JSON-able: the environment, and for each shape and case the times of ours, torch.nn's and the memory limit.
 
     Args:
@@ -220,12 +284,12 @@ def short_table(
     return {"schema_version": SCHEMA_VERSION, "environment": environment(), "threads": count, "rows": rows}
 
 
-def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> dict[str, Any]:
+def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> Timing:
     case = CASES[name]
     with others() as busy:
         run = race(contestants(case, inputs), rounds=rounds)
     ratio, to_limit = run.ratio({"torch": 1}, {"ours": 1}), run.ratio({"ours": 1}, case.limit)
-    return {
+    timing: Timing = {
         "case": name,
         "words": case.words,
         "shape": list(inputs.x.shape),
@@ -239,8 +303,10 @@ def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> dict
         "ratio_quartiles": [ratio.low, ratio.high],
         "to_limit": to_limit.median,
         "to_limit_quartiles": [to_limit.low, to_limit.high],
-        **busy,
     }
+    if "others" in busy:
+        timing["others"] = busy["others"]
+    return timing
 
 
 @contextmanager
@@ -260,6 +326,37 @@ def threads_of_torch(count: int | None) -> Iterator[int]:
         yield count or before
     finally:
         torch.set_num_threads(before)
+
+
+def report(data: Timings) -> Report:
+    """The table as every output format shows it."""
+    rows = [(row, "×".join(map(str, row["shape"]))) for row in data["rows"]]
+    figures = [
+        (shape, row["words"], f"{row['ours_ms']:.3g}", f"{row['torch_ms']:.3g}", f"{row['ratio']:.2f}",
+         f"{row['to_limit']:.2f}")
+        for row, shape in rows
+    ]  # fmt: skip
+    lines = [f"{shape}: {row['case']}: {_in_words(row)}" for row, shape in rows]
+    text = json.dumps(data, indent=1)
+    busy = max(row.get("others", 0.0) for row in data["rows"])
+    notes = [f"Other programs used up to {busy:.0%} of the machine: repeat this when they are done."]
+    return Report(
+        command="batchnorm bench", target="batch norm layers", headline=f"{many(len(rows), 'case')} against torch.nn",
+        json=lambda: text, records=json.loads(text)["rows"], lines=lines, notes=notes if busy > BUSY else (),
+        document=[Table(_COLUMNS, figures, words=2), *map(Text, notes if busy > BUSY else ()), Text(_LEGEND)],
+        rows=[Row(rule=row["case"], severity=Severity.INFO, place=shape, words=f"{shape}: {_in_words(row)}")
+              for row, shape in rows],
+        rules=[RuleWords(code=name, title=f"{CASES[name].words}, timed.") for name in SHORT],
+        suites=[Suite(name="bench", checks=[Check(name=f"{shape} {row['case']}", output=_in_words(row))
+                                            for row, shape in rows])],
+    )  # fmt: skip
+
+
+def _in_words(row: Timing) -> str:
+    return (
+        f"{row['words']}: ours {row['ours_ms']:.3g} ms, torch.nn {row['torch_ms']:.3g} ms, {row['ratio']:.2f} times as "
+        f"fast; {row['to_limit']:.2f} times the memory limit"
+    )
 
 
 def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -7,8 +7,6 @@ they look like is in templates/.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -19,22 +17,26 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.experiment.judgement import Status
 from batchnorm.files.whole import replacing
 from batchnorm.lecture import NAMES
+from batchnorm.reporting import formats
+from batchnorm.reporting.blocks import Code, Table, Text
+from batchnorm.reporting.page_shell import TEMPLATES, shell, template
+from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
+from batchnorm.reporting.severity import Severity
+from batchnorm.reporting.text import paragraphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from jinja2 import Environment
     from markupsafe import Markup
 
     from batchnorm.charts import Panel
     from batchnorm.experiment.chart_data import Axis, Chart
     from batchnorm.experiment.judgement import Verdict
     from batchnorm.experiment.outcomes import ClaimOutcome, Verdicts
+    from batchnorm.reporting.blocks import Block
+    from batchnorm.reporting.json_values import Json
 
-# What a report's file may end in, and so be.
-SUFFIXES = (".html", ".json", ".md")
-
-_TEMPLATES = Path(__file__).with_name("templates")
+GLYPHS = {Status.SUPPORTED: "✓", Status.NOT_SUPPORTED: "–", Status.OPPOSITE: "✗", Status.INVALID: "?"}
 
 # Rows that the table under a chart shows at most: enough to read the finding off, small enough for one file.
 _TABLE_ROWS = 40
@@ -58,19 +60,51 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
         ValueError: If a chart's data cannot be drawn; the message names the chart.
     """
     require_extra()
+    from batchnorm.charts.series import legend
     from batchnorm.experiment.environment import environment
 
-    page = {
-        "verdicts": verdicts,
-        "environment": environment(),
-        "sections": [_section(outcome) for outcome in verdicts.outcomes],
-        "failed": list(_failed(verdicts)),
-        "LEVEL": verdicts.level,
-        "VERSION": verdicts.version,
-        "claims_in_all": len(NAMES),
-    }
-    live = {"script": _script(), "specifications": _specifications(page["sections"])} if interactive else {}
-    return _environment().get_template("report.html").render(page, **live)
+    sections = [_section(outcome) for outcome in verdicts.outcomes]
+    page = template(
+        "report.html", number=_number, region=_region, percent=_percent, text=_text, strip=_strip, table=_table,
+        legend=legend, svg=_svg,
+    )  # fmt: skip
+    body = page.render(
+        verdicts=verdicts, environment=environment(), sections=sections, failed=list(_failed(verdicts)),
+        LEVEL=verdicts.level, VERSION=verdicts.version, claims_in_all=len(NAMES), interactive=interactive,
+    )  # fmt: skip
+    data = {"specifications": _specifications(sections)} if interactive else {}
+    return shell(verdicts.title, body, data=data, script=_script() if interactive else "")
+
+
+def report(verdicts: Verdicts, *, interactive: bool = False) -> Report:
+    """The verdicts as every output format shows them. They are results, none of which fails a check."""
+    found = [verdict for outcome in verdicts.outcomes for verdict in outcome.result.verdicts]
+    return Report(
+        command="batchnorm why", target=verdicts.title, headline=verdicts.headline, seconds=verdicts.seconds,
+        json=verdicts.to_json, document=_document(verdicts, found, {}),
+        full=lambda width: paragraphs(_document(verdicts, found, GLYPHS), width),
+        lines=[f"{v.criterion.key}: {v.status}: {v.told}" for v in found],
+        records=[{"criterion": v.criterion.key, "status": v.status, "measured": v.told} for v in found],
+        rows=[Row(rule=v.criterion.key, severity=Severity.INFO, place="model", words=f"{v.status}: {v.told}",
+                  identity=(verdicts.title, v.criterion.key)) for v in found],
+        rules=[RuleWords(code=v.criterion.key, title=v.criterion.question) for v in found],
+        suites=[Suite(name=outcome.claim.name, checks=list(map(_check, outcome.result.verdicts)))
+                for outcome in verdicts.outcomes],
+        page=lambda: render(verdicts, interactive=interactive),
+    )  # fmt: skip
+
+
+def _document(verdicts: Verdicts, found: Sequence[Verdict], glyphs: Mapping[Status, str]) -> list[Block]:
+    rows = [(v.criterion.key, f"{glyphs.get(v.status, '')} {v.status}".strip(), v.told) for v in found]
+    table = Table(("criterion", "verdict", "measured"), rows, words=3)
+    second = [Text(verdicts.second)] if verdicts.second else []
+    return [Text(strong=verdicts.headline), *second, table, Code("Repeat", verdicts.command)]
+
+
+def _check(verdict: Verdict) -> Check:
+    is_valid = verdict.status != Status.INVALID
+    output, skipped = (f"{verdict.status}: {verdict.told}", "") if is_valid else ("", verdict.told)
+    return Check(name=verdict.criterion.key, output=output, skipped=skipped)
 
 
 def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool = False) -> None:
@@ -78,7 +112,7 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
 
     Args:
         verdicts: What was measured.
-        path: The file, in a folder that exists: .html for the page, .json for the numbers, .md for a table.
+        path: The file, in a folder that exists; its ending names the format.
         interactive: As in `render`; for a page only.
 
     Raises:
@@ -86,19 +120,23 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
         ValueError: If its name has another ending.
     """
     path = Path(path).resolve()
-    text = _as_text(verdicts, path.suffix.lower(), interactive=interactive)
+    text = formats.rendered(report(verdicts, interactive=interactive), checked_suffix(path), to_file=True)
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.rstrip("\n").encode() + b"\n")
 
 
-def _as_text(verdicts: Verdicts, suffix: str, *, interactive: bool) -> str:
-    if suffix == ".html":
-        return render(verdicts, interactive=interactive)
-    if suffix == ".json":
-        return verdicts.to_json() + "\n"
-    if suffix == ".md":
-        return verdicts.to_markdown() + "\n"
-    raise ValueError(f"a report needs a file that ends in {', '.join(SUFFIXES)}, got {suffix!r}. Name it so.")
+def checked_suffix(path: Path) -> str:
+    """The format that the ending of a file names.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    if not (name := formats.by_suffix(path)):
+        endings = ", ".join(sorted(each.suffix for each in formats.FORMATS.values() if each.suffix))
+        raise ValueError(
+            f"a report needs a file that ends in one of {endings}, got {path.name!r}. Name it why.html, for example."
+        )
+    return name
 
 
 def require_extra() -> None:
@@ -184,15 +222,23 @@ def _failed(verdicts: Verdicts) -> Iterator[tuple[ClaimOutcome, Verdict]]:
                 yield outcome, verdict
 
 
-def _table(chart: Chart) -> dict[str, Any]:
-    """The chart's data as text: column titles, cells, and of how many rows they are a selection."""
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """A chart's data as text: column titles, cells, and of how many rows they are a selection."""
+
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+    total: int
+
+
+def _table(chart: Chart) -> _Data:
     rows = _selection(chart.rows)
     columns = [(key, title, axis) for key, title, axis in _columns(chart) if any(key in row for row in rows)]
-    return {
-        "head": [title for _, title, _ in columns],
-        "body": [[_cell(row.get(key), axis) for key, _, axis in columns] for row in rows],
-        "total": len(chart.rows),
-    }
+    return _Data(
+        head=[title for _, title, _ in columns],
+        body=[[_cell(row.get(key), axis) for key, _, axis in columns] for row in rows],
+        total=len(chart.rows),
+    )
 
 
 def _columns(chart: Chart) -> list[tuple[str, str, Axis | None]]:
@@ -272,26 +318,36 @@ def _percent(share: float) -> str:
     return _text(f"{100 * share:g} %")
 
 
-def _strip(verdict: Verdict) -> dict[str, Any] | None:
-    """Where the estimate lies against the criterion's regions, as percentages of a strip's width."""
-    if verdict.estimate is None:
+@dataclass(frozen=True, slots=True)
+class _Strip:
+    """Where an estimate lies against its criterion's regions, as percentages of a strip's width."""
+
+    regions: Mapping[str, tuple[float, float]]
+    bounds: Sequence[tuple[float, str, str]]
+    interval: tuple[float, float]
+    mean: float
+    seeds: Sequence[float]
+
+
+def _strip(verdict: Verdict) -> _Strip | None:
+    if (estimate := verdict.estimate) is None:
         return None
     regions = {"supported": verdict.criterion.supported, "opposite": verdict.criterion.opposite}
     bounds = [edge for region in regions.values() for edge in region or () if abs(edge) != float("inf")]
-    shown = [verdict.estimate.low, verdict.estimate.high, *verdict.estimate.values, *bounds]
+    shown = [estimate.low, estimate.high, *estimate.values, *bounds]
     margin = 0.08 * (max(shown) - min(shown)) or 1.0
     low, high = min(shown) - margin, max(shown) + margin
 
     def at(value: float) -> float:
         return round(100 * (min(max(value, low), high) - low) / (high - low), 2)
 
-    return {
-        "regions": {name: (at(region[0]), at(region[1])) for name, region in regions.items() if region},
-        "bounds": _labels([(at(edge), _number(edge)) for edge in sorted(set(bounds))]),
-        "interval": (at(verdict.estimate.low), at(verdict.estimate.high)),
-        "mean": at(verdict.estimate.mean),
-        "values": [at(value) for value in verdict.estimate.values],
-    }
+    return _Strip(
+        regions={name: (at(region[0]), at(region[1])) for name, region in regions.items() if region},
+        bounds=_labels([(at(edge), _number(edge)) for edge in sorted(set(bounds))]),
+        interval=(at(estimate.low), at(estimate.high)),
+        mean=at(estimate.mean),
+        seeds=[at(value) for value in estimate.values],
+    )
 
 
 def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
@@ -304,23 +360,6 @@ def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
 # -- the template ---------------------------------------------------------------------------------------------
 
 
-def _environment() -> Environment:
-    import jinja2
-
-    from batchnorm.charts.series import legend
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(number=_number, region=_region, percent=_percent, text=_text)
-    environment.filters.update(strip=_strip, table=_table, legend=legend, svg=_svg)
-    return environment
-
-
 def _svg(panel: Panel, name: str) -> Markup:
     from markupsafe import Markup
 
@@ -329,7 +368,7 @@ def _svg(panel: Panel, name: str) -> Markup:
     return Markup(to_svg(panel.drawing, name))  # noqa: S704 - vl-convert has escaped every text in it
 
 
-def _specifications(sections: Sequence[_Section]) -> dict[str, Any]:
+def _specifications(sections: Sequence[_Section]) -> dict[str, Json]:
     """What the script draws, by the name of the panel."""
     from batchnorm.charts.svg import to_specification
 
@@ -342,12 +381,9 @@ def _specifications(sections: Sequence[_Section]) -> dict[str, Any]:
     }
 
 
-def _script() -> dict[str, Any]:
-    """The library that makes charts interactive, and the hash by which the page's policy allows it."""
+def _script() -> str:
+    """The library that makes charts interactive."""
     import vl_convert
-    from markupsafe import Markup
 
-    snippet = _TEMPLATES.joinpath("interactive.js").read_text(encoding="utf-8")
-    text = vl_convert.javascript_bundle(snippet).replace("</script", "<\\/script")
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return {"text": Markup(text), "hash": f"sha256-{digest}"}  # noqa: S704 - a library's code, not data
+    snippet = TEMPLATES.joinpath("interactive.js").read_text(encoding="utf-8")
+    return vl_convert.javascript_bundle(snippet).replace("</script", "<\\/script")

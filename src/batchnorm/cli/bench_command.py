@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
-from rich.box import SIMPLE
-from rich.table import Table
 
-from batchnorm.cli.terminal import Talk, check_writable, progress_bar, require
+from batchnorm.cli import shared_options as options
+from batchnorm.cli.output_files import write
+from batchnorm.cli.preconditions import check_writable, require
+from batchnorm.cli.terminal import progress_bar
+from batchnorm.reporting import formats
 
 
 @click.command()
@@ -20,9 +20,11 @@ from batchnorm.cli.terminal import Talk, check_writable, progress_bar, require
 @click.option("--threads", type=int, help="Threads of torch.  [default: as many as torch takes]")
 @click.option("--rounds", type=int, help="Times that every contestant runs.")
 @click.option("--tune", is_flag=True, help="Tune the allocator first: batchnorm.tune_allocator().")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write it as JSON.")
-@click.option("--output-format", type=click.Choice(("rich", "json")), default="rich", show_default=True,
-              help="What is printed.")  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write it to a file; the suffix tells the format.  [default: JSON]",
+)  # fmt: skip
+@options.printed_format
 def bench(
     shapes: tuple[str, ...], dtype: str, channels_last: bool, threads: int | None, rounds: int | None, tune: bool,
     output: Path | None, output_format: str,
@@ -34,39 +36,20 @@ def bench(
     require("torch", "numpy", what="bench", extra="torch")
     from batchnorm import allocator
     from batchnorm import bench as measured
-    from batchnorm.paired_timing import BUSY
+    from batchnorm.paired_timing import ROUNDS
 
     sizes = [measured.parse_shape(shape) for shape in shapes] or None
     if output is not None:
         check_writable(output)
     if tune and not (tuning := allocator.tune_allocator()):
         raise ValueError(f"--tune {tuning.reason}. Leave it out.")
-    talk = Talk(stderr=output_format == "json", highlight=False)
     with progress_bar(quiet=False) as bar:
         task = bar.add_task("timing", total=1.0)
-        options = {} if rounds is None else {"rounds": rounds}
         data = measured.short_table(
-            sizes, dtype, channels_last=channels_last, threads=threads,
-            progress=lambda done: bar.update(task, completed=done), **options,
+            sizes, dtype, channels_last=channels_last, threads=threads, rounds=ROUNDS if rounds is None else rounds,
+            progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
+    told = measured.report(data)
     if output is not None:
-        measured.write(data, output)
-    if output_format == "json":
-        click.echo(json.dumps(data, indent=1))
-    else:
-        talk.print(_bench_table(data))
-        if (busy := max(row["others"] for row in data["rows"])) > BUSY:
-            talk.print(f"Other programs used up to {busy:.0%} of the machine: repeat this when they are done.")
-        talk.print("× torch: how many times as fast as torch.nn; × limit: our time over that of copies.", style="dim")
-
-
-def _bench_table(data: dict[str, Any]) -> Table:
-    table = Table(box=SIMPLE, pad_edge=False)
-    for name in ("shape", "case"):
-        table.add_column(name)
-    for name in ("ours ms", "torch ms", "× torch", "× limit"):
-        table.add_column(name, justify="right")
-    for row in data["rows"]:
-        figures = (f"{row['ours_ms']:.3g}", f"{row['torch_ms']:.3g}", f"{row['ratio']:.2f}", f"{row['to_limit']:.2f}")
-        table.add_row("×".join(map(str, row["shape"])), row["words"], *figures)
-    return table
+        write(output, formats.rendered(told, formats.by_suffix(output) or "json", to_file=True).rstrip("\n") + "\n")
+    options.emit(told, output_format)

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shlex
-import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack, final
 
 import click
 
 from batchnorm import addresses
-from batchnorm.cli.coloring import show
+from batchnorm.cli import shared_options as options
+from batchnorm.cli.model_address import ModelAddress, batches, require_torch, running
 from batchnorm.cli.output_files import write
-from batchnorm.cli.settings import (
-    FAIL_ON,
-    baseline_of,
-    codes,
-    complete,
-    fails,
-    read_baseline,
-    refuse_empty,
-    settings,
-)
+from batchnorm.cli.settings import FAIL_ON, baseline_of, fails, limit_of, read_baseline, refuse_empty, settings
+from batchnorm.reporting import formats
 
 if TYPE_CHECKING:
-    from batchnorm.doctor import Diagnosis
+    from torch import nn
 
-_FORMATS = ("full", "concise", "json", "jsonl", "github", "sarif", "junit", "html", "md")
-_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".sarif": "sarif", ".xml": "junit", ".html": "html", ".md": "md"}
-# sentences are hard to read in wider lines
-_WIDEST = 100
+    from batchnorm.doctor import Diagnosis
+    from batchnorm.doctor.examination import Selection
+
+
+class Loop(TypedDict):
+    """The settings of the training loop, and how much is measured, as ``examine`` takes them."""
+
+    batch_size: int | None
+    accumulation: int
+    world_size: int
+    max_examples: int
 
 
 @click.command()
@@ -42,36 +37,26 @@ _WIDEST = 100
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
 @click.option("--state", default="", metavar="PATH", help="Only this state of a checkpoint.  [default: all]")
 @click.option("--data", metavar="ADDRESS", help="Batches to measure on: data.py:loader.")
-@click.option(
-    "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
-)
+@options.setting
 @click.option("--reference", metavar="TARGET", help="What the model was made from, to compare with.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per device and step.  [default: the loader's]")
 @click.option("--accumulation", type=click.IntRange(min=1), default=1, help="Batches per optimizer step.")
 @click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes that train together.")
 @click.option("--max-examples", type=click.IntRange(min=1), default=512, show_default=True, help="To measure on.")
-@click.option(
-    "--select",
-    multiple=True,
-    metavar="CODES",
-    shell_complete=complete,
-    help="Only these rules: codes, families (BN1) or names.",
-)
-@click.option("--ignore", multiple=True, metavar="CODES", shell_complete=complete, help="Not these rules.")
+@options.select
+@options.ignore
 @click.option("--baseline", metavar="FILE", help="Findings that are known and not told again.")
 @click.option("--write-baseline", metavar="FILE", help="Write the findings of this run as a baseline.")
 @click.option("--fail-on", type=click.Choice(FAIL_ON), help="Exit with 1 from this severity on.  [default: error]")
-@click.option("--output-format", type=click.Choice(_FORMATS), help="What is printed.  [default: full]")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write it to a file; the suffix tells the format."
-)
+@options.output_format
+@options.output
 @click.option("-v", "--verbose", is_flag=True, help="List the checks that did not run.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
+@options.quiet
 def doctor(
-    target: str, weights: str | None, data: str | None, given: tuple[str, ...], reference: str | None,
+    target: str, weights: str | None, state: str, given: tuple[str, ...], data: str | None, reference: str | None,
     select: tuple[str, ...], ignore: tuple[str, ...], baseline: str | None, write_baseline: str | None,
-    fail_on: str | None, output_format: str | None, output: Path | None, verbose: bool, quiet: bool, state: str,
-    **measured: Any,
+    fail_on: str | None, output_format: str | None, output: Path | None, verbose: bool, quiet: bool,
+    **loop: Unpack[Loop],
 ) -> None:  # fmt: skip
     """Examine batch norm in TARGET and say what is wrong.
 
@@ -86,114 +71,87 @@ def doctor(
          "--write-baseline": write_baseline}
     )  # fmt: skip
     project = settings()
-    chosen = _chosen_format(output_format, output, project.output_format)
+    chosen = formats.chosen(output_format, output, project.output_format)
     baseline = baseline or project.baseline
     known = read_baseline(baseline) if baseline else set()
-    from batchnorm.doctor.examination import Selection
-
-    selection = Selection(codes(select) or project.select, codes(ignore) + project.ignore, project.per_layer)
-    diagnosis = _examined(target, weights, data, given, reference, selection=selection, state=state, **measured)
+    asked = _Asked(
+        ModelAddress(target, weights, state, given), data, reference, options.selection(select, ignore, project), loop
+    )
+    diagnosis = _examined(asked)
     if write_baseline:
         write(Path(write_baseline), baseline_of(diagnosis.findings))
-    diagnosis = _without(diagnosis, known)
-    limit = fail_on or project.fail_on
-    text = _text(diagnosis, chosen, limit, verbose=verbose, output=output)
-    if output is not None:
-        write(output, text.rstrip("\n") + "\n")
-    elif not quiet and text:
-        show(text)
+    diagnosis, limit = _without(diagnosis, known), limit_of(fail_on or project.fail_on)
+    from batchnorm.doctor.diagnosis_report import report
+
+    source = asked.model.source if asked.is_model else ""
+    told = report(diagnosis, source=source, fail_on=limit, verbose=verbose, command="batchnorm doctor")
+    options.emit(told, chosen, output, is_quiet=quiet)
     sys.exit(1 if fails(diagnosis.findings, limit) else 0)
 
 
-def _examined(
-    target: str,
-    weights: str | None,
-    data: str | None,
-    given: tuple[str, ...],
-    reference: str | None,
-    *,
-    state: str,
-    **rest: Any,
-) -> Diagnosis:
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the command line says."""
+
+    model: ModelAddress
+    data: str | None
+    reference: str | None
+    selection: Selection
+    loop: Loop
+
+    @property
+    def is_model(self) -> bool:
+        return addresses.is_address(self.model.address)
+
+
+def _examined(asked: _Asked) -> Diagnosis:
     from batchnorm.doctor import examine
 
-    if not addresses.is_address(target):
-        addresses.refuse_code(target)
-        for name, value in (("--weights", weights), ("--data", data), ("--set", given), ("--reference", reference)):
-            if value:
-                raise ValueError(
-                    f"{name} needs a model, got the file {target!r}. "
-                    f"Give the model: model.py:make_model --weights {target}"
-                )
-        return examine(target, selection=rest["selection"], state=state)
-    addresses.refuse_state(target, weights, state)
-    _require_torch()
-    # what the user's code prints must not get into JSON, and what it raises must not end in a traceback
-    with contextlib.redirect_stdout(sys.stderr), addresses.told(target):
-        model = addresses.model(target, addresses.parsed(given))
-        if weights:
-            addresses.load_weights(model, weights, state)  # before the data, which take longer
-        batches = addresses.data(data) if data else None
-        batches = list(batches) if isinstance(batches, Iterator) else batches  # each state is measured on them
-        other = _reference(reference) if reference else None
-        name = _name(target, weights, given, state)
+    if asked.is_model:
+        return _examined_model(asked)
+    target, weights = asked.model.address, asked.model.weights
+    addresses.refuse_code(target)
+    needs_model = {
+        "--weights": weights,
+        "--data": asked.data,
+        "--set": asked.model.given,
+        "--reference": asked.reference,
+    }
+    for name, value in needs_model.items():
+        if value:
+            raise ValueError(
+                f"{name} needs a model, got the file {target!r}. Give the model: model.py:make_model --weights {target}"
+            )
+    return examine(target, selection=asked.selection, state=asked.model.state)
+
+
+def _examined_model(asked: _Asked) -> Diagnosis:
+    """The model with each state of its checkpoint that fits, or as it is."""
+    from batchnorm.doctor import examine
+
+    named = asked.model
+    addresses.refuse_state(named.address, named.weights, named.state)
+    require_torch("a model")
+    with running(named.address):
+        model = named.made()  # before the data, which take longer
+        data, reference = batches(asked.data), _reference(asked.reference)  # each state is measured on them
 
         def look() -> Diagnosis:
-            return examine(model, batches, reference=other, name=name, **rest)
+            return examine(model, data, reference=reference, name=str(named), selection=asked.selection, **asked.loop)
 
-        if not weights:
+        if not named.weights:
             return look()
         from batchnorm.doctor.states_in_turn import examined
 
-        return examined(model, weights, state, look, rest["selection"])
+        return examined(model, named.weights, named.state, look, asked.selection)
 
 
-def _name(target: str, weights: str | None, given: tuple[str, ...], state: str) -> str:
-    """The target with all that it takes to make it again: remedies begin with it."""
-    options = ["--weights", weights, *(["--state", state] if state else [])] if weights else []
-    return shlex.join([target, *options, *(word for setting in given for word in ("--set", setting))])
-
-
-def _reference(reference: str) -> Any:
-    return addresses.model(reference) if addresses.is_address(reference) else reference
-
-
-def _require_torch() -> None:
-    from batchnorm.cli.terminal import require
-
-    require("torch", "numpy", what="a model", extra="torch")
+def _reference(reference: str | None) -> nn.Module | str | None:
+    return addresses.model(reference) if reference and addresses.is_address(reference) else reference
 
 
 def _without(diagnosis: Diagnosis, known: set[tuple[str, str]]) -> Diagnosis:
     kept = tuple(finding for finding in diagnosis.findings if (finding.code, finding.layer) not in known)
     silenced = diagnosis.silenced + len(diagnosis.findings) - len(kept)
     return replace(diagnosis, findings=kept, silenced=silenced)
-
-
-def _chosen_format(asked: str | None, output: Path | None, settled: str | None) -> str:
-    """By the option, then the file's suffix, then the project; GitHub's own where its workflow runs."""
-    if asked:
-        return asked
-    if output is not None and output.suffix.lower() in _SUFFIXES:
-        return _SUFFIXES[output.suffix.lower()]
-    if settled:
-        if settled not in _FORMATS:
-            raise ValueError(
-                f"output-format must be one of {', '.join(_FORMATS)}, got {settled!r}. Choose one of them."
-            )
-        return settled
-    return "github" if os.environ.get("GITHUB_ACTIONS") == "true" else "full"
-
-
-def _text(diagnosis: Diagnosis, chosen: str, limit: str, *, verbose: bool, output: Path | None) -> str:
-    from batchnorm.doctor.formats import FORMATS
-    from batchnorm.doctor.junit import junit
-    from batchnorm.doctor.text import full
-    from batchnorm.rules.finding import Severity
-
-    if chosen == "full":
-        columns = 80 if output else min(shutil.get_terminal_size((80, 24)).columns, _WIDEST)
-        return full(diagnosis, width=max(columns, 40), verbose=verbose, command="batchnorm doctor")
-    if chosen == "junit":
-        return junit(diagnosis, None if limit == "never" else Severity[limit.upper()])
-    return FORMATS[chosen](diagnosis)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
-import re
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from batchnorm.cli.settings import codes, complete
+from batchnorm.cli import shared_options as options
+from batchnorm.cli.settings import complete
+from batchnorm.reporting import formats
+from batchnorm.reporting.blocks import Facts, Table
+from batchnorm.reporting.rows import Report
+from batchnorm.reporting.text import aligned, many
 from batchnorm.rules import FAMILIES, RULES
+from batchnorm.rules.codes import codes
 from batchnorm.rules.phrases import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
+    from batchnorm.reporting.blocks import Block
+    from batchnorm.reporting.json_values import Json
     from batchnorm.rules.finding import Rule
 
 _FAMILY = len("BN1")
-_FORMATS = click.Choice(("full", "md", "json"))
+_ONE_LINE = 1000  # columns: programs such as grep take a rule as one line
+_TABLE = ("code", "name", "severity", "finds")
 
 
 @click.command()
 @click.argument("rule", nargs=-1, shell_complete=complete)
 @click.option("--all", "every", is_flag=True, help="Every rule.")
-@click.option("--output-format", type=_FORMATS, default="full", show_default=True, help="What is printed.")
+@options.printed_format
 def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
     """Show a rule's page: what it finds, why that is bad, how it is found, and what mends it.
 
@@ -37,12 +45,11 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
             "explain needs a rule, got none. For example batchnorm explain BN101; batchnorm rules lists all."
         )
     chosen = [r for code, r in RULES.items() if every or code.startswith(wanted)]
-    if output_format == "json":
-        click.echo(json.dumps([as_dict(r) for r in chosen], indent=1))
-    elif output_format == "md":
-        click.echo(markdown(chosen) if every else "\n\n".join(map(_section, chosen)))
-    else:
-        click.echo("\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in chosen))
+    pages = "\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in chosen)
+    text = markdown(chosen) if every else "\n\n".join(map(_section, chosen))
+    facts = [Facts(f"{r.code} {r.slug}", [("finds", r.title)], r.severity, pages=r.sections) for r in chosen]
+    report = _report("explain", chosen, facts, full=lambda _: pages, md=lambda: text)
+    click.echo(formats.rendered(report, output_format))
 
 
 def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
@@ -71,37 +78,40 @@ def _shared(name: str, code: str) -> int:
 
 
 @click.command()
-@click.option("--output-format", type=_FORMATS, default="full", show_default=True, help="What is printed.")
+@options.printed_format
 def rules(output_format: str) -> None:
     """List every rule of the doctor."""
-    if output_format == "json":
-        click.echo(json.dumps([as_dict(rule) for rule in RULES.values()], indent=1))
-    elif output_format == "md":
-        rows = [f"| {r.code} | {r.slug} | {r.severity} | {r.title} |" for r in RULES.values()]
-        click.echo("\n".join(["| code | name | severity | finds |", "|---|---|---|---|", *rows]))
-    else:
-        width = max(len(rule.slug) for rule in RULES.values())
-        click.echo("\n".join(f"{r.code}  {r.slug:{width}}  {r.severity!s:7}  {r.title}" for r in RULES.values()))
+    rows = [(rule.code, rule.slug, str(rule.severity), rule.title) for rule in RULES.values()]
+    table = Table(_TABLE, rows, words=4)
+    text = "\n".join(aligned(table, _ONE_LINE)[1:])
+    click.echo(formats.rendered(_report("rules", RULES.values(), [table], full=lambda _: text), output_format))
 
 
-def as_dict(rule: Rule) -> dict[str, Any]:
+def _report(
+    name: str, chosen: Iterable[Rule], document: Sequence[Block], *, full: Callable[[int], str] | None = None,
+    md: Callable[[], str] | None = None,
+) -> Report:  # fmt: skip
+    """The report of some rules: nothing was looked at, so that it has no rows."""
+    chosen = list(chosen)
+    records = list(map(as_dict, chosen))
+    return Report(
+        command=f"batchnorm {name}", target="rules", headline=f"{many(len(chosen), 'rule')} of the doctor",
+        json=lambda: json.dumps(records, indent=1), records=records, rules=[rule.words for rule in chosen],
+        lines=[f"{rule.code} {rule.severity} {rule.slug}: {rule.title}" for rule in chosen], document=document,
+        full=full, md=md,
+    )  # fmt: skip
+
+
+def as_dict(rule: Rule) -> dict[str, Json]:
     """A rule's row and page."""
-    head, sections = parts(rule)
     return {
         "code": rule.code,
         "slug": rule.slug,
         "severity": str(rule.severity),
         "needs": list(rule.needs),
-        "title": head,
-        **{name.lower(): text for name, text in sections},
+        "title": rule.title,
+        **{name.lower(): text for name, text in rule.sections},
     }
-
-
-def parts(rule: Rule) -> tuple[str, list[tuple[str, str]]]:
-    """A page's first sentence, and its sections by title."""
-    found = re.split(r"^(\w+):$", rule.page, flags=re.MULTILINE)
-    dedented = [re.sub(r"^ {4}", "", text.strip("\n"), flags=re.MULTILINE).rstrip() for text in found[2::2]]
-    return rule.title, list(zip(found[1::2], dedented, strict=True))
 
 
 def markdown(chosen: Iterable[Rule]) -> str:
@@ -121,8 +131,7 @@ def markdown(chosen: Iterable[Rule]) -> str:
 
 
 def _section(rule: Rule) -> str:
-    head, sections = parts(rule)
-    lines = [f"### {rule.code} {rule.slug}", "", f"{head} ({rule.severity})"]
-    for name, text in sections:
+    lines = [f"### {rule.code} {rule.slug}", "", f"{rule.title} ({rule.severity})"]
+    for name, text in rule.sections:
         lines += ["", f"**{name}.** {text}" if name != "Example" else f"**{name}.**\n\n```text\n{text}\n```"]
     return "\n".join(lines)

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, final
 
 import click
 
 from batchnorm import addresses, checkpoint
 from batchnorm.checkpoint.states_in_file import with_state
-from batchnorm.cli.settings import codes, refuse_empty, settings
+from batchnorm.cli import shared_options as options
+from batchnorm.cli.coloring import show
+from batchnorm.cli.model_address import ModelAddress, batches, require_torch
+from batchnorm.cli.settings import refuse_empty, settings
+from batchnorm.reporting.text import columns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import nn
 
     from batchnorm.doctor.examination import Selection
-    from batchnorm.doctor.mending.mended_checkpoint import Plan
-    from batchnorm.doctor.mending.outcome import Outcome
+    from batchnorm.doctor.mending.mended_checkpoint import MendingPlan
+    from batchnorm.doctor.mending.outcome import MendingOutcome
     from batchnorm.rules.finding import Finding
 
 # rules that see in a file what a model that was loaded from it does not show
 _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
-_WIDEST = 100
 
 
 @click.command()
@@ -41,11 +45,9 @@ _WIDEST = 100
 @click.option("--in-place", is_flag=True, help="Write over the checkpoint itself.")
 @click.option("--force", is_flag=True, help="Write over a file that is in the way.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write.  [default: NAME.fixed.pt]")
-@click.option(
-    "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
-)
-@click.option("--select", multiple=True, metavar="CODES", help="Only these rules: codes, families (BN1) or names.")
-@click.option("--ignore", multiple=True, metavar="CODES", help="Not these rules.")
+@options.setting
+@options.select
+@options.ignore
 def fix(
     target: str, weights: str | None, data: str | None, unsafe: bool, diff: bool, in_place: bool, force: bool,
     output: Path | None, given: tuple[str, ...], select: tuple[str, ...], ignore: tuple[str, ...], state: str,
@@ -59,33 +61,54 @@ def fix(
     Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 it could not run.
     """
     refuse_empty({"--weights": weights, "--data": data})
-    project = settings()
-    from batchnorm.doctor.examination import Selection
-
-    selection = Selection(codes(select) or project.select, codes(ignore) + project.ignore, project.per_layer)
-    is_model = addresses.is_address(target)
-    if not is_model:
+    chosen = options.selection(select, ignore, settings())
+    asked = _Asked(ModelAddress(target, weights, state, given), data, chosen, unsafe)
+    if not asked.is_model:
         addresses.refuse_code(target)
-        _check_options(target, {"--weights": weights, "--data": data, "--set": given})
-    source = weights if is_model else target
-    place = _place(target, source, output, in_place=in_place, force=force or diff)
-    if is_model:
-        outcome, write = _model(target, weights, data, given, state=state, unsafe=unsafe, selection=selection)
-    else:
-        outcome, write = _file(target, state=state, unsafe=unsafe, selection=selection)
+        _check_options(asked)
+    place = _place(target, asked.source, output, in_place=in_place, force=force or diff)
+    outcome, write = (_model if asked.is_model else _file)(asked)
     if not diff and not outcome.is_empty:
         write(place)
-    _tell(outcome, place, diff=diff, again=_again(target, source, place, given, data))
+    _tell(outcome, place, diff=diff, again=asked.again(place))
     sys.exit(1 if outcome.has_error else 0)
 
 
-def _check_options(target: str, given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if value:
-            rest = "" if name == "--weights" else f" {name} {value if isinstance(value, str) else ' '.join(value)}"
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the command line says."""
+
+    model: ModelAddress
+    data: str | None
+    selection: Selection
+    unsafe: bool
+
+    @property
+    def is_model(self) -> bool:
+        return addresses.is_address(self.model.address)
+
+    @property
+    def source(self) -> str | None:
+        """The checkpoint, if there is one."""
+        return self.model.weights if self.is_model else self.model.address
+
+    def again(self, place: Path) -> str:
+        """The command that looks at the result."""
+        if not self.is_model:
+            return f"batchnorm doctor {shlex.quote(str(place))}"
+        data = f" --data {shlex.quote(self.data)}" if self.data else ""
+        return f"batchnorm doctor {replace(self.model, weights=str(place), state='')}{data}"
+
+
+def _check_options(asked: _Asked) -> None:
+    named = asked.model
+    for name, values in (("--weights", [named.weights]), ("--data", [asked.data]), ("--set", named.given)):
+        if any(values):
+            rest = "" if name == "--weights" else f" {name} {' '.join(map(str, values))}"
             raise ValueError(
-                f"{name} needs a model, got the file {target!r}. Give the model that it belongs to: "
-                f"batchnorm fix model.py:make_model --weights {target}{rest}"
+                f"{name} needs a model, got the file {named.address!r}. Give the model that it belongs to: "
+                f"batchnorm fix model.py:make_model --weights {named.address}{rest}"
             )
 
 
@@ -117,18 +140,25 @@ def _beside(source: str | None, suffix: str, name: str) -> Path:
     return Path(f"{name}.fixed.pt") if source is None else Path(source).with_suffix(f".fixed{suffix}")
 
 
-def _file(path: str, *, state: str, unsafe: bool, selection: Selection) -> tuple[Outcome, Callable[[Path], None]]:
-    from batchnorm.doctor.mending import mended_checkpoint
-    from batchnorm.doctor.mending.outcome import Outcome
+# what came of it, and what writes it
+Mended = tuple["MendingOutcome", "Callable[[Path], None]"]
 
-    plan = mended_checkpoint.plan(path, unsafe=unsafe, selection=selection, state=state)
+
+def _file(asked: _Asked) -> Mended:
+    from batchnorm.doctor.mending import mended_checkpoint
+    from batchnorm.doctor.mending.outcome import MendingOutcome
+
+    path, state = asked.model.address, asked.model.state
+    plan = mended_checkpoint.plan(path, unsafe=asked.unsafe, selection=asked.selection, state=state)
     if not plan.is_empty and plan.file.format == "pt":
-        _require_torch("a file of torch.save")
-    outcome = Outcome(path, plan.changes, _prefixes(plan), plan.left, unsafe=unsafe, notes=_states(plan, state))
+        require_torch("a file of torch.save")
+    outcome = MendingOutcome(
+        path, plan.changes, _prefixes(plan), plan.left, unsafe=asked.unsafe, notes=_states(plan, state)
+    )
     return outcome, lambda place: mended_checkpoint.write(plan, place)
 
 
-def _states(plan: Plan, state: str) -> tuple[str, ...]:
+def _states(plan: MendingPlan, state: str) -> tuple[str, ...]:
     """Which states were looked at, if there are several."""
     state = with_state(plan.file, state)[1] if state else ""
     rest = [name for name in plan.file.states if state and name != state]
@@ -138,74 +168,59 @@ def _states(plan: Plan, state: str) -> tuple[str, ...]:
     return (treated, *([f"not treated, since --state asks for another one: {', '.join(rest)}"] if rest else []))
 
 
-def _prefixes(plan: Plan) -> tuple[str, ...]:
+def _prefixes(plan: MendingPlan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(plan.prefixes.values()))
 
 
-def _require_torch(what: str) -> None:
-    from batchnorm.cli.terminal import require
-
-    require("torch", "numpy", what=what, extra="torch")
-
-
-def _model(
-    target: str, weights: str | None, data: str | None, given: tuple[str, ...], *, state: str, unsafe: bool,
-    selection: Selection,
-) -> tuple[Outcome, Callable[[Path], None]]:  # fmt: skip
-    _require_torch("a model")
-    addresses.refuse_state(target, weights, state)
+def _model(asked: _Asked) -> Mended:
+    require_torch("a model")
+    target, weights = asked.model.address, asked.model.weights
+    addresses.refuse_state(target, weights, asked.model.state)
     with _no_bytecode(), _warnings_told(), addresses.told(target):
-        model = addresses.model(target, addresses.parsed(given))
-        if weights is not None:
-            return _each_state(model, target, weights, data, state=state, unsafe=unsafe, selection=selection)
-        return _one_model(model, target, data, unsafe=unsafe, selection=selection)
+        model = replace(asked.model, weights=None).made()
+        return _one_model(asked, model) if weights is None else _each_state(asked, model, weights)
 
 
-def _batches(data: str | None) -> Any:
-    """Batches that can be read several times."""
-    batches = addresses.data(data) if data else None
-    return list(batches) if isinstance(batches, Iterator) else batches
-
-
-def _one_model(
-    model: Any, target: str, data: str | None, *, unsafe: bool, selection: Selection
-) -> tuple[Outcome, Callable[[Path], None]]:
+def _one_model(asked: _Asked, model: nn.Module) -> Mended:
     from batchnorm.doctor import examine
-    from batchnorm.doctor.mending.outcome import Outcome
+    from batchnorm.doctor.mending.outcome import MendingOutcome
     from batchnorm.doctor.mending.treatment import differences, treat
 
-    batches = _batches(data)
-    found = examine(model, batches, selection=selection, name=target)
-    treated = treat(model, found, batches, unsafe=unsafe)
-    after = examine(treated, batches, selection=selection, name=target)
-    changes = differences(model, treated, found.findings, measured=batches is not None)
-    left, in_code = _left(after.findings), _in_code(found.findings)
-    outcome = Outcome(target, changes, (), left, in_code, with_data=bool(data), unsafe=unsafe)
+    target, data = asked.model.address, batches(asked.data)
+    found = examine(model, data, selection=asked.selection, name=target)
+    treated = treat(model, found, data, unsafe=asked.unsafe)
+    after = examine(treated, data, selection=asked.selection, name=target)
+    outcome = MendingOutcome(
+        target, differences(model, treated, found.findings, measured=data is not None), left=_left(after.findings),
+        in_code=_in_code(found.findings), with_data=bool(asked.data), unsafe=asked.unsafe,
+    )  # fmt: skip
     return outcome, lambda place: _write_state(treated, place)
 
 
-def _each_state(
-    model: Any, target: str, weights: str, data: str | None, *, state: str, unsafe: bool, selection: Selection
-) -> tuple[Outcome, Callable[[Path], None]]:
+def _each_state(asked: _Asked, model: nn.Module, weights: str) -> Mended:
     from batchnorm.doctor import examine, states_in_turn
     from batchnorm.doctor.mending import mended_checkpoint
-    from batchnorm.doctor.mending.outcome import Outcome
+    from batchnorm.doctor.mending.outcome import MendingOutcome
 
+    state, selection = asked.model.state, asked.selection
     chosen = states_in_turn.loading(model, weights, state)
     foreign = examine(weights, selection=selection).findings
-    asked = {"selection": selection, "name": target}
-    done = list(states_in_turn.treated(model, chosen, _batches(data), foreign, unsafe=unsafe, **asked))
+    done = list(
+        states_in_turn.treated(
+            model, chosen, batches(asked.data), foreign, unsafe=asked.unsafe, selection=selection,
+            name=asked.model.address,
+        )
+    )  # fmt: skip
     live = {layer: change for each in done for layer, change in each.changes.items()}
     eps = {layer: value for each in done for layer, value in each.eps.items()}
-    plan = mended_checkpoint.plan(weights, unsafe=unsafe, selection=selection, live=live, eps=eps, state=state)
+    plan = mended_checkpoint.plan(weights, unsafe=asked.unsafe, selection=selection, live=live, eps=eps, state=state)
     loaded = {layer for name in chosen.loaded if name for layer in chosen.file.states[name].layers.values()}
     of_file = [f for f in plan.left if f.code in _OF_FILES or (f.layer and f.layer not in loaded)]
     left = dict.fromkeys(finding for each in done for finding in _left(each.left))
     in_code = dict.fromkeys(finding for each in done for finding in _in_code(each.found))
-    unfit = () if state else tuple(chosen.others)
-    outcome = Outcome(
-        weights, plan.changes, _prefixes(plan), (*left, *of_file), tuple(in_code), with_data=bool(data), unsafe=unsafe,
-        notes=chosen.notes, untreated=unfit,
+    outcome = MendingOutcome(
+        weights, plan.changes, _prefixes(plan), (*left, *of_file), tuple(in_code), with_data=bool(asked.data),
+        unsafe=asked.unsafe, notes=chosen.notes, untreated=() if state else tuple(chosen.others),
     )  # fmt: skip
     return outcome, lambda place: mended_checkpoint.write(plan, place)
 
@@ -221,7 +236,7 @@ def _in_code(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(f for f in findings if any(remedy.setting for remedy in remedies(f)))
 
 
-def _write_state(model: Any, place: Path) -> None:
+def _write_state(model: nn.Module, place: Path) -> None:
     import torch
 
     from batchnorm.files.whole import replacing
@@ -250,45 +265,20 @@ def _warnings_told() -> Iterator[None]:
         click.echo(f"warning: {text}", err=True)
 
 
-def _again(target: str, source: str | None, place: Path, given: tuple[str, ...], data: str | None) -> str:
-    """The command that looks at the result."""
-    if source == target:
-        return f"batchnorm doctor {shlex.quote(str(place))}"
-    options = ["--weights", str(place), *(word for setting in given for word in ("--set", setting))]
-    options += ["--data", data] if data else []
-    return f"batchnorm doctor {shlex.join([target, *options])}"
-
-
-def _tell(outcome: Outcome, place: Path, *, diff: bool, again: str) -> None:
-    if sys.stdout is None:
-        return
-    from batchnorm.cli.coloring import spelled
+def _tell(outcome: MendingOutcome, place: Path, *, diff: bool, again: str) -> None:
     from batchnorm.doctor.mending import outcome as words
 
-    lines = []
+    lines = list(outcome.notes)
     if outcome.is_empty:
-        lines.append(
-            f"{outcome.target}: nothing to fix" + (" without more" if outcome.left and _needs(outcome) else "")
-        )
+        lines.insert(0, f"{outcome.target}: nothing to fix{' without more' if outcome.needs_options else ''}")
     elif diff:
-        lines += [f"{outcome.target}", *words.differences(outcome)]
+        lines = [outcome.target, *lines, *words.differences(outcome)]
     else:
-        lines += [f"{outcome.target}: fixed", *words.summary(outcome)]
-    lines[1:1] = outcome.notes
+        lines = [f"{outcome.target}: fixed", *lines, *words.summary(outcome)]
     if outcome.changes:
         lines.append(words.promise(outcome))
     if left := [*words.remainder(outcome), *words.untreated(outcome)]:
         lines += ["not fixed:", *left]
     if not outcome.is_empty:
         lines += [f"would write {place} (--diff: nothing written)"] if diff else [f"wrote {place}", f"next: {again}"]
-    width = max(min(shutil.get_terminal_size((80, 24)).columns, _WIDEST), 40)
-    try:
-        click.echo(spelled(words.wrapped(lines, width)))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _needs(outcome: Outcome) -> bool:
-    from batchnorm.doctor.mending.outcome import remainder
-
-    return any("needs --" in line for line in remainder(outcome))
+    show(words.wrapped(lines, columns()))

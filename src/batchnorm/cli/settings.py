@@ -131,12 +131,14 @@ def complete(ctx: Context, parameter: Parameter, incomplete: str) -> list[str]: 
     return [name for name in names if name.lower().startswith(incomplete.lower())]
 
 
-def fails(findings: Iterable[Finding], fail_on: str) -> bool:
-    """Whether a finding is as bad as ``fail_on`` or worse."""
-    if fail_on == "never":
-        return False
-    limit = Severity[fail_on.upper()]
-    return any(finding.severity >= limit for finding in findings)
+def limit_of(fail_on: str) -> Severity | None:
+    """The severity from which on a command fails; None for "never"."""
+    return None if fail_on == "never" else Severity[fail_on.upper()]
+
+
+def fails(findings: Iterable[Finding], limit: Severity | None) -> bool:
+    """Whether a finding is as bad as the limit or worse."""
+    return limit is not None and any(finding.severity >= limit for finding in findings)
 
 
 def read_baseline(path: str) -> set[tuple[str, str]]:

@@ -1,59 +1,38 @@
-"""What every command shares: a console that may be closed, a progress bar, and what has to be there beforehand."""
+"""What a command says while it works, and a progress bar."""
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO, final
 
-from rich.console import Console
+from batchnorm.cli.coloring import show
+from batchnorm.reporting.text import columns, plain, wrapped
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.progress import Progress
 
 
-class Talk(Console):
-    """A console that falls silent when nobody listens: a closed pipe or a full disk must not cost the experiments."""
+@final
+class Talk:
+    """Sentences on a stream. It falls silent on a full disk or a closed pipe, which must not cost the experiments."""
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """As in rich, but an error of the stream ends the talk and nothing else."""
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: TextIO | None = stream
+
+    def say(self, text: str = "", indent: int = 0, *, wraps: bool = True) -> None:
+        """Print a paragraph; one that does not wrap is a line, however long."""
+        if self._stream is None:
+            return
         try:
-            super().print(*args, **kwargs)
+            lines = wrapped(text, columns(), indent, indent=indent) if wraps else [plain(text)]
+            show("\n".join(lines), self._stream)
         except OSError:
-            self.quiet = True
-
-    def on_broken_pipe(self) -> None:
-        """Rich would leave the program here."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
-
-
-def require(*modules: str, what: str, extra: str) -> None:
-    """Return if all modules are installed; else say what to run."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{what} needs {' and '.join(missing)}, not installed here. Run: pip install 'batchnorm[{extra}]'"
-        )
-
-
-def check_writable(output: Path) -> None:
-    """Return if a file can be written there; else the reason, before the work and not after it."""
-    try:
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-        if output.exists() and not os.access(output, os.W_OK):
-            raise PermissionError(None, "the file is write-protected")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from error
+            self._stream = None
 
 
 def progress_bar(*, quiet: bool) -> Progress:
     """A bar on standard error, on a terminal only."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from batchnorm.cli.output_files import write
-from batchnorm.cli.terminal import check_writable, require
+from batchnorm.cli.preconditions import check_writable, require
 
 if TYPE_CHECKING:
     from batchnorm.live import Feed

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, final
 
 import click
-from rich.box import SIMPLE
-from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
 
 from batchnorm import addresses
-from batchnorm.cli.terminal import Talk, check_writable, progress_bar, require
+from batchnorm.cli import shared_options as options
+from batchnorm.cli.model_address import ModelAddress, running
+from batchnorm.cli.preconditions import check_writable, require
+from batchnorm.cli.terminal import Talk, progress_bar
 from batchnorm.lecture import NAMES
+from batchnorm.reporting.text import many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from torch import nn
 
     from batchnorm.ablation.answers import Answers
     from batchnorm.ablation.user_model import Subject
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from batchnorm.experiment.run_settings import RunSettings
 
 FULL_SEEDS = 20
-_GLYPHS = {"SUPPORTED": "✓", "NOT SUPPORTED": "–", "OPPOSITE": "✗", "INVALID": "?"}
-_STYLES = {"SUPPORTED": "green", "NOT SUPPORTED": "yellow", "OPPOSITE": "red", "INVALID": "dim"}
 _LECTURE = ("torch", "numpy", "scipy", "sklearn")
 _MODEL = ("torch", "numpy", "scipy")
 _DRAWS = 5  # random draws of examples where nothing is trained
@@ -72,17 +71,16 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--rates", callback=_rates, metavar="R,R,...", help="Learning rates of every arm.  [default: five]")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("why.html"), show_default=True,
-    help="Report: .html, .json or .md by its suffix.",
+    help="Report: .html, .json, .md or another format by its suffix.",
 )  # fmt: skip
-@click.option(
-    "--output-format", type=click.Choice(("rich", "json", "md")), default="rich", show_default=True,
-    help="What is printed.",
-)  # fmt: skip
+@options.printed_format
 @click.option("--interactive", is_flag=True, help="Interactive charts in the HTML report (larger, needs JavaScript).")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def why(
-    model: str | None, names: tuple[str, ...], seed: int, seeds: int | None, full: bool,
-    output: Path, output_format: str, interactive: bool, quiet: bool, **asked: Any,
+    model: str | None, names: tuple[str, ...], seed: int, seeds: int | None, full: bool, data: str | None,
+    test: str | None, given: tuple[str, ...], loss: str | None, weights: str | None, state: str, no_train: bool,
+    steps: int | None, rates: tuple[float, ...] | None, output: Path, output_format: str, interactive: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Measure why batch norm works; write a report.
 
@@ -90,56 +88,36 @@ def why(
     yours (model.py:make_model --data data.py:loader), its questions are asked of it: it is trained with batch norm,
     without, and normalized once, and measured. Criteria are fixed beforehand. The same seed gives the same numbers.
     """
-    _check_options(model, names, asked, full=full)
+    count = seeds or (FULL_SEEDS if full else None)
+    asked = _Asked(
+        ModelAddress(model or "", weights, state, given), seed, count, data, test, loss, no_train, steps, rates
+    )
+    if model is None:
+        asked.refuse_model_options()
+    else:
+        asked.check(names, full=full)
     _check_output(output, interactive=interactive)
     require(*(_MODEL if model else _LECTURE), what="a model" if model else "the lecture", extra="torch,lecture")
     from batchnorm import report
 
-    if output.suffix.lower() == ".html":
+    if output.suffix.lower() == ".html" or output_format == "html":
         report.require_extra()
     # the stream itself: standard output is kept from the user's code while that runs
-    talk = Talk(file=sys.stdout if output_format == "rich" else sys.stderr, highlight=False)
+    talk = Talk(sys.stdout if output_format == "full" else sys.stderr)
     if model is None:
-        verdicts: Verdicts = _lecture(names, seed, seeds or (FULL_SEEDS if full else 5), talk, quiet=quiet)
+        verdicts: Verdicts = _lecture(names, seed, count or 5, talk, quiet=quiet)
     else:
-        verdicts = _model(_Asked(model, seed, seeds or (FULL_SEEDS if full else None), **asked), talk, quiet=quiet)
+        verdicts = _model(asked, talk, quiet=quiet)
     report.write(verdicts, output, interactive=interactive)
-    _show(verdicts, output_format)
-    talk.print(f"report: {output}", soft_wrap=True)
-
-
-def _check_options(model: str | None, names: tuple[str, ...], asked: dict[str, Any], *, full: bool) -> None:
-    """Find options that do not go together."""
-    if model is None:
-        for name, value in asked.items():
-            if value:
-                option = "--set" if name == "given" else f"--{name.replace('_', '-')}"
-                raise click.UsageError(f"{option} is about a model, got none. Name one: why model.py:make_model.")
-        return
-    if names:
-        raise click.UsageError(f"--claim is for the lecture's own networks, got {model!r} too. Leave one of them out.")
-    addresses.refuse_code(model)
-    if not addresses.is_address(model):
-        raise click.UsageError(
-            f"a model is file.py:function or package.module:function, got {model!r}. Name a function."
-        )
-    addresses.refuse_state(model, asked["weights"], asked["state"])
-    if not asked["data"]:
-        raise click.UsageError("a model is asked with data. Give its batches: --data data.py:loader.")
-    if asked["no_train"]:
-        for name, value in (("--steps", asked["steps"]), ("--rates", asked["rates"]), ("--full", full)):
-            if value:
-                raise click.UsageError(f"{name} is about training, and --no-train was given. Leave one of them out.")
+    options.emit(report.report(verdicts), output_format)
+    talk.say(f"report: {output}", wraps=False)
 
 
 def _check_output(output: Path, *, interactive: bool) -> None:
     """Find out before the experiments run, not after, that the report cannot be written."""
-    from batchnorm.report import SUFFIXES
+    from batchnorm.report import checked_suffix
 
-    if output.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"-o needs a file that ends in {', '.join(SUFFIXES)}, got {str(output)!r}. Name it why.html, for example."
-        )
+    checked_suffix(output)
     if interactive and output.suffix.lower() != ".html":
         raise ValueError(f"--interactive needs an .html report, got {str(output)!r}. Leave one of the two out.")
     check_writable(output)
@@ -167,8 +145,9 @@ def _run_claims(names: tuple[str, ...], settings: RunSettings, talk: Talk, comma
     from batchnorm.lecture.claim_criteria import CRITERIA
     from batchnorm.lecture.verdicts import LectureVerdicts
 
-    claims = "1 claim" if len(names) == 1 else f"{len(names)} claims"
-    talk.print(f"{claims}, {settings.seeds} seeds each, criteria version {CRITERIA.version} (set before the runs)\n")
+    claims = many(len(names), "claim")
+    talk.say(f"{claims}, {settings.seeds} seeds each, criteria version {CRITERIA.version} (set before the runs)")
+    talk.say()
     outcomes = []
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("", total=len(names))
@@ -176,7 +155,8 @@ def _run_claims(names: tuple[str, ...], settings: RunSettings, talk: Talk, comma
             _announce(name, talk)
             bar.update(task, description=name, completed=done)
             outcome = lecture.run(name, settings, lambda share, done=done: bar.update(task, completed=done + share))
-            talk.print(Padding(_line(outcome.main, f"{outcome.seconds:.0f} s"), (0, 0, 1, 2)))
+            talk.say(f"{_line(outcome.main)} ({outcome.seconds:.0f} s)", 2)
+            talk.say()
             outcomes.append(outcome)
     return LectureVerdicts(settings, outcomes, command)
 
@@ -184,37 +164,64 @@ def _run_claims(names: tuple[str, ...], settings: RunSettings, talk: Talk, comma
 def _announce(name: str, talk: Talk) -> None:
     from batchnorm.lecture.claim_criteria import CRITERIA
 
-    talk.print(f"[bold]{name}[/bold]")
+    talk.say(name)
     for criterion in CRITERIA.of(name):
-        talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
+        talk.say(criterion.question, 2)
 
 
 # -- the user's model -----------------------------------------------------------------------------------------
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What the command line says of a model."""
 
-    target: str
+    model: ModelAddress
     seed: int
     seeds: int | None
-    data: str
+    data: str | None
     test: str | None
-    given: tuple[str, ...]
     loss: str | None
-    weights: str | None
-    state: str
     no_train: bool
     steps: int | None
     rates: tuple[float, ...] | None
 
+    def refuse_model_options(self) -> None:
+        """Refuse what is about a model, where none was named."""
+        given = {
+            "--data": self.data, "--test": self.test, "--set": self.model.given, "--loss": self.loss,
+            "--weights": self.model.weights, "--state": self.model.state, "--no-train": self.no_train,
+            "--steps": self.steps, "--rates": self.rates,
+        }  # fmt: skip
+        for option, value in given.items():
+            if value:
+                raise click.UsageError(f"{option} is about a model, got none. Name one: why model.py:make_model.")
+
+    def check(self, claims: tuple[str, ...], *, full: bool) -> None:
+        """Refuse options that do not go together."""
+        address = self.model.address
+        if claims:
+            raise click.UsageError(
+                f"--claim is for the lecture's own networks, got {address!r} too. Leave one of them out."
+            )
+        addresses.refuse_code(address)
+        if not addresses.is_address(address):
+            raise click.UsageError(
+                f"a model is file.py:function or package.module:function, got {address!r}. Name a function."
+            )
+        addresses.refuse_state(address, self.model.weights, self.model.state)
+        if not self.data:
+            raise click.UsageError("a model is asked with data. Give its batches: --data data.py:loader.")
+        for name, value in (("--steps", self.steps), ("--rates", self.rates), ("--full", full)):
+            if self.no_train and value:
+                raise click.UsageError(f"{name} is about training, and --no-train was given. Leave one of them out.")
+
     def command(self, seeds: int, steps: int | None = None) -> str:
         """The command line that repeats the numbers, with what was chosen by the time that a step takes."""
         options = {"--data": self.data, "--test": self.test, "--loss": self.loss}
-        options |= {"--weights": self.weights, "--state": self.state}
-        words = [self.target, *(word for name, value in options.items() if value for word in (name, value))]
-        words += [word for setting in self.given for word in ("--set", setting)]
+        address, *rest = self.model.words
+        words = [address, *(word for name, value in options.items() if value for word in (name, value)), *rest]
         words += ["--rates", ",".join(f"{rate:g}" for rate in self.rates)] if self.rates else []
         words += ["--no-train"] if self.no_train else []
         words += ["--steps", str(steps)] if steps else []
@@ -223,21 +230,22 @@ class _Asked:
 
 def _model(asked: _Asked, talk: Talk, *, quiet: bool) -> Answers:
     """Ask the user's model; what its code raises is told with its place, and what it prints goes to standard error."""
-    with addresses.told(asked.target), contextlib.redirect_stdout(sys.stderr):
+    with running(asked.model.address):
         subject = _subject(asked)
         asked, told = _with_state(asked, subject)
         if told:
-            talk.print(escape(told))
+            talk.say(told)
         answers = (_looked if asked.no_train else _trained)(asked, subject, talk, quiet=quiet)
         return replace(answers, measured={**answers.measured, **({"State": told} if told else {})})
 
 
 def _with_state(asked: _Asked, subject: Subject) -> tuple[_Asked, str]:
     """What is asked, of the state that is loaded, and a sentence that says which of several it is."""
-    if not asked.weights:
+    named = asked.model
+    if not named.weights:
         return asked, ""
-    name, told = addresses.choice(subject.fresh(asked.seed), asked.weights, asked.state)
-    return replace(asked, state=name), told
+    name, told = addresses.choice(subject.fresh(asked.seed), named.weights, named.state)
+    return replace(asked, model=replace(named, state=name)), told
 
 
 def _subject(asked: _Asked) -> Subject:
@@ -247,23 +255,23 @@ def _subject(asked: _Asked) -> Subject:
     loss = addresses.load(asked.loss) if asked.loss else None
     if loss is not None and not callable(loss):
         raise ValueError(f"--loss needs a function of output and batch, got {type(loss).__name__}. Name a function.")
-    data = Data.of(addresses.data(asked.data), addresses.data(asked.test) if asked.test else None)
-    return Subject(asked.target, _factory(asked), data, loss).to_device()
+    data = Data.of(addresses.data(asked.data or ""), addresses.data(asked.test) if asked.test else None)
+    return Subject(asked.model.address, _factory(asked), data, loss).to_device()
 
 
-def _factory(asked: _Asked) -> Callable[[], Any]:
+def _factory(asked: _Asked) -> Callable[[], nn.Module]:
     """What makes the model, with its file run once and not for every arm; called once, so that errors come here."""
-    from torch import nn
+    import torch
 
-    settings = addresses.parsed(asked.given)
-    made = addresses.model(asked.target, settings)
-    factory = addresses.load(asked.target)
-    if not isinstance(factory, nn.Module):
+    settings = addresses.parsed(asked.model.given)
+    made = addresses.model(asked.model.address, settings)
+    factory = addresses.load(asked.model.address)
+    if not isinstance(factory, torch.nn.Module):
         return lambda: factory(**settings)
     if not asked.no_train:
         raise ValueError(
-            f"{asked.target} is a model already, and every arm needs fresh weights. Name the function or class that "
-            "makes it, or give --no-train."
+            f"{asked.model.address} is a model already, and every arm needs fresh weights. Name the function or class "
+            "that makes it, or give --no-train."
         )
     return lambda: made
 
@@ -273,11 +281,11 @@ def _trained(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Ans
     from batchnorm.ablation.arm_training import RATES
     from batchnorm.ablation.effort import plan
 
-    checkpoint = _checkpoint(asked, subject) if asked.weights else None
+    checkpoint = _checkpoint(asked, subject) if asked.model.weights else None
     chosen = plan(subject, seed=asked.seed, seeds=asked.seeds, steps=asked.steps, rates=asked.rates or RATES)
     command = asked.command(chosen.seeds, chosen.steps)
     train, held = subject.data.counts
-    talk.print(
+    talk.say(
         f"{train:,} examples to train with, {held:,} held out; {len(chosen.arms)} arms, {chosen.seeds} seeds, "
         f"{len(chosen.rates)} learning rates, {chosen.steps} steps of {subject.data.size}: about "
         f"{_duration(chosen.estimate)} ({1000 * chosen.seconds:.0f} ms a step)"
@@ -296,7 +304,7 @@ def _looked(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answ
 
     draws = range(asked.seed, asked.seed + (asked.seeds or _DRAWS))
     model = _checkpoint(asked, subject)
-    talk.print("nothing is trained, so nothing is said about learning")
+    talk.say("nothing is trained, so nothing is said about learning")
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("measuring", total=1.0)
         return look(
@@ -305,13 +313,13 @@ def _looked(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answ
         )  # fmt: skip
 
 
-def _checkpoint(asked: _Asked, subject: Subject) -> Any:
+def _checkpoint(asked: _Asked, subject: Subject) -> nn.Module:
     """The model as it is, with --weights if given."""
     from batchnorm.population import preserve_state
 
     model = subject.fresh(asked.seed)
-    if asked.weights:
-        addresses.load_weights(model, asked.weights, asked.state)
+    if asked.model.weights:
+        addresses.load_weights(model, asked.model.weights, asked.model.state)
     with preserve_state(model):
         subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # tells at once what does not fit
     return model
@@ -320,48 +328,25 @@ def _checkpoint(asked: _Asked, subject: Subject) -> Any:
 def _announce_questions(talk: Talk) -> None:
     from batchnorm.ablation.question_criteria import CRITERIA
 
-    talk.print(f"criteria version {CRITERIA.version}, set before the runs:\n")
+    talk.say(f"criteria version {CRITERIA.version}, set before the runs:")
+    talk.say()
     for criterion in CRITERIA.values():
         if not criterion.key.startswith(("depth", "census")):
-            talk.print(Padding(f"[dim]{escape(criterion.question)}[/dim]", (0, 0, 0, 2)))
-    talk.print()
+            talk.say(criterion.question, 2)
+    talk.say()
 
 
 def _say(outcome: ClaimOutcome, talk: Talk) -> None:
-    talk.print(f"[bold]{outcome.claim.name}[/bold]")
+    talk.say(outcome.claim.name)
     for verdict in outcome.result.verdicts:
-        talk.print(Padding(_line(verdict, ""), (0, 0, 0, 2)))
+        talk.say(_line(verdict), 2)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-# -- words ----------------------------------------------------------------------------------------------------
+def _line(verdict: Verdict) -> str:
+    from batchnorm.report import GLYPHS
 
-
-def _line(verdict: Verdict, after: str) -> str:
-    return f"{_word(verdict)}  {escape(verdict.told)} [dim]{after}[/dim]"
-
-
-def _word(verdict: Verdict) -> str:
-    status = str(verdict.status)
-    return f"[{_STYLES[status]}]{_GLYPHS[status]} {status}[/{_STYLES[status]}]"
-
-
-def _show(verdicts: Verdicts, output_format: str) -> None:
-    if output_format == "json":
-        click.echo(verdicts.to_json())
-    elif output_format == "md":
-        click.echo(verdicts.to_markdown())
-    else:
-        second = getattr(verdicts, "second", "")
-        Talk(highlight=False).print(_table(verdicts.outcomes), f"\n[bold]{escape(verdicts.headline)}[/bold]", second)
-
-
-def _table(outcomes: Iterable[ClaimOutcome]) -> Table:
-    table = Table("criterion", "verdict", "measured", box=SIMPLE, expand=False)
-    for outcome in outcomes:
-        for verdict in outcome.result.verdicts:
-            table.add_row(verdict.criterion.key, _word(verdict), escape(verdict.told))
-    return table
+    return f"{GLYPHS[verdict.status]} {verdict.status}  {verdict.told}"

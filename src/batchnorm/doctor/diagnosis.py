@@ -2,140 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from dataclasses import dataclass
+from typing import final
 
-from batchnorm import __version__
-from batchnorm.rules.finding import Finding, Severity
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-# changes when a key of to_dict() changes its meaning or goes away
-SCHEMA_VERSION = 1
+from batchnorm.doctor.diagnosis_report import blocks, page
+from batchnorm.doctor.diagnosis_value import DiagnosisValue
+from batchnorm.doctor.family_text import concise
+from batchnorm.reporting.html import fragment
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class LayerRow:
-    """One row of the layers table; None where it is not known. All figures are over the layer's channels."""
-
-    name: str
-    kind: str
-    channels: int
-    batches: int | None  # num_batches_tracked
-    mean_range: tuple[float, float] | None  # of running_mean
-    var_range: tuple[float, float] | None  # of running_var
-    gamma_range: tuple[float, float] | None
-    eps: float | None
-    momentum: float | None
-    mode: str  # "train", "eval", "frozen", or "" for a file
-    gap: float | None = None  # train/eval gap of the output, in its sd
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(DiagnosisValue):
     """What ``examine`` returns. A value: it holds no model and changes nothing.
 
     ``findings`` are ordered: errors first, then by code and layer. ``checked`` has the codes of rules that ran,
     ``not_checked`` maps the others to the reason. ``silenced`` counts findings left out by ignore or a baseline.
     """
 
-    target: str
-    findings: tuple[Finding, ...]
-    layers: tuple[LayerRow, ...]
-    checked: tuple[str, ...]
-    not_checked: Mapping[str, str]
-    data: str = ""  # what was measured on, such as "512 examples in 8 batches"
-    seconds: float = 0.0
-    silenced: int = 0
-    versions: Mapping[str, str] = field(default_factory=dict)
-    states: tuple[str, ...] = ()  # of a file, by their paths in it: what a model would load
-    notes: tuple[str, ...] = ()  # what else there is to know about what was looked at, in sentences
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no error; warnings may be there."""
-        return not self.at_least(Severity.ERROR)
-
-    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
-        """Findings of a severity or a worse one."""
-        return tuple(finding for finding in self.findings if finding.severity >= severity)
-
-    def raise_for_status(self, severity: Severity = Severity.ERROR) -> None:
-        """Raise a ValueError that lists findings of ``severity`` or worse, if there are any."""
-        if worst := self.at_least(severity):
-            lines = "\n".join(f"  {f.code} {f.slug} {f.layer or 'model'}: {f.measured}. {f.remedy}" for f in worst)
-            raise ValueError(f"{self.target} has {counted(worst)}, expected none:\n{lines}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, as docs/doctor.md and the schema beside this file describe them."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "batchnorm": __version__,
-            "target": self.target,
-            "ok": self.ok,
-            "data": self.data,
-            "seconds": round(self.seconds, 3),
-            "findings": [_as_dict(finding) for finding in self.findings],
-            "layers": [asdict(row) for row in self.layers],
-            "checked": list(self.checked),
-            "not_checked": dict(self.not_checked),
-            "silenced": self.silenced,
-            "versions": dict(self.versions),
-            "states": list(self.states),
-            "notes": list(self.notes),
-        }
-
-    def to_json(self) -> str:
-        """``to_dict`` as JSON: NaN and infinities as strings, since JSON has none."""
-        return json.dumps(_plain(self.to_dict()), indent=1, allow_nan=False)
-
     def to_html(self) -> str:
         """One page that stands alone: no script, readable without its styles."""
-        from batchnorm.doctor.page import page
-
         return page(self)
 
     def __str__(self) -> str:
-        from batchnorm.doctor.text import concise
+        return "\n".join(concise(self))
 
-        return concise(self)
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:  # noqa: ARG002
-        from batchnorm.doctor.page import fragment
-
-        return {"text/plain": str(self), "text/html": fragment(self)}
-
-
-def counted(findings: Iterable[Finding]) -> str:
-    """How many of each severity, such as "2 errors, 1 warning"."""
-    severities = [finding.severity for finding in findings]
-    words = [
-        f"{number} {severity}{'s' if number > 1 and severity is not Severity.INFO else ''}"
-        for severity in sorted(Severity, reverse=True)
-        if (number := severities.count(severity))
-    ]
-    return ", ".join(words) or "no findings"
-
-
-def order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Errors first, then by code; layers of one code in the model's order."""
-    return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code)))
-
-
-def _as_dict(finding: Finding) -> dict[str, Any]:
-    return {**asdict(finding), "severity": str(finding.severity), "fixable": str(finding.fixable),
-            "channels": list(finding.channels)}  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not -float("inf") < value < float("inf"):
-        return str(value)
-    return value
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:  # noqa: ARG002
+        return {"text/plain": str(self), "text/html": fragment(blocks(self))}

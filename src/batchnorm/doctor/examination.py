@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, final
 from batchnorm import checkpoint
 from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.checkpoint.stored import is_below
-from batchnorm.doctor.diagnosis import Diagnosis, LayerRow, order
+from batchnorm.doctor.diagnosis import Diagnosis
+from batchnorm.doctor.diagnosis_value import LayerRow, order
 from batchnorm.doctor.measuring.installation import environment
 from batchnorm.doctor.mending.remedies import is_same
 from batchnorm.rules import RULES
@@ -265,17 +266,17 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
     blind = {code: by_reason(each) for code, each in unknown.items() if each and not any(f.code == code for f in found)}
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
-        evidence.target,
-        order(kept),
-        tuple(_row(name, evidence) for name in evidence.stored),
-        tuple(rule.code for rule in ran if rule.code not in blind),
-        {rule.code: why for rule in rules if (why := missing.get(rule.code) or blind.get(rule.code))},
-        measured_on,
-        seconds,
-        len(found) - len(kept),
-        _versions(evidence),
-        tuple(evidence.file.states if evidence.file else ()),
-        (*_states(evidence.file), *_notes(evidence)),
+        target=evidence.target,
+        findings=order(kept),
+        layers=tuple(_row(name, evidence) for name in evidence.stored),
+        checked=tuple(rule.code for rule in ran if rule.code not in blind),
+        not_checked={rule.code: why for rule in rules if (why := missing.get(rule.code) or blind.get(rule.code))},
+        data=measured_on,
+        seconds=seconds,
+        silenced=len(found) - len(kept),
+        versions=_versions(evidence),
+        states=tuple(evidence.file.states if evidence.file else ()),
+        notes=(*_states(evidence.file), *_notes(evidence)),
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from batchnorm import addresses
 from batchnorm.checkpoint.stored import below, is_below
-from batchnorm.doctor.diagnosis import order
+from batchnorm.doctor.diagnosis_value import order
 from batchnorm.doctor.examination import Selection, examine
 from batchnorm.doctor.mending.treatment import differences, treat
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from batchnorm.checkpoint import Checkpoint
-    from batchnorm.doctor.diagnosis import Diagnosis, LayerRow
+    from batchnorm.doctor.diagnosis import Diagnosis
+    from batchnorm.doctor.diagnosis_value import LayerRow
     from batchnorm.doctor.mending.remedies import Change
     from batchnorm.rules.finding import Finding
 
@@ -83,7 +84,11 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
     file, first = addresses.chosen(network, path, state)
     if state or len(file.states) < 2:
         addresses.load_weights(network, path, state)
-        return Loading(file, (first,), {name: "another one was asked for" for name in file.states if name != first})
+        return Loading(
+            file=file,
+            loaded=(first,),
+            others={name: "another one was asked for" for name in file.states if name != first},
+        )
     others: dict[str, str] = {}
     for name in file.states:
         try:
@@ -93,7 +98,7 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
     if len(others) == len(file.states):
         addresses.load_weights(network, path)  # its message names the file
     short = {name: f"it does not fit {type(network).__name__}" for name in others}
-    return Loading(file, tuple(name for name in file.states if name not in others), short)
+    return Loading(file=file, loaded=tuple(name for name in file.states if name not in others), others=short)
 
 
 def examined(
@@ -194,11 +199,13 @@ def treated(
         done = treat(network, diagnosis, data, unsafe=unsafe)
         changes = differences(network, done, diagnosis.findings, measured=data is not None)
         yield Treated(
-            state,
-            tuple(_in_file(plan, state, diagnosis.findings)),
-            tuple(_in_file(plan, state, examine(done, data, **asked).findings)),
-            {plan.in_file(state, name): changes[layer] for name, layer in _names(network, plan, state, changes)},
-            {plan.in_file(state, row.name): row.eps for row in diagnosis.layers if row.eps},
+            state=state,
+            found=tuple(_in_file(plan, state, diagnosis.findings)),
+            left=tuple(_in_file(plan, state, examine(done, data, **asked).findings)),
+            changes={
+                plan.in_file(state, name): changes[layer] for name, layer in _names(network, plan, state, changes)
+            },
+            eps={plan.in_file(state, row.name): row.eps for row in diagnosis.layers if row.eps},
         )
 
 

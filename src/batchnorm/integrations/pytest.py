@@ -77,7 +77,7 @@ def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
         **examined: Any,
     ) -> None:
         from batchnorm.doctor import examine
-        from batchnorm.doctor.diagnosis import counted
+        from batchnorm.doctor.diagnosis_value import counted
         from batchnorm.doctor.examination import Selection
 
         severity = _severity(fail_on)

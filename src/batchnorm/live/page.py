@@ -5,9 +5,6 @@ The live page asks its server for data; the saved one carries them, and is other
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.files.whole import replacing
 from batchnorm.live.page_data import TIERS
 from batchnorm.record import QUANTITIES
+from batchnorm.reporting.page_shell import TEMPLATES, digest, embedded, style, template
 from batchnorm.rules import RULES
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
     from batchnorm.live.log_feed import Feed
 
-_TEMPLATES = Path(__file__).parents[1] / "templates"
 _SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")
 # What a saved page carries: less than the live one, which can ask. For 53 layers that is about 2 MB.
 _SAVED_LOOKS, _SAVED_PERCENTILES = 300, 100
@@ -30,14 +27,13 @@ _SAVED_LOOKS, _SAVED_PERCENTILES = 300, 100
 
 def render(name: str, data: dict[str, Any] | None = None) -> str:
     """The page; with ``data`` the saved one, which asks no server."""
-    template = _environment().get_template("live.html")
-    return template.render(
+    return template("live.html").render(
         name=name,
-        style=_style(),
+        style=style("live"),
         script=_script(),
         policy=_policy(connects=data is None),
-        words=_embedded(_words()),
-        data=_embedded(data) if data is not None else None,
+        words=embedded(_words()),
+        data=embedded(data) if data is not None else None,
     )
 
 
@@ -77,8 +73,8 @@ def policy() -> str:
 def _policy(*, connects: bool) -> str:
     rules = (
         "default-src 'none'",
-        f"script-src '{_hash(_script())}'",
-        f"style-src '{_hash(_style())}'",
+        f"script-src '{digest(_script())}'",
+        f"style-src '{digest(style('live'))}'",
         "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
@@ -88,19 +84,10 @@ def _policy(*, connects: bool) -> str:
 
 
 @cache
-def _style() -> str:
-    return (_TEMPLATES / "live.css").read_text(encoding="utf-8")
-
-
-@cache
 def _script() -> str:
     """All scripts as one, in a scope of its own."""
-    parts = [(_TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    parts = [(TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _words() -> dict[str, Any]:
@@ -108,20 +95,3 @@ def _words() -> dict[str, Any]:
     fields = ("title", "unit", "reads", "misleads", "floor", "formula", "source")
     quantities = {name: {field: getattr(q, field) for field in fields} for name, q in QUANTITIES.items()}
     return {"quantities": quantities, "rules": {code: rule.slug for code, rule in RULES.items()}, "tiers": TIERS}
-
-
-def _embedded(data: Any) -> str:
-    """JSON that stays inside of its script element."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _environment() -> Any:
-    import jinja2
-
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )

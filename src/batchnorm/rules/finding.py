@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import TYPE_CHECKING, final
 
+from batchnorm.reporting.rows import RuleWords
+from batchnorm.reporting.severity import Severity
 from batchnorm.rules.phrases import Fix, listed, possible
 
 __all__ = ["AFFINE", "STATISTICS", "Finding", "Fix", "Rule", "Severity", "Unknown", "by_reason"]
@@ -18,17 +20,6 @@ if TYPE_CHECKING:
 
 
 STATISTICS, AFFINE = ("running_mean", "running_var", "num_batches_tracked"), ("weight", "bias")
-
-
-class Severity(IntEnum):
-    """How bad a finding is; ordered, so that a limit can be compared with."""
-
-    INFO = 0  # an opportunity, or something to know
-    WARNING = 1  # likely to harm results
-    ERROR = 2  # results are wrong, or will be
-
-    def __str__(self) -> str:
-        return self.name.lower()
 
 
 @final
@@ -53,6 +44,11 @@ class Finding:
     slug: str = ""
     severity: Severity = Severity.ERROR
     where: str = ""  # file:line of the layer's class
+
+    @property
+    def place(self) -> str:
+        """The layer, or the model as a whole."""
+        return self.layer or "model"
 
 
 @final
@@ -120,6 +116,20 @@ class Rule:
     def title(self) -> str:
         """First sentence of the page."""
         return self.page.partition("\n")[0]
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """The sections of the page, by their titles."""
+        parts = re.split(r"^(\w+):$", self.page, flags=re.MULTILINE)
+        return [(name, inspect.cleandoc(text)) for name, text in zip(parts[1::2], parts[2::2], strict=True)]
+
+    @property
+    def words(self) -> RuleWords:
+        """The rule as code scanning declares it."""
+        fix = " ".join(dict(self.sections).get("Fix", self.title).split())
+        return RuleWords(
+            code=self.code, name=self.slug, title=self.title, page=self.page, help=fix, severity=self.severity
+        )
 
 
 def by_reason(unknown: Iterable[Unknown]) -> str:

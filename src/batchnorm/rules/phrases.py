@@ -6,12 +6,15 @@ import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from batchnorm.reporting.command_line import CommandLine
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from batchnorm.checkpoint import Stored
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
+_DATA = "--data data.py:train_loader"
 # what ``batchnorm fix`` writes: states of torch.save and safetensors. A graph or a whole object is made anew
 _WRITABLE = {"pt", "safetensors"}
 _ANEW = {
@@ -59,25 +62,25 @@ def possible(fix: Fix, remedy: str, evidence: Evidence) -> tuple[Fix, str]:
     """
     if not is_written(evidence) and fix is not Fix.NO:
         return Fix.NO, _ANEW.get(evidence.file.format if evidence.file else "", _ANEW[""])
-    if evidence.file is None or evidence.file.is_plain or not remedy.startswith("batchnorm fix "):
+    if evidence.file is None or evidence.file.is_plain or not isinstance(remedy, CommandLine):
         return fix, remedy
-    command = remedy.replace(_target(evidence), "PATH")
+    command = CommandLine(remedy.program, "PATH", remedy.options)
     return fix, f"torch.save(model.state_dict(), PATH) of the loaded model; then {command}"
 
 
 def mend(evidence: Evidence) -> str:
     """The command that mends a target without data, else the call."""
     if _is_known(evidence):
-        return f"batchnorm fix {_target(evidence)}"
+        return CommandLine("batchnorm fix", _target(evidence))
     return "batchnorm.treat(model)"
 
 
 def measure_again(evidence: Evidence) -> str:
     """The command that measures statistics anew for a target that the command line knows, else the call."""
     if evidence.modules is None:  # a file alone says nothing of the forward
-        return f"batchnorm fix model.py:make_model --weights {_target(evidence)} --data data.py:train_loader"
+        return CommandLine("batchnorm fix model.py:make_model --weights", _target(evidence), _DATA)
     if _is_known(evidence):
-        return f"batchnorm fix {_target(evidence)} --data data.py:train_loader"
+        return CommandLine("batchnorm fix", _target(evidence), _DATA)
     return "batchnorm.recalibrate(model, loader)"
 
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from batchnorm.reporting.text import many, plain, wrapped
 from batchnorm.shift import tails
 from batchnorm.shift.alarm_reference import LEAST
 from batchnorm.shift.data_passes import passes
 from batchnorm.shift.evidence import Evidence
 from batchnorm.shift.layer_observer import Tap
 from batchnorm.shift.observation_units import Autocorrelation, Grouping
-from batchnorm.shift.page import many, plain, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -259,15 +259,16 @@ def full(found: Assumptions, *, width: int = 80) -> str:
         lines += ["", *wrapped(f"[{_MARKS[condition.state]} {condition.state}] {condition.name}", width)]
         lines += wrapped(f"  {condition.measured}", width, 2)
         lines += wrapped(f"  {condition.remedy}", width, 2)
-    return "\n".join([*lines, "", _promise(found)])
+    return "\n".join([*lines, "", promise(found)])
 
 
-def concise(found: Assumptions) -> str:
+def concise(found: Assumptions) -> list[str]:
     """One line for each condition."""
-    return "\n".join(plain(f"{found.target}: {c.name}: {c.state}: {c.measured}") for c in found.conditions)
+    return [plain(f"{found.target}: {c.name}: {c.state}: {c.measured}") for c in found.conditions]
 
 
-def _promise(found: Assumptions) -> str:
+def promise(found: Assumptions) -> str:
+    """Whether the alarm's promise can be relied on."""
     if found.hold:
         return "The promise about false alarms can be relied on, as far as these data show."
     return "The promise about false alarms cannot be relied on until these conditions hold."

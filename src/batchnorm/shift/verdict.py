@@ -6,7 +6,6 @@ is 1 / x at most (Ville 1939). So the greatest E on the way through the data set
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.population.tensor_trees import examples_in
+from batchnorm.reporting.json_values import to_json
 from batchnorm.shift.alarm import first_moved
 from batchnorm.shift.data_passes import passes, passes_needed
 from batchnorm.shift.layer_observer import Tap
@@ -28,6 +28,7 @@ from batchnorm.shift.least_visible_shift import sight
 from batchnorm.shift.stream import Stream
 
 if TYPE_CHECKING:
+    from batchnorm.reporting.json_values import Json
     from batchnorm.shift.alarm import Alarm, LayerShift
     from batchnorm.shift.evidence import Evidence
     from batchnorm.shift.monitor import ShiftMonitor
@@ -136,7 +137,7 @@ class Verdict:
         """Logarithm at which it rings."""
         return -math.log(self.alpha)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Plain values for JSON, as the schema beside this file describes them; pictures are left out."""
         told = {name: getattr(self, name) for name in self.__slots__ if name not in {"pictures", "layers"}}
         layers = [asdict(layer) for layer in self.layers]
@@ -146,7 +147,7 @@ class Verdict:
 
     def to_json(self) -> str:
         """``to_dict`` as JSON: NaN and infinities as strings, since JSON has none."""
-        return json.dumps(_plain(self.to_dict()), indent=1, allow_nan=False)
+        return to_json(self.to_dict())
 
 
 def judge(
@@ -170,7 +171,7 @@ def judge(
         pictures: How many examples to keep from around the alarm; the inputs must be pictures.
         target: What to call the model.
         data: What to call the data.
-        command: How to repeat it.
+        command: How to repeat it. Of a ``CommandLine``, the verdict can also say which command to give next.
 
     Raises:
         ValueError: If no example could be judged, the reference's numbers are not finite, or the inputs are no pictures
@@ -333,11 +334,3 @@ def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ShiftMonitor:", RuntimeWarning)
         yield
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,9 +14,10 @@ from batchnorm import checkpoint
 from batchnorm.checkpoint.averaged_copies import Copy, Entry, entries, find_copies, find_layers
 from batchnorm.checkpoint.formats import detection, safetensors_file, torch_legacy, torch_zip
 from batchnorm.checkpoint.states_in_file import with_state
-from batchnorm.doctor.diagnosis import order
+from batchnorm.doctor.diagnosis_value import order
 from batchnorm.doctor.examination import looks, parts
 from batchnorm.doctor.mending.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
+from batchnorm.doctor.mending.tensor_edit import Edit
 from batchnorm.files.whole import replacing
 from batchnorm.rules import RULES
 from batchnorm.rules.bn1_stored_statistics import HALF
@@ -24,35 +25,21 @@ from batchnorm.rules.rule_evidence import Evidence
 
 if TYPE_CHECKING:
     import os
-    from array import array
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchnorm.checkpoint import Checkpoint, Stored
     from batchnorm.doctor.examination import Selection
+    from batchnorm.doctor.mending.tensor_edit import Keys
     from batchnorm.rules.finding import Finding
 
 _READERS = {"pt": torch_zip.read, "legacy": torch_legacy.read, "safetensors": safetensors_file.read}
 # what DataParallel, DistributedDataParallel, torch.compile and DeepSpeed put in front of every name
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 
-Keys = tuple[Any, ...]
-
 
 @final
 @dataclass(frozen=True, slots=True)
-class Edit:
-    """One tensor of the file: its keys, the last one its name; its type; numbers of some channels, or a counter."""
-
-    key: Keys
-    dtype: str
-    values: array[float] | None  # None for a counter
-    channels: tuple[int, ...] = ()
-    count: int = 0
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Plan:
+class MendingPlan:
     """What mends a file. Layers of averaged copies are named by their path in the file, others as in the model."""
 
     file: Checkpoint
@@ -71,7 +58,7 @@ class Plan:
 def plan(
     path: str | os.PathLike[str], *, unsafe: bool = False, selection: Selection | None = None,
     live: Mapping[str, Change] | None = None, eps: Mapping[str, float] | None = None, state: str = "",
-) -> Plan:  # fmt: skip
+) -> MendingPlan:  # fmt: skip
     """What would mend a checkpoint without data, and what would be left.
 
     Args:
@@ -119,10 +106,12 @@ def plan(
     prefixes = _prefixes(*_structure(Path(file.path))) if wraps else {}
     after = _with_layers(file, lambda name, stored: changes[name].after if name in changes else stored)
     after = replace(after, prefix=_without_wrappers(file.prefix) if prefixes else file.prefix)
-    return Plan(file, after, changes, prefixes, found, _findings(after, selection))
+    return MendingPlan(
+        file=file, after=after, changes=changes, prefixes=prefixes, findings=found, left=_findings(after, selection)
+    )
 
 
-def write(plan: Plan, output: Path) -> None:
+def write(plan: MendingPlan, output: Path) -> None:
     """Write the mended file whole or not at all; the original is left as it is, unless it is ``output``.
 
     The new file is read again before it takes its name.
@@ -144,7 +133,7 @@ def write(plan: Plan, output: Path) -> None:
         _verify(plan, file.name)
 
 
-def _verify(plan: Plan, written: str) -> None:
+def _verify(plan: MendingPlan, written: str) -> None:
     remedy = "Nothing was written. Load it, correct that layer, and save it again with torch.save(state, path)."
     try:
         now = checkpoint.read(written)
@@ -188,7 +177,9 @@ def _joined(change: Change | None, live: Change, stored: Stored) -> Change:
     # what was measured does not fit half precision
     dtypes = {key: "float32" if key in new and dtype in HALF else dtype for key, dtype in after.dtypes.items()}
     words = tuple(dict.fromkeys((*(change.words if change else ()), *live.words)))
-    return Change(live.layer, stored, replace(after, **new, dtypes=dtypes), words, live.eps)
+    return Change(
+        layer=live.layer, before=stored, after=replace(after, **new, dtypes=dtypes), words=words, eps=live.eps
+    )
 
 
 def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
@@ -225,7 +216,7 @@ def _without_wrappers(prefix: str) -> str:
     return "".join(word for word in words if word not in _WRAPPERS)
 
 
-def _edits(plan: Plan, copies: Sequence[Copy], tensors: Sequence[Entry]) -> Iterator[Edit]:
+def _edits(plan: MendingPlan, copies: Sequence[Copy], tensors: Sequence[Entry]) -> Iterator[Edit]:
     # as they are in the file: names of a layer without one are "weight" or ".weight"
     names = {(entry.path, entry.words): entry.key.removesuffix(entry.leaf) for entry in tensors}
     places = {

@@ -1,22 +1,22 @@
-"""Outcome: what a treatment of a file or a model changes, what it leaves, and both in words."""
+"""The outcome of mending: what a treatment of a file or a model changes, what it leaves, and both in words."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from textwrap import wrap
 from typing import TYPE_CHECKING, final
 
 from batchnorm.checkpoint.stored import is_below
 from batchnorm.doctor.mending.remedies import TENSORS, Change, changed, needs_data, remedies
-from batchnorm.doctor.text import GLYPHS, place, plain
+from batchnorm.reporting import text
+from batchnorm.reporting.severity import GLYPHS
 from batchnorm.rules.finding import Finding, Fix, Severity
 from batchnorm.rules.phrases import listed
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from batchnorm.checkpoint import Stored
 
@@ -25,7 +25,7 @@ _SHORT = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias
 
 @final
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class MendingOutcome:
     """What was done, or would be.
 
     ``left`` are findings that are there afterwards, in every state of a file; ``in_code`` are settings of layers, which
@@ -48,6 +48,11 @@ class Outcome:
         return not self.changes and not self.prefixes
 
     @property
+    def needs_options(self) -> bool:
+        """Whether the command would mend more with other options."""
+        return any(_need(finding, self).is_option for finding in self.left)
+
+    @property
     def has_error(self) -> bool:
         """Whether a finding that is an error remains, or a state of which nothing is known."""
         return bool(self.untreated) or any(
@@ -55,7 +60,7 @@ class Outcome:
         )
 
 
-def differences(outcome: Outcome) -> Iterator[str]:
+def differences(outcome: MendingOutcome) -> Iterator[str]:
     """Every layer that changes, before and after."""
     for path, change in outcome.changes.items():
         yield f"  {path or 'model'}  {', '.join(change.words)}"
@@ -63,7 +68,7 @@ def differences(outcome: Outcome) -> Iterator[str]:
     yield from (f"  every name  BN507 prefix {prefix!r} taken off" for prefix in outcome.prefixes)
 
 
-def summary(outcome: Outcome) -> Iterator[str]:
+def summary(outcome: MendingOutcome) -> Iterator[str]:
     """What was fixed, in one line for each remedy."""
     layers: dict[str, list[str]] = defaultdict(list)
     for path, change in outcome.changes.items():
@@ -73,7 +78,7 @@ def summary(outcome: Outcome) -> Iterator[str]:
     yield from (f"  BN507 prefix {prefix!r} taken off every name" for prefix in outcome.prefixes)
 
 
-def promise(outcome: Outcome) -> str:
+def promise(outcome: MendingOutcome) -> str:
     """How far eval outputs move, and what that was reckoned with."""
     effects = [change.effect for change in outcome.changes.values()]
     broken = effects.count(math.inf)
@@ -87,48 +92,54 @@ def promise(outcome: Outcome) -> str:
     return f"{text}; {was}." if broken else f"{text}."
 
 
-def remainder(outcome: Outcome) -> Iterator[str]:
+def remainder(outcome: MendingOutcome) -> Iterator[str]:
     """Findings that are left and what each of them needs."""
     needs: dict[tuple[str, str, Severity], list[Finding]] = defaultdict(list)
     for finding in outcome.left:
-        if need := _need(finding, outcome):
+        if need := _need(finding, outcome).words:
             needs[finding.code, need, finding.severity].append(finding)
     for finding in outcome.in_code:
         needs[finding.code, f"in your code: {finding.remedy}", finding.severity].append(finding)
     for (code, need, severity), findings in needs.items():
-        layers = listed(place(finding) for finding in findings)
+        layers = listed(finding.place for finding in findings)
         yield f"  {GLYPHS[severity]} {code} {findings[0].slug}  {layers}: {need}"
 
 
-def untreated(outcome: Outcome) -> Iterator[str]:
+def untreated(outcome: MendingOutcome) -> Iterator[str]:
     """States that no model was given for."""
     for state in outcome.untreated:
         yield f"  {state}: it does not fit this model. Treat it with its own, or leave it out: --state NAME"
 
 
-def wrapped(lines: Iterable[str], width: int) -> str:
-    """Lines for a terminal, with nothing in them that steers it."""
+def wrapped(lines: Sequence[str], width: int) -> str:
+    """Lines for a terminal, with nothing in them that steers it; paths and commands stay in one piece."""
+    hang = [len(line) - len(line.lstrip()) + 4 for line in lines]
     return "\n".join(
         part
-        for line in lines
-        for part in wrap(
-            plain(line), width, subsequent_indent=" " * (len(line) - len(line.lstrip()) + 4),
-            break_on_hyphens=False, break_long_words=False,
-        ) or [""]
-    )  # fmt: skip
+        for line, spaces in zip(lines, hang, strict=True)
+        for part in text.wrapped(line, width, spaces, breaks=False) or [""]
+    )
 
 
-def _need(finding: Finding, outcome: Outcome) -> str:
-    """What mends a finding that is left; "" if it is only worth knowing."""
+@final
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What mends a finding that is left, "" if it is only worth knowing; and whether an option of the command does."""
+
+    words: str
+    is_option: bool = False
+
+
+def _need(finding: Finding, outcome: MendingOutcome) -> _Need:
     if any(is_below(state, finding.layer) for state in outcome.untreated):
-        return "needs its own model, with --data where it is measured anew"
-    ways = remedies(finding)
-    unsafe = [way.words for way in ways if way.fix is Fix.UNSAFE]
+        return _Need("needs its own model, with --data where it is measured anew")
+    unsafe = [way.words for way in remedies(finding) if way.fix is Fix.UNSAFE and not outcome.unsafe]
     if needs_data(finding) and not outcome.with_data:
-        return "needs --data" + (f", or --unsafe-fixes for {unsafe[0]}" if unsafe and not outcome.unsafe else "")
-    if unsafe and not outcome.unsafe:
-        return f"needs --unsafe-fixes for {unsafe[0]}"
-    return "" if finding.severity is Severity.INFO else finding.remedy
+        either = f", or --unsafe-fixes for {unsafe[0]}" if unsafe else ""
+        return _Need(f"needs --data{either}", is_option=True)
+    if unsafe:
+        return _Need(f"needs --unsafe-fixes for {unsafe[0]}", is_option=True)
+    return _Need("" if finding.severity is Severity.INFO else finding.remedy)
 
 
 def _figures(change: Change) -> Iterator[str]:

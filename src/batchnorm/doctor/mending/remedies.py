@@ -164,7 +164,9 @@ def prescribe(
         for remedy in remedies(finding) if finding.layer in stored else ():
             if remedy.store is not None and (unsafe or remedy.fix is Fix.SAFE):
                 layer = finding.layer
-                change = changes.get(layer) or Change(layer, stored[layer], stored[layer], (), eps(layer))
+                change = changes.get(layer) or Change(
+                    layer=layer, before=stored[layer], after=stored[layer], words=(), eps=eps(layer)
+                )
                 after = remedy.store(change.after, change.eps)
                 # two findings may have one remedy: "BN103 variance 0" and "BN104 variance 0"
                 shared = remedy.fix is Fix.SAFE and not is_same(remedy.store(change.before, change.eps), change.before)

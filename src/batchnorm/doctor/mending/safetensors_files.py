@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchnorm.doctor.mending.mended_checkpoint import Edit
+    from batchnorm.doctor.mending.tensor_edit import Edit
 
 # name in the file, and struct's letter; bfloat16 is cut from float32
 _TYPES = {
@@ -42,7 +42,7 @@ def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tupl
         length = int.from_bytes(old.read(8), "little")
         header = json.loads(old.read(length))
         metadata = header.pop("__metadata__", None)
-        fresh = {edit.key[-1]: _bytes(old, 8 + length, header.get(edit.key[-1]), edit) for edit in edits}
+        fresh = {edit.name: _bytes(old, 8 + length, header.get(edit.name), edit) for edit in edits}
         layout = dict(_layout(header, fresh, edits))
         named = {name.removeprefix(prefix): entry for name, entry in layout.items()}
         file.write(_header(named if metadata is None else {"__metadata__": metadata, **named}))
@@ -61,11 +61,11 @@ def _header(named: dict[str, Any]) -> bytes:
 
 def _layout(header: dict[str, Any], fresh: dict[str, bytes], edits: Sequence[Edit]) -> Iterator[tuple[str, Any]]:
     """Entries of the new header: those of the old one in its order, then new ones."""
-    dtypes = {edit.key[-1]: _TYPES[edit.dtype][0] for edit in edits}
+    dtypes = {edit.name: _TYPES[edit.dtype][0] for edit in edits}
     sizes = {name: len(data) for name, data in fresh.items()}
     entries = {name: {**entry, "dtype": dtypes.get(name, entry["dtype"])} for name, entry in header.items()}
     for edit in edits:
-        entry = entries.get(edit.key[-1])
+        entry = entries.get(edit.name)
         if edit.values is None and entry and math.prod(entry["shape"]) != 1:
             entry["shape"] = []  # a counter is one number
     entries |= {name: {"dtype": dtypes[name], "shape": [], "data_offsets": [math.inf] * 2} for name in fresh if name not in header}  # fmt: skip # noqa: E501

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from batchnorm.doctor.mending.mended_checkpoint import Edit
+    from batchnorm.doctor.mending.tensor_edit import Edit
 
 Place = tuple[Any, Any]  # a dict or list, and the key in it
 

@@ -113,7 +113,7 @@ def differences(
         if not is_same(was, now):
             words = (_words(finding, measured=measured) for finding in treated if finding.layer in {path, ""})
             done = tuple(dict.fromkeys(filter(None, words))) or (MEASURED.words,)
-            changes[path] = Change(path, was, now, done, now.eps or EPS)
+            changes[path] = Change(layer=path, before=was, after=now, words=done, eps=now.eps or EPS)
     return changes
 
 

@@ -1,0 +1,65 @@
+"""The model that a command line names: its address, its weights, and the arguments of the function that makes it."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from batchnorm import addresses
+from batchnorm.cli.preconditions import require
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ModelAddress:
+    """The options ``--weights``, ``--state`` and ``--set`` with the address of a model."""
+
+    address: str
+    weights: str | None = None
+    state: str = ""
+    given: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """The words of a command line that name it."""
+        weights = ["--weights", self.weights] if self.weights else []
+        state = ["--state", self.state] if self.weights and self.state else []
+        return [self.address, *weights, *state, *(word for setting in self.given for word in ("--set", setting))]
+
+    @property
+    def source(self) -> str:
+        """The file that the address names, or where that of a package would be."""
+        where, _, _ = self.address.rpartition(":")
+        return where if where.endswith(".py") else where.replace(".", "/") + ".py"
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+    def made(self) -> nn.Module:
+        """The model, with its weights."""
+        return addresses.model(self.address, addresses.parsed(self.given), self.weights, self.state)
+
+
+@contextlib.contextmanager
+def running(address: str) -> Iterator[None]:
+    """A block that runs the user's code: what it prints must not get into JSON, nor its errors end in a traceback."""
+    with contextlib.redirect_stdout(sys.stderr), addresses.told(address):
+        yield
+
+
+def batches(address: str | None) -> Iterable[Any] | None:
+    """Batches that can be read several times."""
+    data = addresses.data(address) if address else None
+    return list(data) if isinstance(data, Iterator) else data
+
+
+def require_torch(what: str) -> None:
+    """Return if torch is installed; else say what to run."""
+    require("torch", "numpy", what=what, extra="torch")

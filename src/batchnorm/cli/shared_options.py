@@ -1,0 +1,74 @@
+"""Options that several commands have, and what becomes of a report: it is printed, or written to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batchnorm.cli.coloring import show
+from batchnorm.cli.output_files import write
+from batchnorm.cli.settings import codes, complete
+from batchnorm.reporting import formats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchnorm.cli.settings import Settings
+    from batchnorm.doctor.examination import Selection
+    from batchnorm.reporting.rows import Report
+
+
+class FormatChoice(click.Choice):
+    """The names in the table of formats. "rich" still stands for "full", as some commands called it."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All formats that there are when a command is called."""
+        return tuple(formats.FORMATS)
+
+    @choices.setter
+    def choices(self, value: tuple[str, ...]) -> None:
+        """Nothing: click sets the choices that a type was made with."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name of a format."""
+        return super().convert("full" if value == "rich" else value, param, ctx)
+
+
+setting = click.option(
+    "--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of the model's function; repeatable."
+)
+select = click.option(
+    "--select", multiple=True, metavar="CODES", shell_complete=complete,
+    help="Only these rules: codes, families (BN1) or names.",
+)  # fmt: skip
+ignore = click.option("--ignore", multiple=True, metavar="CODES", shell_complete=complete, help="Not these rules.")
+output = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write it to a file; the suffix tells the format."
+)
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
+output_format = click.option("--output-format", type=FormatChoice(), help="What is printed.  [default: full]")
+printed_format = click.option(
+    "--output-format", type=FormatChoice(), default="full", show_default=True, help="What is printed."
+)
+
+
+def selection(only: Sequence[str], without: Sequence[str], project: Settings) -> Selection:
+    """Which rules run, by the options and the project's settings."""
+    from batchnorm.doctor.examination import Selection
+
+    return Selection(codes(only) or project.select, codes(without) + project.ignore, project.per_layer)
+
+
+def emit(report: Report, name: str, place: Path | None = None, *, is_quiet: bool = False) -> None:
+    """Write the report to a file, or print it."""
+    text = formats.rendered(report, name, to_file=place is not None)
+    if place is not None:
+        write(place, text.rstrip("\n") + "\n")
+    elif text and not is_quiet:
+        show(text)

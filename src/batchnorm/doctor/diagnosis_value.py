@@ -1,0 +1,129 @@
+"""The value of a diagnosis: findings, layers, and which checks ran."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, final
+
+from batchnorm import __version__
+from batchnorm.reporting.json_values import to_json
+from batchnorm.reporting.severity import Severity
+
+if TYPE_CHECKING:
+    from batchnorm.reporting.json_values import Json
+    from batchnorm.rules.finding import Finding
+
+# changes when a key of to_dict() changes its meaning or goes away
+SCHEMA_VERSION = 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One row of the layers table; None where it is not known. All figures are over the layer's channels."""
+
+    name: str
+    kind: str
+    channels: int
+    batches: int | None  # num_batches_tracked
+    mean_range: tuple[float, float] | None  # of running_mean
+    var_range: tuple[float, float] | None  # of running_var
+    gamma_range: tuple[float, float] | None
+    eps: float | None
+    momentum: float | None
+    mode: str  # "train", "eval", "frozen", or "" for a file
+    gap: float | None = None  # train/eval gap of the output, in its sd
+
+
+@dataclass(frozen=True, slots=True)
+class DiagnosisValue:
+    """All that a ``Diagnosis`` holds, without the ways to show it."""
+
+    target: str
+    findings: tuple[Finding, ...]
+    layers: tuple[LayerRow, ...]
+    checked: tuple[str, ...]
+    not_checked: Mapping[str, str]
+    data: str = ""  # what was measured on, such as "512 examples in 8 batches"
+    seconds: float = 0.0
+    silenced: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    states: tuple[str, ...] = ()  # of a file, by their paths in it: what a model would load
+    notes: tuple[str, ...] = ()  # further sentences about what was looked at
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error; there may be warnings."""
+        return not self.at_least(Severity.ERROR)
+
+    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+        """Findings of a severity or a worse one."""
+        return tuple(finding for finding in self.findings if finding.severity >= severity)
+
+    def raise_for_status(self, severity: Severity = Severity.ERROR) -> None:
+        """Raise a ValueError that lists findings of ``severity`` or worse, if there are any."""
+        if worst := self.at_least(severity):
+            lines = "\n".join(f"  {f.code} {f.slug} {f.place}: {f.measured}. {f.remedy}" for f in worst)
+            raise ValueError(f"{self.target} has {counted(worst)}, expected none:\n{lines}")
+
+    def to_dict(self) -> dict[str, Json]:
+        """Plain values for JSON, as docs/doctor.md and the schema beside this file describe them."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "batchnorm": __version__,
+            "target": self.target,
+            "ok": self.ok,
+            "data": self.data,
+            "seconds": round(self.seconds, 3),
+            "findings": [_as_dict(finding) for finding in self.findings],
+            "layers": [asdict(row) for row in self.layers],
+            "checked": list(self.checked),
+            "not_checked": dict(self.not_checked),
+            "silenced": self.silenced,
+            "versions": dict(self.versions),
+            "states": list(self.states),
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON: NaN and infinities as strings, since JSON has none."""
+        return to_json(self.to_dict())
+
+
+def _as_dict(finding: Finding) -> dict[str, Json]:
+    return {**asdict(finding), "severity": str(finding.severity), "fixable": str(finding.fixable),
+            "channels": list(finding.channels)}  # fmt: skip
+
+
+def counted(findings: Iterable[Finding]) -> str:
+    """How many of each severity, such as "2 errors, 1 warning"."""
+    severities = [finding.severity for finding in findings]
+    words = [
+        f"{number} {severity}{'s' if number > 1 and severity is not Severity.INFO else ''}"
+        for severity in sorted(Severity, reverse=True)
+        if (number := severities.count(severity))
+    ]
+    return ", ".join(words) or "no findings"
+
+
+def order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Errors first, then by code; layers of one code in the model's order."""
+    return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code)))
+
+
+def groups(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings of one rule with one consequence together, in their order."""
+    found: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        found[finding.code, finding.consequence].append(finding)
+    return list(found.values())
+
+
+def codes_by_reason(not_checked: Mapping[str, str]) -> dict[str, list[str]]:
+    """Codes of rules that did not run, by the reason."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for code, reason in not_checked.items():
+        found[reason].append(code)
+    return dict(found)

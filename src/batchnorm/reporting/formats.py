@@ -1,0 +1,90 @@
+"""The table of output formats. Every command offers all of them; a new format is one entry."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from batchnorm.reporting.github import github
+from batchnorm.reporting.html import page
+from batchnorm.reporting.junit import junit
+from batchnorm.reporting.markdown import markdown
+from batchnorm.reporting.sarif import sarif
+from batchnorm.reporting.text import columns, paragraphs, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from batchnorm.reporting.rows import Report
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What makes the text of a report, and the ending of files that are written so; "" if no file is."""
+
+    make: Callable[[Report], str]
+    suffix: str = ""
+
+
+def full(report: Report, *, to_file: bool = False) -> str:
+    """The report for people, as wide as the terminal allows."""
+    width = columns(to_file=to_file)
+    return report.full(width) if report.full else paragraphs(report.document, width)
+
+
+def concise(report: Report) -> str:
+    """One line for each row."""
+    return "\n".join(map(plain, report.lines))
+
+
+def jsonl(report: Report) -> str:
+    """One row in a line, as JSON."""
+    return "\n".join(map(json.dumps, report.records))
+
+
+def html(report: Report) -> str:
+    """A page that stands alone."""
+    return report.page() if report.page else page(report.command, report.target, report.headline, report.document)
+
+
+FORMATS: dict[str, Format] = {
+    "full": Format(full),
+    "concise": Format(concise),
+    "json": Format(lambda report: report.json(), ".json"),
+    "jsonl": Format(jsonl, ".jsonl"),
+    "github": Format(github),
+    "sarif": Format(sarif, ".sarif"),
+    "junit": Format(junit, ".xml"),
+    "html": Format(html, ".html"),
+    "md": Format(lambda report: report.md() if report.md else markdown(report.document), ".md"),
+}
+
+
+def by_suffix(path: Path | None) -> str:
+    """The format that a file's ending names, "" if none."""
+    suffix = path.suffix.lower() if path is not None else ""
+    return next((name for name, each in FORMATS.items() if suffix and each.suffix == suffix), "")
+
+
+def chosen(
+    asked: str | None, output: Path | None = None, settled: str | None = None, *, in_workflow: str = "github"
+) -> str:
+    """The format: by the option, then the file's ending, then the project, then ``in_workflow`` in GitHub's workflows.
+
+    Raises:
+        ValueError: If the project has settled on one that does not exist.
+    """
+    if named := asked or by_suffix(output):
+        return named
+    if settled and settled not in FORMATS:
+        raise ValueError(f"output-format must be one of {', '.join(FORMATS)}, got {settled!r}. Choose one of them.")
+    return settled or (in_workflow if os.environ.get("GITHUB_ACTIONS") == "true" else "full")
+
+
+def rendered(report: Report, name: str, *, to_file: bool = False) -> str:
+    """The report in one format."""
+    return full(report, to_file=to_file) if name == "full" else FORMATS[name].make(report)

@@ -1,0 +1,51 @@
+"""Markdown: blocks for a pull request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from batchnorm.reporting.blocks import Code, Facts, Items, Table, Text
+from batchnorm.reporting.text import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from batchnorm.reporting.blocks import Block
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """Blocks with an empty line between them."""
+    return "\n\n".join("\n".join(_block(block)) for block in blocks)
+
+
+def _block(block: Block) -> Iterator[str]:
+    match block:
+        case Text():
+            strong = f"**{cell(block.strong)}**" if block.strong else ""
+            yield ": ".join(filter(None, (strong, cell(block.words))))
+        case Code():
+            ticks = "``" if "`" in block.line else "`"
+            yield f"{cell(block.name)}: {ticks}{plain(block.line)}{ticks}"
+        case Items():
+            yield from (f"{cell(block.title)}:", "") if block.title else ()
+            yield from (f"- {cell(item)}" for item in block.items)
+        case Table():
+            yield from (f"**{cell(block.title)}**", "") if block.title else ()
+            yield from (row(block.head), "|" + "---|" * len(block.head), *map(row, block.rows))
+        case Facts():
+            yield f"### {cell(block.title)}"
+            yield from (f"\n{cell(name)}: {cell(text)}" for name, text in block.facts)
+            yield from (f"\n**{name}.**\n\n```text\n{text}\n```" for name, text in block.pages)
+
+
+def row(cells: Iterable[str]) -> str:
+    """A row of a table."""
+    return "| " + " | ".join(map(cell, cells)) + " |"
+
+
+def cell(text: str) -> str:
+    """The text as Markdown shows it, in a table too."""
+    text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\`*_|[]":
+        text = text.replace(mark, "\\" + mark)
+    return text

@@ -1,0 +1,214 @@
+"""A verdict in words: what was compared, the evidence and its limit, when and where it rang, what could not be seen.
+
+Text, tables, pages and what programs are told consist of these sentences, which are made here once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from batchnorm.reporting.blocks import Table
+from batchnorm.reporting.command_line import CommandLine
+from batchnorm.reporting.severity import GLYPHS, Severity
+from batchnorm.reporting.text import aligned, many, plain, wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from batchnorm.shift.verdict import Layer, Verdict
+
+_CLEAN = "clean.py:loader"
+_SHOWN = 4  # channels of a layer in a table
+LOST = 7  # powers of ten from which digits of odds mean nothing
+
+
+def odds(log_evidence: float) -> str:
+    """Evidence x as "1 in x", rounded down to two digits; "none" where there is no evidence."""
+    tens = log_evidence / math.log(10)
+    if log_evidence <= 0:
+        return "none"
+    if tens >= LOST:
+        return f"1 in 10^{math.floor(tens)}"
+    step = 10 ** max(0, math.floor(tens) - 1)
+    least = math.floor(math.exp(log_evidence) * (1 + 1e-9) / step) * step
+    return f"1 in {least:,}"
+
+
+def headline(verdict: Verdict) -> str:
+    """What was judged."""
+    counted = f"{many(verdict.examples, 'example')} in {many(verdict.batches, 'batch')}"
+    return " · ".join(filter(None, [verdict.target, verdict.data, counted]))
+
+
+def sentence(verdict: Verdict) -> str:
+    """The verdict in one sentence, which claims no more than was seen."""
+    if verdict.rang is None:
+        return f"No shift found in {many(verdict.examples, 'example')}; what could not be seen is listed"
+    return "Shift found: these data are not distributed as the reference says"
+
+
+def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """What is known, as names and sentences."""
+    yield "compared with", _reference(verdict)
+    yield "evidence", _evidence(verdict)
+    if verdict.rang is not None:
+        began = f"it began to rise at about {verdict.rise:,}" if verdict.rise else "it rose from the first example on"
+        yield "rang", f"after {verdict.rang:,} of {many(verdict.examples, 'example')}; {began}"
+        yield "first moved", _first(verdict)
+    if verdict.hint:
+        yield "hint", HINTS[verdict.hint]
+    yield "neighbours", neighbours(verdict)
+    if verdict.tails:
+        yield "tails", f"{verdict.tails}: stored variances may be too small"
+    if verdict.left_out:
+        what = "it has" if verdict.left_out == 1 else "they have"
+        yield "left out", f"{many(verdict.left_out, 'example')}: {what} NaN or infinite activations"
+
+
+HINTS = {
+    "inputs": "the inputs look different (sensor, scale, preprocessing, noise), or most kinds of them are gone",
+    "another mix": "the same inputs in another mix could look like this: perhaps classes come in other shares",
+    "late layers only": "early layers hardly moved: perhaps fine noise, perhaps classes that come in other shares",
+}
+
+
+def _reference(verdict: Verdict) -> str:
+    if verdict.source == "checkpoint":
+        return "the checkpoint's stored statistics alone; nothing was calibrated, so tolerances are wide"
+    unit = verdict.unit if verdict.unit in {"example", "batch"} else "observation"
+    return f"a reference calibrated with {many(verdict.calibrated, unit)} of clean data"
+
+
+def _evidence(verdict: Verdict) -> str:
+    found = odds(verdict.log_evidence)
+    return f"{found} against clean data; limit {odds(verdict.log_limit)}"
+
+
+def _first(verdict: Verdict) -> str:
+    if verdict.first is None:
+        return "no layer by itself; all together reach the limit"
+    place = [layer.name for layer in verdict.layers].index(verdict.first) + 1
+    moved = sum(layer.moved for layer in verdict.layers)
+    return f"{verdict.first}, layer {place} of {len(verdict.layers)}; {moved} moved beyond the limit by themselves"
+
+
+def neighbours(verdict: Verdict) -> str:
+    """Whether neighbouring observations are as independent as the unit has it."""
+    told = f"correlation {verdict.correlation:.2f} of neighbouring observations"
+    if verdict.dependent:
+        return f"{told}, too much for unit {verdict.unit!r}: the promise about false alarms does not hold"
+    if verdict.observations < 100:
+        return f"not judged: fewer than 100 observations of unit {verdict.unit!r}"
+    return f"{told}: unit {verdict.unit!r} fits"
+
+
+def unseen(verdict: Verdict) -> list[str]:
+    """What this could not show."""
+    least = f"{verdict.sight:.2g} stored sd" if math.isfinite(verdict.sight) else "any distance: too few observations"
+    return [
+        f"a channel's mean that moved by less than about {least}, and any energy within the tolerance",
+        "a change that keeps every channel's mean and every layer's energy",
+        *(["a change that averages out within a batch"] if verdict.unit == "batch" else []),
+        "whether accuracy fell: that takes labels",
+    ]
+
+
+def follows(verdict: Verdict) -> list[str]:
+    """What to make of it."""
+    told = []
+    if verdict.dependent:
+        larger = "batch" if verdict.unit == "example" else "a session or a minute, by ShiftMonitor(unit=function)"
+        told.append(f"Neighbours are alike, so this may be a false alarm or chance. Judge again with unit {larger}.")
+    if verdict.tails:
+        told.append("Stored variances may be too small for such tails. Judge again with --calibrate clean.py:loader.")
+    if verdict.rang is None:
+        finer = " A calibrated reference sees finer changes." if _is_wide(verdict) else ""
+        return [*told, f"Nothing follows: what could not be seen may be there all the same.{finer}"]
+    told.append(
+        "The distribution moved; whether accuracy fell, labelled examples of these data tell. If it did, prepare "
+        "inputs as in training, or measure statistics on the new data: batchnorm.recalibrate."
+    )
+    if _is_wide(verdict):
+        told.append("Stale stored statistics ring as well: the doctor on clean data tells whether they are.")
+    return told
+
+
+def following(verdict: Verdict) -> str:
+    """The next command, "" if there is none, or if the verdict does not know the parts of its own command."""
+    command = verdict.command
+    if not isinstance(command, CommandLine):
+        return ""
+    if verdict.dependent and verdict.unit == "example":
+        return f"{command} --unit batch"
+    if _is_wide(verdict) and verdict.rang is None:
+        return f"{command} --calibrate {_CLEAN}"
+    return CommandLine("batchnorm doctor", command.target, f"--data {_CLEAN}") if _is_wide(verdict) else ""
+
+
+def _is_wide(verdict: Verdict) -> bool:
+    return verdict.source == "checkpoint"
+
+
+# -- text ---------------------------------------------------------------------------------------------------------
+
+
+def concise(verdict: Verdict) -> str:
+    """One line."""
+    return plain(": ".join(filter(None, (verdict.target, outcome(verdict)))))
+
+
+def outcome(verdict: Verdict) -> str:
+    """What came out, with the evidence."""
+    about = (
+        f"evidence {odds(verdict.log_evidence)}, limit {odds(verdict.log_limit)}, {many(verdict.examples, 'example')}"
+    )
+    alike = ", neighbours are alike" if verdict.dependent else ""
+    if verdict.rang is None:
+        return f"no shift found: {about}{alike}"
+    first = verdict.first or "no layer"
+    return f"shift found after {many(verdict.rang, 'example')}, first at {first}: {about}{alike}"
+
+
+def full(verdict: Verdict, *, width: int = 80) -> str:
+    """For people, in ``width`` columns; only a command may be longer."""
+    severity = Severity.INFO if verdict.rang is None else Severity.ERROR
+    status = f"[{GLYPHS[severity]} {severity}]"
+    lines = [*wrapped(headline(verdict), width), "", *wrapped(f"{status} {sentence(verdict)}", width)]
+    for name, text in facts(verdict):
+        lines += wrapped(f"  {name:<15}{text}", width, 17)
+    lines += ["", *_layers(verdict, width), "", "not seen:"]
+    lines += [line for text in unseen(verdict) for line in wrapped(f"  - {text}", width, 4)]
+    lines += ["", *(line for text in follows(verdict) for line in wrapped(text, width))]
+    as_page = "" if verdict.rang is None else f"{verdict.command} -o shift.html"
+    if command := following(verdict) or as_page:
+        lines.append(f"next: {plain(command)}")
+    return "\n".join(lines)
+
+
+def _layers(verdict: Verdict, width: int) -> Iterator[str]:
+    """A line for each layer that moved, and one for the others; the three with most evidence where none moved."""
+    strongest = sorted(verdict.layers, key=lambda layer: -layer.log_evidence)[:3]
+    rows = [cells(layer) for layer in verdict.layers if layer.moved] or [cells(layer) for layer in strongest]
+    yield from aligned(table(rows), width)
+    if others := len(verdict.layers) - len(rows):
+        yield f"{many(others, 'other layer')} did not move beyond the limit"
+    yield "W2 and KL are distances for display: sd, and nats"
+
+
+def table(rows: Sequence[Sequence[str]]) -> Table:
+    """Layers as a table."""
+    return Table(("layer", "evidence", "kind", "channels moved", "W2", "KL"), rows, words=4)
+
+
+def cells(layer: Layer) -> tuple[str, str, str, str, str, str]:
+    """A layer's name, evidence, kind of bet, moved channels, W2 and KL, in words."""
+    evidence = odds(layer.log_evidence)
+    kind = "–" if evidence == "none" else layer.kind
+    return plain(layer.name), evidence, kind, _channels(layer), f"{layer.w2:.2f}", f"{layer.kl:.2f}"
+
+
+def _channels(layer: Layer) -> str:
+    named = [str(channel.index) for channel in layer.channels]
+    more = len(named) - _SHOWN
+    return ", ".join(named[: _SHOWN - 1]) + f" +{more + 1}" if more > 0 else ", ".join(named) or "–"
