@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+ALL := .venv/.integrations
 
 .PHONY: help why test check planted bench bench-quick bench-shift bench-recalibration bench-watch acceptance precision sanitize docs clean browser
 
@@ -16,11 +17,15 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/*)
 	$(BIN)/pip install -qq --disable-pip-version-check --no-compile -e '.[dev]'
 	@touch $@
 
+$(ALL): $(STAMP)
+	$(BIN)/pip install -qq --disable-pip-version-check --no-compile -e '.[dev,dev-integrations]'
+	@touch $@
+
 why: $(STAMP)    ## run every claim of the lecture, print verdicts, write why.html
 	$(BIN)/batchnorm why
 
-test: $(STAMP) browser  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+test: $(ALL) browser  ## the whole test suite
+	OMP_NUM_THREADS=1 ALL_TESTS=1 $(BIN)/pytest -n 2
 
 check: $(STAMP)  ## format, lint, types, imports and the fast tests
 	$(BIN)/ruff format --check .
@@ -29,7 +34,7 @@ check: $(STAMP)  ## format, lint, types, imports and the fast tests
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow'
 
-planted: $(STAMP) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (six minutes)
+planted: $(ALL) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (six minutes)
 	cd tests && ../$(BIN)/python -m house.bugs
 
 # pages are tested in the system's Chromium; playwright drives it and downloads none of its own

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import os
 import sys
 import zlib
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
@@ -12,6 +14,28 @@ from hypothesis import settings
 # wall-clock limits fail on a busy machine and say nothing about the code
 settings.register_profile("suite", deadline=None, print_blob=True)
 settings.load_profile("suite")
+
+
+# what test files need besides the extra `dev`; `make check` leaves them out where it is not installed
+NEEDS = {
+    "test_integrations_accelerate.py": "accelerate",
+    "test_integrations_ignite.py": "ignite",
+    "test_integrations_lightning.py": "lightning",
+    "test_integrations_loggers.py": "mlflow",
+    "test_integrations_skorch.py": "skorch",
+    "test_integrations_transformers.py": "transformers",
+    "test_live_page.py": "axe_playwright_python",
+    "test_page.py": "playwright",
+    "test_peers.py": "fvcore",
+}
+collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
+
+
+def pytest_report_header() -> str:
+    """Which files are left out; `make test` leaves none out."""
+    if collect_ignore and os.environ.get("ALL_TESTS"):
+        raise pytest.UsageError(f"all tests need dev-integrations, got none of it for {', '.join(collect_ignore)}.")
+    return f"left out without dev-integrations: {', '.join(collect_ignore)}" if collect_ignore else "all test files"
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from test_population_sharding import images, net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,3 +61,22 @@ def test_a_prepared_model_is_watched_and_trains_to_the_same_weights(
     assert run.steps == (16 if "gradient_accumulation_steps" in arguments else 48)
     assert Log(tmp_path).layers == ("1",)
     assert {record.tier for record in run.records} >= {"free"}
+
+
+def test_a_model_whose_parameters_are_offloaded_is_measured_as_it_runs():
+    whole, offloaded = net().eval(), accelerate.cpu_offload(net().eval(), execution_device=torch.device("cpu"))
+    assert offloaded[0][0].weight.is_meta
+    batches = [images(seed) for seed in range(4)]
+    expected, found = (bn.recalibrate(model, batches) for model in (whole, offloaded))
+    assert all(torch.equal(found[name].mean, expected[name].mean) for name in expected)
+    again = [bn.adapt(model, batches, prior=8) for model in (whole, offloaded)]
+    assert all(torch.equal(again[0][name].var, again[1][name].var) for name in expected)
+    assert torch.equal(offloaded(batches[0]), whole(batches[0]))
+    assert offloaded[0][0].weight.is_meta
+
+
+def test_statistics_that_are_offloaded_are_refused_by_name():
+    model = accelerate.cpu_offload(net().eval(), execution_device=torch.device("cpu"), offload_buffers=True)
+    for look in (bn.recalibrate, bn.adapt, lambda model, _: bn.ShiftMonitor(model)):
+        with pytest.raises(ValueError, match=r"'0.1.running_mean', got a tensor that is on the meta device .* buffers"):
+            look(model, [images(0)])

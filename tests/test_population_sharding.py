@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 
-import accelerate
 import forked
 import pytest
 import torch
@@ -122,22 +121,3 @@ def check(kind: str, moment: str, world: int, folder) -> None:
     losses = [torch.tensor(each.pop("losses")) for each in (found, expected)]
     assert torch.allclose(*losses, rtol=1e-4)  # gradients are summed over ranks in another order
     assert found == expected
-
-
-def test_a_model_whose_parameters_are_offloaded_is_measured_as_it_runs():
-    whole, offloaded = net().eval(), accelerate.cpu_offload(net().eval(), execution_device=torch.device("cpu"))
-    assert offloaded[0][0].weight.is_meta
-    batches = [images(seed) for seed in range(4)]
-    expected, found = (bn.recalibrate(model, batches) for model in (whole, offloaded))
-    assert all(torch.equal(found[name].mean, expected[name].mean) for name in expected)
-    again = [bn.adapt(model, batches, prior=8) for model in (whole, offloaded)]
-    assert all(torch.equal(again[0][name].var, again[1][name].var) for name in expected)
-    assert torch.equal(offloaded(batches[0]), whole(batches[0]))
-    assert offloaded[0][0].weight.is_meta
-
-
-def test_statistics_that_are_offloaded_are_refused_by_name():
-    model = accelerate.cpu_offload(net().eval(), execution_device=torch.device("cpu"), offload_buffers=True)
-    for look in (bn.recalibrate, bn.adapt, lambda model, _: bn.ShiftMonitor(model)):
-        with pytest.raises(ValueError, match=r"'0.1.running_mean', got a tensor that is on the meta device .* buffers"):
-            look(model, [images(0)])

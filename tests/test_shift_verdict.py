@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 from fingerprint import fingerprint
-from playwright.sync_api import sync_playwright
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -325,6 +324,7 @@ def test_the_first_layer_that_moved_is_open_and_others_are_closed() -> None:
 
 @pytest.mark.slow
 def test_the_page_is_readable_in_a_browser(tmp_path) -> None:
+    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
     (tmp_path / "a.html").write_text(page(told(log_evidence=200.0, hint="inputs")))
     (tmp_path / "b.html").write_text(page(told(rang=None, rise=None, first=None, dependent=True)))
     executable = shutil.which("chromium") or shutil.which("google-chrome")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 # bets that are right for shifts of about 1, 1/2, 1/4 and 1/8 of a standard deviation of the observations
 _STAKES = (1.0, 0.5, 0.25, 0.125)
+STAKES, SIDES = len(_STAKES), 2  # bets on an energy; a mean is bet on above and below
 # shares of the energy that are lost
 _LOSSES = (0.75, 0.5, 0.25, 0.1)
 _AT_ONCE = 8  # observations whose factors are multiplied before the logarithm

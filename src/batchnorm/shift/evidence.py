@@ -174,7 +174,7 @@ def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
     if known.clean is not None:
         return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, channel_marks.BETS, channels)}
     energies = ("up",) if known.v is None else ("up", "down")
-    return {"mean": (2, 4, channels), **dict.fromkeys(energies, (4, layers))}
+    return {"mean": (betting.SIDES, betting.STAKES, channels), **dict.fromkeys(energies, (betting.STAKES, layers))}
 
 
 def stakes_for(known: Reference) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from batchnorm.shift import conformal
+from batchnorm.shift import betting, conformal
 from batchnorm.shift.scores import KIND_OF
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def sight(evidence: Evidence, alpha: float) -> float:
 def _by_bets(evidence: Evidence, alpha: float) -> Tensor:
     known, n = evidence.reference, evidence.observations
     sizes = torch.tensor(known.sizes)
-    places = 8 * _STARTS * len(evidence.kinds) * len(sizes) * sizes.double()
+    places = betting.SIDES * betting.STAKES * _STARTS * len(evidence.kinds) * len(sizes) * sizes.double()
     cost = (places / alpha).log().repeat_interleave(sizes)
     stakes = evidence.stakes[0]
     won = cost / n + stakes.square() * known.kappa / 2  # that phi has to reach

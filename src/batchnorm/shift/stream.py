@@ -199,7 +199,8 @@ class Stream:
         with self.lock:
             means, n = self._recent.means, self._recent.count
         far = None if means is None else self.reference.furthest(*means)
-        return None if far is None else (far, math.sqrt(2 * math.log(4 * sum(self.reference.sizes)) / n))
+        components = 2 * sum(self.reference.sizes)  # of means and of energies
+        return None if far is None else (far, math.sqrt(2 * math.log(2 * components) / n))
 
     def look_anew(self) -> None:
         """What moved is told by observations from now on: an alarm has rung, and other inputs came since."""
