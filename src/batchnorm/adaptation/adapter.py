@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.utils.hooks import RemovableHandle
 
+    from batchnorm.call_types import Answer, Arguments, Keywords
+
     Layers = dict[str, _BatchNorm]
 
 LOGGER = logging.getLogger("batchnorm.adaptation")
@@ -192,7 +194,7 @@ class Adapter:
     # -- one pass -------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+    def _before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:  # noqa: ARG002
         if not self._is_followed:
             return
         if self.state == "gathering":
@@ -213,7 +215,7 @@ class Adapter:
             self.monitor.leave_out()
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG002
+    def _after(self, module: nn.Module, args: Arguments, kwargs: Keywords, output: Answer) -> None:  # noqa: ARG002
         self._attached.close()
         examples = examples_in((args, kwargs)) or 0
         if not self._is_followed or not examples:
@@ -235,7 +237,7 @@ class Adapter:
     def _is_followed(self) -> bool:
         return not any(layer.training for layer in self._layers.values())
 
-    def _watch(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _watch(self, args: Arguments, kwargs: Keywords, output: Answer) -> None:
         answers = self._answers(output)
         if self.monitor.alarm is None:
             if answers is not None:
@@ -250,7 +252,7 @@ class Adapter:
         self._trial.old.add_answers(answers, len(answers) if answers is not None else 0)
         self._gather(args, kwargs)
 
-    def _gather(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _gather(self, args: Arguments, kwargs: Keywords) -> None:
         """Count a batch in the trial, and judge it."""
         trial, examples = self._trial, examples_in((args, kwargs)) or 0
         try:
@@ -281,7 +283,7 @@ class Adapter:
     def _circumstances(self) -> tuple[Window, Window, Predictions | None, Limits, tuple[float, float] | None]:
         return self._trial.new, self._trial.old, self._known, self.limits, self.monitor.stream.furthest()
 
-    def _judge(self, output: Any, examples: int) -> None:
+    def _judge(self, output: Answer, examples: int) -> None:
         """Count a batch that was answered under new statistics, and go back if a guard objects."""
         if not self._is_counted:
             self._trial.count(self._answers(output), examples)
@@ -314,7 +316,7 @@ class Adapter:
                 self._become("gathering", f"the energy of layer {path!r} moved from {then:.2f} to {now:.2f}")
                 return
 
-    def _answers(self, output: Any) -> Tensor | None:
+    def _answers(self, output: Answer) -> Tensor | None:
         """Predicted probabilities, (N, K), float64 on the CPU; None without classes."""
         if self._classes is None:
             return None

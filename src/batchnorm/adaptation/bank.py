@@ -22,6 +22,7 @@ from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_memory import digest_of
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Batch
     from batchnorm.population.stored_statistics import Layers
 
 VERSION = 1
@@ -58,7 +59,7 @@ class DomainBank:
     def add(
         self,
         name: str,
-        loader: Iterable[Any] | None = None,
+        loader: Iterable[Batch] | None = None,
         *,
         prior: float | None = None,
         ema: float | None = None,

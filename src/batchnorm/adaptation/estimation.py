@@ -28,8 +28,8 @@ from batchnorm.population.state_shield import preserve_state
 from batchnorm.population.stored_statistics import Statistics, buffers, store
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Batch
     from batchnorm.population.lock_step import Finish
-    from batchnorm.population.tensor_trees import Batch
 
 
 def adapt(

@@ -16,6 +16,7 @@ from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.stored_statistics import Statistics
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Arguments, Keywords
     from batchnorm.population.stored_statistics import Layers
 
 
@@ -38,7 +39,7 @@ class Trial:
         self.new, self.old = Window(window), Window(window)
         self._before: tuple[Cumulative, Statistics] | None = None
 
-    def shadow(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def shadow(self, model: nn.Module, args: Arguments, kwargs: Keywords) -> Any:
         """The model's answer under statistics that include these inputs; the layers are then as they were.
 
         Inputs are copies, and random states stay: the pass that is served notices nothing.

@@ -24,13 +24,14 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.call_types import Batch
 from batchnorm.instruments.gradients import refuse_single_values
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
-from batchnorm.population.tensor_trees import Batch, examples_in
+from batchnorm.population.tensor_trees import examples_in
 
 Read = Callable[[Batch], Tensor]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.call_types import Batch
 from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import Batches, call, device_of
@@ -26,7 +27,7 @@ from batchnorm.population.tensor_trees import tensors_in
 _MOST = 8  # examples that are asked for alone
 
 
-def dependence(model: nn.Module, examples: Any, *, rtol: float | None = None, atol: float | None = None) -> str:
+def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> str:
     """How an answer depends on the batch, in words; "" if none does.
 
     The model stays as it is, bit for bit. Answers are tensors of any number, with examples along their first axis.
@@ -95,7 +96,7 @@ def _suspects(model: nn.Module) -> str:
     )
 
 
-def _answers(model: nn.Module, batch: Any, size: int) -> list[Tensor]:
+def _answers(model: nn.Module, batch: Batch, size: int) -> list[Tensor]:
     answers = [y for y in tensors_in(call(model, batch)) if y.is_floating_point() and y.ndim and len(y) == size]
     if not answers:
         raise ValueError(
@@ -105,7 +106,7 @@ def _answers(model: nn.Module, batch: Any, size: int) -> list[Tensor]:
     return answers
 
 
-def _count(examples: Any) -> int:
+def _count(examples: Batch) -> int:
     return next((len(tensor) for tensor in tensors_in(examples) if tensor.ndim), 0)
 
 

@@ -41,6 +41,8 @@ def _installed() -> Any:
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from batchnorm.call_types import Answer, Batch
 else:
     Callback = _callback()
 
@@ -76,7 +78,7 @@ class BatchNormMonitor(Callback):
         self._session.begin(_Direct(_trained_part(pl_module)), *sinks)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Answer, batch: Batch, batch_idx: int
     ) -> None:
         """Note the loss."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -118,8 +120,8 @@ class Recalibrate(Callback):
         *,
         max_examples: int | None = None,
         every_n_epochs: int | None = None,
-        loader: Iterable[Any] | None = None,
-        forward: Callable[[nn.Module, Any], object] | None = None,
+        loader: Iterable[Batch] | None = None,
+        forward: Callable[[nn.Module, Batch], object] | None = None,
         exact: bool = True,
     ) -> None:
         super().__init__()
@@ -137,14 +139,14 @@ class Recalibrate(Callback):
             # a new list: Lightning is just walking through the old one
             trainer.callbacks = [*rest[:last], self, *rest[last:]]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remember which layers do not learn statistics; in validation all are in eval mode."""
         if batch_idx == 0:
             layers = batch_norms(pl_module).values()
             self._held = [layer for layer in layers if not layer.training and has_stored_statistics(layer)]
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Measure before the first batch: by then averaged weights are in place, whatever the order of callbacks."""
         if batch_idx == dataloader_idx == 0 and self._is_due(trainer):
@@ -160,7 +162,7 @@ class Recalibrate(Callback):
         return (trainer.current_epoch + 1) % self._every == 0
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def forward(module: nn.Module, batch: Any) -> object:
+        def forward(module: nn.Module, batch: Batch) -> object:
             batch = _moved(trainer, pl_module, batch)
             with trainer.precision_plugin.forward_context():
                 return self._forward(module, batch)
@@ -256,7 +258,7 @@ class _Direct(nn.Module):
         """Call the hook where forward is what it was when the hook came."""
         own = vars(self._orig_mod).get("forward")
 
-        def direct(module: nn.Module, *inputs: Any) -> Any:
+        def direct(module: nn.Module, *inputs: Batch) -> Any:
             return hook(module, *inputs) if vars(module).get("forward") is own else None
 
         return self._orig_mod.register_forward_pre_hook(direct, **arguments)
@@ -268,7 +270,7 @@ def _averages(callback: Any) -> bool:
     return any(kind.__name__ in names for kind in type(callback).__mro__)
 
 
-def _moved(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+def _moved(trainer: Trainer, pl_module: LightningModule, batch: Batch) -> Any:
     """A batch as ``training_step`` gets it."""
     batch = trainer.precision_plugin.convert_input(batch)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from batchnorm.call_types import Batch
     from batchnorm.rules.finding import Finding
 
 
@@ -23,7 +24,7 @@ class AssertBatchNormHealthy(Protocol):
     def __call__(
         self,
         model: nn.Module,
-        data: Iterable[Any] | None = None,
+        data: Iterable[Batch] | None = None,
         *,
         ignore: str | Iterable[str] = (),
         fail_on: str = "error",
@@ -49,7 +50,7 @@ class AssertBatchInvariant(Protocol):
     """The type of the fixture ``assert_batch_invariant``."""
 
     def __call__(
-        self, model: nn.Module, examples: Any, *, rtol: float | None = None, atol: float | None = None
+        self, model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None
     ) -> None:
         """Fail if the eval-mode answer to one example depends on which others are in its batch.
 
@@ -70,7 +71,7 @@ def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
 
     def check(
         model: nn.Module,
-        data: Iterable[Any] | None = None,
+        data: Iterable[Batch] | None = None,
         *,
         ignore: str | Iterable[str] = (),
         fail_on: str = "error",
@@ -94,7 +95,7 @@ def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
 def assert_batch_invariant() -> AssertBatchInvariant:
     """Fails the test if one example's answer depends on its batch: ``assert_batch_invariant(model, examples)``."""
 
-    def check(model: nn.Module, examples: Any, *, rtol: float | None = None, atol: float | None = None) -> None:
+    def check(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> None:
         from batchnorm.integrations.invariance import dependence
 
         if fault := dependence(model, examples, rtol=rtol, atol=atol):

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from batchnorm.call_types import Batch
 from batchnorm.layers import batch_norms
 from batchnorm.population import recalibrate
 
 
 def calibrate(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     max_examples: int | None,
     *,
-    forward: Callable[[nn.Module, Any], object],
+    forward: Callable[[nn.Module, Batch], object],
     exact: bool = True,
 ) -> None:
     """``recalibrate``, after which all ranks have what rank 0 measured on its share of the data."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from skorch import NeuralNet
     from torch import Tensor
 
+    from batchnorm.call_types import Answer, Batch
+
 
 @final
 class BatchNormCallback(Callback):
@@ -43,7 +45,7 @@ class BatchNormCallback(Callback):
         every: int = 100,
         budget: float = 0.02,
         probe: Any = None,
-        loss: Callable[[Any, Any], Tensor] | None = None,
+        loss: Callable[[Answer, Batch], Tensor] | None = None,
         sinks: Iterable[Sink] = (),
         recalibrate: bool = False,
         max_examples: int | None = None,
@@ -66,22 +68,22 @@ class BatchNormCallback(Callback):
         """The watch of this training or of the last one."""
         return self.session_.run
 
-    def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
         """Start."""
         self.session_.begin(net.module_)
 
     def on_epoch_begin(
-        self, net: NeuralNet, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: Any
+        self, net: NeuralNet, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: object
     ) -> None:
         """Keep what is trained on: X and y have the examples that validate, too."""
         self.trained_on_ = dataset_train
 
-    def on_batch_end(self, net: NeuralNet, batch: Any = None, training: bool | None = None, **kwargs: Any) -> None:
+    def on_batch_end(self, net: NeuralNet, batch: Batch = None, training: bool | None = None, **kwargs: object) -> None:
         """Note the loss."""
         if training:
             self.session_.note_loss(kwargs.get("loss"))
 
-    def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
+    def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
         """Stop, and measure statistics if that was asked for."""
         self.session_.end()
         trained_on, self.trained_on_ = getattr(self, "trained_on_", None), None

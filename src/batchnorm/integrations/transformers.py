@@ -23,6 +23,8 @@ with needed("transformers", "'transformers[torch]'"):
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from batchnorm.call_types import Batch
+
 
 @final
 class BatchNormCallback(TrainerCallback):
@@ -72,7 +74,7 @@ class BatchNormCallback(TrainerCallback):
             calibrate(kwargs["model"], kwargs["train_dataloader"], self._max_examples, forward=_called)
 
 
-def _called(model: nn.Module, batch: Any) -> object:
+def _called(model: nn.Module, batch: Batch) -> object:
     """The model's answer to what it takes of a batch: the Trainer keeps labels from a model that takes none."""
     if not isinstance(batch, Mapping):
         return call(model, batch)

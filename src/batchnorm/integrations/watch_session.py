@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from batchnorm.instruments import Sink, Watch, watch
 
 if TYPE_CHECKING:
-    Loss = Callable[[Any, Any], Tensor]
+    from batchnorm.call_types import Answer, Batch
+
+    Loss = Callable[[Answer, Batch], Tensor]
 
 
 class WatchArguments(TypedDict, total=False):

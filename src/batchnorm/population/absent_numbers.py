@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ def refusing_absences(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _refuse(path: str, module: nn.Module, _: Any) -> None:
+def _refuse(path: str, module: nn.Module, _: object) -> None:
     absent = {name: tensor for name, tensor in _named(path, module).items() if emptiness(tensor)}
     require({name: absent[name] for name in absent if _is_used(module, name, absent[name])}, "a pass")
 

@@ -6,7 +6,7 @@ texts in a row. Tensors do not tell; what refers to rows that were cut off does:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from batchnorm.population.state_shield import preserve_random_state, preserve_st
 from batchnorm.population.tensor_trees import are_sequences, examples_in, tensors_in, why_without_rows
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Batch
     from batchnorm.population.batches import Forward
 
 
@@ -31,7 +32,7 @@ def settle(batches: Batches, model: nn.Module, forward: Forward | None = None) -
 
 
 def why_whole(
-    model: nn.Module, batch: Any, count: int, *, forward: Forward | None = None, device: torch.device | None = None
+    model: nn.Module, batch: Batch, count: int, *, forward: Forward | None = None, device: torch.device | None = None
 ) -> str:
     """Why the first ``count`` rows of a batch are no batch of their own, as the end of a sentence; "" if they are.
 

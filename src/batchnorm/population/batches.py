@@ -42,6 +42,7 @@ from batchnorm.population.tensor_trees import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from batchnorm.call_types import Arguments, Keywords
     from batchnorm.population.forward_signatures import Way
 
     Forward = Callable[[nn.Module, Batch], object]  # how a model is called with a batch
@@ -93,7 +94,7 @@ def _kind_of(model: nn.Module, batch: Batch) -> object:
     return code_of(model), type(batch), tuple(names_in(batch) or ())
 
 
-def arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(model: nn.Module, batch: Batch) -> tuple[Arguments, Keywords]:
     """What of a batch a model is called with.
 
     A batch with names (mapping, named tuple, dataclass) is given by name if ``forward`` cannot do without some of them,
@@ -152,7 +153,7 @@ def on_device_of(model: nn.Module, batch: Batch, most: int | None = None, *, who
     return next(iter(Batches([batch], most, device_of(model), who=who)))
 
 
-def rereadable(data: Any) -> Any:
+def rereadable(data: Batch) -> Any:
     """The data, in memory if they can be read only once: an iterator, or what gives the same iterator again."""
     if isinstance(data, Iterator):
         return list(data)

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import CodeType
 
-    Way = tuple[tuple[Any, ...], dict[str, Any]]
+    from batchnorm.call_types import Arguments, Batch, Keywords
+
+    Way = tuple[Arguments, Keywords]
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def ways(model: nn.Module, batch: Any) -> list[Way]:
+def ways(model: nn.Module, batch: Batch) -> list[Way]:
     """Arguments and keyword arguments that a model may be called with for a batch, the likeliest first; one or two."""
     named = names_in(batch)
     if named is not None:
@@ -39,7 +41,7 @@ def ways(model: nn.Module, batch: Any) -> list[Way]:
     return [((batch,), {})]
 
 
-def names_in(batch: Any) -> dict[str, Any] | None:
+def names_in(batch: Batch) -> dict[str, Any] | None:
     """The parts of a mapping, a named tuple or a dataclass by name; None for what has no names."""
     if isinstance(batch, Mapping):
         return dict(batch)
@@ -58,7 +60,7 @@ def code_of(model: nn.Module) -> object:
     return getattr(inspect.unwrap(unwrapped(model).forward), "__code__", None)
 
 
-def _by_name(model: nn.Module, batch: Any, named: dict[str, Any]) -> list[Way]:
+def _by_name(model: nn.Module, batch: Batch, named: dict[str, Any]) -> list[Way]:
     needed, whole = _needed(model), ((batch,), {})
     if len(needed) == 1 and _takes_whole(model, needed[0], batch, named):
         return [whole]
@@ -120,7 +122,7 @@ def _accepts(model: nn.Module, named: dict[str, Any]) -> bool:
     return True
 
 
-def _takes_whole(model: nn.Module, parameter: str, batch: Any, named: dict[str, Any]) -> bool:
+def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str, Any]) -> bool:
     """Whether the one argument is the batch itself: by its annotation, or because its parts are asked for by name."""
     declared = _annotation(model, parameter)
     first = next(iter(named.values()), None)
@@ -130,7 +132,7 @@ def _takes_whole(model: nn.Module, parameter: str, batch: Any, named: dict[str, 
     return _is_asked(model, parameter, places, named)
 
 
-def _is_declared(model: nn.Module, parameter: str, batch: Any, inner: Any) -> bool:
+def _is_declared(model: nn.Module, parameter: str, batch: Batch, inner: Any) -> bool:
     """Whether an annotation says that an argument is such a tuple or list, and not such a first part of it."""
     declared = _annotation(model, parameter)
     return _allows(declared, batch) and not _allows(declared, inner)

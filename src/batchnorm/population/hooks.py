@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from batchnorm.call_types import Arguments, Keywords
 from batchnorm.layers import input_of
 
 Seen = TypeVar("Seen", bound=nn.Module)
@@ -44,7 +45,7 @@ def seeing(layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object
         see: Called with the path, the layer and the input.
     """
 
-    def hook(path: str, layer: Seen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(path: str, layer: Seen, args: Arguments, kwargs: Keywords) -> None:
         see(path, layer, input_of(args, kwargs))
 
     puts = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())

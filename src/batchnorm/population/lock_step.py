@@ -33,7 +33,7 @@ from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state, random_state
 from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_memory import emptiness
-from batchnorm.population.tensor_trees import Batch, examples_in, tensors_in
+from batchnorm.population.tensor_trees import examples_in, tensors_in
 from batchnorm.population.torch_modes import Modes, shared_settings
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from greenlet import greenlet
+
+    from batchnorm.call_types import Arguments, Batch
 
     # stores the statistics of a layer, by its path, when all of its input is measured
     Finish = Callable[[str, InputMoments], None]
@@ -394,7 +396,7 @@ class HeldMemory(TorchFunctionMode):
         self,
         func: Callable[..., object],
         types: object,
-        args: tuple[Any, ...] = (),
+        args: Arguments = (),
         kwargs: Any = None,
     ) -> object:
         """Call the function, and note what it makes."""

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
+    from batchnorm.call_types import Batch
     from batchnorm.population.batches import Forward
-    from batchnorm.population.tensor_trees import Batch
 
 
 def recalibrate(

@@ -10,17 +10,16 @@ from copy import copy
 from dataclasses import is_dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
+from batchnorm.call_types import Batch
 from batchnorm.population.forward_signatures import fields_of
 
-# a tensor, a tuple, list, mapping or dataclass of batches, or an object of a class that is not looked into
-Batch = Any
-Leaf = Any  # a part of a batch that is looked into no further
+Leaf: TypeAlias = Any  # a part of a batch that is looked into no further
 
 _DEEPEST = 4  # attributes of attributes of a batch object, in which tensors are looked for
 _BY_INDEX = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc}  # layouts whose rows cannot be sliced

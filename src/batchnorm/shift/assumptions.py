@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from batchnorm.shift.observation_units import Autocorrelation, Grouping
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from batchnorm.call_types import Batch
     from batchnorm.shift.alarm_reference import Reference
     from batchnorm.shift.monitor import ShiftMonitor
 
@@ -89,7 +90,7 @@ class Assumptions:
 
 
 def check(
-    monitor: ShiftMonitor, loader: Iterable[Any], *, max_examples: int | None = None, target: str = "", data: str = ""
+    monitor: ShiftMonitor, loader: Iterable[Batch], *, max_examples: int | None = None, target: str = "", data: str = ""
 ) -> Assumptions:
     """Measure on clean data what a monitor assumes; its model is left as it was, bit for bit.
 
@@ -113,7 +114,7 @@ def check(
     return Assumptions(target, data, known.source, known.unit, len(z), conditions)
 
 
-def _observed(monitor: ShiftMonitor, loader: Iterable[Any], most: int | None) -> tuple[Tensor, Tensor]:
+def _observed(monitor: ShiftMonitor, loader: Iterable[Batch], most: int | None) -> tuple[Tensor, Tensor]:
     grouping, tap = Grouping(monitor.unit, monitor.reference.examples), Tap(monitor.layers, monitor.reference)
     with closing(passes(monitor.model, tap, loader, most, "check")) as seen:
         found = [grouping.of(z, q, inputs) for inputs, z, q in seen]

@@ -15,11 +15,12 @@ from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Batch
     from batchnorm.shift.layer_observer import Tap
 
 
 def passes(
-    model: nn.Module, tap: Tap, loader: Iterable[Any], max_examples: int | None, who: str
+    model: nn.Module, tap: Tap, loader: Iterable[Batch], max_examples: int | None, who: str
 ) -> Generator[tuple[Any, Tensor, Tensor]]:
     """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
 

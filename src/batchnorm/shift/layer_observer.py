@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.utils.hooks import RemovableHandle
 
+    from batchnorm.call_types import Arguments, Keywords
     from batchnorm.shift.alarm_reference import Reference
 
 ALL = 2**62  # examples: more than a batch has
@@ -128,7 +129,7 @@ class Tap:
         z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
         return z.cpu().double(), q.cpu().double()
 
-    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(self, name: str, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         here = self._pass
         if not here.examples or module.training or name in here.seen:
             return

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
     from torch.utils.hooks import RemovableHandle
 
+    from batchnorm.call_types import Arguments, Batch, Keywords
     from batchnorm.shift.alarm import Alarm, LayerShift
 
 _ALWAYS = 256  # examples that are looked at whatever it costs: a gross shift takes some tens
@@ -224,7 +225,7 @@ class ShiftMonitor:
         return callable(self.unit) and self.reference.clean is not None
 
     @torch.compiler.disable
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+    def _before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
         affordable = self.budget is None or self._spent <= self.budget * self._inference
         is_early = max(self._tried, self.stream.looked) < _ALWAYS
@@ -233,7 +234,7 @@ class ShiftMonitor:
         self._left_out += not looks
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:  # noqa: ARG002
+    def _after(self, module: nn.Module, args: Arguments, kwargs: Keywords, output: object) -> None:  # noqa: ARG002
         start = time.perf_counter()
         if output is None and sys.exc_info()[0] is not None:  # the pass failed, and says why itself
             self._tap.begin(0, 0)
@@ -284,7 +285,7 @@ class ShiftMonitor:
             )
         return self.is_compiled
 
-    def _drawn(self, given: Any, examples: int) -> list[int] | None:
+    def _drawn(self, given: Batch, examples: int) -> list[int] | None:
         """Rows of what a model was given that are shown again; None for all."""
         if self._is_whole or why_without_rows(given):
             return None
@@ -305,7 +306,7 @@ class ShiftMonitor:
 
     # -- the reference --------------------------------------------------------------------------------------------
 
-    def calibrate(self, loader: Iterable[Any], max_examples: int | None = None) -> Reference:
+    def calibrate(self, loader: Iterable[Batch], max_examples: int | None = None) -> Reference:
         """Measure the reference on clean examples, use it from now on, and give it to be saved.
 
         The model runs in eval mode and is left as it was, bit for bit.

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from batchnorm.call_types import Batch
 from batchnorm.shift.layer_observer import drawn
 from batchnorm.shift.stream_state import State
 
@@ -81,7 +82,7 @@ class Grouping:
         self._missed = False  # since the last example
         self._draws = 0
 
-    def of(self, z: Tensor, q: Tensor, inputs: Any, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def of(self, z: Tensor, q: Tensor, inputs: Batch, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Observations that are complete, from means and energies of examples, (n, channels) each.
 
         Args:

@@ -22,6 +22,7 @@ from batchnorm.shift.stream_state import State
 from batchnorm.shift.tails import Tail, Tails
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Batch
     from batchnorm.shift.alarm_reference import Reference
 
 LOGGER = logging.getLogger("batchnorm.shift")
@@ -71,7 +72,7 @@ class Stream:
         """Logarithm that the evidence has to reach."""
         return math.log(self.arl) if self.arl is not None else -math.log(self.alpha)
 
-    def observe(self, z: Tensor, q: Tensor, inputs: Any = None) -> None:
+    def observe(self, z: Tensor, q: Tensor, inputs: Batch = None) -> None:
         """Count examples by their channel means and energies, (n, channels) each, as the tap measures them.
 
         An example with values that are not finite is evidence of something else: it is left out, and warned of once.
@@ -85,7 +86,7 @@ class Stream:
         with self.lock:
             self._grouping.missed()
 
-    def _observe(self, z: Tensor, q: Tensor, inputs: Any) -> None:
+    def _observe(self, z: Tensor, q: Tensor, inputs: Batch) -> None:
         rows = None
         self.looked += len(z)
         if not math.isfinite(float(z.sum() + q.sum())):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from batchnorm.shift.least_visible_shift import sight
 from batchnorm.shift.stream import Stream
 
 if TYPE_CHECKING:
+    from batchnorm.call_types import Batch
     from batchnorm.reporting.json_values import Json
     from batchnorm.shift.alarm import Alarm, LayerShift
     from batchnorm.shift.evidence import Evidence
@@ -152,7 +153,7 @@ class Verdict:
 
 def judge(
     monitor: ShiftMonitor,
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     *,
     max_examples: int | None = None,
     pictures: int = 0,
@@ -254,7 +255,7 @@ class _Watch:
         self._alike: list[tuple[float, bool, int]] = []  # correlation, whether it is too much, of how many
         self.batches = self.left_out = 0
 
-    def see(self, inputs: Any, z: Tensor, q: Tensor) -> None:
+    def see(self, inputs: Batch, z: Tensor, q: Tensor) -> None:
         """Count one batch. Examples are observed in rounds of 8, however large the batches are."""
         self.batches += 1
         finite = z.isfinite().all(1) & q.isfinite().all(1)
@@ -292,7 +293,7 @@ class _Album:
         self._evidence: Evidence | None = None
         self._left = _AROUND  # examples to take after the alarm
 
-    def add(self, inputs: Any, example: int, z: Tensor, q: Tensor, at: int) -> None:
+    def add(self, inputs: Batch, example: int, z: Tensor, q: Tensor, at: int) -> None:
         """Keep these examples, whose inputs begin at ``at``, while they are near."""
         if not self._wanted or self._left <= 0:
             return
@@ -319,7 +320,7 @@ class _Album:
         return sorted(pictures, key=lambda picture: -picture.gain)[: self._wanted]
 
 
-def _pixels(inputs: Any) -> Tensor:
+def _pixels(inputs: Batch) -> Tensor:
     """The inputs as pictures, (N, C, H, W) with 1 or 3 channels."""
     x = next(iter(inputs.values()), None) if isinstance(inputs, dict) else inputs
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in {1, 3}:

@@ -41,6 +41,8 @@ from batchnorm.rules.rule_evidence import Loop, Measured, Run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from batchnorm.call_types import Arguments, Batch
+
 # inputs of more features are pixels, tokens or positions rather than columns of a table
 _MOST_FEATURES = 4096
 _COLUMNS = 64  # channels of all layers whose examples are put in other orders
@@ -59,7 +61,7 @@ _MEASURE_BATCHES = {
 
 
 def measure(
-    model: nn.Module, data: Iterable[Any], *, max_examples: int | None
+    model: nn.Module, data: Iterable[Batch], *, max_examples: int | None
 ) -> tuple[dict[str, Measured], Run, str, Any]:
     """Every layer on the data, the model as a whole, what was measured on ("512 examples in 8 batches"), and a batch.
 
@@ -168,7 +170,7 @@ class _View:
         with attached(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in takers):
             yield
 
-    def see(self, batch: Any) -> None:
+    def see(self, batch: Batch) -> None:
         """Run the model on one batch."""
         self._size = examples_in(batch) or 0
         self.examples += self._size
@@ -261,10 +263,10 @@ def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, _: object) -> None:
         running.append(module)
 
-    def leave(module: nn.Module, *_: Any) -> None:
+    def leave(module: nn.Module, *_: object) -> None:
         if running and running[-1] is module:  # one that raised before its first hook is not there
             running.pop()
 
@@ -286,14 +288,14 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._report = report
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _MEASURE_BATCHES and (kwargs["training"] if "training" in kwargs else args[5:6] == (True,)):
             self._report()
         return func(*args, **kwargs)
 
 
-def loop_of(data: Any, *, batch_size: int | None = None, accumulation: int = 1, world_size: int = 1) -> Loop | None:
+def loop_of(data: Batch, *, batch_size: int | None = None, accumulation: int = 1, world_size: int = 1) -> Loop | None:
     """How the model is trained, as far as a loader or a list of batches, and the caller, say; None if not at all.
 
     Args:
@@ -308,7 +310,7 @@ def loop_of(data: Any, *, batch_size: int | None = None, accumulation: int = 1, 
     return Loop(size, last, accumulation, world_size)
 
 
-def _sizes(data: Any, wanted: int | None) -> tuple[int | None, int | None]:
+def _sizes(data: Batch, wanted: int | None) -> tuple[int | None, int | None]:
     """Examples in a batch and in the last one."""
     if isinstance(data, torch.utils.data.DataLoader):
         source = data if data.batch_size is not None else data.batch_sampler

@@ -23,11 +23,13 @@ from batchnorm.surgery.rewriting import dropped
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from batchnorm.call_types import Batch
+
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
 
 
 def of_model(
-    model: nn.Module, data: Iterable[Any] | None, *, example: Any, optimizer: Any, batch_size: int | None,
+    model: nn.Module, data: Iterable[Batch] | None, *, example: Batch, optimizer: Any, batch_size: int | None,
     accumulation: int, world_size: int, reference: Any, max_examples: int, name: str,
 ) -> tuple[Evidence, str]:  # fmt: skip
     """Evidence about a model, and what was measured on, such as "512 examples in 8 batches"; "" without data."""

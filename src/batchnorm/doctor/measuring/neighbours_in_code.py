@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
+    from batchnorm.call_types import Batch
     from batchnorm.surgery.dataflow import Callers
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -39,7 +40,7 @@ _KEEP = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Identity, nn.Flatte
 _KEEP_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.elu, F.silu, F.gelu, torch.flatten, "relu", "flatten"}
 
 
-def graph_of(model: nn.Module, example: Any = None) -> Graph:
+def graph_of(model: nn.Module, example: Batch = None) -> Graph:
     """Neighbours of the layers, and calls if there is an example. The model is not changed.
 
     Raises:
@@ -171,7 +172,7 @@ def _known(name: str) -> str:
     return plain if plain in ACTIVE else ""
 
 
-def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Any) -> dict[str, int] | None:
+def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Batch) -> dict[str, int] | None:
     if example is None:
         return None
     counts: Counter[str] = Counter()
@@ -229,7 +230,7 @@ def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[A
     return None
 
 
-def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False, **_: Any) -> bool:  # noqa: ARG001
+def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False, **_: object) -> bool:  # noqa: ARG001
     """Whether a call of torch's function with these arguments drops anything."""
     return p != 0 and training is not False
 

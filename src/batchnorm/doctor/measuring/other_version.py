@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import checkpoint
+from batchnorm.call_types import Batch
 from batchnorm.checkpoint import Checkpoint, Stored
 from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
 from batchnorm.population import preserve_state
@@ -27,7 +28,7 @@ _NARROW_ROUNDINGS = 16
 _TF32_EPS = 2**-10
 
 
-def reference_of(model: nn.Module, reference: Any, example: Any) -> Reference:
+def reference_of(model: nn.Module, reference: Any, example: Batch) -> Reference:
     """What is known of a reference, and how far the model's eval outputs for ``example`` are from its.
 
     Neither model is changed, also if one of them raises.
@@ -108,7 +109,7 @@ def _rounding(x: Tensor) -> float:
     return (_WIDE_ROUNDINGS if eps <= torch.finfo(torch.float32).eps else _NARROW_ROUNDINGS) * eps
 
 
-def _eval_outputs(model: nn.Module, example: Any) -> list[Tensor]:
+def _eval_outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     with preserve_state(model), torch.no_grad():
         model.eval()
         return [output.clone() for output in floats_in(call(model, on_device_of(model, example)))]

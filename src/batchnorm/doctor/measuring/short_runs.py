@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from batchnorm.population.tensor_trees import examples_in, why_without_rows
 if TYPE_CHECKING:
     from torch import nn
 
+    from batchnorm.call_types import Batch
+
 # enough to have statistics, few enough for the memory of a backward pass
 _EXAMPLES = 8
 _LONGEST_MESSAGE = 200
@@ -38,7 +40,7 @@ _LONGEST_MESSAGE = 200
 class Few:
     """A few examples of a batch; the whole batch where it cannot be cut, with the reason."""
 
-    batch: Any
+    batch: Batch
     size: int  # examples in all of the batch
     uncut: str = ""
 
@@ -66,7 +68,7 @@ class Alone:
     unknown: str = ""
 
 
-def few(model: nn.Module, batch: Any, most: int = _EXAMPLES) -> Few:
+def few(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Few:
     """Up to ``most`` examples on which the model, in eval mode, runs; it must run on the whole batch.
 
     Nodes of a graph and packed points are no examples: what refers to them breaks where they are cut off. That the
@@ -117,7 +119,7 @@ def train_step(model: nn.Module, some: Few) -> Step:
     return Step(forward, _counted(model, before))
 
 
-def _failed(model: nn.Module, batch: Any, forward: dict[str, int], error: Exception) -> Step:
+def _failed(model: nn.Module, batch: Batch, forward: dict[str, int], error: Exception) -> Step:
     """A failure is a fault, unless the model asks for more than the batch holds."""
     if isinstance(error, AbsenceError):
         return Step(forward, unknown=str(error).rstrip("."))
@@ -128,7 +130,7 @@ def _failed(model: nn.Module, batch: Any, forward: dict[str, int], error: Except
     return Step(forward, error=_message(error))
 
 
-def _not_given(model: nn.Module, batch: Any) -> str:
+def _not_given(model: nn.Module, batch: Batch) -> str:
     """The arguments of the model's forward that a batch has nothing for: "targets"."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
@@ -146,7 +148,7 @@ def _is_of_batch_norm(error: BaseException) -> bool:
     return any(isinstance(module, _BatchNorm) for module in modules_behind(error))
 
 
-def _train_outputs(model: nn.Module, batch: Any, before: dict[str, int]) -> tuple[list[Tensor], dict[str, int]]:
+def _train_outputs(model: nn.Module, batch: Batch, before: dict[str, int]) -> tuple[list[Tensor], dict[str, int]]:
     """Outputs, and the counters from before the forward pass that gave them."""
     try:
         return floats_in(call(model, batch)), before
