@@ -31,6 +31,23 @@ NEEDS = {
 collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--few=2``: of each test function the first and the last set of parameters."""
+    parser.addoption("--few", type=int, default=0, help="sets of parameters of each test function that run; 0: all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the sets of parameters between the first and the last that ``--few`` asks for."""
+    if not (few := config.getoption("few")):
+        return
+    sets = collections.defaultdict(list)
+    for item in items:
+        sets[item.nodeid.partition("[")[0]].append(item)
+    kept = {item for each in sets.values() for item in (each if len(each) <= few else [*each[: few - 1], each[-1]])}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 def pytest_report_header() -> str:
     """Which files are left out; `make test` leaves none out."""
     if collect_ignore and os.environ.get("ALL_TESTS"):

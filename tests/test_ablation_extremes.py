@@ -400,6 +400,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WHOLE)
 def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: str) -> None:
     make, batches = WHOLE[kind]
@@ -441,6 +442,7 @@ def test_rows_are_tensors_of_one_length() -> None:
 # -- what fails -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failing",
     [{"noise": noise_of_layers, "shift": received_shift}, {"test-time": test_statistics, "smooth": smoothness}],
@@ -464,6 +466,7 @@ def test_questions_that_fail_are_told_beside_the_others(failing: dict, monkeypat
     assert report.render(found)
 
 
+@pytest.mark.slow
 def test_an_arm_that_cannot_be_trained_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchnorm.ablation import arms
 

@@ -305,6 +305,7 @@ def test_an_arm_that_never_learned_is_told_where_the_steps_are_too_few_for_a_ver
     assert shown.headline.startswith("Yes: with batch norm it learns, without it does not in 80 steps")
 
 
+@pytest.mark.slow
 def test_a_rate_at_the_end_of_the_grid_is_told(saturated):
     assert "The best learning rate is the grid's" in saturated.second
 
@@ -315,6 +316,7 @@ def test_a_bound_is_told_as_one():
     assert answers.cards[0].figure == "≥ 4.3×"
 
 
+@pytest.mark.slow
 def test_a_page_shows_everything_and_escapes_it(scaled):
     page = report.render(replace(scaled, model="<b>:make"))
     assert len(page.encode()) < 500_000
@@ -328,6 +330,7 @@ def test_a_page_shows_everything_and_escapes_it(scaled):
         assert f'id="{outcome.claim.name}"' in page
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_data():
     first, second = (
         answers_of(subject(), seeds=2, steps=10, rates=(0.01, 0.1)).to_json() for _ in range(2)
@@ -354,6 +357,7 @@ def test_markdown_has_every_verdict(scaled):
     assert text.count("\n| ") == len(scaled.found) + 1
 
 
+@pytest.mark.slow
 def test_charts_hold_numbers_of_declared_series(scaled, idle):
     for answers in (scaled, idle):
         for outcome in answers.outcomes:
@@ -363,6 +367,7 @@ def test_charts_hold_numbers_of_declared_series(scaled, idle):
                 json.dumps(chart.rows, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_users_data_are_left_as_they_were():
     batches = blobs()
     before = [(x.clone(), y.clone()) for x, y in batches]

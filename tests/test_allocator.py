@@ -27,6 +27,7 @@ print(first, tuned, faults(30 << 20), bool(tuning))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_large_tensors_are_made_of_kept_memory_while_tuned_and_of_new_memory_before_and_after():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)

@@ -298,6 +298,7 @@ OBJECT = b"cm\nA\n)\x81"
 MODULE = OBJECT + b"}(" + text("_parameters") + b"}" + text("_buffers") + b"}u" + text("_modules") + b"}" + text("a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
@@ -325,6 +326,7 @@ def test_calls_inside_calls_end_in_a_refusal(tmp_path):
     assert "got RecursionError" in refused(tmp_path, zipped(b"\x80\x02" + program))
 
 
+@pytest.mark.slow
 def test_objects_without_an_end_are_read(tmp_path):
     """An object that is its own attribute, a module that is its own child, a dict of attributes for all."""
     own = OBJECT + b"q\x00}" + text("me") + b"h\x00sb"
@@ -394,6 +396,7 @@ def wholes() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_and_changed_files_are_read_or_refused(tmp_path, kind):
     chance, whole = random.Random(kind), wholes()[kind]
@@ -404,6 +407,7 @@ def test_truncated_and_changed_files_are_read_or_refused(tmp_path, kind):
         harmless(tmp_path, bytes(data[: chance.choice([len(data), chance.randrange(len(data))])]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_random_programs_are_read_or_refused(tmp_path, seed):
     chance = random.Random(seed)
@@ -418,6 +422,7 @@ def test_random_programs_are_read_or_refused(tmp_path, seed):
             harmless(tmp_path, b"\x80\x02" + program + b".")
 
 
+@pytest.mark.slow
 def test_random_changes_of_a_pickle_are_read_or_refused(tmp_path):
     """Changed before the CRC is taken, so that the machine itself meets them."""
     chance, whole = random.Random(1), saved({"model": trained().state_dict(), "epoch": {1, 2}})
@@ -431,6 +436,7 @@ def test_random_changes_of_a_pickle_are_read_or_refused(tmp_path):
         harmless(tmp_path, zipped(bytes(data), **{f"_{key}": value for key, value in records.items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_hostile_pickles_are_read_or_refused_and_nothing_is_run(tmp_path, seed):
     """``python tests/hostile_pickles.py 100000`` reads more of them."""

@@ -338,6 +338,7 @@ def test_a_functions_default_and_what_a_call_leaves_out(tmp_path):
     assert "v is left out by the call" in stored.unread["running_var"]
 
 
+@pytest.mark.slow
 def test_functions_that_call_each_other_without_end_are_refused(tmp_path):
     twice = [helper.make_node(f"F{(i + 1) % 2}", ["x"], ["y"], domain="mine") for i in range(2)]
     functions = [function(f"F{i}", [twice[i]] * 2, ("x",)) for i in range(2)]
@@ -407,6 +408,7 @@ def test_without_onnx_the_message_says_what_to_install(tmp_path, monkeypatch):
         reading(tmp_path, model([node()], initializers()))
 
 
+@pytest.mark.slow
 def test_damaged_models_are_refused_and_nothing_else_is_raised(tmp_path):
     chance = random.Random(0)
     whole = model([node()], initializers()).SerializeToString()

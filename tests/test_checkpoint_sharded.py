@@ -67,6 +67,7 @@ def plain(folder):
     return read(folder / "plain.pt").layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp.1.0", "cut.1.0", "whole.1.0", "whole.2.0", "whole.2.1", "full.1", "full.2"])
 def test_a_shard_that_is_all_of_its_tensor_is_read(folder, plain, name):
     assert read(folder / f"{name}.pt").layers == plain

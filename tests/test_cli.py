@@ -29,6 +29,7 @@ def test_start_up_loads_no_heavy_package(code):
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
+@pytest.mark.slow
 def test_the_start_up_test_can_fail():
     check = "from batchnorm import Moments\nimport sys\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
@@ -95,6 +96,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(run_settings, "RunSettings", Quick)
 
 
+@pytest.mark.slow
 def test_why_prints_criteria_then_verdicts_then_the_report(quick, tmp_path):
     target = tmp_path / "why.html"
     result = call("why", "--claim", "hidden", "--seeds", "2", "-o", str(target))
@@ -105,6 +107,7 @@ def test_why_prints_criteria_then_verdicts_then_the_report(quick, tmp_path):
     assert target.exists()
 
 
+@pytest.mark.slow
 def test_json_output_is_alone_on_standard_output_and_repeats_exactly(quick, tmp_path):
     from batchnorm.lecture.rate_sweep import sweep
 

@@ -356,6 +356,7 @@ def test_a_missing_package_is_named_with_what_installs_it(folder, monkeypatch):
     assert judged("clean").exit_code == 0
 
 
+@pytest.mark.slow
 def test_help_loads_no_torch_and_a_pipe_of_ascii_shows_the_words(folder):
     code = (
         "import sys\nfrom batchnorm.cli import main\n"

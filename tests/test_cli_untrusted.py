@@ -135,6 +135,7 @@ def test_ctrl_c_is_no_finding(folder):
     assert forked.command("doctor", "mine.py:interrupted").returncode == 130
 
 
+@pytest.mark.slow
 def test_what_the_user_s_code_prints_stays_out_of_the_output(folder):
     done = forked.command("doctor", "mine.py:sick", "--output-format", "json")
     assert json.loads(done.stdout)["findings"][0]["code"] == "BN103"
@@ -169,6 +170,7 @@ def test_no_name_steers_what_shows_it(form, name):
         assert all(line.startswith(("::error ", "::warning ", "::notice ")) for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_the_next_command_is_one_that_can_be_typed(folder):
     name = "a b;touch pwned.pt"
     shutil.copy("sick.pt", name)
@@ -179,6 +181,7 @@ def test_the_next_command_is_one_that_can_be_typed(folder):
     assert "next: batchnorm fix mine.py:sick --weights sick.pt --data data.py:train_loader --diff" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model_with_weights_has_its_place_in_its_file(folder):
     done = forked.command("doctor", "mine.py:sick", "--weights", "sick.pt", "--output-format", "sarif")
     place = json.loads(done.stdout)["runs"][0]["results"][0]["locations"][0]["physicalLocation"]

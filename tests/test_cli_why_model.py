@@ -146,6 +146,7 @@ def test_rates_are_two_positive_numbers_or_more(rates):
     assert "two positive numbers or more" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_the_plan_and_the_criteria_come_first_then_the_answers(folder):
     result = why(*MAKE)
     assert result.exit_code == 0, result.output
@@ -155,6 +156,7 @@ def test_the_plan_and_the_criteria_come_first_then_the_answers(folder):
     assert (folder / "why.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_json_is_alone_on_standard_output_and_repeats_exactly():
     outputs = [why(*MAKE, "-o", f"{name}.json", "--output-format", "json").stdout for name in "ab"]
     assert outputs[0] == outputs[1]
@@ -165,6 +167,7 @@ def test_json_is_alone_on_standard_output_and_repeats_exactly():
     assert data["model"] == "net.py:make"
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_for_a_model_that_gives_a_tuple(folder):
     result = why("net.py:Pair", "--data", "net.py:batches", "--loss", "net.py:loss", "-o", "a.md")
     assert result.exit_code == 0, result.output
@@ -191,6 +194,7 @@ def test_a_model_that_is_one_already_may_be_looked_at():
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_with_weights_the_checkpoint_answers_what_needs_no_training(folder):
     exec(CODE, space := {})
     torch.save(space["make"]().state_dict(), folder / "w.pt")

@@ -65,6 +65,7 @@ def codes(model, batches):
     return {finding.code for finding in examine(model, batches, max_examples=None).findings} & CODES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("examples", [129, 1024])
 def test_exact_statistics_are_called_neither_stale_nor_shifted_on_any_law(law, examples):

@@ -75,6 +75,7 @@ def test_a_safe_remedy_mends_its_finding_and_keeps_eval_outputs(name, tmp_path):
     torch.testing.assert_close(after, before, rtol=0, atol=8 * torch.finfo(torch.float32).eps * before.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURED)
 def test_data_mend_a_finding(name, tmp_path):
     model, code = sick(name, tmp_path), name.split()[0]
@@ -92,6 +93,7 @@ def test_what_is_unsafe_is_done_only_when_asked_for(name, tmp_path):
     assert eval_output(treated).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*SAFE, *MEASURED, *UNSAFE}))
 @pytest.mark.parametrize("with_data", [False, True])
 def test_the_original_is_not_changed_and_a_second_treatment_changes_nothing(name, with_data, tmp_path):
@@ -102,6 +104,7 @@ def test_the_original_is_not_changed_and_a_second_treatment_changes_nothing(name
     assert look(treat(once, data=data, unsafe=True)) == look(once)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*SAFE, *MEASURED, *UNSAFE}))
 def test_weights_outside_of_batch_norm_are_never_touched(name, tmp_path):
     model = sick(name, tmp_path)
@@ -163,6 +166,7 @@ def test_a_sick_frozen_layer_is_measured_and_stays_frozen():
     assert treated.stem.training
 
 
+@pytest.mark.slow
 def test_the_count_after_a_measurement_does_not_read_as_few_updates():
     kept = treat(changed(running_var=NAN), data=batches())
     assert int(layer_of(kept).num_batches_tracked) == 100  # of the training: 8 batches would leave 43 %
@@ -174,6 +178,7 @@ def test_a_one_shot_iterator_is_read_once_and_used_several_times():
     assert layer_of(treated).running_var.isfinite().all()
 
 
+@pytest.mark.slow
 def test_what_a_layer_in_front_breaks_is_measured_once_unsafe_mends_it():
     model = changed(weight=NAN)
     model.body[1].running_var[0] = NAN

@@ -271,6 +271,7 @@ d.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_tensors_that_each_rank_has_is_monitored_as_a_plain_one():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     port = str(20000 + (os.getpid() + 7) % 20000)

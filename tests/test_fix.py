@@ -310,6 +310,7 @@ def test_lightning_names_stay(folder):
 # -- with a model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_measured_statistics_go_into_the_checkpoint_with_everything_else(folder):
     saved = checkpoint_of_a_loop()
     saved["state_dict"]["head.weight"][0, 0] = 0

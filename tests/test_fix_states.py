@@ -121,6 +121,7 @@ FILES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "places"), FILES.values(), ids=FILES)
 def test_every_state_is_measured_on_its_own_weights_and_written_to_its_place(folder, make, places):
     torch.save(make(), "f.pt")
@@ -144,6 +145,7 @@ def test_every_state_is_measured_on_its_own_weights_and_written_to_its_place(fol
     assert "each by itself" in told
 
 
+@pytest.mark.slow
 def test_the_state_that_is_named_is_treated_alone_and_the_exit_code_is_true(folder):
     torch.save({"model": A, "model_ema": B}, "f.pt")
     code, told = fix("f.pt", "--state", "model_ema")
@@ -206,6 +208,7 @@ def test_a_file_alone_is_mended_in_every_state_or_in_one(folder):
     assert (after["net"]["stem.1.running_var"][3] < 0, after["q"]["stem.1.running_var"][3] == 0) == (True, True)
 
 
+@pytest.mark.slow
 def test_states_in_safetensors_are_treated_too(folder):
     tensors = {**under("model.", A), **under("ema.", B)}
     save_file({key: value.clone() for key, value in tensors.items()}, "f.safetensors")

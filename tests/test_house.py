@@ -41,6 +41,7 @@ def test_a_bug_can_be_planted(bug):
     assert bug.instead != bug.text
 
 
+@pytest.mark.slow
 def test_no_modules_need_each_other_not_even_for_types():
     source = surface.ROOT / "src"
     every = [sizes.File(path, source) for path in sorted(source.rglob("*.py"))]

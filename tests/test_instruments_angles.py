@@ -70,6 +70,7 @@ def test_random_gradients_and_adamw_hold_the_angle_of_equilibrium(beta: float):
     assert found.time_constant == pytest.approx(1 / (2 * rate * decay))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, bn.BatchNorm1d])
 def test_a_network_with_batch_norm_comes_within_5_percent_of_equilibrium(norm: type):
     net = nn.Sequential(

@@ -106,6 +106,7 @@ d.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_fsdp2_shards_is_watched_and_probed() -> None:
     [done] = forked.run_world(FSDP, world=1)
     assert done.stdout.split() == ["survived", "20"], done.stderr[-2000:]

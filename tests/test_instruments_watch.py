@@ -581,6 +581,7 @@ def told_of(layer: nn.Module, data: Iterable[Tensor], folder: Path) -> set[str]:
     return {event["code"] for event in Log(folder).rows("event")}
 
 
+@pytest.mark.slow
 def test_rare_large_examples_make_no_statistics_stale(tmp_path: Path) -> None:
     assert "BN116" not in told_of(nn.BatchNorm1d(16), spikes(1500), tmp_path)
 

@@ -58,6 +58,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_unasked_and_every_missing_library_is_named_with_what_to_type() -> None:
     program = WITHOUT.format(libraries=sorted(LIBRARIES))
     told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout

@@ -127,6 +127,7 @@ def test_many_layers_go_in_batches(mlflow: Any) -> None:
     assert history(mlflow, sink.run_id, "batchnorm/noise/layer1000") == [(3, 1000.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

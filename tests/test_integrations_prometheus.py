@@ -170,6 +170,7 @@ def test_a_registry_that_is_gone_is_forgotten() -> None:
     assert len(_collectors) == before
 
 
+@pytest.mark.slow
 def test_scrapes_beside_a_running_model_are_whole_and_find_every_shift() -> None:
     registry, model, stop = CollectorRegistry(), made(), threading.Event()
     monitor = watching(model)

@@ -78,6 +78,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 3}, {"bf16": True}], ids=str)
 def test_a_watched_training_gives_the_same_weights_bit_for_bit(arguments: dict[str, Any], tmp_path: Path) -> None:
     alone = trained(tmp_path, **arguments)
@@ -92,6 +93,7 @@ def test_a_watched_training_gives_the_same_weights_bit_for_bit(arguments: dict[s
     assert 0.3 < log.rows("progress")[-1]["values"]["loss"] < 3
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_frozen_though_every_step_sets_train_mode(tmp_path: Path) -> None:
     model = trained(tmp_path, BatchNormCallback(), change=lambda model: bn.freeze(model.stem))
     assert int(model.get_buffer("stem.1.num_batches_tracked")) == 0
@@ -100,6 +102,7 @@ def test_frozen_layers_stay_frozen_though_every_step_sets_train_mode(tmp_path: P
     assert int(thawed.get_buffer("stem.1.num_batches_tracked")) == 36
 
 
+@pytest.mark.slow
 def test_statistics_are_measured_when_training_ends(tmp_path: Path) -> None:
     alone, model = trained(tmp_path), trained(tmp_path, BatchNormCallback(recalibrate=True))
     assert_measured(model)
@@ -107,6 +110,7 @@ def test_statistics_are_measured_when_training_ends(tmp_path: Path) -> None:
     assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_labels_are_kept_from_a_model_that_takes_none(tmp_path: Path) -> None:
     def loss(outputs: dict[str, Tensor], labels: Tensor, **_: Any) -> Tensor:
         return F.cross_entropy(outputs["logits"], labels)
@@ -124,11 +128,13 @@ def assert_measured(model: nn.Module) -> None:
             torch.testing.assert_close(model.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_some_examples_are_enough_if_so_wanted(tmp_path: Path) -> None:
     model = trained(tmp_path, BatchNormCallback(recalibrate=True, max_examples=16))
     assert int(model.get_buffer("stem.1.num_batches_tracked")) == 2
 
 
+@pytest.mark.slow
 def test_a_training_that_failed_is_ended_by_the_next_one(tmp_path: Path) -> None:
     class Broken(Rows):
         def __getitem__(self, i: int) -> dict[str, Tensor]:

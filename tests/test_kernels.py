@@ -128,6 +128,7 @@ def test_third_derivatives_agree_with_finite_differences():
     assert gradgradcheck(first, inputs)
 
 
+@pytest.mark.slow
 def test_derivatives_in_a_strided_layout_are_the_same():
     x = torch.randn(4, 2, 3, 2, dtype=torch.float64)
     for layout in LAYOUTS[1:4]:
@@ -289,6 +290,7 @@ def test_the_forward_operator_passes_opcheck_without_values():
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", [*SAMPLES.values(), (torch.randn(0, 3, 2), True, True)], ids=[*SAMPLES, "empty"])
 def test_the_backward_operator_passes_opcheck(sample):
     x, gamma, _ = tracked(*arguments(*sample))

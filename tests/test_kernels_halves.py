@@ -45,6 +45,7 @@ def by_halves(kernel, grad, x, layer, residual):
     return y, statistics, (d_x, *sums.flip(0), g)
 
 
+@pytest.mark.slow
 @kernels
 @layouts
 @dtypes

@@ -338,6 +338,7 @@ OPERATORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("act", "x", "with_residual"), OPERATORS.values(), ids=OPERATORS)
 def test_the_operators_pass_opcheck(act, x, with_residual):
     x, gamma, beta, r, grad = (

@@ -335,6 +335,7 @@ def test_a_batch_that_moves_nothing_is_told_as_such_to_recorders():
     assert not torch.equal(state["running_mean"][1:], before["running_mean"][1:])
 
 
+@pytest.mark.slow
 def test_a_trained_program_loads_in_a_process_that_imports_batchnorm_behind_torch(tmp_path):
     path = tmp_path / "train.pt2"
     torch.export.save(torch.export.export(nn.Sequential(layer(True)), (images(),)), path)
@@ -343,6 +344,7 @@ def test_a_trained_program_loads_in_a_process_that_imports_batchnorm_behind_torc
     assert done.stdout.strip() == "ExportedProgram", done.stderr
 
 
+@pytest.mark.slow
 def test_the_compiler_is_not_loaded_for_our_operators():
     code = "import torch, sys, batchnorm.layers; print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -298,6 +298,7 @@ def test_charts_are_json_able_and_finite_and_declare_their_series():
         assert chart.alt
 
 
+@pytest.mark.slow
 def test_the_picture_shows_ten_silhouettes_in_five_paintings():
     row = quick()[0].charts[0].rows[0]
     pixels = decoded(base64.b64decode(row["png"]))
@@ -314,6 +315,7 @@ def test_progress_rises_to_one():
     assert steps[-1] == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_numbers_whatever_the_threads_and_leaves_the_random_state_and_threads_alone():
     threads = torch.get_num_threads()
     torch.manual_seed(99)
@@ -384,6 +386,7 @@ def test_a_monitor_that_has_only_the_model_hears_coloured_cats_and_not_black_one
     assert last > 2 > found.mean("evidence", "black", tested_on_other_cats.STREAM)
 
 
+@pytest.mark.slow
 def test_a_guarded_adapter_repairs_coloured_cats_and_leaves_black_ones_alone():
     black, part = tested_on_other_cats.painted("black", 0), parts(0)
     torch.manual_seed(0)

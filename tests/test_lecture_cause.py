@@ -189,6 +189,7 @@ def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) ->
     json.dumps(result.numbers, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_noise_moves_what_layer_3_receives_and_half_of_it_less(result: Result) -> None:
     full, half, none = (
         next(row["value"] for row in result.charts[1].rows if row["label"] == CALLED[arm])
@@ -204,6 +205,7 @@ def test_the_noise_is_the_only_thing_that_an_arm_adds() -> None:
     assert set(rate_sweep.BOTH) == {"without", "with"}
 
 
+@pytest.mark.slow
 def test_a_run_repeats_whatever_came_before_and_leaves_the_random_state_alone(result: Result) -> None:
     rate_sweep.sweep.cache_clear()
     torch.manual_seed(5)

@@ -58,6 +58,7 @@ def test_texts_are_there(name):
     assert claim.sources
 
 
+@pytest.mark.slow
 def test_charts_hold_numbers_that_json_takes_of_declared_series(result):
     assert result.charts
     for chart in result.charts:
@@ -82,6 +83,7 @@ def test_progress_rises_to_one(result, progress):
     assert progress[-1] == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_numbers_and_leaves_the_random_state_alone(name, result):
     sweep.cache_clear()
     torch.manual_seed(12345)

@@ -154,6 +154,7 @@ def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
     assert float(third_layer._distances(seen).max()) < 200 * EPS32
 
 
+@pytest.mark.slow
 def test_every_criterion_of_the_claim_is_judged_the_main_one_first(result: Result) -> None:
     judged = [verdict.criterion.key for verdict in result.verdicts]
     assert judged == [key for key in CRITERIA if key.startswith("layer3-")]
@@ -202,6 +203,7 @@ def test_titles_state_the_measured_drift(result: Result) -> None:
     assert float(normed) == pytest.approx(drifts[1], rel=0.05)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()

@@ -212,6 +212,7 @@ def one_network(ensemble: Ensemble, index: int) -> nn.Module:
     return net
 
 
+@pytest.mark.slow
 def test_the_effect_is_the_difference_of_test_losses_of_networks_taken_one_by_one(result: Result) -> None:
     def test_loss(size: int, index: int) -> float:
         net = one_network(train_arm(QUICK, partial(GhostNorm, size=size)).ensemble, index)

@@ -184,12 +184,14 @@ def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) ->
     json.dumps(result.numbers, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_rate_times_beta_hat_and_the_cosine_are_always_told(result: Result) -> None:
     for at in ("equal rate", "best rate"):
         for arm in ("without", "with"):
             assert {f"{name}, {at}, {arm} batch norm" for name in ("rate × beta-hat", "cosine")} <= set(result.numbers)
 
 
+@pytest.mark.slow
 def test_the_title_states_the_measured_ratio(result: Result) -> None:
     label = {"label": "beta-hat", "series": "equal rate"}
     log2 = next(row["value"] for row in result.charts[0].rows if label.items() <= row.items())
@@ -197,6 +199,7 @@ def test_the_title_states_the_measured_ratio(result: Result) -> None:
     assert stated == pytest.approx(2**log2, rel=0.05)  # two figures
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
     rate_sweep.sweep.cache_clear()
     torch.manual_seed(5)

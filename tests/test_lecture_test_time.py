@@ -51,6 +51,7 @@ def one_network(trained: Trained, index: int) -> nn.Module:
     return net
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_result_whatever_ran_before(result: Result) -> None:
     mini_batch_noise.measure_noise(mini_batch_noise.train_arm(QUICK, BatchNorm1d).ensemble, QUICK)
     torch.manual_seed(12345)
@@ -121,6 +122,7 @@ def test_flip_rate_is_zero_where_all_agree_and_one_where_no_two_do() -> None:
     assert disagreement(different).tolist() == [1.0]
 
 
+@pytest.mark.slow
 def test_train_mode_refuses_a_batch_of_one_and_the_numbers_say_so(result: Result) -> None:
     said = result.numbers["a batch of 1 in train mode"]
     assert (

@@ -113,6 +113,7 @@ def test_addition_gives_the_moments_of_both_parts_in_either_order(a, b):
     assert_moments_of(measure(b) + measure(a), together(a, b))
 
 
+@pytest.mark.slow
 @given(piece(), piece(), piece())
 def test_addition_may_be_grouped_in_any_way(a, b, c):
     x, y, z = measure(a), measure(b), measure(c)

@@ -241,6 +241,7 @@ def test_a_class_built_on_a_frozen_one_cannot_be_unfrozen_and_says_so():
     assert type(unfreeze(layer)) is nn.BatchNorm1d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_compiled_model_follows_freeze_and_unfreeze(make):
     net = small_net(make)

@@ -60,6 +60,7 @@ def both_ways(model: nn.Module, batches, measure=recalibrate, **options) -> str:
     return found.restarted
 
 
+@pytest.mark.slow
 @given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=7), depth=st.integers(1, 4), seed=st.integers(0, 99))
 def test_waiting_and_restarted_forwards_give_the_same_bits(sizes, depth, seed):
     torch.manual_seed(seed)
@@ -420,6 +421,7 @@ class Fails(Stack):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("sizes", [(3, 4), (4, 3), (4, 5, 4, 3, 4)], ids=str)
 def test_a_forward_that_fails_ends_all_others_and_leaves_the_model_as_it_was(sizes, error):

@@ -77,6 +77,7 @@ def test_every_layer_stores_the_statistics_of_the_whole_data_set_behind_finished
         assert net.get_submodule(path).running_var.equal(moments.unbiased_var)
 
 
+@pytest.mark.slow
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8), order=st.randoms(use_true_random=False))
 def test_neither_the_batch_sizes_nor_the_order_of_examples_matter(sizes, order):
     torch.manual_seed(0)
@@ -341,6 +342,7 @@ def test_the_one_pass_estimate_takes_a_batch_of_one():
     assert net[0].running_mean.tolist() == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_before_is_measured_too():
     net, x = conv_net(), images()
     twin = copy.deepcopy(net)

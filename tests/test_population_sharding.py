@@ -102,6 +102,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "moment", "world"), CASES)
 def test_looks_at_a_sharded_model_say_what_they_say_of_the_whole_one(kind, moment, world, tmp_path):
     check(kind, moment, world, tmp_path)

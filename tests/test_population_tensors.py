@@ -165,6 +165,7 @@ def test_a_model_inside_of_a_transform_can_be_looked_at():
     assert all(torch.equal(looked[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_the_process_survives_a_look_at_memory_that_is_given_back():
     code = (
         "import torch, batchnorm as bn; from torch import nn\n"

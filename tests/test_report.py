@@ -116,6 +116,7 @@ def test_a_verdict_without_an_estimate_shows_its_guard_and_no_interval():
     assert "interval nan" not in text
 
 
+@pytest.mark.slow
 def test_every_verdict_that_does_not_support_its_claim_is_listed_at_the_end(page):
     text = words(page.split('aria-labelledby="does-not-hold"')[1].split("</section>")[0])
     for outcome in sample().outcomes:
@@ -165,6 +166,7 @@ def test_no_drawing_repeats_itself_to_a_screen_reader(page):
     assert page.count("<svg") == page.count('aria-hidden="true"')
 
 
+@pytest.mark.slow
 def test_names_in_the_page_are_unique_and_links_lead_somewhere(page):
     names = re.findall(r'\bid="([^"]+)"', page)
     assert len(names) == len(set(names))

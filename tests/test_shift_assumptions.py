@@ -37,6 +37,7 @@ def states(found: Assumptions) -> dict[str, str]:
     return {condition.name: condition.state for condition in found.conditions}
 
 
+@pytest.mark.slow
 def test_all_hold_on_clean_normal_data(net: nn.Module) -> None:
     before = fingerprint(net)
     found = check(ShiftMonitor(net), batches(8192))
@@ -71,6 +72,7 @@ def test_what_is_off_by_how_much_is_what_numpy_measures(net: nn.Module) -> None:
     assert f"standard error {error[at]:.2g};" in told
 
 
+@pytest.mark.slow
 def test_stored_variances_that_are_short_are_broken_and_larger_ones_are_not() -> None:
     for factor, state in ((0.6, "broken"), (1.5, "holds")):
         other = network(normal)
@@ -80,6 +82,7 @@ def test_stored_variances_that_are_short_are_broken_and_larger_ones_are_not() ->
         assert states(check(ShiftMonitor(other), batches(2048)))[VARIANCES] == state
 
 
+@pytest.mark.slow
 def test_tails_are_doubtful_and_no_condition_of_a_calibrated_reference() -> None:
     model, random = network(bursts), torch.Generator().manual_seed(4)
     data = list(bursts(2048, random).split(64))
@@ -154,6 +157,7 @@ def call(*args: str, env: dict[str, str] | None = None):
     return CliRunner().invoke(main, ["shift", *args], prog_name="batchnorm", env=env)
 
 
+@pytest.mark.slow
 def test_exit_codes_and_text(folder) -> None:
     good = call("assumed.py:model", "--check-assumptions", "assumed.py:plenty")
     assert (good.exit_code, "made" in good.stdout) == (0, False), good.output

@@ -138,6 +138,7 @@ def test_a_bag_that_the_stream_does_not_grow_breaks_the_promise() -> None:
     assert rang[False] > alpha + error
 
 
+@pytest.mark.slow
 def test_scores_learned_on_the_observations_in_the_bag_break_the_law() -> None:
     """Fifty observations of 600 channels: each is nearer to a center that it had a part in than new ones are."""
     random = torch.Generator().manual_seed(3)

@@ -735,6 +735,7 @@ def test_the_first_moved_layer_and_its_channels_are_named(layer: int) -> None:
     assert hint(table, stream.limit) == expected[layer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promise", [{"alpha": 0.01, "arl": None}, {"alpha": 0.01, "arl": 1e4}])
 def test_what_moved_is_told_by_observations_since_the_change(
     caplog: pytest.LogCaptureFixture, promise: dict[str, float | None]
@@ -751,6 +752,7 @@ def test_what_moved_is_told_by_observations_since_the_change(
     assert all(layer.w2 == pytest.approx(0.5, abs=0.15) for layer in stream.table())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arl", [None, 1e5])
 def test_after_a_long_clean_past_too(caplog: pytest.LogCaptureFixture, arl: float | None) -> None:
     """Recent observations stay recent: the least of the evidence is met again and again, or forgotten."""

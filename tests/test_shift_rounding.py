@@ -48,6 +48,7 @@ def of_few_kinds(seed: int, rounding: float) -> float:
     return largest
 
 
+@pytest.mark.slow
 def test_inputs_of_few_kinds_may_be_rounded_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(of_few_kinds(seed, 1e-5) < LIMIT for seed in range(20))
     assert of_few_kinds(0, 0.5) > LIMIT  # what is more than rounding rings
@@ -56,6 +57,7 @@ def test_inputs_of_few_kinds_may_be_rounded_otherwise(monkeypatch: pytest.Monkey
     assert any(of_few_kinds(seed, 1e-5) > LIMIT for seed in range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_a_network_that_is_calibrated_in_large_batches_may_serve_in_small_ones(size: int) -> None:
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ def test_it_falls_with_the_number_of_observations_and_is_finite(calibration: int
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", [0, 600])
 def test_a_stream_that_moved_by_half_as_much_again_rings_in_most_cases(
     calibration: int, caplog: pytest.LogCaptureFixture

@@ -146,6 +146,7 @@ def test_of_the_benchmarks_worlds_the_one_with_exponentials_of_normal_columns_is
     sys.modules.pop("worlds")
 
 
+@pytest.mark.slow
 def test_one_normal_channel_is_within_the_limit() -> None:
     """The heaviest of normal layers: m = E z^4 = 3."""
     layer = nn.BatchNorm1d(1).eval()

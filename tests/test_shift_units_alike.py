@@ -30,6 +30,7 @@ def net() -> nn.Module:
     return net.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [4, None])
 @pytest.mark.parametrize(("calibrated", "served"), [(64, 64), (64, 8), (8, 64), (64, 1), (5, 7)])
 def test_clean_batches_of_another_size_raise_no_alarm(
@@ -76,6 +77,7 @@ def test_batches_that_are_too_small_are_put_together() -> None:
     assert [part.flatten().tolist() for part in found] == [[], [1.5], [], [7.5]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_clean_runs_of_keys_raise_no_alarm_in_batches_of_any_size(net: nn.Module, size: int) -> None:
     def keys(x: Tensor) -> list[float]:

@@ -105,6 +105,7 @@ def test_the_state_dict_is_that_of_the_architecture_without_batch_norm():
     assert torch.equal(plain(x), folded(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["deepcopy", "pickle"])
 def test_a_folded_model_is_copied_and_stored_with_its_way_back(kind):
     model, x = net()
@@ -117,6 +118,7 @@ def test_a_folded_model_is_copied_and_stored_with_its_way_back(kind):
     close(copied, model, x)
 
 
+@pytest.mark.slow
 def test_a_folded_model_is_compiled_and_exported():
     model, x = net()
     folded = quiet(convert(model, fuse=True, example=x), x)

@@ -175,6 +175,7 @@ def test_another_word_for_memory_is_refused():
         convert(nn.BatchNorm1d(3), memory="less")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_leaves_memory_to_the_compiler():
     x = image()
     net = convert(trained(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), x), fuse=True, memory="save")

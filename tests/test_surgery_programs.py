@@ -6,6 +6,7 @@ import operator
 import warnings
 from itertools import chain
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, event, example, given, settings
@@ -59,6 +60,7 @@ class Program(nn.Module):
         return values[-1]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(PROGRAMS)
 @example([("bn0", 1, 1), ("+=", 1, 3), ("relu", 1, 1), ("bn1", 1, 1)])

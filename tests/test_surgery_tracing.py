@@ -384,6 +384,7 @@ def test_a_graph_module_keeps_its_graph():
     assert_same(traced, result, x)
 
 
+@pytest.mark.slow
 def test_a_fused_model_can_be_traced_compiled_and_exported():
     x = image()
     net = convert(trained(ResNet(), x), fuse=True, example=x).eval()

@@ -45,6 +45,7 @@ def test_tensors_on_the_cpu_are_left_to_others():
     assert not kernels.supports(torch.randn(4, 6, 5, 5))
 
 
+@pytest.mark.slow
 def test_without_triton_the_module_imports_and_supports_nothing():
     program = """
 import sys, torch
@@ -63,6 +64,7 @@ def test_a_few_channels_fill_a_gpu(layout):
     assert cut.parts * -(-3 // cut.c) >= 2 * 132  # multiprocessors of an H100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [("cuda", 80, 32), ("hip", "gfx942", 64)], ids=["A100", "MI300"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "act", "param"),
