@@ -61,7 +61,7 @@ def _in_own_process(what: str, side: str) -> dict[str, float]:
 
 
 def _step(side: str) -> dict[str, float]:
-    case, inputs = bench.CASES["step"], bench.Inputs.of(STEP)
+    case, inputs = bench.CASES["step"], bench.CaseInputs.of(STEP)
     layer = bench.layers(STEP, "float32", case)["ours" if side == "ours" else "torch"]
     run = layer if side == "ours" else bench.composed(case, layer, inplace=side == "torch in place")
     call = bench.call(case, run, list(layer.parameters()), inputs)

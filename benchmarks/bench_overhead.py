@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _row(mode: str, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    field = bench.contestants(bench.CASES[mode], bench.Inputs.of(shape))
+    field = bench.contestants(bench.CASES[mode], bench.CaseInputs.of(shape))
     with timing.others() as busy:
         run = timing.race({side: field[side] for side in ("ours", "torch")}, rounds=rounds)
     times = {f"{side}_us": spread_of(run.time({side: 1}), 1e6) for side in run.seconds}

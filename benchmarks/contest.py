@@ -21,7 +21,7 @@ AGREES = 0.02  # bfloat16 has two and a half digits
 def layer_row(entry: Entry, peers: Sequence[Peer], *, compiled: bool, **limits: Any) -> dict[str, Any]:
     """Our layer against torch's, compiled where asked, and the peers."""
     case = bench.CASES[entry.case]
-    inputs = bench.Inputs.of(entry.shape, entry.dtype, channels_last=entry.channels_last)
+    inputs = bench.CaseInputs.of(entry.shape, entry.dtype, channels_last=entry.channels_last)
     field = bench.contestants(case, inputs) | _more_of_torch(entry, inputs, compiled=compiled)
     present, absent = _prepared(entry, peers)
     with paired_timing.others([peer.pid for peer in peers]) as busy:
@@ -62,7 +62,7 @@ def _spelled(sum_: Mapping[str, int]) -> str:
     return " + ".join(name if times == 1 else f"{times} {name}" for name, times in sum_.items())
 
 
-def _more_of_torch(entry: Entry, inputs: bench.Inputs, *, compiled: bool) -> dict[str, paired_timing.Contestant]:
+def _more_of_torch(entry: Entry, inputs: bench.CaseInputs, *, compiled: bool) -> dict[str, paired_timing.Contestant]:
     """torch.nn's layer with sum and ReLU in place, and the whole compiled, before anything is timed."""
     case = bench.CASES[entry.case]
     field = {}
@@ -110,7 +110,7 @@ def _means(asked: Mapping[str, Any]) -> dict[str, float]:
     """Mean absolute y and gradient of x for the inputs that peers use, computed by torch.nn in float32."""
     case = bench.CASES[asked["case"]]
     given = [torch.from_numpy(values) for values in arrays({**asked, "channels_last": False})]
-    inputs = bench.Inputs(given[0].requires_grad_(), given[1].requires_grad_(), given[2])
+    inputs = bench.CaseInputs(given[0].requires_grad_(), given[1].requires_grad_(), given[2])
     layer = bench.layers(asked["shape"], "float32", case)["torch"]
     run = bench.composed(case, layer)
     y = run(inputs.x, inputs.residual) if case.residual else run(inputs.x)

@@ -12,7 +12,7 @@ TINY = ((4, 3), (2, 3, 4), (2, 3, 4, 4), (2, 3, 2, 2, 2))
 @pytest.mark.parametrize("shape", TINY, ids=str)
 @pytest.mark.parametrize("name", bench.CASES)
 def test_both_sides_of_a_case_compute_the_same(name, shape):
-    case, inputs = bench.CASES[name], bench.Inputs.of(shape)
+    case, inputs = bench.CASES[name], bench.CaseInputs.of(shape)
     sides = bench.layers(shape, "float32", case)
     results = []
     for run in (
@@ -28,7 +28,7 @@ def test_both_sides_of_a_case_compute_the_same(name, shape):
 
 
 def test_no_gradient_adds_up_in_the_inputs():
-    inputs = bench.Inputs.of((4, 3))
+    inputs = bench.CaseInputs.of((4, 3))
     case = bench.CASES["residual"]
     layer = bench.layers((4, 3), "float32", case)["ours"]
     bench.call(case, layer, list(layer.parameters()), inputs)()
@@ -39,7 +39,7 @@ def test_no_gradient_adds_up_in_the_inputs():
 @pytest.mark.parametrize("dtype", bench.DTYPES)
 def test_inputs_have_their_type_and_layout(dtype):
     for shape, layout in (((2, 3, 4, 4), torch.channels_last), ((2, 3, 2, 2, 2), torch.channels_last_3d)):
-        inputs = bench.Inputs.of(shape, dtype, channels_last=True)
+        inputs = bench.CaseInputs.of(shape, dtype, channels_last=True)
         for tensor in (inputs.x, inputs.residual, inputs.grad):
             assert tensor.dtype == getattr(torch, dtype)
             assert tensor.is_contiguous(memory_format=layout)

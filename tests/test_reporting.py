@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from batchnorm.cli import main
 from batchnorm.reporting import formats
-from batchnorm.reporting.blocks import Code, Facts, Items, Table, Text
+from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.formats import FORMATS, Format, by_suffix, chosen, rendered
 from batchnorm.reporting.html import fragment
@@ -95,8 +95,8 @@ def test_one_rule_for_widths(monkeypatch, terminal, expected):
     assert columns(to_file=True) == 80
 
 
-WIDE = Table(("name", "kind", "n"), [("stage" * 20, "component means", "1"), ("a", "b", "1,000")], words=2)
-LONG = Table(("key", "sentence", "n"), [("k", "one two three " * 10, "1"), ("key-2", "b", "1,000")], words=2)
+WIDE = TextTable(("name", "kind", "n"), [("stage" * 20, "component means", "1"), ("a", "b", "1,000")], words=2)
+LONG = TextTable(("key", "sentence", "n"), [("k", "one two three " * 10, "1"), ("key-2", "b", "1,000")], words=2)
 
 
 @pytest.mark.parametrize("table", [WIDE, LONG])
@@ -119,14 +119,14 @@ def test_a_long_name_is_cut_at_its_beginning_and_a_long_sentence_is_broken():
 @pytest.mark.parametrize("bad", ["<script>", "| a |", "`code`", "\x1b[31m", "\n::error::"])
 def test_blocks_are_text_in_every_form(bad):
     blocks = [
-        Text(bad, strong=bad), Items([bad], title=bad), Table((bad, "n"), [(bad, "1")], words=1, title=bad),
-        Facts(bad, [(bad, bad)], Severity.ERROR, pages=[("Why", "text")]), Code(bad, bad),
+        Text(bad, strong=bad), Items([bad], title=bad), TextTable((bad, "n"), [(bad, "1")], words=1, title=bad),
+        Facts(bad, [(bad, bad)], Severity.ERROR, pages=[("Why", "text")]), CommandText(bad, bad),
     ]  # fmt: skip
     for text in (paragraphs(blocks, 80), markdown(blocks), fragment(blocks), shell(bad, fragment(blocks))):
         assert "\x1b" not in text
         assert "\n::error::" not in text
     assert "<script>" not in fragment(blocks) + shell(bad, "")
-    assert "<script>" not in markdown([block for block in blocks if not isinstance(block, Code)])
+    assert "<script>" not in markdown([block for block in blocks if not isinstance(block, CommandText)])
 
 
 def test_a_page_loads_nothing_and_allows_one_script():

@@ -7,13 +7,13 @@ from test_rules_batches import HEALTHY, MODULE, STORED, findings, values
 
 from batchnorm.checkpoint.stored import Checkpoint
 from batchnorm.rules import Evidence, Fix
-from batchnorm.rules.rule_evidence import Graph, Reference, Run, Structure
+from batchnorm.rules.rule_evidence import Graph, OtherVersion, Run, Structure
 
 NAN = float("nan")
 
 
 def compared(difference=None, tolerance=1e-4, **parts):
-    return replace(HEALTHY, reference=Reference("original", difference=difference, tolerance=tolerance, **parts))
+    return replace(HEALTHY, reference=OtherVersion("original", difference=difference, tolerance=tolerance, **parts))
 
 
 def filed(form="onnx", **parts):
@@ -106,7 +106,7 @@ def test_a_part_of_the_model_may_have_an_eps_of_its_own(odd, named):
 
 
 def test_eps_of_a_reference_counts_more_than_that_of_most_layers():
-    reference = Reference("keras.onnx", eps={"layer0": 1e-3, "layer1": 1e-3})
+    reference = OtherVersion("keras.onnx", eps={"layer0": 1e-3, "layer1": 1e-3})
     found = findings("BN503", with_eps(1e-5, 1e-5, reference=reference))
     assert [finding.layer for finding in found] == ["layer0", "layer1"]
     assert found[0].measured == "eps 1e-05 where keras.onnx has 0.001"

@@ -14,7 +14,7 @@ from batchnorm.checkpoint.stored import Stored
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES
 from batchnorm.rules.finding import by_reason
-from batchnorm.rules.rule_evidence import Graph, Loop, Reference, Run, Structure
+from batchnorm.rules.rule_evidence import Graph, Loop, OtherVersion, Run, Structure
 
 FULL = replace(
     HEALTHY, graph=Graph(calls={"bn": 1}), structure=Structure(training=False), run=Run(updates_forward={"bn": 1})
@@ -67,14 +67,14 @@ BLIND = {
     "BN401": [(UNMEASURED, "no layer"), (PARTLY, "sparse")],
     "BN402": [(with_run("inputs"), "it raised")],
     "BN501": [(UNTRACED, "control flow")],
-    "BN502": [(replace(FULL, reference=Reference("r")), "compared"),
-              (replace(FULL, reference=Reference("r", unknown="it is a file")), "a file")],
+    "BN502": [(replace(FULL, reference=OtherVersion("r")), "compared"),
+              (replace(FULL, reference=OtherVersion("r", unknown="it is a file")), "a file")],
     "BN503": [(stored(eps=None), "eps"), (UNTOLD, "eps")],
     "BN504": [(stored(), "exported graph")],
     "BN505": [(with_run("functional"), "it raised")],
     "BN506": [(with_run("companions"), "it raised"), (FULL, "alone")],
     "BN507": [(FULL, "a file")],
-    "BN508": [(replace(FULL, reference=Reference("r", stored={"other": STORED})), "name")],
+    "BN508": [(replace(FULL, reference=OtherVersion("r", stored={"other": STORED})), "name")],
     "BN601": [(replace(FULL, structure=None), "a model")],
     "BN602": [(UNTOLD, "does not tell its settings")],
     "BN603": [(replace(FULL, structure=None), "a model")],

@@ -18,7 +18,7 @@ from batchnorm.lecture.painted_cats import png
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.text import plain
 from batchnorm.shift import ShiftMonitor
-from batchnorm.shift.verdict import Channel, Layer, Verdict, judge
+from batchnorm.shift.verdict import Channel, Layer, ShiftVerdict, judge
 from batchnorm.shift.verdict_page import page
 from batchnorm.shift.verdict_words import concise, facts, full, odds, unseen
 
@@ -57,13 +57,13 @@ def calibrated(net: nn.Module) -> ShiftMonitor:
     return monitor
 
 
-def told(**changes: object) -> Verdict:
+def told(**changes: object) -> ShiftVerdict:
     """A verdict as it could be."""
     layers = tuple(
         Layer(f"stage{i}.bn", 64, i > 0, 9.0 * i - 1, "mean", (Channel(i, 0.4, 1.2, 12.0),) * i, 0.3, 0.1)
         for i in range(3)
     )
-    verdict = Verdict(
+    verdict = ShiftVerdict(
         target="net.py:model", data="net.py:loader", command=COMMAND,
         source="checkpoint", calibrated=0, unit="example", alpha=0.01, examples=400, batches=4, left_out=0,
         observations=400, log_evidence=math.log(4567), trail=tuple((n, n / 50) for n in range(8, 401, 8)), rang=232,

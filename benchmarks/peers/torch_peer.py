@@ -22,7 +22,7 @@ def prepare(case):
     from batchnorm import bench
 
     kind, side = bench.CASES[case["case"]], case["side"]
-    inputs = bench.Inputs.of(case["shape"], case["dtype"], channels_last=case["channels_last"])
+    inputs = bench.CaseInputs.of(case["shape"], case["dtype"], channels_last=case["channels_last"])
     layer = bench.layers(case["shape"], case["dtype"], kind)[side]
     run = layer if side == "ours" else bench.composed(kind, layer)
     return bench.call(kind, run, list(layer.parameters()), inputs), {}

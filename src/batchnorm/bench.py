@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil, inf, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from batchnorm.files.whole import replacing
 from batchnorm.paired_timing import BUSY, ROUNDS, others, race, timed
-from batchnorm.reporting.blocks import Table, Text
+from batchnorm.reporting.blocks import Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
 from batchnorm.reporting.severity import Severity
 from batchnorm.reporting.text import many
@@ -25,9 +25,10 @@ from batchnorm.reporting.text import many
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from batchnorm.paired_timing import Contestant
+    from batchnorm.reporting.json_values import Json
 
 SCHEMA_VERSION = 1
 SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32), (32, 256, 14, 14), (256, 512))
@@ -125,7 +126,7 @@ class Timings(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class CaseInputs:
     """x, a residual and the gradient of y: normal numbers from a seed of their own."""
 
     x: Tensor
@@ -133,7 +134,7 @@ class Inputs:
     grad: Tensor
 
     @classmethod
-    def of(cls, shape: Sequence[int], dtype: str = "float32", *, channels_last: bool = False) -> Inputs:
+    def of(cls, shape: Sequence[int], dtype: str = "float32", *, channels_last: bool = False) -> CaseInputs:
         """Inputs of a shape, type and layout.
 
         Raises:
@@ -189,7 +190,7 @@ def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
         )
 
 
-def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, Any]:
+def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, nn.Module]:
     """A layer of ours, which takes a ReLU along, and torch.nn's; parameters of half types are float32."""
     import torch
 
@@ -201,14 +202,16 @@ def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, Any]:
     return {side: layer.to(kind).train(case.train) for side, layer in pair.items()}
 
 
-def call(case: Case, run: Callable[..., Tensor], parameters: Sequence[Tensor], inputs: Inputs) -> Callable[[], Any]:
+def call(
+    case: Case, run: Callable[..., Tensor], parameters: Sequence[Tensor], inputs: CaseInputs
+) -> Callable[[], Tensor | tuple[Tensor, ...]]:
     """One call of ``case``: ``run`` computes y from x and, where the case has one, a residual."""
     import torch
 
     given = (inputs.x, inputs.residual) if case.residual else (inputs.x,)
     wanted = (*given, *parameters)
 
-    def one_call() -> Any:
+    def one_call() -> Tensor | tuple[Tensor, ...]:
         with torch.set_grad_enabled(case.backward):
             y = run(*given)
             # torch.autograd.grad, as backward() would add up the gradients of a leaf: traffic that no network has
@@ -230,7 +233,7 @@ def composed(case: Case, layer: Callable[[Tensor], Tensor], *, inplace: bool = F
     return run
 
 
-def contestants(case: Case, inputs: Inputs) -> dict[str, Contestant]:
+def contestants(case: Case, inputs: CaseInputs) -> dict[str, Contestant]:
     """Ours and torch.nn's for the same call, and memory traffic of the same size."""
     sides = layers(inputs.x.shape, str(inputs.x.dtype).removeprefix("torch."), case)
     runs = {"ours": sides["ours"], "torch": composed(case, sides["torch"])}
@@ -278,13 +281,13 @@ def short_table(
     rows = []
     with threads_of_torch(threads) as count:
         for shape, name in product(shapes, SHORT):
-            inputs = Inputs.of(shape, dtype, channels_last=channels_last)
+            inputs = CaseInputs.of(shape, dtype, channels_last=channels_last)
             rows.append(_row(name, inputs, channels_last=channels_last, rounds=rounds))
             progress(len(rows) / (len(shapes) * len(SHORT)))
     return {"schema_version": SCHEMA_VERSION, "environment": environment(), "threads": count, "rows": rows}
 
 
-def _row(name: str, inputs: Inputs, *, channels_last: bool, rounds: int) -> Timing:
+def _row(name: str, inputs: CaseInputs, *, channels_last: bool, rounds: int) -> Timing:
     case = CASES[name]
     with others() as busy:
         run = race(contestants(case, inputs), rounds=rounds)
@@ -343,7 +346,7 @@ def report(data: Timings) -> Report:
     return Report(
         command="batchnorm bench", target="batch norm layers", headline=f"{many(len(rows), 'case')} against torch.nn",
         json=lambda: text, records=json.loads(text)["rows"], lines=lines, notes=notes if busy > BUSY else (),
-        document=[Table(_COLUMNS, figures, words=2), *map(Text, notes if busy > BUSY else ()), Text(_LEGEND)],
+        document=[TextTable(_COLUMNS, figures, words=2), *map(Text, notes if busy > BUSY else ()), Text(_LEGEND)],
         rows=[Row(rule=row["case"], severity=Severity.INFO, place=shape, words=f"{shape}: {_in_words(row)}")
               for row, shape in rows],
         rules=[RuleWords(code=name, title=f"{CASES[name].words}, timed.") for name in SHORT],
@@ -359,7 +362,7 @@ def _in_words(row: Timing) -> str:
     )
 
 
-def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write(data: Mapping[str, Json], path: str | os.PathLike[str]) -> None:
     """Write JSON to ``path``, whole or not at all."""
     path = Path(path).resolve()
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"

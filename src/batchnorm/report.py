@@ -8,24 +8,25 @@ they look like is in templates/.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.experiment.judgement import Status
 from batchnorm.files.whole import replacing
 from batchnorm.lecture import NAMES
 from batchnorm.reporting import formats
-from batchnorm.reporting.blocks import Code, Table, Text
+from batchnorm.reporting.blocks import CommandText, Text, TextTable
 from batchnorm.reporting.page_shell import TEMPLATES, shell, template
 from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
 from batchnorm.reporting.severity import Severity
 from batchnorm.reporting.text import paragraphs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from markupsafe import Markup
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from batchnorm.reporting.blocks import Block
     from batchnorm.reporting.json_values import Json
 
+Value = float | int | str | None  # in a row of a chart
+Cells = Mapping[str, Value]
 GLYPHS = {Status.SUPPORTED: "✓", Status.NOT_SUPPORTED: "–", Status.OPPOSITE: "✗", Status.INVALID: "?"}
 
 # Rows that the table under a chart shows at most: enough to read the finding off, small enough for one file.
@@ -96,9 +99,9 @@ def report(verdicts: Verdicts, *, interactive: bool = False) -> Report:
 
 def _document(verdicts: Verdicts, found: Sequence[Verdict], glyphs: Mapping[Status, str]) -> list[Block]:
     rows = [(v.criterion.key, f"{glyphs.get(v.status, '')} {v.status}".strip(), v.told) for v in found]
-    table = Table(("criterion", "verdict", "measured"), rows, words=3)
+    table = TextTable(("criterion", "verdict", "measured"), rows, words=3)
     second = [Text(verdicts.second)] if verdicts.second else []
-    return [Text(strong=verdicts.headline), *second, table, Code("Repeat", verdicts.command)]
+    return [Text(strong=verdicts.headline), *second, table, CommandText("Repeat", verdicts.command)]
 
 
 def _check(verdict: Verdict) -> Check:
@@ -260,9 +263,9 @@ def _columns(chart: Chart) -> list[tuple[str, str, Axis | None]]:
     ]
 
 
-def _selection(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _selection(rows: Sequence[Cells]) -> list[Cells]:
     """About ``_TABLE_ROWS`` of the rows, evenly spread over each series of each panel."""
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Value, ...], list[Cells]] = {}
     for row in rows:
         groups.setdefault((row.get("row"), row.get("panel"), row.get("series")), []).append(row)
     if len(rows) <= _TABLE_ROWS:
@@ -276,7 +279,7 @@ def _spread(total: int, size: int) -> list[float]:
     return [i * (total - 1) / (size - 1) for i in range(size)] if total > size else list(range(total))
 
 
-def _cell(value: Any, axis: Axis | None) -> str:
+def _cell(value: Value, axis: Axis | None) -> str:
     if isinstance(value, float | int) and axis is not None and axis.percent:
         return f"{_number(100 * value)} %"
     return _number(value)
@@ -285,7 +288,7 @@ def _cell(value: Any, axis: Axis | None) -> str:
 # -- words ----------------------------------------------------------------------------------------------------
 
 
-def _number(value: float | int | str | None) -> str:
+def _number(value: Value) -> str:
     """A number with four digits that count, as people write it; a dash for what does not exist."""
     if value is None:
         return "–"

@@ -8,7 +8,6 @@ import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import click
 
@@ -39,10 +38,10 @@ class _Commands(click.Group):
             ctx.fail(f"no command {cmd_name!r}. Did you mean {close[0]!r}?")
         return None
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> None:
         """Run the command; what it raises for the user becomes one message and exit code 2."""
         try:
-            return super().invoke(ctx)
+            super().invoke(ctx)
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)  # 1 would mean findings
         except BrokenPipeError:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from batchnorm.doctor.examination import Selection
 
 
-class Loop(TypedDict):
+class LoopOptions(TypedDict):
     """The settings of the training loop, and how much is measured, as ``examine`` takes them."""
 
     batch_size: int | None
@@ -56,7 +56,7 @@ def doctor(
     target: str, weights: str | None, state: str, given: tuple[str, ...], data: str | None, reference: str | None,
     select: tuple[str, ...], ignore: tuple[str, ...], baseline: str | None, write_baseline: str | None,
     fail_on: str | None, output_format: str | None, output: Path | None, verbose: bool, quiet: bool,
-    **loop: Unpack[Loop],
+    **loop: Unpack[LoopOptions],
 ) -> None:  # fmt: skip
     """Examine batch norm in TARGET and say what is wrong.
 
@@ -74,7 +74,7 @@ def doctor(
     chosen = formats.chosen(output_format, output, project.output_format)
     baseline = baseline or project.baseline
     known = read_baseline(baseline) if baseline else set()
-    asked = _Asked(
+    asked = DoctorOptions(
         ModelAddress(target, weights, state, given), data, reference, options.selection(select, ignore, project), loop
     )
     diagnosis = _examined(asked)
@@ -91,21 +91,22 @@ def doctor(
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class DoctorOptions:
     """What the command line says."""
 
     model: ModelAddress
     data: str | None
     reference: str | None
     selection: Selection
-    loop: Loop
+    loop: LoopOptions
 
     @property
     def is_model(self) -> bool:
+        """Whether the target is code, not a file."""
         return addresses.is_address(self.model.address)
 
 
-def _examined(asked: _Asked) -> Diagnosis:
+def _examined(asked: DoctorOptions) -> Diagnosis:
     from batchnorm.doctor import examine
 
     if asked.is_model:
@@ -126,7 +127,7 @@ def _examined(asked: _Asked) -> Diagnosis:
     return examine(target, selection=asked.selection, state=asked.model.state)
 
 
-def _examined_model(asked: _Asked) -> Diagnosis:
+def _examined_model(asked: DoctorOptions) -> Diagnosis:
     """The model with each state of its checkpoint that fits, or as it is."""
     from batchnorm.doctor import examine
 

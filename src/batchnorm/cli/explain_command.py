@@ -11,7 +11,7 @@ import click
 from batchnorm.cli import shared_options as options
 from batchnorm.cli.settings import complete
 from batchnorm.reporting import formats
-from batchnorm.reporting.blocks import Facts, Table
+from batchnorm.reporting.blocks import Facts, TextTable
 from batchnorm.reporting.rows import Report
 from batchnorm.reporting.text import aligned, many
 from batchnorm.rules import FAMILIES, RULES
@@ -82,7 +82,7 @@ def _shared(name: str, code: str) -> int:
 def rules(output_format: str) -> None:
     """List every rule of the doctor."""
     rows = [(rule.code, rule.slug, str(rule.severity), rule.title) for rule in RULES.values()]
-    table = Table(_TABLE, rows, words=4)
+    table = TextTable(_TABLE, rows, words=4)
     text = "\n".join(aligned(table, _ONE_LINE)[1:])
     click.echo(formats.rendered(_report("rules", RULES.values(), [table], full=lambda _: text), output_format))
 

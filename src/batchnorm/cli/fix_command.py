@@ -62,7 +62,7 @@ def fix(
     """
     refuse_empty({"--weights": weights, "--data": data})
     chosen = options.selection(select, ignore, settings())
-    asked = _Asked(ModelAddress(target, weights, state, given), data, chosen, unsafe)
+    asked = FixOptions(ModelAddress(target, weights, state, given), data, chosen, unsafe)
     if not asked.is_model:
         addresses.refuse_code(target)
         _check_options(asked)
@@ -76,7 +76,7 @@ def fix(
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class FixOptions:
     """What the command line says."""
 
     model: ModelAddress
@@ -86,6 +86,7 @@ class _Asked:
 
     @property
     def is_model(self) -> bool:
+        """Whether the target is code, not a file."""
         return addresses.is_address(self.model.address)
 
     @property
@@ -101,7 +102,7 @@ class _Asked:
         return f"batchnorm doctor {replace(self.model, weights=str(place), state='')}{data}"
 
 
-def _check_options(asked: _Asked) -> None:
+def _check_options(asked: FixOptions) -> None:
     named = asked.model
     for name, values in (("--weights", [named.weights]), ("--data", [asked.data]), ("--set", named.given)):
         if any(values):
@@ -144,7 +145,7 @@ def _beside(source: str | None, suffix: str, name: str) -> Path:
 Mended = tuple["MendingOutcome", "Callable[[Path], None]"]
 
 
-def _file(asked: _Asked) -> Mended:
+def _file(asked: FixOptions) -> Mended:
     from batchnorm.doctor.mending import mended_checkpoint
     from batchnorm.doctor.mending.outcome import MendingOutcome
 
@@ -172,7 +173,7 @@ def _prefixes(plan: MendingPlan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(plan.prefixes.values()))
 
 
-def _model(asked: _Asked) -> Mended:
+def _model(asked: FixOptions) -> Mended:
     require_torch("a model")
     target, weights = asked.model.address, asked.model.weights
     addresses.refuse_state(target, weights, asked.model.state)
@@ -181,7 +182,7 @@ def _model(asked: _Asked) -> Mended:
         return _one_model(asked, model) if weights is None else _each_state(asked, model, weights)
 
 
-def _one_model(asked: _Asked, model: nn.Module) -> Mended:
+def _one_model(asked: FixOptions, model: nn.Module) -> Mended:
     from batchnorm.doctor import examine
     from batchnorm.doctor.mending.outcome import MendingOutcome
     from batchnorm.doctor.mending.treatment import differences, treat
@@ -197,7 +198,7 @@ def _one_model(asked: _Asked, model: nn.Module) -> Mended:
     return outcome, lambda place: _write_state(treated, place)
 
 
-def _each_state(asked: _Asked, model: nn.Module, weights: str) -> Mended:
+def _each_state(asked: FixOptions, model: nn.Module, weights: str) -> Mended:
     from batchnorm.doctor import examine, states_in_turn
     from batchnorm.doctor.mending import mended_checkpoint
     from batchnorm.doctor.mending.outcome import MendingOutcome

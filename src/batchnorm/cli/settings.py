@@ -1,23 +1,25 @@
-"""Settings: ``[tool.batchnorm]`` of the nearest pyproject.toml, then the environment, then options; and baselines."""
+"""A project's settings, ``[tool.batchnorm]`` of the nearest pyproject.toml and then the environment; and baselines."""
 
 from __future__ import annotations
 
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from batchnorm.rules import RULES
 from batchnorm.rules.codes import codes, nearest
 from batchnorm.rules.finding import Severity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from click import Context, Parameter
 
+    from batchnorm.reporting.json_values import Json
     from batchnorm.rules.finding import Finding
 
 FAIL_ON = ("error", "warning", "info", "never")
@@ -27,7 +29,7 @@ _KNOWN = f"Known: {', '.join(_KEYS)}."
 
 @final
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ProjectSettings:
     """What a project has settled."""
 
     select: tuple[str, ...] = ()
@@ -38,7 +40,7 @@ class Settings:
     baseline: str | None = None
 
 
-def settings(folder: Path | None = None) -> Settings:
+def settings(folder: Path | None = None) -> ProjectSettings:
     """The project's settings, from the nearest pyproject.toml upwards, and the environment.
 
     Raises:
@@ -66,7 +68,7 @@ def _here() -> Path:
         return Path("/")
 
 
-def _from_file(folder: Path) -> Settings:
+def _from_file(folder: Path) -> ProjectSettings:
     for parent in [folder, *folder.parents]:
         path = parent / "pyproject.toml"
         if path.is_file():
@@ -84,34 +86,43 @@ def _from_file(folder: Path) -> Settings:
                     f"{path}: tool.batchnorm must be a table, got {table!r}. Begin it with [tool.batchnorm]."
                 )
             return _from_table(table, path)
-    return Settings()
+    return ProjectSettings()
 
 
-def _from_table(table: Mapping[str, Any], path: Path) -> Settings:
+def _from_table(table: Mapping[str, Json], path: Path) -> ProjectSettings:
     for key in table:
         if key not in _KEYS:
             raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {nearest(key, _KEYS, _KNOWN)}")
     per_layer = table.get("per-layer-ignores", {})
-    if not hasattr(per_layer, "items"):
-        raise ValueError(f"{path}: per-layer-ignores must be a table, got {per_layer!r}. As {{'stem.*' = ['BN1']}}.")
+    if not isinstance(per_layer, Mapping):
+        told = f"{path}: per-layer-ignores must be a table, got {per_layer!r}. As {{'stem.*' = ['BN1']}}."
+        raise ValueError(told)  # noqa: TRY004 - it stands in a file, not in an argument
     baseline = table.get("baseline")
     if baseline is not None and not (isinstance(baseline, str) and baseline):
         raise ValueError(f"{path}: baseline must be the path of a file, got {baseline!r}. As 'known.json'.")
-    return Settings(
+    return ProjectSettings(
         codes(_listed(table, "select", path)),
         codes(_listed(table, "ignore", path)),
         {layer: codes(_listed(per_layer, layer, path)) for layer in per_layer},
         str(table.get("fail-on", "error")),
-        table.get("output-format"),
+        _format(table, path),
         None if baseline is None else str(path.parent / baseline),
     )
 
 
-def _listed(table: Mapping[str, Any], key: str, path: Path) -> list[str]:
+def _format(table: Mapping[str, Json], path: Path) -> str | None:
+    named = table.get("output-format")
+    if named is not None and not isinstance(named, str):
+        raise ValueError(f"{path}: output-format must be a name, got {named!r}. As 'json'.")
+    return named
+
+
+def _listed(table: Mapping[str, Json], key: str, path: Path) -> list[str]:
     value = table.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    texts = [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    if texts != value:
         raise ValueError(f"{path}: {key} must be a list of codes, got {value!r}. As ['BN101'].")
-    return value
+    return texts
 
 
 def refuse_empty(given: Mapping[str, str | None]) -> None:

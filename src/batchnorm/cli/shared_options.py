@@ -15,7 +15,7 @@ from batchnorm.reporting import formats
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchnorm.cli.settings import Settings
+    from batchnorm.cli.settings import ProjectSettings
     from batchnorm.doctor.examination import Selection
     from batchnorm.reporting.rows import Report
 
@@ -58,7 +58,7 @@ printed_format = click.option(
 )
 
 
-def selection(only: Sequence[str], without: Sequence[str], project: Settings) -> Selection:
+def selection(only: Sequence[str], without: Sequence[str], project: ProjectSettings) -> Selection:
     """Which rules run, by the options and the project's settings."""
     from batchnorm.doctor.examination import Selection
 

@@ -75,7 +75,7 @@ def shift(
     """
     in_workflow = "github" if clean is None else "full"
     chosen = formats.chosen(output_format, output, settings().output_format, in_workflow=in_workflow)
-    asked = _Asked(
+    asked = ShiftOptions(
         ModelAddress(model, weights, state, given), _data(data, clean), reference, calibrate, write_reference, alpha,
         unit, max_examples, images,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def shift(
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class ShiftOptions:
     """What the command line says."""
 
     model: ModelAddress
@@ -130,7 +130,7 @@ def _data(data: str | None, clean: str | None) -> str:
     return clean or data or ""
 
 
-def _check(asked: _Asked, chosen: str, data: str) -> None:
+def _check(asked: ShiftOptions, chosen: str, data: str) -> None:
     """Everything that can be refused before the model is made."""
     model = asked.model
     refuse_empty(
@@ -172,7 +172,7 @@ def _check_place(path: Path) -> None:
 # -- what came out ------------------------------------------------------------------------------------------------
 
 
-def _judged(asked: _Asked) -> tuple[Report, bool]:
+def _judged(asked: ShiftOptions) -> tuple[Report, bool]:
     """The report, and whether no shift was found."""
     from batchnorm.lecture.painted_cats import png
     from batchnorm.shift.verdict import judge
@@ -187,7 +187,7 @@ def _judged(asked: _Asked) -> tuple[Report, bool]:
     return report(verdict, source=asked.model.source, png=png), verdict.rang is None
 
 
-def _assumed(asked: _Asked) -> tuple[Report, bool]:
+def _assumed(asked: ShiftOptions) -> tuple[Report, bool]:
     """The report, and whether all assumptions hold."""
     from batchnorm.shift.assumptions import check
     from batchnorm.shift.assumptions_report import report
@@ -200,7 +200,7 @@ def _assumed(asked: _Asked) -> tuple[Report, bool]:
     return report(found, source=asked.model.source), found.hold
 
 
-def _loaded(asked: _Asked) -> tuple[_Asked, nn.Module]:
+def _loaded(asked: ShiftOptions) -> tuple[ShiftOptions, nn.Module]:
     """The model, and what was asked of the state that it has; of several states, the one is said."""
     model = asked.model
     network = model.made()
@@ -210,7 +210,7 @@ def _loaded(asked: _Asked) -> tuple[_Asked, nn.Module]:
     return replace(asked, model=replace(model, state=name)), network
 
 
-def _monitor(network: nn.Module, asked: _Asked) -> ShiftMonitor:
+def _monitor(network: nn.Module, asked: ShiftOptions) -> ShiftMonitor:
     from batchnorm.shift import ShiftMonitor
 
     known = _read(asked.reference) if asked.reference else None

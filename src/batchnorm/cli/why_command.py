@@ -89,7 +89,7 @@ def why(
     without, and normalized once, and measured. Criteria are fixed beforehand. The same seed gives the same numbers.
     """
     count = seeds or (FULL_SEEDS if full else None)
-    asked = _Asked(
+    asked = WhyOptions(
         ModelAddress(model or "", weights, state, given), seed, count, data, test, loss, no_train, steps, rates
     )
     if model is None:
@@ -174,7 +174,7 @@ def _announce(name: str, talk: Talk) -> None:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class WhyOptions:
     """What the command line says of a model."""
 
     model: ModelAddress
@@ -228,7 +228,7 @@ class _Asked:
         return shlex.join(["batchnorm", "why", *words, "--seed", str(self.seed), "--seeds", str(seeds)])
 
 
-def _model(asked: _Asked, talk: Talk, *, quiet: bool) -> Answers:
+def _model(asked: WhyOptions, talk: Talk, *, quiet: bool) -> Answers:
     """Ask the user's model; what its code raises is told with its place, and what it prints goes to standard error."""
     with running(asked.model.address):
         subject = _subject(asked)
@@ -239,7 +239,7 @@ def _model(asked: _Asked, talk: Talk, *, quiet: bool) -> Answers:
         return replace(answers, measured={**answers.measured, **({"State": told} if told else {})})
 
 
-def _with_state(asked: _Asked, subject: Subject) -> tuple[_Asked, str]:
+def _with_state(asked: WhyOptions, subject: Subject) -> tuple[WhyOptions, str]:
     """What is asked, of the state that is loaded, and a sentence that says which of several it is."""
     named = asked.model
     if not named.weights:
@@ -248,7 +248,7 @@ def _with_state(asked: _Asked, subject: Subject) -> tuple[_Asked, str]:
     return replace(asked, model=replace(named, state=name)), told
 
 
-def _subject(asked: _Asked) -> Subject:
+def _subject(asked: WhyOptions) -> Subject:
     from batchnorm.ablation.user_data import Data
     from batchnorm.ablation.user_model import Subject
 
@@ -259,7 +259,7 @@ def _subject(asked: _Asked) -> Subject:
     return Subject(asked.model.address, _factory(asked), data, loss).to_device()
 
 
-def _factory(asked: _Asked) -> Callable[[], nn.Module]:
+def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
     """What makes the model, with its file run once and not for every arm; called once, so that errors come here."""
     import torch
 
@@ -276,7 +276,7 @@ def _factory(asked: _Asked) -> Callable[[], nn.Module]:
     return lambda: made
 
 
-def _trained(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
+def _trained(asked: WhyOptions, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
     from batchnorm.ablation import train_and_ask
     from batchnorm.ablation.arm_training import RATES
     from batchnorm.ablation.effort import plan
@@ -299,7 +299,7 @@ def _trained(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Ans
         )  # fmt: skip
 
 
-def _looked(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
+def _looked(asked: WhyOptions, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
     from batchnorm.ablation import look
 
     draws = range(asked.seed, asked.seed + (asked.seeds or _DRAWS))
@@ -313,7 +313,7 @@ def _looked(asked: _Asked, subject: Subject, talk: Talk, *, quiet: bool) -> Answ
         )  # fmt: skip
 
 
-def _checkpoint(asked: _Asked, subject: Subject) -> nn.Module:
+def _checkpoint(asked: WhyOptions, subject: Subject) -> nn.Module:
     """The model as it is, with --weights if given."""
     from batchnorm.population import preserve_state
 

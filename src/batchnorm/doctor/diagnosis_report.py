@@ -10,7 +10,7 @@ from batchnorm import __version__
 from batchnorm.doctor.diagnosis_value import codes_by_reason, counted, groups
 from batchnorm.doctor.family_text import concise, full, headline, summary
 from batchnorm.reporting import html
-from batchnorm.reporting.blocks import Facts, Items, Table, Text
+from batchnorm.reporting.blocks import Facts, Items, Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, Suite
 from batchnorm.reporting.severity import Severity
 from batchnorm.rules import FAMILIES, RULES
@@ -84,7 +84,7 @@ def _document(diagnosis: DiagnosisValue) -> Iterator[Block]:
     if diagnosis.findings:
         rows = [(str(f.severity), f"{f.code} {f.slug}", f.place, f.measured, f.limit, f.remedy)
                 for f in diagnosis.findings]  # fmt: skip
-        yield Table(("severity", "code", "layer", "measured", "limit", "fix"), rows, words=6)
+        yield TextTable(("severity", "code", "layer", "measured", "limit", "fix"), rows, words=6)
     if diagnosis.not_checked:
         reasons = codes_by_reason(diagnosis.not_checked)
         yield Items([f"not checked, {why}: {', '.join(codes)}" for why, codes in reasons.items()])
@@ -125,8 +125,8 @@ def _facts(group: Sequence[Finding], *, pages: bool) -> Facts:
     return Facts(f"{first.code} {first.slug}", told, first.severity, ("fix",), f"About {first.code}", about)
 
 
-def _layers(rows: Sequence[LayerRow]) -> Table:
-    return Table(_COLUMNS, [_cells(row) for row in rows], words=3, title="Layers")
+def _layers(rows: Sequence[LayerRow]) -> TextTable:
+    return TextTable(_COLUMNS, [_cells(row) for row in rows], words=3, title="Layers")
 
 
 def _cells(row: LayerRow) -> tuple[str, ...]:

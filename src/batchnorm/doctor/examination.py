@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    import torch
     from torch import nn
 
     from batchnorm.checkpoint import Checkpoint, Stored
@@ -70,20 +71,11 @@ class Selection:
 
 
 def examine(
-    target: str | os.PathLike[str] | nn.Module,
-    data: Iterable[Any] | None = None,
-    *,
-    example: Any = None,
-    optimizer: Any = None,
-    batch_size: int | None = None,
-    accumulation: int = 1,
-    world_size: int = 1,
-    reference: Any = None,
-    selection: Selection | None = None,
-    max_examples: int = MAX_EXAMPLES,
-    name: str = "",
-    state: str = "",
-) -> Diagnosis:
+    target: str | os.PathLike[str] | nn.Module, data: Iterable[Any] | None = None, *, example: Any = None,
+    optimizer: torch.optim.Optimizer | None = None, batch_size: int | None = None, accumulation: int = 1,
+    world_size: int = 1, reference: nn.Module | str | os.PathLike[str] | None = None,
+    selection: Selection | None = None, max_examples: int = MAX_EXAMPLES, name: str = "", state: str = "",
+) -> Diagnosis:  # fmt: skip
     """What is wrong with a target's batch norm, by the rules of ``batchnorm rules``.
 
     A file is read as data: nothing in it is executed, and torch is not needed. Every state in it is looked at (averaged
@@ -123,19 +115,17 @@ def examine(
     started = time.perf_counter()
     _check(batch_size=batch_size, accumulation=accumulation, world_size=world_size, max_examples=max_examples)
     if isinstance(target, (str, os.PathLike)):
-        if data is not None or example is not None or optimizer is not None or reference is not None:
+        if any(each is not None for each in (data, example, optimizer, reference)):
             raise ValueError(
                 f"examine needs a model to use data with, got the file {os.fspath(target)!r}. Load it into its model "
                 "and pass that."
             )
-        file = checkpoint.read(target)
-        file, state = with_state(file, state) if state else (file, "")
-        evidence, measured_on = Evidence(name or file.path, file.every, file=file), ""
+        evidence, state, measured_on = *_of_file(target, state, name), ""
+    elif state:
+        raise ValueError(
+            f"state chooses in a file, got {state!r} for a model. Load it into the model, or leave it out."
+        )
     else:
-        if state:
-            raise ValueError(
-                f"state chooses in a file, got {state!r} for a model. Load it into the model, or leave it out."
-            )
         from batchnorm.doctor.measuring.model_evidence import of_model
 
         evidence, measured_on = of_model(
@@ -145,6 +135,13 @@ def examine(
     evidence = replace(evidence, environment=environment())
     diagnosis = _diagnosis(evidence, selection or Selection(), state, measured_on, time.perf_counter() - started)
     return _of_state(diagnosis, evidence.file, state) if state and evidence.file else diagnosis
+
+
+def _of_file(path: str | os.PathLike[str], state: str, name: str) -> tuple[Evidence, str]:
+    """What a file tells, and the name of the state that was asked for."""
+    file = checkpoint.read(path)
+    file, state = with_state(file, state) if state else (file, "")
+    return Evidence(name or file.path, file.every, file=file), state
 
 
 def _check(**settings: int | None) -> None:

@@ -179,8 +179,9 @@ def foreign_layers(plan: Loading, state: str, findings: Iterable[Finding]) -> li
 
 
 def treated(
-    network: nn.Module, plan: Loading, data: Any, foreign: Iterable[Finding], **asked: Any
-) -> Iterator[Treated]:
+    network: nn.Module, plan: Loading, data: Iterable[Any] | None, foreign: Iterable[Finding], *, unsafe: bool,
+    selection: Selection, name: str,
+) -> Iterator[Treated]:  # fmt: skip
     """Each state that fits, loaded, examined and treated; layers with statistics of other weights are measured anew.
 
     Args:
@@ -188,12 +189,13 @@ def treated(
         plan: What is loaded.
         data: Batches that can be read several times, or None.
         foreign: What the file says of foreign statistics.
-        asked: ``unsafe``, ``selection`` and ``name`` as for ``treat`` and ``examine``.
+        unsafe: As for ``treat``.
+        selection: As for ``examine``.
+        name: As for ``examine``.
     """
-    unsafe = asked.pop("unsafe")
     for state in plan.loaded:
         addresses.load_weights(network, plan.file.path, state)
-        diagnosis = examine(network, data, **asked)
+        diagnosis = examine(network, data, selection=selection, name=name)
         copied = foreign_layers(plan, state, foreign) if data is not None else []
         diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *copied))
         done = treat(network, diagnosis, data, unsafe=unsafe)
@@ -201,7 +203,7 @@ def treated(
         yield Treated(
             state=state,
             found=tuple(_in_file(plan, state, diagnosis.findings)),
-            left=tuple(_in_file(plan, state, examine(done, data, **asked).findings)),
+            left=tuple(_in_file(plan, state, examine(done, data, selection=selection, name=name).findings)),
             changes={
                 plan.in_file(state, name): changes[layer] for name, layer in _names(network, plan, state, changes)
             },

@@ -31,7 +31,7 @@ class Items:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Table:
+class TextTable:
     """A table. The first ``words`` columns are words, the others are numbers."""
 
     head: Sequence[str]
@@ -58,11 +58,11 @@ class Facts:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Code:
+class CommandText:
     """A command or a path, which is never broken into lines."""
 
     name: str
     line: str
 
 
-Block = Text | Items | Table | Facts | Code
+Block = Text | Items | TextTable | Facts | CommandText

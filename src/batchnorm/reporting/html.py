@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import Code, Facts, Items, Table, Text
+from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
 from batchnorm.reporting.page_shell import shell
 from batchnorm.reporting.text import plain
 
@@ -32,12 +32,12 @@ def _block(block: Block) -> str:
         case Text():
             strong = f"<strong>{_text(block.strong)}</strong>" if block.strong else ""
             return f"<p>{': '.join(filter(None, (strong, _text(block.words))))}</p>"
-        case Code():
+        case CommandText():
             return f"<p>{_text(block.name)}: <code>{_text(block.line)}</code></p>"
         case Items():
             items = "".join(f"<li>{_text(item)}</li>" for item in block.items)
             return f'{_title(block.title)}<ul class="items">{items}</ul>'
-        case Table():
+        case TextTable():
             return f"{_title(block.title)}{_table(block)}"
         case Facts():
             return _facts(block)
@@ -47,7 +47,7 @@ def _title(title: str) -> str:
     return f"<h2>{_text(title)}</h2>" if title else ""
 
 
-def _table(table: Table) -> str:
+def _table(table: TextTable) -> str:
     def cells(row: Sequence[str], tag: str) -> str:
         kinds = ("" if i < table.words else " class=n" for i in range(len(row)))
         told = (f"<{tag}{kind}>{_text(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
@@ -56,7 +56,7 @@ def _table(table: Table) -> str:
     body = "".join(cells(row, "td") for row in table.rows)
     head = f"<thead>{cells(table.head, 'th')}</thead>"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title or "Table")}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title or "TextTable")}">'
         f'<table class="data">{head}<tbody>{body}</tbody></table></div>'
     )
 

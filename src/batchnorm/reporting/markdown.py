@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import Code, Facts, Items, Table, Text
+from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
 from batchnorm.reporting.text import plain
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def _block(block: Block) -> Iterator[str]:
         case Text():
             strong = f"**{cell(block.strong)}**" if block.strong else ""
             yield ": ".join(filter(None, (strong, cell(block.words))))
-        case Code():
+        case CommandText():
             ticks = "``" if "`" in block.line else "`"
             yield f"{cell(block.name)}: {ticks}{plain(block.line)}{ticks}"
         case Items():
             yield from (f"{cell(block.title)}:", "") if block.title else ()
             yield from (f"- {cell(item)}" for item in block.items)
-        case Table():
+        case TextTable():
             yield from (f"**{cell(block.title)}**", "") if block.title else ()
             yield from (row(block.head), "|" + "---|" * len(block.head), *map(row, block.rows))
         case Facts():

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import Code, Facts, Items, Table, Text
+from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ def many(number: int, word: str) -> str:
     return f"{number:,} {word if number == 1 else plural}"
 
 
-def aligned(table: Table, width: int) -> list[str]:
+def aligned(table: TextTable, width: int) -> list[str]:
     """A table in columns as wide as their cells; numbers end together.
 
     Where that is wider than ``width``, the widest column of words becomes narrower: names, which stand first, are cut
@@ -88,12 +88,12 @@ def _block(block: Block, width: int) -> list[str]:
     match block:
         case Text():
             return wrapped(": ".join(filter(None, (block.strong, block.words))), width)
-        case Code():
+        case CommandText():
             return [plain(f"{block.name}: {block.line}")]
         case Items():
             head = wrapped(f"{block.title}:", width) if block.title else []
             return head + [line for item in block.items for line in wrapped(f"- {item}", width, 4, indent=2)]
-        case Table():
+        case TextTable():
             return [*wrapped(block.title, width), *aligned(block, width)]
         case Facts():
             facts = [line for name, text in block.facts for line in wrapped(f"{name}: {text}", width, 6, indent=2)]

@@ -10,7 +10,7 @@ from batchnorm.checkpoint.identical_parts import find_twins
 from batchnorm.checkpoint.stored import is_below
 from batchnorm.rules.finding import Finding, Fix, Severity, Unknown
 from batchnorm.rules.phrases import listed, measure_again, some_of, unsettled
-from batchnorm.rules.update_counts import MATTERS, RESIDUE, USUAL_MOMENTUM, Claim, claims, is_counted, misfit
+from batchnorm.rules.update_counts import MATTERS, RESIDUE, USUAL_MOMENTUM, StartResidue, claims, is_counted, misfit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,7 +115,7 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
     known = claims(evidence)
     for name, (claim, share) in known.items():
         stored, module = evidence.stored[name], (evidence.modules or {}).get(name)
-        if claim is Claim.SHOWN and not (module and module.frozen):
+        if claim is StartResidue.SHOWN and not (module and module.frozen):
             told = evidence.momentum(name) is not None or evidence.modules is not None
             yield Finding(
                 layer=name,
@@ -126,7 +126,7 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
                 remedy=measure_again(evidence),
                 fixable=Fix.DATA,
             )
-    if some := [name for name, (claim, _) in known.items() if claim is Claim.OPEN]:
+    if some := [name for name, (claim, _) in known.items() if claim is StartResidue.OPEN]:
         counts = sorted({str(evidence.stored[name].num_batches_tracked) for name in some}, key=int)
         what = f"num_batches_tracked of {listed(counts)} is that of few updates, or of statistics measured at once"
         yield Unknown("", f"{what}; data tell")

@@ -10,7 +10,7 @@ from batchnorm.rules.bn1_channels import dead_before, still_channels
 from batchnorm.rules.bn4_shift import is_as_constructed
 from batchnorm.rules.finding import Finding, Fix, Unknown
 from batchnorm.rules.phrases import measure_again, unsettled
-from batchnorm.rules.update_counts import Claim, claims, is_nearer
+from batchnorm.rules.update_counts import StartResidue, claims, is_nearer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -261,7 +261,7 @@ def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
 def _cause(evidence: Evidence, layer: str, found: Measured) -> str:
     """What makes stored statistics differ from fresh ones, in words: only what the numbers show."""
     claim, share = claims(evidence)[layer]
-    if claim is Claim.SHOWN and share > _SHARE_WORTH_A_WORD:
+    if claim is StartResidue.SHOWN and share > _SHARE_WORTH_A_WORD:
         return f"{share:.0%} of the stored statistics are still the initial ones"
     values = found.examples / found.batches * found.values_per_example
     unbiased = [var * values / (values - 1) for var in found.var] if values > 1 else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from batchnorm.rules.finding import Finding, Severity, Unknown
@@ -102,24 +103,23 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
             severity=Severity.WARNING,
         )
     what = "one layer" if shared.layers == 1 else f"{shared.layers} layers, stored once,"
-    measured = f"{what} under {len(names)} names: {listed(names)}"
     mixture = "the stored statistics are a mixture that fits none of the places."
-    if shared.is_alias:
-        return Finding(
-            layer=names[0],
-            measured=measured,
-            limit="one name, or names of one call",
-            consequence="Harmless if the names are two ways to the same call. If each is called on inputs of its "
-            f"own, {mixture}",
-            remedy="count its calls: batchnorm doctor model.py:make_model --data data.py:loader",
-            severity=Severity.INFO,
-        )
-    return Finding(
+    found = Finding(
         layer=names[0],
-        measured=measured,
+        measured=f"{what} under {len(names)} names: {listed(names)}",
         limit="one place for each layer",
         consequence=f"If each of them is called, {mixture}",
         remedy="give each place a layer of its own",
+    )
+    if not shared.is_alias:
+        return found
+    return replace(
+        found,
+        limit="one name, or names of one call",
+        consequence="Harmless if the names are two ways to the same call. If each is called on inputs of its "
+        f"own, {mixture}",
+        remedy="count its calls: batchnorm doctor model.py:make_model --data data.py:loader",
+        severity=Severity.INFO,
     )
 
 

@@ -173,7 +173,7 @@ class Optimizer:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Reference:
+class OtherVersion:
     """Another version of the same model: what it was imported from, or what was folded."""
 
     path: str
@@ -208,7 +208,7 @@ class Evidence:
     run: Run | None = None
     loop: Loop | None = None
     optimizer: Optimizer | None = None
-    reference: Reference | None = None
+    reference: OtherVersion | None = None
     environment: Environment | None = None
     unknown: Mapping[str, str] = field(default_factory=dict)  # part: why it is None, if not simply not given
 

@@ -41,7 +41,7 @@ _FLOOR_CHANNELS, _FLOOR_LAYERS = 2, 4
 _FLOOR, _FAR = 1.1, 3.0  # times r
 
 
-class Claim(Enum):
+class StartResidue(Enum):
     """What is known of the start that a counter says is left in a layer's statistics."""
 
     GONE = "gone"  # less than RESIDUE, or refuted
@@ -49,20 +49,20 @@ class Claim(Enum):
     SHOWN = "shown"
 
 
-def claims(evidence: Evidence) -> dict[str, tuple[Claim, float]]:
+def claims(evidence: Evidence) -> dict[str, tuple[StartResidue, float]]:
     """What each layer's counter proves, and the share of the initial statistics that it says is left."""
     shares = {name: _share(evidence, stored) for name, stored in evidence.stored.items()}
     alike: dict[float, list[Stored]] = defaultdict(list)
     for name, share in shares.items():
         if share > RESIDUE and not evidence.stored[name].is_initial:
             alike[share].append(evidence.stored[name])
-    found = {name: (Claim.GONE, share) for name, share in shares.items()}
+    found = {name: (StartResidue.GONE, share) for name, share in shares.items()}
     for share, layers in alike.items():
         proof = _by_arithmetic(layers, share)
         for stored in layers:
             measured = (evidence.measured or {}).get(stored.name)
             by_data = None if measured is None else _by_data(stored, measured, share, evidence.eps(stored.name))
-            claim = proof if proof is Claim.GONE or by_data is None else by_data
+            claim = proof if proof is StartResidue.GONE or by_data is None else by_data
             found[stored.name] = claim, share
     return found
 
@@ -97,29 +97,29 @@ def _share(evidence: Evidence, stored: Stored) -> float:
     return math.exp(count * math.log1p(-momentum))
 
 
-def _by_arithmetic(layers: Sequence[Stored], share: float) -> Claim:
+def _by_arithmetic(layers: Sequence[Stored], share: float) -> StartResidue:
     """What the variances of all layers of one count say."""
     variances = [value for stored in layers for value in stored.running_var or () if math.isfinite(value)]
     updates = max(stored.num_batches_tracked or 0 for stored in layers)
     slack = share * updates * _ROUNDING
     if not variances or min(variances) < share - slack:
-        return Claim.GONE
+        return StartResidue.GONE
     if sum(value <= share + slack for value in variances) >= _FLOOR_CHANNELS:
-        return Claim.SHOWN
+        return StartResidue.SHOWN
     begins = [min(stored.running_var or (math.inf,)) <= _FLOOR * share for stored in layers]
     if len(layers) >= _FLOOR_LAYERS and all(begins) and max(variances) > _FAR * share:
-        return Claim.SHOWN
-    return Claim.OPEN
+        return StartResidue.SHOWN
+    return StartResidue.OPEN
 
 
-def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> Claim | None:
+def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> StartResidue | None:
     """What the data say: whether the start explains where the statistics are; None if there are none to compare."""
     if stored.running_mean is None or _distance(stored, found.mean, found.var, eps) is None:
         return None
     mean = [(1 - share) * value for value in found.mean]
     var = [share + (1 - share) * value for value in found.var]
     near = is_nearer(stored, mean, var, found, eps)
-    return Claim.SHOWN if near and _has_pattern(stored, var, found, eps) else Claim.GONE
+    return StartResidue.SHOWN if near and _has_pattern(stored, var, found, eps) else StartResidue.GONE
 
 
 def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: float) -> bool:

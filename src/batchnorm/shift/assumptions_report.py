@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import Table, Text
+from batchnorm.reporting.blocks import Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
 from batchnorm.reporting.severity import Severity
 from batchnorm.shift.assumptions import BROKEN, DOUBTFUL, concise, full, promise
@@ -29,7 +29,7 @@ def report(found: Assumptions, *, source: str = "") -> Report:
         identified_by="modelDataAndCondition/v1", fail_on=Severity.WARNING, rows=list(rows.values()),
         rules=[RuleWords(code=_code(each), title=f"{each.name.capitalize()}.") for each in found.conditions],
         suites=[Suite(name="assumptions", checks=checks)], lines=concise(found), json=found.to_json,
-        document=[Text(promise(found)), Table(("state", "condition", "measured", "remedy"), table, words=4)],
+        document=[Text(promise(found)), TextTable(("state", "condition", "measured", "remedy"), table, words=4)],
         records=[{"condition": each.name, "state": each.state, "measured": each.measured, "remedy": each.remedy}
                  for each in found.conditions], full=lambda width: full(found, width=width),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Verdict: one data set judged offline, by the evidence that a monitor gathers live.
+"""ShiftVerdict: one data set judged offline, by the evidence that a monitor gathers live.
 
 The evidence E is that of ``ShiftMonitor``: on data as the reference knows them, the probability that it ever reaches x
 is 1 / x at most (Ville 1939). So the greatest E on the way through the data set can be quoted as it is.
@@ -79,7 +79,7 @@ class Picture:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ShiftVerdict:
     """What ``judge`` returns. A value: it holds no model.
 
     Args:
@@ -160,7 +160,7 @@ def judge(
     target: str = "",
     data: str = "",
     command: str = "",
-) -> Verdict:
+) -> ShiftVerdict:
     """Whether a data set is what a monitor's reference knows.
 
     Every example is looked at. The monitor keeps its own stream, and its model is left as it was, bit for bit.
@@ -201,7 +201,7 @@ def judge(
     return _verdict(watch, seconds=time.perf_counter() - start, **names)
 
 
-def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
+def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
     stream, alarm = watch.stream, watch.stream.alarm
     known = stream.reference
     rise = _rise(watch.trail, alarm)
@@ -209,7 +209,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> Verdict:
     is_past = alarm is not None and stream.evidence.log < stream.limit
     table = list(alarm.layers) if alarm is not None and is_past else stream.table()
     moved = watch.at_alarm if is_past and watch.at_alarm is not None else (stream.means, stream.evidence.log_channels)
-    return Verdict(
+    return ShiftVerdict(
         **names, source=known.source, calibrated=known.observations, unit=known.unit, alpha=stream.alpha,
         examples=stream.passed, batches=watch.batches, left_out=watch.left_out,
         observations=stream.evidence.observations, log_evidence=max(log for _, log in watch.trail),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from batchnorm.shift.verdict import Layer, Picture, Verdict
+    from batchnorm.shift.verdict import Layer, Picture, ShiftVerdict
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _POINTS = 500  # of the line, more than a page has pixels to show apart
@@ -29,7 +29,7 @@ _OPENED = 10  # moved layers whose channels are listed
 _LISTED, _LISTED_LATER = 20, 8  # channels shown of the first layer that moved, and of the others
 
 
-def page(verdict: Verdict, png: Callable[[Tensor], bytes] | None = None) -> str:
+def page(verdict: ShiftVerdict, png: Callable[[Tensor], bytes] | None = None) -> str:
     """One HTML file that loads nothing.
 
     Args:
@@ -65,7 +65,7 @@ def _raised(text: str) -> str:
     return re.sub(r"\b10\^(\d+)", lambda match: f"10{match[1].translate(_SUPERSCRIPT)}", text)
 
 
-def _cards(verdict: Verdict) -> list[tuple[str, str, str]]:
+def _cards(verdict: ShiftVerdict) -> list[tuple[str, str, str]]:
     """What, its figure, and a note."""
     rang = "never" if verdict.rang is None else f"{verdict.rang:,}"
     first = "–" if verdict.rang is None else plain(verdict.first or "none by itself")
@@ -92,7 +92,7 @@ class _EvidenceLine:
     cut: bool  # whether the line leaves the frame
 
 
-def _chart(verdict: Verdict) -> _EvidenceLine:
+def _chart(verdict: ShiftVerdict) -> _EvidenceLine:
     tens = [log / math.log(10) for _, log in verdict.trail]
     limit = verdict.log_limit / math.log(10)
     low, top = min(-0.5, *tens), max(1.3 * limit, *tens)
@@ -127,7 +127,7 @@ def _nice(total: int) -> list[int]:
     return list(range(0, total + 1, step))
 
 
-def _bars(verdict: Verdict) -> Iterator[tuple[tuple[str, ...], float, bool, str]]:
+def _bars(verdict: ShiftVerdict) -> Iterator[tuple[tuple[str, ...], float, bool, str]]:
     """Each layer's cells, the length of its bar in percent of the longest, whether it moved, and how many channels.
 
     Many layers in a row that did not move are one line, if others did.

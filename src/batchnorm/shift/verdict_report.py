@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import Items, Table, Text
+from batchnorm.reporting.blocks import Items, Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
 from batchnorm.reporting.severity import Severity
 from batchnorm.shift.verdict_page import page
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from batchnorm.reporting.blocks import Block
-    from batchnorm.shift.verdict import Layer, Verdict
+    from batchnorm.shift.verdict import Layer, ShiftVerdict
 
 _SHIFT, _DEPENDENT = "covariate-shift", "dependent-observations"
 _RULES = (
@@ -39,7 +39,7 @@ _RULES = (
 )
 
 
-def report(verdict: Verdict, *, source: str = "", png: Callable[[Tensor], bytes] | None = None) -> Report:
+def report(verdict: ShiftVerdict, *, source: str = "", png: Callable[[Tensor], bytes] | None = None) -> Report:
     """What every format shows.
 
     Args:
@@ -57,7 +57,7 @@ def report(verdict: Verdict, *, source: str = "", png: Callable[[Tensor], bytes]
     )  # fmt: skip
 
 
-def _rows(verdict: Verdict, source: str) -> Iterator[Row]:
+def _rows(verdict: ShiftVerdict, source: str) -> Iterator[Row]:
     if verdict.rang is not None:
         hint = f" Hint: {HINTS[verdict.hint]}." if verdict.hint else ""
         words = f"{outcome(verdict)}.{hint} Labels tell whether accuracy fell."
@@ -72,22 +72,22 @@ def _rows(verdict: Verdict, source: str) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _checks(verdict: Verdict, rows: list[Row]) -> Iterator[Check]:
+def _checks(verdict: ShiftVerdict, rows: list[Row]) -> Iterator[Check]:
     """One check of all layers together, one of each layer, and one of neighbours, which never fails."""
     yield Check(name="all layers together", rows=[row for row in rows if row.rule == _SHIFT])
     yield from (_check(verdict, layer) for layer in verdict.layers)
     yield Check(name="neighbouring observations", rows=[row for row in rows if row.rule == _DEPENDENT])
 
 
-def _check(verdict: Verdict, layer: Layer) -> Check:
+def _check(verdict: ShiftVerdict, layer: Layer) -> Check:
     words = f"evidence {odds(layer.log_evidence)} by {layer.kind}, limit {odds(verdict.log_limit)}"
     moved = Row(rule=_SHIFT, severity=Severity.ERROR, place=layer.name, words=words)
     return Check(name=layer.name or "model", rows=[moved] if layer.moved else [])
 
 
-def _document(verdict: Verdict) -> Iterator[Block]:
+def _document(verdict: ShiftVerdict) -> Iterator[Block]:
     yield Text(sentence(verdict), strong=headline(verdict))
-    yield Table(("", ""), list(facts(verdict)), words=2)
+    yield TextTable(("", ""), list(facts(verdict)), words=2)
     yield table([cells(layer) for layer in verdict.layers])
     yield Items(unseen(verdict), title="Not seen")
     yield from map(Text, follows(verdict))

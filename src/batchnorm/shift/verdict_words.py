@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import Table
+from batchnorm.reporting.blocks import TextTable
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.severity import GLYPHS, Severity
 from batchnorm.reporting.text import aligned, many, plain, wrapped
@@ -16,7 +16,7 @@ from batchnorm.reporting.text import aligned, many, plain, wrapped
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchnorm.shift.verdict import Layer, Verdict
+    from batchnorm.shift.verdict import Layer, ShiftVerdict
 
 _CLEAN = "clean.py:loader"
 _SHOWN = 4  # channels of a layer in a table
@@ -35,20 +35,20 @@ def odds(log_evidence: float) -> str:
     return f"1 in {least:,}"
 
 
-def headline(verdict: Verdict) -> str:
+def headline(verdict: ShiftVerdict) -> str:
     """What was judged."""
     counted = f"{many(verdict.examples, 'example')} in {many(verdict.batches, 'batch')}"
     return " · ".join(filter(None, [verdict.target, verdict.data, counted]))
 
 
-def sentence(verdict: Verdict) -> str:
+def sentence(verdict: ShiftVerdict) -> str:
     """The verdict in one sentence, which claims no more than was seen."""
     if verdict.rang is None:
         return f"No shift found in {many(verdict.examples, 'example')}; what could not be seen is listed"
     return "Shift found: these data are not distributed as the reference says"
 
 
-def facts(verdict: Verdict) -> Iterator[tuple[str, str]]:
+def facts(verdict: ShiftVerdict) -> Iterator[tuple[str, str]]:
     """What is known, as names and sentences."""
     yield "compared with", _reference(verdict)
     yield "evidence", _evidence(verdict)
@@ -73,19 +73,19 @@ HINTS = {
 }
 
 
-def _reference(verdict: Verdict) -> str:
+def _reference(verdict: ShiftVerdict) -> str:
     if verdict.source == "checkpoint":
         return "the checkpoint's stored statistics alone; nothing was calibrated, so tolerances are wide"
     unit = verdict.unit if verdict.unit in {"example", "batch"} else "observation"
     return f"a reference calibrated with {many(verdict.calibrated, unit)} of clean data"
 
 
-def _evidence(verdict: Verdict) -> str:
+def _evidence(verdict: ShiftVerdict) -> str:
     found = odds(verdict.log_evidence)
     return f"{found} against clean data; limit {odds(verdict.log_limit)}"
 
 
-def _first(verdict: Verdict) -> str:
+def _first(verdict: ShiftVerdict) -> str:
     if verdict.first is None:
         return "no layer by itself; all together reach the limit"
     place = [layer.name for layer in verdict.layers].index(verdict.first) + 1
@@ -93,7 +93,7 @@ def _first(verdict: Verdict) -> str:
     return f"{verdict.first}, layer {place} of {len(verdict.layers)}; {moved} moved beyond the limit by themselves"
 
 
-def neighbours(verdict: Verdict) -> str:
+def neighbours(verdict: ShiftVerdict) -> str:
     """Whether neighbouring observations are as independent as the unit has it."""
     told = f"correlation {verdict.correlation:.2f} of neighbouring observations"
     if verdict.dependent:
@@ -103,7 +103,7 @@ def neighbours(verdict: Verdict) -> str:
     return f"{told}: unit {verdict.unit!r} fits"
 
 
-def unseen(verdict: Verdict) -> list[str]:
+def unseen(verdict: ShiftVerdict) -> list[str]:
     """What this could not show."""
     least = f"{verdict.sight:.2g} stored sd" if math.isfinite(verdict.sight) else "any distance: too few observations"
     return [
@@ -114,7 +114,7 @@ def unseen(verdict: Verdict) -> list[str]:
     ]
 
 
-def follows(verdict: Verdict) -> list[str]:
+def follows(verdict: ShiftVerdict) -> list[str]:
     """What to make of it."""
     told = []
     if verdict.dependent:
@@ -134,7 +134,7 @@ def follows(verdict: Verdict) -> list[str]:
     return told
 
 
-def following(verdict: Verdict) -> str:
+def following(verdict: ShiftVerdict) -> str:
     """The next command, "" if there is none, or if the verdict does not know the parts of its own command."""
     command = verdict.command
     if not isinstance(command, CommandLine):
@@ -146,19 +146,19 @@ def following(verdict: Verdict) -> str:
     return CommandLine("batchnorm doctor", command.target, f"--data {_CLEAN}") if _is_wide(verdict) else ""
 
 
-def _is_wide(verdict: Verdict) -> bool:
+def _is_wide(verdict: ShiftVerdict) -> bool:
     return verdict.source == "checkpoint"
 
 
 # -- text ---------------------------------------------------------------------------------------------------------
 
 
-def concise(verdict: Verdict) -> str:
+def concise(verdict: ShiftVerdict) -> str:
     """One line."""
     return plain(": ".join(filter(None, (verdict.target, outcome(verdict)))))
 
 
-def outcome(verdict: Verdict) -> str:
+def outcome(verdict: ShiftVerdict) -> str:
     """What came out, with the evidence."""
     about = (
         f"evidence {odds(verdict.log_evidence)}, limit {odds(verdict.log_limit)}, {many(verdict.examples, 'example')}"
@@ -170,7 +170,7 @@ def outcome(verdict: Verdict) -> str:
     return f"shift found after {many(verdict.rang, 'example')}, first at {first}: {about}{alike}"
 
 
-def full(verdict: Verdict, *, width: int = 80) -> str:
+def full(verdict: ShiftVerdict, *, width: int = 80) -> str:
     """For people, in ``width`` columns; only a command may be longer."""
     severity = Severity.INFO if verdict.rang is None else Severity.ERROR
     status = f"[{GLYPHS[severity]} {severity}]"
@@ -186,7 +186,7 @@ def full(verdict: Verdict, *, width: int = 80) -> str:
     return "\n".join(lines)
 
 
-def _layers(verdict: Verdict, width: int) -> Iterator[str]:
+def _layers(verdict: ShiftVerdict, width: int) -> Iterator[str]:
     """A line for each layer that moved, and one for the others; the three with most evidence where none moved."""
     strongest = sorted(verdict.layers, key=lambda layer: -layer.log_evidence)[:3]
     rows = [cells(layer) for layer in verdict.layers if layer.moved] or [cells(layer) for layer in strongest]
@@ -196,9 +196,9 @@ def _layers(verdict: Verdict, width: int) -> Iterator[str]:
     yield "W2 and KL are distances for display: sd, and nats"
 
 
-def table(rows: Sequence[Sequence[str]]) -> Table:
+def table(rows: Sequence[Sequence[str]]) -> TextTable:
     """Layers as a table."""
-    return Table(("layer", "evidence", "kind", "channels moved", "W2", "KL"), rows, words=4)
+    return TextTable(("layer", "evidence", "kind", "channels moved", "W2", "KL"), rows, words=4)
 
 
 def cells(layer: Layer) -> tuple[str, str, str, str, str, str]:

@@ -17,7 +17,7 @@ from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.tensor_trees import tensors_in
-from batchnorm.rules.rule_evidence import Reference
+from batchnorm.rules.rule_evidence import OtherVersion
 
 # Sums of float32 terms in another order differ by eps sqrt(terms), for each layer on the way: 2^10 is 4096 terms
 # in 256 layers, sqrt(4096 * 256).
@@ -28,7 +28,7 @@ _NARROW_ROUNDINGS = 16
 _TF32_EPS = 2**-10
 
 
-def reference_of(model: nn.Module, reference: Any, example: Batch) -> Reference:
+def reference_of(model: nn.Module, reference: Any, example: Batch) -> OtherVersion:
     """What is known of a reference, and how far the model's eval outputs for ``example`` are from its.
 
     Neither model is changed, also if one of them raises.
@@ -45,14 +45,14 @@ def reference_of(model: nn.Module, reference: Any, example: Batch) -> Reference:
         file = checkpoint.read(reference)
         why = "the reference is a file, whose weights are not run"
         state, layers = _state_of(file, model)
-        return Reference(f"{file.path}{state and f', {state}'}", _eps_of(layers), layers, unknown=why)
+        return OtherVersion(f"{file.path}{state and f', {state}'}", _eps_of(layers), layers, unknown=why)
     if not isinstance(reference, nn.Module):
         raise TypeError(
             f"a reference must be a model or the path of a checkpoint, got {type(reference).__name__}. "
             "Pass what the model was made from."
         )
     stored = {name: stored_of(name, layer) for name, layer in layers_of(reference).items()}
-    known = Reference(type(reference).__name__, _eps_of(stored), stored)
+    known = OtherVersion(type(reference).__name__, _eps_of(stored), stored)
     if example is None:
         return replace(known, unknown="it takes an example to compare outputs with the reference's")
     theirs, ours = (_eval_outputs(each, example) for each in (reference, model))

@@ -25,7 +25,7 @@ from batchnorm.rules.rule_evidence import Evidence
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchnorm.checkpoint import Checkpoint, Stored
     from batchnorm.doctor.examination import Selection
@@ -73,17 +73,7 @@ def plan(
         ValueError: As ``checkpoint.read``; or if the file is an ONNX model, or has no such state, or no layer that
             ``live`` names.
     """
-    file = checkpoint.read(path)
-    if file.format == "onnx":
-        raise ValueError(
-            f"fix needs a file of torch.save or safetensors, got the ONNX model {file.path}. Fix the checkpoint that "
-            "it was made from, and export it again."
-        )
-    if file.format == "pickle":
-        raise ValueError(
-            f"fix needs a file of torch.save or safetensors, got the plain pickle {file.path}. Load it, and save its "
-            "tensors with torch.save(state, path)."
-        )
+    file = _mendable(path)
     if state:
         file, state = with_state(file, state)
     told = eps or {}
@@ -93,15 +83,7 @@ def plan(
     changes = prescribe(
         {name: layers[name] for name in layers if name in meant}, found, lambda n: layers[n].eps or EPS, unsafe=unsafe
     )
-    for name, change in (live or {}).items():
-        if name not in layers:
-            raise ValueError(
-                f"{file.path} has no layer {name!r} of the model; it has {', '.join(list(layers)[:3])}. "
-                "Give the weights of this model."
-            )
-        # the model had what is unsafe, or better, done to it
-        safe = prescribe({name: layers[name]}, found, lambda _, change=change: change.eps, unsafe=False)
-        changes[name] = _joined(safe.get(name), change, layers[name])
+    changes |= _of_models(file, found, live or {})
     wraps = not state and any(finding.code == "BN507" for finding in found)
     prefixes = _prefixes(*_structure(Path(file.path))) if wraps else {}
     after = _with_layers(file, lambda name, stored: changes[name].after if name in changes else stored)
@@ -109,6 +91,34 @@ def plan(
     return MendingPlan(
         file=file, after=after, changes=changes, prefixes=prefixes, findings=found, left=_findings(after, selection)
     )
+
+
+_UNMENDABLE = {
+    "onnx": ("ONNX model", "Fix the checkpoint that it was made from, and export it again."),
+    "pickle": ("plain pickle", "Load it, and save its tensors with torch.save(state, path)."),
+}
+
+
+def _mendable(path: str | os.PathLike[str]) -> Checkpoint:
+    file = checkpoint.read(path)
+    if file.format in _UNMENDABLE:
+        kind, remedy = _UNMENDABLE[file.format]
+        raise ValueError(f"fix needs a file of torch.save or safetensors, got the {kind} {file.path}. {remedy}")
+    return file
+
+
+def _of_models(file: Checkpoint, found: Sequence[Finding], live: Mapping[str, Change]) -> dict[str, Change]:
+    """Changes of layers in the file as models have them: what is unsafe, or better, was done to the models."""
+    layers, joined = file.every, {}
+    for name, change in live.items():
+        if name not in layers:
+            raise ValueError(
+                f"{file.path} has no layer {name!r} of the model; it has {', '.join(list(layers)[:3])}. "
+                "Give the weights of this model."
+            )
+        safe = prescribe({name: layers[name]}, found, lambda _, change=change: change.eps, unsafe=False)
+        joined[name] = _joined(safe.get(name), change, layers[name])
+    return joined
 
 
 def write(plan: MendingPlan, output: Path) -> None:
@@ -148,7 +158,7 @@ def _verify(plan: MendingPlan, written: str) -> None:
             raise ValueError(f"{plan.file.path}: layer {name!r} of a mended copy did not read as written. {remedy}")
 
 
-def _with_layers(file: Checkpoint, change: Any) -> Checkpoint:
+def _with_layers(file: Checkpoint, change: Callable[[str, Stored], Stored]) -> Checkpoint:
     copies = {
         copy: {name: change(file.named(copy, name), stored) for name, stored in layers.items()}
         for copy, layers in file.copies.items()

@@ -22,6 +22,8 @@ from batchnorm.rules.finding import Fix
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from torch.nn.modules.batchnorm import _BatchNorm
+
     from batchnorm.checkpoint import Stored
     from batchnorm.rules.finding import Finding
 
@@ -40,7 +42,7 @@ class Remedy:
     fix: Fix
     words: str
     store: Callable[[Stored, float], Stored] | None = None  # from what a layer stores, and its eps
-    setting: Callable[[Any], object] | None = None  # changes a live layer; eval outputs stay the same
+    setting: Callable[[_BatchNorm], None] | None = None  # changes a live layer; eval outputs stay the same
 
 
 @final
@@ -101,21 +103,21 @@ def new_counter(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remed
     return replace(stored, num_batches_tracked=0, dtypes={**stored.dtypes, "num_batches_tracked": "int64"})
 
 
-def track(layer: Any) -> None:
+def track(layer: _BatchNorm) -> None:
     """Train mode moves the stored statistics again."""
     layer.track_running_stats = True
 
 
-def freeze(layer: Any) -> None:
+def freeze(layer: _BatchNorm) -> None:
     """Stored statistics stay, as gamma and beta do."""
     from batchnorm.population import freeze
 
     freeze(layer)
 
 
-def usual_momentum(layer: Any) -> None:
+def usual_momentum(layer: _BatchNorm) -> None:
     """1 - momentum if that is below 0.5, else torch's default of 0.1."""
-    other = 1 - layer.momentum
+    other = 1 - (layer.momentum or 0.0)
     layer.momentum = other if 0 < other < 0.5 else 0.1
 
 

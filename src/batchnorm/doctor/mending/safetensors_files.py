@@ -11,13 +11,13 @@ import math
 import struct
 import sys
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchnorm.doctor.mending.tensor_edit import Edit
+    from batchnorm.doctor.mending.tensor_edit import Edit, Keys
 
 # name in the file, and struct's letter; bfloat16 is cut from float32
 _TYPES = {
@@ -32,7 +32,15 @@ _ALIGNMENT = 8  # of the first tensor
 _PIECE = 1 << 20  # bytes copied at once
 
 
-def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tuple, str]) -> None:
+class TensorEntry(TypedDict):
+    """What the header says of a tensor; its offsets are the largest number until it has a place."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping[Keys, str]) -> None:
     """Write ``source`` to an open file with its tensors edited, and names without their prefix.
 
     What is not edited has the same bytes. Tensors keep their order where none changes its size.
@@ -53,22 +61,29 @@ def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tupl
                 _copy(old, file, 8 + length, *header[name]["data_offsets"])
 
 
-def _header(named: dict[str, Any]) -> bytes:
+def _header(named: Mapping[str, TensorEntry | Mapping[str, str]]) -> bytes:
     text = json.dumps(named, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def _layout(header: dict[str, Any], fresh: dict[str, bytes], edits: Sequence[Edit]) -> Iterator[tuple[str, Any]]:
+def _layout(
+    header: Mapping[str, TensorEntry], fresh: Mapping[str, bytes], edits: Sequence[Edit]
+) -> Iterator[tuple[str, TensorEntry]]:
     """Entries of the new header: those of the old one in its order, then new ones."""
     dtypes = {edit.name: _TYPES[edit.dtype][0] for edit in edits}
     sizes = {name: len(data) for name, data in fresh.items()}
-    entries = {name: {**entry, "dtype": dtypes.get(name, entry["dtype"])} for name, entry in header.items()}
+    entries = {
+        name: TensorEntry(
+            dtype=dtypes.get(name, entry["dtype"]), shape=entry["shape"], data_offsets=entry["data_offsets"]
+        )
+        for name, entry in header.items()
+    }
     for edit in edits:
         entry = entries.get(edit.name)
         if edit.values is None and entry and math.prod(entry["shape"]) != 1:
             entry["shape"] = []  # a counter is one number
-    entries |= {name: {"dtype": dtypes[name], "shape": [], "data_offsets": [math.inf] * 2} for name in fresh if name not in header}  # fmt: skip # noqa: E501
+    entries |= {name: {"dtype": dtypes[name], "shape": [], "data_offsets": [sys.maxsize] * 2} for name in fresh if name not in header}  # fmt: skip # noqa: E501
     order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
     if any(name not in header or sizes[name] != _size(header[name]) for name in fresh):
         order.sort(key=lambda name: -_item(entries[name], sizes.get(name)))
@@ -76,21 +91,22 @@ def _layout(header: dict[str, Any], fresh: dict[str, bytes], edits: Sequence[Edi
     for name in order:
         end = at + sizes.get(name, _size(entries[name]))
         offsets[name], at = [at, end], end
-    yield from ((name, {**entry, "data_offsets": offsets[name]}) for name, entry in entries.items())
+    for name, entry in entries.items():
+        yield name, TensorEntry(dtype=entry["dtype"], shape=entry["shape"], data_offsets=offsets[name])
 
 
-def _size(entry: dict[str, Any]) -> float:
+def _size(entry: TensorEntry) -> int:
     begin, end = entry["data_offsets"]
     return end - begin
 
 
-def _item(entry: dict[str, Any], size: int | None) -> float:
+def _item(entry: TensorEntry, size: int | None) -> float:
     """Bytes of one element; an empty tensor may stand anywhere."""
     count = math.prod(entry["shape"])
     return (_size(entry) if size is None else size) / count if count else 0
 
 
-def _bytes(old: Any, start: int, entry: dict[str, Any] | None, edit: Edit) -> bytes:
+def _bytes(old: BinaryIO, start: int, entry: TensorEntry | None, edit: Edit) -> bytes:
     """An edited tensor: its own bytes where nothing changes."""
     if edit.values is None:
         return _packed(array("q", [edit.count]), edit.dtype)
@@ -117,7 +133,7 @@ def _packed(values: array, dtype: str) -> bytes:
     return halves.tobytes()
 
 
-def _copy(old: Any, file: Any, start: int, begin: int, end: int) -> None:
+def _copy(old: BinaryIO, file: BinaryIO, start: int, begin: int, end: int) -> None:
     old.seek(start + begin)
     left = end - begin
     while left and (piece := old.read(min(left, _PIECE))):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections import defaultdict
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from batchnorm.doctor.mending.tensor_edit import Edit
+    from batchnorm.doctor.mending.tensor_edit import Edit, Keys
 
 Place = tuple[Any, Any]  # a dict or list, and the key in it
 
@@ -40,7 +40,7 @@ def put(tensor: Tensor, values: array[float], channels: Sequence[int], dtype: to
     return tensor
 
 
-def write(source: Path, file: Any, edits: Sequence[Edit], prefixes: Mapping[tuple, str]) -> None:
+def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping[Keys, str]) -> None:
     """Write ``source`` to an open file with its tensors edited, and names without their prefix.
 
     Args:
@@ -90,10 +90,10 @@ def _plain_numpy() -> AbstractContextManager:
     )
 
 
-def _places(saved: Any) -> Iterator[tuple[tuple[Any, ...], Place]]:
+def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
     """Where each tensor is, by the keys that lead to it; what is there twice only once."""
     # in the order of the checkpoint's reader, so that a dict that is there twice has the same keys
-    waiting: list[tuple[tuple[Any, ...], Any]] = [((), saved)]
+    waiting: list[tuple[Keys, Any]] = [((), saved)]
     seen: set[int] = set()
     while waiting:
         path, container = waiting.pop()
@@ -105,13 +105,13 @@ def _places(saved: Any) -> Iterator[tuple[tuple[Any, ...], Place]]:
         waiting += [((*path, key), value) for key, value in reversed(items) if isinstance(value, dict | list | tuple)]
 
 
-def _parted(edits: Sequence[Edit], places: Mapping[tuple[Any, ...], Place]) -> Iterator[tuple[Any, ...]]:
+def _parted(edits: Sequence[Edit], places: Mapping[Keys, Place]) -> Iterator[Keys]:
     """Keys of edited tensors that share memory with a layer's tensor which stays, or becomes another one.
 
     Averaged weights may have been saved with the very statistics of the model.
     """
     edited = {edit.key: edit for edit in edits if edit.key in places}
-    views: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    views: dict[Keys, list[Keys]] = defaultdict(list)
     for key, (container, name) in places.items():
         if str(key[-1]).rpartition(".")[2] in OF_A_LAYER:
             tensor = container[name]
@@ -129,7 +129,7 @@ def _is_same(a: Edit | None, b: Edit | None) -> bool:
     return a.values is b.values or repr(a.values) == repr(b.values)
 
 
-def _apply(edit: Edit, places: dict[tuple[Any, ...], Place], made: dict[int, Tensor]) -> None:
+def _apply(edit: Edit, places: dict[Keys, Place], made: dict[int, Tensor]) -> None:
     if edit.values is None:
         _count(edit, places)
         return
@@ -141,7 +141,7 @@ def _apply(edit: Edit, places: dict[tuple[Any, ...], Place], made: dict[int, Ten
         container[key] = made[id(old)]
 
 
-def _count(edit: Edit, places: dict[tuple[Any, ...], Place]) -> None:
+def _count(edit: Edit, places: dict[Keys, Place]) -> None:
     """Set a counter: in place, so that what shares its memory has it too, unless it is no tensor of one number."""
     path, name = edit.key[:-1], edit.key[-1]
     kind = getattr(torch, edit.dtype)
@@ -171,7 +171,7 @@ def _insert(container: dict, name: Any, tensor: Tensor) -> None:
     container.update([*items[: last + 1], (name, tensor), *items[last + 1 :]])
 
 
-def _at(saved: Any, path: tuple[Any, ...]) -> Any:
+def _at(saved: Any, path: Keys) -> Any:
     for key in path:
         saved = saved[key]
     return saved

@@ -44,6 +44,8 @@ from batchnorm.surgery.replacement import duplicate
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch.nn.modules.batchnorm import _BatchNorm
+
     from batchnorm.rules.finding import Finding
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -150,7 +152,7 @@ def _mend(model: nn.Module, findings: Iterable[Finding], *, unsafe: bool) -> boo
     return bool(changes)
 
 
-def _store(layer: Any, change: Change) -> None:
+def _store(layer: nn.Module, change: Change) -> None:
     for key in TENSORS:
         dtype, tensor = change.after.dtypes.get(key), getattr(layer, key, None)
         channels = changed(change.before, change.after, key)
@@ -164,13 +166,13 @@ def _store(layer: Any, change: Change) -> None:
 
 
 @torch.no_grad()
-def _runs_with(layer: Any, dtype: torch.dtype) -> bool:
+def _runs_with(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether batch norm takes statistics of this type beside the layer's gamma and beta, in both modes."""
-    weight, mean, var = layer.weight, layer.running_mean, layer.running_var
-    x = torch.randn(2, layer.num_features, device=mean.device).to(mean.dtype if weight is None else weight.dtype)
+    mean, var, weight, bias = (getattr(layer, key) for key in TENSORS)
+    x = torch.randn(2, len(mean), device=mean.device).to(mean.dtype if weight is None else weight.dtype)
     try:
         for training in (False, True):
-            F.batch_norm(x, mean.to(dtype, copy=True), var.to(dtype, copy=True), weight, layer.bias, training)
+            F.batch_norm(x, mean.to(dtype, copy=True), var.to(dtype, copy=True), weight, bias, training)
     except RuntimeError:
         return False
     return True
@@ -222,12 +224,12 @@ def _measure(model: nn.Module, sick: set[str], data: Iterable[Any]) -> None:
             _take_over(layers[path], done[path])
 
 
-def _take_over(layer: Any, measured: Any) -> None:
+def _take_over(layer: _BatchNorm, measured: _BatchNorm) -> None:
     for key in ("running_mean", "running_var"):
         getattr(layer, key).copy_(getattr(measured, key))
-    if layer.num_batches_tracked is not None:
-        counts = (int(measured.num_batches_tracked), int(layer.num_batches_tracked))
-        layer.num_batches_tracked.fill_(next((n for n in counts if not _has_start(n, layer.momentum)), 0))
+    new, old = measured.num_batches_tracked, layer.num_batches_tracked
+    if new is not None and old is not None:
+        old.fill_(next((n for n in (int(new), int(old)) if not _has_start(n, layer.momentum)), 0))
 
 
 def _has_start(count: int, momentum: float | None) -> bool:
