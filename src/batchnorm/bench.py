@@ -1,4 +1,4 @@
-"""Bench: how long our layers take beside torch.nn's, and beside memory traffic that nobody can avoid.
+"""Bench: the times of our layers, of torch.nn's, and of the memory traffic that every implementation needs.
 
 The memory limit L of a call is the time that torch takes to move as many bytes, in the same rounds: reading x and
 writing y is a ``copy``, reading two tensors and writing a third a ``triad`` (McCalpin 1995, STREAM).
@@ -42,7 +42,7 @@ _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call of a layer, and the memory traffic that it cannot avoid, in tensors of the size of x.
+    """One call of a layer, and the least memory traffic that it needs, in tensors of the size of x.
 
     ``reread`` counts the reads to add where channels are last and x is larger than the cache: no part of x has all
     values of a channel, so nothing can be normalized before all is read.

@@ -1,8 +1,7 @@
 """One file that shows what was measured: verdicts, of the lecture or of a user's model, with their charts.
 
-The file stands alone. It loads nothing, runs no script unless it was asked to be interactive, and says before
-each result by which criterion it was judged. A Verdicts value becomes plain text, numbers and SVG here; what
-they look like is in templates/.
+The page stands alone. It loads nothing, and runs a script only if it is interactive. Before each result it states the
+criterion. This module turns verdicts into plain text, numbers and SVG; the layout is in templates/.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ def checked_suffix(path: Path) -> str:
 
 
 def require_extra() -> None:
-    """Return if everything that draws a report is installed; call it before an experiment that takes minutes.
+    """Check that everything that draws a report is installed. Call it before an experiment that takes minutes.
 
     Raises:
         ModuleNotFoundError: If something is missing; the message says what to run.
@@ -289,7 +288,7 @@ def _cell(value: Value, axis: Axis | None) -> str:
 
 
 def _number(value: Value) -> str:
-    """A number with four digits that count, as people write it; a dash for what does not exist."""
+    """A number with four significant digits, as people write it; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, str):

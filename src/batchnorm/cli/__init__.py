@@ -1,4 +1,4 @@
-"""The command line. It imports neither torch nor altair, nor what one command needs before that command is given."""
+"""The command line. It imports neither torch nor altair, and a command's own modules only when that command runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Commands(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command; a name that is close to one is told it."""
+        """The command of that name. The error for an unknown name offers a similar one."""
         if cmd_name in _COMMANDS:
             home = import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}_command")
             return _debuggable(getattr(home, cmd_name))
@@ -39,7 +39,7 @@ class _Commands(click.Group):
         return None
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command; what it raises for the user becomes one message and exit code 2."""
+        """Run the command. An error that is meant for the user becomes a message and exit code 2."""
         try:
             super().invoke(ctx)
         except KeyboardInterrupt:
@@ -54,7 +54,7 @@ class _Commands(click.Group):
 
 
 def _debuggable(command: click.Command) -> click.Command:
-    """The command with --debug: one looks for it behind a command's name too."""
+    """The command with --debug, which users also type behind the name of a command."""
     if not any(parameter.name == "debug" for parameter in command.params):
         command.params.append(
             click.Option(["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=_debug, help=_DEBUG)

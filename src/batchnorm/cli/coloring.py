@@ -1,4 +1,4 @@
-"""Colour for statuses and severities in plain text, where a terminal shows it. The words say everything without."""
+"""Colours for statuses and severities in plain text, on terminals that show them. The words say the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def colored(text: str) -> str:
 
 
 def spelled(text: str) -> str:
-    """The text without signs that standard output cannot show: the word beside each says the same."""
+    """The text with plain signs in place of those that standard output cannot show."""
     try:
         "".join(_SIGNS).encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

@@ -53,7 +53,7 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
 
 
 def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
-    """Codes of what was named; where a code is none, the ones that begin like it are told."""
+    """The codes that were named. The error for an unknown code names those that begin like it."""
     for name in (part.strip() for text in rule for part in text.split(",")):
         begins_a_code = any(code.startswith(name.upper()) for code in RULES)
         if not begins_a_code and (alike := _alike(name.upper())):
@@ -62,10 +62,10 @@ def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _alike(name: str) -> list[str]:
-    """Codes that share the longest beginning with the name, and of those the nearest; none outside its family.
+    """The codes with the longest common beginning, and of those the most similar; none of another family.
 
-    Families come first since a digit is lost more easily than it is swapped for another: BN13 is BN103 or BN113, and
-    not BN213, whose letters are as near.
+    The beginning counts most, because people lose a digit more often than they mistype one: BN13 is BN103 or BN113,
+    and not BN213, which is as similar.
     """
     ranks = {code: (_shared(name, code), SequenceMatcher(None, name, code).ratio()) for code in RULES}
     best = max(ranks.values())

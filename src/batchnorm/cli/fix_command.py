@@ -114,7 +114,7 @@ def _check_options(asked: FixOptions) -> None:
 
 
 def _place(target: str, source: str | None, output: Path | None, *, in_place: bool, force: bool) -> Path:
-    """Where to write; found out before the work, not after it."""
+    """The place to write to, checked before the work begins."""
     if in_place and (output or source is None):
         other = "-o" if output else "a model without --weights"
         raise ValueError(f"--in-place writes over the checkpoint, got {other} as well. Leave one of the two out.")
@@ -160,7 +160,7 @@ def _file(asked: FixOptions) -> Mended:
 
 
 def _states(plan: MendingPlan, state: str) -> tuple[str, ...]:
-    """Which states were looked at, if there are several."""
+    """Sentences that name the treated states, if there are several."""
     state = with_state(plan.file, state)[1] if state else ""
     rest = [name for name in plan.file.states if state and name != state]
     if len(plan.file.states) < 2:
@@ -227,7 +227,7 @@ def _each_state(asked: FixOptions, model: nn.Module, weights: str) -> Mended:
 
 
 def _left(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """What is left of a model: the environment is no part of it, and its file is looked at by itself."""
+    """Findings that are left in a model, without those about the environment and those that only a file shows."""
     return tuple(f for f in findings if not f.code.startswith("BN9") and f.code not in _OF_FILES)
 
 

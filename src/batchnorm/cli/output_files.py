@@ -1,4 +1,4 @@
-"""What ``-o`` does: a file written whole or not at all, and errors as the command line tells them."""
+"""What ``-o`` does: it writes a file whole or not at all, and its errors name a remedy."""
 
 from __future__ import annotations
 

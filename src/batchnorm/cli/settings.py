@@ -126,7 +126,7 @@ def _listed(table: Mapping[str, Json], key: str, path: Path) -> list[str]:
 
 
 def refuse_empty(given: Mapping[str, str | None]) -> None:
-    """Return unless an option was given as nothing, as an unset variable of a shell does.
+    """Refuse an empty value of an option, which an unset variable of a shell gives.
 
     Raises:
         ValueError: If one was.

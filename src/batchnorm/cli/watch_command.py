@@ -76,7 +76,7 @@ def _serve(feed: Feed, port: int, token: str, *, opens: bool) -> None:
 
 
 def _has_screen() -> bool:
-    """Whether a browser would open beside the terminal and not in it."""
+    """Whether a browser would open in a window of its own."""
     if not sys.stdout.isatty():
         return False
     return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -114,7 +114,7 @@ def why(
 
 
 def _check_output(output: Path, *, interactive: bool) -> None:
-    """Find out before the experiments run, not after, that the report cannot be written."""
+    """Refuse a report that cannot be written, before the experiments run."""
     from batchnorm.report import checked_suffix
 
     checked_suffix(output)
@@ -229,7 +229,7 @@ class WhyOptions:
 
 
 def _model(asked: WhyOptions, talk: Talk, *, quiet: bool) -> Answers:
-    """Ask the user's model; what its code raises is told with its place, and what it prints goes to standard error."""
+    """Ask the user's model. Errors of its code are shown with their place; its output goes to standard error."""
     with running(asked.model.address):
         subject = _subject(asked)
         asked, told = _with_state(asked, subject)
@@ -240,7 +240,7 @@ def _model(asked: WhyOptions, talk: Talk, *, quiet: bool) -> Answers:
 
 
 def _with_state(asked: WhyOptions, subject: Subject) -> tuple[WhyOptions, str]:
-    """What is asked, of the state that is loaded, and a sentence that says which of several it is."""
+    """The options with the state that is loaded, and a sentence that names it if there are several."""
     named = asked.model
     if not named.weights:
         return asked, ""
@@ -260,7 +260,7 @@ def _subject(asked: WhyOptions) -> Subject:
 
 
 def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
-    """What makes the model, with its file run once and not for every arm; called once, so that errors come here."""
+    """A function that makes the model. The model's file runs once; the function is called here once to see errors."""
     import torch
 
     settings = addresses.parsed(asked.model.given)

@@ -1,4 +1,4 @@
-"""examine: evidence from a file, a model, or a model with data; then every rule that has what it needs."""
+"""examine: collect evidence from a file, a model, or a model with data, and apply every rule that can use it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _MOST_CLASSES = 8  # that a note names
 class Selection:
     """Which rules run. Entries are codes, their beginnings ("BN1" stands for its whole family) or names of rules.
 
-    ``per_layer`` maps patterns of layer names, with * and ?, to what is left out for them.
+    ``per_layer`` maps patterns of layer names, with * and ?, to the rules that are left out for these layers.
 
     Raises:
-        ValueError: If an entry names no rule; the nearest one is told.
+        ValueError: If an entry names no rule. The message names the nearest one.
     """
 
     select: tuple[str, ...] = ()
@@ -78,13 +78,13 @@ def examine(
 ) -> Diagnosis:  # fmt: skip
     """What is wrong with a target's batch norm, by the rules of ``batchnorm rules``.
 
-    A file is read as data: nothing in it is executed, and torch is not needed. Every state in it is looked at (averaged
-    copies, target networks, members of a list): layers of the model's own state are named as in the model, those of
-    others behind the path of their state. A copy whose layers are those of an earlier one, bit for bit, is named, and
-    what is found there is told once.
+    A file is read as data: nothing in it is executed, and torch is not needed. Every state in it is examined: the
+    model's own, averaged copies, target networks, members of a list. Layers of the model's own state have their names
+    in the model; other layers have the path of their state before their names. If a state repeats the layers of an
+    earlier one bit for bit, a note says so, and its findings are reported once.
 
-    A model is looked at as it is; with data it runs as well, in eval and in train mode, and is then put back bit for
-    bit, also if it raises: parameters, buffers, training flags, hooks, gradients and random states.
+    A model is examined as it is. With data it also runs, in eval mode and in train mode. Afterwards its parameters,
+    buffers, training flags, hooks, gradients and the random states are as before, bit for bit, also if it raised.
 
     Args:
         target: A file (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx) or a model.
@@ -94,11 +94,11 @@ def examine(
         batch_size: Examples per device and step. The loader's own if this is left out.
         accumulation: Batches for each optimizer step.
         world_size: Processes that train together.
-        reference: A model or a file that the target was made from (before it was folded, exported or imported).
+        reference: The model or file from which the target was folded, exported or imported.
         selection: Which rules run.
         max_examples: Examples to measure on.
         name: What the target is called in the result; its path or class if this is left out.
-        state: Of a file, only the state of this path. All of them if this is left out.
+        state: The path of one state of a file. All states are examined if this is left out.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -138,7 +138,7 @@ def examine(
 
 
 def _of_file(path: str | os.PathLike[str], state: str, name: str) -> tuple[Evidence, str]:
-    """What a file tells, and the name of the state that was asked for."""
+    """The evidence of a file, and the name of the state that was asked for."""
     file = checkpoint.read(path)
     file, state = with_state(file, state) if state else (file, "")
     return Evidence(name or file.path, file.every, file=file), state
@@ -155,9 +155,9 @@ def _check(**settings: int | None) -> None:
 
 
 def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evidence]]:
-    """What rules look at one after the other, with its name: "", then each further copy in the file.
+    """The evidence in the parts that rules see, with names: "" for the model, then each further copy in the file.
 
-    A rule sees one model. What concerns the file as a whole is part of the first evidence only.
+    A rule sees one model at a time. Facts about the whole file are in the first part only.
 
     Args:
         evidence: All of it.
@@ -177,7 +177,7 @@ def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evi
 
 
 def repeats(file: Checkpoint) -> dict[str, str]:
-    """States whose layers are those of an earlier one, bit for bit, with its name."""
+    """Each state that repeats the layers of an earlier state bit for bit, with the name of that state."""
     every, found, kept = file.every, {}, []
     for name, state in file.states.items():
         layers = {layer: every[path] for layer, path in state.layers.items()}
@@ -195,13 +195,13 @@ def repeats(file: Checkpoint) -> dict[str, str]:
 
 
 def _are_same(some: Mapping[str, Stored], others: Mapping[str, Stored]) -> bool:
-    """Whether all that they store is known and the same."""
+    """Whether all stored values are known, and equal."""
     is_read = not any(stored.unread for stored in (*some.values(), *others.values()))
     return is_read and some.keys() == others.keys() and all(is_same(some[name], others[name]) for name in some)
 
 
 def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknown], bool]:
-    """Whether what was found, or not seen, concerns one state of the file."""
+    """A test whether a finding or an unknown is about one state of the file."""
     if file is None or not state:
         return lambda _: True
     kept = set(file.states[state].layers.values())
@@ -216,7 +216,7 @@ def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknow
 
 
 def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
-    """With the layers of one state of the file only, and what else is in it as a note."""
+    """The diagnosis with the layers of one state only, and a note that names the other states."""
     kept = set(file.states[name].layers.values())
     rest = [other for other in file.states if other != name]
     return replace(
@@ -231,7 +231,7 @@ def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
 
 
 def _states(file: Checkpoint | None) -> tuple[str, ...]:
-    """What the states are, if there are several, and which of them repeat others."""
+    """Sentences that name the states, if there are several, and those that repeat others."""
     if file is None:
         return ()
     lines = [f"{name} is {state} itself, under another name" for name, state in file.aliases.items()]
@@ -259,7 +259,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
         for rule, findings, unseen in looks(copy, part, ran):
             found += filter(is_meant, findings)
             unknown[rule.code] += filter(is_meant, unseen)
-    # a rule that found nothing where it could not look has not passed
+    # a rule that could not judge some layers and found nothing in the others has not passed
     blind = {code: by_reason(each) for code, each in unknown.items() if each and not any(f.code == code for f in found)}
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
@@ -278,7 +278,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
 
 
 def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Rule, list[Finding], list[Unknown]]]:
-    """What each rule finds and cannot tell in one copy; what is about all of a further copy has its name."""
+    """Findings and unknowns of each rule in one copy. Those about a further copy as a whole get its name."""
     for rule in rules:
         if not rule.missing(part):
             found, unknown = rule.look(part)
@@ -290,7 +290,7 @@ def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Ru
 
 
 def _notes(evidence: Evidence) -> Iterator[str]:
-    """What of the target was left unread, and why."""
+    """Sentences about values of the target that were not read, with the reason."""
     if evidence.file is not None and evidence.file.unread:
         yield f"left unread: {listed(evidence.file.unread, most=_MOST_CLASSES)}"
     reasons: dict[tuple[str, str], list[str]] = {}

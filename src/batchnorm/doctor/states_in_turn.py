@@ -1,8 +1,8 @@
-"""A model with each state of a checkpoint in turn: examined, or treated.
+"""A model is examined or treated with each state of a checkpoint in turn.
 
-A file may hold several states that fit one model: its own weights and their averages, a network and its target. Each is
-loaded and looked at; a state that does not fit is named with the reason. The first state's layers are named as in the
-model, those of others as in the file.
+A file may hold several states that fit one model: its weights and their averages, or a network and its target. Each
+state is loaded. A state that does not fit is named with the reason. Layers of the first state have their names in the
+model; layers of other states have their names in the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FOREIGN = "BN115"  # seen in a file that holds several states, and in no model 
 @final
 @dataclass(frozen=True, slots=True)
 class Treated:
-    """What became of one state: findings before and after, and what changed, all by the names of layers in the file."""
+    """The result for one state: findings before and after, and changes. All layers have their names in the file."""
 
     state: str
     found: tuple[Finding, ...]
@@ -45,7 +45,7 @@ class Treated:
 @final
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Which states of a file are loaded into a model, and why not the others."""
+    """The states of a file that are loaded into a model, and the reason for each of the others."""
 
     file: Checkpoint
     loaded: tuple[str, ...]
@@ -53,7 +53,7 @@ class Loading:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences, if there are several states."""
+        """Sentences that say which states are loaded, if there are several."""
         if len(self.file.states) < 2:
             return ()
         each = ", each by itself" if len(self.loaded) > 1 else ""
@@ -61,7 +61,7 @@ class Loading:
         return (*lines, *(f"not loaded: {name}: {reason}" for name, reason in self.others.items()))
 
     def named(self, state: str, layer: str) -> str:
-        """A layer of a loaded state: as in the model for the first one, as in the file for others."""
+        """The name of a layer: in the model for the first loaded state, in the file for other states."""
         return layer if state == self.loaded[0] else self.in_file(state, layer) if layer else state
 
     def in_file(self, state: str, layer: str) -> str:
@@ -71,7 +71,7 @@ class Loading:
 
 
 def loading(network: nn.Module, path: str, state: str = "") -> Loading:
-    """Which states fit a model, found by loading them. The model has one of them afterwards.
+    """The states that fit a model, found by loading them. Afterwards the model holds one of them.
 
     Args:
         network: The model.
@@ -104,7 +104,7 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
 def examined(
     network: nn.Module, path: str, state: str, look: Callable[[], Diagnosis], selection: Selection
 ) -> Diagnosis:
-    """One diagnosis of a model with each state that fits. What two states have in common is told once.
+    """One diagnosis of a model with all states that fit. A finding that two states share is reported once.
 
     States that do not fit are examined as a file alone.
 
@@ -147,7 +147,7 @@ def _with(network: nn.Module, path: str, state: str, look: Callable[[], Diagnosi
 def _of_file(
     plan: Loading, selection: Selection, diagnoses: Mapping[str, Diagnosis]
 ) -> tuple[list[Finding], list[LayerRow]]:
-    """What the file says of states that were not loaded, and of foreign statistics where data do not say more."""
+    """Findings in the file: of states that were not loaded, and of foreign statistics that data do not refute."""
     whole = examine(plan.file.path, selection=selection)
     asked = {name for name, reason in plan.others.items() if reason.startswith("it does not fit")}
     rest = {layer for name in asked for layer in plan.file.states[name].layers.values()}
@@ -161,12 +161,12 @@ def _of_file(
 
 
 def _shows_a_fit(diagnosis: Diagnosis) -> bool:
-    """Whether data were given, and fit what is stored."""
+    """Whether data were given and agree with the stored statistics."""
     return "BN116" in diagnosis.checked and not any(f.code == "BN116" for f in diagnosis.findings)
 
 
 def foreign_layers(plan: Loading, state: str, findings: Iterable[Finding]) -> list[Finding]:
-    """Findings of foreign statistics in a file, for each layer of a state that they are about, by its name there."""
+    """Findings of foreign statistics in a file, one for each layer of the state that they are about."""
     if not state:
         return []
     return [
@@ -182,7 +182,7 @@ def treated(
     network: nn.Module, plan: Loading, data: Iterable[Any] | None, foreign: Iterable[Finding], *, unsafe: bool,
     selection: Selection, name: str,
 ) -> Iterator[Treated]:  # fmt: skip
-    """Each state that fits, loaded, examined and treated; layers with statistics of other weights are measured anew.
+    """The results of examining and treating each state that fits. Foreign statistics are measured again.
 
     Args:
         network: The model.
@@ -212,7 +212,7 @@ def treated(
 
 
 def _names(network: nn.Module, plan: Loading, state: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every name that the file has for some layers, with the one that they are known by: a shared one has several."""
+    """Every name of some layers in the file, with the name in ``layers``. A shared layer has several names."""
     modules = {network.get_submodule(layer): layer for layer in layers}
     known = plan.file.states[state].layers if state else {}
     for name, module in network.named_modules(remove_duplicate=False):
@@ -221,7 +221,7 @@ def _names(network: nn.Module, plan: Loading, state: str, layers: Iterable[str])
 
 
 def _in_file(plan: Loading, state: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Findings by the names in the file; what is about the whole model has the state's, where there are several."""
+    """Findings with names in the file. If there are several states, one about the whole model gets its state's name."""
     whole = state if len(plan.file.states) > 1 else ""
     for finding in findings:
         yield replace(finding, layer=plan.in_file(state, finding.layer) if finding.layer else whole)

@@ -15,7 +15,7 @@ def codes(given: str | Iterable[str]) -> tuple[str, ...]:
     """Codes of what was named by code, beginning of codes, or slug, with commas between.
 
     Raises:
-        ValueError: If one is not known; the nearest one is told.
+        ValueError: If one is not known. The message names the nearest one.
     """
     texts = [given] if isinstance(given, str) else given
     return tuple(_code(name.strip()) for text in texts for name in text.split(",") if name.strip())
@@ -32,7 +32,7 @@ def _code(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "batchnorm rules lists all.") -> str:
-    """A question for the known name that is most like another; else what else to do."""
+    """A question that offers the most similar name; ``otherwise`` if no name is similar."""
     lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     return f"Did you mean {lower[close[0]]!r}?" if close else otherwise

@@ -1,4 +1,4 @@
-"""Finding: one fault of one layer, or of the whole model; Unknown: what kept a rule from telling; Rule: both."""
+"""Finding: one fault of one layer or of the whole model. Unknown: why a rule could not judge. Rule: yields both."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Finding:
 
     ``layer`` is a dotted path, "" for the whole model or file. ``channels`` are indices, none if all are meant.
     ``measured`` and ``limit`` are short phrases with numbers and units; ``remedy`` is a command or a line of code.
-    A rule leaves ``code``, ``fixable`` and ``where`` to the table, and ``severity`` too, unless it is a lesser one than
-    the table's: what is found by weaker evidence.
+    The table fills in ``code``, ``slug``, ``where`` and ``severity``. A rule gives a severity only if it is less than
+    that of the table, because the evidence is weaker.
     """
 
     layer: str
@@ -54,7 +54,7 @@ class Finding:
 @final
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Why a rule could not tell about a layer, or about the whole model: its measurement failed, or proves nothing."""
+    """Why a rule could not judge a layer or the whole model: the measurement failed, or proves nothing."""
 
     layer: str
     reason: str
@@ -65,9 +65,9 @@ class Unknown:
 class Rule:
     """A row of the table: a rule's code, its name, how bad it is, what it needs to know, and the function.
 
-    ``check`` takes the evidence and yields findings, and what it could not tell; it is called only if every part
-    named in ``needs`` is there. Its docstring is the rule's page. A layer of which one of ``reads`` could not be read
-    was not looked at.
+    ``check`` takes the evidence and yields findings and unknowns. It is called only if the evidence has every part in
+    ``needs``. Its docstring is the rule's page. A layer is not judged if one of its values in ``reads`` could not be
+    read.
     """
 
     code: str
@@ -82,9 +82,9 @@ class Rule:
         return self.look(evidence)[0]
 
     def look(self, evidence: Evidence) -> tuple[list[Finding], list[Unknown]]:
-        """What this rule finds, worded in full, and what it could not tell: a rule that ran may still be blind.
+        """What this rule finds, worded in full, and the layers that it could not judge.
 
-        A layer that was not looked at is no reason to doubt a finding, so reasons matter where nothing was found.
+        The unknowns matter where nothing was found; a layer that was not judged is no reason to doubt a finding.
         """
         seen = list(self.check(evidence))
         unseen = [Unknown(layer, reason) for layer, reason in evidence.unseen(self.needs, self.reads)]
@@ -133,7 +133,7 @@ class Rule:
 
 
 def by_reason(unknown: Iterable[Unknown]) -> str:
-    """Reasons with the layers that they are about; a reason of the whole model has none."""
+    """Each reason with its layers in parentheses; a reason about the whole model stands alone."""
     layers: dict[str, dict[str, None]] = {}
     for each in unknown:
         layers.setdefault(each.reason, {})[each.layer] = None

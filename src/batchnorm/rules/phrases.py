@@ -1,4 +1,4 @@
-"""Phrases that several rules use, and remedies that are possible for what was examined."""
+"""Phrases that several rules use, and remedies that are possible for the target."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def some_of(channels: tuple[int, ...], stored: Stored) -> str:
 
 
 def unsettled(measured: Measured) -> str:
-    """What a difference that is not shown may come from."""
+    """What may explain a difference that is not proven."""
     return f"which examples too rare to be among these {measured.examples} may explain"
 
 
@@ -55,10 +55,10 @@ def is_written(evidence: Evidence) -> bool:
 
 
 def possible(fix: Fix, remedy: str, evidence: Evidence) -> tuple[Fix, str]:
-    """A remedy as it can be done to the target.
+    """A remedy in the form that is possible for the target.
 
-    What cannot be written is made anew from its source. ``fix`` loads tensors and plain values alone: they are saved
-    first where a file holds other things beside them.
+    A file that ``fix`` cannot write has to be made again from its source. ``fix`` loads only tensors and plain values.
+    So they are saved to a file of their own first, if the file holds other objects too.
     """
     if not is_written(evidence) and fix is not Fix.NO:
         return Fix.NO, _ANEW.get(evidence.file.format if evidence.file else "", _ANEW[""])
@@ -69,14 +69,14 @@ def possible(fix: Fix, remedy: str, evidence: Evidence) -> tuple[Fix, str]:
 
 
 def mend(evidence: Evidence) -> str:
-    """The command that mends a target without data, else the call."""
+    """The command that mends a target without data; the Python call if the command line does not know the target."""
     if _is_known(evidence):
         return CommandLine("batchnorm fix", _target(evidence))
     return "batchnorm.treat(model)"
 
 
 def measure_again(evidence: Evidence) -> str:
-    """The command that measures statistics anew for a target that the command line knows, else the call."""
+    """The command that measures statistics again; the Python call if the command line does not know the target."""
     if evidence.modules is None:  # a file alone says nothing of the forward
         return CommandLine("batchnorm fix model.py:make_model --weights", _target(evidence), _DATA)
     if _is_known(evidence):
@@ -89,5 +89,5 @@ def _is_known(evidence: Evidence) -> bool:
 
 
 def _target(evidence: Evidence) -> str:
-    """The target as a shell takes it: a file's name may hold spaces and signs; an address is a command's words."""
+    """The target as a shell takes it. Names of files are quoted; an address is already the words of a command."""
     return shlex.quote(evidence.target) if evidence.modules is None else evidence.target

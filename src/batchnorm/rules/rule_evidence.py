@@ -70,7 +70,7 @@ class Structure:
 @final
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Who feeds whom, as traced, or observed on an example."""
+    """Which layer feeds which, as it was traced, or observed on an example."""
 
     calls: Mapping[str, int] | None = None  # calls of each layer in one forward pass, if an example was run
     biased: Mapping[str, str] = field(default_factory=dict)  # layer: the conv or linear before it that has a bias
@@ -120,8 +120,8 @@ class Measured:
     gap_noise: float | None = None  # batch against population statistics
     gap_stale: float | None = None  # population against stored statistics
     gap_shown: float | None = None  # the same of the channels in ``shown``
-    # channels whose stored statistics are not those of these data, whatever the law of the data; any of a layer whose
-    # statistics are right is named with a probability of 0.01 at most
+    # channels whose stored statistics are not those of these data, whatever the law of the data; in a layer whose
+    # statistics are right, the probability that any channel is named is at most 0.01
     shown: tuple[int, ...] = ()
 
 
@@ -134,8 +134,8 @@ class Run:
     updates_forward: Mapping[str, int] = field(default_factory=dict)  # of num_batches_tracked, in one train forward
     updates_backward: Mapping[str, int] = field(default_factory=dict)  # further ones in its backward
     functional: tuple[str, ...] = ()  # modules that call F.batch_norm with the batch's statistics in eval mode
-    # probability of batches that differ as much in a random order of the examples, whatever their law; None where no F
-    # made them suspect
+    # probability that batches differ as much if the examples come in random order, whatever their law; None where no F
+    # gave a reason to compute it
     order_p: float | None = None
     companions: float | None = None  # max relative change of an example's eval output by what is in its batch
     companions_tolerance: float = 0.0
@@ -152,7 +152,7 @@ class Run:
 @final
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """How the model is trained, as far as the loader and the caller say."""
+    """How the model is trained, as far as the loader and the caller tell it."""
 
     batch_size: int | None = None  # per device
     last_batch: int | None = None  # examples in the last batch; None if unknown
@@ -214,9 +214,9 @@ class Evidence:
 
     @property
     def sharing(self) -> Graph | tuple[Shared, ...] | None:
-        """What tells which layers are used at several places: calls, or what a file has under several names.
+        """The calls of layers, or the names of a file, from which one sees that a layer is used at several places.
 
-        A file without such names is no proof: one layer may be called twice.
+        A file without repeated names proves nothing: one layer may be called twice.
         """
         return self.graph or (self.file.shared if self.file else None) or None
 
@@ -233,11 +233,11 @@ class Evidence:
         return [name for name, stored in self.stored.items() if not stored.unread.keys().isdisjoint(keys)]
 
     def unseen(self, needs: Iterable[str], reads: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """Layers of which a rule that needs these parts knows nothing, with the reason; "" for the model.
+        """Layers that a rule cannot judge, with the reason; "" for the whole model.
 
         Args:
-            needs: Parts of the evidence.
-            reads: Of what is stored, the values that the rule looks at.
+            needs: The parts of the evidence that the rule needs.
+            reads: The stored values that the rule reads.
         """
         modules = (self.modules or {}).items()
         if "stored" in needs:
@@ -255,17 +255,17 @@ class Evidence:
             yield from ((name, f"its forward cannot be followed: {why}") for name, why in self.graph.unread.items())
 
     def activation(self, layer: str) -> str:
-        """The activation that is known to follow a layer, and to be all that reads its result; "" if none is."""
+        """The activation that follows a layer and alone reads its result; "" if there is none, or it is not known."""
         known = self.graph.activations if self.graph else self.file.activations if self.file else {}
         return known.get(layer, "")
 
     def filters(self, layer: str) -> tuple[bool, array[float] | None]:
-        """Whether it is known what is right before a layer; if that is a linear map, the norm of each of its rows."""
+        """Whether the module before a layer is known; and the norms of its rows, if it is a linear map."""
         known = self.graph.filters if self.graph else self.file.filters if self.file else {}
         return layer in known, known.get(layer)
 
     def momentum(self, layer: str) -> float | None:
-        """A layer's momentum: torch's meaning; None for equal weights, and where a file does not tell."""
+        """A layer's momentum in torch's meaning. None for equal weights, and for a file, which does not tell it."""
         if self.modules and layer in self.modules:
             return self.modules[layer].momentum
         return self.stored[layer].momentum if layer in self.stored else None
@@ -276,7 +276,7 @@ class Evidence:
         return module.where if module else ""
 
     def eps(self, layer: str) -> float:
-        """A layer's eps: its own, or 1e-5 where only a file is at hand that does not say."""
+        """A layer's eps; 1e-5 if there is only a file, and the file does not tell it."""
         known = self.known_eps(layer)
         return 1e-5 if known is None else known
 

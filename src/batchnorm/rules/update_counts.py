@@ -1,18 +1,18 @@
 """What num_batches_tracked proves about stored statistics: nothing by itself.
 
-It counts forwards in train mode, but importers write 0, recalibrate and torch's update_bn the batches that they
-measured, copies take it along, and averages of weights round it down. It makes a claim that can be tested: k updates
-with momentum a, from mean 0 and variance 1, leave the share r = (1 - a)^k of that start,
+The counter counts forwards in train mode. But importers set it to 0, recalibrate and torch's update_bn set it to the
+number of batches that they measured, copies keep it, and averages of weights round it down. It makes a claim that can
+be tested: k updates with momentum a, from mean 0 and variance 1, leave the share r = (1 - a)^k of that start,
 
     stored mean = (1 - r) m,   stored variance = r + (1 - r) v,   with v >= 0 and averages m, v of batches.
 
-- Arithmetic refutes it: one variance below r, in any layer of that count.
-- Arithmetic shows it: a channel that never varied is left at r exactly. Two of them are no accident. In a large model
-  many channels vary little: if in four layers or more the smallest variance is within a tenth above r, in none below,
-  and others are far away, then r is where variances begin.
-- Data decide: with fresh statistics m, v over the data, what is stored is nearer to the formula than to m, v, or not.
-  Data of another scale have other variances too, by one factor in all channels. So the formula must also explain how
-  the factor differs between channels: r weighs most where v is small.
+- Arithmetic refutes the claim if one variance is below r, in any layer with that count.
+- Arithmetic proves the claim where channels never varied: their variance is r exactly, and two such channels are no
+  accident. In a large model many channels vary little. If four layers or more have their smallest variance within a
+  tenth above r, no layer has one below r, and other variances are far away, then variances begin at r.
+- Data decide: fresh statistics m, v are measured, and the stored ones are nearer to the formula or nearer to m, v.
+  Data of another scale change all variances by one factor. So the formula must also explain how the factor differs
+  between channels: r weighs most where v is small.
 
 Without any of these the claim is open: statistics that were measured at once look the same.
 """
@@ -42,7 +42,7 @@ _FLOOR, _FAR = 1.1, 3.0  # times r
 
 
 class StartResidue(Enum):
-    """What is known of the start that a counter says is left in a layer's statistics."""
+    """Whether a layer's statistics still contain the initial values, as its counter says."""
 
     GONE = "gone"  # less than RESIDUE, or refuted
     OPEN = "open"  # neither refuted nor shown
@@ -50,7 +50,7 @@ class StartResidue(Enum):
 
 
 def claims(evidence: Evidence) -> dict[str, tuple[StartResidue, float]]:
-    """What each layer's counter proves, and the share of the initial statistics that it says is left."""
+    """For each layer: whether its initial statistics are still there, and the share of them by its counter."""
     shares = {name: _share(evidence, stored) for name, stored in evidence.stored.items()}
     alike: dict[float, list[Stored]] = defaultdict(list)
     for name, share in shares.items():
@@ -68,12 +68,12 @@ def claims(evidence: Evidence) -> dict[str, tuple[StartResidue, float]]:
 
 
 def is_counted(stored: Stored) -> bool:
-    """Whether train-mode forwards were counted, so that a layer has been used for training; 0 says nothing."""
+    """Whether the counter shows that a layer was trained. A counter of 0 shows nothing."""
     return (stored.num_batches_tracked or 0) > 0
 
 
 def misfit(evidence: Evidence, name: str) -> float | None:
-    """How far a layer's stored statistics are from those of the data, as rms in sd; None if that is not known."""
+    """The distance of a layer's stored statistics from those of the data, as rms in sd; None if it is not known."""
     stored, measured = evidence.stored.get(name), (evidence.measured or {}).get(name)
     if stored is None or measured is None or stored.running_mean is None or stored.running_var is None:
         return None
@@ -81,7 +81,7 @@ def misfit(evidence: Evidence, name: str) -> float | None:
 
 
 def is_nearer(stored: Stored, mean: Sequence[float], var: Sequence[float], found: Measured, eps: float) -> bool:
-    """Whether other statistics are nearer to a layer's stored ones than the data's own, by half or more."""
+    """Whether other statistics are at most half as far from the stored ones as the statistics of the data."""
     own = _distance(stored, found.mean, found.var, eps)
     other = _distance(stored, mean, var, eps)
     return own is not None and other is not None and own > MATTERS and other < _NEARER * own
@@ -98,7 +98,7 @@ def _share(evidence: Evidence, stored: Stored) -> float:
 
 
 def _by_arithmetic(layers: Sequence[Stored], share: float) -> StartResidue:
-    """What the variances of all layers of one count say."""
+    """What the variances prove, over all layers with one count."""
     variances = [value for stored in layers for value in stored.running_var or () if math.isfinite(value)]
     updates = max(stored.num_batches_tracked or 0 for stored in layers)
     slack = share * updates * _ROUNDING
@@ -113,7 +113,7 @@ def _by_arithmetic(layers: Sequence[Stored], share: float) -> StartResidue:
 
 
 def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> StartResidue | None:
-    """What the data say: whether the start explains where the statistics are; None if there are none to compare."""
+    """What the data prove: whether the initial values explain the stored ones. None if nothing can be compared."""
     if stored.running_mean is None or _distance(stored, found.mean, found.var, eps) is None:
         return None
     mean = [(1 - share) * value for value in found.mean]
@@ -123,7 +123,7 @@ def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> Start
 
 
 def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: float) -> bool:
-    """Whether expected variances are nearer, by half, to the stored ones than the data's are by any one factor."""
+    """Whether the expected variances are at most half as far from the stored ones as those of the data, best scaled."""
     triples = zip(stored.running_var or (), var, found.var, strict=False)
     logs = [
         (math.log((v_s + eps) / (v + eps)), math.log((v_s + eps) / (fresh + eps)))

@@ -1,7 +1,7 @@
 """ShiftVerdict: one data set judged offline, by the evidence that a monitor gathers live.
 
-The evidence E is that of ``ShiftMonitor``: on data as the reference knows them, the probability that it ever reaches x
-is 1 / x at most (Ville 1939). So the greatest E on the way through the data set can be quoted as it is.
+The evidence E is that of ``ShiftMonitor``: on data like those of the reference, the probability that E ever reaches x
+is at most 1 / x (Ville 1939). So the greatest E over the whole data set can be quoted as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ENOUGH = 100  # observations, before which a correlation is not judged
 @final
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A channel that moved: its mean by how many stored sd, its energy to how many times what it was, the evidence."""
+    """A channel that moved: the move of its mean in stored sd, the ratio of its energy to the old one, the evidence."""
 
     index: int
     moved: float
@@ -55,7 +55,7 @@ class Channel:
 @final
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is known of one layer; ``moved`` if its own evidence reaches the limit. See ``LayerShift``."""
+    """One layer. It ``moved`` if its own evidence reaches the limit. See ``LayerShift``."""
 
     name: str
     size: int
@@ -161,7 +161,7 @@ def judge(
     data: str = "",
     command: str = "",
 ) -> ShiftVerdict:
-    """Whether a data set is what a monitor's reference knows.
+    """Judge whether a data set is distributed like the data of a monitor's reference.
 
     Every example is looked at. The monitor keeps its own stream, and its model is left as it was, bit for bit.
 
@@ -222,7 +222,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
 
 
 def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
-    """Examples at the least evidence before the alarm: on clean data it only sinks, so that a change follows there."""
+    """Examples at the least evidence before the alarm. On clean data evidence sinks, so the change came about there."""
     if alarm is None:
         return None
     before = [(log, -examples) for examples, log in trail if examples <= alarm.examples]
@@ -309,7 +309,7 @@ class _Album:
             self._evidence = stream.evidence
 
     def chosen(self) -> list[Picture]:
-        """Those that would add most to the evidence of the alarm if they came once more, the largest first."""
+        """The examples that would add most to the evidence of the alarm if they came again, the largest first."""
         if self._evidence is None:
             return []
         before = self._evidence
@@ -331,7 +331,7 @@ def _pixels(inputs: Batch) -> Tensor:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """A block in which a stream's warnings are not given: the verdict tells the same."""
+    """A block without a stream's warnings; the verdict says the same."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ShiftMonitor:", RuntimeWarning)
         yield

@@ -61,7 +61,7 @@ def page(verdict: ShiftVerdict, png: Callable[[Tensor], bytes] | None = None) ->
 
 
 def _raised(text: str) -> str:
-    """Powers of ten as people write them."""
+    """The text with raised exponents: 10⁴ for 10^4."""
     return re.sub(r"\b10\^(\d+)", lambda match: f"10{match[1].translate(_SUPERSCRIPT)}", text)
 
 
@@ -144,7 +144,7 @@ def _bars(verdict: ShiftVerdict) -> Iterator[tuple[tuple[str, ...], float, bool,
 
 
 def _still(layers: list[Layer]) -> tuple[str, ...]:
-    """Cells for a row of layers: the largest distances among them."""
+    """The cells of one line for several layers, with their largest distances."""
     name = f"{plain(layers[0].name)} to {plain(layers[-1].name)}, {len(layers)} layers"
     strongest = odds(max(layer.log_evidence for layer in layers))
     w2, kl = max(layer.w2 for layer in layers), max(layer.kl for layer in layers)

@@ -42,7 +42,7 @@ def headline(verdict: ShiftVerdict) -> str:
 
 
 def sentence(verdict: ShiftVerdict) -> str:
-    """The verdict in one sentence, which claims no more than was seen."""
+    """The verdict in one sentence."""
     if verdict.rang is None:
         return f"No shift found in {many(verdict.examples, 'example')}; what could not be seen is listed"
     return "Shift found: these data are not distributed as the reference says"

@@ -1,7 +1,7 @@
-"""A checkpoint mended: what would change, and the file written with it. Only files of torch.save need torch, to write.
+"""Mend a checkpoint: plan the changes, then write the new file. Only writing a file of torch.save needs torch.
 
-Every copy of the model in the file is looked at, averaged ones too. What belongs to no batch norm layer stays as it is,
-bit for bit: weights, optimizer states, counters of epochs.
+Every copy of the model in the file is treated, averaged ones too. Everything outside of batch norm layers stays as it
+is, bit for bit: weights, optimizer states, counters of epochs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 @final
 @dataclass(frozen=True, slots=True)
 class MendingPlan:
-    """What mends a file. Layers of averaged copies are named by their path in the file, others as in the model."""
+    """The changes that mend a file. Layers of copies have their path in the file, others their name in the model."""
 
     file: Checkpoint
     after: Checkpoint
@@ -59,7 +59,7 @@ def plan(
     path: str | os.PathLike[str], *, unsafe: bool = False, selection: Selection | None = None,
     live: Mapping[str, Change] | None = None, eps: Mapping[str, float] | None = None, state: str = "",
 ) -> MendingPlan:  # fmt: skip
-    """What would mend a checkpoint without data, and what would be left.
+    """The changes that mend a checkpoint without data, and the findings that would be left.
 
     Args:
         path: A file of torch.save or safetensors.
@@ -108,7 +108,7 @@ def _mendable(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _of_models(file: Checkpoint, found: Sequence[Finding], live: Mapping[str, Change]) -> dict[str, Change]:
-    """Changes of layers in the file as models have them: what is unsafe, or better, was done to the models."""
+    """Changes of layers in the file that were made in models, where data and unsafe remedies were available."""
     layers, joined = file.every, {}
     for name, change in live.items():
         if name not in layers:
@@ -167,7 +167,7 @@ def _with_layers(file: Checkpoint, change: Callable[[str, Stored], Stored]) -> C
 
 
 def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, ...]:
-    """What the rules find in every copy, also where one repeats another."""
+    """The findings in every copy, also in copies that repeat another."""
     rules = [rule for rule in RULES.values() if selection is None or selection.takes(rule.code)]
     evidence = Evidence(file.path, file.every, file=file)
     seen = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
@@ -202,7 +202,7 @@ def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
 
 
 def _prefixes(copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[Keys, str]:
-    """What wrappers put in front of every name, for each dict that holds layers."""
+    """The prefix that wrappers gave to every name, for each dict that holds layers."""
     found = {}
     for path in {layer.path for copy in copies for layer in copy.layers.values()}:
         names = [entry.key for entry in tensors if entry.path == path]

@@ -1,4 +1,4 @@
-"""The outcome of mending: what a treatment of a file or a model changes, what it leaves, and both in words."""
+"""The outcome of mending: what changed in a file or a model, what is left, and both in words."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _SHORT = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias
 class MendingOutcome:
     """What was done, or would be.
 
-    ``left`` are findings that are there afterwards, in every state of a file; ``in_code`` are settings of layers, which
-    no file holds.
+    ``left`` are the findings that remain, in all states of a file. ``in_code`` are findings about settings of layers,
+    which are in the user's code and in no file.
     """
 
     target: str
@@ -54,7 +54,7 @@ class MendingOutcome:
 
     @property
     def has_error(self) -> bool:
-        """Whether a finding that is an error remains, or a state of which nothing is known."""
+        """Whether an error remains, or a state that could not be treated."""
         return bool(self.untreated) or any(
             finding.severity >= Severity.ERROR for finding in (*self.left, *self.in_code)
         )
@@ -79,7 +79,7 @@ def summary(outcome: MendingOutcome) -> Iterator[str]:
 
 
 def promise(outcome: MendingOutcome) -> str:
-    """How far eval outputs move, and what that was reckoned with."""
+    """A sentence that bounds the change of eval outputs."""
     effects = [change.effect for change in outcome.changes.values()]
     broken = effects.count(math.inf)
     was = f"those of {broken} layer{'s' if broken > 1 else ''} were NaN, infinite or without limit"
@@ -106,13 +106,13 @@ def remainder(outcome: MendingOutcome) -> Iterator[str]:
 
 
 def untreated(outcome: MendingOutcome) -> Iterator[str]:
-    """States that no model was given for."""
+    """Lines for the states that do not fit the model."""
     for state in outcome.untreated:
         yield f"  {state}: it does not fit this model. Treat it with its own, or leave it out: --state NAME"
 
 
 def wrapped(lines: Sequence[str], width: int) -> str:
-    """Lines for a terminal, with nothing in them that steers it; paths and commands stay in one piece."""
+    """Lines for a terminal, escaped; paths and commands are not broken."""
     hang = [len(line) - len(line.lstrip()) + 4 for line in lines]
     return "\n".join(
         part
@@ -124,7 +124,7 @@ def wrapped(lines: Sequence[str], width: int) -> str:
 @final
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What mends a finding that is left, "" if it is only worth knowing; and whether an option of the command does."""
+    """What a remaining finding needs, "" if nothing; and whether that is an option of the command."""
 
     words: str
     is_option: bool = False

@@ -1,7 +1,7 @@
 """Remedies: what mends which finding, as a table of small functions. None of this needs torch.
 
-A remedy of numbers takes what a layer stores and its eps, and gives what it should store. A remedy of settings changes
-one live layer. Where data are needed, the layer is measured anew; that is no function of the layer alone.
+A remedy of numbers maps what a layer stores, with its eps, to what it should store. A remedy of settings changes one
+live layer. A remedy that needs data has no function here: the layer is measured again.
 
 Eval mode gives (x - mean) gamma / sqrt(var + eps) + beta. For x one standard deviation from the mean, other statistics
 move that by |sd / sd' - 1| + |mean - mean'| / sd' of the output's standard deviation, with sd = sqrt(var + eps). The
@@ -37,7 +37,7 @@ EPS = 1e-5  # torch's default, where a file does not tell
 @final
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """One way to mend a finding: what it takes, what it does in words, and the function that does it."""
+    """One way to mend a finding: what it needs, its name, and the function that does it."""
 
     fix: Fix
     words: str
@@ -160,7 +160,7 @@ def needs_data(finding: Finding) -> bool:
 def prescribe(
     stored: Mapping[str, Stored], findings: Iterable[Finding], eps: Callable[[str], float], *, unsafe: bool
 ) -> dict[str, Change]:
-    """The change of each layer that can be mended without data. Findings whose remedy changes nothing are left."""
+    """The change of each layer that can be mended without data. A finding whose remedy changes nothing is skipped."""
     changes: dict[str, Change] = {}
     for finding in findings:
         for remedy in remedies(finding) if finding.layer in stored else ():
@@ -185,7 +185,7 @@ def is_same(a: Stored, b: Stored) -> bool:
 
 
 def changed(before: Stored, after: Stored, key: str) -> list[int]:
-    """Channels whose number is another one: NaN is the same as NaN, and 0.0 is not -0.0."""
+    """Channels whose numbers differ. NaN equals NaN, and 0.0 differs from -0.0."""
     old, new = getattr(before, key), getattr(after, key)
     if old is None or new is None:
         return list(range(len(new or old or ())))
@@ -211,7 +211,7 @@ def _effects(before: Stored, after: Stored, eps: float) -> Iterator[float]:
 
 
 def _channel(stored: Stored, channel: int) -> tuple[float, ...]:
-    """Mean, variance, gamma and beta; what is not there has no effect."""
+    """Mean, variance, gamma and beta. A missing one is replaced by the number that has no effect."""
     values = zip(TENSORS, (0.0, 1.0, 1.0, 0.0), strict=True)
     there = ((getattr(stored, key) or (), default) for key, default in values)
     return tuple(tensor[channel] if channel < len(tensor) else default for tensor, default in there)

@@ -1,4 +1,4 @@
-"""Files of safetensors written again with other numbers, byte for byte: the library is not needed, nor torch.
+"""Rewrite files of safetensors with other numbers, byte for byte, without the library and without torch.
 
 After 8 bytes with its length, the header is JSON: {"bn.weight": {"dtype": "F32", "shape": [64], "data_offsets":
 [begin, end]}}, offsets counted from its end. The bytes of tensors follow each other without gaps, wide types first.
@@ -43,7 +43,7 @@ class TensorEntry(TypedDict):
 def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping[Keys, str]) -> None:
     """Write ``source`` to an open file with its tensors edited, and names without their prefix.
 
-    What is not edited has the same bytes. Tensors keep their order where none changes its size.
+    Everything that is not edited keeps its bytes. Tensors keep their order if no size changes.
     """
     prefix = prefixes.get((), "")
     with source.open("rb") as old:

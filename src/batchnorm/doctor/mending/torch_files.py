@@ -1,7 +1,7 @@
-"""Numbers put into tensors, and files of torch.save written again with other numbers.
+"""Put numbers into tensors, and rewrite files of torch.save with them.
 
-Dicts, lists and tensors stay the objects that torch.load made of the file, so everything that is not edited, and what
-shares memory with what, is saved as it was. Only devices are lost: tensors are loaded to the CPU.
+Dicts, lists and tensors stay the objects that torch.load made. So everything that is not edited is saved as it was,
+with the same sharing of memory. Only devices are lost, because tensors are loaded to the CPU.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _loaded(source: Path) -> Any:
 
 
 def _plain_numpy() -> AbstractContextManager:
-    """NumPy's numbers, which loops leave in checkpoints as losses and metrics, are loaded too."""
+    """A block in which torch also loads NumPy's numbers, which training loops save as losses and metrics."""
     try:
         import numpy as np
     except ModuleNotFoundError:
@@ -91,7 +91,7 @@ def _plain_numpy() -> AbstractContextManager:
 
 
 def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
-    """Where each tensor is, by the keys that lead to it; what is there twice only once."""
+    """The place of each tensor, with the keys that lead to it. An object that is there twice is visited once."""
     # in the order of the checkpoint's reader, so that a dict that is there twice has the same keys
     waiting: list[tuple[Keys, Any]] = [((), saved)]
     seen: set[int] = set()
@@ -106,7 +106,7 @@ def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
 
 
 def _parted(edits: Sequence[Edit], places: Mapping[Keys, Place]) -> Iterator[Keys]:
-    """Keys of edited tensors that share memory with a layer's tensor which stays, or becomes another one.
+    """Keys of edited tensors that share memory with a tensor that is not edited, or edited in another way.
 
     Averaged weights may have been saved with the very statistics of the model.
     """
@@ -123,7 +123,7 @@ def _parted(edits: Sequence[Edit], places: Mapping[Keys, Place]) -> Iterator[Key
 
 
 def _is_same(a: Edit | None, b: Edit | None) -> bool:
-    """Whether two tensors become the same one; None for one that stays."""
+    """Whether two tensors get the same values. None stands for a tensor that is not edited."""
     if a is None or b is None or (a.dtype, a.channels, a.count) != (b.dtype, b.channels, b.count):
         return a is b
     return a.values is b.values or repr(a.values) == repr(b.values)
@@ -142,7 +142,7 @@ def _apply(edit: Edit, places: dict[Keys, Place], made: dict[int, Tensor]) -> No
 
 
 def _count(edit: Edit, places: dict[Keys, Place]) -> None:
-    """Set a counter: in place, so that what shares its memory has it too, unless it is no tensor of one number."""
+    """Set a counter, in place where it is a tensor of one number, so that tensors that share its memory change too."""
     path, name = edit.key[:-1], edit.key[-1]
     kind = getattr(torch, edit.dtype)
     if edit.key in places:
@@ -161,7 +161,7 @@ def _module(name: object) -> str:
 
 
 def _insert(container: dict, name: Any, tensor: Tensor) -> None:
-    """In the place of what has this name, or after the last tensor of the same layer, where torch has it."""
+    """Put a tensor under its name: in the old place, or after the last tensor of the layer, where torch puts it."""
     if name in container:
         container[name] = tensor
         return
@@ -178,7 +178,7 @@ def _at(saved: Any, path: Keys) -> Any:
 
 
 def _take_off(state: dict, prefix: str) -> None:
-    """From names, and from those of ``_metadata``, where torch keeps the versions of modules."""
+    """Take a prefix off all names, also in ``_metadata``, where torch keeps the versions of modules."""
     metadata = getattr(state, "_metadata", None)
     for named in (state, metadata) if isinstance(metadata, dict) else (state,):
         items = list(named.items())

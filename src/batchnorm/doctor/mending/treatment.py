@@ -1,9 +1,9 @@
-"""treat: a copy of a model in which what can be mended is mended.
+"""treat: a copy of a model in which everything is mended that can be mended.
 
-Settings and numbers that need no data come first, by the table of remedies. Then the layers that are still sick are
-measured on data, in execution order, each behind finished ones and behind healthy ones as they are: a healthy layer
-keeps its statistics. A repaired layer changes what later ones get. So those that are sick by themselves come first;
-then the data are looked at again, for layers that do not fit what they get now, until there is none.
+First come settings and numbers that need no data, by the table of remedies. Then the layers that are still sick are
+measured on data, in execution order. Healthy layers keep their statistics. A repaired layer changes the inputs of later
+layers. So the layers that are sick by themselves come first. Then the model is examined again, and layers that no
+longer fit their inputs are measured, until there is none.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def treat(
 def differences(
     before: nn.Module, after: nn.Module, findings: Iterable[Finding], *, measured: bool
 ) -> dict[str, Change]:
-    """What a treatment changed in the numbers of each layer, with what it was for.
+    """The changes that a treatment made in the numbers of each layer, with the findings that they mend.
 
     Args:
         before: The model.
@@ -120,7 +120,7 @@ def differences(
 
 
 def _words(finding: Finding, *, measured: bool) -> str:
-    """What was done about a finding in a layer's numbers; "" if nothing."""
+    """The remedy that changed a layer's numbers for a finding, in words; "" if there is none."""
     ways = [remedy for remedy in remedies(finding) if remedy.setting is None]
     if needs_data(finding):
         ways = [remedy for remedy in ways if (remedy.fix is Fix.DATA) is measured and remedy.fix is not Fix.SAFE]
@@ -138,7 +138,7 @@ def _check(model: nn.Module, findings: Iterable[Finding]) -> None:
 
 
 def _mend(model: nn.Module, findings: Iterable[Finding], *, unsafe: bool) -> bool:
-    """Everything that needs no data, in place; whether any number changed."""
+    """Apply all remedies that need no data, in place; return whether a number changed."""
     findings = list(findings)
     layers = layers_of(model)
     for finding in findings:
@@ -167,7 +167,7 @@ def _store(layer: nn.Module, change: Change) -> None:
 
 @torch.no_grad()
 def _runs_with(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether batch norm takes statistics of this type beside the layer's gamma and beta, in both modes."""
+    """Whether batch norm runs in both modes with statistics of this type and the layer's gamma and beta."""
     mean, var, weight, bias = (getattr(layer, key) for key in TENSORS)
     x = torch.randn(2, len(mean), device=mean.device).to(mean.dtype if weight is None else weight.dtype)
     try:
@@ -179,7 +179,7 @@ def _runs_with(layer: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *, again: bool) -> None:
-    """Statistics of sick layers from data, in place, until no further layer is found sick.
+    """Measure the statistics of sick layers on data, in place, until no other layer is found sick.
 
     Args:
         model: Changed.
@@ -204,13 +204,13 @@ def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *
 
 
 def _to_measure(findings: Iterable[Finding], known: set[str]) -> set[str]:
-    """Layers that data mend; a finding about the whole model means them all."""
+    """Layers that are mended by data; all layers, if a finding is about the whole model."""
     named = {finding.layer for finding in findings if needs_data(finding)}
     return known if "" in named else named & known
 
 
 def _measure(model: nn.Module, sick: set[str], data: Iterable[Any]) -> None:
-    """Exact statistics of these layers; all others normalize by what they have. Works on a copy until it is done."""
+    """Measure exact statistics of these layers on a copy, with all other layers frozen; then copy them back."""
     patient = duplicate(model, "treat", "Use batchnorm.recalibrate").eval()
     for path, layer in batch_norms(patient).items():
         if path in sick:
