@@ -44,7 +44,10 @@ def imports(rooms: list[str]) -> dict[str, set[str]]:
         if (SOURCE / room).is_dir():
             graph.squash_module(f"batchnorm.{room}")
     found = {room: graph.find_modules_directly_imported_by(f"batchnorm.{room}") for room in rooms}
-    return {room: {name.removeprefix("batchnorm.") for name in names} & (set(rooms) - {room}) for room, names in found.items()}
+    return {
+        room: {name.removeprefix("batchnorm.") for name in names} & (set(rooms) - {room})
+        for room, names in found.items()
+    }
 
 
 def shortest(known: dict[str, set[str]]) -> Iterator[tuple[str, str]]:

@@ -10,13 +10,13 @@ from functools import cache
 
 import numpy as np
 
-from batchnorm.experiment.chart_data import Axis, Chart
 from batchnorm.experiment.claim import Claim, Result
 from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.lecture import NAMES
 from batchnorm.lecture.claim_criteria import CRITERIA, judge
 from batchnorm.lecture.verdicts import LectureVerdicts
+from batchnorm.reporting.charts.chart_data import Axis, Chart
 
 PAIR = {"without batch norm": "without", "with batch norm": "with"}
 

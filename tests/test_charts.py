@@ -20,11 +20,11 @@ from sample_verdicts import (
     usable_rates,
 )
 
-from batchnorm.charts import panels, with_gaps
-from batchnorm.charts.scales import log_ticks, scale
-from batchnorm.charts.series import legend, looks
-from batchnorm.charts.svg import to_specification, to_svg
-from batchnorm.experiment.chart_data import Axis, Chart
+from batchnorm.reporting.charts import panels, with_gaps
+from batchnorm.reporting.charts.chart_data import Axis, Chart
+from batchnorm.reporting.charts.scales import log_ticks, scale
+from batchnorm.reporting.charts.series import legend, looks
+from batchnorm.reporting.charts.svg import to_specification, to_svg
 
 DRAWN = [learning, usable_rates, noise_power, accuracies, one_series, four_units, drift, groups]
 

@@ -21,7 +21,7 @@ from batchnorm.layers import BatchNorm2d
 from batchnorm.lecture import data_sets, tested_on_other_cats
 from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import black_cats
-from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png, with_share
+from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, with_share
 from batchnorm.lecture.tested_on_other_cats import (
     Findings,
     adapted,
@@ -32,6 +32,7 @@ from batchnorm.lecture.tested_on_other_cats import (
     shifted,
 )
 from batchnorm.population import recalibrate
+from batchnorm.reporting.png import png
 
 QUICK = RunSettings(seed=3, seeds=2, effort=0.01)  # 20 steps a network
 

@@ -381,7 +381,7 @@ def test_without_the_extra_the_error_says_what_to_install(package, small, monkey
 
 
 def test_importing_the_report_loads_nothing_heavy():
-    code = "import sys, batchnorm.report, batchnorm.charts; print(*sys.modules)"
+    code = "import sys, batchnorm.report, batchnorm.reporting.charts; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "batchnorm.charts" in loaded
+    assert "batchnorm.reporting.charts" in loaded
     assert not {"altair", "jinja2", "vl_convert", "torch", "numpy", "scipy"} & set(loaded)

@@ -13,7 +13,7 @@ import batchnorm as bn
 from batchnorm.checkpoint.stored import Stored
 from batchnorm.doctor import examine
 from batchnorm.rules import RULES, Evidence
-from batchnorm.rules.update_counts import RESIDUE, Claim, claims, is_nearer, misfit
+from batchnorm.rules.update_counts import RESIDUE, StartResidue, claims, is_nearer, misfit
 
 NAN, INF = float("nan"), float("inf")
 KEPT = 0.9**8
@@ -32,26 +32,26 @@ def claim(*layers, **parts):
 
 SHARED = [(KEPT * (1 + 0.02 * i), 5.0) for i in range(4)]
 ARITHMETIC = {
-    "a variance below what any update leaves": ([layer("a", KEPT * 0.999, 9)], Claim.GONE),
-    "all above it": ([layer("a", 0.5, 9)], Claim.OPEN),
-    "one exactly there": ([layer("a", KEPT, 9)], Claim.OPEN),
-    "two exactly there": ([layer("a", KEPT, KEPT, 9)], Claim.SHOWN),
-    "two in two layers": ([layer("a", KEPT, 9), layer("b", KEPT, 9)], Claim.SHOWN),
-    "begins there in four layers": ([layer(str(i), *var) for i, var in enumerate(SHARED)], Claim.SHOWN),
-    "begins there in three layers": ([layer(str(i), *var) for i, var in enumerate(SHARED[:3])], Claim.OPEN),
-    "all alike": ([layer(str(i), KEPT * 1.05, KEPT * 1.06) for i in range(9)], Claim.OPEN),
-    "another layer of that count is below": ([layer("a", KEPT, KEPT), layer("b", 0.1)], Claim.GONE),
-    "zero": ([layer("a", KEPT, KEPT, count=0)], Claim.GONE),
-    "missing": ([layer("a", KEPT, KEPT, count=None)], Claim.GONE),
-    "negative": ([layer("a", KEPT, KEPT, count=-8)], Claim.GONE),
-    "huge": ([layer("a", KEPT, KEPT, count=2**63 - 1)], Claim.GONE),
-    "equal weights": ([layer("a", KEPT, KEPT, momentum=None)], Claim.SHOWN),  # a file: 0.1 is taken
-    "momentum 0": ([layer("a", KEPT, KEPT, momentum=0.0)], Claim.GONE),
-    "momentum 1": ([layer("a", KEPT, KEPT, momentum=1.0)], Claim.GONE),
-    "a momentum that diverges": ([layer("a", KEPT, KEPT, momentum=2.5, count=10**6)], Claim.GONE),
-    "no number": ([layer("a", NAN, INF)], Claim.GONE),
-    "initial": ([layer("a", 1, 1, running_mean=values(0, 0))], Claim.GONE),
-    "nothing stored": ([Stored("a", num_batches_tracked=8)], Claim.GONE),
+    "a variance below what any update leaves": ([layer("a", KEPT * 0.999, 9)], StartResidue.GONE),
+    "all above it": ([layer("a", 0.5, 9)], StartResidue.OPEN),
+    "one exactly there": ([layer("a", KEPT, 9)], StartResidue.OPEN),
+    "two exactly there": ([layer("a", KEPT, KEPT, 9)], StartResidue.SHOWN),
+    "two in two layers": ([layer("a", KEPT, 9), layer("b", KEPT, 9)], StartResidue.SHOWN),
+    "begins there in four layers": ([layer(str(i), *var) for i, var in enumerate(SHARED)], StartResidue.SHOWN),
+    "begins there in three layers": ([layer(str(i), *var) for i, var in enumerate(SHARED[:3])], StartResidue.OPEN),
+    "all alike": ([layer(str(i), KEPT * 1.05, KEPT * 1.06) for i in range(9)], StartResidue.OPEN),
+    "another layer of that count is below": ([layer("a", KEPT, KEPT), layer("b", 0.1)], StartResidue.GONE),
+    "zero": ([layer("a", KEPT, KEPT, count=0)], StartResidue.GONE),
+    "missing": ([layer("a", KEPT, KEPT, count=None)], StartResidue.GONE),
+    "negative": ([layer("a", KEPT, KEPT, count=-8)], StartResidue.GONE),
+    "huge": ([layer("a", KEPT, KEPT, count=2**63 - 1)], StartResidue.GONE),
+    "equal weights": ([layer("a", KEPT, KEPT, momentum=None)], StartResidue.SHOWN),  # a file: 0.1 is taken
+    "momentum 0": ([layer("a", KEPT, KEPT, momentum=0.0)], StartResidue.GONE),
+    "momentum 1": ([layer("a", KEPT, KEPT, momentum=1.0)], StartResidue.GONE),
+    "a momentum that diverges": ([layer("a", KEPT, KEPT, momentum=2.5, count=10**6)], StartResidue.GONE),
+    "no number": ([layer("a", NAN, INF)], StartResidue.GONE),
+    "initial": ([layer("a", 1, 1, running_mean=values(0, 0))], StartResidue.GONE),
+    "nothing stored": ([Stored("a", num_batches_tracked=8)], StartResidue.GONE),
 }
 
 
@@ -63,15 +63,15 @@ def test_arithmetic_shows_refutes_or_leaves_open(name):
 
 def test_counts_that_differ_are_judged_apart():
     assert claim(layer("a", KEPT, KEPT), layer("b", 0.01, count=900), layer("c", 0.01, count=5)) == [
-        Claim.SHOWN,
-        Claim.GONE,
-        Claim.GONE,
+        StartResidue.SHOWN,
+        StartResidue.GONE,
+        StartResidue.GONE,
     ]
 
 
 def test_equal_weights_of_a_live_layer_have_no_start():
     modules = {"a": replace(MODULE, momentum=None)}
-    assert claim(layer("a", KEPT, KEPT), modules=modules) == [Claim.GONE]
+    assert claim(layer("a", KEPT, KEPT), modules=modules) == [StartResidue.GONE]
 
 
 @pytest.mark.parametrize("updates", [1, 5, 20, 43])
@@ -88,7 +88,7 @@ def test_torchs_own_averages_leave_that_share_and_no_less(updates, momentum):
     np.testing.assert_allclose(var[:2], share, rtol=updates * 2.0**-24)
     assert var.min() >= share * (1 - updates * 2.0**-24)
     stored = layer("a", *var, count=updates, momentum=momentum)
-    assert claim(stored) == [Claim.SHOWN if share > RESIDUE else Claim.GONE]
+    assert claim(stored) == [StartResidue.SHOWN if share > RESIDUE else StartResidue.GONE]
 
 
 def measured(mean, var):
@@ -98,17 +98,21 @@ def measured(mean, var):
 @pytest.mark.parametrize(
     ("mean", "var", "expected"),
     [
-        ((1, 2), (0.2, 5), Claim.SHOWN),  # exactly the mixture
-        ((1 - KEPT, 2 - 2 * KEPT), (KEPT + (1 - KEPT) * 0.2, KEPT + (1 - KEPT) * 5), Claim.GONE),  # exactly fresh
-        ((9, 9), (1, 1), Claim.GONE),  # neither
+        ((1, 2), (0.2, 5), StartResidue.SHOWN),  # exactly the mixture
+        (
+            (1 - KEPT, 2 - 2 * KEPT),
+            (KEPT + (1 - KEPT) * 0.2, KEPT + (1 - KEPT) * 5),
+            StartResidue.GONE,
+        ),  # exactly fresh
+        ((9, 9), (1, 1), StartResidue.GONE),  # neither
         # data of another scale: one factor in all channels
-        ((1, 2), ((KEPT + (1 - KEPT) * 0.2) * 2, (KEPT + (1 - KEPT) * 5) * 2), Claim.GONE),
+        ((1, 2), ((KEPT + (1 - KEPT) * 0.2) * 2, (KEPT + (1 - KEPT) * 5) * 2), StartResidue.GONE),
     ],
 )
 def test_data_overrule_a_counter(mean, var, expected):
     of_eight = layer("a", KEPT + (1 - KEPT) * 0.2, KEPT + (1 - KEPT) * 5, running_mean=values(1 - KEPT, 2 - 2 * KEPT))
     assert claim(of_eight, measured=measured(mean, var)) == [expected]
-    assert claim(of_eight) == [Claim.OPEN]
+    assert claim(of_eight) == [StartResidue.OPEN]
 
 
 def test_the_distance_is_the_root_mean_square_in_sd():

@@ -14,7 +14,6 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.lecture.painted_cats import png
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.text import plain
 from batchnorm.shift import ShiftMonitor
@@ -293,12 +292,12 @@ def test_a_page_of_a_large_model_is_small_and_loads_nothing(calibrated: ShiftMon
     pictures = tuple(replace(picture, pixels=torch.rand(3, 224, 224)) for picture in noise)
     assert len(pictures) == 12
     large = {"layers": layers, "first": layers[0].name, "trail": trail, "examples": 100_000, "pictures": pictures}
-    text = page(told(**large), png)
+    text = page(told(**large))
     assert len(text.encode()) < 300_000
     assert text.count("data:image/png") == 12
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
     assert "<script" not in text
-    assert text == page(told(**large), png)
+    assert text == page(told(**large))
 
 
 def test_a_page_does_not_say_to_make_itself() -> None:

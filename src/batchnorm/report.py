@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from markupsafe import Markup
 
-    from batchnorm.charts import Panel
-    from batchnorm.experiment.chart_data import Axis, Chart
     from batchnorm.experiment.judgement import Verdict
     from batchnorm.experiment.outcomes import ClaimOutcome, Verdicts
     from batchnorm.reporting.blocks import Block
+    from batchnorm.reporting.charts import Panel
+    from batchnorm.reporting.charts.chart_data import Axis, Chart
     from batchnorm.reporting.json_values import Json
 
 Value = float | int | str | None  # in a row of a chart
@@ -62,8 +62,8 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
         ValueError: If a chart's data cannot be drawn; the message names the chart.
     """
     require_extra()
-    from batchnorm.charts.series import legend
     from batchnorm.experiment.environment import environment
+    from batchnorm.reporting.charts.series import legend
 
     sections = [_section(outcome) for outcome in verdicts.outcomes]
     page = template(
@@ -199,7 +199,7 @@ class _Section:
 
 
 def _section(outcome: ClaimOutcome) -> _Section:
-    from batchnorm.charts import panels
+    from batchnorm.reporting.charts import panels
 
     name, charts = outcome.claim.name, outcome.result.charts
     drawn = [() if chart.kind == "picture" else panels(chart) for chart in charts]
@@ -365,14 +365,14 @@ def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
 def _svg(panel: Panel, name: str) -> Markup:
     from markupsafe import Markup
 
-    from batchnorm.charts.svg import to_svg
+    from batchnorm.reporting.charts.svg import to_svg
 
     return Markup(to_svg(panel.drawing, name))  # noqa: S704 - vl-convert has escaped every text in it
 
 
 def _specifications(sections: Sequence[_Section]) -> dict[str, Json]:
     """What the script draws, by the name of the panel."""
-    from batchnorm.charts.svg import to_specification
+    from batchnorm.reporting.charts.svg import to_specification
 
     return {
         name: to_specification(panel.drawing, zoom=figure.chart.kind != "dots")

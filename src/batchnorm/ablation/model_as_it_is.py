@@ -19,7 +19,6 @@ from batchnorm.ablation.study import Measure
 from batchnorm.ablation.user_data import examples_in, first_examples
 from batchnorm.ablation.user_model import kept_buffers, received
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Role, Rows
 from batchnorm.experiment.claim import AS_IT_IS, Claim, Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import Figure, counted, in_words, known
 from batchnorm.instruments.gamma_and_beta import census
@@ -27,6 +26,7 @@ from batchnorm.instruments.signal_propagation import resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject

@@ -174,7 +174,6 @@ def _check_place(path: Path) -> None:
 
 def _judged(asked: ShiftOptions) -> tuple[Report, bool]:
     """The report, and whether no shift was found."""
-    from batchnorm.lecture.painted_cats import png
     from batchnorm.shift.verdict import judge
     from batchnorm.shift.verdict_report import report
 
@@ -184,7 +183,7 @@ def _judged(asked: ShiftOptions) -> tuple[Report, bool]:
             _monitor(network, asked), addresses.data(asked.data), max_examples=asked.most, pictures=asked.images or 0,
             target=asked.model.address, data=asked.data, command=asked.command,
         )  # fmt: skip
-    return report(verdict, source=asked.model.source, png=png), verdict.rang is None
+    return report(verdict, source=asked.model.source), verdict.rang is None
 
 
 def _assumed(asked: ShiftOptions) -> tuple[Report, bool]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from batchnorm.experiment.chart_data import Chart
 from batchnorm.experiment.figures_in_words import Figure, filled
 from batchnorm.experiment.judgement import Json, Verdict
 from batchnorm.experiment.room_tables import room_table
 from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.reporting.charts.chart_data import Chart
 
 # Figures worth quoting, flat: "what, unit" -> number
 Numbers = dict[str, float | int | str | None]

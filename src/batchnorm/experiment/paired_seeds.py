@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm.experiment.chart_data import Rows
 from batchnorm.experiment.judgement import estimate
+from batchnorm.reporting.charts.chart_data import Rows
 
 
 def figures(value: Tensor | float, count: int = 4) -> float:

@@ -7,8 +7,6 @@ blue from 0 to 1. The paintings of one seed share their grounds, so "contrast" a
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable
 
 import torch
@@ -74,15 +72,3 @@ def mosaic(rows: list[Tensor], zoom: int) -> Tensor:
     """One picture (3, H', W') of all: each row's pictures (N, 3, H, W) side by side, a pixel ``zoom`` wide and high."""
     lines = [torch.cat(list(row), 2) for row in rows]  # (N, 3, H, W) -> (3, H, N W)
     return torch.cat(lines, 1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-
-
-def png(picture: Tensor) -> bytes:
-    """A picture (3, H, W) as a PNG file of 8 bits a colour; values outside 0 to 1 are cut (W3C, PNG, third edition)."""
-    pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (3, H, W) -> (H, W, 3)
-    height, width, _ = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, colour type 2 (red, green, blue)
-    lines = b"".join(b"\0" + line.numpy().tobytes() for line in pixels)  # filter type 0 before each line
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )

@@ -11,11 +11,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, final
 
 from batchnorm.reporting.page_shell import shell, template
+from batchnorm.reporting.png import png
 from batchnorm.reporting.text import plain
 from batchnorm.shift.verdict_words import LOST, cells, facts, following, follows, headline, odds, sentence, unseen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -29,12 +30,8 @@ _OPENED = 10  # moved layers whose channels are listed
 _LISTED, _LISTED_LATER = 20, 8  # channels shown of the first layer that moved, and of the others
 
 
-def page(verdict: ShiftVerdict, png: Callable[[Tensor], bytes] | None = None) -> str:
+def page(verdict: ShiftVerdict) -> str:
     """One HTML file that loads nothing.
-
-    Args:
-        verdict: What was found.
-        png: Makes a file of a picture (3, H, W) with values from 0 to 1; needed if the verdict has pictures.
 
     Raises:
         ModuleNotFoundError: If jinja2 is missing.
@@ -51,7 +48,7 @@ def page(verdict: ShiftVerdict, png: Callable[[Tensor], bytes] | None = None) ->
         layers=list(_bars(verdict)),
         moved=[(layer, _moves(layer, _LISTED_LATER if i else _LISTED)) for i, layer in enumerate(moved[:_OPENED])],
         others=max(0, len(moved) - _OPENED),
-        pictures=_pictures(verdict.pictures, png) if png else None,
+        pictures=_pictures(verdict.pictures),
         unseen=unseen(verdict),
         follows=follows(verdict),
         following=plain(following(verdict)),
@@ -179,7 +176,7 @@ class _Gallery:
     high: str
 
 
-def _pictures(shown: Sequence[Picture], png: Callable[[Tensor], bytes]) -> _Gallery | None:
+def _pictures(shown: Sequence[Picture]) -> _Gallery | None:
     """Small pictures on one scale of colours, so that a darker picture is shown darker."""
     if not shown:
         return None

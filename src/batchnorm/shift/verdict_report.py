@@ -25,9 +25,7 @@ from batchnorm.shift.verdict_words import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
+    from collections.abc import Iterator
 
     from batchnorm.reporting.blocks import Block
     from batchnorm.shift.verdict import Layer, ShiftVerdict
@@ -39,13 +37,12 @@ _RULES = (
 )
 
 
-def report(verdict: ShiftVerdict, *, source: str = "", png: Callable[[Tensor], bytes] | None = None) -> Report:
+def report(verdict: ShiftVerdict, *, source: str = "") -> Report:
     """What every format shows.
 
     Args:
         verdict: What was found.
         source: The file of the model's code.
-        png: As for ``verdict_page.page``.
     """
     rows = list(_rows(verdict, source))
     return Report(
@@ -53,7 +50,7 @@ def report(verdict: ShiftVerdict, *, source: str = "", png: Callable[[Tensor], b
         identified_by="modelAndData/v1", seconds=verdict.seconds, headline=sentence(verdict), rows=rows, rules=_RULES,
         suites=[Suite(name="shift", checks=list(_checks(verdict, rows)))], lines=[concise(verdict)],
         document=list(_document(verdict)), records=[verdict.to_dict()], json=verdict.to_json,
-        full=lambda width: full(verdict, width=width), page=lambda: page(verdict, png),
+        full=lambda width: full(verdict, width=width), page=lambda: page(verdict),
     )  # fmt: skip
 
 

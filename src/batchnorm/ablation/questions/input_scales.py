@@ -12,11 +12,11 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, curves, versus, wide_axis
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Chart, Role
 from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.condition_number import condition_number
 from batchnorm.moments import Moments
+from batchnorm.reporting.charts.chart_data import Chart, Role
 
 if TYPE_CHECKING:
     from batchnorm.ablation.study import Study

@@ -21,10 +21,10 @@ from batchnorm.ablation.questions.speed_and_rates import wide_axis
 from batchnorm.ablation.user_data import examples_in
 from batchnorm.ablation.user_model import kept_buffers, own_statistics, received
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart
 from batchnorm.experiment.claim import Numbers, Result
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.batch_noise import dropout_rate, log_slope, noise_power
+from batchnorm.reporting.charts.chart_data import Axis, Chart
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject

@@ -12,10 +12,10 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Rows
 from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import counted, known
 from batchnorm.experiment.judgement import Verdict
+from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import Watched

@@ -15,10 +15,10 @@ from batchnorm.ablation.grid import Grid
 from batchnorm.ablation.question_criteria import TARGET, USABLE, judge
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Role, Row, Rows
 from batchnorm.experiment.claim import Claim, Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.judgement import Bound, Verdict
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject

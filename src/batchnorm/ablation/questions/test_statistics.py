@@ -21,12 +21,12 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.user_data import examples_in, first_examples, is_rows, joined, regrouped, take
 from batchnorm.ablation.user_model import first_tensor, kept_buffers, own_statistics
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Rows
 from batchnorm.experiment.claim import Numbers, Result
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Role
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim_criteria import judge
-from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint, png
+from batchnorm.lecture.painted_cats import BRIGHTNESS, CONTRAST, LIGHT, NOISE, PAINTINGS, mosaic, paint
 from batchnorm.lecture.tested_on_other_cats import (
     ALPHA,
     BATCH,
@@ -35,6 +34,8 @@ from batchnorm.lecture.tested_on_other_cats import (
     measure,
     recovered,
 )
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
+from batchnorm.reporting.png import png
 
 NAMES = {
     "black": "black cats, as learned",

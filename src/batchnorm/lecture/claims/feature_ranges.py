@@ -16,7 +16,6 @@ from sklearn import datasets
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Role
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import Arrival, first_step
@@ -25,6 +24,7 @@ from batchnorm.inputs import InputNorm
 from batchnorm.instruments.condition_number import condition_number, with_bias
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim_criteria import judge
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
 
 # Half decades, widened after a look until the best rate of every arm that arrives lay inside.
 RATES = tuple(10 ** (k / 2) for k in range(-16, 7))

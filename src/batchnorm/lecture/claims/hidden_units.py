@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import SERIES, Axis, Chart
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.rate_sweep import BOTH, EVERY, RATES, TARGET, Sweep, sweep
+from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart
 
 ACTIVATIONS = ("relu", "sigmoid")
 _NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}

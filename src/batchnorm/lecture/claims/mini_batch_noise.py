@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
@@ -32,6 +31,7 @@ from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
+from batchnorm.reporting.charts.chart_data import Axis, Chart
 
 SIZES = (64, 64, 64, 10)
 TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness

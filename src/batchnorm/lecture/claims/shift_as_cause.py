@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Role
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import first_step
@@ -34,6 +33,7 @@ from batchnorm.lecture.rate_sweep import (
     sweep,
     training_indices,
 )
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
 
 # Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
 # round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.

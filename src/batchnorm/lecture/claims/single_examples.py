@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import Axis, Chart, Role
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -27,6 +26,7 @@ from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import SIZES, digits
 from batchnorm.lecture.renormalized import GhostNorm, with_norm, with_population
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
 
 BATCH = 32
 STEPS = 300

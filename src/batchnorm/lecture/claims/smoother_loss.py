@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import SERIES, Axis, Chart, Role
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.figures_in_words import minus
 from batchnorm.experiment.judgement import Verdict
@@ -29,6 +28,7 @@ from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
+from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Role
 
 RATE = 0.1  # equal for both arms: a rate at which both learn
 EVERY = 10  # steps between two probes

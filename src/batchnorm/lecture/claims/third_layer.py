@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.chart_data import SERIES, Axis, Chart
 from batchnorm.experiment.claim import Numbers, Result, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -18,6 +17,7 @@ from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, SIZES, STEPS, digits, probe_indices, training_indices
+from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart
 
 RATE = 0.1
 EVERY = 10  # steps between two looks at a[2]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchnorm.experiment.chart_data import Axis, Chart
+    from batchnorm.reporting.charts.chart_data import Axis, Chart
 
 # What a scale must hold, by axis and kind of chart.
 _QUANTILES = ("p2", "p16", "p50", "p84", "p98")

@@ -1,4 +1,4 @@
-"""Drawings: the data of a `lecture.claim.Chart` as Altair charts, one for each panel.
+"""Drawings: the data of a ``chart_data.Chart`` as Altair charts, one for each panel.
 
 Every panel of a chart has the same explicit scales, so a page may put panels side by side or one below the
 other without losing the comparison. Titles and the legend are left to the page, where text wraps. Colours are
@@ -12,15 +12,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.charts.scales import Scale, scale
-from batchnorm.charts.series import Look, looks, short, siblings
+from batchnorm.reporting.charts.scales import Scale, scale
+from batchnorm.reporting.charts.series import Look, looks, short, siblings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import altair as alt
 
-    from batchnorm.experiment.chart_data import Chart
+    from batchnorm.reporting.charts.chart_data import Chart
 
     Row = Mapping[str, Any]
 

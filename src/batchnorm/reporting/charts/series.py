@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchnorm.experiment.chart_data import Chart
+    from batchnorm.reporting.charts.chart_data import Chart
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond")
 _DASHES = ((5, 4), (2, 3))
