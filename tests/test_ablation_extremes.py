@@ -18,7 +18,7 @@ from batchnorm.ablation import model_as_it_is
 from batchnorm.ablation.answers import Answers
 from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT
-from batchnorm.ablation.effort import Cost, Plan, plan
+from batchnorm.ablation.effort import Cost, StudyPlan, plan
 from batchnorm.ablation.grid import Grid
 from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions import (
@@ -29,11 +29,11 @@ from batchnorm.ablation.questions import (
     speed_and_rates,
     test_statistics,
 )
-from batchnorm.ablation.questions.test_statistics import Reading, Readings
+from batchnorm.ablation.questions.test_statistics import HeldOutReading, ModelReadings
 from batchnorm.ablation.study import Study
 from batchnorm.ablation.user_data import Data, is_rows
 from batchnorm.ablation.user_model import Subject
-from batchnorm.ablation.watched_runs import Watched
+from batchnorm.ablation.watched_runs import WatchedRun
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Result
 from batchnorm.experiment.figures_in_words import share, times
@@ -88,10 +88,10 @@ def landscape(beta: float) -> Roughness:
     return Roughness(*(torch.full((6,), beta) for _ in range(len(Roughness.__dataclass_fields__))))
 
 
-def watched(drift: float, beta: float, failed: str = "") -> Watched:
+def watched(drift: float, beta: float, failed: str = "") -> WatchedRun:
     moved = {"a": torch.full((10,), drift), "b": torch.full((10,), drift)}
     model = SUBJECT.fresh(0)
-    return Watched(model, range(0, 44, 4), moved, {"a": 0.1, "b": drift}, range(0, 36, 6), landscape(beta), failed)
+    return WatchedRun(model, range(0, 44, 4), moved, {"a": 0.1, "b": drift}, range(0, 36, 6), landscape(beta), failed)
 
 
 def about(batches: list | None = None, make: object = None) -> Subject:
@@ -103,10 +103,10 @@ def about(batches: list | None = None, make: object = None) -> Subject:
 SUBJECT = about()
 
 
-def study(with_: str, without: str, *, runs: tuple[Watched, Watched] | None = None) -> Study:
+def study(with_: str, without: str, *, runs: tuple[WatchedRun, WatchedRun] | None = None) -> Study:
     curves = {WITH: CURVES[with_], WITHOUT: CURVES[without], ONCE: CURVES["slow"], SCALED: CURVES[with_]}
     losses = {arm: torch.stack([torch.stack([c, c]) for c in curve]) for arm, curve in curves.items()}
-    chosen = Plan(tuple(losses), 0, SEEDS, STEPS, RATES, Cost(1, 1, 1, 1))
+    chosen = StudyPlan(tuple(losses), 0, SEEDS, STEPS, RATES, Cost(1, 1, 1, 1))
     looks = runs or (watched(0.1, 1.0), watched(0.2, 3.0))
     seen = {(arm, n): [run] * SEEDS for arm, run in zip((WITH, WITHOUT), looks, strict=True) for n in range(2)}
     return Study(SUBJECT, chosen, Grid(RATES, losses), seen)
@@ -221,11 +221,11 @@ LOSSES = (0.0, 1e-12, 0.3, 0.3, -2.0, 1e30, INF, NAN, None)
 
 @pytest.mark.parametrize(("population", "other"), list(itertools.product(LOSSES, LOSSES)))
 def test_every_sentence_about_test_time_holds_for_every_loss(population: float | None, other: float | None) -> None:
-    def reading(loss: float | None) -> Reading | None:
-        return None if loss is None else Reading(loss, 0.5)
+    def reading(loss: float | None) -> HeldOutReading | None:
+        return None if loss is None else HeldOutReading(loss, 0.5)
 
     batch = {} if other is None else {4: reading(other)}
-    found = [Readings(batch, reading(other), reading(population), alone) for alone in (0.0, NAN)]
+    found = [ModelReadings(batch, reading(other), reading(population), alone) for alone in (0.0, NAN)]
     for verdict in (
         test_statistics._judge_small(found),
         test_statistics._judge_stored(found),
@@ -243,7 +243,9 @@ def test_every_sentence_about_test_time_holds_for_every_loss(population: float |
 
 
 def test_a_mean_of_shares_is_told_as_one_beside_losses_of_the_other_direction() -> None:
-    found = [Readings({}, Reading(a, None), Reading(b, None), 0.0) for a, b in ((0.02, 0.01), (9.0, 10.0))]
+    found = [
+        ModelReadings({}, HeldOutReading(a, None), HeldOutReading(b, None), 0.0) for a, b in ((0.02, 0.01), (9.0, 10.0))
+    ]
     sentence = test_statistics._judge_stored(found).sentence
     assert "4.51 by running averages, 5 by population statistics (seed by seed +45.0%)" in sentence
 
@@ -508,7 +510,7 @@ def test_a_failure_that_is_no_divergence_is_raised() -> None:
 
 def test_the_estimate_is_of_runs_looks_and_questions() -> None:
     cost = Cost(step=0.5, run=3.0, looks=7.0, questions=11.0)
-    made = Plan((WITH, WITHOUT, ONCE), 0, 2, 10, (0.1, 0.2), cost)
+    made = StudyPlan((WITH, WITHOUT, ONCE), 0, 2, 10, (0.1, 0.2), cost)
     # 3 arms at 2 rates and 4 runs that are looked at, of two seeds
     assert made.estimate == 2 * ((3 * 2 + 4) * (3 + 10 * 0.5) + 4 * 7 + 11)
     assert made.seconds == 0.5

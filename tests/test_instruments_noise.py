@@ -9,7 +9,7 @@ from scipy.special import polygamma
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.instruments.free_tier import Window, shift, shift_floor
+from batchnorm.instruments.free_tier import StepWindow, shift, shift_floor
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.snapshots import Layers, Snapshot, updates
 
@@ -23,7 +23,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 def window_of(
     layer: nn.Module, batches: list[list[Tensor]], warm_up: int = 60
-) -> tuple[Window, Layers, list[Snapshot]]:
+) -> tuple[StepWindow, Layers, list[Snapshot]]:
     """A window of steps, each of one or more forward passes, after as many as the running averages need to settle."""
     layers = Layers({"bn": layer})
     layer.train()
@@ -35,7 +35,7 @@ def window_of(
         for x in passes:
             layer(x)
         snapshots.append(Snapshot.of(layers))
-    return Window.of(snapshots, layers), layers, snapshots
+    return StepWindow.of(snapshots, layers), layers, snapshots
 
 
 def normal(size: int, steps: int = 60 + WINDOW, passes: int = 1) -> list[list[Tensor]]:
@@ -132,7 +132,7 @@ def test_settled_averages_are_one_standard_error_away_and_stale_ones_as_many_as_
         layer(x)
         moved.append(Snapshot.of(layers))
     expected = math.sqrt(1 + 36 / (0.1 / 1.9 + 1 / WINDOW))
-    assert float(Window.of(moved, layers).staleness) == pytest.approx(expected, rel=SAMPLING)
+    assert float(StepWindow.of(moved, layers).staleness) == pytest.approx(expected, rel=SAMPLING)
 
 
 def test_gap_is_the_difference_of_train_and_eval_outputs() -> None:
@@ -149,7 +149,7 @@ def test_gap_is_the_difference_of_train_and_eval_outputs() -> None:
         squares.append(float((layer.train()(x).detach() - evaluated).square().mean()))
         outputs.append(float(evaluated.var(0, correction=0).mean()))
         snapshots.append(Snapshot.of(layers))
-    seen = Window.of(snapshots, layers)
+    seen = StepWindow.of(snapshots, layers)
     # unbiased for biased variances: 1 / 4096; the read-back mean is rounded by EPS32 |mean| / momentum
     assert float(seen.gap) == pytest.approx(math.sqrt(sum(squares) / sum(outputs)), rel=1e-3)
 
@@ -177,7 +177,7 @@ def test_what_is_not_updated_is_not_measured() -> None:
         for layer in (moving, frozen, still, bare):
             layer(torch.randn(16, 4))
         snapshots.append(Snapshot.of(layers))
-    seen = Window.of(snapshots, layers)
+    seen = StepWindow.of(snapshots, layers)
     for name in ("noise", "m_eff", "staleness", "gap"):
         assert getattr(seen, name).isnan().tolist() == [False, True, True, True]
 
@@ -193,7 +193,7 @@ def test_rounding_of_a_large_mean_is_not_taken_for_noise() -> None:
 def test_a_window_of_two_steps_is_refused() -> None:
     layers = Layers({"bn": nn.BatchNorm1d(2)})
     with pytest.raises(ValueError, match=r"a window needs 4 snapshots or more, got 3\. Take more steps"):
-        Window.of([Snapshot.of(layers)] * 3, layers)
+        StepWindow.of([Snapshot.of(layers)] * 3, layers)
 
 
 def test_census_counts_what_gamma_and_beta_say() -> None:

@@ -14,7 +14,7 @@ from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import rate_sweep
 from batchnorm.lecture.claims import shift_as_cause
-from batchnorm.lecture.claims.shift_as_cause import CALLED, SCALE, SHIFT, Noisy, Watched, gradient_shift
+from batchnorm.lecture.claims.shift_as_cause import CALLED, SCALE, SHIFT, ArmAtBestRate, Noisy, gradient_shift
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.ensemble_training import losses
 from batchnorm.lecture.networks import Ensemble, fully_connected
@@ -127,9 +127,9 @@ def _sweep(*steps: float) -> Sweep:
     return Sweep((0.1,), at, accuracy, 1 - accuracy)
 
 
-def _watched(moved: float) -> Watched:
+def _watched(moved: float) -> ArmAtBestRate:
     each = torch.full((3,), moved)
-    return Watched(0.1, each, each, each, each, each)
+    return ArmAtBestRate(0.1, each, each, each, each, each)
 
 
 def _judged(without: Sweep, noisy: Sweep, moved: float = 2.0) -> shift_as_cause.Verdict:

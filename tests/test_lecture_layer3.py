@@ -140,7 +140,7 @@ def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
         norm.weight.copy_(torch.tensor([0.5, -2.0, 1.0]))
         norm.bias.copy_(torch.tensor([1.0, 0.0, -3.0]))
     z = norm(torch.randn(200, 3) * 5 + 1).detach()[None, None]
-    seen = third_layer.Seen(
+    seen = third_layer.Layer3Values(
         torch.zeros(1),
         z,
         z,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from batchnorm.ablation.answers import Answers
-    from batchnorm.ablation.effort import Plan
+    from batchnorm.ablation.effort import StudyPlan
     from batchnorm.ablation.user_model import Subject
     from batchnorm.experiment.claim import Claim
     from batchnorm.experiment.outcomes import ClaimOutcome
@@ -26,7 +26,7 @@ _WORDS = 300  # of an error's message
 
 
 def train_and_ask(
-    subject: Subject, plan: Plan, command: str, *, checkpoint: nn.Module | None = None,
+    subject: Subject, plan: StudyPlan, command: str, *, checkpoint: nn.Module | None = None,
     advance: Advance = lambda _: None, say: Say = lambda _: None,
 ) -> Answers:  # fmt: skip
     """Train every arm of the plan and answer every question.
@@ -114,7 +114,7 @@ def _unanswered(name: str, error: Exception) -> Result:
 
 def _answers(
     subject: Subject, outcomes: list[ClaimOutcome], command: str, *,
-    plan: Plan | None = None, draws: range = range(2), checkpoint: nn.Module | None = None,
+    plan: StudyPlan | None = None, draws: range = range(2), checkpoint: nn.Module | None = None,
 ) -> Answers:  # fmt: skip
     from batchnorm.ablation.answers import Answers
     from batchnorm.ablation.facts import facts, left_out

@@ -49,7 +49,7 @@ class Cost:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StudyPlan:
     """What is trained.
 
     Args:
@@ -91,7 +91,7 @@ class Plan:
 def plan(
     subject: Subject, *, seed: int = 0, seeds: int | None = None, steps: int | None = None,
     rates: Sequence[float] = RATES, seconds: float = SECONDS,
-) -> Plan:  # fmt: skip
+) -> StudyPlan:  # fmt: skip
     """The plan that fits ``seconds``, as far as seeds and steps are not given."""
     with undisturbed(subject):
         arms, left_out = _arms(subject)
@@ -103,7 +103,7 @@ def plan(
         if chosen[1] >= _ENOUGH:
             break
     assert chosen is not None  # noqa: S101 - there is a number of seeds
-    return Plan(arms, seed, *chosen, tuple(rates), cost, left_out)
+    return StudyPlan(arms, seed, *chosen, tuple(rates), cost, left_out)
 
 
 def _arms(subject: Subject) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

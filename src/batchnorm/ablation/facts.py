@@ -12,11 +12,11 @@ from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import Frozen
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.effort import Plan
+    from batchnorm.ablation.effort import StudyPlan
     from batchnorm.ablation.user_model import Subject
 
 
-def facts(subject: Subject, plan: Plan | None, seeds: range, *, checkpoint: bool = False) -> dict[str, str]:
+def facts(subject: Subject, plan: StudyPlan | None, seeds: range, *, checkpoint: bool = False) -> dict[str, str]:
     """What -> text, in the page's order."""
     noun = "Seeds" if plan else "Draws"
     paired = (
@@ -55,7 +55,7 @@ def _same_weights(subject: Subject, seeds: range) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def left_out(plan: Plan | None) -> dict[str, str]:
+def left_out(plan: StudyPlan | None) -> dict[str, str]:
     """Question -> why it was not asked."""
     if plan is None:
         return {"speed, learning rates, shift, smoothness": "they take training, and --no-train was given"}

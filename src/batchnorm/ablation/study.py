@@ -11,13 +11,13 @@ from torch import nn
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.grid import Grid, sweep
 from batchnorm.ablation.question_criteria import CRITERIA
-from batchnorm.ablation.watched_runs import Watched, watch
+from batchnorm.ablation.watched_runs import WatchedRun, watch
 from batchnorm.experiment.claim import Claim, Result, claim
 from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.run_settings import Progress, RunSettings
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.effort import Plan
+    from batchnorm.ablation.effort import StudyPlan
     from batchnorm.ablation.user_model import Subject
 
 Advance = Callable[[float], None]
@@ -39,15 +39,15 @@ class Study:
     """
 
     subject: Subject
-    plan: Plan
+    plan: StudyPlan
     grid: Grid
-    watched: Mapping[tuple[str, int], list[Watched]]
+    watched: Mapping[tuple[str, int], list[WatchedRun]]
 
-    def equal(self, arm: str) -> list[Watched]:
+    def equal(self, arm: str) -> list[WatchedRun]:
         """An arm's runs at the rate that both share."""
         return self.watched[arm, self.grid.shared()]
 
-    def best(self, arm: str) -> list[Watched]:
+    def best(self, arm: str) -> list[WatchedRun]:
         """An arm's runs at its own best rate."""
         return self.watched[arm, self.grid.best(arm)]
 
@@ -97,7 +97,7 @@ def asked_of_trained(study: Study, name: str, measure: Measure, figures: Mapping
     return claim("ablation", name, run, of_what="Your model as trained with batch norm, for each seed", **figures)
 
 
-def study(subject: Subject, plan: Plan, advance: Advance = lambda _: None) -> Study:
+def study(subject: Subject, plan: StudyPlan, advance: Advance = lambda _: None) -> Study:
     """Train everything; ``advance`` is told the share that is done."""
     done, total = 0, plan.runs + 4 * plan.seeds
 
@@ -107,7 +107,7 @@ def study(subject: Subject, plan: Plan, advance: Advance = lambda _: None) -> St
         advance(done / total)
 
     grid = sweep(subject, plan.arms, plan.all_seeds, plan.rates, plan.steps, one_more)
-    watched: dict[tuple[str, int], list[Watched]] = {}
+    watched: dict[tuple[str, int], list[WatchedRun]] = {}
     for key in dict.fromkeys((arm, rate) for arm in PAIR for rate in (grid.shared(), grid.best(arm))):
         watched[key] = []
         for seed in plan.all_seeds:

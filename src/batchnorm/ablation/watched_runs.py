@@ -27,7 +27,7 @@ _FIRST = 0  # the seed that deals the probe, the same for all arms and seeds
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Watched:
+class WatchedRun:
     """One run.
 
     Args:
@@ -54,7 +54,7 @@ class Watched:
         return float(torch.cat([*self.moved.values()]).mean()) if self.moved else float("nan")
 
 
-def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Watched:
+def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> WatchedRun:
     """Train one run and look at it; the numbers of training are those of an unwatched one."""
     every, apart = max(1, steps // LOOKS), max(1, steps // PROBES)
     probe = next(subject.data.deal(_FIRST))
@@ -86,7 +86,7 @@ def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Wat
     model = train(subject, arm, seed, rate, steps, observe)[1]
     moved, floor = _drifts(values)
     landscape = Roughness.joined(met, torch.cat) if met else Roughness.of_nothing()
-    return Watched(model, looked, moved, floor, probed, landscape, *failed)
+    return WatchedRun(model, looked, moved, floor, probed, landscape, *failed)
 
 
 def _values(model: nn.Module, probe: Any) -> dict[str, Tensor]:

@@ -5,14 +5,14 @@ Nothing here computes or draws. A claim's own file measures and fills a Result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from batchnorm.experiment.figures_in_words import Figure, filled
+from batchnorm.experiment.figures_in_words import Figure, filled, in_words
 from batchnorm.experiment.judgement import Json, Verdict
-from batchnorm.experiment.room_tables import room_table
+from batchnorm.experiment.room_tables import Table, room_table
 from batchnorm.experiment.run_settings import Progress, RunSettings
-from batchnorm.reporting.charts.chart_data import Chart
+from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row
 
 # Figures worth quoting, flat: "what, unit" -> number
 Numbers = dict[str, float | int | str | None]
@@ -63,6 +63,33 @@ def claim(room: str, name: str, run: Callable[[RunSettings, Progress], Result], 
 
 
 AS_IT_IS = "-as-it-is"  # ends the entry of a question whose words are others where nothing is trained
+
+
+def chart(
+    room: str, claim: str, name: str, rows: Sequence[Row], series: Mapping[str, Role] | None = None, *,
+    x: Axis | None = None, y: Axis | None = None, dashed: Sequence[str] = (), **figures: Figure,
+) -> Chart:  # fmt: skip
+    """A chart of a claim, in the words of its room's file ``claims.toml``, which name figures in braces.
+
+    Args:
+        room, claim, name: Where the file has its kind, title, description and axes.
+        rows, series, dashed: As in Chart.
+        x, y: Axes that depend on what was measured, in the place of the file's.
+        figures: Numbers and words for the braces; ``title`` where the file has none.
+    """
+    entry = room_table(room, "claims")[claim]["charts"][name]
+    title = in_words(entry.get("title", "{title}"), figures)
+    alt = in_words(entry["alt"], {**figures, "title": title})
+    axes = [given or _axis(entry.get(axis), figures) for axis, given in (("x", x), ("y", y))]
+    return Chart(entry["kind"], title, alt, rows, *axes, series=series or {}, dashed=dashed)
+
+
+def _axis(entry: Table | None, figures: Mapping[str, Figure]) -> Axis | None:
+    if entry is None:
+        return None
+    domain = entry.get("domain")
+    title, log, percent = filled(entry["title"], figures), entry.get("log", False), entry.get("percent", False)
+    return Axis(title, log, (domain[0], domain[1]) if domain else None, percent)
 
 
 @dataclass(frozen=True, slots=True)

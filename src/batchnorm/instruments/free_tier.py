@@ -40,7 +40,7 @@ _ROUNDED = 0.1
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Window:
+class StepWindow:
     """What W consecutive training steps say of every layer; all (layers,), NaN where nothing could be measured.
 
     A layer is measured if three steps or more updated its statistics, by a momentum above 0. Channels without variance
@@ -69,7 +69,7 @@ class Window:
     wander: Tensor
 
     @classmethod
-    def of(cls, window: Sequence[Snapshot] | Sequence[End], layers: Layers) -> Window:
+    def of(cls, window: Sequence[Snapshot] | Sequence[End], layers: Layers) -> StepWindow:
         """Read a window of W + 1 copies that were taken after consecutive steps; W is at least 3.
 
         Of plain snapshots the passes of a step are taken for independent ones. Of ends of steps they are compared as
@@ -87,7 +87,7 @@ class Window:
         return found
 
 
-def _of_group(group: Readings, independent: bool) -> Window:
+def _of_group(group: Readings, independent: bool) -> StepWindow:
     """The window of layers that were updated in the same steps."""
     layers, steps, first = group.layers, group.steps, group.ends[0]
     whole = _spread(steps, [list(range(len(steps.mean)))], layers)
@@ -101,7 +101,7 @@ def _of_group(group: Readings, independent: bool) -> Window:
     ema = _ema_noise(first, layers) + steps.share.mean(0) / len(steps.mean)
     unknown = torch.full_like(whole.of_mean, torch.nan)
     noise = unknown if passes is None else passes.noise
-    return Window(
+    return StepWindow(
         noise=noise,
         m_eff=unknown if passes is None else 1 / passes.of_mean,
         dropout=dropout_rate(noise),

@@ -39,6 +39,10 @@ class Schedule:
         self._due = min(every, _SHORTEST)  # steps of this run
         self._steps = 0
 
+    def about(self) -> dict[str, float]:
+        """What a log says of the schedule."""
+        return {"every": self.every, "budget": self.budget}
+
     @property
     def training(self) -> float:
         """Seconds since the start that were not spent looking."""

@@ -25,13 +25,13 @@ from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import require_real
-from batchnorm.population.batches import call, on_device_of
+from batchnorm.population.batches import Batches, call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_memory import require, whole
-from batchnorm.population.tensor_trees import tensors_in
+from batchnorm.population.tensor_trees import Batch, tensors_in
 from batchnorm.record import Record
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
     require(statistics_of(found), "probe")
     layers = Layers(found)
     batch = on_device_of(model, batch, who="probe")
-    view = Probe(lambda network: call(network, batch), batch, loss).look(model, layers)
+    view = Probe.of_batch(batch, loss).look(model, layers)
     values = {**view.values(), **_row(census(layers, Snapshot.of(layers)))}
     return Record(0, layers.names, values, view.of_model, "probe", time.time(), view.arrays())
 
@@ -107,6 +107,18 @@ class Probe:
     forward: Callable[[nn.Module], Any]
     batch: Any = None
     loss: Loss | None = None
+
+    @classmethod
+    def of_batch(cls, batch: Batch, loss: Loss | None) -> Probe:
+        """A batch as a loader gives it, on the model's device."""
+        return cls(lambda model: call(model, batch), batch, loss)
+
+    @classmethod
+    def of_call(cls, args: tuple[Batch, ...], kwargs: dict[str, Batch], most: int) -> Probe:
+        """What a model was called with, up to so many examples, copied, so that no step writes into it."""
+        with torch.no_grad():
+            ((kept, named),) = Batches([(args, kwargs)], most, None)
+        return cls(lambda model: model(*kept, **named))
 
     def look(self, model: nn.Module, layers: Layers) -> View:
         """What the layers receive and what comes out; the model is left as it was, also if it raises."""
@@ -274,8 +286,12 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def _communicates(layers: Layers) -> bool:
-    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there_are_others and any(isinstance(layer, SyncBatchNorm) for layer in layers.layers)
+    return has_ranks() and any(isinstance(layer, SyncBatchNorm) for layer in layers.layers)
+
+
+def has_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _row(values: dict[str, Tensor]) -> dict[str, list[float | None]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.record import Record, Writer
 
@@ -46,11 +47,18 @@ class Outlets:
         """Whether somebody can read what happened."""
         return self._writer is not None
 
-    def open(self, layers: Layers, about: Mapping[str, Any]) -> int | None:
+    def open(self, model: nn.Module, layers: Layers, schedule: Mapping[str, float]) -> int | None:
         """Open the log; the steps that it has already, None without a log."""
         if self._log is None:
             return None
-        self._writer = Writer(self._log, _described(layers), **about)
+        self._writer = Writer(
+            self._log,
+            _described(layers),
+            model=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            schedule=dict(schedule),
+            versions={name: version(name) for name in ("batchnorm", "torch")},
+        )
         return self._writer.step
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:

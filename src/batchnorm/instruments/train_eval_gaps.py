@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class MeanOverBatches:
     """A mean over batches and its standard error, NaN for a single batch."""
 
     value: float
@@ -77,7 +77,7 @@ class LayerGap:
     """
 
     name: str
-    share: Estimate
+    share: MeanOverBatches
     t_mean: float
     t_var: float
 
@@ -99,11 +99,11 @@ class TrainEvalGap:
         examples: How many.
     """
 
-    batch: Estimate
-    population: Estimate
-    eval: Estimate
-    noise: Estimate
-    stale: Estimate
+    batch: MeanOverBatches
+    population: MeanOverBatches
+    eval: MeanOverBatches
+    noise: MeanOverBatches
+    stale: MeanOverBatches
     layers: tuple[LayerGap, ...]
     together: float
     batches: int
@@ -279,13 +279,13 @@ def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -
                 layer.training = False
 
 
-def _estimate(weight: Tensor, values: Tensor) -> Estimate:
+def _estimate(weight: Tensor, values: Tensor) -> MeanOverBatches:
     """Mean of (batches,) by weight, and its standard error."""
     share = weight / weight.sum()
     mean = (share * values).sum()
     count = len(values)
     spread = (share * (values - mean)).square().sum()
-    return Estimate(float(mean), float((spread * count / (count - 1)).sqrt()) if count > 1 else math.nan)
+    return MeanOverBatches(float(mean), float((spread * count / (count - 1)).sqrt()) if count > 1 else math.nan)
 
 
 def _standard_errors(

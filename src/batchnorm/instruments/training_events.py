@@ -15,7 +15,7 @@ _LASTING = 3
 
 @final
 @dataclass(frozen=True, slots=True)
-class Event:
+class TrainingEvent:
     """Something that began, in words; ``code`` is a rule of the doctor, None where there is no such rule."""
 
     message: str
@@ -25,7 +25,7 @@ class Event:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Watched:
+class _Alarm:
     """A state that a quantity can be in: when it begins, when it ends, what to say, and after how many looks."""
 
     quantity: str
@@ -35,15 +35,15 @@ class _Watched:
     message: str
     looks: int = 1
 
-    def event(self, begun: Sequence[tuple[str, float]]) -> Event:
+    def event(self, begun: Sequence[tuple[str, float]]) -> TrainingEvent:
         """One event for all layers that began at once, in the words of the first."""
         layer, value = begun[0]
         others = f"; {len(begun) - 1} more layers likewise" if len(begun) > 1 else ""
-        return Event(self.message.format(value=value) + others, layer, self.code)
+        return TrainingEvent(self.message.format(value=value) + others, layer, self.code)
 
 
 _TABLE = (
-    _Watched(
+    _Alarm(
         "staleness",
         "BN116",
         lambda t: t > _STALE,
@@ -51,7 +51,7 @@ _TABLE = (
         "stored means are {value:.1f} standard errors from the batches' (1 is noise): eval mode lags behind",
         looks=_LASTING,
     ),
-    _Watched(
+    _Alarm(
         "short_var",
         "BN116",
         lambda t: t > _STALE,
@@ -59,15 +59,15 @@ _TABLE = (
         "stored variances are {value:.1f} standard errors below the batches' (1 is noise): eval mode lags behind",
         looks=_LASTING,
     ),
-    _Watched(
+    _Alarm(
         "m_eff",
         "BN201",
         lambda m: m < 8,
         lambda m: m > 16,
         "a batch's mean is worth {value:.1f} independent values: normalization is that noisy",
     ),
-    _Watched("gamma", "BN111", lambda g: g < 1e-3, lambda g: g > 1e-2, "the median |gamma| fell to {value:.2g}"),
-    _Watched("dead", "BN106", lambda d: d > 0.5, lambda d: d < 0.4, "{value:.0%} of the channels are dead"),
+    _Alarm("gamma", "BN111", lambda g: g < 1e-3, lambda g: g > 1e-2, "the median |gamma| fell to {value:.2g}"),
+    _Alarm("dead", "BN106", lambda d: d > 0.5, lambda d: d < 0.4, "{value:.0%} of the channels are dead"),
 )
 
 
@@ -82,7 +82,7 @@ class Events:
 
     def of(
         self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]], *, early: bool
-    ) -> Iterator[Event]:
+    ) -> Iterator[TrainingEvent]:
         """Events of one look; an ``early`` one, whose averages still hold initial values, says nothing of staleness."""
         for watched in _TABLE:
             if early and watched.code == "BN116":
@@ -92,7 +92,7 @@ class Events:
             if begun:
                 yield watched.event(begun)
 
-    def _turns_on(self, watched: _Watched, layer: str, value: float) -> bool:
+    def _turns_on(self, watched: _Alarm, layer: str, value: float) -> bool:
         key = watched.quantity, layer
         if key in self._on:
             if watched.ends(value):
@@ -105,33 +105,77 @@ class Events:
         self._on.add(key)
         return True
 
-    def of_passes(self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Iterator[Event]:
+    def of_passes(self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Iterator[TrainingEvent]:
         """Layers with several passes in a step that could not be told apart, so that their noise is not known; once."""
         rows = zip(layers, values.get("noise", ()), values.get("staleness", ()), strict=False)
         mixed = [layer for layer, noise, staleness in rows if noise is None and staleness is not None]
         if mixed and ("passes", "") not in self._on:
             self._on.add(("passes", ""))
             others = f"; {len(mixed) - 1} more layers likewise" if len(mixed) > 1 else ""
-            yield Event(
+            yield TrainingEvent(
                 "several passes in a step, which could not be told apart as in a model that was compiled elsewhere: "
                 "noise, m_eff, dropout and gap are not measured. Give watch the compiled model that the training "
                 f"calls{others}",
                 mixed[0],
             )
 
-    def of_updates(self, updating: Mapping[str, bool]) -> Iterator[Event]:
+    def of_updates(self, updating: Mapping[str, bool]) -> Iterator[TrainingEvent]:
         """Layers whose statistics stopped or started to move between two looks."""
         for layer, moves in updating.items():
             if self._updates.get(layer, moves) != moves:
-                yield Event(
+                yield TrainingEvent(
                     "statistics move again" if moves else "statistics no longer move: frozen, or not used", layer
                 )
         self._updates = dict(updating)
 
-    def of_poison(self, finite: Mapping[str, bool]) -> Iterator[Event]:
+    def of_poison(self, finite: Mapping[str, bool]) -> Iterator[TrainingEvent]:
         """Layers whose stored statistics became NaN or infinite."""
         for layer, is_finite in finite.items():
             key = "poison", layer
             if not is_finite and key not in self._on:
                 self._on.add(key)
-                yield Event("a stored mean or variance is NaN or infinite", layer, "BN102")
+                yield TrainingEvent("a stored mean or variance is NaN or infinite", layer, "BN102")
+
+
+# -- what is said of a training that was not measured -----------------------------------------------------------
+
+
+def no_steps(foreign: int) -> str:
+    """Why no step was counted, and what to do, where so many steps of other models' optimizers were seen."""
+    remedy = "Call run.step() after each step if no torch.optim one takes them, or one inside of a compiled function."
+    if not foreign:
+        return f"watch saw no step of an optimizer. {remedy}"
+    return (
+        f"watch saw no step of an optimizer that holds one of the model's parameters, and {_counted(foreign)} of "
+        "others. Make the optimizer after parameters are replaced, and give it model.parameters(). Call run.step() "
+        "after each step if it trains copies of them."
+    )
+
+
+def foreign_steps(number: int, optimizer: str) -> str:
+    """That so many steps in a row were those of an optimizer without the model's parameters."""
+    return (
+        f"{number} steps in a row of {optimizer}, which holds none of the model's parameters while its statistics "
+        "move: nothing is measured. If it trains copies of them, or parameters that were replaced, call run.step() "
+        "after each step"
+    )
+
+
+def too_short(steps: int, least: int) -> str:
+    """That no look was possible in so many steps."""
+    return (
+        f"nothing was measured in {_counted(steps)}: a look takes {least} or more in which statistics are updated, and "
+        "time for it within the budget. Train for longer, or set every= lower or budget= higher"
+    )
+
+
+def postponed(looks: int, budget: float) -> str:
+    """That so many looks had to wait."""
+    return f"{looks} looks were put off to stay under {budget:.1%} of the time"
+
+
+NO_PROBE = "no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe="
+
+
+def _counted(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"

@@ -8,47 +8,45 @@ probe batch passes through the model. None of it leaves a trace in the model: tr
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import fields
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from types import NoneType
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_type
-from batchnorm.instruments.free_tier import LEAST, Window, shift, shift_floor
-from batchnorm.instruments.gamma_and_beta import census
+from batchnorm.instruments.free_tier import LEAST
 from batchnorm.instruments.look_schedule import Schedule
+from batchnorm.instruments.looks import Looks, lab_record
+from batchnorm.instruments.open_window import WINDOW, OpenWindow
 from batchnorm.instruments.optimizer_steps import Steps
-from batchnorm.instruments.passes import End, Passes
-from batchnorm.instruments.probe_tier import Probe, View, with_shape
-from batchnorm.instruments.sinks import Outlets, Sink, number_of
-from batchnorm.instruments.snapshots import Layers, Snapshot
-from batchnorm.instruments.training_events import Events
+from batchnorm.instruments.passes import Passes
+from batchnorm.instruments.probe_tier import Probe, has_ranks, with_shape
+from batchnorm.instruments.sinks import Outlets, Sink
+from batchnorm.instruments.snapshots import Layers
+from batchnorm.instruments.training_events import NO_PROBE, Events, foreign_steps, no_steps, postponed, too_short
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
-from batchnorm.population.batches import Batches, call, on_device_of
+from batchnorm.population.batches import on_device_of
 from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
-from batchnorm.population.tensor_trees import tensors_in
-from batchnorm.record import QUANTITIES, Record
+from batchnorm.population.tensor_trees import Batch, tensors_in
+from batchnorm.record import Record
 
 if TYPE_CHECKING:
     from batchnorm.instruments.probe_tier import Loss
 
-WINDOW = 8  # steps of one look: 6 second differences, pooled over channels
-_LONGEST = 4 * WINDOW  # where a layer is not updated in every step
+LogFolder = str | os.PathLike[str] | None
+
 PROBE_EXAMPLES = 64
 _PROBE_EVERY = 2  # looks
 _PROBE_SECONDS = 0.003  # a layer, beside the two passes; only the first probe is planned by it
@@ -60,10 +58,10 @@ _FOREIGN = 100  # steps of others' optimizers without one of the model's: no alt
 def watch(
     model: nn.Module,
     *,
-    log: str | os.PathLike[str] | None = None,
+    log: LogFolder = None,
     every: int = 100,
     budget: float = 0.02,
-    probe: Any = None,
+    probe: Batch = None,
     loss: Loss | None = None,
     sinks: Iterable[Sink] = (),
 ) -> Watch:
@@ -125,11 +123,25 @@ class Watch:
         steps: Optimizer steps so far, with those of a log that is continued.
     """
 
+    steps = 0
+    _steps: Steps | None = None
+    _looks: Looks | None = None
+    _probe: Probe | None
+    _by_hand, _foreign = False, 0  # steps are counted by run.step(); steps of others since the last of ours
+    _began = 0  # steps that were counted before
+    _looked, _next_probe = 0, 1
+
     def __init__(
-        self, model: nn.Module, *, log: Any, schedule: Schedule, probe: Any, loss: Any, sinks: tuple[Sink, ...]
+        self,
+        model: nn.Module,
+        *,
+        log: LogFolder,
+        schedule: Schedule,
+        probe: Batch,
+        loss: Loss | None,
+        sinks: tuple[Sink, ...],
     ):
         self.records: deque[Record] = deque(maxlen=_KEPT)
-        self.steps = 0
         self._outer, self._model = model, unwrapped(model)
         require_real(self._model, "watch")
         require_type(log, (str, os.PathLike, NoneType), "watch needs the path of a folder as log", "None keeps no log.")
@@ -139,19 +151,9 @@ class Watch:
                 "Watch the model that has them."
             )
         self._outlets, self._schedule = Outlets(log, sinks), schedule
-        self._probe = self._made_probe(probe, loss)
-        self._captures = probe is None
-        self._layers: Layers | None = None
-        self._steps: Steps | None = None
-        self._by_hand = False  # steps are counted by run.step()
-        self._foreign = 0  # steps of optimizers without our parameters since the last of ours
-        self._passes: Passes | None = None
-        self._window: list[End] = []
-        self._since: int | None = None  # steps since a look was due; None while none is
-        self._began = 0  # steps that were counted before
-        self._last: tuple[int, Snapshot] | None = None  # the last look's step and end
-        self._view: tuple[int, View] | None = None
-        self._looks, self._next_probe = 0, 1
+        self._captures, self._probe = probe is None, None
+        if probe is not None and probe is not False:
+            self._probe = Probe.of_batch(on_device_of(self._model, probe, who="watch"), loss)
         self._events = Events()
         self._unsaid: list[str] = []  # what there is no log for
         self._pulse = time.perf_counter()
@@ -168,7 +170,7 @@ class Watch:
 
     def start(self) -> Watch:
         """Begin to measure; ``with`` does it."""
-        if self._on or not _is_first_rank():
+        if self._on or (has_ranks() and torch.distributed.get_rank()):
             return self
         self._on = True
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
@@ -190,22 +192,10 @@ class Watch:
         self._guarded(self._finish)
         self._guarded(self._tell_left_out)
         if self.steps == self._began:
-            self._unsaid.append(self._without_steps())
+            self._unsaid.append(no_steps(self._foreign))
         self._release(reason)
         while self._unsaid:
             _warn(self._unsaid.pop())
-
-    def _without_steps(self) -> str:
-        remedy = (
-            "Call run.step() after each step if no torch.optim one takes them, or one inside of a compiled function."
-        )
-        if not self._foreign:
-            return f"watch saw no step of an optimizer. {remedy}"
-        return (
-            f"watch saw no step of an optimizer that holds one of the model's parameters, and "
-            f"{_counted(self._foreign, 'step')} of others. Make the optimizer after parameters are replaced, and give "
-            "it model.parameters(). Call run.step() after each step if it trains copies of them."
-        )
 
     @property
     def latest(self) -> Record:
@@ -242,21 +232,16 @@ class Watch:
 
         ``run.lab(largest_share=gap.worst.share.value)``, for example. Layers without a number have None.
         """
-        self._guarded(lambda: self._keep(self._of_lab(values or {}, model)))
+        self._guarded(lambda: self._note_lab(values or {}, model))
 
-    def _of_lab(self, values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]) -> Record:
+    def _note_lab(self, values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]) -> None:
         self._begin()
-        names = self._known.names
-        rows = {name: [_plain(row.get(layer)) for layer in names] for name, row in values.items()}
-        numbers = {name: _plain(value) for name, value in model.items()}
-        return Record(self.steps, names, rows, numbers, "lab", time.time())
+        self._keep(lab_record(self.steps, self._looking.names, values, model))
 
     def step(self) -> None:
         """Count a step that no torch.optim optimizer takes."""
         self._by_hand = True  # from now on no optimizer's steps count
         self._guarded(self._count)
-
-    # -- at every step --------------------------------------------------------------------------------------------
 
     def _after_step(self, taker: int) -> None:
         self._foreign = 0
@@ -270,12 +255,7 @@ class Watch:
 
     def _tell_foreign(self, optimizer: torch.optim.Optimizer) -> None:
         self._begin()
-        self._outlets.event(
-            self.steps,
-            f"{self._foreign} steps in a row of {type(optimizer).__name__}, which holds none of the model's parameters "
-            "while its statistics move: nothing is measured. If it trains copies of them, or parameters that were "
-            "replaced, call run.step() after each step",
-        )
+        self._outlets.event(self.steps, foreign_steps(self._foreign, type(optimizer).__name__))
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """Do something that must not disturb the training whatever goes wrong in it."""
@@ -296,133 +276,65 @@ class Watch:
         self._begin()
         self.steps += 1
         due = self._schedule.is_due()
-        if self._window:
-            self._window.append(End(Snapshot.of(self._known), self._seen.taken(), taker))
+        if self._window.ends:
+            self._window.add(taker)
             self._go_on(due=due)
         elif due:
-            self._open()
-            self._since = 0
+            self._open_window()
+            self._window.since = 0
         if time.perf_counter() - self._pulse >= _PULSE:
             self._beat()
 
-    def _open(self) -> None:
-        """Begin a window with what is stored now."""
+    def _open_window(self) -> None:
         if self._steps is not None:
             self._steps.refresh()
-        self._seen.on()
-        self._window = [End.alone(Snapshot.of(self._known))]
+        self._window.open()
 
     def _go_on(self, *, due: bool) -> None:
         """Look if the window is long enough; the first one, open from the start, ends unused if no look can follow."""
-        if self._since is not None:
-            self._since += 1
-            if self._since >= WINDOW and self._is_enough():
+        if self._window.since is not None:
+            self._window.since += 1
+            if self._window.is_enough():
                 self._look()
         elif due:
-            self._since = 0
+            self._window.since = 0
         elif self.steps - self._began >= 2 * WINDOW:
-            self._close()
-
-    def _close(self) -> None:
-        self._seen.off()
-        self._window, self._since = [], None
-
-    def _is_enough(self) -> bool:
-        """Whether all layers that were updated at all have been often enough; asked after W, 2 W and 4 W steps."""
-        assert self._since is not None  # noqa: S101 - a look is due
-        if self._since >= _LONGEST:
-            return True
-        if self._since % WINDOW:
-            return False
-        counts = torch.stack([end.snapshot.updates for end in self._window[-self._since - 1 :]]).cpu()
-        moved = (counts.diff(dim=0) > 0).sum(0)
-        return bool(((moved == 0) | (moved >= WINDOW)).all())
+            self._window.close()
 
     @property
-    def _known(self) -> Layers:
-        assert self._layers is not None  # noqa: S101 - _begin sees to it
-        return self._layers
+    def _looking(self) -> Looks:
+        assert self._looks is not None  # noqa: S101 - _begin sees to it
+        return self._looks
 
     @property
-    def _seen(self) -> Passes:
-        assert self._passes is not None  # noqa: S101 - _begin sees to it
-        return self._passes
+    def _window(self) -> OpenWindow:
+        return self._looking.window
 
     def _begin(self) -> None:
         """Know the layers, open the log and the first window; lazy layers have a shape from the first pass on."""
-        if self._layers is not None:
+        if self._looks is not None:
             return
-        self._layers = Layers(with_shape(self._model, "watch"))
-        steps = self._outlets.open(self._layers, self._about())
+        layers = Layers(with_shape(self._model, "watch"))
+        steps = self._outlets.open(self._model, layers, self._schedule.about() | {"window": WINDOW})
         self.steps = self._began = self.steps if steps is None else steps
-        self._passes = Passes(self._outer, self._layers, self._guarded)
-        self._open()
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "model": type(self._model).__name__,
-            "parameters": sum(p.numel() for p in self._model.parameters()),
-            "schedule": {"every": self._schedule.every, "budget": self._schedule.budget, "window": WINDOW},
-            "versions": {name: version(name) for name in ("batchnorm", "torch")},
-        }
-
-    # -- a look ---------------------------------------------------------------------------------------------------
+        self._looks = Looks(layers, Passes(self._outer, layers, self._guarded), self._events)
+        self._open_window()
 
     def _look(self) -> None:
         with self._schedule.looking("free"):
-            self._read()
-        self._looks += 1
+            record, events = self._looking.free(self.steps)
+            self._keep(record)
+            for event in events:
+                self._outlets.event(self.steps, event.message, event.layer, event.code)
+        self._looked += 1
         if self._probe is not None and self._probe_is_due():
             with self._schedule.looking("probe"):
-                self._keep(self._probed(self._probe))
-            self._next_probe = self._looks + _PROBE_EVERY
+                self._keep(self._looking.probed(self.steps, self._probe, self._model))
+            self._next_probe = self._looked + _PROBE_EVERY
 
     def _probe_is_due(self) -> bool:
-        self._schedule.expect("probe", _PROBE_SECONDS * len(self._known.names))
-        return self._looks >= self._next_probe and not is_sharded(self._model) and self._schedule.affords("probe")
-
-    def _read(self) -> None:
-        ends = [end.cpu() for end in self._window[-max(self._since or 0, WINDOW) - 1 :]]
-        self._close()
-        window, seen = [end.snapshot for end in ends], Window.of(ends, self._known)
-        values = {field.name: getattr(seen, field.name) for field in fields(Window) if field.name in QUANTITIES}
-        values |= self._moved(window[-1], seen.wander) | census(self._known, window[-1])
-        record = Record(self.steps, self._known.names, _rows(values), {}, "free", time.time())
-        self._keep(record)
-        self._tell_events(window, {**record.values, **_rows({"short_var": seen.short_var})})
-        self._last = self.steps, window[-1]
-
-    def _moved(self, now: Snapshot, noise: Tensor) -> dict[str, Tensor]:
-        if self._last is None:
-            return {}
-        step, before = self._last
-        scale = 100 / (self.steps - step)
-        floor = shift_floor(before, now, self._known, noise)
-        return {"shift": scale * shift(before, now, self._known), "shift_floor": scale * floor}
-
-    def _probed(self, probe: Probe) -> Record:
-        view = probe.look(self._model, self._known)
-        values = {name: row for name, row in view.values().items() if name != "gap"}  # the free tier has it
-        if self._view is not None:
-            step, earlier = self._view
-            scale = 100 / (self.steps - step)
-            values["drift"] = [None if moved is None else scale * moved for moved in view.drift_from(earlier)]
-        self._view = self.steps, view
-        return Record(self.steps, self._known.names, values, view.of_model, "probe", time.time(), view.arrays())
-
-    def _tell_events(self, window: list[Snapshot], values: Mapping[str, Sequence[float | None]]) -> None:
-        moves = (window[-1].updates > window[0].updates).tolist()
-        finite = [bool(part.isfinite().all()) for part in (window[-1].mean + window[-1].var).split(self._known.sizes)]
-        early = self.steps < _early(self._known)
-        names = self._known.names
-        counts = [update >= 0 for update in window[-1].updates.tolist()]
-        for event in (
-            *self._events.of_updates({n: m for n, m, c in zip(names, moves, counts, strict=True) if c}),
-            *self._events.of_poison({n: f for n, f, c in zip(names, finite, counts, strict=True) if c}),
-            *self._events.of_passes(names, values),
-            *self._events.of(names, values, early=early),
-        ):
-            self._outlets.event(self.steps, event.message, event.layer, event.code)
+        self._schedule.expect("probe", _PROBE_SECONDS * len(self._looking.names))
+        return self._looked >= self._next_probe and not is_sharded(self._model) and self._schedule.affords("probe")
 
     def _keep(self, record: Record) -> None:
         self.records.append(record)
@@ -432,15 +344,7 @@ class Watch:
         self._pulse = time.perf_counter()
         self._outlets.progress(self.steps, self.cost)
 
-    # -- the ends -------------------------------------------------------------------------------------------------
-
-    def _made_probe(self, batch: Any, loss: Any) -> Probe | None:
-        if batch is None or batch is False:
-            return None
-        batch = on_device_of(self._model, batch, who="watch")
-        return Probe(lambda model: call(model, batch), batch, loss)
-
-    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _capture(self, module: nn.Module, args: tuple[Batch, ...], kwargs: dict[str, Batch]) -> None:
         """Take the first inputs in train mode for the probe, and never look again."""
         if not module.training or not self._on or self._probe is not None:
             return
@@ -448,29 +352,21 @@ class Watch:
             return
         self._guarded(lambda: self._hold(args, kwargs))
 
-    def _hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with torch.no_grad():
-            ((args, kwargs),) = Batches([(args, kwargs)], PROBE_EXAMPLES, None)  # copies, that no step writes into
-        self._probe = Probe(lambda model: model(*args, **kwargs), None)
+    def _hold(self, args: tuple[Batch, ...], kwargs: dict[str, Batch]) -> None:
+        self._probe = Probe.of_call(args, kwargs, PROBE_EXAMPLES)
         detach(self._handles)
 
     def _finish(self) -> None:
-        if self._layers is None:
+        if self._looks is None:
             return
-        if len(self._window) >= LEAST:
+        if len(self._window.ends) >= LEAST:
             self._look()
-        elif self.steps > self._began and self._last is None:
+        elif self.steps > self._began and self._looks.last is None:
             self._outlets.event(self.steps, self._too_short())
         if self._captures and self._probe is None and self.steps:
-            self._outlets.event(
-                self.steps,
-                "no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe=",
-            )
+            self._outlets.event(self.steps, NO_PROBE)
         if self._schedule.postponed:
-            self._outlets.event(
-                self.steps,
-                f"{self._schedule.postponed} looks were put off to stay under {self._schedule.budget:.1%} of the time",
-            )
+            self._outlets.event(self.steps, postponed(self._schedule.postponed, self._schedule.budget))
         self._beat()
 
     def _release(self, reason: str) -> None:
@@ -479,10 +375,10 @@ class Watch:
         self._guard.close()
         if self._steps is not None:
             self._steps.off()
-        if self._passes is not None:
-            self._close()
+        if self._looks is not None:
+            self._looks.window.close()
         self._outlets.close(self.steps, reason, self.cost)
-        self._layers = self._last = self._view = None  # a second start opens the log again
+        self._looks = None  # a second start opens the log again
 
     def _tell_left_out(self) -> None:
         """Say what the user gave that is no number, once for each name."""
@@ -498,38 +394,7 @@ class Watch:
             self._unsaid.append(f"watch: {told}.")
 
     def _too_short(self) -> str:
-        steps = _counted(self.steps - self._began, "step")
-        return (
-            f"nothing was measured in {steps}: a look takes {LEAST - 1} or more in which statistics are updated, and "
-            "time for it within the budget. Train for longer, or set every= lower or budget= higher"
-        )
-
-
-def _rows(values: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
-    """Plain numbers; NaN is what could not be measured."""
-    return {name: [None if math.isnan(v) else v for v in value.tolist()] for name, value in values.items()}
-
-
-def _early(layers: Layers) -> float:
-    """Steps until less than 1 % of the initial values is left in every average."""
-    momenta = [layer.momentum for layer in layers.layers if layer.momentum]
-    return max((4.6 / momentum for momentum in momenta), default=0.0)
-
-
-def _plain(value: Any) -> float | None:
-    """A number, or None for what is none."""
-    with suppress(Exception):
-        return float(number_of(value))
-    return None
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _is_first_rank() -> bool:
-    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not there_are_others or torch.distributed.get_rank() == 0
+        return too_short(self.steps - self._began, LEAST - 1)
 
 
 def _warn(message: str) -> None:

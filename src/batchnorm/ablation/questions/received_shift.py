@@ -18,7 +18,7 @@ from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Rows
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.watched_runs import Watched
+    from batchnorm.ablation.watched_runs import WatchedRun
 
 _LAYERS = 16  # in the chart by layer
 _FLOORS = {WITHOUT: "noise floor without", WITH: "noise floor with"}
@@ -37,7 +37,7 @@ def measure(study: Study) -> Result:
     return Result([verdict], charts, numbers)
 
 
-def _averages(runs: list[Watched]) -> Tensor:
+def _averages(runs: list[WatchedRun]) -> Tensor:
     return torch.tensor([run.average for run in runs])
 
 

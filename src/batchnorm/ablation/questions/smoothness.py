@@ -18,7 +18,7 @@ from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Role, Rows
 
 if TYPE_CHECKING:
-    from batchnorm.ablation.watched_runs import Watched
+    from batchnorm.ablation.watched_runs import WatchedRun
 
 EDGE = 2 * (1 + MOMENTUM)  # of gradient descent with heavy-ball momentum on a quadratic: rate × curvature < 2 (1 + m)
 _EDGE = "edge of stability"
@@ -36,7 +36,7 @@ def measure(study: Study) -> Result:
     return Result(verdicts, [chart], numbers)
 
 
-def _betas(runs: list[Watched], factor: float) -> Tensor:
+def _betas(runs: list[WatchedRun], factor: float) -> Tensor:
     """Mean over the run of log2 of factor × beta-hat, (seeds,)."""
     return torch.stack([(factor * run.landscape.beta).log2().mean() for run in runs])
 

@@ -39,7 +39,7 @@ _STORED = ("running averages (eval mode)", "population statistics")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class HeldOutReading:
     """Mean held-out loss and accuracy; None where there are no classes."""
 
     loss: float
@@ -47,7 +47,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
+class ModelReadings:
     """One model by all statistics.
 
     Args:
@@ -58,13 +58,13 @@ class Readings:
             with one row for each example came out.
     """
 
-    batch: dict[int, Reading]
-    stored: Reading | None
-    population: Reading | None
+    batch: dict[int, HeldOutReading]
+    stored: HeldOutReading | None
+    population: HeldOutReading | None
     alone: float | None
 
 
-def read(subject: Subject, model: nn.Module, seed: int) -> Readings:
+def read(subject: Subject, model: nn.Module, seed: int) -> ModelReadings:
     """Held-out data through a model in every way; it is left as it was."""
     held = list(subject.data.held)
     own = own_statistics(model)
@@ -75,10 +75,10 @@ def read(subject: Subject, model: nn.Module, seed: int) -> Readings:
         if all(has_stored_statistics(layer) for layer in own.values()):  # type: ignore[arg-type]
             stored, alone = _mean(subject, model, held), _alone(model, held, whole=subject.data.whole)
             population = _by_population(subject, model, held) if own else None
-    return Readings(batch, stored, population, alone)
+    return ModelReadings(batch, stored, population, alone)
 
 
-def _by_batch(subject: Subject, model: nn.Module, held: list[Any], seed: int) -> dict[int, Reading]:
+def _by_batch(subject: Subject, model: nn.Module, held: list[Any], seed: int) -> dict[int, HeldOutReading]:
     """In random batches of every size, with batch norm in train mode and all else in eval mode."""
     pool, found = None if subject.data.whole else joined(held), {}
     total = examples_in(pool) if pool is not None else 0
@@ -94,7 +94,7 @@ def _by_batch(subject: Subject, model: nn.Module, held: list[Any], seed: int) ->
     return found
 
 
-def _by_population(subject: Subject, model: nn.Module, held: list[Any]) -> Reading | None:
+def _by_population(subject: Subject, model: nn.Module, held: list[Any]) -> HeldOutReading | None:
     """None where there are no finite statistics."""
     with kept_buffers(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of layers that no forward reaches, and of NaN
@@ -113,14 +113,14 @@ def _up_to(examples: int, batches: Sequence[Any]) -> list[Any]:
     return [batch for batch, before in zip(batches, counts, strict=False) if int(before) < examples]
 
 
-def _mean(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> Reading:
+def _mean(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> HeldOutReading:
     counts = torch.tensor([float(examples_in(batch)) for batch in batches])
     losses = torch.tensor([float(subject.value(model, batch)) for batch in batches])
     right = [subject.accuracy(model, batch) for batch in batches]
     loss = float((losses * counts).sum() / counts.sum())
     known = [value for value in right if value is not None]
     whole = len(known) == len(right)
-    return Reading(loss, float((torch.tensor(known) * counts).sum() / counts.sum()) if whole else None)
+    return HeldOutReading(loss, float((torch.tensor(known) * counts).sum() / counts.sum()) if whole else None)
 
 
 def _alone(model: nn.Module, held: list[Any], *, whole: bool) -> float | None:
@@ -152,8 +152,8 @@ def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int])
     return Result(verdicts, [_chart(found, verdicts[0])] if _by_name(found) else [], numbers)
 
 
-def _by_name(found: list[Readings]) -> dict[str, list[Reading]]:
-    """Readings of every kind of statistics that all models have."""
+def _by_name(found: list[ModelReadings]) -> dict[str, list[HeldOutReading]]:
+    """ModelReadings of every kind of statistics that all models have."""
     names = {f"batches of {size}": [r.batch.get(size) for r in found] for size in sorted(found[0].batch)}
     names |= dict(zip(_STORED, ([r.stored for r in found], [r.population for r in found]), strict=True))
     whole = {name: [r for r in readings if r is not None] for name, readings in names.items()}
@@ -164,7 +164,7 @@ def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _relative(found: list[Readings], other: list[Reading | None]) -> list[float]:
+def _relative(found: list[ModelReadings], other: list[HeldOutReading | None]) -> list[float]:
     """Loss above that by population statistics, as a share of the latter; [] where one is missing."""
     pairs = [(r.population, o) for r, o in zip(found, other, strict=True)]
     if _unrelated(found, other):
@@ -172,7 +172,7 @@ def _relative(found: list[Readings], other: list[Reading | None]) -> list[float]
     return [(o.loss - p.loss) / abs(p.loss) for p, o in pairs if p is not None and o is not None]
 
 
-def _unrelated(found: list[Readings], other: list[Reading | None]) -> str:
+def _unrelated(found: list[ModelReadings], other: list[HeldOutReading | None]) -> str:
     """Why losses cannot be told as shares of those by population statistics; "" if they can."""
     if any(reading is None for reading in other):
         return "the held-out batches cannot be normalized that way"
@@ -183,7 +183,7 @@ def _unrelated(found: list[Readings], other: list[Reading | None]) -> str:
     return ""
 
 
-def _said(reading: list[Reading | None]) -> str:
+def _said(reading: list[HeldOutReading | None]) -> str:
     known = [r for r in reading if r is not None]
     if len(known) < len(reading) or not known:
         return "nothing to measure"
@@ -192,7 +192,7 @@ def _said(reading: list[Reading | None]) -> str:
     return f"{_average([r.loss for r in known]):.3g}{correct}"
 
 
-def _judge_small(found: list[Readings]) -> Verdict:
+def _judge_small(found: list[ModelReadings]) -> Verdict:
     small = [r.batch.get(SMALL) for r in found]
     values = _relative(found, small)
     failed = _unrelated(found, small)
@@ -205,7 +205,7 @@ def _judge_small(found: list[Readings]) -> Verdict:
     )  # fmt: skip
 
 
-def _judge_stored(found: list[Readings]) -> Verdict:
+def _judge_stored(found: list[ModelReadings]) -> Verdict:
     values = _relative(found, [r.stored for r in found])
     failed = _unrelated(found, [r.stored for r in found])
     if any(r.stored is None for r in found):
@@ -220,7 +220,7 @@ def _judge_stored(found: list[Readings]) -> Verdict:
     )  # fmt: skip
 
 
-def _judge_alone(found: list[Readings]) -> Verdict:
+def _judge_alone(found: list[ModelReadings]) -> Verdict:
     values = [r.alone for r in found if r.alone is not None]
     whole = len(values) == len(found)
     return judge(
@@ -231,7 +231,7 @@ def _judge_alone(found: list[Readings]) -> Verdict:
     )  # fmt: skip
 
 
-def _chart(found: list[Readings], verdict: Verdict) -> Chart:
+def _chart(found: list[ModelReadings], verdict: Verdict) -> Chart:
     rows: Rows = []
     for name, readings in _by_name(found).items():
         losses = torch.tensor([r.loss for r in readings])

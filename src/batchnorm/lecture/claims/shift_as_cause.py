@@ -82,7 +82,7 @@ ARMS: dict[str, Norm | None] = {**BOTH, "noisy": Noisy, "half": partial(Noisy, s
 def run(settings: RunSettings, progress: Progress) -> Result:
     """Tune every arm on one grid, then look at what layer 3 receives at each arm's best rate."""
     sweeps: dict[str, Sweep] = {}
-    watched: dict[str, Watched] = {}
+    watched: dict[str, ArmAtBestRate] = {}
     for arm, norm in ARMS.items():
         with _noise_from(settings.seed):
             sweeps[arm] = sweep(settings, "relu", norm)
@@ -104,7 +104,7 @@ def _noise_from(seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Watched:
+class ArmAtBestRate:
     """What layer 3 of one arm saw at its best rate; S seeds.
 
     Args:
@@ -124,7 +124,7 @@ class Watched:
     reached: Tensor
 
 
-def _watch(settings: RunSettings, arm: str, rate: float) -> Watched:
+def _watch(settings: RunSettings, arm: str, rate: float) -> ArmAtBestRate:
     steps = settings.steps(WINDOW)
     net = Ensemble.of(lambda: fully_connected(SIZES, "relu", ARMS[arm]), settings.all_seeds)
     probe = digits()[probe_indices(settings, PROBE)]
@@ -149,7 +149,7 @@ def _watch(settings: RunSettings, arm: str, rate: float) -> Watched:
     relative, cosine = torch.stack(changes).mean(0)
     reached = first_step(torch.stack(curve) >= TARGET, torch.arange(len(curve)) * READ)
     moved = drift(seen[:-1], seen[1:]).total.mean(0)
-    return Watched(rate, moved, noise_floor(seen).mean(0), relative, cosine, reached)
+    return ArmAtBestRate(rate, moved, noise_floor(seen).mean(0), relative, cosine, reached)
 
 
 def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
@@ -184,7 +184,7 @@ def _share(values: Tensor) -> str:
     return f"{values.mean():.0%}" if bool(values.isfinite().all()) else "an unknown share"
 
 
-def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
+def _judge(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Verdict:
     best = {arm: sweeps[arm].best() for arm in ARMS}
     lost, half = (_lost(*(best[name].steps for name in ("without", "with", arm))) for arm in ("noisy", "half"))
     moved = {arm: float(watched[arm].drift.mean()) for arm in ARMS}
@@ -206,7 +206,7 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Verdict:
     )  # fmt: skip
 
 
-def _numbers(sweeps: dict[str, Sweep], watched: dict[str, Watched]) -> Numbers:
+def _numbers(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Numbers:
     numbers: Numbers = {}
     for arm, seen in watched.items():
         shift = "change of layer 3's gradient by the layers before it"
@@ -251,7 +251,7 @@ def _curves(sweeps: dict[str, Sweep]) -> Chart:
     )
 
 
-def _drifts(watched: dict[str, Watched]) -> Chart:
+def _drifts(watched: dict[str, ArmAtBestRate]) -> Chart:
     rows = [
         {"label": label, **paired_seeds.interval(values, CRITERIA.level), "series": CALLED[arm]}
         for arm, seen in watched.items()

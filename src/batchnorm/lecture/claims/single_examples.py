@@ -41,7 +41,7 @@ POPULATION, EMA, OWN = "population statistics", "running average (EMA)", "statis
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
+class StepReading:
     """Test accuracy and loss in nats after some steps with stored statistics of a kind, (seeds,) each."""
 
     step: int
@@ -64,9 +64,9 @@ class Trained:
     ensemble: Ensemble
     exact: Ensemble
     test: Examples
-    readings: list[Reading]
+    readings: list[StepReading]
 
-    def reading(self, statistics: str, step: int | None = None) -> Reading:
+    def reading(self, statistics: str, step: int | None = None) -> StepReading:
         """The reading after ``step``, by default the last one."""
         of_kind = [reading for reading in self.readings if reading.statistics == statistics]
         return of_kind[-1] if step is None else next(reading for reading in of_kind if reading.step == step)
@@ -82,7 +82,7 @@ def train(settings: RunSettings) -> Trained:
         for (kept, _), seed in zip(splits, settings.all_seeds, strict=True)
     ]
     ensemble = Ensemble.of(lambda: fully_connected(SIZES), settings.all_seeds)
-    readings: list[Reading] = []
+    readings: list[StepReading] = []
 
     def observe(step: int) -> None:
         if step in READ or step == steps:
@@ -93,10 +93,10 @@ def train(settings: RunSettings) -> Trained:
     return Trained(ensemble, with_population(ensemble, SIZES, fitted.x), test, readings)
 
 
-def _read(step: int, statistics: str, ensemble: Ensemble, test: Examples) -> Reading:
+def _read(step: int, statistics: str, ensemble: Ensemble, test: Examples) -> StepReading:
     with torch.no_grad():
         logits = ensemble(test.x)
-    return Reading(step, statistics, accuracies(logits, test.y), losses(logits, test.y))
+    return StepReading(step, statistics, accuracies(logits, test.y), losses(logits, test.y))
 
 
 def logits_in_batches(ensemble: Ensemble, x: Tensor, size: int, settings: RunSettings) -> Tensor:
@@ -151,7 +151,7 @@ def measure_batches(trained: Trained, settings: RunSettings) -> InBatches:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Alone:
+class SameAnswers:
     """The same examples alone and in batches of every size, with stored statistics.
 
     Args:
@@ -167,7 +167,7 @@ class Alone:
     changes: float
 
 
-def measure_alone(trained: Trained, settings: RunSettings) -> Alone:
+def measure_alone(trained: Trained, settings: RunSettings) -> SameAnswers:
     """Put ALONE test examples through each network one at a time, and in random batches of every size."""
     largest, logit_bits, layer_bits, changes = [], [], [], []
     for index, seed in enumerate(settings.all_seeds):
@@ -184,7 +184,7 @@ def measure_alone(trained: Trained, settings: RunSettings) -> Alone:
         layer_batched = torch.stack([net("norm1", received, size, order) for size in MEASURED])
         layer_bits.append((layer_batched == layer_alone).double().mean())
     shares = (float(torch.stack(share).mean()) for share in (logit_bits, layer_bits, changes))
-    return Alone(torch.stack(largest), *shares)
+    return SameAnswers(torch.stack(largest), *shares)
 
 
 def _one_network(ensemble: Ensemble, index: int, child: str, x: Tensor, size: int, order: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _judge_size(trained: Trained, batches: InBatches, name: str, size: int) -> V
     )  # fmt: skip
 
 
-def _judge_alone(alone: Alone, batches: InBatches) -> Verdict:
+def _judge_alone(alone: SameAnswers, batches: InBatches) -> Verdict:
     return judge(
         "test-time-alone", alone.largest.tolist(),
         "With stored statistics a logit differs by at most {largest:.1g} of the logits' standard deviation between "
@@ -287,7 +287,7 @@ def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
     )
 
 
-def _flip_chart(batches: InBatches, alone: Alone) -> Chart:
+def _flip_chart(batches: InBatches, alone: SameAnswers) -> Chart:
     rows = paired_seeds.curve(MEASURED, batches.flips, middle=torch.mean, series=OWN)
     rows += [{"x": m, "y": paired_seeds.figures(alone.changes), "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
     first, middle = batches.flips[0].mean(), batches.flips[MEASURED.index(BATCH)].mean()

@@ -30,7 +30,7 @@ CALLED = {"four": "four units", "wide": "wide"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
+class Layer3Values:
     """What layer 3 of one arm received, at times T for S seeds, on the probe of N examples.
 
     Args:
@@ -58,7 +58,7 @@ class Seen:
 
 def run(settings: RunSettings, progress: Progress) -> Result:
     """Watch a[2] of both arms of both networks while they learn."""
-    seen: dict[str, dict[str, Seen]] = {}
+    seen: dict[str, dict[str, Layer3Values]] = {}
     for done, (name, (sizes, steps)) in enumerate(NETWORKS.items(), start=1):
         seen[name] = {arm: _watch(settings, net, steps) for arm, net in _paired(settings, sizes).items()}
         progress(done / len(NETWORKS))
@@ -83,7 +83,7 @@ def _paired(settings: RunSettings, sizes: tuple[int, ...]) -> dict[str, Ensemble
     return arms
 
 
-def _watch(settings: RunSettings, net: Ensemble, full_steps: int) -> Seen:
+def _watch(settings: RunSettings, net: Ensemble, full_steps: int) -> Layer3Values:
     steps = settings.steps(full_steps)
     probe = digits()[probe_indices(settings, PROBE)]
     last = "norm2" if "norm2.weight" in net.parameters else "w2"
@@ -105,7 +105,7 @@ def _watch(settings: RunSettings, net: Ensemble, full_steps: int) -> Seen:
     at, batch, stored, *affine = (torch.stack(values) for values in zip(*taken, strict=True))
     beta, gamma = affine or (stored.new_empty(len(at), settings.seeds, 0),) * 2
     loss = torch.stack([value for value, _ in ends])
-    return Seen(at, batch, stored, beta, gamma, loss, ends[-1][1])
+    return Layer3Values(at, batch, stored, beta, gamma, loss, ends[-1][1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +126,7 @@ class Shift:
     eval: Tensor
 
     @classmethod
-    def of(cls, seen: Seen) -> Shift:
+    def of(cls, seen: Layer3Values) -> Shift:
         """Measured between neighbouring times."""
         moved, stored = (drift(values[:-1], values[1:]) for values in (seen.received, seen.stored.relu()))
         parts = (moved.mean.mean(0), moved.log_sd.mean(0), moved.idle.mean(0))
@@ -138,7 +138,7 @@ class Shift:
         return self.total.mean(0)
 
 
-def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> Verdict:
+def _judge_shift(name: str, seen: dict[str, Layer3Values], shifts: dict[str, Shift]) -> Verdict:
     plain, normed = (shifts[arm].average for arm in BOTH)
     ratio = plain / normed
     lowest = {arm: float(seen[arm].accuracy.min()) for arm in BOTH}
@@ -154,7 +154,7 @@ def _judge_shift(name: str, seen: dict[str, Seen], shifts: dict[str, Shift]) -> 
     )  # fmt: skip
 
 
-def _distances(seen: Seen) -> Tensor:
+def _distances(seen: Layer3Values) -> Tensor:
     """Distance of z~'s mean and sd by stored statistics from beta and |gamma|, in |gamma|, (T, S, units)."""
     mean, sd = seen.stored.mean(2), seen.stored.std(2, correction=0)
     return torch.hypot(mean - seen.beta, sd - seen.gamma.abs()) / seen.gamma.abs()
@@ -176,14 +176,14 @@ def _median_of_seeds(values: Tensor) -> Tensor:
     return paired_seeds.median(values.transpose(0, 1).flatten(1), 1)
 
 
-def _in_batch_errors(seen: Seen) -> tuple[Tensor, Tensor]:
+def _in_batch_errors(seen: Layer3Values) -> tuple[Tensor, Tensor]:
     """Largest error of z~'s mean and of its sd in the batch that normalizes, against beta and |gamma|, in |gamma|."""
     scale = seen.gamma.abs()
     mean, sd = seen.batch.mean(2), seen.batch.std(2, correction=0)
     return ((mean - seen.beta) / scale).abs().max(), ((sd - scale) / scale).abs().max()
 
 
-def _numbers(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Numbers:
+def _numbers(seen: dict[str, dict[str, Layer3Values]], shifts: dict[str, dict[str, Shift]]) -> Numbers:
     numbers: Numbers = {}
     for name, arms in shifts.items():
         for arm, shift in arms.items():
@@ -209,7 +209,7 @@ def _every(count: int, most: int) -> range:
     return range(0, count, -(-(count - 1) // most))
 
 
-def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Chart:
+def _ribbons(seen: dict[str, Layer3Values], shifts: dict[str, Shift], seed: int) -> Chart:
     levels = {"p2": 0.02, "p16": 0.16, "p50": 0.5, "p84": 0.84, "p98": 0.98}
     rows = []
     for arm, what in seen.items():
@@ -238,7 +238,7 @@ def _ribbons(seen: dict[str, Seen], shifts: dict[str, Shift], seed: int) -> Char
     )
 
 
-def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shift]]) -> Chart:
+def _over_time(seen: dict[str, dict[str, Layer3Values]], shifts: dict[str, dict[str, Shift]]) -> Chart:
     rows = []
     for name in ("wide", "four"):
         for arm, shift in shifts[name].items():
@@ -266,7 +266,7 @@ def _over_time(seen: dict[str, dict[str, Seen]], shifts: dict[str, dict[str, Shi
     )
 
 
-def _governed_chart(seen: Seen, distances: Tensor, seed: int) -> Chart:
+def _governed_chart(seen: Layer3Values, distances: Tensor, seed: int) -> Chart:
     panels = {
         "mean, beta": (seen.stored.mean(2), seen.beta),
         "sd, |gamma|": (seen.stored.std(2, correction=0), seen.gamma.abs()),
