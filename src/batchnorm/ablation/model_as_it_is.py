@@ -19,14 +19,14 @@ from batchnorm.ablation.study import Measure
 from batchnorm.ablation.user_data import examples_in, first_examples
 from batchnorm.ablation.user_model import kept_buffers, received
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import AS_IT_IS, Claim, Numbers, Result, claim
+from batchnorm.experiment.claim import AS_IT_IS, Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import Figure, counted, in_words, known
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.signal_propagation import resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Rows
+from batchnorm.reporting.charts.chart_data import Chart, Role, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -118,16 +118,7 @@ def _depth_chart(seen: dict[str, Tensor], title: str) -> Chart:
             y = read(values)
             if 0 < y < float("inf"):
                 rows.append({"x": depth, "y": paired_seeds.figures(y), "series": "received", "panel": panel})
-    return Chart(
-        "lines",
-        title,
-        "Stable rank and mean square of what each batch norm layer receives, against its place in the forward, log "
-        f"scale. {title}.",
-        rows,
-        Axis("batch norm layer, in the order of the forward"),
-        Axis("stable rank; mean square", log=True),
-        {"received": "with"} if rows else {},
-    )
+    return chart("ablation", "depth", "depth", rows, {"received": "with"}, title=title)
 
 
 # -- gamma and beta -------------------------------------------------------------------------------------------
@@ -166,4 +157,4 @@ def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
     role: dict[str, Role] = {"gamma": "with"}
     found = f"The median |gamma| of a layer lies between {known(float(gamma.min()))} and {known(float(gamma.max()))}"
     rows = [{"label": _named(names[i]), "value": paired_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
-    return Chart("dots", found, f"Median |gamma| by layer. {found}.", rows, Axis("median |gamma|"), None, role)
+    return chart("ablation", "census", "census", rows, role, title=found)

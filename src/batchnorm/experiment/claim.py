@@ -73,7 +73,7 @@ def chart(
 
     Args:
         room, claim, name: Where the file has its kind, title, description and axes.
-        rows, series, dashed: As in Chart.
+        rows, series, dashed: As in Chart; a series without a row is left out.
         x, y: Axes that depend on what was measured, in the place of the file's.
         figures: Numbers and words for the braces; ``title`` where the file has none.
     """
@@ -81,7 +81,10 @@ def chart(
     title = in_words(entry.get("title", "{title}"), figures)
     alt = in_words(entry["alt"], {**figures, "title": title})
     axes = [given or _axis(entry.get(axis), figures) for axis, given in (("x", x), ("y", y))]
-    return Chart(entry["kind"], title, alt, rows, *axes, series=series or {}, dashed=dashed)
+    shown = {row.get("series") for row in rows}
+    roles = {name: role for name, role in (series or {}).items() if name in shown}
+    dashed = [name for name in dashed if name in shown]
+    return Chart(entry["kind"], title, alt, rows, *axes, series=roles, dashed=dashed)
 
 
 def _axis(entry: Table | None, figures: Mapping[str, Figure]) -> Axis | None:

@@ -12,7 +12,7 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, curves, versus, wide_axis
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Claim, Numbers, Result, claim
+from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.condition_number import condition_number
 from batchnorm.moments import Moments
@@ -118,15 +118,11 @@ def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
     selected = (
         "" if len(rows) == len(moments.mean) else f" ({len(rows)} of {len(moments.mean)}, from widest to narrowest)"
     )
-    return Chart(
-        "dots",
-        verdict.heading,
-        f"Standard deviation of input {noun}s{selected}. {verdict.told}",
-        rows,
-        wide_axis(f"standard deviation of the input {noun}s", rows),
-        None,
-        {"sd": "neutral"},
-    )
+    return chart(
+        "ablation", "scale", "spread", rows, {"sd": "neutral"},
+        x=wide_axis(f"standard deviation of the input {noun}s", rows), title=verdict.heading, noun=noun,
+        selected=selected, told=verdict.told,
+    )  # fmt: skip
 
 
 def scale(study: Study) -> Claim:

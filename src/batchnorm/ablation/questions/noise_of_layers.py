@@ -21,10 +21,10 @@ from batchnorm.ablation.questions.speed_and_rates import wide_axis
 from batchnorm.ablation.user_data import examples_in
 from batchnorm.ablation.user_model import kept_buffers, own_statistics, received
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, chart
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.batch_noise import dropout_rate, log_slope, noise_power
-from batchnorm.reporting.charts.chart_data import Axis, Chart
+from batchnorm.reporting.charts.chart_data import Chart
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -131,17 +131,10 @@ def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Seq
 def _chart(whole: Tensor, measured: Sequence[int], verdict: Verdict) -> Chart:
     rows = paired_seeds.curve(measured, whole.T, middle=torch.mean, positive=True, series="measured")
     rows += [{"x": m, "y": paired_seeds.figures(1.5 / m), "series": "1.5 / M"} for m in measured]
-    return Chart(
-        "points",
-        verdict.heading,
-        "Noise power against batch size, both on log scales: points with the range over seeds are measured, mean over "
-        f"layers; the dashed line is that of M independent normal values. {verdict.sentence}",
-        rows,
-        Axis("batch size M", log=True),
-        Axis("noise power, in variances of the value", log=True),
-        {"measured": "with", "1.5 / M": "neutral"},
-        dashed=("1.5 / M",),
-    )
+    return chart(
+        "ablation", "noise", "main", rows, {"measured": "with", "1.5 / M": "neutral"}, dashed=("1.5 / M",),
+        title=verdict.heading, sentence=verdict.sentence,
+    )  # fmt: skip
 
 
 def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], at: int) -> Chart:
@@ -152,15 +145,10 @@ def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], a
     ]
     worst = int(values.argmax())
     most = f"In batches of {at} the noise is largest at {paths[worst] or 'the layer'}: {float(values[worst]):.2g}"
-    return Chart(
-        "dots",
-        most,
-        f"Noise power by layer in batches of {at}. {most}.",
-        rows,
-        wide_axis(f"noise power in batches of {at}", rows),
-        None,
-        {"noise": "with"},
-    )
+    return chart(
+        "ablation", "noise", "layer", rows, {"noise": "with"}, x=wide_axis(f"noise power in batches of {at}", rows),
+        title=most, at=at,
+    )  # fmt: skip
 
 
 # For the words of the question

@@ -12,10 +12,10 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Claim, Numbers, Result, claim
+from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import counted, known
 from batchnorm.experiment.judgement import Verdict
-from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Rows
+from batchnorm.reporting.charts.chart_data import SERIES, Chart, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import WatchedRun
@@ -83,15 +83,10 @@ def _by_layer(study: Study) -> Chart:
         for path in _layers(study)
     )
     found = f"{less} of {len(_layers(study))} layers shown receive values that move less with batch norm"
-    return Chart(
-        "dots",
-        found,
-        f"Drift of what each layer receives, median and range over seeds, without and with batch norm. {found}.",
-        rows,
-        wide_axis(f"drift in {_apart(study)} steps [sd]", rows),
-        None,
-        {name: role for name, role in SERIES.items() if name in {row["series"] for row in rows}},
-    )
+    return chart(
+        "ablation", "shift", "by-layer", rows, SERIES, x=wide_axis(f"drift in {_apart(study)} steps [sd]", rows),
+        title=found,
+    )  # fmt: skip
 
 
 def _over_time(study: Study) -> Chart:
@@ -106,15 +101,7 @@ def _over_time(study: Study) -> Chart:
         rows += paired_seeds.curve(steps, values, positive=True, series=CALLED[arm])
     plain, normed = (paired_seeds.factor(_averages(study.equal(arm))) for arm in PAIR)
     found = f"Averaged over layers, drift is {known(plain)} without batch norm and {known(normed)} with it"
-    return Chart(
-        "lines",
-        found,
-        f"Drift between looks, mean over layers, against training steps, log scale, with bands over seeds. {found}.",
-        rows,
-        Axis("training step"),
-        Axis(f"drift in {_apart(study)} steps [sd]", log=True),
-        {name: role for name, role in SERIES.items() if name in {row["series"] for row in rows}},
-    )
+    return chart("ablation", "shift", "over-time", rows, SERIES, title=found, steps=_apart(study))
 
 
 def shift(study: Study) -> Claim:

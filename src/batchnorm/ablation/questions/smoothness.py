@@ -13,9 +13,9 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Claim, Numbers, Result, claim
+from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
-from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Role, Rows
+from batchnorm.reporting.charts.chart_data import SERIES, Chart, Role, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import WatchedRun
@@ -71,19 +71,11 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
             steps = runs(arm)[0].probed[:times]
             rows += paired_seeds.curve(steps, values, positive=True, series=CALLED[arm], panel=panel)
         rows += [{"x": x, "y": EDGE, "series": _EDGE, "panel": panel} for x in (0, study.plan.steps)]
-    shown = {row["series"] for row in rows}
     reference: dict[str, Role] = {_EDGE: "neutral"}
-    return Chart(
-        "lines",
-        verdicts[1].heading,
-        "Rate × beta-hat, the roughness as a step of that rate meets it, against training steps on a log scale: one "
-        f"panel at an equal rate, one at the best rates; the dashed line is {EDGE:.2g}. {verdicts[0].told}",
-        rows,
-        Axis("training step"),
-        Axis("rate × beta-hat", log=True),
-        {name: role for name, role in SERIES.items() if name in shown} | reference,
-        dashed=(_EDGE,),
-    )
+    return chart(
+        "ablation", "smooth", "main", rows, SERIES | reference, dashed=(_EDGE,), title=verdicts[1].heading, edge=EDGE,
+        equal=verdicts[0].told,
+    )  # fmt: skip
 
 
 def smooth(study: Study) -> Claim:

@@ -15,7 +15,7 @@ from batchnorm.ablation.grid import Grid
 from batchnorm.ablation.question_criteria import TARGET, USABLE, judge
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Claim, Numbers, Result, claim
+from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.judgement import Bound, Verdict
 from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row, Rows
@@ -166,18 +166,11 @@ def curves(grid: Grid, roles: dict[str, Role], verdict: Verdict) -> Chart:
         rows += [
             {"x": x, "y": paired_seeds.figures(grid.target), "series": "target"} for x in (grid.window, grid.steps)
         ]
-    shown = {row["series"] for row in rows}
-    return Chart(
-        "lines",
-        verdict.heading,
-        "Training loss against steps, each arm at its best learning rate, with bands over all seeds; the dashed line "
-        f"is the target. {verdict.told}",
-        rows,
-        Axis("training step"),
-        loss_axis(grid, [row.get("low", row["y"]) for row in rows]),
-        {CALLED[arm]: role for arm, role in roles.items() if CALLED[arm] in shown} | {"target": "neutral"},
-        dashed=("target",),
-    )
+    return chart(
+        "ablation", "speed", "curves", rows, {CALLED[arm]: role for arm, role in roles.items()} | {"target": "neutral"},
+        dashed=("target",), y=loss_axis(grid, [row.get("low", row["y"]) for row in rows]), title=verdict.heading,
+        told=verdict.told,
+    )  # fmt: skip
 
 
 def _usable_chart(grid: Grid, verdict: Verdict) -> Chart:
@@ -187,19 +180,11 @@ def _usable_chart(grid: Grid, verdict: Verdict) -> Chart:
     ends = (min(grid.rates), max(grid.rates))
     if isfinite(grid.usable):
         rows += [{"x": rate, "y": paired_seeds.figures(grid.usable), "series": "usable"} for rate in ends]
-    shown = {row["series"] for row in rows}
-    return Chart(
-        "points",
-        verdict.heading,
-        "Final training loss against the learning rate on a log scale, one point with its range over seeds for each "
-        "arm and rate; a point that is missing diverged in a seed. Below the dashed line a rate is usable. "
-        f"{verdict.told}",
-        rows,
-        Axis("learning rate", log=True),
-        loss_axis(grid, [row.get("low", row["y"]) for row in rows]),
-        {CALLED[arm]: ROLES[arm] for arm in PAIR if CALLED[arm] in shown} | {"usable": "neutral"},
-        dashed=("usable",),
-    )
+    return chart(
+        "ablation", "rates", "usable", rows, {CALLED[arm]: ROLES[arm] for arm in PAIR} | {"usable": "neutral"},
+        dashed=("usable",), y=loss_axis(grid, [row.get("low", row["y"]) for row in rows]), title=verdict.heading,
+        told=verdict.told,
+    )  # fmt: skip
 
 
 ARMS = "The runs of the first question, with batch norm and without."

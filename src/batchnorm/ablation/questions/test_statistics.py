@@ -21,12 +21,12 @@ from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.user_data import examples_in, first_examples, is_rows, joined, regrouped, take
 from batchnorm.ablation.user_model import first_tensor, kept_buffers, own_statistics
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result
+from batchnorm.experiment.claim import Numbers, Result, chart
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.reporting.charts.chart_data import Axis, Chart, Rows
+from batchnorm.reporting.charts.chart_data import Chart, Rows
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -239,16 +239,10 @@ def _chart(found: list[ModelReadings], verdict: Verdict) -> Chart:
             series = "stored" if name in _STORED else "its own"
             extent = {"low": paired_seeds.figures(losses.min()), "high": paired_seeds.figures(losses.max())}
             rows.append({"label": name, "value": paired_seeds.figures(losses.mean()), **extent, "series": series})
-    shown = {row["series"] for row in rows}
-    return Chart(
-        "dots",
-        verdict.heading,
-        f"Held-out loss by the statistics that normalize, mean and range over seeds. {verdict.told}",
-        rows,
-        Axis("held-out loss"),
-        None,
-        {name: role for name, role in (("its own", "neutral"), ("stored", "with")) if name in shown},
-    )
+    return chart(
+        "ablation", "test-time", "main", rows, {"its own": "neutral", "stored": "with"}, title=verdict.heading,
+        told=verdict.told,
+    )  # fmt: skip
 
 
 # For the words of the question

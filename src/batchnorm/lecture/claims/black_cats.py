@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
-from batchnorm.experiment.figures_in_words import minus
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.lecture import data_sets
@@ -34,7 +33,7 @@ from batchnorm.lecture.tested_on_other_cats import (
     measure,
     recovered,
 )
-from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
+from batchnorm.reporting.charts.chart_data import Chart, Role
 from batchnorm.reporting.png import png
 
 NAMES = {
@@ -160,14 +159,10 @@ def _picture(found: Findings, seed: int) -> Chart:
     shown = torch.cat([(silhouettes.y == c).nonzero().flatten()[:5] for c in (0, 1)])
     picture = mosaic([paint(name, silhouettes.x[shown], seed) for name in PAINTINGS], zoom=3)
     below = ", ".join(f"{found.mean('with', name):.0%} ({NAMES[name]})" for name in PAINTINGS if name != "black")
-    return Chart(
-        "picture",
-        f"With batch norm, learned from the first row ({found.mean('with', 'black'):.0%} right); right on the rows "
-        f"below it: {below}",
-        "Five rows of the same ten silhouettes, five cats and five dogs: black on a light ground; in many colours on a "
-        "light ground; black with less contrast, grey on grey; black with strong noise; light on a dark ground.",
-        [{"png": base64.b64encode(png(picture)).decode(), "width": picture.shape[2]}],
-    )
+    return chart(
+        "lecture", "cats", "picture", [{"png": base64.b64encode(png(picture)).decode(), "width": picture.shape[2]}],
+        black=found.mean("with", "black"), below=below,
+    )  # fmt: skip
 
 
 def _shifts(found: Findings) -> Chart:
@@ -182,15 +177,10 @@ def _shifts(found: Findings) -> Chart:
         if _lost(found, shift) >= LEAST
     ]
     won = f"wins back {', '.join(shares)} of the lost accuracy" if shares else "finds no lost accuracy to win back"
-    return Chart(
-        "dots",
-        minus(f"Re-estimating {won}; where 1 in 20 is a cat: {_change(found['again', 'mix'] - found['with', 'mix'])}"),
-        "Accuracy for each kind of test image. Orange: without batch norm; blue: with batch norm as it stands; "
-        "below it, its second shade: after re-estimating its statistics on unlabelled images of that kind.",
-        rows,
-        Axis("accuracy on test images, with 95% interval", domain=(0, 1), percent=True),
-        series=_SERIES,
-    )
+    return chart(
+        "lecture", "cats", "shifts", rows, _SERIES, won=won,
+        change=_change(found["again", "mix"] - found["with", "mix"]),
+    )  # fmt: skip
 
 
 def _by_number(found: Findings) -> Chart:
@@ -210,17 +200,11 @@ def _by_number(found: Findings) -> Chart:
             for number in NUMBERS
         ]
     reached = ", ".join(f"{found.mean('again', 'coloured', number):.0%} with {number}" for number in NUMBERS)
-    return Chart(
-        "points",
-        f"Coloured cats, by unlabelled images used: {found.mean('with', 'coloured'):.0%} right with none, {reached}",
-        "Accuracy after re-estimating against the number of unlabelled images on a log scale, one panel for coloured "
-        "cats and one for less contrast. Dashed lines show each arm as it stands, and the accuracy on black cats.",
-        rows,
-        Axis("unlabelled images", log=True),
-        Axis("accuracy on test images", domain=(0, 1), percent=True),
-        {**_SERIES, _ON_BLACK: "neutral"},
-        dashed=(*(_LINES[arm][0] for arm in ("without", "with")), _ON_BLACK),
-    )
+    return chart(
+        "lecture", "cats", "by-number", rows, {**_SERIES, _ON_BLACK: "neutral"},
+        dashed=(*(_LINES[arm][0] for arm in ("without", "with")), _ON_BLACK), coloured=found.mean("with", "coloured"),
+        reached=reached,
+    )  # fmt: skip
 
 
 def _distances(found: Findings) -> Chart:
@@ -236,16 +220,10 @@ def _distances(found: Findings) -> Chart:
     (contrast, far), (coloured, deep) = (
         [found.mean("moved", shift, layer) for layer in (LAYERS[0], LAYERS[-1])] for shift in COUNTED[::-1]
     )
-    return Chart(
-        "dots",
-        f"Less contrast moves the first layer's statistics by {contrast:.2f} sd and, re-estimated up to there, the "
-        f"last one's by {far:.2f}; coloured cats move them by {coloured:.2f} and {deep:.2f}",
-        "Distance between stored and re-estimated statistics of the three layers for each kind of image, on a log "
-        "scale. The first line, black cats as learned, is what re-estimating moves without a shift.",
-        rows,
-        Axis("distance of statistics, in stored standard deviations", log=True),
-        series={f"layer {layer}": "with" for layer in LAYERS},
-    )
+    return chart(
+        "lecture", "cats", "distances", rows, {f"layer {layer}": "with" for layer in LAYERS}, contrast=contrast,
+        far=far, coloured=coloured, deep=deep,
+    )  # fmt: skip
 
 
 def _alarm(found: Findings) -> Chart:
@@ -262,18 +240,11 @@ def _alarm(found: Findings) -> Chart:
     rows += [{"x": n, "y": -math.log10(ALPHA), "series": limit} for n in (looks[0], looks[-1])]
     rang, false = found["rang", "coloured"], found["rang", "black"]
     heard = f"after {_pictures(rang)} coloured pictures" if rang.isfinite().any() else "in no seed"
-    return Chart(
-        "lines",
-        f"A monitor that has only the model rings {heard} ({int(rang.isfinite().sum())} of {len(rang)} seeds; median), "
-        f"and on black ones in {int(false.isfinite().sum())} of {len(false)} seeds; {_repaired(found)}",
-        "Evidence against pictures as they were learned, as a power of ten, by the number of pictures that passed: for "
-        "black and for coloured ones, median and range over seeds, with a dashed line at the alarm.",
-        rows,
-        Axis("pictures"),
-        Axis("evidence, power of ten"),
-        {names["black"]: "neutral", names["coloured"]: "with", limit: "neutral"},
-        dashed=(limit,),
-    )
+    return chart(
+        "lecture", "cats", "alarm", rows, {names["black"]: "neutral", names["coloured"]: "with", limit: "neutral"},
+        dashed=(limit,), heard=heard, alarms=int(rang.isfinite().sum()), seeds=len(false),
+        false_alarms=int(false.isfinite().sum()), repaired=_repaired(found),
+    )  # fmt: skip
 
 
 def _repaired(found: Findings) -> str:

@@ -16,7 +16,7 @@ from sklearn import datasets
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import Arrival, first_step
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -182,18 +182,10 @@ def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
             rows += paired_seeds.curve(shown, best.clamp_min(FLOOR), series=arm, panel=panel)
         rows += [{"x": x, "y": TARGET, "series": "target", "panel": panel} for x in (1, cap)]
         counts.append(f"{panel} {descents[NORMALIZED].best()} instead of {descents[RAW].best()}")
-    return Chart(
-        "lines",
-        f"Steps to {TARGET} nats with normalized features, each form at its best learning rate: {', '.join(counts)}",
-        "Training loss against steps, both on log scales, one panel for each table: blue with normalized features, "
-        "orange with features as recorded (digits: pixels / 16), grey with features that are only centred, each with "
-        f"its band over seeds; the target of {TARGET} nats is dashed. Steps to it: {', '.join(counts)}.",
-        rows,
-        Axis("training step", log=True),
-        Axis(f"training loss, nats (at least {FLOOR})", log=True),
-        {**_SERIES, "target": "neutral"},
-        dashed=("target",),
-    )
+    return chart(
+        "lecture", "scale", "curves", rows, {**_SERIES, "target": "neutral"}, dashed=("target",), target=TARGET,
+        counts=", ".join(counts), floor=FLOOR,
+    )  # fmt: skip
 
 
 def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
@@ -205,18 +197,11 @@ def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
             rows += paired_seeds.curve(map(paired_seeds.figures, RATES), last, series=arm, panel=panel)
         count = {arm: int(paired_seeds.median(d.steps_to_target(), 0).isfinite().sum()) for arm, d in descents.items()}
         reached.append(f"{panel} {count[NORMALIZED]} instead of {count[RAW]}")
-    return Chart(
-        "points",
-        f"Of {len(RATES)} learning rates, so many reach {TARGET} nats with normalized features instead of as recorded: "
-        f"{', '.join(reached)}",
-        "Training loss after the last step against the learning rate, both on log scales, one panel for each table: "
-        "blue normalized, orange as recorded (digits: pixels / 16), grey only centred, with the range over seeds. "
-        f"Rates that reach {TARGET} nats in the median seed: {', '.join(reached)}.",
-        rows,
-        Axis("learning rate", log=True),
-        Axis(f"last training loss, nats (at least {FLOOR})", log=True, domain=(FLOOR, 100)),
-        _SERIES,
-    )
+    return chart(
+        "lecture", "scale", "rates", rows, _SERIES,
+        y=Axis(f"last training loss, nats (at least {FLOOR})", log=True, domain=(FLOOR, 100)), rates=len(RATES),
+        target=TARGET, reached=", ".join(reached), floor=FLOOR,
+    )  # fmt: skip
 
 
 def _spreads() -> Chart:
@@ -229,17 +214,12 @@ def _spreads() -> Chart:
         for arm, spread in ((RAW, before), (NORMALIZED, after))
         for label, sd in zip(names, spread.tolist(), strict=True)
     ]
-    return Chart(
-        "dots",
-        f"Wine as recorded has features with standard deviations from {before.min():.2g} to {before.max():.3g}; "
-        f"normalized, from {after.min():.3g} to {after.max():.3g}",
-        f"One row for each of the {len(names)} features of wine. The orange dots, as recorded, span "
-        f"{math.log10(before.max() / before.min()):.1f} powers of ten, the blue ones, normalized, "
-        f"{math.log10(after.max() / after.min()):.1f}.",
-        rows,
-        Axis("standard deviation, in the feature's unit (log)", log=True),
-        series={arm: _SERIES[arm] for arm in (RAW, NORMALIZED)},
-    )
+    return chart(
+        "lecture", "scale", "spreads", rows, {arm: _SERIES[arm] for arm in (RAW, NORMALIZED)},
+        before_least=before.min(), before_most=before.max(), after_least=after.min(), after_most=after.max(),
+        features=len(names), before_decades=math.log10(before.max() / before.min()),
+        after_decades=math.log10(after.max() / after.min()),
+    )  # fmt: skip
 
 
 CLAIM = claim(

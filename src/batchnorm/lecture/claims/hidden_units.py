@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.rate_sweep import BOTH, EVERY, RATES, TARGET, Sweep, sweep
-from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart
+from batchnorm.reporting.charts.chart_data import SERIES, Chart
 
 ACTIVATIONS = ("relu", "sigmoid")
 _NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}
@@ -76,16 +76,10 @@ def _curves(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
             arm.steps.tolist(), arm.best_curve(), series=f"{name} batch norm", panel=_NAMES[activation]
         )
     ]
-    return Chart(
-        "lines",
-        f"At its best learning rate each: {verdicts[0].heading}",
-        "Training accuracy against steps, one panel for ReLU and one for sigmoid, with a curve and its band over seeds "
-        f"for each arm. {' '.join(verdict.sentence for verdict in verdicts)}",
-        rows,
-        Axis("training step"),
-        Axis("training accuracy", domain=(0, 1), percent=True),
-        SERIES,
-    )
+    return chart(
+        "lecture", "hidden", "curves", rows, SERIES, first=verdicts[0].heading,
+        verdicts=" ".join(verdict.sentence for verdict in verdicts),
+    )  # fmt: skip
 
 
 def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Chart:
@@ -97,16 +91,10 @@ def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
             rows += paired_seeds.curve(arm.rates, final.T, series=f"{name} batch norm", panel=_NAMES[activation])
             counts[name] = int((final.median(0).values >= USABLE).sum())
         found.append(f"{_NAMES[activation]} {counts['with']} with batch norm and {counts['without']} without")
-    return Chart(
-        "points",
-        f"Of {len(RATES)} learning rates, so many end at {USABLE:.0%} or more in the median seed: {', '.join(found)}",
-        "Final training accuracy against learning rate on a log scale, one panel for each activation, one point with "
-        f"its range over seeds for each arm and rate. {' '.join(verdict.sentence for verdict in verdicts)}",
-        rows,
-        Axis("learning rate", log=True),
-        Axis("final training accuracy", domain=(0, 1), percent=True),
-        SERIES,
-    )
+    return chart(
+        "lecture", "hidden", "usable", rows, SERIES, rates=len(RATES), usable=USABLE, counts=", ".join(found),
+        verdicts=" ".join(verdict.sentence for verdict in verdicts),
+    )  # fmt: skip
 
 
 CLAIM = claim("lecture", "hidden", run, rates=len(RATES), lowest=RATES[0], highest=RATES[-1], every=EVERY)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
-from batchnorm.experiment.figures_in_words import minus
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.batch_noise import Value, dropout_rate, log_slope, noise_power
@@ -31,7 +30,7 @@ from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
-from batchnorm.reporting.charts.chart_data import Axis, Chart
+from batchnorm.reporting.charts.chart_data import Chart
 
 SIZES = (64, 64, 64, 10)
 TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
@@ -243,20 +242,12 @@ def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], fl
 def _power_chart(noise: Noise, slope: Verdict) -> Chart:
     kappa = float(noise.kurtosis.mean())
     whole = {_FIRST_ORDER: lambda m: theory(kappa, m), _NORMAL: gaussian}
-    return Chart(
-        "points",
-        slope.heading,
-        "Noise power against batch size, both on log scales, in two panels: of a normalized value, and of the batch "
-        "mean alone. Blue points with the range over seeds are measured; dashed lines are the theory to first order, "
-        "which halves whenever the batch doubles, and in the first panel the exact one for a normal law. "
-        f"{slope.sentence}",
-        _lines("of a normalized value", noise.power, whole)
-        + _lines("of the batch mean", noise.mean, {_FIRST_ORDER: lambda m: 1 / m}),
-        Axis("batch size M", log=True),
-        Axis("noise power, in variances of the value", log=True),
-        {_MEASURED: "with", _FIRST_ORDER: "neutral", _NORMAL: "neutral"},
-        dashed=(_FIRST_ORDER, _NORMAL),
-    )
+    rows = _lines("of a normalized value", noise.power, whole)
+    rows += _lines("of the batch mean", noise.mean, {_FIRST_ORDER: lambda m: 1 / m})
+    return chart(
+        "lecture", "noise", "power", rows, {_MEASURED: "with", _FIRST_ORDER: "neutral", _NORMAL: "neutral"},
+        dashed=(_FIRST_ORDER, _NORMAL), title=slope.heading, sentence=slope.sentence,
+    )  # fmt: skip
 
 
 def _dropout_chart(noise: Noise) -> Chart:
@@ -264,17 +255,10 @@ def _dropout_chart(noise: Noise) -> Chart:
     equal = dropout_rate(noise.power)
     at = {size: 100 * equal[MEASURED.index(size)].mean() for size in (8, 32, 512)}
     said = ", ".join(f"{share:.2g}% with batches of {size}" for size, share in at.items())
-    return Chart(
-        "points",
-        f"The noise of a batch is as strong as that of dropout at {said}",
-        "Dropout rate with the same noise power against batch size, both on log scales: blue points measured, "
-        f"with the range over seeds, the dashed line by theory to first order. Measured: {said}.",
-        _lines("", equal, {_FIRST_ORDER: lambda m: dropout_rate(theory(kappa, m))}),
-        Axis("batch size M", log=True),
-        Axis("equivalent dropout rate p", log=True, percent=True),
-        {_MEASURED: "with", _FIRST_ORDER: "neutral"},
-        dashed=(_FIRST_ORDER,),
-    )
+    return chart(
+        "lecture", "noise", "dropout", _lines("", equal, {_FIRST_ORDER: lambda m: dropout_rate(theory(kappa, m))}),
+        {_MEASURED: "with", _FIRST_ORDER: "neutral"}, dashed=(_FIRST_ORDER,), said=said,
+    )  # fmt: skip
 
 
 def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
@@ -287,19 +271,10 @@ def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
         rows += [{"x": size, "y": 0.0, "series": _SAME, "panel": kind} for size in (min(GROUPS), TRAIN)]
     changes = {row["x"]: row["y"] for row in rows if row["series"] == _GROUPED and row["x"] != TRAIN}
     said = ", ".join(f"{change:+.3f} with groups of {size}" for size, change in changes.items())
-    return Chart(
-        "points",
-        minus(f"Test loss in nats against one group of {TRAIN}: {said}"),
-        f"Change of the test loss from one group of {TRAIN}, against the number of examples normalized together on a "
-        "log scale, with intervals over seeds. Blue points in the first panel: groups at a fixed optimizer batch. Grey "
-        "points in the second: the optimizer's batch itself has that size. A dashed line marks no change; lower is "
-        "better.",
-        rows,
-        Axis("examples normalized together", log=True),
-        Axis(f"test loss minus that with {TRAIN}, nats"),
-        {_GROUPED: "with", _RESIZED: "neutral", _SAME: "neutral"},
-        dashed=(_SAME,),
-    )
+    return chart(
+        "lecture", "noise", "effect", rows, {_GROUPED: "with", _RESIZED: "neutral", _SAME: "neutral"}, dashed=(_SAME,),
+        train=TRAIN, said=said,
+    )  # fmt: skip
 
 
 _GROUPED, _RESIZED, _SAME = f"groups, optimizer batch {TRAIN}", "optimizer batch itself", "no change"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.paired_seeds import first_step
 from batchnorm.experiment.run_settings import Progress, RunSettings
@@ -33,7 +33,7 @@ from batchnorm.lecture.rate_sweep import (
     sweep,
     training_indices,
 )
-from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
+from batchnorm.reporting.charts.chart_data import Chart, Role
 
 # Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
 # round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
@@ -238,17 +238,7 @@ def _curves(sweeps: dict[str, Sweep]) -> Chart:
         for row in paired_seeds.curve(swept.steps.tolist(), swept.best_curve(), series=CALLED[arm])
     ]
     found = ", ".join(f"{swept.best()} {CALLED[arm]}" for arm, swept in sweeps.items())
-    return Chart(
-        "lines",
-        f"Steps to {TARGET:.0%} training accuracy, each at its best learning rate: {found}",
-        "Training accuracy against steps for four arms with bands over all seeds: orange without batch norm, blue "
-        f"with, grey with batch norm and noise behind it, at full and at half strength. Steps to {TARGET:.0%}: "
-        f"{found}.",
-        rows,
-        Axis("training step"),
-        Axis("training accuracy", domain=(0, 1), percent=True),
-        _SERIES,
-    )
+    return chart("lecture", "cause", "curves", rows, _SERIES, target=TARGET, found=found)
 
 
 def _drifts(watched: dict[str, ArmAtBestRate]) -> Chart:
@@ -259,16 +249,7 @@ def _drifts(watched: dict[str, ArmAtBestRate]) -> Chart:
         if bool((values > 0).all() & values.isfinite().all())
     ]
     found = ", ".join(f"{seen.drift.mean():.2g} {CALLED[arm]}" for arm, seen in watched.items())
-    return Chart(
-        "dots",
-        f"Drift of what layer 3 receives, in standard deviations per {EVERY} steps: {found}",
-        f"Drift of a[2] over the first {WINDOW} steps for four arms with intervals over seeds, each followed by its "
-        f"noise floor, the distance of two random halves of the probe. Mean drift: {found}.",
-        rows,
-        Axis(f"drift of a[2] per {EVERY} steps [sd]"),
-        None,
-        _SERIES,
-    )
+    return chart("lecture", "cause", "drifts", rows, _SERIES, every=EVERY, found=found, window=WINDOW)
 
 
 CLAIM = claim("lecture", "cause", run, shift=SHIFT, scale=SCALE, rates=len(RATES), window=WINDOW)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.companion_examples import disagreement
@@ -26,7 +26,7 @@ from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import SIZES, digits
 from batchnorm.lecture.renormalized import GhostNorm, with_norm, with_population
-from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
+from batchnorm.reporting.charts.chart_data import Chart, Role
 
 BATCH = 32
 STEPS = 300
@@ -274,36 +274,17 @@ def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
         f"Batches of {MEASURED[0]} reach {small:.1%} and of {MEASURED[-1]} {large:.1%}; population statistics "
         f"{stored[POPULATION]:.1%}, the running average {stored[EMA]:.1%}"
     )
-    return Chart(
-        "points",
-        found,
-        "Accuracy on test data against the size of test batches on a log scale: grey points with the range over seeds "
-        f"for statistics of the test batch, two dashed horizontal lines for the stored statistics. {found}.",
-        rows,
-        Axis("examples in a test batch", log=True),
-        Axis("accuracy on test data", domain=(0, 1), percent=True),
-        _SERIES,
-        dashed=(POPULATION, EMA),
-    )
+    return chart("lecture", "test-time", "accuracy", rows, _SERIES, dashed=(POPULATION, EMA), title=found)
 
 
 def _flip_chart(batches: InBatches, alone: SameAnswers) -> Chart:
     rows = paired_seeds.curve(MEASURED, batches.flips, middle=torch.mean, series=OWN)
     rows += [{"x": m, "y": paired_seeds.figures(alone.changes), "series": _STORED} for m in (MEASURED[0], MEASURED[-1])]
     first, middle = batches.flips[0].mean(), batches.flips[MEASURED.index(BATCH)].mean()
-    return Chart(
-        "points",
-        f"Other companions in the batch change an example's class with probability {first:.1%} in batches of "
-        f"{MEASURED[0]} and {middle:.1%} in batches of {BATCH}",
-        "Probability that an example gets another class in another random batch, against batch size on a log scale: "
-        "grey points with the range over seeds for statistics of the test batch; dashed, the share of classes that "
-        f"differ between alone and in a batch with stored statistics, {alone.changes:.2%}.",
-        rows,
-        Axis("examples in a test batch", log=True),
-        Axis("class changes with the batch", percent=True),
-        {OWN: "neutral", _STORED: "with"},
-        dashed=(_STORED,),
-    )
+    return chart(
+        "lecture", "test-time", "flip", rows, {OWN: "neutral", _STORED: "with"}, dashed=(_STORED,), first=first,
+        smallest=MEASURED[0], middle=middle, batch=BATCH, changes=alone.changes,
+    )  # fmt: skip
 
 
 def _early_chart(trained: Trained) -> Chart:
@@ -319,16 +300,9 @@ def _early_chart(trained: Trained) -> Chart:
         f"After {EARLY} steps the running average gives {early[EMA]:.1%} accuracy, population statistics "
         f"{early[POPULATION]:.1%}"
     )
-    return Chart(
-        "lines",
-        found,
-        "Accuracy on test data against training steps on a log scale, one curve with its range over seeds for "
-        f"population statistics and one, in the second shade, for the running average. {found}.",
-        rows,
-        Axis("training step", log=True),
-        Axis("accuracy on test data", domain=(0, 1), percent=True),
-        {kind: _SERIES[kind] for kind in (POPULATION, EMA)},
-    )
+    return chart(
+        "lecture", "test-time", "early", rows, {kind: _SERIES[kind] for kind in (POPULATION, EMA)}, title=found,
+    )  # fmt: skip
 
 
 CLAIM = claim(

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
-from batchnorm.experiment.figures_in_words import minus
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.loss_landscape import Evaluate, Roughness, along_gradient
@@ -232,17 +231,7 @@ def _ratios(effects: dict[str, Tensor]) -> Chart:
     equal, best = (
         float(effects[name][:, which].mean().exp2()) for name, which in (("beta-hat", 0), ("rate × beta-hat", 1))
     )
-    return Chart(
-        "dots",
-        f"Without batch norm, beta-hat is {equal:.2g} times as large at an equal rate; at the best rates, rate × "
-        f"beta-hat is {best:.2g} times as large",
-        "Logarithm to base 2 of four measures of roughness, without over with batch norm, at an equal learning rate "
-        "and at the best rate of each arm, with intervals over seeds; 0 is no difference.",
-        rows,
-        Axis("log2 of without / with batch norm (1 = twice as rough without)"),
-        None,
-        dict.fromkeys(names, "neutral"),
-    )
+    return chart("lecture", "smooth", "ratios", rows, dict.fromkeys(names, "neutral"), equal=equal, best=best)
 
 
 def _lines(name: str, courses: dict[str, Course]) -> Chart:
@@ -263,20 +252,10 @@ def _lines(name: str, courses: dict[str, Course]) -> Chart:
     means = [[_typical(courses[arm], name, which) for arm in BOTH] for which in (0, 1)]
     edge = "; the dashed line is the edge of stability, 2" if name == "rate × beta-hat" else ""
     reference: dict[str, Role] = {_EDGE: "neutral"} if edge else {}
-    return Chart(
-        "lines",
-        minus(
-            f"{title}: {means[0][0]:.2g} without and {means[0][1]:.2g} with batch norm at an equal rate, "
-            f"{means[1][0]:.2g} and {means[1][1]:.2g} at the best rates"
-        ),
-        f"{title}, against training steps: orange without and blue with batch norm, with bands over all seeds; "
-        f"one panel at an equal rate and one at the best rate of each arm{edge}.",
-        rows,
-        Axis("training step"),
-        axis,
-        SERIES | reference,
-        dashed=tuple(reference),
-    )
+    return chart(
+        "lecture", "smooth", "lines", rows, SERIES | reference, dashed=tuple(reference), y=axis, what=title,
+        plain=means[0][0], normed=means[0][1], plain_best=means[1][0], normed_best=means[1][1], edge=edge,
+    )  # fmt: skip
 
 
 CLAIM = claim("lecture", "smooth", run, steps=STEPS, rate=RATE, rates=len(RATES), every=EVERY)

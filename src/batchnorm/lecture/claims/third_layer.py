@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import Numbers, Result, claim
+from batchnorm.experiment.claim import Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
@@ -17,7 +17,7 @@ from batchnorm.lecture.claim_criteria import judge
 from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, SIZES, STEPS, digits, probe_indices, training_indices
-from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart
+from batchnorm.reporting.charts.chart_data import SERIES, Chart
 
 RATE = 0.1
 EVERY = 10  # steps between two looks at a[2]
@@ -224,18 +224,9 @@ def _ribbons(seen: dict[str, Layer3Values], shifts: dict[str, Shift], seed: int)
             if bool(bands[:, t, unit].isfinite().all())
         ]  # fmt: skip
     plain, normed = (float(shifts[arm].average.mean()) for arm in BOTH)
-    return Chart(
-        "ribbons",
-        f"What layer 3 receives from the four units moves by {plain:.2g} standard deviations per {EVERY} steps without "
-        f"batch norm and by {normed:.2g} with",
-        f"Distribution of the four values a[2]1 to a[2]4 on {PROBE} fixed examples over training steps, seed {seed}: "
-        "2%, 16%, 50%, 84% and 98% quantiles as ribbons, one row for each unit, without batch norm on the left and "
-        "with it on the right, on the same axes.",
-        rows,
-        Axis("training step"),
-        Axis("value of the unit"),
-        SERIES,
-    )
+    return chart(
+        "lecture", "layer3", "ribbons", rows, SERIES, plain=plain, every=EVERY, normed=normed, probe=PROBE, seed=seed,
+    )  # fmt: skip
 
 
 def _over_time(seen: dict[str, dict[str, Layer3Values]], shifts: dict[str, dict[str, Shift]]) -> Chart:
@@ -251,19 +242,12 @@ def _over_time(seen: dict[str, dict[str, Layer3Values]], shifts: dict[str, dict[
         f"({CALLED[name]})"
         for name in ("wide", "four")
     )
-    return Chart(
-        "lines",
-        f"Averaged over training, a[2] drifts {apart} as much without batch norm as with it",
-        f"Drift of a[2] per {EVERY} steps in standard deviations against training steps on a log scale, one panel for "
-        "the wide network and one for the four units: orange without, blue with batch norm, bands over all seeds; the "
-        f"dashed lines are the distance of two random halves of the probe. Averaged over training it is {apart} as "
-        "much without batch norm as with it.",
+    return chart(
+        "lecture", "layer3", "over-time",
         [{k: v for k, v in row.items() if row["series"] in SERIES or k not in ("low", "high")} for row in rows],
-        Axis("training step"),
-        Axis(f"drift per {EVERY} steps [sd]", log=True),
         SERIES | {"noise floor without": "without", "noise floor with": "with"},
-        dashed=("noise floor without", "noise floor with"),
-    )
+        dashed=("noise floor without", "noise floor with"), apart=apart, every=EVERY,
+    )  # fmt: skip
 
 
 def _governed_chart(seen: Layer3Values, distances: Tensor, seed: int) -> Chart:
@@ -282,18 +266,10 @@ def _governed_chart(seen: Layer3Values, distances: Tensor, seed: int) -> Chart:
         for t in _every(len(seen.steps), 27)
         if bool(values[t, 0, unit].isfinite())
     ]  # fmt: skip
-    return Chart(
-        "lines",
-        "By stored statistics, mean and standard deviation of the four units' z~ lie "
-        f"{_median_of_seeds(distances).mean():.2g} |gamma| from beta and |gamma|",
-        f"Mean of z~[2] with beta, and its standard deviation with |gamma|, over training steps for the four units, "
-        f"seed {seed}, on {PROBE} fixed examples in eval mode: blue measured, grey dashed the parameter.",
-        rows,
-        Axis("training step"),
-        Axis("value"),
-        {"z~ by stored statistics": "with", "beta, |gamma|": "neutral"},
-        dashed=("beta, |gamma|",),
-    )
+    return chart(
+        "lecture", "layer3", "governed", rows, {"z~ by stored statistics": "with", "beta, |gamma|": "neutral"},
+        dashed=("beta, |gamma|",), apart=_median_of_seeds(distances).mean(), seed=seed, probe=PROBE,
+    )  # fmt: skip
 
 
 CLAIM = claim(
