@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.experiment.claim import Result
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchnorm.experiment.outcomes import ClaimOutcome
 
 Advance = Callable[[float], None]
-Say = Callable[[Any], None]
+Say = Callable[["ClaimOutcome"], None]
 
 _TRAINING = 0.93  # share of the time that training takes
 _WORDS = 300  # of an error's message

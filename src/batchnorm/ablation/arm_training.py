@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.ablation.arms import make_arm
 from batchnorm.ablation.user_model import quiet_divergence
+from batchnorm.population.tensor_trees import Batch
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -21,7 +22,7 @@ RATES = (0.001, 0.005, 0.02, 0.1, 0.5)
 _RUNAWAY = 1e8  # five layers of it are beyond float32
 
 # Called before each step with the number of steps done and the step's batch, and once more at the end.
-Observer = Callable[[int, nn.Module, Any], None]
+Observer = Callable[[int, nn.Module, Batch], None]
 
 
 def train(

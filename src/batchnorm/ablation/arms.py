@@ -11,7 +11,7 @@ A layer that does not normalize by its batch is a frozen layer: ``without`` stor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import freeze, has_stored_statistics
 from batchnorm.population.hooks import seeing
+from batchnorm.population.tensor_trees import Batch
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,7 +57,7 @@ def strip(model: nn.Module) -> None:
     freeze(model)
 
 
-def fix(model: nn.Module, batch: Any) -> None:
+def fix(model: nn.Module, batch: Batch) -> None:
     """Make every batch norm layer normalize by the statistics of this batch, in train mode, from now on.
 
     On this batch the outputs are those of the model as it was in train mode, but for rounding: the variance that is

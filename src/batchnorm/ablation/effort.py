@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from functools import partial
+from typing import TYPE_CHECKING, final
 
 from batchnorm.ablation.arm_training import RATES, train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, input_norm
@@ -133,20 +134,20 @@ def _unscaled(subject: Subject) -> str:
 def _timed(subject: Subject, seed: int, rate: float) -> Cost:
     """What the parts of a study take on this machine, as busy as it is, from a few short runs."""
     train(subject, WITH, seed, rate, 1)  # what happens once, such as imports, is no part of a run
-    short = _seconds(train, subject, WITH, seed, rate, 1)
+    short = _seconds(partial(train, subject, WITH, seed, rate, 1))
     pilot = _FEW if short > _SLOW else _PILOT
-    long = _seconds(train, subject, WITH, seed, rate, 1 + pilot)
+    long = _seconds(partial(train, subject, WITH, seed, rate, 1 + pilot))
     step = max((long - short) / pilot, long / 1000)
     run, questions = max(short - step, 0.0), _passes(subject) * step
     if short > _SLOW:
         return Cost(step, run, _LOOKING * step, questions)
-    looked = _seconds(watch, subject, WITH, seed, rate, 1 + _PILOT)
+    looked = _seconds(partial(watch, subject, WITH, seed, rate, 1 + _PILOT))
     return Cost(step, run, max(looked - run - (1 + _PILOT) * step, 0.0), questions)
 
 
-def _seconds(work: Callable[..., object], *arguments: Any) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
-    work(*arguments)
+    work()
     return time.perf_counter() - start
 
 

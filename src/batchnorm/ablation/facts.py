@@ -28,16 +28,7 @@ def facts(subject: Subject, plan: StudyPlan | None, seeds: range, *, checkpoint:
         noun: f"{len(seeds)}, from {seeds[0]} to {seeds[-1]}. {paired}",
     }
     if plan:
-        rates = ", ".join(f"{rate:g}" for rate in plan.rates)
-        found["Training"] = (
-            f"SGD with momentum {MOMENTUM}, {plan.steps} steps, rates {rates}, {len(plan.arms)} arms: {plan.runs} "
-            "runs; no weight decay, no schedule."
-        )
-        if _same_weights(subject, seeds):
-            found["First weights"] = (
-                "The same for every seed: the function loads them or seeds itself, so seeds differ in their batches "
-                "only, and weights that were trained with batch norm favour it."
-            )
+        found |= _training(subject, plan, seeds)
     if checkpoint:
         found["Weights"] = (
             "Training began from fresh weights; depth, gamma and beta, noise and test time are those of --weights."
@@ -47,6 +38,20 @@ def facts(subject: Subject, plan: StudyPlan | None, seeds: range, *, checkpoint:
         "several questions were asked."
     )
     found["Criteria"] = f"Version {CRITERIA.version}, fixed before anything was measured."
+    return found
+
+
+def _training(subject: Subject, plan: StudyPlan, seeds: range) -> dict[str, str]:
+    rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+    found = {
+        "Training": f"SGD with momentum {MOMENTUM}, {plan.steps} steps, rates {rates}, {len(plan.arms)} arms: "
+        f"{plan.runs} runs; no weight decay, no schedule."
+    }
+    if _same_weights(subject, seeds):
+        found["First weights"] = (
+            "The same for every seed: the function loads them or seeds itself, so seeds differ in their batches only, "
+            "and weights that were trained with batch norm favour it."
+        )
     return found
 
 

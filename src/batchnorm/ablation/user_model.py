@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from batchnorm.population.forward_signatures import names_in
 from batchnorm.population.freezing import Frozen
 from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state
-from batchnorm.population.tensor_trees import tensors_in
+from batchnorm.population.tensor_trees import Batch, tensors_in
 
 # values in a batch, over all layers: about 5 ms of a step of convolutions, from where on a second thread pays
 _LARGE = 2**20
@@ -44,7 +44,7 @@ class Subject:
     name: str
     make: Callable[[], nn.Module]
     data: Data
-    loss: Callable[[Any, Any], Tensor] | None = None
+    loss: Callable[[Batch, Batch], Tensor] | None = None
 
     def fresh(self, seed: int) -> nn.Module:
         """A new model with the weights of a seed, in train mode; lazy layers have got their shape.
@@ -63,7 +63,7 @@ class Subject:
             )
         return model.train()
 
-    def value(self, model: nn.Module, batch: Any) -> Tensor:
+    def value(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch, in the mode that the model is in.
 
         Raises:
@@ -76,7 +76,7 @@ class Subject:
             raise ValueError(f"a loss must be one number, got {got}. Return its mean from --loss.")
         return loss.reshape(())
 
-    def accuracy(self, model: nn.Module, batch: Any) -> float | None:
+    def accuracy(self, model: nn.Module, batch: Batch) -> float | None:
         """Share of right classes, where the loss is the one for classes."""
         return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
 
@@ -104,7 +104,7 @@ class Subject:
                 "the model's first weights or the loss."
             )
 
-    def _first_loss(self, model: nn.Module, batch: Any) -> float:
+    def _first_loss(self, model: nn.Module, batch: Batch) -> float:
         """The loss before any training; 0 where a pass or a loss raises, which the training will tell."""
         with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -131,11 +131,11 @@ class Subject:
         return True
 
 
-def _is_finite(batch: Any) -> bool:
+def _is_finite(batch: Batch) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors_in(batch) if t.is_floating_point())
 
 
-def _with_target(model: nn.Module, batch: Any) -> Any:
+def _with_target(model: nn.Module, batch: Batch) -> Batch:
     """The batch as (last input, target, ...): a model of several inputs takes more than the first part."""
     if not isinstance(batch, (tuple, list)) or isinstance(batch[0], (tuple, list)):
         return batch
@@ -196,7 +196,7 @@ def _values(subject: Subject) -> int:
     return sum(x.numel() for x in received(model, next(subject.data.deal(0))).values())
 
 
-def received(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+def received(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """What every batch norm layer receives of a batch, by path in the order of the forward; first calls only."""
     found: dict[str, Tensor] = {}
 
@@ -208,7 +208,7 @@ def received(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return found
 
 
-def first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Batch) -> Tensor | None:
     """The first floating-point tensor in what a model gives."""
     return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.population.tensor_trees import Batch
+
 _KEYS = ("labels", "label", "targets", "target", "y")
 _REMEDY = "Give your own: --loss file.py:loss with loss(output, batch) -> scalar."
 
 
-def default_loss(output: Any, batch: Any) -> Tensor:
+def default_loss(output: Batch, batch: Batch) -> Tensor:
     """Cross-entropy of logits (N, K, ...) and classes (N, ...), or mean squared error of numbers of one shape.
 
     Raises:
@@ -34,7 +35,7 @@ def default_loss(output: Any, batch: Any) -> Tensor:
     )
 
 
-def accuracy(output: Any, batch: Any) -> float | None:
+def accuracy(output: Batch, batch: Batch) -> float | None:
     """Share of classes that are right; None where targets are no classes."""
     target = target_of(batch)
     if not isinstance(output, Tensor) or not _is_classes(output, target):
@@ -43,13 +44,13 @@ def accuracy(output: Any, batch: Any) -> float | None:
     return float(((output.argmax(1) == target) & finite).float().mean())
 
 
-def target_of(batch: Any) -> Tensor:
+def target_of(batch: Batch) -> Tensor:
     """The second part of a tuple or list, or what a mapping or an object calls labels, targets or y.
 
     Raises:
         ValueError: If there is none.
     """
-    found: Any = None
+    found: Batch = None
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         found = batch[1]
     elif isinstance(batch, Mapping):

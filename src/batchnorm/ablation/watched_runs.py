@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from batchnorm.instruments.gradients import Vectors, of_one
 from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.instruments.loss_landscape import Roughness, along_gradient
 from batchnorm.instruments.signal_propagation import sample
+from batchnorm.population.tensor_trees import Batch
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
@@ -56,40 +57,49 @@ class WatchedRun:
 
 def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> WatchedRun:
     """Train one run and look at it; the numbers of training are those of an unwatched one."""
-    every, apart = max(1, steps // LOOKS), max(1, steps // PROBES)
-    probe = next(subject.data.deal(_FIRST))
-    looked: list[int] = []
-    values: list[dict[str, Tensor]] = []
-    probed: list[int] = []
-    met: list[Roughness] = []
+    looks = _Looks(subject, rate, steps, next(subject.data.deal(_FIRST)))
+    model = train(subject, arm, seed, rate, steps, looks.observe)[1]
+    moved, floor = _drifts(looks.values)
+    landscape = Roughness.joined(looks.met, torch.cat) if looks.met else Roughness.of_nothing()
+    return WatchedRun(model, looks.looked, moved, floor, looks.probed, landscape, looks.failed)
 
-    failed: list[str] = []
 
-    def look(step: int, model: nn.Module, batch: Any) -> None:
-        if step % every == 0:
-            values.append(_values(model, probe))
-            looked.append(step)
-        if step % apart == 0 and step < steps:
-            met.append(_landscape(subject, model, batch, rate))
-            probed.append(step)
+@final
+@dataclass
+class _Looks:
+    """What is seen of a run while it trains; an error ends the looks and not the run."""
 
-    def observe(step: int, model: nn.Module, batch: Any) -> None:
+    subject: Subject
+    rate: float
+    steps: int
+    probe: Batch
+    looked: list[int] = field(default_factory=list)
+    values: list[dict[str, Tensor]] = field(default_factory=list)
+    probed: list[int] = field(default_factory=list)
+    met: list[Roughness] = field(default_factory=list)
+    failed: str = ""
+
+    def observe(self, step: int, model: nn.Module, batch: Batch) -> None:
+        """Look before a step if it is time; dropout goes on as if nobody had looked."""
         state = torch.get_rng_state()
         try:
-            if not failed:
-                look(step, model, batch)
+            if not self.failed:
+                self._look(step, model, batch)
         except Exception as error:  # noqa: BLE001 - the run and what else is asked of it do without
-            failed.append(f"{type(error).__name__}: {' '.join(str(error).split())}"[:_WORDS])
+            self.failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_WORDS]
         finally:
-            torch.set_rng_state(state)  # dropout goes on as if nobody had looked
+            torch.set_rng_state(state)
 
-    model = train(subject, arm, seed, rate, steps, observe)[1]
-    moved, floor = _drifts(values)
-    landscape = Roughness.joined(met, torch.cat) if met else Roughness.of_nothing()
-    return WatchedRun(model, looked, moved, floor, probed, landscape, *failed)
+    def _look(self, step: int, model: nn.Module, batch: Batch) -> None:
+        if step % max(1, self.steps // LOOKS) == 0:
+            self.values.append(_values(model, self.probe))
+            self.looked.append(step)
+        if step % max(1, self.steps // PROBES) == 0 and step < self.steps:
+            self.met.append(_landscape(self.subject, model, batch, self.rate))
+            self.probed.append(step)
 
 
-def _values(model: nn.Module, probe: Any) -> dict[str, Tensor]:
+def _values(model: nn.Module, probe: Batch) -> dict[str, Tensor]:
     """What each layer receives of the probe, in train mode: (N, units)."""
     with kept_buffers(model):
         torch.manual_seed(0)  # the same dropout at every look
@@ -108,7 +118,7 @@ def _drifts(values: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[st
     return moved, floor
 
 
-def _landscape(subject: Subject, model: nn.Module, batch: Any, rate: float) -> Roughness:
+def _landscape(subject: Subject, model: nn.Module, batch: Batch, rate: float) -> Roughness:
     """The loss of one batch along its gradient, in train mode; the model is left as it was."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]

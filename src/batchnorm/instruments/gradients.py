@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
 from statistics import median
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.instruments.probe_tier import unwrapped, with_shape
@@ -38,8 +39,9 @@ from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
+from batchnorm.population.tensor_trees import Batch
 
-Loss = Callable[[Any, Any], Tensor]
+Loss = Callable[[Batch, Batch], Tensor]  # of a model's output and its batch
 # A vector of each of R networks, such as its gradient, in the pieces of its parameters: (R, ...), or None for zeros
 Vectors = Sequence[Tensor | None]
 
@@ -99,7 +101,7 @@ class GradientDepth:
         )
 
 
-def gradient_depth(model: nn.Module, batch: Any, loss: Loss, layers: Sequence[str] | None = None) -> GradientDepth:
+def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[str] | None = None) -> GradientDepth:
     """How gradients grow with depth, and how far they cancel between examples; the model stays as it is.
 
     One forward and backward pass, and one of every linear layer alone. A model in eval mode is measured in train
@@ -180,7 +182,7 @@ def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
         yield
 
 
-def scalar(value: Any, what: str) -> Tensor:
+def scalar(value: Batch, what: str) -> Tensor:
     """The loss itself, if it is one number."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} needs a loss that gives a tensor, got {type(value).__name__}. Leave out .item().")
@@ -209,7 +211,7 @@ def differentiable(value: Tensor, what: str) -> Tensor:
 
 
 def loss_and_gradients(
-    model: nn.Module, batch: Any, loss: Loss, parameters: Sequence[Tensor], what: str
+    model: nn.Module, batch: Batch, loss: Loss, parameters: Sequence[Tensor], what: str
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss of a batch, which may be infinite, and its gradients; None for a parameter that it does not depend on.
 
@@ -264,20 +266,20 @@ def _modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Any]]]:
+def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, GradientEdge]]]:
     """A block that collects the gradient edge of what each module receives, in the order of execution.
 
     An edge stays what it was when the module writes over its input later. An input that does not depend on
     parameters is made a leaf of its own.
     """
-    seen: list[tuple[str, Any]] = []
+    seen: list[tuple[str, GradientEdge]] = []
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         key = None if args else next(iter(kwargs))
         x = args[0] if key is None else kwargs[key]
         if not x.requires_grad:
             x = x.detach().clone().requires_grad_()
-        seen.append((name, torch.autograd.graph.get_gradient_edge(x)))
+        seen.append((name, get_gradient_edge(x)))
         return ((x, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: x})
 
     with attached(m.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()):
@@ -290,24 +292,24 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if type(m) in kinds and _is_trained(m)}
 
 
-def _is_trained(layer: Any) -> bool:
-    return layer.weight.requires_grad
+def _is_trained(layer: nn.Module) -> bool:
+    return layer.get_parameter("weight").requires_grad
 
 
-def _is_convolution(kind: Any) -> bool:
+def _is_convolution(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, _ConvNd) and not kind.__name__.startswith(("_", "Lazy"))
 
 
 @contextmanager
-def _calls_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Any]]]:
+def _calls_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, GradientEdge]]]:
     """A block that collects every call: name, a copy of the input, and the gradient edge of the output."""
-    seen: list[tuple[str, Tensor, Any]] = []
+    seen: list[tuple[str, Tensor, GradientEdge]] = []
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if output.requires_grad:
             # a copy: layers that save memory may write over what they can compute again
-            seen.append((name, x.detach().clone(), torch.autograd.graph.get_gradient_edge(output)))
+            seen.append((name, x.detach().clone(), get_gradient_edge(output)))
 
     with attached(m.register_forward_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()):
         yield seen
@@ -338,18 +340,19 @@ def _slope(logs: list[float]) -> tuple[float, float]:
 
 def _cancellations(model: nn.Module, calls: list[tuple[str, Tensor, Tensor | None]]) -> tuple[Cancellation, ...]:
     """|sum| over sum of || of the terms of every weight's gradient, calls added up."""
-    signed: dict[str, Any] = {}
-    absolute: dict[str, Any] = {}
+    signed: dict[str, Tensor] = {}
+    absolute: dict[str, Tensor] = {}
     for name, x, slope in calls:
         if slope is not None:
             layer = model.get_submodule(name)
-            signed[name] = signed.get(name, 0) + _gradient_of_weight(layer, x, slope)
-            absolute[name] = absolute.get(name, 0) + _gradient_of_weight(layer, x.abs(), slope.abs())
+            for sums, terms in ((signed, (x, slope)), (absolute, (x.abs(), slope.abs()))):
+                gradient = _gradient_of_weight(layer, *terms)
+                sums[name] = sums[name] + gradient if name in sums else gradient
     return tuple(Cancellation(name, _share(signed[name], absolute[name])) for name in signed)
 
 
-def _gradient_of_weight(layer: Any, x: Tensor, slope: Tensor) -> Tensor:
-    weight: Tensor = layer.weight
+def _gradient_of_weight(layer: nn.Module, x: Tensor, slope: Tensor) -> Tensor:
+    weight = layer.get_parameter("weight")
     # without the autocast of the model's own pass, in which types may differ
     (gradient,) = torch.autograd.grad(layer.forward(x.to(weight.dtype)), weight, slope.to(weight.dtype))
     return _wide(gradient)

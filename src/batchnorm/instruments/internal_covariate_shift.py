@@ -38,6 +38,7 @@ from batchnorm.instruments.gradients import (
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require
+from batchnorm.population.tensor_trees import Batch
 
 _WEIGHTS = 5  # by default: each costs a forward and a backward pass
 
@@ -102,7 +103,7 @@ class GradientShift:
 
 def gradient_shift(
     model: nn.Module,
-    batch: Any,
+    batch: Batch,
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     layers: Sequence[str] | None = None,
@@ -164,7 +165,7 @@ def gradient_shift(
     return GradientShift(tuple(shifted), float(value), floor)
 
 
-def check_optimizer(optimizer: Any, parameters: Sequence[Tensor], what: str) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], what: str) -> None:
     """Refuse what is no optimizer of these parameters, or cannot take a step by itself."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"{what} needs a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the optimizer.")

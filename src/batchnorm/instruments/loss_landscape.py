@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from batchnorm.instruments.internal_covariate_shift import check_optimizer, move
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require
+from batchnorm.population.tensor_trees import Batch
 
 FRACTIONS = (0.5, 1.0, 2.0, 4.0)  # of the update, as in the paper
 
@@ -83,7 +84,7 @@ class Landscape:
 
 def landscape(
     model: nn.Module,
-    batch: Any,
+    batch: Batch,
     loss: Loss,
     optimizer: torch.optim.Optimizer | None = None,
     fractions: Sequence[float] = FRACTIONS,
@@ -135,22 +136,25 @@ def landscape(
         value, gradients = loss_and_gradients(model, batch, loss, parameters, what)
         finite(value, what)
         moving = _next(optimizer, lr, parameters, gradients)
-        here = [g for p, g in zip(parameters, gradients, strict=True) if p in moving]
+        here = of_one([g for p, g in zip(parameters, gradients, strict=True) if p in moving])
         update = of_one(minus(list(moving.values()), list(moving)))
-        _refuse_standstill(norm(of_one(here)), norm(update))
-
-        def evaluate(there: Sequence[Tensor]) -> tuple[Tensor, Vectors]:
-            with moved_parameters([(p, values[0]) for p, values in zip(moving, there, strict=True)]):
-                loss_there, slopes = loss_and_gradients(model, batch, loss, list(moving), what)
-            return loss_there.reshape(1), of_one(slopes)
-
+        _refuse_standstill(norm(here), norm(update))
+        evaluate = _evaluation(model, batch, loss, list(moving))
         start = [p.detach().unsqueeze(0) for p in moving]
-        again = evaluate(start)[1]
-        found = along_update(evaluate, start, value.reshape(1), of_one(here), update, fractions)
-    floor = float(norm(minus(again, of_one(here))) / norm(of_one(here)))
+        floor = float(norm(minus(evaluate(start)[1], here)) / norm(here))
+        found = along_update(evaluate, start, value.reshape(1), here, update, fractions)
     losses = tuple(found.losses[0].tolist())
     numbers = {name: float(getattr(found, name)) for name in _NUMBERS}
     return Landscape(loss=float(value), fractions=tuple(map(float, fractions)), losses=losses, floor=floor, **numbers)
+
+
+def _evaluation(model: nn.Module, batch: Batch, loss: Loss, moving: list[Tensor]) -> Evaluate:
+    def evaluate(there: Sequence[Tensor]) -> tuple[Tensor, Vectors]:
+        with moved_parameters([(p, values[0]) for p, values in zip(moving, there, strict=True)]):
+            value, gradients = loss_and_gradients(model, batch, loss, moving, "landscape")
+        return value.reshape(1), of_one(gradients)
+
+    return evaluate
 
 
 _NUMBERS = ("loss_range", "gradient_change", "beta", "eta", "eta_beta", "cosine")

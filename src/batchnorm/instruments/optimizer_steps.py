@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -69,7 +69,7 @@ class Steps:
         """Whether statistics were written to since the last step; False where all layers are frozen."""
         return self._versions != _versions(self._layers)
 
-    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if torch.compiler.is_compiling():  # a step inside of compiled code leaves no room for us, and is not counted
             return
         is_inner = _is_inside_of_another()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +98,12 @@ class Passes:
         self._states = [[] for _ in found]
         return found
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, _: tuple[Tensor, ...]) -> None:
         if module.training:
             for index in range(len(self._calls)):
                 self._note(index)
 
-    def _pass(self, index: int, module: nn.Module, _: Any) -> None:
+    def _pass(self, index: int, module: nn.Module, _: tuple[Tensor, ...]) -> None:
         if module is self._layers.layers[index] and module.training:  # a replica of DataParallel is another one
             self._note(index)
 

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,13 +36,13 @@ from batchnorm.population.tensor_trees import Batch, tensors_in
 from batchnorm.record import Record
 
 if TYPE_CHECKING:
-    Loss = Callable[[Any, Any], Tensor]
+    Loss = Callable[[Batch, Batch], Tensor]
 
 PERCENTILES = (2, 16, 50, 84, 98)  # of a normal law: 2, 1 and 0 standard deviations
 _MOST_VALUES = 4096  # that percentiles are taken of
 
 
-def probe(model: nn.Module, batch: Any, loss: Loss | None = None) -> Record:
+def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
     """One look at every batch norm layer of a model on one batch; the model stays as it is, bit for bit.
 
     Measured of each layer: the gap between train and eval mode on these examples, mean square and variance of its
@@ -104,8 +105,8 @@ class Probe:
         loss: As in ``probe``.
     """
 
-    forward: Callable[[nn.Module], Any]
-    batch: Any = None
+    forward: Callable[[nn.Module], Batch]
+    batch: Batch = None
     loss: Loss | None = None
 
     @classmethod
@@ -139,7 +140,7 @@ class Probe:
             view.of_model["output_gap"] = _output_gap(trained, evaluated)
         return view
 
-    def _loss(self, output: Any) -> float | None:
+    def _loss(self, output: Batch) -> float | None:
         loss = self.loss or _usual_loss(output, self.batch)
         return None if loss is None else float(loss(output, self.batch))
 
@@ -196,7 +197,7 @@ class View:
         both = [name if name in self.units and name in earlier.units else None for name in self.layers.names]
         return [None if name is None else float(drift(earlier.units[name], self.units[name]).total) for name in both]
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, np.ndarray]:
         """Percentiles, (layers, 5): of inputs and outputs over values, of stored and batch statistics over channels.
 
         NaN for a layer that did not run.
@@ -255,7 +256,7 @@ def _quantiles(values: Tensor) -> Tensor:
     return values.quantile(torch.tensor(PERCENTILES, dtype=torch.float64) / 100)
 
 
-def _usual_loss(output: Any, batch: Any) -> Loss | None:
+def _usual_loss(output: Batch, batch: Batch) -> Loss | None:
     """The loss that the kinds of output and target leave no doubt about."""
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
@@ -267,7 +268,7 @@ def _usual_loss(output: Any, batch: Any) -> Loss | None:
     return None
 
 
-def _output_gap(trained: Any, evaluated: Any) -> float | None:
+def _output_gap(trained: Batch, evaluated: Batch) -> float | None:
     """Rms difference of outputs of any kind in standard deviations over examples; None without such an output."""
     a, b = (
         torch.cat([x.double().flatten(1) for x in _floats(y)], 1).cpu() if _floats(y) else None
@@ -279,7 +280,7 @@ def _output_gap(trained: Any, evaluated: Any) -> float | None:
     return float(((a - b).square().mean() / spread).sqrt()) if spread > 0 else None
 
 
-def _floats(value: Any) -> list[Tensor]:
+def _floats(value: Batch) -> list[Tensor]:
     """Every floating-point tensor of two axes or more in an output of any kind."""
     found = [whole(x) for x in tensors_in(value)]
     return [x for x in found if x is not None and x.is_floating_point() and x.ndim > 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.record import Record, Writer
+from batchnorm.record.log_entry import Described
 
 if TYPE_CHECKING:
     from batchnorm.instruments.snapshots import Layers
@@ -36,10 +38,10 @@ class Outlets:
         sinks: Where numbers go besides.
     """
 
-    def __init__(self, log: Any, sinks: Sequence[Sink]) -> None:
+    def __init__(self, log: str | os.PathLike[str] | None, sinks: Sequence[Sink]) -> None:
         self._log, self._sinks = log, list(sinks)
         self._writer: Writer | None = None
-        self._noted: dict[str, tuple[Any, int]] = {}  # sums of the user's numbers
+        self._noted: dict[str, tuple[float | Tensor, int]] = {}  # sums of the user's numbers
         self._no_numbers: dict[str, str] = {}  # what else was given, by name
 
     @property
@@ -156,7 +158,7 @@ def _flat(record: Record) -> Iterable[tuple[str, float]]:
     yield from ((f"batchnorm/{name}", value) for name, value in record.model.items() if value is not None)
 
 
-def _described(layers: Layers) -> list[dict[str, Any]]:
+def _described(layers: Layers) -> list[Described]:
     return [
         {
             "name": name,

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import seeing
 from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
-from batchnorm.population.tensor_trees import examples_in
+from batchnorm.population.tensor_trees import Batch, examples_in
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -126,7 +126,7 @@ class TrainEvalGap:
 
 def train_eval_gap(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Batch],
     loss: Loss,
     max_examples: int | None = None,
     *,
@@ -173,22 +173,24 @@ def train_eval_gap(
     data = list(data) if isinstance(data, Iterator) else data
     with preserve_state(model), uncompiled(), torch.no_grad():
         layers, exact, stored = _measure(model, named, data, max_examples, device)
-        batches = Batches(
-            data, max_examples, device_of(model) if device is None else torch.device(device), who="train_eval_gap"
-        )
+        at = device_of(model) if device is None else torch.device(device)
+        batches = Batches(data, max_examples, at, who=what)
         losses, weights, seen = _losses(model, batches, loss, layers, _choices(stored, exact))
-    trained, stored_loss, exact_loss, *alone = torch.tensor(losses, dtype=torch.float64).T  # (batches,) each
+    away = {name: _standard_errors(layer, stored[name], exact[name], seen[name]) for name, layer in layers.items()}
+    return _summary(torch.tensor(losses, dtype=torch.float64), weights, away)
+
+
+def _summary(losses: Tensor, weights: list[int], away: dict[str, tuple[float, float]]) -> TrainEvalGap:
+    """From the losses of every batch, (batches, 3 + layers), its examples, and how far layers' statistics are away."""
+    trained, stored, exact, *alone = losses.T  # (batches,) each
     mean = partial(_estimate, torch.tensor(weights, dtype=torch.float64))
-    gaps = [
-        LayerGap(name, mean(stored_loss - loss), *_standard_errors(layer, stored[name], exact[name], seen[name]))
-        for (name, layer), loss in zip(layers.items(), alone, strict=True)
-    ]
-    stale = mean(stored_loss - exact_loss)
+    gaps = [LayerGap(name, mean(stored - loss), *away[name]) for name, loss in zip(away, alone, strict=True)]
+    stale = mean(stored - exact)
     return TrainEvalGap(
         batch=mean(trained),
-        population=mean(exact_loss),
-        eval=mean(stored_loss),
-        noise=mean(exact_loss - trained),
+        population=mean(exact),
+        eval=mean(stored),
+        noise=mean(exact - trained),
         stale=stale,
         layers=tuple(gaps),
         together=stale.value - sum(gap.share.value for gap in gaps),
@@ -198,7 +200,11 @@ def train_eval_gap(
 
 
 def _measure(
-    model: nn.Module, named: dict[str, _BatchNorm], data: Any, max_examples: int | None, device: Any
+    model: nn.Module,
+    named: dict[str, _BatchNorm],
+    data: Iterable[Batch],
+    max_examples: int | None,
+    device: torch.device | str | None,
 ) -> tuple[dict[str, _BatchNorm], dict[str, Statistics], dict[str, Statistics]]:
     """The layers that can be measured, in the order of execution, their exact and their stored statistics."""
     before = {name: _statistics(layer) for name, layer in named.items() if layer.running_mean is not None}
@@ -252,7 +258,7 @@ def _losses(
     return losses, weights, seen
 
 
-def _loss(model: nn.Module, batch: Any, loss: Loss) -> float:
+def _loss(model: nn.Module, batch: Batch, loss: Loss) -> float:
     with preserve_random_state():
         return float(finite(scalar(loss(call(model, batch), batch), "train_eval_gap"), "train_eval_gap"))
 

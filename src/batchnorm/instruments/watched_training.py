@@ -14,6 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, final
 
@@ -397,5 +398,4 @@ class Watch:
         return too_short(self.steps - self._began, LEAST - 1)
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+_warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=3)

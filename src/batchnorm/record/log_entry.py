@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchnorm.record.quantities import QUANTITIES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+JsonValue = str | float | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
+Line = dict[str, Any]  # a line of a log as JSON has it
+Described = Mapping[str, Any]  # a layer, as the start of a log describes it
 
 # digits of a layer's number in a log, whose noise is above a hundredth, and of a model's
 _DIGITS, _MODEL_DIGITS = 3, 5
@@ -33,7 +40,7 @@ class Record:
     model: Mapping[str, float | None] = field(default_factory=dict)
     tier: str = "free"
     seconds: float = 0.0
-    arrays: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, quantity: str) -> dict[str, float | None]:
         """One quantity of every layer by the layer's name."""
@@ -41,7 +48,7 @@ class Record:
             raise KeyError(f"expected one of {', '.join(self.values)}, got {quantity!r}.")
         return dict(zip(self.layers, self.values[quantity], strict=True))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Line:
         """The record as JSON-able data, without its arrays; what is not finite becomes None."""
         values = {name: [plain(value) for value in row] for name, row in self.values.items()}
         model = {name: plain(value, _MODEL_DIGITS) for name, value in self.model.items()}

@@ -6,12 +6,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
+
+    from batchnorm.record.log_entry import JsonValue, Line
 
 STREAM = "record.jsonl"
 ARRAYS = "arrays"
@@ -20,6 +22,7 @@ _KIND = re.compile(rb'^\{"kind":"(\w+)"(?:,"step":(\d+))?')
 _FILE = re.compile(rf"{ARRAYS}/\d+\.safetensors")
 _READABLE = 1
 _BLOCK = 1 << 24
+Place = tuple[int, int, int]  # of a line: its step, and where it is in the file by offset and length
 
 
 class Log:
@@ -46,7 +49,7 @@ class Log:
             )
         self.damaged = 0
         self._size = 0
-        self._lines: dict[str, list[tuple[int, int, int]]] = {kind: [] for kind in _KINDS}  # step, offset, length
+        self._lines: dict[str, list[Place]] = {kind: [] for kind in _KINDS}  # step, offset, length
         self.refresh()
 
     def refresh(self) -> int:
@@ -89,7 +92,7 @@ class Log:
             )
 
     @property
-    def start(self) -> dict[str, Any]:
+    def start(self) -> Line:
         """The last ``start`` line; {} before there is one."""
         rows = self.rows("start")
         return rows[-1] if rows else {}
@@ -114,7 +117,7 @@ class Log:
         """Number of lines of a kind."""
         return len(self._lines[kind])
 
-    def rows(self, kind: str, *, first: int = 0, most: int | None = None) -> list[dict[str, Any]]:
+    def rows(self, kind: str, *, first: int = 0, most: int | None = None) -> list[Line]:
         """Lines of a kind as dicts, in the order in which they were written.
 
         Args:
@@ -125,13 +128,13 @@ class Log:
         return self._parsed(self._thinned(self._lines[kind][first:], most))
 
     @staticmethod
-    def _thinned(items: list[Any], most: int | None) -> list[Any]:
+    def _thinned(items: list[Place], most: int | None) -> list[Place]:
         if most is None or len(items) <= most:
             return items
         stride = -(-len(items) // most)
         return items[(len(items) - 1) % stride :: stride]
 
-    def _parsed(self, lines: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    def _parsed(self, lines: list[Place]) -> list[Line]:
         rows = []
         with self._path.open("rb") as file:
             for _, start, length in lines:
@@ -144,7 +147,7 @@ class Log:
                 rows.append(row)
         return rows
 
-    def arrays(self, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def arrays(self, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
         """The arrays that an ``arrays`` line names.
 
         Raises:

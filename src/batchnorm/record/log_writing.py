@@ -9,11 +9,11 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from batchnorm.files.whole import replacing
-from batchnorm.record.log_entry import Record, plain
+from batchnorm.record.log_entry import Described, JsonValue, Line, Record, plain
 from batchnorm.record.log_reading import ARRAYS, STREAM, Log
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Writer:
         OSError: If nothing can be written there at the start.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], layers: Sequence[Mapping[str, Any]], **about: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str], layers: Sequence[Described], **about: JsonValue) -> None:
         self.folder = Path(folder)
         self.layers = tuple(layer["name"] for layer in layers)
         self.failures = 0
@@ -63,7 +63,7 @@ class Writer:
             self.close()
             raise
 
-    def _continue(self, path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
+    def _continue(self, path: Path, layers: Sequence[Described]) -> None:
         if not path.stat().st_size:
             return
         with path.open("rb") as file:
@@ -91,7 +91,7 @@ class Writer:
             "event", {"step": step, "seconds": round(time.time(), 2), "code": code, "layer": layer, "message": message}
         )
 
-    def end(self, step: int, reason: str, **about: Any) -> None:
+    def end(self, step: int, reason: str, **about: JsonValue) -> None:
         """Append how it ended, and let go of the log."""
         self._append("end", {"step": step, "seconds": round(time.time(), 2), "reason": reason, **about})
         self.close()
@@ -121,7 +121,7 @@ class Writer:
         else:
             self._append("arrays", {"step": record.step, "file": f"{ARRAYS}/{name}", "names": sorted(record.arrays)})
 
-    def _append(self, kind: str, fields: Mapping[str, Any], *, must: bool = False) -> None:
+    def _append(self, kind: str, fields: Line, *, must: bool = False) -> None:
         if self._file < 0:
             return
         line = json.dumps({"kind": kind, **fields}, separators=(",", ":"), allow_nan=False) + "\n"
@@ -150,7 +150,7 @@ class Writer:
             )
 
 
-def _compact(values: Any) -> np.ndarray:
+def _compact(values: np.ndarray) -> np.ndarray:
     """Half precision: 3 digits, enough for what is drawn; what exceeds its range becomes the largest it has."""
     import numpy as np
 
@@ -158,7 +158,7 @@ def _compact(values: Any) -> np.ndarray:
     return np.ascontiguousarray(np.clip(np.asarray(values, dtype=np.float64), -most, most).astype(np.float16))
 
 
-def _difference(there: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, Any]]) -> str:
+def _difference(there: Sequence[Described], here: Sequence[Described]) -> str:
     """How the layers of a log differ from those that are to be logged; "" if they do not, or it names none."""
     if there and len(there) != len(here):
         return f"{len(there)} layers, expected {len(here)}"
@@ -168,7 +168,7 @@ def _difference(there: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, 
     return ""
 
 
-def _described(layer: Mapping[str, Any]) -> str:
+def _described(layer: Described) -> str:
     kind = f"{layer['kind']} " if "kind" in layer else ""
     return f"{kind}{layer.get('name')!r} of {layer.get('channels')} channels"
 

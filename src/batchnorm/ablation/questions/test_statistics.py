@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from batchnorm.experiment.judgement import Verdict
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
+from batchnorm.population.tensor_trees import Batch
 from batchnorm.reporting.charts.chart_data import Chart, Rows
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def read(subject: Subject, model: nn.Module, seed: int) -> ModelReadings:
     return ModelReadings(batch, stored, population, alone)
 
 
-def _by_batch(subject: Subject, model: nn.Module, held: list[Any], seed: int) -> dict[int, HeldOutReading]:
+def _by_batch(subject: Subject, model: nn.Module, held: list[Batch], seed: int) -> dict[int, HeldOutReading]:
     """In random batches of every size, with batch norm in train mode and all else in eval mode."""
     pool, found = None if subject.data.whole else joined(held), {}
     total = examples_in(pool) if pool is not None else 0
@@ -94,7 +95,7 @@ def _by_batch(subject: Subject, model: nn.Module, held: list[Any], seed: int) ->
     return found
 
 
-def _by_population(subject: Subject, model: nn.Module, held: list[Any]) -> HeldOutReading | None:
+def _by_population(subject: Subject, model: nn.Module, held: list[Batch]) -> HeldOutReading | None:
     """None where there are no finite statistics."""
     with kept_buffers(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of layers that no forward reaches, and of NaN
@@ -107,13 +108,13 @@ def _by_population(subject: Subject, model: nn.Module, held: list[Any]) -> HeldO
     return None
 
 
-def _up_to(examples: int, batches: Sequence[Any]) -> list[Any]:
+def _up_to(examples: int, batches: Sequence[Batch]) -> list[Batch]:
     """The first whole batches that have so many examples together, or all."""
     counts = torch.tensor([0, *map(examples_in, batches)]).cumsum(0)
     return [batch for batch, before in zip(batches, counts, strict=False) if int(before) < examples]
 
 
-def _mean(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> HeldOutReading:
+def _mean(subject: Subject, model: nn.Module, batches: Sequence[Batch]) -> HeldOutReading:
     counts = torch.tensor([float(examples_in(batch)) for batch in batches])
     losses = torch.tensor([float(subject.value(model, batch)) for batch in batches])
     right = [subject.accuracy(model, batch) for batch in batches]
@@ -123,7 +124,7 @@ def _mean(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> HeldOut
     return HeldOutReading(loss, float((torch.tensor(known) * counts).sum() / counts.sum()) if whole else None)
 
 
-def _alone(model: nn.Module, held: list[Any], *, whole: bool) -> float | None:
+def _alone(model: nn.Module, held: list[Batch], *, whole: bool) -> float | None:
     """In eval mode, the same examples alone and together."""
     if whole or not is_rows(held[0]):
         return None

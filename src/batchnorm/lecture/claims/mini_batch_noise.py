@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from batchnorm.lecture.ensemble_training import accuracies, losses, sgd
 from batchnorm.lecture.networks import Ensemble, Norm, fully_connected
 from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
-from batchnorm.reporting.charts.chart_data import Chart
+from batchnorm.reporting.charts.chart_data import Chart, Rows
 
 SIZES = (64, 64, 64, 10)
 TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
@@ -231,7 +230,7 @@ def _numbers(noise: Noise, arms: Mapping[int, Arm], naive: Mapping[int, Arm]) ->
 _MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal law, exact"
 
 
-def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> list[dict[str, Any]]:
+def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> Rows:
     """Measured values (sizes, seeds) and dashed theories at every size of MEASURED."""
     rows = paired_seeds.curve(MEASURED, values, middle=torch.mean, series=_MEASURED, panel=panel)
     for name, formula in theories.items():
