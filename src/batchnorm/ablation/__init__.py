@@ -35,8 +35,8 @@ def train_and_ask(
         subject: The model, its data and its loss.
         plan: What is trained.
         command: The command line that repeats it.
-        checkpoint: A trained model, of which noise and test time are asked in place of those trained here.
-        advance: Told the share that is done.
+        checkpoint: A trained model; noise and test time are measured on it instead of the models trained here.
+        advance: Called with the share that is done.
         say: Given each outcome as it comes.
     """
     from batchnorm.ablation import model_as_it_is
@@ -71,7 +71,7 @@ def look(
     subject: Subject, model: nn.Module, seeds: range, command: str, *,
     advance: Advance = lambda _: None, say: Say = lambda _: None,
 ) -> Answers:  # fmt: skip
-    """Ask one model as it is what can be asked without training; it is left as it was."""
+    """Ask the questions that need no training of one model, which is not changed."""
     from batchnorm.ablation.model_as_it_is import claims
     from batchnorm.ablation.user_model import undisturbed
 

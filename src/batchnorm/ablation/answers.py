@@ -26,15 +26,15 @@ _EQUAL = 1.5  # the margin of the criterion on steps
 @final
 @dataclass(frozen=True, slots=True)
 class Answers(Verdicts):
-    """What was asked of a model, with what came out; further arguments are those of Verdicts.
+    """The questions asked of a model and their answers; further arguments are those of Verdicts.
 
     Args:
         model: The model as the command line has it.
         trained: Whether anything was trained.
         steps: Training steps of each run.
-        idle: Of the arms "with" and "without" those that learned at no rate.
-        late: Of these arms those of which a seed never reached the target, so that ratios are bounds.
-        advice: What would do an arm more justice; "" for nothing.
+        idle: The arms, "with" or "without", that learned at no rate.
+        late: The arms of which a seed never reached the target, so that ratios are bounds.
+        advice: A setting that would be fairer to an arm; "" for none.
     """
 
     criteria: ClassVar[Criteria] = CRITERIA
@@ -59,7 +59,7 @@ class Answers(Verdicts):
 
     @property
     def second(self) -> str:
-        """Which of the reasons hold here, and which do not."""
+        """The reasons that hold here, and those that do not."""
         rest = [(o.claim.title.lower(), _whole(o.result.verdicts)) for o in self.outcomes if o.claim.name != "speed"]
         alike = {words: [title for title, how in rest if how == words] for words in _WORDS.values()}
         parts = [f"{words}: {', '.join(titles)}" for words, titles in alike.items() if titles]
@@ -112,7 +112,7 @@ def _of_training(answers: Answers) -> str:
 
 
 def _headline(answers: Answers, verdict: Verdict) -> str:
-    """The template of the headline, by the verdict, the arms that learned nothing, and those that came late."""
+    """The template of the headline for this verdict, for arms that learned nothing, and for late arms."""
     _, low, high = verdict.ratios
     alike = low > 1 / _EQUAL and high < _EQUAL
     if verdict.status is Status.OPPOSITE:

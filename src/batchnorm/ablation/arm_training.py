@@ -30,7 +30,7 @@ def train(
 ) -> tuple[Tensor, nn.Module]:
     """The loss before each step, (steps,), and the trained model; infinity from the step on at which it diverged.
 
-    A forward pass or loss that raises once parameters have run away counts as that. The same seed gives the same
+    A forward pass or a loss that raises after parameters have run away is divergence too. The same seed gives the same
     first weights, batches, order and dropout in every arm.
     """
     model = make_arm(subject, arm, seed)

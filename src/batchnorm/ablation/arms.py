@@ -60,8 +60,8 @@ def strip(model: nn.Module) -> None:
 def fix(model: nn.Module, batch: Batch) -> None:
     """Make every batch norm layer normalize by the statistics of this batch, in train mode, from now on.
 
-    On this batch the outputs are those of the model as it was in train mode, but for rounding: the variance that is
-    stored is the biased one, by which train mode normalizes.
+    On this batch the outputs equal those of the model in train mode, except for rounding: the stored variance is the
+    biased one, as in train mode.
     """
     found: dict[str, Moments] = {}
 

@@ -18,7 +18,7 @@ from batchnorm.layers import batch_norms
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
-SECONDS = 150.0  # that a run should take where neither steps nor seeds are given
+SECONDS = 150.0  # that a run should take, if neither steps nor seeds are given
 _PILOT = 12  # steps of the runs that time is measured by: so few are looked at as often as a longer run is
 _SLOW, _FEW = 0.2, 2  # seconds of a step from which on so few must do, and looks are taken for 40 steps
 _LOOKING = 40
@@ -132,7 +132,7 @@ def _unscaled(subject: Subject) -> str:
 
 
 def _timed(subject: Subject, seed: int, rate: float) -> Cost:
-    """What the parts of a study take on this machine, as busy as it is, from a few short runs."""
+    """The seconds that the parts of a study take on this machine now, from a few short runs."""
     train(subject, WITH, seed, rate, 1)  # what happens once, such as imports, is no part of a run
     short = _seconds(partial(train, subject, WITH, seed, rate, 1))
     pilot = _FEW if short > _SLOW else _PILOT

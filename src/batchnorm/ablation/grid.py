@@ -111,7 +111,7 @@ class Grid:
         return int(worst.argmin())
 
     def unlearned(self, arm: str, rate: int) -> str:
-        """What to say of an arm that has not learned at a rate; "" where it has."""
+        """Why an arm has not learned at a rate, in words; "" if it has."""
         needed = self.start - LEARNED * abs(self.start)
         final = self.final(arm)[:, rate]
         if bool((final <= needed).all()):

@@ -153,7 +153,7 @@ def _range(values: Tensor) -> str:
 
 
 def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
-    kept = torch.linspace(0, len(names) - 1, min(_LAYERS, len(names))).round().long().unique()
+    kept = paired_seeds.evenly(len(names), _LAYERS).tolist()
     role: dict[str, Role] = {"gamma": "with"}
     found = f"The median |gamma| of a layer lies between {known(float(gamma.min()))} and {known(float(gamma.max()))}"
     rows = [{"label": _named(names[i]), "value": paired_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]

@@ -1,4 +1,4 @@
-"""A study: everything that is trained for one model, in one place that all questions read."""
+"""A study: all runs that are trained for one model; every question reads them."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Study:
         return self.watched[arm, self.grid.best(arm)]
 
     def idle(self) -> tuple[str, ...]:
-        """Arms, of those with and without batch norm, that learned at no rate."""
+        """The arms, with or without batch norm, that learned at no rate."""
         return tuple(arm for arm in PAIR if all(self.grid.unlearned(arm, n) for n in range(len(self.plan.rates))))
 
     def advice(self) -> str:
-        """What would do an arm more justice; "" for nothing."""
+        """A setting that would be fairer to an arm; "" for none."""
         at = {arm: self.grid.edge(arm) for arm in PAIR if self.grid.edge(arm)}
         if not at:
             return ""
@@ -81,7 +81,7 @@ class Study:
         return next((f"a run could not be looked at: {run.failed}" for run in runs if run.failed), "")
 
     def late(self) -> tuple[str, ...]:
-        """Arms, of those with and without batch norm, of which a seed never reached the target."""
+        """The arms, with or without batch norm, of which a seed never reached the target."""
         return tuple(arm for arm in PAIR if self.grid.arrival(arm).late)
 
 
@@ -98,7 +98,7 @@ def asked_of_trained(study: Study, name: str, measure: Measure, figures: Mapping
 
 
 def study(subject: Subject, plan: StudyPlan, advance: Advance = lambda _: None) -> Study:
-    """Train everything; ``advance`` is told the share that is done."""
+    """Train everything; ``advance`` is called with the share that is done."""
     done, total = 0, plan.runs + 4 * plan.seeds
 
     def one_more() -> None:

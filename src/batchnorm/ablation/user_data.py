@@ -52,7 +52,7 @@ class Data:
         held: Held-out batches.
         pool: All training examples as one batch, or None where they cannot be joined.
         size: Examples in a batch.
-        dropped: Batches of one example, which cannot be normalized by themselves, that were left out.
+        dropped: Number of batches of one example, which were left out because they cannot be normalized.
         whole: Whether batches must stay as the loader gave them.
     """
 
@@ -84,7 +84,7 @@ class Data:
         return cls(fitted, held, None if whole else joined(fitted), examples_in(fitted[0]), dropped, whole)
 
     def kept_whole(self) -> Data:
-        """The same for a model that takes batches as they are and no part of one."""
+        """The same data for a model that accepts only whole batches."""
         return replace(self, pool=None, whole=True)
 
     @property
@@ -126,7 +126,7 @@ def regrouped(batches: Sequence[Batch], size: int, seed: int) -> list[Batch] | N
 
 
 def inputs_of(batch: Batch) -> Tensor | None:
-    """The input that a model gets of a batch where that is one floating-point tensor with features, else None."""
+    """The model's input in a batch if it is one floating-point tensor with features, else None."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     is_one = isinstance(first, Tensor) and first.is_floating_point() and first.ndim >= 2
     return first if is_one else None

@@ -1,4 +1,4 @@
-"""What is asked about: the user's model, made anew for every seed, its data and its loss."""
+"""The subject of the questions: the user's model, made anew for every seed, its data and its loss."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Subject:
             )
 
     def _first_loss(self, model: nn.Module, batch: Batch) -> float:
-        """The loss before any training; 0 where a pass or a loss raises, which the training will tell."""
+        """The loss before any training; 0 if a pass or a loss raises, because the training raises it again."""
         with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -114,7 +114,7 @@ class Subject:
                 return 0.0
 
     def _takes_parts(self, model: nn.Module) -> bool:
-        """Whether half of a batch has an answer where a whole one has; a model that has none at all is told later."""
+        """Whether the model accepts half of a batch; True if it accepts no batch, because the training raises that."""
         if self.data.whole:
             return True
         batch = self.data.train[0]
@@ -152,7 +152,7 @@ def own_statistics(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """A block after which stored statistics and training flags are what they were before."""
+    """A block after which stored statistics and training flags are as before."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     try:

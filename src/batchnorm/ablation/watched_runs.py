@@ -37,7 +37,7 @@ class WatchedRun:
         moved: Drift of what each layer received from one look to the next, layer -> (T,).
         floor: What halves of the probe differ by, mean over looks, layer -> number.
         probed: Steps at which the loss was probed along the gradient.
-        landscape: What was met there, fields of (P,); shorter where it diverged.
+        landscape: The loss along the gradient at these steps, fields of (P,); shorter if the run diverged.
         failed: What ended the looks before the run ended; "" for nothing.
     """
 

@@ -1,4 +1,4 @@
-"""A claim as data: what is asked, by which criteria that were fixed beforehand, what was measured, what it shows.
+"""A claim as data: its words, its experiment, and the verdicts, charts and numbers that the experiment gives.
 
 Nothing here computes or draws. A claim's own file measures and fills a Result.
 """
@@ -26,9 +26,9 @@ class Claim:
         name: What the command line calls it.
         title: A few words.
         sentence: The lecture's sentence, in our words.
-        arms: What is compared, on which data, with which budget: two to four sentences.
+        arms: The arms, data and budget of the experiment: two to four sentences.
         how_to_read: Two sentences on reading the charts.
-        not_shown: What the experiment does not show: one to three sentences.
+        not_shown: The limits of the experiment: one to three sentences.
         sources: Papers the experiment follows.
         run: Measures and returns the Result. Its module imports torch, so it is loaded when a claim runs.
     """
@@ -53,7 +53,7 @@ def claim(room: str, name: str, run: Callable[[RunSettings, Progress], Result], 
 
     Args:
         room: The package that has the file.
-        name: What the command line calls it, and the file where it has no other entry for it.
+        name: Its name on the command line and in the file.
         run: Measures and returns the Result.
         figures: Numbers and words for the braces.
     """
@@ -62,7 +62,7 @@ def claim(room: str, name: str, run: Callable[[RunSettings, Progress], Result], 
     return Claim(name=name.partition(AS_IT_IS)[0], sources=words["sources"], run=run, **texts)
 
 
-AS_IT_IS = "-as-it-is"  # ends the entry of a question whose words are others where nothing is trained
+AS_IT_IS = "-as-it-is"  # ends the entry of a question that has other words when nothing is trained
 
 
 def chart(
@@ -74,7 +74,7 @@ def chart(
     Args:
         room, claim, name: Where the file has its kind, title, description and axes.
         rows, series, dashed: As in Chart; a series without a row is left out.
-        x, y: Axes that depend on what was measured, in the place of the file's.
+        x, y: Axes that depend on the measurement, instead of the file's.
         figures: Numbers and words for the braces; ``title`` where the file has none.
     """
     entry = room_table(room, "claims")[claim]["charts"][name]

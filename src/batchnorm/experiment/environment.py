@@ -1,4 +1,4 @@
-"""What numbers depend on beside the settings: versions and the machine."""
+"""The environment of a run: versions and the machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """The processor's name if the system has it, else its architecture."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a Linux interface, absent elsewhere
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Numbers in sentences: a sentence is a template and its figures, and this is the one place where it is written out.
+"""Numbers in sentences: a sentence is a template with figures, and only this module fills it in.
 
 A template names its figures in braces, with Python's format after a colon. Three formats are our own: ``times`` for
 ratios, ``share`` for signed shares, ``known`` for a number of two digits that may not exist.
@@ -51,7 +51,7 @@ def minus(text: str) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio with the digits that count, such as 4.7, 0.83, 120 or 3e+29; "any number of" for infinity."""
+    """A ratio with its significant digits, such as 4.7, 0.83, 120 or 3e+29; "any number of" for infinity."""
     if ratio == math.inf:
         return "any number of"
     if ratio >= _MANY:
@@ -69,7 +69,7 @@ def share(value: float) -> str:
 
 
 def known(value: float, digits: int = 2) -> str:
-    """A number with the digits that count; "not known" where it is none."""
+    """A number with its significant digits; "not known" for NaN and infinity."""
     return f"{value:.{digits}g}" if math.isfinite(value) else "not known"
 
 

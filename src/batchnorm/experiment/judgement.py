@@ -12,7 +12,7 @@ from typing import Literal
 from batchnorm.experiment.figures_in_words import Figure, filled, in_words
 from batchnorm.experiment.room_tables import Table, room_table
 
-# A side of a comparison that never arrived counts with the last step: then the effect is a bound
+# An arm that never reaches the target counts with the last step; the effect is then a bound
 Bound = Literal["", "at least", "at most"]
 Interval = tuple[float, float]
 Json = dict[str, object]
@@ -27,13 +27,13 @@ class Criterion:
 
     Args:
         key: Name, ``<claim>-<what>``.
-        question: What is asked, one sentence a newcomer understands, ending in a question mark.
-        quantity: What is computed for each seed, with its unit.
+        question: One sentence that a newcomer understands, ending in a question mark.
+        quantity: The quantity that is computed for each seed, with its unit.
         supported: Open interval of effects that support the claim.
-        opposite: Open interval of effects that show the opposite, or None where there is none.
-        guard: What must hold for the arms to be comparable, in words; "" for nothing.
-        log: Base of the logarithm, where the effect is that of a ratio; 0 where it is the quantity itself.
-        compares: The two sides of that ratio, and where they are compared; "" where ``quantity`` names them.
+        opposite: Open interval of effects that show the opposite, or None.
+        guard: A condition without which the arms cannot be compared, in words; "" for none.
+        log: Base of the logarithm if the effect is the logarithm of a ratio, else 0.
+        compares: The two sides of the ratio and the condition; "" if ``quantity`` names them.
     """
 
     key: str
@@ -133,13 +133,13 @@ class Verdict:
     """What a criterion came to, in figures; every sentence about it is made from them.
 
     Args:
-        criterion: What was asked, of which quantity, between which sides.
+        criterion: The question, the quantity, and the sides that are compared.
         status: The outcome.
         estimate: The effect; None where it could not be computed.
         words: The measurement as a template that names its figures, such as "{fast} steps instead of {slow}".
         figures: The numbers and names of ``words``.
-        bound: Whether the effect is a bound, because one side never arrived.
-        failed_guard: For INVALID, what did not hold, with its number.
+        bound: "at least" or "at most" if one side never reached the target.
+        failed_guard: For INVALID, the condition that failed, with its number.
     """
 
     criterion: Criterion
@@ -157,7 +157,7 @@ class Verdict:
 
     @property
     def told(self) -> str:
-        """What stands beside the status: the guard that failed, else the sentence."""
+        """The guard that failed, else the sentence."""
         return self.failed_guard or self.sentence
 
     @property
@@ -191,7 +191,7 @@ class Criteria(Mapping[str, Criterion]):
     Args:
         version: Raised when a criterion changes.
         level: Of the confidence intervals that verdicts are read off.
-        table: In the order in which they are asked.
+        table: In the order of the questions.
     """
 
     version: str
@@ -200,7 +200,7 @@ class Criteria(Mapping[str, Criterion]):
 
     @classmethod
     def read(cls, room: str, **figures: Figure) -> Criteria:
-        """Those of a room's file ``criteria.toml``, whose texts name figures in braces."""
+        """The criteria of a room's file ``criteria.toml``; its texts name figures in braces."""
         file = room_table(room, "criteria")
         entries = ((key, table) for key, table in file.items() if isinstance(table, dict))
         return cls(file["version"], file["level"], tuple(Criterion.read(key, t, figures) for key, t in entries))

@@ -41,14 +41,14 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """Every outcome of one run; a subclass knows its criteria and what to say of them together.
+    """Every outcome of one run; a subclass adds its criteria and a headline.
 
     Args:
         settings: Seeds and effort.
         outcomes: One for each claim that ran.
         command: The command line that repeats the run.
-        measured: How it was measured, what -> text, where a run has its own words for it.
-        unasked: Question -> why it was not asked.
+        measured: How the numbers were measured, topic -> text, where a run has its own words.
+        unasked: Question -> reason why it was not asked.
     """
 
     criteria: ClassVar[Criteria]

@@ -39,6 +39,11 @@ def factor(ratios: Tensor) -> float:
     return float(ratios.log2().mean().exp2())
 
 
+def evenly(count: int, most: int) -> Tensor:
+    """At most ``most`` of ``count`` places, evenly spaced, both ends included."""
+    return torch.linspace(0, max(count - 1, 0), min(most, count)).round().long().unique()
+
+
 def curve(
     x: Iterable[float],
     values: Tensor,
@@ -88,7 +93,7 @@ class Arrival:
 
     @property
     def steps(self) -> Tensor:
-        """Each seed's steps; one that never arrived counts with the last, (seeds,), so ratios are bounds."""
+        """Each seed's steps, (seeds,); a seed that never arrived counts with the last step, so ratios are bounds."""
         return self.first.clamp_max(self.last)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run of experiments is determined by: its seeds, and how much is trained."""
+"""The settings that determine a run of experiments: seeds and effort."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class RunSettings:
         return range(self.seed, self.seed + self.seeds)
 
     def steps(self, full: int) -> int:
-        """The number of steps where ``full`` is what a verdict needs; at least 20."""
+        """The number of steps, where a verdict needs ``full``; at least 20."""
         return max(20, round(full * self.effort))

@@ -56,7 +56,7 @@ class WeightAngle:
         angle: Per step, rms over filters and steps, radians.
         effective_rate: eta / ||w||^2, median over filters, before the last step.
         invariance: Median over filters, then over steps; NaN without gradients.
-        tolerance: Below which ``invariance`` counts as 0: a tenth of what unrelated directions have.
+        tolerance: An ``invariance`` below it counts as 0: a tenth of the value for unrelated directions.
         invariant: Whether it does.
         equilibrium: theta*, rms over steps, radians; None if the weight is not invariant, has no weight decay, or
             for other optimizers.
@@ -166,7 +166,7 @@ class Angles:
         self._before = None
 
     def report(self, last: int | None = None) -> AngleReport:
-        """Every weight over the last so many measured steps, or all that are remembered.
+        """Every weight over the last measured steps, by default all that are kept.
 
         Raises:
             RuntimeError: If no step was measured.
@@ -245,7 +245,7 @@ def _weights(model: nn.Module) -> list[_Weight]:
 
 
 def _mean_square_angle(before: Tensor, after: Tensor) -> Tensor:
-    """Mean over filters; those that are 0 have no direction and are left out."""
+    """Mean over filters; filters that are 0 have no direction and are left out."""
     a, b = (w.to(exact_dtype(w.device)) for w in (before, after))
     chord = (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).norm(dim=1)
     # the arccos of a cosine near 1 would lose half of the digits

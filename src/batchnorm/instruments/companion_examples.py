@@ -1,4 +1,4 @@
-"""Companions: how much of a prediction is owed to the other examples that happen to be in the batch.
+"""Companions: how much a prediction depends on the other examples in the batch.
 
 In train mode a batch norm layer makes every output depend on all examples of its batch. One example x is given to the
 model again and again with M - 1 companions drawn at random from a pool, everything else being equal:

@@ -72,8 +72,8 @@ class StepWindow:
     def of(cls, window: Sequence[Snapshot] | Sequence[End], layers: Layers) -> StepWindow:
         """Read a window of W + 1 copies that were taken after consecutive steps; W is at least 3.
 
-        Of plain snapshots the passes of a step are taken for independent ones. Of ends of steps they are compared as
-        they are, and what they could not be told apart for is NaN.
+        With plain snapshots, the passes of a step count as independent. With ends of steps, each pass is compared with
+        its like; numbers of single passes are NaN where the passes of a step were not separated.
         """
         if len(window) < LEAST:
             raise ValueError(f"a window needs {LEAST} snapshots or more, got {len(window)}. Take more steps.")

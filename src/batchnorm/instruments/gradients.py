@@ -77,7 +77,7 @@ class GradientDepth:
     """Gradients by depth.
 
     Args:
-        layers: In the order of execution; only those that ran.
+        layers: The layers that ran, in the order of execution.
         factor: By which S grows for each layer on the way back; NaN for fewer than two layers.
         error: Standard error of log(factor) by the scatter of its steps from layer to layer; NaN for fewer than three
             layers.
@@ -112,8 +112,8 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
     one network scatters by ``error``, mostly from its random weights; a cancellation of K independent normal terms is
     about 1 / sqrt(K), not 0. The input of batch norm itself has no cancellation to tell of: its gradients sum to 0.
 
-    How to read it: a factor above 1 are gradients that explode towards the input, below 1 ones that vanish; 1.47
-    at initialization is what batch norm with ReLU does by itself. It misleads where widths differ much (S is a sum
+    How to read it: with a factor above 1 gradients explode towards the input, below 1 they vanish. Batch norm with
+    ReLU alone has 1.47 at initialization. It misleads where widths differ much (S is a sum
     over channels), with skip connections (the gradient past the layer counts as well, and a layer is not a step of
     depth), and for a loss that is a mean: S then has a factor of 1 / N^2 in all layers alike. Cancellation is that of
     one batch, so it falls with the batch size.

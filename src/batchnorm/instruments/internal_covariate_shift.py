@@ -108,22 +108,22 @@ def gradient_shift(
     optimizer: torch.optim.Optimizer,
     layers: Sequence[str] | None = None,
 ) -> GradientShift:
-    """How far one step of the parameters before a weight turns its gradient; model and optimizer stay as they are.
+    """How far a step of the earlier parameters turns a weight's gradient; model and optimizer are not changed.
 
-    The step is one that ``optimizer`` would take now on this batch, with its momentum, weight decay and learning
-    rates, taken by a copy. Gamma and beta count as parameters like others. Running statistics take no part: the
-    model runs in train mode (a model in train mode keeps the modes of its modules). Costs 2 + len(layers) forward
+    A copy of ``optimizer`` takes the step that it would take now on this batch, with its momentum, weight decay and
+    learning rates. Gamma and beta are parameters like others. Running statistics are not used: the model runs in
+    train mode (a model in train mode keeps the modes of its modules). Costs 2 + len(layers) forward
     and backward passes and the memory of two more models and one more optimizer state.
 
     Unit: ``ics`` in loss per unit of the weight; ``relative`` and ``cosine`` have none. Noise floor: ``floor``,
     measured.
 
-    How to read it: relative 0 and cosine 1 are a gradient that the other steps left as it was; relative above 1 or a
-    cosine near 0 one that was computed for a network that is no longer there. It misleads when compared between
-    weights or networks by ``ics``, which scales with the gradient; for a network that does not learn, where nothing
-    shifts; between learning rates, since it grows with the step; and where the order of parameters, which is that of
-    their registration, is not the order of execution. What a training loop does to gradients between backward and
-    step, such as clipping, is not seen.
+    How to read it: with relative 0 and cosine 1 the other steps left the gradient as it was. With relative above 1 or
+    a cosine near 0 the gradient was computed for a network that no longer exists. The numbers mislead in four cases:
+    ``ics`` scales with the gradient, so it does not compare weights or networks; a network that does not learn does
+    not shift; the shift grows with the step, so it does not compare learning rates; and parameters are taken in the
+    order of their registration, which may not be the order of execution. Changes of the gradient between backward and
+    step, such as clipping, play no part.
 
     Args:
         model: Any module, with batch norm or without, compiled or not.
@@ -182,7 +182,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tenso
 def values_after_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> dict[Tensor, Tensor]:
-    """What an optimizer would make of parameters that have these gradients; only of those that it holds.
+    """The values that an optimizer would give its parameters for these gradients.
 
     Neither the optimizer nor a parameter is changed: a copy takes the step, without anybody's hooks.
     """
@@ -203,7 +203,7 @@ def moved_parameters(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     before = [parameter.detach().clone() for parameter, _ in values]
     try:
         for parameter, value in values:
-            parameter.data.copy_(value)  # not seen by graphs that were recorded before, which stay valid
+            parameter.data.copy_(value)  # graphs that were recorded before stay valid
         yield
     finally:
         for (parameter, _), value in zip(values, before, strict=True):

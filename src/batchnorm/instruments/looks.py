@@ -42,7 +42,7 @@ class Looks:
         self._view: tuple[int, View] | None = None
 
     def free(self, step: int) -> tuple[Record, list[TrainingEvent]]:
-        """What the window that ends at this step says, and what began since the last one."""
+        """The record of the window that ends at this step, and the states that began since the last look."""
         ends = self.window.taken()
         window, seen = [end.snapshot for end in ends], StepWindow.of(ends, self._layers)
         values = {field.name: getattr(seen, field.name) for field in fields(StepWindow) if field.name in QUANTITIES}
@@ -61,7 +61,7 @@ class Looks:
         return {"shift": scale * shift(before, now, self._layers), "shift_floor": scale * floor}
 
     def probed(self, step: int, probe: Probe, model: nn.Module) -> Record:
-        """What a pass over the probe says."""
+        """The record of a pass over the probe."""
         view = probe.look(model, self._layers)
         values = {name: row for name, row in view.values().items() if name != "gap"}  # the free tier has it
         if self._view is not None:

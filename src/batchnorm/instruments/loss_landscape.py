@@ -1,4 +1,4 @@
-"""Landscape: what the loss and its gradient do along the step that training would take next.
+"""Landscape: the loss and its gradient along the next step of training.
 
 At parameters w with loss L, gradient g and update u (-rate g, or what an optimizer would do), for fractions f:
 
@@ -193,7 +193,7 @@ def _next(
     parameters: list[nn.Parameter],
     gradients: list[Tensor | None],
 ) -> dict[Tensor, Tensor]:
-    """Each parameter that moves, and where a whole update takes it."""
+    """Each parameter that moves, and its value after a whole update."""
     if optimizer is not None:
         return values_after_step(optimizer, parameters, gradients)
     assert lr is not None  # noqa: S101 - _check sees to it

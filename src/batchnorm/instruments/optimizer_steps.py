@@ -1,10 +1,10 @@
 """Steps: which calls of optimizers are a step of a model.
 
-Every torch.optim optimizer that holds one of the model's parameters counts, also one that is made in mid-training. A
-call inside of another optimizer's (``super().step()``, SAM over its base, a wrapper over several) is part of that one.
-Optimizers that share the parameters of one backward pass among them make one step together: what follows a step is the
-next one if it moves a parameter again, or if a pass in train mode came between. An optimizer that steps inside of the
-backward pass is told by its parameters alone, since activation checkpointing has passes there too.
+Every torch.optim optimizer that holds one of the model's parameters counts, also an optimizer made in mid-training. A
+call inside another optimizer's call (``super().step()``, SAM over its base, a wrapper over several) is part of the
+outer call. Several optimizers may share the parameters of one backward pass; together they make one step. A new step
+begins when a parameter moves again, or when a pass in train mode came in between. For an optimizer that steps inside
+the backward pass only its parameters count, because activation checkpointing has passes there too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Steps:
 
     Args:
         model: Whose parameters count.
-        layers: Whose stored statistics tell of passes in train mode.
+        layers: The batch norm layers; a write to their statistics is a pass in train mode.
         taken: Called after each step with the id of the optimizer that took it.
         foreign: Called after each outermost call of an optimizer that holds none of the model's parameters.
-        broken: Given what an optimizer raised when it was asked for its parameters.
+        broken: Called with the error that an optimizer raised while its parameters were read.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ def _versions(layers: Iterable[_BatchNorm]) -> int:
 
 
 def _is_inside_of_another() -> bool:
-    """Whether the call that a hook is told of was made by another optimizer's, which is told later."""
+    """Whether another optimizer made the call that the hook reports; the outer call is reported later."""
     call = sys._getframe(2)  # torch's wrapper of ``step``, one function for all optimizers
     frame = call.f_back
     while frame is not None and frame.f_code is not call.f_code:

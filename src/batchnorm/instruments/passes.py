@@ -1,12 +1,12 @@
 """Passes: what the running averages were between the forward passes of one step.
 
-After a step with several passes the running averages hold a mean of their batches, and what that mean is worth depends
-on how alike these were: four micro-batches are four draws, two passes of one batch (SAM, activation checkpointing, two
-views, a closure that is evaluated again) are one. So a copy is taken before the second pass of a step and each later
-one, which gives every pass its own statistics back, and a pass is compared with the same pass of other steps alone.
+After a step with several passes the running averages hold a mean over their batches. Four micro-batches are four
+independent draws. Two passes of one batch (SAM, activation checkpointing, two views, a closure that is evaluated again)
+are one draw. The mean alone cannot say which. So the averages are copied before the second pass of a step and before
+each later one: every pass gets its own statistics back, and is compared only with the same pass of other steps.
 
-Copies are taken in a layer's forward pre-hook, which runs in a pass of autograd's that computes activations again too.
-Code that is compiled runs past the hooks of what is inside; there the outermost module's own call is the moment.
+A layer's forward pre-hook takes the copies; it also runs when autograd computes activations again. Compiled code does
+not call the hooks of inner modules; there the call of the outermost module is the moment to copy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class End:
     Args:
         snapshot: What the layers stored then.
         between: Of each layer what it stored before the second pass of this step and each later one.
-        taker: What stands for the optimizer that took the step.
+        taker: The id of the optimizer that took the step.
     """
 
     snapshot: Snapshot
@@ -75,7 +75,7 @@ class Passes:
         self._handles: list[RemovableHandle] = []
 
     def on(self) -> None:
-        """Begin to see passes; nothing if it has begun."""
+        """Begin to watch passes; a second call does nothing."""
         if self._handles:
             return
         if _is_compiled(self._outer):
@@ -87,12 +87,12 @@ class Passes:
         ]
 
     def off(self) -> None:
-        """See no more of them."""
+        """Stop watching passes."""
         detach(self._handles)
         self.taken()
 
     def taken(self) -> tuple[tuple[State, ...], ...]:
-        """What was seen since the last step, which is over."""
+        """The copies since the last step; counting begins again."""
         found = tuple(map(tuple, self._states))
         self._calls = [0] * len(found)
         self._states = [[] for _ in found]

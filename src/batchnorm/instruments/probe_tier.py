@@ -1,7 +1,7 @@
 """The probe tier: what a fixed batch of examples looks like at the entrance of every batch norm layer.
 
 The examples pass through the model twice, in eval mode and with the layers in train mode, and the model is put back
-bit for bit (``preserve_state``). Dropout is off in both, so that what differs between the passes is batch norm.
+bit for bit (``preserve_state``). Dropout is off in both, so that only batch norm differs between the passes.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Probe:
 
     @classmethod
     def of_call(cls, args: tuple[Batch, ...], kwargs: dict[str, Batch], most: int) -> Probe:
-        """What a model was called with, up to so many examples, copied, so that no step writes into it."""
+        """The arguments of a call, up to ``most`` examples, copied so that no step writes into them."""
         with torch.no_grad():
             ((kept, named),) = Batches([(args, kwargs)], most, None)
         return cls(lambda model: model(*kept, **named))

@@ -1,4 +1,4 @@
-"""Outlets: where a watched training's numbers go, its log and what users add to it."""
+"""Outlets: the log and the sinks that receive the numbers of a watched training."""
 
 from __future__ import annotations
 
@@ -76,24 +76,24 @@ class Outlets:
                 self._no_numbers.setdefault(name, _kind(value))
 
     def no_numbers(self) -> dict[str, str]:
-        """Names of what was given and is no number, with its kind, since this was asked last; None is left out."""
+        """Names and kinds of logged values that are not numbers, since the last call; None values are left out."""
         found = {name: kind for name, kind in self._no_numbers.items() if kind}
         self._no_numbers = dict.fromkeys(self._no_numbers, "")
         return found
 
     def record(self, record: Record) -> None:
-        """Tell a record to all."""
+        """Send a record to the log and to all sinks."""
         if self._writer is not None:
             self._writer.write(record)
         self._send(record.step, dict(_flat(record)) if self._sinks else {})
 
     def event(self, step: int, message: str, layer: str | None = None, code: str | None = None) -> None:
-        """Tell the log what happened."""
+        """Write an event to the log."""
         if self._writer is not None:
             self._writer.event(step, message, layer=layer, code=code)
 
     def progress(self, step: int, cost: float) -> None:
-        """Tell how far the training is, and what the user noted."""
+        """Send the progress of the training and the means of the user's numbers."""
         means = {}
         for name, (total, count) in self._noted.items():
             try:
@@ -106,7 +106,7 @@ class Outlets:
         self._send(step, {**means, "batchnorm/cost": cost})
 
     def close(self, step: int, reason: str, cost: float) -> None:
-        """End the log, and tell sinks that it is over."""
+        """End the log, and close the sinks."""
         if self._writer is not None:
             self._writer.end(step, reason, cost=round(cost, 5))
         self._writer = None
@@ -143,7 +143,7 @@ def number_of(value: Any) -> float | Tensor:
 
 
 def _kind(value: Any) -> str:
-    """What a value that is no number is, in words; "" for None, which stands for no value."""
+    """The kind of a value that is not a number, in words; "" for None."""
     if value is None:
         return ""
     shape = getattr(value, "shape", None)

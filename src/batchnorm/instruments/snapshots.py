@@ -35,7 +35,7 @@ class Layers:
     """The batch norm layers of a model, side by side: every number of a channel in one long vector.
 
     Args:
-        named: Layers with a shape, by name; those that store no statistics read as NaN.
+        named: Layers with a shape, by name; a layer without stored statistics reads as NaN.
     """
 
     def __init__(self, named: dict[str, _BatchNorm]) -> None:
@@ -162,9 +162,9 @@ def updates(snapshots: Sequence[Snapshot], layers: Layers) -> Updates:
 
 
 def readable(tensor: Tensor | None) -> Tensor | None:
-    """A tensor as it is where it is one of the usual kind, else its numbers; None where there are none to be read.
+    """The tensor itself if it is an ordinary one, else its numbers; None if it has no readable numbers.
 
-    The usual kind is told in a microsecond, ``whole`` takes thirty.
+    The check for an ordinary tensor takes a microsecond, ``whole`` takes thirty.
     """
     if tensor is None:
         return None

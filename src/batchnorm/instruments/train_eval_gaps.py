@@ -9,14 +9,14 @@ Three losses of one data set, with the same weights and dropout off:
     L_eval - L_batch = (L_pop - L_batch) + (L_eval - L_pop)
                         noise part          stale part
 
-The noise part is what normalizing by a batch does: it shrinks with the batch size. The stale part is what is wrong
-with the running averages: lag, an average over too few batches, statistics of other data. Of a layer l,
+The noise part comes from normalizing by a batch; it shrinks with the batch size. The stale part comes from running
+averages that are wrong: they lag, average too few batches, or describe other data. The share of a layer l is
 
     share_l = L_eval - L_eval with the exact statistics in layer l alone
 
-(Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", on train-test inconsistency of statistics). How far stored
-statistics are from exact ones is told in standard errors of a running average with momentum a, whose batches differ
-by Var(mu_B):
+(Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", on train-test inconsistency of statistics). The distance of
+stored statistics from exact ones is given in standard errors of a running average with momentum a, for batches whose
+means have the variance Var(mu_B):
 
     t_mean^2 = mean (mu_stored - mu_pop)^2 / s^2 / (mean Var(mu_B) / s^2) / (a / (2 - a) + 1 / batches)
 
@@ -134,23 +134,22 @@ def train_eval_gap(
 ) -> TrainEvalGap:
     """Why the loss differs between train and eval mode, with the share of every layer; the model stays as it is.
 
-    Losses are means over examples: each batch's loss, a mean, counts by its examples. Dropout is off throughout.
-    Costs what ``recalibrate`` costs, and 3 forward passes over the data and one more for each layer. Frozen layers
-    and layers without stored statistics, and layers in eval mode in a model in train mode, are left as they are.
+    Losses are means over examples: the mean loss of a batch is weighted by its number of examples. Dropout is off. The
+    cost is that of ``recalibrate``, 3 forward passes over the data, and one more for each layer. Frozen layers, layers
+    without stored statistics, and layers in eval mode inside a model in train mode are not measured.
 
     Unit: of the loss; ``t_mean`` and ``t_var`` in standard errors. Noise floor: the errors, from the scatter of the
     differences over batches. The same batches are used for all losses, so that most of their scatter cancels. Where
     stored statistics are the exact ones, the stale part is 0 to the last digit.
 
-    How to read it: a noise part below 0 says that train mode is worse, as it is with small batches. A stale part
-    above 0 is repaired by ``recalibrate``; t below 2 is what a running average scatters by, above 4 it is stale,
-    unless rare examples are very large: a variance that has some of them in it may be above 4 by chance. In
-    batches of M values a channel's own standard deviation is sqrt((M - 1) / M) too small, which eval mode does not
-    do: at M = 2 the output's slope falls by 29 % there, and that belongs to the noise part. It misleads with data
-    other than that of training, where exact statistics of these data are a third thing, an adaptation; with
-    augmentation that differs between the two modes; with batches of another size than in training; and shares do not
-    add up where several layers are wrong (``together``). Behind another batch norm layer batches are alike by
-    construction, and t can be large for a difference that matters little: read the share first.
+    How to read it: a noise part below 0 means that train mode is worse, as with small batches. ``recalibrate`` repairs
+    a stale part above 0. A running average scatters by a t below 2; above 4 it is stale, unless rare examples are very
+    large: the variance may then exceed 4 by chance. In batches of M values the standard deviation of a channel is too
+    small by sqrt((M - 1) / M), but not in eval mode: at M = 2 the output's slope falls by 29 % in eval mode, which is
+    part of the noise. The numbers mislead with other data than in training, since exact statistics then adapt the
+    model to new data; with other augmentation in one of the modes; and with batches of another size than in training.
+    Shares do not add up if several layers are wrong (``together``). Behind another batch norm layer all batches are
+    alike by construction, so a large t may matter little: read the share first.
 
     Args:
         model: Any model with batch norm, compiled or not.

@@ -1,4 +1,4 @@
-"""Events: what changed between two looks that somebody should know of, with the doctor's code for it."""
+"""Events: changes between two looks that a user should know, each with the doctor's code for it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _TABLE = (
 
 @final
 class Events:
-    """What begins, told once until it has ended."""
+    """States of layers; each is reported when it begins, and again only after it has ended."""
 
     def __init__(self) -> None:
         self._on: set[tuple[str, str]] = set()
@@ -106,7 +106,7 @@ class Events:
         return True
 
     def of_passes(self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Iterator[TrainingEvent]:
-        """Layers with several passes in a step that could not be told apart, so that their noise is not known; once."""
+        """Layers whose passes within a step could not be separated, so that their noise is unknown; reported once."""
         rows = zip(layers, values.get("noise", ()), values.get("staleness", ()), strict=False)
         mixed = [layer for layer, noise, staleness in rows if noise is None and staleness is not None]
         if mixed and ("passes", "") not in self._on:
@@ -141,7 +141,7 @@ class Events:
 
 
 def no_steps(foreign: int) -> str:
-    """Why no step was counted, and what to do, where so many steps of other models' optimizers were seen."""
+    """Why no step was counted, and what to do; ``foreign`` is the number of steps of other models' optimizers."""
     remedy = "Call run.step() after each step if no torch.optim one takes them, or one inside of a compiled function."
     if not foreign:
         return f"watch saw no step of an optimizer. {remedy}"
@@ -153,7 +153,7 @@ def no_steps(foreign: int) -> str:
 
 
 def foreign_steps(number: int, optimizer: str) -> str:
-    """That so many steps in a row were those of an optimizer without the model's parameters."""
+    """Warns of this many steps in a row by an optimizer without the model's parameters."""
     return (
         f"{number} steps in a row of {optimizer}, which holds none of the model's parameters while its statistics "
         "move: nothing is measured. If it trains copies of them, or parameters that were replaced, call run.step() "
@@ -162,7 +162,7 @@ def foreign_steps(number: int, optimizer: str) -> str:
 
 
 def too_short(steps: int, least: int) -> str:
-    """That no look was possible in so many steps."""
+    """Says that no look was possible in this many steps."""
     return (
         f"nothing was measured in {_counted(steps)}: a look takes {least} or more in which statistics are updated, and "
         "time for it within the budget. Train for longer, or set every= lower or budget= higher"
@@ -170,7 +170,7 @@ def too_short(steps: int, least: int) -> str:
 
 
 def postponed(looks: int, budget: float) -> str:
-    """That so many looks had to wait."""
+    """Says that this many looks had to wait."""
     return f"{looks} looks were put off to stay under {budget:.1%} of the time"
 
 

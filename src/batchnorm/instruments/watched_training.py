@@ -66,31 +66,31 @@ def watch(
     loss: Loss | None = None,
     sinks: Iterable[Sink] = (),
 ) -> Watch:
-    """A block in which the training of ``model`` is measured; what it trains to is the same, bit for bit.
+    """A block in which the training of ``model`` is measured; the trained weights are the same, bit for bit.
 
-    Steps are those of every torch.optim optimizer that has one of the model's parameters, and those that share the
-    parameters of one backward pass take one together; without any call ``run.step()`` after each step. Looks are
-    ``every`` steps apart, closer at the start, and further where they would take more than ``budget`` of the time
-    of training. Two tiers are measured:
+    Every torch.optim optimizer that has one of the model's parameters counts steps; optimizers that share the
+    parameters of one backward pass take one step together. Without such an optimizer, call ``run.step()`` after each
+    step. Looks are ``every`` steps apart: closer at the start, and further apart where they would take more than
+    ``budget`` of the training time. Two tiers are measured:
 
     - free, from the running averages after ``WINDOW`` consecutive steps: batch noise, effective batch, equivalent
       dropout, staleness of stored statistics, stored against batch, shift, gamma and beta, dead channels;
     - probe, every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode.
 
-    A layer whose statistics do not move (frozen, momentum 0, unused) has None for what could not be measured. Where a
-    step has several passes, each is compared with the same pass of other steps; a compiled model that is not the one
-    given here has None for noise then, and an event that says so.
-    An error of the measuring itself ends it with a RuntimeWarning; the training goes on. Under torch.distributed
+    A layer whose statistics do not move (frozen, momentum 0, unused) has None for the numbers that need them. Where a
+    step has several passes, each pass is compared with the same pass of other steps. If the training calls another
+    compiled model than this one, passes are not visible: noise is then None, and an event says why.
+    If the measurement itself fails, it ends with a RuntimeWarning, and the training goes on. Under torch.distributed
     only rank 0 measures: its own batches with plain batch norm, all ranks' with SyncBatchNorm.
 
     Args:
         model: Any model with batch norm, compiled or wrapped or not.
-        log: Folder of the run's log, which ``batchnorm watch`` shows; one of the same model is continued. None keeps
+        log: Folder of the run's log, which ``batchnorm watch`` shows. A log of the same model is continued. None keeps
             records in memory only (``run.records``).
         every: Steps between looks.
-        budget: Largest share of the time of training that looking may take.
-        probe: The probe batch, as ``recalibrate`` takes one: (inputs, targets) lets the loss be measured. None
-            takes the inputs of the first pass in train mode, at most 64 examples; False measures no probe.
+        budget: Largest share of the training time that looks may take.
+        probe: The probe batch, as ``recalibrate`` takes one; with (inputs, targets) the loss is measured too. None
+            takes the inputs of the first pass in train mode, at most 64 examples. False measures no probe.
         loss: ``loss(output, batch)`` for the probe; None guesses as ``probe`` does.
         sinks: Where numbers go besides the log.
 
@@ -121,7 +121,7 @@ class Watch:
 
     Attributes:
         records: The last records, oldest first.
-        steps: Optimizer steps so far, with those of a log that is continued.
+        steps: Optimizer steps so far; a continued log starts with the steps it has.
     """
 
     steps = 0
@@ -175,7 +175,7 @@ class Watch:
             return self
         self._on = True
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
-            self._begin()  # a log that cannot be written is told before the training, not after its first step
+            self._begin()  # if the log cannot be written, say so before the training
         self._by_hand, self._foreign = False, 0
         self._steps = Steps(
             self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign, self._give_up
@@ -214,7 +214,7 @@ class Watch:
 
     @property
     def cost(self) -> float:
-        """Time that looking took, as a share of the time that was left for training."""
+        """Time spent on looks, as a share of the time left for training."""
         return self._schedule.cost
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
@@ -259,7 +259,7 @@ class Watch:
         self._outlets.event(self.steps, foreign_steps(self._foreign, type(optimizer).__name__))
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Do something that must not disturb the training whatever goes wrong in it."""
+        """Do some work; an error in it must not disturb the training."""
         if not self._on:
             return
         try:
@@ -382,13 +382,13 @@ class Watch:
         self._looks = None  # a second start opens the log again
 
     def _tell_left_out(self) -> None:
-        """Say what the user gave that is no number, once for each name."""
+        """Name the logged values that are not numbers, each name once."""
         if found := self._outlets.no_numbers():
             named = ", ".join(f"{name} ({kind})" for name, kind in found.items())
             self._tell(f"left out of the numbers that were logged, since it is no single number: {named}")
 
     def _tell(self, told: str) -> None:
-        """Say something in the log, or as a warning at the end where there is none to read."""
+        """Write an event to the log; without a log, warn at the end."""
         if self._outlets.has_log:
             self._outlets.event(self.steps, told)
         else:

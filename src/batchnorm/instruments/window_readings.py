@@ -31,10 +31,10 @@ class Readings:
         indices: Of the layers, in the order of the model.
         channels: Where their channels are in the model's long vector.
         layers: They themselves.
-        ends: What was stored at the ends of the steps that updated them, W + 1 of them.
+        ends: The stored statistics at the ends of the W steps that updated the layers, and before the first.
         steps: Read back from one of these to the next.
         moments: What was stored before each pass, and at the end.
-        passes: Read back pass by pass; None where some were not told apart.
+        passes: Read back pass by pass; None if some passes were not separated.
         places: For each way to align steps the readings of ``passes`` that are compared.
     """
 

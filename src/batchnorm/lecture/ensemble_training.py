@@ -43,7 +43,7 @@ def sgd(
         observe: Called with 0 before the first step and with t after step t.
     """
     with warnings.catch_warnings():
-        # a rate that is too large diverges: here that is an outcome, not a fault to warn of
+        # too large a rate diverges, which is an outcome here and no reason to warn
         warnings.filterwarnings("ignore", "NaN or infinity in the batch statistics", RuntimeWarning)
         observe(0)
         for step in range(indices.shape[1]):

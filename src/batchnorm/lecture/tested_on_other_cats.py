@@ -145,7 +145,7 @@ def _trained(norm: Norm | None, seed: int, rate: float, examples: data_sets.Exam
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     with warnings.catch_warnings():
-        # a rate that is too large diverges: here that is an outcome, not a fault to warn of
+        # too large a rate diverges, which is an outcome here and no reason to warn
         warnings.filterwarnings("ignore", "NaN or infinity in the batch statistics", RuntimeWarning)
         for picked in data_sets.batch_indices(torch.arange(len(examples)), BATCH, steps, seed):
             optimizer.zero_grad()
@@ -179,7 +179,7 @@ def _test(found: Findings, seed: int, without: nn.Sequential, with_norm: nn.Sequ
 
 
 def _listen(found: Findings, shift: str, model: nn.Sequential, x: Tensor) -> None:
-    """What a monitor that knows nothing but the model makes of images that come one after another."""
+    """The alarm of a monitor that has only the model, while images arrive one after another."""
     monitor = ShiftMonitor(model, ALPHA, examples=None, budget=None, batch=BATCH)
     rang = float("inf")
     with monitor, torch.no_grad():
@@ -193,7 +193,7 @@ def _listen(found: Findings, shift: str, model: nn.Sequential, x: Tensor) -> Non
 def _follow(
     found: Findings, shift: str, model: nn.Sequential, learned: Tensor, x: Tensor, test: data_sets.Examples
 ) -> None:
-    """What an adapter makes of the same images, whose monitor was calibrated on what the model learned from."""
+    """The answers of an adapter on the same images; its monitor was calibrated on the training images."""
     model = copy.deepcopy(model)
     monitor = ShiftMonitor(model, ALPHA, examples=None, budget=None)
     monitor.calibrate(learned.split(100))
@@ -252,10 +252,10 @@ def _laws(model: nn.Module) -> list[Moments]:
 
 
 def recovered(clean: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Each seed's share of the lost accuracy that is won back, (seeds,), none divided by its own, perhaps small, loss.
+    """Share of the lost accuracy that each seed won back, (seeds,).
 
-    Their mean is what all seeds won over what all lost; their spread is the delta method's for that ratio (Cochran
-    1977, Sampling Techniques, chapter 6).
+    No seed is divided by its own loss, which may be small. The mean is the accuracy won by all seeds over the accuracy
+    lost by all; the spread is that of this ratio by the delta method (Cochran 1977, Sampling Techniques, chapter 6).
     """
     lost, won = clean - before, after - before
     share = won.sum() / lost.sum()

@@ -28,8 +28,8 @@ Place = tuple[int, int, int]  # of a line: its step, and where it is in the file
 class Log:
     """A log as far as it is written; ``refresh`` takes what was appended since.
 
-    Lines are indexed when they are first met and parsed when they are asked for, so that a log of a hundred thousand
-    steps opens at once. A last line without its newline is left for the next ``refresh``; lines that are no JSON
+    A line is indexed on first sight and parsed only on demand, so that a log of a hundred thousand steps opens at
+    once. A last line without its newline is left for the next ``refresh``; lines that are no JSON
     are skipped and counted in ``damaged``.
 
     Args:

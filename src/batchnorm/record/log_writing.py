@@ -1,4 +1,4 @@
-"""Appending to a log, in a way that never stops the training that it is about."""
+"""Appending to a log; no error of it ever stops the training."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Writer:
             self.let_go()
 
     def let_go(self) -> None:
-        """Close this process's file, and leave the lock to those that have it open too."""
+        """Close this process's file; another process that has the file open keeps the lock."""
         os.close(self._file)
         self._file = -1
         _open.discard(self)

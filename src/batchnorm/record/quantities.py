@@ -1,6 +1,6 @@
-"""What a number of a log means: its title, unit, noise floor, how to read it, when it misleads, and the source.
+"""The quantities of a log: title, unit, noise floor, how to read each, when it misleads, and its source.
 
-The instruments that measure them derive the formulas; charts and pages take their words from here.
+The instruments derive the formulas. Charts and pages take their words from here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Quantity:
         tier: "free", "probe" or "lab".
         formula: How it is computed.
         reads: How to read it, with the limits that matter.
-        misleads: When it says something else than it seems to.
-        floor: What it shows where there is nothing to see.
+        misleads: When it must not be read that way.
+        floor: The value that it has by chance alone.
         source: Where it comes from.
         of: "layer" or "model".
-        good: The value that nothing is wrong at, where there is one.
+        good: The value of a healthy layer, if there is one.
     """
 
     title: str

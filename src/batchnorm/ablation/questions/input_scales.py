@@ -110,7 +110,7 @@ def _conditions(x: Tensor) -> Numbers:
 def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
     order = moments.std.argsort(descending=True)
     order = order[moments.var[order] > 0]
-    kept = torch.linspace(0, max(len(order) - 1, 0), min(_SHOWN, len(order))).round().long().unique()
+    kept = paired_seeds.evenly(len(order), _SHOWN)
     rows = [
         {"label": f"{noun} {int(i)}", "value": paired_seeds.figures(moments.std[i]), "series": "sd"}
         for i in order[kept]

@@ -139,7 +139,7 @@ def _chart(whole: Tensor, measured: Sequence[int], verdict: Verdict) -> Chart:
 
 def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], at: int) -> Chart:
     values = found[:, :, measured.index(at)].mean(0)  # (layers,)
-    kept = torch.linspace(0, len(paths) - 1, min(_LAYERS, len(paths))).round().long().unique()
+    kept = paired_seeds.evenly(len(paths), _LAYERS).tolist()
     rows = [
         {"label": paths[i] or "the layer", "value": paired_seeds.figures(values[i]), "series": "noise"} for i in kept
     ]

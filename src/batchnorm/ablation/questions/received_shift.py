@@ -61,11 +61,10 @@ def _apart(study: Study) -> int:
 
 
 def _layers(study: Study) -> list[str]:
-    """Paths that were measured in every run, in the order of the forward; so many that a chart can show them."""
+    """Paths that were measured in every run, in the order of the forward; at most as many as a chart can show."""
     runs = [run for arm in PAIR for run in study.equal(arm)]
     paths = [path for path in runs[0].moved if all(path in run.moved for run in runs)]
-    kept = torch.linspace(0, max(len(paths) - 1, 0), min(_LAYERS, len(paths))).round().long().unique()
-    return [paths[i] for i in kept]
+    return [paths[i] for i in paired_seeds.evenly(len(paths), _LAYERS).tolist()]
 
 
 def _by_layer(study: Study) -> Chart:

@@ -67,12 +67,12 @@ def ratio(grid: Grid) -> Tensor:
 
 
 def effect(grid: Grid) -> list[float]:
-    """log2 of the ratio for each seed; [] where all runs diverged, so that there is no target."""
+    """log2 of the ratio for each seed; [] if all runs diverged, so that no target exists."""
     return ratio(grid).log2().tolist() if isfinite(grid.target) else []
 
 
 def _bound(slower: bool, faster: bool) -> Bound:
-    """What the ratio of two arms is where one of them never arrived, and counts with the last step."""
+    """The kind of bound that the ratio of two arms is if one of them never arrived."""
     return "" if slower == faster else "at least" if slower else "at most"
 
 
@@ -159,7 +159,7 @@ def curves(grid: Grid, roles: dict[str, Role], verdict: Verdict) -> Chart:
     rows: Rows = []
     for arm in filter(grid.losses.__contains__, roles):
         smooth = grid.smooth(arm)[:, grid.best(arm)].T  # (times, seeds)
-        kept = torch.linspace(0, len(smooth) - 1, min(_POINTS, len(smooth))).round().long().unique()
+        kept = paired_seeds.evenly(len(smooth), _POINTS)
         steps = (kept + grid.window).tolist()
         rows += paired_seeds.curve(steps, smooth[kept], series=CALLED[arm])
     if isfinite(grid.target):

@@ -109,7 +109,7 @@ def _by_population(subject: Subject, model: nn.Module, held: list[Batch]) -> Hel
 
 
 def _up_to(examples: int, batches: Sequence[Batch]) -> list[Batch]:
-    """The first whole batches that have so many examples together, or all."""
+    """The first whole batches that together have this many examples, or all batches."""
     counts = torch.tensor([0, *map(examples_in, batches)]).cumsum(0)
     return [batch for batch, before in zip(batches, counts, strict=False) if int(before) < examples]
 
@@ -174,7 +174,7 @@ def _relative(found: list[ModelReadings], other: list[HeldOutReading | None]) ->
 
 
 def _unrelated(found: list[ModelReadings], other: list[HeldOutReading | None]) -> str:
-    """Why losses cannot be told as shares of those by population statistics; "" if they can."""
+    """Why losses have no share of the loss by population statistics, in words; "" if they have."""
     if any(reading is None for reading in other):
         return "the held-out batches cannot be normalized that way"
     if any(r.population is None for r in found):

@@ -39,7 +39,7 @@ from batchnorm.reporting.charts.chart_data import Chart, Role
 # round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
 SHIFT = 1.0  # a unit's mean moves by -SHIFT .. SHIFT
 SCALE = 1.5  # its standard deviation is multiplied by 1 / SCALE .. SCALE
-WINDOW = 100  # steps over which the drift counts: about what the slowest arm needs to reach the target
+WINDOW = 100  # steps over which the drift is averaged; the slowest arm needs about so many to reach the target
 EVERY = 10  # steps between two looks at a[2]
 READ = 5  # steps between two readings of the accuracy in train mode, as in the sweeps
 PROBE = 256

@@ -49,7 +49,7 @@ def of_batch(net: Ensemble, batch: Examples) -> Evaluate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Course:
-    """What one arm met along its gradients in training; S seeds, two rates each: equal and its best.
+    """The loss along the gradients of one arm in training; S seeds, two rates each: equal and its best.
 
     Args:
         rates: The two rates.

@@ -1,4 +1,4 @@
-"""Charts as data: what is drawn, on which axes, in which role; the rest of this folder draws it."""
+"""Charts as data: rows, axes and the roles of series; ``charts`` draws them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart as data; report.py draws it. Panels of one chart share their axes.
+    """A chart as data. Panels of one chart share their axes.
 
     ``rows`` by ``kind``; ``panel`` (column) and ``row`` are optional in all of them, ``series`` is a key of
     ``series``:
@@ -39,12 +39,12 @@ class Chart:
     - "ribbons": x, p2, p16, p50, p84, p98, series
     - "picture": png (base64), width (pixels)
 
-    A value that does not exist (a diverged run) is left out of ``rows``, so that a gap is drawn.
+    A value that does not exist (a diverged run) has no row, so that the chart has a gap.
 
     Args:
         kind: How it is drawn.
         title: A sentence that states the finding, with its number.
-        alt: The same for somebody who does not see it: what is shown and what it looks like.
+        alt: A description for readers who do not see the chart.
         rows: The data, flat, JSON-able, rounded to what the eye can use.
         x: Horizontal axis ("lines", "points", "ribbons"); for "dots" the value axis.
         y: Vertical axis ("lines", "points", "ribbons").
