@@ -272,7 +272,7 @@ def test_the_spread_of_any_features_is_told(x: Tensor) -> None:
     for text in told(result):
         no_nonsense(text)
     if not bool(x.isfinite().all()) or not bool(x.any()):
-        assert result.verdicts[0].told == "none of the 3 features has a finite variance above 0"
+        assert result.verdicts[0].told == "no feature of the 3 has a finite variance above 0"
 
 
 @pytest.mark.parametrize("broken", [None, NAN, INF, 0.0])

@@ -63,7 +63,7 @@ def spread(x: Tensor, seeds: range) -> Result:
     halves = [_ratio(Moments.of(x[_half(len(x), seed)])) for seed in seeds]
     sds = whole.std[whole.var > 0]
     noun = "feature" if x.ndim == 2 else "channel"
-    failed = "" if len(sds) else f"none of the {len(whole.mean)} {noun}s has a finite variance above 0"
+    failed = "" if len(sds) else f"no {noun} of the {len(whole.mean)} has a finite variance above 0"
     verdict = judge(
         "scale-spread", torch.tensor(halves).log10().tolist(),
         "The standard deviations of the {count} {noun}s lie between {least:.3g} and {most:.3g} ({ratio} times).",
