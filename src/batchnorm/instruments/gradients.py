@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
+from batchnorm.instruments.network_vectors import inner, of_one, wide
 from batchnorm.instruments.probe_tier import unwrapped, with_shape
-from batchnorm.kernels.reference import exact_dtype
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
@@ -42,8 +42,6 @@ from batchnorm.population.state_shield import preserve_state
 from batchnorm.population.tensor_trees import Batch
 
 Loss = Callable[[Batch, Batch], Tensor]  # of a model's output and its batch
-# A vector of each of R networks, such as its gradient, in the pieces of its parameters: (R, ...), or None for zeros
-Vectors = Sequence[Tensor | None]
 
 
 @final
@@ -223,37 +221,6 @@ def loss_and_gradients(
     return value.detach(), list(gradients)
 
 
-def inner(a: Vectors, b: Vectors) -> Tensor:
-    """Inner product of two vectors of each of R networks, (R,), in float64 on the CPU; None counts as zeros."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    products = ((_wide(x) * _wide(y)).reshape(len(x), -1).sum(1) for x, y in pairs)
-    return sum((product.double().cpu() for product in products), torch.zeros(1, dtype=torch.float64))
-
-
-def norm(a: Vectors) -> Tensor:
-    """Length of a vector of each of R networks, (R,)."""
-    return inner(a, a).sqrt()
-
-
-def cosine(a: Vectors, b: Vectors) -> Tensor:
-    """Cosine between two vectors of each of R networks, (R,); NaN where one is 0."""
-    return (inner(a, b) / (norm(a) * norm(b))).clamp(-1, 1)
-
-
-def minus(a: Vectors, b: Vectors) -> list[Tensor | None]:
-    """Difference of two vectors of each of R networks; None counts as zeros."""
-    return [x if y is None else -y if x is None else _wide(x) - _wide(y) for x, y in zip(a, b, strict=True)]
-
-
-def of_one(a: Vectors) -> list[Tensor | None]:
-    """The vector of one network as those of R = 1 networks."""
-    return [None if x is None else x.detach().unsqueeze(0) for x in a]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().to(exact_dtype(x.device))
-
-
 def _modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     known = dict(model.named_modules())
     unknown = [name for name in names if name not in known]
@@ -355,7 +322,7 @@ def _gradient_of_weight(layer: nn.Module, x: Tensor, slope: Tensor) -> Tensor:
     weight = layer.get_parameter("weight")
     # without the autocast of the model's own pass, in which types may differ
     (gradient,) = torch.autograd.grad(layer.forward(x.to(weight.dtype)), weight, slope.to(weight.dtype))
-    return _wide(gradient)
+    return wide(gradient)
 
 
 def _share(signed: Tensor, absolute: Tensor) -> float:

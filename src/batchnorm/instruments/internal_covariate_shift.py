@@ -24,17 +24,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.instruments.gradients import (
-    Loss,
-    Vectors,
-    cosine,
-    finite,
-    loss_and_gradients,
-    minus,
-    norm,
-    of_one,
-    training,
-)
+from batchnorm.instruments.gradients import Loss, finite, loss_and_gradients, training
+from batchnorm.instruments.network_vectors import Vectors, cosine, minus, norm, of_one
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require

@@ -24,18 +24,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.instruments.gradients import (
-    Loss,
-    Vectors,
-    cosine,
-    finite,
-    loss_and_gradients,
-    minus,
-    norm,
-    of_one,
-    training,
-)
+from batchnorm.instruments.gradients import Loss, finite, loss_and_gradients, training
 from batchnorm.instruments.internal_covariate_shift import check_optimizer, moved_parameters, values_after_step
+from batchnorm.instruments.network_vectors import Vectors, cosine, minus, norm, of_one
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require

@@ -209,7 +209,7 @@ class Watch:
             if record.tier == "free":
                 return record
         if not self._on:
-            raise RuntimeError(f"{self._too_short()}.")
+            raise RuntimeError(f"{too_short(self.steps - self._began, LEAST - 1)}.")
         raise RuntimeError(f"nothing was measured yet after {self.steps} steps. Look later, or set every= lower.")
 
     @property
@@ -363,7 +363,7 @@ class Watch:
         if len(self._window.ends) >= LEAST:
             self._look()
         elif self.steps > self._began and self._looks.last is None:
-            self._outlets.event(self.steps, self._too_short())
+            self._outlets.event(self.steps, too_short(self.steps - self._began, LEAST - 1))
         if self._captures and self._probe is None and self.steps:
             self._outlets.event(self.steps, NO_PROBE)
         if self._schedule.postponed:
@@ -393,9 +393,6 @@ class Watch:
             self._outlets.event(self.steps, told)
         else:
             self._unsaid.append(f"watch: {told}.")
-
-    def _too_short(self) -> str:
-        return too_short(self.steps - self._began, LEAST - 1)
 
 
 _warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=3)
