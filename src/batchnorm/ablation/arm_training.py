@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.ablation.arms import make_arm
 from batchnorm.ablation.user_model import quiet_divergence
-from batchnorm.population.tensor_trees import Batch
+from batchnorm.call_types import Batch
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject

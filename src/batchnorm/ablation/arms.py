@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.ablation.user_model import Subject
+from batchnorm.call_types import Batch
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import freeze, has_stored_statistics
 from batchnorm.population.hooks import seeing
-from batchnorm.population.tensor_trees import Batch
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm

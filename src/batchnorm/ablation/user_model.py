@@ -17,13 +17,14 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.ablation.user_data import Data, examples_in, first_examples
 from batchnorm.ablation.usual_losses import accuracy, default_loss
+from batchnorm.call_types import Answer, Batch
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import arguments, call
 from batchnorm.population.forward_signatures import names_in
 from batchnorm.population.freezing import Frozen
 from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state
-from batchnorm.population.tensor_trees import Batch, tensors_in
+from batchnorm.population.tensor_trees import tensors_in
 
 # values in a batch, over all layers: about 5 ms of a step of convolutions, from where on a second thread pays
 _LARGE = 2**20
@@ -44,7 +45,7 @@ class Subject:
     name: str
     make: Callable[[], nn.Module]
     data: Data
-    loss: Callable[[Batch, Batch], Tensor] | None = None
+    loss: Callable[[Answer, Batch], Tensor] | None = None
 
     def fresh(self, seed: int) -> nn.Module:
         """A new model with the weights of a seed, in train mode; lazy layers have got their shape.
@@ -208,7 +209,7 @@ def received(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return found
 
 
-def first_tensor(output: Batch) -> Tensor | None:
+def first_tensor(output: Answer) -> Tensor | None:
     """The first floating-point tensor in what a model gives."""
     return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchnorm.population.tensor_trees import Batch
+from batchnorm.call_types import Answer, Batch
 
 _KEYS = ("labels", "label", "targets", "target", "y")
 _REMEDY = "Give your own: --loss file.py:loss with loss(output, batch) -> scalar."
 
 
-def default_loss(output: Batch, batch: Batch) -> Tensor:
+def default_loss(output: Answer, batch: Batch) -> Tensor:
     """Cross-entropy of logits (N, K, ...) and classes (N, ...), or mean squared error of numbers of one shape.
 
     Raises:
@@ -35,7 +35,7 @@ def default_loss(output: Batch, batch: Batch) -> Tensor:
     )
 
 
-def accuracy(output: Batch, batch: Batch) -> float | None:
+def accuracy(output: Answer, batch: Batch) -> float | None:
     """Share of classes that are right; None where targets are no classes."""
     target = target_of(batch)
     if not isinstance(output, Tensor) or not _is_classes(output, target):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.user_model import kept_buffers, quiet_divergence, received
+from batchnorm.call_types import Batch
 from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.instruments.loss_landscape import Roughness, along_gradient
 from batchnorm.instruments.network_vectors import Vectors, of_one
 from batchnorm.instruments.signal_propagation import sample
-from batchnorm.population.tensor_trees import Batch
 
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject

@@ -24,7 +24,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.call_types import Batch
+from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments.gradients import refuse_single_values
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.layers import batch_norms
@@ -183,7 +183,7 @@ def _joined(one: Batch, many: Batch, i: int, rows: Tensor, count: int, size: int
     return one
 
 
-def _logits(output: Batch) -> Tensor:
+def _logits(output: Answer) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(

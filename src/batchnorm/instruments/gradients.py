@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
+from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments.network_vectors import inner, of_one, wide
 from batchnorm.instruments.probe_tier import unwrapped, with_shape
 from batchnorm.layers import batch_norms
@@ -39,9 +40,8 @@ from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
-from batchnorm.population.tensor_trees import Batch
 
-Loss = Callable[[Batch, Batch], Tensor]  # of a model's output and its batch
+Loss = Callable[[Answer, Batch], Tensor]  # of a model's output and its batch
 
 
 @final

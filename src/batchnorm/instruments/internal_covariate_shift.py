@@ -24,12 +24,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.call_types import Batch
 from batchnorm.instruments.gradients import Loss, finite, loss_and_gradients, training
 from batchnorm.instruments.network_vectors import Vectors, cosine, minus, norm, of_one
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require
-from batchnorm.population.tensor_trees import Batch
 
 _WEIGHTS = 5  # by default: each costs a forward and a backward pass
 

@@ -24,13 +24,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.call_types import Batch
 from batchnorm.instruments.gradients import Loss, finite, loss_and_gradients, training
 from batchnorm.instruments.internal_covariate_shift import check_optimizer, moved_parameters, values_after_step
 from batchnorm.instruments.network_vectors import Vectors, cosine, minus, norm, of_one
 from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require
-from batchnorm.population.tensor_trees import Batch
 
 FRACTIONS = (0.5, 1.0, 2.0, 4.0)  # of the update, as in the paper
 

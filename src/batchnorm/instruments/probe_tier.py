@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
+from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.instruments.output_differences import difference
@@ -32,11 +33,11 @@ from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_memory import require, whole
-from batchnorm.population.tensor_trees import Batch, tensors_in
+from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import Record
 
 if TYPE_CHECKING:
-    Loss = Callable[[Batch, Batch], Tensor]
+    Loss = Callable[[Answer, Batch], Tensor]
 
 PERCENTILES = (2, 16, 50, 84, 98)  # of a normal law: 2, 1 and 0 standard deviations
 _MOST_VALUES = 4096  # that percentiles are taken of
@@ -140,7 +141,7 @@ class Probe:
             view.of_model["output_gap"] = _output_gap(trained, evaluated)
         return view
 
-    def _loss(self, output: Batch) -> float | None:
+    def _loss(self, output: Answer) -> float | None:
         loss = self.loss or _usual_loss(output, self.batch)
         return None if loss is None else float(loss(output, self.batch))
 
@@ -256,7 +257,7 @@ def _quantiles(values: Tensor) -> Tensor:
     return values.quantile(torch.tensor(PERCENTILES, dtype=torch.float64) / 100)
 
 
-def _usual_loss(output: Batch, batch: Batch) -> Loss | None:
+def _usual_loss(output: Answer, batch: Batch) -> Loss | None:
     """The loss that the kinds of output and target leave no doubt about."""
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
@@ -268,7 +269,7 @@ def _usual_loss(output: Batch, batch: Batch) -> Loss | None:
     return None
 
 
-def _output_gap(trained: Batch, evaluated: Batch) -> float | None:
+def _output_gap(trained: Answer, evaluated: Answer) -> float | None:
     """Rms difference of outputs of any kind in standard deviations over examples; None without such an output."""
     a, b = (
         torch.cat([x.double().flatten(1) for x in _floats(y)], 1).cpu() if _floats(y) else None

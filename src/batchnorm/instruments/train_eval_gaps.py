@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, cast, final
 import torch
 from torch import Tensor, nn
 
+from batchnorm.call_types import Batch
 from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, scalar
 from batchnorm.instruments.probe_tier import unwrapped, with_shape
 from batchnorm.moments import Moments
@@ -43,7 +44,7 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import seeing
 from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
-from batchnorm.population.tensor_trees import Batch, examples_in
+from batchnorm.population.tensor_trees import examples_in
 
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm

@@ -24,6 +24,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_type
+from batchnorm.call_types import Batch
 from batchnorm.instruments.free_tier import LEAST
 from batchnorm.instruments.look_schedule import Schedule
 from batchnorm.instruments.looks import Looks, lab_record
@@ -40,7 +41,7 @@ from batchnorm.population.batches import on_device_of
 from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
-from batchnorm.population.tensor_trees import Batch, tensors_in
+from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import Record
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ from torch import nn
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.user_data import examples_in, first_examples, is_rows, joined, regrouped, take
 from batchnorm.ablation.user_model import first_tensor, kept_buffers, own_statistics
+from batchnorm.call_types import Batch
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Numbers, Result, chart
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
-from batchnorm.population.tensor_trees import Batch
 from batchnorm.reporting.charts.chart_data import Chart, Rows
 
 if TYPE_CHECKING:
