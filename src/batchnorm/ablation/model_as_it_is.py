@@ -1,4 +1,4 @@
-"""What one model shows as it is, without training: inputs, depth, gamma and beta, noise, test time.
+"""One model measured as it is, without training: inputs, depth, gamma and beta, noise, test time.
 
 Nothing here says whether batch norm helps to learn. Intervals are over random draws of examples, not over trainings.
 """

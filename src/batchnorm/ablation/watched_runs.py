@@ -1,4 +1,4 @@
-"""Runs that are looked at while they train: what batch norm layers receive, and the loss along the gradient."""
+"""Runs that are measured while they train: the inputs of batch norm layers, and the loss along the gradient."""
 
 from __future__ import annotations
 

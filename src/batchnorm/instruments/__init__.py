@@ -1,7 +1,7 @@
 """Instruments: what batch norm does in a user's own model, measured while it trains or at one look.
 
-``watch`` measures a training at a cost that lets one leave it on, ``probe`` looks once. Both have two cheap tiers: what
-the running averages say (``snapshots``, ``free_tier``, ``gamma_and_beta``) and what a fixed batch shows
+``watch`` measures a training at a cost that lets one leave it on, ``probe`` looks once. Both have two cheap tiers:
+one reads the running averages (``snapshots``, ``free_tier``, ``gamma_and_beta``), one looks at a fixed batch
 (``probe_tier``, ``signal_propagation``, ``layer_drift``). Dearer measurements are asked for one by one:
 ``gradient_shift``, ``landscape``, ``Angles``, ``gradient_depth``, ``train_eval_gap`` and ``companion_flips``. None
 changes the model.

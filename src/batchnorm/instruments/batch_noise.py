@@ -1,4 +1,4 @@
-"""Batch noise: what normalizing by a batch's own statistics adds to a value, and the dropout that adds as much.
+"""Batch noise: the noise of normalizing by a batch's own statistics, and the dropout rate of equal noise.
 
 For values z of a population with mean 0 and variance 1, a batch of M with mean d and standard deviation s has
 

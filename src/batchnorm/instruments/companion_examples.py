@@ -45,7 +45,7 @@ class Companions:
         flip_rate: Mean over examples.
         flip_error: Standard error of it, over examples and draws; NaN for a single example.
         flips: Of each example.
-        from_eval: Share of predictions that differ from those of eval mode, mean over examples.
+        from_eval: Share of predictions that differ from eval mode, mean over examples.
         variance: Of a logit over companions, mean over logits and examples, in units of the logit squared.
         variances: Of each example.
         relative: ``variance`` as a share of the variance between the examples' mean logits; NaN for one example.
@@ -91,9 +91,9 @@ def companion_flips(
     smallest; a variance of R draws is off by sqrt(2 / (R - 1)) of itself, for one example and one logit. Without
     batch norm, and with ``train=False``, everything is 0 to the last digit.
 
-    How to read it: what is not 0 in train mode is the noise that batch norm adds in training, as it lands in
-    predictions. It falls as 1 / ``batch``. What is not 0 with ``train=False`` is a leak: something other than batch
-    norm looks across the batch. It misleads when the pool is not what the loader mixes (classes sorted, other
+    How to read it: in train mode the numbers are the noise that batch norm adds to predictions in training; it falls
+    as 1 / ``batch``. With ``train=False`` a number that is not 0 is a leak: something other than batch norm looks
+    across the batch. It misleads when the pool is not what the loader mixes (classes sorted, other
     augmentation), when ``batch`` is not that of training or is split over devices, for a pool not much larger than
     ``batch`` (variances are 1 - M / n too small), and as a flip rate of models whose output is no set of logits.
 
@@ -168,7 +168,7 @@ def _first_logits(
 
 
 def _joined(one: Batch, many: Batch, i: int, rows: Tensor, count: int, size: int) -> Batch:
-    """Example i of one batch in front of the rows of another; what belongs to no example is left as it is."""
+    """Example i of one batch in front of rows of another; values that belong to no example are not changed."""
     if isinstance(one, Tensor) and isinstance(many, Tensor) and one.ndim and len(one) == count and len(many) == size:
         return torch.cat([one[i : i + 1], many[rows.to(many.device)]])
     if type(one) is not type(many):

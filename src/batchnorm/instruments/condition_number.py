@@ -18,7 +18,7 @@ def with_bias(x: Tensor) -> Tensor:
 def condition_number(x: Tensor) -> float:
     """Largest over smallest eigenvalue of E[x~ x~^T] with a column of ones, over directions that are not empty.
 
-    From singular values in float64, whose square the eigenvalues are, so that 1e12 is still exact to some digits.
+    The eigenvalues are squared singular values in float64, so that 1e12 is still exact to some digits.
     A constant feature repeats the column of ones and adds an empty direction.
 
     Args:

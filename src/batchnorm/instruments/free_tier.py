@@ -16,7 +16,7 @@ unsteady estimate. In brackets what each comes to for independent batches: a nor
 is about 0.8 / sqrt(C).
 
 Behind another batch norm layer batches are alike by construction: each was given the same means and variances, so
-M_eff can be many times the number of values, and the noise small. That is what the layer adds, not an error.
+M_eff can be many times the number of values, and the noise small. The layer does add so little noise; it is no error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ROUNDED = 0.1
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class StepWindow:
-    """What W consecutive training steps say of every layer; all (layers,), NaN where nothing could be measured.
+    """Every layer over W consecutive training steps; all (layers,), NaN where nothing could be measured.
 
     A layer is measured if three steps or more updated its statistics, by a momentum above 0. Channels without variance
     are left out. Of several passes in a step each is compared with the same pass of other steps, so that a batch that
@@ -53,8 +53,8 @@ class StepWindow:
         dropout: Rate of Gaussian dropout with as much noise.
         staleness: Distance of the stored mean from the batches', in standard errors, rms over channels.
         staleness_var: The same for the log of the variance.
-        short_var: The same of channels whose stored variance is below that of every batch in the window, others
-            counting 0. Only this is more than rare large examples explain, which an average holds for a while.
+        short_var: The same for channels whose stored variance is below the variance of every batch in the window; other
+            channels count 0. Rare large examples, which an average keeps for a while, cannot explain it.
         gap: Difference of outputs between batch and stored statistics, rms, in sd of the eval output.
         wander: Noise power of independent batches that would move the averages as much as these did.
     """

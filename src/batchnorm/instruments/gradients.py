@@ -156,7 +156,7 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
 
 @contextmanager
 def training(model: nn.Module, what: str) -> Iterator[None]:
-    """A block in which a model runs as in a training step, by code that hooks can see; nothing is left of it behind."""
+    """A block in which a model runs as in a training step, uncompiled so that hooks run; no trace is left behind it."""
     with preserve_state(model), uncompiled(), torch.enable_grad():
         if not model.training:
             model.train()
@@ -166,7 +166,7 @@ def training(model: nn.Module, what: str) -> Iterator[None]:
 
 @contextmanager
 def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
-    """A block in which a layer that would have to take the variance of one value says so by name."""
+    """A block in which a layer raises, with its name, if it would take the variance of a single value."""
 
     def check(name: str, layer: nn.Module, x: Tensor) -> None:
         alone = isinstance(x, Tensor) and x.ndim > 1 and x[:, :1].numel() == 1
@@ -254,7 +254,7 @@ def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Gradie
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose gradient is a sum of products of input and output gradient: no subclass, which may do anything."""
+    """Modules whose weight gradient is a sum of products of input and output gradient; subclasses are left out."""
     kinds = {nn.Linear, *(kind for kind in vars(nn.modules.conv).values() if _is_convolution(kind))}
     return {name: m for name, m in model.named_modules() if type(m) in kinds and _is_trained(m)}
 
@@ -275,7 +275,7 @@ def _calls_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor,
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if output.requires_grad:
-            # a copy: layers that save memory may write over what they can compute again
+            # a copy: layers that save memory may overwrite what they can compute again
             seen.append((name, x.detach().clone(), get_gradient_edge(output)))
 
     with attached(m.register_forward_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()):

@@ -7,11 +7,11 @@ For unit j with values P_t on a fixed probe set, sorted, and standard deviation 
 so a pure shift by d standard deviations is a drift of d, and rescaling a unit changes nothing. Of its parts, the
 mean part is |mean difference| / s_t and the log-sd part is |log of the ratio of standard deviations|; what is left
 is a change of shape. The same examples are seen at both times, so there is no sampling noise in it. The noise
-floor is what a sample of half the probe could not tell from no drift at all: the distance of two random halves.
+floor is the distance of two random halves of the probe: a drift below it could be chance for a sample of this size.
 
 A ReLU that is active on almost no example has next to no standard deviation, and one more active example would
-count as a shift of many of them. So a unit whose values are all equal but for a twentieth of the examples, low or
-high, is called idle and left out of the mean over units, in both arms; the share of idle units is told.
+count as a shift of many of them. So a unit is idle if all its values are equal except for a twentieth of the
+examples, low or high. Idle units are left out of the mean over units in both arms; their share is reported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schedule: when to look, so that looking stays under a share of the time that training takes."""
+"""Schedule: the times of looks, so that looks take less than a share of the training time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Schedule:
     """When the next look is due, by steps and by the time that looks have taken.
 
     Looks come every tenth step at first, then at step s after another s / 5, until they are ``every`` steps apart:
-    most happens early. One that would bring the share of time above ``budget`` waits; what a kind of look will take
-    is known from the last one, and from ``expect`` before there was one.
+    most happens early. A look that would bring the share of time above ``budget`` waits; its time is
+    that of the last look of its kind, or the one given to ``expect`` before the first.
 
     Args:
         every: Steps between looks, 1 or more.

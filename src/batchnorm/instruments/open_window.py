@@ -52,7 +52,7 @@ class OpenWindow:
         return ends
 
     def is_enough(self) -> bool:
-        """Whether all layers that were updated at all have been often enough; told after W, 2 W and 4 W steps."""
+        """Whether every updated layer was updated often enough; checked after W, 2 W and 4 W steps."""
         if self.since is None or self.since < WINDOW or (self.since < _LONGEST and self.since % WINDOW):
             return False
         if self.since >= _LONGEST:

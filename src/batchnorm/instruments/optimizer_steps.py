@@ -88,7 +88,7 @@ class Steps:
             self._foreign(optimizer)
 
     def _held(self, optimizer: torch.optim.Optimizer) -> set[int]:
-        """Those of the model's parameters that an optimizer has; the model is read again after 1, 2, 4, ... misses."""
+        """The model's parameters in an optimizer; the model is read again after 1, 2, 4, ... misses."""
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if theirs.isdisjoint(self._own):
             self._misses += 1

@@ -14,7 +14,7 @@ def difference(mean: Tensor, var: Tensor, a: tuple[Tensor, Tensor], b: tuple[Ten
     Args:
         mean: Of the values.
         var: Of the values.
-        a: Mean that is subtracted and factor r_a that multiplies.
-        b: The same of the other way.
+        a: The mean to subtract and the factor r_a to multiply by.
+        b: The same for the other normalization.
     """
     return var * (a[1] - b[1]).square() + ((mean - a[0]) * a[1] - (mean - b[0]) * b[1]).square()

@@ -51,8 +51,8 @@ def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
     census of gamma and beta. Of the model: how far outputs in train mode are from those in eval mode, and the loss
     in both. ``batchnorm.record.QUANTITIES`` says what each is, its unit and when it misleads.
 
-    Inputs are those of eval mode. Values that are NaN or infinite make the layer's numbers None; so does a layer
-    that did not run. Layers that are called several times show the first call.
+    Inputs are measured in eval mode. The numbers of a layer are None if its values are NaN or infinite, or if it did
+    not run. A layer that is called several times shows its first call.
 
     Args:
         model: Any model with batch norm, torch.nn's or ours, compiled or not.
@@ -123,7 +123,7 @@ class Probe:
         return cls(lambda model: model(*kept, **named))
 
     def look(self, model: nn.Module, layers: Layers) -> View:
-        """What the layers receive and what comes out; the model is left as it was, also if it raises."""
+        """The inputs of the layers and the outputs of the model, which is not changed, also if it raises."""
         view = View(layers)
         with preserve_state(model), preserve_random_state(), uncompiled(), torch.no_grad():
             were_training = [layer for layer in layers.layers if layer.training]
@@ -227,7 +227,7 @@ class View:
 
 
 def stored(layer: _BatchNorm, moments: Moments) -> tuple[Tensor, Tensor]:
-    """The mean and variance that eval mode normalizes by, (channels,): the batch's where a layer stores none.
+    """Mean and variance in eval mode, (channels,): those of the batch if the layer stores none.
 
     NaN where they cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Propagation: what a signal looks like at the entrance of a layer, and whether examples can still be told apart.
+"""Propagation: the signal at the entrance of a layer, and whether examples are still different there.
 
 For H, the layer's inputs as a matrix of n examples x units (a fixed sample of the units):
 

@@ -64,7 +64,7 @@ class Outlets:
         return self._writer.step
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:
-        """Take the user's numbers, whose means the next ``progress`` tells; tensors are not waited for.
+        """Add the user's numbers; the next ``progress`` sends their means. Tensors are not waited for.
 
         What is no single number is left out: this must not end somebody's training.
         """

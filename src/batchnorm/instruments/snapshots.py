@@ -142,7 +142,7 @@ class Updates:
 
     @property
     def measurable(self) -> Tensor:
-        """Layers that were updated in every step, by a momentum that lets it be read back, (layers,)."""
+        """Layers that every step updated, with a momentum from which the step can be read back, (layers,)."""
         return (self.passes > 0).all(0) & self.share.isfinite().all(0)
 
 

@@ -229,7 +229,7 @@ def _statistics(layer: _BatchNorm) -> Statistics:
 
 
 def _choices(stored: dict[str, Statistics], exact: dict[str, Statistics]) -> list[dict[str, Statistics]]:
-    """What all layers normalize by: what they store, exact statistics, and exact ones in each layer alone."""
+    """Statistics for all layers: the stored ones, the exact ones, and exact ones in one layer at a time."""
     return [stored, exact, *({**stored, name: exact[name]} for name in stored)]
 
 
@@ -273,7 +273,7 @@ def _store(layers: dict[str, _BatchNorm], statistics: dict[str, Statistics]) -> 
 
 @contextmanager
 def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -> Iterator[None]:
-    """A block in which the layers normalize by batches, whose moments are collected."""
+    """A block in which the layers normalize by batches; their moments are collected."""
 
     with seeing(layers, lambda name, _, x: seen[name].append(Moments.of(x))):
         for layer in layers.values():

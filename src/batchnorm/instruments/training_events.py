@@ -26,7 +26,7 @@ class TrainingEvent:
 @final
 @dataclass(frozen=True, slots=True)
 class _Alarm:
-    """A state that a quantity can be in: when it begins, when it ends, what to say, and after how many looks."""
+    """A state of a quantity: its beginning, its end, its message, and the looks it must last."""
 
     quantity: str
     code: str | None
@@ -137,7 +137,7 @@ class Events:
                 yield TrainingEvent("a stored mean or variance is NaN or infinite", layer, "BN102")
 
 
-# -- what is said of a training that was not measured -----------------------------------------------------------
+# -- messages about a training that was not measured -----------------------------------------------------------
 
 
 def no_steps(foreign: int) -> str:

@@ -1,4 +1,4 @@
-"""watch: what batch norm does while a model trains, measured at a cost that lets one leave it on.
+"""watch: batch norm measured while a model trains, cheaply enough to stay on.
 
 The clock is the model's optimizers (``optimizer_steps``): after a step the running averages are all there, and a few
 copies of them say what the batches looked like, in compiled models, under AMP, and with layers of torch.nn and ours
@@ -221,8 +221,8 @@ class Watch:
     def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Note numbers of this step, such as ``loss=loss``; the log gets their means, once a second at most.
 
-        Tensors are kept where they are and not waited for. None is left out, as is what is no single number: it is
-        told once, as an event, or by a warning at the end without a log. NaN and infinity are null in the log.
+        Tensors stay on their device and are not waited for. None is left out. A value that is no single number is left
+        out too, and named once: in an event, or by a warning at the end without a log. NaN and infinity become null.
         """
         given = dict(values) if isinstance(values, Mapping) else {} if values is None else {"values": values}
         self._outlets.note({**{str(name): value for name, value in given.items()}, **more})

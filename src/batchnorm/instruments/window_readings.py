@@ -1,4 +1,4 @@
-"""Readings: a window of steps sorted into what may be compared, for layers whose statistics moved in the same steps.
+"""Readings: the steps and passes of a window that may be compared, for layers that moved in the same steps.
 
 Layers may be updated in every step, in every second one, or several times in one. Those with the same pattern are read
 together: from one updated step to the next (``optimizer_steps``), and, where every pass was seen, from pass to pass

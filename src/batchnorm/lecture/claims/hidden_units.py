@@ -1,4 +1,4 @@
-"""Claim "hidden": batch norm does for hidden units what normalization does for inputs."""
+"""Claim "hidden": batch norm helps hidden units as normalization helps inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claim "layer3": what the third layer receives shifts less with batch norm."""
+"""Claim "layer3": the inputs of the third layer shift less with batch norm."""
 
 from __future__ import annotations
 
