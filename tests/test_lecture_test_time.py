@@ -125,8 +125,8 @@ def test_flip_rate_is_zero_where_all_agree_and_one_where_no_two_do() -> None:
 @pytest.mark.slow
 def test_train_mode_refuses_a_batch_of_one_and_the_numbers_say_so(result: Result) -> None:
     said = result.numbers["a batch of 1 in train mode"]
-    assert (
-        said == "refused: BatchNorm1d needs more than 1 value per channel, got shape (1, 64): one value has no variance"
+    assert said.startswith(
+        "refused: BatchNorm1d needs more than 1 value per channel, got shape (1, 64): one value has no variance"
     )
 
 

@@ -19,7 +19,7 @@ from batchnorm.ablation.study import Measure
 from batchnorm.ablation.user_data import examples_in, first_examples
 from batchnorm.ablation.user_model import kept_buffers, received
 from batchnorm.experiment import paired_seeds
-from batchnorm.experiment.claim import AS_IT_IS, Claim, Numbers, Result, chart, claim
+from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import Figure, counted, in_words, known
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.signal_propagation import resemblance, sample
@@ -39,7 +39,7 @@ def claims(subject: Subject, model: nn.Module, seeds: range) -> list[Claim]:
     """The questions that need no training."""
     x = inputs(subject.data)
     found = (
-        [claim("ablation", f"scale{AS_IT_IS}", lambda _, __: spread(x, seeds))]
+        [claim("ablation", "scale-as-it-is", lambda _, __: spread(x, seeds))]
         if x is not None and x.shape[1] > 1
         else []
     )

@@ -53,16 +53,13 @@ def claim(room: str, name: str, run: Callable[[RunSettings, Progress], Result], 
 
     Args:
         room: The package that has the file.
-        name: Its name on the command line and in the file.
+        name: Its entry in the file, and its name unless the entry has one.
         run: Measures and returns the Result.
         figures: Numbers and words for the braces.
     """
     words = room_table(room, "claims")[name]
     texts = {key: filled(text, figures) for key, text in words.items() if isinstance(text, str)}
-    return Claim(name=name.partition(AS_IT_IS)[0], sources=words["sources"], run=run, **texts)
-
-
-AS_IT_IS = "-as-it-is"  # ends the entry of a question that has other words when nothing is trained
+    return Claim(**{"name": name, **texts}, sources=words["sources"], run=run)
 
 
 def chart(

@@ -203,7 +203,7 @@ def refusal_of_one(trained: Trained) -> str:
     try:
         trained.ensemble(trained.test.x[:, :1], train=True, keep_statistics=True)
     except ValueError as error:
-        return f"refused: {error}".split(". ")[0]
+        return f"refused: {error}"
     return "accepted"
 
 
