@@ -1,4 +1,4 @@
-"""Charts as data: rows, axes and the roles of series; ``charts`` draws them."""
+"""Charts as data: rows, axes and the roles of series; the rest of this folder draws them."""
 
 from __future__ import annotations
 
