@@ -1,6 +1,6 @@
 """checkpoint: what a file stores of its batch norm layers, read without torch, without running any of its code.
 
-``read`` knows torch.save's two formats, safetensors and ONNX, and tells them by their content, not by their suffix.
+``read`` knows torch.save's two formats, safetensors and ONNX. It recognizes them by their content, not by the suffix.
 Only batch norm's tensors are read, so a file of gigabytes takes a moment.
 """
 
@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from batchnorm.checkpoint import layers_in_file
 from batchnorm.checkpoint.formats import detection, other_files, safetensors_file, torch_legacy, torch_zip
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Shared", "State", "Stored", "format_of", "read"]
 
+# the result of looking at a file
+Seen = TypeVar("Seen")
 _READERS = {
     "pt": torch_zip.read,
     "legacy": torch_legacy.read,
     "pickle": torch_legacy.read_pickle,
     "safetensors": safetensors_file.read,
 }
-# what bytes that follow no format make of the code that reads them
+# errors that readers raise on bytes of no known format
 _DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -72,8 +74,8 @@ def format_of(path: str | os.PathLike[str]) -> str:
     return _opened(path, lambda _, file: "pt" if (kind := detection.of(file)) == "legacy" else kind)
 
 
-def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Any]) -> Any:
-    """What ``look`` makes of a file; what bytes that follow no format make of it as a ``ValueError``."""
+def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Seen]) -> Seen:
+    """What ``look`` returns for a file; a ``ValueError`` if the bytes of the file follow no format."""
     place = Path(path)
     try:
         return _looked_at(place, look)
@@ -87,7 +89,7 @@ def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Any]) 
         raise ValueError(f"{place}: expected a whole file, got {type(error).__name__}: {error}. {DAMAGED}") from error
 
 
-def _looked_at(place: Path, look: Callable[[str, BinaryIO], Any]) -> Any:
+def _looked_at(place: Path, look: Callable[[str, BinaryIO], Seen]) -> Seen:
     if not place.exists():
         raise FileNotFoundError(f"{place}: expected a file, got no such path. Check its spelling.")
     if place.is_dir():

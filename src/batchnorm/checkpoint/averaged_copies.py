@@ -1,26 +1,28 @@
 """Where a file's batch norm layers are, and which of them are an averaged copy of others.
 
 A tensor's words are the keys that lead to it: data["state_dict"]["module.bn1.running_mean"] has state_dict, module,
-bn1. Layers are told by their statistics' names. A copy is averaged if one of its first words says so (``ema``,
+bn1. A layer is recognized by its statistics' names. A copy is averaged if one of its first words says so (``ema``,
 ``model_ema``, ``state_dict_ema``, ``shadow``, ``swa``), if torch's AveragedModel put ``n_averaged`` beside it, or if
-Lightning kept ``current_model_state`` beside it. All others are the model's own, in one copy, however many dicts
-they come from; without any, the first averaged copy stands in. A state is what a model loads: a copy, or the part of it
-that is in one dict (``q_net`` and ``q_net_target``, ``generator`` and ``discriminator``, the members of a list).
+Lightning kept ``current_model_state`` beside it. All other layers are the model's own. They form one copy, even if they
+come from several dicts. If there are none, the first averaged copy takes their place. A state is what a model loads: a
+copy, or the part of it in one dict (``q_net`` and ``q_net_target``, ``generator`` and ``discriminator``, list members).
 
-Each copy's layers are named without the words that all of them begin with, as far as these are dicts of the file or
-wrappers (``module``, ``_orig_mod``, ``model``), so the names of copies agree.
+The names of a copy's layers leave out the words that all of them begin with, if these words are dicts of the file or
+wrappers (``module``, ``_orig_mod``, ``model``). So the names in different copies agree.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from batchnorm.checkpoint.file_tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from batchnorm.checkpoint.pickled.unknown_classes import Saved
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 OF_A_LAYER = (*STATISTICS, "weight", "bias")
@@ -43,6 +45,7 @@ _AVERAGE = re.compile(r"(.*[_-])?(averaged?|avg_model|ema|shadow|swa)([_-].*)?",
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 Words = tuple[str, ...]
+Keys = tuple[str | int, ...]
 
 
 @final
@@ -50,7 +53,7 @@ Words = tuple[str, ...]
 class Entry:
     """A tensor and the keys that lead to it, the last one a name with dots. A layer's counter may be a plain number."""
 
-    path: tuple[str | int, ...]
+    path: Keys
     key: str
     tensor: Tensor | int
 
@@ -68,15 +71,15 @@ class Entry:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class LayerTensors:
     """A layer's tensors by name, and the keys that lead to it."""
 
-    path: tuple[str | int, ...]
+    path: Keys
     words: Words
     tensors: dict[str, Tensor | int]
 
     @property
-    def place(self) -> tuple[str | int, ...]:
+    def place(self) -> Keys:
         """The keys: of each dict in turn, then what the names in the last one begin with."""
         return (*self.path, ".".join(self.words[len(self.path) :]))
 
@@ -87,13 +90,13 @@ class Copy:
     """Layers of one copy of a model, by their names without ``prefix``."""
 
     prefix: Words
-    layers: dict[str, Found]
+    layers: dict[str, LayerTensors]
 
 
-def entries(saved: Any) -> Iterator[Entry]:
-    """Every tensor and counter in dicts, lists and tuples, in the file's order; what is there twice only once."""
+def entries(saved: Saved) -> Iterator[Entry]:
+    """Every tensor and counter in dicts, lists and tuples, each once, in the file's order."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), saved)]
+    waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
         path, value = waiting.pop()
         if id(value) in seen or len(path) > _DEEPEST:
@@ -106,10 +109,10 @@ def entries(saved: Any) -> Iterator[Entry]:
         waiting += reversed(inner)
 
 
-def same_objects(saved: Any) -> Iterator[tuple[tuple[str | int, ...], tuple[str | int, ...]]]:
-    """Where a dict is that was met before, and where that was, in the order of ``entries``."""
-    seen: dict[int, tuple[str | int, ...]] = {}
-    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), saved)]
+def same_objects(saved: Saved) -> Iterator[tuple[Keys, Keys]]:
+    """The place of every repeated dict and the place where it came first, in the order of ``entries``."""
+    seen: dict[int, Keys] = {}
+    waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
         path, value = waiting.pop()
         if id(value) in seen or len(path) > _DEEPEST:
@@ -131,21 +134,21 @@ def _is_entry(key: object, item: object) -> bool:
     return isinstance(item, Tensor) or is_counter
 
 
-def find_layers(tensors: Iterable[Entry]) -> list[Found]:
+def find_layers(tensors: Iterable[Entry]) -> list[LayerTensors]:
     """Every module that has one of the statistics, with its tensors."""
-    modules: dict[tuple[Any, ...], Found] = {}
+    modules: dict[tuple[Keys, Words], LayerTensors] = {}
     for entry in tensors:
         if entry.leaf in OF_A_LAYER:
             words = entry.words
-            module = modules.setdefault((entry.path, words), Found(entry.path, words, {}))
+            module = modules.setdefault((entry.path, words), LayerTensors(entry.path, words, {}))
             module.tensors[entry.leaf] = entry.tensor
     return [module for module in modules.values() if any(isinstance(module.tensors.get(k), Tensor) for k in STATISTICS)]
 
 
-def find_copies(layers: Sequence[Found], tensors: Sequence[Entry]) -> list[Copy]:
+def find_copies(layers: Sequence[LayerTensors], tensors: Sequence[Entry]) -> list[Copy]:
     """The model's own layers, then those of each averaged copy, in the file's order."""
     roots = averaged_roots(tensors)
-    groups: dict[Words | None, list[Found]] = {None: []}
+    groups: dict[Words | None, list[LayerTensors]] = {None: []}
     for layer in layers:
         groups.setdefault(_average(layer, roots), []).append(layer)
     own = groups.pop(None)
@@ -161,13 +164,13 @@ def find_copies(layers: Sequence[Found], tensors: Sequence[Entry]) -> list[Copy]
 
 
 def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, Copy, bool]]:
-    """What a model loads, in the file's order: each copy as far as it is in one dict, the copy, whether it is averaged.
+    """States in the file's order: the part of a copy that is in one dict, the whole copy, and whether it is averaged.
 
-    The first copy is an average where its first words say so: then all copies are.
+    If the first words of the first copy name an average, all copies are averages.
     """
     states = []
     for i, copy in enumerate(copies):
-        dicts: dict[tuple[str | int, ...], list[Found]] = {}
+        dicts: dict[Keys, list[LayerTensors]] = {}
         for layer in copy.layers.values():
             dicts.setdefault(layer.path, []).append(layer)
         known = len(copy.prefix)
@@ -179,15 +182,15 @@ def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, C
 
 
 def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
-    """Where averages begin that their own words do not tell."""
+    """Where averages begin whose own words do not name them so."""
     roots = {entry.words for entry in tensors if entry.leaf == "n_averaged"}
     # Lightning's WeightAveraging swaps: the averages are where the model usually is
     swapped = any(entry.path[:1] == ("current_model_state",) for entry in tensors)
     return roots | {("state_dict",)} if swapped else roots
 
 
-def _average(layer: Found, roots: set[Words]) -> Words | None:
-    """The words up to the last that says that what follows is an average."""
+def _average(layer: LayerTensors, roots: set[Words]) -> Words | None:
+    """The words up to the last one that names an average; None if no word does."""
     group = () if () in roots else None
     for i, word in enumerate(layer.words):
         head = layer.words[: i + 1]
@@ -199,7 +202,7 @@ def _average(layer: Found, roots: set[Words]) -> Words | None:
 
 
 def says_average(word: str) -> bool:
-    """Whether a key or a module's name says that what it leads to is an average."""
+    """Whether a key or a module's name is one that averages have."""
     return _AVERAGE.fullmatch(snake(word)) is not None
 
 
@@ -208,7 +211,7 @@ def snake(word: str) -> str:
     return _HUMP.sub("_", word)
 
 
-def _copy(layers: Sequence[Found], known: int = 0) -> Copy:
+def _copy(layers: Sequence[LayerTensors], known: int = 0) -> Copy:
     """The layers by name, without the ``known`` first words and without others that all of them begin with."""
     length = known
     while layers and all(_drops(layer, layers[0], length) for layer in layers):
@@ -217,8 +220,8 @@ def _copy(layers: Sequence[Found], known: int = 0) -> Copy:
     return Copy(layers[0].words[:length] if layers else (), named)
 
 
-def _drops(layer: Found, first: Found, i: int) -> bool:
-    """Whether word ``i`` of a layer is the first layer's too, and no part of a name."""
+def _drops(layer: LayerTensors, first: LayerTensors, i: int) -> bool:
+    """Whether word ``i`` of a layer is also that of the first layer, and not part of a name."""
     if i >= min(len(layer.words), len(first.words)) or layer.words[i] != first.words[i]:
         return False
     return layer.words[i] in WRAPPERS or i < min(len(layer.path), len(layer.words) - 1)

@@ -1,8 +1,9 @@
-"""Which weight makes a layer's inputs, as far as names and sizes tell.
+"""Which weight makes a layer's inputs, judged by names and sizes.
 
-It is a weight of two axes or more that gives as many channels as the layer has: its first axis, or the second one of a
-transposed convolution. Of those in the module around the layer, or else in the next one around that, the nearest
-before the layer is taken; the nearest behind it where a file is sorted by name, so that bn1 stands before conv1.
+It has two axes or more, and one of them has as many channels as the layer: the first axis, or the second one of a
+transposed convolution. The search begins in the module around the layer and goes on in the modules around that one. The
+nearest weight before the layer is taken. If there is none, the nearest one behind it is, since in a file that is sorted
+by name bn1 stands before conv1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from batchnorm.checkpoint.file_tensors import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchnorm.checkpoint.averaged_copies import Entry, Found
+    from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors
 
 _DEEPEST = 64  # modules around a weight that are looked at
 
@@ -39,7 +40,7 @@ class Feeders:
                     for depth in range(len(entry.path), min(len(words), len(entry.path) + _DEEPEST) + 1):
                         self._places[entry.path, words[:depth], channels].append(i)
 
-    def of(self, layer: Found, channels: int) -> Tensor | None:
+    def of(self, layer: LayerTensors, channels: int) -> Tensor | None:
         """The weight that makes a layer's inputs; None if there is none of its size."""
         at = self._starts[layer.path, layer.words]
         for depth in range(len(layer.words) - 1, len(layer.path) - 1, -1):

@@ -1,7 +1,7 @@
-"""Twins: two parts of a file with the same layers and the same statistics, bit for bit, behind other weights.
+"""Twins: two parts of a file whose layers have the same statistics, bit for bit, although their weights differ.
 
-Statistics are sums over activations, and other weights make other activations: not one bit pattern in 2^24 would come
-out again. So the statistics of one part were copied from the other. Layers with initial statistics prove nothing.
+Statistics are sums over activations, and different weights make different activations. Equal bits by chance are rarer
+than one in 2^24, so the statistics of one part were copied from the other. Layers with initial statistics are no proof.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_PAIRS = 256  # of parts that are compared: a file of more has been made to
 @final
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """Paths of both parts, the one that comes first in the file first, and pairs of layers behind other weights."""
+    """Paths of both parts, in the file's order, and the pairs of layers whose inputs come from different weights."""
 
     first: str
     second: str
@@ -51,13 +51,13 @@ def find_twins(file: Checkpoint) -> Iterator[Twins]:
 
 
 def statistics_of(stored: Stored) -> bytes:
-    """Bits of a layer's mean and variance; none for initial ones, and where one is missing."""
+    """Bits of a layer's mean and variance; b"" if they are initial, or if one is missing."""
     mean, var = stored.running_mean, stored.running_var
     return b"" if not mean or not var or stored.is_initial else mean.tobytes() + var.tobytes()
 
 
 def _have_one_module(file: Checkpoint, *parts: str) -> bool:
-    """Whether a module that is stored once is in both: then it is one layer, not a copy of another."""
+    """Whether both parts hold a module that the file stores once: then it is one layer and no copy."""
     return any(all(any(is_below(part, name) for name in each.names) for part in parts) for each in file.shared)
 
 
@@ -85,13 +85,13 @@ def _without_end(a: str, b: str) -> Pair:
 
 
 def _are_fed_otherwise(a: Stored, b: Stored) -> bool:
-    """Whether weights of one type and shape, and of other values, make the inputs."""
+    """Whether the weights before two layers have the same type and shape and different values."""
     kinds = {stored.fed_by.rpartition(":")[0] for stored in (a, b)}
     return len(kinds) == 1 and kinds != {""} and a.fed_by != b.fed_by
 
 
 def _are_frozen(pairs: list[tuple[Stored, Stored]]) -> bool:
-    """Whether these are the four buffers of frozen layers: constants, also gamma and beta, and nothing is counted."""
+    """Whether these are frozen layers, which keep gamma and beta as constants too and count no batches."""
     return all(
         a.weight is not None and a.weight == b.weight and a.bias == b.bias
         and a.num_batches_tracked is None and b.num_batches_tracked is None

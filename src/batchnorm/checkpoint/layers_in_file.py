@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.averaged_copies import (
     OF_A_LAYER,
     Copy,
     Entry,
-    Found,
+    LayerTensors,
     Words,
     averaged_roots,
     entries,
@@ -24,8 +24,17 @@ from batchnorm.checkpoint.feeding_weights import Feeders
 from batchnorm.checkpoint.file_tensors import Tensor, first_bytes, numbers
 from batchnorm.checkpoint.formats import other_files
 from batchnorm.checkpoint.identical_parts import statistics_of
-from batchnorm.checkpoint.pickled.allowed_names import VERSIONS, told
-from batchnorm.checkpoint.pickled.unknown_classes import Object, Settings, has_objects, is_of_module, settings, unread
+from batchnorm.checkpoint.pickled.allowed_names import VERSIONS
+from batchnorm.checkpoint.pickled.name import in_words
+from batchnorm.checkpoint.pickled.unknown_classes import (
+    LayerSettings,
+    Object,
+    Saved,
+    has_objects,
+    is_of_module,
+    settings,
+    unread,
+)
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.shared_modules import find_shared
 from batchnorm.checkpoint.states_in_file import ROOT, parted
@@ -39,17 +48,17 @@ if TYPE_CHECKING:
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 
 
-def checkpoint(path: str, kind: str, saved: Any, source: Source) -> Checkpoint:
+def checkpoint(path: str, kind: str, saved: Saved, source: Source) -> Checkpoint:
     """What ``saved`` holds that concerns batch norm."""
     if not isinstance(saved, dict | list | tuple):
-        raise RefusalError("a dict of tensors", told(saved), RESAVE)
+        raise RefusalError("a dict of tensors", in_words(saved), RESAVE)
     tensors = list(entries(saved))
     if named := other_files.of_value(saved):
         raise RefusalError("a torch model's state", *named)
     if isinstance(saved, Object) and not tensors:
-        raise RefusalError("a state dict", f"a whole pickled object, {told(saved)}, without tensors", RESAVE)
+        raise RefusalError("a state dict", f"a whole pickled object, {in_words(saved)}, without tensors", RESAVE)
     if kind == "pickle" and not tensors:
-        raise RefusalError("a file of torch.save", f"a plain pickle of {told(saved)}, without tensors", RESAVE)
+        raise RefusalError("a file of torch.save", f"a plain pickle of {in_words(saved)}, without tensors", RESAVE)
     layers = find_layers(tensors)
     _bounded(layers)
     copies = find_copies(layers, tensors)
@@ -102,8 +111,8 @@ def _states(file: Checkpoint, copies: Sequence[Copy], tensors: Sequence[Entry]) 
     return states
 
 
-def _with_feeders(file: Checkpoint, named: Mapping[str, Found], feeders: Feeders, source: Source) -> Checkpoint:
-    """With a hash of the weight before each layer that has another one's statistics: no other is asked for it."""
+def _with_feeders(file: Checkpoint, named: Mapping[str, LayerTensors], feeders: Feeders, source: Source) -> Checkpoint:
+    """The file with a hash of the weight before each layer that shares its statistics; only such layers need it."""
     counts = Counter(map(statistics_of, file.every.values()))
     copies = {
         copy: {
@@ -117,8 +126,8 @@ def _with_feeders(file: Checkpoint, named: Mapping[str, Found], feeders: Feeders
     return replace(file, copies=copies, layers=next(iter(copies.values()), {}))
 
 
-def _fed_by(found: Found, layer: Stored, feeders: Feeders, source: Source) -> str:
-    """Type, shape and order of a weight, and a hash of its first values: comparable if all but the hash is the same."""
+def _fed_by(found: LayerTensors, layer: Stored, feeders: Feeders, source: Source) -> str:
+    """Type, shape, order and a hash of the first values of a weight. Hashes compare only if the rest is equal."""
     weight = feeders.of(found, layer.channels)
     if weight is None:
         return ""
@@ -129,7 +138,7 @@ def _is_array(entry: Entry) -> bool:
     return isinstance(entry.tensor, Tensor) and entry.tensor.storage.held is not None
 
 
-def _version(saved: Any, found: Found) -> int:
+def _version(saved: Saved, found: LayerTensors) -> int:
     """What the state that a layer is in says of its class; 0 where it says nothing."""
     for key in found.path:
         saved = saved[key]
@@ -143,27 +152,38 @@ def _name(words: Words) -> str:
     return ".".join(words)
 
 
-def _bounded(layers: Sequence[Found]) -> None:
+def _bounded(layers: Sequence[LayerTensors]) -> None:
     total = sum(tensor.numel for layer in layers for tensor in _of_channels(layer).values())
     if total > _MOST_VALUES:
         raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", brief(total))
 
 
-def _stored(copy: Copy, saved: Any, source: Source) -> dict[str, Stored]:
+def _stored(copy: Copy, saved: Saved, source: Source) -> dict[str, Stored]:
     told = {name: settings(saved, found.path, found.words) for name, found in copy.layers.items()}
     return {name: _layer(name, found, told[name], source) for name, found in copy.layers.items()}
 
 
-def _layer(name: str, found: Found, told: Settings, source: Source) -> Stored:
+def _layer(name: str, found: LayerTensors, told: LayerSettings, source: Source) -> Stored:
     unread = _unread(found.tensors)
     tensors = {key: tensor for key, tensor in _of_channels(found).items() if key not in unread}
-    values: dict[str, Any] = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}
+    values = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
-    counter = found.tensors.get("num_batches_tracked")
+    counter, count = found.tensors.get("num_batches_tracked"), None
     if counter is not None and "num_batches_tracked" not in unread:
-        values["num_batches_tracked"] = _count(source, counter)
+        count = _count(source, counter)
         dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
-    return Stored(name, **values, dtypes=dtypes, eps=told.eps, momentum=told.momentum, unread=unread)
+    return Stored(
+        name,
+        running_mean=values.get("running_mean"),
+        running_var=values.get("running_var"),
+        weight=values.get("weight"),
+        bias=values.get("bias"),
+        num_batches_tracked=count,
+        dtypes=dtypes,
+        eps=told.eps,
+        momentum=told.momentum,
+        unread=unread,
+    )
 
 
 def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:
@@ -172,14 +192,14 @@ def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:
 
 
 def in_pairs(unread: dict[str, str]) -> dict[str, str]:
-    """The same, with the mean of a variance that has no numbers and the other way round: both or none are read."""
+    """The same for both statistics of a layer if one of them has no numbers: both or none are read."""
     for key, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
         if other in unread:
             unread.setdefault(key, f"of no use without {other}.")
     return unread
 
 
-def _of_channels(found: Found) -> dict[str, Tensor]:
+def _of_channels(found: LayerTensors) -> dict[str, Tensor]:
     """The tensors with one value for each channel. A weight of another size is a convolution's, not gamma."""
     tensors = {
         key: tensor
@@ -225,7 +245,7 @@ def _count(source: Source, counter: Tensor | int) -> int | None:
     return int(value) if abs(value) < float("inf") else None
 
 
-def _names(tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[Found]) -> Iterator[str]:
+def _names(tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[LayerTensors]) -> Iterator[str]:
     """Names of the first copy's tensors that belong to no batch norm layer."""
     normalized = {(layer.path, layer.words) for layer in layers}
     prefixes = {copy.prefix for copy in copies}

@@ -18,7 +18,7 @@ from batchnorm.checkpoint.stored import Shared
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from batchnorm.checkpoint.averaged_copies import Entry, Found, Words
+    from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors, Words
     from batchnorm.checkpoint.feeding_weights import Feeders
 
 Module = tuple[tuple[str | int, ...], "Words"]  # a dict, and the words of a module in it
@@ -26,7 +26,7 @@ _STATISTICS = ("running_mean", "running_var")
 _HIGHEST = 64  # modules around a tensor that are looked at
 
 
-def find_shared(named: Mapping[str, Found], tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
+def find_shared(named: Mapping[str, LayerTensors], tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
     """Every such module of one copy with its names, in the file's order; a layer of two names counts once in it."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, layer in named.items():
@@ -43,7 +43,7 @@ def find_shared(named: Mapping[str, Found], tensors: Sequence[Entry], feeders: F
     return tuple(Shared(names, len(each), is_alias=all(each)) for names, each in found.items())
 
 
-def _statistics(layer: Found) -> tuple[Tensor, ...] | None:
+def _statistics(layer: LayerTensors) -> tuple[Tensor, ...] | None:
     """Mean and variance, where both are there and have values: equal ones are the same bytes."""
     found = [layer.tensors.get(key) for key in _STATISTICS]
     there = tuple(tensor for tensor in found if isinstance(tensor, Tensor) and tensor.numel and not tensor.why)
@@ -63,7 +63,7 @@ class _Modules:
                 for depth in range(max(len(entry.path), len(words) - _HIGHEST), len(words)):
                     self._contents[entry.path, words[:depth]][".".join(words[depth:])] = entry.tensor
 
-    def height(self, layers: Sequence[Found]) -> int:
+    def height(self, layers: Sequence[LayerTensors]) -> int:
         """How many modules around the layers are shared as a whole."""
         height = 0
         while height < _HIGHEST and all(len(layer.words) - height - 1 > len(layer.path) for layer in layers):
@@ -74,7 +74,7 @@ class _Modules:
             height += 1
         return height
 
-    def has_weight(self, layer: Found, height: int) -> bool:
+    def has_weight(self, layer: LayerTensors, height: int) -> bool:
         """Whether the module so far around a layer has more in it than batch norm."""
         module = layer.path, layer.words[: len(layer.words) - height]
         return any(len(tensor.size) > 1 for tensor in self._contents[module].values())
@@ -86,7 +86,7 @@ class _Modules:
         return self._known[modules]
 
 
-def _are_fed_alike(layers: Sequence[Found], feeders: Feeders) -> bool:
+def _are_fed_alike(layers: Sequence[LayerTensors], feeders: Feeders) -> bool:
     """Whether what is before the layer is stored once as well, so that its names may be of one call."""
     means = [layer.tensors["running_mean"] for layer in layers]
     first, *others = (

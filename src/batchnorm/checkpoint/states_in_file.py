@@ -43,7 +43,7 @@ def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
     what all of the model's own layers have in front, as in the names of layers.
 
     Raises:
-        ValueError: If there is nothing of this path; the names of all states are told.
+        ValueError: If there is nothing of this path. The message names all states.
     """
     for name in (path, below(file.prefix.rstrip("."), path)):
         known = _itself(file, name)
@@ -58,7 +58,7 @@ def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
 
 
 def _itself(file: Checkpoint, path: str) -> str:
-    """A path as the file has it first, where what it leads through is there under several names."""
+    """A path by its first name in the file, if a part of it has several names."""
     alias = next((alias for alias in file.aliases if is_below(alias, path)), "")
     return f"{file.aliases[alias]}{path.removeprefix(alias)}" if alias else path
 

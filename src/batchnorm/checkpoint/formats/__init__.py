@@ -1,1 +1,1 @@
-"""The formats that checkpoints are in, each read as bytes, and told by them."""
+"""The formats of checkpoints. Each is recognized by its bytes and read as bytes."""

@@ -19,7 +19,7 @@ _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
 @final
 @dataclass(frozen=True, slots=True)
-class Record:
+class FileRecord:
     """A stretch of a file."""
 
     start: int
@@ -36,7 +36,7 @@ class Source:
     """An open file and its records by name."""
 
     file: BinaryIO
-    records: Mapping[str, Record]
+    records: Mapping[str, FileRecord]
     byteorder: str = "little"
     _checked: set[str] = field(default_factory=set)
 
@@ -62,12 +62,12 @@ class Source:
             self._compare(name, record, at)
         return exactly(self.file, at + start, stop - start)
 
-    def _record(self, name: str) -> Record:
+    def _record(self, name: str) -> FileRecord:
         if name not in self.records:
             raise RefusalError(f"a record {brief(name)}", "none of that name")
         return self.records[name]
 
-    def _compare(self, name: str, record: Record, at: int) -> None:
+    def _compare(self, name: str, record: FileRecord, at: int) -> None:
         crc = 0
         for begin in range(0, record.size, _CHUNK):
             crc = zlib.crc32(exactly(self.file, at + begin, min(_CHUNK, record.size - begin)), crc)
@@ -85,7 +85,7 @@ def exactly(file: BinaryIO, start: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _length_of_header(file: BinaryIO, record: Record) -> int:
+def _length_of_header(file: BinaryIO, record: FileRecord) -> int:
     header = exactly(file, record.start, _LOCAL_HEADER)
     if header[:4] != b"PK\x03\x04":
         raise RefusalError(f"the header of a zip entry at {record.start}", "other bytes")

@@ -1,4 +1,4 @@
-"""Which format a file has, told by its bytes, and what it is if it is none."""
+"""The format of a file, recognized by its bytes, or what else the file is."""
 
 from __future__ import annotations
 

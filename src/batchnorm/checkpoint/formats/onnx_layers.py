@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.formats.onnx_neighbours import Neighbours, graphs_in
 from batchnorm.checkpoint.formats.onnx_values import Scope, UnreadError, Value, value_of
@@ -18,6 +18,10 @@ from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import BinaryIO
+
+    from onnx import FunctionProto, ModelProto, NodeProto
+
+    from batchnorm.checkpoint.formats.onnx_neighbours import Body
 
 _INPUTS = {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}
 # what other exporters call them
@@ -84,7 +88,7 @@ def read(path: str, file: BinaryIO) -> Checkpoint:
     )
 
 
-def _parsed(file: BinaryIO) -> Any:
+def _parsed(file: BinaryIO) -> ModelProto:
     try:
         import onnx
         from google.protobuf.message import DecodeError
@@ -103,10 +107,10 @@ def _parsed(file: BinaryIO) -> Any:
     return model
 
 
-def _nodes(model: Any, folder: Path) -> Iterator[tuple[Any, Neighbours, int]]:
+def _nodes(model: ModelProto, folder: Path) -> Iterator[tuple[NodeProto, Neighbours, int]]:
     """Every BatchNormalization node with what stands around it, and the version of ONNX that it is written in."""
     functions = {(entry.domain, entry.name): entry for entry in model.functions}
-    waiting: list[tuple[Any, Scope, int]] = [(model.graph, Scope.of(model.graph, folder), _opset(model))]
+    waiting: list[tuple[Body, Scope, int]] = [(model.graph, Scope.of(model.graph, folder), _opset(model))]
     left = _MOST_NODES
     while waiting:
         body, scope, opset = waiting.pop()
@@ -114,7 +118,7 @@ def _nodes(model: Any, folder: Path) -> Iterator[tuple[Any, Neighbours, int]]:
         if left < 0:
             raise RefusalError(f"at most {_MOST_NODES:,} nodes", "more, by functions that call functions")
         near = Neighbours(body, scope)
-        inner: list[tuple[Any, Scope, int]] = []
+        inner: list[tuple[Body, Scope, int]] = []
         for node in body.node:
             if node.op_type == "BatchNormalization" and node.domain in {"", "ai.onnx"}:
                 yield node, near, opset
@@ -124,7 +128,7 @@ def _nodes(model: Any, folder: Path) -> Iterator[tuple[Any, Neighbours, int]]:
         waiting += reversed(inner)
 
 
-def _opset(model: Any) -> int:
+def _opset(model: ModelProto | FunctionProto) -> int:
     return max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=1)
 
 
@@ -143,7 +147,7 @@ def _values(scope: Scope, inputs: Mapping[str, str]) -> tuple[dict[str, Value], 
     return {key: value for key, value in values.items() if key not in unread}, unread
 
 
-def _name(node: Any, actual: Mapping[str, str], origins: Mapping[str, str]) -> str:
+def _name(node: NodeProto, actual: Mapping[str, str], origins: Mapping[str, str]) -> str:
     """The layer's, which its tensors tell, or the node's."""
     for key in ("running_mean", "running_var", "weight", "bias"):
         for name in (actual.get(key, ""), origins.get(key, "")):
@@ -153,7 +157,7 @@ def _name(node: Any, actual: Mapping[str, str], origins: Mapping[str, str]) -> s
     return _label(node)
 
 
-def _label(node: Any) -> str:
+def _label(node: NodeProto) -> str:
     return node.name or (node.output[0] if node.output else "")
 
 
@@ -167,23 +171,31 @@ def _unused(name: str, tensors: tuple[str, ...], keys: Mapping[str, tuple[str, .
 
 
 def _layer(name: str, values: Mapping[str, Value], unread: Mapping[str, str], eps: float, momentum: float) -> Stored:
-    numbers: dict[str, Any] = {
-        key: array("d", value.numbers.ravel().astype("float64")) for key, value in values.items()
-    }
+    numbers = {key: array("d", value.numbers.ravel().astype("float64")) for key, value in values.items()}
     if len({len(array) for array in numbers.values()}) > 1:
         sizes = ", ".join(f"{key} {len(array)}" for key, array in numbers.items())
         raise RefusalError(f"one size of all tensors of layer {brief(name)}", sizes)
     dtypes = {key: str(value.numbers.dtype) for key, value in values.items()}
-    return Stored(name, **numbers, dtypes=dtypes, eps=eps, momentum=round(1 - momentum, 7), unread=unread)
+    return Stored(
+        name,
+        running_mean=numbers.get("running_mean"),
+        running_var=numbers.get("running_var"),
+        weight=numbers.get("weight"),
+        bias=numbers.get("bias"),
+        dtypes=dtypes,
+        eps=eps,
+        momentum=round(1 - momentum, 7),
+        unread=unread,
+    )
 
 
-def _number(scope: Scope, node: Any, name: str, default: float) -> float:
+def _number(scope: Scope, node: NodeProto, name: str, default: float) -> float:
     """A float as it was written: 1e-5, not the nearest float32's 9.99999974e-06."""
     found = scope.attribute(node, name)
     return float(f"{default if found is None else found.f:.7g}")
 
 
-def _is_training(scope: Scope, node: Any, opset: int) -> bool:
+def _is_training(scope: Scope, node: NodeProto, opset: int) -> bool:
     """Whether a node normalizes by its batch.
 
     Since version 14 training_mode says so, from 7 on the outputs of training do, before that is_test.

@@ -1,22 +1,27 @@
 """What stands before and behind the nodes of an ONNX graph: weights, and activations by our names for them ("relu").
 
-A tensor that is also an output of a graph, that a graph inside a node reads, or that several kinds of nodes read, has
-no activation behind it. Clip from 0 is ReLU, from 0 to 6 ReLU6; its limits must be constants.
+A tensor has no activation behind it if it is also an output of a graph, if a graph inside a node reads it, or if
+several kinds of nodes do. Clip from 0 is ReLU, and from 0 to 6 ReLU6; its limits must be constants.
 """
 
 from __future__ import annotations
 
 from array import array
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-from batchnorm.checkpoint.formats.onnx_values import UnreadError, value_of
+from batchnorm.checkpoint.formats.onnx_values import Made, UnreadError, value_of
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy import ndarray
+    from onnx import FunctionProto, GraphProto, NodeProto
+
     from batchnorm.checkpoint.formats.onnx_values import Scope
+
+    Body = GraphProto | FunctionProto
 
 # operators by what their name says; HardSigmoid's own slope is another one than torch's
 _NAMES = {name: name.lower() for name in ("Relu", "Elu", "Gelu", "HardSwish", "Mish", "Sigmoid", "Softplus", "Tanh")}
@@ -35,16 +40,16 @@ _LONGEST_CHAIN = 16
 class Neighbours:
     """The nodes of one graph or local function, in their scope."""
 
-    def __init__(self, body: Any, scope: Scope) -> None:
+    def __init__(self, body: Body, scope: Scope) -> None:
         self._body, self.scope = body, scope
 
     def activation(self, tensor: str) -> str:
-        """What alone reads a tensor; "" if that is no activation, or not alone."""
+        """The activation that reads a tensor and is its only reader; "" if there is none."""
         kind, *others = self._readers.get(tensor) or {""}
         return "" if others else kind
 
     def norms(self, tensor: str) -> tuple[bool, array[float] | None]:
-        """Whether it is known what makes a tensor; the norm of each row of its weights if that is a linear map."""
+        """Whether the maker of a tensor is known, and the norm of each row of its weights if it is a linear map."""
         try:
             node, scope, is_moved = self._maker(tensor)
             if node is None or node.domain not in _DOMAINS:
@@ -64,7 +69,8 @@ class Neighbours:
     @cached_property
     def _readers(self) -> dict[str, set[str]]:
         """By a tensor's name the activations that read it, with "" for all else."""
-        found: dict[str, set[str]] = {getattr(output, "name", output): {""} for output in self._body.output}
+        outputs = (output if isinstance(output, str) else output.name for output in self._body.output)
+        found: dict[str, set[str]] = {name: {""} for name in outputs}
         for node in self._body.node:
             for place, name in enumerate(node.input):
                 found.setdefault(name, set()).add(self._activation(node) if place == 0 else "")
@@ -72,21 +78,21 @@ class Neighbours:
                 found.setdefault(name, set()).add("")
         return found
 
-    def _maker(self, tensor: str) -> tuple[Any, Scope, bool]:
+    def _maker(self, tensor: str) -> tuple[NodeProto | None, Scope, bool]:
         """The node that makes a tensor's values, and whether they were moved since; None for an input."""
         scope, name = self.scope.actual(tensor)
         is_moved = False
         for _ in range(_LONGEST_CHAIN):
             made = scope.names.get(name)
-            if not isinstance(made, tuple):
+            if not isinstance(made, Made):
                 return None, scope, is_moved
-            if not (kept := _kept(made[0], scope)):
-                return made[0], scope, is_moved
-            is_moved |= made[0].op_type in _MOVING
+            if not (kept := _kept(made.node, scope)):
+                return made.node, scope, is_moved
+            is_moved |= made.node.op_type in _MOVING
             scope, name = scope.actual(kept)
         raise UnreadError(f"{brief(tensor)} is handed on more than {_LONGEST_CHAIN} times")
 
-    def _activation(self, node: Any) -> str:
+    def _activation(self, node: NodeProto) -> str:
         if node.domain not in _DOMAINS:
             return ""
         if node.op_type == "Clip":
@@ -95,7 +101,7 @@ class Neighbours:
             return ""
         return _NAMES.get(node.op_type, "")
 
-    def _clip(self, node: Any) -> str:
+    def _clip(self, node: NodeProto) -> str:
         # attributes until version 10, then inputs
         limits = [None if (found := self.scope.attribute(node, name)) is None else found.f for name in ("min", "max")]
         for place, name in enumerate(node.input[1:3]):
@@ -113,14 +119,14 @@ class Neighbours:
         return float(numbers.ravel()[0]) if numbers.size == 1 else None
 
 
-def graphs_in(node: Any) -> Iterator[Any]:
+def graphs_in(node: NodeProto) -> Iterator[GraphProto]:
     """The graphs inside a node: branches and bodies of loops."""
     for item in node.attribute:
         yield from (*([item.g] if item.HasField("g") else ()), *item.graphs)
 
 
-def _read_inside(node: Any) -> Iterator[str]:
-    """Names that nodes of graphs inside a node read or give back, of which some may be this graph's."""
+def _read_inside(node: NodeProto) -> Iterator[str]:
+    """Names that graphs inside a node read or return. Some of them may belong to this graph."""
     waiting = list(graphs_in(node))
     while waiting:
         graph = waiting.pop()
@@ -130,8 +136,8 @@ def _read_inside(node: Any) -> Iterator[str]:
             waiting += graphs_in(inner)
 
 
-def _kept(node: Any, scope: Scope) -> str:
-    """The input whose values a node keeps, of a sum the one that is no constant; "" if it makes others."""
+def _kept(node: NodeProto, scope: Scope) -> str:
+    """The input whose values a node passes on; for a sum, the input that is no constant; "" if it makes new values."""
     if node.domain not in _DOMAINS or node.op_type not in _KEEPING | _MOVING:
         return ""
     if node.op_type not in {"Add", "Sub"}:
@@ -148,7 +154,7 @@ def _is_constant(scope: Scope, name: str) -> bool:
     return True
 
 
-def _norms(weights: Any, axis: int) -> array[float]:
+def _norms(weights: ndarray, axis: int) -> array[float]:
     """Root of the sum of squares over all axes but one."""
     import numpy as np
 
@@ -157,6 +163,6 @@ def _norms(weights: Any, axis: int) -> array[float]:
         return array("d", np.sqrt((rows**2).sum(1)).tolist())
 
 
-def _integer(scope: Scope, node: Any, name: str, default: int) -> int:
+def _integer(scope: Scope, node: NodeProto, name: str, default: int) -> int:
     found = scope.attribute(node, name)
     return default if found is None else found.i

@@ -1,8 +1,8 @@
-"""Values of the names in an ONNX graph, as far as they are constants of the file, or of a data file beside it.
+"""Values of the names in an ONNX graph that are constants in the file or in a data file beside it.
 
-A name is seen from a scope: a graph, a graph inside a node (which sees the names around it), or the body of a local
-function (which sees its parameters only). Its value is that of an initializer or a Constant node, also through nodes
-that change the type or the shape, and through the arithmetic of quantization and of folded constants.
+Each name belongs to a scope: a graph, a graph inside a node (which can use the names around it), or the body of a local
+function (which can use its parameters only). Its value comes from an initializer or a Constant node. Nodes that change
+its type or shape, and the arithmetic of quantization and of folded constants, are computed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy import ndarray
+    from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto
+
+    # what a name is in a scope: a tensor, what makes it, or why there is none
+    Named: TypeAlias = "str | TensorProto | Made"
+    Compute = Callable[..., ndarray]
 
 _EXTERNAL = 1  # TensorProto.DataLocation
 _MOST_VALUES = 1 << 22
@@ -33,40 +40,37 @@ class UnreadError(Exception):
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Scope:
-    """The names that a node sees: a tensor, a node that makes it with the number of its output, or why there is none.
-
-    A parameter of a function is another scope's name.
-    """
+    """The names that a node sees, with what each of them is; ``given`` are the parameters of a local function."""
 
     folder: Path
-    names: dict[str, Any]
+    names: dict[str, Named]
     outer: Scope | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, tuple[Scope, str]] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeProto | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: Any, folder: Path, outer: Scope | None = None) -> Scope:
+    def of(cls, graph: GraphProto, folder: Path, outer: Scope | None = None) -> Scope:
         """Of a graph, inside the scope of the node that has it."""
         kind = "an input of the graph" if outer is None else "an input of a graph inside a node"
-        names: dict[str, Any] = {value.name: f"{brief(value.name)} is {kind}" for value in graph.input}
+        names: dict[str, Named] = {value.name: f"{brief(value.name)} is {kind}" for value in graph.input}
         names.update((tensor.name, tensor) for tensor in graph.initializer)
         sparse = (tensor.values.name for tensor in graph.sparse_initializer)
         names.update((name, f"{brief(name)} is stored sparse") for name in sparse)
         names.update(_made(graph.node))
-        return cls(folder, names, outer, outer.attributes if outer else {})
+        return cls(folder, names, outer, attributes=outer.attributes if outer else {})
 
     @classmethod
-    def of_call(cls, function: Any, node: Any, caller: Scope) -> Scope:
+    def of_call(cls, function: FunctionProto, node: NodeProto, caller: Scope) -> Scope:
         """Of a local function that a node calls."""
-        given = {attribute.name: caller.attribute(node, attribute.name) for attribute in node.attribute}
+        own = {attribute.name: caller.attribute(node, attribute.name) for attribute in node.attribute}
         defaults = {attribute.name: attribute for attribute in function.attribute_proto}
-        names: dict[str, Any] = {name: f"{brief(name)} is left out by the call" for name in function.input}
-        names.update(
-            (name, (caller, actual)) for name, actual in zip(function.input, node.input, strict=False) if actual
-        )
-        names.update(_made(function.node))
-        return cls(caller.folder, names, None, defaults | given)
+        names: dict[str, Named] = {name: f"{brief(name)} is left out by the call" for name in function.input}
+        made = _made(function.node)
+        pairs = zip(function.input, node.input, strict=False)
+        given = {name: (caller, actual) for name, actual in pairs if actual and name not in made}
+        return cls(caller.folder, {**names, **made}, None, given, defaults | own)
 
-    def attribute(self, node: Any, name: str) -> Any:
+    def attribute(self, node: NodeProto, name: str) -> AttributeProto | None:
         """An attribute of a node, or None; in a function it may be one of the call's."""
         found = next((item for item in node.attribute if item.name == name), None)
         return self.attributes.get(found.ref_attr_name) if found is not None and found.ref_attr_name else found
@@ -81,15 +85,23 @@ class Scope:
         for _ in range(_LONGEST_CHAIN):
             while name not in scope.names and scope.outer is not None:
                 scope = scope.outer
-            value = scope.names.get(name)
-            if not isinstance(value, tuple) or not isinstance(value[0], Scope):
+            if name not in scope.given:
                 return scope, name
-            scope, name = value
+            scope, name = scope.given[name]
         raise RefusalError(f"at most {_LONGEST_CHAIN} functions in functions", f"more, for {brief(name)}")
 
 
-def _made(nodes: Any) -> dict[str, Any]:
-    return {name: (node, i) for node in nodes for i, name in enumerate(node.output) if name}
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A tensor that a node makes, as its output of this number."""
+
+    node: NodeProto
+    output: int
+
+
+def _made(nodes: Iterable[NodeProto]) -> dict[str, Made]:
+    return {name: Made(node, i) for node in nodes for i, name in enumerate(node.output) if name}
 
 
 @final
@@ -97,7 +109,7 @@ def _made(nodes: Any) -> dict[str, Any]:
 class Value:
     """A name's numbers, as a NumPy array of their type, and the name of the tensor that they come from."""
 
-    numbers: Any
+    numbers: ndarray
     origin: str
 
 
@@ -118,10 +130,10 @@ def _value_of(scope: Scope, name: str, left: Iterator[int]) -> Value:
     found = scope.names.get(name, f"nothing in the file is called {brief(name)}")
     if isinstance(found, str):
         raise UnreadError(f"{found}. {_REMEDY}")
-    if not isinstance(found, tuple):
+    if not isinstance(found, Made):
         return Value(_numbers(found, scope.folder), name)
-    node, output = found
-    compute = _NODES.get(node.op_type) if node.domain in _DOMAINS and not output else None
+    node = found.node
+    compute = _NODES.get(node.op_type) if node.domain in _DOMAINS and not found.output else None
     if compute is None or next(left, None) is None:
         raise UnreadError(f"{brief(name)} is computed by a {brief(node.op_type)} node. {_REMEDY}")
     inputs = [_value_of(scope, other, left) if other else None for other in node.input]
@@ -145,10 +157,10 @@ _DOMAINS = {"", "ai.onnx", "com.microsoft"}
 class _Node:
     """A node's attributes."""
 
-    node: Any
+    node: NodeProto
     scope: Scope
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> AttributeProto | None:
         return self.scope.attribute(self.node, name)
 
     def integer(self, name: str, default: int) -> int:
@@ -160,7 +172,7 @@ class _Node:
         return None if found is None else list(found.ints)
 
 
-def _numbers(tensor: Any, folder: Path) -> Any:
+def _numbers(tensor: TensorProto, folder: Path) -> ndarray:
     """A TensorProto's values, once their number has been compared with its shape."""
     import onnx
     from onnx import numpy_helper
@@ -179,13 +191,13 @@ def _numbers(tensor: Any, folder: Path) -> Any:
     return numpy_helper.to_array(tensor)
 
 
-def _count(tensor: Any, size: int) -> int:
+def _count(tensor: TensorProto, size: int) -> int:
     if tensor.raw_data:
         return len(tensor.raw_data) // size if len(tensor.raw_data) % size == 0 else -1
     return len(getattr(tensor, _FIELDS.get(tensor.data_type, "int32_data")))
 
 
-def _beside(tensor: Any, folder: Path, size: int) -> Any:
+def _beside(tensor: TensorProto, folder: Path, size: int) -> TensorProto:
     """The tensor with its values from the data file beside the model."""
     told = {entry.key: entry.value for entry in tensor.external_data}
     place = Path(told.get("location", "another file"))
@@ -206,11 +218,12 @@ def _beside(tensor: Any, folder: Path, size: int) -> Any:
     whole = type(tensor)()
     whole.CopyFrom(tensor)
     whole.ClearField("external_data")
-    whole.data_location, whole.raw_data = 0, data
+    whole.ClearField("data_location")
+    whole.raw_data = data
     return whole
 
 
-def _constant(node: _Node) -> Any:
+def _constant(node: _Node) -> ndarray:
     import numpy as np
 
     if (value := node["value"]) is not None:
@@ -229,20 +242,21 @@ _PLAIN = (
 )
 
 
-def _cast(node: _Node, x: Any) -> Any:
+def _cast(node: _Node, x: ndarray) -> ndarray:
     import onnx
 
     return x.astype(onnx.helper.tensor_dtype_to_np_dtype(node.integer("to", 0)))
 
 
-def _dequantized(node: _Node, x: Any, scale: Any, zero: Any = None) -> Any:
+def _dequantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = None) -> ndarray:
     """(x - zero) * scale, in the scale's type; one scale, or one for each index of an axis."""
     axis = node.integer("axis", 1)
-    scale, zero = _along(scale, x, axis), 0 if zero is None else _along(zero, x, axis).astype("float64")
-    return ((x.astype("float64") - zero) * scale.astype("float64")).astype(scale.dtype)
+    scale = _along(scale, x, axis)
+    shifted = x.astype("float64") - (0 if zero is None else _along(zero, x, axis).astype("float64"))
+    return (shifted * scale.astype("float64")).astype(scale.dtype)
 
 
-def _quantized(node: _Node, x: Any, scale: Any, zero: Any = None) -> Any:
+def _quantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = None) -> ndarray:
     """x / scale + zero, rounded to even, as far as the type goes."""
     import numpy as np
 
@@ -253,7 +267,7 @@ def _quantized(node: _Node, x: Any, scale: Any, zero: Any = None) -> Any:
     return np.clip(shifted, limits.min, limits.max).astype(kind)
 
 
-def _along(values: Any, x: Any, axis: int) -> Any:
+def _along(values: ndarray, x: ndarray, axis: int) -> ndarray:
     """One value, or one for each index of an axis of x, in a shape that x takes."""
     if values.size == 1:
         return values.reshape(())
@@ -264,34 +278,34 @@ def _along(values: Any, x: Any, axis: int) -> Any:
     return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
 
 
-def _reshaped(node: _Node, x: Any, shape: Any = None) -> Any:
+def _reshaped(node: _Node, x: ndarray, shape: ndarray | None = None) -> ndarray:
     sizes = node.integers("shape") if shape is None else shape.ravel().tolist()
     keeps = not node.integer("allowzero", 0)
     return x.reshape([x.shape[i] if size == 0 and keeps else size for i, size in enumerate(sizes or [])])
 
 
-def _flat(node: _Node, x: Any) -> Any:
+def _flat(node: _Node, x: ndarray) -> ndarray:
     axis = node.integer("axis", 1)
     return x.reshape(math.prod(x.shape[:axis]), -1)
 
 
-def _squeezed(node: _Node, x: Any, axes: Any = None) -> Any:
+def _squeezed(node: _Node, x: ndarray, axes: ndarray | None = None) -> ndarray:
     chosen = node.integers("axes") if axes is None else axes.ravel().tolist()
     return x.squeeze() if chosen is None else x.squeeze(tuple(chosen))
 
 
-def _unsqueezed(node: _Node, x: Any, axes: Any = None) -> Any:
+def _unsqueezed(node: _Node, x: ndarray, axes: ndarray | None = None) -> ndarray:
     import numpy as np
 
     chosen = node.integers("axes") if axes is None else axes.ravel().tolist()
     return np.expand_dims(x, tuple(chosen or ()))
 
 
-def _transposed(node: _Node, x: Any) -> Any:
+def _transposed(node: _Node, x: ndarray) -> ndarray:
     return x.transpose(node.integers("perm"))
 
 
-def _filled(node: _Node, shape: Any) -> Any:
+def _filled(node: _Node, shape: ndarray) -> ndarray:
     """ConstantOfShape."""
     import numpy as np
 
@@ -300,13 +314,13 @@ def _filled(node: _Node, shape: Any) -> Any:
     return np.full(sizes, np.float32(0) if value is None else _numbers(value.t, node.scope.folder).ravel()[0])
 
 
-def _expanded(_: _Node, x: Any, shape: Any) -> Any:
+def _expanded(_: _Node, x: ndarray, shape: ndarray) -> ndarray:
     import numpy as np
 
     return np.broadcast_to(x, _bounded(np.broadcast_shapes(x.shape, tuple(shape.ravel().tolist()))))
 
 
-def _joined(node: _Node, *parts: Any) -> Any:
+def _joined(node: _Node, *parts: ndarray) -> ndarray:
     import numpy as np
 
     _bounded([sum(part.size for part in parts)])
@@ -319,10 +333,10 @@ def _bounded(shape: Sequence[int]) -> Sequence[int]:
     return shape
 
 
-def _elementwise(name: str) -> Callable[..., Any]:
+def _elementwise(name: str) -> Compute:
     """A NumPy function of one or two arrays, in their type."""
 
-    def compute(_: _Node, *arrays: Any) -> Any:
+    def compute(_: _Node, *arrays: ndarray) -> ndarray:
         import numpy as np
 
         _bounded(np.broadcast_shapes(*(array.shape for array in arrays)))
@@ -331,7 +345,7 @@ def _elementwise(name: str) -> Callable[..., Any]:
     return compute
 
 
-_NODES: dict[str, Callable[..., Any]] = {
+_NODES: dict[str, Compute] = {
     "Cast": _cast,
     "CastLike": lambda _, x, like: x.astype(like.dtype),
     "Concat": _joined,

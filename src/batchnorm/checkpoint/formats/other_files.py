@@ -10,13 +10,15 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.refusal import RESAVE, brief
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator
     from typing import BinaryIO
+
+    from batchnorm.checkpoint.pickled.unknown_classes import Saved
 
 Named = tuple[str, str]  # what a file is, and what to do
 
@@ -186,7 +188,7 @@ def of_bytes(head: bytes) -> Named:
     return f"bytes that begin with {head[:8].hex(' ')}", _GIVE
 
 
-def of_zip(names: Mapping[str, Any]) -> Named | None:
+def of_zip(names: Iterable[str]) -> Named | None:
     """What a zip file is, by the names in it; None if nothing tells."""
     return next((named for end, named in _ZIPPED.items() if any(f"/{name}".endswith(end) for name in names)), None)
 
@@ -196,7 +198,7 @@ def of_shards(name: str) -> Named:
     return "a part of a distributed checkpoint", _SHARDS.replace("FOLDER", brief(str(Path(name).parent)))
 
 
-def of_value(saved: Any) -> Named | None:
+def of_value(saved: Saved) -> Named | None:
     """What a pickle holds if it is another framework's; None if nothing tells."""
     if isinstance(saved, dict) and (_PADDLES_NAMES in saved or _is_paddles(saved)):
         return "a PaddlePaddle state dict", _PADDLE
@@ -209,7 +211,7 @@ def of_value(saved: Any) -> Named | None:
     return None
 
 
-def _is_paddles(saved: dict[Any, Any]) -> bool:
+def _is_paddles(saved: dict[Saved, Saved]) -> bool:
     """Whether statistics have PaddlePaddle's names: _mean and _variance."""
     names = {key for key in saved if isinstance(key, str)}
     return any(

@@ -10,16 +10,18 @@ import json
 import math
 import os
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from batchnorm.checkpoint.file_tensors import BYTES, Storage, Tensor, contiguous
-from batchnorm.checkpoint.formats.checked_records import Record, Source, exactly
+from batchnorm.checkpoint.formats.checked_records import FileRecord, Source, exactly
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import BinaryIO
 
+# a value of the header, which may be of any type
+Json: TypeAlias = Any
 _LONGEST_HEADER = 1 << 25  # bytes: 300,000 tensors
 _TYPES = {
     "F64": "float64",
@@ -58,7 +60,7 @@ def read(file: BinaryIO) -> tuple[dict[str, Tensor], Source]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}, Source(file, records)
 
 
-def _named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _named(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     """A JSON object each of whose names is there once."""
     named = dict(pairs)
     if len(named) < len(pairs):
@@ -68,7 +70,7 @@ def _named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return named
 
 
-def _apart(records: Mapping[str, Record]) -> None:
+def _apart(records: Mapping[str, FileRecord]) -> None:
     """Return unless bytes belong to two tensors."""
     ordered = sorted(((record.start, record.start + record.size, name) for name, record in records.items()))
     for (_, stop, name), (begin, _, other) in pairwise(span for span in ordered if span[0] < span[1]):
@@ -76,7 +78,7 @@ def _apart(records: Mapping[str, Record]) -> None:
             raise RefusalError("bytes of its own for each tensor", f"{brief(name)} and {brief(other)} in the same ones")
 
 
-def _tensor(name: str, entry: Any) -> Tensor | None:
+def _tensor(name: str, entry: Json) -> Tensor | None:
     """The tensor, or None for a type that no batch norm layer has."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise RefusalError(f"dtype, shape and data_offsets of {brief(name)}", brief(entry))
@@ -86,7 +88,7 @@ def _tensor(name: str, entry: Any) -> Tensor | None:
     return None if dtype is None else contiguous(Storage(name, dtype, math.prod(shape[:64])), tuple(shape))
 
 
-def _record(name: str, tensor: Tensor | None, entry: Any, start: int, end: int) -> Record:
+def _record(name: str, tensor: Tensor | None, entry: Json, start: int, end: int) -> FileRecord:
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
         raise RefusalError(f"two whole numbers as data_offsets of {brief(name)}", brief(offsets))
@@ -98,4 +100,4 @@ def _record(name: str, tensor: Tensor | None, entry: Any, start: int, end: int) 
         )
     if tensor is not None and stop - begin != tensor.storage.numel * BYTES[tensor.dtype]:
         raise RefusalError(f"{brief(tensor.storage.numel)} elements in {brief(name)}", f"{stop - begin} bytes")
-    return Record(start + begin, stop - begin)
+    return FileRecord(start + begin, stop - begin)

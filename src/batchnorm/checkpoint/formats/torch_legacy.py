@@ -10,34 +10,36 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.file_tensors import BYTES, Held, Span, Storage
-from batchnorm.checkpoint.formats.checked_records import Record, Source, exactly
+from batchnorm.checkpoint.formats.checked_records import FileRecord, Source, exactly
 from batchnorm.checkpoint.pickled import stack_machine
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
+    from batchnorm.checkpoint.pickled.unknown_classes import Saved
+
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _LONGEST_HEAD = 1 << 16  # bytes of the pickles before a single storage
 
 
-def read(file: BinaryIO) -> tuple[Any, Source]:
+def read(file: BinaryIO) -> tuple[Saved, Source]:
     """What was saved, and where its tensors' bytes are."""
     saved, keys, storages = _pickles(file)
     start = file.tell()
     return saved, Source(file, _records(file, keys, storages, start, file.seek(0, os.SEEK_END)))
 
 
-def read_pickle(file: BinaryIO) -> tuple[Any, Source]:
+def read_pickle(file: BinaryIO) -> tuple[Saved, Source]:
     """What a plain pickle holds; its tensors have their numbers with them."""
     return stack_machine.load(file, nested=_nested), Source(file, {})
 
 
-def _pickles(file: BinaryIO) -> tuple[Any, object, dict[str, Storage]]:
+def _pickles(file: BinaryIO) -> tuple[Saved, object, dict[str, Storage]]:
     """What was saved, the keys of its storages, and these."""
     magic = stack_machine.load(file)
     if magic != _MAGIC:
@@ -66,7 +68,7 @@ def _nested(data: bytes | str | Span) -> Storage:
     return Storage(saved.key, saved.dtype, saved.numel, Held(part, "little"))
 
 
-def _records(file: BinaryIO, keys: object, storages: dict[str, Storage], start: int, end: int) -> dict[str, Record]:
+def _records(file: BinaryIO, keys: object, storages: dict[str, Storage], start: int, end: int) -> dict[str, FileRecord]:
     """Where each storage lies, from ``start`` on and before ``end``.
 
     Elements are of the type under which a storage was named first.
@@ -76,7 +78,7 @@ def _records(file: BinaryIO, keys: object, storages: dict[str, Storage], start: 
     at, records = start, {}
     for key in keys:
         numel = int.from_bytes(exactly(file, at, 8), "little")
-        records[key] = Record(at + 8, numel * BYTES[storages[key].dtype])
+        records[key] = FileRecord(at + 8, numel * BYTES[storages[key].dtype])
         at += 8 + records[key].size
         if at > end:
             raise RefusalError(f"{numel} elements in storage {brief(key)}", "the end of the file: it was cut off")

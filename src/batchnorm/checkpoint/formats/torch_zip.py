@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.formats import other_files
-from batchnorm.checkpoint.formats.checked_records import Record, Source
+from batchnorm.checkpoint.formats.checked_records import FileRecord, Source
 from batchnorm.checkpoint.pickled import stack_machine
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
+    from batchnorm.checkpoint.pickled.unknown_classes import Saved
+
 _ENCRYPTED = 1  # bit of an entry's flags
 _PICKLE = "data.pkl"
 
 
-def read(file: BinaryIO) -> tuple[Any, Source]:
+def read(file: BinaryIO) -> tuple[Saved, Source]:
     """What was saved, and where its tensors' bytes are."""
     entries = _entries(file)
     if entries and min(entry.header_offset for entry in entries.values()):
@@ -50,14 +52,14 @@ def _folder(entries: dict[str, zipfile.ZipInfo]) -> str:
     return name.removesuffix(_PICKLE)
 
 
-def _record(entry: zipfile.ZipInfo) -> Record:
+def _record(entry: zipfile.ZipInfo) -> FileRecord:
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
         raise RefusalError(
             "bytes stored as they are, as torch writes them",
             f"{brief(entry.filename)} compressed or encrypted",
             "Unpack it and save it again with torch.save.",
         )
-    return Record(entry.header_offset, entry.file_size, entry.CRC, zipped=True)
+    return FileRecord(entry.header_offset, entry.file_size, entry.CRC, zipped=True)
 
 
 def _byteorder(source: Source) -> str:

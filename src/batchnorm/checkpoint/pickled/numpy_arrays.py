@@ -77,7 +77,7 @@ def scalar(dtype: object = None, data: object = None, *_: object) -> int | Opaqu
 
 def _array(data: object, dtype: object, shape: object, *, is_fortran: bool) -> Tensor | Opaque:
     if not isinstance(dtype, Dtype) or not dtype.name or isinstance(data, list):
-        return Opaque("numpy.ndarray of other values than numbers", is_told=True)
+        return Opaque("numpy.ndarray of other values than numbers", is_reported=True)
     held = Held.of(data, dtype.byteorder)
     size = tuple(shape) if isinstance(shape, tuple | list) else ()
     if held is None or not all(type(length) is int and 0 <= length < 1 << 63 for length in size):

@@ -1,26 +1,30 @@
 """A pickle read as data: a stack machine for the opcodes that plain values and tensors need, and no others.
 
 Python's own Unpickler runs what a file names, and its C code hashes and frees whatever a file nests. Here a name is
-looked up in ``allowed_names`` and never imported, every size is checked against the bytes that are there, and steps are
-counted. The opcodes are those of ``pickletools``, protocols 1 to 5. An object of a class that is not known is a dict of
-its attributes; long bytes stay in the file.
+looked up in ``allowed_names`` and never imported. Every size is compared with the bytes that follow, and steps are
+counted. The opcodes are those of ``pickletools``, protocols 1 to 5. An object of an unknown class becomes a dict of its
+attributes. Long runs of bytes stay in the file.
 """
 
 from __future__ import annotations
 
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from batchnorm.checkpoint.file_tensors import Span, Storage, Tensor
 from batchnorm.checkpoint.pickled import allowed_names
+from batchnorm.checkpoint.pickled.name import Name, in_words
 from batchnorm.checkpoint.pickled.numpy_arrays import Dtype, Unbuilt
-from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, settle
+from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved, settle
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import BinaryIO
+
+    # what an opcode does, and the value that it leaves on the stack, if any
+    Step = Callable[["_Machine"], Saved]
 
 LARGEST = 1 << 28  # bytes of a pickle; that of a network of 100,000 tensors has 2^24
 _MOST_STEPS = 10_000_000  # opcodes; one may allocate 100 bytes
@@ -34,7 +38,7 @@ def load(
     file: BinaryIO,
     storages: dict[str, Storage] | None = None,
     nested: Callable[[bytes | str | Span], Storage] | None = None,
-) -> Any:
+) -> Saved:
     """The value of the pickle that starts where ``file`` stands; the file then stands after it.
 
     Args:
@@ -70,10 +74,10 @@ class _Machine:
         self.nested = nested
         self.left = LARGEST
         self.attributes = _MOST_ATTRIBUTES
-        self.names: dict[str, allowed_names.Name] = {}
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
+        self.names: dict[str, Name] = {}
+        self.stack: list[Saved] = []
+        self.marks: list[list[Saved]] = []
+        self.memo: dict[int, Saved] = {}
 
     def take(self, size: int) -> bytes:
         self.left -= size
@@ -88,7 +92,7 @@ class _Machine:
         return self.take(self.unsigned(width))
 
     def stretch(self, width: int) -> bytes | Span:
-        """As many as are told; many are left where they are."""
+        """The counted bytes; a long run is left in the file."""
         size = self.unsigned(width)
         if size < _LEFT:
             return self.take(size)
@@ -107,13 +111,13 @@ class _Machine:
             raise RefusalError("a line of text", f"{brief(data.decode('latin-1'))} without an end")
         return data[:-1].decode()
 
-    def since_mark(self) -> list[Any]:
+    def since_mark(self) -> list[Saved]:
         items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def last(self, kind: type) -> Any:
+    def last(self, kind: type) -> Saved:
         if type(self.stack[-1]) is not kind:
-            raise RefusalError(f"a {kind.__name__}", allowed_names.told(self.stack[-1]))
+            raise RefusalError(f"a {kind.__name__}", in_words(self.stack[-1]))
         return self.stack[-1]
 
 
@@ -145,7 +149,7 @@ def _text(machine: _Machine, width: int) -> str:
     return machine.counted(width).decode("utf-8", "surrogatepass")
 
 
-def _set_items(machine: _Machine, items: list[Any]) -> None:
+def _set_items(machine: _Machine, items: list[Saved]) -> None:
     target = machine.stack[-1] if isinstance(machine.stack[-1], Object) else machine.last(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         target[allowed_names.key(key)] = value
@@ -167,13 +171,13 @@ def _append(machine: _Machine) -> None:
     _items(machine).append(value)
 
 
-def _items(machine: _Machine) -> list[Any]:
+def _items(machine: _Machine) -> list[Saved]:
     """The list on top, or the items of an object that is one."""
     if not isinstance(machine.stack[-1], Object):
         return machine.last(list)
     items = machine.stack[-1].setdefault("items", [])
     if type(items) is not list:
-        raise RefusalError("an object's items", allowed_names.told(items))
+        raise RefusalError("an object's items", in_words(items))
     return items
 
 
@@ -190,7 +194,7 @@ def _tuple(machine: _Machine, size: int) -> None:
     machine.stack[start:] = [tuple(machine.stack[start:])]
 
 
-def _find(machine: _Machine, module: object, name: object) -> allowed_names.Name:
+def _find(machine: _Machine, module: object, name: object) -> Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise RefusalError("a module and a name", f"{brief(module)} and {brief(name)}")
     # names of Python 2, as Python's own reader takes them: commands.Popen is subprocess.Popen
@@ -201,47 +205,43 @@ def _find(machine: _Machine, module: object, name: object) -> allowed_names.Name
     return machine.names[name]
 
 
-def _global(machine: _Machine) -> allowed_names.Name:
+def _global(machine: _Machine) -> Name:
     return _find(machine, machine.line(), machine.line())
 
 
-def _stack_global(machine: _Machine) -> allowed_names.Name:
+def _stack_global(machine: _Machine) -> Name:
     name, module = machine.stack.pop(), machine.stack.pop()
     return _find(machine, module, name)
 
 
-def _call(machine: _Machine) -> Any:
+def _call(machine: _Machine) -> Saved:
     arguments, function = machine.stack.pop(), machine.stack.pop()
-    if (
-        machine.nested
-        and isinstance(function, allowed_names.Name)
-        and function.name == "torch.storage._load_from_bytes"
-    ):
+    if machine.nested and isinstance(function, Name) and function.name == "torch.storage._load_from_bytes":
         return machine.nested(*arguments)
     return allowed_names.call(function, arguments)
 
 
-def _new(machine: _Machine) -> Any:
+def _new(machine: _Machine) -> Saved:
     arguments, kind = machine.stack.pop(), machine.stack.pop()
     return allowed_names.new(kind, arguments)
 
 
-def _new_ex(machine: _Machine) -> Any:
+def _new_ex(machine: _Machine) -> Saved:
     machine.stack.pop()  # arguments by name, which no tensor needs
     return _new(machine)
 
 
-def _instance(machine: _Machine) -> Any:
+def _instance(machine: _Machine) -> Saved:
     arguments = tuple(machine.since_mark())
     return allowed_names.call(_global(machine), arguments)
 
 
-def _object(machine: _Machine) -> Any:
+def _object(machine: _Machine) -> Saved:
     function, *arguments = machine.since_mark()
     return allowed_names.call(function, tuple(arguments))
 
 
-def _persistent(machine: _Machine) -> Storage | allowed_names.Name:
+def _persistent(machine: _Machine) -> Storage | Name:
     """A storage; torch's format before 1.6 also has a module's class so, with its source."""
     identity = machine.stack.pop()
     if isinstance(identity, tuple) and identity[:1] == ("module",) and len(identity) == 4:
@@ -267,7 +267,7 @@ def _build(machine: _Machine) -> None:
         raise RefusalError("a dict or a tensor that has attributes", brief(target))
 
 
-def _fill(machine: _Machine, target: Object, state: Any) -> None:
+def _fill(machine: _Machine, target: Object, state: Saved) -> None:
     """An object's ``__dict__``, alone or beside its slots; any other state is one attribute."""
     parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
     if not all(part is None or isinstance(part, dict) for part in parts):
@@ -290,7 +290,7 @@ def _memoize(machine: _Machine, place: int) -> None:
         value.place = place
 
 
-def _pushing(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
+def _pushing(value: Step) -> Step:
     def step(machine: _Machine) -> None:
         # the value first: it may exchange the stack
         made = value(machine)
@@ -299,7 +299,7 @@ def _pushing(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
     return step
 
 
-_VALUES: dict[bytes, Callable[[_Machine], Any]] = {
+_VALUES: dict[bytes, Step] = {
     b"N": lambda _: None,
     b"\x88": lambda _: True,
     b"\x89": lambda _: False,
@@ -340,7 +340,7 @@ _VALUES: dict[bytes, Callable[[_Machine], Any]] = {
     b"o": _object,
     b"Q": _persistent,
 }
-_STEPS: dict[bytes, Callable[[_Machine], Any]] = {code: _pushing(value) for code, value in _VALUES.items()} | {
+_STEPS: dict[bytes, Step] = {code: _pushing(value) for code, value in _VALUES.items()} | {
     b"\x80": lambda m: m.take(1),
     b"\x95": lambda m: m.take(8),
     b"(": _mark,

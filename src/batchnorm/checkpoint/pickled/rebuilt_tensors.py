@@ -1,0 +1,117 @@
+"""Tensors as torch's functions rebuild them: a view of a storage, or why there are no numbers to read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from batchnorm.checkpoint.file_tensors import BYTES, Storage, Tensor, unreadable
+from batchnorm.checkpoint.pickled.name import Name, in_words
+from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved
+from batchnorm.checkpoint.refusal import RefusalError, brief
+
+_SHARDED = {"DTensor", "ShardedTensor", "LocalTensor"}
+_WHOLE = (
+    "Save whole tensors: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+    "torch.distributed.checkpoint.state_dict, or tensor.full_tensor() for each."
+)
+
+
+def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: object) -> Tensor:
+    """``rest`` is requires_grad, hooks, and bits that torch applies when the tensor is used."""
+    if not isinstance(base, Storage) or not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
+        raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
+    bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
+    why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
+    view = Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
+    is_empty = not base.numel and view.numel
+    return replace(view, why=f"a tensor that had given its memory back. {_WHOLE}") if is_empty else view
+
+
+def tensor_v3(base: Saved, offset: Saved, size: Saved, stride: Saved, *rest: Saved) -> Tensor:
+    """Of a type that has no storage of its own; rest is requires_grad, hooks, dtype."""
+    view = tensor(base, offset, size, stride)
+    if len(rest) < 3 or not isinstance(rest[2], Name) or rest[2].dtype not in BYTES:
+        raise RefusalError("a tensor's type", brief(rest[2]) if len(rest) > 2 else "none")
+    return replace(view, dtype=rest[2].dtype)
+
+
+def local_part(tensor: Saved, kind: object, state: object) -> Saved:
+    """A tensor of a subclass; one that wraps others is its local part, where that is all of it."""
+    local = _attributes(state).get("_local_tensor")
+    if not isinstance(tensor, Tensor) or not tensor.why or not isinstance(local, Tensor):
+        return tensor
+    placements = _attributes(_attributes(state).get("_spec")).get("placements")
+    partial = [value for value in placements if _is_partial(value)] if isinstance(placements, tuple) else []
+    if local.size == tensor.size and not partial:
+        return local
+    part = "a summand" if partial else f"a part of {_shape(local)} out of {_shape(tensor)}"
+    return replace(tensor, why=f"{part} of a {_last(kind)}. {_WHOLE}")
+
+
+def _attributes(state: object) -> dict[Saved, Saved]:
+    """Of an object's state: a dict, or one beside that of its slots."""
+    if isinstance(state, tuple):
+        return {name: value for part in state[:2] if isinstance(part, dict) for name, value in part.items()}
+    return state if isinstance(state, dict) else {}
+
+
+def _is_partial(placement: object) -> bool:
+    return isinstance(placement, Object) and placement.name.endswith("Partial")
+
+
+def _last(kind: object) -> str:
+    return kind.name.rpartition(".")[2] if isinstance(kind, Name) else "tensor subclass"
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(brief, tensor.size[:8])) or "1"
+
+
+def wrapper(kind: object, dtype: object, size: Saved, *_: object) -> Tensor:
+    """A tensor of a subclass that holds no numbers itself."""
+    remedy = _WHOLE if _last(kind) in _SHARDED else "Save a plain tensor in its place."
+    return _without_numbers(dtype, size, f"a {_last(kind)} without numbers of its own. {remedy}")
+
+
+def meta(dtype: object, size: Saved, *_: object) -> Tensor:
+    """A tensor on the meta device."""
+    return _without_numbers(dtype, size, "on the meta device, without values. Load the weights, then save the model.")
+
+
+def uninitialized(*_: object) -> Tensor:
+    """A parameter of a lazy layer."""
+    return unreadable("float32", (), "not initialized. Run one batch through the model, then save it.")
+
+
+def sparse(_: object, data: Saved, *__: object) -> Tensor:
+    """A sparse tensor."""
+    size = next((part for part in reversed(data) if _is_size(part)), ()) if isinstance(data, tuple) else ()
+    return unreadable("float32", tuple(size), "sparse. Save tensor.to_dense().")
+
+
+def nested(*_: object) -> Tensor:
+    """A tensor of several lengths."""
+    return unreadable("float32", (), "nested. Save a tensor for each of its parts.")
+
+
+def quantized(base: object, _: object, size: Saved, *__: object) -> Tensor:
+    """A quantized tensor."""
+    dtype = base.dtype if isinstance(base, Storage) else "quint8"
+    return unreadable(dtype, tuple(size) if _is_size(size) else (), "quantized. Save tensor.dequantize().")
+
+
+def _without_numbers(dtype: object, size: Saved, why: str) -> Tensor:
+    if not isinstance(dtype, Name) or dtype.dtype not in BYTES or not _is_size(size):
+        raise RefusalError("a tensor's type and size", f"{in_words(dtype)} and {brief(size)}")
+    return unreadable(dtype.dtype, tuple(size), why)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(type(length) is int for length in value)
+
+
+def of_numpy(data: object, dtype: object, *_: object) -> Saved:
+    """A tensor of a device that hands its numbers out as a NumPy array: float32 for types that NumPy has not."""
+    if not isinstance(data, Tensor) or not isinstance(dtype, Name) or dtype.dtype not in BYTES:
+        return Opaque("torch.Tensor of a device", is_reported=True)
+    return data
