@@ -176,7 +176,7 @@ class InputNorm(nn.Module):
         return z.to(x.dtype if x.is_floating_point() else self._dtype_carrier.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """What ``forward`` would give ``z`` for: z scale + mean, float64 for float64 and else float32."""
+        """The input for which ``forward`` returns ``z``: z scale + mean, in float64 for float64 and else in float32."""
         self._check_input(z)
         high, low, scale = self._parts(z)
         return (z.to(high.dtype) * scale + low) + high
@@ -243,7 +243,7 @@ def _as_tuple(axes: int | Sequence[int] | None, name: str = "channel_axis") -> t
 
 
 class _Total:
-    """Moments of all batches without NaN, and how many NaN and infinities each feature had."""
+    """Moments of all values but NaN, and the number of NaN and of infinities in each feature."""
 
     def __init__(self, channel_axis: int | Sequence[int] | None) -> None:
         self.channel_axis = channel_axis
@@ -264,7 +264,7 @@ class _Total:
         return (counted.mean * counted.count).round().long()
 
     def checked(self, *, omit_nan: bool) -> Moments:
-        """The moments, once nothing speaks against storing them."""
+        """The moments, after the checks that they can be stored."""
         if torch.as_tensor(self.inf).any():
             raise ValueError(
                 f"InputNorm.fit needs finite values, got infinity in {_by_feature(self.inf)}. Clip or remove them."

@@ -20,20 +20,29 @@ from batchnorm.argument_types import require_number, require_type, require_whole
 from batchnorm.kernels import ChannelStatistics, Layer, Running, activations
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.kernels.shapes import values_per_channel
+from batchnorm.layer_checks import (
+    SHAPES,
+    STATISTICS,
+    about_a_single_value,
+    about_eps,
+    check_eps,
+    check_memory,
+    check_single_element,
+    check_state,
+    promoted,
+    refuse,
+)
 from batchnorm.ownership import claim
 from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_STATISTICS = ("running_mean", "running_var")
-
-
 _SETTINGS = {"act", "act_param", "memory", "single_element"}
 
 
 class _Setting:
-    """A setting of a layer, as long as no subclass has put something of its own under that name."""
+    """A setting of a layer, unless a subclass uses its name for something else."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -50,13 +59,13 @@ class _Setting:
 
 
 def _give_up(layer: nn.Module, name: str) -> None:
-    """Let a name be free for what a subclass puts there."""
+    """Leave a setting's name to a subclass."""
     if name in _SETTINGS and type(layer).__module__ != __name__:
         vars(layer)["_given_up"] = vars(layer).get("_given_up", frozenset()) | {name}
 
 
 class _Layer(_BatchNorm):
-    """What the three layers share; mixed in before torch.nn's class."""
+    """The part that the three layers share, in front of torch.nn's class."""
 
     _shapes: ClassVar[dict[int, str]]
 
@@ -79,9 +88,9 @@ class _Layer(_BatchNorm):
     ) -> None:
         require_whole_number(num_features, "num_features", "It is the number of channels: BatchNorm2d(64).")
         require_number(eps, "eps", "Use 1e-5.")
-        _check_memory(memory)
-        _check_single_element(single_element)
-        _check_eps(eps)
+        check_memory(memory)
+        check_single_element(single_element)
+        check_eps(eps)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not weight:
@@ -121,7 +130,7 @@ class _Layer(_BatchNorm):
             given = value if activations.has_parameter(self._act) else value or None
             self._activate(self._act, activations.parameter(self._act, given))
         else:
-            {"memory": _check_memory, "single_element": _check_single_element}[name](value)
+            {"memory": check_memory, "single_element": check_single_element}[name](value)
             super().__setattr__(f"_{name}", value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -140,7 +149,7 @@ class _Layer(_BatchNorm):
         super().add_module(name, module)
 
     def _activate(self, act: str | None, param: float) -> None:
-        """Apply this activation from now on, and let the layer's tensors tell of it."""
+        """Apply this activation from now on, and record it with the layer's tensors."""
         before = self._act
         vars(self).update(_act=act, _act_param=param)
         if before is not None:
@@ -153,7 +162,7 @@ class _Layer(_BatchNorm):
 
     def _own_tensors(self) -> list[Tensor | None]:
         tables = self._parameters | self._buffers
-        return [tables.get(name) for name in ("weight", "bias", *_STATISTICS)]
+        return [tables.get(name) for name in ("weight", "bias", *STATISTICS)]
 
     @property
     def skipped_updates(self) -> int:
@@ -180,16 +189,16 @@ class _Layer(_BatchNorm):
             return node
         self._check_input(input)
         weight, bias, mean, var = self._state()
-        self._check_state(input, weight, bias, mean, var)
+        check_state(self, input, weight, bias, mean, var)
         if residual is not None:
-            input, residual = self._promoted(input, residual)  # noqa: A001
+            input, residual = promoted(self, input, residual)  # noqa: A001
         layer = Layer(weight, bias, self.eps, self._act, self._act_param)
         stored = mean is not None and var is not None
         if stored and not self._measures(input):
             return kernels.normalize(input, ChannelStatistics(mean, var), layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
-            raise ValueError(self._about_a_single_value(input) if count == 1 else _about_eps(self.eps))
+            raise ValueError(about_a_single_value(self, input) if count == 1 else about_eps(self.eps))
         moves = stored and self.training and self.track_running_stats and count
         running = Running(mean, var, *self._counters(), self.momentum) if moves else None
         return kernels.train(input, layer, residual, running, save=self._memory is not None)
@@ -202,25 +211,8 @@ class _Layer(_BatchNorm):
         except KeyError:  # somebody made them something else: torch.nn.utils.parametrize, for one
             return self.weight, self.bias, self.running_mean, self.running_var
 
-    def _promoted(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        name = type(self).__name__
-        if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.device != x.device:
-            got = f"{tuple(residual.shape)} on {residual.device}" if isinstance(residual, Tensor) else type(residual)
-            raise ValueError(
-                f"{name} needs a residual of the input's shape {tuple(x.shape)} on {x.device}, got {got}. "
-                "Expand it, or add it outside of the layer."
-            )
-        if not residual.is_floating_point():
-            raise TypeError(
-                f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first."
-            )
-        if x.dtype == residual.dtype:
-            return x, residual
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        return x.to(dtype), residual.to(dtype)
-
     def _counters(self) -> tuple[Tensor, Tensor]:
-        """Batches tracked and batches skipped; one that nothing can keep is counted and forgotten."""
+        """The counters of tracked and of skipped batches; a new tensor for a counter that the layer cannot keep."""
         skipped = self._skipped
         try:
             tracked = self._buffers["num_batches_tracked"]
@@ -238,56 +230,10 @@ class _Layer(_BatchNorm):
         alone = self._single_element == "population" and values_per_channel(x) == 1
         return self.training and not alone
 
-    def _about_a_single_value(self, x: Tensor) -> str:
-        advice = "or keep statistics to use instead: track_running_stats=True and eval()."
-        if self.running_mean is not None:
-            advice = "call eval(), or construct the layer with single_element='population'."
-        return (
-            f"{type(self).__name__} needs more than 1 value per channel, got shape {tuple(x.shape)}: one value "
-            f"has no variance. Use drop_last=True in the loader, {advice} In torch.nn's words: Expected more than 1 "
-            f"value per channel when training, got input size {x.shape}"
-        )
-
     def _check_input(self, x: Tensor) -> None:
         good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(1) == self.num_features
         if not (good and x.is_floating_point() and self.eps >= 0):
-            self._refuse(x)
-
-    def _refuse(self, x: Any) -> None:
-        """Say what is wrong with an input."""
-        name = type(self).__name__
-        _check_eps(self.eps)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
-        if x.ndim not in self._shapes:
-            shapes = " or ".join(self._shapes.values())
-            sizes = " or ".join(f"{ndim}D" for ndim in self._shapes)
-            raise ValueError(
-                f"{name} needs {shapes}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
-                f"{sizes} input (got {x.ndim}D input)"
-            )
-        if not x.is_floating_point():
-            fix = "Call x.dequantize() first" if x.is_quantized else "Call x.float() first"
-            fix = "Normalize x.real and x.imag apart" if x.is_complex() else fix
-            raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
-        last = x.shape[-1] == self.num_features
-        fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
-        stored = next((name for name in (*_STATISTICS, "weight") if getattr(self, name) is not None), "input")
-        raise ValueError(
-            f"{stored} should contain {x.shape[1]} elements not {self.num_features}: {name}({self.num_features}) needs "
-            f"{self.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
-        )
-
-    def _check_state(self, x: Tensor, *state: Tensor | None) -> None:
-        """Refuse parameters and statistics that do not fit the input: someone replaced or moved them."""
-        shape, device = x.shape[1:2], x.device
-        for name, values in zip(("weight", "bias", *_STATISTICS), state, strict=True):
-            if values is not None and (values.shape != shape or values.device != device):
-                raise ValueError(
-                    f"{type(self).__name__} needs {name} of shape ({self.num_features},) on {x.device}, got "
-                    f"{tuple(values.shape)} on {values.device}. Move the model with model.to(), or load a state "
-                    "that fits it."
-                )
+            refuse(self, self._shapes, x)
 
     def train(self, mode: bool = True) -> _Layer:
         """Set train or eval mode.
@@ -340,7 +286,7 @@ class _Layer(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
         """Move or cast as every module does, but keep statistics at float32 or wider: half precision ruins them."""
-        before = {name: getattr(self, name) for name in _STATISTICS}
+        before = {name: getattr(self, name) for name in STATISTICS}
         super()._apply(fn, recurse)
         self._widen_statistics(before)
         self._claim()
@@ -359,8 +305,8 @@ class _Layer(_BatchNorm):
         self._claim()
 
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
-        """Give statistics that were narrowed their type back, and their digits where ``before`` has them."""
-        for name in _STATISTICS:
+        """Widen statistics that were narrowed; take their digits from ``before`` if it has them."""
+        for name in STATISTICS:
             now = getattr(self, name)
             if now is None:
                 continue
@@ -412,49 +358,19 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
         Ioffe and Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
     """
 
-    _shapes: ClassVar[dict[int, str]] = {2: "(N, C)", 3: "(N, C, L)"}
+    _shapes: ClassVar[dict[int, str]] = SHAPES["BatchNorm1d"]
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W); arguments and behaviour are those of BatchNorm1d."""
 
-    _shapes: ClassVar[dict[int, str]] = {4: "(N, C, H, W)"}
+    _shapes: ClassVar[dict[int, str]] = SHAPES["BatchNorm2d"]
 
 
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W); arguments and behaviour are those of BatchNorm1d."""
 
-    _shapes: ClassVar[dict[int, str]] = {5: "(N, C, D, H, W)"}
-
-
-def _check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(_about_eps(eps))
-
-
-def _about_eps(eps: float) -> str:
-    return (
-        f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero; eval mode takes 0. "
-        f"In torch.nn's words: batch_norm eps must be positive during training, but got {eps}"
-    )
-
-
-def _check_memory(memory: Any) -> None:
-    if memory not in {None, "save"}:
-        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what backward needs.")
-
-
-def _check_single_element(policy: Any) -> None:
-    if policy not in {"error", "population"}:
-        raise ValueError(f"single_element must be 'error' or 'population', got {policy!r}. Leave it out for 'error'.")
-
-
-def _layer_for(ndim: int) -> str:
-    """What to do with an input of ``ndim`` dimensions."""
-    for layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
-        if ndim in layer._shapes:
-            return f"Use {layer.__name__} for {layer._shapes[ndim]}."
-    return "Add the batch axis with x.unsqueeze(0)." if ndim < 2 else "Flatten the axes behind the channels."
+    _shapes: ClassVar[dict[int, str]] = SHAPES["BatchNorm3d"]
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -464,7 +380,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer was called with, also under another name than torch's: its first argument that is a tensor."""
+    """The input of a call of a layer: its first argument that is a tensor, whatever its name."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 

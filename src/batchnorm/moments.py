@@ -273,7 +273,7 @@ class Moments:
         return f"Moments(count={_brief(self.count)}, mean={_brief(self.mean)}, std={_brief(self.std)})"
 
     def _matched(self, other: Moments) -> tuple[Moments, Moments]:
-        """Both sides at one shape: an empty one without a shape takes the other's."""
+        """Both sides in one shape; empty moments without a shape take the shape of the other side."""
         if self.shape == other.shape:
             return self, other
         if self.shape == () and not self.count.any():

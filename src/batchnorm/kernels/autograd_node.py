@@ -151,7 +151,7 @@ def _recipe(forward: ForwardPass) -> Callable[[], Tensor]:
 
 
 def _is_invertible(x: Tensor, layer: Layer, residual: Tensor | None) -> bool:
-    """Whether y may be written over x: a leaky ReLU that gives z back to within rounding, and nobody else's tensor."""
+    """Whether y may be written over x: z can be recovered from a leaky ReLU, and nothing else uses the tensor."""
     if layer.act != "leaky_relu" or layer.param < _LEAST_SLOPE or residual is not None or kernel_for(x) is not cpu:
         return False
     if not torch.is_grad_enabled() or x.grad_fn is None or x._is_view():

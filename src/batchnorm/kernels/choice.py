@@ -55,7 +55,7 @@ def is_torchs(x: Tensor) -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether tensors may be computed with by address: nothing watches, wraps or records the operators."""
+    """Whether kernels may use the addresses of tensors: nothing watches, wraps or records operators."""
     if torch.compiler.is_compiling() or _is_watched():
         return False
     for t in tensors:  # noqa: SIM110 - no generator: this runs in every call of a layer

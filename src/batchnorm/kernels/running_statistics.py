@@ -29,7 +29,7 @@ class Running(NamedTuple):
     momentum: float | None
 
     def moved(self, bad: int, channels: int) -> None:
-        """Tell autograd that kernels wrote, and the user where ``bad`` channels were not finite."""
+        """Record the write for autograd, and warn if ``bad`` channels were not finite."""
         torch.autograd.graph.increment_version((self.mean, self.var))
         if bad:
             self.skipped.add_(1)

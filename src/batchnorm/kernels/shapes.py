@@ -1,4 +1,4 @@
-"""What kernels that work by address take: which tensors, as which sizes, and what goes with them in the same layout."""
+"""Tensors for kernels that work by address: which they can read, their sizes, and other tensors in the same layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def values_per_channel(x: Tensor) -> int:
 
 def is_readable(x: Tensor) -> bool:
     """Whether kernels take ``x``: of a known type, contiguous or channels_last, not empty."""
-    # a lazily negated tensor holds the other sign in memory
+    # a lazily negated tensor has the opposite sign in memory
     known = x.dtype in TYPES and x.dim() > 1 and x.numel() > 0 and not x.is_neg()
     return known and (x.is_contiguous() or _channels_come_last(x))
 

@@ -1,0 +1,122 @@
+"""Checks of a layer's settings, inputs, residual and state, with errors that say what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+STATISTICS = ("running_mean", "running_var")
+# the inputs of each layer, by the number of their axes
+SHAPES: dict[str, dict[int, str]] = {
+    "BatchNorm1d": {2: "(N, C)", 3: "(N, C, L)"},
+    "BatchNorm2d": {4: "(N, C, H, W)"},
+    "BatchNorm3d": {5: "(N, C, D, H, W)"},
+}
+
+
+def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The input and the residual in one type, which both may have."""
+    name = type(layer).__name__
+    if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.device != x.device:
+        got = f"{tuple(residual.shape)} on {residual.device}" if isinstance(residual, Tensor) else type(residual)
+        raise ValueError(
+            f"{name} needs a residual of the input's shape {tuple(x.shape)} on {x.device}, got {got}. "
+            "Expand it, or add it outside of the layer."
+        )
+    if not residual.is_floating_point():
+        raise TypeError(f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first.")
+    if x.dtype == residual.dtype:
+        return x, residual
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return x.to(dtype), residual.to(dtype)
+
+
+def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
+    """The error for a batch of one value per channel."""
+    advice = "or keep statistics to use instead: track_running_stats=True and eval()."
+    if layer.running_mean is not None:
+        advice = "call eval(), or construct the layer with single_element='population'."
+    return (
+        f"{type(layer).__name__} needs more than 1 value per channel, got shape {tuple(x.shape)}: one value "
+        f"has no variance. Use drop_last=True in the loader, {advice} In torch.nn's words: Expected more than 1 "
+        f"value per channel when training, got input size {x.shape}"
+    )
+
+
+def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
+    """Say what is wrong with an input that a layer cannot take."""
+    name = type(layer).__name__
+    check_eps(layer.eps)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
+    if x.ndim not in shapes:
+        wanted = " or ".join(shapes.values())
+        sizes = " or ".join(f"{ndim}D" for ndim in shapes)
+        raise ValueError(
+            f"{name} needs {wanted}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
+            f"{sizes} input (got {x.ndim}D input)"
+        )
+    if not x.is_floating_point():
+        fix = "Call x.dequantize() first" if x.is_quantized else "Call x.float() first"
+        fix = "Normalize x.real and x.imag apart" if x.is_complex() else fix
+        raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
+    last = x.shape[-1] == layer.num_features
+    fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
+    stored = next((name for name in (*STATISTICS, "weight") if getattr(layer, name) is not None), "input")
+    raise ValueError(
+        f"{stored} should contain {x.shape[1]} elements not {layer.num_features}: {name}({layer.num_features}) needs "
+        f"{layer.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
+    )
+
+
+def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
+    """Refuse parameters and statistics that do not fit the input: someone replaced or moved them."""
+    shape, device = x.shape[1:2], x.device
+    for name, values in zip(("weight", "bias", *STATISTICS), state, strict=True):
+        if values is not None and (values.shape != shape or values.device != device):
+            raise ValueError(
+                f"{type(layer).__name__} needs {name} of shape ({layer.num_features},) on {x.device}, got "
+                f"{tuple(values.shape)} on {values.device}. Move the model with model.to(), or load a state "
+                "that fits it."
+            )
+
+
+def check_eps(eps: float) -> None:
+    """Refuse an eps below 0."""
+    if not eps >= 0:
+        raise ValueError(about_eps(eps))
+
+
+def about_eps(eps: float) -> str:
+    """The error for an eps that train mode cannot use."""
+    return (
+        f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero; eval mode takes 0. "
+        f"In torch.nn's words: batch_norm eps must be positive during training, but got {eps}"
+    )
+
+
+def check_memory(memory: object) -> None:
+    """Refuse a policy of memory that there is not."""
+    if memory not in {None, "save"}:
+        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what backward needs.")
+
+
+def check_single_element(policy: object) -> None:
+    """Refuse a policy for one value per channel that there is not."""
+    if policy not in {"error", "population"}:
+        raise ValueError(f"single_element must be 'error' or 'population', got {policy!r}. Leave it out for 'error'.")
+
+
+def _layer_for(ndim: int) -> str:
+    """What to do with an input of ``ndim`` dimensions."""
+    for name, shapes in SHAPES.items():
+        if ndim in shapes:
+            return f"Use {name} for {shapes[ndim]}."
+    return "Add the batch axis with x.unsqueeze(0)." if ndim < 2 else "Flatten the axes behind the channels."
