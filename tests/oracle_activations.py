@@ -12,6 +12,8 @@ import numpy as np
 import oracle
 import torch
 
+from batchnorm.kernels.interface import ForwardPass
+
 PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}
 NAMES = ("relu", "leaky_relu", "elu", "silu", "gelu", "hardswish")
 
@@ -130,3 +132,16 @@ def _sigmoid(p):
 
 def _below(p):
     return 0.5 * _erfc(-p / math.sqrt(2))
+
+
+def calls(kernel, x, grad, layer):
+    """Each function of a kernel that applies a layer's activation, as a call without arguments."""
+    statistics = kernel.measure(x)
+    forward = ForwardPass(x, statistics, layer)
+    return [
+        lambda: kernel.train_forward(x, layer),
+        lambda: kernel.normalize(x, statistics, layer),
+        lambda: kernel.train_backward(grad, forward),
+        lambda: kernel.sum_gradients(grad, forward),
+        lambda: kernel.input_gradient(grad, forward, None),
+    ]

@@ -14,7 +14,6 @@ from torch import nn
 from batchnorm import BatchNorm1d, convert
 from batchnorm.kernels import Layer, cpu, reference, torch_batch_norm, triton, triton_blocks
 from batchnorm.kernels.activations import NAMES, TABLE, activate, derivative, has_parameter, parameter
-from batchnorm.kernels.interface import ForwardPass
 
 ROOT = Path(__file__).parents[1]
 names = pytest.mark.parametrize("name", NAMES)
@@ -102,15 +101,7 @@ refused = pytest.raises(ValueError, match=r"act must be None or one of relu, lea
     cpu, marks=pytest.mark.skipif(cpu.INSTRUCTION_SET is None, reason="built without a compiler")
 )], ids=["reference", "native"])  # fmt: skip
 def test_a_kernel_refuses_an_activation_that_is_not_in_the_table(kernel):
-    statistics = kernel.measure(X)
-    forward = ForwardPass(X, statistics, UNKNOWN)
-    for call in (
-        lambda: kernel.train_forward(X, UNKNOWN),
-        lambda: kernel.normalize(X, statistics, UNKNOWN),
-        lambda: kernel.train_backward(X, forward),
-        lambda: kernel.sum_gradients(X, forward),
-        lambda: kernel.input_gradient(X, forward, torch.zeros(2, 3)),
-    ):
+    for call in oracle_activations.calls(kernel, X, X, UNKNOWN):
         with refused:
             call()
 

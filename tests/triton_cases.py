@@ -3,6 +3,7 @@
 On any CPU in Triton's interpreter, where TRITON_INTERPRET=1 was set before Triton was imported; else on the GPU.
 """
 
+import oracle_activations
 import pytest
 import torch
 
@@ -179,16 +180,7 @@ def test_fixed_statistics_have_no_share_in_the_gradient(small_blocks, shape):
 
 def test_an_activation_that_is_not_in_the_table_is_refused():
     x, weight, bias, _, grad = case((7, 5), torch.float32)
-    layer = Layer(weight, bias, EPS, "softsign")
-    statistics = kernels.measure(x)
-    forward = ForwardPass(x, statistics, layer)
-    for call in (
-        lambda: kernels.train_forward(x, layer),
-        lambda: kernels.normalize(x, statistics, layer),
-        lambda: kernels.train_backward(grad, forward),
-        lambda: kernels.sum_gradients(grad, forward),
-        lambda: kernels.input_gradient(grad, forward, None),
-    ):
+    for call in oracle_activations.calls(kernels, x, grad, Layer(weight, bias, EPS, "softsign")):
         with pytest.raises(ValueError, match=r"act must be None or one of relu, .* got 'softsign'"):
             call()
 

@@ -172,18 +172,8 @@ def _layer(name: str, found: LayerTensors, told: LayerSettings, source: Source) 
     if counter is not None and "num_batches_tracked" not in unread:
         count = _count(source, counter)
         dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
-    return Stored(
-        name,
-        running_mean=values.get("running_mean"),
-        running_var=values.get("running_var"),
-        weight=values.get("weight"),
-        bias=values.get("bias"),
-        num_batches_tracked=count,
-        dtypes=dtypes,
-        eps=told.eps,
-        momentum=told.momentum,
-        unread=unread,
-    )
+    stored = Stored(name, num_batches_tracked=count, dtypes=dtypes, eps=told.eps, momentum=told.momentum, unread=unread)
+    return stored.with_tensors(values)
 
 
 def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Layers of other classes that compute batch norm and at most an activation: they become ours, and come back.
+"""Layers of other classes that compute batch norm and perhaps an activation: converting them, and the way back.
 
 timm's ``BatchNormAct2d`` is one: a subclass of torch.nn's layer with two children, a dropout and an activation. What
-such a layer does is read from its forward (``layer_maps``); ours has to do the same on numbers, in both modes, with
-gradients and statistics. Its class and children are kept outside of the model until they are put back.
+such a layer does is read from its forward (``layer_maps``). Our layer must give the same numbers in both modes, with
+the same gradients and statistics. The old class and children are kept outside of the model until ``revert``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from batchnorm.surgery.patterns import OURS, FusedActivation, activation_of, wri
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 _ORIGIN = "_layer_of_others"
 _SIZES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 2, 2)}
@@ -35,7 +36,7 @@ _EXAMPLES = 5
 @final
 @dataclass(frozen=True)
 class Origin:
-    """What a layer was: its class, and the children that our layer has no use for."""
+    """The former class of a layer, and the children that our layer does not use."""
 
     kind: type
     children: dict[str, nn.Module]
@@ -46,7 +47,7 @@ def is_of_another_class(layer: nn.Module) -> bool:
     return written_kind(layer) not in KINDS
 
 
-def activation_in(layer: Any) -> FusedActivation | str | None:
+def activation_in(layer: _BatchNorm) -> FusedActivation | str | None:
     """The activation that a layer of another class applies behind batch norm, None for none, or why it cannot be ours.
 
     The layer is not changed.
@@ -71,7 +72,7 @@ def base_of(layer: nn.Module) -> type | None:
     return next((kind for kind in type(layer).__mro__ if kind in OURS), None)
 
 
-def is_same(layer: Any, new: Any) -> bool:
+def is_same(layer: _BatchNorm, new: nn.Module) -> bool:
     """Whether two layers do the same with numbers, in eval and in train mode. Neither is changed."""
     base: Any = base_of(layer)
     like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), torch.zeros(()))
@@ -110,7 +111,7 @@ def give_back(layer: nn.Module) -> None:
         freeze(layer)
 
 
-def _about(layer: Any) -> str | None:
+def _about(layer: _BatchNorm) -> str | None:
     name = type(layer).__name__
     if (measured := measures(layer)) != "its batch":
         return f"is a {name}, which measures {measured} in train mode"

@@ -1,13 +1,13 @@
 """Whether two models compute the same: outputs, gradients and buffers on one example, in eval and in train mode.
 
-Both are run in float64 where the model can be: there a mistake in structure is of the size of the values, and what
-rounding leaves is far below the line at half of the format's digits, sqrt(eps) of the largest value.
+Both run in float64 if the model can. There a mistake in structure changes values by their own size, while rounding
+stays far below the limit: sqrt(eps) of the largest value, which is half of the format's digits.
 
-Not every value is determined by the example. Where two inputs of a maximum are equal, where an input of ReLU is 0, or
-where a flat image leaves a batch without variance, rounding alone decides which index, slope or sign there is. A
-difference is one of these if the original itself moves as far when the example moves by eps^(3/4) of its size, which
-is far above rounding and far below the line. A gradient that differs is judged near the example, behind noise: there
-such ties have probability 0, unless the model makes them itself.
+The example does not determine every value. If two inputs of a maximum are equal, if an input of ReLU is 0, or if a flat
+image leaves a batch without variance, rounding alone decides the index, the slope or the sign. Such a tie explains a
+difference if the original changes as much when the example moves by eps^(3/4) of its size, which is far above rounding
+and far below the limit. Gradients that differ are compared again on noisy copies of the example: there ties have
+probability 0, unless the model makes them itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,11 @@ from batchnorm.surgery.replacement import duplicate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from batchnorm.population.tensor_trees import Batch, Leaf
+
     Measured = dict[str, dict[str, Tensor]]
+    Value = Batch | nn.Module
+    Widen = Callable[[Value], Value]
 
 OUTPUTS, GRADIENTS, BUFFERS = "the output", "the gradients", "the buffers"
 _TRIES = 8  # a tie of two that moves by chance stays as it is in one of 2^8
@@ -38,7 +42,7 @@ _TINY, _NOISE = None, 0.1  # how far examples move: by eps^(3/4), and near
 _ALIKE = 0.25  # of a difference: the sizes of two draws from one spread are seldom farther apart
 
 
-def check(original: nn.Module, result: nn.Module, example: Any) -> None:
+def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
     """Return if both models, which are not changed, do the same with ``example``.
 
     Raises:
@@ -70,7 +74,7 @@ def check(original: nn.Module, result: nn.Module, example: Any) -> None:
 @final
 @dataclass(frozen=True)
 class _Odd:
-    """A difference, what rounding explains of it, and of what it is."""
+    """A difference, the part of it that rounding explains, and the values that differ."""
 
     gap: float
     line: float
@@ -81,14 +85,14 @@ class _Odd:
 @final
 @dataclass(frozen=True)
 class _Pair:
-    """Two models, and what measures one of them on an example; it uses up the copy that it gets."""
+    """Two models, and a function that measures one of them on an example; it changes the copy that it gets."""
 
     original: nn.Module
     result: nn.Module
-    measure: Callable[[nn.Module, Any], Measured]
+    measure: Callable[[nn.Module, Batch], Measured]
 
-    def explains(self, odd: list[_Odd], expected: Measured, example: Any) -> bool:
-        """Whether the original itself moves what differs about as far, if the example moves by next to nothing."""
+    def explains(self, odd: list[_Odd], expected: Measured, example: Batch) -> bool:
+        """Whether a tiny move of the example changes the original's values by about as much as they differ."""
         left = {(each.what, each.name): each.gap for each in odd}
         for seed in range(_TRIES if left else 0):
             moved = self.measure(duplicate(self.original, "convert"), _moved(example, seed, _TINY))
@@ -99,8 +103,8 @@ class _Pair:
                 break
         return not left
 
-    def agrees_near(self, example: Any, expected: Measured) -> bool:
-        """Whether both do the same on examples nearby; one that the original does not take says nothing."""
+    def agrees_near(self, example: Batch, expected: Measured) -> bool:
+        """Whether both agree on examples nearby; examples on which the original fails do not count."""
         seen = 0
         for seed in range(_TRIES):
             near = _moved(example, seed, _NOISE if seed < _TRIES // 2 else _NOISE**2)
@@ -119,20 +123,20 @@ class _Pair:
         return False
 
 
-def _moved(example: Any, seed: int, by: float | None) -> Any:
+def _moved(example: Batch, seed: int, by: float | None) -> Batch:
     """The example plus normal noise, ``by`` times the root mean square of each tensor, or 1 where all of it is 0.
 
     Where no tensor is of floats, the numbers of each change their places instead.
 
     Args:
-        example: Any nest of tensors.
+        example: Batch nest of tensors.
         seed: Of the noise.
         by: A share; None for eps^(3/4).
     """
     leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     are_whole = by is not None and not any(map(_is_real, leaves))
 
-    def moved(leaf: Any) -> Any:
+    def moved(leaf: Leaf) -> Leaf:
         if not isinstance(leaf, Tensor) or not (are_whole or _is_real(leaf)):
             return leaf
         generator = torch.Generator().manual_seed(seed)
@@ -148,7 +152,7 @@ def _moved(example: Any, seed: int, by: float | None) -> Any:
 
 
 def _are_as_finite(there: Measured, expected: Measured) -> bool:
-    """Whether noise has led out of what the model is made for, such as a logarithm of what is below 0."""
+    """Whether the outputs are as finite as before; noise may lead out of the domain, as of a logarithm."""
     pairs = ((a, there[OUTPUTS].get(name)) for name, a in expected[OUTPUTS].items())
     return all(b is not None and bool(b.isfinite().all()) >= bool(a.isfinite().all()) for a, b in pairs)
 
@@ -160,8 +164,8 @@ def _message(mode: bool, got: str) -> str:
     )
 
 
-def _measure_widest(model: nn.Module, example: Any, mode: bool) -> tuple[Measured, Callable[[Any], Any], bool]:
-    """What the model does, with gradients and in float64 if it can; what casts others so; whether with gradients."""
+def _measure_widest(model: nn.Module, example: Batch, mode: bool) -> tuple[Measured, Widen, bool]:
+    """Results with gradients and in float64 if possible, the cast that was used, and whether gradients are included."""
     reason: Exception | None = None
     for gradients, widen in product((True, False), (_wide, _as_it_is)):
         try:
@@ -177,27 +181,27 @@ def _measure_widest(model: nn.Module, example: Any, mode: bool) -> tuple[Measure
     ) from reason
 
 
-def _as_it_is(value: Any) -> Any:
+def _as_it_is(value: Value) -> Value:
     return value
 
 
-def _wide(value: Any) -> Any:
+def _wide(value: Value) -> Value:
     if isinstance(value, nn.Module):
         return value.double()
     return tree_map(lambda leaf: leaf.double() if _is_real(leaf) else leaf, value)
 
 
-def _is_real(value: Any) -> bool:
+def _is_real(value: Leaf) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _measure(model: nn.Module, example: Any, mode: bool, gradients: bool) -> Measured:
+def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> Measured:
     """Outputs, gradients of a fixed sum of them, and buffers. ``model`` is used up."""
     model.train(mode)
     model.zero_grad()
     leaves: list[Tensor] = []
 
-    def own(leaf: Any) -> Any:
+    def own(leaf: Leaf) -> Leaf:
         if not _is_real(leaf):
             return leaf.clone() if isinstance(leaf, Tensor) else leaf
         leaves.append(leaf.detach().clone().requires_grad_())

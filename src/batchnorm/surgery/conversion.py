@@ -23,6 +23,8 @@ from batchnorm.surgery.saving import save_memory, stop_saving
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
+    from batchnorm.population.tensor_trees import Batch
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _REMEDY = "Pass inplace=True, and neither fuse nor example,"
@@ -33,7 +35,7 @@ def convert(
     model: Model,
     *,
     fuse: bool = False,
-    example: Any = None,
+    example: Batch = None,
     memory: Literal["save"] | None = None,
     inplace: bool = False,
 ) -> Model:
@@ -172,7 +174,7 @@ def _to_ours(model: nn.Module) -> None:
     _warn_of_others(model, layers, found)
 
 
-def _adoptable(layer: Any) -> Any:
+def _adoptable(layer: _BatchNorm) -> Any:
     """The activation of a layer of another class that ours can do the work of, or why not."""
     act = adoption.activation_in(layer)
     if isinstance(act, str):
@@ -185,12 +187,12 @@ def _adoptable(layer: Any) -> Any:
     return act
 
 
-def _as_ours(layer: Any) -> _BatchNorm | None:
+def _as_ours(layer: _BatchNorm) -> _BatchNorm | None:
     kind: Any = adoption.base_of(layer) if adoption.is_of_another_class(layer) else written_kind(layer)
     return _remade(layer, OURS.get(kind))
 
 
-def _warn_of_others(model: nn.Module, layers: dict[str, Any], found: dict[str, Any]) -> None:
+def _warn_of_others(model: nn.Module, layers: dict[str, _BatchNorm], found: dict[str, Any]) -> None:
     reasons = {
         path: reason
         for path, reason in found.items()

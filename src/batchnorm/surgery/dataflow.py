@@ -1,12 +1,12 @@
 """What a module's forward does with the results of its children, as a torch.fx graph of that forward alone.
 
-Every child is one node, whatever is in it. A graph says what one run of the code did with unknown tensors; it is
-believed only if nothing else happened in that run and nothing was decided that another run could decide otherwise:
+Every child is one node, whatever is in it. A graph records what one run of the code did with unknown tensors. It is
+used only if the run had no other effect and made no choice that another run could make differently:
 
-- train and eval mode are traced apart;
-- what is set around an operation (no_grad, autocast, saved-tensor hooks, a device) is no part of a graph;
-- an attribute that was set, a random number that was drawn, or a constant that was made would not be again;
-- optional arguments and questions for a value's type are answered wrongly by a tracer.
+- train and eval mode are traced separately;
+- a graph does not hold the settings around an operation (no_grad, autocast, saved-tensor hooks, a device);
+- a graph does not repeat what the run did besides: set an attribute, draw a random number, make a constant;
+- a tracer gives wrong answers where the code asks for optional arguments or for the type of a value.
 """
 
 from __future__ import annotations
@@ -29,13 +29,23 @@ from torch.fx import Graph, GraphModule, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.nn.modules import module as hooks_of_all
 
+from batchnorm.population.hooks import attached
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch.fx import Node
+    from torch.fx.node import Argument
+
+    from batchnorm.population.tensor_trees import Batch
 
     Callers = dict[nn.Module, set[nn.Module | None]]
-    Arguments = dict[nn.Module, dict[str, Any]]
+    Options = dict[str, Batch]  # of a call, by name
+    Arguments = dict[nn.Module, Options]
+    Written = Callable[..., object]
+
+    # what a module keeps attributes in
+    Container = dict[object, object] | list[object] | set[object] | deque[object]
 
 MODES = (True, False)
 IN_PLACE = (
@@ -60,11 +70,11 @@ class Flow:
 
     module: nn.Module
     graphs: dict[bool, Graph]
-    is_bound: bool = False  # its optional arguments were given the values that they were seen to have
+    is_bound: bool = False  # the graphs hold for one set of values of its optional arguments
 
     @property
     def is_chain(self) -> bool:
-        """Whether children run one after the other, each by its own name even if it has several."""
+        """Whether children run one after the other, each name once."""
         return is_chain(self.module)
 
     @property
@@ -90,9 +100,9 @@ def flows(
 ) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
     """The flow of every module that has one, and why the others have none.
 
-    Training flags are changed, and whatever the forwards change; call it inside ``preserve_state``. Optional arguments
-    are an obstacle, unless ``arguments`` has their values: what is traced then holds for these values only. What cannot
-    be traced is left to ``record``.
+    Training flags change, and whatever the forwards change: call it inside ``preserve_state``. A forward with optional
+    arguments has no flow unless ``arguments`` has their values; its flow then holds for these values only. Forwards
+    that cannot be traced go to ``record``.
     """
     arguments = arguments or {}
     graphs: dict[nn.Module, dict[bool, Graph]] = defaultdict(dict)
@@ -128,7 +138,7 @@ def is_container(module: nn.Module) -> bool:
     return _written_forward(module) is nn.Module.forward
 
 
-def _written_forward(module: nn.Module) -> Any:
+def _written_forward(module: nn.Module) -> Written | None:
     # looked up without running what a scripted module does on access
     return None if "forward" in vars(module) else inspect.getattr_static(type(module), "forward")
 
@@ -145,9 +155,9 @@ def registrations(model: nn.Module) -> Counter:
 
 
 def static_callers(model: nn.Module, known: dict[nn.Module, Flow]) -> Callers:
-    """Who calls each module, as far as the flows show it.
+    """The callers of each module, according to the flows.
 
-    A module without a flow is taken to call its children, and to go through the children of chains by itself.
+    A module without a flow is assumed to call all its children, and the children of chains too.
     """
     callers: Callers = defaultdict(set)
     waiting: list[tuple[nn.Module | None, nn.Module]] = [(None, model)]
@@ -163,26 +173,23 @@ def static_callers(model: nn.Module, known: dict[nn.Module, Flow]) -> Callers:
 
 @contextmanager
 def observed_callers() -> Iterator[Callers]:
-    """Who calls each module in the block, filled as it runs."""
+    """The callers of each module, filled while the block runs."""
     callers: Callers = defaultdict(set)
     running: list[nn.Module | None] = [None]
 
-    def enter(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, _: tuple[Batch, ...]) -> None:
         callers[module].add(running[-1])
         running.append(module)
 
-    def leave(*_: Any) -> None:
+    def leave(*_: Batch) -> None:
         running.pop()
 
-    handles = [
+    hooks = (
         hooks_of_all.register_module_forward_pre_hook(enter),
         hooks_of_all.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    )
+    with attached(hooks):
         yield callers
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _within_reach(module: nn.Module) -> Iterator[nn.Module]:
@@ -194,7 +201,7 @@ def _within_reach(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
-    """The optional arguments of each module in the block, if they are the same plain values in every call."""
+    """The optional arguments of each module, if every call in the block gives them the same plain values."""
     seen: Arguments = {}
     mixed: set[nn.Module] = set()
 
@@ -206,12 +213,11 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
         if not plain or seen.setdefault(module, values) != values:
             mixed.add(module)
 
-    handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in model.modules() if _takes_options(m)]
+    taking = [module for module in model.modules() if _takes_options(module)]
     try:
-        yield seen
+        with attached(module.register_forward_pre_hook(look, with_kwargs=True) for module in taking):
+            yield seen
     finally:
-        for handle in handles:
-            handle.remove()
         for module in mixed:
             seen.pop(module, None)
 
@@ -230,11 +236,11 @@ def _optional(module: nn.Module) -> list[str]:
     return [name for name, p in parameters if p.default is not p.empty or p.kind in several]
 
 
-def traced(module: nn.Module, arguments: dict[str, Any] | None = None) -> Graph:
+def traced(module: nn.Module, arguments: Options | None = None) -> Graph:
     """The graph of one module's forward in its present mode, with optional arguments of these values.
 
     Raises:
-        TraceError: If one cannot be believed, with the reason.
+        TraceError: If the graph cannot be used, with the reason.
     """
     if is_chain(module):
         return _chained(module)
@@ -245,23 +251,34 @@ def traced(module: nn.Module, arguments: dict[str, Any] | None = None) -> Graph:
     optional = _optional(module)
     if optional and arguments is None:
         raise TraceError(f"its forward has the optional argument {optional[0]!r}")
+    with without_effects(module):
+        graph = _Tracer().trace(module, arguments)
+        _drop_inputs(graph, arguments or {})
+    return graph
+
+
+@contextmanager
+def without_effects(module: nn.Module) -> Iterator[None]:
+    """A block that runs a module's forward and leaves the module as it was.
+
+    Raises:
+        TraceError: If the forward raises, or has an effect that a graph does not repeat.
+    """
     attributes, before = Attributes(module), random_states()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = _Tracer().trace(module, arguments)
-            _drop_inputs(graph, arguments or {})
+            yield
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {error}") from error
     finally:
         changed = attributes.undo()
     if changed or before != random_states():
         raise TraceError("its forward sets attributes, makes constants or draws random numbers")
-    return graph
 
 
-def _drop_inputs(graph: Graph, arguments: dict[str, Any]) -> None:
-    """Take the inputs out whose values were given, and what torch.fx asserts of them."""
+def _drop_inputs(graph: Graph, arguments: Options) -> None:
+    """Remove inputs whose values are fixed, and torch.fx's assertions about them."""
     given = [n for n in graph.nodes if n.op == "placeholder" and n.name.rpartition("_")[0] in arguments]
     for node in given:
         for user in reversed([*node.users]):
@@ -281,7 +298,7 @@ def _chained(module: nn.Module) -> Graph:
 
 
 class _Value(Proxy):
-    """A value that is written in place as one, and does not say of which type it is."""
+    """A value that keeps operations in place apart, and refuses questions about its type."""
 
     @property
     def __class__(self) -> type:
@@ -294,8 +311,8 @@ class _Value(Proxy):
         return type(self)
 
 
-def _written_in_place(operation: Any) -> Any:
-    def write(self: _Value, other: Any) -> Any:
+def _written_in_place(operation: Written) -> Written:
+    def write(self: _Value, other: Argument) -> Proxy:
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
     return write
@@ -328,7 +345,7 @@ class _Tracer(Tracer):
 
 
 def surroundings(*, stacks: bool = True) -> tuple:
-    """What is set around an operation; with ``stacks`` also how many modes are."""
+    """The settings around an operation; with ``stacks`` also the number of active modes."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         torch.is_grad_enabled(),
@@ -342,7 +359,7 @@ def surroundings(*, stacks: bool = True) -> tuple:
 
 def random_states() -> list:
     """The states of the generators that a forward may draw from."""
-    states: list[Any] = [torch.get_rng_state().tolist(), random.getstate()]
+    states: list[object] = [torch.get_rng_state().tolist(), random.getstate()]
     if torch.cuda.is_initialized():
         states.append([state.tolist() for state in torch.cuda.get_rng_state_all()])
     if numpy_random := sys.modules.get("numpy.random"):
@@ -352,7 +369,7 @@ def random_states() -> list:
 
 
 class Attributes:
-    """The containers that a module and its parts keep attributes in, and the tensors in them, as they were."""
+    """The attributes of a module and of its parts, with the versions of their tensors, at one time."""
 
     def __init__(self, module: nn.Module) -> None:
         found = [container for part in module.modules() for container in _containers(vars(part), depth=2)]
@@ -361,15 +378,16 @@ class Attributes:
         self.versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     def undo(self) -> bool:
-        """Put back what is in the containers; whether anything was changed, tensors included."""
+        """Restore the attributes; whether anything had changed, tensors included."""
         changed = [(now, before) for now, before in self.before if not _same_values(now, before)]
         for now, before in changed:
             now.clear()
-            (now.update if isinstance(now, (dict, set)) else now.extend)(before)
+            put: Any = now.update if isinstance(now, (dict, set)) else now.extend
+            put(before)
         return bool(changed) or any(tensor._version != version for tensor, version in self.versions)
 
 
-def _containers(value: Any, depth: int) -> Iterator[Any]:
+def _containers(value: object, depth: int) -> Iterator[Container]:
     if isinstance(value, (dict, list, set, deque)):
         yield value
         if depth:
@@ -377,10 +395,10 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
                 yield from _containers(item, depth - 1)
 
 
-def _values(container: Any) -> list:
+def _values(container: Container) -> list[object]:
     return list(container.values() if isinstance(container, dict) else container)
 
 
-def _same_values(a: Any, b: Any) -> bool:
+def _same_values(a: Container, b: Container) -> bool:
     same = len(a) == len(b) and all(x is y for x, y in zip(_values(a), _values(b), strict=True))
     return same and (not isinstance(a, dict) or list(a) == list(b))

@@ -21,10 +21,12 @@ from batchnorm.surgery.rewriting import OURS, applied_by
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from batchnorm.population.tensor_trees import Batch
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def for_export(model: Model, *, fold: bool = False, example: Any = None) -> Model:
+def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Model:
     """A copy of the model made of torch.nn's layers, for tools that look at the classes of modules.
 
     Call it before them: quantization by modules or by torch.fx, fusion of convolution and batch norm, conversion to
@@ -100,7 +102,7 @@ def _separate(module: Any) -> nn.Module:
     return norm if act is None else Separate(norm, activation_module(act, param))
 
 
-def _rebuilt(model: Any, make: Callable[[nn.Module], nn.Module]) -> Any:
+def _rebuilt(model: Model, make: Callable[[nn.Module], nn.Module]) -> Any:
     """The model with other modules in the places of its own; one under several names is made once."""
     made: dict[nn.Module, nn.Module] = {module: make(module) for module in list(model.modules())}
     for module in list(made):

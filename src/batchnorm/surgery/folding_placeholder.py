@@ -1,4 +1,4 @@
-"""What a folded model holds in the place of a batch norm layer: the way back, and what the layer did besides."""
+"""The module in the place of a folded batch norm layer: it keeps the layer, and applies what the layer did besides."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class FoldedAway(nn.Identity):
 
     def restored(self) -> nn.Module:
         """The layer, in the mode that was asked of its place; the other one has its tensors of before again."""
-        layer: Any = self._kept[0]
+        layer = self._kept[0]
         for partner, tensors in zip(self.partners, self._tensors, strict=True):
             set_tensors(partner, tensors)
         if isinstance(layer, _Layer) and self.act is None and layer.act is not None:  # taken away since
@@ -103,7 +103,7 @@ class FoldedAway(nn.Identity):
         return f"{self._kept[0]}, folded into {' and '.join(map(repr, self._paths))}"
 
 
-def own_tensors(partner: Any) -> dict[str, Tensor | None]:
+def own_tensors(partner: nn.Module) -> dict[str, Tensor | None]:
     """Weight and bias of a layer, in the memory that they are in."""
     return {name: None if (p := getattr(partner, name)) is None else p.data for name in ("weight", "bias")}
 

@@ -1,8 +1,8 @@
-"""fuse: layers apply the activation, and add the residual, that the model's code applies to their results.
+"""fuse: layers take over the activation, and the addition of a residual, that the model's code applies to results.
 
-What the code does is read from graphs of each module's own forward (``dataflow``), where it can be fused from
-``patterns``, and what stands in its place from ``rewriting``. A layer is fused at all only if it is called at one
-place: one name, one caller, one call in each mode.
+``dataflow`` reads the code as a graph of each module's own forward, ``patterns`` finds the places that can be fused,
+and ``rewriting`` puts the new code there. A layer is fused only if it is called at one place: one name, one caller, one
+call in each mode.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from batchnorm.surgery.rewriting import Absorbed, applied_by, restore, rewrite
 if TYPE_CHECKING:
     from torch.fx import Node
 
+    from batchnorm.population.tensor_trees import Batch, Leaf
     from batchnorm.surgery.dataflow import Callers
 
 
-def fuse(model: nn.Module, example: Any) -> None:
+def fuse(model: nn.Module, example: Batch) -> None:
     """Change the model in place, where the conditions in ``convert``'s docstring hold.
 
     Raises:
@@ -68,7 +69,7 @@ def fuse(model: nn.Module, example: Any) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Change the model in place: what ``fuse`` took away is there again."""
+    """Change the model in place: put back what ``fuse`` took away."""
     for module in list(model.modules()):
         layer: Any = module
         restore(module)
@@ -79,7 +80,7 @@ def unfuse(model: nn.Module) -> None:
             layer.act, layer.act_param = None, 0.0
 
 
-def applies_its_own(layer: Any) -> bool:
+def applies_its_own(layer: nn.Module) -> bool:
     """Whether a layer of ours has an activation that ``fuse`` did not give it."""
     return applied_by(layer) is not None and _MARK not in vars(layer)
 
@@ -119,7 +120,7 @@ def _is_sole(places: _Places, registered: Counter, callers: Callers) -> bool:
 
 
 def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
-    """Whether the operands of additions were seen, and were alike wherever they were."""
+    """Whether the run reached all additions, and their operands were always alike."""
     additions = [site.addition for site in places.sites.values() if site.addition is not None]
     return not additions or {fits[node] for node in additions if node in fits} == {True}
 
@@ -128,15 +129,15 @@ def _static(model: nn.Module, known: dict[nn.Module, Flow]) -> tuple[Callers, di
     return static_callers(model, known), {}
 
 
-def _observed(model: nn.Module, found: list[_Places], example: Any) -> tuple[Callers, dict[Node, bool]]:
-    """Who calls whom, and which additions have operands of one kind, when the model runs on ``example``."""
+def _observed(model: nn.Module, found: list[_Places], example: Batch) -> tuple[Callers, dict[Node, bool]]:
+    """The callers of each module, and the additions whose operands are alike, when the model runs on ``example``."""
     fits: dict[Node, bool] = {}
     adding: dict[nn.Module, Flow] = {
         places.flow.module: places.flow for places in found if any(site.addition for site in places.sites.values())
     }
     nodes = {site.addition for places in found for site in places.sites.values() if site.addition}
     for module, flow in adding.items():
-        vars(module)["forward"] = _Watched(flow, nodes, fits)  # until preserve_state puts the module back
+        vars(module)["forward"] = _ForwardByFlow(flow, nodes, fits)  # until preserve_state puts the module back
     with observed_callers() as callers, torch.no_grad():
         for mode in MODES:
             set_mode(model, mode)
@@ -154,33 +155,33 @@ def _observed(model: nn.Module, found: list[_Places], example: Any) -> tuple[Cal
 
 
 @final
-class _Watched:
+class _ForwardByFlow:
     """A forward that runs a flow and looks at the operands of additions."""
 
     def __init__(self, flow: Flow, nodes: set[Node], fits: dict[Node, bool]) -> None:
         self.flow, self.nodes, self.fits = flow, nodes, fits
         self.signature = inspect.signature(flow.module.forward)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Batch, **kwargs: Batch) -> Batch:
         module = self.flow.module
-        run = _Run(module, graph=self.flow.graphs[module.training])
+        run = _AdditionInterpreter(module, graph=self.flow.graphs[module.training])
         run.nodes, run.fits = self.nodes, self.fits
         return run.run(*self.signature.bind(*args, **kwargs).args)
 
 
 @final
-class _Run(Interpreter):
+class _AdditionInterpreter(Interpreter):
     nodes: set[Node]
     fits: dict[Node, bool]
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> Batch:
         if n in self.nodes:
             a, b = self.fetch_args_kwargs_from_env(n)[0]
             self.fits[n] = self.fits.get(n, True) and _alike(a, b)
         return super().run_node(n)
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(a: Leaf, b: Leaf) -> bool:
     both = isinstance(a, Tensor) and isinstance(b, Tensor)
     return both and (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
 

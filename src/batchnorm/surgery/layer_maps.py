@@ -1,8 +1,8 @@
-"""What a batch norm layer computes: an affine map of each channel in eval mode, and what it does to the result.
+"""What a batch norm layer computes in eval mode: an affine map of each channel, and operations on the result.
 
-Layers of torch.nn and ours are known. What one of another class does is read from the graph of its forward: the part
-that reads its tensors has to be such a map, which is tried on numbers, and the rest is kept as code. A forward that
-cannot be read has to be such a map as a whole.
+Layers of torch.nn and ours are known. Layers of other classes are read from the graph of their forward. The part that
+reads the layer's tensors must be such a map, which is tested on numbers; the rest is kept as code. If the forward
+cannot be read, all of it must be such a map.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from batchnorm.surgery.rewriting import Absorbed, Code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch.fx.node import Argument
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # whose forwards are known
 _HAND_ON = {
@@ -58,7 +61,7 @@ class Parts:
         return None if self.then is None else Code.of(self.then)
 
 
-def parts_of(layer: Any) -> Parts | str:
+def parts_of(layer: _BatchNorm) -> Parts | str:
     """What a layer with stored statistics does in eval mode, or why that is not known. The layer is not changed."""
     if written_kind(layer) in KINDS:
         return Parts(Affine.of(layer))
@@ -85,7 +88,7 @@ def graph_of_layer(layer: nn.Module, *, mode: bool) -> Graph:
     """The graph of a layer's own forward in train or eval mode, around its children.
 
     Raises:
-        TraceError: If there is none that can be believed.
+        TraceError: If no graph can be used.
     """
     flags = [(module, vars(module).get("training")) for module in layer.modules()]
     set_mode(layer, mode)
@@ -107,7 +110,7 @@ def _unknown(layer: nn.Module, why: str) -> str:
 
 
 def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype = torch.float64) -> Affine | None:
-    """The map by the formula where that is what was found, since it has all digits; else as found, in float64 alone."""
+    """The map by the formula, which has all digits, if the measured map agrees with it; else the measured map."""
     found = Affine(scale, shift) if dtype == torch.float64 else None
     if not isinstance(getattr(layer, "eps", None), (int, float)):
         return found
@@ -131,7 +134,7 @@ def _unchecked(layer: nn.Module) -> Iterator[None]:
             vars(layer).pop(name, None)
 
 
-def _no_check(*_: Any) -> None: ...
+def _no_check(*_: torch.Tensor) -> None: ...
 
 
 def _split(layer: nn.Module, graph: Graph) -> tuple[Graph, Graph | None] | None:
@@ -189,9 +192,9 @@ def _up_to(graph: Graph, last: Node) -> Graph:
 
 
 def _behind(layer: nn.Module, graph: Graph, last: Node, behind: set[Node]) -> Graph:
-    """What is done with the value of a node, without what hands its input on."""
+    """The operations on the value of a node, without those that return their input."""
     part = Graph()
-    values: dict[Node, Any] = {last: part.placeholder("input")}
+    values: dict[Node, Argument] = {last: part.placeholder("input")}
     for node in graph.nodes:
         if node.op == "output":
             part.output(map_arg(node.args[0], values.__getitem__))
@@ -203,7 +206,7 @@ def _behind(layer: nn.Module, graph: Graph, last: Node, behind: set[Node]) -> Gr
 
 
 def _casts_back(node: Node) -> bool:
-    """Whether a node gives a value the type of the layer's input, which a layer that was folded away never changes."""
+    """Whether a node casts a value back to the type of the layer's input, which a folded layer never changes."""
     if node.op != "call_method" or node.target not in {"to", "type_as"} or len(node.args) != 2 or node.kwargs:
         return False
     like: Any = node.args[1]

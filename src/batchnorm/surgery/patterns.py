@@ -1,4 +1,4 @@
-"""Where act(bn(x)) and act(bn(x) + residual) are written in a graph, and nothing else reads what lies between.
+"""Places in a graph with act(bn(x)) or act(bn(x) + residual) whose intermediate results nothing else reads.
 
 Activations are those of ``batchnorm.kernels.activations.TABLE``.
 """
@@ -19,9 +19,10 @@ from batchnorm.population.freezing import Frozen
 from batchnorm.surgery.dataflow import IN_PLACE, is_chain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch.fx import Graph
+    from torch.fx.node import Argument
 
     from batchnorm.surgery.dataflow import Flow
 
@@ -50,7 +51,7 @@ class FusedActivation:
 class Site:
     """One place in one graph: ``activation`` of ``call``, or of ``addition`` of ``call`` and something else.
 
-    ``chain`` are the modules around the layer whose result is the layer's: what is called first, the layer last.
+    ``chain`` has the modules that return the layer's result, from the one that is called down to the layer.
     """
 
     chain: tuple[nn.Module, ...]
@@ -78,7 +79,7 @@ class Site:
 
 
 def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
-    """Every site of a graph. What the layer and the activation are elsewhere is not looked at."""
+    """Every site of a graph, whatever else the layer and the activation are used for."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         act = activation_of(flow, node)
@@ -98,7 +99,7 @@ def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
 
 
 def has_input_of_its_own(flow: Flow, node: Node) -> bool:
-    """Whether what a node gets was made by a module for it alone, and is seen by no hook."""
+    """Whether a module made a node's input for it alone, and no hook sees it."""
     source, *others = node.args or (None,)
     if not isinstance(source, Node) or set(source.users) != {node} or source in others:
         return False
@@ -156,8 +157,10 @@ def activation_of(flow: Flow, node: Node) -> FusedActivation | None:
             return None
         options = TABLE[name].options
         return _with_parameter(name, {key: getattr(module, key, value) for key, value in options.items()})
-    table: dict[Any, str] = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})
-    name = table.get(node.target)
+    if node.op == "call_method":
+        name = _METHODS.get(str(node.target))
+    else:
+        name = _FUNCTIONS.get(node.target) if node.op == "call_function" and callable(node.target) else None
     if name is None:
         return None
     options = TABLE[name].options
@@ -166,9 +169,10 @@ def activation_of(flow: Flow, node: Node) -> FusedActivation | None:
     return _with_parameter(name, named) if named.keys() <= options.keys() else None
 
 
-def _with_parameter(name: str, given: dict[str, Any]) -> FusedActivation | None:
+def _with_parameter(name: str, given: Mapping[str, Argument]) -> FusedActivation | None:
     """The activation with these options, unless it is one that a layer does not have."""
-    row, values = TABLE[name], TABLE[name].options | given
+    row = TABLE[name]
+    values = {**row.options, **given}
     parameter = 0.0 if row.parameter is None else values[row.parameter]
     if values.get("approximate", "none") != "none" or not isinstance(parameter, (int, float)):
         return None
@@ -181,7 +185,7 @@ def _input(node: Node) -> Node | None:
 
 
 def _operands(node: Node) -> list[Node]:
-    """Those operands of an addition that a layer may have made: what is added to in place must be its own result."""
+    """The operands of an addition that a layer may have made; of an addition in place, the first one only."""
     in_place = node.target in _ADDITIONS_IN_PLACE
     if node.op not in {"call_function", "call_method"} or not (in_place or node.target in _ADDITIONS):
         return []

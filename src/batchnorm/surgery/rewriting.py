@@ -89,7 +89,7 @@ class Absorbed(nn.Identity):
         return activate(input, act, param)
 
     def is_idle(self) -> bool:
-        """Whether the layer still does the work, as far as can be known."""
+        """Whether the layer still applies the activation, if that can be known."""
         if self._place is None:
             return True
         path, act, _ = self._place
@@ -107,12 +107,12 @@ class Absorbed(nn.Identity):
         return None if caller is None or self._place is None else _at(caller, self._place[0])
 
     def is_stray(self, parts: Iterable[nn.Module]) -> bool:
-        """Whether it hands its input on for a layer that is not among these parts of a model."""
+        """Whether it relies on a layer that is not among these parts of a model."""
         layer = _alive(self._layer)
         return layer is not None and self.is_idle() and not any(part in (layer, self.stand_in()) for part in parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle keeps: the layer, which it meets anyway in what is kept, and not all that calls it."""
+        """The state for pickle: with the layer, which the model holds anyway, and without its caller."""
         return vars(self) | {"_caller": None, "_layer": _alive(self._layer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class Absorbed(nn.Identity):
 
 
 def dropped(model: nn.Module) -> dict[str, str]:
-    """Modules that stand in the place of a layer whose activation nobody applies, by path, and which.
+    """Lost activations: the path of each module whose former layer applied one, and the activation's name.
 
     Such a module has the tensors of a layer of ours that is not part of the model; or it is the placeholder of an
     activation whose layer is not part of the model, and something runs before it.

@@ -1,8 +1,8 @@
-"""memory="save" for a whole model: on each layer that can bear it, and around every forward pass of the model.
+"""memory="save" for a whole model: on each layer where it is safe, and around every forward pass of the model.
 
-A layer with a leaky ReLU writes its result over its input, so it is only told to save memory where the code shows
-that nothing else reads the input. The others let their results be computed again in the backward pass, which
-``batchnorm.memory.saving`` around the model's forward makes possible: two hooks enter and leave it.
+A layer with a leaky ReLU writes its result over its input. So it saves memory only if the code shows that nothing else
+reads the input. Results of other layers are computed again in the backward pass. That needs
+``batchnorm.memory.saving`` around the model's forward, which two hooks enter and leave.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
 from batchnorm.surgery.dataflow import Flow, flows, registrations, static_callers
 from batchnorm.surgery.patterns import has_input_of_its_own, is_ours
+
+if TYPE_CHECKING:
+    from batchnorm.population.tensor_trees import Batch
 
 
 def save_memory(model: nn.Module) -> None:
@@ -75,7 +78,7 @@ _open = _Open()
 # functions of this file, so that pickle and deepcopy take them as they are; a compiler plans memory by itself
 
 
-def enter_saving(module: nn.Module, args: Any) -> None:
+def enter_saving(module: nn.Module, args: tuple[Batch, ...]) -> None:
     """A forward pre-hook."""
     if torch.compiler.is_compiling():
         return
@@ -87,7 +90,7 @@ def enter_saving(module: nn.Module, args: Any) -> None:
     _open.blocks.append((module, block))
 
 
-def leave_saving(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook's arguments
+def leave_saving(module: nn.Module, args: tuple[Batch, ...], output: Batch) -> None:  # noqa: ARG001 - a hook's arguments
     """A forward hook, called also when the forward raises."""
     if not torch.compiler.is_compiling() and _open.blocks and _open.blocks[-1][0] is module:
         _open.blocks.pop()[1].__exit__(None, None, None)

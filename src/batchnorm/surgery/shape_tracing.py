@@ -1,17 +1,16 @@
-"""A forward that torch.fx cannot trace, followed in one run on tensors of an example's shapes without values.
+"""Graphs of forwards that torch.fx cannot trace: one run on tensors that have an example's shapes and no values.
 
-Code that takes sizes for numbers, as padding by ``int(math.ceil(size / stride))`` does, runs on such tensors; code that
-decides by values cannot, and no graph is made of it. What it decides by sizes is taken as it is for the example. As in
-``dataflow``, a graph is believed only if the run set no attributes, drew no random numbers and ran in one context.
+Code that computes with sizes, such as padding by ``int(math.ceil(size / stride))``, runs on such tensors. Code that
+decides by values does not, so it has no graph. Decisions by size hold for the example. As in ``dataflow``, a graph is
+used only if the run set no attributes, drew no random numbers and ran in one context.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +20,27 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from batchnorm.surgery.dataflow import Attributes, random_states, surroundings
+from batchnorm.population.hooks import attached
+from batchnorm.surgery.dataflow import surroundings, without_effects
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.fx import Node
+    from torch.utils.hooks import RemovableHandle
+
+    from batchnorm.population.tensor_trees import Batch, Leaf
+
+    Operation = Callable[..., object]
+    Given = tuple[Batch, Batch]  # arguments and keyword arguments, with nodes for tensors
 
 _PLAIN = (int, float, complex, bool, str, slice, range, type(None), type(...))
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @final
-class Inputs:
-    """What modules were called with, as tensors without values; of several calls, if they were alike."""
+class InputShapes:
+    """The arguments of modules as tensors without values, for modules whose calls were all alike."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -63,51 +69,37 @@ class Inputs:
         if _kinds(self._seen.setdefault(module, new)) != _kinds(new):
             self._mixed.add(module)
 
-    def _without_values(self, leaf: Any) -> Any:
+    def _without_values(self, leaf: Leaf) -> Leaf:
         return self.mode.from_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf
 
 
-def _kinds(inputs: Any) -> str:
+def _kinds(inputs: Batch) -> str:
     return str(tree_map(lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, inputs))
 
 
 @contextmanager
-def observed_inputs(model: nn.Module) -> Iterator[Inputs]:
-    """The inputs of all modules in the block, filled as it runs."""
-    seen = Inputs()
-    handles = [
-        module.register_forward_pre_hook(seen.add, with_kwargs=True)
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
+def observed_inputs(model: nn.Module) -> Iterator[InputShapes]:
+    """The inputs of all modules, filled while the block runs."""
+    seen = InputShapes()
+    with attached(module.register_forward_pre_hook(seen.add, with_kwargs=True) for module in _unscripted(model)):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def recorded(module: nn.Module, inputs: Inputs) -> Graph:
-    """The graph of a module's forward in its present mode, as it is for inputs of the shapes that were seen.
+def _unscripted(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
+def recorded(module: nn.Module, inputs: InputShapes) -> Graph:
+    """The graph of a module's forward in its present mode, for inputs of the recorded shapes.
 
     Raises:
-        TraceError: If there is none that can be believed, with the reason.
+        TraceError: If no graph can be used, with the reason.
     """
     if "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         raise TraceError("its forward was put on the instance, or is scripted")
     args, kwargs = inputs.of(module)
-    attributes, before = Attributes(module), random_states()
-    try:
-        with warnings.catch_warnings(), inputs.mode:
-            warnings.simplefilter("ignore")
-            graph = _Recorder(module).graph_of(args, kwargs)
-    except Exception as error:
-        raise TraceError(f"{type(error).__name__}: {error}") from error
-    finally:
-        changed = attributes.undo()
-    if changed or before != random_states():
-        raise TraceError("its forward sets attributes, makes constants or draws random numbers")
-    return graph
+    with without_effects(module), inputs.mode:
+        return _Recorder(module).graph_of(args, kwargs)
 
 
 @final
@@ -120,29 +112,32 @@ class _Recorder(TorchFunctionMode):
         self.names = {child: name for name, child in module.named_modules()}
         self.stored = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
         self.nodes: dict[int, Node] = {}
-        self.kept: list[Any] = []  # so that no id is given to another tensor
-        self.calls: list[Any] = []  # of children that run, with what the outermost was given
+        self.kept: list[Tensor] = []  # so that no id is given to another tensor
+        self.calls: list[Given | None] = []  # of children that run, with what the outermost was given
         self.around = surroundings(stacks=False)
 
     def graph_of(self, args: tuple, kwargs: dict) -> Graph:
         for name, value in by_name(self.module, args, kwargs).items():
             if _tensors_in(value):
                 self._is_made_by(self.graph.placeholder(name), value)
-        parts = [
-            part for part in self.names if part is not self.module and not isinstance(part, torch.jit.ScriptModule)
-        ]
-        handles: list[Any] = [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in parts]
-        handles += [part.register_forward_hook(self._leave, with_kwargs=True, always_call=True) for part in parts]
-        try:
-            with self:
-                result = type(self.module).forward(self.module, *args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with attached(self._hooks()), self:
+            result = type(self.module).forward(self.module, *args, **kwargs)
         self.graph.output(self._as_nodes(result))
         return self.graph
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        for part in _unscripted(self.module):
+            if part is not self.module:
+                yield part.register_forward_pre_hook(self._enter, with_kwargs=True)
+                yield part.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+
+    def __torch_function__(
+        self,
+        func: Operation,
+        types: Sequence[type],
+        args: tuple[Batch, ...] = (),
+        kwargs: dict[str, Batch] | None = None,
+    ) -> Batch:
         result = func(*args, **(kwargs or {}))
         if not self.calls and _tensors_in(result):
             self._made(result, "call_function", func, (self._as_nodes(tuple(args)), self._as_nodes(dict(kwargs or {}))))
@@ -152,7 +147,7 @@ class _Recorder(TorchFunctionMode):
         # noted before the call, which may change a list that it is given
         self.calls.append(None if self.calls else (self._as_nodes(args), self._as_nodes(kwargs)))
 
-    def _leave(self, module: nn.Module, _: tuple, __: dict, result: Any) -> None:
+    def _leave(self, module: nn.Module, _: tuple, __: dict, result: Batch) -> None:
         given = self.calls.pop()
         if given is not None and _tensors_in(result):
             self._made(result, "call_module", self.names[module], given)
@@ -161,11 +156,11 @@ class _Recorder(TorchFunctionMode):
         if surroundings(stacks=False) != self.around:
             raise TraceError("its forward runs operations inside of a context such as no_grad, autocast or checkpoint")
 
-    def _made(self, result: Any, op: str, target: Any, given: tuple[Any, Any]) -> None:
+    def _made(self, result: Batch, op: str, target: Operation | str, given: Given) -> None:
         self._check()
         self._is_made_by(self.graph.create_node(op, target, *given), result)
 
-    def _is_made_by(self, node: Node, result: Any) -> None:
+    def _is_made_by(self, node: Node, result: Batch) -> None:
         if isinstance(result, Tensor):
             self._is(result, node)
             return
@@ -178,10 +173,10 @@ class _Recorder(TorchFunctionMode):
         self.nodes[id(tensor)] = node
         self.kept.append(tensor)
 
-    def _as_nodes(self, value: Any) -> Any:
+    def _as_nodes(self, value: Batch) -> Batch:
         return tree_map(self._as_node, value)
 
-    def _as_node(self, leaf: Any) -> Any:
+    def _as_node(self, leaf: Leaf) -> Leaf:
         if isinstance(leaf, _PLAIN):
             return leaf
         if not isinstance(leaf, Tensor):
@@ -193,12 +188,12 @@ class _Recorder(TorchFunctionMode):
         return self.nodes[id(leaf)]
 
 
-def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Batch]:
     """Arguments by the names of the forward's parameters."""
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
-def _tensors_in(value: Any) -> bool:
+def _tensors_in(value: Batch) -> bool:
     found: list[Tensor] = []
     tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
     return bool(found)

@@ -176,17 +176,8 @@ def _layer(name: str, values: Mapping[str, Value], unread: Mapping[str, str], ep
         sizes = ", ".join(f"{key} {len(array)}" for key, array in numbers.items())
         raise RefusalError(f"one size of all tensors of layer {brief(name)}", sizes)
     dtypes = {key: str(value.numbers.dtype) for key, value in values.items()}
-    return Stored(
-        name,
-        running_mean=numbers.get("running_mean"),
-        running_var=numbers.get("running_var"),
-        weight=numbers.get("weight"),
-        bias=numbers.get("bias"),
-        dtypes=dtypes,
-        eps=eps,
-        momentum=round(1 - momentum, 7),
-        unread=unread,
-    )
+    stored = Stored(name, dtypes=dtypes, eps=eps, momentum=round(1 - momentum, 7), unread=unread)
+    return stored.with_tensors(numbers)
 
 
 def _number(scope: Scope, node: NodeProto, name: str, default: float) -> float:

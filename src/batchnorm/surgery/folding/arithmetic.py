@@ -24,10 +24,12 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.population.tensor_memory import absence, whole
 
 Position = Literal["before", "behind"]
+LinearLayer = nn.Linear | _ConvNd
 
 # the layers that batch norm is folded into, and how many axes a batch of theirs has
 RANKS: dict[type[nn.Module], int] = {
@@ -117,13 +119,13 @@ def wide(tensor: Tensor) -> Tensor:
     return plain.to("cpu", torch.float64)
 
 
-def channels(layer: Any, position: Position) -> int:
+def channels(layer: nn.Module, position: Position) -> int:
     """How many channels a convolution or linear layer before batch norm makes, or one behind it takes."""
     kind = "features" if isinstance(layer, nn.Linear) else "channels"
     return getattr(layer, f"{'out' if position == 'before' else 'in'}_{kind}")
 
 
-def shifts_evenly(layer: Any) -> bool:
+def shifts_evenly(layer: LinearLayer) -> bool:
     """Whether adding a constant to a channel of the input adds a constant to each channel of the result."""
     if isinstance(layer, nn.Linear):
         return True
@@ -132,7 +134,7 @@ def shifts_evenly(layer: Any) -> bool:
     return layer.padding_mode != "zeros" or not _is_padded(layer)
 
 
-def _is_padded(layer: Any) -> bool:
+def _is_padded(layer: _ConvNd) -> bool:
     if layer.padding == "same":
         return any(size > 1 for size in layer.kernel_size)
     return layer.padding != "valid" and any(layer.padding)

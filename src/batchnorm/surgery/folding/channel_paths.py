@@ -1,7 +1,7 @@
-"""Where the channels of a layer go, and come from, through operations that only move values.
+"""Which channels of two layers meet, through operations between them that only move values.
 
-A view, a transposition or a concatenation does not compute. Run on the numbers of channels in place of values, it shows
-which channel of a layer before it, or behind it, meets which channel of batch norm, whatever the axes are:
+A view, a transposition or a concatenation does not compute. When it runs on channel numbers in place of values, its
+result shows which channel of the other layer meets which channel of batch norm, whatever the axes are:
 
     before   every value of channel c of batch norm is made by partners' channels that only c receives
     behind   every value of channel j of the partner comes from one channel of batch norm, or from elsewhere
@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from batchnorm.population.tensor_trees import Batch, Leaf
 from batchnorm.surgery.dataflow import IN_PLACE
 from batchnorm.surgery.folding.arithmetic import RANKS
 from batchnorm.surgery.patterns import is_watched
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph
 
-    from batchnorm.surgery.shape_tracing import Inputs
+    from batchnorm.surgery.shape_tracing import InputShapes
 
 Channels = tuple[int, ...]
+# what each node of a graph gives, with tensors without values
+Sizes = dict[Node, Batch]
 
 _MOVES = {
     "view", "reshape", "reshape_as", "view_as", "flatten", "unflatten", "permute", "transpose", "t", "movedim",
@@ -60,7 +63,7 @@ def readers(node: Node) -> list[Node]:
     return [user for user in node.users if not _asks(user, node)]
 
 
-def sizes(graph: Graph, inputs: Inputs) -> dict[Node, Any]:
+def sizes(graph: Graph, inputs: InputShapes) -> Sizes:
     """What each node of a graph gives, as tensors without values and plain numbers; empty if it does not run so."""
     try:
         root = next(node.meta["caller"] for node in graph.nodes if node.op == "placeholder")
@@ -75,7 +78,7 @@ def sizes(graph: Graph, inputs: Inputs) -> dict[Node, Any]:
     return run.found
 
 
-def before(node: Node, found: dict[Node, Any], axes: dict[Node, int]) -> dict[Node, Channels] | str:
+def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channels] | str:
     """For the nodes that make a layer's input, the layer's channel that each of their channels becomes.
 
     Args:
@@ -86,7 +89,8 @@ def before(node: Node, found: dict[Node, Any], axes: dict[Node, int]) -> dict[No
     Returns:
         Channels by node, or why there are none.
     """
-    source: Any = node.args[0]
+    source = node.args[0]
+    assert isinstance(source, Node)  # noqa: S101 - a layer is called with the result of another node
     path = _path(source, found, axes)
     makers = [each for each in node.graph.nodes if each in axes and each in path]
     if not makers:
@@ -116,7 +120,7 @@ def before(node: Node, found: dict[Node, Any], axes: dict[Node, int]) -> dict[No
     )
 
 
-def behind(node: Node, found: dict[Node, Any], axes: dict[Node, int]) -> tuple[Node, Channels] | str:
+def behind(node: Node, found: Sizes, axes: dict[Node, int]) -> tuple[Node, Channels] | str:
     """The node that takes a layer's result, and for each of its channels the layer's, or -1 for another value."""
     path, waiting, takers = [node], [node], set()
     while waiting:
@@ -163,10 +167,10 @@ class _Sizes(Interpreter):
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.found: dict[Node, Any] = {}
+        self.found: Sizes = {}
         self.extra_traceback = False
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> Batch:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.op == "call_module":
             result = n.meta["module"](*args, **kwargs)
@@ -180,7 +184,7 @@ class _Sizes(Interpreter):
         return result
 
 
-def _path(source: Node, found: dict[Node, Any], axes: dict[Node, int]) -> list[Node]:
+def _path(source: Node, found: Sizes, axes: dict[Node, int]) -> list[Node]:
     """What leads to a node through moves, as far as the nodes that may be partners and others."""
     path, waiting = [], [source]
     while waiting:
@@ -193,14 +197,14 @@ def _path(source: Node, found: dict[Node, Any], axes: dict[Node, int]) -> list[N
     return [node for node in path if node in axes or (moves(node) and _holds_tensors(found[node]))]
 
 
-def _moved(node: Node, found: dict[Node, Any], numbers: dict[Node, Tensor]) -> Any:
+def _moved(node: Node, found: Sizes, numbers: dict[Node, Tensor]) -> Batch:
     """The numbers that a node's values have, -1 for what comes from elsewhere."""
     if node in numbers:
         return numbers[node]
     if not moves(node):
         return tree_map(_from_elsewhere, found[node])
 
-    def moved(arg: Node) -> Any:
+    def moved(arg: Node) -> Batch:
         ids = _moved(arg, found, numbers)
         return ids.contiguous() if isinstance(ids, Tensor) else ids  # so that any view is one
 
@@ -212,18 +216,18 @@ def _moved(node: Node, found: dict[Node, Any], numbers: dict[Node, Tensor]) -> A
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _from_elsewhere(leaf: Any) -> Any:
+def _from_elsewhere(leaf: Leaf) -> Leaf:
     return torch.full(leaf.shape, _ELSEWHERE) if isinstance(leaf, Tensor) else leaf
 
 
-def _numbered(shape: Any, axis: int, first: int) -> Tensor:
+def _numbered(shape: torch.Size, axis: int, first: int) -> Tensor:
     """The number of its channel for every value."""
     spread = [1] * len(shape)
     spread[axis] = -1
     return torch.arange(first, first + shape[axis]).reshape(spread).expand(shape)
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: Batch) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 

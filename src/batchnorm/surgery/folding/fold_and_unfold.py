@@ -21,13 +21,15 @@ from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import call, require_examples
 from batchnorm.surgery.dataflow import set_mode
 from batchnorm.surgery.folding.arithmetic import Linear
-from batchnorm.surgery.folding.plan import Partner, fresh, plan
+from batchnorm.surgery.folding.model_facts import fresh
+from batchnorm.surgery.folding.plan import Partner, plan
 from batchnorm.surgery.folding_placeholder import FoldedAway, own_tensors, set_tensors
 from batchnorm.surgery.replacement import check_memory, duplicate, find
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from batchnorm.population.tensor_trees import Batch
     from batchnorm.surgery.layer_maps import Parts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +58,7 @@ class Folding:
         return "\n".join(lines + [f"  left {path!r}: {reason}" for path, reason in left.items()])
 
 
-def foldable(model: nn.Module, example: Any = None) -> dict[str, Partner | str]:
+def foldable(model: nn.Module, example: Batch = None) -> dict[str, Partner | str]:
     """For each batch norm layer by path: what ``fold`` would fold it into, or the reason why it would not.
 
     The model is not changed, and nothing but the example is run. Without one, only the code is looked at: what runs
@@ -83,7 +85,7 @@ def foldable(model: nn.Module, example: Any = None) -> dict[str, Partner | str]:
 
 
 def fold(
-    model: Model, example: Any, *, inplace: bool = False, report: Callable[[Folding], object] | None = print
+    model: Model, example: Batch, *, inplace: bool = False, report: Callable[[Folding], object] | None = print
 ) -> Model:
     """A copy of the model in eval mode, whose batch norm layers are folded into the layers next to them.
 
@@ -226,7 +228,7 @@ def _put_in(model: nn.Module, found: Mapping[str, Partner | str], parts: Mapping
         set_tensors(partner, {"weight": weight, "bias": new.bias.to(like.device, like.dtype)})
 
 
-def _in_float64(model: nn.Module, example: Any) -> tuple[nn.Module, Any, list[Tensor]] | None:
+def _in_float64(model: nn.Module, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]] | None:
     """A copy of the model that computes in float64, an example for it and what it returns, if it runs in that type."""
     try:
         wide = copy.deepcopy(model).double()
@@ -238,7 +240,7 @@ def _in_float64(model: nn.Module, example: Any) -> tuple[nn.Module, Any, list[Te
         return None
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     """The tensors of numbers that a model returns in eval mode. The model is as before."""
     with preserve_state(model), torch.no_grad():
         set_mode(model, False)
@@ -253,7 +255,7 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return leaves
 
 
-def _difference(expected: list[Tensor], folded: nn.Module, example: Any) -> tuple[float, float]:
+def _difference(expected: list[Tensor], folded: nn.Module, example: Batch) -> tuple[float, float]:
     """The largest difference of what both return, and the largest value, of the original."""
     try:
         got = _outputs(folded, example)
