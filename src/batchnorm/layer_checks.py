@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from batchnorm.argument_types import require_number, require_whole_number
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -86,6 +88,13 @@ def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
                 f"{tuple(values.shape)} on {values.device}. Move the model with model.to(), or load a state "
                 "that fits it."
             )
+
+
+def check_sizes(num_features: int, eps: float) -> None:
+    """Refuse a number of channels or an eps of another type, and an eps below 0."""
+    require_whole_number(num_features, "num_features", "It is the number of channels: BatchNorm2d(64).")
+    require_number(eps, "eps", "Use 1e-5.")
+    check_eps(eps)
 
 
 def check_eps(eps: float) -> None:

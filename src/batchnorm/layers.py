@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
-from batchnorm.argument_types import require_number, require_type, require_whole_number
+from batchnorm.argument_types import require_type
 from batchnorm.kernels import ChannelStatistics, Layer, Running, activations
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.kernels.shapes import values_per_channel
@@ -25,9 +25,9 @@ from batchnorm.layer_checks import (
     STATISTICS,
     about_a_single_value,
     about_eps,
-    check_eps,
     check_memory,
     check_single_element,
+    check_sizes,
     check_state,
     promoted,
     refuse,
@@ -86,11 +86,9 @@ class _Layer(_BatchNorm):
         memory: Literal["save"] | None = None,
         single_element: Literal["error", "population"] = "error",
     ) -> None:
-        require_whole_number(num_features, "num_features", "It is the number of channels: BatchNorm2d(64).")
-        require_number(eps, "eps", "Use 1e-5.")
+        check_sizes(num_features, eps)
         check_memory(memory)
         check_single_element(single_element)
-        check_eps(eps)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not weight:

@@ -50,35 +50,13 @@ _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 
 def checkpoint(path: str, kind: str, saved: Saved, source: Source) -> Checkpoint:
     """What ``saved`` holds that concerns batch norm."""
-    if not isinstance(saved, dict | list | tuple):
-        raise RefusalError("a dict of tensors", in_words(saved), RESAVE)
-    tensors = list(entries(saved))
-    if named := other_files.of_value(saved):
-        raise RefusalError("a torch model's state", *named)
-    if isinstance(saved, Object) and not tensors:
-        raise RefusalError("a state dict", f"a whole pickled object, {in_words(saved)}, without tensors", RESAVE)
-    if kind == "pickle" and not tensors:
-        raise RefusalError("a file of torch.save", f"a plain pickle of {in_words(saved)}, without tensors", RESAVE)
+    tensors = _tensors(kind, saved)
     layers = find_layers(tensors)
     _bounded(layers)
     copies = find_copies(layers, tensors)
-    own = copies[0] if copies else Copy((), {})
     if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
         raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
-    stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
-    left = unread(saved, [layer.path for layer in layers])
-    file = Checkpoint(
-        path,
-        kind,
-        layers=stored.get(_name(own.prefix), {}),
-        copies=stored,
-        prefix="".join(f"{word}." for word in own.prefix),
-        names=tuple(_names(tensors, copies or [own], layers)),
-        keys={name: found.place for name, found in own.layers.items()},
-        unread=left,
-        is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
-        is_whole=any(is_of_module(saved, layer.path) for layer in layers),
-    )
+    file = _file(path, kind, saved, tensors, copies, source)
     named = {file.named(_name(copy.prefix), name): found for copy in copies for name, found in copy.layers.items()}
     feeders = Feeders(tensors)
     states = _states(file, copies, tensors)
@@ -91,6 +69,46 @@ def checkpoint(path: str, kind: str, saved: Saved, source: Source) -> Checkpoint
         shared=tuple(each for copy in copies for each in _shared(copy, tensors, feeders)),
     )
     return parted(whole)
+
+
+def _tensors(kind: str, saved: Saved) -> list[Entry]:
+    """The tensors of what a file holds.
+
+    Raises:
+        RefusalError: If it is no state of a torch model.
+    """
+    if not isinstance(saved, dict | list | tuple):
+        raise RefusalError("a dict of tensors", in_words(saved), RESAVE)
+    tensors = list(entries(saved))
+    if named := other_files.of_value(saved):
+        raise RefusalError("a torch model's state", *named)
+    if isinstance(saved, Object) and not tensors:
+        raise RefusalError("a state dict", f"a whole pickled object, {in_words(saved)}, without tensors", RESAVE)
+    if kind == "pickle" and not tensors:
+        raise RefusalError("a file of torch.save", f"a plain pickle of {in_words(saved)}, without tensors", RESAVE)
+    return tensors
+
+
+def _file(
+    path: str, kind: str, saved: Saved, tensors: Sequence[Entry], copies: Sequence[Copy], source: Source
+) -> Checkpoint:
+    """The layers of all copies, without what follows from comparing them."""
+    own = copies[0] if copies else Copy((), {})
+    layers = [layer for copy in copies for layer in copy.layers.values()]
+    stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
+    left = unread(saved, [layer.path for layer in layers])
+    return Checkpoint(
+        path,
+        kind,
+        layers=stored.get(_name(own.prefix), {}),
+        copies=stored,
+        prefix="".join(f"{word}." for word in own.prefix),
+        names=tuple(_names(tensors, copies or [own], layers)),
+        keys={name: found.place for name, found in own.layers.items()},
+        unread=left,
+        is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
+        is_whole=any(is_of_module(saved, layer.path) for layer in layers),
+    )
 
 
 def _shared(copy: Copy, tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:

@@ -98,20 +98,7 @@ def convert(
         >>> convert(model, fuse=True, example=torch.randn(4, 3, 5, 5))[1].act
         'relu'
     """
-    require_module(model, "convert")
-    require_flag(fuse, "fuse")
-    require_flag(inplace, "inplace")
-    if example is not None:
-        require_real(model, "convert")
-        require_examples(example, "convert")
-    if memory is not None and memory != "save":
-        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what layers have.")
-    if inplace and (fuse or example is not None):
-        convert(model, fuse=fuse, example=example, memory=memory)  # whatever is refused, is before anything changes
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "convert needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
-        )
+    _check(model, fuse=fuse, example=example, memory=memory, inplace=inplace)
     original, model = model, model if inplace else duplicate(model, "convert", _REMEDY)
     _to_ours(model)
     if fuse:
@@ -121,6 +108,24 @@ def convert(
     if example is not None and not inplace:
         comparison.check(original, model, example)
     return model
+
+
+def _check(model: nn.Module, *, fuse: bool, example: Batch, memory: object, inplace: bool) -> None:
+    """Refuse what ``convert`` cannot work with, before anything changes."""
+    require_module(model, "convert")
+    require_flag(fuse, "fuse")
+    require_flag(inplace, "inplace")
+    if example is not None:
+        require_real(model, "convert")
+        require_examples(example, "convert")
+    if memory is not None and memory != "save":
+        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what layers have.")
+    if inplace and (fuse or example is not None):
+        convert(model, fuse=fuse, example=example, memory=memory)  # a copy: it raises what there is to raise
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "convert needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+        )
 
 
 def revert(model: Model, *, inplace: bool = False) -> Model:

@@ -210,6 +210,19 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
     if like is not None:
         for child in new.children():
             child.to(like.device, like.dtype)
+    merged = _merged(old, made, like)
+    owners = {name: value for name, value in old.items() if name not in made and name not in _own_names()}
+    if act is None or applied_by(new) != act:
+        owners.pop(MARK, None)
+    layer.__class__ = type(new)
+    old.clear()
+    old.update(made | owners | merged)
+    if isinstance(layer, _OURS):
+        layer._claim()
+
+
+def _merged(old: dict[str, Any], made: dict[str, Any], like: Tensor | None) -> dict[str, Any]:
+    """The tables of tensors, children and hooks that a layer has once it is the new module."""
     merged: dict[str, Any] = {name: _merged_tensors(old, made, name, like) for name in _TENSORS}
     for name, tensor in old["_buffers"].items():  # a frozen layer of another library keeps gamma and beta there
         if name in made["_parameters"] and _fits(tensor, made["_parameters"][name]):
@@ -223,14 +236,7 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
         merged[name] = old[name]
     if made["_is_full_backward_hook"] is None:
         merged["_is_full_backward_hook"] = old["_is_full_backward_hook"]
-    owners = {name: value for name, value in old.items() if name not in made and name not in _own_names()}
-    if act is None or applied_by(new) != act:
-        owners.pop(MARK, None)
-    layer.__class__ = type(new)
-    old.clear()
-    old.update(made | owners | merged)
-    if isinstance(layer, _OURS):
-        layer._claim()
+    return merged
 
 
 def _merged_tensors(

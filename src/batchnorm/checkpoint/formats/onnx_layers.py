@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from batchnorm.checkpoint.formats.onnx_neighbours import Neighbours, graphs_in
 from batchnorm.checkpoint.formats.onnx_values import Scope, UnreadError, Value, value_of
@@ -41,51 +41,76 @@ def read(path: str, file: BinaryIO) -> Checkpoint:
     A tensor that is no constant of the file, nor of a data file beside it, is in ``Stored.unread`` with the reason.
     """
     model = _parsed(file)
-    layers: dict[str, Stored] = {}
-    training: dict[str, None] = {}
-    keys: dict[str, tuple[str, ...]] = {}
-    used: set[str] = set()
-    acts: dict[str, set[str]] = {}
-    before: dict[str, list[tuple[bool, array[float] | None]]] = {}
-    # nodes of one graph that have the same tensors, by what they normalize: of two branches only one runs
-    calls: dict[tuple[Scope, tuple[str, ...]], dict[tuple[Scope, str], str]] = {}
-    called: set[str] = set()
-    left = _MOST_VALUES
+    found = _Layers()
     for node, near, opset in _nodes(model, Path(path).parent):
-        scope = near.scope
+        name = found.add(node, near.scope)
+        if _is_training(near.scope, node, opset):
+            found.training[name] = None
+        found.add_neighbours(name, node, near)
+        found.add_call(name, node, near.scope)
+    return found.checkpoint(path, model)
+
+
+@final
+class _Layers:
+    """The layers of a file, and what their nodes say of each, by name."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Stored] = {}
+        self.training: dict[str, None] = {}
+        self.keys: dict[str, tuple[str, ...]] = {}
+        self.used: set[str] = set()
+        self.acts: dict[str, set[str]] = {}
+        self.before: dict[str, list[tuple[bool, array[float] | None]]] = {}
+        # nodes of one graph that have the same tensors, by what they normalize: of two branches only one runs
+        self.calls: dict[tuple[Scope, tuple[str, ...]], dict[tuple[Scope, str], str]] = {}
+        self.called: set[str] = set()
+        self.left = _MOST_VALUES
+
+    def add(self, node: NodeProto, scope: Scope) -> str:
+        """Read the layer of a node; its name."""
         inputs = {key: node.input[i] for key, i in _INPUTS.items() if i < len(node.input) and node.input[i]}
         actual = {key: scope.actual(name)[1] for key, name in inputs.items()}
         values, unread = _values(scope, inputs)
         origins = {key: value.origin for key, value in values.items()}
-        name = _unused(_name(node, actual, origins), tuple(actual.values()), keys)
-        left -= sum(value.numbers.size for value in values.values())
-        if left < 0:
+        name = _unused(_name(node, actual, origins), tuple(actual.values()), self.keys)
+        self.left -= sum(value.numbers.size for value in values.values())
+        if self.left < 0:
             raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", "more")
-        layers[name] = _layer(name, values, unread, _number(scope, node, "epsilon", 1e-5),
-                              _number(scope, node, "momentum", 0.9))  # fmt: skip
-        keys[name] = tuple(actual.values())
-        used.update(keys[name], origins.values())
-        if _is_training(scope, node, opset):
-            training[name] = None
-        acts.setdefault(name, set()).add(near.activation(node.output[0]) if node.output else "")
-        if min(layers[name].running_var or (1.0,)) < _NEXT_TO_NOTHING:
-            before.setdefault(name, []).append(near.norms(node.input[0]))
-        if not layers[name].is_initial:  # an exporter may store equal initial tensors once
-            told = calls.setdefault((scope, keys[name]), {})
-            told.setdefault(scope.actual(node.input[0]), name if name not in called else _label(node))
-            called.add(name)
-    return Checkpoint(
-        path,
-        "onnx",
-        layers,
-        {"": layers} if layers else {},
-        names=tuple(tensor.name for tensor in model.graph.initializer if tensor.name not in used),
-        in_train_mode=tuple(training),
-        keys=keys,
-        activations={name: act for name, (act, *others) in acts.items() if act and not others},
-        filters={name: norms for name, ((is_known, norms), *others) in before.items() if is_known and not others},
-        shared=tuple(Shared(tuple(found.values()), is_called=True) for found in calls.values() if len(found) > 1),
-    )
+        eps, momentum = _number(scope, node, "epsilon", 1e-5), _number(scope, node, "momentum", 0.9)
+        self.layers[name] = _layer(name, values, unread, eps, momentum)
+        self.keys[name] = tuple(actual.values())
+        self.used.update(self.keys[name], origins.values())
+        return name
+
+    def add_neighbours(self, name: str, node: NodeProto, near: Neighbours) -> None:
+        """Note the activation behind a node, and the weights before one with hardly any variance."""
+        self.acts.setdefault(name, set()).add(near.activation(node.output[0]) if node.output else "")
+        if min(self.layers[name].running_var or (1.0,)) < _NEXT_TO_NOTHING:
+            self.before.setdefault(name, []).append(near.norms(node.input[0]))
+
+    def add_call(self, name: str, node: NodeProto, scope: Scope) -> None:
+        """Note what a node normalizes by the layer's tensors."""
+        if not self.layers[name].is_initial:  # an exporter may store equal initial tensors once
+            inputs = self.calls.setdefault((scope, self.keys[name]), {})
+            inputs.setdefault(scope.actual(node.input[0]), name if name not in self.called else _label(node))
+            self.called.add(name)
+
+    def checkpoint(self, path: str, model: ModelProto) -> Checkpoint:
+        """All of it."""
+        acts, before = self.acts.items(), self.before.items()
+        return Checkpoint(
+            path,
+            "onnx",
+            self.layers,
+            {"": self.layers} if self.layers else {},
+            names=tuple(tensor.name for tensor in model.graph.initializer if tensor.name not in self.used),
+            in_train_mode=tuple(self.training),
+            keys=self.keys,
+            activations={name: act for name, (act, *others) in acts if act and not others},
+            filters={name: norms for name, ((is_known, norms), *others) in before if is_known and not others},
+            shared=tuple(Shared(tuple(each.values()), is_called=True) for each in self.calls.values() if len(each) > 1),
+        )
 
 
 def _parsed(file: BinaryIO) -> ModelProto:

@@ -23,7 +23,7 @@ from batchnorm.surgery.layer_maps import hands_on
 from batchnorm.surgery.patterns import is_watched
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from batchnorm.surgery.dataflow import Callers, Flow
 
@@ -40,31 +40,33 @@ def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) 
         if _is_plain_call(node, known[child])
     }
 
-    def copied(graph: Graph, flow: Flow, inputs: tuple | None) -> Any:
-        values: dict[Node, Any] = {}
-        given = iter(inputs or ())
-        for node in flow.graphs[False].nodes:
-            child = flow.called(node)
-            if node.op == "output":
-                return map_arg(node.args[0], values.__getitem__)
-            if node.op == "placeholder" and inputs is not None:
-                values[node] = next(given)
-            elif child in inner:
-                inside = tuple(values[arg] for arg in node.args if isinstance(arg, Node))
-                values[node] = copied(graph, known[child], inside)
-            elif child is not None and _hands_on(child) and len(node.args) == 1 and isinstance(node.args[0], Node):
-                values[node] = values[node.args[0]]
-            else:
-                values[node] = graph.node_copy(node, values.__getitem__)
-                values[node].meta = {"caller": flow.module, "module": child}
-        return None
-
     made = []
     for module, flow in known.items():
         if callers.get(module) and module not in inner:
             made.append(Graph())
-            made[-1].output(copied(made[-1], flow, None))
+            made[-1].output(_copied(made[-1], flow, None, {child: known[child] for child in inner}))
     return made
+
+
+def _copied(graph: Graph, flow: Flow, inputs: tuple | None, inner: Mapping[nn.Module, Flow]) -> Any:
+    """The result of a forward whose nodes are copied into a graph, with those of inner modules in place of calls."""
+    values: dict[Node, Any] = {}
+    given = iter(inputs or ())
+    for node in flow.graphs[False].nodes:
+        child = flow.called(node)
+        if node.op == "output":
+            return map_arg(node.args[0], values.__getitem__)
+        if node.op == "placeholder" and inputs is not None:
+            values[node] = next(given)
+        elif child in inner:
+            inside = tuple(values[arg] for arg in node.args if isinstance(arg, Node))
+            values[node] = _copied(graph, inner[child], inside, inner)
+        elif child is not None and _hands_on(child) and len(node.args) == 1 and isinstance(node.args[0], Node):
+            values[node] = values[node.args[0]]
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node].meta = {"caller": flow.module, "module": child}
+    return None
 
 
 def _sole_calls(flow: Flow, callers: Callers, registered: Counter) -> Iterator[tuple[nn.Module, Node]]:

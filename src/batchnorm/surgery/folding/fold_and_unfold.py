@@ -144,15 +144,7 @@ def fold(
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
         Inference", section 3.2.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
-        )
-    require_real(model, "fold")
-    require_examples(example, "fold")
-    require_flag(inplace, "inplace")
-    if inplace:
-        check_memory(model, "fold")
+    _check(model, example, inplace=inplace)
     result = model if inplace else duplicate(model, "fold")
     found, parts = plan(result, example)
     layers = {path: found[path] for path in find(result)} | out_of_reach(result)
@@ -172,6 +164,19 @@ def fold(
     if report is not None:
         report(Folding(layers, error, largest))
     return result.eval()
+
+
+def _check(model: nn.Module, example: Batch, *, inplace: bool) -> None:
+    """Refuse what ``fold`` cannot work with."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+        )
+    require_real(model, "fold")
+    require_examples(example, "fold")
+    require_flag(inplace, "inplace")
+    if inplace:
+        check_memory(model, "fold")
 
 
 def unfold(model: Model, *, inplace: bool = False) -> Model:

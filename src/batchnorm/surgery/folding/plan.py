@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, final
 
 from torch import Tensor, nn
@@ -42,15 +43,12 @@ from batchnorm.surgery.replacement import find
 from batchnorm.surgery.shape_tracing import recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container
+    from collections.abc import Container, Iterator
 
-    from torch.fx import Graph
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from batchnorm.population.tensor_trees import Batch
     from batchnorm.surgery.folding.channel_paths import Channels
-
-    Record = Callable[[nn.Module], Graph]
 
 
 @final
@@ -80,26 +78,13 @@ def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], di
         TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If the model is compiled or does not run on ``example``.
     """
-    open_layers = find(model)
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ValueError(
             "fold needs a model before torch.compile, got a compiled one. Fold first, then compile the result."
         )
-    with preserve_state(model):
-        ranks = arguments = callers = inputs = record = None
-        if example is not None:
-            callers, ranks, arguments, inputs = observed(model, example)
-            record = partial(recorded, inputs=inputs)
-        known, closed = flows(model, (False,), arguments, record)
-        callers = static_callers(model, known) if callers is None else callers
-        summing = [module for module in model.modules() if isinstance(module, tuple(RANKS))]
-        wholes = {module for module in summing if is_linear(module, record)}
-        holding = {module for module in summing if any(module.children()) and sum_of(module, record)} - wholes
-        facts = gathered(model, known, callers, ranks, wholes, holding, _parts(open_layers))
-        if inputs is not None:
-            look_at_channels(facts, inputs)
+    facts, closed = _examined(model, example)
     found: dict[str, Partner | str] = {}
-    settled = True
+    open_layers, settled = find(model), True
     while settled:  # what is folded is out of the way of what lies beyond it
         settled = False
         for path, layer in list(open_layers.items()):
@@ -111,6 +96,24 @@ def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], di
                 found[path] = found.pop(path)  # behind those that were settled before
     known_parts = {path: facts.parts.get(layer) for path, layer in find(model).items()}
     return found, {path: parts for path, parts in known_parts.items() if isinstance(parts, Parts)}
+
+
+def _examined(model: nn.Module, example: Batch) -> tuple[ModelFacts, dict[nn.Module, str]]:
+    """Facts about a model, and why forwards have no graph. The model is as before."""
+    with preserve_state(model):
+        ranks = arguments = callers = inputs = record = None
+        if example is not None:
+            callers, ranks, arguments, inputs = observed(model, example)
+            record = partial(recorded, inputs=inputs)
+        known, closed = flows(model, (False,), arguments, record)
+        callers = static_callers(model, known) if callers is None else callers
+        summing = [module for module in model.modules() if isinstance(module, tuple(RANKS))]
+        wholes = {module for module in summing if is_linear(module, record)}
+        holding = {module for module in summing if any(module.children()) and sum_of(module, record)} - wholes
+        facts = gathered(model, known, callers, ranks, wholes, holding, _parts(find(model)))
+        if inputs is not None:
+            look_at_channels(facts, inputs)
+    return facts, closed
 
 
 def _take_out(node: Node, applying: Container[nn.Module]) -> None:
@@ -143,27 +146,36 @@ def _answer(facts: ModelFacts, layer: _BatchNorm) -> Partner | str | None:
     if node.kwargs or not isinstance(source, Node) or len(node.args) > 1 + is_ours(layer):
         return "it is called with other arguments than its input"
     reasons = []
+    for answer in chain(_next_to(facts, layer, node, source), _inside(facts, layer, node, source)):
+        if isinstance(answer, Partner):
+            return answer
+        reasons.append(answer)
+    if reasons:
+        return "; ".join(reasons)
+    moved = _through_moves(facts, layer, node)
+    if isinstance(moved, Partner):
+        return moved
+    return "; ".join([_about_neighbours(facts, node, source), *([moved] if moved else [])])
+
+
+def _next_to(facts: ModelFacts, layer: _BatchNorm, node: Node, source: Node) -> Iterator[Partner | str]:
+    """The convolution or linear layer before or behind a layer, or why it is no partner."""
     for position, neighbour in (("before", source), ("behind", _only_user(node))):
         partner = neighbour.meta.get("module") if neighbour is not None else None
         if isinstance(partner, tuple(RANKS)):
-            path = facts.names[partner]
-            reason = about_pair(facts, layer, partner, position)
-            if reason is None:
-                return Partner(path, position)
-            reasons.append(reason)
-    if (holder := _holder(facts, source)) is not None:
-        reason = about_partner(facts, holder, "before") or about_axes(facts, layer, holder, "before")
-        reason = reason or about_result(facts, layer, holder, "before")
-        others = [named(facts, user) for user in source.users if user is not node]
-        if reason is None and not others:
-            return Partner(facts.names[holder], "before")
-        reasons.append(reason or f"{facts.names[holder]!r} has a sum that also goes to {others[0]}")
-    moved = _through_moves(facts, layer, node) if not reasons else None
-    if isinstance(moved, Partner):
-        return moved
-    return "; ".join([*reasons, *([moved] if moved and reasons else [])]) or "; ".join(
-        [_about_neighbours(facts, node, source), *([moved] if moved else [])]
-    )
+            yield about_pair(facts, layer, partner, position) or Partner(facts.names[partner], position)
+
+
+def _inside(facts: ModelFacts, layer: _BatchNorm, node: Node, source: Node) -> Iterator[Partner | str]:
+    """The convolution or linear layer that calls a batch norm layer in its own forward, or why it is no partner."""
+    if (holder := _holder(facts, source)) is None:
+        return
+    reason = about_partner(facts, holder, "before") or about_axes(facts, layer, holder, "before")
+    reason = reason or about_result(facts, layer, holder, "before")
+    others = [named(facts, user) for user in source.users if user is not node]
+    if reason is None and others:
+        reason = f"{facts.names[holder]!r} has a sum that also goes to {others[0]}"
+    yield reason or Partner(facts.names[holder], "before")
 
 
 def _holder(facts: ModelFacts, source: Node) -> nn.Module | None:
