@@ -146,7 +146,7 @@ def test_during_use_answers_of_one_class_and_answers_without_information_are_obj
         # no gain
         (unsure(0.4), unsure(0.4), None, "hardly more than"),
         # a gain, but little information: enough if much surer than the deployed ones, or if inputs moved for certain
-        (unsure(0.25), unsure(0.3), None, "nats of information, not the"),
+        (unsure(0.25), unsure(0.3), None, "nats of information, below the required"),
         (unsure(0.25), unsure(0.3), (3.0, 1.0), None),
         (unsure(0.25), unsure(0.45), None, None),
         (ONE, unsure(0.9), (9.0, 1.0), "of the predictions are of one class"),
@@ -162,15 +162,15 @@ def test_who_begins_with_less_information_is_asked_for_less_during_use():
     assert asked(*windows, BEFORE, Limits()) == 0.7
     assert asked(*windows, BEFORE, Limits(), (3.0, 1.0)) == 0.5
     assert asked(window_of(unsure(0.25)), windows[1], BEFORE, Limits(), (3.0, 1.0)) == 0.7
-    # 0.52 nats are carried; of log 4 less 3 / 128, half (0.7 * 5 / 7) or 0.36 (0.5 * 5 / 7) are asked for
+    # 0.52 nats are carried; of log 4 less 3 / 128, half (0.7 * 5 / 7) or 0.36 (0.5 * 5 / 7) are required
     less = window_of(unsure(0.35))
-    assert "nats of information, not the 0.68" in str(against_use(less, BEFORE, Limits(), 0.7))
+    assert "nats of information, below the required 0.68" in str(against_use(less, BEFORE, Limits(), 0.7))
     assert against_use(less, BEFORE, Limits(), 0.5) is None
 
 
 def test_little_information_is_never_enough_before_twice_a_window():
     found = against_start(window_of(unsure(0.25)), window_of(unsure(0.3)), BEFORE, Limits(), (3.0, 1.0))
-    assert "nats of information, not the" in str(found)
+    assert "nats of information, below the required" in str(found)
 
 
 def test_a_beginning_needs_answers_of_the_deployed_statistics_to_compare_with():

@@ -301,7 +301,7 @@ WRONG = {
     "empty option": (_ok("--reference", ""), "--reference needs a value"),
     "two references": (_ok("--reference", "m.bncal.safetensors", "--calibrate", "net.py:clean"), "expected one"),
     "no reference there": (_ok("--reference", "m.bncal.safetensors"), "--write-reference"),
-    "a reference of text": (lambda: _ok("--reference", _file("t.bncal.safetensors"))(), "is no reference"),
+    "a reference of text": (lambda: _ok("--reference", _file("t.bncal.safetensors"))(), "is not a reference"),
     "a reference of less": (lambda: _ok("--reference", _reference())(), "odd.bncal.safetensors"),
     "a reference of the future": (lambda: _ok("--reference", _reference({"version": 99}))(), "99"),
     "a reference that lost words": (

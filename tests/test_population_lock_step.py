@@ -50,7 +50,7 @@ def both_ways(model: nn.Module, batches, measure=recalibrate, **options) -> str:
     """Measure with forwards that may wait and with restarted ones; the same bits. Why forwards did not wait."""
     twin = copy.deepcopy(model)
     found, expected = measure(model, batches, **options), measure(twin, batches, **{**options, "memory": 0})
-    assert expected.restarted == "memory= leaves none for forwards that wait"
+    assert expected.restarted == "memory=0 lets no forward wait"
     assert list(found) == list(expected)
     for path, moments in found.items():
         for name in ("count", "mean", "m2"):

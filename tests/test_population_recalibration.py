@@ -270,7 +270,7 @@ def test_layers_before_a_shared_one_are_measured_first_although_batches_take_dif
     batches = [{"domain": "a", "x": x} for x in a.split(4)] + [{"domain": "b", "x": x} for x in b.split(4)]
     stems = [(x.mean(0), x.var(0)) for x in (a, b)]
     hidden = torch.cat([F.batch_norm(x, *stem).relu() for x, stem in zip((a, b), stems, strict=True)])
-    message = r"^no forward reached 'stems.unused': they keep the statistics that they had. Give batches, or"
+    message = r"^no forward reached 'stems.unused': they keep their statistics. Give batches, or"
     with pytest.warns(RuntimeWarning, match=message):
         measured = recalibrate(net, batches)
     assert list(measured)[-1] == "trunk"
@@ -299,7 +299,7 @@ def test_a_batch_with_nan_or_infinity_is_left_out_for_its_channels_and_named(poi
     net = nn.Sequential(nn.Identity(), nn.BatchNorm1d(2))
     bad = X.clone()
     bad[1, 0] = poison
-    message = r"^NaN or infinity in the input of '1' \(inputs: 1, channels: 1 of 2\): these batches were left out"
+    message = r"^NaN or infinity in the input of '1' \(inputs: 1, channels: 1 of 2\): these batches were excluded"
     with pytest.warns(RuntimeWarning, match=message):
         measured = recalibrate(net, [X, bad], exact=exact)["1"]
     assert measured.count.tolist() == [3, 6]

@@ -234,9 +234,9 @@ def test_a_budget_that_leaves_no_batch_out_is_not_blamed(net: Net, more: dict) -
 
 def test_a_monitor_shows_how_many_examples_it_looked_at(net: Net) -> None:
     monitor = ran(ShiftMonitor(net, budget=None), net, [images(16) for _ in range(5)])
-    assert repr(monitor) == f"ShiftMonitor(Net, layers={len(monitor.layers)}, looked at 20 of 80 examples, no alarm)"
+    assert repr(monitor) == f"ShiftMonitor(Net, layers={len(monitor.layers)}, observed 20 of 80 examples, no alarm)"
     ran(monitor, net, [images(16) - 2.0 for _ in range(20)])
-    assert f"looked at 100 of 400 examples, alarm at {monitor.alarm.first}" in repr(monitor)
+    assert f"observed 100 of 400 examples, alarm at {monitor.alarm.first}" in repr(monitor)
 
 
 def test_a_saved_monitor_still_knows_how_many_it_looked_at(net: Net, tmp_path) -> None:
@@ -288,7 +288,7 @@ def test_observations_are_examples_batches_or_runs_of_keys() -> None:
     assert torch.equal(first, z[:2].mean(0, keepdim=True))
     second, _ = runs.of(z[4:], z[4:], ["b", "c"])
     assert torch.allclose(second, z[2:5].mean(0, keepdim=True))
-    with pytest.raises(ValueError, match=r"must give a key for each example, of which there are 6 or more, got 2"):
+    with pytest.raises(ValueError, match=r"must return a key for each example, 6 or more, got 2"):
         Grouping(lambda _: ["a", "b"]).of(z, z, None)
 
 
@@ -436,7 +436,7 @@ def test_a_reference_of_another_version_is_refused(net: Net, tmp_path: Path, ver
     watching(net).calibrate([images(100, seed) for seed in range(2)]).save(path)
     about, tensors = sidecar.read(path, "reference")
     sidecar.write(path, "reference", about | {"version": version}, tensors)
-    with pytest.raises(ValueError, match=rf"is no reference of version 3, got {version}\. Calibrate again"):
+    with pytest.raises(ValueError, match=rf"is not a reference of version 3, got {version}\. Calibrate again"):
         Reference.load(path)
 
 
@@ -446,7 +446,7 @@ def test_a_state_of_another_version_is_refused(net: Net, tmp_path: Path, version
     watching(net).save(path)
     about, tensors = sidecar.read(path, "shift")
     sidecar.write(path, "shift", about | {"version": version}, tensors)
-    with pytest.raises(ValueError, match=r"is no state of a monitor of version 3\. Write it with monitor\.save"):
+    with pytest.raises(ValueError, match=r"is not a monitor's state of version 3\. Write it with monitor\.save"):
         watching(net).load(path)
 
 
@@ -542,7 +542,7 @@ def test_what_cannot_calibrate_is_refused(net: Net, tmp_path: Path) -> None:
     with watching(net) as monitor, pytest.raises(RuntimeError, match=r"before observation starts"):
         monitor.calibrate([images(256)])
     (tmp_path / "x.bncal.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"is no reference"):
+    with pytest.raises(ValueError, match=r"is not a reference"):
         Reference.load(tmp_path / "x.bncal.safetensors")
     with pytest.raises(ValueError, match=r"needs a file that ends in \.bncal\.safetensors, got 'x\.pt'"):
         watching(net).reference.save(tmp_path / "x.pt")

@@ -1,7 +1,7 @@
-"""Addresses: ``model.py:make_model`` and ``package.module:factory``, as the command line takes them.
+"""Addresses of the user's code for the command line: ``model.py:make_model`` or ``package.module:factory``.
 
-What an address names is the user's own code, so it is imported and called; whatever it raises is told with its place
-in that code, and nothing else of the traceback.
+The code is imported and called. If it raises an error, the message names the line in that code, without the rest of the
+traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Checkpoint
 
 
-# code in these folders is not the user's own: the line to show is the last one outside of them
+# code in these folders is not the user's: the message shows the last line outside them
 _OTHERS = (
     str(Path(__file__).parent) + os.sep,
     sysconfig.get_path("stdlib") + os.sep,
@@ -42,29 +42,31 @@ _OTHERS = (
 
 
 class AddressError(ValueError):
-    """What an address names is of no use: it raised an error, or gave something else."""
+    """An address is useless: its code raised an error, or gave a wrong type."""
 
 
 def is_address(target: str) -> bool:
-    """Whether a target names code rather than a file of weights."""
+    """Whether a target names code, not a file of weights."""
     return ":" in target and not os.path.exists(target)  # noqa: PTH110 - no error for a name that is too long
 
 
 def refuse_code(target: str) -> None:
-    """Return unless a target is a Python file whose address lacks the name.
+    """Refuse a Python file without a name after it.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If ``target`` is an existing Python file.
     """
     if target.endswith(".py") and Path(target).is_file():
-        raise ValueError(f"{target} is code, expected what makes the model in it. Name that: {target}:make_model")
+        raise ValueError(
+            f"{target} is code, expected a function in it. Name it, for example {target}:make_model"
+        )
 
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """What the user's code raises while it runs becomes an `AddressError`; our own messages and Ctrl-C pass.
+    """A block that turns errors of the user's code into an `AddressError`; our own messages and Ctrl-C pass.
 
-    Code that leaves the program (``sys.exit``) is an error as well: its exit code would say that all is fine.
+    ``sys.exit`` in the user's code is an error too: its exit code could claim success.
     """
     try:
         yield
@@ -77,13 +79,13 @@ def told(name: str) -> Iterator[None]:
 
 
 def load(address: str) -> Any:
-    """What an address names: not called yet.
+    """The object that an address names; it is not called.
 
     Raises:
-        ValueError: If it is no address, or its module has no such name.
-        FileNotFoundError: If its file is not there.
-        ModuleNotFoundError: If its module is not.
-        AddressError: If the module raises an error when it is imported.
+        ValueError: If it is not an address, or its module has no such name.
+        FileNotFoundError: If its file does not exist.
+        ModuleNotFoundError: If its module does not exist.
+        AddressError: If importing the module raises an error.
     """
     where, _, name = address.rpartition(":")
     is_file = where.endswith(".py")
@@ -99,7 +101,7 @@ def load(address: str) -> Any:
 
 
 def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None, state: str = "") -> Any:
-    """The model that an address names, or that its factory makes of ``settings``; with ``weights`` loaded, strictly."""
+    """The model that an address names, or that its factory makes from ``settings``; ``weights`` are loaded strictly."""
     from torch import nn
 
     made = load(address)
@@ -135,7 +137,7 @@ def data(address: str) -> Any:
 
 
 def parsed(settings: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` pairs: values are Python literals, or else text.
+    """``key=value`` pairs as a dict; values are Python literals, else text.
 
     Raises:
         ValueError: If one has no "=" or no name before it.
@@ -153,10 +155,10 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def states(network: Any, file: Checkpoint) -> Checkpoint:
-    """The file by the states that a model can load.
+    """The checkpoint, split into the states that a model can load.
 
-    A dict that has all of the model's layers is one state, whatever words are in its names. Where no state has the
-    model's layers, each of several modules with just the model's tensors is one.
+    A dict that has all of the model's layers is one state, whatever its names contain. If no state has the model's
+    layers, each module with exactly the model's tensors is one, if there are several.
     """
     layers = _layers(network)
     if not layers or file.format == "onnx" or any(state.layers.keys() == layers for state in file.states.values()):
@@ -180,7 +182,7 @@ def _layers(network: Any) -> set[str]:
 def _modules(
     file: Checkpoint, keys: tuple[str | int, ...], names: Iterable[str], layers: set[str], wanted: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Paths of modules in a dict that have the layers and tensors of a model, and no others."""
+    """Paths of modules in a dict that have exactly the layers and tensors of a model."""
     first = min(layers)
     ends = [name.removesuffix(f".{first}") for name in names if name.endswith(f".{first}")] if first else list(names)
     paths = [path for path in ends if {below(path, layer) for layer in layers} == set(filter(_inside(path), names))]
@@ -195,7 +197,7 @@ def _inside(path: str) -> Callable[[str], bool]:
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree; torch adds a counter that is missing."""
+    """Shapes that must agree; counters are left out, because torch adds missing ones."""
     kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     return {name: getattr(value, "shape", None) for name, value in kept.items()}
 
@@ -206,13 +208,13 @@ def load_weights(network: Any, path: str, state: str = "") -> str:
     Args:
         network: The model.
         path: The checkpoint.
-        state: A path in it. If this is left out, the first state whose batch norm layers are the model's.
+        state: Path of a state in it. By default the first state whose batch norm layers are the model's.
 
     Returns:
         The state's name; "" in a file without batch norm layers.
 
     Raises:
-        ValueError: If it is none, or names or shapes do not fit; the message has the first of them.
+        ValueError: If it is not a checkpoint, or names or shapes do not fit; the message has the first of them.
     """
     file, name = chosen(network, path, state)
     part = file.states[name] if name else None
@@ -226,22 +228,22 @@ def load_weights(network: Any, path: str, state: str = "") -> str:
         which = f"{name!r} of {path}" if state else path
         raise ValueError(
             f"{which} does not fit {type(network).__name__}: {' '.join(lines[1:3] or lines)[:300]} "
-            "Use the weights of this model, or --set what it was made with."
+            "Use the weights of this model, or give its arguments by --set."
         ) from error
     return name
 
 
 def refuse_state(target: str, weights: str | None, state: str) -> None:
-    """Refuse a state without a checkpoint that has it."""
+    """Refuse ``state`` without a checkpoint."""
     if state and not weights:
         raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
 
 
 def chosen(network: Any, path: str, state: str = "") -> tuple[Checkpoint, str]:
-    """A file by the states that a model can load, and the one that ``load_weights`` takes.
+    """The checkpoint, split into the states that a model can load, and the state that ``load_weights`` takes.
 
     Raises:
-        ValueError: If it has no such state, or is no checkpoint.
+        ValueError: If it has no such state, or is not a checkpoint.
     """
     file = states(network, checkpoint.read(path))
     return with_state(file, state) if state else (file, _first_that_fits(network, file))
@@ -261,10 +263,10 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
     nested: Any = _safetensors(file.path) if file.format == "safetensors" else _torch(file.path)
     for key in state.keys if state else ():
         nested = nested[key]
-    if state is None and isinstance(nested, Mapping):  # nothing says where the tensors are
+    if state is None and isinstance(nested, Mapping):  # the place of the tensors is unknown
         nested = next((nested[key] for key in ("state_dict", "model") if key in nested), nested)
     if not isinstance(nested, Mapping):
-        raise ValueError(  # noqa: TRY004 - it is the file that is wrong
+        raise ValueError(  # noqa: TRY004 - the file is wrong, not an argument
             f"{file.path} holds a {type(nested).__name__}, expected a dict of tensors. "
             "Save that: torch.save(model.state_dict(), path)."
         )
@@ -281,7 +283,7 @@ def _first_that_fits(network: Any, file: Checkpoint) -> str:
 
 
 def _prefixes_beside(file: Checkpoint, state: State | None) -> Iterator[str]:
-    """What the names of other states in the same dict begin with, in the names of this one."""
+    """Prefixes of other states in the same dict, as they appear in the names of this one."""
     for other in file.states.values():
         if state and other is not state and other.keys == state.keys and other.prefix.startswith(state.prefix):
             yield other.prefix.removeprefix(state.prefix)
@@ -291,7 +293,7 @@ def _torch(path: str) -> Any:
     import torch
 
     try:
-        with Path(path).open("rb") as opened:  # by a path, torch goes by the suffix
+        with Path(path).open("rb") as opened:  # given a path, torch would go by the suffix
             return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
@@ -322,7 +324,7 @@ def _from_file(path: Path) -> ModuleType:
         sys.path.insert(0, folder)
     spec: Any = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # classes of the file are found by pickle and inspect
+    sys.modules.setdefault(path.stem, module)  # so that pickle and inspect find its classes
     _run(str(path), lambda: spec.loader.exec_module(module))
     return module
 
@@ -347,14 +349,14 @@ def _from_module(name: str) -> ModuleType:
 
 def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
     if not callable(factory):
-        raise AddressError(f"{address} is a {type(factory).__name__}, expected a function. Name what makes the model.")
+        raise AddressError(f"{address} is a {type(factory).__name__}, expected a function that makes the model.")
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:
         raise ValueError(
             f"{address} cannot be called with {dict(settings) or 'no arguments'}: {error}. Give arguments by --set."
         ) from error
-    except ValueError:  # a builtin does not tell its signature
+    except ValueError:  # builtins may have no signature
         pass
     return _run(address, lambda: factory(**settings))
 
@@ -369,20 +371,20 @@ def _run(name: str, code: Callable[[], Any]) -> Any:
 
 
 def _told(name: str, error: BaseException) -> str:
-    """The user's line that raised an error, and the error."""
+    """The error, with the user's line that raised it."""
     frames = _of_user(error)
     line = f" at {_shown(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
     if isinstance(error, SyntaxError) and error.filename:
         line = f" at {_shown(error.filename)}:{error.lineno}"
     try:
         message = str(error).partition("\n")[0][:300].rstrip(". ")
-    except Exception:  # noqa: BLE001 - the error is of the user's own class
+    except Exception:  # noqa: BLE001 - the user's error class may fail
         message = ""
     return f"{name} raised {type(error).__name__}{line}{message and f': {message}'}. --debug shows where."
 
 
 def _shown(path: str) -> str:
-    """A path from the current folder, if there is one."""
+    """The path relative to the current folder, if there is one."""
     try:
         return os.path.relpath(path)
     except (OSError, ValueError):
@@ -390,19 +392,19 @@ def _shown(path: str) -> str:
 
 
 def _of_user(error: BaseException) -> list[traceback.FrameSummary]:
-    """Where an error passed through code that is neither ours nor installed."""
+    """Frames of an error in code that is neither ours nor installed."""
     frames = traceback.extract_tb(error.__traceback__)
     return [frame for frame in frames if not frame.filename.startswith(_OTHERS)]
 
 
 def _is_of_user(error: BaseException) -> bool:
-    """Whether it was raised by the user's code, or by what that called, and not by ours."""
+    """Whether the user's code, or code that it called, raised the error, and not ours."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(_of_user(error)) or not frames[-1].filename.startswith(_OTHERS[0])
 
 
 def _offers(module: ModuleType, wanted: str) -> str:
-    """What a module has to offer in place of a name that it lacks."""
+    """A sentence with names that a module offers instead of a missing one."""
     public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     own = [n for n, v in public.items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
     close = difflib.get_close_matches(wanted, public, n=1)

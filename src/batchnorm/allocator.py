@@ -1,9 +1,9 @@
-"""Memory that a process keeps: fewer page faults for large tensors, at the price of memory that stays taken.
+"""Allocator: makes glibc keep freed memory, so that large tensors cause fewer page faults.
 
-glibc gives a block of 32 MB or more back to the system when it is freed, and the top of its heap too. The next tensor
-of that size is new memory, of which the system must clear and map every page (4 KiB) at the first touch. For a layer
-that only reads and writes a tensor once, that costs more than the arithmetic. The settings here make glibc keep what
-was freed (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_MMAP_MAX).
+When a block of 32 MB or more is freed, glibc returns it to the system, and also the top of its heap. The next tensor of
+that size is new memory: the system must clear and map every page (4 KiB) at the first access. For a layer that only
+reads and writes a tensor once, that costs more than the arithmetic. The settings here make glibc keep freed memory
+(mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_MMAP_MAX); it stays taken.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import platform
 from typing import Any, final
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
-_LARGEST_THRESHOLD = 32 << 20  # more is refused: HEAP_MAX_SIZE / 2 on 64 bits
+_LARGEST_THRESHOLD = 32 << 20  # the largest allowed value: HEAP_MAX_SIZE / 2 on 64 bits
 
 
 @final
 class Tuning:
-    """What ``tune_allocator`` did: true where it took effect. ``undo()`` takes it back, as leaving a with block does.
+    """The result of ``tune_allocator``: True if it took effect. ``undo()``, or leaving a with block, reverts it.
 
     Attributes:
-        reason: Why nothing was done; empty where it was.
+        reason: Why nothing was done; "" if it took effect.
     """
 
     def __init__(self, libc: Any, reason: str) -> None:
@@ -34,10 +34,10 @@ class Tuning:
         return f"Tuning({self.reason or 'freed memory is kept'})"
 
     def undo(self) -> None:
-        """Set glibc's own starting values again, and give kept memory back.
+        """Restore glibc's initial settings, and return the kept memory.
 
-        One thing does not come back: until it is set by hand, glibc raises the size from which on it returns blocks
-        whenever a larger one is freed (up to 32 MB). Afterwards that size stays at 128 KiB.
+        One setting is not restored: until it is set by hand, glibc raises the size of blocks that it returns whenever a
+        larger one is freed (up to 32 MB). Afterwards that size stays at 128 KiB.
         """
         if self._libc is not None:
             _set(self._libc, threshold=128 << 10, trim=128 << 10, blocks=65536)
@@ -54,14 +54,13 @@ class Tuning:
 def tune_allocator() -> Tuning:
     """Makes glibc keep the memory of freed tensors for the next ones; call it once, before training.
 
-    It acts on the whole process, and on every library in it, after a few steps of training: then there is room for
-    all tensors of a step. The process holds on to that room, which may be half as much again as it needed before; a
-    GPU's memory is not concerned. It is opt-in for that reason: nothing in this package calls it. Models and results
-    are not touched.
+    It affects the whole process with all its libraries, after a few steps of training, when there is room for all
+    tensors of a step. The process keeps that room, which may be half as much again as it needed before; GPU memory is
+    not affected. So it is opt-in: nothing in this package calls it. Models and results do not change.
 
     Returns:
-        A Tuning: true if it took effect. Elsewhere than on glibc (musl, macOS, Windows) nothing is done and ``reason``
-        says why. A replacement such as jemalloc (LD_PRELOAD) ignores these settings and needs none.
+        A Tuning: True if it took effect. Without glibc (musl, macOS, Windows) nothing is done and ``reason`` says why.
+        A replacement such as jemalloc (LD_PRELOAD) ignores these settings and needs none.
 
     Example:
         >>> with tune_allocator() as tuning:

@@ -1,10 +1,10 @@
-"""What users' models are called with and answer, which may be of any class, under names that say which it is."""
+"""Types of what users' models are called with and return, which may be any class, named by their role."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-# a tensor, a tuple, list, mapping or dataclass of batches, or an object of a class that is not looked into
+# a tensor, a tuple, list, mapping or dataclass of batches, or an object of another class, which stays opaque
 Batch: TypeAlias = Any
 Answer: TypeAlias = Any  # of a model: a tensor, or a tree of them
 Arguments: TypeAlias = tuple[Any, ...]  # of a call, by position

@@ -1,8 +1,7 @@
-"""Memory between forward and backward: an activation that can be computed again need not be kept.
+"""Memory between forward and backward: activations that can be recomputed need not be kept.
 
-The operation behind a layer keeps the layer's result y for its own gradient, while the layer keeps its input x. Where
-y is a cheap function of x, ``saving`` keeps x alone: y's place in the graph is taken by a recipe, which runs when the
-backward pass asks for y.
+The operation after a layer keeps the layer's result y for its own gradient, and the layer keeps its input x. If y is a
+cheap function of x, ``saving`` keeps only x: in the graph a recipe replaces y, and runs when the backward pass needs y.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class _Recipe(NamedTuple):
 
 @final
 class _Layout(NamedTuple):
-    """A kept tensor in its recipe's place: how to make its storage again, and how it lay in it."""
+    """A saved tensor in place of its recipe: how to recompute its storage, and its layout in it."""
 
     compute: Callable[[], Tensor]
     size: torch.Size
@@ -38,7 +37,7 @@ class _Layout(NamedTuple):
 
 
 class _Recipes(threading.local):
-    """Recipes of the results of this thread, by the address of their memory; None outside of ``saving``."""
+    """Recipes of this thread's results, by the address of their memory; None outside ``saving``."""
 
     by_address: dict[int, _Recipe] | None = None
 
@@ -48,10 +47,10 @@ _recipes = _Recipes()
 
 @contextmanager
 def saving() -> Iterator[None]:
-    """Results of layers with ``memory="save"`` that run inside are computed again in the backward pass, not kept.
+    """A block in which results of layers with ``memory="save"`` are recomputed in the backward pass, not kept.
 
     Enter it around the forward pass; the backward pass may run inside or after. Blocks may be nested. Gradients have
-    the same bits as without. A result that is changed in place afterwards is kept.
+    the same bits as without it. A result that is later changed in place is kept.
     """
     if _recipes.by_address is not None:
         yield
@@ -65,7 +64,7 @@ def saving() -> Iterator[None]:
 
 
 def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
-    """Inside of ``saving``, let ``compute()`` stand for ``result``, which has memory of its own and fills it."""
+    """Inside ``saving``, let ``compute()`` replace ``result``, which must be the only tensor in its memory."""
     if _recipes.by_address is not None:
         storage = result.untyped_storage()
         _recipes.by_address[storage.data_ptr()] = _Recipe(
@@ -76,9 +75,9 @@ def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
 def _pack(kept: Tensor) -> Any:
     recipe = (_recipes.by_address or {}).get(kept.untyped_storage().data_ptr()) if _has_memory(kept) else None
     if recipe is None or recipe.version != kept._version or recipe.storage != StorageWeakRef(kept.untyped_storage()):
-        return kept  # never a result of ours, changed since, or a new tensor at an address that was freed
+        return kept  # not our result, changed since, or a new tensor at a freed address
     if recipe.dtype != kept.dtype or kept.is_neg() or kept.is_conj():
-        return kept  # a view that reads the same memory in another way
+        return kept  # a view that interprets the memory differently
     return _Layout(recipe.compute, kept.size(), kept.stride(), int(kept.storage_offset()))
 
 

@@ -1,10 +1,10 @@
-"""Batch norm of other libraries: what is a layer though torch.nn's class does not say so, and what is out of reach.
+"""Batch norm of other libraries: which modules count as layers although torch.nn's class does not include them.
 
-A module is a layer if it holds the four tensors by which batch norm in eval mode is computed (Ioffe and Szegedy 2015,
-algorithm 2): ``running_mean`` and ``running_var``, with ``weight`` and ``bias`` or None in their place, one value for
-each channel. What it makes of them is not taken for granted: ``response`` asks the module itself.
+A module is a layer if it holds the four tensors that define batch norm in eval mode (Ioffe and Szegedy 2015, algorithm
+2): ``running_mean`` and ``running_var``, with ``weight`` and ``bias`` or None, one value per channel. Its arithmetic is
+not assumed: ``response`` measures it. ``out_of_reach`` lists batch norm that is not a layer.
 
-``MEASURES`` is the table of known classes and of what each measures in train mode, which no run in one process shows.
+``MEASURES`` is the table of known classes and what each normalizes by in train mode: one process cannot show it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEASURES: dict[tuple[str, str], Measured] = {
     ("inplace_abn", "InPlaceABNSync"): "the batches of all processes",
     ("apex", "SyncBatchNorm"): "the batches of all processes",
 }
-# what code calls that exchanges values between processes
+# names in code that exchanges values between processes
 _EXCHANGES = {"all_reduce", "all_gather", "AllReduce", "get_world_size", "dist", "distributed"}
 _FUNCTIONS = {"batch_norm", "native_batch_norm", "_native_batch_norm_legit"}
 _STATISTICS = ("running_mean", "running_var")
@@ -55,12 +55,12 @@ _EXPORTED = "is an operation of an exported program. Use the model as it was bef
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their dotted path that hold the four tensors of batch norm and are not of torch.nn's class or ours."""
+    """Modules by dotted path that hold the four tensors of batch norm and have neither torch.nn's class nor ours."""
     return {name: module for name, module in model.named_modules() if is_of_others(module)}
 
 
 def is_of_others(module: nn.Module) -> bool:
-    """Whether a module holds the four tensors, runs, and is not of torch.nn's class."""
+    """Whether a module holds the four tensors, has a forward, and does not have torch.nn's class."""
     if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)) or _is_part_of_program(module):
         return False
     own = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
@@ -72,15 +72,15 @@ def is_of_others(module: nn.Module) -> bool:
 
 
 def live_layers(model: nn.Module) -> dict[str, Any]:
-    """Those layers of others that measure something in train mode, by their dotted path."""
+    """Layers of other libraries that measure batches in train mode, by dotted path."""
     return {path: layer for path, layer in layers_of_others(model).items() if measures(layer) != "nothing"}
 
 
 def out_of_reach(model: nn.Module) -> dict[str, str]:
-    """Batch norm, by path, that is no layer: why nothing here reaches it, and what to do.
+    """Batch norm by path that is not a layer, with the reason and a remedy.
 
-    Operations of exported programs and of code that torch.fx traced, modules of TorchScript, and calls of torch's
-    function in a module's forward, as far as the names in its code show them. The model is not run.
+    These are operations of exported programs and of code traced by torch.fx, modules of TorchScript, and calls of
+    torch's function in a module's forward, as far as the names in its code show them. The model is not run.
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -99,7 +99,7 @@ def out_of_reach(model: nn.Module) -> dict[str, str]:
 
 
 def quantized(model: nn.Module, path: str) -> str | None:
-    """Why a layer of torch's quantization is left to it, and what to do; None for other layers."""
+    """Why a layer of torch's quantization is left alone, with a remedy; None for other layers."""
     layer, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     if type(layer).__module__.startswith("torch.ao.nn.") and ".quantized" in type(layer).__module__:
         return f"it is a quantized {type(layer).__name__}. Do this before quantization"
@@ -112,7 +112,7 @@ def quantized(model: nn.Module, path: str) -> str | None:
 
 
 def told(reasons: dict[str, str]) -> str:
-    """Reasons by path as one sentence, paths with the same reason together."""
+    """Reasons by path as one sentence; paths with the same reason together."""
     paths: dict[str, list[str]] = {}
     for path, reason in reasons.items():
         paths.setdefault(reason, []).append(repr(path) if path else "the model itself")
@@ -120,7 +120,7 @@ def told(reasons: dict[str, str]) -> str:
 
 
 def unreached(model: nn.Module) -> str:
-    """Why a model has no layer that can be measured, as sentences that begin with a space; empty if it is not known."""
+    """Why a model has no layer to measure, as sentences after a space; "" if the reason is unknown."""
     reasons = {
         path: f"is a {type(layer).__name__}, a frozen layer of another library. Put a live layer in its place: "
         "batchnorm.replace(model, lambda path, layer: batchnorm.BatchNorm2d(len(layer.running_mean)))"
@@ -132,7 +132,7 @@ def unreached(model: nn.Module) -> str:
 
 
 def measures(layer: nn.Module) -> Measured:
-    """What a layer normalizes by in train mode."""
+    """What a layer normalizes by in train mode: "its batch", "the batches of all processes" or "nothing"."""
     for kind in type(layer).__mro__:
         if known := MEASURES.get((kind.__module__.partition(".")[0], kind.__name__)):
             return known
@@ -143,13 +143,13 @@ def measures(layer: nn.Module) -> Measured:
 
 
 def channels_of(layer: Any) -> int:
-    """How many channels a layer normalizes."""
+    """Number of channels of a layer."""
     count = getattr(layer, "num_features", None)
     return count if isinstance(count, int) else layer.running_mean.numel()
 
 
 def eps_of(layer: Any) -> float:
-    """The eps of a layer: its attribute, or what its results tell, where it is written in the code."""
+    """A layer's eps: its attribute, or, if the code hides it, computed from its results."""
     if isinstance(eps := getattr(layer, "eps", None), (int, float)):
         return float(eps)
     found = response_of(layer)
@@ -162,13 +162,13 @@ def eps_of(layer: Any) -> float:
 
 
 def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift of each channel of what a layer does in eval mode; None if it is no such map.
+    """Scale and shift of each channel of a layer in eval mode; None if it is not such an affine map.
 
-    A copy of the layer is run. Shape: (C,) both, in float64 on the CPU.
+    A copy of the layer is run. Shape: both (C,), in float64 on the CPU.
     """
     try:
         probe = copy.deepcopy(layer).cpu().double().eval()
-    except Exception:  # noqa: BLE001 - what cannot be copied is not probed
+    except Exception:  # noqa: BLE001 - a layer that cannot be copied is not probed
         return None
     for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
         getattr(probe, name).clear()
@@ -179,10 +179,10 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
 def response(
     run: Callable[[Tensor], Any], layer: Any, rank: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift of each channel of ``run``, if it is such a map on inputs of ``rank`` axes, else None.
+    """Scale and shift of each channel of ``run``, if it is such an affine map on inputs with ``rank`` axes; else None.
 
-    It is asked with inputs of 0 and 1, and with values of many sizes around the layer's mean, of type ``dtype``. What
-    differs by less than half of its digits is rounding.
+    Tested with inputs of 0 and 1, and with values of many sizes around the layer's mean, of type ``dtype``. Differences
+    below half of its digits count as rounding.
     """
     mean, var = (getattr(layer, name).detach().double().cpu() for name in _STATISTICS)
     shape = (2, len(mean), *[2] * (rank - 2))
@@ -202,7 +202,7 @@ def response(
             shift = _channel_values(results(torch.zeros(shape)))
             scale = _channel_values(results(torch.ones(shape))) - shift
             fits = all(_is_close(results(x), x, scale.reshape(spread), shift.reshape(spread), line) for x in inputs)
-        except Exception:  # noqa: BLE001 - it does not take this input, or is no such map
+        except Exception:  # noqa: BLE001 - it rejects this input, or is not such a map
             return None
     return (scale, shift) if fits else None
 
@@ -224,7 +224,7 @@ def _is_vector(value: Any) -> bool:
 
 
 def _runs(module: nn.Module) -> bool:
-    """Whether a module has a forward: what an exported program keeps tensors in has none."""
+    """Whether a module has a forward; the modules that hold an exported program's tensors have none."""
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
@@ -233,7 +233,7 @@ def _some(names: list[str]) -> str:
 
 
 def _is_part_of_program(module: nn.Module) -> bool:
-    """Whether a module is one that ``torch.export.unflatten`` makes."""
+    """Whether ``torch.export.unflatten`` made the module."""
     return type(module).__module__.startswith("torch.export")
 
 
@@ -264,14 +264,14 @@ def _operations(path: str, module: GraphModule) -> dict[str, str]:
 
 
 def _holder(node: Any) -> str:
-    """The module that held the statistics of an operation, else the operation's own name."""
+    """The path of the module that held an operation's statistics, else the operation's own name."""
     stored = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
     holders = [name.removesuffix(".running_mean") for name in stored if name.endswith(".running_mean")]
     return holders[0] if holders else node.name
 
 
 def _calls_torchs_function(module: nn.Module) -> bool:
-    """Whether the forward of a module that is no layer names torch's function, and not a child of that name."""
+    """Whether the forward of a module that is not a layer uses torch's function, and not a child of that name."""
     if type(module).__module__.startswith("torch.") or isinstance(module, (_BatchNorm, _InstanceNorm)):
         return False
     named = bool(_FUNCTIONS & set(_names(type(module).forward)))
@@ -279,12 +279,12 @@ def _calls_torchs_function(module: nn.Module) -> bool:
 
 
 def _exchanges(kind: type) -> bool:
-    """Whether the forward of a class, as far as it is not torch.nn's, names what exchanges values."""
+    """Whether a class's forward, outside torch.nn's code, uses names that exchange values."""
     own = (each for each in kind.__mro__ if not each.__module__.startswith("torch.nn") and each is not object)
     return any(_EXCHANGES & set(_names(vars(each)["forward"])) for each in own if "forward" in vars(each))
 
 
 def _names(function: Any) -> Iterator[str]:
-    """The names that a function's code reads."""
+    """The names in a function's code."""
     code = getattr(function, "__code__", None)
     return iter(()) if code is None else iter((*code.co_names, *code.co_varnames))

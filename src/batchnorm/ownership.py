@@ -1,9 +1,9 @@
-"""Which tensors belong to a layer that also applies an activation.
+"""Ownership: which tensors belong to a layer that also applies an activation.
 
-Code that knows torch.nn's batch norm takes a layer's parameters and statistics over into a layer of another class, and
-does not know of the activation. It carries the tensors themselves, so a tensor that was claimed tells of the loss. A
-claim is on the object and not on its values: copies, and what a state_dict loads, are nobody's. Gamma and beta may be
-shared by several layers on purpose, for which their owner lives on; stored statistics are not.
+Code that knows only torch.nn's batch norm may move a layer's parameters and statistics into a layer of another class,
+and so lose the activation. The tensor objects move along, so a claimed tensor reveals the loss. A claim belongs to the
+object, not to its values: copies, and tensors that load a state_dict, have no owner. Several layers may share gamma and
+beta on purpose, while their owner is alive; they do not share stored statistics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def claim(layer: nn.Module, tensors: Iterable[Tensor | None], activation: str | None) -> None:
-    """Say that these tensors are of a layer that applies ``activation``, or none."""
+    """Record that these tensors belong to a layer that applies ``activation``; None removes the record."""
     owner = weakref.ref(layer)
     for tensor in tensors:
         if tensor is None:
@@ -34,8 +34,8 @@ def claim(layer: nn.Module, tensors: Iterable[Tensor | None], activation: str | 
 
 
 def carried_from(module: nn.Module) -> str | None:
-    """The activation of the layer that a module has its statistics from, or gamma and beta if that layer is gone."""
-    # asked by methods: a scripted module has no dicts of them
+    """The activation of the layer that the module's statistics come from, or gamma and beta if that layer is gone."""
+    # by methods: a scripted module has no dicts of them
     tables = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     claims = {name: _claims.get(tensor) for name, tensor in tables}
     for name in ("running_mean", "running_var"):

@@ -1,6 +1,6 @@
-"""torch.fx: a model is traced around our modules, as it is around torch.nn's, not through them.
+"""torch.fx: traces a model around our modules, as around torch.nn's, not through them.
 
-torch.fx takes a module whole if its class is of torch.nn. Ours ask for it themselves.
+torch.fx keeps a module whole if its class is in torch.nn. Our modules request it themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.fx.proxy import TraceError
 
 
 def call_whole(module: nn.Module, *inputs: Any) -> Any:
-    """The call of ``module`` as one node, where torch.fx traces a model that holds it; else None."""
+    """The call of ``module`` as one node, if torch.fx is tracing a model that holds it; else None."""
     if not any(isinstance(x, Proxy) for x in inputs):
         return None
     tracer: Any = next(x for x in inputs if isinstance(x, Proxy)).tracer

@@ -1,7 +1,7 @@
-"""Adaptation: a deployed model's statistics moved to inputs that are not what it was trained with, and moved back.
+"""Adaptation: moves a deployed model's statistics to inputs that differ from its training data, and back again.
 
-``adapt`` measures a data set, ``Adapter`` follows a live stream once a ``ShiftMonitor`` has rung, under guard, and
-``DomainBank`` keeps one set of statistics for each place where a model works. Weights are never changed.
+``adapt`` measures a data set, ``Adapter`` follows a live stream after a ``ShiftMonitor``'s alarm, under guards, and
+``DomainBank`` keeps one set of statistics for each domain where a model works. Weights are never changed.
 """
 
 from batchnorm.adaptation.adapter import Adapter, Event

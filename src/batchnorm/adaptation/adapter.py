@@ -1,12 +1,12 @@
-"""Adapter: a deployed model whose statistics follow a shift once a monitor has rung, under guard, and come back.
+"""Adapter: after a shift alarm, replaces a model's statistics by those of its new inputs, guarded and reversible.
 
-    watching     the deployed statistics are in use. The monitor rings: gathering
-    gathering    they still are. Each batch is also given to the model under trial statistics, out of sight. If no guard
-                 objects these are used: adapted. If one goes on objecting: refused
-    adapted      statistics that grow with each batch are in use. A guard objects: rolled back
-    refused, rolled back     the deployed statistics are in use until the evidence changes, or ``reset``
+    watching     The deployed statistics are in use. An alarm leads to: gathering.
+    gathering    They still are. The model also answers each batch under trial statistics, unseen by the caller. If no
+                 guard objects, these are used: adapted. If a guard keeps objecting: refused.
+    adapted      Statistics that grow with each batch are in use. A guard's objection leads to: rolled back.
+    refused, rolled back     The deployed statistics are in use until the evidence changes, or ``reset``.
 
-What guards ask is in ``guards``, how statistics grow in ``cumulative``.
+``guards`` has the guards, ``cumulative`` the way statistics grow.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     Layers = dict[str, _BatchNorm]
 
 LOGGER = logging.getLogger("batchnorm.adaptation")
-LOGGER.addHandler(logging.NullHandler())  # as the monitor's
+LOGGER.addHandler(logging.NullHandler())  # like the monitor's logger
 State = Literal["watching", "gathering", "adapted", "refused", "rolled back"]
 _PATIENCE = 4  # windows that a trial lasts before it is refused
-_CHANGED = 1.25  # a layer's energy moved by so much says that the stream is another one
+_CHANGED = 1.25  # if a layer's energy changes by this factor, the inputs have changed again
 
 
 @final
@@ -57,7 +57,7 @@ class Event:
     """A change of an adapter's state.
 
     Args:
-        state: The new one.
+        state: The new state.
         reason: Why.
         examples: Examples that had passed.
         seconds: Unix time.
@@ -75,7 +75,7 @@ class Event:
 
 @final
 class Adapter:
-    """Lets a deployed model follow its inputs from a monitor's alarm on, for as long as that does good.
+    """Adapts a deployed model's statistics to shifted inputs after a monitor's alarm, while this improves predictions.
 
     ::
 
@@ -85,22 +85,28 @@ class Adapter:
             serve(model)
         adapter.state, adapter.history
 
-    Until the alarm answers are those of the deployed model, bit for bit. After it each batch is also given to the model
-    under trial statistics, which count every example since the alarm and ``prior`` stored ones. Once ``minimum``
-    examples are counted and no guard objects they are used, and go on growing; those of a batch include it. When a
-    guard objects during use, the batches that follow are answered by the deployed statistics again, bit for bit. These
-    stay until ``reset``, or until a layer's energy under them moves by a quarter: then another trial begins.
+    Until the alarm, answers are those of the deployed model, bit for bit. Then the model also answers each batch under
+    trial statistics, which combine every example since the alarm with ``prior`` stored ones. They are used once
+    ``minimum`` examples are counted and no guard objects; they keep growing, and each batch is included in its own.
+    When a guard objects during use, the next batches are answered by the deployed statistics again, bit for bit, until
+    ``reset``, or until a layer's energy under them changes by a quarter: then another trial begins.
 
-    Guards take the outputs for class logits. For other models give ``classes``: without any, only energies are judged,
-    and a stream whose neighbours are alike is refused where the monitor has noticed it. ``history`` says so. Predicted
-    classes without probabilities show a need only where they are much alike. A calibrated monitor tells another mix of
-    classes, which needs no new statistics, from other inputs.
+    Guards take the outputs for class logits. For other models give ``classes``. Without classes only energies are
+    judged, and a stream whose monitor found neighbouring examples alike is refused; ``history`` says so. Predicted
+    classes without probabilities show a need only if they are nearly all the same. A calibrated monitor distinguishes
+    another mix of classes, which needs no new statistics, from other inputs.
 
-    Nothing but ``running_mean`` and ``running_var`` is written, and after the block they are as before it. The model is
-    followed in eval mode only. A trial calls ``model.forward`` a second time on copies of the inputs, without hooks on
-    the model itself; a compiled model is measured that way, not compiled, for as long as it is adapted.
+    Only ``running_mean`` and ``running_var`` are written, and the block restores them at its end. Only passes in eval
+    mode are followed. A trial calls ``model.forward`` a second time on copies of the inputs, without the hooks of the
+    model itself; a compiled model runs uncompiled for this, as long as it is adapted.
 
     Args:
+        monitor: The monitor whose alarm starts a trial. It detects sooner if it observes all examples of a batch.
+        prior: Number of examples that the stored statistics count as.
+        minimum: Examples to count before their statistics are used.
+        floor: Smallest weight of a new example; about 1 / floor examples are remembered.
+        window: Number of latest examples that the guards judge.
+        limits: The guards' requirements.
         monitor: Whose alarm begins it. It rings sooner if it observes all examples of a batch.
         prior: Examples that the stored statistics count as.
         minimum: Examples to count before their statistics are used.
@@ -111,7 +117,7 @@ class Adapter:
             of each example, (N,); None if there are no classes.
 
     Raises:
-        TypeError: If ``monitor`` is no ShiftMonitor.
+        TypeError: If ``monitor`` is not a ShiftMonitor.
         ValueError: If an argument is out of range, or the model has no layer to adapt.
     """
 
@@ -139,7 +145,7 @@ class Adapter:
         self._classes = classes
         self._layers: Layers = adaptable(monitor.model, "Adapter")
         self._handles: list[RemovableHandle] = []
-        self._attached = ExitStack()  # what is on the layers for the pass that runs
+        self._attached = ExitStack()  # hooks on the layers during the running pass
         self._start()
 
     def _start(self) -> None:
@@ -150,13 +156,13 @@ class Adapter:
 
     def _renew(self) -> None:
         self._trial = Trial(self._layers, self._deployed, **self._options)
-        self._share = self.limits.accept  # of the information, that was asked for when use began
-        self._is_counted = False  # whether the pass that runs was counted by a trial before it
-        self._energies: dict[str, tuple[float, float]] = {}  # of a pass under the deployed statistics
+        self._share = self.limits.accept  # of the information that was required when use began
+        self._is_counted = False  # whether a trial has already counted the running pass
+        self._energies: dict[str, tuple[float, float]] = {}  # of one pass, under the deployed statistics
         self._since, self._then = Window(self._window), {}  # energies under the deployed statistics, and at refusal
 
     def reset(self) -> None:
-        """Take the stream for a new one: deployed statistics, no evidence, no alarm. The history goes on."""
+        """Start a new stream: deployed statistics, no evidence, no alarm. The history is kept."""
         self._deployed.put(self._layers)
         self.monitor.reset()
         self._start()
@@ -164,7 +170,7 @@ class Adapter:
 
     def __enter__(self) -> Adapter:
         if self._handles:
-            raise RuntimeError("an adapter observes one block at a time, got a second one. Leave the first one before.")
+            raise RuntimeError("an adapter observes one block at a time, got a second one. Leave the first one.")
         if not self._deployed.are_in(self._layers):  # somebody trained or recalibrated the model since
             self._start()
         if self.state == "adapted":
@@ -174,7 +180,7 @@ class Adapter:
         outer = self.monitor.observed
         before, hush, after = (Hook(work, is_always=True) for work in (self._before, self._hush, self._after))
         self._handles = [
-            # before the monitor's: a trial is none of its observations
+            # before the monitor's hooks: a trial is not one of its observations
             outer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             outer.register_forward_pre_hook(hush),
             outer.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -210,7 +216,7 @@ class Adapter:
             self._attached.enter_context(seeing(self._layers, self._look))
 
     def _hush(self, *_: object) -> None:
-        """Keep the monitor, which has rung, from layers whose inputs move because those before them were adapted."""
+        """Keep the monitor from observing adapted layers, which move the inputs of the layers behind them."""
         if self.state == "adapted":
             self.monitor.leave_out()
 
@@ -257,13 +263,13 @@ class Adapter:
         trial, examples = self._trial, examples_in((args, kwargs)) or 0
         try:
             output = trial.shadow(self.monitor.model, args, kwargs)
-        except Exception as error:  # what fails out of sight may not stop inference
+        except Exception as error:  # a failed trial must not stop inference
             LOGGER.exception("a trial pass raised")
             self._leave("refused", f"the trial pass raised {error!r}")
             return
         trial.count(self._answers(output), examples)
         if trial.new.examples < self.minimum or (trial.old.answers is None and self._known is not None):
-            return  # the deployed statistics answer this batch only after it was tried
+            return  # the deployed statistics answer this batch only after the trial
         objection = self._objection()
         if objection is None:
             self._share = asked(*self._circumstances())
@@ -275,7 +281,7 @@ class Adapter:
 
     def _objection(self) -> str | None:
         if self._known is None and self.monitor.stream.autocorrelation.is_wrong:
-            return "neighbouring examples are alike, and without classes nothing shows whether the mix is a fair one"
+            return "neighbouring examples are alike, and without classes a biased mix cannot be recognized"
         if self.state == "adapted":
             return against_use(self._trial.new, self._known, self.limits, self._share)
         return against_start(*self._circumstances())
@@ -284,7 +290,7 @@ class Adapter:
         return self._trial.new, self._trial.old, self._known, self.limits, self.monitor.stream.furthest()
 
     def _judge(self, output: Answer, examples: int) -> None:
-        """Count a batch that was answered under new statistics, and go back if a guard objects."""
+        """Count a batch that new statistics answered, and go back to the deployed ones if a guard objects."""
         if not self._is_counted:
             self._trial.count(self._answers(output), examples)
         if objection := self._objection():
@@ -299,9 +305,9 @@ class Adapter:
         self._energies[path] = energy(layer, InputMoments.of(x.detach()).moments), 1.0
 
     def _reconsider(self, examples: int) -> None:
-        """Begin another trial if the energies are no longer those at the end of the last one."""
+        """Begin another trial if the energies have changed since the end of the last one."""
         if not self._energies:
-            return  # the trial was refused in this very pass
+            return  # the trial was refused in this pass
         self._since.add_energies(self._energies, examples)
         self._since.add_answers(None, examples)
         if self._since.examples < self._window:
@@ -324,7 +330,7 @@ class Adapter:
         is_tensor = isinstance(found, Tensor)
         if is_tensor and found.is_floating_point() and found.ndim == 2 and found.shape[1] > 1:
             p = found.detach().cpu().double().softmax(1)
-            # NaN says nothing, and so do all classes alike
+            # NaN carries no information: equal probabilities stand for it
             return torch.where(p.isfinite().all(1, keepdim=True), p, 1 / p.shape[1])
         if self._classes == "logits":
             return None

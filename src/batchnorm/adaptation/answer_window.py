@@ -1,4 +1,4 @@
-"""Window: what the last examples were answered, and how much energy they had in each layer."""
+"""Window: a model's predictions for the latest examples, and the energy of each layer's inputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LEAST = 1e-12
 
 @final
 class Window:
-    """The last ``size`` examples, or all since the start while there are fewer.
+    """The last ``size`` examples, or all since the start if there are fewer.
 
     Args:
-        size: Examples.
+        size: Number of examples.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,13 +28,13 @@ class Window:
         self._answers: deque[Predictions] = deque(maxlen=size)
 
     def add_answers(self, p: Tensor | None, examples: int) -> None:
-        """Take predicted probabilities, (N, K), if there are any."""
+        """Add predicted probabilities, (N, K), if there are any."""
         self.examples += examples
         if p is not None:
             self._answers.extend(Predictions.of(row[None]) for row in p[-self.size :])
 
     def add_energies(self, energies: dict[str, tuple[float, float]], examples: int) -> None:
-        """Take the energy of a batch in each layer, and what it should have been."""
+        """Add a batch's energy in each layer, and its expected energy."""
         self._measured = min(self._measured + examples, max(self.size, examples))
         share = examples / max(1, self._measured)
         for path, new in energies.items():
@@ -43,11 +43,11 @@ class Window:
 
     @property
     def energies(self) -> dict[str, float]:
-        """Of each layer, in units of what they should have been."""
+        """Energy of each layer, in units of the expected energy."""
         return {path: found / max(expected, _LEAST) for path, (found, expected) in self._energies.items()}
 
     @property
     def answers(self) -> Predictions | None:
-        """The predictions together; None without any."""
+        """Sums over all predictions; None without any."""
         found = list(self._answers)
         return sum(found[1:], found[0]) if found else None

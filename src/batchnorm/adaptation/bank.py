@@ -1,7 +1,7 @@
-"""DomainBank: one set of statistics for each place where a model works, and a switch between them.
+"""DomainBank: one set of statistics for each domain where a model works, and a switch between them.
 
-The weights are shared, the statistics are a domain's own (Chang et al. 2019, "Domain-specific batch normalization for
-unsupervised domain adaptation", keep gamma and beta apart too; here they stay the model's).
+Domains share the weights, and each has its own statistics (Chang et al. 2019, "Domain-specific batch normalization for
+unsupervised domain adaptation", also give each domain its own gamma and beta; here they are shared).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STORED = "stored"
 
 @final
 class DomainBank:
-    """Statistics of a model by the name of a domain; "stored" are those that it came with.
+    """Statistics of a model by domain name; "stored" is the name of the model's original ones.
 
     ::
 
@@ -41,11 +41,11 @@ class DomainBank:
         with bank.using("night"):
             model(x)
 
-    Switching writes ``running_mean`` and ``running_var`` in place and nothing else, bit for bit what was added.
+    Switching writes ``running_mean`` and ``running_var`` in place and nothing else; added values return bit for bit.
 
     Args:
-        model: Whose statistics are switched. Frozen layers, and those in eval mode inside a model in train mode, are
-            not, like layers without stored statistics.
+        model: The model to switch. Frozen layers, layers in eval mode inside a model in train mode, and layers without
+            stored statistics are not switched.
 
     Raises:
         ValueError: If there is no layer to switch.
@@ -65,23 +65,23 @@ class DomainBank:
         ema: float | None = None,
         max_examples: int | None = None,
     ) -> Statistics:
-        """Statistics of a domain, measured as by ``adapt`` from the stored ones on; the model is left as it is.
+        """Statistics of a domain, measured by ``adapt`` from the stored ones; the model is left as it was.
 
         Args:
-            name: Of the domain, new.
-            loader: Its examples. None takes the statistics that the model uses now, such as an ``Adapter``'s.
+            name: A new name for the domain.
+            loader: Its examples. None takes the model's current statistics, such as an ``Adapter``'s.
             prior: As in ``adapt``.
             ema: As in ``adapt``.
             max_examples: As in ``adapt``.
 
         Raises:
-            ValueError: If there is such a domain already, or ``adapt`` raises it.
-            TypeError: If ``adapt`` raises it.
+            ValueError: If the domain exists already, or from ``adapt``.
+            TypeError: From ``adapt``.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"a domain's name must be text of at least one letter, got {name!r}.")
         if name in self._sets:
-            raise ValueError(f"a domain needs a name of its own, got {name!r} again. Remove the one there is before.")
+            raise ValueError(f"a domain needs a name of its own, got {name!r} again. Remove the old one first.")
         if loader is None:
             self._sets[name] = Statistics.of(self._layers)
             return self._sets[name]
@@ -100,7 +100,7 @@ class DomainBank:
 
     @contextmanager
     def using(self, name: str) -> Iterator[nn.Module]:
-        """The model with a domain's statistics inside the block, and with those from before it after it, bit for bit.
+        """The model with a domain's statistics inside the block; the earlier ones return after it, bit for bit.
 
         Raises:
             KeyError: If there is no such domain.
@@ -114,18 +114,18 @@ class DomainBank:
 
     @property
     def current(self) -> str | None:
-        """The domain whose statistics the model has now, by their bits; None if they are no domain's."""
+        """The domain whose statistics the model has now, compared bit for bit; None if there is none."""
         return next((name for name, found in self._sets.items() if found.are_in(self._layers)), None)
 
     def remove(self, name: str) -> None:
-        """Forget a domain; the model keeps what it uses.
+        """Forget a domain; the model keeps its current statistics.
 
         Raises:
             KeyError: If there is no such domain.
             ValueError: If it is "stored".
         """
         if name == STORED:
-            raise ValueError("the stored statistics are the way back and stay, got remove('stored').")
+            raise ValueError("the stored statistics cannot be removed, got remove('stored'). Remove another domain.")
         del self._sets[self._checked(name)]
 
     def __getitem__(self, name: str) -> Statistics:
@@ -151,10 +151,10 @@ class DomainBank:
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all domains to a file that ends in .bnbank.safetensors, whole or not at all.
+        """Write all domains to a file that ends in .bnbank.safetensors; a failed write leaves no part of it.
 
         Raises:
-            ValueError: If the name ends otherwise.
+            ValueError: If the name has another ending.
             OSError: If it cannot be written.
         """
         path = Path(path)
@@ -164,7 +164,7 @@ class DomainBank:
         sidecar.write(path, "bank", about, self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All statistics; domains by number, since a name may hold anything."""
+        """All statistics; domains by number, since a name may contain anything."""
         return {
             f"{i}/{kind}/{path}": value.cpu()
             for i, found in enumerate(self._sets.values())
@@ -173,17 +173,17 @@ class DomainBank:
         }
 
     def load(self, path: str | os.PathLike[str]) -> DomainBank:
-        """This bank with the domains of a file in place of its own, "stored" among them; the model is left as it is.
+        """This bank, with its domains replaced by those of a file, including "stored"; the model is left as it is.
 
         Raises:
-            ValueError: If the file is something else, or of other weights or layers.
+            ValueError: If the file is of another kind, or of other weights or layers.
             OSError: If it cannot be read.
         """
         about, tensors = _read(path)
         if about["digest"] != weights_digest(self.model, self._layers):
             raise ValueError(
-                f"a bank belongs to the weights that it was made with, got other ones than those of {path}. "
-                "Load the weights before, or make a new bank."
+                f"a bank belongs to the weights that it was made with, got other weights than those of {path}. "
+                "Load the weights first, or make a new bank."
             )
         self._sets = {name: self._set(i, tensors) for i, name in enumerate(about["names"])}
         return self
@@ -198,7 +198,7 @@ class DomainBank:
 
 
 def weights_digest(model: nn.Module, layers: Layers) -> str:
-    """SHA-256 of everything in a state_dict but the statistics that a bank switches, by name, type, shape and bits."""
+    """SHA-256 of a state_dict, by name, type, shape and bits, without the bits that a bank switches."""
     switched = {f"{path}.{name}".lstrip(".") for path in layers for name in _STATISTICS}
     return digest_of(model.state_dict(), bare=switched)
 
@@ -210,7 +210,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         about, tensors = sidecar.read(path, "bank")
     except ValueError as error:
-        raise ValueError(f"{path} is no bank: {error}. Write one with bank.save(path).") from error
+        raise ValueError(f"{path} is not a bank: {error}. Write one with bank.save(path).") from error
     if about.get("version") != VERSION:
-        raise ValueError(f"{path} is no bank of version {VERSION}. Write it with bank.save(path).")
+        raise ValueError(f"{path} is not a bank of version {VERSION}. Write it with bank.save(path).")
     return about, tensors

@@ -1,9 +1,9 @@
-"""Cumulative: statistics of everything that passed since a moment, in use while they grow.
+"""Cumulative statistics: moments of all inputs since a start, used by the layers while they grow.
 
-Every example since the start counts equally, together with ``prior`` stored ones, until 1 / ``floor`` have passed; from
-then on a new example has the weight ``floor``, and old ones fade, so that further changes are followed. The statistics
-of a batch include that batch: a layer counts its input first and normalizes by the result, so that the layers behind it
-count inputs which are normalized already.
+All examples since the start count equally, together with ``prior`` stored ones, until 1 / ``floor`` have passed. After
+that a new example has weight ``floor`` and old ones fade, so that later changes are followed. A batch's statistics
+include the batch: a layer counts its input first and normalizes by the result, so later layers count inputs that are
+already normalized.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Cumulative:
     """Statistics of layers that grow with every input.
 
     Args:
-        stored: The statistics that were deployed.
-        prior: How many examples they count as.
-        floor: Least weight of a new example.
+        stored: The deployed statistics.
+        prior: Number of examples that they count as.
+        floor: Smallest weight of a new example.
     """
 
     def __init__(self, stored: Statistics, prior: float, floor: float) -> None:
         self._stored, self._prior, self._floor = stored, prior, floor
-        self._seen: dict[str, tuple[Moments, float]] = {}  # of values, and the examples that they count as
-        self.energies: dict[str, tuple[float, float]] = {}  # of each layer's last input, and of all before it
+        self._seen: dict[str, tuple[Moments, float]] = {}  # moments of values, and the number of examples they count as
+        self.energies: dict[str, tuple[float, float]] = {}  # of each layer's last input, and of all earlier ones
 
     def see(self, path: str, layer: _BatchNorm, x: Tensor) -> None:
         """Count the input of a layer, and let the layer normalize by the result."""
@@ -43,9 +43,9 @@ class Cumulative:
             return
         new = InputMoments.of(x.detach()).moments
         if not bool(new.count.all()):
-            return  # NaN or infinity: this input is evidence of something else
+            return  # NaN or infinity: not evidence about the statistics
         moments, examples = self._seen.get(path, (Moments.empty(), 0.0))
-        if examples:  # the first one meets statistics that know nothing of it
+        if examples:  # the first input has no earlier ones to compare with
             self.energies[path] = energy(layer, new), energy(layer, moments)
         kept = faded(examples, len(x), self._floor)
         moments = moments.scaled(kept) + new
@@ -55,14 +55,14 @@ class Cumulative:
         store(layer, mean, var)
 
     def copy(self) -> Cumulative:
-        """One that goes on by itself."""
+        """An independent copy."""
         other = Cumulative(self._stored, self._prior, self._floor)
         other._seen = dict(self._seen)  # moments are values
         return other
 
 
 def faded(examples: float, new: int, floor: float) -> float:
-    """The factor by which old examples fade so that ``new`` ones together weigh 1 - (1 - floor)^new at least."""
+    """Factor by which old examples fade so that ``new`` ones together weigh at least 1 - (1 - floor)^new."""
     if not examples:
         return 1.0
     weight = max(new / (examples + new), 1 - (1 - floor) ** new)
@@ -70,13 +70,13 @@ def faded(examples: float, new: int, floor: float) -> float:
 
 
 def energy(layer: _BatchNorm, new: Moments) -> float:
-    """Mean square of an input that is standardized by what the layer stores, over channels that are finite."""
+    """Mean square of an input standardized by the layer's stored statistics, over its finite channels."""
     mean, var = (buffer.double() for buffer in buffers(layer))
     each = (new.var + (new.mean - mean).square()) / (var + layer.eps)
     return float(torch.where(new.count > 0, each, 1.0).mean())
 
 
 def _fitting(new: Moments, stored: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Mean and variance in the types of the buffers, the largest of them where they do not fit."""
+    """Mean and variance in the buffers' types, clipped to the types' range."""
     pairs = zip((new.mean, new.var), stored, strict=True)
     return [value.clamp(torch.finfo(b.dtype).min, torch.finfo(b.dtype).max).to(b.dtype) for value, b in pairs]

@@ -1,8 +1,8 @@
-"""adapt: the statistics of shifted inputs in place of the stored ones, by themselves or mixed with them.
+"""adapt: replaces a model's stored statistics by those of shifted inputs, or mixes both.
 
-What a network learned is in its weights; what its inputs look like is in the statistics of its batch norm layers. When
-only the latter changed, new statistics are the whole repair (Li et al. 2016, "Revisiting batch normalization for
-practical domain adaptation": AdaBN).
+A network's knowledge is in its weights; its batch norm layers describe its inputs. If only the inputs changed, new
+statistics are the whole repair (Li et al. 2016, "Revisiting batch normalization for practical domain adaptation":
+AdaBN).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def adapt(
     max_examples: int | None = None,
     memory: int | None = None,
 ) -> LayerMoments:
-    """The moments that each batch norm layer receives on the given data, by path; its statistics are moved to them.
+    """The moments of each batch norm layer's inputs on the given data, by path; stored statistics become these.
 
     Without options the statistics become those of the data, as ``recalibrate`` measures them: layer by layer, dropout
-    off, independent of batch sizes and order. Changed are ``running_mean`` and ``running_var``, in place and at the
-    very end, and nothing else: not weights, gamma, beta, ``num_batches_tracked``, modes or random states. An exception
-    on the way leaves the model bit-identical.
+    off, independent of batch sizes and order. Only ``running_mean`` and ``running_var`` change, in place and at the
+    very end: not weights, gamma, beta, ``num_batches_tracked``, modes or random states. An exception leaves the model
+    bit-identical.
 
     Frozen layers, and layers in eval mode inside a model in train mode, keep their statistics. Layers of other
     libraries are adapted too, also those that never measure a batch in training (torchvision's and detectron2's
@@ -55,21 +55,19 @@ def adapt(
     Args:
         model: Changed in place, its stored statistics only.
         loader: Batches as ``recalibrate`` takes them; labels are not used.
-        prior: The stored statistics count as so many examples (not values), the spread between stored and measured
-            means included in the variance (see ``batchnorm.adaptation.layer_statistics``). 0 is the same as None,
-            infinity keeps what is stored. Each layer is measured with those before it normalizing by their mixture.
-        ema: Weight of each batch in an exponential average that starts from the stored statistics, in the order of the
-            loader, each batch normalized by statistics that include it (Yuan et al. 2023, "Robust test-time
-            adaptation in dynamic scenarios", eq. 5; they leave the spread between means out of the variance, here it is
-            in). One pass.
-        max_examples: Stop after this many examples; the last batch is cut to fit where it can be, as ``recalibrate``
-            says.
-        memory: Bytes that forwards which wait for each other may hold, as ``recalibrate`` says; the result does not
-            depend on it.
+        prior: Number of examples (not values) that the stored statistics count as; the variance includes the spread
+            between stored and measured means (see ``batchnorm.adaptation.layer_statistics``). 0 equals None, infinity
+            keeps the stored ones. Each layer is measured while the layers before it normalize by their mixture.
+        ema: Weight of each batch in an exponential average that starts from the stored statistics, in the loader's
+            order; each batch is normalized by statistics that include it (Yuan et al. 2023, "Robust test-time
+            adaptation in dynamic scenarios", eq. 5; unlike theirs, the variance includes the spread between means). One
+            pass.
+        max_examples: Stop after this many examples; the last batch is cut to fit if possible, as in ``recalibrate``.
+        memory: Bytes that waiting forwards may hold, as in ``recalibrate``; the result does not depend on it.
 
     Returns:
-        Moments of what each layer received, float64, in execution order; ``restarted`` as ``recalibrate`` says. With
-        ``ema`` over all batches, each under the statistics of its time.
+        Moments of each layer's inputs, float64, in execution order; ``restarted`` as in ``recalibrate``. With ``ema``
+        over all batches, each under the statistics of its time.
 
     Raises:
         TypeError: If ``loader`` is not an iterable of batches.
@@ -104,11 +102,11 @@ def adapt(
 
 
 def _mixing(view: Observation, prior: float) -> Finish:
-    """What stores a layer's statistics, mixed with ``prior`` examples of what was stored before."""
+    """A function that stores a layer's statistics, mixed with ``prior`` examples of the earlier ones."""
     stored = Statistics.of(view.layers)
 
     def finish(path: str, found: InputMoments) -> None:
-        # a channel that was left out of some batches has seen fewer examples
+        # a channel that was excluded from some batches has fewer examples
         seen = view.examples * found.moments.count / max(1, found.values)
         if not math.isinf(prior):
             _store(view, path, mixed((stored.mean[path], stored.var[path]), prior, found.moments, seen))
@@ -117,7 +115,7 @@ def _mixing(view: Observation, prior: float) -> Finish:
 
 
 def _averaged(view: Observation, weight: float) -> dict[str, InputMoments]:
-    """Exponential averages in one pass, from the layers' statistics on, and left in them."""
+    """Exponential averages in one pass, from the layers' statistics; the layers keep the result."""
 
     def average(path: str, batch: InputMoments) -> None:
         new = batch.moments
@@ -141,9 +139,9 @@ def adapted(
     max_examples: int | None = None,
     memory: int | None = None,
 ) -> Iterator[nn.Module]:
-    """The model, adapted inside the block as by ``adapt``; its statistics are as before after it, bit for bit.
+    """The model, adapted by ``adapt`` inside the block; its statistics return after it, bit for bit, also on errors.
 
-    Also where the block raises. Only statistics are put back: what else the block does to the model stays.
+    Only statistics are restored: other changes to the model stay.
     """
     layers = adaptable(model, "adapted")
     before = Statistics.of(layers)
@@ -159,7 +157,7 @@ def _check(prior: float | None, ema: float | None) -> None:
         if value is not None:
             require_number(value, name, "Leave it out for the statistics of the data alone.")
     if prior is not None and ema is not None:
-        raise ValueError("adapt needs prior or ema, got both. An exponential average starts from what is stored.")
+        raise ValueError("adapt needs prior or ema, got both. An average starts from the stored statistics.")
     if prior is not None and not prior >= 0:
         raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
     if ema is not None and not 0 < ema <= 1:

@@ -1,21 +1,22 @@
-"""Guards: what has to be true of new statistics before they are used, and for as long as they are.
+"""Guards: the checks that new statistics must pass before they are used and while they are in use.
 
-*Beginning.* New statistics are used if nothing of this speaks against it:
+*Before use.* New statistics are used if none of these guards objects:
 
-- Mix. Another mix of the same examples cannot have moved the inputs so far. Statistics of inputs whose classes only
-  come in other shares fit no worse than before, and new ones would fit worse. Known with a calibrated monitor.
-- Need. The deployed statistics have become unsure, or answer nearly the same whatever they are shown.
-- Gain. On the latest examples the new ones carry clearly more information.
-- Information. They carry most of what there was before the alarm. A window of few classes, whose statistics should not
-  be used either, cannot. Half will do, after twice a window, where no mix of classes moves inputs so far, or
-  where the deployed statistics are very unsure and the new ones surer.
+- Mix. A different mix of the same examples does not explain how far the inputs moved. If only the shares of the classes
+  changed, the deployed statistics fit as well as before and new ones would fit worse. Needs a calibrated monitor.
+- Need. Predictions under the deployed statistics have become uncertain, or hardly depend on the input.
+- Gain. On the latest examples, predictions under the new statistics carry clearly more information.
+- Information. They carry most of the information of the predictions before the alarm. A window of few classes fails
+  here, and its statistics should not be used. After two windows half is enough if no mix of classes moves inputs so
+  far, or if predictions are very uncertain under the deployed statistics and less so under the new ones.
 - Crowd and energies, as during use.
 
-*Use.* They stay in use while they carry five sevenths of the information that was asked for at the beginning, no class
-takes most predictions, and every layer's energy is what it was for the examples that the statistics are of.
+*During use.* New statistics stay in use while predictions carry five sevenths of the information that was required at
+the start, no class takes most predictions, and every layer's energy is what it was on the examples of the statistics.
 
-The numbers were chosen on two networks for digits, 12 changes at two strengths, and five orders; that of answers that
-hardly depend on the input after a look at three more, two of which a half had harmed in windows of few classes.
+The limits were chosen on two networks for digits, 12 shifts at two strengths, and five orders. The limit for
+predictions that hardly depend on the input follows three more networks: one half had harmed two of them in windows of
+few classes.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from batchnorm.adaptation.predictions import Predictions
 
 _FEW = 32  # examples in use before their predictions are judged
-_UNSURE = 0.1  # mean entropy of a prediction that is more than a good network's, in units of log K; twice: very unsure
-_THAN_BEFORE = 1.5  # times the mean entropy before the alarm, where that is known
-_ALIKE = 0.3  # of the information before the alarm: less is of answers that hardly depend on the input
+_UNSURE = 0.1  # mean entropy above which predictions are uncertain, in units of log K; twice this is very uncertain
+_THAN_BEFORE = 1.5  # times the mean entropy before the alarm, if that is known
+_ALIKE = 0.3  # of the information before the alarm: with less, predictions hardly depend on the input
 _SURER = 0.8  # times the mean entropy under the deployed statistics
 _GAIN = 1.1  # times the information under the deployed statistics
 
@@ -41,15 +42,16 @@ _GAIN = 1.1  # times the information under the deployed statistics
 @final
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is asked of statistics, by windows of the last examples.
+    """Requirements on new statistics, checked on windows of the latest examples.
 
     Args:
-        accept: Least information in the predictions under new statistics before they are used, as a share of what it
-            was under the deployed ones before the alarm (see ``batchnorm.adaptation.predictions``).
-        keep: The same during use, and before it where the inputs moved for certain; then keep^2 / accept during use.
+        accept: Least information in the predictions before new statistics are used, as a share of the information
+            under the deployed ones before the alarm (see ``batchnorm.adaptation.predictions``).
+        keep: The same share, required before use if the inputs moved for certain; during use it is then
+            keep^2 / accept.
         energy: Largest energy of a layer's inputs under statistics that do not include them yet, in units of the energy
-            of those that they do include, and 1 over the least. That unit becomes 1 as the prior fades.
-        crowd: Largest share of the predictions that may be of one class, on the way from its share before to 1.
+            of the included ones; the smallest is 1 / energy. That unit becomes 1 as the prior fades.
+        crowd: Largest share of predictions in one class: this fraction of the way from its share before to 1.
     """
 
     accept: float = 0.7
@@ -73,9 +75,9 @@ def asked(
     limits: Limits,
     furthest: tuple[float, float] | None = None,
 ) -> float:
-    """Share of the information before the alarm that statistics have to carry to be used; see ``against_start``."""
+    """Share of the information before the alarm that new statistics must keep to be used; see ``against_start``."""
     new, old = window.answers, deployed.answers
-    # until then inputs of later layers grow with every batch, as those before lose the stored statistics' share
+    # in earlier batches the inputs of later layers still grow, because the stored statistics lose weight before them
     is_grown = window.examples >= 2 * window.size
     if before is None or new is None or old is None or not is_grown:
         return limits.accept
@@ -84,13 +86,13 @@ def asked(
 
 
 def against_use(window: Window, before: Predictions | None, limits: Limits, share: float) -> str | None:
-    """Why the statistics of a window should no longer be used; None if nothing speaks against them.
+    """Why the statistics of a window should no longer be used; None if no guard objects.
 
     Args:
         window: Under the new statistics.
-        before: Predictions under the deployed statistics before the alarm; None where there are none to be had.
-        limits: What is asked.
-        share: Of the information, that was asked for when their use began.
+        before: Predictions under the deployed statistics before the alarm; None if there are none.
+        limits: The requirements.
+        share: Share of the information that was required when use began.
     """
     objection = _energies(window, limits.energy)
     answers = window.answers
@@ -108,14 +110,14 @@ def against_start(
     limits: Limits,
     furthest: tuple[float, float] | None = None,
 ) -> str | None:
-    """Why the statistics of a window should not be used yet; None if nothing speaks against them.
+    """Why the statistics of a window should not be used yet; None if no guard objects.
 
     Args:
         window: Under the new statistics.
-        deployed: Under the deployed ones, of the same examples or nearly.
-        before: As above.
-        limits: What is asked.
-        furthest: How far the component that moved most did, in sd, and its error; None where that is not known.
+        deployed: Under the deployed ones, on nearly the same examples.
+        before: Predictions under the deployed statistics before the alarm; None if there are none.
+        limits: The requirements.
+        furthest: Largest movement of a principal component, in sd, and its error; None if unknown.
     """
     objection = _energies(window, limits.energy) or _mix(furthest)
     new, old = window.answers, deployed.answers
@@ -141,8 +143,8 @@ def _mix(furthest: tuple[float, float] | None) -> str | None:
 
 
 def _is_beyond_classes(furthest: tuple[float, float] | None, new: Predictions, before: Predictions) -> bool:
-    """Whether no mix of K equally frequent classes, not even one class alone, moves anything so far."""
-    if furthest is None or not new.doubt:  # predicted classes without probabilities do not say how many there are
+    """Whether the inputs moved further than any mix of K equally frequent classes can, even a single class."""
+    if furthest is None or not new.doubt:  # the number of classes is unknown without probabilities
         return False
     return furthest[0] - furthest[1] > math.sqrt(len(before.total) - 1)
 
@@ -152,7 +154,7 @@ def _is_much_surer(new: Predictions, old: Predictions, before: Predictions) -> b
 
 
 def _unsure(before: Predictions) -> float:
-    """Mean entropy, nats, from which on predictions are less sure than they were."""
+    """Mean entropy, nats, above which predictions are less certain than before."""
     usual = before.doubt_each if before.is_whole else 0.0
     return max(_UNSURE * math.log(len(before.total)), _THAN_BEFORE * usual)
 
@@ -183,12 +185,12 @@ def _crowd(answers: Predictions, before: Predictions, share: float) -> str | Non
     known = before.top_share if before.is_whole else 1 / len(before.total)
     top = known + share * (1 - known)
     if answers.top_share <= top:
-        return None  # NaN is no such answer
-    return f"{answers.top_share:.0%} of the predictions are of one class, which {top:.0%} may be"
+        return None  # also for NaN
+    return f"{answers.top_share:.0%} of the predictions are of one class, at most {top:.0%} may be"
 
 
 def _information(answers: Predictions, before: Predictions, share: float) -> str | None:
     least = share * before.expected(answers.count)
     if answers.information >= least:
         return None
-    return f"predictions carry {answers.information:.2f} nats of information, not the {least:.2f} asked for"
+    return f"predictions carry {answers.information:.2f} nats of information, below the required {least:.2f}"

@@ -1,13 +1,13 @@
-"""Mixed statistics: those of new examples together with the stored ones, and the layers that may have them.
+"""Mixed statistics: new and stored statistics combined, and the layers that may get them.
 
-New statistics (mean m_t, variance v_t, of n examples) are mixed into stored ones (m_s, v_s) as if the stored ones were
-N examples more. With w = N / (N + n),
+New statistics (mean m_t, variance v_t, of n examples) are mixed with stored ones (m_s, v_s) as if the stored ones were
+N more examples. With w = N / (N + n),
 
     m = w m_s + (1 - w) m_t,      v = w v_s + (1 - w) v_t + w (1 - w) (m_s - m_t)^2.
 
 The last term is the spread between the two means. Schneider et al. 2020, "Improving robustness against common
-corruptions by covariate shift adaptation", section 3, leave it out, and so the mixture's variance comes out too small
-where the means are apart, which is where adaptation is needed.
+corruptions by covariate shift adaptation", section 3, leave it out, so their variance is too small if the means differ,
+which is when adaptation is needed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def adaptable(model: nn.Module, name: str) -> Layers:
-    """The layers whose statistics may be exchanged, by path.
+    """The layers whose statistics may be replaced, by path.
 
-    Frozen layers, and layers in eval mode inside a model in train mode, were told to keep what they have: they do, and
-    go on normalizing by it. Layers of other libraries that never measure a batch were not: their class knows nothing
-    else, so they are among those returned. Layers without stored statistics have nothing to exchange.
+    Frozen layers, and layers in eval mode inside a model in train mode, keep their statistics by the user's choice.
+    Layers of other libraries that never measure a batch are returned: they have no other mode. Layers without stored
+    statistics have none to replace.
 
     Raises:
-        ValueError: If there is none, or one's statistics cannot be read here; ``name`` is who asks.
+        ValueError: If there is no such layer, or its statistics cannot be read here; ``name`` is the caller.
     """
     require_real(model, name)
     found = open_layers(model, {**batch_norms(model), **layers_of_others(model)})
@@ -51,10 +51,10 @@ def adaptable(model: nn.Module, name: str) -> Layers:
 
 
 def mixed(layer: tuple[Tensor, Tensor], weight: float, new: Moments, new_weight: Tensor | float) -> Moments:
-    """Statistics of ``weight`` stored examples and ``new_weight`` new ones, the spread between their means included.
+    """Statistics of ``weight`` stored and ``new_weight`` new examples, including the spread between their means.
 
-    ``mean`` and ``var`` are what a layer should store: the variance of ``new`` counts as an unbiased one, since stored
-    variances are. One value alone has no spread: it counts with variance 0.
+    A layer should store ``mean`` and ``var`` of the result: the variance of ``new`` counts as unbiased, because stored
+    variances are. A single value has no spread: it counts with variance 0.
     """
     mean, var = (buffer.detach().double() for buffer in layer)
     spread = torch.where(new.count > 1, new.unbiased_var, 0.0)

@@ -1,13 +1,13 @@
-"""Predictions: how much a model's answers say about its inputs, without labels.
+"""Predictions: how much information a model's predictions carry about its inputs, without labels.
 
 With p the predicted probabilities of an example, H entropy in nats and a bar the mean over a window of examples,
 
     I = H(p-bar) - H(p)-bar
 
-is the mutual information of example and predicted class (Bridle, Heading and MacKay 1991). It is large if answers are
-sure one by one and varied together. A model whose statistics do not fit answers the same whatever it is shown, or is
-unsure; one whose statistics were measured on examples of a single class spreads that class over others, unsurely. Both
-lose most of I, and so does a window that holds few classes, whose statistics should not be used either.
+is the mutual information of example and predicted class (Bridle, Heading and MacKay 1991). It is large if each
+prediction is certain and different examples get different classes. With unsuitable statistics a model predicts the same
+for all inputs, or is uncertain; with statistics of a single class it spreads that class over others, uncertainly. Both
+lose most of I, and so does a window of few classes, whose statistics should not be used either.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-SHORT = 256  # examples below which the mix of classes is not trusted to be the whole one
+SHORT = 256  # examples needed before their mix of classes counts as complete
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """Sums over the predictions of some examples; they add up by ``+``.
+    """Sums over the predictions of some examples; ``+`` adds them.
 
     Args:
         total: Sum of predicted probabilities, (K,).
@@ -39,11 +39,11 @@ class Predictions:
 
     @classmethod
     def of(cls, p: Tensor) -> Predictions:
-        """Of predicted probabilities, (N, K)."""
+        """The sums for predicted probabilities, (N, K)."""
         return cls(p.sum(0), float(_entropy(p).sum()), len(p))
 
     def __add__(self, other: Predictions) -> Predictions:
-        k = max(len(self.total), len(other.total))  # classes that were not met yet
+        k = max(len(self.total), len(other.total))  # pads classes not predicted yet
         a, b = (torch.nn.functional.pad(each.total, (0, k - len(each.total))) for each in (self, other))
         return Predictions(a + b, self.doubt + other.doubt, self.count + other.count)
 
@@ -69,13 +69,13 @@ class Predictions:
 
     @property
     def is_whole(self) -> bool:
-        """Whether they are enough to show the mix of classes."""
+        """Whether there are enough to show the mix of classes."""
         return self.count >= SHORT
 
     def expected(self, window: int) -> float:
-        """What ``information`` should be in a window of so many examples, were they drawn from these.
+        """Expected ``information`` of ``window`` examples drawn like these.
 
-        Where these are too few to show every class, or none, all classes are taken to be equally frequent.
+        If these are too few to show every class, or none, all classes are assumed equally frequent.
         """
         whole = math.log(len(self.total))
         if not self.is_whole:
@@ -84,10 +84,10 @@ class Predictions:
 
 
 def _in_window(entropy: float, window: int) -> float:
-    """Mean entropy of the mix in a window of draws from classes of a given entropy.
+    """Mean entropy of the mix in a window of draws from classes with the given entropy.
 
-    With e^entropy classes equally likely it is less by (classes - 1) / (2 window) (Miller 1955); in windows that are
-    smaller than the number of classes, log window less log 2 for each pair that meets.
+    With e^entropy equally likely classes the mean is lower by (classes - 1) / (2 window) (Miller 1955). If the window
+    is smaller than the number of classes, it is log window minus log 2 for each pair of equal classes.
     """
     classes = math.exp(entropy)
     if classes <= window:

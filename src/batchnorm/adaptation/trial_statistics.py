@@ -1,4 +1,4 @@
-"""Trial: statistics that grow with a stream, what a model answers under them, and what it answers without."""
+"""Trial: new statistics tried beside the deployed ones, with the model's predictions under both."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Trial:
     """New statistics of a model beside its deployed ones.
 
     Args:
-        layers: Whose statistics they are.
-        deployed: Those that the model came with.
-        prior: How many examples these count as.
-        floor: Least weight of a new example.
-        window: Examples that are remembered for the guards.
+        layers: The layers that they belong to.
+        deployed: The model's deployed statistics.
+        prior: Number of examples that the deployed ones count as.
+        floor: Smallest weight of a new example.
+        window: Number of latest examples for the guards.
     """
 
     def __init__(self, layers: Layers, deployed: Statistics, *, prior: float, floor: float, window: int) -> None:
@@ -40,9 +40,9 @@ class Trial:
         self._before: tuple[Cumulative, Statistics] | None = None
 
     def shadow(self, model: nn.Module, args: Arguments, kwargs: Keywords) -> Any:
-        """The model's answer under statistics that include these inputs; the layers are then as they were.
+        """The model's output under statistics that include these inputs; the layers are restored.
 
-        Inputs are copies, and random states stay: the pass that is served notices nothing.
+        Inputs are copies, and random states are restored: the served pass is not affected.
         """
         ((args, kwargs),) = Batches([(args, kwargs)], None, None)
         before = Statistics.of(self._layers)
@@ -56,17 +56,17 @@ class Trial:
         return output
 
     def begin(self) -> None:
-        """Remember what a pass that fails should not have changed."""
+        """Save the state, in case the pass fails."""
         self._before = self.growing.copy(), Statistics.of(self._layers)
 
     def undo(self) -> None:
-        """Take back what was counted since ``begin``."""
+        """Return to the state at ``begin``."""
         if self._before is not None:
             self.growing, self.statistics = self._before
             self.statistics.put(self._layers)
 
     def count(self, answers: Tensor | None, examples: int) -> None:
-        """Take a batch into the window."""
+        """Add a batch to the window."""
         self.new.add_energies(self.growing.energies, examples)
         self.new.add_answers(answers, examples)
         self.growing.energies = {}

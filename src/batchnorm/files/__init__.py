@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and files beside a checkpoint."""
+"""Files that are written as a whole or not at all, and files beside a checkpoint."""

@@ -1,4 +1,4 @@
-"""Files beside a checkpoint: tensors and a few words in safetensors, written whole or not at all, read as data."""
+"""Files beside a checkpoint: tensors and JSON data in safetensors, written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, and what is told about them under the name of their kind.
+    """Write tensors, and JSON data under the name of their kind.
 
     Raises:
-        TypeError: If something told is no JSON.
+        TypeError: If ``about`` is not JSON data.
         OSError: If the file cannot be written.
     """
     from safetensors.torch import save
@@ -30,15 +30,15 @@ def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is told and the tensors, as ``write`` wrote them; {} is told by a file of another kind.
+    """The JSON data and tensors of a file from ``write``; the data are {} if the file is of another kind.
 
     Raises:
-        ValueError: If it is no safetensors file, or what it tells is no JSON.
+        ValueError: If it is not a safetensors file, or its data are not JSON.
         OSError: If it cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    Path(path).open("rb").close()  # a missing file in Python's words
+    Path(path).open("rb").close()  # raises Python's error for a missing file
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(f"batchnorm.{kind}", "{}"))

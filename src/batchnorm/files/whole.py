@@ -1,4 +1,4 @@
-"""A file written whole or not at all."""
+"""Writes a file as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path, *, like: Path | None = None) -> Iterator[Any]:
-    """A new binary file beside ``path`` that takes its name at the end of the block, with the mode of ``like``.
+    """A new binary file beside ``path`` that gets its name at the end of the block, with the mode of ``like``.
 
-    Its bytes are on the disk before it does. An error or Ctrl-C in the block leaves what was there before, and
-    nothing else.
+    Its bytes are on the disk before that. An error or Ctrl-C in the block leaves the old file, and nothing else.
 
     Raises:
-        OSError: If nothing can be written there; it names ``path``.
+        OSError: If the file cannot be written; it names ``path``.
     """
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -48,14 +47,14 @@ def replacing(path: Path, *, like: Path | None = None) -> Iterator[Any]:
 
 
 def _umask() -> int:
-    """It can only be read by setting it."""
+    """The current umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _keep_name(folder: Path) -> None:
-    """The folder's new entry on the disk too, where a folder can be opened."""
+    """Write the folder's new entry to the disk too, if the folder can be opened."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

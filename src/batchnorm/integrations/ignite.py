@@ -1,4 +1,4 @@
-"""PyTorch-Ignite: an engine that trains is watched."""
+"""PyTorch-Ignite: watches an engine's training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def attach(engine: Engine, model: nn.Module, **watch: Unpack[WatchArguments]) -> Session:
-    """A session whose ``run`` is the watch of the engine's run; the weights stay the same, bit for bit.
+    """A session whose ``run`` watches the engine's run; the weights stay the same, bit for bit.
 
-    A new watch begins with each ``engine.run()`` and ends with it, also by an exception or ``terminate()``. Handlers
-    of exceptions work as before. The engine's output is noted as the loss if it is a number.
+    Each ``engine.run()`` has its own watch, which ends with it, also by an exception or ``terminate()``. Exception
+    handlers work as before. The engine's output is logged as the loss if it is a number.
 
     Args:
         engine: The engine that trains.
@@ -35,7 +35,7 @@ def attach(engine: Engine, model: nn.Module, **watch: Unpack[WatchArguments]) ->
     def end_raising(engine: Engine, error: BaseException) -> None:
         session.end(raised(error))
         if len(engine._event_handlers[Events.EXCEPTION_RAISED]) == 1:
-            raise error  # an engine without a handler raises, and this one shall not count
+            raise error  # an engine without handlers raises, so our handler must not count
 
     engine.add_event_handler(Events.STARTED, lambda: session.begin(model))
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: session.note_loss(engine.state.output))

@@ -1,10 +1,9 @@
-"""Invariance: whether a model's answer to one example depends on which others are in its batch.
+"""Invariance: whether a model's output for one example depends on the other examples in its batch.
 
-In eval mode it must not: one example is asked for alone and inside a batch, and the answers are compared. What rounding
-can do bounds how far they may differ. A sum of n products, taken in any order in a format with unit u, is off by at
-most n u of the sum of their magnitudes (Higham 2002, section 3.1), and the sums on the way to an output follow each
-other, so that their n add up. Between D layers values are stored in the model's own format, whose roundings u' are
-independent and add in squares: n u + sqrt(D) u'.
+In eval mode it must not: one example runs alone and inside a batch, and the outputs are compared. Rounding bounds the
+allowed difference. A sum of n products, in any order and in a format with unit u, is off by at most n u of the sum of
+their magnitudes (Higham 2002, section 3.1); sums on the way to an output follow each other, so their n add up. Between
+D layers values are stored in the model's own format, whose independent roundings u' add in squares: n u + sqrt(D) u'.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_trees import tensors_in
 
-_MOST = 8  # examples that are asked for alone
+_MOST = 8  # examples that run alone
 
 
 def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> str:
-    """How an answer depends on the batch, in words; "" if none does.
+    """How an output depends on the batch, in words; "" if it does not.
 
-    The model stays as it is, bit for bit. Answers are tensors of any number, with examples along their first axis.
+    The model stays as it is, bit for bit. All outputs with examples along their first axis are compared.
 
     Raises:
-        ValueError: If there are fewer than two examples, or no floating-point tensor comes out for each of them.
+        ValueError: If there are fewer than two examples, or no floating-point output has one row for each.
     """
     size = _count(examples)
     if size < 2:
         raise ValueError(f"assert_batch_invariant needs a batch of 2 examples or more, got {size}. Give more.")
     batches = Batches(
         [examples], None, device_of(model)
-    )  # each time in memory of its own: a model may write to its input
+    )  # a new copy each time, because a model may overwrite its input
     with preserve_state(model), torch.no_grad(), uncompiled():
         model.eval()
         together = _answers(model, next(iter(batches)), size)
@@ -56,11 +55,11 @@ def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, 
 
 
 def rounding(model: nn.Module, dtype: torch.dtype) -> float:
-    """The largest relative difference that rounding explains between two orders of the model's sums.
+    """The largest relative difference between two orders of the model's sums that rounding explains.
 
     Args:
-        model: Every weight of two axes or more is taken to lie on the way to the output.
-        dtype: Of the output.
+        model: Every weight with two axes or more is assumed to lie on the way to the output.
+        dtype: Dtype of the output.
     """
     weights = [weight for weight in model.parameters() if weight.ndim > 1]
     terms = sum(weight[0].numel() for weight in weights)
@@ -72,7 +71,7 @@ def _difference(
     model: nn.Module, expected: list[Tensor], alone: list[Tensor], together: list[Tensor],
     rtol: float | None, atol: float | None,
 ) -> str:  # fmt: skip
-    """The difference that is furthest above its limit, in words; "" if none is above."""
+    """The difference furthest above its limit, in words; "" if there is none."""
     if [y.shape for y in expected] != [y.shape for y in alone]:
         return f"its shapes are {_shapes(expected)} in the batch and {_shapes(alone)} alone."
     for a, b, whole in zip(alone, expected, together, strict=True):
@@ -86,7 +85,7 @@ def _difference(
 
 
 def _suspects(model: nn.Module) -> str:
-    """Layers that have nothing but the batch to normalize by."""
+    """Layers that can only normalize by the batch."""
     names = [name for name, layer in batch_norms(model).items() if not has_stored_statistics(layer)]
     if not names:
         return ""

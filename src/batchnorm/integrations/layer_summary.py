@@ -1,4 +1,4 @@
-"""Summary: a few numbers for each quantity, for a logger that draws a chart for every name."""
+"""Summary: three numbers per quantity, for loggers that draw a chart for every name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _PREFIX = "batchnorm/"
 
 
 def summary(values: Mapping[str, float]) -> dict[str, float]:
-    """Least, median and greatest over the layers of each quantity; numbers of the model as they are.
+    """Minimum, median and maximum of each quantity over the layers; numbers of the whole model unchanged.
 
     Takes the names that a ``Sink`` gets: ``batchnorm/noise/layer1.0.bn1`` becomes part of ``batchnorm/noise/median``.
-    Numbers that the user noted (``loss``) are left out: the logger has them.
+    Numbers that the user logged (``loss``) are left out, because the logger has them.
     """
     of_model: dict[str, float] = {}
     of_layers: dict[str, list[float]] = defaultdict(list)

@@ -28,7 +28,7 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callback() -> type:
-    """The base class of callbacks: of the package that is in use; of both if both are."""
+    """The base class of callbacks: from the imported package; from both if both are imported."""
     loaded = [package for name in _PACKAGES if (package := sys.modules.get(name))]
     return type("Callback", tuple(package.Callback for package in loaded or [_installed()]), {})
 
@@ -51,11 +51,11 @@ else:
 class BatchNormMonitor(Callback):
     """Measures batch norm while the trainer fits; the weights stay the same, bit for bit.
 
-    Of a LightningModule without a ``forward`` of its own the one child that has all batch norm is watched, since that
-    is what ``training_step`` calls; names of layers are then relative to it.
+    If a LightningModule has no ``forward`` of its own, its only child with batch norm is watched, because
+    ``training_step`` calls that; names of layers are then relative to the child.
 
     Args:
-        log_to_logger: Also give the trainer's loggers ``batchnorm/...``: least, median and greatest over layers.
+        log_to_logger: Also send ``batchnorm/...`` to the trainer's loggers: minimum, median and maximum over layers.
         watch: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``, as ``batchnorm.watch`` takes them.
 
     Raises:
@@ -69,11 +69,11 @@ class BatchNormMonitor(Callback):
 
     @property
     def run(self) -> Watch | None:
-        """The watch of this fit or of the last one."""
+        """The watch of the current or last fit."""
         return self._session.run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start, when weights are loaded and on their device."""
+        """Start, once weights are loaded and on their device."""
         sinks = [_Loggers(trainer)] if self._log_to_logger else []
         self._session.begin(_Direct(_trained_part(pl_module)), *sinks)
 
@@ -90,7 +90,7 @@ class BatchNormMonitor(Callback):
         self._session.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop, and tell the log why."""
+        """Stop, and log the exception."""
         self._session.end(raised(exception))
 
 
@@ -99,20 +99,20 @@ class Recalibrate(Callback):
     """Replaces running averages by the statistics of the training data: when training ends, and before validation.
 
     After ``WeightAveraging`` and ``StochasticWeightAveraging`` the statistics are those of the averaged weights: the
-    callback moves itself behind them. Checkpoints that are written at validation have what was measured before it.
-    The training is not changed by it, since layers in train mode do not use what is stored. Layers that are frozen,
-    or in eval mode while the model trains, keep their statistics.
+    callback moves itself behind them. Checkpoints written at validation contain the latest measured statistics. The
+    training does not change, because layers in train mode do not use stored statistics. Frozen layers, and layers in
+    eval mode while the model trains, keep their statistics.
 
     Args:
-        max_examples: Examples to measure on; None takes all that an epoch has.
+        max_examples: Number of examples to measure; None for a whole epoch.
         every_n_epochs: Also before the validation of every n-th epoch.
         loader: Batches, if not those of the trainer's training dataloader.
-        forward: ``forward(module, batch)``, where a batch is not what the module's forward takes, or (inputs, ...).
+        forward: ``forward(module, batch)``, if the module's forward takes neither a batch nor the first part of one.
         exact: False for one pass over the data, as in ``batchnorm.recalibrate``.
 
     Raises:
-        ValueError: While fitting, if the trainer has several training dataloaders and ``loader`` is None, or as
-            ``batchnorm.recalibrate`` says.
+        ValueError: While fitting, if the trainer has several training dataloaders and ``loader`` is None, or from
+            ``batchnorm.recalibrate``.
     """
 
     def __init__(
@@ -132,15 +132,15 @@ class Recalibrate(Callback):
         self._held: list[nn.Module] = []
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Get behind what averages weights."""
+        """Move behind callbacks that average weights."""
         rest = [callback for callback in trainer.callbacks if callback is not self]
         last = max((i for i, callback in enumerate(trainer.callbacks) if _averages(callback)), default=-1)
         if last > trainer.callbacks.index(self):
-            # a new list: Lightning is just walking through the old one
+            # a new list: Lightning is iterating over the old one
             trainer.callbacks = [*rest[:last], self, *rest[last:]]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Remember which layers do not learn statistics; in validation all are in eval mode."""
+        """Remember the layers in eval mode; in validation all layers are."""
         if batch_idx == 0:
             layers = batch_norms(pl_module).values()
             self._held = [layer for layer in layers if not layer.training and has_stored_statistics(layer)]
@@ -148,12 +148,12 @@ class Recalibrate(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure before the first batch: by then averaged weights are in place, whatever the order of callbacks."""
+        """Measure before the first batch: then averaged weights are in place, in any order of callbacks."""
         if batch_idx == dataloader_idx == 0 and self._is_due(trainer):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what will be used."""
+        """Measure the final statistics."""
         self._measure(trainer, pl_module)
 
     def _is_due(self, trainer: Trainer) -> bool:
@@ -176,20 +176,20 @@ class Recalibrate(Callback):
 
 @final
 class FreezeBatchNorm(Callback):
-    """Freezes batch norm: the same function in train and in eval mode, through the trainer's ``model.train()``.
+    """Freezes batch norm: the same function in train and eval mode, also after the trainer's ``model.train()``.
 
-    ``BaseFinetuning.freeze(train_bn=False)`` and ``BackboneFinetuning`` set ``track_running_stats`` to False instead,
-    after which a layer normalizes by the batch while it trains and by stored statistics when it is evaluated. Layers
-    stay frozen after the fit; ``batchnorm.unfreeze(model)`` opens them.
+    ``BaseFinetuning.freeze(train_bn=False)`` and ``BackboneFinetuning`` set ``track_running_stats`` to False instead:
+    then a layer normalizes by the batch in training and by stored statistics in evaluation. Layers stay frozen after
+    the fit; ``batchnorm.unfreeze(model)`` unfreezes them.
 
     Args:
-        parts: Dotted paths of modules whose layers are meant; none for all.
+        parts: Dotted paths of modules whose layers to freeze; empty for all.
         from_epoch: First epoch with frozen statistics.
         until_epoch: First epoch that trains them again; None for never.
         affine: Also do not train gamma and beta.
 
     Raises:
-        ValueError: When fitting begins, if there is no such module, or a layer has no stored statistics.
+        ValueError: When fitting begins, if a module does not exist or a layer has no stored statistics.
     """
 
     def __init__(
@@ -201,12 +201,12 @@ class FreezeBatchNorm(Callback):
         self._from, self._until, self._affine = from_epoch, until_epoch, affine
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze before a wrapper for several devices asks which parameters are trained."""
+        """Freeze before a wrapper for several devices collects the trained parameters."""
         if stage == "fit":
             self._apply(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze or thaw; again in each epoch, since layers may have been made or converted since."""
+        """Freeze or unfreeze; repeated in each epoch, because layers may have been added or converted."""
         self._apply(trainer, pl_module)
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,7 +220,7 @@ class FreezeBatchNorm(Callback):
 
 
 def _thaw(module: nn.Module, training: bool) -> None:
-    """Unfreeze into the model's mode: Lightning asks of frozen layers, after each validation, the eval mode it saw."""
+    """Unfreeze into the model's mode: after validation Lightning sets frozen layers to the eval mode that it read."""
     layers = [layer for layer in batch_norms(module).values() if isinstance(layer, Frozen)]
     unfreeze(module)
     for layer in layers:
@@ -236,7 +236,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def _trained_part(pl_module: LightningModule) -> nn.Module:
-    """The module whose forward a training step calls, as far as one can know."""
+    """The module whose forward a training step calls, as far as known."""
     if type(pl_module).forward.__qualname__ not in {"LightningModule.forward", "_forward_unimplemented"}:
         return pl_module
     children = [child for child in pl_module.children() if batch_norms(child)]
@@ -245,9 +245,9 @@ def _trained_part(pl_module: LightningModule) -> nn.Module:
 
 @final
 class _Direct(nn.Module):
-    """A module for ``watch`` to take inputs from, as a compiled one wraps the user's: those of its own forward only.
+    """A module for ``watch``, like the wrapper of a compiled module: it shows inputs of the module's own forward only.
 
-    For several devices Lightning calls the module with what ``training_step`` takes, and puts that in forward's place.
+    For several devices Lightning replaces forward by ``training_step`` and calls the module with its arguments.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -255,7 +255,7 @@ class _Direct(nn.Module):
         self._orig_mod = module
 
     def register_forward_pre_hook(self, hook: Any, **arguments: Any) -> Any:
-        """Call the hook where forward is what it was when the hook came."""
+        """Register the hook; it runs only while forward is the same as now."""
         own = vars(self._orig_mod).get("forward")
 
         def direct(module: nn.Module, *inputs: Batch) -> Any:
@@ -271,7 +271,7 @@ def _averages(callback: Any) -> bool:
 
 
 def _moved(trainer: Trainer, pl_module: LightningModule, batch: Batch) -> Any:
-    """A batch as ``training_step`` gets it."""
+    """The batch as ``training_step`` gets it."""
     batch = trainer.precision_plugin.convert_input(batch)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
         if owner is not None:
@@ -281,7 +281,7 @@ def _moved(trainer: Trainer, pl_module: LightningModule, batch: Batch) -> Any:
 
 @final
 class _Epoch:
-    """The batches of an epoch, of an iteration of their own."""
+    """The batches of one epoch, from a separate iterator."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._loader = trainer.train_dataloader
@@ -300,7 +300,7 @@ class _Epoch:
 
 @final
 class _Loggers:
-    """A sink into the loggers of a trainer."""
+    """A sink that writes to a trainer's loggers."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -316,4 +316,4 @@ class _Loggers:
                 logger.log_metrics(numbers, self._trainer.global_step)
 
     def close(self) -> None:
-        """Leave the loggers to their trainer."""
+        """Do nothing: the loggers belong to the trainer."""

@@ -1,4 +1,4 @@
-"""Delivery: sending numbers to a service that may fail, at the price of those numbers and of nothing else."""
+"""Metric sending: a service that fails loses the numbers sent to it, and the training goes on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ _PATIENCE = 3  # failures in a row; a client that waits for a dead server can ta
 
 @final
 class Delivery:
-    """A block, entered for each sending, that an exception leaves quietly.
+    """A block around each sending, which suppresses exceptions.
 
-    The first failure is a RuntimeWarning. After three in a row ``is_open`` is False, and the sender should not try
-    again.
+    The first failure gives a RuntimeWarning. After three in a row ``is_open`` is False, and the sender should stop.
 
     Args:
-        where: What is sent to, for the warning.
+        where: The service's name in the warning.
     """
 
     def __init__(self, where: str) -> None:
@@ -25,7 +24,7 @@ class Delivery:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is worth to try."""
+        """Whether the sender should still try."""
         return self._failures < _PATIENCE
 
     def __enter__(self) -> None: ...

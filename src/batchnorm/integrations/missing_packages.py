@@ -1,4 +1,4 @@
-"""Missing libraries: one sentence that says what to type."""
+"""Missing packages: one sentence that says how to install them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def needed(module: str, install: str) -> Iterator[None]:
     """A block that imports ``module``; if it is not installed, the error says how to install it.
 
     Raises:
-        ModuleNotFoundError: If it is not installed. Another one that is missing inside of it is told as it is.
+        ModuleNotFoundError: If it is not installed. A missing module inside it raises its own error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""MLflow: a sink that logs what is measured as metrics of a run."""
+"""MLflow: a sink that logs measurements as metrics of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, final
 from batchnorm.integrations.metric_sending import Delivery
 from batchnorm.integrations.missing_packages import needed
 
-_BATCH = 1000  # the most metrics that MLflow takes at once
+_BATCH = 1000  # the largest number of metrics that MLflow accepts at once
 _NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
 
 
@@ -19,7 +19,7 @@ class MLflowSink:
     """A sink for ``watch(model, sinks=[...])``: one metric for each quantity and layer.
 
     Args:
-        run_id: The run that gets the metrics. None takes the active one, or makes one that ends with the sink.
+        run_id: The run that gets the metrics. None takes the active one, or starts one that ends with the sink.
 
     Raises:
         ModuleNotFoundError: If mlflow is not installed.
@@ -37,11 +37,11 @@ class MLflowSink:
         active = mlflow.active_run()
         self._owns = run_id is None and active is None
         self.run_id: str = run_id or (active or mlflow.start_run()).info.run_id
-        self._client.get_run(self.run_id)  # a run that is not there is told before the training
+        self._client.get_run(self.run_id)  # a missing run raises before the training
         self._delivery = Delivery("MLflow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a metric for each number; a failure costs these numbers."""
+        """Log a metric for each number; after a failure these numbers are lost."""
         metrics = self._metrics(step, values)
         for first in range(0, len(metrics), _BATCH):
             if not self._delivery.is_open:
@@ -56,7 +56,7 @@ class MLflowSink:
         return [Metric(metric_name(name), value, now, step) for name, value in values.items()]
 
     def close(self) -> None:
-        """End the run if it is the sink's own."""
+        """End the run if the sink started it."""
         if not self._owns:
             return
         import mlflow
@@ -68,7 +68,7 @@ class MLflowSink:
 
 
 def metric_name(name: str) -> str:
-    """A name that MLflow takes: of letters, digits, underscores, dashes, dots, spaces, colons and slashes.
+    """A name that MLflow accepts: letters, digits, underscores, dashes, dots, spaces, colons and slashes.
 
     A model that is a batch norm layer itself has the name "", which becomes "model".
     """

@@ -1,13 +1,12 @@
-"""Prometheus: what a live ``ShiftMonitor`` knows, read at the moment of a scrape.
+"""Prometheus: metrics of a live ``ShiftMonitor``, read at each scrape.
 
     batchnorm_shift_log_evidence       log of the evidence E against clean data
-    batchnorm_shift_limit              log at which it rings
-    batchnorm_shift_alarm              1 once it has rung
+    batchnorm_shift_limit              log of the evidence that raises the alarm
+    batchnorm_shift_alarm              1 after an alarm
     batchnorm_shift_layer_log_evidence{layer}, ...
 
-A scrape reads and changes nothing: up to seven observations that wait for the next round are not in it yet, and it
-takes no lock that inference could wait for. Evidence is a value that is replaced as a whole, so a scrape beside a
-forward pass sees the one before or the one after.
+A scrape only reads, and takes no lock that could block inference. It does not include the up to seven observations that
+wait for the next round. The evidence is replaced as a whole, so a scrape during a forward pass sees the old or the new.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from batchnorm.shift import LayerShift, ShiftMonitor
 
 _PREFIX = "batchnorm_shift_"
-# names and labels are what alert rules are written with: they do not change
+# alert rules use these names and labels: they do not change
 _GAUGES: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
     "log_evidence": ("Natural logarithm of the evidence against clean data.", lambda m: m.stream.evidence.log),
     "limit": ("Logarithm of the evidence at which the alarm rings.", lambda m: m.limit),
@@ -52,17 +51,17 @@ _joining = Lock()
 def register(
     monitor: ShiftMonitor, registry: CollectorRegistry = REGISTRY, labels: Mapping[str, str] | None = None
 ) -> Callable[[], None]:
-    """A function that takes the monitor out again; until then every scrape of ``registry`` has what it knows.
+    """Adds a monitor to ``registry``, so that every scrape includes it; returns a function that removes it.
 
     Args:
         monitor: Observing or not.
-        registry: Where other metrics of the process are.
-        labels: Constant labels, such as {"model": "cats"}. Monitors of one registry differ in their values and have
-            the same names.
+        registry: The registry of the process's other metrics.
+        labels: Constant labels, such as {"model": "cats"}. Monitors in one registry have the same label names and
+            different values.
 
     Raises:
-        ValueError: If a monitor with these labels is there, those there have labels of other names, or one is named
-            "layer".
+        ValueError: If a monitor with these labels is registered, other monitors have different label names, or a label
+            is named "layer".
         ModuleNotFoundError: If prometheus_client is not installed.
     """
     with _joining:
@@ -73,7 +72,7 @@ def register(
 
 @final
 class _Collector:
-    """All monitors of one registry: a metric has one description, however many models it is of."""
+    """All monitors of one registry, because a metric has one description for all models."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._monitors: dict[tuple[str, ...], ShiftMonitor] = {}
@@ -82,13 +81,13 @@ class _Collector:
         registry.register(self)
 
     def add(self, monitor: ShiftMonitor, labels: dict[str, str]) -> Callable[[], None]:
-        """Show this monitor under these labels, until what is returned is called."""
+        """Add this monitor under these labels; the returned function removes it."""
         names, values = tuple(labels), tuple(str(value) for value in labels.values())
         if "layer" in names:
             raise ValueError("labels must not be named 'layer', which tells layers apart. Name it model or stage.")
         if self._monitors and set(names) != set(self._names):
             raise ValueError(
-                f"labels must have the names {sorted(self._names)} as those of other monitors here, got "
+                f"labels must have the names {sorted(self._names)}, like those of other monitors here, got "
                 f"{sorted(names)}. Use the same names."
             )
         self._names = self._names if self._monitors else names
@@ -109,7 +108,7 @@ class _Collector:
         return [*gauges, *(CounterMetricFamily(_PREFIX + name, about) for name, (about, _) in _COUNTERS.items())]
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric with what the monitors know now."""
+        """Every metric with the monitors' current values."""
         monitors, names = self._monitors, self._names
         for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, (about, value_of) in table.items():
@@ -125,7 +124,7 @@ class _Collector:
             yield family
 
     def _table(self, values: tuple[str, ...], monitor: ShiftMonitor) -> list[LayerShift]:
-        """What is known of every layer, made anew only if there was another round."""
+        """The evidence for every layer, computed anew only after another round."""
         evidence = monitor.stream.evidence
         known, table = self._tables.get(values, (None, []))
         if known is not evidence:

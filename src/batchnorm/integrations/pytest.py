@@ -1,6 +1,6 @@
-"""pytest: fixtures that assert what batch norm should be in a model that is to be shipped.
+"""pytest: fixtures that check the batch norm of a model before it is deployed.
 
-Nothing heavy is imported until a fixture is used: pytest loads this file in every project that has batchnorm installed.
+Nothing heavy is imported until a fixture is used, because pytest loads this file in every project with batchnorm.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class AssertBatchNormHealthy(Protocol):
         fail_on: str = "error",
         **examined: Any,
     ) -> None:
-        """Fail if ``batchnorm.examine`` finds something of the severity ``fail_on`` or worse.
+        """Fail if ``batchnorm.examine`` has a finding with severity ``fail_on`` or worse.
 
         The model stays as it is, bit for bit.
 
         Args:
             model: Any model.
-            data: Batches, as ``batchnorm.examine`` takes them; more rules can be checked with them.
-            ignore: Codes of rules, their names, or beginnings of codes: "BN2" leaves a family out.
+            data: Batches, as ``batchnorm.examine`` takes them; with them more rules are checked.
+            ignore: Codes of rules, their names, or prefixes of codes: "BN2" ignores a family.
             fail_on: "error", "warning" or "info".
-            examined: More for ``batchnorm.examine``, such as ``optimizer`` and ``batch_size``.
+            examined: Further arguments of ``batchnorm.examine``, such as ``optimizer`` and ``batch_size``.
 
         Raises:
-            ValueError: If a rule or the severity is not known.
+            ValueError: If a rule or the severity is unknown.
         """
 
 
@@ -52,14 +52,14 @@ class AssertBatchInvariant(Protocol):
     def __call__(
         self, model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None
     ) -> None:
-        """Fail if the eval-mode answer to one example depends on which others are in its batch.
+        """Fail if the eval-mode output for one example depends on the other examples in its batch.
 
-        The model stays as it is, bit for bit. The first eight examples are asked for one by one.
+        The model stays as it is, bit for bit. The first eight examples run one by one.
 
         Args:
             model: Any model.
             examples: A batch of two or more, as ``batchnorm.recalibrate`` takes one.
-            rtol: Largest relative difference; by default what rounding can come to in a model of this size
+            rtol: Largest relative difference; by default what rounding can cause in a model of this size
                 (``batchnorm.integrations.invariance.rounding``).
             atol: Largest absolute difference; by default ``rtol`` times the root mean square of the output.
         """
@@ -93,7 +93,7 @@ def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
 
 @pytest.fixture
 def assert_batch_invariant() -> AssertBatchInvariant:
-    """Fails the test if one example's answer depends on its batch: ``assert_batch_invariant(model, examples)``."""
+    """Fails the test if one example's output depends on its batch: ``assert_batch_invariant(model, examples)``."""
 
     def check(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> None:
         from batchnorm.integrations.invariance import dependence

@@ -1,4 +1,4 @@
-"""Calibration: ``recalibrate`` inside of a framework's training, where several processes must agree."""
+"""Recalibration inside a framework's training, where several processes must agree."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def calibrate(
     forward: Callable[[nn.Module, Batch], object],
     exact: bool = True,
 ) -> None:
-    """``recalibrate``, after which all ranks have what rank 0 measured on its share of the data."""
-    with torch.inference_mode(False):  # frameworks evaluate in inference mode, whose tensors cannot be trained on
+    """``recalibrate``, then copy the statistics that rank 0 measured on its share of the data to all ranks."""
+    with torch.inference_mode(False):  # frameworks evaluate in inference mode, and its tensors cannot be trained
         recalibrate(model, loader, max_examples, forward=forward, exact=exact)
     there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
     if there_are_others and torch.distributed.get_world_size() > 1:
@@ -33,7 +33,7 @@ def calibrate(
 
 
 def with_own_workers(loader: Any) -> Any:
-    """The loader, or one like it if reading it would start the epoch that is being trained on anew."""
+    """The loader, or a copy of it if reading the loader would restart the running epoch."""
     if not getattr(loader, "persistent_workers", False):
         return loader
     twin = copy.copy(loader)

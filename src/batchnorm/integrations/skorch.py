@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 class BatchNormCallback(Callback):
     """Measures batch norm while a net is fitted; the weights stay the same, bit for bit.
 
-    Attributes are the arguments, so that scikit-learn can clone and tune them. A net does not tell its callbacks of
-    an exception: the log then has no end, and a watch that was left is ended when the next training begins.
+    Attributes are the arguments, so that scikit-learn can clone and tune them. A net does not inform its callbacks
+    about an exception: the log then has no end, and an open watch is ended when the next training begins.
 
     Args:
         log, every, budget, probe, loss, sinks: As ``batchnorm.watch`` takes them.
-        recalibrate: Replace running averages by the statistics of the examples that were trained on, when training
-            ends.
+        recalibrate: When training ends, replace running averages by the statistics of the training examples.
         max_examples: Examples to recalibrate on; None for all.
 
     Raises:
@@ -65,7 +64,7 @@ class BatchNormCallback(Callback):
 
     @property
     def run_(self) -> Watch | None:
-        """The watch of this training or of the last one."""
+        """The watch of the current or last training."""
         return self.session_.run
 
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
@@ -75,7 +74,7 @@ class BatchNormCallback(Callback):
     def on_epoch_begin(
         self, net: NeuralNet, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: object
     ) -> None:
-        """Keep what is trained on: X and y have the examples that validate, too."""
+        """Keep the training examples: X and y also contain those for validation."""
         self.trained_on_ = dataset_train
 
     def on_batch_end(self, net: NeuralNet, batch: Batch = None, training: bool | None = None, **kwargs: object) -> None:
@@ -84,7 +83,7 @@ class BatchNormCallback(Callback):
             self.session_.note_loss(kwargs.get("loss"))
 
     def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
-        """Stop, and measure statistics if that was asked for."""
+        """Stop, and recalibrate if wanted."""
         self.session_.end()
         trained_on, self.trained_on_ = getattr(self, "trained_on_", None), None
         if self.recalibrate and trained_on is not None:

@@ -1,4 +1,4 @@
-"""TensorBoard: a sink that writes what is measured as scalars."""
+"""TensorBoard: a sink that writes measurements as scalars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TensorBoardSink:
     """A sink for ``watch(model, sinks=[...])``: one scalar for each quantity and layer.
 
     Args:
-        target: A folder, or a SummaryWriter that is written to and flushed, and left to its owner.
+        target: A folder, or a SummaryWriter, which is written to and flushed but not closed.
 
     Raises:
         ModuleNotFoundError: If ``target`` is a folder and tensorboard is not installed.
@@ -30,7 +30,7 @@ class TensorBoardSink:
         self._delivery = Delivery("TensorBoard")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a scalar for each number; a failure costs these numbers."""
+        """Add a scalar for each number; after a failure these numbers are lost."""
         if not self._delivery.is_open:
             return
         with self._delivery:
@@ -38,7 +38,7 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush, and close what is the sink's own."""
+        """Flush, and close the writer if the sink opened it."""
         with self._delivery:
             self._writer.flush()
             if self._owns:

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: a callback that watches, and can recalibrate when training ends.
 
-The Trainer calls ``model.train()`` in every step, which undoes ``layer.eval()``. ``batchnorm.freeze(model)`` holds.
+The Trainer calls ``model.train()`` in every step, which undoes ``layer.eval()``, but not ``batchnorm.freeze(model)``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 class BatchNormCallback(TrainerCallback):
     """Measures batch norm while the Trainer trains; the weights stay the same, bit for bit.
 
-    A Trainer does not tell its callbacks of an exception: the log then has no end, and a watch that was left is ended
-    when the next training begins.
+    A Trainer does not inform its callbacks about an exception: the log then has no end, and an open watch is ended when
+    the next training begins.
 
     Args:
-        recalibrate: Replace running averages by the statistics of the training data when training ends, after the
-            best model was loaded if it is. Save the model afterwards: checkpoints were written before.
+        recalibrate: When training ends, replace running averages by the statistics of the training data, after the
+            best model is loaded (if it is). Save the model afterwards: checkpoints were written before.
         max_examples: Examples to recalibrate on; None for all.
         watch: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``, as ``batchnorm.watch`` takes them.
 
@@ -52,7 +52,7 @@ class BatchNormCallback(TrainerCallback):
 
     @property
     def run(self) -> Watch | None:
-        """The watch of this training or of the last one."""
+        """The watch of the current or last training."""
         return self._session.run
 
     def on_train_begin(
@@ -68,14 +68,14 @@ class BatchNormCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop, and measure statistics if that was asked for."""
+        """Stop, and recalibrate if wanted."""
         self._session.end()
         if self._recalibrate:
             calibrate(kwargs["model"], kwargs["train_dataloader"], self._max_examples, forward=_called)
 
 
 def _called(model: nn.Module, batch: Batch) -> object:
-    """The model's answer to what it takes of a batch: the Trainer keeps labels from a model that takes none."""
+    """The model's output for a batch, without labels if its forward does not take them, like the Trainer."""
     if not isinstance(batch, Mapping):
         return call(model, batch)
     known = inspect.signature(model.forward).parameters

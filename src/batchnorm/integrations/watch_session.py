@@ -1,7 +1,7 @@
-"""Session: one ``watch`` after another, begun and ended by the events of a framework.
+"""Session: consecutive ``watch`` runs, started and ended by the events of a framework.
 
-A framework can train several times with one callback, and most do not say when a training ends by an exception. What
-is still open when the next training begins is ended then.
+A framework can train several times with one callback, and most do not report a training that ends by an exception. A
+watch that is still open when the next training begins is ended then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class WatchArguments(TypedDict, total=False):
-    """The arguments of ``watch``, which says what they are."""
+    """The arguments of ``watch``; see there."""
 
     log: str | os.PathLike[str] | None
     every: int
@@ -33,10 +33,10 @@ class WatchArguments(TypedDict, total=False):
 
 @final
 class Session:
-    """What is watched while a framework trains.
+    """The watches of a framework's trainings.
 
     Attributes:
-        run: The watch of the training that goes on, or of the last one; None before there was one.
+        run: The watch of the current or last training; None before the first one.
     """
 
     def __init__(self, **arguments: Unpack[WatchArguments]) -> None:
@@ -51,17 +51,17 @@ class Session:
         return self.run
 
     def end(self, reason: str = "finished") -> None:
-        """Measure what is left and end the log; nothing if that was done."""
+        """Measure the rest and end the log; nothing if this was done."""
         if self.run is not None:
             self.run.stop(reason)
 
     def note_loss(self, value: Any, times: float = 1.0) -> None:
-        """Give the log the loss of this step, if it is a number."""
+        """Log the loss of this step, if it is a number."""
         is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         if self.run is not None and is_number:
             self.run.log(loss=value * times)
 
 
 def raised(error: BaseException) -> str:
-    """Why a training ended, in the words that ``watch`` uses for its block."""
+    """Why a training ended, worded as ``watch`` does."""
     return f"raised {type(error).__name__}"

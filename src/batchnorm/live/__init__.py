@@ -1,8 +1,8 @@
-"""Live: a page over a log that shows a training while it runs, and the same page as one file.
+"""Live: a page that shows a training from its log while it runs, and the same page as one file.
 
-``log_feed`` follows the folder, ``page_data`` says what a page is told of it, ``percentiles`` reads its arrays,
-``run_status`` tells how the training is, ``page`` is the HTML, ``access`` lets in who was given the address, ``server``
-serves. Everything in a log is untrusted: it may come from another machine, be torn, be replaced, or be made to do harm.
+``log_feed`` follows the folder, ``page_data`` selects a page's data, ``percentiles`` reads its arrays, ``run_status``
+tells whether the training runs, ``page`` is the HTML, ``access`` checks who may read it, ``server`` serves it.
+Everything in a log is untrusted: it may come from another machine, be torn, be replaced, or be malicious.
 
 Nothing here imports torch.
 """

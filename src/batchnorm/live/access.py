@@ -1,8 +1,8 @@
-"""Who may read a page: programs of this machine that were given its address, token and all.
+"""Access: only programs on this machine that have the page's address with its token may read the page.
 
-The server listens on 127.0.0.1 alone. A web page elsewhere could still make the user's browser ask it, under a name
-that points here (DNS rebinding), so the Host header must be ours; other users of the machine could ask it, so every
-address needs the token. Nothing is allowed to other origins.
+The server listens on 127.0.0.1 only. A foreign web page could still make the user's browser send requests, under a host
+name that points here (DNS rebinding), so the Host header must be ours. Other users of the machine could send requests
+too, so every address needs the token. Other origins get no permissions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",  # the address has the token
+    "Referrer-Policy": "no-referrer",  # the address contains the token
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -32,12 +32,12 @@ _NOT_INVITED = "Expected the token of this page, got none or another. Open the a
 
 
 class Guard:
-    """An application behind the checks of host and token, with the headers that every answer has.
+    """An application behind checks of host and token, with security headers on every response.
 
     Args:
-        app: What answers those who may ask.
+        app: The application that answers allowed requests.
         port: The server's, which the Host header must name.
-        token: What every address must carry as ``?token=``.
+        token: Every address must carry it as ``?token=``.
     """
 
     def __init__(self, app: ASGIApp, *, port: int, token: str) -> None:
@@ -63,7 +63,7 @@ class Guard:
 
 
 def _with_headers(send: Send) -> Send:
-    """Add our headers to an answer that does not set them itself."""
+    """Add our headers to a response that lacks them."""
 
     async def added(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,7 +1,7 @@
-"""Following a log's folder: what is new since a page was last told, whatever happens to the folder meanwhile.
+"""Following a log's folder: the lines that are new for a page, whatever happens to the folder meanwhile.
 
-A page knows a log by its identity, a digest of its first line, and how many lines of each kind it was told of. Both
-are in the id of each message, so a page that comes back, also to a restarted server, says itself what it has missed.
+A page knows a log by its identity, a digest of its first line, and by how many lines of each kind it has received. Both
+are in the id of each message, so a page that reconnects, also to a restarted server, states what it has already.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 _KINDS = ("start", "progress", "free", "probe", "lab", "arrays", "event", "end")
 _ID = re.compile(rf"([0-9a-f]{{16}})((?:-\d{{1,12}}){{{len(_KINDS)}}})")
-_HEAD = 1 << 16  # bytes of the first line that a log is known by
+_HEAD = 1 << 16  # bytes of the first line that identify a log
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a page was told: of which log, and how many lines of each kind."""
+    """What a page has received: from which log, and how many lines of each kind."""
 
     identity: str = ""
     counts: tuple[int, ...] = (0,) * len(_KINDS)
 
     @classmethod
     def parse(cls, text: str) -> Seen:
-        """From a message's id; nothing seen for any other text."""
+        """The position in a message's id; the empty one for any other text."""
         found = _ID.fullmatch(text)
         return cls(found[1], tuple(map(int, found[2][1:].split("-")))) if found else cls()
 
     def continues(self, other: Seen, *, by: float = math.inf) -> bool:
-        """Whether the other's log only grew, by at most so many lines; another start may name other layers."""
+        """Whether this is the other's log, grown by at most ``by`` lines without a new start (it may rename layers)."""
         more = [a - b for a, b in zip(self.counts, other.counts, strict=True)]
         return self.identity == other.identity and more[0] == 0 and min(more) >= 0 and sum(more) <= by
 
@@ -54,7 +54,7 @@ class Seen:
 @final
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message to a page, as JSON: ``log`` begins anew, ``more`` adds to it, ``beat`` tells the state alone."""
+    """One message to a page, as JSON: ``log`` starts anew, ``more`` adds lines, ``beat`` has the state alone."""
 
     kind: str
     text: str
@@ -62,19 +62,19 @@ class Message:
 
     @classmethod
     def of(cls, kind: str, data: dict[str, Any], seen: Seen) -> Message:
-        """With its data as JSON in ASCII, as half a surrogate pair has no UTF-8."""
+        """A message whose data are ASCII JSON, because half a surrogate pair has no UTF-8."""
         return cls(kind, json.dumps(data, separators=(",", ":"), allow_nan=False), seen)
 
 
 @final
 class Feed:
-    """A log that is followed; every method may be called from any thread.
+    """A followed log; every method may be called from any thread.
 
     Args:
         folder: The log's folder.
 
     Raises:
-        FileNotFoundError: If there is no log now; later it may go and come back.
+        FileNotFoundError: If there is no log now. Later it may vanish and return.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -84,7 +84,7 @@ class Feed:
         self._log: Log | None = None
         self._percentiles = Percentiles()
         self._known = ("", -1)
-        self._first: Message | None = None  # what pages are told first, made once for those that open close together
+        self._first: Message | None = None  # the first message, shared by pages that open close together
         self._identity = ""
         if not (self.folder / "record.jsonl").is_file():
             raise FileNotFoundError(
@@ -93,11 +93,11 @@ class Feed:
             )
 
     def news(self, seen: Seen) -> Message:
-        """What a page that was told ``seen`` should be told now."""
+        """The next message for a page that has received ``seen``."""
         with self._lock:
             try:
                 return self._message(self._refreshed(), seen)
-            except Exception as error:  # noqa: BLE001 - a log may hold anything; the page says so and goes on
+            except Exception as error:  # noqa: BLE001 - a log may hold anything; the page shows the problem
                 return Message.of("beat", {"problem": _words(error)}, seen)
 
     def _message(self, log: Log, seen: Seen) -> Message:
@@ -110,13 +110,13 @@ class Feed:
             return Message.of("more", told(log, before) | state, now)
         if self._first is None or not now.continues(self._first.seen, by=MOST):
             self._first = Message.of("log", told(log, {}) | state, now)
-        return self._first  # what came since is told next
+        return self._first  # later lines are in the next message
 
     def whole(self, *, most: int = MOST) -> dict[str, Any]:
-        """All that a page can be told at once, thinned to ``most`` columns.
+        """All data of a page at once, thinned to ``most`` columns.
 
         Raises:
-            OSError: If the log is not there any more.
+            OSError: If the log has vanished.
             ValueError: If it cannot be read.
         """
         with self._lock:
@@ -129,7 +129,7 @@ class Feed:
                 raise ValueError(_words(error)) from error
 
     def layer(self, index: int, *, first: int = 0, most: int = MOST) -> dict[str, Any]:
-        """Percentiles of one layer over the ``arrays`` lines after the first so many; ``count`` is how many there are.
+        """Percentiles of one layer over the ``arrays`` lines from ``first`` on; ``count`` is the number of all lines.
 
         Raises:
             IndexError: If there is no such layer.
@@ -143,7 +143,7 @@ class Feed:
             return self._percentiles.of_layer(log, rows, index) | {"count": count}
 
     def _refreshed(self) -> Log:
-        """The log as it is now: the same, grown, or the one that took its place."""
+        """The log as it is now: the same, grown, or replaced."""
         known = _known(self.folder / "record.jsonl")
         if self._log is None or known != self._known:
             self._log = None  # until the new one can be read
@@ -157,7 +157,7 @@ class Feed:
 
 
 def _known(path: Path) -> tuple[str, int]:
-    """What tells a log from one that takes its place: its first line, and its number on the disk."""
+    """The identity of a log file: its first line, and its inode number."""
     with path.open("rb") as file:
         head = file.readline(_HEAD)
     return hashlib.sha256(head).hexdigest(), path.stat().st_ino
@@ -165,9 +165,9 @@ def _known(path: Path) -> tuple[str, int]:
 
 def _words(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "The log is gone from its folder. What is shown is what it last said; it is read again when it is back."
+        return "The log is gone from its folder. The page shows its last state, and continues when it is back."
     if isinstance(error, OSError):
-        return f"The log cannot be read: {error.strerror or 'an error of the disk'}. It is tried again."
+        return f"The log cannot be read: {error.strerror or 'an error of the disk'}. The page tries again."
     if isinstance(error, ValueError):
         return str(error)[:300]
-    return f"The log is not what was expected ({type(error).__name__}). It is tried again as it grows."
+    return f"The log has unexpected contents ({type(error).__name__}). The page tries again as it grows."

@@ -1,6 +1,6 @@
-"""The page as one HTML text: style and scripts inside, allowed by their hashes, and nothing loaded from anywhere.
+"""The page as one HTML text: style and scripts inline, allowed by their hashes; it loads nothing else.
 
-The live page asks its server for data; the saved one carries them, and is otherwise the same.
+The live page requests data from its server; the saved page contains them, and is otherwise the same.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from batchnorm.live.log_feed import Feed
 
 _SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")
-# What a saved page carries: less than the live one, which can ask. For 53 layers that is about 2 MB.
+# Amount of data in a saved page, less than in the live one: about 2 MB for 53 layers.
 _SAVED_LOOKS, _SAVED_PERCENTILES = 300, 100
 
 
 def render(name: str, data: dict[str, Any] | None = None) -> str:
-    """The page; with ``data`` the saved one, which asks no server."""
+    """The page; with ``data`` the saved one, which needs no server."""
     return template("live.html").render(
         name=name,
         style=style("live"),
@@ -38,10 +38,10 @@ def render(name: str, data: dict[str, Any] | None = None) -> str:
 
 
 def saved(feed: Feed) -> str:
-    """The page with all that it needs inside, for a file.
+    """The page with all its data, for a file.
 
     Raises:
-        OSError: If the log is not there any more.
+        OSError: If the log has vanished.
         ValueError: If it cannot be read.
     """
     data = feed.whole(most=_SAVED_LOOKS)
@@ -54,7 +54,7 @@ def saved(feed: Feed) -> str:
 
 
 def write(feed: Feed, path: str | os.PathLike[str]) -> None:
-    """Write the page as a file, whole or not at all.
+    """Write the page as a file; a failed write leaves no part of it.
 
     Raises:
         OSError: If the log is gone or the file cannot be written.
@@ -85,7 +85,7 @@ def _policy(*, connects: bool) -> str:
 
 @cache
 def _script() -> str:
-    """All scripts as one, in a scope of its own."""
+    """All scripts as one, in their own scope."""
     parts = [(TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
 

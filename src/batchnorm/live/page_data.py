@@ -1,7 +1,7 @@
-"""What a page is told of a log: plain numbers and short texts, at most so many of each kind.
+"""The data that a page gets from a log: plain numbers and short texts, a limited number of each kind.
 
 Each look becomes {"step", "values": {quantity: [one number or null a layer]}, "model": {quantity: number or null}}.
-Whatever else a line holds stays behind, so a page gets nothing that it would have to check again.
+Everything else in a line is dropped, so a page need not check its data again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from batchnorm.record import Log
 
 TIERS = ("free", "probe", "lab")
-# A heat map of a usual page has some 800 pixels for its columns: two pixels a look, and a long log opens at once.
+# A heat map has some 800 pixels for its columns: two pixels per look, and a long log opens at once.
 MOST = 400
-# More events than anyone reads; a log that has more is ill in a way that the last ones show.
+# More events than anyone reads; the last ones show what is wrong.
 MOST_EVENTS = 200
-_LONGEST = 500  # letters of a text
-_LARGEST_STEP = 2**53  # that JavaScript counts exactly
+_LONGEST = 500  # characters of a text
+_LARGEST_STEP = 2**53  # JavaScript's largest exact integer
 
 
 def told(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, Any]:
-    """What was appended after the first ``seen[kind]`` lines of each kind, thinned to ``most`` of each."""
+    """Data from the lines after the first ``seen[kind]`` of each kind, thinned to ``most`` of each."""
     layers = log.layers
 
     def rows(kind: str, most: int = most) -> list[dict[str, Any]]:
@@ -50,12 +50,12 @@ def number(value: Any) -> float | None:
 
 
 def text(value: Any) -> str | None:
-    """A text, cut where nobody reads on; None for everything else."""
+    """A text, cut to a readable length; None for everything else."""
     return value[:_LONGEST] if isinstance(value, str) else None
 
 
 def is_step(value: Any) -> bool:
-    """Whether a number of steps is one that a page can count."""
+    """Whether a value is a step number that a page can count."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_STEP
 
 
@@ -71,7 +71,7 @@ def _is_row(values: Any, layers: int) -> bool:
 
 
 def _numbers(values: list[Any]) -> list[float | None]:
-    """Each as ``number``; most rows are all finite numbers, which is seen at once."""
+    """``number`` of each value; fast for the usual row of finite numbers."""
     if set(map(type, values)) == {float} and math.isfinite(sum(values)):
         return values
     return [number(value) for value in values]

@@ -1,4 +1,4 @@
-"""Percentiles over time of one layer, from the small files beside a log."""
+"""Percentiles of one layer over time, read from the array files beside a log."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 NAMES = ("quantiles_input", "quantiles_output", "running_mean", "batch_mean", "running_var", "batch_var")
 _KEPT = 2 * MOST  # files' contents; 53 layers have 3 KB each
-_LARGEST = 1 << 24  # bytes of a file: a hundred times what a model of a thousand layers has
+_LARGEST = 1 << 24  # bytes of a file: a hundred times that of a model with a thousand layers
 
 
 class Percentiles:
-    """Reads the arrays that a log names, and keeps what it has read."""
+    """Reads the array files that a log names, and keeps their contents."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
 
     def forget(self) -> None:
-        """The log was replaced by another."""
+        """Drop everything, after another log replaced this one."""
         self._kept.clear()
 
     def of_layer(self, log: Log, rows: list[dict[str, Any]], layer: int) -> dict[str, Any]:
-        """Steps, and of each name five percentiles a step or None; files that cannot be read are steps of None.
+        """Steps, and for each name and step five percentiles, or None if the file cannot be read.
 
         Raises:
             ModuleNotFoundError: If safetensors or numpy is missing.
@@ -52,12 +52,12 @@ class Percentiles:
 
 
 def _read(log: Log, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a line, {} where there are none to be had: a gap is drawn there."""
+    """The arrays of a line; {} if they cannot be read, which leaves a gap in the chart."""
     from safetensors import SafetensorError
 
     path = log.folder / str(row.get("file"))
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:  # a pipe would be waited for
+        if not path.is_file() or path.stat().st_size > _LARGEST:  # opening a pipe would block
             return {}
         return log.arrays(row)
     except (ValueError, OSError, SafetensorError):

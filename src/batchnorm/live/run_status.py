@@ -1,4 +1,4 @@
-"""How the training is: where it is, how fast, what looking costs it, and whether anybody still writes."""
+"""The status of a training: its step, its speed, the cost of measuring, and whether it still runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from batchnorm.live.page_data import number, text
 if TYPE_CHECKING:
     from batchnorm.record import Log
 
-# a training that runs writes once a second; a first step that compiles, or a validation, takes longer
+# a running training writes once a second; a first step that compiles, or a validation, takes longer
 _QUIET = 30.0
-_PULSES = 12  # progress lines that the speed is a mean over
+_PULSES = 12  # progress lines for the mean speed
 _LOCKS = Path("/proc/locks")
 
 
 def status(log: Log) -> dict[str, Any]:
-    """State of the training, in numbers and one of the words finished, writing and silent."""
+    """The training's status as numbers, and its state: "finished", "writing" or "silent"."""
     pulses = log.rows("progress", first=max(0, log.count("progress") - _PULSES))
     updated = _updated(log, pulses)
     state, reason = _state(log, updated)
@@ -36,7 +36,7 @@ def status(log: Log) -> dict[str, Any]:
 
 
 def _updated(log: Log, pulses: list[dict[str, Any]]) -> float:
-    """Unix time of the last line that has one; else of the file, which a copy may have changed."""
+    """Unix time of the last line with a time; else of the file, which copying may have changed."""
     last = [*pulses[-1:]]
     for kind in ("free", "probe", "lab", "event", "end"):
         last += log.rows(kind, first=max(0, log.count(kind) - 1))
@@ -45,7 +45,7 @@ def _updated(log: Log, pulses: list[dict[str, Any]]) -> float:
 
 
 def _rate(log: Log, pulses: list[dict[str, Any]]) -> float | None:
-    """Steps a second over the last progress lines of this start; None from fewer than two."""
+    """Steps per second over the last progress lines of this start; None with fewer than two."""
     begun = number(log.start.get("time")) or 0.0
     marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]
     known = [(at, step) for at, step in marks if at is not None and step is not None and at >= begun]
@@ -64,9 +64,9 @@ def _state(log: Log, updated: float) -> tuple[str, str]:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process of this machine holds the lock of a log's writer, read without touching the lock.
+    """Whether a process on this machine holds the writer's lock on the log; the lock itself is not touched.
 
-    To try the lock would be simpler, but a training that starts at that moment would find it taken.
+    Trying the lock would be simpler, but a training that starts at that moment would find it taken.
     """
     with suppress(OSError):
         inode = f":{path.stat().st_ino} "

@@ -1,4 +1,4 @@
-"""Serving the page: the HTML, a stream of what is new, one layer's percentiles, and the page to keep."""
+"""Serving the page: the HTML, a stream of new data, one layer's percentiles, and the page as a file."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 PORT = 8421
-_PORTS = 40  # that are tried from PORT on
-_POLL = 0.25  # seconds between two looks at the file: a step is on the page well within 2 s
+_PORTS = 40  # number of ports tried from PORT on
+_POLL = 0.25  # seconds between two reads of the file: a step is on the page well within 2 s
 _BEAT = 1.0  # seconds between two signs of life
 
 
 def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve the page until Ctrl-C, which is raised again as KeyboardInterrupt.
+    """Serve the page until Ctrl-C, then raise KeyboardInterrupt again.
 
     Args:
         feed: The log.
         listener: From ``listen``.
-        token: What the page's addresses must carry.
-        ready: Called when the server is about to answer.
+        token: Every address of the page must carry it.
+        ready: Called just before the server answers.
     """
     # a long log is indexed while the browser starts
     threading.Thread(target=feed.news, args=(Seen(),), daemon=True).start()
@@ -48,7 +48,7 @@ def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], N
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A socket on 127.0.0.1; for port 0 on 8421 or the next that is free.
+    """A listening socket on 127.0.0.1; for port 0 on 8421 or the next free port.
 
     Raises:
         OSError: If the port is taken.
@@ -92,7 +92,7 @@ def application(feed: Feed, *, port: int, token: str, closing: threading.Event |
 
 
 async def _stream(feed: Feed, seen: Seen, over: threading.Event) -> AsyncIterator[str]:
-    """Messages as server-sent events: what is new at once, a sign of life each second."""
+    """Messages as server-sent events: new data at once, a sign of life each second."""
     yield "retry: 500\n\n"
     beaten = 0.0
     while not over.is_set():
@@ -137,14 +137,14 @@ def _config(app: Any) -> uvicorn.Config:
         loop="asyncio",
         lifespan="off",
         log_level="error",
-        access_log=False,  # addresses have the token
+        access_log=False,  # addresses contain the token
         server_header=False,
         timeout_graceful_shutdown=2,
     )
 
 
 class _Server(uvicorn.Server):
-    """A server whose streams end when it is told to leave: it would wait for them else."""
+    """A server that ends its streams at shutdown, because it would wait for them."""
 
     def __init__(self, config: uvicorn.Config, closing: threading.Event, ready: Callable[[], None]) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
-"""Statistics for test time: measure them, keep them, and let nothing else change them.
+"""Population statistics for test time: measure them, keep them, and protect them from changes.
 
-``recalibrate`` replaces the running averages of training by exact population statistics, ``freeze`` makes
-layers use what they store whatever mode they are put in, and ``preserve_state`` shields a model from tools.
+``recalibrate`` replaces running averages by exact population statistics, ``freeze`` makes layers use their stored
+statistics in every mode, and ``preserve_state`` protects a model from tools.
 """
 
 from batchnorm.population.freezing import freeze, frozen, unfreeze

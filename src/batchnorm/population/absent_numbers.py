@@ -1,8 +1,8 @@
-"""Absent numbers in a pass: which of a model's tensors had none, in place of what torch says where it stumbles.
+"""Tensors without values in a forward pass: an error that names the tensor, instead of torch's unclear error.
 
-Tensors that are gone may be fetched for a pass (FSDP, offloading), so that a model is not refused for them beforehand,
-unless it is certain that nobody will: fake ones, and memory that is still missing when a module of torch.nn begins,
-whose forward fetches nothing. To go on there would end the process in some operators.
+A tensor without values may still get them for a pass (FSDP, offloading), so a model is refused beforehand only where
+that is impossible: for fake tensors, and for memory that is still missing when a module of torch.nn begins, because its
+forward fetches nothing. Some operators would end the process if the pass went on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchnorm.population.tensor_memory import AbsenceError, emptiness, is_distr
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# what torch says of tensors without numbers
+# words in torch's errors about tensors without values
 _SPOKEN_OF = re.compile(
     r"not allocated|storage|data pointer|\bmeta\b|fake|DataDependent|DynamicOutputShape", re.IGNORECASE
 )
@@ -31,7 +31,7 @@ _MIXED = re.compile(r"mixed torch\.Tensor and DTensor")
 
 
 def require_real(model: nn.Module, who: str) -> None:
-    """Refuse a model of fake tensors, which nobody fetches, and whose passes give numbers that do not exist.
+    """Refuse a model with fake tensors: nothing fetches their values, and a pass would return meaningless numbers.
 
     Raises:
         TypeError: If ``model`` is no module.
@@ -43,7 +43,7 @@ def require_real(model: nn.Module, who: str) -> None:
 
 
 def require_batch(tensors: Iterable[Tensor], who: str) -> None:
-    """Refuse a batch of tensors without numbers.
+    """Refuse a batch that holds a tensor without values.
 
     Raises:
         AbsenceError: If one of them is fake, on the meta device, inside of a transform or freed.
@@ -54,10 +54,10 @@ def require_batch(tensors: Iterable[Tensor], who: str) -> None:
 
 @contextmanager
 def named_absences(model: nn.Module) -> Iterator[None]:
-    """A block that runs a model: where numbers are absent it ends with their name and a remedy.
+    """A block that runs a model: an error about missing values names the tensor and a remedy.
 
     Raises:
-        AbsenceError: In place of what was raised for want of them.
+        AbsenceError: Instead of the error that missing values caused.
     """
     try:
         with refusing_absences(model):
@@ -71,17 +71,17 @@ def named_absences(model: nn.Module) -> Iterator[None]:
 
 
 def note_absence(model: nn.Module, error: BaseException | None) -> None:
-    """Add to an error of somebody else's pass what of the model had no numbers, if that was why."""
+    """Add a note to the error of a user's pass if a tensor of the model without values caused it."""
     if isinstance(error, Exception) and not isinstance(error, AbsenceError) and (told := _told(model, error)):
         error.add_note(f"batchnorm: the pass {told}")
 
 
 @contextmanager
 def refusing_absences(model: nn.Module) -> Iterator[None]:
-    """A block in which no module of torch.nn, or ours, begins without numbers that it had not before the block either.
+    """A block that stops a module of torch.nn or ours if its tensors, without values before the block, still have none.
 
     Raises:
-        AbsenceError: When one does, with the name and a remedy.
+        AbsenceError: When such a module begins, with the tensor's name and a remedy.
     """
     lacking = [module for module in model.modules() if any(map(emptiness, _own(module)))]
     named = model.named_modules() if lacking else ()
@@ -96,9 +96,9 @@ def _refuse(path: str, module: nn.Module, _: object) -> None:
 
 
 def _is_used(module: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether a module of torch.nn needs a tensor's numbers, which not everything that was put on it does."""
+    """Whether a module of torch.nn reads this tensor; users may attach tensors that it does not read."""
     name = name.rpartition(".")[2]
-    if name == "num_batches_tracked":  # only memory can be missing to a count
+    if name == "num_batches_tracked":  # a counter can only lack memory
         return module.training and is_freed(tensor)
     return name.startswith(_READ)
 
@@ -112,19 +112,19 @@ def _fetches_nothing(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    held = vars(module)  # a scripted module holds none of its own here
+    held = vars(module)  # a scripted module has no tensors here
     tensors = [*held.get("_parameters", {}).values(), *held.get("_buffers", {}).values()]
     return [tensor for tensor in tensors if tensor is not None]
 
 
 def _named(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's own tensors by their names in a model."""
+    """A module's own tensors by their full names in the model."""
     tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     return {f"{path}.{name}".lstrip("."): tensor for name, tensor in tensors}
 
 
 def _told(model: nn.Module, error: BaseException) -> str:
-    """What a pass that failed needed, as the end of a sentence; "" if it was no numbers."""
+    """The cause of a failed pass, as the end of a sentence; "" if it was not a tensor without values."""
     names = {module: path for path, module in model.named_modules()}
     module = _innermost(error, names)
     own = _named(names[module], module)
@@ -133,7 +133,7 @@ def _told(model: nn.Module, error: BaseException) -> str:
             f"needs inputs of the kind of {kind!r}, a DTensor, got others. Distribute them, or use its full_tensor()."
         )
     below = chain(module.named_parameters(prefix=names[module]), module.named_buffers(prefix=names[module]))
-    is_spoken_of = _SPOKEN_OF.search(f"{type(error).__name__} {error}")  # code may use what modules below it hold
+    is_spoken_of = _SPOKEN_OF.search(f"{type(error).__name__} {error}")  # code may use submodules' tensors
     for name, tensor in chain(own.items(), below if is_spoken_of else ()):
         if why := emptiness(tensor):
             return f"needs the numbers of {name!r}, got a tensor that {why}."
@@ -141,12 +141,12 @@ def _told(model: nn.Module, error: BaseException) -> str:
 
 
 def _innermost(error: BaseException, known: dict[nn.Module, str]) -> nn.Module:
-    """The module whose code raised it; the model if it is of none."""
+    """The innermost known module whose code raised the error; the model if there is none."""
     return next(iter([module for module in modules_behind(error) if module in known][::-1]), next(iter(known)))
 
 
 def modules_behind(error: BaseException) -> Iterator[nn.Module]:
-    """The modules whose code was running when it was raised, from the outermost on."""
+    """Modules whose code was running when the error was raised, outermost first."""
     trace = error.__traceback__
     while trace is not None:
         if isinstance(owner := trace.tb_frame.f_locals.get("self"), nn.Module):

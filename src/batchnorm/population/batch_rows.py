@@ -1,7 +1,7 @@
-"""Rows: whether a part of a batch is a batch of its own, as the model answers it.
+"""Rows: whether the first rows of a batch are a valid smaller batch for the model.
 
-The first axis of a tensor may count examples, or the nodes of a graph, the points of a cloud, the words of several
-texts in a row. Tensors do not tell; what refers to rows that were cut off does: the model raises, or answers otherwise.
+The first axis of a tensor may count examples, the nodes of a graph, the points of a cloud, or the words of several
+texts. Shapes do not tell; the model does: without rows that others refer to, it raises, or its outputs differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def settle(batches: Batches, model: nn.Module, forward: Forward | None = None) -> None:
-    """Have batches cut by their limit only where the model takes the part for a batch of its own."""
+    """Let batches be cut at their limit only if the model treats the part as a batch of its own."""
     if forward is None:
         batches.given = lambda batch: arguments(model, batch)
     with preserve_random_state(*batches.generators):
@@ -34,19 +34,19 @@ def settle(batches: Batches, model: nn.Module, forward: Forward | None = None) -
 def why_whole(
     model: nn.Module, batch: Batch, count: int, *, forward: Forward | None = None, device: torch.device | None = None
 ) -> str:
-    """Why the first ``count`` rows of a batch are no batch of their own, as the end of a sentence; "" if they are.
+    """Why the first ``count`` rows of a batch are not a valid batch, as the end of a sentence; "" if they are.
 
-    They are if all tensors that the model is given share their first axis, and the model, in eval mode, gives the part
-    the outputs that it gives these rows within the whole, to half of the digits. Outputs that do not grow with the rows
-    say no; without outputs it is enough that the model runs. Sequences that are packed or nested are examples by their
-    type, and nothing is run. The model is left as it was, bit for bit.
+    They are valid if all tensors that the model receives share their first axis, and the model in eval mode returns for
+    them what it returns for these rows within the whole batch, to half of the digits. They are not if outputs do not
+    grow with the rows; without outputs, a run without error is enough. Packed or nested sequences are examples by
+    their type, and nothing is run. The model is left as it was, bit for bit.
 
     Args:
         model: Run twice.
         batch: As ``recalibrate`` takes one.
         count: Rows, fewer than the batch has.
-        forward: Called as ``forward(model, batch)`` in place of the usual rules.
-        device: Where the batch is moved, if not to the model's.
+        forward: Called as ``forward(model, batch)`` instead of the usual rules.
+        device: Where the batch is moved; the model's device by default.
 
     Raises:
         Exception: What the model raises on the whole batch.
@@ -63,13 +63,13 @@ def why_whole(
         whole = _outputs(run(model, next(iter(Batches([batch], None, device)))))
         try:
             part = _outputs(run(model, next(iter(Batches([batch], count, device)))))
-        except Exception as error:  # noqa: BLE001 - whatever the user's model raises is the answer
+        except Exception as error:  # noqa: BLE001 - any error of the user's model is the answer
             return f"the model does not run on {count} of its {size} rows ({type(error).__name__}: {error})"
     if len(whole) != len(part) or any(len(y) * size != len(z) * count for y, z in zip(part, whole, strict=True)):
         return "the model's outputs are not one for each row"
     of_rows = [(few, all_[:count]) for few, all_ in zip(part, whole, strict=True) if len(few) == count]
     if not all(_is_close(few, all_) for few, all_ in of_rows):
-        return f"the model answers {count} of its {size} rows otherwise than within the whole"
+        return f"the model's outputs for {count} of its {size} rows differ from those within the whole batch"
     return ""
 
 

@@ -1,10 +1,10 @@
-"""Batches of any kind, once for each pass: cut to a number of examples, moved to a device, given to a model.
+"""Batches of any kind, repeated for each pass: cut to a number of examples, moved to a device, given to a model.
 
-A batch is a tensor, a tuple, list, mapping or dataclass of batches, or an object of a class that is not looked into.
-Its rows are the first axis that all tensors share which the model is given. Where they share none (nodes and edges of
-a graph), and where the model says otherwise (``batch_rows``), it has no rows, and is used whole.
+A batch is a tensor, a tuple, list, mapping or dataclass of batches, or an object of another class, which stays opaque.
+Its rows are the first axis, if all tensors that the model receives share it. If they do not (nodes and edges of a
+graph), or if the model's outputs show otherwise (``batch_rows``), the batch has no rows and is used whole.
 
-A model may write to what it is given (``x.sub_(mean)``), so every pass has memory of its own.
+A model may overwrite its inputs (``x.sub_(mean)``), so every pass gets its own copy.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ if TYPE_CHECKING:
     from batchnorm.call_types import Arguments, Keywords
     from batchnorm.population.forward_signatures import Way
 
-    Forward = Callable[[nn.Module, Batch], object]  # how a model is called with a batch
+    Forward = Callable[[nn.Module, Batch], object]  # calls a model with a batch
 
-# what a model says that was given a batch in another way than it takes it
+# errors that a model raises if it gets a batch in the wrong form
 _MISTAKEN = (AttributeError, TypeError, ValueError, LookupError)
-# for each model, by its forward and the kind of a batch, which of two ways it runs with
+# for each model, by its forward and the kind of batch: which of two call forms works
 _SETTLED: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
 
 
 def call(model: nn.Module, batch: Batch) -> object:
-    """The model's answer to a batch of any kind, as the docstring of ``recalibrate`` says.
+    """The model's output for a batch of any kind, by the rules in the docstring of ``recalibrate``.
 
-    Where the forward's signature leaves a doubt (``forward_signatures``), the second way is tried if the first one
-    fails, and kept for batches of the same kind.
+    If the forward's signature is ambiguous (``forward_signatures``) and the first call form fails, the second one is
+    tried, and kept for batches of the same kind.
 
     Raises:
-        TypeError: If ``batch`` is none.
-        AbsenceError: If numbers that the pass needs cannot be read.
+        TypeError: If ``batch`` is not a batch.
+        AbsenceError: If values that the pass needs cannot be read.
     """
     require_examples(batch, "a pass of the model")
     possible = ways(model, batch)
@@ -95,23 +95,23 @@ def _kind_of(model: nn.Module, batch: Batch) -> object:
 
 
 def arguments(model: nn.Module, batch: Batch) -> tuple[Arguments, Keywords]:
-    """What of a batch a model is called with.
+    """The positional and keyword arguments with which a model is called for a batch.
 
-    A batch with names (mapping, named tuple, dataclass) is given by name if ``forward`` cannot do without some of them,
-    or accepts all; whole if ``forward`` asks its one argument for them, is annotated with its class, or knows none of
-    the names, but for a named tuple, which is a tuple then. Of a tuple or list the first element, or as many as
-    ``forward`` cannot do without; all of it if it is unpacked there, or annotated as such. Anything else is given
-    whole.
+    A batch with names (mapping, named tuple, dataclass) is passed by name if ``forward`` requires some of the names or
+    accepts all. It is passed whole if ``forward``'s one argument is indexed by them or annotated with the batch's
+    class, or if ``forward`` has none of the names; a named tuple is then treated as a tuple. From a tuple or list,
+    ``forward`` gets the first element, or as many as it requires; all in one argument if ``forward`` unpacks it or is
+    annotated so. Anything else is passed whole.
     """
     possible = ways(model, batch)
     return possible[_settled(model, batch, len(possible))]
 
 
 def require_examples(batch: Batch, who: str) -> None:
-    """Refuse what is no batch.
+    """Refuse anything that is not a batch.
 
     Raises:
-        TypeError: If nothing in it may hold examples.
+        TypeError: If no part of it can hold examples.
     """
     leaves = [] if isinstance(batch, (str, bytes)) else leaves_of(batch)
     if isinstance(batch, Iterator):
@@ -132,43 +132,43 @@ def _may_hold_examples(leaf: Leaf) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where a model's first tensor with memory is; None for a model without any.
+    """Device of a model's first tensor with memory; None for a model without one.
 
-    Parameters on the meta device are fetched when they are needed (offloading), by hooks that move inputs too.
+    Parameters on the meta device are fetched when needed (offloading), by hooks that also move inputs.
     """
     devices = dict.fromkeys(t.device for t in chain(model.parameters(), model.buffers()))
     return next((device for device in devices if device.type != "meta"), None)
 
 
 def on_device_of(model: nn.Module, batch: Batch, most: int | None = None, *, who: str = "a pass of the model") -> Batch:
-    """The batch where the model is, cut to ``most`` examples, in memory of its own. ``who`` asks.
+    """A copy of the batch on the model's device, cut to ``most`` examples. Errors name ``who`` as the caller.
 
     Raises:
-        TypeError: If it is no batch.
-        ValueError: If it has more rows than ``most`` and cannot be cut, or tensors without numbers.
+        TypeError: If it is not a batch.
+        ValueError: If it has more rows than ``most`` and cannot be cut, or holds tensors without values.
     """
     require_examples(batch, who)
     if most is not None and (why := why_without_rows(arguments(model, batch))) and (examples_in(batch) or 0) > most:
-        raise ValueError(f"a batch to be cut needs tensors of one first axis, got one of which {why}. Use it whole.")
+        raise ValueError(f"a batch can be cut if its tensors share the first axis, got one where {why}. Use it whole.")
     return next(iter(Batches([batch], most, device_of(model), who=who)))
 
 
 def rereadable(data: Batch) -> Any:
-    """The data, in memory if they can be read only once: an iterator, or what gives the same iterator again."""
+    """The data if they can be iterated again, else a list of them: iterators, and loaders that return one iterator."""
     if isinstance(data, Iterator):
         return list(data)
     if isinstance(data, (Sequence, Mapping, Tensor, DataLoader)) or not isinstance(data, Iterable):
         return data
-    with preserve_random_state():  # what is asked for an iterator may draw a seed for it
+    with preserve_random_state():  # creating an iterator may draw a seed
         first, second = iter(data), iter(data)
     return list(first) if first is second else data
 
 
 class Batches:
-    """The batches of a loader, once for each pass: cut to ``max_examples`` and moved to ``device``.
+    """The batches of a loader, for any number of passes: cut to ``max_examples`` and moved to ``device``.
 
-    A batch without rows is not cut: with it the limit may be passed. Tensors are copies, one batch at a time, where
-    they would be the loader's own. ``who`` is the name of the function that asks, for its error messages.
+    A batch without rows is not cut, so the limit may be exceeded. Tensors that belong to the loader are copied, one
+    batch at a time. Error messages name ``who`` as the caller.
     """
 
     def __init__(
@@ -191,16 +191,16 @@ class Batches:
             )
         self.max_examples = max_examples
         self.device = device
-        self.has_rows = True  # as far as a model was asked (``rows.settle``)
-        self.given: Callable[[Batch], Batch] = _first_part  # what of a batch the model gets
+        self.has_rows = True  # until ``batch_rows.settle`` finds otherwise
+        self.given: Callable[[Batch], Batch] = _first_part  # the part of a batch that the model receives
         self.loader = list(self._up_to_max(loader, cut=False)) if isinstance(loader, Iterator) else rereadable(loader)
-        # what stacks examples makes a new tensor for every batch
+        # the default collate function makes a new tensor for every batch
         self._are_new = type(loader) is DataLoader and loader.collate_fn is default_collate
         self.count: int | None = None
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """A DataLoader's own sources of randomness."""
+        """The DataLoader's own random generators."""
         owners = [self.loader, getattr(self.loader, "sampler", None)]
         return [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
 
@@ -222,7 +222,7 @@ class Batches:
         self.count = count
 
     def to_be_cut(self) -> tuple[Batch, int] | None:
-        """The batch that the limit falls into, and the number of examples to take of it; None if it falls into none."""
+        """The batch in which the limit falls, and how many of its examples are used; None if no batch is cut."""
         if (left := self.max_examples) is None:
             return None
         for batch in self.loader:
@@ -257,13 +257,13 @@ class Batches:
         return size
 
     def copy_of(self, batch: Batch) -> Batch:
-        """A batch that another forward may write to."""
+        """A copy that another forward may overwrite."""
         return each_leaf(batch, _copy)
 
     def _moved(self, leaf: Leaf) -> Leaf:
         if isinstance(leaf, Tensor):
             require_batch([leaf], self.who)
-        if is_object(leaf):  # its own ``to`` may move it where it is
+        if is_object(leaf):  # its ``to`` may work in place
             leaf = _copy(leaf)
             return leaf.to(self.device) if self.device is not None else leaf
         moved = leaf.to(self.device) if self.device is not None and hasattr(leaf, "to") else leaf

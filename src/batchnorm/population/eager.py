@@ -1,4 +1,4 @@
-"""Eager mode: compiled models run as they are written, so that hooks inside of them are called."""
+"""Eager mode: runs compiled models uncompiled, so that hooks inside them are called."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import torch
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """A block that runs compiled models eagerly: their code was made without our hooks, and may stumble over them."""
-    loaded = "torch._dynamo" in sys.modules  # loading the compiler takes seconds, and no compiled model is without it
+    """A block that runs compiled models eagerly: their code was made without our hooks, and may fail with them."""
+    loaded = "torch._dynamo" in sys.modules  # loading the compiler takes seconds, and a compiled model has loaded it
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

@@ -1,4 +1,4 @@
-"""Eval mode for models of any kind, also those whose ``eval`` refuses."""
+"""Eval mode for models of any kind, also those whose ``eval`` raises an error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 def to_eval(model: nn.Module) -> nn.Module:
     """The model, in eval mode as far as it has one.
 
-    A program of ``torch.export`` has the mode that it was exported in, and no other: it is left as it is. A module that
-    refuses another way, or whose flag was taken away (``torch.jit.freeze``), is passed over, and its children are not.
+    A program of ``torch.export`` has only the mode of its export, and keeps it. A module that refuses for another
+    reason, or has no flag (``torch.jit.freeze``), is skipped, but not its children.
     """
     try:
         return model.eval()

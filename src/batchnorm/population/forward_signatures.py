@@ -1,7 +1,7 @@
-"""What of a batch a model is called with, by what its forward says: signature, annotations, and what it asks of them.
+"""The arguments for a model's forward, chosen from a batch by signature, annotations and code of the forward.
 
-A batch with names (mapping, named tuple, dataclass) is given by name or whole, other tuples and lists in part or whole.
-Where the signature leaves a doubt there are several ways, the likeliest first: what the model runs with decides.
+A batch with names (mapping, named tuple, dataclass) is passed by name or whole, other tuples and lists in part or
+whole. If the signature is ambiguous there are several call forms, the likeliest first; a run decides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_
 
 
 def ways(model: nn.Module, batch: Batch) -> list[Way]:
-    """Arguments and keyword arguments that a model may be called with for a batch, the likeliest first; one or two."""
+    """Call forms (positional and keyword arguments) of a model for a batch, the likeliest first; one or two."""
     named = names_in(batch)
     if named is not None:
         return _by_name(model, batch, named)
@@ -42,7 +42,7 @@ def ways(model: nn.Module, batch: Batch) -> list[Way]:
 
 
 def names_in(batch: Batch) -> dict[str, Any] | None:
-    """The parts of a mapping, a named tuple or a dataclass by name; None for what has no names."""
+    """The parts of a mapping, named tuple or dataclass by name; None for a batch without names."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_asdict") and not isinstance(batch, PackedSequence):
@@ -56,7 +56,7 @@ def fields_of(value: Any) -> dict[str, Any]:
 
 
 def code_of(model: nn.Module) -> object:
-    """What tells one forward from another; None where it is no function of Python."""
+    """An object that identifies a forward; None if it is not a Python function."""
     return getattr(inspect.unwrap(unwrapped(model).forward), "__code__", None)
 
 
@@ -78,10 +78,10 @@ def _by_name(model: nn.Module, batch: Batch, named: dict[str, Any]) -> list[Way]
 def _in_part(model: nn.Module, batch: tuple | list) -> list[Way]:
     needed = _needed(model)
     inner = batch[0] if len(batch) else None
-    # 0 is the first element, or the first example of one
+    # index 0 may mean the first element, or the first example of one tensor
     if len(needed) == 1 and (_is_asked(model, needed[0], [1]) or _is_declared(model, needed[0], batch, inner)):
         whole: list[Way] = [((batch,), {})]
-        # a pair of inputs beside their target
+        # a tuple of inputs next to its target
         return [((inner,), {}), *whole] if isinstance(inner, (tuple, list)) and names_in(inner) is None else whole
     if len(needed) > 1 and isinstance(inner, (tuple, list)) and len(inner) >= len(needed):
         return [(tuple(inner[: len(needed)]), {})]
@@ -101,7 +101,7 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def _needed(model: nn.Module) -> list[str]:
-    """The arguments that a model's forward cannot do without and takes by place; empty where it does not say."""
+    """The required arguments of a model's forward that can be positional; empty if its signature is unknown."""
     return [p.name for p in _parameters(model) if p.kind in _BY_PLACE and p.default is p.empty]
 
 
@@ -123,7 +123,7 @@ def _accepts(model: nn.Module, named: dict[str, Any]) -> bool:
 
 
 def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str, Any]) -> bool:
-    """Whether the one argument is the batch itself: by its annotation, or because its parts are asked for by name."""
+    """Whether the one argument is the batch itself: by its annotation, or because the code uses its parts by name."""
     declared = _annotation(model, parameter)
     first = next(iter(named.values()), None)
     if _allows(declared, batch) and not _allows(declared, first):
@@ -133,7 +133,7 @@ def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str
 
 
 def _is_declared(model: nn.Module, parameter: str, batch: Batch, inner: Any) -> bool:
-    """Whether an annotation says that an argument is such a tuple or list, and not such a first part of it."""
+    """Whether the annotation of an argument allows the whole tuple or list, but not its first part."""
     declared = _annotation(model, parameter)
     return _allows(declared, batch) and not _allows(declared, inner)
 
@@ -146,7 +146,7 @@ def _annotation(model: nn.Module, parameter: str) -> Any:
 
 
 def _allows(declared: Any, value: Any) -> bool:
-    """Whether an annotation is of the value's type."""
+    """Whether an annotation allows the value's type."""
     if get_origin(declared) in {Union, UnionType}:
         return any(_allows(each, value) for each in get_args(declared))
     kind = get_origin(declared) or declared
@@ -154,9 +154,9 @@ def _allows(declared: Any, value: Any) -> bool:
 
 
 def _is_asked(model: nn.Module, parameter: str, keys: Iterable[object], names: Iterable[str] = ()) -> bool:
-    """Whether a forward's own code takes an argument apart: by one of the keys, by an attribute's name, or unpacks it.
+    """Whether the code of a forward takes an argument apart: by one of the keys, by an attribute, or by unpacking.
 
-    What a tensor can be asked for too proves nothing.
+    Keys and attributes that a tensor supports too prove nothing.
     """
     code: Any = code_of(model)
     return code is not None and not _asked(code, parameter).isdisjoint({*keys, *names, _UNPACKED})
@@ -164,21 +164,21 @@ def _is_asked(model: nn.Module, parameter: str, keys: Iterable[object], names: I
 
 @cache
 def _asked(code: CodeType, parameter: str) -> frozenset[object]:
-    """Keys and attributes that code takes of a variable, but for those that a tensor has too."""
+    """Keys and attributes that code reads from a variable, except those of a tensor."""
     steps = list(dis.get_instructions(code))
     after = zip(steps, steps[1:], [*steps[2:], steps[-1]], strict=False)
     return frozenset(chain.from_iterable(_taken(two, three) for one, two, three in after if _is_of(one, parameter)))
 
 
 def _is_of(step: dis.Instruction, parameter: str) -> bool:
-    """Whether a step puts the argument on top of the stack; some versions of Python load two variables in one."""
+    """Whether a step puts the argument on top of the stack; some Python versions load two variables in one step."""
     if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
         return False
     return step.argval == parameter or (isinstance(step.argval, tuple) and step.argval[-1] == parameter)
 
 
 def _taken(step: dis.Instruction, then: dis.Instruction) -> list[object]:
-    """What two steps take of what is on top of the stack."""
+    """What two steps read from the value on top of the stack."""
     if step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and not hasattr(Tensor, step.argval):
         return [step.argval]
     if step.opname in _CONSTANTS and _is_subscript(then) and isinstance(step.argval, (str, int)):
@@ -187,7 +187,7 @@ def _taken(step: dis.Instruction, then: dis.Instruction) -> list[object]:
 
 
 def _is_subscript(step: dis.Instruction) -> bool:
-    """Whether a step is value[key], which newer versions of Python count among operators such as ``+=``."""
+    """Whether a step is value[key]; newer Python versions count it among operators such as ``+=``."""
     return step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr == "[]")
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-_UNKNOWN = 1 << 30  # bytes, where nobody can be asked
+_UNKNOWN = 1 << 30  # bytes, if the system does not say
 
 
 def free_memory(device: torch.device | None) -> int:
-    """Bytes that new tensors on a device may take: on the CPU of the machine or of its control group, whatever is less.
+    """Bytes free for new tensors on a device: on the CPU the smaller of the machine's and the control group's.
 
     Args:
-        device: None for the CPU. Of a device that is neither the CPU nor CUDA, 1 GiB is said to be free.
+        device: None for the CPU. For a device that is neither the CPU nor CUDA the result is 1 GiB.
     """
     if device is not None and device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -33,10 +33,10 @@ def _of_machine() -> int:
 
 
 def _of_control_group() -> int:
-    """What a container may still take; what the machine has where there is none."""
+    """Bytes that a container may still use; a huge number without a container."""
     folder = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError, KeyError):
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
         parts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - int(used) + int(parts["file"]))  # copies of files are given up when it is needed
+        return max(0, int(limit) - int(used) + int(parts["file"]))  # file caches are freed on demand
     return 1 << 62

@@ -1,8 +1,8 @@
-"""Freezing: a batch norm layer that normalizes by its stored statistics, whatever mode it is put in.
+"""Freezing: makes a batch norm layer normalize by its stored statistics in every mode.
 
-``layer.eval()`` is undone by the next ``model.train()``. A frozen layer is of a subclass whose ``training``
-always reads False; what is asked of it is remembered and holds again once it is unfrozen. The layer stays the
-same object with the same parameters, buffers and state_dict keys.
+``layer.eval()`` is undone by the next ``model.train()``. A frozen layer has a subclass whose ``training`` always reads
+False; the mode that was set is remembered and returns when the layer is unfrozen. The layer stays the same object with
+the same parameters, buffers and state_dict keys.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 _BEFORE = "_requires_grad_before_freeze"
-# the flag was written as False, which is what a frozen layer says of itself: a tool may have put back what it had read
+# the flag was set to False, the value that a frozen layer shows: a tool may have restored the value that it had read
 _READ_BACK = "_training_may_be_read_back"
 
 
 class Frozen(nn.Module):
-    """Mixed into the class of a frozen layer; ``isinstance(layer, Frozen)`` tells one."""
+    """Mixed into the class of a frozen layer; test with ``isinstance(layer, Frozen)``."""
 
     __jit_unused_properties__ = ("training",)  # torch.jit.script takes the flag's value, not the property
 
     @property
     def training(self) -> bool:
-        """False; what was asked for is kept for the time after the freeze."""
+        """False; the mode that was set is kept for the time after the freeze."""
         return False
 
     @training.setter
@@ -54,14 +54,14 @@ class Frozen(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # the class is made at run time, so pickle and deepcopy get the class that it was made from
+        # the class is made at run time, so pickle and deepcopy get the original class
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _empty_layer, (_thawed_class(type(self)),), *state
 
 
 @cache
 def _frozen_class(kind: type) -> Any:
-    # the module's name is kept because torch.fx takes a layer for a leaf by it
+    # keep the module's name: torch.fx uses it to recognize leaves
     return type(f"Frozen{kind.__name__}", (Frozen, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
@@ -81,8 +81,8 @@ def freeze(model: Model, affine: bool = False) -> Model:
     flags, for the layers of torch.nn, SyncBatchNorm and ours, until ``unfreeze``. It survives pickle, deepcopy
     and ``torch.save`` of the whole model; a state_dict looks as before. A frozen layer is an instance of its
     former class, and its type is named ``FrozenBatchNorm2d`` and so on; only tools that compare types exactly
-    see a difference. Freezing twice is harmless. A model without batch norm layers is left as it is. Layers of other
-    libraries that measure batches in train mode are frozen alike; those that never do are left as they are.
+    see a difference. Freezing twice is harmless, and a model without batch norm layers stays as it is. Layers of other
+    libraries are frozen too if they measure batches in train mode; those that never do stay as they are.
 
     Args:
         model: Changed in place.
@@ -122,10 +122,9 @@ def freeze(model: Model, affine: bool = False) -> Model:
 def unfreeze(model: Model) -> Model:
     """The same model, changed in place: ``freeze`` undone, bit for bit.
 
-    Classes are as before, ``requires_grad`` of gamma and beta as before ``affine=True``, and each layer is in the
-    mode that was last asked of it. Where its flag was written as False, which is also what a tool does that puts back
-    what it had read of the frozen layer, it is in the mode of the module that holds it. Layers that are not frozen are
-    left as they are.
+    Classes are as before, ``requires_grad`` of gamma and beta as before ``affine=True``, and each layer has the mode
+    that was last set. If its flag was set to False, the layer takes the mode of its parent module, because a tool may
+    have restored the False that it read from the frozen layer. Layers that are not frozen are left as they are.
     """
     layers, around = _layers(model), _holders(model)
     for path, layer in reversed(layers.items()):
@@ -134,14 +133,14 @@ def unfreeze(model: Model) -> Model:
 
 
 def _holders(model: nn.Module) -> dict[str, nn.Module]:
-    """For each module below the model the one that holds it."""
+    """The parent of each module below the model."""
     known = dict(model.named_modules())
     return {path: known[path.rpartition(".")[0]] for path in known if path}
 
 
 @contextmanager
 def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
-    """The model, frozen inside the block as by ``freeze``; layers that were frozen before it stay frozen after it."""
+    """The model, frozen by ``freeze`` inside the block; layers that were frozen before stay frozen."""
     require_flag(affine, "affine")
     layers = _layers(model)
     were_open = {path: layer for path, layer in layers.items() if not isinstance(layer, Frozen)}
@@ -157,7 +156,7 @@ def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The layers that measure something in train mode; a frozen one of another library has nothing to hold."""
+    """The layers that measure batches in train mode; a frozen layer of another library has nothing to freeze."""
     return {**batch_norms(model), **live_layers(model)}
 
 
@@ -167,13 +166,13 @@ def _warn_of_nothing(model: nn.Module) -> None:
 
 
 def has_stored_statistics(layer: _BatchNorm) -> bool:
-    """Whether a layer has a running mean and variance, with a shape."""
+    """Whether a layer has a running mean and variance with a known shape."""
     found = [layer.running_mean, layer.running_var]
     return not any(buffer is None or is_lazy(buffer) for buffer in found)
 
 
 def statistics_of(layers: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """The running means, variances and counters of layers, by their names in a state_dict; None where there is none."""
+    """Running means, variances and counters of layers, by their state_dict names; None if missing."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     return {
         f"{path}.{name}".lstrip("."): getattr(layer, name, None) for path, layer in layers.items() for name in names
@@ -185,7 +184,7 @@ def _thaw(layer: _BatchNorm, holder: nn.Module | None) -> None:
         if Frozen not in type(layer).__bases__:
             raise RuntimeError(
                 f"unfreeze needs the class that freeze made, got {type(layer).__name__} derived from it. "
-                "Undo first what was done to the layer since, such as a parametrization."
+                "First undo later changes to the layer, such as a parametrization."
             )
         layer.__class__ = _thawed_class(type(layer))
         if vars(layer).pop(_READ_BACK, False) and holder is not None:

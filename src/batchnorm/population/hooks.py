@@ -1,4 +1,4 @@
-"""Hooks on a model: put on and taken off together, and left out of copies and files of a model that is watched."""
+"""Hooks on a model: attached and removed together, and left out of copies and files of an observed model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Seen = TypeVar("Seen", bound=nn.Module)
 
 @contextmanager
 def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """A block in which hooks are on; they are removed behind it, also those that are on when another cannot be put on.
+    """A block with hooks attached; all are removed after it, also if attaching one of them fails.
 
     Args:
-        handles: What putting the hooks on returns; a generator puts each one on when the block begins.
+        handles: Handles from registering the hooks; a generator registers them when the block begins.
     """
     with ExitStack() as stack:
         for handle in handles:
@@ -31,7 +31,7 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def detach(handles: list[RemovableHandle]) -> None:
-    """Remove hooks that were on for longer than a block; the list is empty behind it."""
+    """Remove hooks that stayed longer than a block, and empty the list."""
     while handles:
         handles.pop().remove()
 
@@ -55,11 +55,11 @@ def seeing(layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object
 
 @final
 class Hook:
-    """A hook on a module whose copies, in copies and in files of the model, do nothing.
+    """A hook whose copies, in copies and files of the model, do nothing.
 
     Args:
-        work: Given what the hook is given.
-        is_always: Whether it works also where a compiler traces the call, or a CUDA graph records it.
+        work: Called with the hook's arguments.
+        is_always: Whether it also works during compilation or CUDA graph capture.
     """
 
     def __init__(self, work: Callable[..., None] | None = None, *, is_always: bool = False) -> None:
@@ -71,11 +71,11 @@ class Hook:
             self._work(*arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        """A hook that does nothing: an average of the weights is not what is watched."""
+        """A hook that does nothing: a copy, such as an average of the weights, is not observed."""
         return Hook()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a saved model keeps of it."""
+        """The hook in a saved model, which does nothing."""
         return {"_work": None, "_is_always": False}
 
 

@@ -1,7 +1,7 @@
-"""Exact statistics: each layer measured behind finished ones, in execution order.
+"""Exact statistics: measures each layer after all layers before it are finished, in execution order.
 
-Where it is proved to change nothing, the forwards of all batches run once, in ``lock_step``. Otherwise each layer costs
-a pass that ends at the layer.
+If this provably changes nothing, the forwards of all batches run once, in ``lock_step``. Otherwise each layer costs a
+pass that ends at the layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from batchnorm.population.lock_step import Finish
 
-_SHARE = 0.5  # of the free memory, for forwards that wait
+_SHARE = 0.5  # of the free memory, for waiting forwards
 
 
 @final
@@ -31,7 +31,7 @@ class LayerMoments(dict[str, Moments]):
     """Moments of the inputs of each layer, by dotted path, in execution order.
 
     Attributes:
-        restarted: Why each layer cost a pass of its own, as the end of a sentence; "" where one pass was enough.
+        restarted: Why each layer needed its own pass, as the end of a sentence; "" if one pass was enough.
     """
 
     def __init__(self, found: Mapping[str, InputMoments] | None = None, restarted: str = "") -> None:
@@ -44,7 +44,7 @@ def _by_channel(moments: Moments) -> Moments:
 
 
 def require_memory(memory: int | None) -> None:
-    """Refuse what is no number of bytes.
+    """Refuse a value that is not a number of bytes.
 
     Raises:
         TypeError: If it is neither None nor a whole number.
@@ -60,22 +60,22 @@ def require_memory(memory: int | None) -> None:
 
 
 def measured(observation: Observation, finish: Finish, memory: int | None) -> tuple[dict[str, InputMoments], str]:
-    """The inputs of each layer while the layers before it normalize by what ``finish`` stored for them.
+    """The inputs of each layer while the layers before it normalize by the statistics that ``finish`` stored.
 
     Args:
-        observation: Of which model on which data.
+        observation: The model, its layers and its data.
         finish: Called with a layer's path and its inputs, in execution order.
-        memory: Bytes that waiting forwards may hold; None for half of what is free where the model is. The result
-            does not depend on it, to the bit.
+        memory: Bytes that waiting forwards may hold; None for half of the free memory on the model's device. The
+            result does not depend on it, to the bit.
 
     Returns:
-        The inputs by path, and why forwards were restarted for each layer; "" where they waited.
+        The inputs by path, and why forwards were restarted for each layer; "" if they waited.
 
     Raises:
         ValueError: If a channel gets fewer than 2 finite values.
     """
     stored = Statistics.of(observation.layers)
-    if not (why := "memory= leaves none for forwards that wait" if memory == 0 else why_not(observation.model)):
+    if not (why := "memory=0 lets no forward wait" if memory == 0 else why_not(observation.model)):
         limit = int(free_memory(observation.batches.device) * _SHARE) if memory is None else memory
         try:
             return LockStep(observation, stored, limit).measure(finish), ""
@@ -86,12 +86,12 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
 
 
 def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
-    """One pass for the order, then one for each layer that ends at the layer."""
+    """The inputs, from one pass for the order and one pass per layer that ends at the layer."""
     traces = observation.run(lambda *_: None)
     order = execution_order(traces)
     most = {path: max(trace.count(path) for trace in traces) for path in order}
     found: dict[str, InputMoments] = {}
-    # where layers are reused, first calls alone give statistics that do not depend on what was stored before
+    # in reused layers the first calls alone give statistics that do not depend on the old ones
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
             found[path] = _inputs_of(observation, path, 1 if first_only else most[path])
@@ -101,7 +101,7 @@ def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMomen
 
 
 def _inputs_of(observation: Observation, wanted: str, calls: int) -> InputMoments:
-    """What one layer receives in its first ``calls`` calls of each forward."""
+    """A layer's input in its first ``calls`` calls of each forward."""
     may_end = not is_sharded(observation.model)
     found = InputMoments()
 

@@ -1,13 +1,13 @@
-"""Lock step: one forward for each batch, all of which wait at the layer that is measured next.
+"""Lock step: one forward per batch; all of them wait at the layer that is measured next.
 
-Measuring layer k behind finished layers needs the inputs of layer k from all batches before one batch may go on. To run
-every forward again for each layer costs (L + 1) / 2 passes. Here a forward waits where it enters a layer that is not
-finished, in a greenlet of its own, and goes on from there: one pass for all layers, with the same bits.
+The statistics of layer k need its inputs from all batches before any batch may continue. Rerunning every forward for
+each layer costs (L + 1) / 2 passes. Here each forward runs in its own greenlet, waits where it enters a layer that is
+not finished, and continues from there: one pass for all layers, with the same bits.
 
-A forward that waits must not notice. The first batch runs alone, and shows whether the model changes itself, draws
-random numbers, changes settings of the process, or enters a layer twice. At the end the first two batches run through,
-and every layer must receive what it received from the forwards that waited: the moments of each input and 1,024 of its
-values are compared bit for bit.
+Waiting must not change the results. The first batch runs alone and shows whether the model changes itself, draws random
+numbers, changes settings of the process, or enters a layer twice. At the end the first two batches run again without
+waiting, and every layer must receive what it received before: the moments of each input and 1,024 of its values are
+compared bit for bit.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
 
     from batchnorm.call_types import Arguments, Batch
 
-    # stores the statistics of a layer, by its path, when all of its input is measured
+    # stores the statistics of a layer, given its path, when all of its input is measured
     Finish = Callable[[str, InputMoments], None]
 
-_PROVED = 2  # batches that run once more, through
+_PROVED = 2  # batches that run again without waiting
 _SAMPLE = 1024  # values of an input that are compared one by one
 
 
 class UnsuitedError(Exception):
-    """Forwards may not wait here; says why, as the end of a sentence."""
+    """This model's forwards may not wait; the message says why, as the end of a sentence."""
 
 
 def why_not(model: nn.Module) -> str:
-    """Why the forwards of a model may not wait, as far as the model tells without running; "" if nothing is known."""
+    """Why the model's forwards may not wait, as far as this is known before a run; "" if nothing is known."""
     if find_spec("greenlet") is None:
         return "greenlet is not installed (pip install greenlet)"
     if is_sharded(model):
@@ -80,11 +80,11 @@ class _Forward:
     """The model's run on one batch.
 
     Args:
-        index: Of the batch.
-        run: Where it runs, and waits.
-        at: The layer at which it waits; None where it does not.
-        part: Of its input there.
-        digests: Of every input, by layer, in order.
+        index: The batch's position in the loader.
+        run: The greenlet in which it runs and waits.
+        at: The layer at which it waits; None if it does not wait.
+        part: Moments of its input there.
+        digests: Digests of every layer's input, in order.
     """
 
     index: int
@@ -95,36 +95,36 @@ class _Forward:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has reached its end."""
+        """Whether it has ended."""
         return self.run is None or bool(self.run.dead)
 
 
 @final
 class LockStep:
-    """The forwards of a model on all batches, or on as many as may wait.
+    """The forwards of a model on all batches, or on as many as memory allows to wait.
 
     Args:
-        observation: Of which model on which data.
-        stored: The statistics of its layers; those of finished ones are exchanged, and not put back.
+        observation: The model, its layers and its data.
+        stored: The original statistics of its layers; finished layers get new ones, and are not restored.
         memory: Bytes that waiting forwards may hold.
     """
 
     def __init__(self, observation: Observation, stored: Statistics, memory: int) -> None:
         self._view, self._stored, self._memory = observation, stored, memory
-        self._loop = _greenlet().getcurrent()  # where forwards are started, and where the loop goes on when one waits
+        self._loop = _greenlet().getcurrent()  # starts the forwards, and continues when one waits
         self._thread = threading.get_ident()
         self._modes = Modes.now()
         self._forwards: list[_Forward] = []
         self._running: _Forward | None = None
-        self._copies: list[Batch] = []  # of the batches that run once more
+        self._copies: list[Batch] = []  # of the batches that run again
         self._finished: dict[str, InputMoments] = {}
-        self._order: list[str] | None = None  # of all layers, where it is known beforehand
-        self._has_rest = False  # batches whose forwards do not wait
+        self._order: list[str] | None = None  # of all layers, if known beforehand
+        self._has_rest = False  # whether some batches' forwards do not wait
         self._is_ending = False
         self._unsuited = ""
 
     def measure(self, finish: Finish) -> dict[str, InputMoments]:
-        """The inputs of each layer behind finished ones, in execution order.
+        """The inputs of each layer, measured after the layers before it are finished, in execution order.
 
         Raises:
             UnsuitedError: If it is not certain that waiting changes nothing.
@@ -143,7 +143,7 @@ class LockStep:
     # starting
 
     def _begin(self) -> None:
-        """Start a forward for each batch, as far as memory goes."""
+        """Start a forward for each batch, as many as memory allows."""
         view, most = self._view, None
         view.examples = 0
         with preserve_random_state(*view.batches.generators):
@@ -171,10 +171,10 @@ class LockStep:
         self._require(state == random_state(), "the model draws random numbers")
 
     def _bytes_of_one(self, batch: Batch) -> int:
-        """The most that a forward holds where it waits; the batch runs through alone, and shows what speaks against it.
+        """The most memory that a waiting forward holds; the batch runs alone, which also shows whether it may wait.
 
         Raises:
-            UnsuitedError: If something does.
+            UnsuitedError: If it may not.
         """
         held, entered = HeldMemory(), set[str]()
 
@@ -201,7 +201,7 @@ class LockStep:
         try:
             self._view.end_early(batch)
         except Exception as error:
-            if self._unsuited:  # what a model makes of what the hook raised
+            if self._unsuited:  # the model replaced the error of our hook
                 raise UnsuitedError(self._unsuited) from error
             raise
         self._require(not self._unsuited, self._unsuited)
@@ -216,7 +216,7 @@ class LockStep:
         self._require(not self._unsuited, self._unsuited)
 
     def _enter(self, path: str, _: nn.Module, x: Tensor) -> None:
-        """What a forward does where it enters a layer: it is measured and waits, unless it is none of ours."""
+        """In a forward that may wait, measure the layer's input and wait."""
         forward = self._running
         if forward is None:
             return
@@ -246,7 +246,7 @@ class LockStep:
                 self._resume(forward)
 
     def _next(self) -> str | None:
-        """The layer that is measured next: all forwards that reach it wait there, or will be restarted."""
+        """The layer to measure next: every forward that reaches it waits there, or will be restarted."""
         waited_at = dict.fromkeys(forward.at for forward in self._forwards if forward.at is not None)
         if self._order is None and len(waited_at) > 1:
             self._order = self._traced_order()
@@ -254,7 +254,7 @@ class LockStep:
         return next((path for path in candidates if path not in self._finished), None)
 
     def _traced_order(self) -> list[str]:
-        """The execution order over all forwards under the statistics that were stored; one more pass."""
+        """The execution order over all forwards under the stored statistics; one more pass."""
         so_far = Statistics.of(self._view.layers)
         self._stored.put(self._view.layers)
         with self._not_seen():
@@ -263,7 +263,7 @@ class LockStep:
         return order
 
     def _with_rest(self, wanted: str, found: InputMoments) -> InputMoments:
-        """With what the layer receives from batches whose forwards do not wait: they run until it, once again."""
+        """Add the layer's input from batches whose forwards do not wait: they run again until they reach the layer."""
         if not self._has_rest:
             return found
 
@@ -280,7 +280,7 @@ class LockStep:
     # ending
 
     def _prove(self) -> None:
-        """Run the first batches through, and compare what the layers receive."""
+        """Run the first batches without waiting, and compare what the layers receive."""
         for forward, batch in zip(self._forwards, self._copies, strict=False):
             digests: dict[str, tuple[object, ...]] = {}
 
@@ -298,13 +298,13 @@ class LockStep:
         for forward in self._forwards:
             while forward.run is not None and not forward.is_over:
                 self._running = forward
-                with suppress(Exception, EndForward):  # what a model says that was stopped
+                with suppress(Exception, EndForward):  # errors of a stopped model
                     forward.run.throw(EndForward)
         self._running = None
 
     @contextmanager
     def _not_seen(self) -> Iterator[None]:
-        """A block in which forwards run through."""
+        """A block in which forwards run without waiting."""
         running, self._running = self._running, None
         try:
             yield
@@ -312,17 +312,17 @@ class LockStep:
             self._running = running
 
     def _require_thread(self) -> None:
-        self._require(threading.get_ident() == self._thread, "a layer runs in another thread than the model")
+        self._require(threading.get_ident() == self._thread, "a layer runs in a different thread than the model")
 
     def _require(self, condition: bool, otherwise: str) -> None:
         if condition:
             return
-        self._unsuited = otherwise  # also where the model catches what is raised
+        self._unsuited = otherwise  # in case the model catches the error
         raise UnsuitedError(otherwise)
 
 
 def digest(x: Tensor, part: InputMoments) -> tuple[object, ...]:
-    """What tells one input of a layer from another: shape, type, moments and some values, bit for bit."""
+    """A fingerprint of a layer's input: shape, type, moments and some values, bit for bit."""
     flat = x.detach().reshape(-1)
     some = flat[:: max(1, len(flat) // _SAMPLE)]
     tensors = (part.moments.mean, part.moments.m2, part.moments.count, some.double())
@@ -331,18 +331,18 @@ def digest(x: Tensor, part: InputMoments) -> tuple[object, ...]:
 
 @final
 class ModelMarks:
-    """Which objects a model holds; whether it holds others since, has written to tensors, or drawn random numbers."""
+    """Records the objects that a model holds, to see whether it replaces them, writes to them, or draws numbers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._holders: list[Any] = []
         self._tensors: list[Tensor] = []
         self._generators: list[torch.Generator] = []
-        self._alive: dict[int, object] = {}  # what was seen, so that no id is given out twice
+        self._alive: dict[int, object] = {}  # keeps objects alive, so that no id is used twice
         self._collect(model)
         self._before = self._now()
 
     def are_same(self) -> bool:
-        """Whether nothing of this has happened."""
+        """Whether nothing has changed."""
         return self._now() == self._before
 
     def _collect(self, model: nn.Module) -> None:
@@ -374,17 +374,17 @@ class ModelMarks:
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:
-    """Where its memory is, and how often it was written to."""
+    """Address of its memory, and number of writes to it."""
     address = tensor.data_ptr() if tensor.layout == torch.strided and torch._C._has_storage(tensor) else 0
     return address, 0 if tensor.is_inference() else tensor._version
 
 
 @final
 class HeldMemory(TorchFunctionMode):
-    """A block that knows how much memory the results of torch's functions hold.
+    """A block that measures the memory held by the results of torch's functions.
 
     Attributes:
-        most: Bytes, the most at any ``look``.
+        most: Bytes, the largest value at any ``look``.
     """
 
     def __init__(self) -> None:
@@ -399,7 +399,7 @@ class HeldMemory(TorchFunctionMode):
         args: Arguments = (),
         kwargs: Any = None,
     ) -> object:
-        """Call the function, and note what it makes."""
+        """Call the function, and record its results."""
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self._note(tensor)
@@ -407,12 +407,12 @@ class HeldMemory(TorchFunctionMode):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """A block that is not watched."""
+        """A block that is not measured."""
         with torch._C.DisableTorchFunction():
             yield
 
     def look(self) -> None:
-        """Count what is held now; called where the block is ``off``."""
+        """Count the memory held now; call it inside ``off``."""
         self._results = {key: each for key, each in self._results.items() if not each[0].expired()}
         self.most = max(self.most, sum(size for _, size in self._results.values()))
 

@@ -1,7 +1,7 @@
-"""Observation: what batch norm layers receive while a model runs over data, for everybody who needs to know.
+"""Observation: runs a model over data and passes on every input of its batch norm layers.
 
-It says which layers are seen, on which batches, and how the model is called. ``layer_by_layer`` has the exact
-statistics, each layer behind finished ones; here is what one pass gives.
+It defines the layers, the batches and how the model is called. ``layer_by_layer`` computes exact statistics, one layer
+after another; this file measures in one pass.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from batchnorm.population.batches import Forward
     from batchnorm.population.stored_statistics import Layers
 
-# what is done with an input: the layer's path, the input, and how often this forward entered the layer before
+# called with each input: the layer's path, the input, and the number of earlier entries of this forward
 Look = Callable[[str, Tensor, int], None]
-_LEAST = 2  # values that have a variance
+_LEAST = 2  # values needed for a variance
 
 
 class EndForward(BaseException):
-    """Ends a forward whose remaining layers are not needed; no Exception, so that models do not catch it."""
+    """Ends a forward whose remaining layers are not needed; not an Exception, so that models do not catch it."""
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class InputMoments:
-    """Moments of a layer's inputs; a channel of an input with NaN or infinity is left out.
+    """Moments of a layer's inputs; a channel with NaN or infinity is excluded from its input.
 
     Args:
-        moments: Of the finite channels of each input; float64, the count one number where no channel was left out.
-        inputs: Inputs with a finite channel.
-        spoiled: Inputs with a channel that was left out.
-        left_out: The channels that were left out of an input, (C,); False if none was.
-        values: For each channel, those left out among them.
+        moments: Of the finite channels of each input; float64; one count for all channels if none was excluded.
+        inputs: Number of inputs with a finite channel.
+        spoiled: Number of inputs with an excluded channel.
+        left_out: Channels that were excluded from an input, (C,); False if there are none.
+        values: Number of values per channel, including excluded ones.
     """
 
     moments: Moments = field(default_factory=Moments.empty)
@@ -60,7 +60,7 @@ class InputMoments:
 
     @classmethod
     def of(cls, x: Tensor) -> InputMoments:
-        """Those of one input, (N, C, ...)."""
+        """Moments of one input, (N, C, ...)."""
         all_ = Moments.of(x)
         finite = torch.isfinite(all_.mean) & torch.isfinite(all_.m2)
         is_spoiled = bool(x.numel()) and not bool(finite.all())
@@ -72,7 +72,7 @@ class InputMoments:
         return cls(moments, int(finite.any()), 1, ~finite, values)
 
     def __add__(self, new: InputMoments) -> InputMoments:
-        """Those of both; the order matters to the last bit."""
+        """Moments of both; the order matters to the last bit."""
         return InputMoments(
             self.moments + new.moments,
             self.inputs + new.inputs,
@@ -85,15 +85,15 @@ class InputMoments:
 @final
 @dataclass(eq=False)
 class Observation:
-    """A model, whose layers are seen on which batches.
+    """A model, its observed layers, and the batches that it runs on.
 
     Args:
-        who: The function that asks, for its messages.
-        model: Run as it is; who asks puts it into eval mode, and its state back.
+        who: The caller's name in messages.
+        model: Run as it is; the caller sets eval mode and restores its state.
         layers: By path.
-        batches: Run over once for each pass, each time from the same random state.
+        batches: Repeated for each pass, each time from the same random state.
         forward: Called with the model and a batch.
-        examples: In the batches of the last whole pass.
+        examples: Number of examples in the last whole pass.
     """
 
     who: str
@@ -104,7 +104,7 @@ class Observation:
     examples: int = 0
 
     def run(self, look: Look, *, skip: int = 0) -> list[tuple[str, ...]]:
-        """One pass over the data; the distinct sequences in which forwards entered the layers.
+        """One pass over the data; returns the distinct sequences in which forwards entered the layers.
 
         Args:
             look: Gets each input before the layer uses it; it may raise ``EndForward``.
@@ -132,8 +132,8 @@ class Observation:
         return list(traces)
 
     def end_early(self, batch: object) -> None:
-        """Run the model on a batch, to its end or until somebody raises ``EndForward``."""
-        # ``call`` names what is absent by itself
+        """Run the model on a batch, to its end or until ``EndForward`` is raised."""
+        # ``call`` names missing values itself
         with suppress(EndForward), nullcontext() if self.forward is call else named_absences(self.model):
             self.forward(self.model, batch)
 
@@ -149,7 +149,7 @@ class Observation:
         return {path: found[path] for path in execution_order(self.run(look))}
 
     def require_variance(self, path: str, moments: Moments) -> None:
-        """Refuse moments of fewer values than have a variance.
+        """Refuse moments of too few values for a variance.
 
         Raises:
             ValueError: If a channel has fewer than 2.
@@ -179,13 +179,13 @@ class Observation:
         """Warn about layers that no forward reached, and about inputs with NaN or infinity.
 
         Args:
-            found: What was measured.
+            found: The measured moments.
             remedy: What to give in order to reach all layers.
-            stacklevel: As ``warnings.warn`` counts it for the caller of this.
+            stacklevel: As in ``warnings.warn``, counted from the caller.
         """
         if missed := [path for path in self.layers if path not in found]:
             paths = ", ".join(map(repr, missed))
-            message = f"no forward reached {paths}: they keep the statistics that they had. Give {remedy}."
+            message = f"no forward reached {paths}: they keep their statistics. Give {remedy}."
             warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
         spoiled = [
             f"{path!r} (inputs: {each.spoiled}, channels: {int(each.left_out.sum())} of {each.left_out.numel()})"
@@ -194,14 +194,14 @@ class Observation:
         ]
         if spoiled:
             message = (
-                f"NaN or infinity in the input of {', '.join(spoiled)}: these batches were left out for these "
+                f"NaN or infinity in the input of {', '.join(spoiled)}: these batches were excluded for these "
                 "channels. Look for the examples that cause it."
             )
             warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
 
 
 def execution_order(traces: list[tuple[str, ...]]) -> list[str]:
-    """The layers in an order that agrees with every forward; that of first calls where forwards contradict."""
+    """A layer order that agrees with every forward; the order of first calls if forwards contradict each other."""
     firsts = [list(dict.fromkeys(trace)) for trace in traces]
     order = list(dict.fromkeys(chain.from_iterable(firsts)))
     sorter = TopologicalSorter(dict.fromkeys(order, ()))

@@ -1,10 +1,10 @@
-"""recalibrate: the exact mean and variance of what every batch norm layer receives, over a data set.
+"""recalibrate: the exact mean and variance of every batch norm layer's input over a data set.
 
-The running averages of training lag behind the weights, count small batches like large ones, and hold what the
-last few batches happened to be. What a model should be tested with are the statistics of the whole data set
-under its final weights (Ioffe and Szegedy 2015, algorithm 2, lines 7 to 12). Layers are measured in execution
-order, each with all layers before it normalizing by what was measured of them: the same arithmetic as at test
-time, so the answer depends neither on batch sizes nor on the order of the examples.
+Running averages of training lag behind the weights, weigh small batches like large ones, and depend on the last few
+batches. A model should be tested with the statistics of the whole data set under its final weights (Ioffe and Szegedy
+2015, algorithm 2, lines 7 to 12). Layers are measured in execution order, while all layers before them normalize by
+their measured statistics: the same arithmetic as at test time, so the result depends neither on batch sizes nor on the
+order of the examples.
 """
 
 from __future__ import annotations
@@ -51,68 +51,68 @@ def recalibrate(
     exact: bool = True,
     memory: int | None = None,
 ) -> LayerMoments:
-    """The moments that every batch norm layer receives over the data, by dotted path; they are stored in the layers.
+    """The moments of every batch norm layer's input over the data, by dotted path; the layers store them.
 
     Each layer's statistics are the moments of its input over all examples while the layers before it normalize by
     their own new statistics and the model is in eval mode (dropout off). Every value counts once, so the result
     is that of one huge batch, whatever the batch sizes and their order, down to batches of one example.
 
-    Changed in the model are ``running_mean``, ``running_var`` (unbiased, torch's convention) and
-    ``num_batches_tracked`` (inputs measured) of the measured layers, in place and at the very end. Nothing else
-    is: an exception or Ctrl-C on the way leaves the model bit-identical, and random states, training flags,
-    momentum and dropout are as before. Left alone are layers without stored statistics, frozen layers, and layers
-    in eval mode inside a model in train mode; these normalize as they would in eval mode.
+    Only ``running_mean``, ``running_var`` (unbiased, torch's convention) and ``num_batches_tracked`` (inputs measured)
+    of the measured layers change, in place and at the very end. An exception or Ctrl-C leaves the model bit-identical,
+    and random states, training flags, momentum and dropout are as before. Layers without stored statistics, frozen
+    layers, and layers in eval mode inside a model in train mode are not measured; they normalize as in eval mode.
 
-    Costs about one pass over the data, and three forwards more, where the forwards of all batches can wait for each
+    The cost is about one pass over the data, plus three forwards, if the forwards of all batches can wait for each
     other: each stops where it enters a layer that is not measured yet, until all have arrived there. The first batch
-    shows whether the model allows it, and the first two whether it has changed what a layer receives. Where it does
-    not, the result says why, and the cost is one full pass to find the execution order, and one for each layer that
-    ends at that layer: for L layers about (L + 1) / 2 + 1 full passes of computing, and L + 1 of loading. The bits are
-    the same. It does not where a layer is called several times in one forward, a forward draws random numbers or
-    changes attributes of the model, and where weights are sharded or offloaded.
+    shows whether the model allows this, and the first two whether it changed what a layer receives. If the model does
+    not allow it, the result says why; the cost is then one full pass to find the execution order, and for each layer
+    one pass that ends at it: for L layers about (L + 1) / 2 + 1 full passes of computing, and L + 1 of loading. The
+    bits are the same. Reasons are: a forward calls a layer several times, draws random numbers or changes attributes of
+    the model, or weights are sharded or offloaded.
 
-    Every pass starts from the same random state, so that a loader which shuffles or augments gives the same examples
-    each time. A generator or another one-shot iterator is read into memory first. A layer that is called several times
-    in one forward pools over its calls; for such a model the first calls of all layers are measured before, at twice
-    the cost.
+    Every pass starts from the same random state, so a loader that shuffles or augments returns the same examples each
+    time. A generator or another one-shot iterator is read into memory first. A layer that is called several times in
+    one forward pools over its calls; for such a model the first calls of all layers are measured first, at twice the
+    cost.
 
     With ``exact=False`` one pass is enough: each layer normalizes every batch by that batch's own statistics, as in
     train mode, and the moments are pooled by count (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section
-    3, PreciseBN). The first layer gets the same as with ``exact=True``; later ones get inputs that carry the noise
-    of batch statistics, so their result depends on the batch size and is biased for small batches.
+    3, PreciseBN). The first layer gets the same result as with ``exact=True``; later ones get inputs with the noise of
+    batch statistics, so their result depends on the batch size and is biased for small batches.
 
     Args:
         model: Changed in place, its stored statistics only.
-        loader: Batches. A tensor is given to the model; of a tuple or list the first element, or as many as
-            ``model.forward`` cannot do without, or all of it where ``forward`` unpacks it or is annotated so. The parts
-            of a mapping, named tuple or dataclass are given by name where ``forward`` needs some of these names or
-            accepts all; whole where it asks its one argument for them, is annotated with the class, or knows none of
-            them, but of a named tuple the first then; the other way if the model fails on the one. Anything else whole.
-            Tensors are moved to the model's device, batch objects by their ``to``.
-        max_examples: Stop after this many examples; the last batch is cut to fit, unless its rows are no examples:
-            tensors differ in their first axis, or the model does not give the part what it gives it in the whole
+        loader: Batches. A tensor is passed to the model. From a tuple or list the model gets the first element, or as
+            many as ``model.forward`` requires, or all in one argument if ``forward`` unpacks it or is annotated so. A
+            mapping, named tuple or dataclass is passed by name if ``forward`` requires some of its names or accepts
+            all. It is passed whole if the one argument of ``forward`` is indexed by them or annotated with the class,
+            or if ``forward`` has none of the names; from a named tuple the model then gets the first element. If one
+            form fails, the other is tried. Anything else is passed whole. Tensors are moved to the model's device,
+            batch objects by their ``to``.
+        max_examples: Stop after this many examples; the last batch is cut to fit, unless its rows are not examples:
+            tensors differ in their first axis, or the model's outputs for the part differ from those within the whole
             batch. Then it is used whole.
-        forward: Called as ``forward(model, batch)`` in place of the rules above.
-        device: Where batches are moved, if not to the device of the model's first parameter.
+        forward: Called as ``forward(model, batch)`` instead of the rules above.
+        device: Where batches are moved; by default to the device of the model's first parameter.
         exact: False for the one-pass estimate described above.
-        memory: Bytes that forwards which wait may hold; None for half of what is free on the device. The forwards of
-            batches beyond it run again for each layer; 0 lets none wait. The result does not depend on it, to the bit.
+        memory: Bytes that waiting forwards may hold; None for half of the free memory on the device. The forwards of
+            further batches run again for each layer; 0 lets none wait. The result does not depend on it, to the bit.
 
     Returns:
         Moments of each measured layer, float64, in execution order, by dotted path; ``restarted`` says why forwards
-        were restarted for each layer, "" where they were not. A model without layers to measure gives {}.
+        were restarted for each layer, "" if they were not. A model without layers to measure gives {}.
 
     Raises:
-        TypeError: If ``model`` is no ``nn.Module``, or ``loader`` not an iterable of batches.
+        TypeError: If ``model`` is not an ``nn.Module``, or ``loader`` not an iterable of batches.
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
             buffer's dtype, ``max_examples`` is below 1 or cannot be counted, a second pass over ``loader`` gives
-            another number of batches, ``memory`` is negative, or numbers cannot be read here (sharded, given back,
-            fake, on the meta device): stored statistics, or what a pass needs besides.
+            another number of batches, ``memory`` is negative, or tensors that a pass needs have no values here
+            (sharded, freed, fake, on the meta device).
 
     Warns:
         RuntimeWarning: By path, about layers that no forward reached (they keep their statistics), about batch norm
-            that is no layer (scripted, exported, called as a function), and about batches with NaN or infinity (left
-            out, as a whole, for the affected channels). Where there is no layer to measure, about that and why.
+            that is not a layer (scripted, exported, called as a function), and about batches with NaN or infinity
+            (excluded, as a whole, for the affected channels). If there is no layer to measure, about that and why.
 
     Example:
         >>> import torch
@@ -147,17 +147,17 @@ def recalibrate(
 
 
 def _finish(view: Observation, path: str, found: InputMoments) -> None:
-    """Let a layer normalize by what was measured of its input."""
+    """Let a layer normalize by the measured moments of its input."""
     mean, var = found.moments.mean, found.moments.unbiased_var
     view.require_fit(path, mean, var)
     store(view.layers[path], mean, var)
 
 
 def _in_one_pass(view: Observation) -> dict[str, InputMoments]:
-    """Every layer measured in one pass, each batch normalized by its own statistics."""
+    """Measure every layer in one pass, each batch normalized by its own statistics."""
 
     def by_its_own(path: str, batch: InputMoments) -> None:
-        # eval mode on the batch's statistics: what train mode does, but for one value a channel too
+        # eval mode with the batch's statistics: like train mode, but also for one value per channel
         store(view.layers[path], batch.moments.mean, batch.moments.var)
 
     found = view.in_one_pass(by_its_own)
@@ -168,7 +168,7 @@ def _in_one_pass(view: Observation) -> dict[str, InputMoments]:
 
 
 def _new_values(layer: _BatchNorm, found: InputMoments) -> list[tuple[Tensor, Tensor]]:
-    """Each buffer of a layer with what is stored in it."""
+    """Each buffer of a layer with its new value."""
     values = list(zip(buffers(layer), (found.moments.mean, found.moments.unbiased_var), strict=True))
     counter = getattr(layer, "num_batches_tracked", None)
     return values if counter is None else [*values, (counter, torch.tensor(found.inputs))]

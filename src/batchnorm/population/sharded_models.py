@@ -1,7 +1,7 @@
-"""Sharded models: parameters that lie on several ranks, and come together only while a forward pass needs them.
+"""Sharded models: their parameters are spread over several ranks, and are whole only during a forward pass.
 
-FSDP2 keeps a module's parameters as its own sharded tensors, and exchanges them for whole ones during a pass. Which of
-the two a module holds is also written down inside FSDP, so one may not be changed without the other.
+FSDP2 holds a module's parameters as sharded tensors and replaces them by whole ones during a pass. FSDP also records
+internally which of the two a module holds, so one must not be changed without the other.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a pass would wait for other ranks to bring their part of the parameters (FSDP, tensor parallelism).
+    """Whether a pass waits for other ranks' parts of the parameters (FSDP, tensor parallelism).
 
-    Also with one rank. Such a pass must run to its end, on all ranks.
+    True also with one rank. Such a pass must run to its end, on all ranks.
     """
     if any(_is_fsdp(module) for module in model.modules()):
         return True
@@ -26,9 +26,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def keep_together(module: nn.Module) -> Callable[[], None] | None:
-    """The step that takes an FSDP2 module back to the parameters that it holds now, sharded or whole; None for others.
+    """A function that returns an FSDP2 module to its current parameters, sharded or whole; None for other modules.
 
-    The step gathers parameters if they were whole, so every rank has to run it.
+    The function gathers parameters if they were whole, so every rank must call it.
     """
     if not _is_fsdp2(module):
         return None
@@ -40,34 +40,33 @@ def keep_together(module: nn.Module) -> Callable[[], None] | None:
             return
         (fsdp.reshard if before else fsdp.unshard)()
         if holds_shards(module) is not before and hasattr(fsdp, "reset_iter_state"):
-            fsdp.reset_iter_state()  # a pass that raised on its way has left FSDP in the middle of it
+            fsdp.reset_iter_state()  # an error in a pass leaves FSDP in the middle of it
 
     return undo
 
 
 def is_flat(tensor: Tensor) -> bool:
-    """Whether a tensor is all parameters of an FSDP1 module in a row.
+    """Whether a tensor holds all parameters of an FSDP1 module in a row.
 
-    What memory it shows, and which hooks wait on it, FSDP1 writes down elsewhere and changes with every pass: nobody
-    else may put that back.
+    FSDP1 records its memory and hooks elsewhere and changes them with every pass: no other code may restore them.
     """
     return getattr(tensor, "_is_flat_param", False)
 
 
 def own_shards(flat: Tensor) -> list[Tensor]:
-    """What a rank has of such a tensor for good: its part of the values, and of gradients that it has summed."""
+    """A rank's permanent part of such a tensor: its values, and the gradients that it has summed."""
     names = ("_local_shard", "_saved_grad_shard", "grad")
     return [part for name in names if isinstance(part := getattr(flat, name, None), Tensor)]
 
 
 def holds_shards(module: nn.Module) -> bool | None:
-    """Whether the parameters that an FSDP2 module looks after are sharded now; None if there are none."""
+    """Whether an FSDP2 module's own parameters are sharded now; None if it has none."""
     first = next(_own_parameters(module), None)
     return None if first is None else hasattr(first, "full_tensor")
 
 
 def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of a module and of the modules below it that no other FSDP2 module looks after."""
+    """Parameters of a module and its submodules, without those that another FSDP2 module manages."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if not _is_fsdp2(child):
@@ -83,6 +82,6 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 
 def _is(module: nn.Module, home: str, name: str) -> bool:
-    # loading it takes a second, and no model of that kind is without it
+    # importing it takes a second, and a model of that kind has imported it
     kind = getattr(sys.modules.get(home), name, None)
     return kind is not None and isinstance(module, kind)

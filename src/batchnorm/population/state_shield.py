@@ -1,8 +1,8 @@
-"""preserve_state: whatever a tool does to a model inside the block, nothing is left of it behind the block.
+"""preserve_state: undoes every change that a tool makes to a model inside a block.
 
-A model is a graph of modules, containers and tensors. On entry every one of them is visited once and gives a
-step that takes it back; on exit all steps run. A step changes only what differs, and changes it in place, so
-that optimizers, ties between parameters and graphs recorded before the block go on working.
+A model is a graph of modules, containers and tensors. At the start every one of them is visited once and gives a
+function that restores it; at the end all functions run. Each changes only what differs, in place, so that optimizers,
+tied parameters and earlier graphs stay valid.
 """
 
 from __future__ import annotations
@@ -41,21 +41,20 @@ _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, to be looked at by any tool; on leaving the block, also by an exception, it is as it was, bit for bit.
+    """The model, for use by any tool; after the block, also after an exception, it is as it was, bit for bit.
 
     Restored are parameters, buffers, gradients, ``requires_grad``, the training flag of every module, hooks of
-    modules and tensors, submodules, classes, plain attributes (momentum, lists, tensors that are no buffers),
+    modules and tensors, submodules, classes, plain attributes (momentum, lists, tensors that are not buffers),
     and the random states of torch (CPU, and CUDA if it was in use), Python and NumPy. Tensors stay the same
-    objects in the same memory, and one whose bits did not change is not written, so autograd graphs recorded
-    before the block stay valid. Restored memory is compared as bits: a NaN stays the NaN that it was.
+    objects in the same memory. A tensor whose bits did not change is not written, so autograd graphs recorded
+    before the block stay valid. Memory is compared as bits: a NaN keeps its bits.
 
-    Memory that was given back before the block (FSDP, offloading) is not fetched for it, and memory that is given back
-    inside it is there again behind it. Sharded models are put back as FSDP holds them, sharded or gathered, for which
-    every rank has to leave the block. Tensors without numbers (fake, on the meta device, inside a transform of
-    torch.func) are put back as references.
+    Memory that was freed before the block (FSDP, offloading) is not fetched; memory that is freed inside it is
+    restored. Sharded models are restored as FSDP holds them, sharded or gathered, so every rank must leave the block.
+    Tensors without values (fake, on the meta device, inside a transform of torch.func) are restored as references.
 
     The block needs the memory of one more copy of the model. Objects of other classes that a module refers to
-    (a configuration, a logger, a NumPy array) are put back as references; what changes inside them stays changed.
+    (a configuration, a logger, a NumPy array) are restored as references; changes inside them stay.
 
     Args:
         model: Any module, also one whose lazy layers have no shape yet.
@@ -81,12 +80,12 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _take_back(steps: list[Undo]) -> None:
-    """Run all steps, also where one of them fails: what can be put back is."""
+    """Run all steps, also if one of them fails: everything that can be restored is restored."""
     failed: list[Exception] = []
     for step in steps:
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - it is raised when the others have run
+        except Exception as error:  # noqa: BLE001 - raised after the other steps
             failed.append(error)
     if failed:
         raise failed[0]
@@ -94,7 +93,7 @@ def _take_back(steps: list[Undo]) -> None:
 
 @contextmanager
 def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
-    """A block after which every global random state, and that of ``generators``, is what it was before."""
+    """A block after which every global random state, and those of ``generators``, are as before."""
     states = [(put_back, read()) for read, put_back in _random_sources(*generators)]
     try:
         yield
@@ -104,12 +103,12 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
 
 
 def random_state() -> tuple[object, ...]:
-    """Every global random state, to be compared with another."""
+    """Every global random state, for comparison."""
     return tuple(_comparable(read()) for read, _ in _random_sources())
 
 
 def _comparable(state: object) -> object:
-    """A state that ``==`` can compare: of torch a tensor or several, of NumPy a tuple with an array."""
+    """A state that ``==`` can compare: torch has one or more tensors, NumPy a tuple with an array."""
     if isinstance(state, Tensor):
         return state.numpy().tobytes()
     if isinstance(state, list) or (isinstance(state, tuple) and isinstance(state[0], str)):
@@ -118,7 +117,7 @@ def _comparable(state: object) -> object:
 
 
 def _random_sources(*generators: torch.Generator) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
-    """How each state is read and put back."""
+    """Functions that read and restore each random state."""
     sources: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
         (torch.get_rng_state, torch.set_rng_state),
         (random.getstate, random.setstate),
@@ -132,8 +131,8 @@ def _random_sources(*generators: torch.Generator) -> list[tuple[Callable[[], Any
 
 
 def _remember(model: nn.Module) -> list[Undo]:
-    """The steps that take everything reachable from ``model`` back to what it is now."""
-    seen: dict[int, object] = {}  # holds what it has seen, so that no id is given out twice
+    """The steps that restore everything reachable from ``model``."""
+    seen: dict[int, object] = {}  # keeps objects alive, so that no id is used twice
     waiting: list[object] = [model]
     steps: list[Undo] = []
     while waiting:
@@ -149,13 +148,13 @@ def _remember(model: nn.Module) -> list[Undo]:
 
 
 def _remember_one(item: object) -> tuple[Undo | None, list[Any]]:
-    """The step that takes ``item`` itself back, and what it refers to."""
+    """The step that restores ``item`` itself, and the objects that it refers to."""
     if isinstance(item, Tensor) and is_flat(item):
         return _undo_grad(item), own_shards(item)
     if isinstance(item, Tensor):
         return _undo_tensor(item), _parts_of_tensor(item)
     if isinstance(item, nn.Module):
-        # a scripted module keeps its parts outside of its attributes, so they are asked for
+        # a scripted module keeps its parts outside its attributes, so use its methods
         tensors = [*item.parameters(recurse=False), *item.buffers(recurse=False)]
         return _undo_module(item), [vars(item), *item.children(), *tensors]
     if isinstance(item, dict):
@@ -174,7 +173,7 @@ def _remember_one(item: object) -> tuple[Undo | None, list[Any]]:
 
 def _undo_module(module: nn.Module) -> Undo:
     kind, together = type(module), keep_together(module)
-    training = getattr(module, "training", None)  # torch.jit.freeze takes the flag away
+    training = getattr(module, "training", None)  # torch.jit.freeze removes the flag
 
     def undo() -> None:
         if together is not None:
@@ -224,7 +223,7 @@ def _undo_set(found: set) -> Undo:
 
 
 def _parts_of_tensor(tensor: Tensor) -> list[Any]:
-    # a tensor's own attributes, its hooks, and its gradient, which only some tensors can be asked for
+    # a tensor's own attributes, its hooks, and its gradient, which only some tensors have
     grad = tensor.grad if _owns_grad(tensor) else None
     return [vars(tensor), grad, *parts_of(tensor), *(getattr(tensor, name) for name in _TENSOR_HOOKS)]
 
@@ -246,7 +245,7 @@ def _undo_tensor(tensor: Tensor) -> Undo:
         for name, own in hooks.items():
             if (now := getattr(tensor, name)) is not own:
                 if now is not None:
-                    now.clear()  # autograd may hold on to a dict of hooks that the tensor has let go of
+                    now.clear()  # autograd may still hold a dict of hooks that the tensor has dropped
                 setattr(tensor, name, own)
 
     return undo
@@ -264,14 +263,14 @@ def _undo_grad(tensor: Tensor) -> Undo:
 
 
 def _undo_memory(tensor: Tensor) -> Undo:
-    """The step that gives a tensor the memory that it has now, as much of it, with the same bits in it."""
+    """The step that gives a tensor its current memory again, with the same size and bits."""
     memory, size = memory_of(tensor), storage_size(tensor)
     before = None if is_freed(tensor) else bits_of(memory).clone()
 
     def undo() -> None:
-        if not same_memory(memory_of(tensor), memory):  # cast, moved, resized, or given a shape by a lazy layer
+        if not same_memory(memory_of(tensor), memory):  # cast, moved, resized, or materialized by a lazy layer
             tensor.data = memory
-        if before is None or is_freed(tensor):  # given back before the block and fetched in it, or the other way round
+        if before is None or is_freed(tensor):  # freed before the block and fetched in it, or the reverse
             resize_storage(tensor, size)
         if before is None or same_bits(now := bits_of(memory_of(tensor)), before):
             return
@@ -285,7 +284,7 @@ def _owns_grad(tensor: Tensor) -> bool:
 
 
 def _is_leaf(tensor: Tensor) -> bool | None:
-    """None for a view that autograd will not speak of, because what it is a view of was written to, as FSDP1 does."""
+    """None if autograd cannot tell, for a view whose base was written to, as in FSDP1."""
     try:
         return tensor.is_leaf
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Stored statistics: what batch norm layers hold in running_mean and running_var, taken out and put in bit for bit."""
+"""Stored statistics: running_mean and running_var of batch norm layers, read and written bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def open_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Layers:
-    """Those with stored statistics that may change: neither frozen, nor in eval mode in a model in train mode."""
+    """Layers with stored statistics that may change: not frozen, and not in eval mode inside a model in train mode."""
     like_ours = cast("Layers", layers)
     return {path: layer for path, layer in like_ours.items() if has_stored_statistics(layer) and _is_open(model, layer)}
 
@@ -38,9 +38,9 @@ def store(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
 
 
 def put(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write a value into each tensor, in place: into all of them or, on an exception, into none.
+    """Write a value into each tensor, in place; after an exception all tensors are as before.
 
-    A tensor that has these bits already is not written, so that autograd graphs which used it stay valid.
+    A tensor that already has these bits is not written, so that autograd graphs that used it stay valid.
     """
     before: list[tuple[Tensor, Tensor]] = []
     try:
@@ -60,8 +60,8 @@ class Statistics:
     """Mean and variance of every layer by its dotted path, as ``running_mean`` and ``running_var`` hold them.
 
     Args:
-        mean: By path, in the layer's own type, on its device.
-        var: Likewise; unbiased, torch's convention.
+        mean: By path, in the layer's dtype, on its device.
+        var: Like ``mean``; unbiased, torch's convention.
     """
 
     mean: dict[str, Tensor]
@@ -69,16 +69,16 @@ class Statistics:
 
     @classmethod
     def of(cls, layers: Layers) -> Statistics:
-        """A copy of what the layers store now."""
+        """A copy of the layers' current statistics."""
         pairs = {path: [buffer.detach().clone() for buffer in buffers(layer)] for path, layer in layers.items()}
         return cls({path: mean for path, (mean, _) in pairs.items()}, {path: var for path, (_, var) in pairs.items()})
 
     def put(self, layers: Layers) -> None:
-        """Write them into the layers, in place: all of them or, on an exception, none."""
+        """Write them into the layers, in place; after an exception all layers are as before."""
         put(self.pairs(layers))
 
     def pairs(self, layers: Layers) -> list[tuple[Tensor, Tensor]]:
-        """Each buffer of the layers with the value that is meant for it."""
+        """Each buffer of the layers with its value here."""
         values = {path: (self.mean[path], self.var[path]) for path in self.mean}
         return [pair for path, two in values.items() for pair in zip(buffers(layers[path]), two, strict=True)]
 

@@ -1,8 +1,8 @@
-"""Tensors as memory: whether the numbers of one can be read here, a copy of them, and whether two have the same bits.
+"""Tensors as memory: whether a tensor's values can be read here, copies of them, and comparison bit for bit.
 
-A tensor may have no numbers to read: its memory was given back until it is needed (FSDP, offloading), they lie on other
-ranks, or it stands for numbers that there are none of (meta, fake, lazy, inside a transform of torch.func). To read one
-all the same ends the process in some of these cases, so it is asked first.
+A tensor may have no values to read: its memory was freed until needed (FSDP, offloading), its values are on other
+ranks, or it never had any (meta, fake, lazy, inside a transform of torch.func). In some cases reading it ends the
+process, so it is checked first.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping
 
 _USUAL = {Tensor, torch.nn.Parameter}
-# an integer type for every size of element: NaN is equal to itself only as bits
+# an integer type for every element size: NaN equals itself only as bits
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GATHER = "Use its full_tensor(), FSDP.summon_full_params(model), or a model that was loaded from a full state dict"
 
 
 class AbsenceError(ValueError):
-    """The numbers of a tensor were needed where they cannot be read."""
+    """A tensor's values were needed but cannot be read."""
 
 
 def absence(tensor: Tensor) -> str:
-    """Why a tensor's numbers cannot be read here, with what to do, as the end of a sentence; "" if they can."""
+    """Why a tensor's values cannot be read here, with a remedy, as the end of a sentence; "" if they can."""
     if is_lazy(tensor):
         return "has no shape yet. Run a batch through the model first"
     if why := emptiness(tensor):
@@ -44,22 +44,22 @@ def absence(tensor: Tensor) -> str:
 
 
 def emptiness(tensor: Tensor) -> str:
-    """Why there are no numbers in a tensor, as ``absence`` says it; "" if there are, here or on other ranks."""
+    """Why a tensor has no values, worded as in ``absence``; "" if it has, here or on other ranks."""
     if _is_plainly_there(tensor) or is_lazy(tensor):
         return ""
     if _is_transformed(tensor):
-        return "is inside a transform of torch.func. Ask outside of it"
+        return "is inside a transform of torch.func. Do this outside of it"
     if is_fake(tensor):
         return "is fake and has no numbers. Use a model outside of FakeTensorMode"
     if tensor.is_meta:
         return "is on the meta device and has no numbers. Load its values first, or offload without buffers"
     if not is_distributed(tensor) and is_freed(tensor):
-        return f"has given its memory back. {_GATHER}, or bring it back from where it was offloaded"
+        return f"has given its memory back. {_GATHER}, or load it back from where it was offloaded"
     return ""
 
 
 def _is_plainly_there(tensor: Tensor) -> bool:
-    """A quick answer for the usual tensor, of which a model has hundreds; False decides nothing."""
+    """A fast check for usual tensors, of which a model has hundreds; False decides nothing."""
     if type(tensor) not in _USUAL or tensor.layout is not torch.strided:
         return False
     try:
@@ -69,13 +69,13 @@ def _is_plainly_there(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
-    """A tensor's numbers as a plain dense tensor without gradient, not copied where it is one; None if they are absent.
+    """A tensor's values as a plain dense tensor without gradient, copied only if necessary; None if they are absent.
 
-    No other rank is asked. A sharded tensor is whole where each rank holds all of it.
+    No other rank is involved. A sharded tensor is whole if each rank holds all of it.
 
     Args:
         tensor: Of any kind.
-        size: Elements that the whole has, where that is known: FSDP1 leaves a rank's part in the place of the whole.
+        size: Number of elements of the whole, if known: FSDP1 leaves only a rank's part there.
     """
     if absence(tensor) or (size is not None and tensor.numel() != size):
         return None
@@ -88,11 +88,11 @@ def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
 
 
 def digest_of(tensors: Mapping[str, Any], bare: Container[str] = ()) -> str:
-    """SHA-256 of tensors by name, type, shape and bits; of a sharded one this rank's part, of an absent one no bits.
+    """SHA-256 of tensors by name, type, shape and bits; this rank's part of a sharded one, no bits of an absent one.
 
     Args:
-        tensors: A state_dict, in its order. What is no tensor counts by its name.
-        bare: Names whose bits do not count.
+        tensors: A state_dict, in its order. Other values count by name only.
+        bare: Names of tensors whose bits do not count.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -103,7 +103,7 @@ def digest_of(tensors: Mapping[str, Any], bare: Container[str] = ()) -> str:
         digest.update(f"{name} {tensor.dtype} {shape}".encode())
         for part in () if name in bare else _readable_parts(tensor):
             flat = bits_of(part).cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            # a copy: memory that NumPy has seen can never be given back again, as FSDP does with every pass
+            # a copy: memory shared with NumPy can never be freed again, as FSDP does in every pass
             digest.update(flat.view(torch.uint8).clone().numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
@@ -115,11 +115,11 @@ def _readable_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def require(tensors: Mapping[str, Tensor | None], who: str) -> None:
-    """Refuse tensors whose numbers are absent.
+    """Refuse tensors whose values are absent.
 
     Args:
-        tensors: By what they are called.
-        who: Needs them.
+        tensors: By their names in messages.
+        who: The caller, which needs them.
 
     Raises:
         AbsenceError: If one of them cannot be read here; a ValueError.
@@ -140,39 +140,39 @@ def is_freed(tensor: Tensor) -> bool:
 
 
 def storage_size(tensor: Tensor) -> int | None:
-    """Bytes of the memory that a tensor shows a part of; None if it has none of the usual kind."""
+    """Bytes of the memory that a tensor uses or views; None if it has no usual memory."""
     memory = memory_of(tensor)
     return memory.untyped_storage().nbytes() if _has_storage(memory) else None
 
 
 def resize_storage(tensor: Tensor, size: int | None) -> None:
-    """Give memory back, or bring it back, without what was in it."""
+    """Free memory, or allocate it again, without its contents."""
     if size is not None and storage_size(tensor) != size:
         memory_of(tensor).untyped_storage().resize_(size)
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is one of memory, given back or not; those that are fake or made of other tensors are none."""
+    """Whether a tensor has memory of its own kind, freed or not; fake tensors and wrappers of others have none."""
     return not (_is_transformed(tensor) or is_fake(tensor) or _is_made_of_others(tensor))
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors that one is made of, such as the local part of a sharded one."""
+    """The tensors inside a wrapper tensor, such as the local part of a sharded one."""
     if _is_transformed(tensor) or not is_traceable_wrapper_subclass(tensor):
         return []
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     found = [getattr(tensor, name) for name in names]
-    return [part for part in found if isinstance(part, Tensor)]  # a sharded one names its mesh too
+    return [part for part in found if isinstance(part, Tensor)]  # a sharded tensor also names its mesh
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """An alias without gradient and without the class of the tensor: lazy ones would not answer questions."""
+    """An alias without gradient and subclass: lazy tensors do not answer questions."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         return tensor.data
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same elements of the same memory, freed or not."""
+    """Whether two tensors show the same elements of the same memory, freed or not."""
     if a.layout != b.layout or a.dtype != b.dtype or a.device != b.device or a.is_nested != b.is_nested:
         return False
     if a.is_nested:
@@ -184,9 +184,9 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same type, shape, device and bits; those whose memory is absent have not.
+    """Whether two tensors have the same type, shape, device and bits; False if memory is absent.
 
-    On the meta device there are no bits that differ.
+    On the meta device no bits differ.
     """
     if not all(has_memory(t) and not is_freed(t) for t in (a, b)):
         return False
@@ -208,14 +208,14 @@ def _shape(tensor: Tensor) -> object:
 
 
 def bits_of(memory: Tensor) -> Tensor:
-    """What to copy and compare of a tensor's memory: itself, or all its bytes where its kind has no such functions."""
+    """What to copy and compare of a tensor's memory: the tensor, or all its bytes if its kind lacks the functions."""
     if memory.is_meta or not (memory.is_quantized or memory.is_nested or memory.dtype in _PACKED):
         return memory
     return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory.untyped_storage())
 
 
 def write(tensor: Tensor, value: Tensor) -> None:
-    """Put numbers into a tensor in place, through the tensor itself: a graph that used it knows."""
+    """Write values into a tensor in place, through the tensor itself, so that graphs that used it notice."""
     for axis in _repeated_axes(tensor):
         tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
@@ -223,7 +223,7 @@ def write(tensor: Tensor, value: Tensor) -> None:
 
 
 def _repeated_axes(tensor: Tensor) -> list[int]:
-    """Axes along which ``expand`` shows the same elements again."""
+    """Axes along which ``expand`` repeats the same elements."""
     if tensor.layout != torch.strided or tensor.is_nested:
         return []
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
@@ -237,7 +237,7 @@ _PARTS = {
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-# several elements in a byte, or parts of one: nothing but their bytes can be copied
+# several elements per byte, or parts of one: only their bytes can be copied
 _PACKED = {
     getattr(torch, name)
     for name in (
@@ -263,7 +263,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 def _bytes_needed(tensor: Tensor) -> int:
-    """From the start of its storage to its last element; sizes of elements below a byte are not told apart."""
+    """Bytes from the start of its storage to its last element; elements below a byte count as a byte."""
     if tensor.is_nested:
         return tensor.numel() * tensor.itemsize
     if not tensor.numel():
@@ -277,7 +277,7 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one in a trace, and never had numbers."""
+    """Whether a tensor stands for one in a trace, and never had values."""
     kinds: list[Any] = [
         getattr(sys.modules.get(module), kind, None)
         for module, kind in (
@@ -298,13 +298,13 @@ def _is_made_of_others(tensor: Tensor) -> bool:
             return True
         try:
             tensor.untyped_storage().data_ptr()
-        except RuntimeError:  # "invalid python storage": there never was any
+        except RuntimeError:  # "invalid python storage": it never had any
             return True
     return False
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is torch's DTensor, of which each rank holds a part or a copy."""
+    """Whether a tensor is torch's DTensor, of which each rank holds a part or a copy."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 

@@ -1,6 +1,6 @@
-"""Trees of tensors: what a batch or an answer holds in tuples, lists, mappings, dataclasses and batch objects.
+"""Trees of tensors: the tensors in a batch or output made of tuples, lists, mappings, dataclasses and batch objects.
 
-A leaf is what none of these is. Its rows are the first axis of a tensor, the sequences of a packed or nested one.
+Everything else is a leaf. Its rows are the first axis of a tensor, or the sequences of a packed or nested one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from batchnorm.call_types import Batch
 from batchnorm.population.forward_signatures import fields_of
 
-Leaf: TypeAlias = Any  # a part of a batch that is looked into no further
+Leaf: TypeAlias = Any  # a part of a batch that is not taken apart further
 
-_DEEPEST = 4  # attributes of attributes of a batch object, in which tensors are looked for
+_DEEPEST = 4  # depth to which a batch object's attributes are searched for tensors
 _BY_INDEX = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc}  # layouts whose rows cannot be sliced
 
 
 def each_leaf(value: Batch, change: Callable[[Leaf], object]) -> Batch:
-    """``value`` with ``change`` applied to everything in its tuples, lists, mappings and dataclasses."""
+    """``value`` with ``change`` applied to every leaf of its tuples, lists, mappings and dataclasses."""
     if isinstance(value, PackedSequence):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -36,7 +36,7 @@ def each_leaf(value: Batch, change: Callable[[Leaf], object]) -> Batch:
     if is_dataclass(value) and not isinstance(value, type):
         changed = copy(value)
         for name, part in fields_of(value).items():
-            object.__setattr__(changed, name, each_leaf(part, change))  # some are frozen
+            object.__setattr__(changed, name, each_leaf(part, change))  # dataclasses may be frozen
         return changed
     if isinstance(value, Mapping):
         changed = copy(value) if isinstance(value, MutableMapping) else dict(value)
@@ -47,7 +47,7 @@ def each_leaf(value: Batch, change: Callable[[Leaf], object]) -> Batch:
 
 
 def leaves_of(value: Batch) -> list[Leaf]:
-    """Everything that ``each_leaf`` would change, in order."""
+    """All leaves, in the order of ``each_leaf``."""
     leaves: list[Leaf] = []
     each_leaf(value, leaves.append)
     return leaves
@@ -69,7 +69,7 @@ def _parts(value: Batch) -> Iterable[Batch]:
 
 
 def _tensors_of_object(value: Batch, depth: int = _DEEPEST) -> list[Tensor]:
-    """The tensors in a batch object's attributes, whatever holds them."""
+    """The tensors in a batch object's attributes, at any depth up to ``depth``."""
     if isinstance(value, (Tensor, PackedSequence)):
         return [value.data if isinstance(value, PackedSequence) else value]
     if not depth or isinstance(value, (str, bytes, type, nn.Module)):
@@ -79,30 +79,30 @@ def _tensors_of_object(value: Batch, depth: int = _DEEPEST) -> list[Tensor]:
 
 
 def is_object(leaf: Leaf) -> bool:
-    """Whether a part of a batch is an object of a class of its own that can be moved, such as a batch of graphs."""
+    """Whether a leaf is a batch object: it can be moved and is no tensor or module, such as a batch of graphs."""
     return hasattr(leaf, "to") and not isinstance(leaf, (Tensor, PackedSequence, nn.Module, type))
 
 
 def examples_in(batch: Batch) -> int | None:
-    """Examples in a batch, by the first tensor in it that has an axis; None without any.
+    """Number of examples in a batch, from its first tensor with an axis; None without any.
 
-    A batch object has as many as its ``num_graphs`` or ``batch_size`` says, else as its first tensor.
+    For a batch object, its ``num_graphs`` or ``batch_size``, else the size of its first tensor.
     """
     sizes = (_size(leaf) or _size_of_object(leaf) for leaf in leaves_of(batch))
     return next(chain.from_iterable(sizes), None)
 
 
 def why_without_rows(given: Batch) -> str:
-    """Why what a model is given has no rows that could be taken apart, as the end of a sentence; "" if it has."""
+    """Why a model's inputs cannot be cut into rows, as the end of a sentence; "" if they can."""
     leaves = leaves_of(given)
     if objects := [type(leaf).__name__ for leaf in leaves if is_object(leaf)]:
-        return f"a part is a {objects[0]}, which is not looked into"
+        return f"a part is a {objects[0]}, which cannot be cut"
     sizes = list(dict.fromkeys(chain.from_iterable(map(_size, leaves))))
     return f"the first axes have the sizes {', '.join(map(str, sizes))}" if len(sizes) > 1 else ""
 
 
 def are_sequences(given: Batch) -> bool:
-    """Whether everything in what a model is given is sequences that are packed or nested, one for each example."""
+    """Whether a model's inputs are only packed or nested sequences, one sequence per example."""
     tensors = [leaf for leaf in leaves_of(given) if isinstance(leaf, (Tensor, PackedSequence))]
     return bool(tensors) and all(isinstance(leaf, PackedSequence) or leaf.is_nested for leaf in tensors)
 
@@ -123,12 +123,12 @@ def _size_of_object(leaf: Leaf) -> list[int]:
 
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """These rows of everything in a batch that has as many as it has examples; of other parts all."""
+    """These rows of every leaf that has one row per example; other leaves whole."""
     return each_leaf(batch, partial(leaf_rows, rows, examples_in(batch) or 0))
 
 
 def leaf_rows(rows: Sequence[int], size: int, leaf: Leaf) -> Leaf:
-    """These rows of a leaf that has ``size`` of them; another leaf is itself."""
+    """These rows of a leaf with ``size`` rows; other leaves unchanged."""
     if _size(leaf) != [size]:
         return leaf
     if isinstance(leaf, PackedSequence):
@@ -144,7 +144,7 @@ def leaf_rows(rows: Sequence[int], size: int, leaf: Leaf) -> Leaf:
 
 
 def copied(leaf: Leaf) -> Leaf:
-    """The leaf with tensors in memory of their own; one of another class is itself."""
+    """The leaf with its tensors copied; leaves of other classes unchanged."""
     if isinstance(leaf, PackedSequence):
         return PackedSequence(leaf.data.clone(), *leaf[1:])
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

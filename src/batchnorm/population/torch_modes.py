@@ -1,4 +1,4 @@
-"""Modes: what torch's blocks switch on for a thread, so that a forward that waits inside of them leaves none behind."""
+"""Modes: torch's modes of a thread, saved and restored so that a waiting forward does not affect other forwards."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Modes:
     Args:
         inference: Whether inference mode is on.
         grad: Whether gradients are recorded.
-        autocast: For each kind of device whether autocast is on, and to which type.
-        cuda: The current CUDA device and stream, where CUDA is in use.
+        autocast: For each kind of device whether autocast is on, and its dtype.
+        cuda: Current CUDA device and stream, if CUDA is in use.
     """
 
     inference: bool
@@ -30,7 +30,7 @@ class Modes:
 
     @classmethod
     def now(cls) -> Modes:
-        """Those that are on."""
+        """The current modes."""
         kinds = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         cuda = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream) if len(kinds) > 1 else None
@@ -38,7 +38,7 @@ class Modes:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """A block in which they are on, whatever is on outside of it."""
+        """A block with these modes, whatever the modes outside."""
         if (now := Modes.now()) == self:
             yield
             return
@@ -56,7 +56,7 @@ class Modes:
 
 
 def shared_settings() -> tuple[object, ...]:
-    """What a block may change that cannot be exchanged: settings of the process, and modes that watch operators."""
+    """Settings that a block may change and that cannot be exchanged: of the process, and modes that watch operators."""
     cudnn = torch.backends.cudnn
     return (
         torch._C._len_torch_function_stack(),

@@ -1,4 +1,4 @@
-"""Alarm: what moved, where first, and what that hints at."""
+"""Alarm: which layers moved, which moved first, and what kind of change that suggests."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 if TYPE_CHECKING:
     from batchnorm.shift.evidence import Evidence
 
-# share of the layers, from the entrance, that a shift of the inputs is expected to move
+# share of the layers, from the input on, that a shift of the inputs is expected to move
 _EARLY = 2 / 3
-# standard deviations: stored statistics are exact to about 0.05 of them, and shifts of the inputs are several tenths
+# standard deviations: stored statistics are exact to about 0.05, and shifts of the inputs are several tenths
 _STILL = 0.15
-# sd of the weights with which old examples would make up the new mix: that of a mix which lacks half of them
+# sd of the weights that turn old examples into the new mix, if the new mix lacks half of them
 MIX = 1.0
-SETTLED = 128  # observations from which on the distance is known: sqrt(2 log(2 m) / 128) is 0.4 for m = 10,000
+SETTLED = 128  # observations that measure the distance well enough: sqrt(2 log(2 m) / 128) is 0.4 for m = 10,000
 _MOST_CHANNELS = 20
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class LayerShift:
-    """What is known of one layer.
+    """Evidence for a shift at one layer.
 
     Args:
         name: Dotted path.
         log_evidence: Natural logarithm of its e-value.
-        kind: The kind of bet that won most: "mean", "energy up" or "energy down", and, calibrated, "channel energy",
-            "components" or "component means".
-        channels: Channels whose mean moved, most evident first; false discovery rate at most alpha (e-BH).
-        w2: Distance of the observed law from the stored one, both taken as normal, rms over channels, in sd. For
-            display: it has no null distribution.
+        kind: The kind of bet that gained most: "mean", "energy up" or "energy down"; if calibrated also
+            "channel energy", "components" or "component means".
+        channels: Channels whose mean moved, strongest evidence first; false discovery rate at most alpha (e-BH).
+        w2: 2-Wasserstein distance of observed from stored distribution, both taken as normal, rms over channels, in sd.
+            For display: it has no null distribution.
         kl: Symmetric Kullback-Leibler divergence of the same, median over channels, nats. For display.
     """
 
@@ -48,7 +48,7 @@ class LayerShift:
 
     @classmethod
     def of_dict(cls, told: Mapping[str, Any]) -> LayerShift:
-        """The layer that was told as a dict, also after a way through JSON."""
+        """The layer from its dict, also from a dict read from JSON."""
         fields: dict[str, Any] = {**told, "channels": tuple(told["channels"])}
         return cls(**fields)
 
@@ -56,16 +56,16 @@ class LayerShift:
 @final
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Evidence against "the data are as they were", strong enough for the promised rate of false alarms.
+    """Evidence against "the data are as they were" that has reached the limit for the promised rate of false alarms.
 
     Args:
-        observations: How many had been made.
-        examples: How many examples had passed, those that were not looked at among them.
+        observations: Number of observations made.
+        examples: Number of examples that passed, observed or not.
         log_evidence: Natural logarithm of the evidence; above log(1 / alpha), or log(arl).
-        first: The first layer, in forward order, that moved beyond the same limit by itself; None if only all of
-            them together did.
-        hint: What the change looks like: "inputs", "late layers only", "another mix", or "" for none of them. Where
-            it is "" and the reference is calibrated, the monitor's alarm gets one as soon as enough was observed.
+        first: The first layer in forward order whose own evidence reached the limit; None if only the evidence of all
+            layers together did.
+        hint: What the change looks like: "inputs", "late layers only", "another mix", or "" for none of them. If it
+            is "" and the reference is calibrated, the monitor sets it as soon as enough was observed.
         layers: Every layer.
         seconds: Unix time.
     """
@@ -80,7 +80,7 @@ class Alarm:
 
     @classmethod
     def of_dict(cls, told: Mapping[str, Any]) -> Alarm:
-        """The alarm that ``to_dict`` gave, also after a way through JSON."""
+        """The alarm from ``to_dict``'s result, also after a way through JSON."""
         fields: dict[str, Any] = dict(told)
         fields["layers"] = [LayerShift.of_dict(layer) for layer in told["layers"]]
         return cls(**fields)
@@ -98,13 +98,13 @@ class Alarm:
 
 
 def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float) -> list[LayerShift]:
-    """What is known of every layer.
+    """Evidence for every layer.
 
     Args:
         evidence: All bets.
         mean: Mean of z over observations, (channels,).
-        energy: Mean of q over them, (channels,).
-        alpha: False discovery rate of the channels named.
+        energy: Mean of q over observations, (channels,).
+        alpha: False discovery rate of the reported channels.
     """
     known, kinds, of_layers = evidence.reference, evidence.log_kinds, evidence.log_layers
     sizes = list(known.sizes)
@@ -128,20 +128,20 @@ def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
 
 
 def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = None) -> str:
-    """What the change looks like; no proof.
+    """What the change looks like; a hint, not a proof.
 
-    - "inputs": the first layers moved, or a component moved further than a mix that keeps half of the examples can move
-      it.
-    - "another mix": none did. Old examples with weights w make up the new ones if only classes come in other shares.
-      They move the mean of anything by sd(w) of its standard deviations at most (Cauchy and Schwarz), and sd(w) is 1
-      where half of the examples no longer come, 3 where one of ten equal classes is left. Too few observations tell
-      little, so this is said of ``SETTLED`` ones that came after the alarm.
-    - "late layers only": early layers are near their stored law. Fine noise does so, and another mix can.
+    - "inputs": the first layers moved, or a component moved further than any mix that keeps half of the examples can
+      move it.
+    - "another mix": no component moved that far. If only the shares of the classes change, the new examples are old
+      ones with weights w, and no mean moves by more than sd(w) of its standard deviations (Cauchy-Schwarz). sd(w) is 1
+      if half of the examples no longer come, and 3 if one of ten equal classes is left. Few observations measure the
+      distance badly, so this hint needs ``SETTLED`` observations after the alarm.
+    - "late layers only": early layers are near their stored distribution. Fine noise does this; another mix can.
 
     Args:
-        layers: What is known of each.
-        limit: Log evidence from which a layer has moved.
-        furthest: How far the component that moved most did; None if that is not known, as from a checkpoint alone.
+        layers: The evidence for each layer.
+        limit: Log evidence at which a layer counts as moved.
+        furthest: Largest movement of a component, in sd; None if unknown, as from a checkpoint alone.
     """
     if furthest is not None:
         return "inputs" if furthest > MIX else ""

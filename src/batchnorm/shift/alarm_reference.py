@@ -1,23 +1,22 @@
-"""Reference: what clean data look like to the batch norm layers, from the checkpoint alone or calibrated.
+"""Reference: the bounds of clean data at the batch norm layers, from the checkpoint alone or from calibration.
 
-*checkpoint only*: a trained model carries the mean and variance that it was trained with. With z a channel's mean in
-one observation, in stored standard deviations, and Q a layer's energy, they promise of clean data
+*From a checkpoint*: a trained model stores the mean and variance of its training data. With z a channel's mean in one
+observation, in stored standard deviations, and Q a layer's energy, they promise for clean data
 
     |E[z | past]| <= delta,     Var(z | past) <= kappa,     E[Q | past] <= 1 + d.
 
-The variance of an observation's mean cannot exceed that of its values (law of total variance), so kappa = 1 + d, where
-d says how exact stored variances are; delta says so of stored means. Both are 0.1, or three standard errors of an
-exponential average with momentum a over batches of B examples, which is worth n = B (2 - a) / a examples:
+The variance of an observation's mean cannot exceed that of its values (law of total variance), so kappa = 1 + d. d is
+the precision of the stored variances, delta that of the stored means. Both are 0.1, or three standard errors of an
+exponential average with momentum a over batches of B examples, which counts as n = B (2 - a) / a examples:
 
     delta = max(0.1, 3 / sqrt(n)),     d = max(0.1, 3 sqrt((k - 1) / n)),
 
-with k = 3, the kurtosis of normal values, or the one that is declared. An average over few batches misses examples
-that are rare and large: where there are such, recalibrate first, or declare their kurtosis. Nothing stored bounds from
-below what rare examples add, so that less energy is evidence only where ``kurtosis`` is declared: then Var(Q) <= k -
-(1 - d)^2.
+with k = 3, the kurtosis of normal values, or the declared one. An average over few batches misses rare, large examples:
+if there are any, recalibrate first, or declare their kurtosis. Stored statistics give no lower bound for the energy of
+rare examples, so less energy is evidence only if ``kurtosis`` is declared: then Var(Q) <= k - (1 - d)^2.
 
-*calibrated*, from 200 clean observations or more: nothing is assumed of their law. What is observed is compared with
-them by rank (``conformal``, ``scores``); all that the promise needs is that clean observations to come are
+*Calibrated*, from at least 200 clean observations: nothing is assumed about their distribution. New observations are
+compared with them by rank (``conformal``, ``scores``); the promise only needs that later clean observations are
 exchangeable with them.
 """
 
@@ -47,9 +46,9 @@ if TYPE_CHECKING:
 VERSION = 3
 SUFFIX = ".bncal.safetensors"
 LEAST = 200  # observations to calibrate with
-_BATCH = 64  # examples in a training batch, where nobody says
+_BATCH = 64  # examples in a training batch, by default
 _USUAL_MOMENTUM = 0.1
-_EXACT = 0.1  # what stored statistics may be off by, at least
+_EXACT = 0.1  # smallest assumed error of stored statistics
 NORMAL = 3.0  # kurtosis
 _TOLERANCE = 0.02
 
@@ -57,22 +56,22 @@ _TOLERANCE = 0.02
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """Bounds of the null for all layers, side by side, on the CPU in float64.
+    """Bounds under the null for all layers, side by side, on the CPU in float64.
 
     Args:
         layers: Names.
         sizes: Channels of each layer.
         mean: Stored mean of each channel, (channels,).
         std: Stored standard deviation, sqrt(var + eps), (channels,).
-        delta: Largest distance of E z from 0, (channels,); this and the next three are of no use where calibrated.
+        delta: Largest |E z|, (channels,); not used if calibrated, like the next three.
         kappa: Largest variance of z, (channels,).
         d: Largest excess of E Q over 1, (layers,).
         v: Largest variance of Q, (layers,); None without a declared kurtosis.
-        clean: What calibration learned; None from a checkpoint alone.
-        unit: What one observation was.
-        observations: How many it was calibrated with.
-        digest: Of the weights and statistics that it belongs to.
-        examples: How many made one observation of unit "batch" where calibrated; 0 else.
+        clean: Result of the calibration; None from a checkpoint alone.
+        unit: What one observation is.
+        observations: Number of observations in the calibration.
+        digest: Digest of the weights and statistics of its model.
+        examples: Number of examples in one observation of unit "batch" if calibrated; else 0.
     """
 
     layers: tuple[str, ...]
@@ -101,7 +100,7 @@ class Reference:
 
     @property
     def spread(self) -> Tensor:
-        """About the distance of z from it, (channels,)."""
+        """Typical distance of z from ``center``, (channels,)."""
         return self.kappa.sqrt() if self.clean is None else self.clean.scores.spread
 
     @property
@@ -114,21 +113,21 @@ class Reference:
         return by_layer.mean(of_channels, self.sizes)
 
     def digest_of_bounds(self) -> str:
-        """SHA-256 of all that was measured: another calibration of the same model has another one."""
+        """SHA-256 of all measured values; it differs between calibrations of one model."""
         digest = hashlib.sha256()
         for tensor in self.tensors().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def furthest(self, z: Tensor, q: Tensor) -> float | None:
-        """How far the component that moved most did, in sd of an observation and beyond its tolerance.
+        """Largest movement of a component beyond its tolerance, in sd of one observation.
 
         Args:
             z: Channel means, (channels,), averaged over observations.
-            q: Energies of channels, likewise.
+            q: Energies of channels, (channels,), averaged likewise.
 
         Returns:
-            None where no example's spread was measured: from a checkpoint alone, and with other units.
+            None if the spread of single examples is unknown: from a checkpoint alone, and with other units.
         """
         if self.clean is None or self.unit != "example":
             return None
@@ -146,15 +145,15 @@ class Reference:
         batch: int = _BATCH,
         kurtosis: float | None = None,
     ) -> Reference:
-        """What a model's stored statistics promise, without any data.
+        """The bounds from a model's stored statistics, without any data.
 
         Args:
-            model: Whose weights the digest is of.
+            model: The digest is computed from its state_dict.
             layers: Layers that store statistics, by name, in forward order if it is known.
             unit: What one observation is.
-            batch: Examples in a batch of the training, which the exactness of stored statistics depends on.
-            kurtosis: The largest fourth moment of standardized inputs on clean data, 3 for normal ones; None declares
-                none, and takes 3 for the exactness of stored variances.
+            batch: Examples in a training batch; the precision of stored statistics depends on it.
+            kurtosis: Largest fourth moment of standardized inputs on clean data, 3 for normal ones; None declares
+                none, and uses 3 for the precision of stored variances.
         """
         mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
         sizes = torch.tensor([channels_of(layer) for layer in layers.values()])
@@ -168,12 +167,12 @@ class Reference:
         )  # fmt: skip
 
     def calibrated(self, z: Tensor, q: Tensor, *, tolerance: float = _TOLERANCE) -> Reference:
-        """The same layers, with clean observations to compare with.
+        """The same layers, with clean observations for comparison.
 
         Args:
             z: Channel means in stored standard deviations, (observations, channels).
             q: Energies of channels, (observations, channels).
-            tolerance: What components may move, in sd, before a hint says that they did.
+            tolerance: Movement of components, in sd, that a hint ignores.
 
         Raises:
             ValueError: If there are fewer than 200 observations, or some of them are not finite.
@@ -190,10 +189,10 @@ class Reference:
         return replace(self, clean=Clean.of(self.sizes, z, q, tolerance=tolerance), observations=m)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it, whole or not at all, as a safetensors file that ends in .bncal.safetensors.
+        """Write a safetensors file that ends in .bncal.safetensors; a failed write leaves no part of it.
 
         Raises:
-            ValueError: If the name ends otherwise.
+            ValueError: If the name has another ending.
             OSError: If it cannot be written.
         """
         path = Path(path)
@@ -208,19 +207,19 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            ValueError: If the file is something else, or of a newer version.
+            ValueError: If the file is of another kind or version.
             OSError: If it cannot be read.
         """
         try:
             about, tensors = sidecar.read(path, "reference")
         except ValueError as error:
-            raise ValueError(f"{path} is no reference: {error}. Make one with monitor.calibrate(loader).") from error
+            raise ValueError(f"{path} is not a reference: {error}. Make one with monitor.calibrate(loader).") from error
         version = about.pop("version", None)
         if version != VERSION:
-            raise ValueError(f"{path} is no reference of version {VERSION}, got {version}. Calibrate again.")
+            raise ValueError(f"{path} is not a reference of version {VERSION}, got {version}. Calibrate again.")
         try:
             sizes = tuple(about.pop("sizes"))
             own = {name: tensors.get(name) for name in _TENSORS}
@@ -233,12 +232,12 @@ class Reference:
         raise ValueError(f"{path} is a damaged reference: parts are missing or out of range. Calibrate again.")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by their names in a file."""
+        """All tensors, by their names in a file."""
         own = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         return own if self.clean is None else own | self.clean.tensors()
 
     def _is_whole(self) -> bool:
-        """Whether every bound is there, for every channel and layer, and is one."""
+        """Whether every bound exists for every channel and layer, and is in range."""
         layers, channels = len(self.sizes), sum(self.sizes)
         tensors = self.tensors()
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "std", "delta", "kappa"), (channels,))
@@ -254,10 +253,10 @@ class Reference:
         return counted and finite and positive and layers == len(self.layers)
 
     def check(self, model: nn.Module, layers: Sequence[str]) -> None:
-        """Refuse a model that it does not belong to.
+        """Refuse a model that the reference does not belong to.
 
         Raises:
-            ValueError: If layers, weights or statistics differ from those that it was made with.
+            ValueError: If layers, weights or statistics differ from those it was made with.
         """
         if tuple(layers) != self.layers:
             raise ValueError(
@@ -274,13 +273,13 @@ _TENSORS = ("mean", "std", "delta", "kappa", "d", "v")
 
 
 def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert has_stored_statistics(layer)  # noqa: S101 - the monitor takes no others
+    assert has_stored_statistics(layer)  # noqa: S101 - the monitor selects such layers only
     mean, var = layer.running_mean, layer.running_var
-    mean, var = (cast("Tensor", whole(x)).double().cpu() for x in (mean, var) if x is not None)  # of a DTensor too
+    mean, var = (cast("Tensor", whole(x)).double().cpu() for x in (mean, var) if x is not None)  # also from a DTensor
     return mean, (var + eps_of(layer)).sqrt()
 
 
 def _error(layer: _BatchNorm, batch: int) -> float:
-    """Three standard errors of a stored mean, in sd of an example, as an exponential average has them."""
-    momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # a frozen layer of another library does not say
+    """Three standard errors of a stored mean, in sd of an example, from an exponential average."""
+    momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # frozen layers of other libraries have no momentum
     return 3 * (momentum / ((2 - momentum) * batch)) ** 0.5

@@ -1,12 +1,12 @@
-"""Assumptions: what the alarm's promise rests on, measured on clean data.
+"""Assumptions: checks on clean data whether the conditions of the alarm's promise hold.
 
-From a checkpoint alone (``reference``): stored means are right to delta, stored variances to d, few examples carry no
-large part of the energy (``tails``), and observations do not foretell the next ones. Calibrated, only the last, and
-that clean observations are exchangeable with those of the calibration.
+From a checkpoint alone (``alarm_reference``): stored means are exact to delta, stored variances to d, no few examples
+carry most of the energy (``tails``), and observations do not predict later ones. If calibrated, only the last one, and
+clean observations must be exchangeable with those of the calibration.
 
-Each condition "holds", is "doubtful" or is "broken". What is outside of its bound by more than c standard errors of the
-measurement is broken, where c is such that with 99 % none of as many normal errors is larger; what is outside by less
-is doubtful, and so is what is inside but measured so badly that it need not be, and what could not be measured at all.
+Each condition "holds", is "doubtful" or is "broken". It is broken if a measured value is outside its bound by more than
+c standard errors, where c is such that of as many normal errors none is larger, with probability 99 %. It is doubtful
+if the value is outside by less, if its error is too large to be sure, or if it could not be measured.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SCHEMA_VERSION = 1
 HOLDS, DOUBTFUL, BROKEN = "holds", "doubtful", "broken"
 _CONFIDENCE = 0.99
 _ROUND = 8
-_SUSPECT = 10.0  # evidence that clean data reach in 1 of 10 cases at most
+_SUSPECT = 10.0  # evidence that clean data reach with probability at most 1/10
 _NEIGHBOURS = 128  # observations, two windows of ``units.Autocorrelation``
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One condition: its name, "holds", "doubtful" or "broken", what was measured, and what to do ("" if it holds)."""
+    """One condition: name, state ("holds", "doubtful", "broken"), measured value, and remedy ("" if it holds)."""
 
     name: str
     state: str
@@ -59,14 +59,14 @@ class Condition:
 @final
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What ``check`` returns.
+    """The result of ``check``.
 
     Args:
         target: The model, in the caller's words.
-        data: The data, likewise.
-        source: Of the reference whose conditions these are, "checkpoint" or "calibrated".
+        data: The data, in the caller's words.
+        source: Source of the reference, "checkpoint" or "calibrated".
         unit: What one observation is.
-        observations: How many were made.
+        observations: Number of observations.
         conditions: In the order in which they should be mended.
     """
 
@@ -92,14 +92,14 @@ class Assumptions:
 def check(
     monitor: ShiftMonitor, loader: Iterable[Batch], *, max_examples: int | None = None, target: str = "", data: str = ""
 ) -> Assumptions:
-    """Measure on clean data what a monitor assumes; its model is left as it was, bit for bit.
+    """Check a monitor's assumptions on clean data; its model is left as it was, bit for bit.
 
     Args:
-        monitor: Of the model, with the reference and the unit.
+        monitor: The model's monitor, with its reference and unit.
         loader: Batches of clean data as ``recalibrate`` takes them, in the order in which such data will come.
-        max_examples: At most so many.
-        target: What to call the model.
-        data: What to call the data.
+        max_examples: At most this many.
+        target: The model's name in the report.
+        data: The data's name in the report.
 
     Raises:
         ValueError: If there is no observation, or some are not finite.
@@ -135,13 +135,13 @@ def _means(known: Reference, z: Tensor) -> Condition:
     far, at, state = _worst(z.mean(0).abs(), error, known.delta)
     measured = (
         f"channel {_channel(known, at)} is off by {far:.2g} sd, standard error {_one(error, z.shape[1], at):.2g}; "
-        f"allowed are {float(known.delta[at]):.2g}"
+        f"{float(known.delta[at]):.2g} is allowed"
     )
     return Condition("stored means are exact", state, measured, _remedy(state, error, known.delta))
 
 
 def _variances(known: Reference, z: Tensor, q: Tensor) -> Condition:
-    """E Q <= 1 + d for layers, and Var z <= kappa for channels: the larger excess in parts of what is allowed."""
+    """E Q <= 1 + d for layers, and Var z <= kappa for channels: the one that exceeds its bound most."""
     energy, n = known.of_layers(q), len(z)
     centered = (z - z.mean(0)).square()
     found = torch.cat([energy.mean(0), centered.mean(0)])
@@ -153,13 +153,13 @@ def _variances(known: Reference, z: Tensor, q: Tensor) -> Condition:
     where = f"the energy of layer {known.layers[at]!r}" if at < layers else f"channel {_channel(known, at - layers)}"
     measured = (
         f"{where} has {far:.3g} times its stored variance, standard error {_one(error, count, at):.2g}; "
-        f"allowed are {float(allowed[at]):.3g}"
+        f"{float(allowed[at]):.3g} is allowed"
     )
     return Condition("stored variances are exact", state, measured, _remedy(state, error, allowed - 1))
 
 
 def _worst(found: Tensor, error: Tensor, allowed: Tensor) -> tuple[float, int, str]:
-    """Of all values the one most beyond its bound, in errors: value, place and state."""
+    """The value furthest beyond its bound, in units of its error: value, index and state."""
     at = int(((found - allowed) / error.clamp_min(torch.finfo(torch.float64).tiny)).argmax())
     if bool((found - error > allowed).any()):
         state = BROKEN
@@ -177,7 +177,7 @@ def _remedy(state: str, error: Tensor, allowed: Tensor) -> str:
 
 
 def _errors(count: int) -> float:
-    """Standard errors that none of so many normal errors is beyond, with 99 %."""
+    """Number of standard errors that none of ``count`` normal errors exceeds, with probability 99 %."""
     return NormalDist().inv_cdf(1 - (1 - _CONFIDENCE) / (2 * count))
 
 
@@ -201,7 +201,7 @@ def _tails(known: Reference, q: Tensor) -> Condition:
     seen.add(known.of_layers(q))
     at = int(seen.ratios.argmax())
     told = f"E[Q^2] / E[Q]^2 is {float(seen.ratios[at]):.3g} in layer {known.layers[at]!r}"
-    told += f"; allowed are {float(tails.limits(known)[at]):.3g}"
+    told += f"; {float(tails.limits(known)[at]):.3g} is allowed"
     if (tail := seen.heavy) is not None:
         return Condition(name, DOUBTFUL, f"{tail}; {told}", tail.remedy)
     if len(q) < tails.LEAST:
@@ -210,7 +210,7 @@ def _tails(known: Reference, q: Tensor) -> Condition:
 
 
 def _neighbours(known: Reference, z: Tensor) -> Condition:
-    """As the monitor judges it: correlation in windows."""
+    """Correlation in windows, as the monitor judges it."""
     name, found = "neighbouring observations are no more alike than others", Autocorrelation()
     found.add(z, known.center, known.spread)
     if found.count < _NEIGHBOURS:
@@ -218,7 +218,7 @@ def _neighbours(known: Reference, z: Tensor) -> Condition:
     told, larger = f"correlation {found.r:.2f}", "Use a larger unit: --unit batch, or a function that gives keys."
     if found.is_wrong:
         return Condition(name, BROKEN, told, larger)
-    # 0.1 is what is allowed, and a standard error 1 / sqrt(n) at most
+    # 0.1 is allowed, and a standard error is at most 1 / sqrt(n)
     return Condition(name, DOUBTFUL, told, larger) if found.r > 0.1 else Condition(name, HOLDS, told, "")
 
 
@@ -237,7 +237,7 @@ def _order(known: Reference, z: Tensor, q: Tensor, limit: float) -> Condition:
     told = f"evidence of {among}: {_size(most)}; 1 is none, the limit is {_size(limit)}"
     if most < math.log(_SUSPECT):
         return Condition(name, HOLDS, told, "")
-    remedy = "Shuffle, if order means nothing; else use a larger unit, or data of one kind, and calibrate on them."
+    remedy = "Shuffle if the order has no meaning; else use a larger unit, or calibrate on data of one kind."
     return Condition(name, BROKEN if most >= limit else DOUBTFUL, told, remedy)
 
 
@@ -251,7 +251,7 @@ _MARKS = {HOLDS: "✓", DOUBTFUL: "?", BROKEN: "✗"}
 
 
 def full(found: Assumptions, *, width: int = 80) -> str:
-    """For people, in ``width`` columns."""
+    """The report for people, in ``width`` columns."""
     counted = many(found.observations, found.unit if found.unit in {"example", "batch"} else "observation")
     lines = wrapped(" · ".join(filter(None, [found.target, found.data, counted])), width)
     against = "a calibrated reference" if found.source == "calibrated" else "the checkpoint alone"
@@ -269,7 +269,7 @@ def concise(found: Assumptions) -> list[str]:
 
 
 def promise(found: Assumptions) -> str:
-    """Whether the alarm's promise can be relied on."""
+    """A sentence that says whether the alarm's promise can be relied on."""
     if found.hold:
         return "The promise about false alarms can be relied on, as far as these data show."
     return "The promise about false alarms cannot be relied on until these conditions hold."

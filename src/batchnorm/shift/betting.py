@@ -1,21 +1,21 @@
-"""Betting: factors by which wealth grows when observations contradict the null, and proofs that it cannot otherwise.
+"""Betting: factors that grow when observations contradict the null, with proofs that their expectation is at most 1.
 
 An e-process is the wealth of a gambler who bets against a null hypothesis at fair or worse odds. Under the null its
-expectation never exceeds 1, so it reaches 1 / alpha with probability alpha at most, however often one looks (Ville
-1939). With z a channel's standardized mean in one observation, Q a layer's energy (mean square of its standardized
-inputs), and F the past, the null is
+expectation never exceeds 1, so the probability that it ever reaches 1 / alpha is at most alpha (Ville 1939). With z a
+channel's standardized mean in one observation, Q a layer's energy (mean square of its standardized inputs), and F the
+past, the null is
 
     |E[z | F]| <= delta,     Var(z | F) <= kappa,     |E[Q | F] - 1| <= d,     Var(Q | F) <= v,     Q >= 0.
 
-Each function gives the logarithm of one factor; its proof that the factor's expectation given F is at most 1:
+Each function returns the logarithm of one factor. The proofs that its expectation given F is at most 1:
 
 ``mean_shift`` (Catoni's bet, Wang and Ramdas 2023): let y = l (s z - delta) with s = +1 or -1, and phi(y) =
 log(1 + y + y^2 / 2) for y >= 0, -log(1 - y + y^2 / 2) else; exp phi(y) <= 1 + y + y^2 / 2. Let m = delta - E[s z],
 which lies in [0, 2 delta]. Then E exp phi(y) <= 1 - l m + l^2 (kappa + m^2) / 2 <= exp(l^2 kappa / 2) if l m <= 2, and
-so if l <= 1 / delta. No bound on z and no shape is assumed, only its variance.
+so if l <= 1 / delta. Only the variance of z is assumed, no bound and no shape.
 
-``energy_up``: 1 + l (Q - (1 + d)) is at least 1 - l (1 + d) > 0 for l < 1 / (1 + d), and its expectation at most 1.
-Only E[Q] is assumed.
+``energy_up``: 1 + l (Q - (1 + d)) is at least 1 - l (1 + d) > 0 for l < 1 / (1 + d), and its expectation is at most 1.
+Only the bound on E[Q] is assumed.
 
 ``energy_down`` (Bennett 1962): let x = 1 - d - Q <= 1, m = -E[x] in [0, 2 d], psi(l) = exp(l) - l - 1. As
 (exp(l x) - l x - 1) / x^2 grows with x, E exp(l x) <= 1 - l m + (v + m^2) psi(l) <= exp(v psi(l)) if m psi(l) <= l, and
@@ -27,13 +27,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# bets that are right for shifts of about 1, 1/2, 1/4 and 1/8 of a standard deviation of the observations
+# stakes that suit shifts of about 1, 1/2, 1/4 and 1/8 of a standard deviation of the observations
 _STAKES = (1.0, 0.5, 0.25, 0.125)
 STAKES, SIDES = len(_STAKES), 2  # bets on an energy; a mean is bet on above and below
-# shares of the energy that are lost
+# lost shares of the energy
 _LOSSES = (0.75, 0.5, 0.25, 0.1)
 _AT_ONCE = 8  # observations whose factors are multiplied before the logarithm
-_MOST = 1e16  # of a mean's distance, in stored sd
+_MOST = 1e16  # largest distance of a mean, in stored sd
 
 
 def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def mean_shift(z: Tensor, kappa: Tensor, delta: Tensor, stakes: Tensor) -> Tenso
 def _phi(stakes: Tensor, moved: Tensor) -> Tensor:
     """phi(stakes * moved), summed over observations: (stakes, channels), (n, channels) -> (stakes, channels).
 
-    exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or one over that where y < 0. One logarithm is taken of the
-    product over eight observations. It does not overflow: larger moves count as 1e16, which makes no bet unfair.
+    exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or its inverse for y < 0. Eight observations share one
+    logarithm of their product. It does not overflow: larger moves count as 1e16, which keeps every bet fair.
     """
     total = torch.zeros_like(stakes)
     for some in moved.split(_AT_ONCE):
@@ -75,9 +75,9 @@ def energy_up(q: Tensor, d: Tensor, stakes: Tensor) -> Tensor:
 
 
 def down_stakes(d: Tensor, v: Tensor) -> Tensor:
-    """Stakes l for less energy, (stakes, layers): the best ones for losses of 3/4, 1/2, 1/4 and 1/10 of it.
+    """Stakes l for less energy, (stakes, layers): the best ones if 3/4, 1/2, 1/4 or 1/10 of it is lost.
 
-    Halved until 2 d <= l / psi(l), which the proof needs.
+    Halved until 2 d <= l / psi(l), as the proof requires.
     """
     stakes = torch.log1p(torch.tensor(_LOSSES, dtype=torch.float64)[:, None] / v)
     for _ in range(64):
@@ -91,5 +91,5 @@ def energy_down(q: Tensor, d: Tensor, v: Tensor, stakes: Tensor) -> Tensor:
 
 
 def psi(stakes: Tensor) -> Tensor:
-    """exp(l) - l - 1, without the loss of digits near 0."""
+    """exp(l) - l - 1, without cancellation near 0."""
     return torch.where(stakes < 1e-4, stakes.square() / 2, torch.expm1(stakes) - stakes)

@@ -1,7 +1,6 @@
-"""By layer: reduce the channels of each layer, where the channels of all layers lie side by side.
+"""By layer: reduces each layer's channels, where the channels of all layers lie side by side.
 
-Layers in a row that have as many channels are reduced together, so that a network costs a few operations, not some for
-each of its layers.
+Neighbouring layers of equal size are reduced together, so a network needs a few operations instead of some per layer.
 """
 
 from __future__ import annotations
@@ -46,5 +45,5 @@ def log_mean_exp(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _runs(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Layers in a row of one size: how many, and the size."""
+    """Runs of neighbouring layers of one size: their number, and the size."""
     return tuple((len(list(run)), size) for size, run in groupby(sizes))

@@ -1,12 +1,12 @@
-"""Marks: values that few clean observations of a channel are beyond, to name the channels that moved.
+"""Marks: thresholds that few clean observations of a channel exceed, to name the channels that moved.
 
-Of n clean observations of a channel's mean, the k largest are at or above a mark. The share s of all clean
-observations that lie beyond it is not known, but bounded: that s is larger than S has, whatever the law, at most the
-probability that n draws with that share S give fewer than k (Clopper and Pearson 1934). S is chosen so that with 99 %
-none of the marks of all channels has more beyond it. A bet then wins log(r / S) from an observation that is beyond,
-and loses log((1 - S) / (1 - r)) with each that is not: for r > S its factor is 1 at most in expectation.
+Of n clean observations of a channel's mean, the k largest are at or above a mark. The share s of all clean observations
+beyond it is unknown, but has a bound for any distribution: the probability that s exceeds S is at most the probability
+that n draws with share S give fewer than k (Clopper and Pearson 1934). S is chosen so that with 99 % confidence no mark
+of any channel has a larger share beyond it. A bet gains log(r / S) from an observation beyond the mark, and loses
+log((1 - S) / (1 - r)) with each other one: for r > S its factor has an expectation of at most 1.
 
-Marks only name channels. What rings is evidence of scores (``conformal``), which needs no such bound.
+Marks only name channels. The alarm needs evidence of scores (``conformal``), which needs no such bound.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-# parts of the observations beyond a mark: the largest alone, 5 % and 25 %
+# shares of the observations beyond a mark: the largest one alone, 5 % and 25 %
 _PARTS = (0.0, 0.05, 0.25)
-# r = S + this part of 1 - S
+# r = S + this share of 1 - S
 _HOPES = (0.2, 0.6)
 _CONFIDENCE = 0.99
-_ROUNDING = 1e-4  # stored sd: the same input's mean may differ by that, by the size of its batch or the machine
+_ROUNDING = 1e-4  # stored sd: batch size and machine may change a mean by this much
 MARKS = len(_PARTS)
 BETS = MARKS * len(_HOPES)
 
@@ -36,8 +36,8 @@ class Marks:
 
     Args:
         upper: (marks, channels): beyond is above.
-        lower: Likewise: beyond is below.
-        shares: The largest share of clean observations beyond each, (marks,).
+        lower: (marks, channels): beyond is below.
+        shares: Largest share of clean observations beyond each mark, (marks,).
     """
 
     upper: Tensor
@@ -58,7 +58,7 @@ class Marks:
         """Log factors of the bets, summed over observations: (n, channels) -> (2, bets, channels)."""
         beyond, share = torch.zeros(2, *self.upper.shape, dtype=torch.float64), self.shares[:, None]
         upper, lower = self._outer
-        for some in z.float().split(255):  # as many as a byte counts
+        for some in z.float().split(255):  # a byte counts to 255
             beyond += torch.stack([_how_many(some[:, None] > upper), _how_many(some[:, None] < lower)])
         r = share + torch.tensor(_HOPES, dtype=torch.float64)[:, None, None] * (1 - share)  # (hopes, marks, 1)
         won, lost = (r / share).log(), ((1 - r) / (1 - share)).log()
@@ -66,17 +66,17 @@ class Marks:
 
     @cached_property
     def _outer(self) -> tuple[Tensor, Tensor]:
-        """The marks, further out by what rounding may move a mean, in float32."""
+        """The marks in float32, moved outwards by what rounding may move a mean."""
         return (self.upper + _ROUNDING).float(), (self.lower - _ROUNDING).float()
 
 
 def _how_many(is_so: Tensor) -> Tensor:
-    """How many are true of the first dimension, of 255 at most: uint8."""
+    """Number of True values along the first dimension, at most 255: uint8."""
     return is_so.view(torch.uint8).sum(0, dtype=torch.uint8)
 
 
 def _most(n: int, k: int, error: float) -> float:
-    """The share S of which n draws give fewer than k with probability ``error``."""
+    """The share S for which n draws give fewer than k with probability ``error``."""
     counts = torch.arange(k, dtype=torch.float64)
     ways = math.lgamma(n + 1) - torch.lgamma(counts + 1) - torch.lgamma(n - counts + 1)
     low, high = 0.0, 1.0

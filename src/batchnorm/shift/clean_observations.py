@@ -1,7 +1,7 @@
-"""Clean: what calibration learned of clean observations: scores, a bag to compare with, marks, and components.
+"""Clean observations: the result of calibration: scores, a bag to compare with, marks, and components.
 
-Half of the observations (at most 1,000) teach how scores are measured, and the others fill the bag, so that neither
-knows the other. Validity needs that only. Marks and the spread of components are of all and of the others.
+Half of the observations (at most 1,000) define how scores are measured, the others fill the bag, so both halves are
+independent. That is all that validity needs. Marks use all observations; the spread of components uses the others.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from batchnorm.shift.scores import KIND_OF, Scores, powers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_CONFIDENCE = 0.95  # that no component's mean is further off than its error, for normal ones
-# relative standard error of a variance of m values of kurtosis 6.5, half as much again as of normal ones
+_CONFIDENCE = 0.95  # that every component's mean is within its error, if normal
+# relative standard error of a variance of m values of kurtosis 6.5, half as large again as for normal values
 _VARIANCE_ERROR = 1.5
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Clean:
-    """What calibration learned.
+    """The result of calibration.
 
     Args:
-        scores: How strange observations are.
+        scores: Measure how strange observations are.
         bag: Clean observations to compare with.
-        marks: What few of them are beyond.
+        marks: Thresholds that few of them exceed.
     """
 
     scores: Scores
@@ -44,13 +44,13 @@ class Clean:
 
     @classmethod
     def of(cls, sizes: tuple[int, ...], z: Tensor, q: Tensor, *, tolerance: float) -> Clean:
-        """Learned from clean observations.
+        """Calibration on clean observations.
 
         Args:
             sizes: Channels of each layer.
             z: Channel means in stored sd, (n, channels).
-            q: Energies of channels, likewise.
-            tolerance: How far a component's mean may be off without having moved.
+            q: Energies of channels, (n, channels).
+            tolerance: Movement of a component's mean that does not count.
         """
         teach, rest = halves(len(z))
         power = powers(q[teach])
@@ -60,7 +60,7 @@ class Clean:
         return cls(scores, Bag.of(scores.cells(z[rest], q[rest])), Marks.of(z))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by their names in a file."""
+        """All tensors, by their names in a file."""
         parts = {"components": self.scores.components, "scores": self.scores, "marks": self.marks}
         return {"bag.above": self.bag.counts} | {
             f"{name}.{field.name}": value
@@ -71,7 +71,7 @@ class Clean:
 
     @classmethod
     def of_tensors(cls, sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Clean:
-        """What ``tensors`` gave.
+        """The result of calibration from ``tensors``'s dict.
 
         Raises:
             KeyError: If one is missing.
@@ -112,11 +112,11 @@ SIGNED = frozenset(
 @final
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Center, error and largest variance of observations, as far as normal ones tell; for hints, not for alarms.
+    """Center, error and largest variance of observations, assuming normal ones; for hints, not for alarms.
 
     Args:
         tolerance: Added to the errors of means.
-        errors: Standard errors that are allowed for.
+        errors: Number of standard errors.
     """
 
     tolerance: float
@@ -131,5 +131,5 @@ class _Bounds:
 
 
 def _errors(bounds: int) -> float:
-    """Standard errors within which so many means are at once."""
+    """Number of standard errors within which all of ``bounds`` normal means lie at once, with 95 %."""
     return NormalDist().inv_cdf(1 - (1 - _CONFIDENCE) / (2 * bounds))

@@ -1,28 +1,28 @@
-"""Conformal p-values: how strange an observation is among all clean ones before it, without a word about their law.
+"""Conformal p-values: how strange an observation is among all earlier clean ones, for any distribution of them.
 
 Let s_1, ..., s_n be the scores of calibration observations and s_(n+1), s_(n+2), ... those of the stream. If all of
 them are exchangeable, then
 
     p_t = (number of i <= t with s_i >= s_t) / t,      t = n + 1, n + 2, ...,
 
-is at most u with probability u at most, given all later ones, and so given all earlier ones: given the scores up to t
-without their order, each is equally likely to be the last, and p_1, ..., p_(t-1) say nothing about which one is (Vovk,
-Gammerman and Shafer 2005, section 8.2; with ties p_t is larger than that of a coin toss, and the bets below never gain
-by that). No moment, no tail and no independence of scores of one observation is assumed.
+is at most u with probability at most u, given all later ones, and so given all earlier ones: given the scores up to t
+without their order, each is equally likely to be the last, and p_1, ..., p_(t-1) do not depend on which one is (Vovk,
+Gammerman and Shafer 2005, section 8.2; ties make p_t larger than the randomized version, and the bets below never gain
+from that). No moment, tail or independence of the scores of one observation is assumed.
 
-A bet on small p-values is a decreasing function f with an integral of 1: the average of f over 1/t, 2/t, ..., 1 is no
-more than its integral. So the product of f(p_t) is an e-process, whatever the law of clean data is. The bets:
+A bet on small p-values is a decreasing function f with an integral of 1: the average of f over 1/t, 2/t, ..., 1 is at
+most its integral. So the product of f(p_t) is an e-process, for any distribution of clean data. The bets:
 
     f(p) = k p^(k - 1)          for k = 0.1, 0.25, 0.5 and 0.75: a few very strange observations,
-    f(p) = 1 + l (1 - 2 p)      for l = 0.5 and 0.9: many that are strange a little.
+    f(p) = 1 + l (1 - 2 p)      for l = 0.5 and 0.9: many slightly strange ones.
 
-Scores are kept as counts over a grid of 512 cells, finest where calibration observations are: cells are scores too, so
-a grid costs no validity. A clean stream makes the counts grow, and p-values finer.
+Scores are kept as counts over a grid of 512 cells, finest where calibration observations are: a cell is a score too, so
+the grid does not affect validity. A clean stream adds to the counts and makes p-values finer.
 
-The size of a batch and the machine change how activations of the same input are rounded. Where many clean inputs are
-the same (silence, rows of few kinds), rounding may move all of them over the edge of a cell. So an observation counts
-those in the cell below its own as not less strange: as long as rounding moves a score by less than half a cell, p is at
-least what it would be without rounding.
+Batch size and machine change how activations of the same input are rounded. If many clean inputs are the same (silence,
+rows of few kinds), rounding may move all of them into the next cell. So an observation also counts those in the cell
+below its own as at least as strange: if rounding moves a score by less than half a cell, p is at least its value
+without rounding.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ import torch
 from torch import Tensor
 
 CELLS = 512
-EDGE = 1  # cells below its own that an observation counts as not less strange
-_LATER = 64  # observations that are counted together, since counting costs as much for one as for many
+EDGE = 1  # cells below an observation's own that count as at least as strange
+_LATER = 64  # observations that are counted together, since counting many costs as much as counting one
 _POWERS = (0.1, 0.25, 0.5, 0.75)
 _SLOPES = (0.5, 0.9)
-_FAR = 1e15  # spreads from the middle: what is further, or infinite, is in the last cell
+_FAR = 1e15  # spreads from the middle: larger and infinite distances are in the last cell
 BETS = len(_POWERS) + len(_SLOPES)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Bag:
-    """How many clean observations had a score in a cell or in a higher one.
+    """Number of clean observations with a score in a cell or in a higher one.
 
     Args:
-        above: Those counts, (scores, cells), int32; the first column is the number of all that are counted.
-        later: Cells of observations that are in the bag and not counted yet, (fewer than 64, scores), int16.
+        above: These counts, (scores, cells), int32; the first column is the number of counted observations.
+        later: Cells of observations in the bag that are not counted yet, (fewer than 64, scores), int16.
     """
 
     above: Tensor
@@ -58,12 +58,12 @@ class Bag:
 
     @classmethod
     def of(cls, cells: Tensor) -> Bag:
-        """A bag of observations by the cells of their scores, (n, scores)."""
+        """A bag of observations, from the cells of their scores, (n, scores)."""
         return cls.counted(_counted(torch.zeros(cells.shape[1], CELLS, dtype=torch.int32), cells))
 
     @classmethod
     def counted(cls, above: Tensor) -> Bag:
-        """A bag all of whose observations are counted."""
+        """A bag with all observations counted."""
         return cls(above, torch.zeros(0, len(above), dtype=torch.int16))
 
     @property
@@ -73,12 +73,12 @@ class Bag:
 
     @property
     def observations(self) -> int:
-        """How many there are."""
+        """Number of observations."""
         return int(self.above[0, 0]) + len(self.later)
 
     @property
     def is_whole(self) -> bool:
-        """Whether observations can have made these counts: each column has no more than the one before it."""
+        """Whether observations can have produced these counts: no column exceeds the one before it."""
         counts = self.counts
         whole = bool((counts[:, :1] == counts[:1, :1]).all()) and int(counts[0, 0]) > 0
         falls = bool((counts.diff(dim=1) <= 0).all()) and bool((counts >= 0).all())
@@ -92,7 +92,7 @@ class Bag:
         return Bag.counted(_counted(self.above, later))
 
     def p_values(self, cells: Tensor) -> Tensor:
-        """P-values of more observations one after the other, (n, scores), float64: each among all those before it."""
+        """P-values of more observations in sequence, (n, scores), float64: each among all earlier ones."""
         bag, found = self, []
         for some in cells.split(_LATER):
             found.append(bag._p_values(some))
@@ -104,7 +104,7 @@ class Bag:
         low = lowest(cells)
         rank = self.above.gather(1, low.T.contiguous()).T  # (n, scores)
         new, low = cells.to(torch.int16), low.to(torch.int16)
-        before = self.observations + torch.arange(1, n + 1, dtype=torch.int32)[:, None]  # and itself
+        before = self.observations + torch.arange(1, n + 1, dtype=torch.int32)[:, None]  # including itself
         rank += before - int(self.above[0, 0])
         rank -= _negative(self.later[:, None] - low)
         is_past = torch.ones(n, n, dtype=torch.int16).triu()[:, :, None]
@@ -113,12 +113,12 @@ class Bag:
 
 
 def lowest(cells: Tensor) -> Tensor:
-    """The lowest cells whose observations count as no less strange than those in ``cells``."""
+    """The lowest cells that count as at least as strange as ``cells``."""
     return (cells - EDGE).clamp_min(0)
 
 
 def _negative(x: Tensor) -> Tensor:
-    """How many of the first dimension are below 0, int16: their sign bits, since comparisons of int16 are slow."""
+    """Number of values below 0 along the first dimension, int16, by sign bits: int16 comparisons are slow."""
     return x.bitwise_right_shift_(15).sum(0, dtype=torch.int16).neg_()
 
 
@@ -139,17 +139,17 @@ def factors(p: Tensor) -> Tensor:
 
 
 def _log_product(x: Tensor) -> Tensor:
-    """Logarithm of the product over the first dimension: of sixteen values above 1e-15 at once, which cannot vanish."""
+    """Logarithm of the product over the first dimension, sixteen values above 1e-15 at once: no underflow."""
     return torch.stack([some.prod(0) for some in x.split(16)]).log_().sum(0)
 
 
 def cells_of(scores: Tensor, middle: Tensor, spread: Tensor) -> Tensor:
-    """The cells that scores are in: u / (1 + |u|) for u = (score - middle) / spread, cut into equal parts.
+    """The cells of scores: u / (1 + |u|) for u = (score - middle) / spread, cut into equal parts.
 
     Args:
         scores: Any shape (..., scores).
-        middle: About the middle of clean scores, (scores,).
-        spread: About their distance from it, (scores,).
+        middle: Typical clean score, (scores,).
+        spread: Typical distance of clean scores from it, (scores,).
     """
     u = ((scores - middle) / spread).clamp_(-_FAR, _FAR)
     return u.div_(u.abs().add_(1)).add_(1).mul_(CELLS / 2).long().clamp_(0, CELLS - 1)

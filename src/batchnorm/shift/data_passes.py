@@ -1,4 +1,4 @@
-"""Passes: what a data set looks like at the entrance of every batch norm layer, with the model left as it was."""
+"""Passes over a data set that return the observer's statistics of every batch and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def passes(
     """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
 
     Args:
-        model: That ``tap`` is for.
-        tap: It is attached meanwhile.
+        model: The model that ``tap`` observes.
+        tap: Attached during the passes.
         loader: Batches as ``recalibrate`` takes them.
-        max_examples: At most so many.
-        who: Asks, for error messages.
+        max_examples: At most this many.
+        who: The caller's name in error messages.
 
     Raises:
-        ValueError: If a pass does not reach every layer with each example once.
+        ValueError: If a pass does not reach every layer with each example exactly once.
     """
     batches = Batches(loader, max_examples, device_of(model), who=who)
     with preserve_state(model), preserve_random_state(*batches.generators):
@@ -46,7 +46,7 @@ def passes(
 def _passes(model: nn.Module, tap: Tap, batches: Batches, who: str) -> Generator[tuple[Any, Tensor, Tensor]]:
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may write to its own
+        kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may overwrite its input
         with uncompiled(), torch.no_grad():
             call(model, batch)
         if (seen := tap.taken()) is None:
@@ -55,7 +55,7 @@ def _passes(model: nn.Module, tap: Tap, batches: Batches, who: str) -> Generator
 
 
 def passes_needed(who: str) -> str:
-    """What to say of a model whose layers see parts of a batch."""
+    """The error message for a model whose layers see only parts of a batch."""
     return (
         f"{who} needs passes that reach every batch norm layer with each example once, got another. "
         "Give a model whose layers all see whole batches."

@@ -1,16 +1,16 @@
-"""Wealth: e-processes side by side, kept so that a shift is seen as fast after a million clean observations as at once.
+"""E-processes: evidence that detects a shift as fast after a million clean observations as at the start.
 
-A product of factors shrinks for as long as nothing happens, and what it lost has to be won back when something does. So
-half of the stake goes into the product from the start, and half is spread over products that start at every time:
+A product of factors shrinks while nothing happens, and this loss delays detection later. So half of the stake goes into
+the product from the start, and half is spread over products that start at every time:
 
     E = (P + S + rest) / 2,      P' = P e,      S' = (S + w_t) e,      rest = 1 - w_1 - ... - w_t,
 
 with weights w_t = 1 / log2(t + 1) - 1 / log2(t + 2), which sum to 1. Each product is an e-process from its start on, so
-E is one. Late starts cost log(1 / w_t), about log t + 2 log log t, instead of all that P has lost.
+E is one. Late starts cost log(1 / w_t), about log t + 2 log log t, instead of the whole loss of P.
 
-For a given average run length the weights are the number of new observations and nothing is kept back: then S minus the
-number of observations so far cannot grow in expectation, so the expected number until S reaches ``arl`` is at least
-that (e-SR: Shin, Ramdas and Rinaldo 2023).
+For a given average run length each weight is the number of new observations, and rest is 0: then S minus the number of
+observations so far cannot grow in expectation, so the expected number until S reaches ``arl`` is at least ``arl``
+(e-SR: Shin, Ramdas and Rinaldo 2023).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Wealth:
     Args:
         product: log P, any shape.
         restarted: log S, the same shape.
-        updates: Rounds so far; sizes of rounds may differ.
-        rest: Part of the spread stake that has not started yet.
+        updates: Number of rounds; their sizes may differ.
+        rest: Share of the spread stake that has not started yet.
         is_spread: False for e-SR.
     """
 
@@ -49,7 +49,7 @@ class Wealth:
         return cls(zeros, torch.full_like(zeros, -torch.inf), 0, 1.0 if is_spread else 0.0, is_spread)
 
     def bet(self, log_factor: Tensor, observations: int) -> Wealth:
-        """After one more round, whose factors multiply those of ``observations`` observations."""
+        """The e-processes after one more round; ``log_factor`` covers ``observations`` observations."""
         at = self.updates + 1
         weight = 1 / math.log2(at + 1) - 1 / math.log2(at + 2) if self.is_spread else float(observations)
         started = torch.logaddexp(self.restarted, torch.full_like(self.restarted, math.log(weight)))
@@ -58,7 +58,7 @@ class Wealth:
 
     @property
     def log(self) -> Tensor:
-        """Log of each process: of E, or of S for e-SR."""
+        """Log of each process: E, or S for e-SR."""
         if not self.is_spread:
             return self.restarted
         rest = torch.full_like(self.product, math.log(self.rest))
@@ -67,21 +67,21 @@ class Wealth:
 
     @property
     def log_mean(self) -> Tensor:
-        """Log of the mean of all processes of one place, (..., places) -> (places,)."""
+        """Log of the mean over the processes of each place, (..., places) -> (places,)."""
         kept = [self.product, self.restarted] if self.is_spread else [self.restarted]
         each = torch.cat([part.flatten(0, -2) for part in kept])
         total = each.logsumexp(0) - math.log(len(each))
         if not self.is_spread:
             return total
-        # each has half of its stake in the mean above, and half of what has not started
+        # each process has half of its stake in this mean, and half of the unstarted rest
         return torch.logaddexp(total, torch.full_like(total, math.log(self.rest / 2)))
 
     def merged(self, others: list[Wealth]) -> Wealth:
-        """Evidence of replicas that saw different observations, each of them once.
+        """Combined evidence of replicas that observed different observations.
 
-        Products multiply, as one product over all observations. Spread stakes are shared by the replicas equally,
-        which an average of e-processes may do whatever their dependence. For e-SR the observations count as if the
-        replicas had made them one after the other: S = S_1 P_2 + S_2, and so on.
+        Products multiply, as one product over all observations. Spread stakes are averaged over replicas: valid for
+        e-processes however dependent they are. For e-SR the observations count as if the replicas had made them one
+        after the other: S = S_1 P_2 + S_2, and so on.
         """
         all_ = [self, *others]
         product = torch.stack([wealth.product for wealth in all_]).sum(0)
@@ -95,11 +95,11 @@ class Wealth:
         return Wealth(product, restarted, updates, 0.0, False)
 
     def highest(self, others: list[Wealth]) -> Wealth:
-        """Evidence of replicas whose bets share something random, such as the clean observations they compare with.
+        """Combined evidence of replicas whose bets share randomness, such as the clean observations for comparison.
 
-        Their product is no e-process then. Of each process the replica with the most of it counts, divided by their
-        number: it reaches 1 / alpha with probability alpha at most, however they depend on each other. For e-SR nothing
-        is divided: each reaches a limit c with probability t / c at most after t observations of its own.
+        Their product is then no e-process. For each process the largest one counts, divided by the number of replicas:
+        it reaches 1 / alpha with probability at most alpha, however they depend on each other. For e-SR nothing is
+        divided: each reaches a limit c with probability at most t / c after t observations of its own.
         """
         all_ = [self, *others]
         best = torch.stack([wealth.log for wealth in all_]).argmax(0, keepdim=True)

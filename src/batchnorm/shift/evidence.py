@@ -1,21 +1,21 @@
-"""Evidence: all bets against one reference together, and what they say about layers and channels.
+"""Evidence: combines all bets against one reference, for the model, its layers and its channels.
 
-From a checkpoint alone every channel of every layer bets on a higher and a lower mean and every layer on more energy,
-with four stakes each; on less energy only under a declared bound. Against a calibrated reference every score of every
-layer bets on small p-values, and marks of channels' means bet as well, to name channels.
+From a checkpoint alone every channel of every layer bets on a higher and a lower mean, and every layer on more energy,
+with four stakes each; on less energy only with a declared kurtosis. Against a calibrated reference every score of every
+layer bets on small p-values; marks of channels' means also bet, to name channels.
 
-Looking in many places costs the logarithm of their number. From a checkpoint all bets are fair given the same past, and
-an average of e-processes of one past is an e-process whatever their dependence (Vovk and Wang 2021): the evidence is
-the average over stakes, signs and channels of a layer, over kinds of bets, and over layers.
+Testing many places costs the logarithm of their number. From a checkpoint all bets are fair given the same past, and an
+average of e-processes of one past is an e-process however dependent they are (Vovk and Wang 2021): the evidence is the
+average over stakes, signs and channels of a layer, over kinds of bets, and over layers.
 
-Bets on ranks of one score are fair given the past of this score only; what other scores showed may tell more, and an
-average of such e-processes need not be one (Choe and Ramdas 2024). So with weights w_j that sum to 1, of scores of a
-kind, of kinds and of layers, the evidence is the largest w_j E_j. Each reaches 1 / alpha with probability alpha w_j at
-most (Ville 1939), and so any of them with alpha at most. That is hardly less than their sum, most of which is one's.
+Bets on ranks of one score are fair given this score's past only. Other scores may carry more information, and an
+average of such e-processes need not be one (Choe and Ramdas 2024). So with weights w_j that sum to 1, over scores of a
+kind, kinds and layers, the evidence is the largest w_j E_j. Each E_j w_j reaches 1 / alpha with probability at most
+alpha w_j (Ville 1939), so any of them does with at most alpha. Little is lost: one term dominates the sum.
 
-For an average run length S_j - t cannot grow in expectation, so that S_j reaches c within t observations with
-probability t / c at most, and the largest w_j S_j reaches 2 arl with t / (2 arl) at most. The expected number until it
-does is the sum of 1 - t / (2 arl) over t < 2 arl at least, which is arl. So the evidence is half of the largest.
+For an average run length S_j - t cannot grow in expectation, so S_j reaches c within t observations with probability at
+most t / c, and the largest w_j S_j reaches 2 arl with at most t / (2 arl). The expected number of observations until
+then is at least the sum of 1 - t / (2 arl) over t < 2 arl, which is arl. So the evidence is half of the largest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from batchnorm.shift.conformal import Bag
 
 KINDS = ("mean", "energy up", "energy down", "channel energy", "components", "component means")
-BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of Evidence that they are made with
+BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of Evidence that hold bets
 
 
 @final
@@ -47,15 +47,15 @@ class Evidence:
     """E-processes of every channel and layer after ``observations`` observations.
 
     Args:
-        reference: What they bet against.
-        mean: (2, stakes, channels): higher and lower mean; None where calibrated, as the next two.
+        reference: The reference that they bet against.
+        mean: (2, stakes, channels): higher and lower mean; None if calibrated, like the next two.
         up: (stakes, layers): more energy.
         down: (stakes, layers): less energy; None also without a declared kurtosis.
-        ranks: (bets, scores): small p-values; None from a checkpoint alone, as the next two.
+        ranks: (bets, scores): small p-values; None from a checkpoint alone, like the next two.
         marks: (2, bets, channels): higher and lower means, to name channels.
-        bag: The clean observations that p-values are taken among.
-        stakes: Of mean, up and down.
-        observations: How many were made.
+        bag: The clean observations for p-values.
+        stakes: Stakes of mean, up and down.
+        observations: Number of observations.
     """
 
     reference: Reference
@@ -77,12 +77,12 @@ class Evidence:
         return cls(reference, **bets, bag=bag, stakes=stakes_for(reference))
 
     def after(self, z: Tensor, q: Tensor, *, learns: bool = True) -> Evidence:
-        """With one more round of observations.
+        """The evidence after one more round of observations.
 
         Args:
             z: Channel means in stored sd, (n, channels), float64 on the CPU.
-            q: Energies of channels, likewise.
-            learns: Whether they join the clean ones that later ones are compared with; after an alarm they do not.
+            q: Energies of channels, (n, channels), float64 on the CPU.
+            learns: Whether they join the clean ones for later comparison; False after an alarm.
         """
         if self.ranks is not None:
             return self._after_ranks(z, q, learns=learns)
@@ -110,12 +110,12 @@ class Evidence:
     def log_channels(self) -> Tensor:
         """Log e-value of every channel's mean, (channels,)."""
         wealth = self.mean or self.marks
-        assert wealth is not None  # noqa: S101 - one of both is there
+        assert wealth is not None  # noqa: S101 - one of them exists
         return wealth.log_mean
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of bets that are made."""
+        """Kinds of bets in use."""
         return KINDS if self.ranks is not None else KINDS[: 2 + (self.down is not None)]
 
     @cached_property
@@ -138,16 +138,16 @@ class Evidence:
 
     @cached_property
     def log(self) -> float:
-        """Log of the evidence that anything moved."""
+        """Log of the evidence that any layer moved."""
         return float(self._joined(self.log_layers))
 
     def _joined(self, logs: Tensor) -> Tensor:
-        """Evidence in any of several places, (places, ...) -> (...)."""
+        """Combined evidence over several places, (places, ...) -> (...)."""
         together = logs.logsumexp(0) if self.ranks is None else logs.amax(0)
         return together - math.log(len(logs))
 
     def merged(self, others: list[Evidence]) -> Evidence:
-        """Evidence of several replicas of one model together; see ``Wealth.merged`` and ``Wealth.highest``.
+        """Combined evidence of several replicas of one model; see ``Wealth.merged`` and ``Wealth.highest``.
 
         Raises:
             ValueError: If they bet against different references.
@@ -157,7 +157,7 @@ class Evidence:
             for other in others
         ):
             raise ValueError(
-                "monitors of one model and one reference are merged, got different ones. Calibrate once, and copy."
+                "merging needs monitors of one model and one reference, got different ones. Calibrate once, and copy."
             )
         merged = {}
         for name in BETS:
@@ -169,7 +169,7 @@ class Evidence:
 
 
 def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
-    """Shapes of the bets that are made against a reference."""
+    """Shapes of the bets against a reference."""
     channels, layers = sum(known.sizes), len(known.sizes)
     if known.clean is not None:
         return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, channel_marks.BETS, channels)}
@@ -178,7 +178,7 @@ def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
 
 
 def stakes_for(known: Reference) -> tuple[Tensor, ...]:
-    """Stakes for means, for more energy and, if its variance has a bound, for less; none where calibrated."""
+    """Stakes for means, for more energy and, if its variance has a bound, for less; none if calibrated."""
     if known.clean is not None:
         return ()
     stakes = betting.mean_stakes(known.kappa, known.delta), betting.up_stakes(known.d)

@@ -1,6 +1,6 @@
-"""Tap: what a few examples of a batch look like at the entrance of every batch norm layer.
+"""Layer observer: statistics of a few examples of each batch, measured at the input of every batch norm layer.
 
-One example gives a channel's mean over positions and its energy, whose mean over channels is the layer's:
+For one example, each channel has a mean over positions and an energy; the layer's energy is their mean over channels:
 
     z_c = mean over positions of (x_c - mean_c) / std_c,      q_c = mean over positions of ((x_c - mean_c) / std_c)^2.
 """
@@ -33,13 +33,13 @@ ALL = 2**62  # examples: more than a batch has
 
 
 def drawn(size: int, examples: int, seed: int) -> list[int] | None:
-    """Rows of a batch to look at, in order: at random, since batches may be sorted; None for all of ``size``."""
+    """Random rows of a batch, in order, because batches may be sorted; None for all of ``size``."""
     return None if examples >= size else sorted(Random(seed).sample(range(size), examples))  # noqa: S311
 
 
 @final
 class _Pass(threading.local):
-    """What one thread's pass is about."""
+    """State of one thread's forward pass."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -51,7 +51,7 @@ class _Pass(threading.local):
         self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
 
     def of(self, x: Tensor) -> Tensor:
-        """The rows of a layer's input that are looked at; the same in all layers."""
+        """The observed rows of a layer's input; the same in all layers."""
         key = len(x), x.device
         if key not in self._indices:
             rows = drawn(len(x), self.examples, self.seed)
@@ -62,11 +62,11 @@ class _Pass(threading.local):
 
 @final
 class Tap:
-    """Hooks on layers that keep statistics of some examples of each batch that passes.
+    """Hooks on layers that keep statistics of some examples of each batch.
 
     Args:
         layers: By name, in the reference's order.
-        reference: Whose means and standard deviations standardize.
+        reference: Its means and standard deviations standardize the inputs.
     """
 
     def __init__(self, layers: dict[str, _BatchNorm], reference: Reference) -> None:
@@ -79,22 +79,22 @@ class Tap:
         self._on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def begin(self, examples: int, seed: int) -> None:
-        """Look at so many examples of the batch that passes next in this thread; 0 lets it pass.
+        """Observe up to ``examples`` examples of this thread's next batch; 0 observes none.
 
         Args:
-            examples: Of each batch, at most.
-            seed: Which ones.
+            examples: Largest number per batch.
+            seed: Selects them.
         """
         self._pass.begin(examples, seed)
 
     def end(self) -> int:
-        """Let what passes in this thread pass from now on; how many examples were to be looked at."""
+        """Stop observing this thread's pass; return the number of examples that were to be observed."""
         examples, self._pass.examples = self._pass.examples, 0
         return examples
 
     @property
     def seconds(self) -> float:
-        """Time that this thread spent since it set it to 0."""
+        """Time that this thread has spent observing since the last reset to 0."""
         return self._pass.seconds
 
     @seconds.setter
@@ -102,7 +102,7 @@ class Tap:
         self._pass.seconds = number
 
     def attach(self) -> list[RemovableHandle]:
-        """See what the layers receive until the handles are removed."""
+        """Observe the layers' inputs until the handles are removed."""
         return [
             layer.register_forward_pre_hook(Hook(partial(self._see, name), is_always=True), with_kwargs=True)
             for name, layer in self._layers.items()
@@ -110,18 +110,18 @@ class Tap:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """A block in which all examples that pass the layers are seen."""
+        """A block in which all examples are observed."""
         with attached(self.attach()):
             self.begin(ALL, 0)
             try:
                 yield
             finally:
-                self.begin(0, 0)  # a pass that failed leaves the first layers' part
+                self.begin(0, 0)  # a failed pass leaves statistics of the first layers
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
-        """Means and energies of channels, (n, channels) each, of what passed since the last call: float64, on the CPU.
+        """Means and energies of channels, (n, channels) each, observed since the last call: float64, on the CPU.
 
-        None if a layer was not reached, or saw another number of examples: it runs on parts of the batch.
+        None if a layer was not reached, or saw a different number of examples because it runs on parts of the batch.
         """
         seen, self._pass.seen = self._pass.seen, {}
         if set(seen) != set(self._layers) or len({len(z) for z, _ in seen.values()}) != 1:
@@ -135,7 +135,7 @@ class Tap:
             return
         start = time.perf_counter()
         x = input_of(args, kwargs)
-        if x is not None and (x := whole(x)) is not None:  # a DTensor's; none while a trace runs through the model
+        if x is not None and (x := whole(x)) is not None:  # also from a DTensor; None during tracing
             here.seen[name] = self._statistics(name, here.of(x))
         here.seconds += time.perf_counter() - start
 

@@ -1,12 +1,12 @@
-"""Sight: the least move of a channel's mean that so many observations could have shown, in stored standard deviations.
+"""The least visible shift: the smallest move of a channel's mean that would raise an alarm in a given stream.
 
-From a checkpoint a bet of stake l wins phi(l (s - delta)) - l^2 kappa / 2 from each observation of a channel whose mean
-moved by s, and needs log(K / alpha) in all, where K is what the averages over stakes, signs, channels, kinds of bets,
-layers and starts cost. The least s solves n (phi(l (s - delta)) - l^2 kappa / 2) = log(K / alpha) for the best of the
-stakes, with phi from ``betting``.
+In stored standard deviations. From a checkpoint a bet with stake l gains phi(l (s - delta)) - l^2 kappa / 2 per
+observation of a channel whose mean moved by s. It needs log(K / alpha) in total; K is the cost of averaging over
+stakes, signs, channels, kinds of bets, layers and starts. With phi from ``betting``, the smallest s solves, for the
+best stake, n (phi(l (s - delta)) - l^2 kappa / 2) = log(K / alpha).
 
-Calibrated, the bets on the largest distance of a layer's channels win log f(p) from each. The channel's mean is taken
-as normal around its new place, which gives p-values among the clean observations, and the other channels as still.
+If calibrated, the bets on the largest distance among a layer's channels gain log f(p) per observation. The moved
+channel's mean is assumed to be normal, which gives p-values among the clean observations; other channels stay still.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
     from batchnorm.shift.evidence import Evidence
 
-_STARTS = 2  # that evidence is averaged over
-_SD = math.sqrt(math.pi / 2)  # of a normal value in mean absolute deviations
-_FURTHEST, _STEPS, _NORMAL = 40.0, 161, 63  # largest move looked at, in those; moves; values of the normal law
+_STARTS = 2  # starts that the evidence averages over
+_SD = math.sqrt(math.pi / 2)  # sd of a normal variable, in mean absolute deviations
+_FURTHEST, _STEPS, _NORMAL = 40.0, 161, 63  # largest move, in mean absolute deviations; moves tried; normal quantiles
 
 
 def sight(evidence: Evidence, alpha: float) -> float:
-    """The least move of a channel's mean, in stored sd, that would have rung: the median over channels.
+    """The smallest move of a channel's mean, in stored sd, that would have raised an alarm: median over channels.
 
-    Infinite where no move could have, in so few observations.
+    Infinite if no move could have done so in so few observations.
     """
     found = _by_bets(evidence, alpha) if evidence.bag is None else _by_ranks(evidence, alpha)
     return float(found.median())
@@ -45,14 +45,14 @@ def _by_bets(evidence: Evidence, alpha: float) -> Tensor:
     places = betting.SIDES * betting.STAKES * _STARTS * len(evidence.kinds) * len(sizes) * sizes.double()
     cost = (places / alpha).log().repeat_interleave(sizes)
     stakes = evidence.stakes[0]
-    won = cost / n + stakes.square() * known.kappa / 2  # that phi has to reach
+    won = cost / n + stakes.square() * known.kappa / 2  # needed value of phi
     moves = ((2 * won.exp() - 1).sqrt() - 1) / stakes  # phi(y) = log(1 + y + y^2 / 2), inverted
     return known.delta + moves.amin(0)
 
 
 def _by_ranks(evidence: Evidence, alpha: float) -> Tensor:
     known, clean, bag = evidence.reference, evidence.reference.clean, evidence.bag
-    assert clean is not None and bag is not None  # noqa: S101, PT018 - the caller asked
+    assert clean is not None and bag is not None  # noqa: S101, PT018 - the caller has checked
     layers, counts = len(known.sizes), bag.counts
     places = conformal.BETS * KIND_OF.count("mean") * len(evidence.kinds) * layers * _STARTS
     needed = math.log(places / alpha) / evidence.observations

@@ -1,4 +1,4 @@
-"""ShiftMonitor: an alarm for covariate shift that stays valid however often one looks, and needs no reference data."""
+"""ShiftMonitor: an alarm for covariate shift that stays valid at every look and needs no reference data."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from batchnorm.call_types import Arguments, Batch, Keywords
     from batchnorm.shift.alarm import Alarm, LayerShift
 
-_ALWAYS = 256  # examples that are looked at whatever it costs: a gross shift takes some tens
-_JUDGED = 1024  # examples after them, before the share that the budget leaves is judged
+_ALWAYS = 256  # examples that are observed whatever the cost: a gross shift takes some tens
+_JUDGED = 1024  # examples after those, before the observed share is judged
 _LEAST_SHARE = 0.05
 
 
 @final
 class ShiftMonitor:
-    """Watches what a deployed model receives, and rings when it is not what the model was trained with.
+    """Observes what a deployed model receives, and raises an alarm when it differs from the training inputs.
 
     ::
 
@@ -56,36 +56,38 @@ class ShiftMonitor:
             serve(model)                           # every forward pass in eval mode is observed
         monitor.alarm                              # None, or what moved and where first
 
-    On clean data the probability that it ever raises an alarm is at most ``alpha``. With ``arl`` in its place, the
-    first false alarm comes after that many observations on average, or later. ``batchnorm.shift.alarm_reference`` has
-    the conditions, ``batchnorm.shift.betting`` and ``batchnorm.shift.conformal`` have the proofs. An alarm says that
-    the distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's energy is
-    not seen. The model is not changed: its layers have hooks while it is observed.
+    On clean data the probability that it ever raises an alarm is at most ``alpha``. With ``arl`` instead, the first
+    false alarm comes after at least that many observations on average. ``batchnorm.shift.alarm_reference`` has the
+    conditions, ``batchnorm.shift.betting`` and ``batchnorm.shift.conformal`` have the proofs. An alarm says that the
+    distribution moved, not that accuracy fell; a shift that keeps every channel's mean and every layer's energy is not
+    detected. The model is not changed: its layers have hooks while it is observed.
 
-    A few examples of each batch are looked at, drawn at random, since batches may be sorted. Once 256 were, whole
-    batches are left out where looking would take more than ``budget`` of the time of inference; if fewer than 5 % are
-    looked at for that, it warns once. Which ones are left out depends on counts and on times before, not on what is in
-    them. Passes of several threads at once are kept apart; they wait for each other while one is counted.
+    A few examples of each batch are observed, drawn at random, because batches may be sorted. After 256 of them, whole
+    batches are skipped if observing would take more than ``budget`` of the inference time; if that leaves fewer than
+    5 %, the monitor warns once. Which batches are skipped depends on counts and earlier times, not on their contents.
+    Passes in several threads are kept apart; they wait for each other while one is counted.
 
     Args:
-        model: Any model with batch norm that stores statistics, torch.nn's or ours, compiled or not.
+        model: Any model with batch norm layers that store statistics, torch.nn's or ours, compiled or not.
         alpha: Largest probability that clean data ever raise an alarm.
-        unit: What one observation is: "example", "batch" (if examples in a batch or batches' neighbours may be alike),
+        unit: What one observation is: "example"; "batch", if examples of a batch or neighbouring batches may be alike;
             or a function of the model's inputs that gives each example's key; examples of one key in a row are one.
-        arl: Observations until a false alarm, on average at least: an alarm that never runs out. Replaces ``alpha``.
-        reference: What ``calibrate`` measured, or its file. None takes the checkpoint's own statistics.
-        examples: Examples of a batch that are looked at, drawn at random; None for all. Where ``unit`` is a function
-            all are. Calibrated with unit "batch", as many make one observation as did in the calibration (with None as
+        arl: Average number of observations until a false alarm, at least; such an alarm never runs out. Replaces
+            ``alpha``.
+        reference: The result of ``calibrate``, or its file. None takes the checkpoint's own statistics.
+        examples: Examples of a batch that are observed, drawn at random; None for all. If ``unit`` is a function, all
+            are. If calibrated with unit "batch", one observation takes as many as in the calibration (with None, as
             many as its first batch had), and smaller batches are put together.
-        budget: Largest share of the time of inference once 256 examples were looked at; None for any. Where ``unit`` is
-            a function and the reference calibrated, all batches are looked at.
-        batch: Examples in a batch of the training, on which the exactness of stored means depends.
-        kurtosis: The largest fourth moment of standardized inputs of a layer on clean data, 3 for normal ones. Declares
-            how exact stored variances are, and makes less energy evidence too. Uncalibrated only.
-        on_alarm: Called with the alarm, once. What it raises is logged.
+        budget: Largest share of the inference time once 256 examples were observed; None for any. If ``unit`` is a
+            function and the reference is calibrated, all batches are observed.
+        batch: Examples in a training batch; the precision of the stored means depends on it.
+        kurtosis: Largest fourth moment of a layer's standardized inputs on clean data, 3 for normal ones. It says how
+            exact stored variances are, and smaller energy changes become evidence. Uncalibrated only.
+        on_alarm: Called with the alarm, once. Exceptions that it raises are logged.
 
     Raises:
         ValueError: If the model has no batch norm layer that stores statistics, an argument is out of range, or the
+            reference is out of date or belongs to another model.
             reference is stale or of another model.
     """
 
@@ -110,10 +112,10 @@ class ShiftMonitor:
         self.observed = model
         self._trained = {"batch": batch, "kurtosis": kurtosis}
         self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
-        self._is_whole = False  # a compiled model is shown whole batches, since it does not take a part of one
+        self._is_whole = False  # whether a compiled model needs whole batches, because it rejects a part of one
         self._handles: list[RemovableHandle] = []
         self._guard = ExitStack()
-        self._passes = threading.local()  # each thread's own pass: when it began
+        self._passes = threading.local()  # each thread's own pass: its start time
         self._use(self._referred(reference))
 
     def _referred(self, reference: Reference | str | os.PathLike[str] | None) -> Reference:
@@ -134,38 +136,38 @@ class ShiftMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all evidence and the alarm: what comes is a new stream."""
+        """Forget all evidence and the alarm, and start a new stream."""
         self.stream = Stream(self.reference, self.unit, **self._promise)
         self._spent = self._inference = 0.0
-        self._left_out = 0  # batches, for the budget
-        self._tried = 0  # examples that were to be looked at, also in passes that did not show them
-        self._since: tuple[int, int] | None = None  # examples that passed and were looked at before the budget counts
+        self._left_out = 0  # batches skipped for the budget
+        self._tried = 0  # examples chosen for observation, also in passes whose layers showed none
+        self._since: tuple[int, int] | None = None  # passed and observed examples before the budget counted
 
     def __repr__(self) -> str:
         told = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
         doubt = f"; doubtful: {tail}" if (tail := self.stream.tail) else ""
         return (
-            f"ShiftMonitor({type(self.model).__name__}, layers={len(self.layers)}, looked at {self.stream.looked} of "
+            f"ShiftMonitor({type(self.model).__name__}, layers={len(self.layers)}, observed {self.stream.looked} of "
             f"{self.stream.passed} examples, {told}{doubt})"
         )
 
     @property
     def alarm(self) -> Alarm | None:
-        """What moved, once the evidence for it was enough; it stays until ``reset``."""
+        """The layers that moved, once the evidence reached the limit; it stays until ``reset``."""
         return self.stream.alarm
 
     @property
     def log_evidence(self) -> float:
-        """Logarithm of the evidence against clean data, of what was observed until now."""
+        """Logarithm of the evidence against clean data, from all observations so far."""
         return self.stream.update()
 
     @property
     def limit(self) -> float:
-        """Logarithm at which it rings: log(1 / alpha), or log(arl)."""
+        """Log evidence that raises the alarm: log(1 / alpha), or log(arl)."""
         return self.stream.limit
 
     def table(self) -> list[LayerShift]:
-        """What is known of every layer now."""
+        """The evidence for every layer now."""
         return self.stream.table()
 
     # -- observing ------------------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ class ShiftMonitor:
         return self
 
     def stop(self) -> None:
-        """Observe no more, and count what was waiting."""
+        """Stop observing, and count observations that were waiting."""
         detach(self._handles)
         self._guard.close()
         self.stream.update()
@@ -201,27 +203,27 @@ class ShiftMonitor:
         return bool(self._handles)
 
     def leave_out(self) -> None:
-        """Do not look at the pass that this thread is in."""
+        """Do not observe the pass that this thread is in."""
         self._tap.end()
 
     @property
     def cost(self) -> float:
-        """Time of looking as a share of the time of inference without it."""
+        """Time of observing as a share of the inference time without it."""
         return self._spent / max(1e-9, self._inference - self._spent)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether forward runs in a program that was traced, and that hooks would be traced into."""
+        """Whether forward runs as a traced program, which would trace hooks too."""
         return hasattr(self.observed, "_orig_mod") or getattr(self.observed, "_compiled_call_impl", None) is not None
 
     @property
     def _of_each(self) -> int:
-        """Examples of a batch to look at: all where keys say which of them are one observation."""
+        """Examples of a batch to observe: all if keys group them into observations."""
         return ALL if callable(self.unit) else self.reference.examples or self.examples or ALL
 
     @property
     def _needs_all(self) -> bool:
-        """Whether no batch may be left out: runs of keys that stay whole would be the short ones, which are others."""
+        """Whether no batch may be skipped: mostly short runs of keys would stay whole, a biased choice."""
         return callable(self.unit) and self.reference.clean is not None
 
     @torch.compiler.disable
@@ -236,7 +238,7 @@ class ShiftMonitor:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Arguments, kwargs: Keywords, output: object) -> None:  # noqa: ARG002
         start = time.perf_counter()
-        if output is None and sys.exc_info()[0] is not None:  # the pass failed, and says why itself
+        if output is None and sys.exc_info()[0] is not None:  # the pass failed and raises its own error
             self._tap.begin(0, 0)
             self._tap.seconds = 0.0
             self.stream.missed()
@@ -259,7 +261,7 @@ class ShiftMonitor:
         self._tap.seconds = 0.0
 
     def _tell_of_budget(self) -> None:
-        """Warn if the budget leaves so few examples that a shift would be noticed late."""
+        """Warn if the budget leaves so few examples that a shift would be detected late."""
         passed, looked = self.stream.passed, self.stream.looked
         if self._since is None:
             self._since = (passed, looked) if max(self._tried, looked) >= _ALWAYS else None
@@ -268,31 +270,31 @@ class ShiftMonitor:
         if self._left_out and passed >= _JUDGED and looked < _LEAST_SHARE * passed:
             self.stream.warn(
                 "budget",
-                f"budget={self.budget:g} leaves {looked} of {passed} examples to be looked at since the first "
-                f"{_ALWAYS}: a shift would be noticed late. Raise it, or use budget=None.",
+                f"budget={self.budget:g} leaves {looked} of {passed} examples to be observed after the first "
+                f"{_ALWAYS}: a shift would be detected late. Raise it, or use budget=None.",
             )
 
     def _can_pass_again(self) -> bool:
-        """Whether a pass that showed nothing was of a compiled model, which runs past hooks; else it warns."""
+        """Whether a pass without observations is explained by a compiled model, which skips hooks; else warn."""
         if all(layer.training for layer in self.layers.values()):
             self.stream.warn(
-                "train", "the model is in train mode, which stored statistics have no part in. Call eval()."
+                "train", "the model is in train mode, and does not use its stored statistics. Call eval()."
             )
             return False
         if not self.is_compiled:
             self.stream.warn(
-                "missed", "a pass did not reach every batch norm layer with each example once; it is left out."
+                "missed", "a pass did not reach every batch norm layer with each example once; it is skipped."
             )
         return self.is_compiled
 
     def _drawn(self, given: Batch, examples: int) -> list[int] | None:
-        """Rows of what a model was given that are shown again; None for all."""
+        """Rows of a batch for the second pass; None for all."""
         if self._is_whole or why_without_rows(given):
             return None
         return drawn(examples_in(given) or 1, examples, self.stream.passed)
 
     def _second_pass(self, given: tuple[Any, Any], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
-        """What these examples would have shown in a model that is not compiled."""
+        """The observations from these examples in the model without compilation."""
         ((args, kwargs),) = Batches([given if rows is None else rows_of(given, rows)], None, None)
         try:
             with self._tap.attached(), uncompiled(), torch.no_grad():
@@ -301,20 +303,20 @@ class ShiftMonitor:
         except Exception:
             if rows is None:
                 raise
-            self._is_whole = True  # rows that are not there were referred to: no examples
+            self._is_whole = True  # the batch refers to missing rows, so these are not examples
             return self._second_pass(given, None)
 
     # -- the reference --------------------------------------------------------------------------------------------
 
     def calibrate(self, loader: Iterable[Batch], max_examples: int | None = None) -> Reference:
-        """Measure the reference on clean examples, use it from now on, and give it to be saved.
+        """Measure the reference on clean examples, use it from now on, and return it to be saved.
 
         The model runs in eval mode and is left as it was, bit for bit.
 
         Args:
-            loader: Batches as ``recalibrate`` takes them, of data that are as they should be, in the order and the
-                batches in which they will be observed. 200 observations or more.
-            max_examples: At most so many.
+            loader: Clean batches as ``recalibrate`` takes them, in the order and batch size in which they will be
+                observed. 200 observations or more.
+            max_examples: At most this many.
 
         Raises:
             ValueError: If there are too few observations, or activations are not finite.
@@ -337,24 +339,24 @@ class ShiftMonitor:
     # -- files and replicas ---------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the stream's state to a file that ends in .bnshift.safetensors, whole or not at all."""
+        """Write the stream's state to a file that ends in .bnshift.safetensors; a failed write leaves no part of it."""
         self.stream.state().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> ShiftMonitor:
-        """Go on, bit for bit, from where a saved monitor of this model was.
+        """Continue, bit for bit, where a saved monitor of this model stopped.
 
         Raises:
-            ValueError: If the file is something else, or of a monitor with another reference, unit, alpha or arl.
+            ValueError: If the file is of another kind, or its monitor had another reference, unit, alpha or arl.
             OSError: If it cannot be read.
         """
         self.stream.put(State.load(path))
         return self
 
     def pooled(self, *others: ShiftMonitor | str | os.PathLike[str]) -> Alarm | None:
-        """An alarm if the evidence of several replicas together reaches the limit, else None; nothing is changed.
+        """An alarm if the combined evidence of several replicas reaches the limit, else None; nothing is changed.
 
-        The replicas serve the same model with the same reference, and each observation is one's only. Products of
-        all replicas multiply exactly; spread stakes are shared. Files of ``save`` stand for their replicas.
+        The replicas serve the same model with the same reference, and each observation belongs to one of them. The
+        product over replicas is exact; spread stakes are shared. A file of ``save`` may stand for its replica.
         """
         monitors = [self, *others]
         for monitor in monitors:
@@ -365,7 +367,7 @@ class ShiftMonitor:
         )
 
     def pooled_over_ranks(self, group: Any = None) -> Alarm | None:
-        """``pooled`` over the ranks of torch.distributed; every rank has to call it, and all get the same."""
+        """``pooled`` over the ranks of torch.distributed; every rank must call it, and all get the same result."""
         self.stream.update()
         found: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(found, self.stream.state(), group=group)

@@ -1,8 +1,8 @@
-"""Units: what counts as one observation. Examples that depend on each other are one, not many.
+"""Units: what counts as one observation, so that dependent examples count once.
 
-A bet is fair only if an observation cannot be predicted from those before it. Frames of a video, a sorted file or the
-requests of one session can be; their average can not, or far less. The mean of several examples' z has at most their
-largest variance, whatever their dependence, so the reference's bounds hold for it too.
+A bet is fair only if an observation cannot be predicted from earlier ones. Frames of a video, rows of a sorted file and
+requests of one session can be predicted; averages of them hardly can. The mean of several examples' z has at most their
+largest variance, however they depend on each other, so the reference's bounds hold for it too.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from batchnorm.call_types import Batch
 from batchnorm.shift.layer_observer import drawn
 from batchnorm.shift.stream_state import State
 
-_WINDOW = 64  # longer than runs of examples that are alike, as they come from a sorted file
+_WINDOW = 64  # longer than the runs of similar examples in a sorted file
 _CHANNELS = 256
 
 Unit = str | Callable[[Any], Sequence[Hashable]]
 
 
 def name_of(unit: Unit) -> str:
-    """What a reference calls the unit.
+    """The reference's name for the unit.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a unit.
     """
     if callable(unit):
         return "key"
@@ -40,14 +40,14 @@ def name_of(unit: Unit) -> str:
 @final
 @dataclass(slots=True, eq=False)
 class _Run:
-    """Examples that make one observation, as far as they came.
+    """Examples collected so far for one observation.
 
     Args:
-        key: That they share; None in batches.
+        key: Their common key; None in batches.
         z: Sum of channel means, (channels,).
-        q: Sum of energies, likewise.
-        examples: How many.
-        is_whole: Whether none before or between them can have been missed.
+        q: Sum of energies, (channels,).
+        examples: Number of examples.
+        is_whole: Whether certainly no example of the run was missed.
     """
 
     key: Hashable
@@ -62,15 +62,15 @@ class _Run:
 
 @final
 class Grouping:
-    """Makes observations of examples: each by itself, one of each batch, or one of each run of equal keys.
+    """Groups examples into observations: each example alone, one per batch, or one per run of equal keys.
 
-    The last run of keys stays open until another key comes. The mean of few examples varies more than that of many, so
-    what is compared with other observations is made of as many.
+    The last run of keys stays open until another key comes. Means of few examples vary more than means of many, so
+    compared observations must have the same number of examples.
 
     Args:
         unit: What one observation is.
-        examples: That make one of unit "batch": so many of a batch, drawn at random, or of several small ones in a row;
-            0 is all of a batch, however many.
+        examples: Number of examples in an observation of unit "batch": drawn at random from one batch, or collected
+            from small batches in a row; 0 takes every whole batch.
         is_strict: Whether only whole runs of keys are observations.
     """
 
@@ -83,16 +83,16 @@ class Grouping:
         self._draws = 0
 
     def of(self, z: Tensor, q: Tensor, inputs: Batch, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Observations that are complete, from means and energies of examples, (n, channels) each.
+        """Complete observations, from means and energies of examples, (n, channels) each.
 
         Args:
             z: Channel means.
             q: Energies.
-            inputs: What the model was given.
-            rows: Which of its rows the examples are; None if they are its first.
+            inputs: The model's inputs.
+            rows: Rows of the inputs that hold the examples; None for the first ones.
 
         Raises:
-            ValueError: If the unit's function gives too few keys.
+            ValueError: If the unit's function returns too few keys.
         """
         if self.name == "example" or not len(z):
             return z, q
@@ -101,8 +101,7 @@ class Grouping:
         given, rows = list(self._keys_of(inputs)), range(len(z)) if rows is None else rows
         if len(given) <= rows[-1]:
             raise ValueError(
-                f"unit's function must give a key for each example, of which there are {rows[-1] + 1} or more, got "
-                f"{len(given)}."
+                f"unit's function must return a key for each example, {rows[-1] + 1} or more, got {len(given)}."
             )
         taken = [self._take(given[row], *example) for row, *example in zip(rows, z, q, strict=True)]
         closed = [run for run in taken if run is not None]
@@ -112,7 +111,7 @@ class Grouping:
         return torch.stack([mean for mean, _ in means]), torch.stack([energy for _, energy in means])
 
     def missed(self) -> None:
-        """Examples passed that nobody looked at: a run that they may belong to is not whole."""
+        """Record that examples passed unobserved: a run that may contain them is not whole."""
         self._missed = self._is_strict
         if self._open is not None:
             self._open.is_whole &= not self._is_strict
@@ -130,7 +129,7 @@ class Grouping:
         return (z[:0], q[:0]) if self._open else (run.z[None] / wanted, run.q[None] / wanted)
 
     def _take(self, key: Hashable, z: Tensor, q: Tensor) -> _Run | None:
-        """The run that this example ended, if it ended one."""
+        """The run that this example ended, if any."""
         missed, self._missed = self._missed, False
         if self._open is not None and self._open.key == key:
             self._open.add(z, q)
@@ -149,7 +148,7 @@ class Grouping:
     def put(self, state: State) -> None:
         """Go on from a state."""
         told, tensors = state.about["open"], state.tensors
-        self._missed = state.about.get("grouping", {}).get("missed", False)  # older files do not say
+        self._missed = state.about.get("grouping", {}).get("missed", False)  # older files lack it
         self._open = None if told is None else _Run(z=tensors["open.z"], q=tensors["open.q"], **told)
 
 
@@ -157,10 +156,10 @@ class Grouping:
 class Autocorrelation:
     """Correlation of neighbouring observations, in windows of 64 and pooled over channels.
 
-    In each window, around its own mean, r = sum_t z_t z_(t+1) / sum_t z_t^2 + 1 / 64; the addend makes up for the mean
-    that was taken from the same observations. The mean over windows is what counts: a shift in the middle of a stream
-    is inside one of them. Its standard error is at most 1 / sqrt(n), so ``is_wrong`` says that the unit is too small
-    when r is above 0.1 + 4 / sqrt(n), from two windows on.
+    In each window, around its own mean, r = sum_t z_t z_(t+1) / sum_t z_t^2 + 1 / 64; the second term corrects the bias
+    from subtracting the window's own mean. r is the mean over windows, so a shift in the middle of a stream affects one
+    window only. Its standard error is at most 1 / sqrt(n), so ``is_wrong`` says that the unit is too small if r is
+    above 0.1 + 4 / sqrt(n), after at least two windows.
     """
 
     def __init__(self) -> None:
@@ -169,7 +168,7 @@ class Autocorrelation:
         self._sum = 0.0  # of the windows' correlations
 
     def add(self, z: Tensor, center: Tensor, spread: Tensor) -> None:
-        """Take more observations in their order, (n, channels), with what is usual of each; of many channels some."""
+        """Add observations in order, (n, channels), with center and spread per channel; of many channels, some."""
         step = -(-z.shape[1] // _CHANNELS)
         z = (z[:, ::step] - center[::step]) / spread[::step]
         rows = z if self._open is None else torch.cat([self._open, z])
@@ -186,7 +185,7 @@ class Autocorrelation:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether neighbours are alike beyond chance."""
+        """Whether neighbouring observations are correlated beyond chance."""
         return self.count >= 2 * _WINDOW and self.r > 0.1 + 4 / self.count**0.5
 
     def state(self) -> State:

@@ -1,11 +1,11 @@
-"""Components: principal components of neighbouring channels, some of which move far when no channel does.
+"""Components: principal components of neighbouring channels; some move far although no single channel does.
 
-Channels of a layer vary together from one example to the next, and what differs between them varies little. A change
-that moves each of them by one standard deviation may move such a difference by several. So the channels of each layer
-are taken sixteen at a time, and their means, and likewise their energies, are turned into principal components.
+Channels of a layer vary together from one example to the next, and the differences between them vary little. A change
+that moves each channel by one standard deviation may move such a difference by several. So each layer's channels are
+taken in blocks of sixteen, and their means, and separately their energies, become principal components.
 
-Directions are chosen on a random half of the calibration observations (at most 1,000), and center and variance are
-measured on the rest: chosen and measured on the same ones, the least variance would come out too small.
+Directions are chosen on a random half of the calibration observations (at most 1,000); center and variance are measured
+on the rest, because on the same observations the smallest variance would come out too small.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-TOGETHER = 16  # channels; of 200 observations, 100 know so small a covariance well enough
+TOGETHER = 16  # channels; 100 of 200 observations estimate so small a covariance well enough
 
-MOST_CHOOSE = 1000  # observations; more of them are worth more where they are compared with
+MOST_CHOOSE = 1000  # observations; the others are worth more for comparison
 
 
 @final
@@ -30,11 +30,11 @@ class Components:
 
     Args:
         sizes: Channels of each layer.
-        axes: Unit vectors, the columns of each matrix: (2, blocks, 16, 16), of z and of q, 0 where a layer has no more
-            channels. In float32, as most of a reference's file is made of them.
-        center: Expected component, (2 * channels,): those of z, then those of q.
-        delta: Largest distance of its mean from that, likewise.
-        kappa: Its largest variance, likewise.
+        axes: Unit vectors, the columns of each matrix: (2, blocks, 16, 16), for z and for q; 0 in slots without a
+            channel. In float32, because they are most of a reference's file.
+        center: Expected component, (2 * channels,): for z, then for q.
+        delta: Largest distance of its mean from the center, (2 * channels,).
+        kappa: Its largest variance, (2 * channels,).
     """
 
     sizes: tuple[int, ...]
@@ -53,21 +53,21 @@ class Components:
             sizes: Channels of each layer.
             z: Channel means in stored sd, (n, channels).
             q: Relative energies of channels, (n, channels).
-            bounds: Gives center, delta and kappa of observations of components.
+            bounds: Returns center, delta and kappa of observed components.
         """
         chosen, rest = halves(len(z))
         axes = torch.stack([axes_of(x[chosen], sizes) for x in (z, q)])
         return cls(sizes, axes, *bounds(turned(axes, sizes, z[rest], q[rest])))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
-        """Components of observations, (n, 2 * channels)."""
+        """Components of observations, (n, channels) each -> (n, 2 * channels)."""
         return turned(self.axes, self.sizes, z, q)
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
-    """Which of n observations choose directions, and which are measured along them.
+    """Random halves of n observations: one to choose directions, one to measure along them.
 
-    At random, always the same way: observations may come in turns, such as a picture and its mirror image.
+    Always the same split. Random, because observations may alternate, such as a picture and its mirror image.
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     half = min(n // 2, MOST_CHOOSE)
@@ -75,12 +75,12 @@ def halves(n: int) -> tuple[Tensor, Tensor]:
 
 
 def axes_shape(sizes: Sequence[int]) -> tuple[int, int, int, int]:
-    """Shape of ``axes`` for layers of so many channels."""
+    """Shape of ``axes`` for layers of these sizes."""
     return 2, sum(-(-size // TOGETHER) for size in sizes), TOGETHER, TOGETHER
 
 
 def axes_of(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Principal directions, eigenvectors of the covariance of each block, (blocks, 16, 16), by rising variance."""
+    """Principal directions: eigenvectors of each block's covariance, (blocks, 16, 16), by rising variance."""
     blocks = _blocks(x - x.mean(0), sizes)
     covariance = blocks.mT @ blocks
     is_channel = _blocks(torch.ones_like(x[:1]), sizes)[:, 0]
@@ -91,14 +91,14 @@ def axes_of(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def turned(axes: Tensor, sizes: Sequence[int], z: Tensor, q: Tensor) -> Tensor:
-    """Components along ``axes``, (n, 2 * channels): those of z, then those of q, in their dtype."""
+    """Components along ``axes``, (n, 2 * channels): of z, then of q, in their dtype."""
     parts = [_blocks(x, sizes) @ turn for x, turn in zip((z, q), axes.to(z.dtype), strict=True)]
     flat = torch.stack(parts).permute(2, 0, 1, 3).flatten(2)  # (n, 2, slots)
     return (flat if flat.shape[2] == z.shape[1] else flat[:, :, _slots(tuple(sizes))]).flatten(1)
 
 
 def _blocks(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Observations by block, (n, channels) -> (blocks, n, 16), with 0 in slots that have no channel."""
+    """Observations by block, (n, channels) -> (blocks, n, 16), with 0 in slots without a channel."""
     blocks = axes_shape(sizes)[1]
     if blocks * TOGETHER == x.shape[1]:
         return x.unflatten(1, (blocks, TOGETHER)).transpose(0, 1)
@@ -109,7 +109,7 @@ def _blocks(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _slots(sizes: tuple[int, ...]) -> Tensor:
-    """Where each channel is among the slots of all blocks, (channels,); a block has channels of one layer only."""
+    """Each channel's index among the slots of all blocks, (channels,); a block holds channels of one layer."""
     found, start = [], 0
     for size in sizes:
         found.append(torch.arange(start, start + size))

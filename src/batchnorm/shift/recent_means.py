@@ -1,8 +1,8 @@
-"""Recent: what was observed since the evidence was least.
+"""Recent means: sums over the observations since the evidence was lowest.
 
-On clean data the evidence sinks, to its least again and again; from a change on it rises. Means over the whole stream
-would show a change the less, the longer all was well before it. With an average run length the evidence goes up and
-down on clean data: so the least is forgotten little by little.
+On clean data the evidence falls to new lows again and again; after a change it rises. A mean over the whole stream
+would dilute a change by all clean observations before it. With an average run length the evidence rises and falls on
+clean data, so the lowest value is forgotten gradually.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from batchnorm.shift.stream_state import State
 
-_FORGOTTEN = 0.05  # of the least logarithm, with each round
+_FORGOTTEN = 0.05  # added to the lowest logarithm in each round
 
 
 @final
 class Recent:
-    """Sums of channel means and energies since then.
+    """Sums of channel means and energies since the evidence was lowest.
 
     Args:
-        channels: Of all layers.
-        name: In a state.
+        channels: Channels of all layers.
+        name: Name in a state.
     """
 
     def __init__(self, channels: int, name: str = "recent") -> None:
@@ -33,7 +33,7 @@ class Recent:
         self._least = 0.0  # evidence before any observation
 
     def add(self, sums: Tensor, count: int, log: float) -> None:
-        """Take a round of observations, after which the logarithm of the evidence was ``log``."""
+        """Add a round of observations; ``log`` is the logarithm of the evidence after it."""
         self._least += _FORGOTTEN
         if log <= self._least:
             self.restart()
@@ -42,7 +42,7 @@ class Recent:
             self.take(sums, count)
 
     def take(self, sums: Tensor, count: int) -> None:
-        """Take a round of observations, whatever the evidence is."""
+        """Add a round of observations, whatever the evidence is."""
         self.sums, self.count = self.sums + sums, self.count + count
 
     @property
@@ -51,14 +51,14 @@ class Recent:
         return self.sums / self.count if self.count else None
 
     def restart(self) -> None:
-        """Forget what came until now."""
+        """Forget all earlier observations."""
         self.sums, self.count = torch.zeros_like(self.sums), 0
 
     def state(self) -> State:
-        """All of it."""
+        """The sums, as part of a state."""
         return State({self._name: self.sums}, {self._name: {"count": self.count, "least": self._least}})
 
     def put(self, state: State) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         about = state.about[self._name]
         self.sums, self.count, self._least = state.tensors[self._name].clone(), about["count"], about["least"]

@@ -1,8 +1,8 @@
-"""Scores: numbers that say how strange one observation is to a layer, the larger the stranger.
+"""Scores: numbers that say how strange one observation is to a layer; larger is stranger.
 
-Ways of being strange differ, so each layer has several scores. With a_c the distance of a channel's mean z_c from its
-center and b_c that of the logarithm of its energy, both in units of their mean absolute deviations, and w the
-principal components of neighbouring channels (``principal_components``), likewise:
+Observations can be strange in several ways, so each layer has several scores. a_c is the distance of a channel's mean
+z_c from its center, b_c that of the logarithm of its energy, both in units of their mean absolute deviations, and w are
+the principal components of neighbouring channels (``principal_components``), standardized likewise:
 
     mean             max |a_c|,  mean of a_c,  mean of -a_c
     energy up        Q,          mean of b_c
@@ -11,14 +11,15 @@ principal components of neighbouring channels (``principal_components``), likewi
     components       max |w|,    mean of log(1 + w^2)
     component means  w_1, ..., w_16 of the means of the first sixteen channels, -w_1, ..., -w_16
 
-Centers, deviations and directions are learned from some of the calibration observations; the bag that p-values are
-taken from holds the others. What is learned badly costs power, never validity. Mean absolute deviations and logarithms
-keep their sense where a few observations are very large.
+Centers, deviations and directions are estimated from some of the calibration observations; the bag for p-values holds
+the others. Bad estimates cost power, never validity. Mean absolute deviations and logarithms stay meaningful if a few
+observations are very large.
 
-What varies by less than 2 % of a stored sd on clean data may vary by rounding only, which the size of a batch and the
-machine change: clean inputs may be of a few kinds, or a difference of channels may always be 0. So deviations count as
-0.02 at least, those of scores as 0.1, and those of a component's mean, 1 by definition, as 1. Then rounding by 4e-5 sd
-moves a component's mean by no more than half a cell (see ``conformal``), and rounding by 4e-6 sd so moves any score.
+A value that varies by less than 2 % of a stored sd on clean data may vary by rounding only, which depends on batch size
+and machine: clean inputs may be of a few kinds, or a difference of channels may always be 0. So deviations count as at
+least 0.02, those of scores as at least 0.1, and those of a component's mean, 1 by definition, as at least 1. Then
+rounding by 4e-5 sd moves a component's mean by at most half a cell (see ``conformal``); so does rounding by 4e-6 sd for
+any score.
 """
 
 from __future__ import annotations
@@ -34,33 +35,33 @@ from torch.nn import functional as F
 from batchnorm.shift import by_layer, conformal
 from batchnorm.shift.principal_components import TOGETHER, Components
 
-# the kind of each score, in their order
+# the kind of each score, in order
 KIND_OF = (
     "mean", "mean", "mean", "energy up", "energy up", "energy down", "energy down",
     "channel energy", "channel energy", "components", "components", *["component means"] * (2 * TOGETHER),
 )  # fmt: skip
-_FLOOR = 1e-3  # of a channel's energy, below which its logarithm no longer falls
-_SPREAD = 0.02  # least mean absolute deviation of channels and components
-_WIDTH = 0.1  # of scores
-_MOST = 1e12  # of a mean, in stored sd, or an energy: further counts as this far
+_FLOOR = 1e-3  # smallest relative energy of a channel in the logarithm
+_SPREAD = 0.02  # smallest mean absolute deviation of channels and components
+_WIDTH = 0.1  # smallest mean absolute deviation of scores
+_MOST = 1e12  # largest mean, in stored sd, and largest energy; larger values are clipped
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What scores are measured by.
+    """The estimates that define the scores.
 
     Args:
-        components: Of neighbouring channels; their directions are used here.
-        center: Middle of each channel's z, (channels,).
-        spread: Its mean absolute deviation, likewise.
-        power: Middle of each channel's energy, likewise.
-        power_center: Middle of the logarithm of its relative energy, likewise.
-        power_spread: Mean absolute deviation of that, likewise.
-        turned_center: Middle of each component, (2 * channels,).
-        turned_spread: Its mean absolute deviation, likewise.
-        middle: Of the scores themselves, (scores,).
-        width: Their mean absolute deviation, likewise.
+        components: Components of neighbouring channels; only their directions are used here.
+        center: Median of each channel's z, (channels,).
+        spread: Its mean absolute deviation, (channels,).
+        power: Median of each channel's energy, (channels,).
+        power_center: Median of the logarithm of its relative energy, (channels,).
+        power_spread: Mean absolute deviation of that logarithm, (channels,).
+        turned_center: Median of each component, (2 * channels,).
+        turned_spread: Its mean absolute deviation, (2 * channels,).
+        middle: Median of each score, (scores,).
+        width: Its mean absolute deviation, (scores,).
     """
 
     components: Components
@@ -76,7 +77,7 @@ class Scores:
 
     @classmethod
     def learned(cls, components: Components, power: Tensor, z: Tensor, q: Tensor) -> Scores:
-        """Scores for observations like these: channel means in stored sd and energies, (n, channels) each."""
+        """Scores estimated from observations: channel means in stored sd and energies, (n, channels) each."""
         turned = _middle(components.of(_single(z), _single(q / power)).double(), _SPREAD)
         scores = len(KIND_OF) * len(components.sizes)
         unknown = torch.zeros(scores, dtype=torch.float64), torch.ones(scores, dtype=torch.float64)
@@ -87,10 +88,10 @@ class Scores:
         return replace(known, middle=middle, width=torch.where(along, width.clamp_min(1), width))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
-        """Scores of observations, (n, scores), float32: of all layers the first, of all the second, and so on."""
+        """Scores of observations, (n, scores), float32: the first score of all layers, then the second, and so on."""
         sizes, n = self.components.sizes, len(z)
         z, relative, q = _single(z), _single(q / self.power), _single(q)
-        usual, far = z.new_empty(2, 4, n, z.shape[1])  # reduced to their mean, and to the largest of them
+        usual, far = z.new_empty(2, 4, n, z.shape[1])  # reduced by mean, and by maximum
         a, _, b, odd = usual
         self._standard("mean", z, out=a)
         self._standard("power", _log(relative), out=b)
@@ -122,7 +123,7 @@ class Scores:
 
     @cached_property
     def _lines(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(x - center) / spread = shift + scale x, shift and scale of each."""
+        """Shift and scale of each: (x - center) / spread = shift + scale x."""
         kinds = {
             "mean": (self.center, self.spread),
             "power": (self.power_center, self.power_spread),
@@ -136,18 +137,18 @@ class Scores:
 
 
 def powers(q: Tensor) -> Tensor:
-    """Middle of each channel's energy, (n, channels) -> (channels,); the mean where most of it is 0."""
+    """Median of each channel's energy, (n, channels) -> (channels,); the mean if the median is 0."""
     middle = q.median(0).values
     return torch.where(middle > 0, middle, q.mean(0)).clamp_min(torch.finfo(torch.float32).eps)
 
 
 def _first(x: Tensor) -> Tensor:
-    """The first sixteen channels of each layer, 0 where it has fewer: (n, layers, channels) -> (n, 16, layers)."""
+    """The first sixteen channels of each layer, padded with 0: (n, layers, channels) -> (n, 16, layers)."""
     return F.pad(x[..., :TOGETHER], (0, max(0, TOGETHER - x.shape[-1]))).mT
 
 
 def _single(x: Tensor) -> Tensor:
-    """In float32, which costs half as much; the clean scores that they are compared with are measured so too."""
+    """In float32, at half the cost; clean scores are measured the same way."""
     return x.float().clamp_(-_MOST, _MOST)
 
 
@@ -156,6 +157,6 @@ def _log(relative: Tensor) -> Tensor:
 
 
 def _middle(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Median and mean absolute deviation from it, ``least`` at least: (n, k) -> (k,) each."""
+    """Median and mean absolute deviation from it, at least ``least``: (n, k) -> (k,) each."""
     middle = x.median(0).values
     return middle, (x - middle).abs().mean(0).clamp_min(least)

@@ -1,4 +1,4 @@
-"""Stream: observations one after another, the evidence they add up to, and the moment at which it is enough."""
+"""Stream: collects observations one after another into evidence, and raises the alarm when it reaches the limit."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from batchnorm.shift.alarm_reference import Reference
 
 LOGGER = logging.getLogger("batchnorm.shift")
-LOGGER.addHandler(logging.NullHandler())  # whoever sets up logging hears it; nobody else's standard error does
-_ROUND = 8  # observations of one update of the evidence, which takes a millisecond or two
+LOGGER.addHandler(logging.NullHandler())  # messages go to configured loggers only, not to standard error
+_ROUND = 8  # observations per update of the evidence, which takes a millisecond or two
 
 
 @final
 class Stream:
-    """What was observed so far against one reference.
+    """Observations so far against one reference, and the evidence from them.
 
     Args:
-        reference: What clean data look like.
+        reference: The bounds of clean data.
         unit: What one observation is.
         alpha: Largest probability that clean data ever raise an alarm.
-        arl: If given, observations until a false alarm on average at least, in place of alpha.
-        on_alarm: Called with the alarm, once; what it raises is logged.
+        arl: If given, average number of observations until a false alarm, at least; replaces alpha.
+        on_alarm: Called with the alarm, once; exceptions that it raises are logged.
     """
 
     def __init__(
@@ -57,32 +57,32 @@ class Stream:
         self.autocorrelation = Autocorrelation()
         self._tails = Tails(reference)
         self._bounds = reference.digest_of_bounds()
-        self.passed = 0  # examples, looked at or not
-        self.looked = 0  # examples among them that were looked at
+        self.passed = 0  # examples, observed or not
+        self.looked = 0  # observed ones among them
         self._grouping = Grouping(unit, reference.examples, is_strict=reference.clean is not None)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
         self._recent = Recent(sum(reference.sizes))
-        self._later = Recent(sum(reference.sizes), "later")  # than the alarm
+        self._later = Recent(sum(reference.sizes), "later")  # observations after the alarm
         self._warned: set[str] = set()
-        self.lock = threading.RLock()  # held while something is counted; on_alarm is called under it
+        self.lock = threading.RLock()  # held while counting, also while on_alarm runs
 
     @property
     def limit(self) -> float:
-        """Logarithm that the evidence has to reach."""
+        """Log evidence that raises the alarm."""
         return math.log(self.arl) if self.arl is not None else -math.log(self.alpha)
 
     def observe(self, z: Tensor, q: Tensor, inputs: Batch = None) -> None:
-        """Count examples by their channel means and energies, (n, channels) each, as the tap measures them.
+        """Count examples by their channel means and energies, (n, channels) each, as the layer observer measures them.
 
-        An example with values that are not finite is evidence of something else: it is left out, and warned of once.
-        Where the unit is a function, examples are all rows of the inputs.
+        An example with values that are not finite is not evidence of a shift: it is skipped, with one warning. If the
+        unit is a function, the examples must be all rows of the inputs.
         """
         with self.lock:
             self._observe(z, q, inputs)
 
     def missed(self) -> None:
-        """Examples passed that were not looked at."""
+        """Record that examples passed unobserved."""
         with self.lock:
             self._grouping.missed()
 
@@ -91,7 +91,7 @@ class Stream:
         self.looked += len(z)
         if not math.isfinite(float(z.sum() + q.sum())):
             finite = z.isfinite().all(1) & q.isfinite().all(1)
-            self.warn("poison", "an example has NaN or infinite activations; such examples are left out.")
+            self.warn("poison", "an example has NaN or infinite activations; such examples are skipped.")
             rows = finite.nonzero()[:, 0].tolist()
             z, q = z[finite], q[finite]
         z, q = self._grouping.of(z, q, inputs, rows)
@@ -101,7 +101,7 @@ class Stream:
             self.update()
 
     def update(self) -> float:
-        """Turn what is waiting into evidence now; its logarithm. Rings if it reaches the limit."""
+        """Turn waiting observations into evidence now; return its logarithm. Raises the alarm at the limit."""
         with self.lock:
             if self._waiting:
                 first, *rest = self._waiting
@@ -122,7 +122,7 @@ class Stream:
         self._watch_tails(q)
 
     def _since_clean(self, evidence: Evidence) -> float:
-        """Log evidence, of which e-SR gains one with every observation on clean data."""
+        """Log evidence, without the growth of one per observation that e-SR has on clean data."""
         return evidence.log - (math.log(evidence.observations) if self.arl is not None else 0.0)
 
     def _judge(self) -> None:
@@ -138,7 +138,7 @@ class Stream:
             self._call(self.alarm)
 
     def _settle(self, alarm: Alarm, sums: Tensor, n: int) -> None:
-        """Give the alarm a hint that it rang too soon for."""
+        """Give an alarm its hint once enough observations came after it."""
         self._later.take(sums, n)
         if alarm.hint or (furthest := self.reference.furthest(*self.means)) is None:
             return
@@ -149,26 +149,26 @@ class Stream:
         self.alarm = replace(alarm, hint=about)
 
     def _watch_tails(self, q: Tensor) -> None:
-        """Warn where a checkpoint's condition is doubtful; calibrated, nothing is assumed of tails."""
+        """Warn if a condition of the checkpoint is doubtful; a calibrated reference assumes nothing about tails."""
         if self.alarm is not None or self.reference.clean is not None:
             return
         self._tails.add(self.reference.of_layers(q))
         if tail := self.tail:
             self.warn(
                 "tails",
-                f"{tail}: stored variances may be too small, and false alarms more than promised. {tail.remedy}",
+                f"{tail}: stored variances may be too small, and false alarms too frequent. {tail.remedy}",
             )
 
     @property
     def tail(self) -> Tail | None:
-        """What makes a condition of the checkpoint's promise doubtful; None if nothing does, and where calibrated."""
+        """The heavy tail that makes the checkpoint's promise doubtful; None if there is none, or if calibrated."""
         return self._tails.heavy
 
     def _call(self, alarm: Alarm) -> None:
         try:
             if self.on_alarm is not None:
                 self.on_alarm(alarm)
-        except Exception:  # a callback may not stop inference
+        except Exception:  # a callback must not stop inference
             LOGGER.exception("on_alarm raised")
 
     def warn(self, kind: str, message: str) -> None:
@@ -178,24 +178,24 @@ class Stream:
             warnings.warn(f"ShiftMonitor: {message}", RuntimeWarning, stacklevel=5)
 
     def table(self) -> list[LayerShift]:
-        """What is known of every layer now."""
+        """The evidence for every layer now."""
         with self.lock:
             evidence, means = self.evidence, self._means()
         return localized(evidence, *means, alpha=self.alpha)
 
     @property
     def means(self) -> Tensor:
-        """Means of z and q, (2, channels): since the evidence began to rise if it is enough, else since the start."""
+        """Means of z and q, (2, channels): since the evidence began to rise if it is at the limit, else all."""
         with self.lock:
             return self._means()
 
     def furthest(self) -> tuple[float, float] | None:
-        """How far the component that moved most did since the evidence began to rise, or since ``look_anew``.
+        """Largest movement of a component since the evidence began to rise, or since ``look_anew``.
 
         Returns:
-            The distance, in sd of an observation (see ``Reference.furthest``), and about by how much chance raises it:
-            sqrt(2 log(2 m) / n), the largest of m normal errors after n observations. None without observations, and
-            where distances are not known.
+            The distance, in sd of an observation (see ``Reference.furthest``), and its typical increase by chance:
+            sqrt(2 log(2 m) / n), the largest of m normal errors after n observations. None without observations, or if
+            distances are unknown.
         """
         with self.lock:
             means, n = self._recent.means, self._recent.count
@@ -204,7 +204,7 @@ class Stream:
         return None if far is None else (far, math.sqrt(2 * math.log(2 * components) / n))
 
     def look_anew(self) -> None:
-        """What moved is told by observations from now on: an alarm has rung, and other inputs came since."""
+        """Measure movements from now on only, because other inputs came after the alarm."""
         with self.lock:
             self._recent.restart()
 
@@ -224,13 +224,13 @@ class Stream:
 
     @property
     def kind(self) -> dict[str, Any]:
-        """What a stream must share with another one to be the same."""
+        """Settings that two streams must share to be pooled or continued."""
         known = self.reference
         about = {"digest": known.digest, "source": known.source, "unit": known.unit, "bounds": self._bounds}
         return {**about, "alpha": self.alpha, "arl": self.arl}
 
     def state(self) -> State:
-        """Everything that the next observation depends on; ``put`` takes it back bit for bit."""
+        """Everything that the next observation depends on; ``put`` restores it bit for bit."""
         with self.lock:
             return self._state()
 
@@ -253,10 +253,10 @@ class Stream:
         return state
 
     def put(self, state: State) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
-            ValueError: If it is of another reference, unit, alpha or arl.
+            ValueError: If it belongs to another reference, unit, alpha or arl.
         """
         self.check(state)
         with self.lock:
@@ -286,9 +286,9 @@ class Stream:
         state.check(self.reference)
 
     def pooled(self, states: Sequence[State]) -> Alarm | None:
-        """An alarm if the evidence of all states together reaches the limit, else None.
+        """An alarm if the combined evidence of all states reaches the limit, else None.
 
-        What is still waiting in a state is not evidence yet, and is left out.
+        Observations that still wait in a state are not evidence yet and are ignored.
         """
         for state in states:
             self.check(state)

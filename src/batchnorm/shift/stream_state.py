@@ -1,4 +1,4 @@
-"""State: everything that a stream's next observation depends on, bit by bit, for files and other replicas."""
+"""Stream state: everything that a stream's next observation depends on, bit for bit, for files and replicas."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SUFFIX = ".bnshift.safetensors"
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """What a stream knows at one moment, or a part of that; parts are joined by ``|``.
+    """A stream's state at one moment, or a part of it; ``|`` joins parts.
 
     Args:
-        tensors: Wealth, sums and what is waiting, in float64.
-        about: The rest, JSON-able: counts, the alarm, and which reference and unit it is about.
+        tensors: E-processes, sums and waiting observations, in float64.
+        about: The rest, as JSON data: counts, the alarm, and the reference and unit it belongs to.
     """
 
     tensors: dict[str, Tensor]
@@ -54,7 +54,7 @@ class State:
         return cls(tensors, {"bets": bets, "observations": evidence.observations})
 
     def evidence(self, reference: Reference) -> Evidence:
-        """The evidence against ``reference``, which it must be about."""
+        """The evidence against ``reference``, which must be the state's own."""
         bets: dict[str, Any] = dict.fromkeys(BETS)
         for name, about in self.about["bets"].items():
             bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
@@ -65,12 +65,12 @@ class State:
 
     @property
     def alarm(self) -> Alarm | None:
-        """The alarm, if it has rung."""
+        """The alarm, if there was one."""
         told = self.about["alarm"]
         return None if told is None else Alarm.of_dict(told)
 
     def check(self, reference: Reference) -> None:
-        """Refuse a state that lacks something, or whose tensors are of other sizes than ``reference`` says.
+        """Refuse a state that lacks a part, or whose tensors do not fit ``reference``.
 
         Raises:
             ValueError: If it is damaged.
@@ -101,10 +101,10 @@ class State:
             raise ValueError("the state is damaged: parts are missing or of other sizes. Start a new stream.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it, whole or not at all, as a safetensors file that ends in .bnshift.safetensors.
+        """Write a safetensors file that ends in .bnshift.safetensors; a failed write leaves no part of it.
 
         Raises:
-            ValueError: If the name ends otherwise, or an open key is neither text nor a number.
+            ValueError: If the name has another ending, or an open key is neither text nor a number.
             OSError: If it cannot be written.
         """
         path = Path(path)
@@ -117,16 +117,16 @@ class State:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            ValueError: If the file is something else, or of another version.
+            ValueError: If the file is of another kind or version.
             OSError: If it cannot be read.
         """
         try:
             about, tensors = sidecar.read(path, "shift")
         except ValueError as error:
-            raise ValueError(f"{path} is no state of a monitor: {error}. Write one with monitor.save(path).") from error
+            raise ValueError(f"{path} is not a monitor's state: {error}. Write one with monitor.save(path).") from error
         if about.pop("version", None) != VERSION:
-            raise ValueError(f"{path} is no state of a monitor of version {VERSION}. Write it with monitor.save(path).")
+            raise ValueError(f"{path} is not a monitor's state of version {VERSION}. Write it with monitor.save(path).")
         return cls(tensors, about)

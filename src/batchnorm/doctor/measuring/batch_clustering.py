@@ -4,12 +4,11 @@ With B batches of N examples in all, e the mean of an example's values in a chan
 
     F = (between / (B - 1)) / (within / (N - B))        n0 = (N - sum N_b^2 / N) / (B - 1)
 
-n0 is the size of a batch, N_b may differ (Snedecor and Cochran 1989, chapters 12 and 13). Batches drawn at random
-have F near 1. Sorted or correlated ones have more, and their means scatter as those of fewer examples would.
+n0 is the effective batch size if the sizes N_b differ (Snedecor and Cochran 1989, chapters 12 and 13). Batches drawn at
+random have F near 1. Sorted or correlated batches have a larger F: their means vary like means of fewer examples.
 
-The tail of F is that of normal examples: where one example of a batch of its own is far from all others it is not. So
-what F makes suspect, all layers together, is asked of ``order_p``, which is exact for every law: if examples come in a
-random order, each order of theirs was as probable as the one that was seen (Pitman 1937).
+The tail of F assumes normal examples; one extreme example breaks it. So if F is suspect, ``order_p`` tests all layers
+together by an exact permutation test (Pitman 1937): in a random order, every order of the examples is equally likely.
 """
 
 from __future__ import annotations
@@ -27,36 +26,36 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# three degrees of freedom: with fewer, the scatter of batches says nothing
+# three degrees of freedom: with fewer, the variance of batch means is unknown
 MIN_BATCHES = 4
-# 1 of 2,000 orders: the least p, half of what a finding takes
+# 1 of 2,000 orders: the smallest p, half of what a finding needs
 _ORDERS = 1999
 _ORDERS_AT_ONCE = 32
-_FINE = 2**12  # parts of an sd: closer values are one, since rounding differs with the size of a batch
+_FINE = 2**12  # parts of an sd: closer values count as equal, because rounding depends on the batch size
 _TINY = 1e-300
-_STEPS = 1000  # of the continued fraction: O(sqrt(d1 + d2)) are needed
+_STEPS = 1000  # of the continued fraction, which needs O(sqrt(d1 + d2))
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Clustering:
-    """How one figure of each example scatters, over examples and over batches."""
+    """How one statistic of each example varies over examples and over batches."""
 
     size: float  # n0, examples in a batch
     var: Tensor  # of examples, unbiased, one for each channel
-    excess: float  # variance of batch means over what n0 random examples have, mean of the channels
-    p: float  # probability of the largest F of all channels by chance, times the number of channels
+    excess: float  # variance of batch means over that for n0 random examples, mean over channels
+    p: float  # probability of the largest F under chance, times the number of channels
 
     @property
     def effective(self) -> float:
-        """Random examples whose mean scatters as a batch's; infinite if all batches have one mean."""
+        """Number of random examples whose mean varies like a batch's; infinite if all batches have one mean."""
         return self.size / self.excess if self.excess else math.inf
 
 
 def clustering(parts: Sequence[Moments]) -> Clustering | None:
-    """The clustering of figures whose moments within each batch are ``parts``; None where it cannot be told.
+    """The clustering of a statistic, given its moments within each batch; None if there is too little data.
 
-    Constant channels are left out.
+    Constant channels are ignored.
     """
     total = sum(parts, Moments.empty())
     batches, count = len(parts), total.count
@@ -67,7 +66,7 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
     var = total.m2 / (count - 1)
     squares = torch.stack([part.count.expand(count.shape).square() for part in parts]).sum(0)
     size = (count - squares / count) / (batches - 1)
-    # deviations that rounding makes of a constant
+    # rounding gives a constant small deviations
     varies = total.m2 > count * (torch.finfo(torch.float32).eps * total.mean).square()
     if not bool(varies.any()):
         return None
@@ -78,13 +77,13 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
 
 
 def order_p(batches: Sequence[Tensor]) -> float:
-    """Probability that a random order of the examples makes batches that differ as much as these, 1/2000 at least.
+    """Probability that a random order of the examples makes batches that differ as much as these, at least 1/2000.
 
-    Differences are those of the figure (column) in which batches differ most, by its ranks: the sum over batches of
-    size times squared distance of the mean rank from that of all. 1 where no figure varies, or examples are too few.
+    Uses the statistic (column) in which batches differ most, by its ranks: the sum over batches of size times squared
+    distance of the batch's mean rank from the overall mean rank. 1 if no statistic varies, or with too few examples.
 
     Args:
-        batches: Figures of examples, (N_b, K), each batch in a tensor.
+        batches: Statistics of examples, (N_b, K), one tensor per batch.
     """
     ranks = _ranks(torch.cat(list(batches)).double())
     if not ranks.numel():
@@ -95,13 +94,13 @@ def order_p(batches: Sequence[Tensor]) -> float:
     for first in range(0, _ORDERS, _ORDERS_AT_ONCE):
         some = min(_ORDERS_AT_ONCE, _ORDERS - first)
         orders = torch.rand(some, len(ranks), generator=random).argsort(1)
-        # sums in another order are the same up to rounding
+        # a different order of summation changes the rounding only
         at_least += int((_scatter(ranks[orders], ends) >= seen * (1 - 1e-9)).sum())
     return (1 + at_least) / (1 + _ORDERS)
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Ranks of each column that varies, equal values alike, as deviations from their mean in their sd: (N, K)."""
+    """Ranks within each varying column, ties averaged, standardized to mean 0 and sd 1: (N, K)."""
     middle = x.mean(0)
     sd = (x - middle).square().mean(0).sqrt()
     varies = sd > torch.finfo(torch.float32).eps * middle.abs()
@@ -118,14 +117,14 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def _scatter(ranks: Tensor, ends: Tensor) -> Tensor:
-    """Sum over batches of squared sums by size, of the column where it is largest: (orders, N, K) -> (orders,)."""
+    """Sum over batches of squared sum by size, in the column where it is largest: (orders, N, K) -> (orders,)."""
     sums = ranks.cumsum(1)[:, ends - 1].diff(dim=1, prepend=torch.zeros(1, 1, 1).expand(len(ranks), 1, ranks.shape[2]))
     sizes = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
     return (sums.square() / sizes[:, None]).sum(1).amax(1)
 
 
 def f_tail(f: float, d1: float, d2: float) -> float:
-    """Probability that an F with ``d1`` and ``d2`` degrees of freedom is ``f`` or more."""
+    """Probability that an F variable with ``d1`` and ``d2`` degrees of freedom is at least ``f``."""
     if not f > 0:
         return 1.0
     return 0.0 if math.isinf(f) else _beta(d2 / (d2 + d1 * f), d2 / 2, d1 / 2)
@@ -133,7 +132,7 @@ def f_tail(f: float, d1: float, d2: float) -> float:
 
 def _beta(x: float, a: float, b: float) -> float:
     """The regularized incomplete beta function (DLMF 8.17.22, evaluated by Lentz's method)."""
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side only
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on the other side
         return 1 - _beta(1 - x, b, a)
     if x <= 0:
         return 0.0

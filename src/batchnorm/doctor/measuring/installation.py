@@ -1,4 +1,4 @@
-"""Where it runs: which kernels, and whether a local file hides the package. Needs no torch."""
+"""The installation: which kernels run, and whether a local file hides the package. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def environment() -> Environment:
-    """The environment of this process, with the current folder taken as one that scripts start in."""
+    """The environment of this process; scripts are assumed to start in the current folder."""
     return Environment(_shadow(), _kernels())
 
 
@@ -23,7 +23,7 @@ def _kernels() -> str:
 
 
 def _shadow() -> str:
-    """The first batchnorm.py or batchnorm/ that an import from here would find before the package."""
+    """The first batchnorm.py or batchnorm/ that an import would find before the package."""
     for entry in ["", *sys.path]:
         try:
             folder = Path(entry or ".").resolve()
@@ -40,7 +40,7 @@ def _shadow() -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path from the current folder, if there is one."""
+    """The path relative to the current folder, if there is one."""
     try:
         return os.path.relpath(path)
     except (FileNotFoundError, ValueError):

@@ -1,23 +1,21 @@
-"""Gauge: what one batch norm layer receives, batch by batch, and how it compares with what the layer stores.
+"""The inputs of one batch norm layer, measured batch by batch and compared with its stored statistics.
 
 With m, v the mean and variance of a channel over all examples (population), m_b, v_b over one batch, m_s, v_s the
-stored ones and r = 1 / sqrt(v + eps), the outputs of two ways to normalize differ for values of mean u and variance w
-by
+stored ones and r = 1 / sqrt(v + eps), two ways to normalize values of mean u and variance w give outputs that differ by
 
     E[((x - m_1) r_1 - (x - m_2) r_2)^2] = w (r_1 - r_2)^2 + ((u - m_1) r_1 - (u - m_2) r_2)^2
 
 so the gap between train and eval mode, its noise part (batch against population) and its stale part (population
-against stored) follow from moments alone, and the effects of other layers stay out of them.
+against stored) follow from moments alone, without the effects of other layers.
 
-A running average of momentum a over batches of n examples has the noise of n (2 - a) / a examples. Stored statistics
-are compared with fresh ones over N examples in units of both noises:
+A running average with momentum a over batches of n examples is as noisy as a mean of n (2 - a) / a examples. Stored
+statistics are compared with fresh ones over N examples in units of both noises:
 
     t = (stored - fresh) / sqrt(s^2 c (a / ((2 - a) n) + 1 / N))
 
-s^2 is the variance of the examples' own means (for t of the mean) or mean squares (for t of the log variance, divided
-by the variance), which takes correlated positions within an example into account, and c >= 1 what correlated examples
-add (``Clustering.excess``). t is right where examples are near normal. ``stored_statistics_bets``
-has what is shown whatever their law.
+s^2 is the variance of the examples' own means (for t of the mean) or of their mean squares divided by the variance (for
+t of the log variance). It accounts for correlated positions within an example; c >= 1 accounts for correlated examples
+(``Clustering.excess``). t is right for nearly normal examples; ``stored_statistics_bets`` holds for any distribution.
 """
 
 from __future__ import annotations
@@ -41,18 +39,18 @@ from batchnorm.rules.rule_evidence import Measured
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
-# t counts a difference of less than a thousandth of the sd, or of the variance, as one of a thousandth
+# t counts a difference below a thousandth of the sd, or of the variance, as one thousandth
 _LEAST_NOISE = 1e-3
-_KEPT = 64  # examples of a batch, and batches, that orders are made of
+_KEPT = 64  # largest number of examples per batch, and of batches, in the permutation test
 _WIDE = {torch.float32, torch.float64}
 _NARROW = {torch.float16, torch.bfloat16}
 
 
 @dataclass
 class Gauge:
-    """Moments of a layer's inputs; each batch apart, so that they can be compared with each other.
+    """Moments of a layer's inputs, kept per batch so that batches can be compared.
 
-    NaN and infinite values are left out together with the other values of that example's channel.
+    NaN or an infinite value excludes all values of that example's channel.
     """
 
     layer: _BatchNorm
@@ -63,17 +61,17 @@ class Gauge:
     )  # of each example's mean square deviation from the batch's mean
     examples: int = 0
     non_finite: int = 0
-    is_clusterable: bool = True  # every call has one row for each of the model's examples
+    is_clusterable: bool = True  # whether every call has one row per example of the model
     rounding: float = 0.0
-    extremes: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # least and largest input of each channel
-    padding: list[tuple[Tensor, int]] = field(default_factory=list)  # equal positions at the end, positions
-    columns: int = 1  # channels whose examples' means are kept, so that they can be put in another order
-    rows: list[Tensor] = field(default_factory=list)  # those means, (N, columns), of the first examples of batches
-    given: int = 0  # examples of the model, once for each call
+    extremes: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # smallest and largest input of each channel
+    padding: list[tuple[Tensor, int]] = field(default_factory=list)  # equal positions at the end, and all positions
+    columns: int = 1  # number of channels in the permutation test
+    rows: list[Tensor] = field(default_factory=list)  # means, (N, columns), of each batch's first examples
+    given: int = 0  # examples of the model, counted in each call
     bets: Bets | None = None
 
     def add(self, x: Tensor, examples: int) -> None:
-        """Count one input of the layer; ``examples`` is how many the model was given."""
+        """Count one input of the layer; the model's batch had ``examples`` examples."""
         if not x.numel():
             return
         x = x.detach()
@@ -107,7 +105,7 @@ class Gauge:
         self.bets.add(mean, var, mask)
 
     def measured(self) -> Measured:
-        """All of it as plain numbers."""
+        """All measurements as plain numbers."""
         total = sum(self.values, Moments.empty())
         layer = self.layer
         mean, var = _stored(layer, total)
@@ -142,15 +140,15 @@ class Gauge:
         )
 
     def _shown(self, of_means: Clustering | None) -> tuple[int, ...]:
-        """Channels whose stored statistics are shown to be other ones than those of the examples."""
+        """Channels whose stored statistics provably differ from those of the examples."""
         if self.bets is None:
             return ()
-        # rows of one example count as one where batches do not tell how alike they are
+        # without clustering, rows that belong to one example count as one
         excess = max(1.0, of_means.excess if of_means else self.examples / self.given)
         return self.bets.shown(self._averaged(of_means), excess)
 
     def _averaged(self, of_means: Clustering | None) -> float:
-        """Examples that a running average holds, (2 - a) / a batches; infinite if it is none."""
+        """Number of examples in a running average, (2 - a) / a batches; infinite without a running average."""
         momentum = None if isinstance(self.layer, Frozen) else self.layer.momentum
         if momentum is None or not 0 < momentum < 2:
             return math.inf
@@ -158,7 +156,7 @@ class Gauge:
         return size * (2 - momentum) / momentum
 
     def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
-        """Least and largest eval output of each channel, before any activation; nothing where some are no numbers."""
+        """Smallest and largest eval output of each channel, before any activation; {} if some are not finite."""
         layer = self.layer
         gamma, beta = _known(layer.weight, torch.ones_like(mean)), _known(layer.bias, torch.zeros_like(mean))
         if gamma is None or beta is None:
@@ -171,7 +169,7 @@ class Gauge:
         return {"lowest": plain(torch.minimum(low, high)), "highest": plain(torch.maximum(low, high))}
 
     def _gap(self, total: Moments, mean: Tensor, var: Tensor, shown: tuple[int, ...]) -> tuple[float | None, ...]:
-        """The gap, its two parts, and of the second what is shown; rms over all values by the sd of the eval output."""
+        """The gap, its two parts, and the proven stale part: rms over all values, in sd of the eval output."""
         batches = [batch for batch in self.values if bool((batch.count > 1).all())]
         if not batches or not has_stored_statistics(self.layer) or isinstance(self.layer, Frozen):
             return None, None, None, None
@@ -195,7 +193,7 @@ class Gauge:
         return tuple(value if math.isfinite(value) else None for value in gaps)
 
     def _t(self, total: Moments, mean: Tensor, var: Tensor) -> tuple[array[float] | None, array[float] | None]:
-        """t of the stored mean and of the log of the stored variance; None where their noise is not known."""
+        """t of the stored mean and of the log of the stored variance; None if their noise is unknown."""
         momentum, eps = self.layer.momentum, self.layer.eps
         of_means, of_squares = clustering(self.means), clustering(self.squares)
         if of_means is None or of_squares is None or isinstance(self.layer, Frozen):
@@ -212,7 +210,7 @@ class Gauge:
         return plain((mean - total.mean) / noise.sqrt()), plain(log_ratio / log_noise.sqrt())
 
     def _padded_share(self) -> float:
-        """Share of positions at examples' ends that repeat one value, if examples end at different places."""
+        """Share of end positions that repeat one value, if examples end at different places."""
         if not self.padding:
             return 0.0
         padded = torch.cat([torch.where(run > 1, run, 0) for run, _ in self.padding])
@@ -222,7 +220,7 @@ class Gauge:
 
 
 def is_measurable(x: Tensor) -> bool:
-    """Whether a tensor has numbers of a usual type in channels: (N, C, ...)."""
+    """Whether a tensor holds floating-point numbers in channels, (N, C, ...), and is dense."""
     return x.dtype in _WIDE | _NARROW and x.layout == torch.strided and not x.is_nested and x.ndim > 1
 
 
@@ -236,13 +234,13 @@ def _by_example(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _equal_at_end(x: Tensor) -> Tensor:
-    """Positions at the end of every example that are as the last one in all channels: (N, C, L) -> (N,)."""
+    """Number of positions at each example's end that equal the last one in all channels: (N, C, L) -> (N,)."""
     same = (x == x[:, :, -1:]).all(1)  # (N, C, L) -> (N, L)
     return same.flip(1).long().cumprod(1).sum(1)
 
 
 def _known(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None:
-    """Gamma or beta in float64, ``otherwise`` where a layer has none; None if it is on other ranks or given back."""
+    """Gamma or beta in float64; ``otherwise`` if the layer has none; None if its values cannot be read here."""
     if parameter is None:
         return otherwise
     plain = whole(parameter, len(otherwise))
@@ -250,7 +248,7 @@ def _known(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None:
 
 
 def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
-    """Stored mean and variance in float64; NaN where a layer stores none."""
+    """Stored mean and variance in float64; NaN if there are none."""
     if not has_stored_statistics(layer):
         return torch.full_like(total.mean, torch.nan), torch.full_like(total.mean, torch.nan)
     found = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
@@ -260,5 +258,5 @@ def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
 
 
 def plain(values: Tensor) -> array[float]:
-    """Plain float64 numbers of a tensor with one value for each channel."""
+    """A tensor with one value per channel as plain float64 numbers."""
     return array("d", values.double().cpu().tolist())

@@ -1,4 +1,4 @@
-"""The layers of a live model, and what they store, as files store it."""
+"""The batch norm layers of a live model, and their stored values in the form that checkpoint files have."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """Batch norm layers by path: torch's and ours, and modules of others that store the same statistics."""
+    """Batch norm layers by path: torch's, ours, and modules of other libraries with the same buffers."""
     known = batch_norms(model)
     return {path: module for path, module in model.named_modules() if path in known or _stores_the_same(module)}
 
 
 def _stores_the_same(module: nn.Module) -> bool:
-    # asked by a method: a scripted module has no dict of them
+    # by method: a scripted module has no dict of buffers
     names = {name for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
     return {"running_mean", "running_var"} <= names and not isinstance(module, _InstanceNorm)
 
 
 def stored_of(path: str, layer: Any) -> Stored:
-    """What a live layer stores; None for tensors whose values are not here (lazy, meta, sharded, given back)."""
+    """Stored values of a live layer; None for tensors that cannot be read here (lazy, meta, sharded, freed)."""
     tensors = {key: getattr(layer, key, None) for key in _TENSORS}
     there = {
         key: plain
@@ -50,7 +50,7 @@ def stored_of(path: str, layer: Any) -> Stored:
 
 
 def count_of(layer: Any) -> int | None:
-    """A layer's num_batches_tracked; None where it has none with a value, or one that is no finite number."""
+    """A layer's num_batches_tracked; None if it has none, or one without a finite value."""
     counter = getattr(layer, "num_batches_tracked", None)
     if not isinstance(counter, torch.Tensor) or counter.numel() != 1 or (plain := whole(counter)) is None:
         return None
@@ -58,7 +58,7 @@ def count_of(layer: Any) -> int | None:
 
 
 def momentum_of(layer: Any) -> float | None:
-    """A layer's momentum, which may be a tensor, as a number."""
+    """A layer's momentum as a number, also if it is a tensor."""
     momentum = getattr(layer, "momentum", None)
     return float(momentum) if isinstance(momentum, torch.Tensor) else momentum
 

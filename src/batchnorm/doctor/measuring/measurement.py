@@ -1,8 +1,8 @@
-"""Measurement: what a model and its batch norm layers do on data, without leaving a trace in the model.
+"""Measurement: runs a model on data and measures it and its batch norm layers, without changing the model.
 
-One pass in eval mode sees every layer's inputs; then one example is run alone and beside others, and one training
-step is tried. A layer's fresh statistics are those of its inputs as eval mode makes them: with the layers before it
-normalizing by what they store.
+One pass in eval mode measures every layer's inputs; then one example runs alone and among others, and one training step
+is tried. A layer's fresh statistics are those of its inputs in eval mode, where the layers before it normalize by their
+stored statistics.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
     from batchnorm.call_types import Arguments, Batch
 
-# inputs of more features are pixels, tokens or positions rather than columns of a table
+# inputs with more features are pixels, tokens or positions, not columns of a table
 _MOST_FEATURES = 4096
-_COLUMNS = 64  # channels of all layers whose examples are put in other orders
-_SUSPECT = 1e-3  # p of an F test from which on orders are asked
-_NOT_DENSE = "its input is no dense tensor of floating-point numbers in channels"
-# each has ``training`` as its sixth argument
+_COLUMNS = 64  # channels of all layers in the permutation test
+_SUSPECT = 1e-3  # p of an F test below which the permutation test runs
+_NOT_DENSE = "its input is not a dense floating-point tensor with channels"
+# these functions take ``training`` as their sixth argument
 _MEASURE_BATCHES = {
     F.batch_norm,
     torch.batch_norm,
@@ -63,11 +63,11 @@ _MEASURE_BATCHES = {
 def measure(
     model: nn.Module, data: Iterable[Batch], *, max_examples: int | None
 ) -> tuple[dict[str, Measured], Run, str, Any]:
-    """Every layer on the data, the model as a whole, what was measured on ("512 examples in 8 batches"), and a batch.
+    """Measurements of every layer and of the whole model, a description ("512 examples in 8 batches"), and a batch.
 
     The batch is a copy of the first one, as the loader gave it.
 
-    Layers are in the order in which they first ran; those that did not run, and lazy ones without a shape, are left
+    Layers are in the order in which they first ran; layers that did not run, and lazy ones without a shape, are left
     out. The model, its gradients and the random states are as before, bit for bit, also if the model raises.
 
     Args:
@@ -77,9 +77,9 @@ def measure(
 
     Raises:
         TypeError: If ``data`` is not an iterable of batches.
-        ValueError: If there is no batch, its examples cannot be counted, the model computes gradients, or numbers that
+        ValueError: If there is no batch, its examples cannot be counted, the model computes gradients, or values that
             it needs cannot be read.
-        Exception: What the model raises in eval mode.
+        Exception: Errors of the model in eval mode.
     """
     require_real(model, "examine")
     batches = Batches(data, max_examples, device_of(model), who="examine")
@@ -99,8 +99,8 @@ def measure(
         "companions": alone.unknown,
         "step": step.unknown,
         "backward": step.no_backward,
-        "functional": "scripted code cannot be looked into" if _is_scripted(model) else "",
-        "inputs": "the model gets no tensor that can be watched" if view.not_raw is None else view.not_raw,
+        "functional": "scripted code cannot be inspected" if _is_scripted(model) else "",
+        "inputs": "the model gets no tensor that can be observed" if view.not_raw is None else view.not_raw,
     }
     run = Run(
         never_ran=tuple(name for name in view.gauges if not view.calls[name]),
@@ -124,7 +124,7 @@ def measure(
 
 @contextmanager
 def _without_gradients() -> Iterator[None]:
-    """A block whose models must not ask for gradients: those that do are told how."""
+    """A block without gradients; a model that computes gradients gets an error with the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -137,7 +137,7 @@ def _without_gradients() -> Iterator[None]:
 
 
 class _View:
-    """What is seen of a model while it runs over the data."""
+    """Everything observed in a model's runs over the data."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -147,20 +147,20 @@ class _View:
         self.calls: Counter[str] = Counter()  # in the order of first calls
         self.examples = 0
         self.batches = 0
-        self.first: Any = None  # batch, which the model did not write to
+        self.first: Any = None  # a copy of the first batch
         self.functional: dict[str, None] = {}
         self.inputs = Moments.empty()
-        # None while inputs are measured; else why they are not, "" if the model normalizes them first
+        # None while inputs are measured; else the reason why not, "" if the model normalizes them first
         self.not_raw: str | None = None
         self._lazy = {name for name, gauge in self.gauges.items() if isinstance(gauge.layer, LazyModuleMixin)}
         self._entering: Tensor | None = None
-        self._size = 0  # examples in the batch that runs
+        self._size = 0  # examples in the running batch
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """A block in which the model is watched."""
+        """A block in which the model is observed."""
         normalizers = [module for module in self.model.modules() if isinstance(module, (InputNorm, _BatchNorm))]
-        # the root's first: where the model is one layer, all are on the same module
+        # the model's own hook first: if the model is one layer, all hooks are on it
         hooks = [
             (self.model, self._enter),
             *((module, self._normalize) for module in normalizers),
@@ -186,7 +186,7 @@ class _View:
             self.gauges[name].is_clusterable &= self.calls[name] - before[name] < 2
 
     def summary(self) -> str:
-        """What was measured on."""
+        """A description of the data: "512 examples in 8 batches"."""
         examples = "1 example" if self.examples == 1 else f"{self.examples} examples"
         return f"{examples} in {'1 batch' if self.batches == 1 else f'{self.batches} batches'}"
 
@@ -206,12 +206,12 @@ class _View:
             self.not_raw = ""
 
     def rows_are_no_examples(self) -> None:
-        """No scatter of batches is expected of rows that are nodes, points or edges."""
+        """Do not compare batches whose rows are nodes, points or edges."""
         for gauge in self.gauges.values():
             gauge.is_clusterable = False
 
     def order_p(self, measured: dict[str, Measured]) -> float | None:
-        """Probability of batches that differ as these by chance; None where no F test made them suspect."""
+        """Probability by chance of batches that differ as much; None if no F test was suspect."""
         p = {name: found.clustering_p for name, found in measured.items() if found.clustering_p is not None}
         if not p or min(p.values()) >= _SUSPECT:
             return None
@@ -223,29 +223,29 @@ class _View:
 
     @property
     def unwatched(self) -> tuple[str, ...]:
-        """Layers whose calls are not seen."""
+        """Layers whose calls cannot be observed."""
         return tuple(name for name in layers_of(self.model) if name not in self.gauges)
 
     def unmeasured(self) -> dict[str, str]:
-        """Layers that ran without a measurement, or cannot be watched, with the reason."""
+        """Layers that ran without a measurement, or cannot be observed, with the reason."""
         ran = [name for name in self.calls if not self.gauges[name].values]
-        closed = dict.fromkeys(self.unwatched, "it is no layer that can be watched")
+        closed = dict.fromkeys(self.unwatched, "it cannot be observed by hooks")
         return closed | {name: "it is lazy" if name in self._lazy else _NOT_DENSE for name in ran}
 
     def _gauge(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls[name] += 1
-        # a class of the user's own may take its input by any name, or beside other things
+        # a user's class may name its input as it likes, and take others
         x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
         if x is not None and name not in self._lazy:
             self.gauges[name].add(x, self._size)
 
 
 def _not_features(x: Tensor | None) -> str | None:
-    """Why an input is no table of features that can be compared; None if it is one."""
+    """Why an input is not a table of comparable features; None if it is one."""
     if x is None:
         return "the model gets no tensor"
     if not is_measurable(x):
-        return "inputs are no floating-point numbers in features"
+        return "inputs are not floating-point features"
     return None if 0 < x.shape[1] <= _MOST_FEATURES else f"inputs have more than {_MOST_FEATURES} features, or none"
 
 
@@ -259,7 +259,7 @@ def _takes_hooks(module: nn.Module) -> bool:
 
 @contextmanager
 def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None]:
-    """A block that collects the modules whose own code calls batch norm on the batch's statistics."""
+    """A block that collects modules whose own code calls batch norm with batch statistics."""
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
 
@@ -267,7 +267,7 @@ def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None
         running.append(module)
 
     def leave(module: nn.Module, *_: object) -> None:
-        if running and running[-1] is module:  # one that raised before its first hook is not there
+        if running and running[-1] is module:  # a module that raised before our hook is missing
             running.pop()
 
     def see() -> None:
@@ -282,7 +282,7 @@ def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None
 
 
 class _Calls(TorchFunctionMode):
-    """A block in which every call of batch norm that measures the batch is reported."""
+    """A block that reports every call of batch norm with batch statistics."""
 
     def __init__(self, report: Callable[[], None]) -> None:
         super().__init__()
@@ -296,12 +296,12 @@ class _Calls(TorchFunctionMode):
 
 
 def loop_of(data: Batch, *, batch_size: int | None = None, accumulation: int = 1, world_size: int = 1) -> Loop | None:
-    """How the model is trained, as far as a loader or a list of batches, and the caller, say; None if not at all.
+    """How the model is trained, from a loader or list of batches and the caller's arguments; None if nothing is known.
 
     Args:
-        data: A DataLoader, or two or more batches in a list; anything else says nothing.
-        batch_size: Examples per device, in place of what the data say.
-        accumulation: Batches for each optimizer step.
+        data: A DataLoader, or two or more batches in a list; nothing is known from anything else.
+        batch_size: Examples per device; replaces the loader's.
+        accumulation: Batches per optimizer step.
         world_size: Processes that train together.
     """
     size, last = _sizes(data, batch_size)
@@ -327,7 +327,7 @@ def _sizes(data: Batch, wanted: int | None) -> tuple[int | None, int | None]:
 
 
 def _length(source: Any) -> int | None:
-    """Its length, if it knows one: samplers of streamed data sets do not."""
+    """Its length, or None: samplers of streamed data sets have none."""
     if not isinstance(source, Sized):
         return None
     try:

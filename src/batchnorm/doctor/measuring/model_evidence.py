@@ -1,4 +1,4 @@
-"""What can be read off a model, its optimizer and its loader: evidence for the rules."""
+"""Evidence for the doctor's rules, read from a model, its optimizer and its loader."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def of_model(
     model: nn.Module, data: Iterable[Batch] | None, *, example: Batch, optimizer: Any, batch_size: int | None,
     accumulation: int, world_size: int, reference: Any, max_examples: int, name: str,
 ) -> tuple[Evidence, str]:  # fmt: skip
-    """Evidence about a model, and what was measured on, such as "512 examples in 8 batches"; "" without data."""
+    """Evidence about a model, and a description of the data such as "512 examples in 8 batches"; "" without data."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"examine needs a path or an nn.Module, got {kind_of(model)}. Pass the model itself.")
     if not hasattr(model, "training"):
         raise TypeError(
-            "examine needs a model of modules, got a program that torch.jit.freeze made. Examine it before torch.jit."
+            "examine needs a model made of modules, got one from torch.jit.freeze. Examine it before torch.jit."
         )
     layers = layers_of(model)
     unknown: dict[str, str] = {}
@@ -51,7 +51,7 @@ def of_model(
         graph = graph_of(model, example)
     except ValueError as error:
         unknown["graph"] = str(error)
-    except Exception as error:  # noqa: BLE001 - models are of any kind, and most rules do not need their graph
+    except Exception as error:  # noqa: BLE001 - a model may raise anything, and most rules do not need its graph
         unknown["graph"] = f"its code cannot be followed: {type(error).__name__}: {error}"
     return Evidence(
         name or type(model).__name__,
@@ -69,16 +69,16 @@ def of_model(
 
 
 def modules_of(model: nn.Module) -> dict[str, Module]:
-    """Settings of every layer."""
+    """The settings of every layer."""
     layers, known = layers_of(model), dict(model.named_modules(remove_duplicate=False))
     return {path: _settings(known, path, layer) for path, layer in layers.items()}
 
 
 def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    affine = list(layer.parameters())  # those under a parametrization too
+    affine = list(layer.parameters())  # including parametrized ones
     ignored = getattr(layer, "batchnorm_ignore", None) or ()
-    # a layer of others that has no flag of its own to measure batches by never does
+    # a layer of another library without this flag never measures batches
     fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")
     return Module(
         kind=type(layer).__name__,
@@ -102,19 +102,19 @@ def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
 
 
 def _codes(path: str, ignored: Any) -> frozenset[str]:
-    """What a layer's owner put into ``batchnorm_ignore``."""
+    """The codes in a layer's ``batchnorm_ignore``."""
     try:
         return frozenset(codes(ignored))
     except (TypeError, AttributeError):
         raise TypeError(
-            f"batchnorm_ignore of layer {path!r} must be codes of rules, got {ignored!r}. As ('BN103',)."
+            f"batchnorm_ignore of layer {path!r} must be codes of rules, got {ignored!r}. Write for example ('BN103',)."
         ) from None
     except ValueError as error:
         raise ValueError(f"batchnorm_ignore of layer {path!r}: {error}") from None
 
 
 def _where(known: Mapping[str, nn.Module], path: str) -> str:
-    """file:line of the user's class nearest around a layer; "" if it is all torch's."""
+    """file:line of the innermost user class around a layer; "" if all classes are torch's."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         kind = type(known[".".join(parts[:end])])
@@ -128,7 +128,7 @@ def _where(known: Mapping[str, nn.Module], path: str) -> str:
 
 
 def structure_of(model: nn.Module) -> Structure:
-    """How the layers stand in the model: modes, wrappers, names."""
+    """Modes, wrappers and names of the layers in the model."""
     around = [module for module in model.modules() if _wrapper(module)]
     parallel = next((module for module in around if _wrapper(module) == "DistributedDataParallel"), None)
     averaged = next((module for module in around if _wrapper(module) == "AveragedModel"), None)
@@ -152,7 +152,7 @@ def _wrapper(module: nn.Module) -> str:
 
 
 def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
-    """What an optimizer does to gamma and beta."""
+    """What an optimizer does to gamma and beta: weight decay, and parameters that it lacks."""
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Who feeds whom: what stands before and behind each layer, by the traced code, and how often it is called."""
+"""The neighbours of each layer in the traced code, before and behind it, and how often each layer is called."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BIASED = (nn.modules.conv._ConvNd, nn.Linear)
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
-# between dropout and batch norm these leave the variance larger in train mode than in eval mode
+# between dropout and batch norm these keep the variance larger in train mode than in eval mode
 _POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 _KEEP = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Identity, nn.Flatten, *_POOLS)
 _KEEP_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.elu, F.silu, F.gelu, torch.flatten, "relu", "flatten"}
 
 
 def graph_of(model: nn.Module, example: Batch = None) -> Graph:
-    """Neighbours of the layers, and calls if there is an example. The model is not changed.
+    """The neighbours of the layers, and with an example their calls. The model is not changed.
 
     Raises:
         ValueError: If the model does not run on the example, or no forward can be traced.
     """
     paths: dict[nn.Module, str] = {layer: path for path, layer in batch_norms(model).items()}
-    closed = dict.fromkeys(layers_of(model).keys() - paths.values(), "it is no layer that torch.fx sees")
+    closed = dict.fromkeys(layers_of(model).keys() - paths.values(), "torch.fx does not see this layer")
     if not paths:
         return Graph(unread=closed)
     if any("_orig_mod" in module._modules for module in model.modules()):
@@ -55,7 +55,7 @@ def graph_of(model: nn.Module, example: Batch = None) -> Graph:
     with preserve_state(model), torch.no_grad():
         with nullcontext() if example is None else observed_arguments(model) as arguments:
             calls = _calls(model, paths, example)
-        # what eval mode does is read also where train mode cannot be, as in blocks that drop paths at random
+        # eval mode is traced also if train mode cannot be, as in blocks that drop paths at random
         evaluating, reasons = flows(model, (False,), arguments)
         if not evaluating and reasons:
             raise ValueError(f"its code cannot be traced: {next(iter(reasons.values()))}")
@@ -95,7 +95,7 @@ def _nodes(model: nn.Module, known: dict[nn.Module, Flow], callers: Callers) -> 
 
 
 def _channel_by_channel(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers behind a depthwise convolution of another layer's activation: each channel has one channel before it."""
+    """Layers behind a depthwise convolution of another layer's activation: channels map one to one."""
     found = {}
     for node in nodes:
         layer = _module(node)
@@ -115,7 +115,7 @@ def _input_of_depthwise(node: Any) -> Node | None:
 
 
 def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[array[float] | None]]:
-    """For each call of a layer, the norms of the rows of weights right before it."""
+    """For each call of a layer, the norms of the weight rows of the module before it."""
     found: dict[str, list[array[float] | None]] = defaultdict(list)
     for node in nodes:
         layer = _module(node)
@@ -125,7 +125,7 @@ def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[a
 
 
 def _norms(before: Any) -> array[float] | None:
-    """Norm of the weights of each result of a convolution or linear layer."""
+    """Norm of the weights of each output channel of a convolution or linear layer."""
     if not isinstance(before, _BIASED) or before.weight.is_meta:
         return None
     weight = before.weight.detach()
@@ -135,7 +135,7 @@ def _norms(before: Any) -> array[float] | None:
 
 
 def _activations(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers whose result goes into one kind of activation, wherever they are called, and nowhere else."""
+    """Layers whose result goes only into one kind of activation, in all their calls."""
     behind: dict[str, set[str]] = defaultdict(set)
     for node in nodes:
         if (layer := _module(node)) in paths:
@@ -144,7 +144,7 @@ def _activations(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, st
 
 
 def _behind(call: Node, layer: nn.Module | None) -> str:
-    """The activation of one call's result; "" where there is none, or something is added first."""
+    """The activation applied to one call's result; "" if there is none, or something is added first."""
     if len(call.args) != 1 or call.kwargs:
         return ""
     if own := applied_by(layer):
@@ -154,7 +154,7 @@ def _behind(call: Node, layer: nn.Module | None) -> str:
 
 
 def applied_by(layer: Any) -> str:
-    """The activation that a layer applies itself: ours by its name, others' subclasses by the module that they hold."""
+    """The activation that a layer applies itself: ours by name, others' by the module that they hold."""
     act = getattr(layer, "act", None)
     return _known(act) if isinstance(act, str) else _known(type(act).__name__) if isinstance(act, nn.Module) else ""
 
@@ -167,7 +167,7 @@ def _activation(node: Node) -> str:
 
 
 def _known(name: str) -> str:
-    """ "relu" of "ReLU" and "relu_"; "" of what is no activation that rules know."""
+    """ "relu" for "ReLU" and "relu_"; "" for names that are not an activation known to the rules."""
     plain = name.lower().replace("_", "")
     return plain if plain in ACTIVE else ""
 
@@ -185,7 +185,7 @@ def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Batch) -> dic
 
 
 def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any) -> dict[str, str]:
-    """Layers whose input is the result, which nobody else reads, of a module that passes the test."""
+    """Layers whose input is the result of a module that passes the test, and is used nowhere else."""
     found = {}
     for path, source in nodes:
         module = _module(source)
@@ -195,7 +195,7 @@ def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any
 
 
 def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers with dropout before them in train mode; the graphs of folding are those of eval mode."""
+    """Layers behind dropout in train mode; the graphs of folding are those of eval mode."""
     calls = [(flow, node) for flow in known.values() for node in flow.graphs[True].nodes if flow.called(node)]
     count = Counter(flow.called(node) for flow, node in calls)
     sites = {flow.called(node): (flow, node) for flow, node in calls if count[flow.called(node)] == 1}
@@ -208,7 +208,7 @@ def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -
 
 
 def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[Any, tuple[Flow, Node]]) -> Any:
-    """The dropout whose result a call gets, through what keeps it and through the borders of modules."""
+    """The dropout whose result a call receives, also through functions that keep it and through module borders."""
     source = next(iter(node.args), None)
     while isinstance(source, torch.fx.Node):
         module = flow.called(source)
@@ -231,7 +231,7 @@ def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[A
 
 
 def _drops(p: Any = 0.5, training: Any = True, inplace: Any = False, **_: object) -> bool:  # noqa: ARG001
-    """Whether a call of torch's function with these arguments drops anything."""
+    """Whether a call of torch's dropout function with these arguments drops anything."""
     return p != 0 and training is not False
 
 

@@ -1,4 +1,4 @@
-"""Comparison: a model's outputs and statistics with those of another version of it."""
+"""Comparison of a model's outputs and statistics with those of another version of it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.rules.rule_evidence import OtherVersion
 
-# Sums of float32 terms in another order differ by eps sqrt(terms), for each layer on the way: 2^10 is 4096 terms
-# in 256 layers, sqrt(4096 * 256).
+# Float32 sums in a different order differ by eps sqrt(terms) per layer: 2^10 is sqrt(4096 * 256), for 4096 terms in
+# each of 256 layers.
 _WIDE_ROUNDINGS = 1024
-# Half precision, and float32 on a GPU (TF32), round the terms and the result of each layer, but sum in float32:
-# sqrt(256) for 256 layers.
+# Half precision, and float32 on a GPU (TF32), round each layer's terms and result but sum in float32: sqrt(256) for
+# 256 layers.
 _NARROW_ROUNDINGS = 16
 _TF32_EPS = 2**-10
 
 
 def reference_of(model: nn.Module, reference: Any, example: Batch) -> OtherVersion:
-    """What is known of a reference, and how far the model's eval outputs for ``example`` are from its.
+    """The reference's stored values, and how far the model's eval outputs for ``example`` are from the reference's.
 
     Neither model is changed, also if one of them raises.
 
     Args:
         model: The model that was made from the reference.
-        reference: A model, or a path of a checkpoint, whose weights are not run.
-        example: One batch of any kind, or None: then no outputs are compared.
+        reference: A model, or the path of a checkpoint, which is not run.
+        example: One batch of any kind; None compares no outputs.
 
     Raises:
         TypeError: If ``reference`` is neither a model nor a path.
@@ -49,15 +49,15 @@ def reference_of(model: nn.Module, reference: Any, example: Batch) -> OtherVersi
     if not isinstance(reference, nn.Module):
         raise TypeError(
             f"a reference must be a model or the path of a checkpoint, got {type(reference).__name__}. "
-            "Pass what the model was made from."
+            "Pass the version that the model was made from."
         )
     stored = {name: stored_of(name, layer) for name, layer in layers_of(reference).items()}
     known = OtherVersion(type(reference).__name__, _eps_of(stored), stored)
     if example is None:
-        return replace(known, unknown="it takes an example to compare outputs with the reference's")
+        return replace(known, unknown="comparing outputs with the reference needs an example")
     theirs, ours = (_eval_outputs(each, example) for each in (reference, model))
     if (found := difference(ours, theirs)) is None:
-        return replace(known, unknown="outputs and those of the reference do not have the same shapes")
+        return replace(known, unknown="the model's and the reference's outputs differ in shape")
     return replace(known, difference=found, tolerance=tolerance(theirs))
 
 
@@ -66,12 +66,12 @@ def _eps_of(layers: Mapping[str, checkpoint.Stored]) -> dict[str, float]:
 
 
 def floats_in(value: Any) -> list[Tensor]:
-    """Every floating-point tensor in a model's output of any kind, in order."""
+    """All floating-point tensors in a model's output of any kind, in order."""
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Stored]]:
-    """The state of several that has the layers which a model has, or the first one; its name and its layers."""
+    """Name and layers of the first state in the file that has the model's layers; else of the first one."""
     if len(file.states) < 2:
         return "", file.layers
     mine, every = layers_of(model).keys(), file.every
@@ -81,7 +81,7 @@ def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Sto
 
 
 def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:
-    """Largest max |output - reference| / max |reference| of the pairs; None if they do not pair by shape.
+    """Largest max |output - reference| / max |reference| of the pairs; None if shapes differ.
 
     NaN at the same places counts as equal.
     """
@@ -98,7 +98,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def tolerance(outputs: list[Tensor]) -> float:
-    """Relative difference that rounding may make of equal outputs."""
+    """Relative difference that rounding alone may cause."""
     return max((_rounding(output) for output in outputs), default=0.0)
 
 

@@ -1,6 +1,6 @@
-"""Trial: short runs of a model: one training step, and one example with and without others beside it.
+"""Short runs of a model: one training step, and one example alone and among others.
 
-All of it changes the model, so it belongs into ``preserve_state``. What could not be tried says why.
+They change the model, so run them inside ``preserve_state``. A run that was not possible has a reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from batchnorm.call_types import Batch
 
-# enough to have statistics, few enough for the memory of a backward pass
+# enough for batch statistics, few enough for the memory of a backward pass
 _EXAMPLES = 8
 _LONGEST_MESSAGE = 200
 
@@ -38,7 +38,7 @@ _LONGEST_MESSAGE = 200
 @final
 @dataclass(frozen=True, slots=True)
 class Few:
-    """A few examples of a batch; the whole batch where it cannot be cut, with the reason."""
+    """A few examples of a batch; the whole batch if it cannot be cut, with the reason."""
 
     batch: Batch
     size: int  # examples in all of the batch
@@ -48,31 +48,31 @@ class Few:
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one training step did: how often each layer's counter moved, what was raised, and what was not tried."""
+    """Results of one training step: how often each layer's counter moved, the error, and why parts were not tried."""
 
     forward: Mapping[str, int] = field(default_factory=dict)
     backward: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
-    unknown: str = ""  # why no step was tried, or why its failure says nothing of batch norm
+    unknown: str = ""  # why no step was tried, or why its error is not about batch norm
     no_backward: str = ""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """How far an example's output alone is from that beside others, relative, and what rounding explains."""
+    """Relative difference between an example's outputs alone and among others, and what rounding explains."""
 
     change: float | None = None
     tolerance: float = 0.0
-    error: str = ""  # what was raised for one example alone, although a few ran
+    error: str = ""  # the error of one example alone, although several ran
     unknown: str = ""
 
 
 def few(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Few:
-    """Up to ``most`` examples on which the model, in eval mode, runs; it must run on the whole batch.
+    """Up to ``most`` examples on which the model runs in eval mode; it must run on the whole batch.
 
-    Nodes of a graph and packed points are no examples: what refers to them breaks where they are cut off. That the
-    model answers a part otherwise than within the whole is no reason against it here: it is what is looked for.
+    Nodes of a graph and packed points are not examples: the model fails if they are cut off. A part may get outputs
+    that differ from those within the whole: that is what ``companions`` measures.
     """
     size = examples_in(batch) or 0
     if size <= 2:
@@ -92,8 +92,8 @@ def few(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Few:
 def train_step(model: nn.Module, some: Few) -> Step:
     """One forward and backward pass in train mode on a few examples; frozen layers stay frozen.
 
-    The loss is the mean square of every floating-point output. A model that needs more than the first part of a
-    batch, such as labels, is given all parts. A single example is not tried: it may well be too few.
+    The loss is the mean square of all floating-point outputs. A model that needs more than the first part of a batch,
+    such as labels, gets all parts. A single example is not tried, because it may be too few.
     """
     batch = some.batch
     if (examples_in(batch) or 0) < 2:
@@ -112,7 +112,7 @@ def train_step(model: nn.Module, some: Few) -> Step:
             before = _counters(model)
             losses = [output.float().square().mean() for output in outputs if output.requires_grad]
             if not losses:
-                return Step(forward, no_backward="no output has a gradient, so that there was no backward pass")
+                return Step(forward, no_backward="no output has a gradient, so there was no backward pass")
             torch.stack(losses).sum().backward()
     except Exception as error:  # noqa: BLE001 - whatever the user's model raises is the result
         return _failed(model, batch, forward, error)
@@ -120,18 +120,18 @@ def train_step(model: nn.Module, some: Few) -> Step:
 
 
 def _failed(model: nn.Module, batch: Batch, forward: dict[str, int], error: Exception) -> Step:
-    """A failure is a fault, unless the model asks for more than the batch holds."""
+    """The step of a failed run: a fault, unless the model needs arguments that the batch lacks."""
     if isinstance(error, AbsenceError):
         return Step(forward, unknown=str(error).rstrip("."))
     missing = _not_given(model, batch)
     if missing and not _is_of_batch_norm(error):
-        told = f"a training step fails outside of batch norm layers, perhaps for want of {missing}"
+        told = f"a training step fails outside of batch norm layers, perhaps because it lacks {missing}"
         return Step(forward, unknown=f"{told}: {_message(error)}")
     return Step(forward, error=_message(error))
 
 
 def _not_given(model: nn.Module, batch: Batch) -> str:
-    """The arguments of the model's forward that a batch has nothing for: "targets"."""
+    """Names of forward's arguments that the batch does not provide: "targets"."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
@@ -144,12 +144,12 @@ def _not_given(model: nn.Module, batch: Batch) -> str:
 
 
 def _is_of_batch_norm(error: BaseException) -> bool:
-    """Whether it was raised in a batch norm layer."""
+    """Whether the error was raised in a batch norm layer."""
     return any(isinstance(module, _BatchNorm) for module in modules_behind(error))
 
 
 def _train_outputs(model: nn.Module, batch: Batch, before: dict[str, int]) -> tuple[list[Tensor], dict[str, int]]:
-    """Outputs, and the counters from before the forward pass that gave them."""
+    """Outputs, and the counters before the forward pass that gave them."""
     try:
         return floats_in(call(model, batch)), before
     except Exception:
@@ -178,27 +178,27 @@ def _message(error: Exception) -> str:
 
 @torch.no_grad()
 def companions(model: nn.Module, some: Few) -> Alone:
-    """One example's eval output alone and among a few, or why they were not compared.
+    """One example's eval output alone and among a few others, or why they were not compared.
 
-    The model must be in eval mode and run on ``some``. If one example alone raises, that is the fault, as far as it is
-    certain that it is one example: batch norm raises, or the model answers a part of ``some`` as within the whole.
+    The model must be in eval mode and run on ``some``. An error of one example alone is a fault if the row is certainly
+    an example: batch norm raises it, or the model's outputs for a part of ``some`` equal those within the whole.
     """
     count = examples_in(some.batch) or 0
     if some.uncut or count < 2:
-        return Alone(unknown=some.uncut or "it takes a batch of 2 examples or more")
+        return Alone(unknown=some.uncut or "the comparison needs a batch of 2 examples or more")
     beside = floats_in(call(model, on_device_of(model, some.batch)))
     if not beside:
-        return Alone(unknown="outputs are no floating-point numbers")
+        return Alone(unknown="outputs are not floating-point numbers")
     if not _are_rows(beside, count):
-        return Alone(unknown="outputs are not one for each example")
+        return Alone(unknown="outputs do not have one row per example")
     try:
         single = floats_in(call(model, on_device_of(model, some.batch, 1)))
     except Exception as error:  # noqa: BLE001 - whatever the user's model raises is the result
         if _is_of_batch_norm(error):
             return Alone(error=_message(error))
         if count == 2:
-            return Alone(unknown=f"one row of a batch of 2 raises, which may be the cut: {_message(error)}")
-        # rows that are answered by what lies beside them, such as points, are no examples
+            return Alone(unknown=f"one row of a batch of 2 raises, perhaps because it was cut: {_message(error)}")
+        # rows that depend on other rows, such as points, are not examples
         why = why_whole(model, some.batch, max(2, count // 2))
         return Alone(unknown=f"one row raises {_message(error)}; {why}") if why else Alone(error=_message(error))
     change = difference(single, [output[:1] for output in beside])

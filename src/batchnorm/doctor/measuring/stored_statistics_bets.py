@@ -1,4 +1,4 @@
-"""Bets: whether stored statistics can be those of the examples at hand, whatever the law of the examples.
+"""Bets: whether stored statistics can be those of the given examples, for any distribution of the examples.
 
 With stored m and s^2 (eps included), u the mean of one example's values in a channel and w their mean square deviation
 from m, an example has three bounded scores,
@@ -6,26 +6,26 @@ from m, an example has three bounded scores,
     c = clip((u - m) / s, -B, B),     -c,     q = min(w / s^2, B_q).
 
 If m and s^2 are exact, E[(u - m) / s] = 0 and E[((u - m) / s)^2] <= E[w / s^2] <= 1. As |z| exceeds B by at most
-z^2 / (4 B), |E c| <= 1 / (4 B) =: tau, and E q <= 1: no higher moment is bounded, and rare examples may be as large as
-they like. There are two B: with a small one bets may be high, which few examples need, and with a large one tau is
-small, which small shifts need. For a score y whose expectation is t at most, and stakes l with l (t - y) < 1,
+z^2 / (4 B), |E c| <= 1 / (4 B) =: tau, and E q <= 1: no higher moment is bounded, so rare examples may be arbitrarily
+large. There are two values of B: a small B allows high stakes, which need few examples; a large B has a small tau,
+which small shifts need. For a score y whose expectation is at most t, and stakes l with l (t - y) < 1,
 
     E_l = prod over examples of (1 + l (y - t))
 
-is positive and has an expectation of 1 at most, if examples are independent. So has the mean of E_l over fixed stakes
-and over all scores: the evidence of a channel, which reaches 1 / p by chance with probability p at most. Two
-things make examples and statistics less than that.
+is positive and has an expectation of at most 1, if examples are independent. So has the mean of E_l over fixed stakes
+and all scores: the evidence of a channel, which exceeds 1 / p under the null with probability at most p. Two effects
+weaken it:
 
-- A running average of n_s examples is off by its noise. If that of E y is sub-Gaussian with variance V / n_s, V that of
-  the score, the expectation of E_l^h is exp(h^2 l^2 n^2 V / (2 n_s)) at most for any h up to 1 (Jensen), and E_l^h
-  divided by that is taken for it, h = min(1, 4 n_s / n). V is estimated by the examples' own, and scores are bounded:
-  this holds for averages of many examples.
-- Of examples that come in groups of g, however dependent within, the g-th root of E_l has an expectation of 1 at most
-  (Hölder). The g taken is the variance of batch means over that of a random order (``Clustering.excess``).
+- A running average of n_s examples is noisy. If its part in E y is sub-Gaussian with variance V / n_s, V the variance
+  of the score, the expectation of E_l^h is at most exp(h^2 l^2 n^2 V / (2 n_s)) for any h up to 1 (Jensen). The
+  evidence is E_l^h divided by that, with h = min(1, 4 n_s / n). V is estimated from the examples, and scores are
+  bounded: this holds for averages of many examples.
+- If examples come in groups of g, however dependent within, the g-th root of E_l has an expectation of at most 1
+  (Hölder). g is estimated as the variance of batch means over that of a random order (``Clustering.excess``).
 
-Less energy is no evidence: examples too rare to be among n may carry what is missing, and nothing stored says that none
-do. Channels are named by e-BH, so that under the null any is named with probability ``CHANCE`` at most, however
-dependent channels are (Waudby-Smith and Ramdas 2024, on betting; Wang and Ramdas 2022, on e-BH).
+Too little energy is not evidence: the missing part may be in examples too rare to be among n, and stored statistics do
+not exclude them. Channels are selected by e-BH, so that under the null any is selected with probability at most
+``CHANCE``, however dependent channels are (Waudby-Smith and Ramdas 2024, on betting; Wang and Ramdas 2022, on e-BH).
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from batchnorm.shift.alarm import discovered
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHANCE = 0.01  # that any channel of a layer is named whose statistics are exact, at most; a tail of Markov's inequality
-# B, and stakes for it, below 1 / (B + tau): each is right for a shift of about its own size, in units of the variance
+CHANCE = 0.01  # largest probability that an exact layer has a selected channel; by Markov's inequality
+# B, and stakes for it, below 1 / (B + tau): each suits a shift of about its own size, in units of the variance
 _OF_MEANS = {2.5: (0.35, 0.175), 8.0: (0.12, 0.06, 0.03, 0.015)}
-# energies of single normal values reach 25 once in a million; stakes below 1
+# the energy of a single normal value reaches 25 once in a million; stakes below 1
 _MOST_ENERGY, _OF_ENERGY = 25.0, (0.5, 0.15, 0.05, 0.015)
 
 
-# more examples than four times those of the average teach little, and stakes that are fixed would be too high for them
+# examples beyond four times those of the average add little evidence, and fixed stakes would be too high for them
 _MOST_BY_AVERAGE = 4.0
 
 
 @dataclass
 class Score:
-    """Bets that the mean of one bounded score of examples is above a limit, for each channel.
+    """Bets that the mean of one bounded score of examples exceeds a limit, for each channel.
 
     Args:
-        clip: B, or the most energy.
-        sign: 1 or -1 of a mean, 0 for the energy.
-        limit: Of the score's expectation, under the null.
+        clip: B, or the largest energy.
+        sign: 1 or -1 for a mean, 0 for the energy.
+        limit: Largest expectation of the score under the null.
         stakes: l.
     """
 
@@ -73,13 +73,13 @@ class Score:
     moments: Moments = field(default_factory=Moments.empty)
 
     def add(self, y: Tensor, mask: Tensor) -> None:
-        """Count scores (N, C) where the mask is true."""
+        """Count scores (N, C) where the mask is True."""
         new = torch.stack([torch.log1p(stake * (y - self.limit)).where(mask, 0.0).sum(0) for stake in self.stakes])
         self.sums = new if self.sums is None else self.sums + new
         self.moments += Moments.of(y, mask=mask)
 
     def logs(self, averaged: float, excess: float) -> Tensor:
-        """log E_l, less what the noise of the average and groups of examples explain: (stakes, C)."""
+        """log E_l, minus what noise of the average and grouped examples explain: (stakes, C)."""
         if self.sums is None:
             return torch.empty(0)
         n = self.moments.count
@@ -90,7 +90,7 @@ class Score:
 
 @dataclass
 class Bets:
-    """What a layer's examples say against its stored mean and variance, (C,) in float64; NaN says nothing."""
+    """Evidence of a layer's examples against its stored mean and variance, (C,) in float64; NaN gives none."""
 
     mean: Tensor
     var: Tensor  # eps included
@@ -109,8 +109,8 @@ class Bets:
         """Channels whose stored statistics are not those of the examples.
 
         Args:
-            averaged: Examples that the stored statistics are an average of; infinite if they are exact.
-            excess: Variance of batch means over that of a random order, 1 at least.
+            averaged: Number of examples that the stored statistics average; infinite if they are exact.
+            excess: Variance of batch means over that of a random order, at least 1.
         """
         logs = torch.cat([score.logs(averaged, excess) for score in self.scores])
         return named(logs.logsumexp(0) - math.log(len(logs))) if logs.numel() else ()
@@ -123,5 +123,5 @@ def _scores() -> Iterator[Score]:
 
 
 def named(log_e: Tensor) -> tuple[int, ...]:
-    """Channels by e-BH at ``CHANCE``, in order; NaN names none."""
+    """Channels selected by e-BH at ``CHANCE``, in order; NaN selects none."""
     return tuple(sorted(discovered(log_e.nan_to_num(nan=-math.inf), CHANCE)))
