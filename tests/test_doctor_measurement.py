@@ -328,7 +328,9 @@ def test_a_model_that_needs_labels_to_train_gets_them_from_the_batch():
     assert (run.train_error, run.updates_forward) == ("", {"norm": 1})
     unfed = run_of(NeedsLabels(), [x])
     assert unfed.train_error == ""
-    assert unfed.unknown["step"].startswith("a training step fails outside of batch norm layers, perhaps because it lacks")
+    assert unfed.unknown["step"].startswith(
+        "a training step fails outside of batch norm layers, perhaps because it lacks"
+    )
     assert "labels: ValueError: labels are needed" in unfed.unknown["step"]
     assert run_of(NeedsLabels(), [{"x": x, "labels": y}]).train_error == ""
 

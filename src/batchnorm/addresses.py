@@ -57,9 +57,7 @@ def refuse_code(target: str) -> None:
         ValueError: If ``target`` is an existing Python file.
     """
     if target.endswith(".py") and Path(target).is_file():
-        raise ValueError(
-            f"{target} is code, expected a function in it. Name it, for example {target}:make_model"
-        )
+        raise ValueError(f"{target} is code, expected a function in it. Name it, for example {target}:make_model")
 
 
 @contextmanager
