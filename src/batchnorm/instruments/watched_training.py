@@ -125,7 +125,6 @@ class Watch:
         steps: Optimizer steps so far; a continued log starts with the steps it has.
     """
 
-    steps = 0
     _steps: Steps | None = None
     _looks: Looks | None = None
     _probe: Probe | None
@@ -144,6 +143,7 @@ class Watch:
         sinks: tuple[Sink, ...],
     ):
         self.records: deque[Record] = deque(maxlen=_KEPT)
+        self.steps = 0
         self._outer, self._model = model, unwrapped(model)
         require_real(self._model, "watch")
         require_type(log, (str, os.PathLike, NoneType), "watch needs the path of a folder as log", "None keeps no log.")
