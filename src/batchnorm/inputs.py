@@ -23,10 +23,12 @@ from batchnorm.moments import Moments
 from batchnorm.tracing import call_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     import numpy as np
 
+# a tensor or an array, a tuple or list that begins with one, or a mapping that has one
+Batch = Any
 _STATISTICS = ("count", "mean", "var")
 # values that float32 does not hold exactly are shifted in float64
 _WIDE = {torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64}
@@ -59,7 +61,7 @@ class InputNorm(nn.Module):
         device: Where the statistics are kept.
 
     Shape:
-        Any with the features at ``channel_axis``; the output has the shape of the input.
+        The features are at ``channel_axis``; the output has the shape of the input.
 
     Example:
         >>> import torch
@@ -104,11 +106,11 @@ class InputNorm(nn.Module):
     @classmethod
     def fit(
         cls,
-        data: Tensor | np.ndarray | Iterable[Any],
+        data: Tensor | np.ndarray | Iterable[Batch],
         channel_axis: int | Sequence[int] | None = 1,
         *,
         nan: Literal["raise", "omit"] = "raise",
-        key: Any = None,
+        key: Hashable = None,
     ) -> Self:
         """A filled InputNorm: the exact statistics of all data, whatever the batch sizes and their order.
 
@@ -304,7 +306,7 @@ def _by_feature(counts: Tensor | int) -> str:
     return f"{'feature' if len(where) == 1 else 'features'} {', '.join(named)}{more}"
 
 
-def _tensors(data: Any, key: Any, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
+def _tensors(data: Batch, key: Hashable, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
     """The inputs in ``data``, as tensors."""
     if isinstance(data, Tensor):
         yield data
@@ -328,7 +330,7 @@ def _tensors(data: Any, key: Any, channel_axis: int | Sequence[int] | None) -> I
                 )
 
 
-def _input_of(batch: Any, key: Any) -> Any:
+def _input_of(batch: Batch, key: Hashable) -> Batch:
     if isinstance(batch, Mapping):
         if key not in batch:
             raise ValueError(
@@ -340,7 +342,7 @@ def _input_of(batch: Any, key: Any) -> Any:
     return batch
 
 
-def _blocks(data: Any, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
+def _blocks(data: np.ndarray, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
     """An array, a slice of rows at a time: torch takes neither foreign byte orders nor negative strides."""
     import numpy as np
 

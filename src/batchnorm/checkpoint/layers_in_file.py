@@ -38,7 +38,7 @@ from batchnorm.checkpoint.pickled.unknown_classes import (
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.shared_modules import find_shared
 from batchnorm.checkpoint.states_in_file import ROOT, parted
-from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below
+from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below, with_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -191,7 +191,7 @@ def _layer(name: str, found: LayerTensors, told: LayerSettings, source: Source) 
         count = _count(source, counter)
         dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
     stored = Stored(name, num_batches_tracked=count, dtypes=dtypes, eps=told.eps, momentum=told.momentum, unread=unread)
-    return stored.with_tensors(values)
+    return with_tensors(stored, values)
 
 
 def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:

@@ -36,12 +36,6 @@ class Stored:
     # the same statistics; "" elsewhere
     fed_by: str = ""
 
-    def with_tensors(self, tensors: Mapping[str, array[float]]) -> Stored:
-        """The same layer with these statistics and parameters, by their keys."""
-        mean, var = tensors.get("running_mean"), tensors.get("running_var")
-        weight, bias = tensors.get("weight"), tensors.get("bias")
-        return replace(self, running_mean=mean, running_var=var, weight=weight, bias=bias)
-
     @property
     def channels(self) -> int:
         """Number of channels, 0 if nothing per channel is stored."""
@@ -60,6 +54,13 @@ class Stored:
     def is_silent(self) -> bool:
         """Whether every gamma is 0, so that the layer returns beta whatever comes in."""
         return bool(self.weight) and not any(self.weight or ())
+
+
+def with_tensors(layer: Stored, tensors: Mapping[str, array[float]]) -> Stored:
+    """The same layer with these statistics and parameters, by their keys."""
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    return replace(layer, running_mean=mean, running_var=var, weight=weight, bias=bias)
 
 
 @final

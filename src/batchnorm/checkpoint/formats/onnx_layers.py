@@ -13,7 +13,7 @@ from batchnorm.checkpoint.formats.onnx_neighbours import Neighbours, graphs_in
 from batchnorm.checkpoint.formats.onnx_values import Scope, UnreadError, Value, value_of
 from batchnorm.checkpoint.layers_in_file import in_pairs
 from batchnorm.checkpoint.refusal import RefusalError, brief
-from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored
+from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored, with_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -202,7 +202,7 @@ def _layer(name: str, values: Mapping[str, Value], unread: Mapping[str, str], ep
         raise RefusalError(f"one size of all tensors of layer {brief(name)}", sizes)
     dtypes = {key: str(value.numbers.dtype) for key, value in values.items()}
     stored = Stored(name, dtypes=dtypes, eps=eps, momentum=round(1 - momentum, 7), unread=unread)
-    return stored.with_tensors(numbers)
+    return with_tensors(stored, numbers)
 
 
 def _number(scope: Scope, node: NodeProto, name: str, default: float) -> float:
