@@ -221,7 +221,7 @@ def test_a_shift_is_told_in_80_columns() -> None:
     text = full(told())
     assert "Shift found: these data are not distributed as the reference says" in text
     assert "1 in 4,500 against clean data; limit 1 in 100" in text
-    assert "after 232 of 400 examples; it rose from the first example on" in text
+    assert "after 232 of 400 examples; the evidence rose from the start" in text
     assert "stage1.bn, layer 2 of 3; 2 moved beyond the limit by themselves" in text
     assert "whether accuracy fell" in text
     assert "next: batchnorm doctor net.py:model --data clean.py:loader" in text

@@ -65,36 +65,21 @@ CASES = {
         words="BN + ReLU forward", train=True, relu=True, residual=False, backward=False, limit={"copy": 1}, reread=1
     ),
     "pass": Case(
-        words="forward + backward",
-        train=True,
-        relu=False,
-        residual=False,
-        backward=True,
-        limit={"copy": 1, "triad": 1},
-        reread=3,
+        words="forward + backward", train=True, relu=False, residual=False, backward=True,
+        limit={"copy": 1, "triad": 1}, reread=3,
     ),
     "step": Case(
-        words="BN + ReLU forward + backward",
-        train=True,
-        relu=True,
-        residual=False,
-        backward=True,
-        limit={"copy": 1, "triad": 1},
-        reread=3,
+        words="BN + ReLU forward + backward", train=True, relu=True, residual=False, backward=True,
+        limit={"copy": 1, "triad": 1}, reread=3,
     ),
     "residual": Case(
-        words="BN + residual + ReLU forward + backward",
-        train=True,
-        relu=True,
-        residual=True,
-        backward=True,
-        limit={"copy": 1, "triad": 2},
-        reread=4,
+        words="BN + residual + ReLU forward + backward", train=True, relu=True, residual=True, backward=True,
+        limit={"copy": 1, "triad": 2}, reread=4,
     ),
     "eval": Case(
         words="eval BN + ReLU", train=False, relu=True, residual=False, backward=False, limit={"copy": 1}, reread=0
     ),
-}
+}  # fmt: skip
 
 
 class Timing(TypedDict):

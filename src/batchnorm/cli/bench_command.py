@@ -14,11 +14,11 @@ from batchnorm.reporting import formats
 
 
 @click.command()
-@click.option("--shape", "shapes", multiple=True, help="Sizes as 32x64x56x56; may be given again.  [default: four]")
+@click.option("--shape", "shapes", multiple=True, help="Sizes as 32x64x56x56; repeatable.  [default: four]")
 @click.option("--dtype", default="float32", show_default=True, help="Type of the values: bfloat16, for example.")
 @click.option("--channels-last", is_flag=True, help="Channels last in memory.")
 @click.option("--threads", type=int, help="Threads of torch.  [default: as many as torch takes]")
-@click.option("--rounds", type=int, help="Times that every contestant runs.")
+@click.option("--rounds", type=int, help="How often each contestant runs.")
 @click.option("--tune", is_flag=True, help="Tune the allocator first: batchnorm.tune_allocator().")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path),

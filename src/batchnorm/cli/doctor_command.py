@@ -42,10 +42,10 @@ class LoopOptions(TypedDict):
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per device and step.  [default: the loader's]")
 @click.option("--accumulation", type=click.IntRange(min=1), default=1, help="Batches per optimizer step.")
 @click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes that train together.")
-@click.option("--max-examples", type=click.IntRange(min=1), default=512, show_default=True, help="To measure on.")
+@click.option("--max-examples", type=click.IntRange(min=1), default=512, show_default=True, help="Examples to use.")
 @options.select
 @options.ignore
-@click.option("--baseline", metavar="FILE", help="Findings that are known and not told again.")
+@click.option("--baseline", metavar="FILE", help="File of known findings, which are left out.")
 @click.option("--write-baseline", metavar="FILE", help="Write the findings of this run as a baseline.")
 @click.option("--fail-on", type=click.Choice(FAIL_ON), help="Exit with 1 from this severity on.  [default: error]")
 @options.output_format

@@ -51,7 +51,7 @@ ignore = click.option("--ignore", multiple=True, metavar="CODES", shell_complete
 output = click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write it to a file; the suffix tells the format."
 )
-quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit code tells.")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; only the exit code tells.")
 output_format = click.option("--output-format", type=FormatChoice(), help="What is printed.  [default: full]")
 printed_format = click.option(
     "--output-format", type=FormatChoice(), default="full", show_default=True, help="What is printed."

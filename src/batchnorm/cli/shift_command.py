@@ -37,7 +37,7 @@ _ALPHA, _UNIT = 0.01, "example"
 @click.option("--data", metavar="ADDRESS", help="Batches to judge: data.py:loader.")
 @click.option(
     "--check-assumptions", "clean", metavar="ADDRESS",
-    help="In place of --data: clean batches to measure what the alarm assumes on.",
+    help="In place of --data: clean batches to measure the alarm's assumptions on.",
 )  # fmt: skip
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
 @click.option("--state", default="", metavar="PATH", help="This state of it.  [default: the first that fits]")
@@ -53,8 +53,10 @@ _ALPHA, _UNIT = 0.01, "example"
     "--unit", type=click.Choice(["example", "batch"]), default=_UNIT, show_default=True,
     help="What one observation is; batch where neighbouring examples are alike.",
 )  # fmt: skip
-@click.option("--max-examples", type=click.IntRange(min=1), help="Of the data, and to calibrate on.  [default: all]")
-@click.option("--images", type=click.IntRange(1, 12), help="Put so many examples near the alarm into the HTML page.")
+@click.option(
+    "--max-examples", type=click.IntRange(min=1), help="Examples to use, and to calibrate on.  [default: all]"
+)
+@click.option("--images", type=click.IntRange(1, 12), help="Show so many examples near the alarm in the HTML page.")
 @options.output_format
 @options.output
 @options.quiet

@@ -25,7 +25,9 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on 127.0.0.1.  [default: 8421 or next]")
 @click.option("--no-open", is_flag=True, help="Only print the address; open no browser.")
 @click.option("--token", envvar="BATCHNORM_TOKEN", help="The address's secret, for restarts.  [default: a new one]")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the page as a file, end.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the page to a file instead."
+)
 def watch(folder: Path, port: int, no_open: bool, token: str | None, output: Path | None) -> None:
     """Show a training while it runs, from the log that it writes.
 

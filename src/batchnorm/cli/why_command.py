@@ -55,7 +55,7 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     "names",
     multiple=True,
     type=click.Choice(NAMES),
-    help="Run this claim of the lecture only; may be given again.",
+    help="Run only this claim of the lecture; repeatable.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 20]")
@@ -64,9 +64,9 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--test", metavar="ADDRESS", help="Held-out batches.  [default: every fifth of --data]")
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of MODEL's function; repeatable.")
 @click.option("--loss", metavar="ADDRESS", help="loss(output, batch) -> scalar.  [default: by the targets]")
-@click.option("--weights", metavar="FILE", help="Checkpoint of MODEL, for what needs no training.")
+@click.option("--weights", metavar="FILE", help="Checkpoint of MODEL, for questions without training.")
 @click.option("--state", default="", metavar="PATH", help="This state of it.  [default: the first that fits]")
-@click.option("--no-train", is_flag=True, help="Only what MODEL shows as it is.")
+@click.option("--no-train", is_flag=True, help="Train nothing; measure MODEL as it is.")
 @click.option("--steps", type=click.IntRange(min=10), help="Training steps of each run.  [default: about 2 minutes]")
 @click.option("--rates", callback=_rates, metavar="R,R,...", help="Learning rates of every arm.  [default: five]")
 @click.option(

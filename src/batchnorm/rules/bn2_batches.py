@@ -75,9 +75,9 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
             f"{order_p:.1g}; "
             f"{len(found)} of {len(measured)} layers)",
             limit=f"{CLUSTERED_SHARE * size:.0f} examples",
-            consequence="Batches are sorted or correlated: each is normalized by its own kind of examples.",
+            consequence="Batches are sorted or correlated, so each is normalized by its own kind of examples.",
             remedy="DataLoader(..., shuffle=True)",
-        )
+        )  # fmt: skip
     if all(m.clustering_p is None for m in measured.values()):
         yield Unknown("", "it takes 4 batches whose rows in a layer are the model's examples, each used once")
 
@@ -106,12 +106,11 @@ def padding_counted(evidence: Evidence) -> Iterator[Finding]:
     for name, found in (evidence.measured or {}).items():
         if found.padded_share > PADDED_SHARE:
             yield Finding(
-                layer=name,
-                measured=f"{found.padded_share:.0%} of the positions are padding",
+                layer=name, measured=f"{found.padded_share:.0%} of the positions are padding",
                 limit=f"{PADDED_SHARE:.0%}",
-                consequence="Statistics are those of data mixed with padding, and depend on the lengths in a batch.",
+                consequence="The statistics mix data with padding, and depend on the lengths in a batch.",
                 remedy="y = x.transpose(1, 2).clone(); y[mask] = layer(y[mask])",
-            )
+            )  # fmt: skip
 
 
 def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
@@ -138,12 +137,10 @@ def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
     for name, found in (evidence.measured or {}).items():
         if found.non_finite:
             yield Finding(
-                layer=name,
-                measured=f"{found.non_finite} NaN or infinite inputs in {found.examples} examples",
-                limit="0",
-                consequence="torch.nn's layers store NaN from such a batch and stay broken in eval mode.",
+                layer=name, measured=f"{found.non_finite} NaN or infinite inputs in {found.examples} examples",
+                limit="0", consequence="torch.nn's layers store NaN from such a batch and stay broken in eval mode.",
                 remedy="torch.isfinite(x).all() for every batch; batchnorm.convert(model) for layers that leave it out",
-            )
+            )  # fmt: skip
             return
         if _breaks_outputs(evidence, name):
             return
@@ -196,10 +193,10 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
                 layer=name,
                 measured=f"stored statistics move the output by {shown:.2g} sd, the batch's noise by {noise:.2g} sd",
                 limit=f"{limit:.2g} sd",
-                consequence=f"Eval mode is not what train mode is on these data: {_cause(evidence, name, found)}.",
-                remedy=f"if these are training data: {measure_again(evidence)}",
-                fixable=Fix.DATA,
-            )
+                consequence=f"On these data eval mode and train mode give different outputs: "
+                f"{_cause(evidence, name, found)}.",
+                remedy=f"if these are training data: {measure_again(evidence)}", fixable=Fix.DATA,
+            )  # fmt: skip
 
 
 def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
@@ -230,11 +227,9 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
                 layer=name,
                 measured=f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} "
                 f"examples",
-                limit="0 channels",
-                consequence="These channels carry no information about the data.",
-                remedy="look at the weights or columns that feed these channels",
-                channels=found.constant,
-            )
+                limit="0 channels", consequence="These channels carry no information about the data.",
+                remedy="look at the weights or columns that feed these channels", channels=found.constant,
+            )  # fmt: skip
 
 
 def _breaks_outputs(evidence: Evidence, layer: str) -> bool:

@@ -69,11 +69,10 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
             measured=f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance "
             f"{ratio:.2g} times" + (f"; {len(moved)} layers in all" if len(moved) > 1 else ""),
             limit=f"{MOVED_MEAN:.0f} sd, 1/{MOVED_VARIANCE:.0f} to {MOVED_VARIANCE:.0f} times, in {MOVED_CHANNELS:.0%}",
-            consequence="Eval mode normalizes these data by the statistics of other ones.",
+            consequence="Eval mode normalizes these data by the statistics of other data.",
             remedy="prepare data as in training; or, if these are meant, batchnorm.recalibrate(model, loader)",
-            channels=channels,
-            fixable=Fix.DATA,
-        )
+            channels=channels, fixable=Fix.DATA,
+        )  # fmt: skip
 
 
 def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -121,7 +120,7 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
             limit=f"{SCALE_RATIO:.0f} times, {FAR_MEAN:.0f} sd",
             consequence="The first layer learns slowly: no learning rate fits all of its weights.",
             remedy="nn.Sequential(batchnorm.InputNorm.fit(loader), model)",
-        )
+        )  # fmt: skip
 
 
 def is_as_constructed(stored: Stored | None) -> bool:

@@ -31,12 +31,10 @@ def shadowed_package(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.environment and evidence.environment.shadow:
         yield Finding(
-            layer="",
-            measured=f"{evidence.environment.shadow} is there",
-            limit="no file of that name",
+            layer="", measured=f"{evidence.environment.shadow} is there", limit="no file of that name",
             consequence="Scripts in that folder import it in place of this package.",
             remedy=f"rename {evidence.environment.shadow}",
-        )
+        )  # fmt: skip
 
 
 def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
@@ -56,9 +54,7 @@ def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.environment and evidence.environment.kernels == "reference":
         yield Finding(
-            layer="",
-            measured="reference kernels",
-            limit="compiled ones",
+            layer="", measured="reference kernels", limit="compiled ones",
             consequence="This package's layers run slower than they could.",
             remedy="install a C++ compiler, then pip install --force-reinstall --no-deps batchnorm",
-        )
+        )  # fmt: skip

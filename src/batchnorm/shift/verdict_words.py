@@ -44,7 +44,7 @@ def headline(verdict: ShiftVerdict) -> str:
 def sentence(verdict: ShiftVerdict) -> str:
     """The verdict in one sentence."""
     if verdict.rang is None:
-        return f"No shift found in {many(verdict.examples, 'example')}; what could not be seen is listed"
+        return f"No shift found in {many(verdict.examples, 'example')}; the list below says what could not be seen"
     return "Shift found: these data are not distributed as the reference says"
 
 
@@ -53,7 +53,11 @@ def facts(verdict: ShiftVerdict) -> Iterator[tuple[str, str]]:
     yield "compared with", _reference(verdict)
     yield "evidence", _evidence(verdict)
     if verdict.rang is not None:
-        began = f"it began to rise at about {verdict.rise:,}" if verdict.rise else "it rose from the first example on"
+        began = (
+            f"the evidence began to rise at about {verdict.rise:,}"
+            if verdict.rise
+            else "the evidence rose from the start"
+        )
         yield "rang", f"after {verdict.rang:,} of {many(verdict.examples, 'example')}; {began}"
         yield "first moved", _first(verdict)
     if verdict.hint:
@@ -110,7 +114,7 @@ def unseen(verdict: ShiftVerdict) -> list[str]:
         f"a channel's mean that moved by less than about {least}, and any energy within the tolerance",
         "a change that keeps every channel's mean and every layer's energy",
         *(["a change that averages out within a batch"] if verdict.unit == "batch" else []),
-        "whether accuracy fell: that takes labels",
+        "whether accuracy fell: labels are needed for that",
     ]
 
 
@@ -124,13 +128,15 @@ def follows(verdict: ShiftVerdict) -> list[str]:
         told.append("Stored variances may be too small for such tails. Judge again with --calibrate clean.py:loader.")
     if verdict.rang is None:
         finer = " A calibrated reference sees finer changes." if _is_wide(verdict) else ""
-        return [*told, f"Nothing follows: what could not be seen may be there all the same.{finer}"]
+        return [*told, f"This proves nothing about shifts that could not be seen.{finer}"]
     told.append(
-        "The distribution moved; whether accuracy fell, labelled examples of these data tell. If it did, prepare "
+        "The distribution moved. Labelled examples of these data tell whether accuracy fell. If it did, prepare "
         "inputs as in training, or measure statistics on the new data: batchnorm.recalibrate."
     )
     if _is_wide(verdict):
-        told.append("Stale stored statistics ring as well: the doctor on clean data tells whether they are.")
+        told.append(
+            "Stale stored statistics raise the alarm too: run the doctor on clean data to see whether they are stale."
+        )
     return told
 
 
