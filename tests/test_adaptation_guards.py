@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batchnorm.adaptation.answer_window import Window
+from batchnorm.adaptation.answer_window import PredictionWindow
 from batchnorm.adaptation.cumulative import Cumulative, energy, faded
-from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
+from batchnorm.adaptation.guards import Limits, against_start, against_use, required_share
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.moments import Moments
 from batchnorm.population.hooks import seeing
@@ -24,8 +24,8 @@ def of_classes(*classes: int, k: int = 4) -> torch.Tensor:
     return nn.functional.one_hot(torch.tensor(classes), k).double()
 
 
-def window_of(p: torch.Tensor) -> Window:
-    window = Window(64)
+def window_of(p: torch.Tensor) -> PredictionWindow:
+    window = PredictionWindow(64)
     window.add_answers(p, len(p))
     return window
 
@@ -90,7 +90,7 @@ def test_cumulative_statistics_are_those_of_all_examples_and_the_prior():
 
 
 def test_a_window_forgets_what_is_older():
-    window = Window(4)
+    window = PredictionWindow(4)
     window.add_answers(of_classes(0, 0, 0), 3)
     window.add_answers(of_classes(1, 1, 1), 3)
     assert window.answers is not None
@@ -99,13 +99,13 @@ def test_a_window_forgets_what_is_older():
 
 
 def test_energies_are_judged_in_units_of_what_they_should_have_been():
-    window = Window(8)
+    window = PredictionWindow(8)
     window.add_energies({"norm": (4.0, 2.0)}, 4)
     assert against_use(window, None, Limits(), 0.7) is None
     window.add_energies({"norm": (20.0, 2.0)}, 4)
     assert window.energies == {"norm": 6.0}
     assert "layer 'norm' under the new statistics is 6.00 times" in str(against_use(window, None, Limits(), 0.7))
-    assert against_start(window, Window(8), None, Limits()) == against_use(window, None, Limits(), 0.7)
+    assert against_start(window, PredictionWindow(8), None, Limits()) == against_use(window, None, Limits(), 0.7)
     window.add_energies({"norm": (math.nan, 2.0)}, 4)
     assert against_use(window, None, Limits(), 0.7) is not None
 
@@ -159,9 +159,9 @@ def test_what_speaks_against_beginning(new, old, furthest, objection):
 
 def test_who_begins_with_less_information_is_asked_for_less_during_use():
     windows = window_of(torch.cat([unsure(0.25)] * 2)), window_of(unsure(0.3))
-    assert asked(*windows, BEFORE, Limits()) == 0.7
-    assert asked(*windows, BEFORE, Limits(), (3.0, 1.0)) == 0.5
-    assert asked(window_of(unsure(0.25)), windows[1], BEFORE, Limits(), (3.0, 1.0)) == 0.7
+    assert required_share(*windows, BEFORE, Limits()) == 0.7
+    assert required_share(*windows, BEFORE, Limits(), (3.0, 1.0)) == 0.5
+    assert required_share(window_of(unsure(0.25)), windows[1], BEFORE, Limits(), (3.0, 1.0)) == 0.7
     # 0.52 nats are carried; of log 4 less 3 / 128, half (0.7 * 5 / 7) or 0.36 (0.5 * 5 / 7) are required
     less = window_of(unsure(0.35))
     assert "nats of information, below the required 0.68" in str(against_use(less, BEFORE, Limits(), 0.7))
@@ -174,8 +174,8 @@ def test_little_information_is_never_enough_before_twice_a_window():
 
 
 def test_a_beginning_needs_answers_of_the_deployed_statistics_to_compare_with():
-    assert "have not answered any" in str(against_start(window_of(MIXED), Window(64), BEFORE, Limits()))
-    assert against_start(window_of(MIXED), Window(64), None, Limits()) is None  # there are no classes
+    assert "have not answered any" in str(against_start(window_of(MIXED), PredictionWindow(64), BEFORE, Limits()))
+    assert against_start(window_of(MIXED), PredictionWindow(64), None, Limits()) is None  # there are no classes
 
 
 def test_more_doubt_is_usual_for_some_models():

@@ -10,7 +10,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.doctor import examine
 from batchnorm.doctor.measuring.batch_clustering import order_p
-from batchnorm.doctor.measuring.stored_statistics_bets import CHANCE, Bets, named
+from batchnorm.doctor.measuring.stored_statistics_bets import CHANCE, Bets, selected_channels
 
 WIDTH = 8
 
@@ -229,7 +229,7 @@ def test_masked_values_are_left_out():
     ],
 )
 def test_channels_are_named_by_e_bh(e, channels):
-    assert named(torch.tensor(e).double().log() + 1e-9) == channels
+    assert selected_channels(torch.tensor(e).double().log() + 1e-9) == channels
 
 
 # -- orders of the examples -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import batchnorm as bn
 from batchnorm.integrations.layer_summary import summary
-from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.metric_sending import MetricSending
 from batchnorm.integrations.mlflow import MLflowSink, metric_name
 from batchnorm.integrations.tensorboard import TensorBoardSink
 
@@ -172,7 +172,7 @@ def test_a_dead_service_is_told_once_given_up_and_costs_no_record() -> None:
 
 
 def test_a_service_that_comes_back_is_used_again() -> None:
-    delivery = Delivery("a service")
+    delivery = MetricSending("a service")
 
     def deliver(outcomes: list[bool]) -> None:
         for outcome in outcomes:
@@ -186,7 +186,7 @@ def test_a_service_that_comes_back_is_used_again() -> None:
 
 
 def test_an_interruption_is_no_failure() -> None:
-    with pytest.raises(KeyboardInterrupt), Delivery("a service"):
+    with pytest.raises(KeyboardInterrupt), MetricSending("a service"):
         raise KeyboardInterrupt
 
 

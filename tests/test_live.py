@@ -16,8 +16,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from batchnorm.live import Feed, page, server, write
-from batchnorm.live.log_feed import Seen
-from batchnorm.live.page_data import MOST, told
+from batchnorm.live.log_feed import PagePosition
+from batchnorm.live.page_data import MOST, new_data
 from batchnorm.live.run_status import status
 from batchnorm.record import QUANTITIES, Log, Record, Writer
 
@@ -164,7 +164,7 @@ def test_the_page_does_not_hold_its_own_secret(client):
 
 def test_a_page_is_told_everything_and_then_only_what_is_new(folder):
     feed = Feed(folder)
-    first = feed.news(Seen())
+    first = feed.news(PagePosition())
     assert first.kind == "log"
     assert [row["step"] for row in data(first)["tiers"]["free"]] == list(range(1, 21))
     assert data(first)["layers"] == ["stem.bn", "block.bn", "head.bn"]
@@ -181,32 +181,32 @@ def test_a_page_is_told_everything_and_then_only_what_is_new(folder):
 
 def test_a_restarted_server_tells_what_the_page_has_missed(folder):
     writer = Writer(folder, layers(("stem.bn", "block.bn", "head.bn")))
-    seen = str(Feed(folder).news(Seen()).seen)
+    seen = str(Feed(folder).news(PagePosition()).seen)
     writer.write(look(21, writer.layers, shift=0.5))
     writer.close()
-    again = Feed(folder).news(Seen.parse(seen))
+    again = Feed(folder).news(PagePosition.parse(seen))
     assert again.kind == "more"
     assert [row["step"] for row in data(again)["tiers"]["free"]] == [21]
 
 
 @pytest.mark.parametrize("text", ["", "x", "0" * 16, "0" * 16 + "-1" * 7, "0" * 16 + "-1" * 8, "-" * 99, "\n"])
 def test_an_id_that_nobody_gave_begins_anew(folder, text):
-    assert Feed(folder).news(Seen.parse(text)).kind == "log"
+    assert Feed(folder).news(PagePosition.parse(text)).kind == "log"
 
 
 def test_pages_that_open_close_together_are_told_the_same_and_then_the_rest(tmp_path):
     writer = small_log(tmp_path, end=None)
     feed = Feed(tmp_path)
-    first = feed.news(Seen())
+    first = feed.news(PagePosition())
     writer.write(look(21, writer.layers, shift=0.5))
-    second = feed.news(Seen())
+    second = feed.news(PagePosition())
     assert second is first
     assert [row["step"] for row in data(feed.news(second.seen))["tiers"]["free"]] == [21]
     writer.close()
 
 
 def test_missing_values_stay_missing(folder):
-    rows = {row["step"]: row["values"]["shift"] for row in data(Feed(folder).news(Seen()))["tiers"]["free"]}
+    rows = {row["step"]: row["values"]["shift"] for row in data(Feed(folder).news(PagePosition()))["tiers"]["free"]}
     assert rows[9] == [None, None, None]
     assert rows[11] == pytest.approx([1.1] * 3)
 
@@ -216,7 +216,7 @@ def test_a_long_log_is_thinned_and_keeps_its_last_look(tmp_path):
     for step in range(1, 3 * MOST):
         writer.write(look(step, ["bn"], shift=1.0))
     writer.close()
-    rows = told(Log(tmp_path), {})["tiers"]["free"]
+    rows = new_data(Log(tmp_path), {})["tiers"]["free"]
     assert MOST / 2 < len(rows) <= MOST
     assert rows[-1]["step"] == 3 * MOST - 1
 
@@ -277,7 +277,7 @@ def test_a_silent_training_is_told_from_a_killed_one_by_the_lock_of_its_log(tmp_
 
 def test_a_log_that_vanishes_is_told_and_comes_back(folder, tmp_path):
     feed = Feed(folder)
-    seen = feed.news(Seen()).seen
+    seen = feed.news(PagePosition()).seen
     folder.rename(tmp_path / "away")
     gone = feed.news(seen)
     assert gone.kind == "beat"
@@ -290,7 +290,7 @@ def test_a_log_that_vanishes_is_told_and_comes_back(folder, tmp_path):
 @pytest.mark.parametrize("steps", [5, 60])
 def test_a_log_that_was_replaced_is_told_anew(folder, tmp_path, steps):
     feed = Feed(folder)
-    seen = feed.news(Seen()).seen
+    seen = feed.news(PagePosition()).seen
     folder.rename(tmp_path / "away")
     small_log(folder, names=("other.bn",), steps=steps)
     new = feed.news(seen)
@@ -302,7 +302,7 @@ def test_a_log_that_was_replaced_is_told_anew(folder, tmp_path, steps):
 def test_a_line_that_is_torn_waits_for_its_end(tmp_path):
     small_log(tmp_path, end=None).close()
     feed = Feed(tmp_path)
-    seen = feed.news(Seen()).seen
+    seen = feed.news(PagePosition()).seen
     with (tmp_path / "record.jsonl").open("a") as file:
         file.write('{"kind":"free","step":21,"seconds":1,"val')
         file.flush()
@@ -314,12 +314,12 @@ def test_a_line_that_is_torn_waits_for_its_end(tmp_path):
 def test_damaged_lines_are_counted(folder):
     with (folder / "record.jsonl").open("ab") as file:
         file.write(b'garbage\n{"kind":"free","step":\xff}\n')
-    assert data(Feed(folder).news(Seen()))["status"]["damaged"] == 2
+    assert data(Feed(folder).news(PagePosition()))["status"]["damaged"] == 2
 
 
 def test_a_newer_schema_is_told_and_the_server_goes_on(tmp_path):
     (tmp_path / "record.jsonl").write_text('{"kind":"start","schema_version":99,"layers":[]}\n')
-    message = Feed(tmp_path).news(Seen())
+    message = Feed(tmp_path).news(PagePosition())
     assert "schema version 99" in data(message)["problem"]
     with pytest.raises(ValueError, match="schema version 99"):
         page.saved(Feed(tmp_path))
@@ -357,7 +357,7 @@ START = '{"kind":"start","schema_version":1,"layers":[{"name":"a"},{"name":"b"}]
 )
 def test_a_line_of_anything_is_told_as_numbers_texts_or_not_at_all(tmp_path, line):
     (tmp_path / "record.jsonl").write_text(START + line + "\n")
-    message = Feed(tmp_path).news(Seen())
+    message = Feed(tmp_path).news(PagePosition())
     assert message.kind == "log"
     assert not re.search(r"NaN|Infinity|<b>", message.text)
     for row in data(message)["tiers"]["free"]:
@@ -379,14 +379,14 @@ def test_a_line_of_anything_is_told_as_numbers_texts_or_not_at_all(tmp_path, lin
 )
 def test_a_start_of_anything_does_not_stop_the_server(tmp_path, start):
     (tmp_path / "record.jsonl").write_text(f'{{"kind":"start","schema_version":1,{start}}}\n')
-    message = Feed(tmp_path).news(Seen())
+    message = Feed(tmp_path).news(PagePosition())
     assert message.kind in {"log", "beat"}
 
 
 def test_lines_nested_without_end_do_not_stop_the_server(tmp_path):
     deep = '{"kind":"free","step":1,"values":' + "[" * 200_000 + "]" * 200_000 + "}"
     (tmp_path / "record.jsonl").write_text(START + deep + "\n")
-    assert "problem" in data(Feed(tmp_path).news(Seen()))
+    assert "problem" in data(Feed(tmp_path).news(PagePosition()))
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_colours_are_those_of_the_report():
 
 
 def test_an_event_of_the_stream_has_its_id_and_one_line_of_data(folder):
-    message = Feed(folder).news(Seen())
+    message = Feed(folder).news(PagePosition())
     lines = server.as_event(message).split("\n")
     assert lines[0] == "event: log"
     assert lines[1] == f"id: {message.seen}"

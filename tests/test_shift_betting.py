@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.shift import betting
-from batchnorm.shift.e_processes import Wealth
+from batchnorm.shift.e_processes import EProcesses
 
 # expectations are over two or three points, so a sum of three terms and some logarithms: 64 roundings at most
 ROUNDING = 64 * np.finfo(np.float64).eps
@@ -196,7 +196,7 @@ def weights(count: int) -> np.ndarray:
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=30))
 def test_wealth_is_the_sum_over_all_starts(logs: list[float]) -> None:
-    wealth = Wealth.start((), is_spread=True)
+    wealth = EProcesses.start((), is_spread=True)
     for log in logs:
         wealth = wealth.bet(tensor(log)[0], 1)
     factors, w = np.exp(logs), weights(len(logs))
@@ -207,7 +207,7 @@ def test_wealth_is_the_sum_over_all_starts(logs: list[float]) -> None:
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=30))
 def test_e_sr_is_the_sum_of_products_from_every_observation(logs: list[float]) -> None:
-    wealth = Wealth.start((), is_spread=False)
+    wealth = EProcesses.start((), is_spread=False)
     for log in logs:
         wealth = wealth.bet(tensor(log)[0], 3)
     factors = np.exp(logs)
@@ -217,7 +217,7 @@ def test_e_sr_is_the_sum_of_products_from_every_observation(logs: list[float]) -
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=20), st.integers(1, 19))
 def test_e_sr_of_two_replicas_is_that_of_one_after_the_other(logs: list[float], cut: int) -> None:
     cut = min(cut, len(logs) - 1)
-    whole, first, second = (Wealth.start((), is_spread=False) for _ in range(3))
+    whole, first, second = (EProcesses.start((), is_spread=False) for _ in range(3))
     for i, log in enumerate(logs):
         whole = whole.bet(tensor(log)[0], 1)
         first, second = (first.bet(tensor(log)[0], 1), second) if i < cut else (first, second.bet(tensor(log)[0], 1))
@@ -231,7 +231,7 @@ def test_merged_spread_wealth_has_mean_one_under_fair_bets() -> None:
     total = 0.0
     for outcome in range(16):
         logs = [math.log(0.5 if outcome >> i & 1 else 1.5) for i in range(4)]
-        first, second = Wealth.start((), is_spread=True), Wealth.start((), is_spread=True)
+        first, second = EProcesses.start((), is_spread=True), EProcesses.start((), is_spread=True)
         for log in logs[:3]:
             first = first.bet(tensor(log)[0], 1)
         second = second.bet(tensor(logs[3])[0], 1)
@@ -241,7 +241,7 @@ def test_merged_spread_wealth_has_mean_one_under_fair_bets() -> None:
 
 @pytest.mark.parametrize("is_spread", [True, False])
 def test_the_mean_over_processes_is_that_of_each(is_spread: bool) -> None:
-    wealth, random = Wealth.start((2, 3, 5), is_spread=is_spread), torch.Generator().manual_seed(0)
+    wealth, random = EProcesses.start((2, 3, 5), is_spread=is_spread), torch.Generator().manual_seed(0)
     for _ in range(6):
         wealth = wealth.bet(torch.randn(2, 3, 5, generator=random, dtype=torch.float64), 4)
         torch.testing.assert_close(wealth.log_mean, wealth.log.exp().mean((0, 1)).log(), rtol=0, atol=1e-12)
@@ -249,7 +249,7 @@ def test_the_mean_over_processes_is_that_of_each(is_spread: bool) -> None:
 
 def test_a_long_clean_past_costs_logarithms_only() -> None:
     def needed(clean: int) -> int:
-        wealth = Wealth.start((), is_spread=True)
+        wealth = EProcesses.start((), is_spread=True)
         for _ in range(clean):
             wealth = wealth.bet(tensor(-0.05)[0], 1)
         for shifted in range(1, 1000):

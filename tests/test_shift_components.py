@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm.shift import Reference
-from batchnorm.shift.evidence import KINDS, Evidence
+from batchnorm.shift.evidence import KINDS, ShiftEvidence
 from batchnorm.shift.principal_components import TOGETHER, Components, axes_shape, halves
 
 SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple)
@@ -105,7 +105,7 @@ def alike(n: int, seed: int, difference: float = 0.0) -> tuple[Tensor, Tensor]:
 
 def test_a_difference_between_channels_that_no_channel_shows_is_seen() -> None:
     known = reference().calibrated(*alike(1000, seed=4))
-    evidence = Evidence.start(known)
+    evidence = ShiftEvidence.start(known)
     for step in range(5):
         evidence = evidence.after(*alike(8, seed=10 + step, difference=0.2))
     kinds = evidence.log_kinds[:, 0]
@@ -124,7 +124,7 @@ def test_calibration_examples_may_come_in_turns() -> None:
         z[:, ::2] += 0.8 * group[:, None]
         return z, torch.ones_like(z)
 
-    evidence = Evidence.start(reference().calibrated(*drawn(torch.arange(1000) % 2)))
+    evidence = ShiftEvidence.start(reference().calibrated(*drawn(torch.arange(1000) % 2)))
     for _ in range(50):
         evidence = evidence.after(*drawn(torch.randint(2, (8,), generator=random)))
         assert evidence.log < -math.log(0.01)
@@ -140,7 +140,7 @@ def test_many_channels_keep_the_promise_with_200_observations() -> None:
         return z, z.square()
 
     for _ in range(2):
-        evidence = Evidence.start(reference(channels).calibrated(*drawn(200)))
+        evidence = ShiftEvidence.start(reference(channels).calibrated(*drawn(200)))
         for _ in range(40):
             evidence = evidence.after(*drawn(100))
         assert evidence.log < -math.log(0.01)
@@ -158,7 +158,7 @@ def test_false_alarms_stay_rarer_than_alpha_with_as_few_observations_as_calibrat
             z = (-torch.rand(n, 16, generator=random, dtype=torch.float64).log() - 1) @ mix
             return z, z.square()
 
-        evidence = Evidence.start(reference(16).calibrated(*drawn(200)))
+        evidence = ShiftEvidence.start(reference(16).calibrated(*drawn(200)))
         for _ in range(100):
             evidence = evidence.after(*drawn(8))
             if evidence.log >= -math.log(alpha):

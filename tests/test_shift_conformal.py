@@ -16,8 +16,8 @@ from torch import Tensor
 
 from batchnorm.shift import Reference, conformal
 from batchnorm.shift.conformal import BETS, CELLS, Bag, cells_of, factors
-from batchnorm.shift.e_processes import Wealth
-from batchnorm.shift.evidence import KINDS, Evidence
+from batchnorm.shift.e_processes import EProcesses
+from batchnorm.shift.evidence import KINDS, ShiftEvidence
 from batchnorm.shift.scores import KIND_OF, Scores
 
 DOUBLE = torch.float64
@@ -212,7 +212,7 @@ def reference(layers: int = 2, channels: int = 4, *, n: int = 200, seed: int = 0
 @pytest.mark.parametrize("is_spread", [True, False])
 def test_evidence_is_the_largest_of_all_scores_with_weights_that_sum_to_one(is_spread: bool) -> None:
     known = reference()
-    evidence = Evidence.start(known, is_spread=is_spread)
+    evidence = ShiftEvidence.start(known, is_spread=is_spread)
     z = torch.randn(24, 8, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     evidence = evidence.after(z, z.square())
     assert evidence.ranks is not None
@@ -230,7 +230,7 @@ def test_evidence_from_a_checkpoint_is_the_average_over_layers_and_kinds() -> No
         known = replace(reference(layers), clean=None)
         z = torch.zeros(40, 4 * layers, dtype=DOUBLE)
         z[:, :4] = 1.0
-        logs[layers] = Evidence.start(known).after(z, torch.ones_like(z))
+        logs[layers] = ShiftEvidence.start(known).after(z, torch.ones_like(z))
     one, ten = logs[1], logs[10]
     assert float(ten.log_layers[0]) == pytest.approx(one.log)
     assert ten.log == pytest.approx(math.log((math.exp(one.log) + 9 * float(ten.log_layers[1].exp())) / 10))
@@ -242,9 +242,9 @@ def test_evidence_from_a_checkpoint_is_the_average_over_layers_and_kinds() -> No
 def test_evidence_of_many_clean_layers_is_not_their_sum() -> None:
     """A thousand layers, each of which rings alone in 1 of 100 streams, may not ring together in all."""
     known = replace(reference(layers=1000, channels=1), clean=None)
-    evidence = Evidence.start(known)
+    evidence = ShiftEvidence.start(known)
     assert evidence.log == pytest.approx(0, abs=1e-9)
-    assert Evidence.start(reference(layers=100, channels=1)).log <= 1e-9
+    assert ShiftEvidence.start(reference(layers=100, channels=1)).log <= 1e-9
 
 
 # -- replicas -----------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_replicas_with_one_calibration_are_the_largest_of_them_by_their_number(
 ) -> None:
     made = []
     for factors_ in logs:
-        wealth = Wealth.start((), is_spread=is_spread)
+        wealth = EProcesses.start((), is_spread=is_spread)
         for factor in factors_:
             wealth = wealth.bet(torch.tensor(factor, dtype=DOUBLE), 2)
         made.append(wealth)
@@ -281,7 +281,7 @@ def test_replicas_that_share_a_calibration_keep_the_promise_and_products_of_them
     made = []
     unit = torch.zeros(count, dtype=DOUBLE), torch.ones(count, dtype=DOUBLE)
     for _ in range(replicas):
-        wealth, bag = Wealth.start((BETS, count), is_spread=is_spread), Bag.of(cells_of(calibration, *unit))
+        wealth, bag = EProcesses.start((BETS, count), is_spread=is_spread), Bag.of(cells_of(calibration, *unit))
         for _ in range(length):
             cells = cells_of(torch.randn(1, count, generator=random, dtype=DOUBLE), *unit)
             wealth = wealth.bet(factors(bag.p_values(cells)), 1)
@@ -299,7 +299,7 @@ def test_replicas_that_share_a_calibration_keep_the_promise_and_products_of_them
 def test_replicas_that_share_a_calibration_ring_with_e_sr_as_soon_as_one_does() -> None:
     """Divided by their number it would not: what each gains is the number of its own observations."""
     known = reference()
-    clean, moved = (Evidence.start(known, is_spread=False) for _ in range(2))
+    clean, moved = (ShiftEvidence.start(known, is_spread=False) for _ in range(2))
     z = torch.randn(80, 8, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
     clean, moved = clean.after(z, z.square()), moved.after(z + 3, (z + 3).square())
     assert clean.merged([moved]).log == pytest.approx(moved.log)
@@ -310,7 +310,7 @@ def test_replicas_that_share_a_calibration_ring_with_e_sr_as_soon_as_one_does() 
 
 
 def test_the_bag_grows_with_the_stream_until_an_alarm() -> None:
-    evidence = Evidence.start(reference())
+    evidence = ShiftEvidence.start(reference())
     z = torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     assert evidence.bag is not None
     grown, kept = evidence.after(z, z.square()).bag, evidence.after(z, z.square(), learns=False).bag

@@ -10,9 +10,9 @@ from scipy import stats
 from torch import Tensor
 
 from batchnorm.shift import channel_marks
-from batchnorm.shift.alarm import discovered
+from batchnorm.shift.alarm import e_bh
 from batchnorm.shift.channel_marks import Marks
-from batchnorm.shift.e_processes import Wealth
+from batchnorm.shift.e_processes import EProcesses
 
 DOUBLE = torch.float64
 
@@ -64,14 +64,14 @@ LAWS = {
 def named(law: str, moved: int, random: torch.Generator) -> tuple[int, ...]:
     """Channels named at a rate of 5 % of 50, of which the first move by what nine in ten values are within."""
     clean: Tensor = LAWS[law]((300, 50), random)
-    known, wealth = Marks.of(clean), Wealth.start((2, channel_marks.BETS, 50), is_spread=True)
+    known, wealth = Marks.of(clean), EProcesses.start((2, channel_marks.BETS, 50), is_spread=True)
     by = float(clean.abs().flatten().quantile(0.9)) + 0.5
     for _ in range(25):
         z = LAWS[law]((8, 50), random)
         z[:, :moved] += by
         wealth = wealth.bet(known.factors(z), 8)
     log = wealth.log.flatten(0, 1)
-    return discovered(log.logsumexp(0) - math.log(len(log)), 0.05)
+    return e_bh(log.logsumexp(0) - math.log(len(log)), 0.05)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.files import sidecar
 from batchnorm.shift import Reference, ShiftMonitor
-from batchnorm.shift.alarm import discovered, first_moved, hint
-from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.alarm import e_bh, first_moved, hint
+from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.observation_units import Autocorrelation, Grouping
 from batchnorm.shift.principal_components import halves
 from batchnorm.shift.stream import Stream
@@ -511,12 +511,12 @@ def test_a_checkpoint_promises_what_its_average_is_worth(momentum: float, batch:
     assert known.delta.tolist() == pytest.approx([max(0.1, 3 / math.sqrt(worth))] * 3)
     if kurtosis is None:
         assert known.v is None
-        assert Evidence.start(known).down is None
-        assert Evidence.start(known).kinds == ("mean", "energy up")
+        assert ShiftEvidence.start(known).down is None
+        assert ShiftEvidence.start(known).kinds == ("mean", "energy up")
     else:
         assert known.v is not None
         assert known.v.tolist() == pytest.approx([kurtosis - max(0.0, 1 - d) ** 2])
-        assert Evidence.start(known).down is not None
+        assert ShiftEvidence.start(known).down is not None
 
 
 def test_calibration_is_what_was_measured(net: Net) -> None:
@@ -840,9 +840,9 @@ def test_another_mix_of_the_same_examples_is_told_from_other_inputs(
 
 
 def test_channels_are_named_at_the_promised_false_discovery_rate() -> None:
-    assert discovered(torch.tensor([1.0, 9.0, 0.5, 8.5]).double(), 0.05) == (1, 3)
-    assert discovered(torch.zeros(8).double(), 0.05) == ()
+    assert e_bh(torch.tensor([1.0, 9.0, 0.5, 8.5]).double(), 0.05) == (1, 3)
+    assert e_bh(torch.zeros(8).double(), 0.05) == ()
     # the second needs n / (2 alpha) only because the first is there
     needed = math.log(4 / (2 * 0.05))
-    assert discovered(torch.tensor([9.0, needed + 0.01, 0.0, 0.0]).double(), 0.05) == (0, 1)
-    assert discovered(torch.tensor([needed + 0.01, 0.0, 0.0, 0.0]).double(), 0.05) == ()
+    assert e_bh(torch.tensor([9.0, needed + 0.01, 0.0, 0.0]).double(), 0.05) == (0, 1)
+    assert e_bh(torch.tensor([needed + 0.01, 0.0, 0.0, 0.0]).double(), 0.05) == ()

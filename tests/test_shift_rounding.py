@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.shift import Reference, conformal, scores
 from batchnorm.shift.conformal import CELLS, Bag, cells_of, factors
-from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.evidence import ShiftEvidence
 
 LIMIT = 4.6  # log(100)
 
@@ -40,7 +40,7 @@ def of_few_kinds(seed: int, rounding: float) -> float:
 
     clean = drawn(1000)
     known = Reference.from_checkpoint(layer, {"": layer}, unit="example").calibrated(clean, clean.square())
-    evidence, largest = Evidence.start(known), 0.0
+    evidence, largest = ShiftEvidence.start(known), 0.0
     for _ in range(40):
         z = drawn(8) + rounding * torch.randn(1, channels, generator=random, dtype=torch.float64)
         evidence = evidence.after(z, z.square())

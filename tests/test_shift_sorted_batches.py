@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.shift.layer_observer import drawn
+from batchnorm.shift.layer_observer import random_rows
 
 KINDS = 4
 RANDOM = torch.Generator()
@@ -66,13 +66,13 @@ def test_a_compiled_model_shows_rows_from_everywhere(net: nn.Module) -> None:
 def test_rows_are_drawn_once_each_all_alike_and_always_the_same() -> None:
     found = torch.zeros(10)
     for seed in range(4000):
-        rows = drawn(10, 3, seed)
+        rows = random_rows(10, 3, seed)
         assert rows is not None
-        assert rows == sorted(set(rows)) == drawn(10, 3, seed)
+        assert rows == sorted(set(rows)) == random_rows(10, 3, seed)
         found[rows] += 1
     # each row is in 3 of 10 draws; five standard errors
     assert float((found / 4000 - 0.3).abs().max()) < 5 * (0.3 * 0.7 / 4000) ** 0.5
-    assert drawn(3, 3, 0) is drawn(2, 4, 0) is None
+    assert random_rows(3, 3, 0) is random_rows(2, 4, 0) is None
 
 
 def test_all_layers_show_the_same_rows() -> None:

@@ -28,7 +28,7 @@ from report import FOLDER, save
 from worlds import WORLDS
 
 from batchnorm.experiment.environment import environment
-from batchnorm.shift.alarm import discovered
+from batchnorm.shift.alarm import e_bh
 from batchnorm.shift.stream import LOGGER, Stream
 
 KINDS = {"checkpoint": 0, "calibrated": 1000}
@@ -133,7 +133,7 @@ def planted(
     of_layers = beside.evidence.log_layers.reshape(BESIDE, -1) >= -math.log(ALPHA)
     first = torch.where(of_layers.any(1), of_layers.double().argmax(1), -1)
     channels = beside.evidence.log_channels.reshape(BESIDE, -1)
-    return first, (discovered(c[starts[layer] : starts[layer] + reference.sizes[layer]], 0.05) for c in channels)
+    return first, (e_bh(c[starts[layer] : starts[layer] + reference.sizes[layer]], 0.05) for c in channels)
 
 
 def tell(name: str, kind: str, found: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from tails import TAILS
 from worlds import WORLDS, accuracy
 
 from batchnorm.experiment.environment import environment
-from batchnorm.shift.alarm import discovered
+from batchnorm.shift.alarm import e_bh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -180,7 +180,7 @@ def planted(reference: Any, streams: int) -> dict[str, Any]:
         right += int((first == layer).sum())
         channels = beside.evidence.log_channels.reshape(streams, -1)
         for stream in channels:
-            found = discovered(stream[starts[layer] : starts[layer] + reference.sizes[layer]], 0.05)
+            found = e_bh(stream[starts[layer] : starts[layer] + reference.sizes[layer]], 0.05)
             false, named = false + sum(c >= 4 for c in found), named + len(found)
     total = streams * layers
     return {"right": right / total, "trials": total, "named": named, "false_discoveries": false / max(1, named)}

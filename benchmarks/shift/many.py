@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from batchnorm.shift.conformal import CELLS, EDGE
-from batchnorm.shift.evidence import KINDS, Evidence, stakes_for
+from batchnorm.shift.evidence import KINDS, ShiftEvidence, stakes_for
 from batchnorm.shift.scores import KIND_OF
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def checked(reference: Reference, z: torch.Tensor, q: torch.Tensor, logs: Number
     Raises:
         AssertionError: If they differ by more than rounding.
     """
-    evidence = Evidence.start(reference, is_spread=is_spread)
+    evidence = ShiftEvidence.start(reference, is_spread=is_spread)
     for at, log in enumerate(logs):
         evidence = evidence.after(z[ROUND * at : ROUND * (at + 1)], q[ROUND * at : ROUND * (at + 1)])
         assert math.isclose(evidence.log, log, rel_tol=1e-6, abs_tol=1e-6) or evidence.log > 600, (

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from worlds import World, trained
 
 from batchnorm.shift import Reference, ShiftMonitor
-from batchnorm.shift.clean_observations import Clean
+from batchnorm.shift.clean_observations import CleanObservations
 from batchnorm.shift.data_passes import passes
-from batchnorm.shift.evidence import Evidence
-from batchnorm.shift.layer_observer import Tap
+from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.layer_observer import LayerObserver
 
 if TYPE_CHECKING:
     from worlds import Sampler
@@ -30,7 +30,7 @@ def observations(monitor: ShiftMonitor, sampler: Sampler, n: int, seed: int) -> 
     """Means and energies of channels of n examples, as the monitor's tap measures them."""
     random = torch.Generator().manual_seed(seed)
     parts = [(sampler(min(1000, n - i), random)[0], None) for i in range(0, n, 1000)]
-    tap = Tap(monitor.layers, monitor.reference)
+    tap = LayerObserver(monitor.layers, monitor.reference)
     found = [(z, q) for _, z, q in passes(monitor.model, tap, parts, None, "the benchmark")]
     z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
     return z, q
@@ -66,7 +66,7 @@ def side_by_side(references: list[Reference]) -> Reference:
     return replace(first, layers=first.layers * len(references), sizes=sizes, **own, v=v, clean=clean)
 
 
-def _beside(cleans: list[Clean], sizes: tuple[int, ...]) -> Clean:
+def _beside(cleans: list[CleanObservations], sizes: tuple[int, ...]) -> CleanObservations:
     """Tensors of all streams next to each other: of rows (scores, directions, marks) within each row."""
     layers = len(sizes) // len(cleans)
     joined = {}
@@ -80,7 +80,7 @@ def _beside(cleans: list[Clean], sizes: tuple[int, ...]) -> Clean:
             scores, twice = name in _OF_SCORES, name in _OF_COMPONENTS
             rows = len(one) // layers if scores else 2 if twice else 1
             joined[name] = torch.cat([of.unflatten(0, (rows, -1)) for of in all_], 1).flatten(0, 1)
-    return Clean.of_tensors(sizes, joined)
+    return CleanObservations.of_tensors(sizes, joined)
 
 
 _OF_SCORES = {"scores.middle", "scores.width", "bag.above"}
@@ -94,7 +94,7 @@ class Streams:
 
     def __init__(self, references: list[Reference], *, is_spread: bool = True) -> None:
         self.count = len(references)
-        self.evidence = Evidence.start(side_by_side(references), is_spread=is_spread)
+        self.evidence = ShiftEvidence.start(side_by_side(references), is_spread=is_spread)
         self.layers = len(references[0].sizes)
 
     def observe(self, z: Tensor, q: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def quantized(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def told(reasons: dict[str, str]) -> str:
+def as_sentence(reasons: dict[str, str]) -> str:
     """Reasons by path as one sentence; paths with the same reason together."""
     paths: dict[str, list[str]] = {}
     for path, reason in reasons.items():
@@ -128,7 +128,7 @@ def unreached(model: nn.Module) -> str:
         if measures(layer) == "nothing"
     }
     reasons |= out_of_reach(model)
-    return f" {told(reasons)}." if reasons else ""
+    return f" {as_sentence(reasons)}." if reasons else ""
 
 
 def measures(layer: nn.Module) -> Measured:

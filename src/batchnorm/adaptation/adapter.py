@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.adaptation.answer_window import Window
+from batchnorm.adaptation.answer_window import PredictionWindow
 from batchnorm.adaptation.cumulative import energy
-from batchnorm.adaptation.guards import Limits, against_start, against_use, asked
+from batchnorm.adaptation.guards import Limits, against_start, against_use, required_share
 from batchnorm.adaptation.layer_statistics import adaptable
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.trial_statistics import Trial
@@ -159,7 +159,10 @@ class Adapter:
         self._share = self.limits.accept  # of the information that was required when use began
         self._is_counted = False  # whether a trial has already counted the running pass
         self._energies: dict[str, tuple[float, float]] = {}  # of one pass, under the deployed statistics
-        self._since, self._then = Window(self._window), {}  # energies under the deployed statistics, and at refusal
+        self._since, self._then = (
+            PredictionWindow(self._window),
+            {},
+        )  # energies under the deployed statistics, and at refusal
 
     def reset(self) -> None:
         """Start a new stream: deployed statistics, no evidence, no alarm. The history is kept."""
@@ -272,7 +275,7 @@ class Adapter:
             return  # the deployed statistics answer this batch only after the trial
         objection = self._objection()
         if objection is None:
-            self._share = asked(*self._circumstances())
+            self._share = required_share(*self._circumstances())
             trial.statistics.put(self._layers)
             self._is_counted = True
             self._become("adapted", f"no guard objects to the statistics of {trial.new.examples} examples")
@@ -286,7 +289,9 @@ class Adapter:
             return against_use(self._trial.new, self._known, self.limits, self._share)
         return against_start(*self._circumstances())
 
-    def _circumstances(self) -> tuple[Window, Window, Predictions | None, Limits, tuple[float, float] | None]:
+    def _circumstances(
+        self,
+    ) -> tuple[PredictionWindow, PredictionWindow, Predictions | None, Limits, tuple[float, float] | None]:
         return self._trial.new, self._trial.old, self._known, self.limits, self.monitor.stream.furthest()
 
     def _judge(self, output: Answer, examples: int) -> None:

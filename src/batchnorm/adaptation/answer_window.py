@@ -13,7 +13,7 @@ _LEAST = 1e-12
 
 
 @final
-class Window:
+class PredictionWindow:
     """The last ``size`` examples, or all since the start if there are fewer.
 
     Args:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, final
 from batchnorm.shift.alarm import MIX
 
 if TYPE_CHECKING:
-    from batchnorm.adaptation.answer_window import Window
+    from batchnorm.adaptation.answer_window import PredictionWindow
     from batchnorm.adaptation.predictions import Predictions
 
 _FEW = 32  # examples in use before their predictions are judged
@@ -68,9 +68,9 @@ class Limits:
             raise ValueError(f"Limits need a crowd above 0 and at most 1, got {self.crowd}. 1 switches it off.")
 
 
-def asked(
-    window: Window,
-    deployed: Window,
+def required_share(
+    window: PredictionWindow,
+    deployed: PredictionWindow,
     before: Predictions | None,
     limits: Limits,
     furthest: tuple[float, float] | None = None,
@@ -85,7 +85,7 @@ def asked(
     return limits.keep if is_certain else limits.accept
 
 
-def against_use(window: Window, before: Predictions | None, limits: Limits, share: float) -> str | None:
+def against_use(window: PredictionWindow, before: Predictions | None, limits: Limits, share: float) -> str | None:
     """Why the statistics of a window should no longer be used; None if no guard objects.
 
     Args:
@@ -104,8 +104,8 @@ def against_use(window: Window, before: Predictions | None, limits: Limits, shar
 
 
 def against_start(
-    window: Window,
-    deployed: Window,
+    window: PredictionWindow,
+    deployed: PredictionWindow,
     before: Predictions | None,
     limits: Limits,
     furthest: tuple[float, float] | None = None,
@@ -121,7 +121,7 @@ def against_start(
     """
     objection = _energies(window, limits.energy) or _mix(furthest)
     new, old = window.answers, deployed.answers
-    share = asked(window, deployed, before, limits, furthest)
+    share = required_share(window, deployed, before, limits, furthest)
     if objection or before is None or new is None:
         return objection
     if old is None:
@@ -174,7 +174,7 @@ def _gain(new: Predictions, old: Predictions) -> str | None:
     )
 
 
-def _energies(window: Window, limit: float) -> str | None:
+def _energies(window: PredictionWindow, limit: float) -> str | None:
     for path, energy in window.energies.items():
         if not 1 / limit <= energy <= limit:
             return f"the energy of layer {path!r} under the new statistics is {energy:.2f} times what it should be"

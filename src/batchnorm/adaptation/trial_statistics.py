@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.adaptation.answer_window import Window
+from batchnorm.adaptation.answer_window import PredictionWindow
 from batchnorm.adaptation.cumulative import Cumulative
 from batchnorm.population.batches import Batches
 from batchnorm.population.eager import uncompiled
@@ -36,7 +36,7 @@ class Trial:
         self._layers, self._deployed = layers, deployed
         self.growing = Cumulative(deployed, prior, floor)
         self.statistics = deployed
-        self.new, self.old = Window(window), Window(window)
+        self.new, self.old = PredictionWindow(window), PredictionWindow(window)
         self._before: tuple[Cumulative, Statistics] | None = None
 
     def shadow(self, model: nn.Module, args: Arguments, kwargs: Keywords) -> Any:

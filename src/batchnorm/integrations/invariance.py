@@ -45,7 +45,7 @@ def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, 
         together = _answers(model, next(iter(batches)), size)
         for i in range(min(size, _MOST)):
             try:
-                alone = _answers(model, _taken(next(iter(batches)), i, size), 1)
+                alone = _answers(model, _example(next(iter(batches)), i, size), 1)
             except (ValueError, RuntimeError) as error:
                 return f"one example cannot be answered alone in eval mode: {error}{_suspects(model)}"
             fault = _difference(model, [y[i : i + 1] for y in together], alone, together, rtol, atol)
@@ -109,16 +109,16 @@ def _count(examples: Batch) -> int:
     return next((len(tensor) for tensor in tensors_in(examples) if tensor.ndim), 0)
 
 
-def _taken(value: Any, i: int, size: int) -> Any:
+def _example(value: Any, i: int, size: int) -> Any:
     """Example i of a batch, as a batch."""
     if isinstance(value, Tensor):
         return value[i : i + 1] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):
-        return {key: _taken(part, i, size) for key, part in value.items()}
+        return {key: _example(part, i, size) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_taken(part, i, size) for part in value))
+        return type(value)(*(_example(part, i, size) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_taken(part, i, size) for part in value)
+        return type(value)(_example(part, i, size) for part in value)
     return value
 
 

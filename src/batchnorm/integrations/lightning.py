@@ -15,7 +15,7 @@ from torch import nn
 
 from batchnorm.instruments import Watch
 from batchnorm.integrations.layer_summary import summary
-from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.metric_sending import MetricSending
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate, with_own_workers
 from batchnorm.integrations.watch_session import Session, WatchArguments, raised
@@ -304,7 +304,7 @@ class _Loggers:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._delivery = Delivery("the trainer's logger")
+        self._delivery = MetricSending("the trainer's logger")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log a summary over the layers, at the trainer's own step."""

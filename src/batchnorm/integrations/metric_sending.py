@@ -10,7 +10,7 @@ _PATIENCE = 3  # failures in a row; a client that waits for a dead server can ta
 
 
 @final
-class Delivery:
+class MetricSending:
     """A block around each sending, which suppresses exceptions.
 
     The first failure gives a RuntimeWarning. After three in a row ``is_open`` is False, and the sender should stop.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.metric_sending import MetricSending
 from batchnorm.integrations.missing_packages import needed
 
 _BATCH = 1000  # the largest number of metrics that MLflow accepts at once
@@ -38,7 +38,7 @@ class MLflowSink:
         self._owns = run_id is None and active is None
         self.run_id: str = run_id or (active or mlflow.start_run()).info.run_id
         self._client.get_run(self.run_id)  # a missing run raises before the training
-        self._delivery = Delivery("MLflow")
+        self._delivery = MetricSending("MLflow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log a metric for each number; after a failure these numbers are lost."""

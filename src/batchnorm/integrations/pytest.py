@@ -85,7 +85,7 @@ def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
         selection = Selection(ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore))
         found = examine(model, data, selection=selection, **examined).at_least(severity)
         if found:
-            told = "\n".join(map(_told, found))
+            told = "\n".join(map(_finding_lines, found))
             pytest.fail(f"{type(model).__name__} has {counted(found)} of batch norm:\n{told}", pytrace=False)
 
     return check
@@ -104,7 +104,7 @@ def assert_batch_invariant() -> AssertBatchInvariant:
     return check
 
 
-def _told(finding: Finding) -> str:
+def _finding_lines(finding: Finding) -> str:
     return (
         f"  {finding.code} {finding.slug}  {finding.layer or 'model'}: {finding.measured} (limit: {finding.limit})\n"
         f"      {finding.consequence}\n"

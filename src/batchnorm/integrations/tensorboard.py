@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
-from batchnorm.integrations.metric_sending import Delivery
+from batchnorm.integrations.metric_sending import MetricSending
 from batchnorm.integrations.missing_packages import needed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class TensorBoardSink:
     def __init__(self, target: SummaryWriter | str | os.PathLike[str]) -> None:
         self._owns = isinstance(target, (str, os.PathLike))
         self._writer = _opened(target) if isinstance(target, (str, os.PathLike)) else target
-        self._delivery = Delivery("TensorBoard")
+        self._delivery = MetricSending("TensorBoard")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a scalar for each number; after a failure these numbers are lost."""

@@ -31,7 +31,7 @@ _BAD_HOST = "Expected the address that batchnorm watch printed, got another host
 _NOT_INVITED = "Expected the token of this page, got none or another. Open the address that batchnorm watch printed."
 
 
-class Guard:
+class AccessGuard:
     """An application behind checks of host and token, with security headers on every response.
 
     Args:

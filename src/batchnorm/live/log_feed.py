@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, final
 
-from batchnorm.live.page_data import MOST, told
+from batchnorm.live.page_data import MOST, new_data
 from batchnorm.live.percentiles import Percentiles
 from batchnorm.live.run_status import status
 from batchnorm.record import Log
@@ -30,19 +30,19 @@ _HEAD = 1 << 16  # bytes of the first line that identify a log
 
 @final
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PagePosition:
     """What a page has received: from which log, and how many lines of each kind."""
 
     identity: str = ""
     counts: tuple[int, ...] = (0,) * len(_KINDS)
 
     @classmethod
-    def parse(cls, text: str) -> Seen:
+    def parse(cls, text: str) -> PagePosition:
         """The position in a message's id; the empty one for any other text."""
         found = _ID.fullmatch(text)
         return cls(found[1], tuple(map(int, found[2][1:].split("-")))) if found else cls()
 
-    def continues(self, other: Seen, *, by: float = math.inf) -> bool:
+    def continues(self, other: PagePosition, *, by: float = math.inf) -> bool:
         """Whether this is the other's log, grown by at most ``by`` lines without a new start (it may rename layers)."""
         more = [a - b for a, b in zip(self.counts, other.counts, strict=True)]
         return self.identity == other.identity and more[0] == 0 and min(more) >= 0 and sum(more) <= by
@@ -58,10 +58,10 @@ class Message:
 
     kind: str
     text: str
-    seen: Seen
+    seen: PagePosition
 
     @classmethod
-    def of(cls, kind: str, data: dict[str, Any], seen: Seen) -> Message:
+    def of(cls, kind: str, data: dict[str, Any], seen: PagePosition) -> Message:
         """A message whose data are ASCII JSON, because half a surrogate pair has no UTF-8."""
         return cls(kind, json.dumps(data, separators=(",", ":"), allow_nan=False), seen)
 
@@ -92,24 +92,24 @@ class Feed:
                 "watch(model, log=...) writes to."
             )
 
-    def news(self, seen: Seen) -> Message:
+    def news(self, seen: PagePosition) -> Message:
         """The next message for a page that has received ``seen``."""
         with self._lock:
             try:
                 return self._message(self._refreshed(), seen)
             except Exception as error:  # noqa: BLE001 - a log may hold anything; the page shows the problem
-                return Message.of("beat", {"problem": _words(error)}, seen)
+                return Message.of("beat", {"problem": _problem(error)}, seen)
 
-    def _message(self, log: Log, seen: Seen) -> Message:
-        now = Seen(self._identity, tuple(map(log.count, _KINDS)))
+    def _message(self, log: Log, seen: PagePosition) -> Message:
+        now = PagePosition(self._identity, tuple(map(log.count, _KINDS)))
         state = {"status": status(log), "name": self.name}
         if now == seen:
             return Message.of("beat", state, seen)
         if now.continues(seen):
             before = dict(zip(_KINDS, seen.counts, strict=True))
-            return Message.of("more", told(log, before) | state, now)
+            return Message.of("more", new_data(log, before) | state, now)
         if self._first is None or not now.continues(self._first.seen, by=MOST):
-            self._first = Message.of("log", told(log, {}) | state, now)
+            self._first = Message.of("log", new_data(log, {}) | state, now)
         return self._first  # later lines are in the next message
 
     def whole(self, *, most: int = MOST) -> dict[str, Any]:
@@ -122,11 +122,11 @@ class Feed:
         with self._lock:
             try:
                 log = self._refreshed()
-                return told(log, {}, most=most) | {"status": status(log), "name": self.name}
+                return new_data(log, {}, most=most) | {"status": status(log), "name": self.name}
             except (OSError, ValueError):
                 raise
             except Exception as error:
-                raise ValueError(_words(error)) from error
+                raise ValueError(_problem(error)) from error
 
     def layer(self, index: int, *, first: int = 0, most: int = MOST) -> dict[str, Any]:
         """Percentiles of one layer over the ``arrays`` lines from ``first`` on; ``count`` is the number of all lines.
@@ -144,7 +144,7 @@ class Feed:
 
     def _refreshed(self) -> Log:
         """The log as it is now: the same, grown, or replaced."""
-        known = _known(self.folder / "record.jsonl")
+        known = _file_identity(self.folder / "record.jsonl")
         if self._log is None or known != self._known:
             self._log = None  # until the new one can be read
             self._log, self._known = Log(self.folder), known
@@ -156,14 +156,14 @@ class Feed:
         return self._log
 
 
-def _known(path: Path) -> tuple[str, int]:
+def _file_identity(path: Path) -> tuple[str, int]:
     """The identity of a log file: its first line, and its inode number."""
     with path.open("rb") as file:
         head = file.readline(_HEAD)
     return hashlib.sha256(head).hexdigest(), path.stat().st_ino
 
 
-def _words(error: Exception) -> str:
+def _problem(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "The log is gone from its folder. The page shows its last state, and continues when it is back."
     if isinstance(error, OSError):

@@ -23,7 +23,7 @@ _LONGEST = 500  # characters of a text
 _LARGEST_STEP = 2**53  # JavaScript's largest exact integer
 
 
-def told(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, Any]:
+def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, Any]:
     """Data from the lines after the first ``seen[kind]`` of each kind, thinned to ``most`` of each."""
     layers = log.layers
 

@@ -15,8 +15,8 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from batchnorm.live.access import Guard
-from batchnorm.live.log_feed import Feed, Message, Seen
+from batchnorm.live.access import AccessGuard
+from batchnorm.live.log_feed import Feed, Message, PagePosition
 from batchnorm.live.page import policy, render, saved
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], N
         ready: Called just before the server answers.
     """
     # a long log is indexed while the browser starts
-    threading.Thread(target=feed.news, args=(Seen(),), daemon=True).start()
+    threading.Thread(target=feed.news, args=(PagePosition(),), daemon=True).start()
     closing = threading.Event()
     app = application(feed, port=listener.getsockname()[1], token=token, closing=closing)
     _Server(_config(app), closing, ready).run(sockets=[listener])
@@ -69,7 +69,7 @@ def listen(port: int = 0) -> socket.socket:
     raise OSError(f"expected {taken} of {HOST} to be free, got none. Choose another with --port N.")
 
 
-def application(feed: Feed, *, port: int, token: str, closing: threading.Event | None = None) -> Guard:
+def application(feed: Feed, *, port: int, token: str, closing: threading.Event | None = None) -> AccessGuard:
     """The application behind its guard; streams end when ``closing`` is set."""
     over = closing or threading.Event()
     html, csp = render(feed.name), policy()
@@ -79,7 +79,7 @@ def application(feed: Feed, *, port: int, token: str, closing: threading.Event |
 
     async def events(request: Request) -> Response:
         seen = request.headers.get("last-event-id") or request.query_params.get("since", "")
-        return StreamingResponse(_stream(feed, Seen.parse(seen), over), media_type="text/event-stream")
+        return StreamingResponse(_stream(feed, PagePosition.parse(seen), over), media_type="text/event-stream")
 
     async def layer(request: Request) -> Response:
         return await asyncio.to_thread(_layer, feed, request.query_params)
@@ -88,10 +88,10 @@ def application(feed: Feed, *, port: int, token: str, closing: threading.Event |
         return await asyncio.to_thread(_file, feed)
 
     routes = {"/": page, "/events": events, "/layer": layer, "/page.html": file}
-    return Guard(Starlette(routes=[Route(path, call) for path, call in routes.items()]), port=port, token=token)
+    return AccessGuard(Starlette(routes=[Route(path, call) for path, call in routes.items()]), port=port, token=token)
 
 
-async def _stream(feed: Feed, seen: Seen, over: threading.Event) -> AsyncIterator[str]:
+async def _stream(feed: Feed, seen: PagePosition, over: threading.Event) -> AsyncIterator[str]:
     """Messages as server-sent events: new data at once, a sign of life each second."""
     yield "retry: 500\n\n"
     beaten = 0.0

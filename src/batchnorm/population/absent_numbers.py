@@ -65,14 +65,14 @@ def named_absences(model: nn.Module) -> Iterator[None]:
     except AbsenceError:
         raise
     except Exception as error:
-        if told := _told(model, error):
+        if told := _missing_values(model, error):
             raise AbsenceError(f"a pass {told}") from error
         raise
 
 
 def note_absence(model: nn.Module, error: BaseException | None) -> None:
     """Add a note to the error of a user's pass if a tensor of the model without values caused it."""
-    if isinstance(error, Exception) and not isinstance(error, AbsenceError) and (told := _told(model, error)):
+    if isinstance(error, Exception) and not isinstance(error, AbsenceError) and (told := _missing_values(model, error)):
         error.add_note(f"batchnorm: the pass {told}")
 
 
@@ -123,7 +123,7 @@ def _named(path: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{name}".lstrip("."): tensor for name, tensor in tensors}
 
 
-def _told(model: nn.Module, error: BaseException) -> str:
+def _missing_values(model: nn.Module, error: BaseException) -> str:
     """The cause of a failed pass, as the end of a sentence; "" if it was not a tensor without values."""
     names = {module: path for path, module in model.named_modules()}
     module = _innermost(error, names)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from batchnorm.argument_types import kind_of, require_whole_number
 from batchnorm.population.absent_numbers import named_absences, require_batch
-from batchnorm.population.forward_signatures import code_of, names_in, ways
+from batchnorm.population.forward_signatures import call_forms, code_of, names_in
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError
 from batchnorm.population.tensor_trees import (
@@ -64,7 +64,7 @@ def call(model: nn.Module, batch: Batch) -> object:
         AbsenceError: If values that the pass needs cannot be read.
     """
     require_examples(batch, "a pass of the model")
-    possible = ways(model, batch)
+    possible = call_forms(model, batch)
     first = _settled(model, batch, len(possible))
     with named_absences(model):
         try:
@@ -103,7 +103,7 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[Arguments, Keywords]:
     ``forward`` gets the first element, or as many as it requires; all in one argument if ``forward`` unpacks it or is
     annotated so. Anything else is passed whole.
     """
-    possible = ways(model, batch)
+    possible = call_forms(model, batch)
     return possible[_settled(model, batch, len(possible))]
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def ways(model: nn.Module, batch: Batch) -> list[Way]:
+def call_forms(model: nn.Module, batch: Batch) -> list[Way]:
     """Call forms (positional and keyword arguments) of a model for a batch, the likeliest first; one or two."""
     named = names_in(batch)
     if named is not None:
@@ -79,7 +79,7 @@ def _in_part(model: nn.Module, batch: tuple | list) -> list[Way]:
     needed = _needed(model)
     inner = batch[0] if len(batch) else None
     # index 0 may mean the first element, or the first example of one tensor
-    if len(needed) == 1 and (_is_asked(model, needed[0], [1]) or _is_declared(model, needed[0], batch, inner)):
+    if len(needed) == 1 and (_is_taken_apart(model, needed[0], [1]) or _is_declared(model, needed[0], batch, inner)):
         whole: list[Way] = [((batch,), {})]
         # a tuple of inputs next to its target
         return [((inner,), {}), *whole] if isinstance(inner, (tuple, list)) and names_in(inner) is None else whole
@@ -129,7 +129,7 @@ def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str
     if _allows(declared, batch) and not _allows(declared, first):
         return True
     places = range(len(named)) if isinstance(batch, tuple) else ()
-    return _is_asked(model, parameter, places, named)
+    return _is_taken_apart(model, parameter, places, named)
 
 
 def _is_declared(model: nn.Module, parameter: str, batch: Batch, inner: Any) -> bool:
@@ -153,21 +153,23 @@ def _allows(declared: Any, value: Any) -> bool:
     return isinstance(kind, type) and kind is not object and isinstance(value, kind)
 
 
-def _is_asked(model: nn.Module, parameter: str, keys: Iterable[object], names: Iterable[str] = ()) -> bool:
+def _is_taken_apart(model: nn.Module, parameter: str, keys: Iterable[object], names: Iterable[str] = ()) -> bool:
     """Whether the code of a forward takes an argument apart: by one of the keys, by an attribute, or by unpacking.
 
     Keys and attributes that a tensor supports too prove nothing.
     """
     code: Any = code_of(model)
-    return code is not None and not _asked(code, parameter).isdisjoint({*keys, *names, _UNPACKED})
+    return code is not None and not _read_parts(code, parameter).isdisjoint({*keys, *names, _UNPACKED})
 
 
 @cache
-def _asked(code: CodeType, parameter: str) -> frozenset[object]:
+def _read_parts(code: CodeType, parameter: str) -> frozenset[object]:
     """Keys and attributes that code reads from a variable, except those of a tensor."""
     steps = list(dis.get_instructions(code))
     after = zip(steps, steps[1:], [*steps[2:], steps[-1]], strict=False)
-    return frozenset(chain.from_iterable(_taken(two, three) for one, two, three in after if _is_of(one, parameter)))
+    return frozenset(
+        chain.from_iterable(_parts_read(two, three) for one, two, three in after if _is_of(one, parameter))
+    )
 
 
 def _is_of(step: dis.Instruction, parameter: str) -> bool:
@@ -177,7 +179,7 @@ def _is_of(step: dis.Instruction, parameter: str) -> bool:
     return step.argval == parameter or (isinstance(step.argval, tuple) and step.argval[-1] == parameter)
 
 
-def _taken(step: dis.Instruction, then: dis.Instruction) -> list[object]:
+def _parts_read(step: dis.Instruction, then: dis.Instruction) -> list[object]:
     """What two steps read from the value on top of the stack."""
     if step.opname in {"LOAD_ATTR", "LOAD_METHOD"} and not hasattr(Tensor, step.argval):
         return [step.argval]

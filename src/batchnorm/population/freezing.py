@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.argument_types import require_flag
 from batchnorm.layers import batch_norms
-from batchnorm.other_libraries import live_layers, out_of_reach, told
+from batchnorm.other_libraries import as_sentence, live_layers, out_of_reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -162,7 +162,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def _warn_of_nothing(model: nn.Module) -> None:
     if reasons := out_of_reach(model):
-        warnings.warn(f"freeze found no layer: {told(reasons)}.", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"freeze found no layer: {as_sentence(reasons)}.", RuntimeWarning, stacklevel=3)
 
 
 def has_stored_statistics(layer: _BatchNorm) -> bool:

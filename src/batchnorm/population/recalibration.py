@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from batchnorm.argument_types import require_callable, require_flag
 from batchnorm.layers import batch_norms
-from batchnorm.other_libraries import live_layers, out_of_reach, told, unreached
+from batchnorm.other_libraries import as_sentence, live_layers, out_of_reach, unreached
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, call, device_of
@@ -140,7 +140,7 @@ def recalibrate(
         found, restarted = measured(view, partial(_finish, view), memory) if exact else (_in_one_pass(view), "")
     view.warn(found, "batches, or a forward=, that use them", stacklevel=2)
     if apart := out_of_reach(model):
-        warnings.warn(f"recalibrate did not reach all batch norm: {told(apart)}.", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"recalibrate did not reach all batch norm: {as_sentence(apart)}.", RuntimeWarning, stacklevel=2)
     with torch.no_grad():
         put(chain.from_iterable(_new_values(layers[path], each) for path, each in found.items()))
     return LayerMoments(found, restarted)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from batchnorm.shift.evidence import Evidence
+    from batchnorm.shift.evidence import ShiftEvidence
 
 # share of the layers, from the input on, that a shift of the inputs is expected to move
 _EARLY = 2 / 3
@@ -97,7 +97,7 @@ class Alarm:
         return f"the inputs' distribution moved, {where}{hint}: {evidence}"
 
 
-def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float) -> list[LayerShift]:
+def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha: float) -> list[LayerShift]:
     """Evidence for every layer.
 
     Args:
@@ -115,7 +115,7 @@ def localized(evidence: Evidence, mean: Tensor, energy: Tensor, *, alpha: float)
             name,
             float(of_layers[i]),
             evidence.kinds[int(kinds[:, i].argmax())],
-            discovered(channels[i], alpha)[:_MOST_CHANNELS],
+            e_bh(channels[i], alpha)[:_MOST_CHANNELS],
             *_distances(*part),
         )
         for i, (name, part) in enumerate(zip(known.layers, moments, strict=True))
@@ -155,7 +155,7 @@ def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = No
     return "late layers only" if still else ""
 
 
-def discovered(log_e: Tensor, alpha: float) -> tuple[int, ...]:
+def e_bh(log_e: Tensor, alpha: float) -> tuple[int, ...]:
     """Channels by e-BH (Wang and Ramdas 2022): the k largest e-values if the k-th is at least n / (k alpha)."""
     order = log_e.argsort(descending=True)
     n = len(log_e)

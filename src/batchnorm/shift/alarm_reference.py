@@ -36,7 +36,7 @@ from batchnorm.other_libraries import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import digest_of, whole
 from batchnorm.shift import by_layer, clean_observations
-from batchnorm.shift.clean_observations import Clean
+from batchnorm.shift.clean_observations import CleanObservations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,7 @@ class Reference:
     kappa: Tensor
     d: Tensor
     v: Tensor | None
-    clean: Clean | None
+    clean: CleanObservations | None
     unit: str
     observations: int
     digest: str
@@ -186,7 +186,7 @@ class Reference:
             raise ValueError(
                 "calibrate needs finite activations, got NaN or infinity. Look for the examples that cause it."
             )
-        return replace(self, clean=Clean.of(self.sizes, z, q, tolerance=tolerance), observations=m)
+        return replace(self, clean=CleanObservations.of(self.sizes, z, q, tolerance=tolerance), observations=m)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file that ends in .bncal.safetensors; a failed write leaves no part of it.
@@ -223,7 +223,7 @@ class Reference:
         try:
             sizes = tuple(about.pop("sizes"))
             own = {name: tensors.get(name) for name in _TENSORS}
-            made = Clean.of_tensors(sizes, tensors) if about.pop("source") == "calibrated" else None
+            made = CleanObservations.of_tensors(sizes, tensors) if about.pop("source") == "calibrated" else None
             fields: dict[str, Any] = own | about | {"layers": tuple(about["layers"])}
             if (known := cls(sizes=sizes, clean=made, **fields))._is_whole():
                 return known

@@ -26,8 +26,8 @@ from batchnorm.reporting.text import many, plain, wrapped
 from batchnorm.shift import tails
 from batchnorm.shift.alarm_reference import LEAST
 from batchnorm.shift.data_passes import passes
-from batchnorm.shift.evidence import Evidence
-from batchnorm.shift.layer_observer import Tap
+from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.layer_observer import LayerObserver
 from batchnorm.shift.observation_units import Autocorrelation, Grouping
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def check(
 
 
 def _observed(monitor: ShiftMonitor, loader: Iterable[Batch], most: int | None) -> tuple[Tensor, Tensor]:
-    grouping, tap = Grouping(monitor.unit, monitor.reference.examples), Tap(monitor.layers, monitor.reference)
+    grouping, tap = Grouping(monitor.unit, monitor.reference.examples), LayerObserver(monitor.layers, monitor.reference)
     with closing(passes(monitor.model, tap, loader, most, "check")) as seen:
         found = [grouping.of(z, q, inputs) for inputs, z, q in seen]
     z, q = (torch.cat(rows) for rows in zip(*found, strict=True)) if found else (torch.empty(0, 1), torch.empty(0, 1))
@@ -228,7 +228,7 @@ def _order(known: Reference, z: Tensor, q: Tensor, limit: float) -> Condition:
     half = 0 if known.clean is not None else len(z) // 2
     if known.clean is None and half < LEAST:
         return Condition(name, DOUBTFUL, f"not judged: {len(z)} observations", f"Give {2 * LEAST} or more.")
-    evidence = Evidence.start(known if known.clean is not None else known.calibrated(z[:half], q[:half]))
+    evidence = ShiftEvidence.start(known if known.clean is not None else known.calibrated(z[:half], q[:half]))
     most = 0.0
     for at in range(half, len(z), _ROUND):
         evidence = evidence.after(z[at : at + _ROUND], q[at : at + _ROUND])

@@ -29,7 +29,7 @@ _VARIANCE_ERROR = 1.5
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Clean:
+class CleanObservations:
     """The result of calibration.
 
     Args:
@@ -43,7 +43,7 @@ class Clean:
     marks: Marks
 
     @classmethod
-    def of(cls, sizes: tuple[int, ...], z: Tensor, q: Tensor, *, tolerance: float) -> Clean:
+    def of(cls, sizes: tuple[int, ...], z: Tensor, q: Tensor, *, tolerance: float) -> CleanObservations:
         """Calibration on clean observations.
 
         Args:
@@ -70,7 +70,7 @@ class Clean:
         }
 
     @classmethod
-    def of_tensors(cls, sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Clean:
+    def of_tensors(cls, sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> CleanObservations:
         """The result of calibration from ``tensors``'s dict.
 
         Raises:

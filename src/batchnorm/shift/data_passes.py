@@ -16,11 +16,11 @@ from batchnorm.population.state_shield import preserve_random_state, preserve_st
 
 if TYPE_CHECKING:
     from batchnorm.call_types import Batch
-    from batchnorm.shift.layer_observer import Tap
+    from batchnorm.shift.layer_observer import LayerObserver
 
 
 def passes(
-    model: nn.Module, tap: Tap, loader: Iterable[Batch], max_examples: int | None, who: str
+    model: nn.Module, tap: LayerObserver, loader: Iterable[Batch], max_examples: int | None, who: str
 ) -> Generator[tuple[Any, Tensor, Tensor]]:
     """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
 
@@ -43,7 +43,7 @@ def passes(
             yield from _passes(model, tap, batches, who)
 
 
-def _passes(model: nn.Module, tap: Tap, batches: Batches, who: str) -> Generator[tuple[Any, Tensor, Tensor]]:
+def _passes(model: nn.Module, tap: LayerObserver, batches: Batches, who: str) -> Generator[tuple[Any, Tensor, Tensor]]:
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may overwrite its input

@@ -25,7 +25,7 @@ from torch import Tensor
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Wealth:
+class EProcesses:
     """Logarithms of many e-processes after ``updates`` rounds of observations.
 
     Args:
@@ -43,18 +43,18 @@ class Wealth:
     is_spread: bool = True
 
     @classmethod
-    def start(cls, shape: tuple[int, ...], *, is_spread: bool) -> Wealth:
+    def start(cls, shape: tuple[int, ...], *, is_spread: bool) -> EProcesses:
         """Wealth 1, or 0 for e-SR, before any observation."""
         zeros = torch.zeros(shape, dtype=torch.float64)
         return cls(zeros, torch.full_like(zeros, -torch.inf), 0, 1.0 if is_spread else 0.0, is_spread)
 
-    def bet(self, log_factor: Tensor, observations: int) -> Wealth:
+    def bet(self, log_factor: Tensor, observations: int) -> EProcesses:
         """The e-processes after one more round; ``log_factor`` covers ``observations`` observations."""
         at = self.updates + 1
         weight = 1 / math.log2(at + 1) - 1 / math.log2(at + 2) if self.is_spread else float(observations)
         started = torch.logaddexp(self.restarted, torch.full_like(self.restarted, math.log(weight)))
         rest = 1 / math.log2(at + 2) if self.is_spread else 0.0
-        return Wealth(self.product + log_factor, started + log_factor, at, rest, self.is_spread)
+        return EProcesses(self.product + log_factor, started + log_factor, at, rest, self.is_spread)
 
     @property
     def log(self) -> Tensor:
@@ -76,7 +76,7 @@ class Wealth:
         # each process has half of its stake in this mean, and half of the unstarted rest
         return torch.logaddexp(total, torch.full_like(total, math.log(self.rest / 2)))
 
-    def merged(self, others: list[Wealth]) -> Wealth:
+    def merged(self, others: list[EProcesses]) -> EProcesses:
         """Combined evidence of replicas that observed different observations.
 
         Products multiply, as one product over all observations. Spread stakes are averaged over replicas: valid for
@@ -88,13 +88,13 @@ class Wealth:
         updates = sum(wealth.updates for wealth in all_)
         if self.is_spread:
             shared = torch.stack([wealth.restarted for wealth in all_]).logsumexp(0) - math.log(len(all_))
-            return Wealth(product, shared, updates, sum(w.rest for w in all_) / len(all_), True)
+            return EProcesses(product, shared, updates, sum(w.rest for w in all_) / len(all_), True)
         restarted = self.restarted
         for wealth in others:
             restarted = torch.logaddexp(restarted + wealth.product, wealth.restarted)
-        return Wealth(product, restarted, updates, 0.0, False)
+        return EProcesses(product, restarted, updates, 0.0, False)
 
-    def highest(self, others: list[Wealth]) -> Wealth:
+    def highest(self, others: list[EProcesses]) -> EProcesses:
         """Combined evidence of replicas whose bets share randomness, such as the clean observations for comparison.
 
         Their product is then no e-process. For each process the largest one counts, divided by the number of replicas:
@@ -109,4 +109,4 @@ class Wealth:
             for part in ("product", "restarted")
         )
         updates = sum(wealth.updates for wealth in all_)
-        return Wealth(product, restarted, updates, min(wealth.rest for wealth in all_) / few, self.is_spread)
+        return EProcesses(product, restarted, updates, min(wealth.rest for wealth in all_) / few, self.is_spread)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from batchnorm.shift import betting, by_layer, channel_marks, conformal
-from batchnorm.shift.e_processes import Wealth
+from batchnorm.shift.e_processes import EProcesses
 from batchnorm.shift.scores import KIND_OF
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from batchnorm.shift.conformal import Bag
 
 KINDS = ("mean", "energy up", "energy down", "channel energy", "components", "component means")
-BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of Evidence that hold bets
+BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of ShiftEvidence that hold bets
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class ShiftEvidence:
     """E-processes of every channel and layer after ``observations`` observations.
 
     Args:
@@ -59,24 +59,24 @@ class Evidence:
     """
 
     reference: Reference
-    mean: Wealth | None
-    up: Wealth | None
-    down: Wealth | None
-    ranks: Wealth | None
-    marks: Wealth | None
+    mean: EProcesses | None
+    up: EProcesses | None
+    down: EProcesses | None
+    ranks: EProcesses | None
+    marks: EProcesses | None
     bag: Bag | None
     stakes: tuple[Tensor, ...]
     observations: int = 0
 
     @classmethod
-    def start(cls, reference: Reference, *, is_spread: bool = True) -> Evidence:
+    def start(cls, reference: Reference, *, is_spread: bool = True) -> ShiftEvidence:
         """No evidence yet; ``is_spread`` is False for e-SR."""
         bets: dict[str, Any] = dict.fromkeys(BETS)
-        bets |= {name: Wealth.start(shape, is_spread=is_spread) for name, shape in shapes(reference).items()}
+        bets |= {name: EProcesses.start(shape, is_spread=is_spread) for name, shape in shapes(reference).items()}
         bag = None if reference.clean is None else reference.clean.bag
         return cls(reference, **bets, bag=bag, stakes=stakes_for(reference))
 
-    def after(self, z: Tensor, q: Tensor, *, learns: bool = True) -> Evidence:
+    def after(self, z: Tensor, q: Tensor, *, learns: bool = True) -> ShiftEvidence:
         """The evidence after one more round of observations.
 
         Args:
@@ -96,7 +96,7 @@ class Evidence:
             bets["down"] = _bet(self.down, betting.energy_down(energy, known.d, known.v, self.stakes[2]), n)
         return replace(self, **bets, observations=self.observations + n)
 
-    def _after_ranks(self, z: Tensor, q: Tensor, *, learns: bool) -> Evidence:
+    def _after_ranks(self, z: Tensor, q: Tensor, *, learns: bool) -> ShiftEvidence:
         clean, bag = self.reference.clean, self.bag
         if clean is None or bag is None:
             raise AssertionError("a calibrated reference has a bag")
@@ -126,7 +126,7 @@ class Evidence:
         energies = [wealth.log_mean for wealth in (self.up, self.down) if wealth is not None]
         return torch.stack([by_layer.log_mean_exp(self.log_channels, self.reference.sizes), *energies])
 
-    def _log_kinds_of_ranks(self, ranks: Wealth) -> Tensor:
+    def _log_kinds_of_ranks(self, ranks: EProcesses) -> Tensor:
         of_scores = ranks.log_mean - (0.0 if ranks.is_spread else math.log(2))
         parts = of_scores.reshape(len(KIND_OF), -1).split([KIND_OF.count(kind) for kind in KINDS])
         return torch.stack([part.amax(0) - math.log(len(part)) for part in parts])  # (kinds, layers)
@@ -146,8 +146,8 @@ class Evidence:
         together = logs.logsumexp(0) if self.ranks is None else logs.amax(0)
         return together - math.log(len(logs))
 
-    def merged(self, others: list[Evidence]) -> Evidence:
-        """Combined evidence of several replicas of one model; see ``Wealth.merged`` and ``Wealth.highest``.
+    def merged(self, others: list[ShiftEvidence]) -> ShiftEvidence:
+        """Combined evidence of several replicas of one model; see ``EProcesses.merged`` and ``highest``.
 
         Raises:
             ValueError: If they bet against different references.
@@ -185,6 +185,6 @@ def stakes_for(known: Reference) -> tuple[Tensor, ...]:
     return stakes if known.v is None else (*stakes, betting.down_stakes(known.d, known.v))
 
 
-def _bet(wealth: Wealth | None, factors: Tensor, observations: int) -> Wealth:
+def _bet(wealth: EProcesses | None, factors: Tensor, observations: int) -> EProcesses:
     assert wealth is not None  # noqa: S101 - the reference has this kind of bets
     return wealth.bet(factors, observations)

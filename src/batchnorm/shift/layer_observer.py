@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ALL = 2**62  # examples: more than a batch has
 
 
-def drawn(size: int, examples: int, seed: int) -> list[int] | None:
+def random_rows(size: int, examples: int, seed: int) -> list[int] | None:
     """Random rows of a batch, in order, because batches may be sorted; None for all of ``size``."""
     return None if examples >= size else sorted(Random(seed).sample(range(size), examples))  # noqa: S311
 
@@ -54,14 +54,14 @@ class _Pass(threading.local):
         """The observed rows of a layer's input; the same in all layers."""
         key = len(x), x.device
         if key not in self._indices:
-            rows = drawn(len(x), self.examples, self.seed)
+            rows = random_rows(len(x), self.examples, self.seed)
             self._indices[key] = None if rows is None else torch.tensor(rows, device=x.device)
         index = self._indices[key]
         return x if index is None else x[index]
 
 
 @final
-class Tap:
+class LayerObserver:
     """Hooks on layers that keep statistics of some examples of each batch.
 
     Args:

@@ -23,14 +23,14 @@ from batchnorm.shift.scores import KIND_OF
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from batchnorm.shift.evidence import Evidence
+    from batchnorm.shift.evidence import ShiftEvidence
 
 _STARTS = 2  # starts that the evidence averages over
 _SD = math.sqrt(math.pi / 2)  # sd of a normal variable, in mean absolute deviations
 _FURTHEST, _STEPS, _NORMAL = 40.0, 161, 63  # largest move, in mean absolute deviations; moves tried; normal quantiles
 
 
-def sight(evidence: Evidence, alpha: float) -> float:
+def least_visible_shift(evidence: ShiftEvidence, alpha: float) -> float:
     """The smallest move of a channel's mean, in stored sd, that would have raised an alarm: median over channels.
 
     Infinite if no move could have done so in so few observations.
@@ -39,7 +39,7 @@ def sight(evidence: Evidence, alpha: float) -> float:
     return float(found.median())
 
 
-def _by_bets(evidence: Evidence, alpha: float) -> Tensor:
+def _by_bets(evidence: ShiftEvidence, alpha: float) -> Tensor:
     known, n = evidence.reference, evidence.observations
     sizes = torch.tensor(known.sizes)
     places = betting.SIDES * betting.STAKES * _STARTS * len(evidence.kinds) * len(sizes) * sizes.double()
@@ -50,7 +50,7 @@ def _by_bets(evidence: Evidence, alpha: float) -> Tensor:
     return known.delta + moves.amin(0)
 
 
-def _by_ranks(evidence: Evidence, alpha: float) -> Tensor:
+def _by_ranks(evidence: ShiftEvidence, alpha: float) -> Tensor:
     known, clean, bag = evidence.reference, evidence.reference.clean, evidence.bag
     assert clean is not None and bag is not None  # noqa: S101, PT018 - the caller has checked
     layers, counts = len(known.sizes), bag.counts

@@ -26,10 +26,10 @@ from batchnorm.population.tensor_memory import require
 from batchnorm.population.tensor_trees import examples_in, rows_of, why_without_rows
 from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.data_passes import passes
-from batchnorm.shift.layer_observer import ALL, Tap, drawn
+from batchnorm.shift.layer_observer import ALL, LayerObserver, random_rows
 from batchnorm.shift.observation_units import Grouping, Unit, name_of
 from batchnorm.shift.stream import Stream
-from batchnorm.shift.stream_state import State
+from batchnorm.shift.stream_state import StreamState
 
 if TYPE_CHECKING:
     import os
@@ -132,7 +132,7 @@ class ShiftMonitor:
 
     def _use(self, reference: Reference) -> None:
         self.reference = reference
-        self._tap = Tap(self.layers, reference)
+        self._tap = LayerObserver(self.layers, reference)
         self.reset()
 
     def reset(self) -> None:
@@ -291,7 +291,7 @@ class ShiftMonitor:
         """Rows of a batch for the second pass; None for all."""
         if self._is_whole or why_without_rows(given):
             return None
-        return drawn(examples_in(given) or 1, examples, self.stream.passed)
+        return random_rows(examples_in(given) or 1, examples, self.stream.passed)
 
     def _second_pass(self, given: tuple[Any, Any], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
         """The observations from these examples in the model without compilation."""
@@ -326,7 +326,7 @@ class ShiftMonitor:
             raise RuntimeError("calibrate must be called before observation starts. Call monitor.stop() first.")
         fresh = Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), **self._trained)
         grouping, found, examples = None, [], 0
-        with closing(passes(self.model, Tap(self.layers, fresh), loader, max_examples, "calibrate")) as seen:
+        with closing(passes(self.model, LayerObserver(self.layers, fresh), loader, max_examples, "calibrate")) as seen:
             for inputs, z, q in seen:
                 if grouping is None:
                     examples = (self.examples or len(z)) if self.unit == "batch" else 0
@@ -349,7 +349,7 @@ class ShiftMonitor:
             ValueError: If the file is of another kind, or its monitor had another reference, unit, alpha or arl.
             OSError: If it cannot be read.
         """
-        self.stream.put(State.load(path))
+        self.stream.put(StreamState.load(path))
         return self
 
     def pooled(self, *others: ShiftMonitor | str | os.PathLike[str]) -> Alarm | None:
@@ -363,7 +363,7 @@ class ShiftMonitor:
             if isinstance(monitor, ShiftMonitor):
                 monitor.stream.update()
         return self.stream.pooled(
-            [m.stream.state() if isinstance(m, ShiftMonitor) else State.load(m) for m in monitors]
+            [m.stream.state() if isinstance(m, ShiftMonitor) else StreamState.load(m) for m in monitors]
         )
 
     def pooled_over_ranks(self, group: Any = None) -> Alarm | None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.call_types import Batch
-from batchnorm.shift.layer_observer import drawn
-from batchnorm.shift.stream_state import State
+from batchnorm.shift.layer_observer import random_rows
+from batchnorm.shift.stream_state import StreamState
 
 _WINDOW = 64  # longer than the runs of similar examples in a sorted file
 _CHANNELS = 256
@@ -39,7 +39,7 @@ def name_of(unit: Unit) -> str:
 
 @final
 @dataclass(slots=True, eq=False)
-class _Run:
+class _OpenObservation:
     """Examples collected so far for one observation.
 
     Args:
@@ -78,7 +78,7 @@ class Grouping:
         self.name = name_of(unit)
         self._keys_of = unit if callable(unit) else None
         self._examples, self._is_strict = examples, is_strict
-        self._open: _Run | None = None
+        self._open: _OpenObservation | None = None
         self._missed = False  # since the last example
         self._draws = 0
 
@@ -120,36 +120,36 @@ class Grouping:
         wanted = self._examples or len(z)
         if len(z) >= wanted:
             self._draws += 1
-            rows = drawn(len(z), wanted, self._draws) or slice(None)
+            rows = random_rows(len(z), wanted, self._draws) or slice(None)
             return z[rows].mean(0, keepdim=True), q[rows].mean(0, keepdim=True)
-        run = self._open or _Run(None, torch.zeros_like(z[0]), torch.zeros_like(q[0]), 0)
+        run = self._open or _OpenObservation(None, torch.zeros_like(z[0]), torch.zeros_like(q[0]), 0)
         few = min(len(z), wanted - run.examples)
         run.add(z[:few].sum(0), q[:few].sum(0), few)
         self._open = run if run.examples < wanted else None
         return (z[:0], q[:0]) if self._open else (run.z[None] / wanted, run.q[None] / wanted)
 
-    def _take(self, key: Hashable, z: Tensor, q: Tensor) -> _Run | None:
+    def _take(self, key: Hashable, z: Tensor, q: Tensor) -> _OpenObservation | None:
         """The run that this example ended, if any."""
         missed, self._missed = self._missed, False
         if self._open is not None and self._open.key == key:
             self._open.add(z, q)
             return None
-        done, self._open = self._open, _Run(key, z, q, is_whole=not missed)
+        done, self._open = self._open, _OpenObservation(key, z, q, is_whole=not missed)
         return done if done is not None and done.is_whole else None
 
-    def state(self) -> State:
+    def state(self) -> StreamState:
         """The run that is open."""
         about: dict[str, Any] = {"missed": self._missed}
         if (run := self._open) is None:
-            return State({}, {"open": None, "grouping": about})
+            return StreamState({}, {"open": None, "grouping": about})
         told = {"key": run.key, "examples": run.examples, "is_whole": run.is_whole}
-        return State({"open.z": run.z.clone(), "open.q": run.q.clone()}, {"open": told, "grouping": about})
+        return StreamState({"open.z": run.z.clone(), "open.q": run.q.clone()}, {"open": told, "grouping": about})
 
-    def put(self, state: State) -> None:
+    def put(self, state: StreamState) -> None:
         """Go on from a state."""
         told, tensors = state.about["open"], state.tensors
         self._missed = state.about.get("grouping", {}).get("missed", False)  # older files lack it
-        self._open = None if told is None else _Run(z=tensors["open.z"], q=tensors["open.q"], **told)
+        self._open = None if told is None else _OpenObservation(z=tensors["open.z"], q=tensors["open.q"], **told)
 
 
 @final
@@ -188,12 +188,12 @@ class Autocorrelation:
         """Whether neighbouring observations are correlated beyond chance."""
         return self.count >= 2 * _WINDOW and self.r > 0.1 + 4 / self.count**0.5
 
-    def state(self) -> State:
+    def state(self) -> StreamState:
         """The windows so far."""
         tensors = {} if self._open is None else {"auto.open": self._open.clone()}
-        return State(tensors, {"auto": {"count": self.count, "sum": self._sum}})
+        return StreamState(tensors, {"auto": {"count": self.count, "sum": self._sum}})
 
-    def put(self, state: State) -> None:
+    def put(self, state: StreamState) -> None:
         """Go on from a state."""
         self.count, self._sum = state.about["auto"]["count"], state.about["auto"]["sum"]
         self._open = state.tensors.get("auto.open")

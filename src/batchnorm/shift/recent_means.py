@@ -12,13 +12,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.stream_state import State
+from batchnorm.shift.stream_state import StreamState
 
 _FORGOTTEN = 0.05  # added to the lowest logarithm in each round
 
 
 @final
-class Recent:
+class RecentMeans:
     """Sums of channel means and energies since the evidence was lowest.
 
     Args:
@@ -54,11 +54,11 @@ class Recent:
         """Forget all earlier observations."""
         self.sums, self.count = torch.zeros_like(self.sums), 0
 
-    def state(self) -> State:
+    def state(self) -> StreamState:
         """The sums, as part of a state."""
-        return State({self._name: self.sums}, {self._name: {"count": self.count, "least": self._least}})
+        return StreamState({self._name: self.sums}, {self._name: {"count": self.count, "least": self._least}})
 
-    def put(self, state: State) -> None:
+    def put(self, state: StreamState) -> None:
         """Continue from a state."""
         about = state.about[self._name]
         self.sums, self.count, self._least = state.tensors[self._name].clone(), about["count"], about["least"]

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from batchnorm.shift.alarm import SETTLED, Alarm, LayerShift, first_moved, hint, localized
-from batchnorm.shift.evidence import Evidence
+from batchnorm.shift.alarm import SETTLED, Alarm, LayerShift, first_moved, hint, layer_shifts
+from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.observation_units import Autocorrelation, Grouping, Unit
-from batchnorm.shift.recent_means import Recent
-from batchnorm.shift.stream_state import State
+from batchnorm.shift.recent_means import RecentMeans
+from batchnorm.shift.stream_state import StreamState
 from batchnorm.shift.tails import Tail, Tails
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Stream:
     ) -> None:
         self.reference, self.alpha, self.arl, self.on_alarm = reference, alpha, arl, on_alarm
         self.alarm: Alarm | None = None
-        self.evidence = Evidence.start(reference, is_spread=arl is None)
+        self.evidence = ShiftEvidence.start(reference, is_spread=arl is None)
         self.autocorrelation = Autocorrelation()
         self._tails = Tails(reference)
         self._bounds = reference.digest_of_bounds()
@@ -62,8 +62,8 @@ class Stream:
         self._grouping = Grouping(unit, reference.examples, is_strict=reference.clean is not None)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
-        self._recent = Recent(sum(reference.sizes))
-        self._later = Recent(sum(reference.sizes), "later")  # observations after the alarm
+        self._recent = RecentMeans(sum(reference.sizes))
+        self._later = RecentMeans(sum(reference.sizes), "later")  # observations after the alarm
         self._warned: set[str] = set()
         self.lock = threading.RLock()  # held while counting, also while on_alarm runs
 
@@ -121,7 +121,7 @@ class Stream:
         self._judge()
         self._watch_tails(q)
 
-    def _since_clean(self, evidence: Evidence) -> float:
+    def _since_clean(self, evidence: ShiftEvidence) -> float:
         """Log evidence, without the growth of one per observation that e-SR has on clean data."""
         return evidence.log - (math.log(evidence.observations) if self.arl is not None else 0.0)
 
@@ -181,7 +181,7 @@ class Stream:
         """The evidence for every layer now."""
         with self.lock:
             evidence, means = self.evidence, self._means()
-        return localized(evidence, *means, alpha=self.alpha)
+        return layer_shifts(evidence, *means, alpha=self.alpha)
 
     @property
     def means(self) -> Tensor:
@@ -214,8 +214,8 @@ class Stream:
             return recent
         return self._sums / max(1, self.evidence.observations)
 
-    def _alarm(self, evidence: Evidence, means: Tensor, passed: int) -> Alarm:
-        layers = localized(evidence, *means, alpha=self.alpha)
+    def _alarm(self, evidence: ShiftEvidence, means: Tensor, passed: int) -> Alarm:
+        layers = layer_shifts(evidence, *means, alpha=self.alpha)
         furthest = evidence.reference.furthest(*means)
         first, about = first_moved(layers, self.limit), hint(layers, self.limit, furthest)
         return Alarm(evidence.observations, passed, evidence.log, first, about, layers, time.time())
@@ -229,20 +229,20 @@ class Stream:
         about = {"digest": known.digest, "source": known.source, "unit": known.unit, "bounds": self._bounds}
         return {**about, "alpha": self.alpha, "arl": self.arl}
 
-    def state(self) -> State:
+    def state(self) -> StreamState:
         """Everything that the next observation depends on; ``put`` restores it bit for bit."""
         with self.lock:
             return self._state()
 
-    def _state(self) -> State:
+    def _state(self) -> StreamState:
         alarm = None if self.alarm is None else asdict(self.alarm)
         about = {**self.kind, "passed": self.passed, "looked": self.looked, "alarm": alarm}
-        state = State({"sums": self._sums.clone()}, about)
+        state = StreamState({"sums": self._sums.clone()}, about)
         waiting = self._waiting or [(self._sums[:0, :], self._sums[:0, :])]
         rows = {f"waiting.{name}": torch.cat([row[i] for row in waiting]) for i, name in enumerate("zq")}
         for part in (
-            State.of_evidence(self.evidence),
-            State(rows, {}),
+            StreamState.of_evidence(self.evidence),
+            StreamState(rows, {}),
             self._grouping.state(),
             self._recent.state(),
             self._later.state(),
@@ -252,7 +252,7 @@ class Stream:
             state = state | part
         return state
 
-    def put(self, state: State) -> None:
+    def put(self, state: StreamState) -> None:
         """Continue from a state.
 
         Raises:
@@ -262,7 +262,7 @@ class Stream:
         with self.lock:
             self._put(state)
 
-    def _put(self, state: State) -> None:
+    def _put(self, state: StreamState) -> None:
         about, tensors = state.about, state.tensors
         self.evidence, self.alarm, self.passed = state.evidence(self.reference), state.alarm, about["passed"]
         self.looked = about.get("looked", 0)  # older files do not say
@@ -274,7 +274,7 @@ class Stream:
         self.autocorrelation.put(state)
         self._tails.put(state)
 
-    def check(self, state: State) -> None:
+    def check(self, state: StreamState) -> None:
         """Refuse a state of another kind of stream, or a damaged one."""
         about = state.about
         wrong = [f"{name} {about.get(name)!r}" for name, own in self.kind.items() if about.get(name) != own]
@@ -285,7 +285,7 @@ class Stream:
             )
         state.check(self.reference)
 
-    def pooled(self, states: Sequence[State]) -> Alarm | None:
+    def pooled(self, states: Sequence[StreamState]) -> Alarm | None:
         """An alarm if the combined evidence of all states reaches the limit, else None.
 
         Observations that still wait in a state are not evidence yet and are ignored.

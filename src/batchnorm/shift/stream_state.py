@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, final
 from batchnorm.files import sidecar
 from batchnorm.shift.alarm import Alarm
 from batchnorm.shift.conformal import CELLS, Bag
-from batchnorm.shift.e_processes import Wealth
-from batchnorm.shift.evidence import BETS, Evidence, shapes, stakes_for
+from batchnorm.shift.e_processes import EProcesses
+from batchnorm.shift.evidence import BETS, ShiftEvidence, shapes, stakes_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ SUFFIX = ".bnshift.safetensors"
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class State:
+class StreamState:
     """A stream's state at one moment, or a part of it; ``|`` joins parts.
 
     Args:
@@ -35,16 +35,16 @@ class State:
     tensors: dict[str, Tensor]
     about: dict[str, Any]
 
-    def __or__(self, other: State) -> State:
+    def __or__(self, other: StreamState) -> StreamState:
         """Both parts."""
-        return State(self.tensors | other.tensors, self.about | other.about)
+        return StreamState(self.tensors | other.tensors, self.about | other.about)
 
     @classmethod
-    def of_evidence(cls, evidence: Evidence) -> State:
+    def of_evidence(cls, evidence: ShiftEvidence) -> StreamState:
         """The evidence's part."""
         tensors, bets = {}, {}
         for name in BETS:
-            wealth: Wealth | None = getattr(evidence, name)
+            wealth: EProcesses | None = getattr(evidence, name)
             if wealth is None:
                 continue
             tensors |= {f"{name}.product": wealth.product.clone(), f"{name}.restarted": wealth.restarted.clone()}
@@ -53,13 +53,13 @@ class State:
             tensors["bag"] = evidence.bag.counts.clone()
         return cls(tensors, {"bets": bets, "observations": evidence.observations})
 
-    def evidence(self, reference: Reference) -> Evidence:
+    def evidence(self, reference: Reference) -> ShiftEvidence:
         """The evidence against ``reference``, which must be the state's own."""
         bets: dict[str, Any] = dict.fromkeys(BETS)
         for name, about in self.about["bets"].items():
-            bets[name] = Wealth(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
+            bets[name] = EProcesses(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
         bag = Bag.counted(self.tensors["bag"].clone()) if "bag" in self.tensors else None
-        return Evidence(
+        return ShiftEvidence(
             reference, **bets, bag=bag, stakes=stakes_for(reference), observations=self.about["observations"]
         )
 
@@ -116,7 +116,7 @@ class State:
             raise ValueError(f"a monitor is saved with keys that are text or numbers: {error}.") from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> State:
+    def load(cls, path: str | os.PathLike[str]) -> StreamState:
         """Read a file that ``save`` wrote.
 
         Raises:

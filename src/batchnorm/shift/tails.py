@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.shift.alarm_reference import NORMAL
-from batchnorm.shift.stream_state import State
+from batchnorm.shift.stream_state import StreamState
 
 if TYPE_CHECKING:
     from batchnorm.shift.alarm_reference import Reference
@@ -105,11 +105,11 @@ class Tails:
         at = int(above.argmax())
         return tail_of(self._names[at], self._largest[:, at], float(self._sums[0, at]), self.count, self.ratios[at])
 
-    def state(self) -> State:
+    def state(self) -> StreamState:
         """The sums, as part of a state."""
-        return State({"tails.sums": self._sums.clone(), "tails.largest": self._largest}, {"tails": self.count})
+        return StreamState({"tails.sums": self._sums.clone(), "tails.largest": self._largest}, {"tails": self.count})
 
-    def put(self, state: State) -> None:
+    def put(self, state: StreamState) -> None:
         """Continue from a state."""
         self.count = state.about["tails"]
         self._sums, self._largest = state.tensors["tails.sums"].clone(), state.tensors["tails.largest"].clone()

@@ -23,15 +23,15 @@ from batchnorm.population.tensor_trees import examples_in
 from batchnorm.reporting.json_values import to_json
 from batchnorm.shift.alarm import first_moved
 from batchnorm.shift.data_passes import passes, passes_needed
-from batchnorm.shift.layer_observer import Tap
-from batchnorm.shift.least_visible_shift import sight
+from batchnorm.shift.layer_observer import LayerObserver
+from batchnorm.shift.least_visible_shift import least_visible_shift
 from batchnorm.shift.stream import Stream
 
 if TYPE_CHECKING:
     from batchnorm.call_types import Batch
     from batchnorm.reporting.json_values import Json
     from batchnorm.shift.alarm import Alarm, LayerShift
-    from batchnorm.shift.evidence import Evidence
+    from batchnorm.shift.evidence import ShiftEvidence
     from batchnorm.shift.monitor import ShiftMonitor
 
 # changes when a key of to_dict() changes its meaning or goes away
@@ -185,7 +185,7 @@ def judge(
     stream = Stream(monitor.reference, monitor.unit, alpha=monitor.stream.alpha, arl=None)
     watch = _Watch(stream, _Album(pictures))
     with _unwarned():
-        tap = Tap(monitor.layers, monitor.reference)
+        tap = LayerObserver(monitor.layers, monitor.reference)
         with closing(passes(monitor.model, tap, loader, max_examples, "shift")) as seen:
             for inputs, z, q in seen:
                 if len(z) != examples_in(inputs):
@@ -216,7 +216,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
         trail=tuple(watch.trail), rang=alarm and alarm.examples, rise=rise,
         first=first_moved(table, stream.limit), hint=alarm.hint if alarm else "",
         layers=tuple(_layers(stream, table, *moved)), correlation=correlation,
-        dependent=dependent, sight=sight(stream.evidence, stream.alpha), seconds=seconds,
+        dependent=dependent, sight=least_visible_shift(stream.evidence, stream.alpha), seconds=seconds,
         pictures=tuple(watch.album.chosen()), tails=str(stream.tail or ""),
     )  # fmt: skip
 
@@ -290,7 +290,7 @@ class _Album:
     def __init__(self, wanted: int) -> None:
         self._wanted = wanted
         self._rows: deque[tuple[int, Tensor, Tensor, Tensor]] = deque(maxlen=2 * _AROUND)
-        self._evidence: Evidence | None = None
+        self._evidence: ShiftEvidence | None = None
         self._left = _AROUND  # examples to take after the alarm
 
     def add(self, inputs: Batch, example: int, z: Tensor, q: Tensor, at: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import require_flag, require_module
 from batchnorm.layers import _Layer
-from batchnorm.other_libraries import out_of_reach, told
+from batchnorm.other_libraries import as_sentence, out_of_reach
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import require_examples
 from batchnorm.population.freezing import Frozen, freeze
@@ -205,7 +205,7 @@ def _warn_of_others(model: nn.Module, layers: dict[str, _BatchNorm], found: dict
     }
     reasons |= out_of_reach(model)
     if reasons:
-        message = f"convert left layers of other classes as they are: {told(reasons)}"
+        message = f"convert left layers of other classes as they are: {as_sentence(reasons)}"
         warnings.warn(message, UserWarning, stacklevel=4)
 
 

@@ -47,7 +47,7 @@ _NARROW = {torch.float16, torch.bfloat16}
 
 
 @dataclass
-class Gauge:
+class InputMeasurement:
     """Moments of a layer's inputs, kept per batch so that batches can be compared.
 
     NaN or an infinite value excludes all values of that example's channel.
@@ -158,7 +158,10 @@ class Gauge:
     def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
         """Smallest and largest eval output of each channel, before any activation; {} if some are not finite."""
         layer = self.layer
-        gamma, beta = _known(layer.weight, torch.ones_like(mean)), _known(layer.bias, torch.zeros_like(mean))
+        gamma, beta = (
+            _affine_values(layer.weight, torch.ones_like(mean)),
+            _affine_values(layer.bias, torch.zeros_like(mean)),
+        )
         if gamma is None or beta is None:
             return {}
         gain = (var + layer.eps).rsqrt() * gamma
@@ -173,7 +176,7 @@ class Gauge:
         batches = [batch for batch in self.values if bool((batch.count > 1).all())]
         if not batches or not has_stored_statistics(self.layer) or isinstance(self.layer, Frozen):
             return None, None, None, None
-        eps, gamma = self.layer.eps, _known(self.layer.weight, torch.ones_like(mean))
+        eps, gamma = self.layer.eps, _affine_values(self.layer.weight, torch.ones_like(mean))
         if gamma is None:
             return None, None, None, None
         gain = gamma.square()
@@ -239,7 +242,7 @@ def _equal_at_end(x: Tensor) -> Tensor:
     return same.flip(1).long().cumprod(1).sum(1)
 
 
-def _known(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None:
+def _affine_values(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None:
     """Gamma or beta in float64; ``otherwise`` if the layer has none; None if its values cannot be read here."""
     if parameter is None:
         return otherwise

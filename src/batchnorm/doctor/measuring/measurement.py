@@ -23,9 +23,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.doctor.measuring.batch_clustering import order_p
-from batchnorm.doctor.measuring.layer_inputs import Gauge, is_measurable, plain
+from batchnorm.doctor.measuring.layer_inputs import InputMeasurement, is_measurable, plain
 from batchnorm.doctor.measuring.live_layers import layers_of
-from batchnorm.doctor.measuring.short_runs import companions, few, train_step
+from batchnorm.doctor.measuring.short_runs import batch_dependence, example_subset, train_step
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
@@ -89,10 +89,10 @@ def measure(
         with view.hooks(), _without_gradients():
             for batch in batches:
                 view.see(batch)
-        some = few(model, view.first)
+        some = example_subset(model, view.first)
         if some.uncut:
             view.rows_are_no_examples()
-        alone = companions(model, some)
+        alone = batch_dependence(model, some)
         step = train_step(model, some)
     is_raw = view.not_raw is None and bool(view.inputs.count.any())
     unknown = {
@@ -143,7 +143,7 @@ class _View:
         self.model = model
         layers = batch_norms(model)
         columns = max(1, _COLUMNS // max(1, len(layers)))
-        self.gauges = {name: Gauge(layer, columns=columns) for name, layer in layers.items()}
+        self.gauges = {name: InputMeasurement(layer, columns=columns) for name, layer in layers.items()}
         self.calls: Counter[str] = Counter()  # in the order of first calls
         self.examples = 0
         self.batches = 0

@@ -156,17 +156,23 @@ def _behind(call: Node, layer: nn.Module | None) -> str:
 def applied_by(layer: Any) -> str:
     """The activation that a layer applies itself: ours by name, others' by the module that they hold."""
     act = getattr(layer, "act", None)
-    return _known(act) if isinstance(act, str) else _known(type(act).__name__) if isinstance(act, nn.Module) else ""
+    return (
+        _known_activation(act)
+        if isinstance(act, str)
+        else _known_activation(type(act).__name__)
+        if isinstance(act, nn.Module)
+        else ""
+    )
 
 
 def _activation(node: Node) -> str:
     module = _module(node)
     if module is not None:
-        return _known(type(module).__name__) if type(module).__module__.startswith("torch.nn.") else ""
-    return _known(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+        return _known_activation(type(module).__name__) if type(module).__module__.startswith("torch.nn.") else ""
+    return _known_activation(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
-def _known(name: str) -> str:
+def _known_activation(name: str) -> str:
     """ "relu" for "ReLU" and "relu_"; "" for names that are not an activation known to the rules."""
     plain = name.lower().replace("_", "")
     return plain if plain in ACTIVE else ""

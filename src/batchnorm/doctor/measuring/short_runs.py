@@ -37,7 +37,7 @@ _LONGEST_MESSAGE = 200
 
 @final
 @dataclass(frozen=True, slots=True)
-class Few:
+class ExampleSubset:
     """A few examples of a batch; the whole batch if it cannot be cut, with the reason."""
 
     batch: Batch
@@ -59,7 +59,7 @@ class Step:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Alone:
+class BatchDependence:
     """Relative difference between an example's outputs alone and among others, and what rounding explains."""
 
     change: float | None = None
@@ -68,15 +68,15 @@ class Alone:
     unknown: str = ""
 
 
-def few(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Few:
+def example_subset(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> ExampleSubset:
     """Up to ``most`` examples on which the model runs in eval mode; it must run on the whole batch.
 
     Nodes of a graph and packed points are not examples: the model fails if they are cut off. A part may get outputs
-    that differ from those within the whole: that is what ``companions`` measures.
+    that differ from those within the whole: that is what ``batch_dependence`` measures.
     """
     size = examples_in(batch) or 0
     if size <= 2:
-        return Few(on_device_of(model, batch), size)
+        return ExampleSubset(on_device_of(model, batch), size)
     count = min(most, size - 1)
     if not (why := why_without_rows(arguments(model, batch))):
         try:
@@ -85,11 +85,13 @@ def few(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Few:
         except Exception as error:  # noqa: BLE001 - whatever the user's model raises is the result
             why = _message(error)
     if why:
-        return Few(on_device_of(model, batch), size, f"a batch cannot be cut to {count} of its {size} rows: {why}")
-    return Few(on_device_of(model, batch, most), size)
+        return ExampleSubset(
+            on_device_of(model, batch), size, f"a batch cannot be cut to {count} of its {size} rows: {why}"
+        )
+    return ExampleSubset(on_device_of(model, batch, most), size)
 
 
-def train_step(model: nn.Module, some: Few) -> Step:
+def train_step(model: nn.Module, some: ExampleSubset) -> Step:
     """One forward and backward pass in train mode on a few examples; frozen layers stay frozen.
 
     The loss is the mean square of all floating-point outputs. A model that needs more than the first part of a batch,
@@ -123,14 +125,14 @@ def _failed(model: nn.Module, batch: Batch, forward: dict[str, int], error: Exce
     """The step of a failed run: a fault, unless the model needs arguments that the batch lacks."""
     if isinstance(error, AbsenceError):
         return Step(forward, unknown=str(error).rstrip("."))
-    missing = _not_given(model, batch)
+    missing = _missing_arguments(model, batch)
     if missing and not _is_of_batch_norm(error):
         told = f"a training step fails outside of batch norm layers, perhaps because it lacks {missing}"
         return Step(forward, unknown=f"{told}: {_message(error)}")
     return Step(forward, error=_message(error))
 
 
-def _not_given(model: nn.Module, batch: Batch) -> str:
+def _missing_arguments(model: nn.Module, batch: Batch) -> str:
     """Names of forward's arguments that the batch does not provide: "targets"."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
@@ -177,7 +179,7 @@ def _message(error: Exception) -> str:
 
 
 @torch.no_grad()
-def companions(model: nn.Module, some: Few) -> Alone:
+def batch_dependence(model: nn.Module, some: ExampleSubset) -> BatchDependence:
     """One example's eval output alone and among a few others, or why they were not compared.
 
     The model must be in eval mode and run on ``some``. An error of one example alone is a fault if the row is certainly
@@ -185,26 +187,32 @@ def companions(model: nn.Module, some: Few) -> Alone:
     """
     count = examples_in(some.batch) or 0
     if some.uncut or count < 2:
-        return Alone(unknown=some.uncut or "the comparison needs a batch of 2 examples or more")
+        return BatchDependence(unknown=some.uncut or "the comparison needs a batch of 2 examples or more")
     beside = floats_in(call(model, on_device_of(model, some.batch)))
     if not beside:
-        return Alone(unknown="outputs are not floating-point numbers")
+        return BatchDependence(unknown="outputs are not floating-point numbers")
     if not _are_rows(beside, count):
-        return Alone(unknown="outputs do not have one row per example")
+        return BatchDependence(unknown="outputs do not have one row per example")
     try:
         single = floats_in(call(model, on_device_of(model, some.batch, 1)))
     except Exception as error:  # noqa: BLE001 - whatever the user's model raises is the result
         if _is_of_batch_norm(error):
-            return Alone(error=_message(error))
+            return BatchDependence(error=_message(error))
         if count == 2:
-            return Alone(unknown=f"one row of a batch of 2 raises, perhaps because it was cut: {_message(error)}")
+            return BatchDependence(
+                unknown=f"one row of a batch of 2 raises, perhaps because it was cut: {_message(error)}"
+            )
         # rows that depend on other rows, such as points, are not examples
         why = why_whole(model, some.batch, max(2, count // 2))
-        return Alone(unknown=f"one row raises {_message(error)}; {why}") if why else Alone(error=_message(error))
+        return (
+            BatchDependence(unknown=f"one row raises {_message(error)}; {why}")
+            if why
+            else BatchDependence(error=_message(error))
+        )
     change = difference(single, [output[:1] for output in beside])
     if change is None:
-        return Alone(unknown="outputs have other shapes for one example alone")
-    return Alone(change, tolerance(beside))
+        return BatchDependence(unknown="outputs have other shapes for one example alone")
+    return BatchDependence(change, tolerance(beside))
 
 
 def _are_rows(outputs: list[Tensor], count: int) -> bool:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
-from batchnorm.shift.alarm import discovered
+from batchnorm.shift.alarm import e_bh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +113,7 @@ class Bets:
             excess: Variance of batch means over that of a random order, at least 1.
         """
         logs = torch.cat([score.logs(averaged, excess) for score in self.scores])
-        return named(logs.logsumexp(0) - math.log(len(logs))) if logs.numel() else ()
+        return selected_channels(logs.logsumexp(0) - math.log(len(logs))) if logs.numel() else ()
 
 
 def _scores() -> Iterator[Score]:
@@ -122,6 +122,6 @@ def _scores() -> Iterator[Score]:
     yield Score(_MOST_ENERGY, 0, 1.0, _OF_ENERGY)
 
 
-def named(log_e: Tensor) -> tuple[int, ...]:
+def selected_channels(log_e: Tensor) -> tuple[int, ...]:
     """Channels selected by e-BH at ``CHANCE``, in order; NaN selects none."""
-    return tuple(sorted(discovered(log_e.nan_to_num(nan=-math.inf), CHANCE)))
+    return tuple(sorted(e_bh(log_e.nan_to_num(nan=-math.inf), CHANCE)))
