@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
 
+    import torch
+    from torch import Tensor, nn
+
     from batchnorm.checkpoint import Checkpoint
 
 
@@ -152,7 +155,7 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def states(network: Any, file: Checkpoint) -> Checkpoint:
+def states(network: nn.Module, file: Checkpoint) -> Checkpoint:
     """The checkpoint, split into the states that a model can load.
 
     A dict that has all of the model's layers is one state, whatever its names contain. If no state has the model's
@@ -172,13 +175,17 @@ def states(network: Any, file: Checkpoint) -> Checkpoint:
     return file
 
 
-def _layers(network: Any) -> set[str]:
+def _layers(network: nn.Module) -> set[str]:
     statistics = (key for key in network.state_dict() if key.endswith(("running_mean", "running_var")))
     return {key.rpartition(".")[0] for key in statistics}
 
 
 def _modules(
-    file: Checkpoint, keys: tuple[str | int, ...], names: Iterable[str], layers: set[str], wanted: Mapping[str, Any]
+    file: Checkpoint,
+    keys: tuple[str | int, ...],
+    names: Iterable[str],
+    layers: set[str],
+    wanted: Mapping[str, torch.Size | None],
 ) -> Iterator[str]:
     """Paths of modules in a dict that have exactly the layers and tensors of a model."""
     first = min(layers)
@@ -194,13 +201,13 @@ def _inside(path: str) -> Callable[[str], bool]:
     return lambda name: is_below(path, name)
 
 
-def _shapes(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size | None]:
     """Shapes that must agree; counters are left out, because torch adds missing ones."""
     kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     return {name: getattr(value, "shape", None) for name, value in kept.items()}
 
 
-def load_weights(network: Any, path: str, state: str = "") -> str:
+def load_weights(network: nn.Module, path: str, state: str = "") -> str:
     """Load a state of a checkpoint into a model, strictly.
 
     Args:
@@ -237,7 +244,7 @@ def refuse_state(target: str, weights: str | None, state: str) -> None:
         raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
 
 
-def chosen(network: Any, path: str, state: str = "") -> tuple[Checkpoint, str]:
+def chosen(network: nn.Module, path: str, state: str = "") -> tuple[Checkpoint, str]:
     """The checkpoint, split into the states that a model can load, and the state that ``load_weights`` takes.
 
     Raises:
@@ -247,7 +254,7 @@ def chosen(network: Any, path: str, state: str = "") -> tuple[Checkpoint, str]:
     return with_state(file, state) if state else (file, _first_that_fits(network, file))
 
 
-def choice(network: Any, path: str, state: str = "") -> tuple[str, str]:
+def choice(network: nn.Module, path: str, state: str = "") -> tuple[str, str]:
     """The state that ``load_weights`` takes, and a sentence that says so; two empty texts if there is only one."""
     file, name = chosen(network, path, state)
     if len(file.states) < 2:
@@ -255,7 +262,7 @@ def choice(network: Any, path: str, state: str = "") -> tuple[str, str]:
     return name, f"{path}: {name!r} was loaded, of {', '.join(map(repr, file.states))}"
 
 
-def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
+def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
     if file.format == "onnx":
         raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Examine it by itself.")
     nested: Any = _safetensors(file.path) if file.format == "safetensors" else _torch(file.path)
@@ -273,7 +280,7 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Any]:
     return {name.removeprefix(prefix): nested[name] for name in names}
 
 
-def _first_that_fits(network: Any, file: Checkpoint) -> str:
+def _first_that_fits(network: nn.Module, file: Checkpoint) -> str:
     """The first state whose batch norm layers have the names of the model's; else the first state."""
     layers = _layers(network)
     fitting = (name for name, state in file.states.items() if state.layers.keys() == layers)
@@ -300,7 +307,7 @@ def _torch(path: str) -> Any:
         ) from error
 
 
-def _safetensors(path: str) -> dict[str, Any]:
+def _safetensors(path: str) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from typing import Any, final
+from typing import final
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # the largest allowed value: HEAP_MAX_SIZE / 2 on 64 bits
@@ -24,7 +24,7 @@ class Tuning:
         reason: Why nothing was done; "" if it took effect.
     """
 
-    def __init__(self, libc: Any, reason: str) -> None:
+    def __init__(self, libc: ctypes.CDLL | None, reason: str) -> None:
         self._libc, self.reason = libc, reason
 
     def __bool__(self) -> bool:
@@ -76,6 +76,6 @@ def tune_allocator() -> Tuning:
     return Tuning(libc, "") if kept else Tuning(None, "glibc refused the settings: nothing was done")
 
 
-def _set(libc: Any, *, threshold: int, trim: int, blocks: int) -> bool:
+def _set(libc: ctypes.CDLL, *, threshold: int, trim: int, blocks: int) -> bool:
     settings = ((_MMAP_THRESHOLD, threshold), (_TRIM_THRESHOLD, trim), (_MMAP_MAX, blocks))
     return all(libc.mallopt(name, value) == 1 for name, value in settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
         )
 
 
-def _pack(kept: Tensor) -> Any:
+def _pack(kept: Tensor) -> Tensor | _Layout:
     recipe = (_recipes.by_address or {}).get(kept.untyped_storage().data_ptr()) if _has_memory(kept) else None
     if recipe is None or recipe.version != kept._version or recipe.storage != StorageWeakRef(kept.untyped_storage()):
         return kept  # not our result, changed since, or a new tensor at a freed address
@@ -85,7 +85,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return type(tensor) in {Tensor, torch.nn.Parameter} and tensor.layout == torch.strided
 
 
-def _unpack(kept: Any) -> Tensor:
+def _unpack(kept: Tensor | _Layout) -> Tensor:
     if not isinstance(kept, _Layout):
         return kept
     with torch.no_grad():

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class Adapter:
         floor: float = 1 / 1024,
         window: int = 64,
         limits: Limits | None = None,
-        classes: Literal["logits"] | Callable[[Any], Tensor] | None = "logits",
+        classes: Literal["logits"] | Callable[[Answer], Tensor] | None = "logits",
     ) -> None:
         require_type(
             monitor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.stored_statistics import Statistics
 
 if TYPE_CHECKING:
-    from batchnorm.call_types import Arguments, Keywords
+    from batchnorm.call_types import Answer, Arguments, Keywords
     from batchnorm.population.stored_statistics import Layers
 
 
@@ -39,7 +39,7 @@ class Trial:
         self.new, self.old = PredictionWindow(window), PredictionWindow(window)
         self._before: tuple[Cumulative, Statistics] | None = None
 
-    def shadow(self, model: nn.Module, args: Arguments, kwargs: Keywords) -> Any:
+    def shadow(self, model: nn.Module, args: Arguments, kwargs: Keywords) -> Answer:
         """The model's output under statistics that include these inputs; the layers are restored.
 
         Inputs are copies, and random states are restored: the served pass is not affected.

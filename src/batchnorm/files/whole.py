@@ -7,14 +7,14 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 @contextmanager
-def replacing(path: Path, *, like: Path | None = None) -> Iterator[Any]:
+def replacing(path: Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
     """A new binary file beside ``path`` that gets its name at the end of the block, with the mode of ``like``.
 
     Its bytes are on the disk before that. An error or Ctrl-C in the block leaves the old file, and nothing else.

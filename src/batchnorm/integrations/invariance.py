@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ def _count(examples: Batch) -> int:
     return next((len(tensor) for tensor in tensors_in(examples) if tensor.ndim), 0)
 
 
-def _example(value: Any, i: int, size: int) -> Any:
+def _example(value: Batch, i: int, size: int) -> Batch:
     """Example i of a batch, as a batch."""
     if isinstance(value, Tensor):
         return value[i : i + 1] if value.ndim and len(value) == size else value

@@ -258,7 +258,7 @@ class _Direct(nn.Module):
         """Register the hook; it runs only while forward is the same as now."""
         own = vars(self._orig_mod).get("forward")
 
-        def direct(module: nn.Module, *inputs: Batch) -> Any:
+        def direct(module: nn.Module, *inputs: Batch) -> Answer:
             return hook(module, *inputs) if vars(module).get("forward") is own else None
 
         return self._orig_mod.register_forward_pre_hook(direct, **arguments)
@@ -270,7 +270,7 @@ def _averages(callback: Any) -> bool:
     return any(kind.__name__ in names for kind in type(callback).__mro__)
 
 
-def _moved(trainer: Trainer, pl_module: LightningModule, batch: Batch) -> Any:
+def _moved(trainer: Trainer, pl_module: LightningModule, batch: Batch) -> Batch:
     """The batch as ``training_step`` gets it."""
     batch = trainer.precision_plugin.convert_input(batch)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
@@ -294,7 +294,7 @@ class _Epoch:
         self.generator = getattr(self._loader, "generator", None)  # recalibrate starts each pass from its state
         self.sampler = getattr(self._loader, "sampler", None)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return islice(with_own_workers(self._loader), None if math.isinf(self._most) else int(self._most))
 
 

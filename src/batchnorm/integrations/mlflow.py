@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 from batchnorm.integrations.metric_sending import MetricSending
 from batchnorm.integrations.missing_packages import needed
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
 _BATCH = 1000  # the largest number of metrics that MLflow accepts at once
 _NOT_ALLOWED = re.compile(r"[^\w\-. :/]")
@@ -49,7 +52,7 @@ class MLflowSink:
             with self._delivery:
                 self._client.log_batch(self.run_id, metrics[first : first + _BATCH])
 
-    def _metrics(self, step: int, values: Mapping[str, float]) -> Sequence[Any]:
+    def _metrics(self, step: int, values: Mapping[str, float]) -> Sequence[Metric]:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())

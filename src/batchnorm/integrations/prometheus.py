@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 from weakref import WeakKeyDictionary
 
 from batchnorm.integrations.missing_packages import needed
@@ -24,6 +24,7 @@ with needed("prometheus_client", "'batchnorm[prometheus]'"):
 
 if TYPE_CHECKING:
     from batchnorm.shift import LayerShift, ShiftMonitor
+    from batchnorm.shift.evidence import ShiftEvidence
 
 _PREFIX = "batchnorm_shift_"
 # alert rules use these names and labels: they do not change
@@ -76,7 +77,7 @@ class _Collector:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._monitors: dict[tuple[str, ...], ShiftMonitor] = {}
-        self._tables: dict[tuple[str, ...], tuple[Any, list[LayerShift]]] = {}
+        self._tables: dict[tuple[str, ...], tuple[ShiftEvidence, list[LayerShift]]] = {}
         self._names: tuple[str, ...] = ()
         registry.register(self)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from batchnorm.call_types import Batch
-    from batchnorm.rules.finding import Finding
+    from batchnorm.rules.finding import Finding, Severity
 
 
 class AssertBatchNormHealthy(Protocol):
@@ -112,7 +112,7 @@ def _finding_lines(finding: Finding) -> str:
     )
 
 
-def _severity(name: str) -> Any:
+def _severity(name: str) -> Severity:
     from batchnorm.rules.finding import Severity
 
     names = [str(severity) for severity in Severity]

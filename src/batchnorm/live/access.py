@@ -8,7 +8,7 @@ too, so every address needs the token. Other origins get no permissions.
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from starlette.responses import PlainTextResponse
@@ -73,7 +73,7 @@ def _with_headers(send: Send) -> Send:
     return added
 
 
-def _missing(headers: Iterable[Any]) -> list[tuple[bytes, bytes]]:
+def _missing(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     there = {name.lower() for name, _ in headers}
     ours = ((name.lower().encode(), value.encode()) for name, value in _HEADERS.items())
     return [(name, value) for name, value in ours if name not in there]

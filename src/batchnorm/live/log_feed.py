@@ -22,6 +22,9 @@ from batchnorm.record import Log
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
+
+    from batchnorm.record.log_entry import JsonValue
 
 _KINDS = ("start", "progress", "free", "probe", "lab", "arrays", "event", "end")
 _ID = re.compile(rf"([0-9a-f]{{16}})((?:-\d{{1,12}}){{{len(_KINDS)}}})")
@@ -61,7 +64,7 @@ class Message:
     seen: PagePosition
 
     @classmethod
-    def of(cls, kind: str, data: dict[str, Any], seen: PagePosition) -> Message:
+    def of(cls, kind: str, data: Mapping[str, JsonValue], seen: PagePosition) -> Message:
         """A message whose data are ASCII JSON, because half a surrogate pair has no UTF-8."""
         return cls(kind, json.dumps(data, separators=(",", ":"), allow_nan=False), seen)
 
@@ -128,7 +131,7 @@ class Feed:
             except Exception as error:
                 raise ValueError(_problem(error)) from error
 
-    def layer(self, index: int, *, first: int = 0, most: int = MOST) -> dict[str, Any]:
+    def layer(self, index: int, *, first: int = 0, most: int = MOST) -> dict[str, JsonValue]:
         """Percentiles of one layer over the ``arrays`` lines from ``first`` on; ``count`` is the number of all lines.
 
         Raises:

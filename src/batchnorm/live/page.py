@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.files.whole import replacing
 from batchnorm.live.page_data import TIERS
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     import os
 
     from batchnorm.live.log_feed import Feed
+    from batchnorm.record.log_entry import JsonValue
 
 _SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")
 # Amount of data in a saved page, less than in the live one: about 2 MB for 53 layers.
 _SAVED_LOOKS, _SAVED_PERCENTILES = 300, 100
 
 
-def render(name: str, data: dict[str, Any] | None = None) -> str:
+def render(name: str, data: dict[str, JsonValue] | None = None) -> str:
     """The page; with ``data`` the saved one, which needs no server."""
     return template("live.html").render(
         name=name,
@@ -90,7 +91,7 @@ def _script() -> str:
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
 
 
-def _words() -> dict[str, Any]:
+def _words() -> dict[str, JsonValue]:
     """What the page says of quantities and rules."""
     fields = ("title", "unit", "reads", "misleads", "floor", "formula", "source")
     quantities = {name: {field: getattr(q, field) for field in fields} for name, q in QUANTITIES.items()}

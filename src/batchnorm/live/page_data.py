@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from batchnorm.record import Log
+    from batchnorm.record.log_entry import JsonValue
 
 TIERS = ("free", "probe", "lab")
 # A heat map has some 800 pixels for its columns: two pixels per look, and a long log opens at once.
@@ -23,11 +24,11 @@ _LONGEST = 500  # characters of a text
 _LARGEST_STEP = 2**53  # JavaScript's largest exact integer
 
 
-def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, Any]:
+def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, JsonValue]:
     """Data from the lines after the first ``seen[kind]`` of each kind, thinned to ``most`` of each."""
     layers = log.layers
 
-    def rows(kind: str, most: int = most) -> list[dict[str, Any]]:
+    def rows(kind: str, most: int = most) -> list[dict[str, JsonValue]]:
         found = log.rows(kind, first=seen.get(kind, 0), most=most)
         return [row for row in found if isinstance(row, dict) and is_step(row.get("step"))]
 
@@ -42,31 +43,31 @@ def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str
     }
 
 
-def number(value: Any) -> float | None:
+def number(value: JsonValue) -> float | None:
     """A finite number as it is; None for everything else."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         return None
     return value
 
 
-def text(value: Any) -> str | None:
+def text(value: JsonValue) -> str | None:
     """A text, cut to a readable length; None for everything else."""
     return value[:_LONGEST] if isinstance(value, str) else None
 
 
-def is_step(value: Any) -> bool:
+def is_step(value: JsonValue) -> bool:
     """Whether a value is a step number that a page can count."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_STEP
 
 
-def _look(row: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _look(row: Mapping[str, JsonValue], layers: int) -> dict[str, JsonValue]:
     values = row.get("values")
     values = values if isinstance(values, Mapping) else {}
     kept = {str(name)[:_LONGEST]: _numbers(of) for name, of in values.items() if _is_row(of, layers)}
     return {"step": row["step"], "values": kept, "model": _scalars(row.get("model"))}
 
 
-def _is_row(values: Any, layers: int) -> bool:
+def _is_row(values: JsonValue, layers: int) -> TypeGuard[list[Any]]:
     return isinstance(values, list) and len(values) == layers
 
 
@@ -77,11 +78,11 @@ def _numbers(values: list[Any]) -> list[float | None]:
     return [number(value) for value in values]
 
 
-def _scalars(values: Any) -> dict[str, float | None]:
+def _scalars(values: JsonValue) -> dict[str, float | None]:
     if not isinstance(values, Mapping):
         return {}
     return {str(name)[:_LONGEST]: number(value) for name, value in values.items()}
 
 
-def _event(row: Mapping[str, Any]) -> dict[str, Any]:
+def _event(row: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {"step": row["step"], **{key: text(row.get(key)) for key in ("code", "layer", "message")}}

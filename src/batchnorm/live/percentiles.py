@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.live.page_data import MOST, is_step
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from batchnorm.record import Log
+    from batchnorm.record.log_entry import JsonValue
 
 NAMES = ("quantiles_input", "quantiles_output", "running_mean", "batch_mean", "running_var", "batch_var")
 _KEPT = 2 * MOST  # files' contents; 53 layers have 3 KB each
@@ -30,7 +31,7 @@ class Percentiles:
         """Drop everything, after another log replaced this one."""
         self._kept.clear()
 
-    def of_layer(self, log: Log, rows: list[dict[str, Any]], layer: int) -> dict[str, Any]:
+    def of_layer(self, log: Log, rows: list[dict[str, JsonValue]], layer: int) -> dict[str, JsonValue]:
         """Steps, and for each name and step five percentiles, or None if the file cannot be read.
 
         Raises:
@@ -42,7 +43,7 @@ class Percentiles:
         names = {name: [_five(arrays.get(name), layer, layers) for arrays in found] for name in NAMES}
         return {"steps": [row["step"] for row in rows], "names": names}
 
-    def _load(self, log: Log, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _load(self, log: Log, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
         name = str(row.get("file"))
         if name not in self._kept:
             self._kept[name] = _read(log, row)
@@ -51,7 +52,7 @@ class Percentiles:
         return self._kept[name]
 
 
-def _read(log: Log, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _read(log: Log, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
     """The arrays of a line; {} if they cannot be read, which leaves a gap in the chart."""
     from safetensors import SafetensorError
 
@@ -64,7 +65,7 @@ def _read(log: Log, row: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {}
 
 
-def _five(array: Any, layer: int, layers: int) -> list[float] | None:
+def _five(array: np.ndarray | None, layer: int, layers: int) -> list[float] | None:
     if array is None or array.shape != (layers, 5):
         return None
     values = [float(f"{float(value):.4g}") for value in array[layer]]

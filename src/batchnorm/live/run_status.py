@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchnorm.live.page_data import number, text
 
 if TYPE_CHECKING:
     from batchnorm.record import Log
+    from batchnorm.record.log_entry import JsonValue
 
 # a running training writes once a second; a first step that compiles, or a validation, takes longer
 _QUIET = 30.0
@@ -18,7 +19,7 @@ _PULSES = 12  # progress lines for the mean speed
 _LOCKS = Path("/proc/locks")
 
 
-def status(log: Log) -> dict[str, Any]:
+def status(log: Log) -> dict[str, JsonValue]:
     """The training's status as numbers, and its state: "finished", "writing" or "silent"."""
     pulses = log.rows("progress", first=max(0, log.count("progress") - _PULSES))
     updated = _updated(log, pulses)
@@ -35,7 +36,7 @@ def status(log: Log) -> dict[str, Any]:
     }
 
 
-def _updated(log: Log, pulses: list[dict[str, Any]]) -> float:
+def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
     """Unix time of the last line with a time; else of the file, which copying may have changed."""
     last = [*pulses[-1:]]
     for kind in ("free", "probe", "lab", "event", "end"):
@@ -44,7 +45,7 @@ def _updated(log: Log, pulses: list[dict[str, Any]]) -> float:
     return max(times) if times else (log.folder / "record.jsonl").stat().st_mtime
 
 
-def _rate(log: Log, pulses: list[dict[str, Any]]) -> float | None:
+def _rate(log: Log, pulses: list[dict[str, JsonValue]]) -> float | None:
     """Steps per second over the last progress lines of this start; None with fewer than two."""
     begun = number(log.start.get("time")) or 0.0
     marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]

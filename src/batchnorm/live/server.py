@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,8 +21,11 @@ from batchnorm.live.page import policy, render, saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
+    from starlette.datastructures import QueryParams
     from starlette.requests import Request
+    from starlette.types import ASGIApp
 
 HOST = "127.0.0.1"
 PORT = 8421
@@ -109,7 +112,7 @@ def as_event(message: Message) -> str:
     return f"event: {message.kind}\n{identity}data: {message.text}\n\n"
 
 
-def _layer(feed: Feed, given: Any) -> Response:
+def _layer(feed: Feed, given: QueryParams) -> Response:
     try:
         found = feed.layer(int(given.get("index", "")), first=max(0, int(given.get("first", "0"))))
     except ModuleNotFoundError as error:
@@ -129,7 +132,7 @@ def _file(feed: Feed) -> Response:
     return HTMLResponse(html, headers={"Content-Disposition": 'attachment; filename="batchnorm-watch.html"'})
 
 
-def _config(app: Any) -> uvicorn.Config:
+def _config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="h11",
@@ -154,6 +157,6 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._ready()
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._closing.set()
         super().handle_exit(sig, frame)

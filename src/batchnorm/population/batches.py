@@ -14,7 +14,7 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -153,7 +153,7 @@ def on_device_of(model: nn.Module, batch: Batch, most: int | None = None, *, who
     return next(iter(Batches([batch], most, device_of(model), who=who)))
 
 
-def rereadable(data: Batch) -> Any:
+def rereadable(data: Batch) -> Batch:
     """The data if they can be iterated again, else a list of them: iterators, and loaders that return one iterator."""
     if isinstance(data, Iterator):
         return list(data)
@@ -276,7 +276,7 @@ def _copy(leaf: Leaf) -> Leaf:
     return copied(leaf)
 
 
-def _is_no_loader(loader: Any) -> bool:
+def _is_no_loader(loader: Batch) -> bool:
     is_one_batch = isinstance(loader, (Tensor, Mapping, str, bytes)) or hasattr(loader, "_fields")
     return is_one_batch or isinstance(loader, (type, nn.Module)) or not isinstance(loader, Iterable)
 

@@ -41,7 +41,7 @@ def call_forms(model: nn.Module, batch: Batch) -> list[Way]:
     return [((batch,), {})]
 
 
-def names_in(batch: Batch) -> dict[str, Any] | None:
+def names_in(batch: Batch) -> dict[str, Batch] | None:
     """The parts of a mapping, named tuple or dataclass by name; None for a batch without names."""
     if isinstance(batch, Mapping):
         return dict(batch)
@@ -50,7 +50,7 @@ def names_in(batch: Batch) -> dict[str, Any] | None:
     return fields_of(batch) if is_dataclass(batch) and not isinstance(batch, type) else None
 
 
-def fields_of(value: Any) -> dict[str, Any]:
+def fields_of(value: Batch) -> dict[str, Batch]:
     """The fields of a dataclass that have a value."""
     return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
@@ -60,7 +60,7 @@ def code_of(model: nn.Module) -> object:
     return getattr(inspect.unwrap(unwrapped(model).forward), "__code__", None)
 
 
-def _by_name(model: nn.Module, batch: Batch, named: dict[str, Any]) -> list[Way]:
+def _by_name(model: nn.Module, batch: Batch, named: dict[str, Batch]) -> list[Way]:
     needed, whole = _needed(model), ((batch,), {})
     if len(needed) == 1 and _takes_whole(model, needed[0], batch, named):
         return [whole]
@@ -114,7 +114,7 @@ def _takes_any_name(model: nn.Module) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in _parameters(model))
 
 
-def _accepts(model: nn.Module, named: dict[str, Any]) -> bool:
+def _accepts(model: nn.Module, named: dict[str, Batch]) -> bool:
     try:
         inspect.signature(unwrapped(model).forward).bind(**named)
     except (TypeError, ValueError):
@@ -122,7 +122,7 @@ def _accepts(model: nn.Module, named: dict[str, Any]) -> bool:
     return True
 
 
-def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str, Any]) -> bool:
+def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str, Batch]) -> bool:
     """Whether the one argument is the batch itself: by its annotation, or because the code uses its parts by name."""
     declared = _annotation(model, parameter)
     first = next(iter(named.values()), None)
@@ -132,7 +132,7 @@ def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str
     return _is_taken_apart(model, parameter, places, named)
 
 
-def _is_declared(model: nn.Module, parameter: str, batch: Batch, inner: Any) -> bool:
+def _is_declared(model: nn.Module, parameter: str, batch: Batch, inner: Batch) -> bool:
     """Whether the annotation of an argument allows the whole tuple or list, but not its first part."""
     declared = _annotation(model, parameter)
     return _allows(declared, batch) and not _allows(declared, inner)
@@ -145,7 +145,7 @@ def _annotation(model: nn.Module, parameter: str) -> Any:
         return None
 
 
-def _allows(declared: Any, value: Any) -> bool:
+def _allows(declared: Any, value: Batch) -> bool:
     """Whether an annotation allows the value's type."""
     if get_origin(declared) in {Union, UnionType}:
         return any(_allows(each, value) for each in get_args(declared))

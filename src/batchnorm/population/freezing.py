@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -47,7 +47,7 @@ class Frozen(nn.Module):
         vars(self)["training"] = mode
         vars(self)[_READ_BACK] = not mode
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """The layer; its mode is remembered for the time after the freeze."""
         super().train(mode)
         vars(self).pop(_READ_BACK, None)
@@ -171,7 +171,7 @@ def has_stored_statistics(layer: _BatchNorm) -> bool:
     return not any(buffer is None or is_lazy(buffer) for buffer in found)
 
 
-def statistics_of(layers: Mapping[str, Any]) -> dict[str, Tensor | None]:
+def statistics_of(layers: Mapping[str, nn.Module]) -> dict[str, Tensor | None]:
     """Running means, variances and counters of layers, by their state_dict names; None if missing."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     return {

@@ -74,7 +74,7 @@ class Hook:
         """A hook that does nothing: a copy, such as an average of the weights, is not observed."""
         return Hook()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, bool | None]:
         """The hook in a saved model, which does nothing."""
         return {"_work": None, "_is_always": False}
 

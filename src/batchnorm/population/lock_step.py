@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from greenlet import greenlet
 
-    from batchnorm.call_types import Arguments, Batch
+    from batchnorm.call_types import Arguments, Batch, Keywords
 
     # stores the statistics of a layer, given its path, when all of its input is measured
     Finish = Callable[[str, InputMoments], None]
@@ -397,7 +397,7 @@ class HeldMemory(TorchFunctionMode):
         func: Callable[..., object],
         types: object,
         args: Arguments = (),
-        kwargs: Any = None,
+        kwargs: Keywords | None = None,
     ) -> object:
         """Call the function, and record its results."""
         result = func(*args, **(kwargs or {}))

@@ -278,7 +278,7 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor stands for one in a trace, and never had values."""
-    kinds: list[Any] = [
+    kinds: list[type | None] = [
         getattr(sys.modules.get(module), kind, None)
         for module, kind in (
             ("torch._subclasses.fake_tensor", "FakeTensor"),

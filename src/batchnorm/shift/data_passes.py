@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def passes(
     model: nn.Module, tap: LayerObserver, loader: Iterable[Batch], max_examples: int | None, who: str
-) -> Generator[tuple[Any, Tensor, Tensor]]:
+) -> Generator[tuple[Batch, Tensor, Tensor]]:
     """Each batch's inputs, with the means and energies of its examples, (n, channels), in eval mode.
 
     Args:
@@ -43,7 +43,9 @@ def passes(
             yield from _passes(model, tap, batches, who)
 
 
-def _passes(model: nn.Module, tap: LayerObserver, batches: Batches, who: str) -> Generator[tuple[Any, Tensor, Tensor]]:
+def _passes(
+    model: nn.Module, tap: LayerObserver, batches: Batches, who: str
+) -> Generator[tuple[Batch, Tensor, Tensor]]:
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
         kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may overwrite its input

@@ -293,7 +293,7 @@ class ShiftMonitor:
             return None
         return random_rows(examples_in(given) or 1, examples, self.stream.passed)
 
-    def _second_pass(self, given: tuple[Any, Any], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
+    def _second_pass(self, given: tuple[Arguments, Keywords], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
         """The observations from these examples in the model without compilation."""
         ((args, kwargs),) = Batches([given if rows is None else rows_of(given, rows)], None, None)
         try:
@@ -366,7 +366,7 @@ class ShiftMonitor:
             [m.stream.state() if isinstance(m, ShiftMonitor) else StreamState.load(m) for m in monitors]
         )
 
-    def pooled_over_ranks(self, group: Any = None) -> Alarm | None:
+    def pooled_over_ranks(self, group: torch.distributed.ProcessGroup | None = None) -> Alarm | None:
         """``pooled`` over the ranks of torch.distributed; every rank must call it, and all get the same result."""
         self.stream.update()
         found: list[Any] = [None] * torch.distributed.get_world_size(group)

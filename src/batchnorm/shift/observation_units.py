@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from batchnorm.shift.stream_state import StreamState
 _WINDOW = 64  # longer than the runs of similar examples in a sorted file
 _CHANNELS = 256
 
-Unit = str | Callable[[Any], Sequence[Hashable]]
+Unit = str | Callable[[Batch], Sequence[Hashable]]
 
 
 def name_of(unit: Unit) -> str:
@@ -139,7 +139,7 @@ class Grouping:
 
     def state(self) -> StreamState:
         """The run that is open."""
-        about: dict[str, Any] = {"missed": self._missed}
+        about: dict[str, bool] = {"missed": self._missed}
         if (run := self._open) is None:
             return StreamState({}, {"open": None, "grouping": about})
         told = {"key": run.key, "examples": run.examples, "is_whole": run.is_whole}

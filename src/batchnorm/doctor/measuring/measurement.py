@@ -62,7 +62,7 @@ _MEASURE_BATCHES = {
 
 def measure(
     model: nn.Module, data: Iterable[Batch], *, max_examples: int | None
-) -> tuple[dict[str, Measured], Run, str, Any]:
+) -> tuple[dict[str, Measured], Run, str, Batch]:
     """Measurements of every layer and of the whole model, a description ("512 examples in 8 batches"), and a batch.
 
     The batch is a copy of the first one, as the loader gave it.
@@ -147,7 +147,7 @@ class _View:
         self.calls: Counter[str] = Counter()  # in the order of first calls
         self.examples = 0
         self.batches = 0
-        self.first: Any = None  # a copy of the first batch
+        self.first: Batch = None  # a copy of the first batch
         self.functional: dict[str, None] = {}
         self.inputs = Moments.empty()
         # None while inputs are measured; else the reason why not, "" if the model normalizes them first

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm import checkpoint
-from batchnorm.call_types import Batch
+from batchnorm.call_types import Answer, Batch
 from batchnorm.checkpoint import Checkpoint, Stored
 from batchnorm.doctor.measuring.live_layers import layers_of, stored_of
 from batchnorm.population import preserve_state
@@ -28,7 +27,7 @@ _NARROW_ROUNDINGS = 16
 _TF32_EPS = 2**-10
 
 
-def reference_of(model: nn.Module, reference: Any, example: Batch) -> OtherVersion:
+def reference_of(model: nn.Module, reference: nn.Module | str | os.PathLike[str], example: Batch) -> OtherVersion:
     """The reference's stored values, and how far the model's eval outputs for ``example`` are from the reference's.
 
     Neither model is changed, also if one of them raises.
@@ -65,7 +64,7 @@ def _eps_of(layers: Mapping[str, checkpoint.Stored]) -> dict[str, float]:
     return {name: stored.eps for name, stored in layers.items() if stored.eps is not None}
 
 
-def floats_in(value: Any) -> list[Tensor]:
+def floats_in(value: Answer) -> list[Tensor]:
     """All floating-point tensors in a model's output of any kind, in order."""
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
