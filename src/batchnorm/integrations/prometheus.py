@@ -88,7 +88,7 @@ class _Collector:
             raise ValueError("labels must not be named 'layer', which tells layers apart. Name it model or stage.")
         if self._monitors and set(names) != set(self._names):
             raise ValueError(
-                f"labels must have the names {sorted(self._names)}, like those of other monitors here, got "
+                f"labels must have the names {sorted(self._names)} of the other monitors here, got "
                 f"{sorted(names)}. Use the same names."
             )
         self._names = self._names if self._monitors else names
