@@ -45,7 +45,9 @@ def value(p, act, param):
             return p * _sigmoid(p)
         case "gelu":
             return p * _below(p)
-    return p * np.clip(p + 3, 0, 6) / 6
+        case "hardswish":
+            return p * np.clip(p + 3, 0, 6) / 6
+    raise ValueError(f"the oracle has no formula for {act!r}")
 
 
 def slope(p, act, param):
@@ -63,7 +65,9 @@ def slope(p, act, param):
             return _sigmoid(p) * (1 + p * _sigmoid(-p))
         case "gelu":
             return _below(p) + p * np.exp(-p * p / 2) / math.sqrt(2 * math.pi)
-    return np.where(p <= -3, 0.0, np.where(p >= 3, 1.0, p / 3 + 0.5))
+        case "hardswish":
+            return np.where(p <= -3, 0.0, np.where(p >= 3, 1.0, p / 3 + 0.5))
+    raise ValueError(f"the oracle has no derivative for {act!r}")
 
 
 def steepest(act, param):

@@ -91,3 +91,8 @@ def test_a_second_run_gives_the_same_numbers_and_leaves_the_random_state_alone(n
     again = lecture.run(name, QUICK).result
     assert torch.equal(torch.get_rng_state(), before)
     assert again.to_dict() == result.to_dict()
+
+
+def test_one_false_verdict_in_twenty_runs_of_all_claims_at_most():
+    """The level of each interval shares 5 % among the claims (Bonferroni)."""
+    assert CRITERIA.level == 1 - 0.05 / len(lecture.NAMES)

@@ -12,6 +12,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.doctor import examine
 from batchnorm.doctor.measuring.neighbours_in_code import graph_of
+from batchnorm.kernels.activations import TABLE
 from batchnorm.rules import RULES
 from batchnorm.rules.rule_evidence import Graph, Structure
 
@@ -97,6 +98,10 @@ DROPPED = {
     "in a chain": (nn.Sequential(nn.Dropout(0.3), norm()), {"1": "0"}),
     "across modules": (nn.Sequential(nn.Sequential(conv(), nn.Dropout2d(0.3)), nn.Sequential(norm())), {"1.0": "0.1"}),
     "behind ReLU and pooling": (nn.Sequential(nn.Dropout(0.3), nn.ReLU(), nn.MaxPool2d(2), norm()), {"3": "0"}),
+    **{
+        f"behind {name}": (nn.Sequential(nn.Dropout(0.3), each.module(), norm()), {"2": "0"})
+        for name, each in TABLE.items()
+    },
     "as a function": (
         Net(lambda m, x: m.b(nn.functional.dropout(x, 0.3, m.training)), b=norm()),
         {"b": "F.dropout"},

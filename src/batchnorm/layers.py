@@ -38,7 +38,7 @@ from batchnorm.tracing import call_whole
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SETTINGS = {"act", "act_param", "memory", "single_element"}
+SETTINGS = {"act", "act_param", "memory", "single_element"}
 
 
 class _Setting:
@@ -60,7 +60,7 @@ class _Setting:
 
 def _give_up(layer: nn.Module, name: str) -> None:
     """Leave a setting's name to a subclass."""
-    if name in _SETTINGS and type(layer).__module__ != __name__:
+    if name in SETTINGS and type(layer).__module__ != __name__:
         vars(layer)["_given_up"] = vars(layer).get("_given_up", frozenset()) | {name}
 
 
@@ -117,7 +117,7 @@ class _Layer(_BatchNorm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute: a setting of the layer as ``__init__`` would, where no subclass has one of that name."""
-        if name not in _SETTINGS:
+        if name not in SETTINGS:
             super().__setattr__(name, value)
         elif type(self).__module__ != __name__:
             _give_up(self, name)
@@ -293,7 +293,7 @@ class _Layer(_BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a pickled or copied layer's attributes, also those of a layer from before settings were private."""
         if "single_element" in state and "_single_element" not in state:
-            state = {f"_{name}" if name in _SETTINGS else name: value for name, value in state.items()}
+            state = {f"_{name}" if name in SETTINGS else name: value for name, value in state.items()}
         super().__setstate__(state)
         self._claim()
 

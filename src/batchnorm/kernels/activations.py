@@ -11,7 +11,8 @@
 
 Values and derivatives at the kinks are torch's: the derivative of relu and leaky_relu at 0 is that from the left. The
 native kernels (native/activations.hpp) and Triton's (triton_blocks.py) have formulas of their own for the same names. A
-new activation is a row here, a case in each of those and one in tests/oracle_activations.py. Tests say what is missing.
+new activation is a row here, a case in each of those and one in tests/oracle_activations.py; CONTRIBUTING.md has the
+recipe.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import kind_of, require_callable, require_flag, require_module
-from batchnorm.layers import BatchNorm1d, batch_norms
+from batchnorm.layers import SETTINGS, BatchNorm1d, batch_norms
 from batchnorm.other_libraries import layers_of_others
 from batchnorm.ownership import claim
 from batchnorm.population.tensor_memory import emptiness, is_fake, require
@@ -193,9 +193,9 @@ def _carry_settings(layer: nn.Module, new: nn.Module) -> None:
         return
     if new._act is None and layer._act is not None:
         new._activate(layer._act, layer._act_param)
-    for name, default in (("_memory", None), ("_single_element", "error")):
-        if getattr(new, name) == default:
-            vars(new)[name] = getattr(layer, name)
+    for name in SETTINGS - {"act", "act_param"}:
+        if getattr(new, f"_{name}") == getattr(type(new), f"_{name}"):  # the default
+            vars(new)[f"_{name}"] = getattr(layer, f"_{name}")
 
 
 def _become(layer: nn.Module, new: nn.Module) -> None:

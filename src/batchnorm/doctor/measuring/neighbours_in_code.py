@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from contextlib import nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.measuring.layer_inputs import plain
 from batchnorm.doctor.measuring.live_layers import layers_of
+from batchnorm.kernels import activations
 from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call, on_device_of
@@ -36,8 +38,9 @@ _BIASED = (nn.modules.conv._ConvNd, nn.Linear)
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 # between dropout and batch norm these keep the variance larger in train mode than in eval mode
 _POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
-_KEEP = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Identity, nn.Flatten, *_POOLS)
-_KEEP_FUNCTIONS = {F.relu, torch.relu, F.leaky_relu, F.elu, F.silu, F.gelu, torch.flatten, "relu", "flatten"}
+_ACTIVATIONS = activations.TABLE.values()
+_KEEP = (*(each.module for each in _ACTIVATIONS), nn.Identity, nn.Flatten, *_POOLS)
+_KEEP_FUNCTIONS = {torch.flatten, "flatten", *chain(*((*each.functions, *each.methods) for each in _ACTIVATIONS))}
 
 
 def graph_of(model: nn.Module, example: Batch = None) -> Graph:

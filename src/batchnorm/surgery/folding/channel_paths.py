@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from batchnorm.kernels import activations
 from batchnorm.population.tensor_trees import Batch, Leaf
 from batchnorm.surgery.dataflow import IN_PLACE
 from batchnorm.surgery.folding.arithmetic import RANKS
@@ -43,7 +44,7 @@ _MOVES = {
     "chunk", "split", "getitem", "narrow", "select", "unbind", "stack",
 }  # fmt: skip
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
-_COMPUTING = (*RANKS, _BatchNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Identity)
+_COMPUTING = (*RANKS, _BatchNorm, *(each.module for each in activations.TABLE.values()), nn.Identity)
 _LIKE = {"reshape_as", "view_as"}  # of whose second operand the shape alone counts
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "__len__", "len"}
 _ATTRIBUTES = {"shape", "ndim", "device", "dtype", "is_cuda", "requires_grad"}
