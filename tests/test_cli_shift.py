@@ -207,11 +207,11 @@ def test_sarif_and_junit_fit_their_schemas(folder, data):
 
 def test_names_are_text_in_every_format(folder):
     from batchnorm.reporting.formats import FORMATS, rendered
-    from batchnorm.shift.verdict import Layer, ShiftVerdict
+    from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
     from batchnorm.shift.verdict_report import report
 
     hostile = '<script>alert(1)</script>\x1b[31m\n::error::"|`&\x00\ud800'
-    layer = Layer(hostile, 4, True, 9.0, "mean", (), 0.1, 0.1)
+    layer = LayerVerdict(hostile, 4, True, 9.0, "mean", (), 0.1, 0.1)
     verdict = ShiftVerdict(
         hostile, hostile, hostile, "checkpoint", 0, "example", 0.01, 8, 1, 0, 8, 9.0, ((8, 9.0),), 8, 0, hostile, "",
         (layer,), 0.5, True, 0.1, 12345.6789,

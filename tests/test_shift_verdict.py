@@ -17,7 +17,7 @@ import batchnorm as bn
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.text import plain
 from batchnorm.shift import ShiftMonitor
-from batchnorm.shift.verdict import Channel, Layer, ShiftVerdict, judge
+from batchnorm.shift.verdict import Channel, LayerVerdict, ShiftVerdict, judge
 from batchnorm.shift.verdict_page import page
 from batchnorm.shift.verdict_words import concise, facts, full, odds, unseen
 
@@ -59,7 +59,7 @@ def calibrated(net: nn.Module) -> ShiftMonitor:
 def told(**changes: object) -> ShiftVerdict:
     """A verdict as it could be."""
     layers = tuple(
-        Layer(f"stage{i}.bn", 64, i > 0, 9.0 * i - 1, "mean", (Channel(i, 0.4, 1.2, 12.0),) * i, 0.3, 0.1)
+        LayerVerdict(f"stage{i}.bn", 64, i > 0, 9.0 * i - 1, "mean", (Channel(i, 0.4, 1.2, 12.0),) * i, 0.3, 0.1)
         for i in range(3)
     )
     verdict = ShiftVerdict(
@@ -251,7 +251,7 @@ def test_every_verdict_is_told_in_80_columns_but_for_commands(changes: dict) -> 
 
 def test_long_names_and_many_channels_are_cut_in_the_table() -> None:
     channels = tuple(Channel(100 + i, 0.1, 1.0, 9.0) for i in range(20))
-    layer = Layer("features." * 20 + "bn", 512, True, 800.0, "channel energy", channels, 12.3, 45.6)
+    layer = LayerVerdict("features." * 20 + "bn", 512, True, 800.0, "channel energy", channels, 12.3, 45.6)
     lines = full(told(layers=(layer,), first=layer.name)).splitlines()
     (row,) = (line for line in lines if line.startswith("…"))
     assert len(row) <= 80
@@ -286,7 +286,9 @@ def test_hidden_characters_are_shown() -> None:
 
 def test_a_page_of_a_large_model_is_small_and_loads_nothing(calibrated: ShiftMonitor) -> None:
     channels = tuple(Channel(i, 0.123 * i, 1.0 + i, 90.0 - i) for i in range(20))
-    layers = tuple(Layer(f"layer{i}.block.bn2", 2048, True, 300.0, "mean", channels, 0.5, 0.2) for i in range(53))
+    layers = tuple(
+        LayerVerdict(f"layer{i}.block.bn2", 2048, True, 300.0, "mean", channels, 0.5, 0.2) for i in range(53)
+    )
     trail = tuple((n, math.sin(n / 900)) for n in range(8, 100_008, 8))
     noise = judge(calibrated, batches(6, 2, by=0.7), pictures=12).pictures
     pictures = tuple(replace(picture, pixels=torch.rand(3, 224, 224)) for picture in noise)

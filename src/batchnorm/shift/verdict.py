@@ -54,7 +54,7 @@ class Channel:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerVerdict:
     """One layer. It ``moved`` if its own evidence reaches the limit. See ``LayerShift``."""
 
     name: str
@@ -125,7 +125,7 @@ class ShiftVerdict:
     rise: int | None
     first: str | None
     hint: str
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerVerdict, ...]
     correlation: float
     dependent: bool
     sight: float
@@ -230,7 +230,7 @@ def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
     return 0 if least == trail[0][0] else least
 
 
-def _layers(stream: Stream, table: list[LayerShift], means: Tensor, log_channels: Tensor) -> Iterator[Layer]:
+def _layers(stream: Stream, table: list[LayerShift], means: Tensor, log_channels: Tensor) -> Iterator[LayerVerdict]:
     known = stream.reference
     sizes = list(known.sizes)
     mean, energy = means
@@ -238,7 +238,7 @@ def _layers(stream: Stream, table: list[LayerShift], means: Tensor, log_channels
     for layer, size, *rows in zip(table, sizes, *found, strict=True):
         channels = tuple(Channel(c, *(float(row[c]) for row in rows)) for c in layer.channels)
         is_moved = layer.log_evidence >= stream.limit
-        yield Layer(layer.name, size, is_moved, layer.log_evidence, layer.kind, channels, layer.w2, layer.kl)
+        yield LayerVerdict(layer.name, size, is_moved, layer.log_evidence, layer.kind, channels, layer.w2, layer.kl)
 
 
 # -- on the way through the data ----------------------------------------------------------------------------------

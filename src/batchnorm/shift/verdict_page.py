@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from batchnorm.shift.verdict import Layer, Picture, ShiftVerdict
+    from batchnorm.shift.verdict import LayerVerdict, Picture, ShiftVerdict
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _POINTS = 500  # of the line, more than a page has pixels to show apart
@@ -140,7 +140,7 @@ def _bars(verdict: ShiftVerdict) -> Iterator[tuple[tuple[str, ...], float, bool,
             yield tuple(map(_raised, cells(layer))), length, moved, _share(layer)
 
 
-def _still(layers: list[Layer]) -> tuple[str, ...]:
+def _still(layers: list[LayerVerdict]) -> tuple[str, ...]:
     """The cells of one line for several layers, with their largest distances."""
     name = f"{plain(layers[0].name)} to {plain(layers[-1].name)}, {len(layers)} layers"
     strongest = odds(max(layer.log_evidence for layer in layers))
@@ -148,12 +148,12 @@ def _still(layers: list[Layer]) -> tuple[str, ...]:
     return name, strongest, "–", "–", f"≤ {w2:.2f}", f"≤ {kl:.2f}"
 
 
-def _share(layer: Layer) -> str:
+def _share(layer: LayerVerdict) -> str:
     named = len(layer.channels)
     return f"{named}{' or more' if named == _LISTED else ''} of {layer.size}" if named else "–"
 
 
-def _moves(layer: Layer, most: int) -> list[tuple[str, str, float, float, str, str]]:
+def _moves(layer: LayerVerdict, most: int) -> list[tuple[str, str, float, float, str, str]]:
     """Channels: name, move in words, start and length of the bar in percent of the widest, energy, evidence."""
     widest = max((abs(channel.moved) for channel in layer.channels), default=1.0) or 1.0
     found = []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchnorm.reporting.blocks import Block
-    from batchnorm.shift.verdict import Layer, ShiftVerdict
+    from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
 
 _SHIFT, _DEPENDENT = "covariate-shift", "dependent-observations"
 _RULES = (
@@ -76,7 +76,7 @@ def _checks(verdict: ShiftVerdict, rows: list[Row]) -> Iterator[Check]:
     yield Check(name="neighbouring observations", rows=[row for row in rows if row.rule == _DEPENDENT])
 
 
-def _check(verdict: ShiftVerdict, layer: Layer) -> Check:
+def _check(verdict: ShiftVerdict, layer: LayerVerdict) -> Check:
     words = f"evidence {odds(layer.log_evidence)} by {layer.kind}, limit {odds(verdict.log_limit)}"
     moved = Row(rule=_SHIFT, severity=Severity.ERROR, place=layer.name, words=words)
     return Check(name=layer.name or "model", rows=[moved] if layer.moved else [])

@@ -16,7 +16,7 @@ from batchnorm.reporting.text import aligned, many, plain, wrapped
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchnorm.shift.verdict import Layer, ShiftVerdict
+    from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
 
 _CLEAN = "clean.py:loader"
 _SHOWN = 4  # channels of a layer in a table
@@ -207,14 +207,14 @@ def table(rows: Sequence[Sequence[str]]) -> TextTable:
     return TextTable(("layer", "evidence", "kind", "channels moved", "W2", "KL"), rows, words=4)
 
 
-def cells(layer: Layer) -> tuple[str, str, str, str, str, str]:
+def cells(layer: LayerVerdict) -> tuple[str, str, str, str, str, str]:
     """A layer's name, evidence, kind of bet, moved channels, W2 and KL, in words."""
     evidence = odds(layer.log_evidence)
     kind = "–" if evidence == "none" else layer.kind
     return plain(layer.name), evidence, kind, _channels(layer), f"{layer.w2:.2f}", f"{layer.kl:.2f}"
 
 
-def _channels(layer: Layer) -> str:
+def _channels(layer: LayerVerdict) -> str:
     named = [str(channel.index) for channel in layer.channels]
     more = len(named) - _SHOWN
     return ", ".join(named[: _SHOWN - 1]) + f" +{more + 1}" if more > 0 else ", ".join(named) or "–"

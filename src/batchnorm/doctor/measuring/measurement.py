@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from batchnorm.call_types import Arguments, Batch
+    from batchnorm.doctor.measuring.short_runs import BatchDependence, Step
 
 # inputs with more features are pixels, tokens or positions, not columns of a table
 _MOST_FEATURES = 4096
@@ -94,15 +95,15 @@ def measure(
             view.rows_are_no_examples()
         alone = batch_dependence(model, some)
         step = train_step(model, some)
+    run = replace(_run_of(view, alone, step), unknown=_unknown(view, alone, step, is_scripted=_is_scripted(model)))
+    order = [name for name in view.calls if view.gauges[name].values]
+    measured = {name: view.gauges[name].measured() for name in order}
+    return measured, replace(run, order_p=view.order_p(measured)), view.summary(), view.first
+
+
+def _run_of(view: _View, alone: BatchDependence, step: Step) -> Run:
     is_raw = view.not_raw is None and bool(view.inputs.count.any())
-    unknown = {
-        "companions": alone.unknown,
-        "step": step.unknown,
-        "backward": step.no_backward,
-        "functional": "scripted code cannot be inspected" if _is_scripted(model) else "",
-        "inputs": "the model gets no tensor that can be observed" if view.not_raw is None else view.not_raw,
-    }
-    run = Run(
+    return Run(
         never_ran=tuple(name for name in view.gauges if not view.calls[name]),
         updates_forward=step.forward,
         updates_backward=step.backward,
@@ -115,11 +116,19 @@ def measure(
         input_means=plain(view.inputs.mean) if is_raw else None,
         unwatched=view.unwatched,
         unmeasured=view.unmeasured(),
-        unknown={part: why for part, why in unknown.items() if why},
     )
-    order = [name for name in view.calls if view.gauges[name].values]
-    measured = {name: view.gauges[name].measured() for name in order}
-    return measured, replace(run, order_p=view.order_p(measured)), view.summary(), view.first
+
+
+def _unknown(view: _View, alone: BatchDependence, step: Step, *, is_scripted: bool) -> dict[str, str]:
+    """The parts of a run that are not known, and why."""
+    unknown = {
+        "companions": alone.unknown,
+        "step": step.unknown,
+        "backward": step.no_backward,
+        "functional": "scripted code cannot be inspected" if is_scripted else "",
+        "inputs": "the model gets no tensor that can be observed" if view.not_raw is None else view.not_raw,
+    }
+    return {part: why for part, why in unknown.items() if why}
 
 
 @contextmanager

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from batchnorm.call_types import Batch
+    from batchnorm.rules.rule_evidence import Graph
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -39,23 +40,15 @@ def of_model(
         raise TypeError(
             "examine needs a model made of modules, got one from torch.jit.freeze. Examine it before torch.jit."
         )
-    layers = layers_of(model)
-    unknown: dict[str, str] = {}
     measured, run, words, first = None, None, "", None
     if data is not None:
         measured, run, words, first = measure(model, data, max_examples=max_examples)
     if example is None:
         example = first
-    graph = None
-    try:
-        graph = graph_of(model, example)
-    except ValueError as error:
-        unknown["graph"] = str(error)
-    except Exception as error:  # noqa: BLE001 - a model may raise anything, and most rules do not need its graph
-        unknown["graph"] = f"its code cannot be followed: {type(error).__name__}: {error}"
+    graph, why_not = _graph_of(model, example)
     return Evidence(
         name or type(model).__name__,
-        stored={path: stored_of(path, layer) for path, layer in layers.items()},
+        stored={path: stored_of(path, layer) for path, layer in layers_of(model).items()},
         modules=modules_of(model),
         structure=structure_of(model),
         graph=graph,
@@ -64,8 +57,18 @@ def of_model(
         loop=loop_of(data, batch_size=batch_size, accumulation=accumulation, world_size=world_size),
         optimizer=None if optimizer is None else optimizer_of(model, optimizer),
         reference=None if reference is None else reference_of(model, reference, example),
-        unknown=unknown,
+        unknown={"graph": why_not} if why_not else {},
     ), words
+
+
+def _graph_of(model: nn.Module, example: Batch) -> tuple[Graph | None, str]:
+    """The neighbours of the layers, or why they are not known."""
+    try:
+        return graph_of(model, example), ""
+    except ValueError as error:
+        return None, str(error)
+    except Exception as error:  # noqa: BLE001 - a model may raise anything, and most rules do not need its graph
+        return None, f"its code cannot be followed: {type(error).__name__}: {error}"
 
 
 def modules_of(model: nn.Module) -> dict[str, Module]:

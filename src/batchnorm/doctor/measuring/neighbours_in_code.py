@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from batchnorm.call_types import Batch
+    from batchnorm.surgery import dataflow
     from batchnorm.surgery.dataflow import Callers
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -58,17 +59,7 @@ def graph_of(model: nn.Module, example: Batch = None) -> Graph:
     with preserve_state(model), torch.no_grad():
         with nullcontext() if example is None else observed_arguments(model) as arguments:
             calls = _calls(model, paths, example)
-        # eval mode is traced also if train mode cannot be, as in blocks that drop paths at random
-        evaluating, reasons = flows(model, (False,), arguments)
-        if not evaluating and reasons:
-            raise ValueError(f"its code cannot be traced: {next(iter(reasons.values()))}")
-        training, why_not = flows(model, (True,), arguments)
-        reasons = {**why_not, **reasons}
-        known = {
-            module: Flow(module, {**flow.graphs, **evaluating[module].graphs}, flow.is_bound)
-            for module, flow in training.items()
-            if module in evaluating
-        }
+        evaluating, known, reasons = _flows_of(model, arguments)
         callers = static_callers(model, known)
         every = _nodes(model, known, callers)
         seen = _nodes(model, evaluating, static_callers(model, evaluating))
@@ -91,6 +82,26 @@ def graph_of(model: nn.Module, example: Batch = None) -> Graph:
         unread=closed
         | {names[module]: why for module, why in reasons.items() if any(part in paths for part in module.modules())},
     )
+
+
+Flows = dict[nn.Module, Flow]
+
+
+def _flows_of(model: nn.Module, arguments: dataflow.Arguments | None) -> tuple[Flows, Flows, dict[nn.Module, str]]:
+    """The traced forwards in eval mode, in both modes, and why others cannot be traced.
+
+    Eval mode is traced also if train mode cannot be, as in blocks that drop paths at random.
+    """
+    evaluating, reasons = flows(model, (False,), arguments)
+    if not evaluating and reasons:
+        raise ValueError(f"its code cannot be traced: {next(iter(reasons.values()))}")
+    training, why_not = flows(model, (True,), arguments)
+    both = {
+        module: Flow(module, {**flow.graphs, **evaluating[module].graphs}, flow.is_bound)
+        for module, flow in training.items()
+        if module in evaluating
+    }
+    return evaluating, both, {**why_not, **reasons}
 
 
 def _nodes(model: nn.Module, known: dict[nn.Module, Flow], callers: Callers) -> list[Node]:
