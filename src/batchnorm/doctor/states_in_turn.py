@@ -45,11 +45,19 @@ class Treated:
 @final
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """The states of a file that are loaded into a model, and the reason for each of the others."""
+    """The states of a file that are loaded into a model, and those that are not: another was asked for, or no fit."""
 
     file: Checkpoint
     loaded: tuple[str, ...]
-    others: Mapping[str, str]
+    model: str
+    not_asked: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The states that are not loaded, and why."""
+        not_asked = dict.fromkeys(self.not_asked, "another one was asked for")
+        return not_asked | dict.fromkeys(self.unfit, f"it does not fit {self.model}")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -82,23 +90,19 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
         ValueError: If there is no such state, or none fits.
     """
     file, first = addresses.chosen(network, path, state)
+    model = type(network).__name__
     if state or len(file.states) < 2:
         addresses.load_weights(network, path, state)
-        return Loading(
-            file=file,
-            loaded=(first,),
-            others={name: "another one was asked for" for name in file.states if name != first},
-        )
-    others: dict[str, str] = {}
+        return Loading(file, (first,), model, not_asked=tuple(name for name in file.states if name != first))
+    unfit: list[str] = []
     for name in file.states:
         try:
             addresses.load_weights(network, path, name)
-        except ValueError as error:
-            others[name] = str(error)
-    if len(others) == len(file.states):
+        except ValueError:
+            unfit.append(name)
+    if len(unfit) == len(file.states):
         addresses.load_weights(network, path)  # its message names the file
-    short = {name: f"it does not fit {type(network).__name__}" for name in others}
-    return Loading(file=file, loaded=tuple(name for name in file.states if name not in others), others=short)
+    return Loading(file, tuple(name for name in file.states if name not in unfit), model, unfit=tuple(unfit))
 
 
 def examined(
@@ -149,8 +153,7 @@ def _of_file(
 ) -> tuple[list[Finding], list[LayerRow]]:
     """Findings in the file: of states that were not loaded, and of foreign statistics that data do not refute."""
     whole = examine(plan.file.path, selection=selection)
-    asked = {name for name, reason in plan.others.items() if reason.startswith("it does not fit")}
-    rest = {layer for name in asked for layer in plan.file.states[name].layers.values()}
+    rest = {layer for name in plan.unfit for layer in plan.file.states[name].layers.values()}
     found = [finding for finding in whole.findings if finding.layer in rest]
     for finding in whole.findings:
         if finding.code == _FOREIGN:
