@@ -446,7 +446,7 @@ def test_every_quantity_of_the_log_can_be_chosen_and_is_explained(visit, finishe
         "Drift on the probe",
     ]  # fmt: skip
     page.locator("#quantity").select_option(label="Stored against batch")
-    expect(page.locator("#reads")).to_contain_text("in train and in eval mode")
+    expect(page.locator("#reads")).to_contain_text("between train and eval mode")
     expect(page.locator("#ramp-numbers")).to_contain_text("sd of the eval output")
     expect(page.locator("#heat")).to_have_attribute(
         "aria-label", "stored against batch: 3 layers by 20 looks, up to step 20"

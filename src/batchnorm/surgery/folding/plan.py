@@ -78,13 +78,14 @@ def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], di
         TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If the model is compiled or does not run on ``example``.
     """
+    open_layers = find(model)
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ValueError(
             "fold needs a model before torch.compile, got a compiled one. Fold first, then compile the result."
         )
     facts, closed = _examined(model, example)
     found: dict[str, Partner | str] = {}
-    open_layers, settled = find(model), True
+    settled = True
     while settled:  # what is folded is out of the way of what lies beyond it
         settled = False
         for path, layer in list(open_layers.items()):
