@@ -22,7 +22,7 @@ from torch.optim.swa_utils import update_bn
 
 from batchnorm import bench, recalibrate
 from batchnorm import paired_timing as timing
-from batchnorm.lecture.verdicts import environment
+from batchnorm.experiment.environment import environment
 
 # name: model, examples, size of images, size of batches
 CASES = {
@@ -36,7 +36,7 @@ def main() -> None:
     is_quick = "--quick" in sys.argv
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    rows = [_row(name, 3 if is_quick else 9) for name in (list(CASES)[:1] if is_quick else CASES)]
+    rows = [_row(name, 3 if is_quick else 5) for name in (list(CASES)[:1] if is_quick else CASES)]
     tell_load(rows)
     data = {"schema_version": bench.SCHEMA_VERSION, "environment": environment(), "rows": rows}
     save("recalibration-quick" if is_quick else "recalibration", data)

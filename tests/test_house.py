@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+from importlib.util import find_spec
+
 import pytest
 from house import bugs, files, outputs, record, sizes, surface
 from house.comparing import differences
@@ -77,3 +81,23 @@ def test_a_difference_is_one_of_shape_number_or_words(now, kinds):
 def test_a_value_that_is_gone_differs():
     assert [each.place for each in differences(BEFORE, {**BEFORE, "inner": {}} | {"inner": {}})] == ["/inner"]
     assert [each.place for each in differences({"a": {"b": 1}}, {"a": {}})] == ["/a/b"]
+
+
+def names_taken_from_the_package() -> list[tuple[str, str, str]]:
+    """File, module and name of each import in the programs beside the package, which the suite does not run."""
+    paths = [
+        path for folder in ("benchmarks", "acceptance", "scripts") for path in (surface.ROOT / folder).rglob("*.py")
+    ]
+    nodes = [(path, node) for path in sorted(paths) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return [
+        (path.name, node.module, alias.name)
+        for path, node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("batchnorm")
+        for alias in node.names
+    ]
+
+
+def test_benchmarks_and_scripts_import_names_that_exist():
+    for file, module, name in names_taken_from_the_package():
+        found = hasattr(importlib.import_module(module), name) or find_spec(f"{module}.{name}") is not None
+        assert found, f"{file} imports {name} from {module}"
