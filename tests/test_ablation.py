@@ -356,6 +356,7 @@ def test_a_loss_that_is_no_number_or_has_no_gradient_is_refused():
         plan(subject(loss=lambda output, batch: output.detach().sum()))
 
 
+@pytest.mark.slow
 def test_a_plan_fits_the_time_and_takes_what_is_given():
     about = subject()
     short, long = plan(about, seconds=1e-9), plan(about, seconds=1e9)

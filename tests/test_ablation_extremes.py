@@ -419,6 +419,7 @@ def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: s
     ablation.look(subject, subject.fresh(0), range(2), "batchnorm why")
 
 
+@pytest.mark.slow
 def test_a_model_of_several_inputs_has_its_target_behind_them() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -156,6 +156,7 @@ def test_arms_that_do_not_learn_give_no_verdict_about_learning(idle):
     assert "--steps" in idle.headline
 
 
+@pytest.mark.slow
 def test_arms_that_diverge_are_an_outcome():
     found = answers_of(subject(), seeds=2, steps=10, rates=(1e17, 1e18))
     assert found.found["speed-steps"].status is Status.INVALID

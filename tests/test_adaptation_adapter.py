@@ -77,6 +77,7 @@ def states(adapter: bn.Adapter) -> list[str]:
     return [event.state for event in adapter.history]
 
 
+@pytest.mark.slow
 def test_until_the_alarm_answers_are_those_of_the_deployed_model(trained, model):
     x, _ = stream(800, 5)
     adapter = adapter_of(model)
@@ -87,6 +88,7 @@ def test_until_the_alarm_answers_are_those_of_the_deployed_model(trained, model)
     assert adapter.history == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 8, 32, 200])
 def test_a_repairable_shift_is_repaired_and_put_back_after_the_block(trained, model, n):
     x, classes = stream(240 if n == 1 else 400, 6)
@@ -101,6 +103,7 @@ def test_a_repairable_shift_is_repaired_and_put_back_after_the_block(trained, mo
     assert bits(model) == bits(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ShiftMonitor. neighbouring observations are alike")
 @pytest.mark.parametrize(
     ("order", "n"), [("sorted", 1), ("sorted", 8), ("sorted", 100), ("one class", 8), ("one class", 100)]
@@ -116,6 +119,7 @@ def test_a_clean_stream_in_another_order_is_not_harmed(trained, model, order, n)
     assert adapter.state == "refused" or n == 1  # which are fewer examples than a trial takes
 
 
+@pytest.mark.slow
 def test_inverted_images_are_not_answered_worse(trained, model):
     """A change of sign is none that statistics can repair."""
     x, classes = stream(600, 8)
@@ -172,6 +176,7 @@ def test_a_trial_is_judged_in_large_batches_too(model):
     assert states(adapter)[-2:] == ["gathering", "adapted"]
 
 
+@pytest.mark.slow
 def test_another_mix_of_classes_is_not_adapted_to(trained, model):
     x, classes = stream(900, 15)
     x = x[classes < CLASSES // 2]
@@ -183,6 +188,7 @@ def test_another_mix_of_classes_is_not_adapted_to(trained, model):
     assert "another mix of known examples" in adapter.history[1].reason
 
 
+@pytest.mark.slow
 def test_reset_takes_the_deployed_statistics_back(trained, model):
     adapter = adapter_of(model)
     with adapter:
@@ -196,6 +202,7 @@ def test_reset_takes_the_deployed_statistics_back(trained, model):
     assert str(adapter.history[2]).startswith("watching after 0 examples: reset")
 
 
+@pytest.mark.slow
 def test_a_second_block_goes_on_where_the_first_one_ended(trained, model):
     x = dim(stream(400, 15)[0])
     once, twice = adapter_of(model), adapter_of(other := copy.deepcopy(model))
@@ -295,6 +302,7 @@ def test_outputs_that_are_no_logits_are_without_classes_until_a_function_finds_t
         assert adapter.state == "adapted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["iid", "one class"])
 def test_predicted_classes_alone_will_do(model, order):
     adapter = adapter_of(model, classes=lambda output: output.argmax(1))
@@ -363,6 +371,7 @@ def test_a_model_that_was_changed_between_blocks_is_deployed_anew(model):
     assert bits(model) == changed
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_measured_by_a_pass_of_its_own(trained, model):
     compiled = torch.compile(model, backend="eager")
     monitor = bn.ShiftMonitor(compiled, examples=None, budget=None)

@@ -100,6 +100,7 @@ def test_the_legend_shows_a_symbol_only_where_the_chart_does():
     assert [(key.line, key.symbol) for key in legend(accuracies())] == [(False, True)] * 2
 
 
+@pytest.mark.slow
 def test_colours_follow_the_page_and_none_is_fixed():
     for make in DRAWN:
         svg = to_svg(panels(make())[0].drawing, "a")

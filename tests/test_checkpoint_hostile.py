@@ -345,6 +345,7 @@ def test_attributes_again_and_again_are_counted(tmp_path):
     assert "at most 10,000,000 attributes of objects" in refused(tmp_path, zipped(program))
 
 
+@pytest.mark.slow
 def test_a_small_file_fills_no_memory(tmp_path):
     """One list of many pairs, asked for as a dict again and again; and storages declared at 2^60 elements."""
     pairs = b"](" + b"".join(b"(" + number(i) + b"Nt" for i in range(20_000)) + b"eq\x00a"

@@ -124,6 +124,7 @@ def test_json_output_is_alone_on_standard_output_and_repeats_exactly(quick, tmp_
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(outputs[0])
 
 
+@pytest.mark.slow
 def test_markdown_output_is_a_table(quick, tmp_path):
     result = call("why", "--claim", "hidden", "--seeds", "2", "-o", str(tmp_path / "a.md"), "--output-format", "md")
     assert "| hidden-speed-relu | INVALID |" in result.stdout

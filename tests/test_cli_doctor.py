@@ -254,6 +254,7 @@ def test_statuses_and_findings_are_coloured_and_other_lines_are_not(monkeypatch)
     assert unstyle(colored(text)) == text
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_early_is_no_error(folder):
     code = f"{sys.executable} -m batchnorm rules | head -1; {sys.executable} -m batchnorm doctor sick.pt | true"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
@@ -358,6 +359,7 @@ def test_explain_shows_a_page(args):
         assert word in result.output
 
 
+@pytest.mark.slow
 def test_explain_and_rules_as_json_have_every_rule():
     pages = json.loads(call("explain", "--all", "--output-format", "json").output)
     assert [page["code"] for page in pages] == list(RULES)

@@ -126,6 +126,7 @@ def test_what_needs_data_says_so_and_is_left(folder):
     assert not (folder / "lost.fixed.pt").exists()
 
 
+@pytest.mark.slow
 def test_data_measure_the_sick_layer_anew_and_no_other(folder):
     result = call("fixnet.py:model", "--weights", lost(), "--data", "fixnet.py:loader")
     assert result.exit_code == 0, result.output

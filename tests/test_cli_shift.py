@@ -100,6 +100,7 @@ def test_other_data_give_exit_code_1_and_say_where(folder):
     assert "distribution moved, first" not in result.stderr  # the log of a live monitor
 
 
+@pytest.mark.slow
 def test_a_reference_is_calibrated_written_and_used(folder):
     result = judged("dark", "--calibrate", "net.py:calibration", "--write-reference", "m.bncal.safetensors")
     assert result.exit_code == 1, result.output

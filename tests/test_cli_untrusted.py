@@ -222,6 +222,7 @@ def test_never_fails_no_case():
     assert 'failures="1"' not in rendered(report(diagnosis, fail_on=None), "junit")
 
 
+@pytest.mark.slow
 def test_a_terminal_of_ascii_has_no_question_marks(folder):
     done = run("doctor", "sick.pt", PYTHONIOENCODING="ascii")
     assert done.stdout.startswith("sick.pt - 1 batch norm layer - 4 channels\n\n[x error] Stored statistics")

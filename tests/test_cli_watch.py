@@ -30,6 +30,7 @@ def words(result):
     return " ".join(result.output.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_it_prints_an_address_that_answers_and_ctrl_c_ends_it_with_0(folder):
     command = [sys.executable, "-m", "batchnorm", "watch", str(folder), "--no-open"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -103,6 +104,7 @@ def test_a_file_that_cannot_be_written_is_told(folder, tmp_path):
     assert "cannot write" in words(result)
 
 
+@pytest.mark.slow
 def test_neither_help_nor_the_live_page_loads_torch():
     check = "import batchnorm.cli.watch_command, batchnorm.live, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

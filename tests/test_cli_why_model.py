@@ -205,6 +205,7 @@ def test_with_weights_the_checkpoint_answers_what_needs_no_training(folder):
     assert "those of --weights" in data["measured"]["Weights"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_the_old_report_and_nothing_else(folder, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -128,6 +128,7 @@ def test_the_file_of_a_healthy_model_has_no_error_and_no_warning(name, tmp_path)
     assert diagnosis.layers
 
 
+@pytest.mark.slow
 def test_what_could_not_be_checked_says_why(tmp_path):
     diagnosis = examine(trained())
     assert "needs data" in diagnosis.not_checked["BN116"]

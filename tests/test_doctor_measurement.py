@@ -593,6 +593,7 @@ def _codes(model, batches):
     return {f.code for rule in rules if not rule.missing(evidence) for f in rule.findings(evidence)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("batch", [8, 32])
 @pytest.mark.parametrize("kind", ["rows", "signals"])

@@ -90,6 +90,7 @@ def test_positions_make_a_small_shift_plain():
     assert "BN116" in codes(layer, list(x.split(32)))
 
 
+@pytest.mark.slow
 def test_a_variance_that_doubled_is_found_and_one_that_fell_is_not_checked():
     model = model_of(normal)
     model[1].running_var /= 2
@@ -178,6 +179,7 @@ def test_groups_of_like_examples_count_as_one():
         torch.testing.assert_close(one.logs(math.inf, 1.0), many.logs(math.inf, 5.0))
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_running_average_is_no_evidence():
     """Of 400 channels, each stored mean the average of 300 normal values, none is named from 4,000 examples."""
     stored = torch.randn(400).double() / math.sqrt(300)
@@ -241,6 +243,7 @@ def test_sorted_examples_of_any_law_have_the_least_probability():
         assert order_p(list(x[x[:, 0].argsort()].split(16))) == 1 / 2000
 
 
+@pytest.mark.slow
 def test_a_random_order_is_suspect_as_often_as_its_probability_says():
     """An exact p of one half or less in half of the draws: 40 draws, more than 31 once in 10,000 times."""
     low = sum(order_p(list(bursts(33).split(8))) <= 0.5 for _ in range(40))

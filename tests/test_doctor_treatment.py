@@ -65,6 +65,7 @@ def look(model):
     return settings, numbers, [parameter.requires_grad for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAFE)
 def test_a_safe_remedy_mends_its_finding_and_keeps_eval_outputs(name, tmp_path):
     model, code = sick(name, tmp_path), name.split()[0]
@@ -84,6 +85,7 @@ def test_data_mend_a_finding(name, tmp_path):
     assert codes(treated, batches()).isdisjoint({code, "BN102", "BN103", "BN114", "BN116", "BN209"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSAFE)
 def test_what_is_unsafe_is_done_only_when_asked_for(name, tmp_path):
     model, code = sick(name, tmp_path), name.split()[0]
@@ -140,6 +142,7 @@ def test_a_healthy_layer_behind_a_repaired_one_keeps_its_statistics():
         assert torch.equal(treated[key], before[key])
 
 
+@pytest.mark.slow
 def test_averaged_weights_get_statistics_of_their_own_in_every_layer(tmp_path):
     model = sick("BN115 averaged model", tmp_path)
     treated, exact = treat(model, examine(model), batches()), copy.deepcopy(model)
@@ -149,6 +152,7 @@ def test_averaged_weights_get_statistics_of_their_own_in_every_layer(tmp_path):
         torch.testing.assert_close(treated.get_submodule(path).running_var, layer.running_var)
 
 
+@pytest.mark.slow
 def test_a_layer_that_falls_sick_by_a_repair_is_measured_too():
     # shifted data: the rule names the first layer alone, its repair moves what the second one gets
     model, data = trained(), batches(images(mean=4.0))
@@ -173,6 +177,7 @@ def test_the_count_after_a_measurement_does_not_read_as_few_updates():
     assert int(layer_of(treat(trained(updates=5), data=batches())).num_batches_tracked) == 0
 
 
+@pytest.mark.slow
 def test_a_one_shot_iterator_is_read_once_and_used_several_times():
     treated = treat(changed(running_var=NAN), data=iter(batches()))
     assert layer_of(treated).running_var.isfinite().all()
@@ -187,6 +192,7 @@ def test_what_a_layer_in_front_breaks_is_measured_once_unsafe_mends_it():
     assert codes(treat(model, data=batches(), unsafe=True)).isdisjoint({"BN102", "BN107"})
 
 
+@pytest.mark.slow
 def test_a_layer_that_no_forward_reaches_gets_typical_statistics_if_that_is_allowed():
     model = changed(running_var=NAN)
     model.spare = nn.BatchNorm2d(2)
@@ -231,6 +237,7 @@ def test_something_else_than_a_model_is_refused():
         treat(3)  # pyrefly: ignore
 
 
+@pytest.mark.slow
 def test_half_precision_statistics_are_widened_where_the_layer_runs_with_them():
     plain = trained(Net(lambda c: nn.BatchNorm2d(c, affine=False)))
     for name in ("running_mean", "running_var"):

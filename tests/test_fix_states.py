@@ -171,6 +171,7 @@ def test_a_state_that_no_file_has_is_told_with_those_that_it_has(folder):
         assert (code, "--state chooses in a checkpoint" in told) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_state_of_another_model_is_named_and_counts_as_left(folder):
     torch.manual_seed(0)
     other = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
@@ -229,6 +230,7 @@ def test_a_shared_layer_is_written_under_all_its_names(folder):
     assert after["norm.running_var"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_doctor_examines_a_model_with_each_state(folder):
     ill = average(OWN).state_dict()
     ill["body.1.running_mean"] = ill["body.1.running_mean"] + 9
@@ -242,6 +244,7 @@ def test_doctor_examines_a_model_with_each_state(folder):
     assert "model_ema.body.1" not in one
 
 
+@pytest.mark.slow
 def test_doctor_tells_foreign_statistics_of_a_loaded_state_unless_data_show_that_they_fit(folder):
     torch.save({"model": A, "model_ema": average(OWN, 1.5).state_dict()}, "f.pt")
     words = ["doctor", "statenet.py:model", "--weights", "f.pt", "--output-format", "concise"]

@@ -127,6 +127,7 @@ def test_batches_that_are_mappings_are_read_by_key():
     close(InputNorm.fit(parts, key="x").mean + 1, InputNorm.fit(parts, key=3).mean, rtol=400 * U64, atol=400 * U64)
 
 
+@pytest.mark.slow
 @given(cuts=st.lists(st.integers(0, 200), max_size=6), order=st.randoms(use_true_random=False))
 def test_neither_the_batch_sizes_nor_the_order_of_examples_matter(cuts, order):
     rows = list(range(200))

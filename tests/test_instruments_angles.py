@@ -35,6 +35,7 @@ def simulate(make, norm_squared: float, *, entries: int = 1000, filters: int = 8
 SAMPLING, STRENGTH = 4 * 0.004, 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("momentum", "dampening", "nesterov", "expected"),
     [(0.0, 0.0, False, 0.1), (0.9, 0.0, False, 0.07255), (0.9, 0.5, False, 0.0513), (0.9, 0.0, True, 0.08404)],
@@ -58,6 +59,7 @@ def test_random_gradients_and_weight_decay_of_sgd_hold_the_angle_of_equilibrium(
     assert found.effective_rate == pytest.approx(rate / start, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_random_gradients_and_adamw_hold_the_angle_of_equilibrium(beta: float):
     rate, decay = 0.005, 1.0

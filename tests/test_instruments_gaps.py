@@ -93,6 +93,7 @@ def test_the_losses_are_those_of_the_three_modes():
     assert (found.batches, found.examples) == (4, 128)
 
 
+@pytest.mark.slow
 def test_in_batches_of_2_all_outputs_are_1_in_train_mode_and_eval_mode_knows_it_not():
     net = nn.BatchNorm1d(512, eps=1e-12, affine=False, momentum=None).double()
     data = [torch.randn(2, 512).double() for _ in range(400)]

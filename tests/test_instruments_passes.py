@@ -222,6 +222,7 @@ def trained(
     return model, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, bn.BatchNorm1d], ids=["torch", "ours"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_batch_counts_once_however_often_it_passes(name: str, norm: type[nn.Module], tmp_path: Path) -> None:
@@ -234,6 +235,7 @@ def test_a_batch_counts_once_however_often_it_passes(name: str, norm: type[nn.Mo
     assert not [event for event in Log(tmp_path).rows("event") if event["code"] == "BN201"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_stored_statistics_that_follow_are_not_called_stale(name: str) -> None:
     _, run = trained(name, steps=80)

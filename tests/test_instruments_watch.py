@@ -118,6 +118,7 @@ def made(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Net:
     return Net(norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d, bn.BatchNorm2d, nn.SyncBatchNorm], ids=lambda norm: norm.__module__ + norm.__name__
 )
@@ -586,6 +587,7 @@ def test_rare_large_examples_make_no_statistics_stale(tmp_path: Path) -> None:
     assert "BN116" not in told_of(nn.BatchNorm1d(16), spikes(1500), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda x, i: x * 1.02**i, lambda x, i: x + i / 20])
 def test_averages_that_are_too_slow_for_a_change_are_stale(
     change: Callable[[Tensor, int], Tensor], tmp_path: Path

@@ -273,6 +273,7 @@ def test_measuring_before_validation_does_not_change_what_is_trained() -> None:
     assert not any(p.is_inference() for p in (*model.parameters(), *model.buffers()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_averaged_weights_get_their_own_statistics(first: bool, tmp_path: Path) -> None:
     pair = [Recalibrate(every_n_epochs=1), WeightAveraging()]

@@ -161,6 +161,7 @@ def test_the_registry_of_the_process_is_the_default() -> None:
     assert b'model="default"' not in generate_latest(REGISTRY)
 
 
+@pytest.mark.slow
 def test_a_registry_that_is_gone_is_forgotten() -> None:
     from batchnorm.integrations.prometheus import _collectors
 

@@ -280,6 +280,7 @@ def test_the_forward_operator_passes_opcheck(sample):
     torch.library.opcheck(kernels.train_forward, (x, gamma, beta, EPS))
 
 
+@pytest.mark.slow
 def test_the_forward_operator_passes_opcheck_without_values():
     """Its last test takes the NaN statistics of no values for a difference, so compiled values are compared here."""
     inputs = tracked(*arguments(torch.randn(0, 3, 2), True, True))

@@ -292,6 +292,7 @@ class Block(nn.Module):
         return self.bn(self.first(x), residual=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["relu", "silu"])
 @modes
 def test_a_compiled_block_equals_the_eager_one(act, training):

@@ -141,6 +141,7 @@ def test_an_eval_layer_is_recorded_as_one_operator_of_torchs(record, options):
         assert_normalized(run(x), x, norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("cast", [True, False], ids=["layer cast", "layer float32"])
@@ -252,6 +253,7 @@ def test_make_fx_records_a_step_in_train_mode(mode, options):
     assert_same_step(y, {name: before[name] for name in expected[1]}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 def test_make_fx_records_a_step_of_an_ensemble(mode):
     models = [layer(True) for _ in range(3)]

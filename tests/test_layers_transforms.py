@@ -129,6 +129,7 @@ def test_statistics_shared_by_the_models_are_refused(transform):
 # --- derivatives ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_directional_derivative_is_that_of_finite_differences(training):
     net = network(track_running_stats=not training).train(training)
@@ -200,6 +201,7 @@ def test_a_compiled_layer_keeps_channels_last():
         assert compiled(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_takes_batches_of_any_size():
     net = network()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -210,6 +212,7 @@ def test_a_compiled_network_takes_batches_of_any_size():
         net(torch.randn(1, 4, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [grad, lambda f: vmap(grad(f))], ids=["grad", "vmap grad"])
 def test_a_compiled_derivative_equals_the_eager_one(of):
     net = network(track_running_stats=False)

@@ -211,6 +211,7 @@ def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_progress_ends_at_one() -> None:
     seen: list[float] = []
     third_layer.run(RunSettings(seeds=2, effort=0.01), seen.append)

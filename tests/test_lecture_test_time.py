@@ -91,6 +91,7 @@ def test_logits_in_batches_are_those_of_running_each_batch_by_itself_in_train_mo
             torch.testing.assert_close(found[1, partition, batch], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_accuracy_in_batches_is_the_share_of_right_answers_counted_directly(trained: Trained) -> None:
     measured = measure_batches(trained, QUICK)
     row = MEASURED.index(128)
@@ -153,6 +154,7 @@ def test_an_early_reading_is_that_of_a_run_that_stops_there(trained: Trained) ->
         assert torch.equal(early.loss, last.loss)
 
 
+@pytest.mark.slow
 def test_the_answer_of_a_batch_norm_layer_alone_is_the_same_to_the_bit_in_any_batch(trained: Trained) -> None:
     alone = measure_alone(trained, QUICK)
     assert alone.layer_same_bits == 1.0
@@ -160,6 +162,7 @@ def test_the_answer_of_a_batch_norm_layer_alone_is_the_same_to_the_bit_in_any_ba
     assert float(alone.largest.max()) < 5 * 64 * EPS32
 
 
+@pytest.mark.slow
 def test_the_measure_of_alone_against_in_batches_finds_a_network_that_uses_the_batch(trained: Trained) -> None:
     leaky = Ensemble(fully_connected(SIZES, norm=_MeanOfBatch), trained.exact.parameters, trained.exact.buffers)
     found = measure_alone(Trained(trained.ensemble, leaky, trained.test, trained.readings), QUICK)
@@ -174,6 +177,7 @@ class _MeanOfBatch(BatchNorm1d):
         return super().forward(input - 0.1 * input.mean(0, keepdim=True))
 
 
+@pytest.mark.slow
 def test_the_verdict_on_batches_of_two_is_the_difference_of_accuracies(result: Result, trained: Trained) -> None:
     batches, population = measure_batches(trained, QUICK), trained.reading(POPULATION).accuracy
     estimate = result.verdicts[0].estimate

@@ -93,11 +93,13 @@ def together(*pieces: list[list[float]]) -> list[list[float]]:
     return [[value for p in pieces for value in p[i]] for i in range(CHANNELS)]
 
 
+@pytest.mark.slow
 @given(piece())
 def test_moments_equal_the_exact_result_within_the_bound_of_their_roundings(a):
     assert_moments_of(measure(a), a)
 
 
+@pytest.mark.slow
 @given(piece())
 def test_adding_nothing_changes_no_bit(a):
     found = measure(a)
@@ -107,6 +109,7 @@ def test_adding_nothing_changes_no_bit(a):
         assert same_bits(found - nothing, found)
 
 
+@pytest.mark.slow
 @given(piece(), piece())
 def test_addition_gives_the_moments_of_both_parts_in_either_order(a, b):
     assert_moments_of(measure(a) + measure(b), together(a, b))
@@ -122,6 +125,7 @@ def test_addition_may_be_grouped_in_any_way(a, b, c):
     assert_moments_of((x + z) + y, together(a, b, c))
 
 
+@pytest.mark.slow
 @given(piece(), piece())
 def test_subtraction_takes_out_what_addition_put_in(a, b):
     found = (measure(a) + measure(b)) - measure(b)
@@ -142,6 +146,7 @@ def test_subtraction_takes_out_what_addition_put_in(a, b):
         assert abs(Fraction(found.m2[i].item()) - m2) <= 2 * e2 + n**2 * (4 * distance * e + 4 * e**2)
 
 
+@pytest.mark.slow
 @given(piece())
 def test_subtracting_all_of_it_leaves_nothing(a):
     found = measure(a)
@@ -195,6 +200,7 @@ def test_mean_a_million_and_std_a_thousandth_keep_six_digits_of_the_variance(mil
     assert relative_error_of_var(Moments.of(x), million) < 1e-6
 
 
+@pytest.mark.slow
 def test_six_digits_survive_merging_many_uneven_pieces_in_any_order(million):
     x = torch.from_numpy(million)
     pieces = [Moments.of(part) for part in x.split([1, 2, 997, 500, 1, 1499, 1000])]

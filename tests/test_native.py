@@ -246,6 +246,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 7, done.stderr
 
 
+@pytest.mark.slow
 def test_forked_workers_of_a_data_loader_train_with_the_bits_of_the_parent():
     program = """
 import warnings, torch

@@ -377,6 +377,7 @@ def test_a_batch_says_why_it_cannot_be_cut(kind):
     assert bool(why) != has_rows, why
 
 
+@pytest.mark.slow
 def test_examine_and_treat_take_it(kind):
     net, batches, _ = kind
     diagnosis = bn.examine(net, batches)

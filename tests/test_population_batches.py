@@ -121,6 +121,7 @@ class Augmented(IterableDataset):
             yield row + random.random() + torch.randn(())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, torch.Generator().manual_seed(7)], ids=["global", "own generator"])
 @pytest.mark.parametrize("shuffled", [True, False], ids=["shuffled", "augmented"])
 def test_a_loader_gives_every_pass_the_same_examples_and_advances_no_random_state(own, shuffled):

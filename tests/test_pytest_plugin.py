@@ -167,6 +167,7 @@ def test_rounding_is_no_dependence(depth: int, dtype: torch.dtype) -> None:
     assert dependence(model.to(dtype), torch.randn(16, 64, dtype=dtype)) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_small_part_that_depends_is_found(dtype: torch.dtype) -> None:
     """One layer of 16 uses the batch's statistics of 256 examples, with which its answers differ by a few percent."""

@@ -286,6 +286,7 @@ def test_rows_are_thinned_evenly_with_the_last_one_kept(writer: Writer) -> None:
     assert {b["step"] - a["step"] for a, b in itertools.pairwise(rows)} == {10}
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_of_53_layers_take_less_than_a_megabyte(tmp_path: Path) -> None:
     """The default schedule: steps 10, 20 ... then every 100, a probe with arrays at every second look."""
     layers = [{"name": f"layer{i // 4}.{i % 4}.bn", "channels": 512} for i in range(53)]

@@ -300,6 +300,7 @@ def test_twenty_charts_stay_below_half_a_megabyte(page):
     assert len(page.encode()) < 500_000
 
 
+@pytest.mark.slow
 def test_the_same_verdicts_give_the_same_page():
     verdicts = only("noise", groups(), accuracies(), noise_power(), learning())
     assert report.render(verdicts) == report.render(verdicts)

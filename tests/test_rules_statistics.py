@@ -258,6 +258,7 @@ def test_a_denormal_variance_is_zero_beside_eps():
     assert torch.equal(layer_of(model)(x), before)
 
 
+@pytest.mark.slow
 def test_half_precision_statistics_are_torch_s_and_not_ours():
     assert codes(trained(Net()).half()) == {"BN108"}
     assert codes(trained(Net(bn.BatchNorm2d)).half()) == set()

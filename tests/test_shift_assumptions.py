@@ -105,6 +105,7 @@ def test_neighbours_that_are_alike_break_the_unit(net: nn.Module) -> None:
     assert states(check(ShiftMonitor(net, unit="batch"), runs * 3))[NEIGHBOURS] == "holds"
 
 
+@pytest.mark.slow
 def test_a_second_half_unlike_the_first_is_broken(net: nn.Module) -> None:
     drifts = batches(1024) + [batch + 0.7 for batch in batches(1024, 2)]
     assert states(check(ShiftMonitor(net), drifts))[ORDER] == "broken"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from batchnorm.shift import by_layer
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([1, 2, 3, 17]), min_size=1, max_size=8), st.integers(0, 2**31))
 def test_each_layer_is_reduced_by_itself(sizes: list[int], seed: int) -> None:
     x = torch.randn(2, 3, sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -125,6 +125,7 @@ def test_a_product_of_bets_reaches_1_of_alpha_in_alpha_of_the_streams(law: str) 
         assert share <= alpha + CONFIDENT * math.sqrt(alpha * (1 - alpha) / 1500)
 
 
+@pytest.mark.slow
 def test_a_bag_that_the_stream_does_not_grow_breaks_the_promise() -> None:
     """Ten clean observations taken as exact: what lies beyond them by chance does so again and again."""
     alpha = 0.1
@@ -239,6 +240,7 @@ def test_evidence_from_a_checkpoint_is_the_average_over_layers_and_kinds() -> No
     assert float(ten.log_layers[0].exp()) == pytest.approx(float(kinds.mean()))
 
 
+@pytest.mark.slow
 def test_evidence_of_many_clean_layers_is_not_their_sum() -> None:
     """A thousand layers, each of which rings alone in 1 of 100 streams, may not ring together in all."""
     known = replace(reference(layers=1000, channels=1), clean=None)

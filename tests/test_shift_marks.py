@@ -74,6 +74,7 @@ def named(law: str, moved: int, random: torch.Generator) -> tuple[int, ...]:
     return e_bh(log.logsumexp(0) - math.log(len(log)), 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_of_the_channels_named_few_did_not_move(law: str) -> None:
     random, false, all_ = torch.Generator().manual_seed(1), 0.0, 0

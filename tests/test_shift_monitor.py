@@ -144,6 +144,7 @@ def test_a_clean_stream_does_not_ring(net: Net) -> None:
     assert monitor.log_evidence < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIFTS)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_shifted_stream_rings(net: Net, name: str, calibrated: bool, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,6 +220,7 @@ def test_a_gross_shift_rings_under_the_smallest_budget(net: Net) -> None:
     assert monitor.alarm is not None
 
 
+@pytest.mark.slow
 def test_a_budget_that_leaves_next_to_nothing_is_told_once(net: Net) -> None:
     monitor = ran(ShiftMonitor(net, budget=1e-9), net, [images(32) for _ in range(64 + 31)])
     more = [images(32) for _ in range(30)]
@@ -292,6 +294,7 @@ def test_observations_are_examples_batches_or_runs_of_keys() -> None:
         Grouping(lambda _: ["a", "b"]).of(z, z, None)
 
 
+@pytest.mark.slow
 def test_neighbours_that_are_alike_are_told(net: Net) -> None:
     sorted_by_class = [images(1).expand(10, -1, -1, -1) + 0.05 * torch.randn(10, 3, 20, 20) for _ in range(40)]
     with pytest.warns(RuntimeWarning, match=r"neighbouring observations are alike .* Use a larger unit"):

@@ -33,6 +33,7 @@ def stream_of(n: int, random: torch.Generator, known: Reference, by: float = 0.0
     return stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibration", [0, 600])
 def test_it_falls_with_the_number_of_observations_and_is_finite(calibration: int) -> None:
     random = torch.Generator().manual_seed(0)

@@ -54,6 +54,7 @@ def test_clean_batches_in_an_order_raise_no_alarm(net: nn.Module, order: str, ca
     assert monitor.alarm is None
 
 
+@pytest.mark.slow
 def test_a_compiled_model_shows_rows_from_everywhere(net: nn.Module) -> None:
     monitor = bn.ShiftMonitor(torch.compile(net, backend=lambda graph, _: graph.forward), budget=None)
     with monitor, torch.no_grad():

@@ -99,6 +99,7 @@ def streamed(model: nn.Module, draw: Draw, n: int, seed: int) -> ShiftMonitor:
     return monitor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_tails_are_told_of_once_with_what_to_do(world: str) -> None:
     model = network(WORLDS[world])
@@ -129,6 +130,7 @@ def test_normal_examples_are_not_told_of(seed: int) -> None:
     streamed(network(normal), normal, 2048, seed)  # a warning is an error here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["shapes", "tones", "table"])
 @pytest.mark.filterwarnings("ignore:ShiftMonitor. the largest:RuntimeWarning")
 def test_of_the_benchmarks_worlds_the_one_with_exponentials_of_normal_columns_is_told_of(

@@ -49,6 +49,7 @@ def test_clean_batches_of_another_size_raise_no_alarm(
     assert not [c for c in check(monitor, data).conditions if c.state == "broken"]
 
 
+@pytest.mark.slow
 def test_a_change_of_batches_is_found(net: nn.Module) -> None:
     monitor = bn.ShiftMonitor(net, unit="batch", budget=None)
     monitor.calibrate(batches(250, 64))
@@ -58,6 +59,7 @@ def test_a_change_of_batches_is_found(net: nn.Module) -> None:
     assert monitor.alarm is not None
 
 
+@pytest.mark.slow
 def test_a_reference_knows_how_many_examples_make_an_observation(net: nn.Module, tmp_path: Path) -> None:
     first = bn.ShiftMonitor(net, unit="batch", examples=16, budget=None)
     first.calibrate(batches(220, 64)).save(tmp_path / "a.bncal.safetensors")
@@ -147,6 +149,7 @@ def test_an_open_run_and_what_was_missed_are_in_the_state(net: nn.Module, tmp_pa
     assert waiting == [None, None]
 
 
+@pytest.mark.slow
 def test_an_old_reference_of_batches_is_refused(net: nn.Module, tmp_path: Path) -> None:
     monitor = bn.ShiftMonitor(net, unit="batch", budget=None)
     reference = monitor.calibrate(batches(220, 64))

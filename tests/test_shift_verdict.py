@@ -74,6 +74,7 @@ def told(**changes: object) -> ShiftVerdict:
 # -- what is judged -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clean_data_do_not_ring_and_others_do(calibrated: ShiftMonitor) -> None:
     clean, dark = judge(calibrated, batches(8, 1)), judge(calibrated, batches(8, 2, by=0.7))
     assert clean.rang is None

@@ -186,6 +186,7 @@ def test_a_path_chooses_what_no_word_tells_and_the_rest_is_named(folder):
     assert "f.pt has no state 'nothing'; it has 'state_dict.left', 'state_dict.right'" in told
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_and_fix_ends_with_1(folder):
     torch.save({**under("online_encoder.", A), **under("target_encoder.", B), **under("predictor.", HEAD)}, "f.pt")
     code, told = call("fix", "pairnet.py:model", "--weights", "f.pt", "--data", "pairnet.py:loader")
@@ -196,6 +197,7 @@ def test_what_does_not_fit_is_named_and_fix_ends_with_1(folder):
     assert "treated: online_encoder, target_encoder, predictor" in told
 
 
+@pytest.mark.slow
 def test_the_name_that_a_finding_has_is_one_that_every_command_takes(folder):
     statistics = {key: value for key, value in A.items() if "running" in key or "num_batches" in key}
     torch.save({"state_dict": {**under("net.", A), **under("net_ema.", {**B, **statistics})}}, "f.pt")
@@ -279,6 +281,7 @@ def test_why_says_which_state_it_loaded(folder):
     assert (code, "--state chooses in a checkpoint" in told) == (2, True)
 
 
+@pytest.mark.slow
 def test_doctor_says_in_every_format_which_states_it_loaded(folder):
     torch.save({**under("net_ema.", B), **under("net.", A)}, "f.pt")
     for form in ("full", "json", "md", "sarif", "junit", "html"):

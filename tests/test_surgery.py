@@ -318,6 +318,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "where"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_result_that_does_something_else_is_refused_with_the_difference(monkeypatch, change, where, inplace):
@@ -332,6 +333,7 @@ def test_a_result_that_does_something_else_is_refused_with_the_difference(monkey
     assert fingerprint(net) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example",
     [image, lambda: [image(), torch.tensor(3)], lambda: {"x": image()}],

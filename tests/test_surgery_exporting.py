@@ -168,6 +168,7 @@ def test_a_wrapped_layer_goes_on_applying_it(original, wrap):
     assert_eval_same(original, result)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_sees_what_was_replaced(original):
     result = fused(original)
     run = torch.compile(result, backend="eager", fullgraph=True)

@@ -91,6 +91,7 @@ def test_a_linear_layer_before_batch_norm(case):
     assert isinstance(answers(net, nodes())["bn"], Partner)
 
 
+@pytest.mark.slow
 def test_a_graph_network_without_bias_is_folded_whole():
     """Eight layers between linear ones: four on all nodes, four on channels in the middle."""
 
@@ -232,6 +233,7 @@ class InvertedResidual(nn.Module):
         return x + y if self.stride == 1 else y
 
 
+@pytest.mark.slow
 def test_a_mobile_network_with_padding_by_numbers():
     stem = [SamePadding(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
     net = nn.Sequential(*stem, InvertedResidual(8, 1), InvertedResidual(8, 2))

@@ -31,6 +31,7 @@ def close(folded: nn.Module, model: nn.Module, x: torch.Tensor, *, depth: int = 
     assert gap <= torch.finfo(x.dtype).eps * 54**0.5 * depth * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared", ["torch", "ours", "fused", "fused to save memory", "frozen", "float64"])
 def test_a_residual_network(prepared):
     model, x = net()

@@ -97,6 +97,7 @@ def test_reverting_stops_it():
     assert not result._forward_hooks_always_called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [True, False])
 def test_gradients_have_the_same_bits(fuse):
     x = image()
