@@ -27,7 +27,7 @@ why: $(STAMP)    ## run every claim of the lecture, print verdicts, write why.ht
 test: $(ALL) browser  ## the whole test suite
 	OMP_NUM_THREADS=1 ALL_TESTS=1 $(BIN)/pytest -n 2
 
-check: $(STAMP)  ## format, lint, types, imports, and two sets of parameters of each fast test (90 seconds)
+check: $(STAMP)  ## format, lint, types, imports, and two sets of parameters of each fast test (under two minutes)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
