@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import batchnorm as bn
 from batchnorm import adapt, recalibrate
 from batchnorm.population import layer_by_layer, lock_step
-from batchnorm.population.lock_step import HeldMemory, digest
+from batchnorm.population.held_memory import HeldMemory
+from batchnorm.population.lock_step import digest
 from batchnorm.population.observation import InputMoments
 
 

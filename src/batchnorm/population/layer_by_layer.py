@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from torch import Tensor
-
 from batchnorm.argument_types import require_whole_number
 from batchnorm.moments import Moments
 from batchnorm.population.free_memory import free_memory
 from batchnorm.population.lock_step import LockStep, UnsuitedError, why_not
-from batchnorm.population.observation import EndForward, InputMoments, Observation, execution_order
-from batchnorm.population.sharded_models import is_sharded
+from batchnorm.population.observation import InputMoments, Observation, execution_order
 from batchnorm.population.stored_statistics import Statistics
 
 if TYPE_CHECKING:
@@ -94,24 +91,8 @@ def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMomen
     # in reused layers the first calls alone give statistics that do not depend on the old ones
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
-            found[path] = _inputs_of(observation, path, 1 if first_only else most[path])
+            calls = 1 if first_only else most[path]
+            found[path] = observation.with_inputs_of(path, InputMoments(), calls=calls)
             observation.require_variance(path, found[path].moments)
             finish(path, found[path])
-    return found
-
-
-def _inputs_of(observation: Observation, wanted: str, calls: int) -> InputMoments:
-    """A layer's input in its first ``calls`` calls of each forward."""
-    may_end = not is_sharded(observation.model)
-    found = InputMoments()
-
-    def look(path: str, x: Tensor, before: int) -> None:
-        nonlocal found
-        if path != wanted or before >= calls:
-            return
-        found += InputMoments.of(x)
-        if may_end and before + 1 == calls:
-            raise EndForward
-
-    observation.run(look)
     return found

@@ -13,21 +13,19 @@ compared bit for bit.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 
+from batchnorm.population.held_memory import HeldMemory
 from batchnorm.population.hooks import seeing
+from batchnorm.population.model_marks import ModelMarks
 from batchnorm.population.observation import EndForward, InputMoments, Observation, execution_order
 from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state, random_state
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
 
     from greenlet import greenlet
 
-    from batchnorm.call_types import Arguments, Batch, Keywords
+    from batchnorm.call_types import Batch
 
     # stores the statistics of a layer, given its path, when all of its input is measured
     Finish = Callable[[str, InputMoments], None]
@@ -262,20 +260,12 @@ class LockStep:
         so_far.put(self._view.layers)
         return order
 
-    def _with_rest(self, wanted: str, found: InputMoments) -> InputMoments:
+    def _with_rest(self, path: str, found: InputMoments) -> InputMoments:
         """Add the layer's input from batches whose forwards do not wait: they run again until they reach the layer."""
         if not self._has_rest:
             return found
-
-        def look(path: str, x: Tensor, _: int) -> None:
-            nonlocal found
-            if path == wanted:
-                found += InputMoments.of(x)
-                raise EndForward
-
         with self._not_seen():
-            self._view.run(look, skip=len(self._forwards))
-        return found
+            return self._view.with_inputs_of(path, found, skip=len(self._forwards))
 
     # ending
 
@@ -327,96 +317,3 @@ def digest(x: Tensor, part: InputMoments) -> tuple[object, ...]:
     some = flat[:: max(1, len(flat) // _SAMPLE)]
     tensors = (part.moments.mean, part.moments.m2, part.moments.count, some.double())
     return x.shape, x.dtype, *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
-
-
-@final
-class ModelMarks:
-    """Records the objects that a model holds, to see whether it replaces them, writes to them, or draws numbers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._holders: list[Any] = []
-        self._tensors: list[Tensor] = []
-        self._generators: list[torch.Generator] = []
-        self._alive: dict[int, object] = {}  # keeps objects alive, so that no id is used twice
-        self._collect(model)
-        self._before = self._now()
-
-    def are_same(self) -> bool:
-        """Whether nothing has changed."""
-        return self._now() == self._before
-
-    def _collect(self, model: nn.Module) -> None:
-        seen = self._alive
-        waiting: list[object] = [model]
-        while waiting:
-            item = waiting.pop()
-            if id(item) in seen:
-                continue
-            seen[id(item)] = item
-            if isinstance(item, Tensor):
-                self._tensors.append(item)
-            elif isinstance(item, torch.Generator):
-                self._generators.append(item)
-            elif isinstance(item, (dict, list, deque, set)):
-                self._holders.append(item)
-                waiting.extend(item.values() if isinstance(item, dict) else item)
-            elif isinstance(item, tuple):
-                waiting.extend(item)
-            elif isinstance(item, nn.Module):
-                self._holders.append(vars(item))
-                waiting.extend(value for name, value in vars(item).items() if "hooks" not in name)
-                waiting.extend(item.children())
-
-    def _now(self) -> tuple[list[list[int]], list[tuple[int, int]], list[bytes]]:
-        held = [list(map(id, holder.values() if isinstance(holder, dict) else holder)) for holder in self._holders]
-        drawn = [generator.get_state().numpy().tobytes() for generator in self._generators]
-        return held, list(map(_written, self._tensors)), drawn
-
-
-def _written(tensor: Tensor) -> tuple[int, int]:
-    """Address of its memory, and number of writes to it."""
-    address = tensor.data_ptr() if tensor.layout == torch.strided and torch._C._has_storage(tensor) else 0
-    return address, 0 if tensor.is_inference() else tensor._version
-
-
-@final
-class HeldMemory(TorchFunctionMode):
-    """A block that measures the memory held by the results of torch's functions.
-
-    Attributes:
-        most: Bytes, the largest value at any ``look``.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-        self._results: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: Arguments = (),
-        kwargs: Keywords | None = None,
-    ) -> object:
-        """Call the function, and record its results."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            self._note(tensor)
-        return result
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """A block that is not measured."""
-        with torch._C.DisableTorchFunction():
-            yield
-
-    def look(self) -> None:
-        """Count the memory held now; call it inside ``off``."""
-        self._results = {key: each for key, each in self._results.items() if not each[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self._results.values()))
-
-    def _note(self, tensor: Tensor) -> None:
-        if tensor.layout == torch.strided and torch._C._has_storage(tensor):
-            storage = tensor.untyped_storage()
-            self._results[storage._cdata] = StorageWeakRef(storage), storage.nbytes()

@@ -22,6 +22,7 @@ from batchnorm.moments import Moments
 from batchnorm.population.absent_numbers import named_absences
 from batchnorm.population.batches import Batches, call
 from batchnorm.population.hooks import seeing
+from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.stored_statistics import buffers
 from batchnorm.population.tensor_trees import examples_in
@@ -136,6 +137,28 @@ class Observation:
         # ``call`` names missing values itself
         with suppress(EndForward), nullcontext() if self.forward is call else named_absences(self.model):
             self.forward(self.model, batch)
+
+    def with_inputs_of(self, wanted: str, found: InputMoments, *, calls: int = 1, skip: int = 0) -> InputMoments:
+        """``found`` and what one layer receives in a pass of its own; each forward ends there unless it is sharded.
+
+        Args:
+            wanted: The layer's path.
+            found: Of batches before these.
+            calls: Calls of the layer that count, in each forward.
+            skip: Leading batches that the model does not run on.
+        """
+        may_end = not is_sharded(self.model)
+
+        def look(path: str, x: Tensor, before: int) -> None:
+            nonlocal found
+            if path != wanted or before >= calls:
+                return
+            found += InputMoments.of(x)
+            if may_end and before + 1 == calls:
+                raise EndForward
+
+        self.run(look, skip=skip)
+        return found
 
     def in_one_pass(self, store: Callable[[str, InputMoments], None]) -> dict[str, InputMoments]:
         """The inputs of all layers in one pass; ``store`` gets each input's moments before the layer uses it."""
