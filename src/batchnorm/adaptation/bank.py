@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
@@ -157,9 +156,7 @@ class DomainBank:
             ValueError: If the name has another ending.
             OSError: If it cannot be written.
         """
-        path = Path(path)
-        if not path.name.endswith(SUFFIX):
-            raise ValueError(f"a bank needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}.")
+        path = sidecar.named(path, SUFFIX, "a bank", f"Name it model{SUFFIX}.")
         about = {"version": VERSION, "names": list(self._sets), "digest": weights_digest(self.model, self._layers)}
         sidecar.write(path, "bank", about, self._tensors())
 
@@ -207,10 +204,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        about, tensors = sidecar.read(path, "bank")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a bank: {error}. Write one with bank.save(path).") from error
+    about, tensors = sidecar.read(path, "bank", "a bank", "Write one with bank.save(path).")
     if about.get("version") != VERSION:
         raise ValueError(f"{path} is not a bank of version {VERSION}. Write it with bank.save(path).")
     return about, tensors

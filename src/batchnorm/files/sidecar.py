@@ -15,6 +15,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def named(path: str | os.PathLike[str], suffix: str, what: str, remedy: str) -> Path:
+    """The path of a file that is to be written.
+
+    Args:
+        path: Must end in ``suffix``.
+        suffix: Of all files of the kind.
+        what: The kind, for the error, such as "a bank".
+        remedy: A sentence.
+
+    Raises:
+        ValueError: If it ends otherwise.
+    """
+    path = Path(path)
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{what} needs a file that ends in {suffix}, got {path.name!r}. {remedy}")
+    return path
+
+
 def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, and JSON data under the name of their kind.
 
@@ -29,8 +47,14 @@ def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
         file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str | os.PathLike[str], kind: str, what: str, remedy: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The JSON data and tensors of a file from ``write``; the data are {} if the file is of another kind.
+
+    Args:
+        path: Of the file.
+        kind: As it was written.
+        what: The same for the error, such as "a bank".
+        remedy: A sentence.
 
     Raises:
         ValueError: If it is not a safetensors file, or its data are not JSON.
@@ -38,11 +62,11 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     """
     from safetensors import SafetensorError, safe_open
 
-    Path(path).open("rb").close()  # raises Python's error for a missing file
     try:
+        Path(path).open("rb").close()  # raises Python's error for a missing file
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(f"batchnorm.{kind}", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not {what}: {error}. {remedy}") from error
     return about if isinstance(about, dict) else {}, tensors

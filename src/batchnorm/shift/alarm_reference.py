@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -195,11 +194,7 @@ class Reference:
             ValueError: If the name has another ending.
             OSError: If it cannot be written.
         """
-        path = Path(path)
-        if not path.name.endswith(SUFFIX):
-            raise ValueError(
-                f"a reference needs a file that ends in {SUFFIX}, got {path.name!r}. Name it model{SUFFIX}."
-            )
+        path = sidecar.named(path, SUFFIX, "a reference", f"Name it model{SUFFIX}.")
         tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
         names = ("layers", "sizes", "source", "unit", "observations", "digest", "examples")
         about = {name: getattr(self, name) for name in names}
@@ -213,10 +208,7 @@ class Reference:
             ValueError: If the file is of another kind or version.
             OSError: If it cannot be read.
         """
-        try:
-            about, tensors = sidecar.read(path, "reference")
-        except ValueError as error:
-            raise ValueError(f"{path} is not a reference: {error}. Make one with monitor.calibrate(loader).") from error
+        about, tensors = sidecar.read(path, "reference", "a reference", "Make one with monitor.calibrate(loader).")
         version = about.pop("version", None)
         if version != VERSION:
             raise ValueError(f"{path} is not a reference of version {VERSION}, got {version}. Calibrate again.")

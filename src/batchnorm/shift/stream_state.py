@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.files import sidecar
@@ -107,9 +106,7 @@ class StreamState:
             ValueError: If the name has another ending, or an open key is neither text nor a number.
             OSError: If it cannot be written.
         """
-        path = Path(path)
-        if not path.name.endswith(SUFFIX):
-            raise ValueError(f"a monitor's state needs a file that ends in {SUFFIX}, got {path.name!r}. Name it so.")
+        path = sidecar.named(path, SUFFIX, "a monitor's state", "Name it so.")
         try:
             sidecar.write(path, "shift", {"version": VERSION, **self.about}, self.tensors)
         except TypeError as error:
@@ -123,10 +120,7 @@ class StreamState:
             ValueError: If the file is of another kind or version.
             OSError: If it cannot be read.
         """
-        try:
-            about, tensors = sidecar.read(path, "shift")
-        except ValueError as error:
-            raise ValueError(f"{path} is not a monitor's state: {error}. Write one with monitor.save(path).") from error
+        about, tensors = sidecar.read(path, "shift", "a monitor's state", "Write one with monitor.save(path).")
         if about.pop("version", None) != VERSION:
             raise ValueError(f"{path} is not a monitor's state of version {VERSION}. Write it with monitor.save(path).")
         return cls(tensors, about)
