@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 from batchnorm.experiment.figures_in_words import Figure, filled, in_words
 from batchnorm.experiment.judgement import Json, Verdict
-from batchnorm.experiment.room_tables import Table, room_table
 from batchnorm.experiment.run_settings import Progress, RunSettings
+from batchnorm.files.room_tables import Table, room_table
 from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row
 
 # Figures worth quoting, flat: "what, unit" -> number

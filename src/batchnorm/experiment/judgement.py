@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 from batchnorm.experiment.figures_in_words import Figure, filled, in_words
-from batchnorm.experiment.room_tables import Table, room_table
+from batchnorm.files.room_tables import Table, room_table
 
 # An arm that never reaches the target counts with the last step; the effect is then a bound
 Bound = Literal["", "at least", "at most"]

@@ -5,9 +5,9 @@ The instruments derive the formulas. Charts and pages take their words from here
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
+
+from batchnorm.files.room_tables import Table, room_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,14 @@ class Quantity:
 
 
 def _read() -> dict[str, Quantity]:
-    tables = tomllib.loads(Path(__file__).with_name("quantities.toml").read_text(encoding="utf-8"))
-    shared: dict[str, str] = tables.pop("shared")
-    numbers = {name: table.pop("good", None) for name, table in tables.items()}
-    texts = {name: {key: text.format(**shared) for key, text in table.items()} for name, table in tables.items()}
-    return {name: Quantity(**words, good=numbers[name]) for name, words in texts.items()}
+    tables = room_table("record", "quantities")
+    return {name: _quantity(table, tables["shared"]) for name, table in tables.items() if name != "shared"}
+
+
+def _quantity(table: Table, shared: dict[str, str]) -> Quantity:
+    """A quantity from its table, whose texts name shared phrases in braces."""
+    values: Table = {key: text.format(**shared) if isinstance(text, str) else text for key, text in table.items()}
+    return Quantity(**values)
 
 
 QUANTITIES: dict[str, Quantity] = _read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix
+from batchnorm.rules.finding import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,12 +39,7 @@ def eval_layer_in_training(evidence: Evidence) -> Iterator[Finding]:
         return
     for name, module in (evidence.modules or {}).items():
         if not module.training and not module.frozen and module.trainable:
-            yield Finding(
-                layer=name, measured="eval mode, in a model in train mode, with trainable gamma or beta",
-                limit="the model's mode, or frozen",
-                consequence="Its statistics stay the same while the layers before it learn.",
-                remedy="model.train(), or batchnorm.freeze(layer)",
-            )  # fmt: skip
+            yield Finding(name, "eval mode, in a model in train mode, with trainable gamma or beta")
 
 
 def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
@@ -73,11 +68,7 @@ def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         moves = module.training and module.tracks and module.momentum != 0 and not module.frozen
         if moves and module.affine and not module.trainable:
-            yield Finding(
-                layer=name, measured="train mode, gamma and beta fixed", limit="eval mode, or frozen",
-                consequence="Its statistics drift to the new data although its parameters are frozen.",
-                remedy="batchnorm.freeze(layer)", fixable=Fix.SAFE,
-            )  # fmt: skip
+            yield Finding(name, "train mode, gamma and beta fixed")
 
 
 def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
@@ -98,11 +89,7 @@ def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         if module.held and module.trainable:
-            yield Finding(
-                layer=name, measured="frozen, with a gradient on gamma or beta", limit="no gradient",
-                consequence="The optimizer still changes what it computes.",
-                remedy="batchnorm.freeze(layer, affine=True), if it is to stay as it is",
-            )  # fmt: skip
+            yield Finding(name, "frozen, with a gradient on gamma or beta")
 
 
 def statistics_switched_off(evidence: Evidence) -> Iterator[Finding]:
@@ -127,11 +114,7 @@ def statistics_switched_off(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         stored = evidence.stored.get(name)
         if not module.tracks and not module.frozen and stored and stored.running_mean is not None:
-            yield Finding(
-                layer=name, measured="track_running_stats=False with stored statistics", limit="True, or no statistics",
-                consequence="Train mode uses the batch. Eval mode uses old statistics that nothing updates.",
-                remedy="layer.track_running_stats = True", fixable=Fix.SAFE,
-            )  # fmt: skip
+            yield Finding(name, "track_running_stats=False with stored statistics")
 
 
 def no_statistics(evidence: Evidence) -> Iterator[Finding]:
@@ -157,11 +140,7 @@ def no_statistics(evidence: Evidence) -> Iterator[Finding]:
         stored = evidence.stored.get(name)
         has_values = not module.is_lazy and module.device != "meta"
         if has_values and stored and stored.running_mean is None and stored.running_var is None:
-            yield Finding(
-                layer=name, measured="no running_mean, no running_var", limit="stored statistics",
-                consequence="Eval outputs depend on the batch, and one example cannot be normalized.",
-                remedy="construct it with track_running_stats=True, then batchnorm.recalibrate(model, loader)",
-            )  # fmt: skip
+            yield Finding(name, "no running_mean, no running_var")
 
 
 def cumulative_momentum(evidence: Evidence) -> Iterator[Finding]:
@@ -186,11 +165,7 @@ def cumulative_momentum(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         if module.momentum is None and module.tracks and not module.frozen:
-            yield Finding(
-                layer=name, measured="momentum = None", limit="a number such as 0.1 while weights learn",
-                consequence="While weights learn, batches from old weights count as much as recent ones.",
-                remedy="layer.momentum = 0.1",
-            )  # fmt: skip
+            yield Finding(name, "momentum = None")
 
 
 def zero_momentum(evidence: Evidence) -> Iterator[Finding]:
@@ -212,11 +187,7 @@ def zero_momentum(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         if module.momentum == 0 and module.tracks and not module.frozen:
-            yield Finding(
-                layer=name, measured="momentum = 0", limit="more than 0",
-                consequence="Further training would not update the stored statistics.", remedy="layer.momentum = 0.1",
-                fixable=Fix.SAFE,
-            )  # fmt: skip
+            yield Finding(name, "momentum = 0")
 
 
 def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
@@ -243,10 +214,8 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
         momentum = module.momentum or 0.0
         if momentum >= HIGHEST_MOMENTUM and module.tracks and not module.frozen:
             yield Finding(
-                layer=name, measured=f"momentum = {momentum:g}", limit=f"below {HIGHEST_MOMENTUM:g}",
-                consequence="Stored statistics are little more than those of the last batch.",
-                remedy=f"layer.momentum = {max(1 - momentum, 0) or 0.1:.4g}", fixable=Fix.SAFE,
-            )  # fmt: skip
+                name, f"momentum = {momentum:g}", remedy=f"layer.momentum = {max(1 - momentum, 0) or 0.1:.4g}"
+            )
 
 
 def skipped_updates(evidence: Evidence) -> Iterator[Finding]:
@@ -270,11 +239,7 @@ def skipped_updates(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         if module.skipped_updates:
-            yield Finding(
-                layer=name, measured=f"{module.skipped_updates} batches with NaN or infinity", limit="none",
-                consequence="Training produces NaN or infinite values.",
-                remedy="look for the first layer that reports them, and at the data before it",
-            )  # fmt: skip
+            yield Finding(name, f"{module.skipped_updates} batches with NaN or infinity")
 
 
 def uninitialized_layer(evidence: Evidence) -> Iterator[Finding]:
@@ -294,7 +259,4 @@ def uninitialized_layer(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         if module.is_lazy:
-            yield Finding(
-                layer=name, measured="no size yet", limit="one batch seen",
-                consequence="It cannot be examined before it has run.", remedy="model(batch)",
-            )  # fmt: skip
+            yield Finding(name, "no size yet")

@@ -86,11 +86,10 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         elif channels := tuple(i for i in steep if norms is None or _magnifies(evidence, stored, norms, i)):
             steepest = max(_gain(evidence, stored, i) for i in channels)
             yield Finding(
-                layer=name, measured=f"var < eps / 10,000 and gain up to {steepest:.0f}, {some_of(channels, stored)}",
-                limit=f"gain up to {STEEP:.0f}",
-                consequence="A small change of these inputs is magnified far more than any other.",
-                remedy="set gamma of these channels to 0, or prune them", channels=channels,
-            )  # fmt: skip
+                name,
+                f"var < eps / 10,000 and gain up to {steepest:.0f}, {some_of(channels, stored)}",
+                channels=channels,
+            )
 
 
 def _magnifies(evidence: Evidence, stored: Stored, norms: Sequence[float], channel: int) -> bool:
@@ -135,13 +134,7 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         rare, how = _rarely_active(evidence, stored)
         if channels := tuple(sorted(still | rare)):
             what = [f"{len(still)} hardly vary" if still else "", f"{len(rare)} are {how}" if rare else ""]
-            yield Finding(
-                layer=name, measured=f"{some_of(channels, stored)}: {', '.join(filter(None, what))}",
-                limit=f"output sd of {FAINT:g}, or active in {RARELY:.0%} of the values",
-                consequence="They cost time and memory and contribute a constant, or next to nothing.",
-                remedy="prune them, adding what is left of beta to the next layer's bias; or leave them",
-                channels=channels,
-            )  # fmt: skip
+            yield Finding(name, f"{some_of(channels, stored)}: {', '.join(filter(None, what))}", channels=channels)
         elif not evidence.activation(name) and _is_open(evidence, stored):
             yield Unknown(name, "a ReLU would hardly ever be active behind a channel, and nothing tells what follows")
 

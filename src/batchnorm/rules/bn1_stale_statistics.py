@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from batchnorm.checkpoint.averaged_copies import says_average
 from batchnorm.checkpoint.identical_parts import find_twins
 from batchnorm.checkpoint.stored import is_below
-from batchnorm.rules.finding import Finding, Fix, Severity, Unknown
+from batchnorm.rules.finding import Finding, Severity, Unknown
 from batchnorm.rules.phrases import listed, measure_again, some_of, unsettled
 from batchnorm.rules.update_counts import MATTERS, RESIDUE, USUAL_MOMENTUM, StartResidue, claims, is_counted, misfit
 
@@ -28,7 +28,7 @@ STALE_SHARE = 0.1
 STALE_MEAN, STALE_VARIANCE = 0.1, 1.25
 
 
-def never_updated(evidence: Evidence) -> Iterator[Finding]:
+def never_updated_statistics(evidence: Evidence) -> Iterator[Finding]:
     """Stored statistics are the initial ones, mean 0 and variance 1 exactly, behind trained weights.
 
     Why:
@@ -53,12 +53,7 @@ def never_updated(evidence: Evidence) -> Iterator[Finding]:
         return
     for name, stored in evidence.stored.items():
         if stored.is_initial and ((distance := misfit(evidence, name)) is None or distance > MATTERS):
-            yield Finding(
-                layer=name, measured="running_mean = 0 and running_var = 1 in every channel",
-                limit="statistics of data",
-                consequence="Eval mode uses the initial statistics, train mode does not: expect random eval results.",
-                remedy=measure_again(evidence), fixable=Fix.DATA,
-            )  # fmt: skip
+            yield Finding(name, "running_mean = 0 and running_var = 1 in every channel", remedy=measure_again(evidence))
 
 
 def untrained_model(evidence: Evidence) -> Iterator[Finding]:
@@ -77,11 +72,7 @@ def untrained_model(evidence: Evidence) -> Iterator[Finding]:
         --weights FILE; or nothing, for a new model.
     """
     if evidence.stored and _is_untrained(evidence) and not evidence.unread(("weight", "bias")):
-        yield Finding(
-            layer="", measured="initial statistics, gamma and beta in every layer", limit="trained layers",
-            consequence="A new model, or one whose weights were not loaded.",
-            remedy="load the weights first, if there are any",
-        )  # fmt: skip
+        yield Finding("", "initial statistics, gamma and beta in every layer")
 
 
 def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -114,12 +105,12 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if claim is StartResidue.SHOWN and not (module and module.frozen):
             told = evidence.momentum(name) is not None or evidence.modules is not None
             yield Finding(
-                layer=name,
-                measured=f"{stored.num_batches_tracked} updates: {share:.0%} of the initial statistics left"
+                name,
+                f"{stored.num_batches_tracked} updates: {share:.0%} of the initial statistics left"
                 f"{'' if told else ', if momentum is 0.1'}",
-                limit=f"{RESIDUE:.0%}", consequence="Eval mode normalizes partly by mean 0 and variance 1.",
-                remedy=measure_again(evidence), fixable=Fix.DATA,
-            )  # fmt: skip
+                limit=f"{RESIDUE:.0%}",
+                remedy=measure_again(evidence),
+            )
     if some := [name for name, (claim, _) in known.items() if claim is StartResidue.OPEN]:
         counts = sorted({str(evidence.stored[name].num_batches_tracked) for name in some}, key=int)
         what = f"num_batches_tracked of {listed(counts)} is that of few updates, or of statistics measured at once"
@@ -155,12 +146,13 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
     for layer, measured, severity in _reasons_for_averages(evidence):
         unless = "" if severity is Severity.ERROR else ", unless its layers were frozen on purpose"
         yield Finding(
-            layer=layer, measured=measured, limit="statistics of the weights that they are used with",
+            layer,
+            measured,
             consequence=f"Eval mode normalizes the activations of these weights by statistics of other "
             f"weights{unless}.",
             remedy=measure_again(evidence) if evidence.file else "batchnorm.recalibrate(averaged_model, loader)",
-            fixable=Fix.DATA, severity=severity,
-        )  # fmt: skip
+            severity=severity,
+        )
 
 
 def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -205,13 +197,11 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         elif len(channels) >= enough:
             largest = max((abs(_t(measured, i)) for i in channels if math.isfinite(_t(measured, i))), default=math.inf)
             yield Finding(
-                layer=name, measured=f"|t| up to {largest:.0f}, {some_of(channels, stored)} beyond the limit",
-                limit=f"|t| of {STALE_T:.0f} in {STALE_SHARE:.0%} of the channels",
-                consequence="Eval mode normalizes by statistics that differ from those of these data, which is a "
-                "fault if "
-                "these are training data.",
-                remedy=f"if these are training data: {measure_again(evidence)}", channels=channels, fixable=Fix.DATA,
-            )  # fmt: skip
+                name,
+                f"|t| up to {largest:.0f}, {some_of(channels, stored)} beyond the limit",
+                remedy=f"if these are training data: {measure_again(evidence)}",
+                channels=channels,
+            )
 
 
 def _stale(measured: Measured) -> tuple[int, ...]:

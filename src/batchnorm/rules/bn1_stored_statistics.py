@@ -51,11 +51,11 @@ def non_finite_statistics(evidence: Evidence) -> Iterator[Finding]:
             key, values = ("running_var", stored.running_var) if variances else ("running_mean", stored.running_mean)
             first = (variances or means)[0]
             yield Finding(
-                layer=name, measured=f"{key}[{first}] = {values[first] if values else 0}, {some_of(channels, stored)}",
-                limit="finite numbers",
-                consequence="Eval outputs of these channels, and of everything behind them, are NaN or constant.",
-                remedy=measure_again(evidence), channels=channels, fixable=Fix.DATA,
-            )  # fmt: skip
+                name,
+                f"{key}[{first}] = {values[first] if values else 0}, {some_of(channels, stored)}",
+                remedy=measure_again(evidence),
+                channels=channels,
+            )
 
 
 def negative_variance(evidence: Evidence) -> Iterator[Finding]:
@@ -79,11 +79,13 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
             least = _least(stored, channels)
             safe = -least <= ROUNDING * evidence.eps(name)
             yield Finding(
-                layer=name, measured=f"running_var down to {least:.3g}, {some_of(channels, stored)}", limit="0 or more",
+                name,
+                f"running_var down to {least:.3g}, {some_of(channels, stored)}",
                 consequence="Rounding below zero." if safe else "The channel's eval output is NaN, or far too large.",
-                remedy=mend(evidence) if safe else measure_again(evidence), channels=channels,
+                remedy=mend(evidence) if safe else measure_again(evidence),
+                channels=channels,
                 fixable=Fix.SAFE if safe else Fix.DATA,
-            )  # fmt: skip
+            )
 
 
 def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
@@ -110,11 +112,12 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
         dead = dead_channels(evidence, stored) if tiny_ones else set()
         if channels := tuple(i for i in tiny_ones if i not in dead):
             yield Finding(
-                layer=name, measured=f"running_var down to {_least(stored, channels):.3g}, {some_of(channels, stored)}",
+                name,
+                f"running_var down to {_least(stored, channels):.3g}, {some_of(channels, stored)}",
                 limit=f"0, or at least {tiny:.3g}",
-                consequence="Next to eps it is 0, and some machines compute slowly with it.", remedy=mend(evidence),
-                channels=channels, fixable=Fix.SAFE,
-            )  # fmt: skip
+                remedy=mend(evidence),
+                channels=channels,
+            )
 
 
 def non_finite_affine(evidence: Evidence) -> Iterator[Finding]:
@@ -136,10 +139,10 @@ def non_finite_affine(evidence: Evidence) -> Iterator[Finding]:
         gammas, betas = _where(stored.weight, _is_broken), _where(stored.bias, _is_broken)
         if channels := tuple(sorted({*gammas, *betas})):
             yield Finding(
-                layer=name, measured=f"{'gamma' if gammas else 'beta'} is NaN or infinite, {some_of(channels, stored)}",
-                limit="finite numbers", consequence="Outputs of these channels are NaN in every mode.",
-                remedy="go back to an earlier checkpoint", channels=channels, fixable=Fix.UNSAFE,
-            )  # fmt: skip
+                name,
+                f"{'gamma' if gammas else 'beta'} is NaN or infinite, {some_of(channels, stored)}",
+                channels=channels,
+            )
 
 
 def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
@@ -162,11 +165,7 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
     for name, stored in () if _is_onnx(evidence) else evidence.stored.items():
         kinds = {stored.dtypes.get(key) for key in ("running_mean", "running_var")} & HALF
         if kinds:
-            yield Finding(
-                layer=name, measured=f"statistics in {' and '.join(sorted(map(str, kinds)))}", limit="float32",
-                consequence="Further training can overflow large variances and lose small updates.",
-                remedy=mend(evidence), fixable=Fix.SAFE,
-            )  # fmt: skip
+            yield Finding(name, f"statistics in {' and '.join(sorted(map(str, kinds)))}", remedy=mend(evidence))
 
 
 def incomplete_layer(evidence: Evidence) -> Iterator[Finding]:
@@ -190,13 +189,10 @@ def incomplete_layer(evidence: Evidence) -> Iterator[Finding]:
         halves = (stored.running_mean is None) != (stored.running_var is None)
         if halves or len(set(sizes.values())) > 1:
             yield Finding(
-                layer=name,
-                measured=", ".join(f"{key} {size}" for key, size in sizes.items())
+                name,
+                ", ".join(f"{key} {size}" for key, size in sizes.items())
                 + (f", no {'running_mean' if stored.running_mean is None else 'running_var'}" if halves else ""),
-                limit="running_mean and running_var, one value for each channel",
-                consequence="Loading fails, or leaves initial values in place of what is missing.",
-                remedy="save the state_dict again, or batchnorm.recalibrate(model, loader)",
-            )  # fmt: skip
+            )
 
 
 def far_mean(evidence: Evidence) -> Iterator[Finding]:
@@ -222,12 +218,10 @@ def far_mean(evidence: Evidence) -> Iterator[Finding]:
         ratios = [abs(m) / math.sqrt(v + eps) if v + eps > 0 else 0.0 for m, v in zip(mean, var, strict=True)]
         if channels := tuple(i for i, ratio in enumerate(ratios) if FAR < ratio < math.inf):
             yield Finding(
-                layer=name,
-                measured=f"mean up to {max(ratios[i] for i in channels):.2g} sd from zero, {some_of(channels, stored)}",
-                limit=f"{FAR:g} sd",
-                consequence="Few digits are left for the variation, and folding loses more of them.",
-                remedy="take the offset out of the data: batchnorm.InputNorm.fit(data)", channels=channels,
-            )  # fmt: skip
+                name,
+                f"mean up to {max(ratios[i] for i in channels):.2g} sd from zero, {some_of(channels, stored)}",
+                channels=channels,
+            )
 
 
 def silent_layer(evidence: Evidence) -> Iterator[Finding]:
@@ -251,11 +245,7 @@ def silent_layer(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, stored in evidence.stored.items():
         if stored.is_silent and not stored.is_initial:
-            yield Finding(
-                layer=name, measured=f"gamma = 0 in all {stored.channels} channels", limit="some gamma that is not 0",
-                consequence="The layer returns a constant; its branch is computed for nothing.",
-                remedy="check that the optimizer updates it, or remove the branch",
-            )  # fmt: skip
+            yield Finding(name, f"gamma = 0 in all {stored.channels} channels")
 
 
 def missing_counter(evidence: Evidence) -> Iterator[Finding]:
@@ -278,12 +268,7 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, stored in evidence.stored.items():
         if stored.running_var is not None and (why := _counter_refused(evidence, stored)):
-            yield Finding(
-                layer=name, measured=why, limit="one counter for each layer",
-                consequence="load_state_dict(strict=True) refuses the file, or sets the counter to an arbitrary "
-                "number.",
-                remedy=mend(evidence), fixable=Fix.SAFE,
-            )  # fmt: skip
+            yield Finding(name, why, remedy=mend(evidence))
 
 
 def _counter_refused(evidence: Evidence, stored: Stored) -> str:

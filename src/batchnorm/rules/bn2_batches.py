@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from batchnorm.rules.bn1_channels import dead_before, still_channels
 from batchnorm.rules.bn4_shift import is_as_constructed
-from batchnorm.rules.finding import Finding, Fix, Unknown
+from batchnorm.rules.finding import Finding, Unknown
 from batchnorm.rules.phrases import measure_again, unsettled
 from batchnorm.rules.update_counts import StartResidue, claims, is_nearer
 
@@ -70,14 +70,12 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
         worst = min(found, key=lambda name: found[name][0] / found[name][1])
         effective, size = found[worst]
         yield Finding(
-            layer="",
-            measured=f"a batch of {size:.0f} counts for {effective:.1f} random examples in {worst!r} (p = "
+            "",
+            f"a batch of {size:.0f} counts for {effective:.1f} random examples in {worst!r} (p = "
             f"{order_p:.1g}; "
             f"{len(found)} of {len(measured)} layers)",
             limit=f"{CLUSTERED_SHARE * size:.0f} examples",
-            consequence="Batches are sorted or correlated, so each is normalized by its own kind of examples.",
-            remedy="DataLoader(..., shuffle=True)",
-        )  # fmt: skip
+        )
     if all(m.clustering_p is None for m in measured.values()):
         yield Unknown("", "it takes 4 batches whose rows in a layer are the model's examples, each used once")
 
@@ -105,12 +103,7 @@ def padding_counted(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, found in (evidence.measured or {}).items():
         if found.padded_share > PADDED_SHARE:
-            yield Finding(
-                layer=name, measured=f"{found.padded_share:.0%} of the positions are padding",
-                limit=f"{PADDED_SHARE:.0%}",
-                consequence="The statistics mix data with padding, and depend on the lengths in a batch.",
-                remedy="y = x.transpose(1, 2).clone(); y[mask] = layer(y[mask])",
-            )  # fmt: skip
+            yield Finding(name, f"{found.padded_share:.0%} of the positions are padding")
 
 
 def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
@@ -136,11 +129,7 @@ def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, found in (evidence.measured or {}).items():
         if found.non_finite:
-            yield Finding(
-                layer=name, measured=f"{found.non_finite} NaN or infinite inputs in {found.examples} examples",
-                limit="0", consequence="torch.nn's layers store NaN from such a batch and stay broken in eval mode.",
-                remedy="torch.isfinite(x).all() for every batch; batchnorm.convert(model) for layers that leave it out",
-            )  # fmt: skip
+            yield Finding(name, f"{found.non_finite} NaN or infinite inputs in {found.examples} examples")
             return
         if _breaks_outputs(evidence, name):
             return
@@ -190,13 +179,13 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
             yield Unknown(name, f"stored statistics move the output by {stale:.2g} sd, {unsettled(found)}")
         if shown > limit:
             yield Finding(
-                layer=name,
-                measured=f"stored statistics move the output by {shown:.2g} sd, the batch's noise by {noise:.2g} sd",
+                name,
+                f"stored statistics move the output by {shown:.2g} sd, the batch's noise by {noise:.2g} sd",
                 limit=f"{limit:.2g} sd",
                 consequence=f"On these data eval mode and train mode give different outputs: "
                 f"{_cause(evidence, name, found)}.",
-                remedy=f"if these are training data: {measure_again(evidence)}", fixable=Fix.DATA,
-            )  # fmt: skip
+                remedy=f"if these are training data: {measure_again(evidence)}",
+            )
 
 
 def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
@@ -224,12 +213,10 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
         named = (still_channels(evidence, stored) if stored else set()) | dead_before(evidence, name)
         if found.constant and found.examples > 1 and not named.issuperset(found.constant):
             yield Finding(
-                layer=name,
-                measured=f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} "
-                f"examples",
-                limit="0 channels", consequence="These channels carry no information about the data.",
-                remedy="look at the weights or columns that feed these channels", channels=found.constant,
-            )  # fmt: skip
+                name,
+                f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} examples",
+                channels=found.constant,
+            )
 
 
 def _breaks_outputs(evidence: Evidence, layer: str) -> bool:

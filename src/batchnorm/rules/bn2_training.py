@@ -47,11 +47,10 @@ def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         yield Unknown("", _NO_SIZE)
     if size is not None and size < FEWEST_EXAMPLES:
         yield Finding(
-            layer="", measured=f"{_examples(size)} per batch: noise of the mean {size**-0.5:.0%} of a channel's sd",
+            "",
+            f"{_examples(size)} per batch: noise of the mean {size**-0.5:.0%} of a channel's sd",
             limit=f"{FEWEST_EXAMPLES} examples ({FEWEST_EXAMPLES**-0.5:.0%})",
-            consequence="Training is noisy, and eval mode normalizes by statistics that it did not train with.",
-            remedy="batchnorm.to_group_norm(model), batchnorm.freeze(model), or a larger batch_size",
-        )  # fmt: skip
+        )
 
 
 def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -84,10 +83,10 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
     raising = [name for name, found in (evidence.measured or {}).items() if found.values_per_example == 1]
     what = f"{listed(raising)} will raise ValueError" if raising else "Layers with one value per channel raise"
     yield Finding(
-        layer="", measured=f"1 example in the last batch, {loop.batch_size} in the others", limit="2 examples",
+        "",
+        f"1 example in the last batch, {loop.batch_size} in the others",
         consequence=f"{what}; the others train on statistics of a single example.",
-        remedy='DataLoader(..., drop_last=True), or layers with single_element="population"',
-    )  # fmt: skip
+    )
 
 
 def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
@@ -115,13 +114,7 @@ def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
         return
     if size is None or size < ENOUGH_EXAMPLES:
         seen = f"{size} examples, not {size * loop.accumulation}" if size else f"1 of {loop.accumulation} batches"
-        yield Finding(
-            layer="", measured=f"accumulation {loop.accumulation}: batch norm sees {seen}",
-            limit=f"{ENOUGH_EXAMPLES} examples",
-            consequence="Gradients are those of the large batch, but statistics have the noise of a small one.",
-            remedy="batchnorm.to_group_norm(model), batchnorm.freeze(model), or a larger batch in place of "
-            "accumulation",
-        )  # fmt: skip
+        yield Finding("", f"accumulation {loop.accumulation}: batch norm sees {seen}")
 
 
 def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -150,12 +143,11 @@ def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
             module = (evidence.modules or {}).get(name)
             momentum = 0.1 if module is None or module.momentum is None else module.momentum
             yield Finding(
-                layer=name, measured=f"{again} more update{'s' if again > 1 else ''} in the backward pass",
-                limit="none",
-                consequence="The stored statistics forget twice as fast and are noisier than momentum says.",
+                name,
+                f"{again} more update{'s' if again > 1 else ''} in the backward pass",
                 remedy=f'batchnorm.convert(model, memory="save") without checkpoint(), or momentum = '
                 f"{1 - (1 - momentum) ** (1 / (1 + again)):.3g}",
-            )  # fmt: skip
+            )
     if evidence.run and (why := _no_backward(evidence.run)):
         yield Unknown("", why)
     elif evidence.run and evidence.stored and not evidence.run.updates_forward:
@@ -184,12 +176,8 @@ def weight_decay_on_affine(evidence: Evidence) -> Iterator[Finding]:
     decayed = {name: decay for name, decay in (evidence.optimizer.decay if evidence.optimizer else {}).items() if decay}
     if decayed:
         yield Finding(
-            layer="",
-            measured=f"weight decay {max(decayed.values()):.3g} on gamma or beta of {len(decayed)} layers: "
-            f"{listed(decayed)}",
-            limit="0", consequence="Channels are pulled towards zero without a gain in regularization.",
-            remedy='{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}',
-        )  # fmt: skip
+            "", f"weight decay {max(decayed.values()):.3g} on gamma or beta of {len(decayed)} layers: {listed(decayed)}"
+        )
 
 
 def unused_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -213,12 +201,7 @@ def unused_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     for name in evidence.run.unwatched if evidence.run else ():
         yield Unknown(name, "its calls cannot be watched")
     for name in evidence.run.never_ran if evidence.run else ():
-        yield Finding(
-            layer=name, measured="0 calls on the data", limit="1 call",
-            consequence="Nothing about it was measured. Unless its tensors are used elsewhere, it has no effect on "
-            "these data.",
-            remedy="remove the layer, or give data that reach it",
-        )  # fmt: skip
+        yield Finding(name, "0 calls on the data")
 
 
 def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -243,10 +226,7 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
         pytorch#4534.
     """
     if evidence.run and evidence.run.train_error:
-        yield Finding(
-            layer="", measured=evidence.run.train_error, limit="no error",
-            consequence="The model runs in eval mode only.", remedy="model.train(); model(x)  # shows where",
-        )  # fmt: skip
+        yield Finding("", evidence.run.train_error)
     if evidence.run and (why := evidence.run.unknown.get("step")):
         yield Unknown("", why)
 
@@ -272,12 +252,10 @@ def not_in_optimizer(evidence: Evidence) -> Iterator[Finding]:
     """
     for name in evidence.optimizer.unlisted if evidence.optimizer else ():
         yield Finding(
-            layer=name,
-            measured=f"gamma or beta is in no group of "
-            f"{evidence.optimizer.kind if evidence.optimizer else 'the optimizer'}",
-            limit="all in a group", consequence="The layer's gamma and beta are not trained.",
+            name,
+            f"gamma or beta is in no group of {evidence.optimizer.kind if evidence.optimizer else 'the optimizer'}",
             remedy=f'optimizer.add_param_group({{"params": model.get_submodule("{name}").parameters()}})',
-        )  # fmt: skip
+        )
 
 
 def _no_backward(run: Run) -> str:

@@ -38,11 +38,7 @@ def bias_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
     for name, producer in evidence.graph.biased.items() if evidence.graph else ():
         if (module := (evidence.modules or {}).get(name)) and module.frozen:
             continue
-        yield Finding(
-            layer=name, measured=f"{producer!r} before it has a bias", limit="bias=False",
-            consequence="The bias is subtracted again: it costs memory and learns nothing.",
-            remedy=f"bias=False in {producer!r}",
-        )  # fmt: skip
+        yield Finding(name, f"{producer!r} before it has a bias", remedy=f"bias=False in {producer!r}")
 
 
 def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -77,11 +73,7 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     for name in evidence.stored if evidence.graph else ():
         # two names may be two ways to one call
         if (count := calls.get(name, len(names.get(name, ())))) > 1:
-            yield Finding(
-                layer=name, measured=f"used at {count} places", limit="1",
-                consequence="Its stored statistics are a mixture that fits none of the places.",
-                remedy="give each place a layer of its own",
-            )  # fmt: skip
+            yield Finding(name, f"used at {count} places")
     if evidence.file and not evidence.graph:
         yield from (_stored_once(shared, evidence.file) for shared in evidence.file.shared)
 
@@ -91,17 +83,19 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
     names = [file.shown(name) for name in shared.names]
     if shared.is_called:
         return Finding(
-            layer=names[0], measured=f"it normalizes different inputs at {len(names)} places: {listed(names)}",
-            limit="1",
+            names[0],
+            f"it normalizes different inputs at {len(names)} places: {listed(names)}",
             consequence="Statistics of one layer that runs at several places are a mixture that fits none of them.",
-            remedy="give each place a layer of its own", severity=Severity.WARNING,
-        )  # fmt: skip
+            severity=Severity.WARNING,
+        )
     what = "one layer" if shared.layers == 1 else f"{shared.layers} layers, stored once,"
     mixture = "the stored statistics are a mixture that fits none of the places."
     found = Finding(
-        layer=names[0], measured=f"{what} under {len(names)} names: {listed(names)}", limit="one place for each layer",
-        consequence=f"If each of them is called, {mixture}", remedy="give each place a layer of its own",
-    )  # fmt: skip
+        names[0],
+        f"{what} under {len(names)} names: {listed(names)}",
+        limit="one place for each layer",
+        consequence=f"If each of them is called, {mixture}",
+    )
     if not shared.is_alias:
         return found
     return replace(
@@ -135,11 +129,7 @@ def dropout_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
         Li, Chen, Hu and Yang 2019, "Understanding the Disharmony between Dropout and Batch Normalization".
     """
     for name, dropout in evidence.graph.behind_dropout.items() if evidence.graph else ():
-        yield Finding(
-            layer=name, measured=f"{dropout!r} before it", limit="dropout behind the last batch norm",
-            consequence="Its inputs vary less in eval mode than what it stored in train mode.",
-            remedy="move the dropout, or batchnorm.recalibrate(model, loader)",
-        )  # fmt: skip
+        yield Finding(name, f"{dropout!r} before it")
 
 
 def batch_norm_twice(evidence: Evidence) -> Iterator[Finding]:
@@ -159,7 +149,4 @@ def batch_norm_twice(evidence: Evidence) -> Iterator[Finding]:
         Remove the first one.
     """
     for name, first in evidence.graph.behind_batch_norm.items() if evidence.graph else ():
-        yield Finding(
-            layer=name, measured=f"its input is the result of {first!r}", limit="one layer",
-            consequence="The first layer has no effect but its cost.", remedy=f"remove {first!r}",
-        )  # fmt: skip
+        yield Finding(name, f"its input is the result of {first!r}", remedy=f"remove {first!r}")

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix, Unknown
+from batchnorm.rules.finding import Finding, Unknown
 from batchnorm.rules.phrases import unsettled
 
 if TYPE_CHECKING:
@@ -65,14 +65,11 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
         distance = statistics.median(abs(found.mean_deviation[c]) for c in channels)
         ratio = statistics.median(found.var_ratio[c] for c in channels)
         yield Finding(
-            layer=name,
-            measured=f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance "
+            name,
+            f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance "
             f"{ratio:.2g} times" + (f"; {len(moved)} layers in all" if len(moved) > 1 else ""),
-            limit=f"{MOVED_MEAN:.0f} sd, 1/{MOVED_VARIANCE:.0f} to {MOVED_VARIANCE:.0f} times, in {MOVED_CHANNELS:.0%}",
-            consequence="Eval mode normalizes these data by the statistics of other data.",
-            remedy="prepare data as in training; or, if these are meant, batchnorm.recalibrate(model, loader)",
-            channels=channels, fixable=Fix.DATA,
-        )  # fmt: skip
+            channels=channels,
+        )
 
 
 def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -114,13 +111,8 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     distance = max(abs(mean) / scale for scale, mean in pairs)
     if ratio > SCALE_RATIO or distance > FAR_MEAN:
         yield Finding(
-            layer="",
-            measured=f"sd of input features {min(scales):.3g} to {max(scales):.3g}, means up to {distance:.3g} sd "
-            f"from 0",
-            limit=f"{SCALE_RATIO:.0f} times, {FAR_MEAN:.0f} sd",
-            consequence="The first layer learns slowly: no learning rate fits all of its weights.",
-            remedy="nn.Sequential(batchnorm.InputNorm.fit(loader), model)",
-        )  # fmt: skip
+            "", f"sd of input features {min(scales):.3g} to {max(scales):.3g}, means up to {distance:.3g} sd from 0"
+        )
 
 
 def is_as_constructed(stored: Stored | None) -> bool:

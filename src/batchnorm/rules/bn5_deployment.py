@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from batchnorm.rules.finding import Finding, Fix, Unknown
+from batchnorm.rules.finding import Finding, Unknown
 from batchnorm.rules.phrases import listed
 
 if TYPE_CHECKING:
@@ -49,11 +49,7 @@ def not_folded(evidence: Evidence) -> Iterator[Finding]:
     if graph is None or not graph.foldable or (structure is not None and structure.training):
         return
     pairs = [f"{layer} into {into}" for layer, into in graph.foldable.items()]
-    yield Finding(
-        layer="", measured=f"{len(pairs)} of {len(evidence.stored)} layers can be folded: {listed(pairs)}",
-        limit="0 layers, for inference", consequence="Inference takes longer than necessary.",
-        remedy="batchnorm.fold(model.eval(), example)",
-    )  # fmt: skip
+    yield Finding("", f"{len(pairs)} of {len(evidence.stored)} layers can be folded: {listed(pairs)}")
 
 
 def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -84,11 +80,11 @@ def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
         return
     if not reference.difference <= reference.tolerance:  # NaN is no agreement
         yield Finding(
-            layer="", measured=f"outputs differ by {reference.difference:.2g} of the largest one",
+            "",
+            f"outputs differ by {reference.difference:.2g} of the largest one",
             limit=f"{reference.tolerance:.1g}",
             consequence=f"The model does not compute what {reference.path} computes.",
-            remedy="batchnorm.fold(original, example)",
-        )  # fmt: skip
+        )
 
 
 def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -126,11 +122,12 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if effect > EPS_EFFECT:
             who = f" where {source} has" if name in expected else ", most layers have"
             yield Finding(
-                layer=name, measured=f"eps {eps:g}{who} {other:g}", limit=f"{EPS_EFFECT:.2%} of the output",
+                name,
+                f"eps {eps:g}{who} {other:g}",
                 consequence=f"Outputs of a typical channel differ by {effect:.2g} of their size, outputs of "
                 "channels with small variance by more.",
-                remedy=f'model.get_submodule("{name}").eps = {other:g}', fixable=Fix.UNSAFE,
-            )  # fmt: skip
+                remedy=f'model.get_submodule("{name}").eps = {other:g}',
+            )
 
 
 def train_mode_in_export(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -153,11 +150,7 @@ def train_mode_in_export(evidence: Evidence) -> Iterator[Finding | Unknown]:
         ONNX BatchNormalization, training_mode. pytorch#75252.
     """
     for name in evidence.file.in_train_mode if evidence.file else ():
-        yield Finding(
-            layer=name, measured="training_mode 1", limit="0",
-            consequence="Answers depend on what else is in the batch.",
-            remedy='torch.onnx.export(model.eval(), x, "model.onnx")',
-        )  # fmt: skip
+        yield Finding(name, "training_mode 1")
     if evidence.file and evidence.file.format != "onnx":
         yield Unknown("", "only an exported graph has a mode")
 
@@ -184,13 +177,9 @@ def functional_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """
     for name in evidence.run.functional if evidence.run else ():
         yield Finding(
-            layer=name,
-            measured=f"{name + '.forward' if name else 'the forward of the model itself'} calls batch_norm with "
-            f"training=True",
-            limit="training=False in eval mode",
-            consequence="An example's answer depends on what else is in its batch.",
-            remedy="F.batch_norm(x, self.running_mean, self.running_var, ..., training=self.training)",
-        )  # fmt: skip
+            name,
+            f"{name + '.forward' if name else 'the forward of the model itself'} calls batch_norm with training=True",
+        )
     if evidence.run and (why := evidence.run.unknown.get("functional")):
         yield Unknown("", why)
 
@@ -226,12 +215,12 @@ def depends_on_companions(evidence: Evidence) -> Iterator[Finding | Unknown]:
         without = [name for name, module in modules if not module.tracks and evidence.stored[name].running_mean is None]
         change = f"an example's output changes by {run.companions or 0.0:.2g} of its size when it is alone"
         yield Finding(
-            layer="", measured=f"one example alone raises {run.alone_error}" if run.alone_error else change,
+            "",
+            f"one example alone raises {run.alone_error}" if run.alone_error else change,
             limit="no error" if run.alone_error else f"{run.companions_tolerance:.1g}",
             consequence=f"Answers depend on the "
             f"batch{': no statistics are stored by ' + listed(without) if without else ''}.",
-            remedy="track_running_stats=True and batchnorm.recalibrate; batchnorm.InputNorm in place of x.mean()",
-        )  # fmt: skip
+        )
 
 
 def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
@@ -259,11 +248,10 @@ def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
     if found:
         prefix = found[0]
         yield Finding(
-            layer="", measured=f"every name begins with {prefix!r}", limit="names as in the model",
-            consequence="load_state_dict(strict=False) loads nothing of it and does not say so.",
+            "",
+            f"every name begins with {prefix!r}",
             remedy=f'torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "{prefix}")',
-            fixable=Fix.SAFE,
-        )  # fmt: skip
+        )
 
 
 def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -293,11 +281,8 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         ours = evidence.stored.get(name)
         if ours and (channels := _differing(ours, theirs, evidence.eps(name))):
             yield Finding(
-                layer=name, measured=f"{len(channels)} of {ours.channels} channels differ from the reference's",
-                limit=f"mean {SAME_MEAN} sd, variance {SAME_VARIANCE:.0%}",
-                consequence="Eval outputs are not those of the reference.",
-                remedy="model.load_state_dict(reference.state_dict())", channels=channels,
-            )  # fmt: skip
+                name, f"{len(channels)} of {ours.channels} channels differ from the reference's", channels=channels
+            )
 
 
 def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
@@ -326,10 +311,8 @@ def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, act in (evidence.structure.dropped if evidence.structure else {}).items():
         yield Finding(
-            layer=name, measured=f"it has the place of a layer with act={act!r}, which is not in the model",
-            limit=f"{act} behind it", consequence="The next layers get results without the activation.",
-            remedy="convert batchnorm.for_export(model) instead of the model",
-        )  # fmt: skip
+            name, f"it has the place of a layer with act={act!r}, which is not in the model", limit=f"{act} behind it"
+        )
 
 
 def _usual_eps(known: Mapping[str, float]) -> float | None:

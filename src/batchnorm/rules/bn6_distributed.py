@@ -46,13 +46,11 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
     alone = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
     if parallel and alone and (size is None or size < ENOUGH_EXAMPLES):
         yield Finding(
-            layer="",
-            measured=f"no synchronization in {listed(alone)}; "
+            "",
+            f"no synchronization in {listed(alone)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
-            limit=f"{ENOUGH_EXAMPLES} examples, or SyncBatchNorm",
-            consequence="Each process normalizes by noisy statistics of its own few examples.",
             remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_as_torchs(evidence)})",
-        )  # fmt: skip
+        )
 
 
 def _as_torchs(evidence: Evidence) -> str:
@@ -82,11 +80,7 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, module in (evidence.modules or {}).items():
         if module.is_sync and module.device == "cpu" and not module.frozen:
-            yield Finding(
-                layer=name, measured=f"{module.kind} on the CPU", limit="an accelerator",
-                consequence="A training step raises an error.",
-                remedy="model.to('cuda'), or plain batch norm layers for a CPU",
-            )  # fmt: skip
+            yield Finding(name, f"{module.kind} on the CPU")
 
 
 def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
@@ -112,9 +106,4 @@ def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
         return
     alone = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
     if alone:
-        yield Finding(
-            layer="", measured=f"broadcast_buffers=False, statistics in {listed(alone)}",
-            limit="True, or SyncBatchNorm",
-            consequence="Processes evaluate with different statistics, and save different ones.",
-            remedy="DistributedDataParallel(model, broadcast_buffers=True)",
-        )  # fmt: skip
+        yield Finding("", f"broadcast_buffers=False, statistics in {listed(alone)}")

@@ -30,11 +30,7 @@ def shadowed_package(evidence: Evidence) -> Iterator[Finding]:
         Rename the file.
     """
     if evidence.environment and evidence.environment.shadow:
-        yield Finding(
-            layer="", measured=f"{evidence.environment.shadow} is there", limit="no file of that name",
-            consequence="Scripts in that folder import it in place of this package.",
-            remedy=f"rename {evidence.environment.shadow}",
-        )  # fmt: skip
+        yield Finding("", f"{evidence.environment.shadow} is there", remedy=f"rename {evidence.environment.shadow}")
 
 
 def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
@@ -53,8 +49,4 @@ def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
         Install a C++20 compiler and run pip install --force-reinstall --no-deps batchnorm.
     """
     if evidence.environment and evidence.environment.kernels == "reference":
-        yield Finding(
-            layer="", measured="reference kernels", limit="compiled ones",
-            consequence="This package's layers run slower than they could.",
-            remedy="install a C++ compiler, then pip install --force-reinstall --no-deps batchnorm",
-        )  # fmt: skip
+        yield Finding("", "reference kernels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
@@ -16,10 +17,13 @@ __all__ = ["AFFINE", "STATISTICS", "Finding", "Fix", "Rule", "Severity", "Unknow
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from batchnorm.files.room_tables import Table
     from batchnorm.rules.rule_evidence import Evidence
 
+    Check = Callable[[Evidence], Iterable["Finding | Unknown"]]
 
 STATISTICS, AFFINE = ("running_mean", "running_var", "num_batches_tracked"), ("weight", "bias")
+READS = {"statistics": STATISTICS, "affine": AFFINE, "all": (*STATISTICS, *AFFINE)}
 
 
 @final
@@ -29,15 +33,15 @@ class Finding:
 
     ``layer`` is a dotted path, "" for the whole model or file. ``channels`` are indices, none if all are meant.
     ``measured`` and ``limit`` are short phrases with numbers and units; ``remedy`` is a command or a line of code.
-    The table fills in ``code``, ``slug``, ``where`` and ``severity``. A rule gives a severity only if it is less than
-    that of the table, because the evidence is weaker.
+    ``rules.toml`` fills in what a rule leaves empty: limit, consequence, remedy, fixable, code, slug and severity. A
+    rule gives a severity only if it is less than that of the table, because the evidence is weaker.
     """
 
     layer: str
     measured: str
-    limit: str
-    consequence: str
-    remedy: str
+    limit: str = ""
+    consequence: str = ""
+    remedy: str = ""
     channels: tuple[int, ...] = ()
     fixable: Fix = Fix.NO
     code: str = ""
@@ -63,19 +67,40 @@ class Unknown:
 @final
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A row of the table: a rule's code, its name, how bad it is, what it needs to know, and the function.
+    """A rule: its row of ``rules.toml``, and the function that judges.
 
     ``check`` takes the evidence and yields findings and unknowns. It is called only if the evidence has every part in
     ``needs``. Its docstring is the rule's page. A layer is not judged if one of its values in ``reads`` could not be
-    read.
+    read. ``limit``, ``consequence``, ``remedy`` and ``fixable`` are those of findings that have none of their own.
     """
 
     code: str
     slug: str
     severity: Severity
     needs: tuple[str, ...]
-    check: Callable[[Evidence], Iterable[Finding | Unknown]]
+    check: Check
     reads: tuple[str, ...] = STATISTICS  # of what is stored, the values that it looks at
+    limit: str = ""
+    consequence: str = ""
+    remedy: str = ""
+    fixable: Fix = Fix.NO
+
+    @classmethod
+    def of(cls, code: str, row: Table, check: Check) -> Rule:
+        """The rule of a row. Its limit names constants of the file of ``check`` in braces."""
+        constants = vars(sys.modules[check.__module__])
+        return cls(
+            **row
+            | {
+                "code": code,
+                "check": check,
+                "severity": Severity[row["severity"].upper()],
+                "needs": tuple(row["needs"]),
+                "reads": READS[row.get("reads", "statistics")],
+                "limit": row.get("limit", "").format_map(constants),
+                "fixable": Fix(row.get("fixable", "no")),
+            }
+        )
 
     def findings(self, evidence: Evidence) -> list[Finding]:
         """What this rule finds, worded in full."""
@@ -92,9 +117,12 @@ class Rule:
         return [self._worded(found, evidence) for found in seen if isinstance(found, Finding)], unknown
 
     def _worded(self, found: Finding, evidence: Evidence) -> Finding:
-        fixable, remedy = possible(found.fixable, found.remedy, evidence)
+        usual = self.fixable if found.fixable is Fix.NO else found.fixable
+        fixable, remedy = possible(usual, found.remedy or self.remedy, evidence)
         return replace(
             found,
+            limit=found.limit or self.limit,
+            consequence=found.consequence or self.consequence,
             code=self.code,
             slug=self.slug,
             severity=min(found.severity, self.severity),

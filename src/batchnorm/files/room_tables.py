@@ -1,4 +1,4 @@
-"""Tables that a room keeps beside its code: the words of its claims, and the criteria that are fixed beforehand."""
+"""TOML files that a room keeps beside its code: words, criteria, codes and other constants."""
 
 from __future__ import annotations
 
