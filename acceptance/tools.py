@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import logging
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -67,6 +69,17 @@ def outcome(tool, arm: str) -> str:
 def tool(function):
     TOOLS.append(function)
     return function
+
+
+def tools(**variants):
+    """Makes a tool of each name from one function, with what the name stands for as arguments behind the arm."""
+
+    def register(function):
+        for name, arguments in variants.items():
+            tool(functools.partial(function, **arguments)).__name__ = name
+        return function
+
+    return register
 
 
 # --- the model and its arms ---
@@ -135,23 +148,21 @@ def norms(graph) -> str:
 # --- tracers ---
 
 
-def fake_state(model, x):
+@tools(functional_call_fake_train={"train": True}, functional_call_fake_eval={"train": False})
+def fake_state(arm, train: bool):
+    model, x = arm(written()).train(train), example()
     mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False)
     with mode:
         state = {k: mode.from_tensor(v) for k, v in [*model.named_parameters(), *model.named_buffers()]}
-        return functional_call(model, state, (mode.from_tensor(x),))
+        return tuple(functional_call(model, state, (mode.from_tensor(x),)).shape)
 
 
-@tool
-def functional_call_fake_train(arm):
-    return tuple(fake_state(arm(written()).train(), example()).shape)
-
-
-@tool
-def functional_call_fake_eval(arm):
-    return tuple(fake_state(arm(written()), example()).shape)
-
-
+@tools(
+    make_fx_fake_train={"mode": "fake", "train": True},
+    make_fx_symbolic_train={"mode": "symbolic", "train": True},
+    make_fx_fake_eval={"mode": "fake", "train": False},
+    make_fx_symbolic_eval={"mode": "symbolic", "train": False},
+)
 def made_fx(arm, mode: str, train: bool):
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -162,26 +173,7 @@ def made_fx(arm, mode: str, train: bool):
     return f"{norms(graph.graph)}, {apart(graph(state, x), expected)}"
 
 
-@tool
-def make_fx_fake_train(arm):
-    return made_fx(arm, "fake", True)
-
-
-@tool
-def make_fx_symbolic_train(arm):
-    return made_fx(arm, "symbolic", True)
-
-
-@tool
-def make_fx_fake_eval(arm):
-    return made_fx(arm, "fake", False)
-
-
-@tool
-def make_fx_symbolic_eval(arm):
-    return made_fx(arm, "symbolic", False)
-
-
+@tools(aot_module_train={"train": True}, aot_module_eval={"train": False})
 def through_aot(arm, train: bool):
     from torch._functorch.aot_autograd import aot_module
     from torch._functorch.compilers import nop
@@ -191,16 +183,6 @@ def through_aot(arm, train: bool):
     got = aot_module(model, nop)(x)
     got.sum().backward()
     return apart(got, expected)
-
-
-@tool
-def aot_module_train(arm):
-    return through_aot(arm, True)
-
-
-@tool
-def aot_module_eval(arm):
-    return through_aot(arm, False)
 
 
 @tool
@@ -219,17 +201,11 @@ def aot_export_joint_train(arm):
     return f"{nodes(graph.graph)} ops"
 
 
-@tool
-def functionalize_train(arm):
-    model, x = arm(written()).train(), example()
+@tools(functionalize_train={"train": True}, functionalize_eval={"train": False})
+def functionalized(arm, train: bool):
+    model, x = arm(written()).train(train), example()
     expected = copy.deepcopy(model)(x)
     return apart(torch.func.functionalize(model)(x), expected)
-
-
-@tool
-def functionalize_eval(arm):
-    model, x = arm(written()), example()
-    return apart(torch.func.functionalize(model)(x), model(x))
 
 
 # --- exporters ---
@@ -290,6 +266,13 @@ def _same_package() -> str:
     return f"import sys; {finders}; sys.path.insert(0, {folder!r}); "
 
 
+@tools(
+    onnx_dynamo={"train": False, "dynamo": True, "optimize": False},
+    onnx_dynamo_optimized={"train": False, "dynamo": True},
+    onnx_torchscript={"train": False, "dynamo": False},
+    onnx_dynamo_train={"train": True, "dynamo": True},
+    onnx_torchscript_train={"train": True, "dynamo": False, "training": torch.onnx.TrainingMode.TRAINING},
+)
 def onnx_operators(arm, train: bool, **options) -> str:
     import onnx
 
@@ -301,31 +284,6 @@ def onnx_operators(arm, train: bool, **options) -> str:
         graph = torch.onnx.export(model, (example(),), verbose=False, **options).model_proto.graph
     kinds = Counter(node.op_type for node in graph.node if node.op_type not in {"Constant", "Identity"})
     return f"{sum(kinds.values())} nodes, {kinds['BatchNormalization']} of batch norm"
-
-
-@tool
-def onnx_dynamo(arm):
-    return onnx_operators(arm, False, dynamo=True, optimize=False)
-
-
-@tool
-def onnx_dynamo_optimized(arm):
-    return onnx_operators(arm, False, dynamo=True)
-
-
-@tool
-def onnx_torchscript(arm):
-    return onnx_operators(arm, False, dynamo=False)
-
-
-@tool
-def onnx_dynamo_train(arm):
-    return onnx_operators(arm, True, dynamo=True)
-
-
-@tool
-def onnx_torchscript_train(arm):
-    return onnx_operators(arm, True, dynamo=False, training=torch.onnx.TrainingMode.TRAINING)
 
 
 @tool
@@ -351,6 +309,7 @@ def pt2e_quantization(arm):
 # --- compilers and their passes ---
 
 
+@tools(jit_freeze_float32={"dtype": torch.float32}, jit_freeze_bfloat16={"dtype": torch.bfloat16})
 def frozen_jit(arm, dtype) -> str:
     model, x = arm(written()).to(dtype), example().to(dtype)
     with torch.no_grad():
@@ -360,16 +319,11 @@ def frozen_jit(arm, dtype) -> str:
         return f"{kinds['aten::batch_norm']} of 3 unfolded, {apart(graph(x), expected)}"
 
 
-@tool
-def jit_freeze_float32(arm):
-    return frozen_jit(arm, torch.float32)
-
-
-@tool
-def jit_freeze_bfloat16(arm):
-    return frozen_jit(arm, torch.bfloat16)
-
-
+@tools(
+    inductor_freezing_float32={"dtype": torch.float32, "freezing": True},
+    inductor_freezing_bfloat16={"dtype": torch.bfloat16, "freezing": True},
+    efficient_conv_bn_eval={"dtype": torch.float32, "efficient_conv_bn_eval_fx_passes": True},
+)
 def inductor(arm, dtype, **options) -> str:
     from torch._dynamo.utils import counters
     from torch._inductor import config
@@ -387,21 +341,6 @@ def inductor(arm, dtype, **options) -> str:
         got = torch.compile(model)(x)
     found = {key: n for key, n in counters["inductor"].items() if "bn" in key or "fold" in key}
     return f"{found or 'nothing'}, {apart(got, expected)}"
-
-
-@tool
-def inductor_freezing_float32(arm):
-    return inductor(arm, torch.float32, freezing=True)
-
-
-@tool
-def inductor_freezing_bfloat16(arm):
-    return inductor(arm, torch.bfloat16, freezing=True)
-
-
-@tool
-def efficient_conv_bn_eval(arm):
-    return inductor(arm, torch.float32, efficient_conv_bn_eval_fx_passes=True)
 
 
 @tool
@@ -481,9 +420,14 @@ def swapped(arm, convert) -> str:
     return apart(convert(copy.deepcopy(model)).eval()(x), expected)
 
 
-@tool
-def convert_sync_batchnorm(arm):
-    return swapped(arm, nn.SyncBatchNorm.convert_sync_batchnorm)
+@tools(
+    convert_sync_batchnorm={"converter": "torch.nn:SyncBatchNorm.convert_sync_batchnorm"},
+    timm_convert_sync_batchnorm={"converter": "timm.layers:convert_sync_batchnorm"},
+    timm_convert_splitbn={"converter": "timm.layers:convert_splitbn_model"},
+    timm_freeze_batch_norm_2d={"converter": "timm.layers:freeze_batch_norm_2d"},
+)
+def converted(arm, converter: str) -> str:
+    return swapped(arm, pkgutil.resolve_name(converter))
 
 
 @tool
@@ -509,27 +453,6 @@ def opacus_validator(arm):
     from opacus.validators import ModuleValidator
 
     return f"{len(ModuleValidator.validate(arm(written()).train(), strict=False))} errors named"
-
-
-@tool
-def timm_convert_sync_batchnorm(arm):
-    from timm.layers import convert_sync_batchnorm as convert
-
-    return swapped(arm, convert)
-
-
-@tool
-def timm_convert_splitbn(arm):
-    from timm.layers import convert_splitbn_model as convert
-
-    return swapped(arm, convert)
-
-
-@tool
-def timm_freeze_batch_norm_2d(arm):
-    from timm.layers import freeze_batch_norm_2d as convert
-
-    return swapped(arm, convert)
 
 
 @tool
