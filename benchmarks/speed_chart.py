@@ -12,15 +12,13 @@ import vl_convert
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+OTHERS = {"JAX": "triangle-up", "TensorFlow": "triangle-down", "ONNX Runtime": "cross", "oneDNN": "triangle-right"}
 # colour and shape of each; ours and torch in the pages' colours for with and without
 LOOKS = {
     "ours": ("with", "circle"),
     "torch": ("without", "square"),
     "torch.compile": ("without-2", "diamond"),
-    "JAX": ("neutral", "triangle-up"),
-    "TensorFlow": ("neutral", "triangle-down"),
-    "ONNX Runtime": ("neutral", "cross"),
-    "oneDNN": ("neutral", "triangle-right"),
+    **{name: ("neutral", shape) for name, shape in OTHERS.items()},
 }
 PANELS = (
     ("Train forward, float32", "forward", False),

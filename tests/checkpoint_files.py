@@ -21,6 +21,15 @@ def trained(seed: int = 0) -> nn.Sequential:
     return net
 
 
+def optimizer() -> torch.optim.Optimizer:
+    """One with a state, whose keys are parameters."""
+    layer = nn.Linear(2, 2)
+    made = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    made.step()
+    return made
+
+
 def saved(value: object, **options: object) -> bytes:
     file = io.BytesIO()
     torch.save(value, file, **options)

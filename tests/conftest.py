@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import shutil
 import sys
 import zlib
 from importlib.util import find_spec
@@ -29,6 +30,12 @@ NEEDS = {
     "test_peers.py": "fvcore",
 }
 collect_ignore = [name for name, package in NEEDS.items() if find_spec(package) is None]
+
+
+BROWSER_ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,6 +91,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("PyTorch's own samples")
     for group, times in sorted(groups.items()):
         terminalreporter.line(f"{group:20} {len(times):3} samples passed {sum(times):4} checks")
+
+
+@pytest.fixture
+def folder(request, tmp_path, monkeypatch):
+    """A user's folder, and the current one, with what the test's module has in ``FOLDER``."""
+    for name, text in request.module.FOLDER.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    yield tmp_path
+    for name in request.module.FOLDER:
+        sys.modules.pop(name.removesuffix(".py"), None)  # another test's folder may have one of the same name
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright  # which only tests of pages need
+
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    assert executable, "the page tests need Chromium: install the package 'chromium'"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGUMENTS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module", params=["waiting", "restarted"])

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from checkpoint_files import number, numbers, saved, tensor, text, trained, zipped
+from checkpoint_files import number, numbers, optimizer, saved, tensor, text, trained, zipped
 from torch import nn
 
 from batchnorm.checkpoint import read
@@ -71,14 +70,6 @@ class Block(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm1d(3, eps=1e-3)
         self.args = argparse.Namespace(lr=0.1)
-
-
-def optimizer() -> torch.optim.Optimizer:
-    layer = nn.Linear(2, 2)
-    made = torch.optim.Adam(layer.parameters())
-    layer(torch.ones(1, 2)).sum().backward()
-    made.step()
-    return made
 
 
 def values() -> list[object]:

@@ -27,7 +27,7 @@ from array import array as plain_array
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import legacy, saved, trained
+from checkpoint_files import legacy, optimizer, saved, trained
 from torch import nn
 
 import batchnorm as bn
@@ -114,15 +114,6 @@ class Reducing(dict):
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return copyreg._reconstructor, (Reducing, dict, {"a": 1}), {"b": 2}
-
-
-def optimizer() -> torch.optim.Optimizer:
-    """With a state, whose keys are parameters."""
-    layer = nn.Linear(2, 2)
-    made = torch.optim.Adam(layer.parameters())
-    layer(torch.ones(1, 2)).sum().backward()
-    made.step()
-    return made
 
 
 def schedule() -> object:

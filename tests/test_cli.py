@@ -5,13 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import call
 
 from batchnorm.cli import main
-
-
-def call(*args):
-    return CliRunner().invoke(main, list(args), prog_name="batchnorm")
 
 
 @pytest.mark.parametrize(

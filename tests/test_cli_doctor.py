@@ -13,10 +13,9 @@ import jsonschema
 import pytest
 import torch
 from click import unstyle
-from click.testing import CliRunner
+from command_line import call
 from planted import FAULTS, changed, trained
 
-from batchnorm.cli import main
 from batchnorm.cli.coloring import colored
 from batchnorm.rules import RULES
 
@@ -52,20 +51,15 @@ stem = trained()
 """
 
 
+FOLDER = {"net.py": MODEL}
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(folder):
     """A user's folder with a sick checkpoint and a module of models."""
-    (tmp_path / "net.py").write_text(MODEL)
-    torch.save(changed(running_var=-1.0).state_dict(), tmp_path / "sick.pt")
-    torch.save(trained().state_dict(), tmp_path / "healthy.pt")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    yield tmp_path
-    sys.modules.pop("net", None)
-
-
-def call(*args, env=None):
-    return CliRunner().invoke(main, list(args), prog_name="batchnorm", env=env)
+    torch.save(changed(running_var=-1.0).state_dict(), folder / "sick.pt")
+    torch.save(trained().state_dict(), folder / "healthy.pt")
+    return folder
 
 
 def test_a_sick_file_gives_findings_and_exit_code_1(folder):

@@ -1,17 +1,17 @@
 """batchnorm fix: what is mended, what is left, and what becomes of the files."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
-from click.testing import CliRunner
 from planted import Net, changed, layer_of, trained
 from safetensors.torch import load_file, save_file
 
 import batchnorm as bn
 from batchnorm.checkpoint import read
-from batchnorm.cli import main
 from batchnorm.doctor import examine
 
 MODEL = """
@@ -20,15 +20,8 @@ loader = batches()
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "fixnet.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(*args):
-    return CliRunner().invoke(main, ["fix", *args], prog_name="batchnorm")
+FOLDER = {"fixnet.py": MODEL}
+call = partial(command_line.call, "fix")
 
 
 def contents(folder):

@@ -6,19 +6,17 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
+import command_line
 import jsonschema
 import pytest
 import torch
 import xmlschema
-from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-from batchnorm.cli import main
 
 MODEL = """
 import torch
@@ -60,19 +58,8 @@ def rows(): return [torch.randn(32, 4, generator=torch.Generator().manual_seed(0
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A user's folder with a module of models and data."""
-    (tmp_path / "net.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    sys.modules.pop("net", None)  # of another test's folder
-    yield tmp_path
-    sys.modules.pop("net", None)
-
-
-def call(*args, env=None):
-    return CliRunner().invoke(main, ["shift", *args], prog_name="batchnorm", env=env)
+FOLDER = {"net.py": MODEL}  # a user's module of models and data
+call = partial(command_line.call, "shift")
 
 
 def judged(data, *args, env=None):

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import Payload, in_safetensors
-from click.testing import CliRunner
+from command_line import call as cli
 from torch import nn
 
 from batchnorm import addresses
-from batchnorm.cli import main
 from batchnorm.doctor import examine
 from batchnorm.doctor.diagnosis_report import report
 from batchnorm.doctor.family_text import full
@@ -92,13 +91,13 @@ EVIL = (
 STEERING = {chr(i) for i in (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), 0x200B)} - {"\n"}
 
 
+FOLDER = {"mine.py": CODE}
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(CODE)
-    torch.save(sick().state_dict(), tmp_path / "sick.pt")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    return tmp_path
+def folder(folder):
+    torch.save(sick().state_dict(), folder / "sick.pt")
+    return folder
 
 
 def sick():
@@ -266,10 +265,6 @@ def test_a_current_folder_that_is_gone_does_no_harm(folder, command):
     done = shell(f"mkdir gone; cd gone; rmdir ../gone; B {command.format(folder)}")
     assert done.returncode == 1
     assert "Errno" not in done.stderr
-
-
-def cli(*args):
-    return CliRunner().invoke(main, list(args), prog_name="batchnorm")
 
 
 def refused(*args):

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import urllib.request
 
+import command_line
 import pytest
-from click.testing import CliRunner
 from test_live import small_log
 
-from batchnorm.cli import main
 from batchnorm.live.server import listen
 
 
@@ -23,7 +22,7 @@ def folder(tmp_path):
 
 
 def call(*arguments, **environment):
-    return CliRunner().invoke(main, ["watch", *map(str, arguments)], prog_name="batchnorm", env=environment)
+    return command_line.call("watch", *arguments, env=environment)
 
 
 def words(result):

@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from click.testing import CliRunner
-
-from batchnorm.cli import main
+from command_line import call
 
 CODE = """
 import sys
@@ -77,11 +75,8 @@ number = 3
 """
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "net.py").write_text(CODE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+FOLDER = {"net.py": CODE}
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def names(folder):
@@ -90,7 +85,7 @@ def names(folder):
 
 def why(*args, quick=True):
     fast = ("--steps", "10", "--seeds", "2", "--rates", "0.01,0.1") if quick else ()
-    return CliRunner().invoke(main, ["why", *args, *fast], prog_name="batchnorm")
+    return call("why", *args, *fast)
 
 
 MAKE = ("net.py:make", "--data", "net.py:batches")

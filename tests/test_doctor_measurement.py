@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fingerprint import data, fingerprint, trained_net
 from planted import batches, trained
+from small_networks import Written
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -733,17 +734,12 @@ def test_batches_without_tensors_are_told_as_what_they_are():
 
 
 def test_a_model_that_asks_for_gradients_is_told_how():
-    class Slope(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm1d(3)
-
-        def forward(self, x):
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.bn(x).sum(), x)[0]
+    def slope(net, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(net.bn(x).sum(), x)[0]
 
     with pytest.raises(ValueError, match=r"without gradients, .* Put torch.enable_grad\(\) around"):
-        bn.examine(Slope(), [torch.randn(8, 3)])
+        bn.examine(Written(slope, bn=nn.BatchNorm1d(3)), [torch.randn(8, 3)])
 
 
 def test_what_gives_one_iterator_is_measured_from_its_first_batch():
@@ -760,25 +756,20 @@ def test_what_gives_one_iterator_is_measured_from_its_first_batch():
 def test_rows_that_are_seen_beside_others_are_no_examples_that_raise_alone():
     """One point has no neighbours: that is the cut. One example that a model squeezes away is the model."""
 
-    class Cloud(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
+    def cloud(net, x):
+        near = torch.cdist(x, x).topk(3, largest=False).indices
+        return net.norm(x[near].mean(1))
 
-        def forward(self, x):
-            near = torch.cdist(x, x).topk(3, largest=False).indices
-            return self.norm(x[near].mean(1))
-
-    class Squeezes(Cloud):
-        def forward(self, x):
-            return self.norm(x[:, None].squeeze())
+    def examined(run):
+        return bn.examine(Written(run, norm=nn.BatchNorm1d(4)).eval(), data)
 
     torch.manual_seed(0)
     data = [torch.randn(16, 4) for _ in range(4)]
-    cloud = bn.examine(Cloud().eval(), data)
-    assert "BN506" not in {finding.code for finding in cloud.findings}
-    assert "differ from those within the whole" in cloud.not_checked["BN506"]
-    (found,) = [each for each in bn.examine(Squeezes().eval(), data).findings if each.code == "BN506"]
+    beside = examined(cloud)
+    assert "BN506" not in {finding.code for finding in beside.findings}
+    assert "differ from those within the whole" in beside.not_checked["BN506"]
+    squeezed = examined(lambda net, x: net.norm(x[:, None].squeeze()))
+    (found,) = [each for each in squeezed.findings if each.code == "BN506"]
     assert found.measured.startswith("one example alone raises")
 
 

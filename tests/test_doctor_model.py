@@ -8,6 +8,7 @@ import torch
 from fingerprint import Net as Everything
 from fingerprint import fingerprint, trained_net
 from planted import CHANNELS, LAYERS, Net, batches, bn603, images, layer_of, loader, trained
+from small_networks import Written
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -345,17 +346,12 @@ def test_a_layer_of_two_sizes_is_a_finding(before):
 
 
 def test_a_model_that_makes_layers_as_it_runs_is_examined_without_its_graph():
-    class Grows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm1d(3)
+    def grow(net, x):
+        if not hasattr(net, "late"):
+            net.late = nn.BatchNorm1d(3)
+        return net.late(net.bn(x))
 
-        def forward(self, x):
-            if not hasattr(self, "late"):
-                self.late = nn.BatchNorm1d(3)
-            return self.late(self.bn(x))
-
-    found = examine(Grows(), [torch.randn(8, 3)])
+    found = examine(Written(grow, bn=nn.BatchNorm1d(3)), [torch.randn(8, 3)])
     assert list(found.layers[0].name) == list("bn")
 
 

@@ -6,19 +6,19 @@ import os
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from planted import bn504, changed, layer_of, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from batchnorm.checkpoint import read
-from batchnorm.cli import main
 from batchnorm.doctor.examination import Selection, examine
 from batchnorm.doctor.mending import mended_checkpoint
 from batchnorm.doctor.mending.treatment import differences, treat
@@ -70,16 +70,8 @@ def arrays():
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "nets.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("nets", None)
-
-
-def call(*args):
-    return CliRunner().invoke(main, ["fix", *map(str, args)], prog_name="batchnorm")
+FOLDER = {"nets.py": MODEL}
+call = partial(command_line.call, "fix")
 
 
 def tree(folder):

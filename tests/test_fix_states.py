@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import told as call
 from planted import Net, batches, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from batchnorm import addresses
-from batchnorm.cli import main
 from batchnorm.doctor import examine
 
 MODEL = """
@@ -29,16 +28,7 @@ class Shared(nn.Module):
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "statenet.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(*args):
-    result = CliRunner().invoke(main, args, prog_name="batchnorm")
-    return result.exit_code, " ".join(result.output.split())
+FOLDER = {"statenet.py": MODEL}
 
 
 def fix(path, *args, model="model", data="loader"):

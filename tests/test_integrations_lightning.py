@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from small_networks import StemAndBody
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,14 +34,7 @@ pytestmark = [
 NO_LIMIT = 1e9
 
 
-class Net(pl.LightningModule):
-    """A small network; ``inner`` hides it behind a child, as many do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
-        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-
+class Net(StemAndBody, pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self.stem(x))
 

@@ -10,6 +10,7 @@ import torch
 from sklearn.base import clone
 from skorch import NeuralNetClassifier
 from skorch.callbacks import Callback
+from small_networks import StemAndBody
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -20,12 +21,7 @@ from batchnorm.record import Log
 NO_LIMIT = 1e9
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
-        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-
+class Net(StemAndBody):
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self.stem(x)).softmax(-1)
 

@@ -21,17 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batchnorm.kernels import ChannelStatistics, Layer, reference
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `training` to something other:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-    pytest.mark.filterwarnings("ignore:It is recommended that constant folding:UserWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"),
-]
+OTHERS_WARNINGS = (
+    "`torch.jit:DeprecationWarning",
+    "You are using the legacy TorchScript:DeprecationWarning",
+    "The feature will be removed:DeprecationWarning",
+    "`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
+    "Setting `training` to something other:DeprecationWarning",
+    ":torch.jit.TracerWarning",
+    "It is recommended that constant folding:UserWarning",
+    "unclosed file:ResourceWarning",
+    "Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning",
+)
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{warning}") for warning in OTHERS_WARNINGS]
 C = 5
 
 

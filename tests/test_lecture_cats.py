@@ -7,16 +7,15 @@ import json
 import math
 import struct
 import zlib
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
+from lecture_runs import SETTINGS, quick
 from torch import nn
 
 from batchnorm import lecture
-from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
-from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm2d
 from batchnorm.lecture import data_sets, tested_on_other_cats
 from batchnorm.lecture.claim_criteria import CRITERIA
@@ -34,7 +33,8 @@ from batchnorm.lecture.tested_on_other_cats import (
 from batchnorm.population import recalibrate
 from batchnorm.reporting.png import png
 
-QUICK = RunSettings(seed=3, seeds=2, effort=0.01)  # 20 steps a network
+QUICK = SETTINGS["cats"]  # 20 steps a network
+short = partial(quick, "cats")
 
 
 # Pictures are float32 of 0 to 1, each value rounded two or three times by 6e-8: far inside assert_close's 1e-5.
@@ -259,22 +259,15 @@ def test_both_arms_start_by_one_rule():
     assert (convolutional(None).get_parameter("w1.bias") == 0).all()
 
 
-@cache
-def quick() -> tuple[Result, tuple[float, ...]]:
-    """A short run, and the progress that it reported."""
-    steps: list[float] = []
-    return lecture.run("cats", QUICK, steps.append).result, tuple(steps)
-
-
 def test_every_criterion_of_the_claim_is_judged_the_main_one_first():
-    keys = [verdict.criterion.key for verdict in quick()[0].verdicts]
+    keys = [verdict.criterion.key for verdict in short()[0].verdicts]
     assert keys == [key for key in CRITERIA if key.startswith("cats-")]
     assert keys[0] == "cats-shift"
     assert len(keys) == 7
 
 
 def test_every_verdict_has_finite_effects_or_says_which_guard_failed():
-    for verdict in quick()[0].verdicts:
+    for verdict in short()[0].verdicts:
         assert verdict.sentence.endswith(".")
         assert "nan" not in verdict.sentence
         if verdict.status == Status.INVALID:
@@ -287,7 +280,7 @@ def test_every_verdict_has_finite_effects_or_says_which_guard_failed():
 
 
 def test_charts_are_json_able_and_finite_and_declare_their_series():
-    result, _ = quick()
+    result, _ = short()
     json.dumps(result.to_dict()["charts"], allow_nan=False)
     json.dumps(dict(result.numbers), allow_nan=False)
     assert [chart.kind for chart in result.charts] == ["picture", "dots", "points", "dots", "lines"]
@@ -301,7 +294,7 @@ def test_charts_are_json_able_and_finite_and_declare_their_series():
 
 @pytest.mark.slow
 def test_the_picture_shows_ten_silhouettes_in_five_paintings():
-    row = quick()[0].charts[0].rows[0]
+    row = short()[0].charts[0].rows[0]
     pixels = decoded(base64.b64decode(row["png"]))
     assert row["width"] == pixels.shape[1] == 10 * 28 * 3
     assert pixels.shape[0] == len(PAINTINGS) * 28 * 3
@@ -310,7 +303,7 @@ def test_the_picture_shows_ten_silhouettes_in_five_paintings():
 
 
 def test_progress_rises_to_one():
-    _, steps = quick()
+    _, steps = short()
     assert len(steps) == QUICK.seeds * 2 * len(tested_on_other_cats.RATES)
     assert list(steps) == sorted(steps)
     assert steps[-1] == 1
@@ -328,12 +321,12 @@ def test_a_second_run_gives_the_same_numbers_whatever_the_threads_and_leaves_the
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
-    assert again.to_dict() == quick()[0].to_dict()
+    assert again.to_dict() == short()[0].to_dict()
 
 
 def test_networks_that_have_not_learned_make_the_claim_invalid():
     """Twenty steps are too few to reach 85%."""
-    main = quick()[0].verdicts[0]
+    main = short()[0].verdicts[0]
     assert main.status == Status.INVALID
     assert main.failed_guard.endswith("on black")
 

@@ -1,16 +1,15 @@
 """Claim "cause": the intervention does what it says and nothing else, the gradient's shift, and the contract."""
 
-import json
 import math
 
 import pytest
 import torch
+from lecture_runs import EPS32, quick
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
-from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import rate_sweep
 from batchnorm.lecture.claims import shift_as_cause
@@ -20,13 +19,10 @@ from batchnorm.lecture.ensemble_training import losses
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import Sweep
 
-QUICK = RunSettings(seeds=2, effort=0.05)
-EPS32 = torch.finfo(torch.float32).eps
-
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return shift_as_cause.run(QUICK, lambda _: None)
+    return quick("cause").result
 
 
 def test_noise_changes_nothing_in_eval_mode() -> None:
@@ -178,15 +174,9 @@ def test_the_criterion_is_judged(result: Result) -> None:
     assert [verdict.criterion.key for verdict in result.verdicts] == ["cause-drift"]
 
 
-def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) -> None:
+def test_both_charts_show_every_arm(result: Result) -> None:
     assert [chart.kind for chart in result.charts] == ["lines", "dots"]
-    for chart in result.charts:
-        assert 0 < len(chart.rows) <= 600
-        assert {row["series"] for row in chart.rows} == set(chart.series) == set(CALLED.values())
-        assert chart.title
-        assert chart.alt
-        json.dumps(chart.rows, allow_nan=False)
-    json.dumps(result.numbers, allow_nan=False)
+    assert all({row["series"] for row in chart.rows} == set(CALLED.values()) for chart in result.charts)
 
 
 @pytest.mark.slow
@@ -203,12 +193,3 @@ def test_the_noise_is_the_only_thing_that_an_arm_adds() -> None:
     assert shift_as_cause.ARMS["without"] is None
     assert shift_as_cause.ARMS["half"](4).strength == 0.5
     assert set(rate_sweep.BOTH) == {"without", "with"}
-
-
-@pytest.mark.slow
-def test_a_run_repeats_whatever_came_before_and_leaves_the_random_state_alone(result: Result) -> None:
-    rate_sweep.sweep.cache_clear()
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert shift_as_cause.run(QUICK, lambda _: None).to_dict() == result.to_dict()
-    assert torch.equal(torch.get_rng_state(), state)

@@ -1,30 +1,25 @@
 """Claim "layer3": the measure of drift against closed forms, what layer 3 receives, and the contract of a claim."""
 
-import json
 import math
 import re
 
 import pytest
 import torch
+from lecture_runs import EPS32, QUICK, quick
 from torch import Tensor
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
-from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.layer_drift import IDLE, drift, noise_floor
 from batchnorm.layers import BatchNorm1d
-from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import third_layer
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import digits, probe_indices
 
-QUICK = RunSettings(seeds=2, effort=0.1)
-EPS32 = torch.finfo(torch.float32).eps
-
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return third_layer.run(QUICK, lambda _: None)
+    return quick("layer3").result
 
 
 # A sum of 64 values of up to 4 sd in float32 is off by less than 64 * EPS32 of an sd; so are the ratios made of it.
@@ -154,24 +149,9 @@ def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
     assert float(third_layer._distances(seen).max()) < 200 * EPS32
 
 
-@pytest.mark.slow
-def test_every_criterion_of_the_claim_is_judged_the_main_one_first(result: Result) -> None:
-    judged = [verdict.criterion.key for verdict in result.verdicts]
-    assert judged == [key for key in CRITERIA if key.startswith("layer3-")]
-
-
-def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) -> None:
+def test_every_chart_has_an_axis_of_numbers(result: Result) -> None:
     assert [chart.kind for chart in result.charts] == ["ribbons", "lines", "lines"]
-    for chart in result.charts:
-        assert 0 < len(chart.rows) <= 600
-        assert {row["series"] for row in chart.rows} == set(chart.series)
-        assert set(chart.dashed) <= set(chart.series)
-        assert chart.title
-        assert chart.alt
-        json.dumps(chart.rows, allow_nan=False)
-        assert chart.y is not None
-        assert not chart.y.log or all(row["y"] > 0 for row in chart.rows)
-    json.dumps(result.numbers, allow_nan=False)
+    assert all(chart.y is not None for chart in result.charts)
 
 
 def test_the_picture_has_the_four_units_in_both_arms(result: Result) -> None:
@@ -201,19 +181,3 @@ def test_titles_state_the_measured_drift(result: Result) -> None:
     plain, normed = re.findall(r"by ([\d.]+)", result.charts[0].title)
     assert float(plain) == pytest.approx(drifts[0], rel=0.05)  # two figures
     assert float(normed) == pytest.approx(drifts[1], rel=0.05)
-
-
-@pytest.mark.slow
-def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert third_layer.run(QUICK, lambda _: None).to_dict() == result.to_dict()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.slow
-def test_progress_ends_at_one() -> None:
-    seen: list[float] = []
-    third_layer.run(RunSettings(seeds=2, effort=0.01), seen.append)
-    assert seen == sorted(seen)
-    assert seen[-1] == 1

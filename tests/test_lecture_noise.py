@@ -5,42 +5,26 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from lecture_runs import EPS32, QUICK, one_network, quick
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
-from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.batch_noise import dropout_rate
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claims import mini_batch_noise
-from batchnorm.lecture.claims.mini_batch_noise import (
-    MEASURED,
-    SIZES,
-    TRAIN,
-    Arm,
-    Noise,
-    gaussian,
-    judge_effect,
-    kurtosis,
-    noise_of_batches,
-    theory,
-    train_arm,
-)
+from batchnorm.lecture.claims.mini_batch_noise import SIZES, Arm, gaussian, judge_effect, noise_of_batches
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import digits
 from batchnorm.lecture.renormalized import GhostNorm, with_population
 from batchnorm.population import recalibrate
 
-QUICK = RunSettings(seeds=2, effort=0.1)
-EPS32 = torch.finfo(torch.float32).eps
-
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return mini_batch_noise.run(QUICK, lambda _: None)
+    return quick("noise").result
 
 
 def test_an_arm_that_has_not_learned_makes_the_effect_invalid_whatever_its_test_loss() -> None:
@@ -107,16 +91,16 @@ def test_noise_power_is_twice_what_the_mean_standard_deviation_of_a_batch_lacks_
     assert float(power.double().mean()) == pytest.approx(float(expected), abs=5e-5)  # eps = 1e-5 within the root
 
 
-@pytest.mark.parametrize("size", MEASURED)
+@pytest.mark.parametrize("size", mini_batch_noise.MEASURED)
 def test_the_exact_formula_meets_the_first_order_one_with_an_error_of_7_over_16_m_squared(size: int) -> None:
     # E[s] = 1 - 3 / (4 M) - 7 / (32 M^2) - O(M^-3), from Stirling's series for the gamma function
-    assert abs(gaussian(size) - theory(3.0, size) - 7 / (16 * size**2)) < 1 / size**3
+    assert abs(gaussian(size) - mini_batch_noise.theory(3.0, size) - 7 / (16 * size**2)) < 1 / size**3
 
 
 def test_theory_of_values_without_spread_in_size_leaves_the_noise_of_the_mean_alone() -> None:
     signs = torch.tensor([[-1.0], [1.0]])
-    assert kurtosis(signs).tolist() == [1.0]
-    assert theory(float(kurtosis(signs)), 64) == 1 / 64
+    assert mini_batch_noise.kurtosis(signs).tolist() == [1.0]
+    assert mini_batch_noise.theory(float(mini_batch_noise.kurtosis(signs)), 64) == 1 / 64
     power, mean = noise_of_batches(signs, 64, torch.Generator().manual_seed(3))
     assert float(power) == pytest.approx(float(mean), rel=0.1)  # next order in 1 / M
 
@@ -124,7 +108,7 @@ def test_theory_of_values_without_spread_in_size_leaves_the_noise_of_the_mean_al
 def test_kurtosis_of_equally_spaced_values_is_nine_fifths() -> None:
     z = torch.linspace(-1, 1, 10_001).double()[:, None]
     z = z / z.std(0, correction=0)
-    assert float(kurtosis(z)) == pytest.approx(1.8, rel=1e-3)
+    assert float(mini_batch_noise.kurtosis(z)) == pytest.approx(1.8, rel=1e-3)
 
 
 def test_dropout_of_the_equivalent_rate_has_the_same_noise_power() -> None:
@@ -134,8 +118,8 @@ def test_dropout_of_the_equivalent_rate_has_the_same_noise_power() -> None:
 
 
 def test_the_slope_of_one_over_m_is_minus_one_and_of_its_root_minus_one_half() -> None:
-    exact = 1 / torch.tensor(MEASURED, dtype=torch.float64)
-    measured = Noise(torch.stack([exact, exact.sqrt()], 1), exact[:, None], torch.tensor([3.0]))
+    exact = 1 / torch.tensor(mini_batch_noise.MEASURED, dtype=torch.float64)
+    measured = mini_batch_noise.Noise(torch.stack([exact, exact.sqrt()], 1), exact[:, None], torch.tensor([3.0]))
     assert measured.slopes().tolist() == pytest.approx([-1.0, -0.5], abs=1e-12)
 
 
@@ -197,7 +181,7 @@ def test_population_statistics_are_those_that_recalibrate_stores() -> None:
     x = torch.stack([digits().x[:200], digits().x[200:400]])
     exact = with_population(ensemble, SIZES, x)
     for index in range(2):
-        net = one_network(ensemble, index)
+        net = one_network(ensemble, index, SIZES)
         recalibrate(net, list(x[index].split(64)))
         for name, buffer in net.named_buffers():
             if "running" in name:
@@ -206,17 +190,11 @@ def test_population_statistics_are_those_that_recalibrate_stores() -> None:
                 torch.testing.assert_close(exact.buffers[name][index], buffer, rtol=128 * EPS32, atol=128 * EPS32)
 
 
-def one_network(ensemble: Ensemble, index: int) -> nn.Module:
-    net = fully_connected(SIZES)
-    net.load_state_dict({k: v[index].detach().clone() for k, v in {**ensemble.parameters, **ensemble.buffers}.items()})
-    return net
-
-
 @pytest.mark.slow
 def test_the_effect_is_the_difference_of_test_losses_of_networks_taken_one_by_one(result: Result) -> None:
     def test_loss(size: int, index: int) -> float:
-        net = one_network(train_arm(QUICK, partial(GhostNorm, size=size)).ensemble, index)
-        train, test = (digits()[part] for part in data_sets.split(len(digits()), TRAIN, index))
+        net = one_network(mini_batch_noise.train_arm(QUICK, partial(GhostNorm, size=size)).ensemble, index, SIZES)
+        train, test = (digits()[part] for part in data_sets.split(len(digits()), mini_batch_noise.TRAIN, index))
         recalibrate(net, [train.x])
         with torch.no_grad():
             return float(F.cross_entropy(net.eval()(test.x), test.y))
@@ -238,7 +216,7 @@ def test_all_arms_start_from_one_network_and_differ_only_by_their_groups() -> No
 
 
 def test_outputs_of_population_networks_are_those_of_the_template_run_alone() -> None:
-    arm = train_arm(QUICK, partial(GhostNorm, size=512))
+    arm = mini_batch_noise.train_arm(QUICK, partial(GhostNorm, size=512))
     state = {k: v[1] for k, v in {**arm.ensemble.parameters, **arm.ensemble.buffers}.items()}
     alone = functional_call(arm.ensemble.template.eval(), state, (digits().x[:50],))
     torch.testing.assert_close(arm.ensemble(digits().x[:50])[1], alone, rtol=1e-5, atol=1e-4)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lecture_runs import EPS32, QUICK, quick
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
@@ -25,13 +26,10 @@ from batchnorm.lecture.claims.feature_ranges import (
     descend,
 )
 
-QUICK = RunSettings(seeds=2, effort=0.1)
-EPS32 = float(np.finfo(np.float32).eps)
-
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return feature_ranges.run(QUICK, lambda _: None)
+    return quick("scale").result
 
 
 def test_other_seeds_give_other_numbers(result: Result) -> None:

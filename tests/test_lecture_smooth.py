@@ -1,35 +1,30 @@
 """Claim "smooth": the loss along the gradient against closed forms, the comparison at equal loss, and the contract."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
 
 import pytest
 import torch
+from lecture_runs import EPS32, quick
 from torch import Tensor
 from torch.nn import functional as F
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
-from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.loss_landscape import FRACTIONS, Roughness, along_gradient
-from batchnorm.lecture import rate_sweep
-from batchnorm.lecture.claim_criteria import CRITERIA
 from batchnorm.lecture.claims import smoother_loss
 from batchnorm.lecture.claims.smoother_loss import Course, at_equal_loss, of_batch
 from batchnorm.lecture.data_sets import Examples
 from batchnorm.lecture.networks import Ensemble, fully_connected
 
-QUICK = RunSettings(seeds=2, effort=0.1)
-EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
 CURVATURES = torch.tensor([0.5, 3.0, 30.0], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return smoother_loss.run(QUICK, lambda _: None)
+    return quick("smooth").result
 
 
 def _quadratic(parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -165,23 +160,8 @@ def test_a_loss_that_is_not_finite_along_the_gradient_makes_no_verdict() -> None
     assert "not finite" in verdict.failed_guard
 
 
-def test_every_criterion_of_the_claim_is_judged_the_main_one_first(result: Result) -> None:
-    judged = [verdict.criterion.key for verdict in result.verdicts]
-    assert judged == [key for key in CRITERIA if key.startswith("smooth-")]
-
-
-def test_charts_hold_finite_json_able_rows_of_declared_series(result: Result) -> None:
+def test_the_ratios_are_dots_and_their_courses_lines(result: Result) -> None:
     assert [chart.kind for chart in result.charts] == ["dots", "lines", "lines", "lines", "lines"]
-    for chart in result.charts:
-        assert 0 < len(chart.rows) <= 600
-        assert {row["series"] for row in chart.rows} == set(chart.series)
-        assert set(chart.dashed) <= set(chart.series)
-        assert chart.title
-        assert chart.alt
-        json.dumps(chart.rows, allow_nan=False)
-        if chart.y is not None and chart.y.log:
-            assert all(row["y"] > 0 for row in chart.rows)
-    json.dumps(result.numbers, allow_nan=False)
 
 
 @pytest.mark.slow
@@ -197,12 +177,3 @@ def test_the_title_states_the_measured_ratio(result: Result) -> None:
     log2 = next(row["value"] for row in result.charts[0].rows if label.items() <= row.items())
     stated = float(result.charts[0].title.split("beta-hat is ")[1].split()[0])
     assert stated == pytest.approx(2**log2, rel=0.05)  # two figures
-
-
-@pytest.mark.slow
-def test_two_runs_give_the_same_numbers_and_leave_the_random_state_alone(result: Result) -> None:
-    rate_sweep.sweep.cache_clear()
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert smoother_loss.run(QUICK, lambda _: None).to_dict() == result.to_dict()
-    assert torch.equal(torch.get_rng_state(), state)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from lecture_runs import EPS32, QUICK, one_network, quick
 
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.run_settings import RunSettings
@@ -12,43 +12,20 @@ from batchnorm.instruments.companion_examples import disagreement
 from batchnorm.layers import BatchNorm1d
 from batchnorm.lecture import data_sets
 from batchnorm.lecture.claims import mini_batch_noise, single_examples
-from batchnorm.lecture.claims.single_examples import (
-    ALONE,
-    EMA,
-    MEASURED,
-    PARTITIONS,
-    POPULATION,
-    TEST,
-    Trained,
-    logits_in_batches,
-    measure_alone,
-    measure_batches,
-    refusal_of_one,
-    train,
-)
+from batchnorm.lecture.claims.single_examples import PARTITIONS, POPULATION, TEST, Trained, train
 from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import SIZES, digits
 from batchnorm.population import recalibrate
 
-QUICK = RunSettings(seeds=2, effort=0.1)
-EPS32 = torch.finfo(torch.float32).eps
-
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return single_examples.run(QUICK, lambda _: None)
+    return quick("test-time").result
 
 
 @pytest.fixture(scope="module")
 def trained() -> Trained:
     return train(QUICK)
-
-
-def one_network(trained: Trained, index: int) -> nn.Module:
-    net = fully_connected(SIZES)
-    state = {**trained.ensemble.parameters, **trained.ensemble.buffers}
-    net.load_state_dict({k: v[index].detach().clone() for k, v in state.items()})
-    return net
 
 
 @pytest.mark.slow
@@ -71,16 +48,16 @@ def test_test_examples_are_never_trained_on(trained: Trained) -> None:
 
 
 def test_every_size_divides_the_test_examples_so_that_none_is_left_out() -> None:
-    assert all(TEST % size == 0 and ALONE % size == 0 for size in MEASURED)
+    assert all(TEST % size == 0 and single_examples.ALONE % size == 0 for size in single_examples.MEASURED)
 
 
 # -- statistics of the test batch -----------------------------------------------------------------------------
 
 
 def test_logits_in_batches_are_those_of_running_each_batch_by_itself_in_train_mode(trained: Trained) -> None:
-    found = logits_in_batches(trained.ensemble, trained.test.x, 16, QUICK)
+    found = single_examples.logits_in_batches(trained.ensemble, trained.test.x, 16, QUICK)
     assert found.shape == (2, PARTITIONS, TEST, 10)
-    net, x = one_network(trained, 1).train(), trained.test.x[1]
+    net, x = one_network(trained.ensemble, 1, SIZES).train(), trained.test.x[1]
     random = torch.Generator().manual_seed(1)
     for partition in range(2):
         order = torch.randperm(TEST, generator=random)
@@ -93,9 +70,9 @@ def test_logits_in_batches_are_those_of_running_each_batch_by_itself_in_train_mo
 
 @pytest.mark.slow
 def test_accuracy_in_batches_is_the_share_of_right_answers_counted_directly(trained: Trained) -> None:
-    measured = measure_batches(trained, QUICK)
-    row = MEASURED.index(128)
-    net, random, right = one_network(trained, 0).train(), torch.Generator().manual_seed(0), 0
+    measured = single_examples.measure_batches(trained, QUICK)
+    row = single_examples.MEASURED.index(128)
+    net, random, right = one_network(trained.ensemble, 0, SIZES).train(), torch.Generator().manual_seed(0), 0
     for _ in range(PARTITIONS):
         for batch in torch.randperm(TEST, generator=random).split(128):
             right += int((net(trained.test.x[0, batch]).argmax(-1) == trained.test.y[0, batch]).sum())
@@ -105,8 +82,8 @@ def test_accuracy_in_batches_is_the_share_of_right_answers_counted_directly(trai
 
 def test_running_examples_in_batches_leaves_the_stored_statistics_alone(trained: Trained) -> None:
     before = {name: buffer.clone() for name, buffer in trained.ensemble.buffers.items()}
-    logits_in_batches(trained.ensemble, trained.test.x, 8, QUICK)
-    refusal_of_one(trained)
+    single_examples.logits_in_batches(trained.ensemble, trained.test.x, 8, QUICK)
+    single_examples.refusal_of_one(trained)
     assert all(torch.equal(before[name], buffer) for name, buffer in trained.ensemble.buffers.items())
 
 
@@ -136,19 +113,19 @@ def test_train_mode_refuses_a_batch_of_one_and_the_numbers_say_so(result: Result
 
 def test_readings_are_the_accuracies_of_one_network_in_eval_mode(trained: Trained) -> None:
     x, y = trained.test.x[1], trained.test.y[1]
-    net = one_network(trained, 1)
+    net = one_network(trained.ensemble, 1, SIZES)
     running = (net.eval()(x).argmax(-1) == y).float().mean()
     fitted, _ = data_sets.split(len(digits()), len(digits()) - TEST, 1)
     recalibrate(net, [digits().x[fitted]])
     population = (net.eval()(x).argmax(-1) == y).float().mean()
     # a tie to rounding may move one answer of TEST
-    assert float(trained.reading(EMA).accuracy[1]) == pytest.approx(float(running), abs=1.5 / TEST)
+    assert float(trained.reading(single_examples.EMA).accuracy[1]) == pytest.approx(float(running), abs=1.5 / TEST)
     assert float(trained.reading(POPULATION).accuracy[1]) == pytest.approx(float(population), abs=1.5 / TEST)
 
 
 def test_an_early_reading_is_that_of_a_run_that_stops_there(trained: Trained) -> None:
     short = train(RunSettings(seeds=2, effort=20 / single_examples.STEPS))
-    for kind in (EMA, POPULATION):
+    for kind in (single_examples.EMA, POPULATION):
         early, last = trained.reading(kind, 20), short.reading(kind)
         assert (last.step, early.step) == (20, 20)
         assert torch.equal(early.loss, last.loss)
@@ -156,7 +133,7 @@ def test_an_early_reading_is_that_of_a_run_that_stops_there(trained: Trained) ->
 
 @pytest.mark.slow
 def test_the_answer_of_a_batch_norm_layer_alone_is_the_same_to_the_bit_in_any_batch(trained: Trained) -> None:
-    alone = measure_alone(trained, QUICK)
+    alone = single_examples.measure_alone(trained, QUICK)
     assert alone.layer_same_bits == 1.0
     # products over 64 inputs, five layers deep, where only the order of addition differs
     assert float(alone.largest.max()) < 5 * 64 * EPS32
@@ -165,7 +142,7 @@ def test_the_answer_of_a_batch_norm_layer_alone_is_the_same_to_the_bit_in_any_ba
 @pytest.mark.slow
 def test_the_measure_of_alone_against_in_batches_finds_a_network_that_uses_the_batch(trained: Trained) -> None:
     leaky = Ensemble(fully_connected(SIZES, norm=_MeanOfBatch), trained.exact.parameters, trained.exact.buffers)
-    found = measure_alone(Trained(trained.ensemble, leaky, trained.test, trained.readings), QUICK)
+    found = single_examples.measure_alone(Trained(trained.ensemble, leaky, trained.test, trained.readings), QUICK)
     assert float(found.largest.min()) > 0.01
     assert found.layer_same_bits < 0.5
 
@@ -179,7 +156,10 @@ class _MeanOfBatch(BatchNorm1d):
 
 @pytest.mark.slow
 def test_the_verdict_on_batches_of_two_is_the_difference_of_accuracies(result: Result, trained: Trained) -> None:
-    batches, population = measure_batches(trained, QUICK), trained.reading(POPULATION).accuracy
+    batches, population = (
+        single_examples.measure_batches(trained, QUICK),
+        trained.reading(POPULATION).accuracy,
+    )
     estimate = result.verdicts[0].estimate
     assert estimate is not None
     expected = (population.double() - batches.accuracy[0]).tolist()

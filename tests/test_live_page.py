@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +15,8 @@ import time
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from test_live import EVIL, layers, look, percentiles, small_log
-from test_page import ARGUMENTS
 
 from batchnorm.live import Feed, write
 from batchnorm.record import Writer
@@ -69,16 +67,6 @@ class Process:
 
 def serving(folder, port=0, token=TOKEN):
     return Process("-m", "batchnorm", "watch", folder, "--no-open", "--port", port, "--token", token)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    assert executable, "the page tests need Chromium: install the package 'chromium'"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 
 import pytest
-from playwright.sync_api import sync_playwright
 from sample_verdicts import CHARTS, only, sample
 
 from batchnorm import report
 
 pytestmark = pytest.mark.slow
-
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 
 # Every visible text with its contrast (WCAG 2.2, 1.4.3) against the nearest ground that is painted behind it.
 CONTRASTS = """() => {
@@ -53,16 +42,6 @@ EDGES = "all => all.map(e => e.getBoundingClientRect()).map(box => [box.left, bo
 
 COLOURS = """() => Object.fromEntries([...document.styleSheets[0].cssRules[0].style].filter(n => n.startsWith("--"))
   .map(n => [n, getComputedStyle(document.documentElement).getPropertyValue(n).trim()]))"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    assert executable, "the page tests need Chromium: install the package 'chromium'"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(ARGUMENTS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

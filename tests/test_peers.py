@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 from fingerprint import fingerprint
+from small_networks import Written
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -68,19 +69,14 @@ def test_a_last_batch_of_one_is_a_batch():
 
 
 def test_batches_may_be_dicts_of_the_models_arguments():
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(1)
-
-        def forward(self, x):
-            return self.norm(x.float())
+    def model():
+        return Written(lambda net, x: net.norm(x.float()), norm=nn.BatchNorm1d(1))
 
     batch = {"x": column(1, 3)}
     for peer in (lambda net: update_bn([batch], net), lambda net: update_bn_stats(net, [batch], 1)):
         with pytest.raises(AttributeError):
-            peer(Model())
-    assert recalibrate(Model(), [batch])["norm"].mean.item() == 2
+            peer(model())
+    assert recalibrate(model(), [batch])["norm"].mean.item() == 2
 
 
 def test_a_layer_in_eval_mode_keeps_its_statistics_and_its_mode():
@@ -171,17 +167,12 @@ def test_the_variance_of_values_far_from_zero_is_right_in_float64():
 
 
 def test_a_layer_used_twice_is_pooled_over_its_uses():
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(1)
-
-        def forward(self, x):
-            return self.norm(x) + self.norm(x + 4)
+    def twice():
+        return Written(lambda net, x: net.norm(x) + net.norm(x + 4), norm=nn.BatchNorm1d(1))
 
     with pytest.raises(AssertionError, match="Some BN layers are reused"):
-        update_bn_stats(Twice(), [column(1, 3)], 1)
-    moments = recalibrate(Twice(), [column(1, 3)])["norm"]
+        update_bn_stats(twice(), [column(1, 3)], 1)
+    moments = recalibrate(twice(), [column(1, 3)])["norm"]
     assert (moments.count.item(), moments.mean.item(), moments.m2.item()) == (4, 4, 20)
 
 

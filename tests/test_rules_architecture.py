@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from planted import images, trained
+from small_networks import Written
 from test_rules_batches import HEALTHY as WITHOUT_GRAPH
-from test_rules_batches import MODULE, findings
+from test_rules_batches import MODULE, findings, the_finding
 from torch import nn
 
 import batchnorm as bn
@@ -35,9 +36,7 @@ SICK = {
 @pytest.mark.parametrize("code", CODES)
 def test_a_sick_place_is_found_and_a_healthy_one_is_not(code):
     evidence, measured = SICK[code]
-    (finding,) = findings(code, evidence)
-    assert (finding.layer, finding.measured) == ("bn", measured)
-    assert all((finding.limit, finding.consequence, finding.remedy))
+    assert the_finding(code, evidence, "bn", measured).measured == measured
     assert findings(code, HEALTHY) == []
 
 
@@ -61,19 +60,6 @@ def test_a_layer_under_two_names_counts_as_two_places():
 # -- as read from models -----------------------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """A forward given as a function of the module."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        self.run = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
 def conv(bias=True):
     return nn.Conv2d(3, 3, 1, bias=bias)
 
@@ -87,11 +73,11 @@ BIASED = {
     "in a chain": (nn.Sequential(conv(), norm()), {"1": "0"}),
     "linear": (nn.Sequential(nn.Flatten(), nn.Linear(300, 3), nn.BatchNorm1d(3)), {"2": "1"}),
     "across modules": (nn.Sequential(nn.Sequential(conv()), nn.Sequential(norm())), {"1.0": "0.0"}),
-    "in a forward": (Net(lambda m, x: m.b(m.c(x)), c=conv(), b=norm()), {"b": "c"}),
+    "in a forward": (Written(lambda m, x: m.b(m.c(x)), c=conv(), b=norm()), {"b": "c"}),
     "without bias": (nn.Sequential(conv(bias=False), norm()), {}),
     "behind an activation": (nn.Sequential(conv(), nn.ReLU(), norm()), {}),
-    "also read elsewhere": (Net(lambda m, x: m.b(y := m.c(x)) + y, c=conv(), b=norm()), {}),
-    "called elsewhere": (Net(lambda m, x: m.b(m.c(x)) + RELU(m.c(x)), c=conv(), b=norm()), {}),
+    "also read elsewhere": (Written(lambda m, x: m.b(y := m.c(x)) + y, c=conv(), b=norm()), {}),
+    "called elsewhere": (Written(lambda m, x: m.b(m.c(x)) + RELU(m.c(x)), c=conv(), b=norm()), {}),
     "batch norm first": (nn.Sequential(norm(), conv()), {}),
 }
 DROPPED = {
@@ -103,18 +89,18 @@ DROPPED = {
         for name, each in TABLE.items()
     },
     "as a function": (
-        Net(lambda m, x: m.b(nn.functional.dropout(x, 0.3, m.training)), b=norm()),
+        Written(lambda m, x: m.b(nn.functional.dropout(x, 0.3, m.training)), b=norm()),
         {"b": "F.dropout"},
     ),
-    "a keyword": (Net(lambda m, x: m.b(m.act(input=m.d(x))), d=nn.Dropout(), act=nn.ReLU(), b=norm()), {}),
+    "a keyword": (Written(lambda m, x: m.b(m.act(input=m.d(x))), d=nn.Dropout(), act=nn.ReLU(), b=norm()), {}),
     "of nothing": (nn.Sequential(nn.Dropout(0.0), norm()), {}),
-    "that never drops": (Net(lambda m, x: m.b(nn.functional.dropout(x, 0.3, False)), b=norm()), {}),
+    "that never drops": (Written(lambda m, x: m.b(nn.functional.dropout(x, 0.3, False)), b=norm()), {}),
     "mixed by a convolution": (nn.Sequential(nn.Dropout(0.3), conv(), norm()), {}),
     "behind batch norm": (nn.Sequential(norm(), nn.Dropout(0.3)), {}),
 }
 TWICE = {
     "in a chain": (nn.Sequential(norm(), norm()), {"1": "0"}),
-    "read elsewhere too": (Net(lambda m, x: m.b(y := m.a(x)) + y, a=norm(), b=norm()), {}),
+    "read elsewhere too": (Written(lambda m, x: m.b(y := m.a(x)) + y, a=norm(), b=norm()), {}),
     "a ReLU between": (nn.Sequential(norm(), nn.ReLU(), norm()), {}),
 }
 PLACES = [
@@ -134,7 +120,7 @@ def test_what_stands_before_a_layer_is_read_from_the_code(name, model, part, fou
 
 def test_calls_are_counted_on_the_example_and_shared_layers_are_found():
     shared = norm()
-    model = Net(lambda m, x: m.b(m.c(m.b(x))), b=shared, c=conv(bias=False))
+    model = Written(lambda m, x: m.b(m.c(m.b(x))), b=shared, c=conv(bias=False))
     assert graph_of(model, images(4)).calls == {"b": 2}
     assert graph_of(model).calls is None
     assert [f.layer for f in examine(trained(model), example=images(4)).findings if f.code == "BN302"] == ["b"]

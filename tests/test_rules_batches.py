@@ -54,6 +54,15 @@ def findings(code, evidence):
     return RULES[code].findings(evidence)
 
 
+def the_finding(code, evidence, layer, words):
+    """The only finding: of this layer, with what was measured, its limit, what follows and what to do."""
+    (finding,) = findings(code, evidence)
+    assert (finding.code, finding.layer) == (code, layer)
+    assert words in finding.measured
+    assert all((finding.limit, finding.consequence, finding.remedy))
+    return finding
+
+
 def measured(**changes):
     return replace(HEALTHY, measured={"bn": replace(MEASURED, **changes)})
 
@@ -87,11 +96,7 @@ SICK = {
 
 @pytest.mark.parametrize("code", CODES)
 def test_a_rule_fires_on_sick_evidence_and_says_what_was_measured(code):
-    evidence, layer, words = SICK[code]
-    (finding,) = findings(code, evidence)
-    assert (finding.code, finding.layer) == (code, layer)
-    assert words in finding.measured
-    assert all((finding.limit, finding.consequence, finding.remedy))
+    the_finding(code, *SICK[code])
 
 
 @pytest.mark.parametrize("code", CODES)

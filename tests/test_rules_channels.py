@@ -7,6 +7,7 @@ import pytest
 import torch
 from planted import trained
 from scipy.stats import norm as normal
+from small_networks import Written
 from test_rules_batches import HEALTHY, MEASURED, MODULE, STORED, values
 from torch import nn
 
@@ -95,12 +96,9 @@ def test_data_are_believed_more_than_a_normal():
 # -- what follows, as read from code -------------------------------------------------------------------------------
 
 
-class Net(nn.Module):
+class Net(Written):
     def __init__(self, forward, **parts):
-        super().__init__()
-        self.run = forward
-        for name, part in {"conv": nn.Conv2d(3, 4, 1), "norm": nn.BatchNorm2d(4), **parts}.items():
-            setattr(self, name, part)
+        super().__init__(forward, **{"conv": nn.Conv2d(3, 4, 1), "norm": nn.BatchNorm2d(4), **parts})
 
     def forward(self, x):
         return self.run(self, self.conv(x))

@@ -6,10 +6,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+import test_rules_state
 import torch
 from planted import Net, batches, changed, layer_of, trained
 from test_rules_batches import HEALTHY as WITH_MODEL
-from test_rules_batches import MEASURED, MODULE, STORED, findings, values
+from test_rules_batches import MEASURED, MODULE, STORED, findings, the_finding, values
 from torch import nn
 
 import batchnorm as bn
@@ -116,17 +117,15 @@ WELL = {
 }  # fmt: skip
 
 
-def test_each_rule_has_sick_and_healthy_statistics():
-    assert CODES == list(SICK) == list(WELL)
+def test_each_rule_of_states_and_of_statistics_has_sick_and_healthy_evidence():
+    for codes, *tables in ((CODES, SICK, WELL), (test_rules_state.CODES, test_rules_state.SICK, test_rules_state.WELL)):
+        assert [list(table) for table in tables] == [codes, codes]
 
 
 @pytest.mark.parametrize("code", CODES)
 def test_sick_statistics_are_named_with_what_was_measured(code):
     evidence, told = SICK[code]
-    (finding,) = findings(code, evidence)
-    assert finding.layer == {"BN113": "", "BN115": "ema"}.get(code, "bn")
-    assert told in finding.measured
-    assert all((finding.limit, finding.consequence, finding.remedy))
+    finding = the_finding(code, evidence, {"BN113": "", "BN115": "ema"}.get(code, "bn"), told)
     assert finding.channels == (() if "of 2 channels" not in told else (0,) if code == "BN116" else (1,))
 
 

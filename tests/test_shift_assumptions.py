@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from xml.etree import ElementTree as ET
 
+import command_line
 import pytest
 import torch
-from click.testing import CliRunner
 from fingerprint import fingerprint
 from test_cli_shift import MODEL
 from test_shift_tails import bursts, network, normal
 from torch import Tensor, nn
 
-from batchnorm.cli import main
 from batchnorm.reporting.formats import FORMATS
 from batchnorm.shift import ShiftMonitor
 from batchnorm.shift.assumptions import Assumptions, check, concise, full
@@ -144,18 +144,8 @@ def test_text_fits_its_columns_and_json_says_the_same(net: nn.Module) -> None:
 # -- as users type it ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    plenty = "\ndef plenty(): return batches(40, 7)\n"
-    (tmp_path / "assumed.py").write_text(MODEL + plenty)
-    return tmp_path
-
-
-def call(*args: str, env: dict[str, str] | None = None):
-    return CliRunner().invoke(main, ["shift", *args], prog_name="batchnorm", env=env)
+FOLDER = {"assumed.py": MODEL + "\ndef plenty(): return batches(40, 7)\n"}
+call = partial(command_line.call, "shift")
 
 
 @pytest.mark.slow

@@ -26,19 +26,21 @@ def factor_of_mean(z: float, kappa: float, delta: float) -> torch.Tensor:
     return betting.mean_shift(tensor(z)[:, None], kappas, deltas, stakes)[:, :, 0].exp()
 
 
-@given(
-    mean=st.floats(-1, 1),
-    spread=st.floats(0, 1),
-    skew=st.floats(0.001, 0.999),
-    kappa=st.floats(0.001, 10),
-    delta=st.floats(0.001, 1),
-)
+LAWS = {"mean": st.floats(-1, 1), "spread": st.floats(0, 1), "skew": st.floats(0.001, 0.999)}
+
+
+def two_points(center: float, sd: float, skew: float) -> list[tuple[float, float]]:
+    """A law of this mean and standard deviation: each point and its probability."""
+    low = math.sqrt((1 - skew) / skew)
+    return [(center - sd * low, skew), (center + sd / low, 1 - skew)]
+
+
+@given(**LAWS, kappa=st.floats(0.001, 10), delta=st.floats(0.001, 1))
 def test_no_bet_on_a_mean_gains_under_the_null(
     mean: float, spread: float, skew: float, kappa: float, delta: float
 ) -> None:
     """Two points with any mean within delta, any variance within kappa, and any skewness."""
-    sd, low = spread * math.sqrt(kappa), math.sqrt((1 - skew) / skew)
-    points = [(mean * delta - sd * low, skew), (mean * delta + sd / low, 1 - skew)]
+    points = two_points(mean * delta, spread * math.sqrt(kappa), skew)
     expected = sum(weight * factor_of_mean(z, kappa, delta) for z, weight in points)
     assert bool((expected <= 1 + ROUNDING).all())
 
@@ -53,19 +55,11 @@ def test_no_bet_on_more_energy_gains_under_the_null(mean: float, share: float, d
     assert bool((expected <= 1 + ROUNDING).all())
 
 
-@given(
-    mean=st.floats(-1, 1),
-    spread=st.floats(0, 1),
-    skew=st.floats(0.001, 0.999),
-    d=st.floats(0, 0.4),
-    v=st.floats(0.001, 4),
-)
+@given(**LAWS, d=st.floats(0, 0.4), v=st.floats(0.001, 4))
 def test_no_bet_on_less_energy_gains_under_the_null(
     mean: float, spread: float, skew: float, d: float, v: float
 ) -> None:
-    sd, low = spread * math.sqrt(v), math.sqrt((1 - skew) / skew)
-    center = 1 + mean * d
-    points = [(center - sd * low, skew), (center + sd / low, 1 - skew)]
+    points = two_points(1 + mean * d, spread * math.sqrt(v), skew)
     if points[0][0] < 0:  # an energy is not negative
         return
     ds, vs = tensor(d), tensor(v)

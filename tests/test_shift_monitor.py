@@ -15,6 +15,7 @@ import forked
 import pytest
 import torch
 from fingerprint import fingerprint
+from small_networks import Written
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -480,15 +481,7 @@ def test_calibration_measures_by_statistics_as_they_are_now(net: Net) -> None:
 
 
 def test_layers_that_see_several_rows_of_an_example_are_calibrated_as_they_are_observed() -> None:
-    class Frames(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm1d(3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(x.flatten(0, 1))
-
-    model = Frames().eval()
+    model = Written(lambda net, x: net.bn(x.flatten(0, 1)), bn=nn.BatchNorm1d(3)).eval()
     monitor = watching(model, unit="batch")
     assert monitor.calibrate([torch.randn(4, 5, 3) for _ in range(200)]).observations == 200
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fingerprint import fingerprint
+from small_networks import Written
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -163,16 +164,9 @@ def test_examples_that_are_not_finite_are_counted_apart(net: nn.Module) -> None:
 
 
 def test_a_layer_that_sees_parts_of_a_batch_is_refused() -> None:
-    class Halves(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm1d(3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(x[::2])
-
+    halves = Written(lambda net, x: net.bn(x[::2]), bn=nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match=r"shift needs passes that reach every batch norm layer with each example"):
-        judge(ShiftMonitor(Halves()), [torch.randn(8, 3)])
+        judge(ShiftMonitor(halves), [torch.randn(8, 3)])
 
 
 def test_the_least_move_that_could_be_seen_is_about_right() -> None:

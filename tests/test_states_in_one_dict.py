@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import told as call
 from planted import Net, batches, saved, trained
 from safetensors.torch import save_file
 from torch import nn
@@ -14,7 +14,6 @@ import batchnorm as bn
 from batchnorm import addresses
 from batchnorm.checkpoint import read
 from batchnorm.checkpoint.states_in_file import with_state
-from batchnorm.cli import main
 from batchnorm.doctor import examine
 from batchnorm.doctor.mending.mended_checkpoint import plan
 from batchnorm.doctor.states_in_turn import loading
@@ -32,16 +31,7 @@ class Both(nn.Module):
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "pairnet.py").write_text(CODE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def call(*args):
-    result = CliRunner().invoke(main, args, prog_name="batchnorm")
-    return result.exit_code, " ".join(result.output.split())
+FOLDER = {"pairnet.py": CODE}
 
 
 def other(by):

@@ -10,26 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign_layers import FrozenByHand
+from small_networks import Written
 from torch import nn
 
 import batchnorm as bn
 from batchnorm.surgery import Partner, fold, foldable, unfold
 
 
-class Net(nn.Module):
-    """A forward given as a function, over these modules, that torch.fx can trace."""
-
-    def __init__(self, run, **modules: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-class Recorded(Net):
+class Recorded(Written):
     """The same with an argument that torch.fx cannot trace."""
 
     def forward(self, *inputs):
@@ -58,7 +46,7 @@ def answers(net: nn.Module, x: torch.Tensor) -> dict:
         for back in (unfold(small), unfold(copy.deepcopy(small)), unfold(fold(small, x, report=None))):
             assert torch.equal(back(x), before(x))
     assert foldable(net, x) == dict(reports[0].layers)
-    if type(net) is Net:
+    if type(net) is Written:
         net.__class__ = Recorded
         assert foldable(net, x) == dict(reports[0].layers)
     return dict(reports[0].layers)
@@ -86,7 +74,7 @@ LINEAR = {
 
 @pytest.mark.parametrize("case", LINEAR)
 def test_a_linear_layer_before_batch_norm(case):
-    net = Net(LINEAR[case], **{"wide" if "part" in case else "fc": nn.Linear(4, 11 if "part" in case else 8)},
+    net = Written(LINEAR[case], **{"wide" if "part" in case else "fc": nn.Linear(4, 11 if "part" in case else 8)},
               bn=nn.BatchNorm1d(8))  # fmt: skip
     assert isinstance(answers(net, nodes())["bn"], Partner)
 
@@ -106,13 +94,13 @@ def test_a_graph_network_without_bias_is_folded_whole():
     for i in range(4):
         modules |= {f"f{i}": nn.Linear(4 if i == 0 else 6, 8, bias=False), f"a{i}": nn.BatchNorm1d(8)}
         modules |= {f"g{i}": nn.Linear(8, 6, bias=False), f"b{i}": nn.BatchNorm1d(6)}
-    found = answers(Net(run, **modules), nodes())
+    found = answers(Written(run, **modules), nodes())
     assert len(found) == 8
     assert all(isinstance(each, Partner) for each in found.values())
 
 
 def test_channels_of_an_image_that_a_linear_layer_makes():
-    net = Net(lambda n, x: n.bn(n.fc(x).view(-1, 4, 3, 3)), fc=nn.Linear(6, 36), bn=nn.BatchNorm2d(4))
+    net = Written(lambda n, x: n.bn(n.fc(x).view(-1, 4, 3, 3)), fc=nn.Linear(6, 36), bn=nn.BatchNorm2d(4))
     found = answers(net, torch.randn(5, 6))
     assert found["bn"].channels == tuple(channel for channel in range(4) for _ in range(9))
 
@@ -128,23 +116,23 @@ BEHIND = {
 
 @pytest.mark.parametrize("case", BEHIND)
 def test_a_linear_layer_behind_batch_norm(case):
-    net = Net(BEHIND[case], fc=nn.Linear(108, 2), flat=nn.Flatten(), bn=nn.BatchNorm2d(3))
+    net = Written(BEHIND[case], fc=nn.Linear(108, 2), flat=nn.Flatten(), bn=nn.BatchNorm2d(3))
     found = answers(net, images())["bn"]
     assert (found.path, found.position) == ("fc", "behind")
 
 
 def test_a_linear_layer_on_the_last_axis_behind_batch_norm():
-    net = Net(lambda n, x: n.fc(n.bn(x.transpose(1, 2)).transpose(1, 2)), fc=nn.Linear(4, 2), bn=nn.BatchNorm1d(4))
+    net = Written(lambda n, x: n.fc(n.bn(x.transpose(1, 2)).transpose(1, 2)), fc=nn.Linear(4, 2), bn=nn.BatchNorm1d(4))
     assert answers(net, nodes())["bn"].channels == (0, 1, 2, 3)
 
 
 def test_a_frozen_layer_of_others_through_flatten():
-    net = Net(lambda n, x: n.fc(n.bn(x.sin()).flatten(1)), fc=nn.Linear(108, 2), bn=FrozenByHand(3))
+    net = Written(lambda n, x: n.fc(n.bn(x.sin()).flatten(1)), fc=nn.Linear(108, 2), bn=FrozenByHand(3))
     assert answers(net, images())["bn"].position == "behind"
 
 
 def test_the_scale_is_split_over_what_is_concatenated():
-    net = Net(
+    net = Written(
         lambda n, x: n.bn(torch.cat([n.a(x), n.b(x), n.c(x)], 1)).relu(),
         a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(3, 5, 3, bias=False), c=nn.Conv2d(3, 3, 3, groups=3), bn=nn.BatchNorm2d(12),
     )  # fmt: skip
@@ -155,7 +143,7 @@ def test_the_scale_is_split_over_what_is_concatenated():
 
 
 def test_each_part_of_a_concatenation_goes_into_the_layer_behind():
-    net = Net(
+    net = Written(
         lambda n, x: [y := x.sin(), n.conv(torch.cat([n.a(y), x, n.b(y * 2)], dim=1))][1],
         a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(3), conv=nn.Conv2d(9, 4, 3),
     )  # fmt: skip
@@ -166,7 +154,7 @@ def test_each_part_of_a_concatenation_goes_into_the_layer_behind():
 
 def test_parts_that_are_folded_together_and_one_by_one():
     """A layer behind each part and one behind all: both scales meet in the convolutions."""
-    net = Net(
+    net = Written(
         lambda n, x: n.bn(torch.cat([n.na(n.a(x)), n.b(x)], 1)),
         a=nn.Conv2d(3, 4, 3), na=nn.BatchNorm2d(4), b=nn.Conv2d(3, 2, 3), bn=nn.BatchNorm2d(6),
     )  # fmt: skip
@@ -194,7 +182,7 @@ def test_layers_are_left_with_the_reason(case):
         "a": nn.Conv2d(3, 4, 3), "a2": nn.Conv2d(3, 3, 3), "w": nn.Conv2d(3, 2, 3), "a7": nn.Conv2d(3, 7, 3),
         "behind": nn.Conv2d(6, 2, 3, padding=1), "plain": nn.Conv2d(6, 2, 3),
     }  # fmt: skip
-    net = settled(Net(run, bn=nn.BatchNorm2d(7), bn3=nn.BatchNorm2d(3), **kept))
+    net = settled(Written(run, bn=nn.BatchNorm2d(7), bn3=nn.BatchNorm2d(3), **kept))
     found = foldable(net, images())
     left = found["bn3"] if "bn3" in run.__code__.co_names else found["bn"]
     assert isinstance(left, str)
@@ -271,7 +259,7 @@ def test_a_forward_that_takes_sizes_for_numbers_is_followed():
 
 
 def test_a_forward_that_takes_a_list_is_followed():
-    net = Net(lambda n, x: n.inner([x[:, :1], x[:, 1:]]), inner=TakesAList())
+    net = Written(lambda n, x: n.inner([x[:, :1], x[:, 1:]]), inner=TakesAList())
     assert answers(net, images())["inner.bn"] == Partner("inner.conv", "before")
 
 
@@ -292,7 +280,7 @@ def test_a_list_that_a_module_changes_is_followed():
         features = n.inner([x, x * 2])
         return n.bn(n.conv(features[0][:, :, : int(x.shape[-1]) - 2])) + features[1].sum()
 
-    net = Net(run, inner=ChangesAList(), conv=nn.Conv2d(4, 2, 3), bn=nn.BatchNorm2d(2))
+    net = Written(run, inner=ChangesAList(), conv=nn.Conv2d(4, 2, 3), bn=nn.BatchNorm2d(2))
     assert set(map(str, answers(net, images()).values())) == {"'inner.conv' before it", "'conv' before it"}
 
 
@@ -344,9 +332,9 @@ def test_a_wrong_map_of_channels_is_found_on_the_example(monkeypatch, kind):
         return right(self, channels and channels[1:] + channels[:1])
 
     cases = {
-        "before": (Net(LINEAR["transpose"], fc=nn.Linear(4, 8), bn=nn.BatchNorm1d(8)), nodes()),
-        "behind": (Net(BEHIND["view"], fc=nn.Linear(108, 2), bn=nn.BatchNorm2d(3)), images()),
-        "cat": (Net(lambda n, x: n.bn(torch.cat([n.a(x), n.b(x)], 1)), a=nn.Conv2d(3, 2, 3), b=nn.Conv2d(3, 2, 3),
+        "before": (Written(LINEAR["transpose"], fc=nn.Linear(4, 8), bn=nn.BatchNorm1d(8)), nodes()),
+        "behind": (Written(BEHIND["view"], fc=nn.Linear(108, 2), bn=nn.BatchNorm2d(3)), images()),
+        "cat": (Written(lambda n, x: n.bn(torch.cat([n.a(x), n.b(x)], 1)), a=nn.Conv2d(3, 2, 3), b=nn.Conv2d(3, 2, 3),
                     bn=nn.BatchNorm2d(4)), images()),
     }  # fmt: skip
     net, x = cases[kind]

@@ -48,12 +48,9 @@ class Difference:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.kind} at {self.place}\n    before: {_short(self.before)}\n    now:    {_short(self.now)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 600 else f"{text[:600]}... ({len(text)} characters)"
+        texts = map(repr, (self.before, self.now))
+        before, now = (text if len(text) <= 600 else f"{text[:600]}... ({len(text)} characters)" for text in texts)
+        return f"{self.kind} at {self.place}\n    before: {before}\n    now:    {now}"
 
 
 def differences(before: Any, now: Any, tolerance: Tolerance = FLOAT32, place: str = "") -> Iterator[Difference]:
