@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <string>
@@ -114,7 +115,8 @@ std::vector<Call> calls() {
             all.push_back({Call::update, Act::none, Other::none, false, true, momentum, wide});
             all.push_back({Call::train, Act::none, Other::none, false, false, momentum, wide});
         }
-    for (const Act act : {Act::none, Act::relu, Act::leaky_relu, Act::elu, Act::silu, Act::gelu, Act::hardswish}) {
+    for (std::size_t number = 0; number < std::size(ACTS); ++number) {
+        const Act act = Act(number);
         for (const Other other : {Other::none, Other::residual})
             for (const auto pass : {Call::train, Call::inplace, Call::normalize}) all.push_back({pass, act, other});
         for (const Other other : {Other::none, Other::residual, Other::y})

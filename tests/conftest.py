@@ -8,9 +8,13 @@ import shutil
 import sys
 import zlib
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # wall-clock limits fail on a busy machine and say nothing about the code
 settings.register_profile("suite", deadline=None, print_blob=True)
@@ -43,16 +47,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--few", type=int, default=0, help="sets of parameters of each test function that run; 0: all")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the sets of parameters between the first and the last that ``--few`` asks for."""
-    if not (few := config.getoption("few")):
-        return
-    sets = collections.defaultdict(list)
-    for item in items:
-        sets[item.nodeid.partition("[")[0]].append(item)
-    kept = {item for each in sets.values() for item in (each if len(each) <= few else [*each[: few - 1], each[-1]])}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
+    """Leave out the sets of parameters between the first and the last that ``--few`` asks for, before they are made."""
+    yield
+    few, sets = metafunc.config.getoption("few"), metafunc._calls
+    if few and len(sets) > few:
+        metafunc._calls = [*sets[: few - 1], sets[-1]]
 
 
 def pytest_report_header() -> str:

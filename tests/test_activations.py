@@ -34,6 +34,16 @@ def test_the_numbers_are_those_of_the_kernels_source():
     assert [row.number for row in TABLE.values()] == list(range(1, len(TABLE) + 1))
 
 
+def test_each_formula_of_the_kernels_source_has_a_case_for_each_that_has_no_loop_of_its_own():
+    source = (ROOT / "native" / "activations.hpp").read_text(encoding="utf-8")
+    loops = [name.lower() for name in re.findall(r"^struct (\w+) \{\n    template", source, re.MULTILINE)]
+    assert loops == ["identity", "relu"]
+    switches = re.findall(r"switch \(layer\.act\) \{(.*?)default:", source, re.DOTALL)
+    assert len(switches) == source.count("switch (") == 4  # values and gradients, of float and of double
+    for cases in switches:
+        assert re.findall(r"case Act::(\w+):", cases) == [name for name in NAMES if name not in loops]
+
+
 @pytest.mark.parametrize("function", ["_activate", "_derivative"])
 def test_triton_has_a_formula_for_each(function):
     tree = ast.parse(Path(triton_blocks.__file__).read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from command_line import call
 from planted import FAULTS, changed, trained
 
 from batchnorm.cli.coloring import colored
+from batchnorm.reporting.formats import FORMATS
 from batchnorm.rules import RULES
 
 MODEL = """
@@ -140,7 +141,7 @@ def test_a_baseline_silences_what_is_known(folder):
     assert "1 silenced" in result.output
 
 
-@pytest.mark.parametrize("name", ["full", "concise", "json", "jsonl", "github", "sarif", "junit", "html", "md"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_names_the_finding(folder, name):
     result = call("doctor", "sick.pt", "--output-format", name)
     assert result.exit_code == 1
@@ -179,7 +180,7 @@ HOSTILE = '<script>alert(1)</script>\x1b[31m\n::error::"|`&\x00'
 def test_names_in_a_file_are_text_in_every_format(folder):
     layer = changed(running_var=-1.0).stem[1].state_dict()
     torch.save({f"{HOSTILE}.{key}": value for key, value in layer.items()}, "hostile.pt")
-    for name in ("full", "concise", "github", "md", "html", "junit", "sarif", "jsonl", "json"):
+    for name in FORMATS:
         output = call("doctor", "hostile.pt", "--output-format", name).output
         assert "BN103" in output, name
         assert "\x1b" not in output, name

@@ -18,6 +18,8 @@ import xmlschema
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from batchnorm.reporting.formats import FORMATS
+
 MODEL = """
 import torch
 from torch import nn
@@ -134,7 +136,7 @@ def test_data_whose_neighbours_are_alike_are_told(folder):
     assert "next: batchnorm shift net.py:model --data net.py:alike --unit batch" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["full", "concise", "json", "github", "sarif", "junit", "html", "md"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_names_the_layer(folder, name):
     result = judged("dark", "--output-format", name)
     assert result.exit_code == 1, result.output

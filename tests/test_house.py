@@ -7,7 +7,7 @@ import importlib
 from importlib.util import find_spec
 
 import pytest
-from house import bugs, files, outputs, record, sizes, surface
+from house import bugs, criteria, files, outputs, record, sizes, surface
 from house.comparing import differences
 
 
@@ -45,6 +45,17 @@ def test_a_file_of_before_is_read_as_it_was_written(name):
 def test_a_bug_can_be_planted(bug):
     assert bug.place(surface.ROOT / "src").suffix == ".py"
     assert bug.instead != bug.text
+
+
+@pytest.mark.parametrize("room", ["lecture", "ablation"])
+def test_criteria_that_change_raise_their_version(room):
+    version, digest = criteria.version_and_digest(room)
+    known = criteria.DIGESTS[room]
+    assert known.get(version) == digest, (
+        f"criteria.toml of {room} is not its version {version} any more. Raise the version, and record it: {digest}"
+    )
+    assert list(known) == [str(number + 1) for number in range(len(known))]
+    assert version == list(known)[-1]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.kernels import ChannelStatistics, Layer, reference
+from batchnorm.kernels.activations import NAMES
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 OTHERS_WARNINGS = (
@@ -156,7 +157,7 @@ def test_types_that_torchs_operator_refuses_together_are_cast_around_it(record, 
 
 
 @pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS.keys())
-@pytest.mark.parametrize("act", ["relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("act", NAMES)
 def test_an_activation_is_recorded_behind_the_operator(record, act):
     norm, x = layer(act=act), images()
     with torch.no_grad():

@@ -195,6 +195,15 @@ def test_the_format_is_chosen_by_option_then_ending_then_project_then_workflow(m
         chosen(None, None, "pdf")
 
 
+def test_the_manual_names_every_format_and_every_ending_in_the_order_of_the_table():
+    text = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    (names, endings) = re.findall(r"`--output-format` is (.*?);.* takes the format from (.*?)\. In a", text, re.DOTALL)[
+        0
+    ]
+    assert re.findall(r"`(\w+)`", names) == list(FORMATS)
+    assert re.findall(r"`(\.\w+)`", endings) == [each.suffix for each in FORMATS.values() if each.suffix]
+
+
 def test_a_command_line_is_text_and_keeps_its_parts():
     import copy
     import pickle

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import batchnorm as bn
+from batchnorm.kernels.activations import NAMES, has_parameter
 from batchnorm.surgery.rewriting import Absorbed, dropped
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -344,9 +345,9 @@ def test_for_export_gives_the_written_model_back(original):
     assert_same(original, result, X)
 
 
-@pytest.mark.parametrize("act", ["relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("act", NAMES)
 def test_for_export_writes_activations_as_modules(act):
-    model = own(act, act_param=0.3) if act in {"leaky_relu", "elu"} else own(act)
+    model = own(act, act_param=0.3 if has_parameter(act) else None)
     before = copy.deepcopy(model)
     result = bn.for_export(model)
     assert type(result[1].norm) is nn.BatchNorm2d

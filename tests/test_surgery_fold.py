@@ -10,6 +10,7 @@ from fingerprint import fingerprint
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.kernels.activations import NAMES, has_parameter
 from batchnorm.surgery import Partner, fold, foldable, unfold
 
 
@@ -201,10 +202,10 @@ def test_layers_of_all_makers(make, before):
     assert type(back[int(before)]) is type(norm)
 
 
-@pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("act", [None, *NAMES])
 def test_an_activation_of_a_layer_is_still_applied(act):
     x = torch.randn(2, 3, 5, 5)
-    norm = settled(bn.BatchNorm2d(6, act=act, act_param=0.3 if act in {"leaky_relu", "elu"} else None))
+    norm = settled(bn.BatchNorm2d(6, act=act, act_param=0.3 if has_parameter(act) else None))
     model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 6, 3)).double().eval()
     folded = quiet(model, x.double())
     assert not bn.find(folded)

@@ -15,6 +15,7 @@ from surgery_checks import ResNet, acts, assert_same, image, trained
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.kernels.activations import TABLE
 from batchnorm.surgery import convert, revert
 
 
@@ -47,27 +48,25 @@ def both(tail, *, example: bool = True, **modules: nn.Module) -> tuple[nn.Module
 
 
 FUSED = {
-    "nn.ReLU": (nn.ReLU(), "relu", 0.0),
+    f"{way.__module__}.{way.__qualname__}": (way() if way is row.module else way, name, row.default)
+    for name, row in TABLE.items()
+    for way in (row.module, *row.functions)
+}
+FUSED |= {
+    f"x.{method}": (lambda x, method=method: getattr(x, method)(), name, row.default)
+    for name, row in TABLE.items()
+    for method in row.methods
+}
+FUSED |= {
     "nn.ReLU in place": (nn.ReLU(inplace=True), "relu", 0.0),
     "nn.LeakyReLU": (nn.LeakyReLU(0.2), "leaky_relu", 0.2),
     "nn.ELU": (nn.ELU(0.7), "elu", 0.7),
-    "nn.SiLU": (nn.SiLU(), "silu", 0.0),
-    "nn.GELU": (nn.GELU(), "gelu", 0.0),
-    "nn.Hardswish": (nn.Hardswish(), "hardswish", 0.0),
-    "F.relu": (F.relu, "relu", 0.0),
     "F.relu in place": (lambda x: F.relu(x, inplace=True), "relu", 0.0),
     "F.relu by name": (lambda x: F.relu(input=x), "relu", 0.0),
-    "torch.relu": (torch.relu, "relu", 0.0),
-    "torch.relu_": (torch.relu_, "relu", 0.0),
-    "x.relu": (lambda x: x.relu(), "relu", 0.0),
-    "x.relu_": (lambda x: x.relu_(), "relu", 0.0),
     "F.leaky_relu": (lambda x: F.leaky_relu(x, 0.3), "leaky_relu", 0.3),
-    "F.leaky_relu as it is": (F.leaky_relu, "leaky_relu", 0.01),
     "F.leaky_relu_": (lambda x: F.leaky_relu_(x, negative_slope=0.3), "leaky_relu", 0.3),
     "F.elu": (lambda x: F.elu(x, alpha=2), "elu", 2.0),
-    "F.silu": (F.silu, "silu", 0.0),
     "F.gelu": (lambda x: F.gelu(x, approximate="none"), "gelu", 0.0),
-    "F.hardswish": (F.hardswish, "hardswish", 0.0),
 }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import batchnorm as bn
+from batchnorm.kernels.activations import NAMES
 from batchnorm.surgery import convert, revert, to_group_norm
 
 
@@ -99,7 +100,7 @@ def test_in_place_parameters_stay_the_same_objects():
     assert type(layer) is nn.GroupNorm
 
 
-@pytest.mark.parametrize("act", ["relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("act", NAMES)
 def test_an_activation_of_a_layer_is_still_applied(act):
     x = torch.randn(4, 8, 3, 2).double()
     layer = bn.BatchNorm2d(8, act=act, dtype=torch.float64)

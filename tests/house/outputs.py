@@ -26,6 +26,7 @@ from click.testing import CliRunner
 from planted import FAULTS
 
 from batchnorm.doctor import examine
+from batchnorm.reporting.formats import FORMATS
 from house import comparing, networks
 
 _VOLATILE = {"seconds", "time", "timestamp"}
@@ -103,6 +104,9 @@ _FAULTY = "doctor networks.py:faulty --data networks.py:uneven --output-format j
 _BRIGHT = "networks.py:net --data networks.py:bright --alpha 0.001"
 _WHY = "why networks.py:rows --data networks.py:classes --seeds 2 -q -o why.json --output-format json"
 
+# how each format is read; json and jsonl have cases of their own
+_READ = {name: lines for name in FORMATS if name not in {"json", "jsonl"}}
+_READ |= {"full": wrapped, "sarif": json.loads, "html": page}
 CASES: dict[str, Case] = {
     "doctor broken file": Case("doctor broken.pt --output-format json"),
     "doctor half precision": Case("doctor half.safetensors --output-format json"),
@@ -121,10 +125,7 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"doctor as {name}": Case(f"doctor broken.pt --output-format {name}", read=read)
-        for name, read in (
-            ("full", wrapped), ("concise", lines), ("github", lines), ("sarif", json.loads), ("junit", lines),
-            ("html", page), ("md", lines),
-        )
+        for name, read in _READ.items()
     },
     "doctor missing file": Case("doctor none.pt", read=lines),
     "doctor code": Case("doctor networks.py", read=lines),
@@ -147,10 +148,7 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"shift as {name}": Case(f"shift {_BRIGHT} --output-format {name}", comparing.EVIDENCE, read)
-        for name, read in (
-            ("full", wrapped), ("concise", lines), ("github", lines), ("sarif", json.loads), ("junit", lines),
-            ("html", page), ("md", lines),
-        )
+        for name, read in _READ.items()
     },
     "shift without data": Case("shift networks.py:net", read=lines),
     "why model": Case(f"{_WHY} --steps 10 --rates 0.01,0.1"),

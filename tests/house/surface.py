@@ -51,10 +51,12 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 def names() -> dict[str, Any]:
     """Every public name with its parameters; of classes, every public method and attribute."""
-    return {module: {name: _described(import_module(module), name) for name in _names_of(module)} for module in MODULES}
+    return {
+        module: {name: _described(import_module(module), name) for name in public_names(module)} for module in MODULES
+    }
 
 
-def _names_of(module: str) -> list[str]:
+def public_names(module: str) -> list[str]:
     return list(MODULES[module]) or sorted(import_module(module).__all__)
 
 
