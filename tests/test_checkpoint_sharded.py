@@ -73,6 +73,7 @@ def test_a_shard_that_is_all_of_its_tensor_is_read(folder, plain, name):
     assert read(folder / f"{name}.pt").layers == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_statistics_beside_sharded_parameters_are_read_and_these_are_named(folder, plain, rank):
     """fully_shard cuts parameters and leaves buffers whole."""
@@ -90,6 +91,7 @@ def test_statistics_beside_sharded_parameters_are_read_and_these_are_named(folde
             assert "StateDictOptions(" in rendered(report(diagnosis), name), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sharded_statistics_are_not_checked(folder, rank):
     stored = read(folder / f"cut.2.{rank}.pt").layers["1"]
@@ -100,6 +102,7 @@ def test_sharded_statistics_are_not_checked(folder, rank):
     assert not [code for code in diagnosis.checked if code.startswith("BN1")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_sum_that_is_not_taken_yet_is_not_read(folder, rank):
     stored = read(folder / f"partial.2.{rank}.pt").layers["1"]
@@ -108,17 +111,20 @@ def test_a_sum_that_is_not_taken_yet_is_not_read(folder, rank):
     assert stored.unread["running_mean"] == "of no use without running_var."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["shards1", "shards2", "shards2/__0_0.distcp", "shards2/__1_0.distcp"])
 def test_a_distributed_checkpoint_is_named_with_the_command_that_joins_it(folder, place):
     with pytest.raises(ValueError, match=r"dcp_to_torch .*shards\d model\.pt\. Then give model\.pt\."):
         read(folder / place)
 
 
+@pytest.mark.slow
 def test_the_index_of_a_distributed_checkpoint_is_named(folder):
     with pytest.raises(ValueError, match="got the index of a distributed checkpoint"):
         read(folder / "shards2" / ".metadata")
 
 
+@pytest.mark.slow
 def test_the_command_for_a_distributed_checkpoint_makes_a_file_that_is_read(folder, plain):
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

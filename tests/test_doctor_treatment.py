@@ -302,6 +302,7 @@ def test_the_effect_is_what_an_eval_output_moves_by():
     assert effect(stored(running_var=[NAN]), stored(running_var=[1.0]), eps) == INFINITY
 
 
+@pytest.mark.slow
 def test_every_remedy_is_of_a_rule_and_every_fixable_finding_has_one():
     assert set(REMEDIES) <= set(RULES)
     for name in FAULTS:

@@ -259,6 +259,7 @@ def test_both_arms_start_by_one_rule():
     assert (convolutional(None).get_parameter("w1.bias") == 0).all()
 
 
+@pytest.mark.slow
 def test_every_criterion_of_the_claim_is_judged_the_main_one_first():
     keys = [verdict.criterion.key for verdict in short()[0].verdicts]
     assert keys == [key for key in CRITERIA if key.startswith("cats-")]
@@ -266,6 +267,7 @@ def test_every_criterion_of_the_claim_is_judged_the_main_one_first():
     assert len(keys) == 7
 
 
+@pytest.mark.slow
 def test_every_verdict_has_finite_effects_or_says_which_guard_failed():
     for verdict in short()[0].verdicts:
         assert verdict.sentence.endswith(".")
@@ -279,6 +281,7 @@ def test_every_verdict_has_finite_effects_or_says_which_guard_failed():
             assert all(map(math.isfinite, verdict.estimate.values))
 
 
+@pytest.mark.slow
 def test_charts_are_json_able_and_finite_and_declare_their_series():
     result, _ = short()
     json.dumps(result.to_dict()["charts"], allow_nan=False)
@@ -302,6 +305,7 @@ def test_the_picture_shows_ten_silhouettes_in_five_paintings():
     assert not (pixels[168:252] == 0).any()  # less contrast: no black
 
 
+@pytest.mark.slow
 def test_progress_rises_to_one():
     _, steps = short()
     assert len(steps) == QUICK.seeds * 2 * len(tested_on_other_cats.RATES)
@@ -324,6 +328,7 @@ def test_a_second_run_gives_the_same_numbers_whatever_the_threads_and_leaves_the
     assert again.to_dict() == short()[0].to_dict()
 
 
+@pytest.mark.slow
 def test_networks_that_have_not_learned_make_the_claim_invalid():
     """Twenty steps are too few to reach 85%."""
     main = short()[0].verdicts[0]

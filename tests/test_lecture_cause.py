@@ -170,10 +170,12 @@ def test_without_a_known_speed_up_there_is_no_share_of_it() -> None:
     assert "an unknown share" in level.sentence
 
 
+@pytest.mark.slow
 def test_the_criterion_is_judged(result: Result) -> None:
     assert [verdict.criterion.key for verdict in result.verdicts] == ["cause-drift"]
 
 
+@pytest.mark.slow
 def test_both_charts_show_every_arm(result: Result) -> None:
     assert [chart.kind for chart in result.charts] == ["lines", "dots"]
     assert all({row["series"] for row in chart.rows} == set(CALLED.values()) for chart in result.charts)

@@ -149,11 +149,13 @@ def test_z_in_the_batch_that_normalizes_has_mean_beta_and_sd_gamma() -> None:
     assert float(third_layer._distances(seen).max()) < 200 * EPS32
 
 
+@pytest.mark.slow
 def test_every_chart_has_an_axis_of_numbers(result: Result) -> None:
     assert [chart.kind for chart in result.charts] == ["ribbons", "lines", "lines"]
     assert all(chart.y is not None for chart in result.charts)
 
 
+@pytest.mark.slow
 def test_the_picture_has_the_four_units_in_both_arms(result: Result) -> None:
     cells = {(row["row"], row["panel"]) for row in result.charts[0].rows}
     assert cells == {(f"a[2]{unit}", f"{arm} batch norm") for unit in range(1, 5) for arm in ("without", "with")}
@@ -166,12 +168,14 @@ def test_a_full_run_stays_within_the_rows_that_a_chart_can_show() -> None:
         assert len(shown) <= 41
 
 
+@pytest.mark.slow
 def test_arms_that_did_not_learn_make_no_verdict(result: Result) -> None:
     wide = result.verdicts[0]
     assert wide.status is Status.INVALID  # a tenth of the training is not enough without batch norm
     assert "without batch norm" in wide.failed_guard
 
 
+@pytest.mark.slow
 def test_titles_state_the_measured_drift(result: Result) -> None:
     drifts = []
     for arm in ("without", "with"):
