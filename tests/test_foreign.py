@@ -27,6 +27,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import other_libraries
+from batchnorm.kernels.activations import TABLE
 from batchnorm.surgery import Partner, adoption, convert, fold, foldable, revert, unfold
 
 
@@ -243,21 +244,20 @@ def test_the_table_tells_what_a_class_measures():
     assert foldable(net(made))["1"] == Partner("0", "before")
 
 
-ACTS = {
-    "relu": nn.ReLU(inplace=True),
-    "silu": nn.SiLU(),
-    "leaky_relu": nn.LeakyReLU(0.2),
-    "hardswish": nn.Hardswish(),
-    None: nn.Identity(),
-}
-
-
 class Gelu(nn.Module):
     def forward(self, x):
         return F.gelu(x)
 
 
-@pytest.mark.parametrize(("act", "module"), [*ACTS.items(), ("gelu", Gelu())])
+OTHER_WAYS = [
+    ("relu", nn.ReLU(inplace=True)),
+    ("leaky_relu", nn.LeakyReLU(0.2)),
+    (None, nn.Identity()),
+    ("gelu", Gelu()),
+]
+
+
+@pytest.mark.parametrize(("act", "module"), [*((name, row.module()) for name, row in TABLE.items()), *OTHER_WAYS])
 def test_a_subclass_with_an_activation_becomes_ours_and_comes_back(act, module):
     model, x = net(settled(NormAct(4, module, eps=1e-3, momentum=0.3))).train(), images()
     result = convert(model, example=x)

@@ -14,8 +14,9 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.doctor import examine
 from batchnorm.doctor.measuring.neighbours_in_code import graph_of
+from batchnorm.kernels.activations import TABLE
 from batchnorm.rules import RULES
-from batchnorm.rules.bn1_channels import ACTIVE
+from batchnorm.rules.bn1_channels import ACTIVE, FAINT
 from batchnorm.rules.rule_evidence import Graph
 
 ACTS = {
@@ -37,6 +38,12 @@ def named(act, gamma, beta, **measured):
         graph=Graph(calls={"bn": 1}, activations={"bn": act} if act else {}),
     )
     return {channel for finding in RULES["BN106"].findings(evidence) for channel in finding.channels}
+
+
+def test_where_an_activation_of_the_layers_is_constant_is_known():
+    ends = torch.tensor([[-60.0, -50.0], [50.0, 60.0]])
+    flat = {name for name, row in TABLE.items() if (row.module()(ends).diff().abs() <= FAINT).any()}
+    assert flat == ACTIVE.keys() & TABLE.keys()
 
 
 @pytest.mark.parametrize("act", ACTIVE)
