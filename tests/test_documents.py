@@ -12,7 +12,7 @@ from house.surface import MODULES, public_names
 from torch import nn
 
 from batchnorm.layers import SETTINGS, BatchNorm1d
-from batchnorm.record import QUANTITIES
+from batchnorm.record import QUANTITIES, Quantity
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -57,11 +57,15 @@ def test_a_page_shows_how_each_adapter_is_used(module):
         assert re.search(rf"import .*\b{name}\b|\b{name}\(", pages), name
 
 
+def cells(name: str, quantity: Quantity) -> tuple[str, ...]:
+    return f"`{name}`", quantity.title, quantity.unit or "ratio", quantity.reads, quantity.floor
+
+
 @pytest.mark.parametrize("tier", ["free", "probe"])
 def test_the_page_about_watching_has_a_row_for_each_quantity_with_the_words_of_the_log(tier):
     rows = [line for line in text_of("instruments.md").splitlines() if re.match(r"\| `\w+` \|", line)]
     expected = [
-        f"| `{name}` | {each.title} | {each.unit or 'ratio'} | {each.reads} | {each.floor} |"
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in cells(name, each)) + " |"
         for name, each in QUANTITIES.items()
         if each.tier == tier
     ]
