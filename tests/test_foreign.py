@@ -187,7 +187,7 @@ def test_four_tensors_alone_do_not_make_a_layer_that_is_folded(kind):
     model, x = net(kind(4)), images()
     reports: list = []
     assert torch.equal(fold(model, x, report=reports.append)(x), model(x))
-    assert "does not multiply each channel by a number and add one" in str(reports[0])
+    assert "does not multiply each channel by a number and add a number" in str(reports[0])
 
 
 def test_a_wrong_map_is_found_on_the_example(monkeypatch):

@@ -262,7 +262,7 @@ def test_an_activation_of_its_own_cannot_be_reverted():
     net = nn.Sequential(bn.BatchNorm2d(3), bn.BatchNorm2d(3, act="relu"))
     before = fingerprint(net)
     with pytest.raises(
-        ValueError, match="needs layers whose activation convert fused, got an activation of its own in 1"
+        ValueError, match="needs layers whose activation convert fused, got layers constructed with one: 1"
     ):
         revert(net, inplace=True)
     assert fingerprint(net) == before
@@ -327,7 +327,7 @@ def test_a_result_that_does_something_else_is_refused_with_the_difference(monkey
     before = fingerprint(net)
     monkeypatch.setattr(fusion, "fuse", spoil(change))
     with pytest.raises(
-        RuntimeError, match=f"needs a result that computes what the model does, got in .* mode .*{where}"
+        RuntimeError, match=f"needs a result that computes the same as the model, got in .* mode .*{where}"
     ):
         convert(net, fuse=True, example=x, inplace=inplace)
     assert fingerprint(net) == before
@@ -348,7 +348,7 @@ def test_an_example_that_the_model_does_not_take_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.ReLU())
     for fuse in (True, False):
         with pytest.raises(
-            ValueError, match="needs an example that the model takes in train and eval mode, got ValueError in train"
+            ValueError, match="needs an example on which the model runs in train and eval mode, got ValueError in train"
         ):
             convert(net, fuse=fuse, example=torch.randn(1, 3))
 

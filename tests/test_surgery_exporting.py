@@ -205,7 +205,9 @@ def test_a_replica_of_a_placeholder_knows_its_layer():
 def test_a_rewritten_forward_with_some_of_its_layers_replaced_is_refused():
     result = fused(trained(Written(), X).eval())
     result.norm = to_sync(result.norm)
-    with pytest.raises(RuntimeError, match=r"needs all its fused layers or none, got others in the place of 'norm'"):
+    with pytest.raises(
+        RuntimeError, match=r"needs all its fused layers or none, got other layers in the place of 'norm'"
+    ):
         result(X)
 
 

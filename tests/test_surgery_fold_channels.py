@@ -163,15 +163,15 @@ def test_parts_that_are_folded_together_and_one_by_one():
 
 STAYS = {
     "a part that is no convolution": (
-        lambda n, x: n.bn(torch.cat([n.a(x), x[:, :, 1:-1, 1:-1]], 1)), "a part of what it normalizes is not made by"),
+        lambda n, x: n.bn(torch.cat([n.a(x), x[:, :, 1:-1, 1:-1]], 1)), "a part of its input is not made by"),
     "a part that others read": (
-        lambda n, x: [y := n.a(x), n.bn(torch.cat([y, n.a2(x)], 1)), y.sum()], "goes elsewhere too"),
+        lambda n, x: [y := n.a(x), n.bn(torch.cat([y, n.a2(x)], 1)), y.sum()], "also goes elsewhere"),
     "channels that meet several": (
-        lambda n, x: n.bn(n.w(x).flatten(2).transpose(1, 2)[:, :7].unsqueeze(3)), "one channel of what makes it be"),
+        lambda n, x: n.bn(n.w(x).flatten(2).transpose(1, 2)[:, :7].unsqueeze(3)), "one channel of the layer before it be"),
     "a mean": (lambda n, x: n.bn(n.a7(x).flatten(2).cumsum(2).unsqueeze(2)), "no convolution or linear layer makes it"),
     "zeros around": (lambda n, x: n.behind(torch.cat([n.bn3(x.sin()), x], 1)), "pads with zeros"),
     "written in between": (
-        lambda n, x: [y := n.bn3(x), x.mul_(2), n.plain(torch.cat([y, x], 1))][2], "may have been written over"),
+        lambda n, x: [y := n.bn3(x), x.mul_(2), n.plain(torch.cat([y, x], 1))][2], "may have overwritten"),
 }  # fmt: skip
 
 
@@ -233,7 +233,10 @@ def test_a_mobile_network_with_padding_by_numbers():
 
 def test_a_convolution_that_does_more_than_pad_is_left():
     net = nn.Sequential(Doubled(3, 8, 3), nn.BatchNorm2d(8))
-    assert foldable(settled(net), images())["1"] == "'0' is a Doubled with a weight or a forward of its own"
+    assert (
+        foldable(settled(net), images())["1"]
+        == "'0' is a Doubled that uses its weight or its input in another way than torch.nn"
+    )
 
 
 class PadsItself(nn.Module):

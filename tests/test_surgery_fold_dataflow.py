@@ -99,21 +99,21 @@ LEFT = {
     "a result that is used again": (
         lambda n, x: [y := n.conv(x), n.bn(y) + y][1], {}, "'conv' has a result that also goes to add"),
     "a result that is returned": (
-        lambda n, x: [y := n.conv(x), (n.bn(y), y)][1], {}, "'conv' has a result that also goes to what is returned"),
+        lambda n, x: [y := n.conv(x), (n.bn(y), y)][1], {}, "'conv' has a result that also goes to the output"),
     "a result that is written": (
         lambda n, x: [y := n.conv(x), operator.iadd(y, 1), n.bn(y)][2], {},
         "'conv' has a result that also goes to iadd"),
     "a normalized result that is used again": (
         lambda n, x: [y := n.bn(x), n.conv(y) + y][1], {},
         NEITHER + "an input before it, 'conv', add behind it"),
-    "function between": (lambda n, x: n.bn(F.relu(n.conv(x))), {}, NEITHER + "relu before it, what is returned behind"),
+    "function between": (lambda n, x: n.bn(F.relu(n.conv(x))), {}, NEITHER + "relu before it, the output behind"),
     "module between": (lambda n, x: n.bn(n.act(n.conv(x))), {"act": nn.ReLU()}, NEITHER + "'act' before it"),
     "functional dropout": (lambda n, x: n.bn(F.dropout(n.conv(x), 0.5, n.training)), {}, NEITHER + "dropout before"),
     "behind a concat": (
         lambda n, x: n.bn(torch.cat([n.conv(x[:, :3].repeat(1, 2, 1, 1))[:, :3], x[:, :3]], 1)), {},
         NEITHER + "cat before it"),
     "an input that is written over": (
-        lambda n, x: [y := n.bn(x), x.add_(1), n.conv(y)][2], {}, "'conv' runs later, when the layer's input may"),
+        lambda n, x: [y := n.bn(x), x.add_(1), n.conv(y)][2], {}, "'conv' runs later, when other code may"),
     "output_size": (
         lambda n, x: n.bn(n.up(x, [4, 5])), {"up": nn.ConvTranspose2d(6, 6, 1)},
         "'up' is called with other arguments than its input"),
@@ -130,10 +130,10 @@ LEFT = {
     "hook on what is around": (
         lambda n, x: n.bn(n.seq(x)), {"seq": hooked(nn.Sequential(nn.Conv2d(6, 6, 1)))}, NEITHER + "'seq' before it"),
     "a subclass": (
-        lambda n, x: n.bn(n.own(x)), {"own": Scaled(6, 6, 1)}, "'own' is a Scaled with a weight or a forward of its"),
+        lambda n, x: n.bn(n.own(x)), {"own": Scaled(6, 6, 1)}, "'own' is a Scaled that uses its weight or its input"),
     "weight norm": (
         lambda n, x: n.bn(n.own(x)), {"own": nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))},
-        "'own' is a ParametrizedConv2d with a weight"),
+        "'own' is a ParametrizedConv2d that uses its weight"),
 }  # fmt: skip
 
 
@@ -172,12 +172,12 @@ def test_a_convolution_of_a_class_of_its_own_takes_what_is_behind_it(bias):
 @pytest.mark.parametrize("kind", [Clipped, Biasless])
 def test_a_convolution_that_does_something_else_is_left(kind):
     net = Net(lambda n, x: n.bn(n.own(x)), own=kind(6, 6, 1, bias=False))
-    assert "with a weight or a forward of its own" in foldable(net, features())["bn"]
+    assert "that uses its weight or its input in another way than torch.nn" in foldable(net, features())["bn"]
 
 
 def test_what_pads_takes_nothing_from_before_it():
     net = Net(lambda n, x: n.own(n.bn(x)), own=Padded(6, 6, 2))
-    assert "with a weight or a forward of its own" in foldable(net, features())["bn"]
+    assert "that uses its weight or its input in another way than torch.nn" in foldable(net, features())["bn"]
 
 
 class Block(nn.Module):
@@ -213,7 +213,9 @@ def test_optional_arguments_are_those_of_the_example(case):
 
 def test_a_pruned_weight_is_left():
     net = Net(lambda n, x: n.bn(n.own(x)), own=prune.l1_unstructured(nn.Conv2d(6, 6, 1), "weight", 0.3))
-    assert foldable(net, features()) == foldable(net) == {"bn": "'own' has a weight that is computed"}
+    assert (
+        foldable(net, features()) == foldable(net) == {"bn": "'own' has a weight that is computed from other tensors"}
+    )
 
 
 def test_a_residual_that_is_the_result_itself_is_left():
@@ -225,7 +227,7 @@ def test_a_residual_that_is_the_result_itself_is_left():
 def test_what_is_behind_an_activation_of_a_layer_is_not_folded_through_it():
     net = nn.Sequential(nn.Conv2d(6, 6, 1), settled(bn.BatchNorm2d(6, act="elu")), settled(nn.BatchNorm2d(6)))
     answers = checked(net, features())
-    assert answers == {"1": Partner("0", "before"), "2": NEITHER + "'1' before it, what is returned behind it"}
+    assert answers == {"1": Partner("0", "before"), "2": NEITHER + "'1' before it, the output behind it"}
 
 
 def test_a_call_by_keyword_is_left():
@@ -277,7 +279,7 @@ def test_a_module_that_is_called_twice_is_folded_inside_and_not_across_its_borde
     net = Net(lambda n, x: n.bn(n.inside(n.inside(x))), inside=inside)
     answers = checked(net, features())
     assert answers["inside.1"] == Partner("inside.0", "before")
-    assert answers["bn"] == NEITHER + "'inside' before it, what is returned behind it"
+    assert answers["bn"] == NEITHER + "'inside' before it, the output behind it"
 
 
 def test_a_module_under_two_names_is_folded_inside():
@@ -331,7 +333,7 @@ class Detour(nn.Module):
 
 
 def test_a_part_that_others_call_too_is_not_seen_through():
-    assert checked(Detour(), features()) == {"part.bn": NEITHER + "'part.seq' before it, what is returned behind it"}
+    assert checked(Detour(), features()) == {"part.bn": NEITHER + "'part.seq' before it, the output behind it"}
 
 
 class Decides(nn.Module):
@@ -433,7 +435,7 @@ LAYERS = {
     "no statistics": (without_statistics, "it stores no statistics"),
     "subclass": (
         lambda norm: Own(6),
-        "it is a Own with a forward that does other things with its tensors than batch norm",
+        "it is a Own with a forward that uses its tensors for more than batch norm",
     ),
     "own forward": (own_forward, "it is a BatchNorm2d that has a forward that may do more than batch norm"),
     "parametrized": (parametrized, "it is parametrized"),
@@ -472,13 +474,13 @@ def test_weights_that_half_precision_cannot_hold_are_left():
         model[0].weight.fill_(1000.0)
         model[1].running_var.fill_(1e-6)
     x = torch.zeros(1, 6, 2, 2).half()
-    assert foldable(model, x) == {"1": "'0' would have weights that torch.float16 cannot hold"}
+    assert foldable(model, x) == {"1": "'0' would have weights that are too large for torch.float16"}
     assert bn.find(quiet(model, x))
 
 
 def test_complex_channels_are_named():
     model = nn.Sequential(nn.Conv2d(6, 6, 1, dtype=torch.complex64), nn.BatchNorm2d(6))
-    assert foldable(model) == {"1": "'0' has a weight of torch.complex64"}
+    assert foldable(model) == {"1": "'0' has a weight of type torch.complex64"}
 
 
 def test_models_without_values_are_named():

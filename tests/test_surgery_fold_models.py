@@ -72,9 +72,7 @@ def test_the_report_is_printed_with_what_was_left(capsys):
     fold(model, torch.randn(2, 3, 5, 5))
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("folded 1 of 2 batch norm layers; outputs differ by at most")
-    assert second == (
-        "  left '3': no convolution or linear layer is next to it: '2' before it, what is returned behind it"
-    )
+    assert second == ("  left '3': no convolution or linear layer is next to it: '2' before it, the output behind it")
 
 
 class Plain(nn.Module):
@@ -214,7 +212,9 @@ def test_errors_say_what_to_do():
         foldable("model")
     with pytest.raises(TypeError, match=r"unfold needs an nn\.Module, got str"):
         unfold("model")
-    with pytest.raises(ValueError, match=r"fold needs an example that the model takes in eval mode, got RuntimeError"):
+    with pytest.raises(
+        ValueError, match=r"fold needs an example on which the model runs in eval mode, got RuntimeError"
+    ):
         fold(pair, torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"before torch\.compile, got a compiled one"):
         fold(torch.compile(pair, backend="eager"), x)

@@ -412,6 +412,6 @@ def test_in_place_keeps_objects_and_a_refusal_changes_nothing():
     assert revert(net, inplace=True) is net
     assert [type(m) for m in net.modules()] == [type(m) for m in expected.modules()]
     before = fingerprint(net)
-    with pytest.raises(ValueError, match="needs an example that the model takes"):
+    with pytest.raises(ValueError, match="needs an example on which the model runs"):
         convert(net, fuse=True, example=x[:, :2], inplace=True)
     assert fingerprint(net) == before

@@ -137,8 +137,8 @@ class Twice(nn.Module):
 REFUSED = {
     "groups": (lambda: nn.BatchNorm2d(8), 3, "groups that divide the channels, got 3 groups for the 8 channels at '1'"),
     "no groups": (lambda: nn.BatchNorm2d(8), 0, "got 0 groups"),
-    "lazy": (nn.LazyBatchNorm2d, None, "know their size, got LazyBatchNorm2d at '1'. Run a batch first"),
-    "subclass": (lambda: Own(8), None, "got Own at '1', which may do more than batch norm. Say with replace"),
+    "lazy": (nn.LazyBatchNorm2d, None, "is known, got LazyBatchNorm2d at '1'. Run the model on a batch first"),
+    "subclass": (lambda: Own(8), None, "got Own at '1', which may do more than batch norm. Choose its replacement"),
     "parametrized": (
         lambda: parametrize.register_parametrization(nn.BatchNorm2d(8), "weight", Twice()),
         None,

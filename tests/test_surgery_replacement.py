@@ -75,7 +75,7 @@ REFUSED = {
     "wrapped": (
         lambda path, layer: nn.Sequential(layer),
         ValueError,
-        "for '0', got a Sequential that holds the old one",
+        "for '0', got a Sequential that contains the old layer",
     ),
     "the same": (lambda path, layer: ONE, ValueError, "got the same Identity again for '1'"),
 }
@@ -91,7 +91,7 @@ def test_what_cannot_take_a_layers_place_is_refused_before_anything_changes(make
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(parametrized, "got a parametrized one at '0'"), (nn.LazyBatchNorm2d, "Run a batch")]
+    ("make", "message"), [(parametrized, "got a parametrized layer at '0'"), (nn.LazyBatchNorm2d, "on a batch first")]
 )
 def test_layers_without_plain_tensors_are_not_replaced(make, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""TOML files that a room keeps beside its code: words, criteria, codes and other constants."""
+"""TOML files beside the code of a package of ours (a room): words, criteria, codes and other constants."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ Table = dict[str, Any]
 
 @cache
 def room_table(room: str, name: str) -> Table:
-    """The TOML file ``name`` of a package of ours; not to be changed."""
+    """The table in ``name``.toml of the package batchnorm.``room``. It is cached: do not change it."""
     return tomllib.loads(files(f"batchnorm.{room}").joinpath(f"{name}.toml").read_text(encoding="utf-8"))

@@ -20,12 +20,12 @@ def named(path: str | os.PathLike[str], suffix: str, what: str, remedy: str) -> 
 
     Args:
         path: Must end in ``suffix``.
-        suffix: Of all files of the kind.
-        what: The kind, for the error, such as "a bank".
-        remedy: A sentence.
+        suffix: The ending of all files of this kind.
+        what: The kind of file in words, for the error, such as "a bank".
+        remedy: The last sentence of the error: what to do.
 
     Raises:
-        ValueError: If it ends otherwise.
+        ValueError: If ``path`` does not end in ``suffix``.
     """
     path = Path(path)
     if not path.name.endswith(suffix):
@@ -34,7 +34,7 @@ def named(path: str | os.PathLike[str], suffix: str, what: str, remedy: str) -> 
 
 
 def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, and JSON data under the name of their kind.
+    """Write tensors, and the JSON data ``about`` as metadata named batchnorm.``kind``, to a safetensors file.
 
     Raises:
         TypeError: If ``about`` is not JSON data.
@@ -51,10 +51,10 @@ def read(path: str | os.PathLike[str], kind: str, what: str, remedy: str) -> tup
     """The JSON data and tensors of a file from ``write``; the data are {} if the file is of another kind.
 
     Args:
-        path: Of the file.
-        kind: As it was written.
-        what: The same for the error, such as "a bank".
-        remedy: A sentence.
+        path: The file.
+        kind: The kind that was passed to ``write``.
+        what: The kind of file in words, for the error, such as "a bank".
+        remedy: The last sentence of the error: what to do.
 
     Raises:
         ValueError: If it is not a safetensors file, or its data are not JSON.

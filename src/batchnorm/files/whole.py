@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
-    """A new binary file beside ``path`` that gets its name at the end of the block, with the mode of ``like``.
+    """A new binary file beside ``path``, which replaces ``path`` at the end of the block.
 
-    Its bytes are on the disk before that. An error or Ctrl-C in the block leaves the old file, and nothing else.
+    Its bytes are on the disk before it replaces ``path``. Its permissions are those of ``like``; if that is None, those
+    of any new file. After an error or Ctrl-C in the block, the old file is unchanged and the new file is deleted.
 
     Raises:
-        OSError: If the file cannot be written; it names ``path``.
+        OSError: If the file cannot be written; the error names ``path``.
     """
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -54,7 +55,7 @@ def _umask() -> int:
 
 
 def _keep_name(folder: Path) -> None:
-    """Write the folder's new entry to the disk too, if the folder can be opened."""
+    """Write the folder's entry of the new file to the disk, if the folder can be opened."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""Surgery: a model in, a model with other batch norm layers out, and nothing else about it changed.
+"""Surgery: functions that exchange the batch norm layers of a model and leave everything else about it unchanged.
 
-``replace`` puts any module in a layer's place; ``convert`` puts ours in the place of torch.nn's and can let them
-apply the activations behind them; ``revert`` is its way back; ``find`` says what there is. ``fold`` lets the layers
-next to batch norm do its work, ``unfold`` is its way back, and ``foldable`` says where that is possible and why not
-elsewhere. ``for_export`` makes what tools that go by class know, and ``to_group_norm`` puts group normalization in its
-place.
+``find`` lists the batch norm layers, and ``replace`` exchanges them for any modules. ``convert`` exchanges torch.nn's
+layers for ours, which can also apply the activations that follow them; ``revert`` undoes it. ``fold`` moves the work
+of batch norm into the weights of neighbouring layers, ``unfold`` undoes it, and ``foldable`` says which layers can be
+folded, and why the others cannot. ``for_export`` returns a model of torch.nn's classes, for tools that look at classes.
+``to_group_norm`` replaces batch norm by group normalization.
 """
 
 from batchnorm.surgery.conversion import convert, revert

@@ -1,8 +1,8 @@
-"""Layers of other classes that compute batch norm and perhaps an activation: converting them, and the way back.
+"""Converts layers of other classes that compute batch norm, perhaps with an activation, and restores them.
 
-timm's ``BatchNormAct2d`` is one: a subclass of torch.nn's layer with two children, a dropout and an activation. What
-such a layer does is read from its forward (``layer_maps``). Our layer must give the same numbers in both modes, with
-the same gradients and statistics. The old class and children are kept outside of the model until ``revert``.
+An example is timm's ``BatchNormAct2d``, a subclass of torch.nn's layer with two children, a dropout and an activation.
+What such a layer does is read from its forward (``layer_maps``). Our layer must give the same numbers in both modes,
+with the same gradients and statistics. Its old class and children are stored outside of the model until ``revert``.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def is_of_another_class(layer: nn.Module) -> bool:
 
 
 def activation_in(layer: _BatchNorm) -> FusedActivation | str | None:
-    """The activation that a layer of another class applies behind batch norm, None for none, or why it cannot be ours.
+    """The activation that a layer of another class applies behind batch norm.
 
-    The layer is not changed.
+    None if it applies no activation; a text with the reason if our layers cannot replace it. The layer is not changed.
     """
     if reason := _about(layer):
         return reason
@@ -63,17 +63,17 @@ def activation_in(layer: _BatchNorm) -> FusedActivation | str | None:
         return f"is a {type(layer).__name__} with a forward that cannot be traced in train mode: {error}"
     if parts.then is None:
         return None
-    found = _only_activation(layer, parts.then)
-    return found or f"is a {type(layer).__name__} that applies what our layers do not: {_listed(layer, parts.then)}"
+    act = _only_activation(layer, parts.then)
+    return act or f"is a {type(layer).__name__} that applies what our layers do not: {_listed(layer, parts.then)}"
 
 
 def base_of(layer: nn.Module) -> type | None:
-    """Torch's class that a layer is derived from."""
+    """The class of torch.nn that a layer is derived from; None if there is none."""
     return next((kind for kind in type(layer).__mro__ if kind in OURS), None)
 
 
 def is_same(layer: _BatchNorm, new: nn.Module) -> bool:
-    """Whether two layers do the same with numbers, in eval and in train mode. Neither is changed."""
+    """Whether two layers compute the same on a random batch, in eval and in train mode. Neither is changed."""
     base: Any = base_of(layer)
     like = next((t for t in [*layer.parameters(), *layer.buffers()] if t.is_floating_point()), torch.zeros(()))
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +87,7 @@ def is_same(layer: _BatchNorm, new: nn.Module) -> bool:
 
 
 def adopt(layer: Any, kind: type, children: dict[str, nn.Module], act: FusedActivation | None) -> None:
-    """Change a layer in place that has become ours: it applies the activation and knows where it comes from."""
+    """Set the activation of a layer whose class is now ours, and store its former class and children, in place."""
     vars(layer)[_ORIGIN] = Origin(kind, children)
     for name in children:
         layer._modules.pop(name, None)
@@ -97,12 +97,12 @@ def adopt(layer: Any, kind: type, children: dict[str, nn.Module], act: FusedActi
 
 
 def origin_of(layer: nn.Module) -> Origin | None:
-    """What a layer of ours was before it was adopted."""
+    """The former class and children of an adopted layer; None for other layers."""
     return vars(layer).get(_ORIGIN)
 
 
 def give_back(layer: nn.Module) -> None:
-    """Change a layer in place that has become torch's: it is of its own class again, with its children."""
+    """Give an adopted layer its former class and children back, in place, after ``revert`` made it torch's."""
     origin: Origin = vars(layer).pop(_ORIGIN)
     was_frozen, training = isinstance(layer, Frozen), vars(layer)["training"]
     layer.__class__ = origin.kind
@@ -118,19 +118,19 @@ def _about(layer: _BatchNorm) -> str | None:
     if base_of(layer) is None:
         return f"is a {name}, which is not derived from a layer of torch.nn"
     if parametrize.is_parametrized(layer) or any(map(is_lazy, [*layer.parameters(), *layer.buffers()])):
-        return f"is a {name} whose parameters are computed or not there yet"
+        return f"is a {name} whose parameters are parametrized or not initialized"
     if "forward" in vars(layer) or not has_stored_statistics(layer) or not layer.eps > 0:
-        return f"is a {name} with settings that ours do not have"
+        return f"is a {name} with a replaced forward, no stored statistics or an eps of 0"
     return None
 
 
 def _only_activation(layer: nn.Module, then: Graph) -> FusedActivation | None:
-    """The one activation of our table that a graph consists of, also where it is in a child's forward."""
+    """The activation, if a graph only applies one activation of our table, also in a child's forward; else None."""
     nodes = [node for node in then.nodes if node.op not in {"placeholder", "output"}]
     if len(nodes) != 1 or not _is_result(nodes[0], then):
         return None
-    if (found := activation_of(Flow(layer, {False: then}), nodes[0])) is not None or nodes[0].op != "call_module":
-        return found
+    if (act := activation_of(Flow(layer, {False: then}), nodes[0])) is not None or nodes[0].op != "call_module":
+        return act
     child = layer.get_submodule(str(nodes[0].target))
     try:
         inner = traced(child)

@@ -1,13 +1,13 @@
 """Whether two models compute the same: outputs, gradients and buffers on one example, in eval and in train mode.
 
-Both run in float64 if the model can. There a mistake in structure changes values by their own size, while rounding
-stays far below the limit: sqrt(eps) of the largest value, which is half of the format's digits.
+Both run in float64 if the model can. A mistake in structure changes values by about their own size. Rounding changes
+them far less than the limit: sqrt(eps) times the largest value, which is half of the type's digits.
 
 The example does not determine every value. If two inputs of a maximum are equal, if an input of ReLU is 0, or if a flat
 image leaves a batch without variance, rounding alone decides the index, the slope or the sign. Such a tie explains a
-difference if the original changes as much when the example moves by eps^(3/4) of its size, which is far above rounding
-and far below the limit. Gradients that differ are compared again on noisy copies of the example: there ties have
-probability 0, unless the model makes them itself.
+difference if the original changes about as much when noise of eps^(3/4) of the example's size is added, which is far
+above rounding and far below the limit. If anything differs, both models must also agree on noisy copies of the example:
+there ties have probability 0, unless the model makes them itself.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     Widen = Callable[[Value], Value]
 
 OUTPUTS, GRADIENTS, BUFFERS = "the output", "the gradients", "the buffers"
-_TRIES = 8  # a tie of two that moves by chance stays as it is in one of 2^8
-_NEARBY = 2  # examples that must agree
-_TINY, _NOISE = None, 0.1  # how far examples move: by eps^(3/4), and near
-_ALIKE = 0.25  # of a difference: the sizes of two draws from one spread are seldom farther apart
+_TRIES = 8  # noise changes a tie of two with probability 1/2, and misses it 8 times with probability 2^-8
+_NEARBY = 2  # noisy copies on which both models must agree
+_TINY, _NOISE = None, 0.1  # sizes of the noise relative to the example; None stands for eps^(3/4)
+_ALIKE = 0.25  # smallest ratio of a change by noise to the difference that it explains
 
 
 def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
-    """Return if both models, which are not changed, do the same with ``example``.
+    """Raise unless both models compute the same on ``example``. The models are not changed.
 
     Raises:
         ValueError: If the original does not run on ``example``.
-        RuntimeError: If the two differ, with the largest difference.
+        RuntimeError: If the results differ, with the largest difference; or if the result does not run.
     """
     for mode in (False, True):
         expected, widen, gradients = _measure_widest(original, example, mode)
@@ -74,7 +74,7 @@ def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
 @final
 @dataclass(frozen=True)
 class _Odd:
-    """A difference, the part of it that rounding explains, and the values that differ."""
+    """A difference ``gap`` that is larger than the limit ``line``, and the name of the values that differ."""
 
     gap: float
     line: float
@@ -85,14 +85,14 @@ class _Odd:
 @final
 @dataclass(frozen=True)
 class _Pair:
-    """Two models, and a function that measures one of them on an example; it changes the copy that it gets."""
+    """Two models, and a function that measures a copy of one of them on an example, and changes that copy."""
 
     original: nn.Module
     result: nn.Module
     measure: Callable[[nn.Module, Batch], Measured]
 
     def explains(self, odd: list[_Odd], expected: Measured, example: Batch) -> bool:
-        """Whether a tiny move of the example changes the original's values by about as much as they differ."""
+        """Whether tiny noise on the example changes the original's values by about as much as the models differ."""
         left = {(each.what, each.name): each.gap for each in odd}
         for seed in range(_TRIES if left else 0):
             moved = self.measure(duplicate(self.original, "convert"), _moved(example, seed, _TINY))
@@ -104,7 +104,7 @@ class _Pair:
         return not left
 
     def agrees_near(self, example: Batch, expected: Measured) -> bool:
-        """Whether both agree on examples nearby; examples on which the original fails do not count."""
+        """Whether both models agree on noisy copies of the example; copies on which the original fails do not count."""
         seen = 0
         for seed in range(_TRIES):
             near = _moved(example, seed, _NOISE if seed < _TRIES // 2 else _NOISE**2)
@@ -124,14 +124,14 @@ class _Pair:
 
 
 def _moved(example: Batch, seed: int, by: float | None) -> Batch:
-    """The example plus normal noise, ``by`` times the root mean square of each tensor, or 1 where all of it is 0.
+    """The example plus normal noise of ``by`` times the root mean square of each tensor (1 for a tensor of zeros).
 
-    Where no tensor is of floats, the numbers of each change their places instead.
+    If no tensor has floats, the values of each tensor are permuted instead, unless ``by`` is None.
 
     Args:
-        example: Batch nest of tensors.
-        seed: Of the noise.
-        by: A share; None for eps^(3/4).
+        example: A tensor, or nested containers of tensors.
+        seed: Seed of the noise.
+        by: Relative size of the noise; None stands for eps^(3/4).
     """
     leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     are_whole = by is not None and not any(map(_is_real, leaves))
@@ -152,20 +152,20 @@ def _moved(example: Batch, seed: int, by: float | None) -> Batch:
 
 
 def _are_as_finite(there: Measured, expected: Measured) -> bool:
-    """Whether the outputs are as finite as before; noise may lead out of the domain, as of a logarithm."""
+    """Whether all outputs that were finite still are; noise may lead out of a domain, such as that of a logarithm."""
     pairs = ((a, there[OUTPUTS].get(name)) for name, a in expected[OUTPUTS].items())
     return all(b is not None and bool(b.isfinite().all()) >= bool(a.isfinite().all()) for a, b in pairs)
 
 
 def _message(mode: bool, got: str) -> str:
     return (
-        f"convert needs a result that computes what the model does, got in {'train' if mode else 'eval'} mode {got}. "
-        "Convert without fuse=True: that replaces layers one by one."
+        f"convert needs a result that computes the same as the model, got in {'train' if mode else 'eval'} mode {got}. "
+        "Convert without fuse=True: then forwards are not rewritten."
     )
 
 
 def _measure_widest(model: nn.Module, example: Batch, mode: bool) -> tuple[Measured, Widen, bool]:
-    """Results with gradients and in float64 if possible, the cast that was used, and whether gradients are included."""
+    """The results, in float64 and with gradients if possible; the cast that was used; and whether gradients are in."""
     reason: Exception | None = None
     for gradients, widen in product((True, False), (_wide, _as_it_is)):
         try:
@@ -175,9 +175,9 @@ def _measure_widest(model: nn.Module, example: Batch, mode: bool) -> tuple[Measu
         except Exception as error:  # noqa: BLE001 - raised again if nothing works
             reason = error
     raise ValueError(
-        f"convert needs an example that the model takes in train and eval mode, got {type(reason).__name__} in "
-        f"{'train' if mode else 'eval'} mode: {reason} Pass a batch of two or more, as recalibrate would get it "
-        "from a loader."
+        f"convert needs an example on which the model runs in train and eval mode, got {type(reason).__name__} in "
+        f"{'train' if mode else 'eval'} mode: {reason} Pass a batch of two or more examples, as a loader for "
+        "recalibrate returns it."
     ) from reason
 
 
@@ -196,7 +196,7 @@ def _is_real(value: Leaf) -> bool:
 
 
 def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> Measured:
-    """Outputs, gradients of a fixed sum of them, and buffers. ``model`` is used up."""
+    """Outputs, gradients of a fixed weighted sum of the outputs, and buffers. ``model`` is changed."""
     model.train(mode)
     model.zero_grad()
     leaves: list[Tensor] = []
@@ -205,7 +205,7 @@ def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> M
         if not _is_real(leaf):
             return leaf.clone() if isinstance(leaf, Tensor) else leaf
         leaves.append(leaf.detach().clone().requires_grad_())
-        return leaves[-1].clone()  # no leaf, so that the model may write to it in place
+        return leaves[-1].clone()  # a clone, which the model may change in place
 
     with preserve_random_state(), torch.set_grad_enabled(gradients):
         leaves_out = [leaf for leaf in tree_leaves(call(model, tree_map(own, example))) if isinstance(leaf, Tensor)]
@@ -225,28 +225,28 @@ def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> M
 
 
 def _dense(output: Tensor) -> list[Tensor]:
-    """An output with its graph; of sequences in one tensor each, or all in a row where they are kept so."""
+    """An output as dense tensors, with its autograd graph: a nested tensor becomes its values or its parts."""
     if not output.is_nested:
         return [output]
     return [output.values()] if output.layout == torch.jagged else list(output.unbind())
 
 
 def _plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """What a tensor of any kind holds as plain tensors by name; nothing where it cannot be read."""
+    """The values of a tensor of any kind as plain tensors by name; [] if they cannot be read."""
     if tensor.is_nested and tensor.layout != torch.jagged:
         return [(f"{name}.{i}", part) for i, part in enumerate(tensor.unbind())]
     if (plain := whole(tensor)) is not None:
         return [(name, bits_of(plain))]
-    return [found for i, part in enumerate(parts_of(tensor)) for found in _plain(f"{name}.{i}", part)]
+    return [pair for i, part in enumerate(parts_of(tensor)) for pair in _plain(f"{name}.{i}", part)]
 
 
 def _weights(y: Tensor) -> Tensor:
-    """Of both signs and all sizes: the plain sum of a normalized batch has no gradient."""
+    """Weights of both signs for the sum of outputs: the plain sum of a normalized batch has no gradient."""
     return torch.arange(y.numel(), device=y.device, dtype=y.dtype).cos().reshape(y.shape)
 
 
 def _odd(expected: Measured, got: Measured) -> list[_Odd]:
-    """What differs by more than rounding: of each group the largest difference first."""
+    """The values that differ by more than rounding: by group, in each group the largest difference first."""
     odd: list[_Odd] = []
     for group, tensors in expected.items():
         others = got[group]
@@ -254,7 +254,7 @@ def _odd(expected: Measured, got: Measured) -> list[_Odd]:
             name = min(tensors.keys() ^ others.keys())
             odd.append(_Odd(torch.inf, 0.0, group, f"{name} is in one of them only"))
             continue
-        # a gradient that is 0 but for rounding, as of a bias before batch norm, is measured by all; a buffer by 1
+        # gradients are relative to the largest of all: some are 0 up to rounding, as of a bias before batch norm
         scale = 1.0 if group == BUFFERS else max((_size(t) for t in tensors.values()), default=1.0)
         types = [t.dtype for t in [*tensors.values(), *others.values()] if t.is_floating_point()]
         line = max((torch.finfo(dtype).eps ** 0.5 for dtype in types), default=0.0)
@@ -270,7 +270,7 @@ def _size(tensor: Tensor) -> float:
 
 
 def _wide_numbers(tensor: Tensor) -> Tensor:
-    """In a type that arithmetic is there for, which is not so of float8 and the like."""
+    """The tensor in float64 or complex128, because float8 and similar types have no arithmetic."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 

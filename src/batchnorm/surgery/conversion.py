@@ -1,4 +1,4 @@
-"""convert and revert: torch.nn's batch norm layers to ours and back, with what follows them if asked to."""
+"""convert and revert: exchange torch.nn's batch norm layers for ours and back; convert can also fuse activations."""
 
 from __future__ import annotations
 
@@ -41,47 +41,49 @@ def convert(
 ) -> Model:
     """A copy of the model with our layers in the place of ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
 
-    It computes the same in train and in eval mode. Everything about a layer is carried over: names and sharing,
-    parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The state_dict has the
-    same keys. Left as they are: SyncBatchNorm, lazy layers, subclasses of ours, parametrized layers, layers whose
-    ``forward`` was replaced, and layers with ``eps=0``.
+    The copy computes the same as the model in train and in eval mode. Everything about a layer is carried over: names
+    and sharing, parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The
+    state_dict has the same keys. These layers are left as they are: SyncBatchNorm, lazy layers, subclasses of ours,
+    parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
 
     A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
-    both modes and is batch norm and at most an activation that our layers have; ours has to do the same with numbers,
-    in eval and in train mode. ``revert`` gives it its class back. Other layers of other libraries stay, and a warning
-    names them.
+    both modes and computes only batch norm and at most one activation that our layers have. Our layer must also give
+    the same numbers on a random batch, in eval and in train mode. ``revert`` restores the class of such a layer. Other
+    layers of other libraries stay, and a warning names them.
 
     With ``fuse`` a layer also applies the activation behind it (ReLU, LeakyReLU, ELU, SiLU, exact GELU, Hardswish, as
-    module, function or method), and adds the tensor that is added in between. An activation module of its own is
-    replaced by one that hands its input on. Otherwise the module around it gets a rewritten ``forward``, made by
-    torch.fx from what the present one does, and stays an instance of its class. What its forward reads from
-    attributes other than ``training`` is fixed in it. A layer is fused only if
+    module, function or method). If the code adds a tensor between layer and activation, the layer adds it too. If the
+    activation is a module, a module that returns its input takes its place. Otherwise the module that calls the layer
+    gets a new ``forward``, which torch.fx makes from the present one; the module stays an instance of its class.
+    Attributes that the present forward reads, except ``training``, are constants in the new one. A layer is fused only
+    if
 
-    - it is called at one place of the code, and its result goes nowhere else;
-    - neither it nor the activation has forward or backward hooks, which would see something else;
-    - what is added has the result's shape and type, as shown by ``example``: without one, nothing is added;
-    - the ``forward`` around it can be traced: it has no optional arguments, no decision by values, no ``no_grad`` or
-      other context, no side effects. Other modules are not affected by one that cannot be.
+    - it is called at one place of the code, and nothing else reads its result;
+    - neither it nor the activation has forward or backward hooks: they would see other values;
+    - the added tensor has the shape and type of the layer's result when the model runs on ``example``: without an
+      example, no addition is fused;
+    - the ``forward`` that calls it can be traced: no optional arguments, no branches that depend on values, no
+      ``no_grad`` or other context, no side effects. A forward that cannot be traced does not affect other modules.
 
-    Forward passes of the whole model are what counts: code that calls a fused layer from elsewhere, a method
-    other than ``forward`` for one, gets its activated result.
+    The copy is meant for forward passes of the whole model. Other code that calls a fused layer, such as a method
+    other than ``forward``, gets the activated result.
 
     With an ``example`` the original and the result are compared on it: outputs, gradients and buffers, in eval and in
-    train mode, in float64 where the model can run in it. Where the example leaves a value to rounding, as at ties of
-    a max pooling, examples nearby are compared. Hooks of the model see these runs. Without an example
-    nothing is run and nothing is checked, and layers in a ``Sequential`` below code that cannot be traced, which
-    might use its parts one by one, are not fused.
+    train mode, in float64 if the model can run in float64. If rounding may explain a difference, as at ties of a max
+    pooling, both must agree on noisy copies of the example. The model's hooks run each time.
+    Without an example nothing is run or checked, and a layer is not fused if it is in a ``Sequential`` below code that
+    cannot be traced: that code might call the parts of the ``Sequential`` one by one.
 
     Args:
         model: Not changed, unless ``inplace``.
         fuse: Whether layers take over activations and additions.
-        example: One batch of two or more examples: a tensor is given to the model; of a tuple or list the first
-            element, and so on: as ``recalibrate`` takes one.
-        memory: "save" makes all our layers keep less for the backward pass, in forward passes of the whole model
-            (two hooks on it see to that). A layer with leaky ReLU is left out unless its input is plainly its own: the
-            result of a convolution or a linear layer that nothing else reads.
-        inplace: Change ``model`` itself and return it; parameters stay the same objects. If anything is refused, it
-            has not been changed.
+        example: One batch of at least two examples, in any form that ``recalibrate`` accepts: a tensor is passed to
+            the model; of a tuple or list the first element is passed.
+        memory: "save": all our layers store less for the backward pass, in forward passes of the whole model (two
+            hooks on the model switch this on and off). A layer with leaky ReLU is left out unless its input is the
+            result of a convolution or linear layer that nothing else reads. None: layers keep their settings.
+        inplace: Change ``model`` itself and return it; parameters stay the same objects. If an error is raised, the
+            model is unchanged.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
@@ -90,8 +92,8 @@ def convert(
         RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
 
     Warns:
-        UserWarning: If some of the code around batch norm layers cannot be traced, or layers of other classes stay,
-            and why.
+        UserWarning: If some of the code around batch norm layers cannot be traced, or if layers of other classes stay;
+            the warning says why.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
@@ -111,7 +113,7 @@ def convert(
 
 
 def _check(model: nn.Module, *, fuse: bool, example: Batch, memory: object, inplace: bool) -> None:
-    """Refuse what ``convert`` cannot work with, before anything changes."""
+    """Raise for arguments that ``convert`` cannot work with, before anything changes."""
     require_module(model, "convert")
     require_flag(fuse, "fuse")
     require_flag(inplace, "inplace")
@@ -119,25 +121,25 @@ def _check(model: nn.Module, *, fuse: bool, example: Batch, memory: object, inpl
         require_real(model, "convert")
         require_examples(example, "convert")
     if memory is not None and memory != "save":
-        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what layers have.")
+        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep the layers' settings.")
     if inplace and (fuse or example is not None):
-        convert(model, fuse=fuse, example=example, memory=memory)  # a copy: it raises what there is to raise
+        convert(model, fuse=fuse, example=example, memory=memory)  # on a copy, whose errors are raised first
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "convert needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+            "convert needs a model of modules, got a program of TorchScript. Pass the model from before torch.jit."
         )
 
 
 def revert(model: Model, *, inplace: bool = False) -> Model:
     """A copy of the model with torch.nn's layers in the place of ours, and activations where ``convert`` found them.
 
-    Rewritten forwards are the written ones again. Everything is carried over as by ``convert``, except what torch.nn's
-    layers do not have: ``memory``, ``single_element``, the count of skipped updates, and statistics that are wider than
-    the parameters. Subclasses of our layers are left as they are.
+    Rewritten modules get their original forward back. Everything is carried over as by ``convert``, except what
+    torch.nn's layers lack: ``memory``, ``single_element``, the count of skipped updates, and statistics in a wider type
+    than the parameters. Subclasses of our layers are left as they are.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
-        ValueError: If a layer was constructed with an activation of its own.
+        ValueError: If a layer was constructed with an activation (``act``).
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -150,8 +152,8 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     own = [path for path, layer in find(model).items() if is_ours(layer) and fusion.applies_its_own(layer)]
     if own:
         raise ValueError(
-            f"revert needs layers whose activation convert fused, got an activation of its own in {', '.join(own)}. "
-            "torch.nn has no such layers: batchnorm.for_export writes the activation as a module behind the layer."
+            f"revert needs layers whose activation convert fused, got layers constructed with one: {', '.join(own)}. "
+            "Use batchnorm.for_export: it puts the activation into a module behind the layer."
         )
     model = model if inplace else duplicate(model, "revert")
     fusion.unfuse(model)
@@ -168,19 +170,19 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
 def _to_ours(model: nn.Module) -> None:
     layers: dict[str, Any] = find(model)
     others = {path: layer for path, layer in layers.items() if adoption.is_of_another_class(layer)}
-    found = {path: _adoptable(layer) for path, layer in others.items()}
+    answers = {path: _adoptable(layer) for path, layer in others.items()}
     before = {path: (written_kind(layer), dict(layer._modules)) for path, layer in others.items()}
-    replace(model, lambda path, layer: None if isinstance(found.get(path), str) else _as_ours(layer), inplace=True)
+    replace(model, lambda path, layer: None if isinstance(answers.get(path), str) else _as_ours(layer), inplace=True)
     for path, layer in layers.items():
-        if path in others and not isinstance(act := found[path], str):
+        if path in others and not isinstance(act := answers[path], str):
             adoption.adopt(layer, *before[path], act)
         if is_ours(layer):
             layer._widen_statistics({})
-    _warn_of_others(model, layers, found)
+    _warn_of_others(model, layers, answers)
 
 
 def _adoptable(layer: _BatchNorm) -> Any:
-    """The activation of a layer of another class that ours can do the work of, or why not."""
+    """The activation of a layer that ours can replace, None if it has none; a text with the reason if ours cannot."""
     act = adoption.activation_in(layer)
     if isinstance(act, str):
         return act
@@ -197,10 +199,10 @@ def _as_ours(layer: _BatchNorm) -> _BatchNorm | None:
     return _remade(layer, OURS.get(kind))
 
 
-def _warn_of_others(model: nn.Module, layers: dict[str, _BatchNorm], found: dict[str, Any]) -> None:
+def _warn_of_others(model: nn.Module, layers: dict[str, _BatchNorm], answers: dict[str, Any]) -> None:
     reasons = {
         path: reason
-        for path, reason in found.items()
+        for path, reason in answers.items()
         if isinstance(reason, str) and not isinstance(layers[path], _Layer) and not _is_torchs(layers[path])
     }
     reasons |= out_of_reach(model)
@@ -214,7 +216,7 @@ def _is_torchs(layer: nn.Module) -> bool:
 
 
 def _remade(layer: _BatchNorm, kind: type | None) -> _BatchNorm | None:
-    """A layer of that kind with the same tensors, or None if there is none that does the same."""
+    """A layer of class ``kind`` with the same tensors; None if no such layer does the same."""
     if kind is None or "forward" in vars(layer) or not layer.eps > 0:
         return None
     device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), None)
@@ -227,7 +229,7 @@ def _remade(layer: _BatchNorm, kind: type | None) -> _BatchNorm | None:
 
 
 def _narrow_statistics(layer: nn.Module) -> None:
-    """Give statistics the type of the parameters, without which torch.nn does not run."""
+    """Cast statistics to the type of the parameters: torch.nn's layers fail with other types."""
     if isinstance(weight := layer._parameters.get("weight"), torch.Tensor):
         for name in ("running_mean", "running_var"):
             if (statistic := layer._buffers.get(name)) is not None:

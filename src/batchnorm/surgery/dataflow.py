@@ -1,12 +1,13 @@
 """What a module's forward does with the results of its children, as a torch.fx graph of that forward alone.
 
-Every child is one node, whatever is in it. A graph records what one run of the code did with unknown tensors. It is
-used only if the run had no other effect and made no choice that another run could make differently:
+Each call of a child is one node, whatever the child contains. A graph records one run of the forward on tensors
+without values. A forward gets a graph only if that run is valid for all later runs, so:
 
 - train and eval mode are traced separately;
-- a graph does not hold the settings around an operation (no_grad, autocast, saved-tensor hooks, a device);
-- a graph does not repeat what the run did besides: set an attribute, draw a random number, make a constant;
-- a tracer gives wrong answers where the code asks for optional arguments or for the type of a value.
+- operations inside of a context (no_grad, autocast, saved-tensor hooks, a device) are refused: a graph does not record
+  the context;
+- setting attributes, drawing random numbers and making constants are refused: a graph does not repeat them;
+- optional arguments without known values, and questions for the type of a value, are refused: a tracer answers wrongly.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from batchnorm.population.tensor_trees import Batch
 
     Callers = dict[nn.Module, set[nn.Module | None]]
-    Options = dict[str, Batch]  # of a call, by name
+    Options = dict[str, Batch]  # arguments of a call by name
     Arguments = dict[nn.Module, Options]
     Written = Callable[..., object]
 
-    # what a module keeps attributes in
+    # types of attributes that contain values
     Container = dict[object, object] | list[object] | set[object] | deque[object]
 
 MODES = (True, False)
@@ -57,28 +58,28 @@ IN_PLACE = (
 @final
 @dataclass(frozen=True)
 class Flow:
-    """The forward of one module in train mode (True) and eval mode (False)."""
+    """The forward of one module: its graphs in train mode (True) and eval mode (False)."""
 
     module: nn.Module
     graphs: dict[bool, Graph]
-    is_bound: bool = False  # the graphs hold for one set of values of its optional arguments
+    is_bound: bool = False  # the graphs are valid for one set of optional arguments, or for the example's sizes
 
     @property
     def is_chain(self) -> bool:
-        """Whether children run one after the other, each name once."""
+        """Whether the module runs its children one after the other, as a Sequential does."""
         return is_chain(self.module)
 
     @property
     def is_writable(self) -> bool:
-        """Whether another forward may be given to the module."""
+        """Whether the module may get another forward."""
         return not self.is_chain and not isinstance(self.module, GraphModule)
 
     def called(self, node: Node) -> nn.Module | None:
-        """The module that a node calls."""
+        """The module that a node calls; None for other nodes."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def calls(self) -> list[nn.Module]:
-        """Every module that is called in some mode."""
+        """The modules that are called in train or eval mode, one entry for each call."""
         called = (self.called(node) for graph in self.graphs.values() for node in graph.nodes)
         return [module for module in called if module is not None]
 
@@ -89,16 +90,16 @@ def flows(
     arguments: Arguments | None = None,
     record: Callable[[nn.Module], Graph] | None = None,
 ) -> tuple[dict[nn.Module, Flow], dict[nn.Module, str]]:
-    """The flow of every module that has one, and why the others have none.
+    """The flow of every module whose forward can be traced, and for the other modules the reason why it cannot.
 
-    Training flags change, and whatever the forwards change: call it inside ``preserve_state``. A forward with optional
-    arguments has no flow unless ``arguments`` has their values; its flow then holds for these values only. Forwards
-    that cannot be traced go to ``record``.
+    This changes training flags, and whatever the forwards change: call it inside ``preserve_state``. A forward with
+    optional arguments has a flow only if ``arguments`` has their values; the flow is then valid for these values only.
+    For a forward that cannot be traced, ``record`` is called to make the graph.
     """
     arguments = arguments or {}
     graphs: dict[nn.Module, dict[bool, Graph]] = defaultdict(dict)
     reasons: dict[nn.Module, str] = {}
-    followed: set[nn.Module] = set()
+    by_record: set[nn.Module] = set()
     parents = [module for module in model.modules() if any(module.children()) and not is_container(module)]
     for mode in modes:
         set_mode(model, mode)
@@ -111,11 +112,11 @@ def flows(
                     continue
                 try:
                     graphs[parent][mode] = record(parent)
-                    followed.add(parent)
+                    by_record.add(parent)
                 except TraceError as other:
                     reasons.setdefault(parent, f"{error}; and {other}" if str(error) != str(other) else str(error))
     sound = [module for module in parents if module not in reasons]
-    bound = followed | arguments.keys()
+    bound = by_record | arguments.keys()
     return {module: Flow(module, graphs[module], module in bound) for module in sound}, reasons
 
 
@@ -125,30 +126,30 @@ def is_chain(module: nn.Module) -> bool:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module only holds others, as a ModuleList does."""
+    """Whether a module has no forward and only contains modules, as a ModuleList does."""
     return _written_forward(module) is nn.Module.forward
 
 
 def _written_forward(module: nn.Module) -> Written | None:
-    # looked up without running what a scripted module does on access
+    # static lookup, because access to a scripted module runs code
     return None if "forward" in vars(module) else inspect.getattr_static(type(module), "forward")
 
 
 def set_mode(model: nn.Module, mode: bool) -> None:
-    """Set every training flag, and run nobody's own ``train``."""
+    """Set the training flag of every module without calling ``train``, which a class may override."""
     for module in model.modules():
         module.training = mode
 
 
 def registrations(model: nn.Module) -> Counter:
-    """Under how many names each module is."""
+    """The number of names under which each module is registered."""
     return Counter(child for parent in model.modules() for child in parent._modules.values())
 
 
 def static_callers(model: nn.Module, known: dict[nn.Module, Flow]) -> Callers:
     """The callers of each module, according to the flows.
 
-    A module without a flow is assumed to call all its children, and the children of chains too.
+    A module without a flow is assumed to call all its children, and also the children of a child that is a chain.
     """
     callers: Callers = defaultdict(set)
     waiting: list[tuple[nn.Module | None, nn.Module]] = [(None, model)]
@@ -164,7 +165,7 @@ def static_callers(model: nn.Module, known: dict[nn.Module, Flow]) -> Callers:
 
 @contextmanager
 def observed_callers() -> Iterator[Callers]:
-    """The callers of each module, filled while the block runs."""
+    """A block that records the callers of each module."""
     callers: Callers = defaultdict(set)
     running: list[nn.Module | None] = [None]
 
@@ -192,7 +193,7 @@ def _within_reach(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
-    """The optional arguments of each module, if every call in the block gives them the same plain values."""
+    """A block that records each module's optional arguments, if all calls pass the same numbers, texts or None."""
     seen: Arguments = {}
     mixed: set[nn.Module] = set()
 
@@ -200,8 +201,8 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
         given = inspect.signature(module.forward).bind(*args, **kwargs)
         given.apply_defaults()
         values = {name: given.arguments[name] for name in _optional(module)}
-        plain = all(isinstance(value, (int, float, str, type(None))) for value in values.values())
-        if not plain or seen.setdefault(module, values) != values:
+        is_recordable = all(isinstance(value, (int, float, str, type(None))) for value in values.values())
+        if not is_recordable or seen.setdefault(module, values) != values:
             mixed.add(module)
 
     taking = [module for module in model.modules() if _takes_options(module)]
@@ -214,7 +215,7 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
 
 
 def _takes_options(module: nn.Module) -> bool:
-    """Whether a module has children and optional arguments, and only such as have names."""
+    """Whether a module has children and optional arguments, and neither ``*args`` nor ``**kwargs``."""
     if not any(module.children()) or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return False
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
@@ -228,7 +229,7 @@ def _optional(module: nn.Module) -> list[str]:
 
 
 def traced(module: nn.Module, arguments: Options | None = None) -> Graph:
-    """The graph of one module's forward in its present mode, with optional arguments of these values.
+    """The graph of one module's forward in its present mode, with these values of its optional arguments.
 
     Raises:
         TraceError: If the graph cannot be used, with the reason.
@@ -289,11 +290,11 @@ def _chained(module: nn.Module) -> Graph:
 
 
 class _Value(Proxy):
-    """A value that keeps operations in place apart, and refuses questions about its type."""
+    """A traced value that records operations in place as such, and refuses questions for its type."""
 
     @property
     def __class__(self) -> type:
-        # torch itself may ask; abc asks on somebody's behalf
+        # torch may ask for the type; if abc or typing asks, it asks for its caller
         frame: Any = sys._getframe(1)
         while frame.f_globals.get("__name__") in {"abc", "_collections_abc", "typing"}:
             frame = frame.f_back
@@ -310,12 +311,12 @@ def _written_in_place(operation: Written) -> Written:
 
 
 for _operation in IN_PLACE:
-    # torch.fx takes x += y for x = x + y, which is another thing where x has another name
+    # torch.fx records x += y as x = x + y, which differs if another name refers to the same tensor
     setattr(_Value, f"__{_operation.__name__}__", _written_in_place(_operation))
 
 
 class _Tracer(Tracer):
-    """Children are leaves, buffers are values, and all operations run in the surroundings of the first."""
+    """A tracer that enters no child, traces buffers as values, and raises if the context of operations changes."""
 
     proxy_buffer_attributes = True
 
@@ -336,7 +337,7 @@ class _Tracer(Tracer):
 
 
 def surroundings(*, stacks: bool = True) -> tuple:
-    """The settings around an operation; with ``stacks`` also the number of active modes."""
+    """The context of an operation, such as no_grad and autocast; with ``stacks`` also the number of active modes."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         torch.is_grad_enabled(),
@@ -360,16 +361,16 @@ def random_states() -> list:
 
 
 class Attributes:
-    """The attributes of a module and of its parts, with the versions of their tensors, at one time."""
+    """A snapshot of the attributes of a module and its submodules, with the version numbers of their tensors."""
 
     def __init__(self, module: nn.Module) -> None:
-        found = [container for part in module.modules() for container in _containers(vars(part), depth=2)]
-        self.before = [(container, copy(container)) for container in found]
-        tensors = (value for container in found for value in _values(container) if isinstance(value, Tensor))
+        containers = [container for part in module.modules() for container in _containers(vars(part), depth=2)]
+        self.before = [(container, copy(container)) for container in containers]
+        tensors = (value for container in containers for value in _values(container) if isinstance(value, Tensor))
         self.versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     def undo(self) -> bool:
-        """Restore the attributes; whether anything had changed, tensors included."""
+        """Restore the attributes. Returns whether an attribute or a tensor had changed; tensors are not restored."""
         changed = [(now, before) for now, before in self.before if not _same_values(now, before)]
         for now, before in changed:
             now.clear()

@@ -1,4 +1,4 @@
-"""for_export: the model as tools that go by class know it, of torch.nn's layers and activations alone."""
+"""for_export: the model with torch.nn's layers and activations only, for tools that look at the classes of modules."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ Model = TypeVar("Model", bound=nn.Module)
 def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Model:
     """A copy of the model made of torch.nn's layers, for tools that look at the classes of modules.
 
-    Call it before them: quantization by modules or by torch.fx, fusion of convolution and batch norm, conversion to
-    SyncBatchNorm or to oneDNN, validators. Forwards are the written ones, activations are modules behind their layers,
-    and frozen layers are plain ones in eval mode. The model computes what it did, except that in train mode torch.nn's
-    layers lack what ours add: see ``revert``. Tools that trace or export a model need no such copy: they see torch's
-    own operator in eval mode.
+    Call it before such a tool: quantization by modules or by torch.fx, fusion of convolution and batch norm, conversion
+    to SyncBatchNorm or to oneDNN, validators. In the copy, modules have their original forwards, activations are
+    modules behind their layers, and frozen layers are torch.nn's layers in eval mode. The copy computes the same as the
+    model, except that in train mode torch.nn's layers lack what ours add: see ``revert``. Tools that trace or export a
+    model do not need this copy: in eval mode our layers call torch's own operator.
 
-    A layer that was constructed with ``act`` becomes a small module of two, ``norm`` and ``act``, so its state_dict
-    keys get ``norm.`` in front of their last part. All other keys stay, but for those of folded layers.
+    A layer that was constructed with ``act`` becomes a module with two children, ``norm`` and ``act``, so its
+    state_dict keys get ``norm.`` in front of their last part. All other keys stay, except those of folded layers.
 
     Args:
         model: Not changed.
         fold: Whether layers are folded into their neighbours first, where ``fold`` can. The copy is then in eval mode.
-        example: A batch for ``fold``, which needs it.
+        example: A batch for ``fold``; required with ``fold=True``.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
-        ValueError: If ``fold`` is asked for without an example, or refuses.
+        ValueError: If ``fold`` is True without an example, or if folding raises it.
         RuntimeError: If the model cannot be copied.
 
     Warns:
@@ -70,7 +70,7 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
 
 
 class Separate(nn.Module):
-    """A layer and the activation behind it, with the sum of a residual in between where one is given."""
+    """A layer and the activation behind it; a residual, if given, is added between them."""
 
     def __init__(self, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ class Separate(nn.Module):
 
 
 def _separate(module: Any) -> nn.Module:
-    """What stands for a module that applies an activation of its own, or for the place of a folded layer."""
+    """The replacement for a module that applies an activation itself or for a folded layer; others unchanged."""
     act = applied_by(module)
     param = 0.0 if act is None else module.act_param
     norm = module
     if isinstance(module, FoldedAway) and (module._then is not None or module._moved):
-        return module  # it does more than an activation, in torch's own operations
+        return module  # it does more than apply an activation, with torch's operations only
     if isinstance(module, FoldedAway):
         norm = nn.Identity().train(module.training)
     elif act is None or not (is_ours(module) or isinstance(module, GroupNormAct)):
@@ -103,7 +103,7 @@ def _separate(module: Any) -> nn.Module:
 
 
 def _rebuilt(model: Model, make: Callable[[nn.Module], nn.Module]) -> Any:
-    """The model with other modules in the places of its own; one under several names is made once."""
+    """The model with each module replaced by the result of ``make``, which is called once for each module."""
     made: dict[nn.Module, nn.Module] = {module: make(module) for module in list(model.modules())}
     for module in list(made):
         for name, child in module._modules.items():
@@ -124,7 +124,7 @@ def _warn_of_subclasses(model: nn.Module) -> None:
     if left:
         warnings.warn(
             "for_export leaves layers of subclasses as they are, which may do more than batch norm: "
-            f"{', '.join(left)}. Say with replace what comes in their place.",
+            f"{', '.join(left)}. Choose their replacements with batchnorm.replace.",
             UserWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The module in the place of a folded batch norm layer: it keeps the layer, and applies what the layer did besides."""
+"""The module in the place of a folded batch norm layer: it adds the residual and applies the activation as before."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 
 @final
 class FoldedAway(nn.Identity):
-    """Stands where a batch norm layer was whose work another layer, or several, now do.
+    """Takes the place of a batch norm layer that was folded into one or more other layers.
 
-    It keeps the layer, and the others' weights and biases of before, out of the state_dict; ``half``, ``to`` and the
-    like reach them. A residual and an activation that the layer applied, it applies.
+    It holds the layer and the original weights and biases of the other layers. They are not in the state_dict, but
+    ``half``, ``to`` and similar methods convert them. It adds the residual and applies the activation if the layer did.
+
+    Args:
+        layer: The folded layer.
+        partners: The layers that it was folded into, by path.
+        tensors: For each partner its weight and bias from before the fold.
+        then: Code of what the layer did with the normalized values, if its class is not ours or torch.nn's; else None.
+        moved: Whether the result is made contiguous: there are views or transpositions between layer and partner.
     """
 
     _applies_act = True
@@ -38,13 +45,13 @@ class FoldedAway(nn.Identity):
         moved: bool = False,
     ) -> None:
         super().__init__()
-        # in a tuple, so that they are no children
+        # modules in a tuple are not registered as children
         self._kept = (layer, *partners.values())
         self._tensors = tensors
         self._paths = tuple(partners)
         self._moved = moved
         self._then = then
-        if then is not None:  # the code calls the layer's children by their names, ``act`` among them
+        if then is not None:  # the code calls the layer's children, and one of them may be named ``act``
             self._modules.update(layer._modules)
             self._run = then.compiled()
         else:
@@ -52,33 +59,33 @@ class FoldedAway(nn.Identity):
             self.act = cast("str | None", layer.act if ours else None)
             self.act_param = cast("float", layer.act_param if ours else 0.0)
         if _MARK in vars(layer):
-            vars(self)[_MARK] = vars(layer)[_MARK]  # revert takes the activation away from what has the mark
+            vars(self)[_MARK] = vars(layer)[_MARK]  # the mark tells revert to remove the activation here too
         self.training = layer.training
 
     @property
     def partners(self) -> tuple[nn.Module, ...]:
-        """The layers that do the work."""
+        """The layers that batch norm was folded into."""
         return self._kept[1:]
 
     @property
     def is_empty(self) -> bool:
-        """Whether the layer did nothing but batch norm."""
+        """Whether this module only returns its input, unless a residual is passed."""
         return self._then is None and self.act is None and not self._moved
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
         """The input, with the residual added and the activation applied where the layer did so."""
-        if self._moved:  # batch norm made a result that can be viewed
+        if self._moved:  # batch norm returned contiguous memory, and later code may call ``view``
             input = input.contiguous()  # noqa: A001
         if self._then is not None:
             return self._run(self, input)
         return activate(input if residual is None else input + residual, self.act, self.act_param)
 
     def restored(self) -> nn.Module:
-        """The layer, in the mode that was asked of its place; the other one has its tensors of before again."""
+        """Give the other layers their original tensors back, and return the layer in the mode of this module."""
         layer = self._kept[0]
         for partner, tensors in zip(self.partners, self._tensors, strict=True):
             set_tensors(partner, tensors)
-        if isinstance(layer, _Layer) and self.act is None and layer.act is not None:  # taken away since
+        if isinstance(layer, _Layer) and self.act is None and layer.act is not None:  # removed after the fold
             vars(layer).pop(_MARK, None)
             layer.act, layer.act_param = None, 0.0
         return layer.train(self.training)
@@ -90,7 +97,7 @@ class FoldedAway(nn.Identity):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # a function that was made at run time cannot be pickled, and is made again
+        # compiled code cannot be pickled; __setstate__ compiles it again
         return {name: value for name, value in vars(self).items() if name != "_run"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,21 +106,24 @@ class FoldedAway(nn.Identity):
             self._run = self._then.compiled()
 
     def extra_repr(self) -> str:
-        """The layer and who does its work."""
+        """The layer and the paths of the layers that it was folded into."""
         return f"{self._kept[0]}, folded into {' and '.join(map(repr, self._paths))}"
 
 
 def own_tensors(partner: nn.Module) -> dict[str, Tensor | None]:
-    """Weight and bias of a layer, in the memory that they are in."""
+    """Weight and bias of a layer, not copied: they share the parameters' memory."""
     return {name: None if (p := getattr(partner, name)) is None else p.data for name in ("weight", "bias")}
 
 
 def set_tensors(partner: Any, tensors: dict[str, Tensor | None]) -> None:
-    """Change the layer in place: it has these tensors, under the parameters that it had or under new ones."""
+    """Put weight and bias into a layer, in place; None removes a parameter.
+
+    Existing parameters stay the same objects and get new data. A missing parameter is created.
+    """
     for name, tensor in tensors.items():
         parameter = getattr(partner, name)
         if tensor is None or parameter is None:
             new = None if tensor is None else nn.Parameter(tensor, partner.weight.requires_grad)
             partner.register_parameter(name, new)
         else:
-            parameter.data = tensor  # other memory: what was recorded or kept with the old one stays valid
+            parameter.data = tensor  # the old memory is not overwritten: autograd graphs may still need it

@@ -1,8 +1,8 @@
-"""fuse: layers take over the activation, and the addition of a residual, that the model's code applies to results.
+"""fuse: batch norm layers take over the activation, and the addition of a residual, that the code applies to results.
 
-``dataflow`` reads the code as a graph of each module's own forward, ``patterns`` finds the places that can be fused,
-and ``rewriting`` puts the new code there. A layer is fused only if it is called at one place: one name, one caller, one
-call in each mode.
+``dataflow`` traces each module's own forward as a graph, ``patterns`` finds the places that can be fused, and
+``rewriting`` puts the new code there. A layer is fused only if it is called at one place: it has one name in the model,
+one module calls it, and that module calls it once in each mode.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 
 def fuse(model: nn.Module, example: Batch) -> None:
-    """Change the model in place, where the conditions in ``convert``'s docstring hold.
+    """Fuse layers of the model in place, if they meet the conditions in ``convert``'s docstring.
 
     Raises:
-        ValueError: If the model is compiled, does not run on ``example``, or has forwards that cannot be read and
-            nothing else to fuse.
+        ValueError: If the model is compiled, does not run on ``example``, or nothing was fused and some forwards
+            cannot be traced.
     """
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ValueError(
@@ -57,19 +57,19 @@ def fuse(model: nn.Module, example: Batch) -> None:
         )
     with preserve_state(model):
         known, reasons = flows(model)
-        found = [places for flow in known.values() for places in _places(flow)]
-        callers, fits = _static(model, known) if example is None else _observed(model, found, example)
+        candidates = [places for flow in known.values() for places in _places(flow)]
+        callers, fits = _static(model, known) if example is None else _observed(model, candidates, example)
     registered = registrations(model)
-    chosen = [places for places in found if _is_sole(places, registered, callers) and _fits(places, fits)]
-    done = [places for places in chosen if _apply(places, registered, callers)]
-    for flow in {id(places.flow): places.flow for places in done if places.is_rewritten}.values():
-        fused = tuple((_path(p), p.any.act.name) for p in done if p.is_rewritten and p.flow is flow)
+    chosen = [places for places in candidates if _is_sole(places, registered, callers) and _fits(places, fits)]
+    applied = [places for places in chosen if _apply(places, registered, callers)]
+    for flow in {id(places.flow): places.flow for places in applied if places.is_rewritten}.values():
+        fused = tuple((_path(p), p.any.act.name) for p in applied if p.is_rewritten and p.flow is flow)
         rewrite(flow.module, flow.graphs[True], flow.graphs[False], fused)
     _report(model, reasons)
 
 
 def unfuse(model: nn.Module) -> None:
-    """Change the model in place: put back what ``fuse`` took away."""
+    """Undo ``fuse`` in place: activations and forwards are the original ones again."""
     for module in list(model.modules()):
         layer: Any = module
         restore(module)
@@ -88,7 +88,7 @@ def applies_its_own(layer: nn.Module) -> bool:
 @final
 @dataclass
 class _Places:
-    """One layer's sites in the graphs of the one module that calls it, by mode."""
+    """The sites of one layer, one for each mode, in the graphs of the module that calls it."""
 
     flow: Flow
     sites: dict[bool, Site]
@@ -100,12 +100,12 @@ class _Places:
 
 
 def _places(flow: Flow) -> list[_Places]:
-    """Layers that are fused alike in every mode in which they are called, and are called once in it."""
-    found = {mode: {site.layer: site for site in sites(flow, flow.graphs[mode])} for mode in MODES}
+    """The sites of layers that can be fused in the same way in each mode, and that are called once in each mode."""
+    sites_by_layer = {mode: {site.layer: site for site in sites(flow, flow.graphs[mode])} for mode in MODES}
     calls = {mode: Counter(flow.called(node) for node in flow.graphs[mode].nodes) for mode in MODES}
     places = []
-    for layer in dict.fromkeys([*found[True], *found[False]]):
-        here = {mode: found[mode][layer] for mode in MODES if layer in found[mode]}
+    for layer in dict.fromkeys([*sites_by_layer[True], *sites_by_layer[False]]):
+        here = {mode: sites_by_layer[mode][layer] for mode in MODES if layer in sites_by_layer[mode]}
         first = next(iter(here.values()))
         count = sum(calls[mode][first.chain[0]] for mode in MODES)
         alike = all(site.act == first.act and site.chain == first.chain for site in here.values())
@@ -120,7 +120,10 @@ def _is_sole(places: _Places, registered: Counter, callers: Callers) -> bool:
 
 
 def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
-    """Whether the run reached all additions, and their operands were always alike."""
+    """Whether the run reached an addition of the layer, and both operands always had the same shape and type.
+
+    A layer without additions always fits.
+    """
     additions = [site.addition for site in places.sites.values() if site.addition is not None]
     return not additions or {fits[node] for node in additions if node in fits} == {True}
 
@@ -129,15 +132,15 @@ def _static(model: nn.Module, known: dict[nn.Module, Flow]) -> tuple[Callers, di
     return static_callers(model, known), {}
 
 
-def _observed(model: nn.Module, found: list[_Places], example: Batch) -> tuple[Callers, dict[Node, bool]]:
-    """The callers of each module, and the additions whose operands are alike, when the model runs on ``example``."""
+def _observed(model: nn.Module, candidates: list[_Places], example: Batch) -> tuple[Callers, dict[Node, bool]]:
+    """The callers of each module, and for each addition whether its operands are alike, in a run on ``example``."""
     fits: dict[Node, bool] = {}
     adding: dict[nn.Module, Flow] = {
-        places.flow.module: places.flow for places in found if any(site.addition for site in places.sites.values())
+        places.flow.module: places.flow for places in candidates if any(site.addition for site in places.sites.values())
     }
-    nodes = {site.addition for places in found for site in places.sites.values() if site.addition}
+    nodes = {site.addition for places in candidates for site in places.sites.values() if site.addition}
     for module, flow in adding.items():
-        vars(module)["forward"] = _ForwardByFlow(flow, nodes, fits)  # until preserve_state puts the module back
+        vars(module)["forward"] = _ForwardByFlow(flow, nodes, fits)  # preserve_state restores the forward
     with observed_callers() as callers, torch.no_grad():
         for mode in MODES:
             set_mode(model, mode)
@@ -147,16 +150,16 @@ def _observed(model: nn.Module, found: list[_Places], example: Batch) -> tuple[C
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"convert needs an example that the model takes in train and eval mode, got {type(error).__name__} "
-                    f"in {'train' if mode else 'eval'} mode: {error} Pass a batch of two or more, as recalibrate "
-                    "would get it from a loader."
+                    "convert needs an example on which the model runs in train and eval mode, got "
+                    f"{type(error).__name__} in {'train' if mode else 'eval'} mode: {error} Pass a batch of two or "
+                    "more examples, as a loader for recalibrate returns it."
                 ) from error
     return callers, fits
 
 
 @final
 class _ForwardByFlow:
-    """A forward that runs a flow and looks at the operands of additions."""
+    """A forward that runs the graph of a flow and compares the operands of each addition."""
 
     def __init__(self, flow: Flow, nodes: set[Node], fits: dict[Node, bool]) -> None:
         self.flow, self.nodes, self.fits = flow, nodes, fits
@@ -187,7 +190,10 @@ def _alike(a: Leaf, b: Leaf) -> bool:
 
 
 def _apply(places: _Places, registered: Counter, callers: Callers) -> bool:
-    """Fuse one layer, if its module allows it in some way."""
+    """Fuse one layer; returns False, and changes nothing, if that is impossible.
+
+    It is possible if the activation is a module that can be replaced, or if the forward can be rewritten.
+    """
     flow, layer, act = places.flow, places.any.layer, places.any.act
     has_own_place = _has_own_place(places, registered, callers)
     if not has_own_place and not flow.is_writable:
@@ -207,29 +213,29 @@ def _apply(places: _Places, registered: Counter, callers: Callers) -> bool:
 
 
 def _path(places: _Places) -> tuple[str, ...]:
-    """The names from the module that calls a layer, through what is around it, down to the layer."""
+    """The names that lead from the calling module, through modules that wrap the layer, to the layer."""
     names = str(places.any.call.target).split(".")
     return (*names, *(list(around._modules)[-1] for around in places.any.chain[:-1]))
 
 
 def _has_own_place(places: _Places, registered: Counter, callers: Callers) -> bool:
     """Whether the activation is a module whose name in the model is used for nothing else."""
-    found = list(places.sites.values())
-    if any(site.addition or site.activation.op != "call_module" for site in found):
+    places_of_layer = list(places.sites.values())
+    if any(site.addition or site.activation.op != "call_module" for site in places_of_layer):
         return False
-    flow, act = places.flow, places.flow.called(found[0].activation)
-    if any(flow.called(site.activation) is not act for site in found) or act is None:
+    flow, act = places.flow, places.flow.called(places_of_layer[0].activation)
+    if any(flow.called(site.activation) is not act for site in places_of_layer) or act is None:
         return False
     if flow.is_chain:
-        # each name in a chain is one call, so that others may have the same module under other names of theirs
+        # each name in a chain is one call, so other chains may call the same activation module under names of theirs
         holders = {module for module in callers if any(child is act for child in module._modules.values())}
         return callers[act] <= holders
-    once = all(sum(flow.called(node) is act for node in site.activation.graph.nodes) == 1 for site in found)
+    once = all(sum(flow.called(node) is act for node in site.activation.graph.nodes) == 1 for site in places_of_layer)
     return once and registered[act] == 1 and callers[act] == {flow.module}
 
 
 def _report(model: nn.Module, reasons: dict[nn.Module, str]) -> None:
-    """Say which forwards that call our layers could not be read."""
+    """Warn of forwards that call our layers and cannot be traced; raise if nothing was fused."""
     closed = [
         f"{path or 'the model itself'!r} ({type(module).__name__}): {reasons[module]}"
         for path, module in model.named_modules()
@@ -239,11 +245,11 @@ def _report(model: nn.Module, reasons: dict[nn.Module, str]) -> None:
         return
     text = (
         f"convert(fuse=True) needs forwards that torch.fx can trace, got {len(closed)} around batch norm layers that "
-        f"it cannot: {'; '.join(closed)}. Rewrite them"
+        f"it cannot trace: {'; '.join(closed)}. Rewrite these forwards"
     )
     if not any(_MARK in vars(module) for module in model.modules()):
         raise ValueError(f"{text}, or convert without fuse.")
-    warnings.warn(f"{text}; until then their layers are converted and not fused.", UserWarning, stacklevel=4)
+    warnings.warn(f"{text}; until then the layers in them are converted and not fused.", UserWarning, stacklevel=4)
 
 
 def _direct_children(module: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,6 @@
-"""to_group_norm: group normalization in the place of batch norm, for models whose batches are too small for it.
+"""to_group_norm: group normalization in the place of batch norm, for batches that are too small for batch norm.
 
-For one example and a group of channels, over the group's n values (Wu and He 2018, equations 1, 2 and 6):
+For each example and each group of channels, with sums over the group's n values (Wu and He 2018, equations 1, 2, 6):
 
     mean = sum x / n     var = sum (x - mean)^2 / n     y = gamma (x - mean) / sqrt(var + eps) + beta
 """
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_MOST_GROUPS = 32  # Wu and He's own, table 3
+_MOST_GROUPS = 32  # the default of Wu and He, table 3
 
 
 def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = False) -> Model:
     """A copy of the model with ``nn.GroupNorm`` in the place of each batch norm layer.
 
-    It computes something else, and needs training before it is of use: examples are normalized by their own
-    statistics, in train and in eval mode alike, and the stored statistics are gone. Gamma, beta and eps are a
-    start for it. They are carried over, and so are names, sharing, training flags, devices and types,
-    ``requires_grad`` and hooks. A layer of ours with an activation becomes a GroupNorm with that activation.
+    The copy computes something else than the model and must be trained before use: each example is normalized by its
+    own statistics, in train and in eval mode, and there are no stored statistics. Gamma, beta and eps are carried
+    over as a start for the training, and so are names, sharing, training flags, devices and types, ``requires_grad``
+    and hooks. A layer of ours with an activation becomes a GroupNorm with that activation.
 
     Args:
         model: Not changed, unless ``inplace``.
-        groups: Groups of channels in each layer. None takes the largest power of two, 32 at most, that divides the
-            channels and leaves two or more of them in a group.
+        groups: The number of groups in each layer. None: the largest power of two, at most 32, that divides the
+            number of channels and leaves at least two channels in a group; one group for a single channel.
         inplace: Change ``model`` itself and return it; parameters stay the same objects.
 
     Shape:
-        ``(N, C)`` or ``(N, C, *)``, as before. On ``(N, C)``, a group of one channel has one value: the result
-        is beta.
+        ``(N, C)`` or ``(N, C, *)``, as before. For ``(N, C)`` and groups of one channel, a group has one value, and
+        the result is beta.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If ``groups`` does not divide the channels of a layer; if a layer is lazy, parametrized, or of a
-            subclass, which may do more than batch norm. Then nothing is changed.
+            subclass, which may do more than batch norm. The model is then unchanged.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -70,14 +70,14 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
 def _grouped(path: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
     if any(is_lazy(tensor) for tensor in [*layer.parameters(), *layer.buffers()]):
         raise ValueError(
-            f"to_group_norm needs layers that know their size, got {type(layer).__name__} at {path!r}. Run a "
-            "batch first."
+            f"to_group_norm needs layers whose number of channels is known, got {type(layer).__name__} at {path!r}. "
+            "Run the model on a batch first."
         )
     ours: Any = layer
     if written_kind(layer) not in KINDS or "forward" in vars(layer):
         raise ValueError(
             f"to_group_norm needs layers of torch.nn or batchnorm, got {type(layer).__name__} at {path!r}, which may "
-            "do more than batch norm. Say with replace what comes in its place."
+            "do more than batch norm. Choose its replacement with batchnorm.replace."
         )
     count = layer.num_features
     if groups is not None and (groups < 1 or count % groups):
@@ -112,10 +112,10 @@ class GroupNormAct(nn.GroupNorm):
         self.act, self.act_param = act, act_param
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
-        """The input normalized; then the residual is added, and ``act`` applied."""
+        """Normalize the input, add the residual if there is one, and apply ``act``."""
         y = super().forward(input)
         return activate(y if residual is None else y + residual, self.act, self.act_param)
 
     def extra_repr(self) -> str:
-        """torch.nn's line, and the activation."""
+        """The line of ``nn.GroupNorm``, and the activation."""
         return f"{super().extra_repr()}, act={self.act!r}"

@@ -1,8 +1,8 @@
 """What a batch norm layer computes in eval mode: an affine map of each channel, and operations on the result.
 
-Layers of torch.nn and ours are known. Layers of other classes are read from the graph of their forward. The part that
-reads the layer's tensors must be such a map, which is tested on numbers; the rest is kept as code. If the forward
-cannot be read, all of it must be such a map.
+Layers of torch.nn and ours are known. For layers of other classes, the forward is traced as a graph. The part of the
+graph that reads the layer's tensors must be an affine map of each channel, which is tested on numbers; the rest is
+stored as code. If the forward cannot be traced, the whole forward must be an affine map of each channel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch.fx.node import Argument
     from torch.nn.modules.batchnorm import _BatchNorm
 
-KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # whose forwards are known
+KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # classes whose forwards are known
 _HAND_ON = {
     nn.Identity,
     nn.Dropout,
@@ -50,19 +50,19 @@ _CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
 @final
 @dataclass(frozen=True)
 class Parts:
-    """A layer in eval mode: ``affine``, and ``then`` with its result; None where that is all."""
+    """A layer in eval mode: the map ``affine``, then the operations ``then`` on its result; None if there are none."""
 
     affine: Affine
     then: Graph | None = None
 
     @property
     def code(self) -> Code | None:
-        """What is done with the result, as a method of a module that has the layer's children."""
+        """The operations ``then`` as a method for a module that has the layer's children; None if there are none."""
         return None if self.then is None else Code.of(self.then)
 
 
 def parts_of(layer: _BatchNorm) -> Parts | str:
-    """What a layer with stored statistics does in eval mode, or why that is not known. The layer is not changed."""
+    """What a layer with stored statistics does in eval mode, or a text: why that is not known. Changes nothing."""
     if written_kind(layer) in KINDS:
         return Parts(Affine.of(layer))
     try:
@@ -73,19 +73,19 @@ def parts_of(layer: _BatchNorm) -> Parts | str:
         return _unknown(layer, f"cannot be traced: {error}") if affine is None else Parts(affine)
     split = _split(layer, graph)
     if split is None:
-        return _unknown(layer, "does other things with its tensors than batch norm")
+        return _unknown(layer, "uses its tensors for more than batch norm")
     core, then = split
-    for dtype in (torch.float64, torch.float32):  # a forward that casts its input runs in one of them
+    for dtype in (torch.float64, torch.float32):  # a forward that casts its input may run in only one type
         run = Interpreter(copy.deepcopy(layer).cpu().to(dtype), graph=core).run
-        found = (response(run, layer, rank, dtype) for rank in _RANKS)
-        affine = next((_exact(layer, *each, dtype) for each in found if each is not None), None)
+        responses = (response(run, layer, rank, dtype) for rank in _RANKS)
+        affine = next((_exact(layer, *each, dtype) for each in responses if each is not None), None)
         if affine is not None:
             return Parts(affine, then)
-    return _unknown(layer, "does not multiply each channel by a number and add one")
+    return _unknown(layer, "does not multiply each channel by a number and add a number")
 
 
 def graph_of_layer(layer: nn.Module, *, mode: bool) -> Graph:
-    """The graph of a layer's own forward in train or eval mode, around its children.
+    """The graph of a layer's own forward in train or eval mode; each call of a child is one node.
 
     Raises:
         TraceError: If no graph can be used.
@@ -101,7 +101,7 @@ def graph_of_layer(layer: nn.Module, *, mode: bool) -> Graph:
 
 
 def hands_on(module: nn.Module) -> bool:
-    """Whether a module in eval mode returns its input, and nothing looks at it there."""
+    """Whether a module returns its input in eval mode, and has no hooks and no replaced forward."""
     return type(module) in _HAND_ON and not is_watched(module) and "forward" not in vars(module)
 
 
@@ -110,21 +110,24 @@ def _unknown(layer: nn.Module, why: str) -> str:
 
 
 def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype = torch.float64) -> Affine | None:
-    """The map by the formula, which has all digits, if the measured map agrees with it; else the measured map."""
-    found = Affine(scale, shift) if dtype == torch.float64 else None
+    """The map by the formula, if the measured map agrees with it; else the measured map, None if that is float32.
+
+    The formula has all digits of float64.
+    """
+    measured = Affine(scale, shift) if dtype == torch.float64 else None
     if not isinstance(getattr(layer, "eps", None), (int, float)):
-        return found
+        return measured
     formula = Affine.of(layer)
-    # found by subtracting two results; those of float64 have more digits than are asked for
+    # a measured value is the difference of two results, which cancels digits: in float64, half of them must agree
     rounding = torch.finfo(torch.float64).eps ** 0.5 if dtype == torch.float64 else 64 * torch.finfo(dtype).eps
     size = scale.abs() + shift.abs() + (scale * layer.running_mean.double().cpu()).abs()
     gaps = torch.maximum((formula.scale - scale).abs(), (formula.shift - shift).abs())
-    return formula if bool((gaps <= rounding * size).all()) else found
+    return formula if bool((gaps <= rounding * size).all()) else measured
 
 
 @contextmanager
 def _unchecked(layer: nn.Module) -> Iterator[None]:
-    """A block in which torch.nn's checks of the input's shape, which a tracer cannot answer, are left out."""
+    """A block without torch.nn's checks of the input's shape, which a tracer cannot run."""
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         vars(layer).update(dict.fromkeys(_CHECKS, _no_check))
     try:
@@ -138,7 +141,11 @@ def _no_check(*_: torch.Tensor) -> None: ...
 
 
 def _split(layer: nn.Module, graph: Graph) -> tuple[Graph, Graph | None] | None:
-    """The part of a graph up to the last node that reads the layer's tensors, and the part behind it."""
+    """Split a graph behind the last node that combines the input with the layer's tensors.
+
+    Returns the part up to this node and the part behind it, None for that part if it does nothing; None instead of
+    both if the graph cannot be split.
+    """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         return None
@@ -165,15 +172,15 @@ def _read(graph: Graph) -> set[Node]:
 
 
 def _downstream(graph: Graph, roots: set[Node]) -> set[Node]:
-    found = set(roots)
+    reached = set(roots)
     for node in graph.nodes:
-        if any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
 def _writes_own(node: Node) -> bool:
-    """Whether a node changes a tensor of the layer's in place, by its name."""
+    """Whether a node changes a tensor of the layer in place, as its name says."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     first = node.args[0] if node.args else None
     reads = isinstance(first, Node) and first.op == "get_attr"
@@ -192,7 +199,7 @@ def _up_to(graph: Graph, last: Node) -> Graph:
 
 
 def _behind(layer: nn.Module, graph: Graph, last: Node, behind: set[Node]) -> Graph:
-    """The operations on the value of a node, without those that return their input."""
+    """The operations behind the node ``last``, without those that return their input."""
     part = Graph()
     values: dict[Node, Argument] = {last: part.placeholder("input")}
     for node in graph.nodes:
@@ -206,7 +213,7 @@ def _behind(layer: nn.Module, graph: Graph, last: Node, behind: set[Node]) -> Gr
 
 
 def _casts_back(node: Node) -> bool:
-    """Whether a node casts a value back to the type of the layer's input, which a folded layer never changes."""
+    """Whether a node casts a value to the type of the layer's input: a folded layer has this type anyway."""
     if node.op != "call_method" or node.target not in {"to", "type_as"} or len(node.args) != 2 or node.kwargs:
         return False
     like: Any = node.args[1]

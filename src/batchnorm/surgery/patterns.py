@@ -1,4 +1,4 @@
-"""Places in a graph with act(bn(x)) or act(bn(x) + residual) whose intermediate results nothing else reads.
+"""Finds act(bn(x)) and act(bn(x) + residual) in graphs, where no other node reads the intermediate results.
 
 Activations are those of ``batchnorm.kernels.activations.TABLE``.
 """
@@ -34,13 +34,13 @@ _FUNCTIONS = {function: name for name, row in TABLE.items() for function in row.
 _METHODS = {method: name for name, row in TABLE.items() for method in row.methods}
 _ADDITIONS = {operator.add, torch.add, "add"}
 _ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
-_MAKE_NEW = (nn.modules.conv._ConvNd, nn.Linear)  # whose result is no view of anything
+_MAKE_NEW = (nn.modules.conv._ConvNd, nn.Linear)  # modules whose result is a new tensor, never a view
 
 
 @final
 @dataclass(frozen=True)
 class FusedActivation:
-    """An activation as a layer applies it."""
+    """An activation that our layers can apply; ``parameter`` is 0 if it has none."""
 
     name: str
     parameter: float
@@ -49,9 +49,9 @@ class FusedActivation:
 @final
 @dataclass(frozen=True)
 class Site:
-    """One place in one graph: ``activation`` of ``call``, or of ``addition`` of ``call`` and something else.
+    """A place in a graph where ``activation`` is applied to the layer's ``call``, or to ``addition``, a sum with it.
 
-    ``chain`` has the modules that return the layer's result, from the one that is called down to the layer.
+    ``chain`` lists the modules that return the layer's result, from the module that ``call`` calls to the layer.
     """
 
     chain: tuple[nn.Module, ...]
@@ -66,7 +66,7 @@ class Site:
         return self.chain[-1]
 
     def fuse(self) -> None:
-        """Change the graph: the layer's call stands where the activation was, and gets the other operand."""
+        """Change the graph: the layer's call replaces addition and activation, and gets the other summand."""
         graph, call = self.activation.graph, self.call
         if self.addition is not None:
             a, b = self.addition.args
@@ -79,7 +79,7 @@ class Site:
 
 
 def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
-    """Every site of a graph, whatever else the layer and the activation are used for."""
+    """All sites of a graph. Other uses of a layer or of an activation module elsewhere are not checked."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         act = activation_of(flow, node)
@@ -99,7 +99,7 @@ def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
 
 
 def has_input_of_its_own(flow: Flow, node: Node) -> bool:
-    """Whether a module made a node's input for it alone, and no hook sees it."""
+    """Whether a node's input is the result of a convolution or linear layer, and no other node or hook reads it."""
     source, *others = node.args or (None,)
     if not isinstance(source, Node) or set(source.users) != {node} or source in others:
         return False
@@ -113,13 +113,13 @@ def is_ours(layer: nn.Module) -> bool:
 
 
 def written_kind(layer: nn.Module) -> type:
-    """The class of a layer as it was written: that under a freeze."""
+    """The class of a layer; for a frozen layer, its class before ``freeze``."""
     kind = type(layer)
     return kind.__bases__[1] if Frozen in kind.__bases__ else kind
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """Our name of the activation that a module of torch.nn is, or None."""
+    """Our name for an activation module of torch.nn; None for other modules."""
     return next((name for kind, name in _MODULES.items() if type(module) is kind), None)
 
 
@@ -130,13 +130,13 @@ def activation_module(act: str, param: float) -> nn.Module:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what goes into a module and comes out of it."""
+    """Whether a module has forward or backward hooks."""
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return any(getattr(module, name) for name in names)
 
 
 def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
-    """The modules from the one that a node calls down to a layer whose result is the node's; or nothing."""
+    """The modules from the one that a node calls down to the layer that makes its result; () if none can be fused."""
     module = flow.called(node)
     if module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node):
         return ()
@@ -144,12 +144,12 @@ def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
     while is_chain(chain[-1]) and chain[-1]._modules and not is_watched(chain[-1]):
         chain.append([*chain[-1].children()][-1])
     layer: Any = chain[-1]
-    takes_one = is_ours(layer) and layer._act is None and not is_watched(layer) and "forward" not in vars(layer)
-    return tuple(chain) if takes_one else ()
+    can_fuse = is_ours(layer) and layer._act is None and not is_watched(layer) and "forward" not in vars(layer)
+    return tuple(chain) if can_fuse else ()
 
 
 def activation_of(flow: Flow, node: Node) -> FusedActivation | None:
-    """The activation that a node applies, if our layers have it."""
+    """The activation that a node applies; None if it applies none that our layers have."""
     if node.op == "call_module":
         module: Any = flow.called(node)
         name = _MODULES.get(type(module))
@@ -169,10 +169,10 @@ def activation_of(flow: Flow, node: Node) -> FusedActivation | None:
     return _with_parameter(name, named) if named.keys() <= options.keys() else None
 
 
-def _with_parameter(name: str, given: Mapping[str, Argument]) -> FusedActivation | None:
-    """The activation with these options, unless it is one that a layer does not have."""
+def _with_parameter(name: str, options_in_code: Mapping[str, Argument]) -> FusedActivation | None:
+    """The activation with these options; None if our layers cannot apply it with them."""
     row = TABLE[name]
-    values = {**row.options, **given}
+    values = {**row.options, **options_in_code}
     parameter = 0.0 if row.parameter is None else values[row.parameter]
     if values.get("approximate", "none") != "none" or not isinstance(parameter, (int, float)):
         return None
@@ -185,26 +185,29 @@ def _input(node: Node) -> Node | None:
 
 
 def _operands(node: Node) -> list[Node]:
-    """The operands of an addition that a layer may have made; of an addition in place, the first one only."""
+    """The operands of an addition, of an addition in place only the first; [] for other nodes.
+
+    A layer that makes one of these operands can do the addition itself.
+    """
     in_place = node.target in _ADDITIONS_IN_PLACE
     if node.op not in {"call_function", "call_method"} or not (in_place or node.target in _ADDITIONS):
         return []
     operands = [arg for arg in node.args if isinstance(arg, Node)]
-    plain = len(operands) == len(node.args) == 2 and operands[0] is not operands[1]
-    if not plain or node.kwargs.keys() - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
+    adds_two = len(operands) == len(node.args) == 2 and operands[0] is not operands[1]
+    if not adds_two or node.kwargs.keys() - {"alpha"} or node.kwargs.get("alpha", 1) != 1:
         return []
     return operands[:1] if in_place else operands
 
 
 def _may_move(flow: Flow, call: Node, place: Node, order: dict[Node, int]) -> bool:
-    """Whether a layer may run as late as ``place``: nothing between could write its input."""
+    """Whether a layer may run as late as ``place``: no node in between could overwrite its input."""
     if order[place] == order[call] + 1:
         return True
     return has_input_of_its_own(flow, call)
 
 
 def _writes(flow: Flow, node: Node) -> bool:
-    """Whether an operation changes its input in place, as far as its name or its arguments say."""
+    """Whether the name or the arguments of an operation say that it changes its input in place."""
     if node.op == "call_module":
         return bool(getattr(flow.called(node), "inplace", False))
     if node.target in IN_PLACE or node.kwargs.get("inplace"):

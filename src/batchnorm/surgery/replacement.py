@@ -1,8 +1,8 @@
-"""replace: another module in a layer's place, under the layer's identity.
+"""replace: turns batch norm layers into other modules, and keeps the layer objects.
 
-The layer object stays and becomes the new module: it takes the new one's class and attributes, and keeps its own
-training flag, hooks, tensors of the same name and shape, and whatever its owner put on it. So every name, list
-and hook that refers to the layer goes on referring to the right thing, and what was shared stays shared.
+The layer object stays and becomes the new module: it gets the new module's class and attributes, and keeps its own
+training flag, hooks, tensors of the same name and shape, and attributes that its owner set. So names, lists and hooks
+that refer to the layer now refer to the new module, and a shared layer stays shared.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _WITHOUT_STORAGE = _SPARSE | {torch._mkldnn}  # type: ignore[attr-defined]
 def find(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm, subclasses of them too.
 
-    Modules of other libraries that hold the same four tensors, such as frozen layers of torchvision and detectron2,
-    are among them, although they are no instances of torch.nn's class. A layer under several names is listed under the
-    first. A model that is itself a layer has the path "".
+    Modules of other libraries with the same four tensors, such as frozen layers of torchvision and detectron2, are
+    included, although they are not instances of torch.nn's classes. A layer under several names is listed under the
+    first name. A model that is itself a layer has the path "".
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
@@ -52,36 +52,36 @@ def find(model: nn.Module) -> dict[str, _BatchNorm]:
         >>> list(find(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']
     """
-    found: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
-    return {path: found[path] for path, _ in model.named_modules() if path in found}
+    layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
+    return {path: layers[path] for path, _ in model.named_modules() if path in layers}
 
 
 def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *, inplace: bool = False) -> Model:
-    """A copy of the model in which ``make(path, layer)`` stands in the place of each batch norm layer.
+    """A copy of the model in which the result of ``make(path, layer)`` replaces each batch norm layer.
 
-    What it makes takes over everything of the layer that it has a place for: the training flag, hooks of every kind,
-    parameters and buffers that both have in the same shape, with their ``requires_grad``, and attributes that were
-    put on the layer from outside. Its other tensors go to the layer's device and floating type. A layer under several
-    names is replaced once and stays shared; parameters that are tied to others stay tied. What comes in the place of
-    a frozen layer is frozen only if ``make`` freezes it.
+    The new module gets from the layer: the training flag, hooks of every kind, parameters and buffers that both have in
+    the same shape, with their ``requires_grad``, and attributes that were set on the layer from outside. The other
+    tensors of the new module are moved to the layer's device and floating type. A layer under several names is
+    replaced once and stays shared; parameters that are tied to others stay tied. The replacement of a frozen layer is
+    frozen only if ``make`` freezes it.
 
-    The activation of a layer of ours is carried over to a new layer of ours, and so are ``memory`` and
-    ``single_element``, unless it has its own. In the place of a layer that ``convert`` fused, any other module will do:
-    the activation is applied where it was written. In the place of one constructed with ``act`` a module must apply
-    it, as a child that is that activation or with an attribute ``act`` that says so.
+    A new layer of ours gets the activation, ``memory`` and ``single_element`` of an old layer of ours, except those
+    that it sets itself. A layer that ``convert`` fused can be replaced by any other module: the activation is then
+    applied at its original place. A layer constructed with ``act`` can only be replaced by a module that has the
+    activation as a child, or has an attribute ``act``.
 
     Args:
         model: Not changed, unless ``inplace``.
-        make: Called once for each layer; returns a new module, or None to keep the layer. It must not use the layer
-            as a part of the new module. Layers of other libraries may have no ``num_features``: the length of
-            ``running_mean`` is what all have.
+        make: Called once for each layer; returns a new module, or None to keep the layer. The new module must not
+            contain the layer. Layers of other libraries may have no ``num_features``; all have ``running_mean``, whose
+            length is the number of channels.
         inplace: Change ``model`` itself and return it. Layers and parameters stay the same objects, so optimizers
             go on working.
 
     Raises:
-        TypeError: If ``model`` or what is made is not an ``nn.Module``.
-        ValueError: If what is made holds the layer or was made before, or would lose the activation that the layer
-            was constructed with; or if the layer is parametrized or lazy. Then nothing is changed.
+        TypeError: If ``model`` or a result of ``make`` is not an ``nn.Module``.
+        ValueError: If a result of ``make`` contains the layer, was returned before, or would lose the activation that
+            the layer was constructed with; or if the layer is parametrized or lazy. The model is then unchanged.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -108,7 +108,7 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
 
 
 def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> Model:
-    """A deep copy, or the reason why there is none."""
+    """A deep copy of the model; an error with the reason if it cannot be copied."""
     require_module(model, caller)
     check_memory(model, caller)
     tensors = [*model.parameters(), *model.buffers()]
@@ -123,7 +123,7 @@ def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> M
 
 
 def check_memory(model: nn.Module, caller: str) -> None:
-    """Refuse a model that has given memory of its tensors back: a copy would hold anything, or end the process."""
+    """Raise if the memory of some tensors was freed: a copy would have arbitrary values, or crash the process."""
     tensors = chain(model.named_parameters(), model.named_buffers()) if isinstance(model, nn.Module) else ()
     require({name: tensor for name, tensor in tensors if _ends_the_process(tensor)}, caller)
 
@@ -133,7 +133,7 @@ def _ends_the_process(tensor: Tensor) -> bool:
 
 
 def _is_not_copied(tensor: Tensor) -> bool:
-    """Whether ``copy.deepcopy`` refuses it: buffers without a shape yet, and tensors without one storage."""
+    """Whether ``copy.deepcopy`` cannot copy a tensor: uninitialized buffers, and tensors without a single storage."""
     if is_lazy(tensor):
         return not isinstance(tensor, nn.Parameter)
     return tensor.layout in _WITHOUT_STORAGE or (tensor.is_nested and tensor.layout == torch.strided)
@@ -154,8 +154,8 @@ def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) 
         )
     if any(part is layer for part in new.modules()):
         raise ValueError(
-            f"replace needs a new module for {path!r}, got a {type(new).__name__} that holds the old one. Make it of "
-            "new parts: the layer's own tensors are carried over."
+            f"replace needs a new module for {path!r}, got a {type(new).__name__} that contains the old layer. Make it "
+            "of new parts: the layer's own tensors are carried over."
         )
     if any(new is other for other in made):
         raise ValueError(
@@ -164,12 +164,13 @@ def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) 
         )
     if parametrize.is_parametrized(layer):
         raise ValueError(
-            f"replace needs layers of plain tensors, got a parametrized one at {path!r}. Call "
+            f"replace needs layers without parametrizations, got a parametrized layer at {path!r}. Call "
             "torch.nn.utils.parametrize.remove_parametrizations first."
         )
     if any(is_lazy(tensor) for tensor in [*layer.parameters(), *layer.buffers()]):
         raise ValueError(
-            f"replace needs layers that know their size, got {type(layer).__name__} at {path!r}. Run a batch first."
+            f"replace needs layers whose number of channels is known, got {type(layer).__name__} at {path!r}. Run the "
+            "model on a batch first."
         )
 
 
@@ -182,13 +183,13 @@ def _check_activation(path: str, layer: _BatchNorm, new: nn.Module) -> None:
         return
     raise ValueError(
         f"replace needs a module that applies {act!r} as the layer at {path!r} does, got {type(new).__name__}. Return "
-        "it with the activation behind it, in an nn.Sequential, or take the model from batchnorm.for_export, whose "
-        "activations are modules of their own."
+        "an nn.Sequential of this module and the activation, or replace in the model from batchnorm.for_export, whose "
+        "activations are separate modules."
     )
 
 
 def _carry_settings(layer: nn.Module, new: nn.Module) -> None:
-    """Give a new layer of ours what the old one did besides, unless it has its own."""
+    """Give a new layer of ours the activation and settings of the old layer of ours, if its own are the defaults."""
     if not (isinstance(layer, _OURS) and isinstance(new, _OURS)):
         return
     if new._act is None and layer._act is not None:
@@ -199,7 +200,7 @@ def _carry_settings(layer: nn.Module, new: nn.Module) -> None:
 
 
 def _become(layer: nn.Module, new: nn.Module) -> None:
-    """Make ``layer`` the module that ``new`` is, with what is its own. ``new`` is used up."""
+    """Turn ``layer`` into the module ``new``; it keeps what belongs to its owner. Do not use ``new`` afterwards."""
     act = applied_by(layer)
     _carry_settings(layer, new)
     if act is not None:
@@ -222,7 +223,7 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
 
 
 def _merged(old: dict[str, Any], made: dict[str, Any], like: Tensor | None) -> dict[str, Any]:
-    """The tables of tensors, children and hooks that a layer has once it is the new module."""
+    """The dicts of tensors, children and hooks that the layer has after it became the new module."""
     merged: dict[str, Any] = {name: _merged_tensors(old, made, name, like) for name in _TENSORS}
     for name, tensor in old["_buffers"].items():  # a frozen layer of another library keeps gamma and beta there
         if name in made["_parameters"] and _fits(tensor, made["_parameters"][name]):
@@ -242,7 +243,7 @@ def _merged(old: dict[str, Any], made: dict[str, Any], like: Tensor | None) -> d
 def _merged_tensors(
     old: dict[str, Any], made: dict[str, Any], table: str, like: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """The layer's tensors that fit or were put there by its owner, then the new module's other ones."""
+    """The layer's tensors that fit the new module or that its owner added, then the new module's other tensors."""
     carried = {
         name: tensor
         for name, tensor in old[table].items()
@@ -251,7 +252,7 @@ def _merged_tensors(
     rest = {
         name: _moved(tensor, like)
         for name, tensor in made[table].items()
-        if name not in carried and name not in old  # pruning keeps the weight as a plain attribute
+        if name not in carried and name not in old  # pruning stores the weight as a plain attribute
     }
     return carried | rest
 
@@ -277,8 +278,8 @@ def _names_of_hooks() -> list[str]:
 
 @cache
 def _own_names() -> set[str]:
-    """Every attribute and tensor that is part of a batch norm layer, torch.nn's or ours, and not of its owner."""
-    names = {"_compiled_call_impl"}  # compiled from what the layer was
+    """The names of all attributes and tensors of a batch norm layer of torch.nn or ours; others are its owner's."""
+    names = {"_compiled_call_impl"}  # compiled code of the old layer
     for layer in (nn.BatchNorm1d(1, device="meta"), BatchNorm1d(1, device="meta")):
         names |= {*vars(layer), *layer._parameters, *layer._buffers}
     return names

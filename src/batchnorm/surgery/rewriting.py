@@ -1,11 +1,12 @@
-"""What a fused model holds in place of what was fused, each with its way back.
+"""The replacements for fused activations in a model, and how they are undone.
 
-Where an activation was a module of its own, ``Absorbed`` stands in its place and hands its input on. Where it was
-an operation inside of a module's forward, the module is made an instance of a subclass of its class whose forward
-is written anew; its attributes, children, hooks and methods stay, and going back is giving it its class again.
+If the activation was a module, an ``Absorbed`` takes its place, which returns its input. If it was an operation in a
+module's forward, the module gets a subclass of its class with a new forward (``Rewritten``). Its attributes, children,
+hooks and methods stay; to undo this, it gets its old class back.
 
-Code that knows torch.nn's batch norm may put a layer of its own in the place of ours, which does not apply what ours
-did. Both see that when they run: the activation is applied where it was written.
+Later, other code may replace a fused layer by a layer that does not apply the activation, as conversions of torch.nn's
+batch norm do. ``Absorbed`` and ``Rewritten`` detect that when they run. Then the activation is applied at its original
+place.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
     from torch.fx import Graph
 
 
-# paths of layers from the module that calls them, and the activations that they took over
+# for each fused layer its path from the module that calls it, and the activation that it now applies
 Fused = tuple[tuple[tuple[str, ...], str], ...]
 
-MARK = "_act_was_fused"  # on a layer whose activation was written elsewhere
+MARK = "_act_was_fused"  # an attribute of layers whose activation came from fusion
 
 OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def applied_by(module: Any) -> str | None:
-    """The activation that a module of this package applies to its result, or None."""
+    """The activation that a module of this package applies to its result; None for other modules."""
     if isinstance(module, OURS):
         return module._act
     act = vars(module).get("act") if getattr(type(module), "_applies_act", False) else None
@@ -48,7 +49,7 @@ def applied_by(module: Any) -> str | None:
 
 
 def is_applied(owner: nn.Module, path: Sequence[str], act: str) -> bool:
-    """Whether what stands at a path applies an activation itself, or wraps a layer that does."""
+    """Whether the module at a path applies the activation itself, or contains a module that does."""
     module = owner
     for name in path:
         if (child := module._modules.get(name)) is None:
@@ -61,26 +62,26 @@ def is_applied(owner: nn.Module, path: Sequence[str], act: str) -> bool:
 
 @final
 class Absorbed(nn.Identity):
-    """Stands where an activation was that the batch norm layer before it now applies.
+    """Takes the place of an activation module that was fused into the batch norm layer before it.
 
-    It knows the layer, and the module that calls both. Once another module stands in the layer's place there, or the
-    layer is no more, or applies nothing, the activation is applied here again.
+    It refers to the layer, and to the module that calls both. If the layer was replaced or deleted, or no longer
+    applies the activation, the activation is applied here again.
     """
 
-    # weak references: a model is freed without the garbage collector, and a replaced layer is known by being freed
+    # weak references: models are freed without the garbage collector, and a freed layer shows that it was replaced
     _caller: Any = None
     _layer: Any = None
     _place: tuple[tuple[str, ...], str, float] | None = None
 
     def __init__(self, activation: nn.Module, caller: nn.Module, path: Sequence[str], layer: Any) -> None:
         super().__init__()
-        self._kept = (activation,)  # in a tuple, so that it is no child
+        self._kept = (activation,)  # a module in a tuple is not registered as a child
         self._caller, self._layer = weakref.ref(caller), weakref.ref(layer)
         self._place = tuple(path), str(applied_by(layer)), float(layer.act_param)
         self.training = activation.training
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
-        """The input itself, or activated where the layer does not do so."""
+        """The input itself; its activation, if the layer does not apply it."""
         if not isinstance(input, Tensor) and (node := call_whole(self, input)) is not None:
             return node
         if self._place is None or self.is_idle():
@@ -89,7 +90,7 @@ class Absorbed(nn.Identity):
         return activate(input, act, param)
 
     def is_idle(self) -> bool:
-        """Whether the layer still applies the activation, if that can be known."""
+        """Whether the layer still applies the activation; True if nothing shows that it does not."""
         if self._place is None:
             return True
         path, act, _ = self._place
@@ -98,11 +99,11 @@ class Absorbed(nn.Identity):
             return True
         if layer is None or applied_by(layer) != act:
             return False
-        # names move when something is inserted before; parts of a model outlive it
+        # the path may have changed when a module was inserted; the calling module may be freed while its parts are not
         return caller is None or any(part is layer for part in caller.modules())
 
     def stand_in(self) -> nn.Module | None:
-        """What is now where the layer was, if that is known."""
+        """The module that is now in the layer's place; None if that is not known."""
         caller = _alive(self._caller)
         return None if caller is None or self._place is None else _at(caller, self._place[0])
 
@@ -112,11 +113,11 @@ class Absorbed(nn.Identity):
         return layer is not None and self.is_idle() and not any(part in (layer, self.stand_in()) for part in parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle: with the layer, which the model holds anyway, and without its caller."""
+        """The state for pickle: with the layer, which the model contains anyway, and without the calling module."""
         return vars(self) | {"_caller": None, "_layer": _alive(self._layer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take it over, also from before a placeholder knew its layer."""
+        """Restore the state; states from earlier versions have no layer."""
         super().__setstate__(state)
         if (layer := vars(self).get("_layer")) is not None:
             vars(self)["_layer"] = weakref.ref(layer)
@@ -130,19 +131,19 @@ class Absorbed(nn.Identity):
         return new
 
     def restored(self) -> nn.Module:
-        """The activation, in the mode that was asked of its place."""
+        """The activation module, in the mode of this placeholder."""
         return self._kept[0].train(self.training)
 
     def extra_repr(self) -> str:
-        """The activation and who applies it."""
+        """The activation, and which layer applies it."""
         return f"{self._kept[0]}, applied by the batch norm layer before it"
 
 
 def dropped(model: nn.Module) -> dict[str, str]:
-    """Lost activations: the path of each module whose former layer applied one, and the activation's name.
+    """Lost activations: the path of each module whose former layer applied an activation, and the activation's name.
 
-    Such a module has the tensors of a layer of ours that is not part of the model; or it is the placeholder of an
-    activation whose layer is not part of the model, and something runs before it.
+    A module is listed in two cases. It has the tensors of a layer of ours that is not part of the model; or it is the
+    placeholder of an activation whose layer is not part of the model, and is not the first module.
     """
     parts = dict(model.named_modules())
     kept = {id(t) for part in parts.values() if applied_by(part) for t in _tensors(part)}
@@ -152,16 +153,16 @@ def dropped(model: nn.Module) -> dict[str, str]:
         if isinstance(part, Rewritten):
             elsewhere |= {id(_at(part, path)) for path, act in part._fused if not is_applied(part, path, act)}
     lost_track = {part._place[1] for part in awake if part.stand_in() is None and part._place}
-    found = {}
+    lost = {}
     for path, part in parts.items():
         act = None if applied_by(part) or id(part) in elsewhere else carried_from(part)
         if act is not None and act not in lost_track and not any(id(t) in kept for t in _tensors(part)):
-            found[path] = act
+            lost[path] = act
     leaves = [(path, part) for path, part in parts.items() if not part._modules]
     for path, part in leaves[1:]:
         if isinstance(part, Absorbed) and part._place and part.is_stray(parts.values()):
-            found[path] = part._place[1]
-    return found
+            lost[path] = part._place[1]
+    return lost
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -183,7 +184,7 @@ def _alive(reference: Any) -> Any:
 @final
 @dataclass(frozen=True)
 class Code:
-    """The source of a forward and the names that it uses, in a form that pickle accepts."""
+    """The source code of a forward, with the modules and objects that its names refer to; it can be pickled."""
 
     source: str
     modules: tuple[tuple[str, str], ...]
@@ -191,35 +192,35 @@ class Code:
 
     @classmethod
     def of(cls, graph: Graph) -> Code:
-        """The code of a graph, as a method of the module that was traced."""
+        """The code of a graph, as a method for the traced module."""
         code = graph.python_code("self")
         names = sorted(code.globals.items())
         modules = tuple((name, value.__name__) for name, value in names if ismodule(value))
         return cls(code.src, modules, tuple((name, value) for name, value in names if not ismodule(value)))
 
     def compiled(self) -> Any:
-        """The forward as a function of the module and its inputs."""
+        """The forward as a function that is called with the module and its inputs."""
         names = {name: import_module(path) for name, path in self.modules} | dict(self.objects)
         exec(compile(self.source, "<forward fused by batchnorm>", "exec", dont_inherit=True), names)  # noqa: S102 - as torch.fx does with what it has traced
         return names["forward"]
 
 
 class Rewritten(nn.Module):
-    """Mixed into the class of a module with a new forward, which differs by mode if the old one did."""
+    """A base class of modules with a rewritten forward: one code for train mode, one for eval mode."""
 
     _codes: tuple[Code, Code]
     _fused: Fused
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # the class is made at run time, so pickle and deepcopy get what it was made from
+        # the class is made at run time, so pickle and deepcopy store the arguments that made it
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _empty_module, (_written_class(type(self)), *self._codes, self._fused), *state
 
 
 def rewrite(module: nn.Module, train: Graph, evaluate: Graph, fused: Fused) -> None:
-    """Change the module in place: its forward does what the graphs say, in train and in eval mode.
+    """Give the module a forward that runs these graphs, in train and in eval mode, in place.
 
-    ``fused`` has the paths of the layers that now apply an activation, and which.
+    ``fused`` has the paths of the layers that now apply an activation, and the activation's name.
     """
     kind = type(module)
     if isinstance(module, Rewritten):
@@ -228,7 +229,7 @@ def rewrite(module: nn.Module, train: Graph, evaluate: Graph, fused: Fused) -> N
 
 
 def restore(module: nn.Module) -> None:
-    """Change the module in place: its forward is the written one again."""
+    """Give a rewritten module its original class and forward back, in place."""
     if isinstance(module, Rewritten):
         module.__class__ = _written_class(type(module))
 
@@ -259,8 +260,9 @@ def _forward(kind: Any, train: Code, evaluate: Code, fused: Fused) -> Any:
 def _refuse(module: nn.Module, fused: Fused, applied: Sequence[bool]) -> None:
     others = [f"{'.'.join(path)!r} ({act})" for (path, act), done in zip(fused, applied, strict=True) if not done]
     raise RuntimeError(
-        f"{type(module).__name__} needs all its fused layers or none, got others in the place of {', '.join(others)}, "
-        "which do not apply the activation. Replace layers before convert(fuse=True), or call revert first."
+        f"{type(module).__name__} needs all its fused layers or none, got other layers in the place of "
+        f"{', '.join(others)}, which do not apply the activation. Replace layers before convert(fuse=True), or call "
+        "revert first."
     )
 
 

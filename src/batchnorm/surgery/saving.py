@@ -1,8 +1,8 @@
-"""memory="save" for a whole model: on each layer where it is safe, and around every forward pass of the model.
+"""memory="save" for a whole model: set on each layer where it is safe, with hooks around the model's forward.
 
-A layer with a leaky ReLU writes its result over its input. So it saves memory only if the code shows that nothing else
-reads the input. Results of other layers are computed again in the backward pass. That needs
-``batchnorm.memory.saving`` around the model's forward, which two hooks enter and leave.
+A layer with a leaky ReLU writes its result over its input. So it gets ``memory="save"`` only if the code shows that
+nothing else reads the input. Results of other layers are computed again in the backward pass. This needs the context
+``batchnorm.memory.saving`` around the model's forward: one hook enters it, another hook leaves it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def save_memory(model: nn.Module) -> None:
-    """Change the model in place: its layers keep less for the backward pass."""
+    """Change the model in place: its layers store less for the backward pass."""
     layers: list[Any] = [layer for layer in batch_norms(model).values() if is_ours(layer)]
     writing = [layer for layer in layers if layer._act == "leaky_relu"]
     safe = _with_inputs_of_their_own(model) if writing else set()
@@ -38,7 +38,7 @@ def save_memory(model: nn.Module) -> None:
 
 
 def stop_saving(model: nn.Module) -> None:
-    """Change the model in place: no module of it has the hooks."""
+    """Change the model in place: remove the hooks of ``save_memory`` from all its modules."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in {enter_saving, leave_saving}]:
@@ -47,7 +47,7 @@ def stop_saving(model: nn.Module) -> None:
 
 
 def _with_inputs_of_their_own(model: nn.Module) -> set[nn.Module]:
-    """Layers that are called at one place, on what a convolution made for them alone."""
+    """Layers called at one place, on the result of a convolution or linear layer that nothing else reads."""
     with preserve_state(model):
         known, _ = flows(model)
         callers, registered = static_callers(model, known), registrations(model)
@@ -60,14 +60,14 @@ def _with_inputs_of_their_own(model: nn.Module) -> set[nn.Module]:
 
 
 def _alone(flow: Flow) -> list[nn.Module]:
-    nodes = [node for node in flow.graphs[True].nodes if node.op == "call_module"]  # eval mode writes over nothing
+    nodes = [node for node in flow.graphs[True].nodes if node.op == "call_module"]  # only train mode overwrites inputs
     calls = Counter(flow.called(node) for node in nodes)
-    found = [flow.called(node) for node in nodes if has_input_of_its_own(flow, node)]
-    return [module for module in found if module is not None and calls[module] == 1]
+    modules = [flow.called(node) for node in nodes if has_input_of_its_own(flow, node)]
+    return [module for module in modules if module is not None and calls[module] == 1]
 
 
 class _Open(threading.local):
-    """The blocks of ``saving`` that this thread is in, with the models that opened them."""
+    """The open ``saving`` blocks of this thread, each with the model whose forward opened it."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[nn.Module, AbstractContextManager[None]]] = []
@@ -75,22 +75,22 @@ class _Open(threading.local):
 
 _open = _Open()
 
-# functions of this file, so that pickle and deepcopy take them as they are; a compiler plans memory by itself
+# the hooks are module-level functions, which pickle and deepcopy can store; a compiler plans memory itself
 
 
 def enter_saving(module: nn.Module, args: tuple[Batch, ...]) -> None:
-    """A forward pre-hook."""
+    """A forward pre-hook that enters ``saving``."""
     if torch.compiler.is_compiling():
         return
     from batchnorm.memory import saving
 
-    leave_saving(module, args, None)  # of a forward that Ctrl-C ended: no hook is called after that
+    leave_saving(module, args, None)  # if Ctrl-C ended the last forward, its hook was not called
     block = saving()
     block.__enter__()
     _open.blocks.append((module, block))
 
 
 def leave_saving(module: nn.Module, args: tuple[Batch, ...], output: Batch) -> None:  # noqa: ARG001 - a hook's arguments
-    """A forward hook, called also when the forward raises."""
+    """A forward hook that leaves ``saving``; it is also called if the forward raises."""
     if not torch.compiler.is_compiling() and _open.blocks and _open.blocks[-1][0] is module:
         _open.blocks.pop()[1].__exit__(None, None, None)

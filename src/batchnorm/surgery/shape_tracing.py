@@ -1,8 +1,9 @@
 """Graphs of forwards that torch.fx cannot trace: one run on tensors that have an example's shapes and no values.
 
-Code that computes with sizes, such as padding by ``int(math.ceil(size / stride))``, runs on such tensors. Code that
-decides by values does not, so it has no graph. Decisions by size hold for the example. As in ``dataflow``, a graph is
-used only if the run set no attributes, drew no random numbers and ran in one context.
+Code that computes with sizes, such as padding by ``int(math.ceil(size / stride))``, runs on such tensors. Code with
+branches that depend on values does not run on them, so it has no graph. Branches that depend on sizes are valid for
+the example's sizes only. As in ``dataflow``, a graph is used only if the run set no attributes, drew no random numbers
+and ran in one context.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from batchnorm.population.tensor_trees import Batch, Leaf
 
     Operation = Callable[..., object]
-    Given = tuple[Batch, Batch]  # arguments and keyword arguments, with nodes for tensors
+    Given = tuple[Batch, Batch]  # arguments and keyword arguments, with a node in place of each tensor
 
 _PLAIN = (int, float, complex, bool, str, slice, range, type(None), type(...))
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -40,7 +41,7 @@ _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 @final
 class InputShapes:
-    """The arguments of modules as tensors without values, for modules whose calls were all alike."""
+    """The arguments of each module as tensors without values, if all its calls had the same shapes and values."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -48,10 +49,10 @@ class InputShapes:
         self._mixed: set[nn.Module] = set()
 
     def of(self, module: nn.Module) -> tuple[tuple, dict]:
-        """Arguments and keyword arguments.
+        """Arguments and keyword arguments of a module.
 
         Raises:
-            TraceError: If the module was not called, or in several ways.
+            TraceError: If the module was not called, or was called with different arguments.
         """
         if module in self._mixed:
             raise TraceError("it is called with inputs of several shapes")
@@ -60,7 +61,7 @@ class InputShapes:
         return self._seen[module]
 
     def add(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note a call."""
+        """Store the arguments of a call."""
         try:
             new = tree_map(self._without_values, (args, kwargs))
         except Exception:  # noqa: BLE001 - a tensor of a kind that has no copy without values
@@ -79,7 +80,7 @@ def _kinds(inputs: Batch) -> str:
 
 @contextmanager
 def observed_inputs(model: nn.Module) -> Iterator[InputShapes]:
-    """The inputs of all modules, filled while the block runs."""
+    """A block that records the inputs of all modules."""
     seen = InputShapes()
     with attached(module.register_forward_pre_hook(seen.add, with_kwargs=True) for module in _unscripted(model)):
         yield seen
@@ -104,7 +105,7 @@ def recorded(module: nn.Module, inputs: InputShapes) -> Graph:
 
 @final
 class _Recorder(TorchFunctionMode):
-    """Makes a node of each operation on tensors, and of each call of a child."""
+    """Makes a graph of one run: a node for each operation on tensors, and for each call of a child."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -112,8 +113,8 @@ class _Recorder(TorchFunctionMode):
         self.names = {child: name for name, child in module.named_modules()}
         self.stored = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
         self.nodes: dict[int, Node] = {}
-        self.kept: list[Tensor] = []  # so that no id is given to another tensor
-        self.calls: list[Given | None] = []  # of children that run, with what the outermost was given
+        self.kept: list[Tensor] = []  # keeps tensors alive, so that their ids stay unique
+        self.calls: list[Given | None] = []  # one for each running child; arguments of the outermost, else None
         self.around = surroundings(stacks=False)
 
     def graph_of(self, args: tuple, kwargs: dict) -> Graph:
@@ -144,7 +145,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _enter(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        # noted before the call, which may change a list that it is given
+        # stored before the call, which may change a list among its arguments
         self.calls.append(None if self.calls else (self._as_nodes(args), self._as_nodes(kwargs)))
 
     def _leave(self, module: nn.Module, _: tuple, __: dict, result: Batch) -> None:
@@ -165,7 +166,7 @@ class _Recorder(TorchFunctionMode):
             self._is(result, node)
             return
         if not isinstance(result, (tuple, list)) or not all(isinstance(t, Tensor) for t in result):
-            raise TraceError(f"its forward takes or makes a {type(result).__name__} of tensors and others")
+            raise TraceError(f"its forward gets or makes a {type(result).__name__} of tensors and other values")
         for index, tensor in enumerate(result):
             self._is(tensor, self.graph.call_function(operator.getitem, (node, index)))
 
@@ -189,7 +190,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Batch]:
-    """Arguments by the names of the forward's parameters."""
+    """The arguments of a call by the names of the forward's parameters."""
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 

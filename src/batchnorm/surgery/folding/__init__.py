@@ -1,1 +1,1 @@
-"""Folding: what batch norm computes in eval mode becomes part of the layers next to it, and comes back."""
+"""Folding: batch norm in eval mode becomes part of the weights of neighbouring layers; unfolding undoes it."""

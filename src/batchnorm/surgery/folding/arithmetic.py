@@ -4,17 +4,19 @@ With the stored mean and variance (Ioffe and Szegedy 2015, algorithm 2):
 
     y = scale x + shift        scale = gamma / sqrt(var + eps)        shift = beta - mean scale
 
-A layer with weight w and bias b that runs before it, or behind it, becomes one that does the work of both
-(Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3.2, is the first case):
+A convolution or linear layer with weight w and bias b, before or behind batch norm, gets values w' and b' with which it
+does the work of both (for a layer before batch norm: Jacob et al. 2018, "Quantization and Training of Neural
+Networks", section 3.2):
 
     before   w' = w scale by output channel    b' = b scale + shift
     behind   w' = w scale by input channel     b' = b + sum w shift, over the inputs and the positions of the kernel
 
-The sum is one number for a channel only if every output is made of the whole kernel: zeros around the input are not
-shifted, and a transposed convolution makes an output of a part of the kernel. There the shift must be 0.
+The sum is the same at all positions only if every output uses the whole kernel on shifted values. Zeros that pad the
+input are not shifted, and an output of a transposed convolution uses only a part of the kernel. In these cases the
+shift must be 0.
 
-A convolution and a linear layer have weights of (outputs, inputs per group, *kernel), a transposed convolution of
-(inputs, outputs per group, *kernel). All is computed in float64 on the CPU.
+Weights have the shape (outputs, inputs per group, *kernel) in a convolution and a linear layer, and (inputs, outputs
+per group, *kernel) in a transposed convolution. Everything is computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from batchnorm.population.tensor_memory import absence, whole
 Position = Literal["before", "behind"]
 LinearLayer = nn.Linear | _ConvNd
 
-# the layers that batch norm is folded into, and how many axes a batch of theirs has
+# the layers that batch norm is folded into, and the number of axes of their input batches
 RANKS: dict[type[nn.Module], int] = {
     nn.Linear: 2,
     nn.Conv1d: 3,
@@ -54,15 +56,18 @@ class Affine:
 
     @classmethod
     def of(cls, layer: Any) -> Affine:
-        """By a layer's stored statistics; NaN where they are, or where a variance is negative."""
-        scale = 1 / (wide(layer.running_var) + layer.eps).sqrt()  # by torch's formula
+        """The map of a layer by its stored statistics; NaN if they are NaN or if a variance is below -eps."""
+        scale = 1 / (wide(layer.running_var) + layer.eps).sqrt()  # in torch's order of operations
         if layer.weight is not None:
             scale = scale * wide(layer.weight)
         shift = -wide(layer.running_mean) * scale
         return cls(scale, shift if layer.bias is None else shift + wide(layer.bias))
 
     def spread(self, channels: tuple[int, ...] | None) -> Affine:
-        """For each channel of another layer the one of this that it meets, as numbered; nothing is done to -1."""
+        """The map for the channels of another layer, whose channel i meets channel ``channels[i]`` of this one.
+
+        A channel with the number -1 is not changed: its scale is 1 and its shift 0.
+        """
         if channels is None:
             return self
         index = torch.tensor(channels)
@@ -82,24 +87,24 @@ class Linear:
 
     @classmethod
     def of(cls, layer: Any) -> Linear:
-        """Of a layer in ``RANKS``; a bias that it does not have is 0."""
+        """The map of a layer in ``RANKS``; a missing bias is 0."""
         weight = wide(layer.weight)
         bias = weight.new_zeros(channels(layer, "before")) if layer.bias is None else wide(layer.bias)
         return cls(weight, bias, getattr(layer, "groups", 1), isinstance(layer, _TRANSPOSED))
 
     def joined(self, norm: Affine, position: Position) -> Linear:
-        """One map for both; ``position`` is where this one is, seen from batch norm."""
+        """The map of this layer and batch norm together; ``position`` is this layer's, seen from batch norm."""
         if position == "before":
             weight = self.weight * self._laid_out(norm.scale, on_first_axis=not self.transposed)
             return Linear(weight, self.bias * norm.scale + norm.shift, self.groups, self.transposed)
         scale, shift = (self._laid_out(values, on_first_axis=self.transposed) for values in (norm.scale, norm.shift))
-        sums = (self.weight * shift).reshape(*self.weight.shape[:2], -1).sum(2)  # (O, I, *kernel) -> (O, I)
+        sums = (self.weight * shift).reshape(*self.weight.shape[:2], -1).sum(2)  # (O, I, *) -> (O, I)
         if self.transposed:
             sums = sums.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)  # (I, O / g) -> (O, I / g)
         return Linear(self.weight * scale, self.bias + sums.sum(1), self.groups, self.transposed)
 
     def _laid_out(self, values: Tensor, *, on_first_axis: bool) -> Tensor:
-        """One value for each channel, where the channel is in the weight."""
+        """The values of channels, (C), in a shape that broadcasts along the weight's axis of these channels."""
         if on_first_axis:
             spread = values[:, None]  # (C) -> (C, 1)
         else:
@@ -109,10 +114,10 @@ class Linear:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The values in float64 on the CPU: not every device has that type.
+    """The values in float64 on the CPU: not every device has float64.
 
     Raises:
-        ValueError: If they cannot be read here.
+        ValueError: If the values cannot be read.
     """
     if (plain := whole(tensor)) is None:
         raise ValueError(f"fold needs the numbers of every layer, got a tensor that {absence(tensor)}.")
@@ -120,7 +125,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def channels(layer: nn.Module, position: Position) -> int:
-    """How many channels a convolution or linear layer before batch norm makes, or one behind it takes."""
+    """The number of output channels of a layer before batch norm, or of input channels of a layer behind it."""
     kind = "features" if isinstance(layer, nn.Linear) else "channels"
     return getattr(layer, f"{'out' if position == 'before' else 'in'}_{kind}")
 

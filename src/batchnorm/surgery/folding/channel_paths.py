@@ -1,12 +1,13 @@
 """Which channels of two layers meet, through operations between them that only move values.
 
-A view, a transposition or a concatenation does not compute. When it runs on channel numbers in place of values, its
-result shows which channel of the other layer meets which channel of batch norm, whatever the axes are:
+Views, transpositions and concatenations move values and compute nothing. They are run on channel numbers in place of
+values. The result shows which channel of the other layer (the partner) meets which channel of batch norm, on any axes.
+Folding requires:
 
-    before   every value of channel c of batch norm is made by partners' channels that only c receives
-    behind   every value of channel j of the partner comes from one channel of batch norm, or from elsewhere
+    before   a partner's channel goes to one channel of batch norm only, and batch norm has no other input values
+    behind   all values of a partner's channel come from the same channel of batch norm, or all from elsewhere
 
-Sizes are those of one example, found by running the graph on tensors without values.
+Sizes are those of one example: the graph is run on tensors without values.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.shape_tracing import InputShapes
 
 Channels = tuple[int, ...]
-# what each node of a graph gives, with tensors without values
+# the result of each node of a graph; its tensors have sizes and no values
 Sizes = dict[Node, Batch]
 
 _MOVES = {
@@ -45,14 +46,14 @@ _MOVES = {
 }  # fmt: skip
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 _COMPUTING = (*RANKS, _BatchNorm, *(each.module for each in activations.TABLE.values()), nn.Identity)
-_LIKE = {"reshape_as", "view_as"}  # of whose second operand the shape alone counts
+_LIKE = {"reshape_as", "view_as"}  # only the shape of the second operand counts
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "__len__", "len"}
 _ATTRIBUTES = {"shape", "ndim", "device", "dtype", "is_cuda", "requires_grad"}
 _ELSEWHERE = -1
 
 
 def moves(node: Node) -> bool:
-    """Whether an operation returns values of its inputs, all in other places."""
+    """Whether an operation only moves values: it returns values of its inputs in other places."""
     if node.op == "call_module":
         module: Any = node.meta.get("module")
         return type(module) in _MOVING_MODULES and not is_watched(module) and "forward" not in vars(module)
@@ -60,12 +61,12 @@ def moves(node: Node) -> bool:
 
 
 def readers(node: Node) -> list[Node]:
-    """The nodes that get a node's values, not only its shape."""
+    """The nodes that read a node's values, not only its shape."""
     return [user for user in node.users if not _asks(user, node)]
 
 
 def sizes(graph: Graph, inputs: InputShapes) -> Sizes:
-    """What each node of a graph gives, as tensors without values and plain numbers; empty if it does not run so."""
+    """The result of each node of a graph, with tensors without values; {} if the graph does not run on such tensors."""
     try:
         root = next(node.meta["caller"] for node in graph.nodes if node.op == "placeholder")
         given = by_name(root, *inputs.of(root))
@@ -74,7 +75,7 @@ def sizes(graph: Graph, inputs: InputShapes) -> Sizes:
         run = _Sizes(nn.Module(), graph=graph)
         with inputs.mode, torch.no_grad():
             run.run(*[given[name] if name in given else next(values) for name in names])
-    except Exception:  # noqa: BLE001 - then nothing is known of its sizes
+    except Exception:  # noqa: BLE001 - the sizes stay unknown
         return {}
     return run.found
 
@@ -83,12 +84,12 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
     """For the nodes that make a layer's input, the layer's channel that each of their channels becomes.
 
     Args:
-        node: The layer's.
-        found: Sizes of all nodes.
-        axes: The nodes that may be partners, and the axis of their channels.
+        node: The node that calls the layer.
+        found: The results of all nodes, from ``sizes``.
+        axes: For each node that calls a possible partner, the axis of its channels.
 
     Returns:
-        Channels by node, or why there are none.
+        Channels by node, or a text with the reason why the layer cannot be folded into these nodes.
     """
     source = node.args[0]
     assert isinstance(source, Node)  # noqa: S101 - a layer is called with the result of another node
@@ -99,7 +100,7 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
     for each in path:
         others = [user for user in readers(each) if user is not node and user not in path]
         if others:
-            return f"{_name(each)} goes elsewhere too"
+            return f"the result of {_name(each)} also goes elsewhere"
     numbers, first = {}, 0
     for maker in makers:
         numbers[maker], first = (
@@ -112,9 +113,9 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
     for channel, row in enumerate(rows):
         unique = row.unique()
         if (unique < 0).any():
-            return "a part of what it normalizes is not made by a convolution or linear layer"
+            return "a part of its input is not made by a convolution or linear layer"
         if (owner[unique] >= 0).any():
-            return "one channel of what makes it becomes several of its own"
+            return "one channel of the layer before it becomes several of its channels"
         owner[unique] = channel
     return dict(
         zip(makers, map(tuple, _cut(owner, [found[maker].shape[axes[maker]] for maker in makers])), strict=True)
@@ -122,7 +123,10 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
 
 
 def behind(node: Node, found: Sizes, axes: dict[Node, int]) -> tuple[Node, Channels] | str:
-    """The node that takes a layer's result, and for each of its channels the layer's, or -1 for another value."""
+    """The node that reads a layer's result, and for each of its channels the layer's channel, -1 for other values.
+
+    A text with the reason instead, if the layer cannot be folded into that node.
+    """
     path, waiting, takers = [node], [node], set()
     while waiting:
         for user in readers(waiting.pop()):
@@ -139,12 +143,12 @@ def behind(node: Node, found: Sizes, axes: dict[Node, int]) -> tuple[Node, Chann
     ids = _moved(taker.args[0], found, {node: _numbered(found[node].shape, 1, 0)})
     rows = ids.movedim(axes[taker], 0).flatten(1)
     if not torch.equal(rows, rows[:, :1].expand_as(rows)):
-        return "one channel of what is behind it takes several of its own"
+        return "one channel of the layer behind it reads several of its channels"
     return taker, tuple(rows[:, 0].tolist())
 
 
 def path_between(node: Node, taker: Node) -> Iterable[Node]:
-    """The nodes that run between two."""
+    """The nodes that run after ``node`` and before ``taker``."""
     following = node.next
     while following is not taker:
         yield following
@@ -152,7 +156,7 @@ def path_between(node: Node, taker: Node) -> Iterable[Node]:
 
 
 def is_harmless(node: Node) -> bool:
-    """Whether a node writes into nothing, as far as its name and its arguments say."""
+    """Whether a node changes no tensor in place, as its name and its arguments say."""
     if node.op in {"get_attr", "placeholder"} or moves(node):
         return True
     if node.op == "call_module":
@@ -164,7 +168,7 @@ def is_harmless(node: Node) -> bool:
 
 @final
 class _Sizes(Interpreter):
-    """Runs the modules that nodes call, wherever they are registered, and notes what each node gives."""
+    """Runs a graph with the modules in the nodes' ``meta``, and stores the result of each node."""
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
@@ -186,7 +190,7 @@ class _Sizes(Interpreter):
 
 
 def _path(source: Node, found: Sizes, axes: dict[Node, int]) -> list[Node]:
-    """What leads to a node through moves, as far as the nodes that may be partners and others."""
+    """The nodes that lead to ``source``: back through moves, up to possible partners, which are included."""
     path, waiting = [], [source]
     while waiting:
         node = waiting.pop()
@@ -199,7 +203,7 @@ def _path(source: Node, found: Sizes, axes: dict[Node, int]) -> list[Node]:
 
 
 def _moved(node: Node, found: Sizes, numbers: dict[Node, Tensor]) -> Batch:
-    """The numbers that a node's values have, -1 for what comes from elsewhere."""
+    """The result of a node with channel numbers as values, -1 for values from elsewhere."""
     if node in numbers:
         return numbers[node]
     if not moves(node):
@@ -207,7 +211,7 @@ def _moved(node: Node, found: Sizes, numbers: dict[Node, Tensor]) -> Batch:
 
     def moved(arg: Node) -> Batch:
         ids = _moved(arg, found, numbers)
-        return ids.contiguous() if isinstance(ids, Tensor) else ids  # so that any view is one
+        return ids.contiguous() if isinstance(ids, Tensor) else ids  # so that ``view`` works
 
     if node.op == "call_module":
         return node.meta["module"](*map(moved, node.all_input_nodes))
@@ -222,7 +226,7 @@ def _from_elsewhere(leaf: Leaf) -> Leaf:
 
 
 def _numbered(shape: torch.Size, axis: int, first: int) -> Tensor:
-    """The number of its channel for every value."""
+    """A tensor of this shape that has at each place the number of its channel, counted from ``first``."""
     spread = [1] * len(shape)
     spread[axis] = -1
     return torch.arange(first, first + shape[axis]).reshape(spread).expand(shape)
@@ -237,7 +241,7 @@ def _cut(values: Tensor, lengths: list[int]) -> list[list[int]]:
 
 
 def _asks(user: Node, node: Node) -> bool:
-    """Whether a node reads the shape of another, and not its values."""
+    """Whether the node ``user`` reads only the shape of ``node``, not its values."""
     if _name(user) in _LIKE:
         return user.args[0] is not node and user.args[1:] == (node,)
     return _is_question(user)

@@ -1,9 +1,9 @@
-"""The eval-mode graphs of a model's forwards, put together as far as that is certain.
+"""The eval-mode graphs of a model's forwards, merged where a module is called at one place only.
 
-Where a module is called at one place, its graph stands in the place of the call, and what hands its input on in eval
-mode is left out. Then a layer's neighbours are those of its node, whatever modules they are registered in, and nodes
-are in the order in which they run. The targets of nodes are those of before; ``meta`` has the module that a node calls
-and the one whose forward calls it.
+The graph of such a module replaces the call, and modules that return their input in eval mode are left out. Then the
+neighbours of a layer are the neighbours of its node, in whatever module they are registered, and nodes are in the order
+in which they run. The targets of nodes are unchanged. A node's ``meta`` has the called module ("module") and the module
+whose forward calls it ("caller").
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
     from batchnorm.surgery.dataflow import Callers, Flow
 
-_WHOLE = (*RANKS, _BatchNorm)  # also with children: activations, or what a parametrization adds
+_WHOLE = (*RANKS, _BatchNorm)  # one node each, even if they have children, such as activations or parametrizations
 
 
 def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) -> list[Graph]:
-    """The eval-mode graphs of all forwards that run, those of modules that are called at one place inside of others."""
+    """The eval-mode graphs of all forwards that run; modules that are called at one place are merged into callers."""
     inner = {
         child
         for flow in known.values()
@@ -40,16 +40,16 @@ def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) 
         if _is_plain_call(node, known[child])
     }
 
-    made = []
+    merged = []
     for module, flow in known.items():
         if callers.get(module) and module not in inner:
-            made.append(Graph())
-            made[-1].output(_copied(made[-1], flow, None, {child: known[child] for child in inner}))
-    return made
+            merged.append(Graph())
+            merged[-1].output(_copied(merged[-1], flow, None, {child: known[child] for child in inner}))
+    return merged
 
 
 def _copied(graph: Graph, flow: Flow, inputs: tuple | None, inner: Mapping[nn.Module, Flow]) -> Any:
-    """The result of a forward whose nodes are copied into a graph, with those of inner modules in place of calls."""
+    """Copy a forward into a graph, with the nodes of inner modules in place of their calls; returns its result."""
     values: dict[Node, Any] = {}
     given = iter(inputs or ())
     for node in flow.graphs[False].nodes:
@@ -70,7 +70,7 @@ def _copied(graph: Graph, flow: Flow, inputs: tuple | None, inner: Mapping[nn.Mo
 
 
 def _sole_calls(flow: Flow, callers: Callers, registered: Counter) -> Iterator[tuple[nn.Module, Node]]:
-    """The modules that this forward calls once and nothing else does."""
+    """The modules that this forward calls once and that no other module calls, each with the calling node."""
     nodes = [node for node in flow.graphs[False].nodes if node.op == "call_module"]
     count = Counter(flow.called(node) for node in nodes)
     for node in nodes:
@@ -80,16 +80,19 @@ def _sole_calls(flow: Flow, callers: Callers, registered: Counter) -> Iterator[t
 
 
 def _is_plain_call(node: Node, flow: Flow) -> bool:
-    """Whether a call gives values by position to all inputs, and gets one value; those of bound ones are known."""
+    """Whether a call passes nodes by position to all inputs of a graph, whose result is one node.
+
+    Other arguments than nodes are allowed only if the graph was traced with their values (``is_bound``).
+    """
     graph = flow.graphs[False]
     inputs = sum(inner.op == "placeholder" for inner in graph.nodes)
     result = next(inner.args[0] for inner in graph.nodes if inner.op == "output")
     given = [arg for arg in node.args if isinstance(arg, Node)]
     others = len(node.args) - len(given) + len(node.kwargs)
-    named = any(isinstance(value, Node) for value in node.kwargs.values())
-    return len(given) == inputs and not named and (flow.is_bound or not others) and isinstance(result, Node)
+    nodes_by_name = any(isinstance(value, Node) for value in node.kwargs.values())
+    return len(given) == inputs and not nodes_by_name and (flow.is_bound or not others) and isinstance(result, Node)
 
 
 def _hands_on(module: nn.Module) -> bool:
-    """Whether a module in eval mode returns its input, and nothing looks at it there."""
+    """Whether a module returns its input in eval mode and has no hooks; also true of an empty ``FoldedAway``."""
     return hands_on(module) or (isinstance(module, FoldedAway) and module.is_empty and not is_watched(module))

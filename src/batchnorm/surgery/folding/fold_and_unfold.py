@@ -1,7 +1,7 @@
-"""fold and unfold: batch norm layers of a finished model become part of the layers next to them, and come back.
+"""fold and unfold: batch norm layers of a trained model become part of the layers next to them, and come back.
 
-Where each goes is read from the model's code (``plan``), what becomes of the weights is algebra
-(``arithmetic``), and what stands in its place is the way back (``folding_placeholder``).
+``plan`` reads from the model's code which layer each batch norm layer is folded into, ``arithmetic`` computes the new
+weights, and ``folding_placeholder`` stores what ``unfold`` needs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Model = TypeVar("Model", bound=nn.Module)
 @final
 @dataclass(frozen=True)
 class Folding:
-    """What was folded, what was not and why, and how far the outputs on the example moved.
+    """Which layers were folded, why others were not, and how much the outputs on the example changed.
 
-    ``layers`` has for the path of each batch norm layer its partner, or the reason why it stays. ``error`` is the
+    ``layers`` maps the path of each batch norm layer to its partner, or to the reason why it stays. ``error`` is the
     largest absolute difference of an output, ``largest`` the largest absolute output of the original.
     """
 
@@ -53,7 +53,7 @@ class Folding:
         count = len(self.layers)
         lines = [
             f"folded {count - len(left)} of {count} batch norm layers; "
-            f"outputs differ by at most {self.error:.2g}, where the largest is {self.largest:.2g}"
+            f"outputs differ by at most {self.error:.2g}; the largest output is {self.largest:.2g}"
         ]
         return "\n".join(lines + [f"  left {path!r}: {reason}" for path, reason in left.items()])
 
@@ -61,12 +61,12 @@ class Folding:
 def foldable(model: nn.Module, example: Batch = None) -> dict[str, Partner | str]:
     """For each batch norm layer by path: what ``fold`` would fold it into, or the reason why it would not.
 
-    The model is not changed, and nothing but the example is run. Without one, only the code is looked at: what runs
-    is taken to be all that it can call, convolutions are taken to get batches, and a layer next to a linear layer
-    counts as not foldable, since (N, C) and (N, C, L) look the same.
+    The model is not changed, and it is run only on the example. Without an example, only the code is examined. Then
+    every module that the code can call is assumed to run, convolutions are assumed to get batches, and a batch norm
+    layer next to a linear layer is not foldable, since inputs (N, C) and (N, C, L) cannot be distinguished.
 
     Args:
-        model: In any mode; it is looked at in eval mode.
+        model: In train or eval mode; it is examined in eval mode.
         example: A batch, as for ``fold``.
 
     Raises:
@@ -78,7 +78,7 @@ def foldable(model: nn.Module, example: Batch = None) -> dict[str, Partner | str
         >>> for path, partner in foldable(model).items():
         ...     print(path, partner)
         1 '0' before it
-        3 no convolution or linear layer is next to it: '2' before it, what is returned behind it
+        3 no convolution or linear layer is next to it: '2' before it, the output behind it
     """
     found, _ = plan(model, example)
     return {path: found[path] for path in find(model)} | out_of_reach(model)
@@ -89,48 +89,51 @@ def fold(
 ) -> Model:
     """A copy of the model in eval mode, whose batch norm layers are folded into the layers next to them.
 
-    A batch norm layer in eval mode multiplies each channel by a number and adds one. A convolution, a transposed
-    convolution or a linear layer before it can do that with other weights, and so can one behind it. Folding uses the
-    stored statistics: what the copy does in train mode is not batch norm, and it cannot be trained as the model was.
+    A batch norm layer in eval mode multiplies each channel by a number and adds a number. A convolution, a transposed
+    convolution or a linear layer before or behind it can do the same with other weights. Folding uses the stored
+    statistics: in train mode the copy does not compute batch norm, and it cannot be trained as the model was.
 
-    Which layers are neighbours is read from the forwards, not from the order of registration: through ``Identity``,
-    dropout, modules that run inside of others, and operations that only move values, such as ``view``, ``transpose``
-    and ``cat``. Forwards that torch.fx cannot trace are followed in a run on tensors of the example's sizes without
-    values; what they decide by sizes is taken as it is there. Layers of torch.nn, SyncBatchNorm, ours and frozen ones
-    are folded, and those of other classes and libraries whose tensors multiply each channel by a number and add one, as
-    found by trying it. An activation that a layer applies, and a residual that it adds, stay in its place. The copy has
-    a bias where there was none, and no state_dict keys of folded layers but those of their activations.
+    Neighbours are read from the forwards, not from the order of registration. ``Identity``, dropout, modules that run
+    inside of others, and operations that only move values, such as ``view``, ``transpose`` and ``cat``, may be between
+    two neighbours. A forward that torch.fx cannot trace is run on tensors with the example's sizes and without values;
+    branches that depend on sizes are then valid for these sizes only. Layers of torch.nn, SyncBatchNorm, ours and
+    frozen layers are folded. So are layers of other classes and libraries, if a trial shows that they multiply each
+    channel by a number and add a number. The place of a folded layer still applies its activation and adds its
+    residual. Layers without a bias get one in the copy. Of the state_dict keys of folded layers, only those of their
+    activations remain.
 
     A layer is left as it is, and ``report`` says why, if
 
-    - no convolution or linear layer is next to it in the code, or that code decides by values, sets attributes or runs
-      in a context such as ``no_grad``;
-    - either is called at several places or not at all, has several names, or shares a tensor with another module;
-    - what lies between them also goes elsewhere, or hooks see it;
-    - either is parametrized, or has a forward that does something else than such layers do;
-    - it is no layer but an operation of an exported program or a call of torch's function, or belongs to quantization;
+    - no convolution or linear layer is next to it in the code, or that code has branches that depend on values, sets
+      attributes or runs in a context such as ``no_grad``;
+    - the layer or its neighbour is called at several places or not at all, has several names, or shares a tensor with
+      another module;
+    - the value between them also goes elsewhere, or hooks see it;
+    - the layer or its neighbour is parametrized, or its forward does something else than layers of its kind do;
+    - batch norm is not a layer but an operation of an exported program or a call of torch's function;
+    - the layer belongs to quantization;
     - it stores no statistics, a variance is negative, or weights would be NaN, infinite or too large for their type;
-    - the channels are on different axes: a linear layer makes (N, L, C), and batch norm takes (N, C, L);
-    - the layer behind it does not pass a shift on evenly: it pads with zeros, or is a transposed convolution of a
-      kernel or a stride above 1. Where the shift is 0 that does not matter.
+    - the channels are on different axes: a linear layer makes (N, L, C), and batch norm expects (N, C, L);
+    - its shift is not 0, and the layer behind it would not add it evenly: that layer pads with zeros, or is a
+      transposed convolution with a kernel or a stride above 1.
 
-    The weights are computed in float64 and rounded once. Model and copy are then compared on the example, as they
-    are and, where they run in it, in float64. A difference of more than sqrt(eps) of the largest output, half of the
-    digits that the type has, is no matter of rounding.
+    The weights are computed in float64 and rounded once. Model and copy are then compared on the example, in their own
+    type and, if they run in float64, also in float64. An error is raised if outputs differ by more than sqrt(eps) times
+    the largest output, which is half of the type's digits: rounding does not explain such a difference.
 
     Args:
         model: Not changed, unless ``inplace``. Its mode does not matter.
-        example: A batch: a tensor is given to the model; of a tuple or list the first element; a mapping by name if
-            ``model.forward`` accepts its keys, else whole. A layer that does not run on it is not folded.
-        inplace: Change ``model`` itself and return it; parameters stay the same objects. If anything is raised, it has
-            its weights and layers as before.
-        report: Called with a ``Folding``: what became of each layer, and the difference that was measured. None for
-            nobody.
+        example: A batch. A tensor is passed to the model; of a tuple or list, the first element; a mapping is passed as
+            keyword arguments if ``model.forward`` accepts its keys, else as it is. A layer that does not run on the
+            example is not folded.
+        inplace: Change ``model`` itself and return it; parameters stay the same objects. If an error is raised, the
+            model has its weights and layers as before.
+        report: Called with a ``Folding``: the result for each layer, and the measured difference. None: no report.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
-        ValueError: If the model does not run on ``example``, also for want of numbers (fake, on the meta device),
-            returns no tensors, or is compiled; or if the comparison fails, with the difference.
+        ValueError: If the model does not run on ``example``, also because its tensors have no values (fake, or on the
+            meta device); if it returns no tensors or is compiled; or if the comparison fails, with the difference.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -167,10 +170,10 @@ def fold(
 
 
 def _check(model: nn.Module, example: Batch, *, inplace: bool) -> None:
-    """Refuse what ``fold`` cannot work with."""
+    """Raise for arguments that ``fold`` cannot work with."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "fold needs a model of modules, got a program of TorchScript. Use the model as it was before torch.jit."
+            "fold needs a model of modules, got a program of TorchScript. Pass the model from before torch.jit."
         )
     require_real(model, "fold")
     require_examples(example, "fold")
@@ -180,10 +183,10 @@ def _check(model: nn.Module, example: Batch, *, inplace: bool) -> None:
 
 
 def unfold(model: Model, *, inplace: bool = False) -> Model:
-    """A copy of the model with the batch norm layers that ``fold`` took away, and the weights of before, bit for bit.
+    """A copy of the model with the batch norm layers and weights from before ``fold``, bit for bit.
 
-    What was done to the folded weights since is lost. The layers are in the mode that the places they come back to
-    are in: eval mode, unless ``train()`` was called. A model without folded layers is only copied.
+    Changes to the folded weights since then are lost. The layers are in the mode that the model had in their places:
+    eval mode, unless ``train()`` was called. A model without folded layers is only copied.
 
     Args:
         model: Not changed, unless ``inplace``.
@@ -210,7 +213,7 @@ def unfold(model: Model, *, inplace: bool = False) -> Model:
 
 
 def _put_in(model: nn.Module, found: Mapping[str, Partner | str], parts: Mapping[str, Parts]) -> None:
-    """Change the model in place as planned."""
+    """Fold the layers of the model in place, as planned."""
     folded = [m for m in model.modules() if isinstance(m, FoldedAway)]
     before = {id(p): tensors for m in folded for p, tensors in zip(m.partners, m._tensors, strict=True)}
     joined: dict[nn.Module, Linear] = {}
@@ -229,24 +232,24 @@ def _put_in(model: nn.Module, found: Mapping[str, Partner | str], parts: Mapping
         )
     for partner, new in joined.items():
         like: Any = partner.weight
-        weight = torch.empty_like(like, requires_grad=False).copy_(new.weight)  # in its memory format
+        weight = torch.empty_like(like, requires_grad=False).copy_(new.weight)  # keeps the memory format
         set_tensors(partner, {"weight": weight, "bias": new.bias.to(like.device, like.dtype)})
 
 
 def _in_float64(model: nn.Module, example: Batch) -> tuple[nn.Module, Batch, list[Tensor]] | None:
-    """A copy of the model that computes in float64, an example for it and what it returns, if it runs in that type."""
+    """A copy of the model in float64, its example and its outputs; None if it does not run in float64."""
     try:
         wide = copy.deepcopy(model).double()
         wide_example = tree_map(
             lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, example
         )
         return wide, wide_example, _outputs(wide, wide_example)
-    except Exception:  # noqa: BLE001 - then the comparison in the model's own type is all there is
+    except Exception:  # noqa: BLE001 - then only the comparison in the model's own type is made
         return None
 
 
 def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    """The tensors of numbers that a model returns in eval mode. The model is as before."""
+    """The real and complex tensors that a model returns in eval mode. The model is not changed."""
     with preserve_state(model), torch.no_grad():
         set_mode(model, False)
         returned = call(model, fresh(example))
@@ -255,41 +258,41 @@ def _outputs(model: nn.Module, example: Batch) -> list[Tensor]:
     if not leaves:
         raise ValueError(
             f"fold needs a model whose results can be compared, got {type(returned).__name__} without floating-point "
-            "tensors. Fold the part of it that computes them."
+            "tensors. Fold the part of the model that returns such tensors."
         )
     return leaves
 
 
 def _difference(expected: list[Tensor], folded: nn.Module, example: Batch) -> tuple[float, float]:
-    """The largest difference of what both return, and the largest value, of the original."""
+    """The largest absolute difference of the outputs, and the largest absolute output of the original."""
     try:
         got = _outputs(folded, example)
     except Exception as error:
         raise ValueError(
             f"fold needs a model that runs without its batch norm layers, got {type(error).__name__}: {error} "
-            "Code that reads attributes of a layer cannot do without it."
+            "Change code that reads attributes of a batch norm layer: folded layers do not have them."
         ) from error
     if [t.shape for t in got] != [t.shape for t in expected]:
-        raise ValueError("fold needs a model whose results have the same shapes each time, got others. Fold its parts.")
+        raise ValueError("fold needs results of the same shapes in each run, got others. Fold parts of the model.")
     error = max(_largest(a, b) for a, b in zip(expected, got, strict=True))
     largest = max(_largest(t) for t in expected)
     line = max(map(_eps, expected)) ** 0.5 * largest
     if not error <= line:
         raise ValueError(
-            f"fold needs weights that bear it, got outputs that differ by {error:.3g}, where rounding explains "
-            f"{line:.2g}. A variance near 0 or a mean far from 0 takes digits: see foldable, and recalibrate the model."
+            f"fold needs the same outputs up to rounding, got outputs that differ by {error:.3g}, where rounding "
+            f"explains {line:.2g}. A variance near 0 or a mean far from 0 costs digits: recalibrate the model."
         )
     return error, largest
 
 
 def _eps(tensor: Tensor) -> float:
-    """The relative error of what a tensor was computed with: GPUs may take float32 factors to TF32's 10 bits."""
+    """The relative precision of a tensor's computation: GPUs may round float32 factors to the 10 bits of TF32."""
     is_short = tensor.dtype == torch.float32 and tensor.device.type != "cpu"
     return torch.finfo(torch.float16 if is_short else tensor.dtype).eps
 
 
 def _largest(a: Tensor, b: Tensor | None = None) -> float:
-    """The largest absolute value, or difference. Where both are the same, NaN for one, there is none."""
+    """The largest finite absolute value of ``a``, or difference from ``b``; equal values, also NaN, do not differ."""
     a = a.to("cpu", torch.complex128 if a.is_complex() else torch.float64)
     if b is None:
         a = a[a.isfinite()]

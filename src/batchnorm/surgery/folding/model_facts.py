@@ -52,14 +52,18 @@ SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_trans
 
 
 def fresh(example: Batch) -> Batch:
-    """A copy of a batch, which a model may write to."""
+    """A copy of a batch, so that a model may change it in place."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
 
 
 @final
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about a model. ``ranks`` is None if it was not run; tensors are identified by their id."""
+    """Facts about a model.
+
+    ``ranks`` has the numbers of axes of each layer's inputs, None if the model was not run. ``owners`` counts the names
+    of each tensor, and ``read`` has the tensors that other code reads, both by ``id``.
+    """
 
     names: dict[nn.Module, str]
     registered: Counter
@@ -69,24 +73,24 @@ class ModelFacts:
     owners: Counter
     read: set[int]
     linear: set[nn.Module]  # convolutions and linear layers that do nothing else with their weight and bias
-    holding: set[nn.Module]  # those that go on with their sum, such as by a batch norm layer that they hold
-    sizes: Sizes = field(default_factory=dict, init=False)  # of graphs in which values are moved
-    parts: dict[nn.Module, Parts | str]  # what each layer does, or why that is not known
+    holding: set[nn.Module]  # those whose forward processes the sum further, such as by a batch norm layer inside
+    sizes: Sizes = field(default_factory=dict, init=False)  # in graphs with operations that only move values
+    parts: dict[nn.Module, Parts | str]  # what each batch norm layer does, or why that is not known
 
     @property
     def applying(self) -> set[nn.Module]:
-        """The layers that do something with what they have normalized."""
+        """The batch norm layers that process the normalized values further, such as by an activation."""
         after = {layer for layer, parts in self.parts.items() if isinstance(parts, Parts) and parts.then is not None}
         return after | {layer for layer in self.parts if is_ours(layer) and layer.act is not None}
 
     def affine(self, layer: nn.Module) -> Affine:
-        """What a layer does that can be folded."""
+        """The affine map of a batch norm layer, which is the part that can be folded."""
         parts = self.parts[layer]
-        assert isinstance(parts, Parts)  # noqa: S101 - the reason why it is not known was given before
+        assert isinstance(parts, Parts)  # noqa: S101 - about_layer has returned the reason before
         return parts.affine
 
     def about_calls(self, module: nn.Module) -> str | None:
-        """Why a module is not called at one place."""
+        """Why a module is not called at exactly one place; None if it is."""
         nodes, callers = self.nodes.get(module, []), self.callers.get(module, set())
         if self.registered[module] != 1:
             return "has several names" if self.registered[module] else "is the model itself"
@@ -99,7 +103,7 @@ class ModelFacts:
         return None
 
     def about_tensors(self, module: nn.Module) -> str | None:
-        """Why a module's tensors are not its own."""
+        """Why a module's tensors cannot be changed, such as that they are shared; None if they can be changed."""
         tensors = {**module._parameters, **module._buffers}
         for name, tensor in tensors.items():
             if tensor is not None and self.owners[id(tensor)] > 1:
@@ -115,7 +119,7 @@ def gathered(
     model: nn.Module, known: dict[nn.Module, Flow], callers: Callers, ranks: dict[nn.Module, set[int]] | None,
     linear: set[nn.Module], holding: set[nn.Module], parts: dict[nn.Module, Parts | str],
 ) -> ModelFacts:  # fmt: skip
-    """What is known of a model, from its flows and from what was seen when it ran."""
+    """The facts about a model, from its flows and from a run on the example, if there was one."""
     registered = registrations(model)
     tensors = (t for m in model.modules() for table in (m._parameters, m._buffers) for t in table.values())
     read = {
@@ -143,7 +147,7 @@ def _attribute(value: nn.Module, path: str) -> object:
 
 
 def look_at_channels(facts: ModelFacts, inputs: InputShapes) -> None:
-    """Find the sizes of graphs that have a batch norm layer next to an operation that moves values."""
+    """Add the sizes of graphs in which a batch norm layer is next to an operation that moves values."""
     nodes = [node for layer in facts.parts for node in facts.nodes.get(layer, [])]
     near = {node.graph: None for node in nodes if any(map(channel_paths.moves, [*node.all_input_nodes, *node.users]))}
     for graph in near:
@@ -151,7 +155,7 @@ def look_at_channels(facts: ModelFacts, inputs: InputShapes) -> None:
 
 
 def observed(model: nn.Module, example: Batch) -> tuple[Callers, dict[nn.Module, set[int]], Arguments, InputShapes]:
-    """Callers, arguments, input shapes, and the number of axes at each batch norm layer, of one run in eval mode."""
+    """One run in eval mode: callers, numbers of axes at batch norm layers, optional arguments, and input shapes."""
     set_mode(model, False)
     seen = (
         observed_callers(),
@@ -166,8 +170,8 @@ def observed(model: nn.Module, example: Batch) -> tuple[Callers, dict[nn.Module,
             raise
         except Exception as error:
             raise ValueError(
-                f"fold needs an example that the model takes in eval mode, got {type(error).__name__}: {error} "
-                "Pass a batch, as recalibrate would get it from a loader."
+                f"fold needs an example on which the model runs in eval mode, got {type(error).__name__}: {error} "
+                "Pass a batch, as a loader for recalibrate returns it."
             ) from error
     return callers, ranks, arguments, inputs
 
@@ -185,25 +189,25 @@ def _observed_ranks(layers: Container[nn.Module]) -> Iterator[dict[nn.Module, se
 
 
 def is_linear(module: nn.Module, record: Record | None) -> bool:
-    """Whether a convolution or linear layer, also one of a class of its own, is linear in its weight and bias.
+    """Whether a convolution or linear layer, or an instance of a subclass, is linear in its weight and bias.
 
-    A class of its own may do what it likes with the input before, such as padding it, and nothing behind.
+    A subclass may change the input before the sum, such as pad it, but must return the sum unchanged.
     """
     if type(module) in RANKS:
         return "forward" not in vars(module)
-    found = sum_of(module, record)
-    return found is not None and [user.op for user in found.users] == ["output"]
+    total = sum_of(module, record)
+    return total is not None and [user.op for user in total.users] == ["output"]
 
 
 def sum_of(module: nn.Module, record: Record | None) -> Node | None:
-    """The one operation in a forward that reads weight and bias, if it is that of such a layer."""
+    """The operation in a forward that reads weight and bias, if it is one of ``SUMS`` and the only one; else None."""
     if parametrize.is_parametrized(module) or any(map(is_lazy, module.parameters())):
         return None
     weight = module._parameters["weight"]
-    assert weight is not None  # noqa: S101 - of a layer in RANKS
+    assert weight is not None  # noqa: S101 - layers in RANKS have a weight
     bias = module._parameters.get("bias")
     module._parameters["bias"] = nn.Parameter(weight.new_zeros(channels(module, "before")))
-    try:  # with a bias, so that one is seen to be used if there is none yet
+    try:  # traced with a bias, which shows whether the forward would use one
         flow = _graph_of(module, record)
     except TraceError:
         return None

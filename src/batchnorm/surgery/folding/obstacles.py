@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def rank(partner: nn.Module) -> int:
-    """How many axes a batch of a convolution or linear layer has."""
+    """The number of axes of a convolution's or linear layer's input batches."""
     return next(RANKS[kind] for kind in type(partner).__mro__ if kind in RANKS)
 
 
 def about_layer(facts: ModelFacts, layer: _BatchNorm) -> str | None:
-    """Why a batch norm layer cannot be folded into any neighbour."""
+    """Why a batch norm layer cannot be folded into any neighbour; None if nothing in the layer forbids it."""
     if reason := about_state(layer):
         return reason
     parts = facts.parts[layer]
@@ -45,7 +45,7 @@ def about_layer(facts: ModelFacts, layer: _BatchNorm) -> str | None:
 
 
 def about_state(layer: Any) -> str | None:
-    """Why a layer's tensors cannot be read, or its hooks forbid folding."""
+    """Why a layer's tensors or its hooks forbid folding; None if they do not."""
     if parametrize.is_parametrized(layer):
         return "is parametrized"
     if "forward" in vars(layer) or any(map(is_lazy, [*layer.parameters(), *layer.buffers()])):
@@ -68,13 +68,13 @@ def about_state(layer: Any) -> str | None:
 
 
 def _absent(layer: nn.Module) -> str | None:
-    """Which of a layer's tensors cannot be read here, and why."""
+    """Which of a layer's tensors cannot be read, and why; None if all can be read."""
     own = {**layer._parameters, **layer._buffers}
     return next((f"has a {name} that {why}" for name, t in own.items() if t is not None and (why := absence(t))), None)
 
 
 def about_pair(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position) -> str | None:
-    """Why a layer cannot be folded into this neighbour."""
+    """Why a layer cannot be folded into this neighbour; None if it can."""
     if reason := about_partner(facts, partner, position):
         return reason
     node, theirs = facts.nodes[layer][0], facts.nodes[partner][0]
@@ -84,16 +84,16 @@ def about_pair(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Pos
 
 
 def about_partner(facts: ModelFacts, partner: Any, position: Position) -> str | None:
-    """Why a convolution or linear layer cannot take over any batch norm layer."""
+    """Why no batch norm layer can be folded into this convolution or linear layer; None if that is possible."""
     name = facts.names[partner]
     if absent := _absent(partner):
         return f"{name!r} {absent}"
     if partner not in facts.linear | facts.holding or (type(partner) not in RANKS and position == "behind"):
-        return f"{name!r} is a {type(partner).__name__} with a weight or a forward of its own"
+        return f"{name!r} is a {type(partner).__name__} that uses its weight or its input in another way than torch.nn"
     if not isinstance(partner._parameters.get("weight"), nn.Parameter):
-        return f"{name!r} has a weight that is computed"
+        return f"{name!r} has a weight that is computed from other tensors"
     if not partner.weight.is_floating_point():
-        return f"{name!r} has a weight of {partner.weight.dtype}"
+        return f"{name!r} has a weight of type {partner.weight.dtype}"
     if is_watched(partner):
         return f"{name!r} has hooks that see its input or its result"
     if reason := facts.about_calls(partner) or facts.about_tensors(partner):
@@ -107,44 +107,44 @@ def about_partner(facts: ModelFacts, partner: Any, position: Position) -> str | 
 def about_result(
     facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position, channels: Channels | None = None
 ) -> str | None:
-    """Why the weights after folding would be wrong, or do not fit their type."""
+    """Why the weights after folding would be wrong or too large for their type; None if they are right."""
     name, affine = facts.names[partner], facts.affine(layer).spread(channels)
     if position == "behind" and affine.shift.any() and not shifts_evenly(partner):
         zeros = (
-            "makes borders of less than its kernel"
+            "makes some outputs from a part of its kernel"
             if isinstance(partner, nn.modules.conv._ConvTransposeNd)
             else "pads with zeros"
         )
-        return f"{name!r} {zeros}, which the shift of the layer does not reach"
+        return f"{name!r} {zeros}, so the shift of the layer is not the same everywhere"
     joined = Linear.of(partner).joined(affine, position)
     if not all(t.to(partner.weight.dtype).isfinite().all() for t in (joined.weight, joined.bias)):
-        return f"{name!r} would have weights that {partner.weight.dtype} cannot hold"
+        return f"{name!r} would have weights that are too large for {partner.weight.dtype}"
     return None
 
 
 def _about_order(facts: ModelFacts, node: Node, theirs: Node, position: Position) -> str | None:
-    """Why the value between the two layers may be read or written elsewhere."""
+    """Why other code may read or overwrite the value between the two layers; None if it does not."""
     if position == "before":
         others = [named(facts, user) for user in theirs.users if user is not node]
         others += ["the sum behind the layer"] if theirs in node.args[1:] else []
         return f"has a result that also goes to {others[0]}" if others else None
     if len(node.args) > 1 or node.meta["module"] in facts.applying:
-        return "comes behind an activation that the layer applies"
+        return "is behind an activation that the layer applies"
     following = node.next
     while following.op == "get_attr":
         following = following.next
-    return None if following is theirs else "runs later, when the layer's input may have been written over"
+    return None if following is theirs else "runs later, when other code may have overwritten the layer's input"
 
 
 def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position) -> str | None:
-    """Why the channels of both layers are not on the same axis."""
+    """Why the channels of both layers are not on the same axis; None if they are."""
     count = channels(partner, position)
-    verb = "makes" if position == "before" else "takes"
+    verb = "makes" if position == "before" else "reads"
     if count != channels_of(layer):
-        return f"{verb} {count} channels on another axis than the {channels_of(layer)} that the layer normalizes"
+        return f"{verb} {count} channels, on another axis than the {channels_of(layer)} channels of the layer"
     if facts.ranks is None:
         if isinstance(partner, nn.Linear):
-            return f"{verb} channels on the last axis, which is axis 1 only of (N, C): pass an example to see"
+            return f"{verb} channels on the last axis, which is axis 1 only in (N, C): pass an example to show it"
         return None
     ranks = facts.ranks.get(layer, set())
     if ranks != {rank(partner)}:
@@ -154,9 +154,9 @@ def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Pos
 
 
 def named(facts: ModelFacts, node: Node) -> str:
-    """A node in the words of the model's code."""
+    """A node in words: the path of a module, the name of a function or method, "an input" or "the output"."""
     if node.op == "call_module":
         return repr(facts.names[node.meta["module"]])
     if node.op in {"placeholder", "output"}:
-        return "an input" if node.op == "placeholder" else "what is returned"
+        return "an input" if node.op == "placeholder" else "the output"
     return str(getattr(node.target, "__name__", node.target))

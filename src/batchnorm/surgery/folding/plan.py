@@ -1,4 +1,4 @@
-"""The plan of a fold: for each batch norm layer its partner, or the reason why it stays."""
+"""The plan of a fold: for each batch norm layer the layer that it is folded into, or the reason why it stays."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Partner:
-    """What a batch norm layer is folded into: a layer ``before`` it or ``behind`` it.
+    """The layer that a batch norm layer is folded into: it is ``before`` or ``behind`` batch norm.
 
-    ``channels`` has for each channel of that layer the one of batch norm that it meets, -1 for none; None if they are
-    the same. ``others`` are further layers before it, whose results are concatenated with those of the first.
+    ``channels`` has for each channel of this layer the channel of batch norm that it meets, -1 for none; ``channels``
+    is None if both have the same channels. ``others`` are further layers before batch norm, whose results are
+    concatenated with the result of this layer.
     """
 
     path: str
@@ -70,9 +71,9 @@ class Partner:
 
 
 def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], dict[str, Parts]]:
-    """The partner of each batch norm layer or the reason why it has none, and the map of each layer with a partner.
+    """The partner of each batch norm layer, or the reason why it has none; and what each layer computes, if known.
 
-    Folds must be done in this order.
+    Folds must be done in the order of the first dict.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
@@ -86,7 +87,7 @@ def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], di
     facts, closed = _examined(model, example)
     found: dict[str, Partner | str] = {}
     settled = True
-    while settled:  # what is folded is out of the way of what lies beyond it
+    while settled:  # a folded layer is removed from its graph, so that other layers may get new neighbours
         settled = False
         for path, layer in list(open_layers.items()):
             found[path] = quantized(model, path) or _answer(facts, layer) or _why_unseen(path, facts, closed)
@@ -94,13 +95,13 @@ def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], di
                 settled = True
                 del open_layers[path]
                 _take_out(facts.nodes[layer][0], facts.applying)
-                found[path] = found.pop(path)  # behind those that were settled before
+                found[path] = found.pop(path)  # moved to the end: folds are done in this order
     known_parts = {path: facts.parts.get(layer) for path, layer in find(model).items()}
     return found, {path: parts for path, parts in known_parts.items() if isinstance(parts, Parts)}
 
 
 def _examined(model: nn.Module, example: Batch) -> tuple[ModelFacts, dict[nn.Module, str]]:
-    """Facts about a model, and why forwards have no graph. The model is as before."""
+    """Facts about a model, and for each forward without a graph the reason. The model is not changed."""
     with preserve_state(model):
         ranks = arguments = callers = inputs = record = None
         if example is not None:
@@ -125,7 +126,7 @@ def _take_out(node: Node, applying: Container[nn.Module]) -> None:
 
 
 def _why_unseen(path: str, facts: ModelFacts, closed: dict[nn.Module, str]) -> str:
-    """Why a layer is in no graph."""
+    """Why a layer is in no graph, in the words of a reason."""
     around = [m for m, name in facts.names.items() if m in closed and (name == "" or path.startswith(f"{name}."))]
     if not around:
         return "no code that torch.fx can trace calls it"
@@ -135,7 +136,7 @@ def _why_unseen(path: str, facts: ModelFacts, closed: dict[nn.Module, str]) -> s
 
 
 def _answer(facts: ModelFacts, layer: _BatchNorm) -> Partner | str | None:
-    """The partner, or why there is none; None if the layer is in no graph."""
+    """The partner of a layer, or why it has none; None if the layer is in no graph."""
     if (reason := about_layer(facts, layer)) or (reason := facts.about_tensors(layer)):
         return f"it {reason}"
     if reason := facts.about_calls(layer):
@@ -160,7 +161,7 @@ def _answer(facts: ModelFacts, layer: _BatchNorm) -> Partner | str | None:
 
 
 def _next_to(facts: ModelFacts, layer: _BatchNorm, node: Node, source: Node) -> Iterator[Partner | str]:
-    """The convolution or linear layer before or behind a layer, or why it is no partner."""
+    """The convolutions and linear layers next to a batch norm layer, each as partner or as reason why it is none."""
     for position, neighbour in (("before", source), ("behind", _only_user(node))):
         partner = neighbour.meta.get("module") if neighbour is not None else None
         if isinstance(partner, tuple(RANKS)):
@@ -175,19 +176,19 @@ def _inside(facts: ModelFacts, layer: _BatchNorm, node: Node, source: Node) -> I
     reason = reason or about_result(facts, layer, holder, "before")
     others = [named(facts, user) for user in source.users if user is not node]
     if reason is None and others:
-        reason = f"{facts.names[holder]!r} has a sum that also goes to {others[0]}"
+        reason = f"{facts.names[holder]!r} computes a sum that also goes to {others[0]}"
     yield reason or Partner(facts.names[holder], "before")
 
 
 def _holder(facts: ModelFacts, source: Node) -> nn.Module | None:
-    """The convolution or linear layer in whose own forward a sum of its weight is."""
+    """The convolution or linear layer whose forward contains the node ``source``, its sum; None if there is none."""
     caller = source.meta.get("caller")
     is_sum = source.op == "call_function" and source.target in SUMS
     return caller if is_sum and caller in facts.holding else None
 
 
 def _through_moves(facts: ModelFacts, layer: _BatchNorm, node: Node) -> Partner | str | None:
-    """The partner behind operations that only move values, or why there is none; None without such operations."""
+    """The partner beyond operations that only move values, or why there is none; None without such operations."""
     near = [
         position
         for position, nodes in (("before", node.all_input_nodes[:1]), ("behind", node.users))
@@ -196,7 +197,11 @@ def _through_moves(facts: ModelFacts, layer: _BatchNorm, node: Node) -> Partner 
     if not near:
         return None
     if node not in facts.sizes:
-        return "the sizes around it are not known" if facts.ranks is not None else "pass an example to see through"
+        return (
+            "the sizes of its neighbours' results are not known"
+            if facts.ranks is not None
+            else "pass an example to follow values through the operations next to it"
+        )
     axes = {
         theirs: axis
         for partner in facts.linear
@@ -213,7 +218,7 @@ def _through_moves(facts: ModelFacts, layer: _BatchNorm, node: Node) -> Partner 
 
 
 def _axis(facts: ModelFacts, partner: nn.Module, node: Node) -> int | None:
-    """The axis of a partner's channels, if its results are batches with the usual number of axes."""
+    """The axis of a partner's channels; None if its results do not have the axes of a batch."""
     value = facts.sizes.get(node)
     if not isinstance(value, Tensor):
         return None
@@ -238,7 +243,7 @@ def _before(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, i
 
 def _behind(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, int]) -> Partner | str:
     if node in {each for layer in facts.applying for each in facts.nodes.get(layer, [])}:
-        return "what is behind it gets the result of an activation"
+        return "it applies an activation, so nothing behind it can do its work"
     found = channel_paths.behind(node, facts.sizes, axes)
     if isinstance(found, str):
         return found
@@ -248,12 +253,12 @@ def _behind(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, i
         return reason
     between = channel_paths.path_between(node, theirs)
     if not all(map(channel_paths.is_harmless, between)):
-        return f"{facts.names[partner]!r} runs later, when the layer's input may have been written over"
+        return f"{facts.names[partner]!r} runs later, when other code may have overwritten the layer's input"
     return Partner(facts.names[partner], "behind", channels)
 
 
 def _parts(layers: dict[str, _BatchNorm]) -> dict[nn.Module, Parts | str]:
-    """What each layer does that stores statistics and has its own tensors."""
+    """What each layer computes, or why that is not known; only layers whose tensors and hooks allow folding."""
     return {layer: parts_of(layer) for layer in layers.values() if about_state(layer) is None}
 
 
