@@ -182,7 +182,7 @@ OTHERS = {
     "text": (b"epoch,loss\n1,0.5\n", "text, 'epoch,loss"),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "Git LFS pointer in the file's place. Run: git lfs pull.",
+        "Git LFS pointer in place of the file. Run: git lfs pull.",
     ),
     "index": (b'{"metadata": {}, "weight_map": {"a": "b"}}', "index of a checkpoint in parts"),
     "tar": (bytes(257) + b"ustar\x0000" + bytes(300), "a tar file"),
@@ -225,8 +225,8 @@ def test_a_file_that_may_not_be_read_is_a_permission_error(tmp_path):
 FOUR = numbers(4)
 TENSORS = {
     "past its storage": (tensor(numbers(5), numbers(1)), "a tensor inside its storage of 16 bytes"),
-    "offset past its storage": (tensor(FOUR, numbers(1), offset=number(3)), "one that ends at 28"),
-    "stride past its storage": (tensor(numbers(2), numbers(4)), "one that ends at 20"),
+    "offset past its storage": (tensor(FOUR, numbers(1), offset=number(3)), "a tensor that ends at 28"),
+    "stride past its storage": (tensor(numbers(2), numbers(4)), "a tensor that ends at 20"),
     "negative offset": (tensor(FOUR, numbers(1), offset=number(-1)), "got -1"),
     "negative stride": (tensor(FOUR, numbers(-1)), "got -1"),
     "negative size": (tensor(numbers(-4), numbers(1)), "got -4"),
@@ -235,7 +235,7 @@ TENSORS = {
     "larger size": (tensor(numbers(2**1000), numbers(0)), "whole numbers from 0"),
     "huge by product": (tensor(numbers(*[2**40] * 60), numbers(*[0] * 60)), "values in batch norm layers, got"),
     "expanded": (tensor(numbers(2**23), numbers(0)), "at most 4,194,304 channels"),
-    "far apart": (tensor(numbers(2), numbers(2**60)), "one that ends at"),
+    "far apart": (tensor(numbers(2), numbers(2**60)), "a tensor that ends at"),
     "fewer strides": (tensor(numbers(2, 2), numbers(1)), "a stride for each axis of a tensor, got 1 for 2"),
     "no sizes": (tensor(b"N", numbers(1)), "a tensor's storage, size and stride, got a Storage, None"),
     "no record": (tensor(FOUR, numbers(1), key="../0"), "expected a record ../0, got none"),
@@ -482,7 +482,7 @@ ENTRY = '{"dtype":"F32","shape":[4],"data_offsets":[%d,%d]}'
     ("header", "message"),
     [
         (f'{{"bn":{ENTRY % (0, 16)},"bn":{ENTRY % (16, 32)}}}', "each name once .* got bn twice"),
-        (f'{{"a":{ENTRY % (0, 16)},"b":{ENTRY % (8, 24)}}}', "bytes of its own .* got a and b in the same ones"),
+        (f'{{"a":{ENTRY % (0, 16)},"b":{ENTRY % (8, 24)}}}', "bytes of its own .* got a and b overlapping"),
     ],
 )
 def test_names_and_bytes_of_two_tensors_are_refused(tmp_path, header, message):

@@ -367,11 +367,11 @@ def test_external_data_beside_the_model_are_read(tmp_path, told):
 @pytest.mark.parametrize(
     ("location", "why"),
     [
-        ("m.data", "lie in m.data, which is not there. Put it beside the model."),
-        ("../m.data", "lie in ../m.data, which is not beside the model."),
-        ("/etc/passwd", "lie in /etc/passwd, which is not beside the model."),
-        ("link", "lie in link, which is not there."),
-        ("short", "lie in short, which is too short."),
+        ("m.data", "are in m.data, which is missing or a link to another folder. Put the file beside"),
+        ("../m.data", "are in ../m.data, which is not in the model's folder."),
+        ("/etc/passwd", "are in /etc/passwd, which is not in the model's folder."),
+        ("link", "are in link, which is missing or a link to another folder."),
+        ("short", "are in short, which is too short."),
     ],
 )
 def test_external_data_that_are_not_there_are_said_to_be_unread(tmp_path, location, why):
@@ -393,7 +393,7 @@ def test_sizes_that_contradict_each_other_are_refused(tmp_path):
     tensors[2].dims[0] = 5
     with pytest.raises(ValueError, match=r"expected 5 values in layer1\.0\.bn1\.running_mean, got 3"):
         reading(tmp_path, model([node()], tensors))
-    with pytest.raises(ValueError, match=r"expected one size of all tensors of layer layer1\.0\.bn1"):
+    with pytest.raises(ValueError, match=r"expected tensors of one size in layer layer1\.0\.bn1"):
         reading(tmp_path, model([node()], [*initializers()[:3], initializers(channels=4)[3]]))
 
 

@@ -167,7 +167,7 @@ STAYS = {
     "a part that others read": (
         lambda n, x: [y := n.a(x), n.bn(torch.cat([y, n.a2(x)], 1)), y.sum()], "also goes elsewhere"),
     "channels that meet several": (
-        lambda n, x: n.bn(n.w(x).flatten(2).transpose(1, 2)[:, :7].unsqueeze(3)), "one channel of the layer before it be"),
+        lambda n, x: n.bn(n.w(x).flatten(2).transpose(1, 2)[:, :7].unsqueeze(3)), "one channel of the layer before"),
     "a mean": (lambda n, x: n.bn(n.a7(x).flatten(2).cumsum(2).unsqueeze(2)), "no convolution or linear layer makes it"),
     "zeros around": (lambda n, x: n.behind(torch.cat([n.bn3(x.sin()), x], 1)), "pads with zeros"),
     "written in between": (

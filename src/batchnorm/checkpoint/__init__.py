@@ -1,7 +1,7 @@
-"""checkpoint: what a file stores of its batch norm layers, read without torch, without running any of its code.
+"""checkpoint: the batch norm layers in a file, read without torch and without running any code of the file.
 
 ``read`` knows torch.save's two formats, safetensors and ONNX. It recognizes them by their content, not by the suffix.
-Only batch norm's tensors are read, so a file of gigabytes takes a moment.
+Only batch norm's tensors are read, so even a file of gigabytes is read quickly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Shared", "State", "Stored", "format_of", "read"]
 
-# the result of looking at a file
+# the type of the result of ``look``
 Seen = TypeVar("Seen")
 _READERS = {
     "pt": torch_zip.read,
@@ -50,32 +50,32 @@ _DAMAGE = (
 
 
 def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """What a file holds that concerns batch norm; no layers if it holds none.
+    """The batch norm layers in a file, and what concerns them; ``layers`` is empty if the file has none.
 
-    Nothing of the file is executed: of a pickle only tensors and plain values are read, whole modules by their
-    tensors; classes of other objects are named in ``unread``. Bytes that are used are compared with their CRC, where
-    the format has one.
+    Nothing in the file is executed. Of a pickle only tensors and plain values are read, and of a whole module its
+    tensors; the classes of other objects are named in ``unread``. Bytes that are used are compared with their CRC, if
+    the format has a CRC.
 
     Args:
         path: A file of torch.save (.pt, .pth, .ckpt, .bin), a pickle of tensors or NumPy arrays (.pkl), .safetensors
             or .onnx.
 
     Raises:
-        ValueError: If the file is none of these, is damaged, or would run code when it is loaded.
-        FileNotFoundError: If there is none.
-        PermissionError: If it may not be read.
+        ValueError: If the file has none of these formats, is damaged, or would run code when it is loaded.
+        FileNotFoundError: If there is no such file.
+        PermissionError: If the file may not be read.
         ModuleNotFoundError: If it is an ONNX file and ``onnx`` is not installed.
     """
     return _opened(path, _contents)
 
 
 def format_of(path: str | os.PathLike[str]) -> str:
-    """ "pt" for both formats of torch.save, "pickle", "safetensors" or "onnx", by its bytes; errors as ``read``."""
+    """The format of a file: "pt" (torch.save), "pickle", "safetensors" or "onnx", by its bytes; errors as ``read``."""
     return _opened(path, lambda _, file: "pt" if (kind := detection.of(file)) == "legacy" else kind)
 
 
 def _opened(path: str | os.PathLike[str], look: Callable[[str, BinaryIO], Seen]) -> Seen:
-    """What ``look`` returns for a file; a ``ValueError`` if the bytes of the file follow no format."""
+    """The result of ``look`` for an open file; a ``ValueError`` if the file is refused or damaged."""
     place = Path(path)
     try:
         return _looked_at(place, look)

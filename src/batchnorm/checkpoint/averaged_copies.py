@@ -1,11 +1,12 @@
 """Where a file's batch norm layers are, and which of them are an averaged copy of others.
 
-A tensor's words are the keys that lead to it: data["state_dict"]["module.bn1.running_mean"] has state_dict, module,
-bn1. A layer is recognized by its statistics' names. A copy is averaged if one of its first words says so (``ema``,
-``model_ema``, ``state_dict_ema``, ``shadow``, ``swa``), if torch's AveragedModel put ``n_averaged`` beside it, or if
-Lightning kept ``current_model_state`` beside it. All other layers are the model's own. They form one copy, even if they
-come from several dicts. If there are none, the first averaged copy takes their place. A state is what a model loads: a
-copy, or the part of it in one dict (``q_net`` and ``q_net_target``, ``generator`` and ``discriminator``, list members).
+A tensor's words are the keys that lead to its module: data["state_dict"]["module.bn1.running_mean"] has the words
+state_dict, module, bn1. A layer is recognized by the names of its statistics. A copy is averaged if one of its first
+words names an average (``ema``, ``model_ema``, ``state_dict_ema``, ``shadow``, ``swa``), if torch's AveragedModel saved
+``n_averaged`` beside it, or if Lightning saved ``current_model_state`` beside it. All other layers are the model's own.
+They form one copy, even if they come from several dicts. If a file has only averages, the first averaged copy takes the
+place of the model's own. A state is what a model loads: a copy, or the part of a copy in one dict (``q_net`` and
+``q_net_target``, ``generator`` and ``discriminator``, list members).
 
 The names of a copy's layers leave out the words that all of them begin with, if these words are dicts of the file or
 wrappers (``module``, ``_orig_mod``, ``model``). So the names in different copies agree.
@@ -51,7 +52,7 @@ Keys = tuple[str | int, ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor and the keys that lead to it, the last one a name with dots. A layer's counter may be a plain number."""
+    """A tensor with the keys of its dict (``path``) and its dotted name there (``key``); a counter may be an int."""
 
     path: Keys
     key: str
@@ -59,20 +60,20 @@ class Entry:
 
     @property
     def words(self) -> Words:
-        """Of the module that has it."""
+        """The words of the module that has the tensor."""
         module = self.key.rpartition(".")[0]
         return (*map(str, self.path), *(module.split(".") if module else ()))
 
     @property
     def leaf(self) -> str:
-        """Its name there."""
+        """The tensor's name in its module."""
         return self.key.rpartition(".")[2]
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTensors:
-    """A layer's tensors by name, and the keys that lead to it."""
+    """A layer's tensors by name, the keys of its dict (``path``), and all words that lead to it."""
 
     path: Keys
     words: Words
@@ -80,21 +81,21 @@ class LayerTensors:
 
     @property
     def place(self) -> Keys:
-        """The keys: of each dict in turn, then what the names in the last one begin with."""
+        """The layer's place in the file: the keys of its dict, then its dotted name in that dict."""
         return (*self.path, ".".join(self.words[len(self.path) :]))
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Layers of one copy of a model, by their names without ``prefix``."""
+    """The layers of one copy of a model, by their names without ``prefix``."""
 
     prefix: Words
     layers: dict[str, LayerTensors]
 
 
 def entries(saved: Saved) -> Iterator[Entry]:
-    """Every tensor and counter in dicts, lists and tuples, each once, in the file's order."""
+    """All tensors and counters in dicts, lists and tuples; a repeated container is read once. In the file's order."""
     seen: set[int] = set()
     waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
@@ -110,7 +111,7 @@ def entries(saved: Saved) -> Iterator[Entry]:
 
 
 def same_objects(saved: Saved) -> Iterator[tuple[Keys, Keys]]:
-    """The place of every repeated dict and the place where it came first, in the order of ``entries``."""
+    """For each repeated dict, the place of the repetition and its first place; in the order of ``entries``."""
     seen: dict[int, Keys] = {}
     waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
@@ -135,7 +136,7 @@ def _is_entry(key: object, item: object) -> bool:
 
 
 def find_layers(tensors: Iterable[Entry]) -> list[LayerTensors]:
-    """Every module that has one of the statistics, with its tensors."""
+    """All modules with at least one tensor of ``STATISTICS``, with their tensors."""
     modules: dict[tuple[Keys, Words], LayerTensors] = {}
     for entry in tensors:
         if entry.leaf in OF_A_LAYER:
@@ -154,7 +155,7 @@ def find_copies(layers: Sequence[LayerTensors], tensors: Sequence[Entry]) -> lis
     own = groups.pop(None)
     names = set(_copy(own).layers)
     for group, members in list(groups.items()):
-        # a module may be called ema for other reasons: an average is one of something
+        # a module may be called ema for other reasons: the layers of an average are also in the model
         known = len(group or ())
         inside = group not in roots and known > len(members[0].path)
         if names and inside and not names.issuperset(_copy(members, known).layers):
@@ -166,7 +167,7 @@ def find_copies(layers: Sequence[LayerTensors], tensors: Sequence[Entry]) -> lis
 def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, Copy, bool]]:
     """States in the file's order: the part of a copy that is in one dict, the whole copy, and whether it is averaged.
 
-    If the first words of the first copy name an average, all copies are averages.
+    All copies except the first are averages. The first is an average if it is recognized as one.
     """
     states = []
     for i, copy in enumerate(copies):
@@ -182,7 +183,7 @@ def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, C
 
 
 def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
-    """Where averages begin whose own words do not name them so."""
+    """The words at which averages begin that their own words do not name: beside ``n_averaged``, or by Lightning."""
     roots = {entry.words for entry in tensors if entry.leaf == "n_averaged"}
     # Lightning's WeightAveraging swaps: the averages are where the model usually is
     swapped = any(entry.path[:1] == ("current_model_state",) for entry in tensors)
@@ -202,17 +203,17 @@ def _average(layer: LayerTensors, roots: set[Words]) -> Words | None:
 
 
 def says_average(word: str) -> bool:
-    """Whether a key or a module's name is one that averages have."""
+    """Whether a key or a module's name names an average, such as "ema"."""
     return _AVERAGE.fullmatch(snake(word)) is not None
 
 
 def snake(word: str) -> str:
-    """``net_EMA`` of ``netEMA``."""
+    """A word with underscores before capitals: ``net_EMA`` for ``netEMA``."""
     return _HUMP.sub("_", word)
 
 
 def _copy(layers: Sequence[LayerTensors], known: int = 0) -> Copy:
-    """The layers by name, without the ``known`` first words and without others that all of them begin with."""
+    """The layers by name, without the first ``known`` words and further words that all names begin with."""
     length = known
     while layers and all(_drops(layer, layers[0], length) for layer in layers):
         length += 1
@@ -221,7 +222,7 @@ def _copy(layers: Sequence[LayerTensors], known: int = 0) -> Copy:
 
 
 def _drops(layer: LayerTensors, first: LayerTensors, i: int) -> bool:
-    """Whether word ``i`` of a layer is also that of the first layer, and not part of a name."""
+    """Whether word ``i`` of a layer equals word ``i`` of the first layer, and is a wrapper or a dict of the file."""
     if i >= min(len(layer.words), len(first.words)) or layer.words[i] != first.words[i]:
         return False
     return layer.words[i] in WRAPPERS or i < min(len(layer.path), len(layer.words) - 1)

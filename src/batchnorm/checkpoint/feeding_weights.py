@@ -1,9 +1,9 @@
 """Which weight makes a layer's inputs, judged by names and sizes.
 
-It has two axes or more, and one of them has as many channels as the layer: the first axis, or the second one of a
-transposed convolution. The search begins in the module around the layer and goes on in the modules around that one. The
-nearest weight before the layer is taken. If there is none, the nearest one behind it is, since in a file that is sorted
-by name bn1 stands before conv1.
+Such a weight has two axes or more. Its first axis, or the second axis of a convolution that may be transposed, has as
+many channels as the layer. The search begins in the module around the layer and continues in the modules around that
+module. The first module with such weights decides: the nearest weight before the layer is chosen. If all of them are
+behind the layer, the first of them is chosen, because in a file that is sorted by name bn1 comes before conv1.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
     from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors
 
-_DEEPEST = 64  # modules around a weight that are looked at
+_DEEPEST = 64  # levels of modules around a weight that are searched
 
-Place = tuple[tuple[str | int, ...], tuple[str, ...], int]  # a dict, a module in it, a number of channels
+Place = tuple[
+    tuple[str | int, ...], tuple[str, ...], int
+]  # keys of a dict, words of a module in it, number of channels
 
 
 @final
 class Feeders:
-    """Weights of a file by the modules around them."""
+    """The weights of a file, by the modules around them and by their channels."""
 
     def __init__(self, tensors: Sequence[Entry]) -> None:
         self._tensors = tensors
@@ -41,13 +43,13 @@ class Feeders:
                         self._places[entry.path, words[:depth], channels].append(i)
 
     def of(self, layer: LayerTensors, channels: int) -> Tensor | None:
-        """The weight that makes a layer's inputs; None if there is none of its size."""
+        """The weight that makes a layer's inputs; None if no weight has its number of channels."""
         at = self._starts[layer.path, layer.words]
         for depth in range(len(layer.words) - 1, len(layer.path) - 1, -1):
-            found = self._places.get((layer.path, layer.words[:depth], channels), [])
-            before = bisect(found, at)
-            if found:
-                tensor = self._tensors[found[before - 1] if before else found[0]].tensor
+            indices = self._places.get((layer.path, layer.words[:depth], channels), [])
+            before = bisect(indices, at)
+            if indices:
+                tensor = self._tensors[indices[before - 1] if before else indices[0]].tensor
                 return tensor if isinstance(tensor, Tensor) else None
         return None
 

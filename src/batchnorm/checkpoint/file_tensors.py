@@ -1,4 +1,4 @@
-"""Tensors as a file describes them: where their numbers lie, and the numbers once they are asked for."""
+"""Tensors as a file describes them: the place of their numbers, and functions that read the numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from batchnorm.checkpoint.formats.checked_records import Source
 
-# bytes of one element, by torch's name of the type
+# bytes of one element, by torch's name for the type
 BYTES = {
     **dict.fromkeys(("complex128",), 16),
     **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
@@ -26,7 +26,7 @@ BYTES = {
     **dict.fromkeys(("int8", "uint8", "bool", "qint8", "quint8", "quint4x2", "quint2x4"), 1),
     **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
 }
-# array's letter for each type that numbers are read from; half precision is widened first
+# for each type that can be read, the type code of ``array``; float16 and bfloat16 are read as float32
 _LETTERS = {
     "float64": "d",
     "float32": "f",
@@ -51,14 +51,14 @@ _HASHED = 4096  # bytes
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """A stretch of bytes that a pickle holds, left in its file until they are asked for."""
+    """A run of bytes of a pickle that stays in the file until it is read."""
 
     file: BinaryIO
     start: int
     size: int
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop``."""
+        """Bytes ``start`` to ``stop`` of the run."""
         at = self.file.tell()
         try:
             self.file.seek(self.start + start)
@@ -70,19 +70,19 @@ class Span:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """Numbers that lie in the pickle itself, and the order of their bytes."""
+    """Numbers that are in the pickle itself, and the order of their bytes."""
 
     data: bytes | str | Span
     byteorder: str
 
     @classmethod
     def of(cls, data: object, byteorder: str = "little") -> Held | None:
-        """None for what holds no bytes."""
+        """The numbers in ``data``; None if ``data`` is neither bytes, text nor a Span."""
         return cls(data, byteorder) if isinstance(data, bytes | str | Span) else None
 
     @property
     def size(self) -> int:
-        """Number of bytes; text has one in each character."""
+        """Number of bytes; each character of a text is one byte."""
         return self.data.size if isinstance(self.data, Span) else len(self.data)
 
     def read(self, start: int, stop: int) -> bytes:
@@ -96,38 +96,38 @@ class Held:
 @final
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A record that holds elements of one type. Untyped storages count in bytes."""
+    """A record of elements of one type. The elements of an untyped storage are bytes."""
 
     key: str
     dtype: str
     numel: int
-    # where they are in no record
+    # the elements, if they are in the pickle itself and not in a record
     held: Held | None = None
 
     def length(self, source: Source) -> int:
-        """Number of bytes that are there."""
+        """Number of bytes in the file."""
         return source.size(self.key) if self.held is None else self.held.size
 
     def read(self, source: Source, start: int, stop: int, *, check: bool = True) -> bytes:
-        """Bytes ``start`` to ``stop``; ``check`` as ``Source.read`` has it."""
+        """Bytes ``start`` to ``stop``; ``check`` as in ``Source.read``."""
         return source.read(self.key, start, stop, check=check) if self.held is None else self.held.read(start, stop)
 
     def byteorder(self, source: Source) -> str:
-        """ "little" or "big"."""
+        """The order of the bytes of a number: "little" or "big"."""
         return source.byteorder if self.held is None else self.held.byteorder
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A strided view of a storage, in elements of ``dtype``."""
+    """A strided view of a storage; offset and strides are counted in elements of ``dtype``."""
 
     storage: Storage
     dtype: str
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    # why its numbers cannot be read, and what to do: a shard, a tensor without values
+    # why its numbers cannot be read (such as for a shard), and what to do; "" if they can
     why: str = ""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class Tensor:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are real and not whole numbers."""
+        """Whether the type is a floating-point type."""
         return "float" in self.dtype
 
 
@@ -158,22 +158,22 @@ def contiguous(storage: Storage, size: tuple[int, ...]) -> Tensor:
 
 
 def fortran(storage: Storage, size: tuple[int, ...]) -> Tensor:
-    """All of ``storage`` as a tensor of ``size`` whose first axis is the fastest."""
+    """All of ``storage`` as a tensor of ``size`` in Fortran order: neighbours on the first axis are adjacent."""
     reverse = contiguous(storage, size[::-1])
     return Tensor(storage, storage.dtype, 0, size, reverse.stride[::-1])
 
 
 def unreadable(dtype: str, size: tuple[int, ...], why: str) -> Tensor:
-    """A tensor of which only type and size are known."""
+    """A tensor whose numbers cannot be read, with the reason; only its type and size are known."""
     return Tensor(Storage("", dtype, 0), dtype, 0, size, (0,) * len(size), why)
 
 
 def numbers(source: Source, tensor: Tensor) -> array:
-    """Every value of ``tensor``, last axis fastest, in an array of the type that holds it exactly."""
+    """All values of ``tensor`` in C order, in an array of its type; float16 and bfloat16 as float32."""
     if tensor.why:
         raise RefusalError("a tensor with its own numbers", *tensor.why.split(". ", 1))
     if tensor.dtype not in _LETTERS:
-        raise RefusalError("numbers of 8 to 64 bits", f"{brief(tensor.dtype)}", "Convert the tensor to float32.")
+        raise RefusalError("real numbers of 8 to 64 bits", f"{brief(tensor.dtype)}", "Convert the tensor to float32.")
     if tensor.numel > _MOST_VALUES:
         raise RefusalError(f"at most {_MOST_VALUES:,} channels in a layer", f"{brief(tensor.numel)}")
     if not tensor.numel:
@@ -181,7 +181,7 @@ def numbers(source: Source, tensor: Tensor) -> array:
     start, stop = _span(source, tensor)
     if stop - start > _MOST_BYTES:
         raise RefusalError(
-            f"values within {_MOST_BYTES:,} bytes", f"{stop - start:,}", "Call contiguous() on the tensor."
+            f"values within {_MOST_BYTES:,} bytes", f"{stop - start:,}", "Save tensor.contiguous() instead."
         )
     storage = tensor.storage
     flat = decoded(storage.read(source, start, stop), tensor.dtype, storage.byteorder(source))
@@ -189,7 +189,7 @@ def numbers(source: Source, tensor: Tensor) -> array:
 
 
 def decoded(data: bytes, dtype: str, byteorder: str = "little") -> array:
-    """Numbers of one type from their bytes."""
+    """The numbers that these bytes are in type ``dtype``."""
     letter, swap = _LETTERS[dtype], byteorder != sys.byteorder
     if dtype == "float16":
         return _halves(data, byteorder)
@@ -203,7 +203,7 @@ def decoded(data: bytes, dtype: str, byteorder: str = "little") -> array:
 
 
 def first_bytes(source: Source, tensor: Tensor, crc: int = 0) -> int:
-    """CRC of a tensor's first bytes as they lie in the file, on top of another ``crc``."""
+    """The CRC of a tensor's first bytes in the file (4,096 at most), continued from another ``crc``."""
     if not tensor.numel:
         return crc
     start, stop = _span(source, tensor)
@@ -211,7 +211,7 @@ def first_bytes(source: Source, tensor: Tensor, crc: int = 0) -> int:
 
 
 def _span(source: Source, tensor: Tensor) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the one after its last."""
+    """The index of a tensor's first byte in its storage, and the index after its last byte."""
     item = BYTES[tensor.dtype]
     last = tensor.offset + sum((length - 1) * step for length, step in zip(tensor.size, tensor.stride, strict=True))
     declared = tensor.storage.numel * BYTES[tensor.storage.dtype]
@@ -220,13 +220,13 @@ def _span(source: Source, tensor: Tensor) -> tuple[int, int]:
         raise RefusalError(f"{brief(declared)} bytes in record {brief(tensor.storage.key)}", f"{stored}")
     if (last + 1) * item > stored:
         raise RefusalError(
-            f"a tensor inside its storage of {stored} bytes", f"one that ends at {brief((last + 1) * item)}"
+            f"a tensor inside its storage of {stored} bytes", f"a tensor that ends at {brief((last + 1) * item)}"
         )
     return tensor.offset * item, (last + 1) * item
 
 
 def _places(tensor: Tensor) -> list[int]:
-    """Place of each value, counted from the first."""
+    """The index of each value in the storage, counted from the tensor's first value."""
     places = [0]
     for length, step in zip(tensor.size, tensor.stride, strict=True):
         places = [place + i * step for place in places for i in range(length)]
@@ -239,7 +239,7 @@ def _halves(data: bytes, byteorder: str) -> array:
 
 
 def _widened(data: bytes, byteorder: str) -> bytes:
-    """bfloat16 is the upper half of float32."""
+    """The bytes of bfloat16 numbers as float32: a bfloat16 is the upper half of a float32."""
     wide = bytearray(2 * len(data))
     low, high = (data[::2], data[1::2]) if byteorder == "little" else (data[1::2], data[::2])
     first, second = (2, 3) if sys.byteorder == "little" else (1, 0)

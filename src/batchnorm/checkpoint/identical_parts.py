@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint.stored import Checkpoint, Stored
 
 Pair = tuple[str, str]
-_MOST_PAIRS = 256  # of parts that are compared: a file of more has been made to take time
+_MOST_PAIRS = 256  # pairs of parts that are compared: a file with more was made to take time
 
 
 @final
@@ -33,7 +33,7 @@ class Twins:
 
 
 def find_twins(file: Checkpoint) -> Iterator[Twins]:
-    """Each part of a file that has the statistics of an earlier one, once."""
+    """The parts of a file that have the statistics of an earlier part; each later part is listed once."""
     layers = {below(copy, name): stored for copy, named in file.copies.items() for name, stored in named.items()}
     told: set[str] = set()
     for first, second in islice(_candidates(layers), _MOST_PAIRS):
@@ -57,12 +57,12 @@ def statistics_of(stored: Stored) -> bytes:
 
 
 def _have_one_module(file: Checkpoint, *parts: str) -> bool:
-    """Whether both parts hold a module that the file stores once: then it is one layer and no copy."""
+    """Whether both parts contain a module that the file stores once: then its layers are shared, not copied."""
     return any(all(any(is_below(part, name) for name in each.names) for part in parts) for each in file.shared)
 
 
 def _candidates(layers: dict[str, Stored]) -> dict[Pair, None]:
-    """Two modules in which layers of one name have the same statistics, in the file's order."""
+    """Pairs of modules in which layers of the same name have the same statistics, in the file's order."""
     alike: dict[bytes, list[str]] = defaultdict(list)
     for name, stored in layers.items():
         if bits := statistics_of(stored):
@@ -71,7 +71,7 @@ def _candidates(layers: dict[str, Stored]) -> dict[Pair, None]:
 
 
 def _agree(a: Stored, b: Stored) -> bool:
-    """Whether two layers have the same statistics, or both initial ones."""
+    """Whether two layers have the same statistics, or both have initial statistics."""
     return statistics_of(a) == statistics_of(b) and a.is_initial == b.is_initial
 
 
@@ -91,7 +91,7 @@ def _are_fed_otherwise(a: Stored, b: Stored) -> bool:
 
 
 def _are_frozen(pairs: list[tuple[Stored, Stored]]) -> bool:
-    """Whether these are frozen layers, which keep gamma and beta as constants too and count no batches."""
+    """Whether all pairs look like frozen layers: gamma and beta are equal too, and no batches are counted."""
     return all(
         a.weight is not None and a.weight == b.weight and a.bias == b.bias
         and a.num_batches_tracked is None and b.num_batches_tracked is None

@@ -1,4 +1,4 @@
-"""From a file's tensors to what it stores of each batch norm layer."""
+"""Reads the batch norm layers from a file's tensors."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 
 
 def checkpoint(path: str, kind: str, saved: Saved, source: Source) -> Checkpoint:
-    """What ``saved`` holds that concerns batch norm."""
+    """The Checkpoint of a file whose value is ``saved``."""
     tensors = _tensors(kind, saved)
     layers = find_layers(tensors)
     _bounded(layers)
     copies = find_copies(layers, tensors)
     if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
-        raise RefusalError("each layer once", "two of one name", "Save the model's own state dict.")
+        raise RefusalError("each layer once", "two layers of one name", "Save the model's own state dict.")
     file = _file(path, kind, saved, tensors, copies, source)
-    named = {file.named(_name(copy.prefix), name): found for copy in copies for name, found in copy.layers.items()}
+    named = {file.named(_name(copy.prefix), name): layer for copy in copies for name, layer in copy.layers.items()}
     feeders = Feeders(tensors)
     states = _states(file, copies, tensors)
     at = {state.keys: name for name, state in states.items()}
     whole = replace(
         _with_feeders(file, named, feeders, source),
         states=states,
-        versions={name: version for name, found in named.items() if (version := _version(saved, found))},
+        versions={name: version for name, layer in named.items() if (version := _version(saved, layer))},
         aliases={_name(tuple(map(str, path))): at[first] for path, first in same_objects(saved) if first in at},
         shared=tuple(each for copy in copies for each in _shared(copy, tensors, feeders)),
     )
@@ -72,10 +72,10 @@ def checkpoint(path: str, kind: str, saved: Saved, source: Source) -> Checkpoint
 
 
 def _tensors(kind: str, saved: Saved) -> list[Entry]:
-    """The tensors of what a file holds.
+    """The tensors in ``saved``, with the keys that lead to them.
 
     Raises:
-        RefusalError: If it is no state of a torch model.
+        RefusalError: If ``saved`` is not the state of a torch model.
     """
     if not isinstance(saved, dict | list | tuple):
         raise RefusalError("a dict of tensors", in_words(saved), RESAVE)
@@ -92,7 +92,7 @@ def _tensors(kind: str, saved: Saved) -> list[Entry]:
 def _file(
     path: str, kind: str, saved: Saved, tensors: Sequence[Entry], copies: Sequence[Copy], source: Source
 ) -> Checkpoint:
-    """The layers of all copies, without what follows from comparing them."""
+    """The Checkpoint with the layers of all copies, without the fields that need a comparison of layers."""
     own = copies[0] if copies else Copy((), {})
     layers = [layer for copy in copies for layer in copy.layers.values()]
     stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
@@ -104,7 +104,7 @@ def _file(
         copies=stored,
         prefix="".join(f"{word}." for word in own.prefix),
         names=tuple(_names(tensors, copies or [own], layers)),
-        keys={name: found.place for name, found in own.layers.items()},
+        keys={name: layer.place for name, layer in own.layers.items()},
         unread=left,
         is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
         is_whole=any(is_of_module(saved, layer.path) for layer in layers),
@@ -120,17 +120,17 @@ def _states(file: Checkpoint, copies: Sequence[Copy], tensors: Sequence[Entry]) 
     for part, copy, is_average in find_states(copies, averaged_roots(tensors)):
         name = _name(part.prefix) or ROOT
         if name in states:
-            raise RefusalError("each state once", f"two of the name {brief(name)}", "Save the model's own state dict.")
-        names = {found.place: file.named(_name(copy.prefix), layer) for layer, found in copy.layers.items()}
+            raise RefusalError("each state once", f"two states named {brief(name)}", "Save the model's own state dict.")
+        names = {entry.place: file.named(_name(copy.prefix), layer) for layer, entry in copy.layers.items()}
         keys = next(iter(part.layers.values())).path
         prefix = "".join(f"{word}." for word in part.prefix[len(keys) :])
-        layers = {layer: names[found.place] for layer, found in part.layers.items()}
+        layers = {layer: names[entry.place] for layer, entry in part.layers.items()}
         states[name] = State(keys, prefix, layers, is_average)
     return states
 
 
 def _with_feeders(file: Checkpoint, named: Mapping[str, LayerTensors], feeders: Feeders, source: Source) -> Checkpoint:
-    """The file with a hash of the weight before each layer that shares its statistics; only such layers need it."""
+    """The file with ``fed_by`` for each layer that has the statistics of another layer too; other layers need none."""
     counts = Counter(map(statistics_of, file.every.values()))
     copies = {
         copy: {
@@ -144,9 +144,12 @@ def _with_feeders(file: Checkpoint, named: Mapping[str, LayerTensors], feeders: 
     return replace(file, copies=copies, layers=next(iter(copies.values()), {}))
 
 
-def _fed_by(found: LayerTensors, layer: Stored, feeders: Feeders, source: Source) -> str:
-    """Type, shape, order and a hash of the first values of a weight. Hashes compare only if the rest is equal."""
-    weight = feeders.of(found, layer.channels)
+def _fed_by(layer_tensors: LayerTensors, layer: Stored, feeders: Feeders, source: Source) -> str:
+    """Type, shape, strides and a hash of the first values of the weight before a layer; "" if there is no weight.
+
+    Two hashes can be compared only if type, shape and strides are equal.
+    """
+    weight = feeders.of(layer_tensors, layer.channels)
     if weight is None:
         return ""
     return f"{weight.dtype} {weight.size} {weight.stride}:{first_bytes(source, weight):08x}"
@@ -156,12 +159,12 @@ def _is_array(entry: Entry) -> bool:
     return isinstance(entry.tensor, Tensor) and entry.tensor.storage.held is not None
 
 
-def _version(saved: Saved, found: LayerTensors) -> int:
-    """What the state that a layer is in says of its class; 0 where it says nothing."""
-    for key in found.path:
+def _version(saved: Saved, layer: LayerTensors) -> int:
+    """The version of a layer's class in the ``_metadata`` of its state; 0 if it is not there."""
+    for key in layer.path:
         saved = saved[key]
-    named = saved.get(VERSIONS, {}) if isinstance(saved, dict) else {}
-    own = named.get(".".join(found.words[len(found.path) :]))
+    metadata = saved.get(VERSIONS, {}) if isinstance(saved, dict) else {}
+    own = metadata.get(".".join(layer.words[len(layer.path) :]))
     version = own.get("version") if isinstance(own, dict) else None
     return version if type(version) is int else 0
 
@@ -177,49 +180,56 @@ def _bounded(layers: Sequence[LayerTensors]) -> None:
 
 
 def _stored(copy: Copy, saved: Saved, source: Source) -> dict[str, Stored]:
-    told = {name: settings(saved, found.path, found.words) for name, found in copy.layers.items()}
-    return {name: _layer(name, found, told[name], source) for name, found in copy.layers.items()}
+    all_settings = {name: settings(saved, layer.path, layer.words) for name, layer in copy.layers.items()}
+    return {name: _layer(name, layer, all_settings[name], source) for name, layer in copy.layers.items()}
 
 
-def _layer(name: str, found: LayerTensors, told: LayerSettings, source: Source) -> Stored:
-    unread = _unread(found.tensors)
-    tensors = {key: tensor for key, tensor in _of_channels(found).items() if key not in unread}
+def _layer(name: str, layer_tensors: LayerTensors, layer_settings: LayerSettings, source: Source) -> Stored:
+    unread = _unread(layer_tensors.tensors)
+    tensors = {key: tensor for key, tensor in _of_channels(layer_tensors).items() if key not in unread}
     values = {key: array("d", numbers(source, tensor)) for key, tensor in tensors.items()}
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
-    counter, count = found.tensors.get("num_batches_tracked"), None
+    counter, count = layer_tensors.tensors.get("num_batches_tracked"), None
     if counter is not None and "num_batches_tracked" not in unread:
         count = _count(source, counter)
         dtypes["num_batches_tracked"] = counter.dtype if isinstance(counter, Tensor) else "int64"
-    stored = Stored(name, num_batches_tracked=count, dtypes=dtypes, eps=told.eps, momentum=told.momentum, unread=unread)
+    stored = Stored(
+        name,
+        num_batches_tracked=count,
+        dtypes=dtypes,
+        eps=layer_settings.eps,
+        momentum=layer_settings.momentum,
+        unread=unread,
+    )
     return with_tensors(stored, values)
 
 
 def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:
-    """Why tensors of a layer have no numbers."""
+    """The tensors of a layer whose numbers cannot be read, each with the reason."""
     return in_pairs({key: tensor.why for key, tensor in tensors.items() if isinstance(tensor, Tensor) and tensor.why})
 
 
 def in_pairs(unread: dict[str, str]) -> dict[str, str]:
-    """The same for both statistics of a layer if one of them has no numbers: both or none are read."""
+    """Add the second statistic of a layer if only the first is in ``unread``: both are read, or none."""
     for key, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
         if other in unread:
             unread.setdefault(key, f"of no use without {other}.")
     return unread
 
 
-def _of_channels(found: LayerTensors) -> dict[str, Tensor]:
+def _of_channels(layer: LayerTensors) -> dict[str, Tensor]:
     """The tensors with one value for each channel. A weight of another size is a convolution's, not gamma."""
     tensors = {
         key: tensor
-        for key, tensor in found.tensors.items()
+        for key, tensor in layer.tensors.items()
         if isinstance(tensor, Tensor) and key != "num_batches_tracked"
     }
     mean, var = (_readable(tensors.get(key)) for key in ("running_mean", "running_var"))
     if mean is not None and var is not None and _axes(mean) != _axes(var):
         raise RefusalError(
-            f"as many variances as means in layer {brief(_name(found.words))}",
+            f"as many variances as means in layer {brief(_name(layer.words))}",
             f"{_shape(var)} and {_shape(mean)}",
-            "Correct running_var or running_mean and save it again.",
+            "Correct running_var or running_mean and save the file again.",
         )
     statistics = mean if mean is not None else var
     channels = None if statistics is None else statistics.numel
@@ -235,7 +245,7 @@ def _readable(tensor: Tensor | None) -> Tensor | None:
 
 
 def _axes(tensor: Tensor) -> list[int]:
-    """Its shape without axes of 1: statistics may be (1, C, 1, 1)."""
+    """The shape of a tensor without axes of length 1: statistics may have the shape (1, C, 1, 1)."""
     return [length for length in tensor.size if length != 1]
 
 
@@ -244,7 +254,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _count(source: Source, counter: Tensor | int) -> int | None:
-    """num_batches_tracked; None for NaN, infinity and all that is not one number."""
+    """num_batches_tracked; None if it is NaN, infinite or not a single number."""
     if not isinstance(counter, Tensor):
         return counter
     if counter.numel != 1:
@@ -254,14 +264,14 @@ def _count(source: Source, counter: Tensor | int) -> int | None:
 
 
 def _names(tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[LayerTensors]) -> Iterator[str]:
-    """Names of the first copy's tensors that belong to no batch norm layer."""
+    """The names of the first copy's tensors that belong to no batch norm layer."""
     normalized = {(layer.path, layer.words) for layer in layers}
     prefixes = {copy.prefix for copy in copies}
     for entry in tensors:
         words = entry.words
         if (entry.path, words) in normalized and entry.leaf in OF_A_LAYER:
             continue
-        # the longest prefix: the model's own may be empty
+        # the longest prefix that fits, because the prefix of the model's own copy may be empty
         prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in prefixes), None)
         if prefix == copies[0].prefix and isinstance(entry.tensor, Tensor):
             yield _name((*words[len(prefix) :], entry.leaf))

@@ -1,4 +1,4 @@
-"""RefusalError: why a file is not read, in the three parts of every message: expected, got, what to do."""
+"""RefusalError: why a file is not read, in a message of three parts: what was expected, what was got, what to do."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RESAVE = "Save the model's tensors with torch.save(model.state_dict(), path)."
 
 @final
 class RefusalError(ValueError):
-    """A file that is not read. ``read`` puts the file's name in front."""
+    """Raised for a file that is not read. ``read`` puts the file's name in front of the message."""
 
     def __init__(self, expected: str, got: str, remedy: str = DAMAGED) -> None:
         super().__init__(f"expected {expected}, got {got}. {remedy}")
 
 
 def brief(value: object) -> str:
-    """``value`` in one short line that is safe to print, whatever a file holds: containers by type only."""
+    """``value`` in one short line that is safe to print; a container is shown by its type only."""
     if isinstance(value, str):
         text = value if value.isprintable() else ascii(value)
     elif value is None or isinstance(value, int | float):

@@ -1,9 +1,10 @@
-"""Which states a file holds, where one dict has several: a network and its average, a student and its teacher.
+"""Finds the states in a dict that has several: a network and its average, a student and its teacher.
 
-Such a dict has the same layers behind several words: ``net.1`` and ``net_ema.1``. A word tells that one of them is
-an average or the like (``ema``, ``teacher``, ``target``): it is a state, and so is each neighbour that has its layers,
-which may be what stands in the dict without any word. What is left over is a state too. Neighbours of which no word
-tells (``left`` and ``right``) are one model for all that a file shows; a path or a model may choose one of them.
+Such a dict has the same layers in several modules: ``net.1`` and ``net_ema.1``. A module is a state if a word in its
+path names an average or one of two networks (``ema``, ``teacher``, ``target``). Then each neighbour with the same
+layers is a state too; such a neighbour may also be the rest of the dict around the module. All other layers form a
+further state. Modules without such words (``left`` and ``right``) stay one state; a path or a model can choose one of
+them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     Keys = tuple[str | int, ...]
     Words = tuple[str, ...]
 
-_MOST = 64  # dicts with several states, and states in one: a file of more has been made to take time
-ROOT = "."  # the state whose names stand in no dict and have nothing in front
+_MOST = 64  # dicts with states, and states in one dict: a file with more was made to take time
+ROOT = "."  # the name of a state that is in no dict of the file and has no prefix
 _NETWORK = "(actor|backbone|critic|encoder|model|net|network|policy)"
 _ONE = "(k|key|old|q|query)"
-# one of two networks that are trained together, or a network as it was
+# names for one of two networks that are trained together, or for an older copy of a network
 _OF_TWO = re.compile(
     rf"(.*[_-])?(momentum|online|student|target|teacher)([_-].*)?|(.*[_-])?{_NETWORK}_{_ONE}|{_ONE}_{_NETWORK}",
     re.IGNORECASE,
@@ -37,13 +38,13 @@ _OF_TWO = re.compile(
 
 
 def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
-    """The file with what is at a path as one of its states, and that state's name.
+    """The file with the dict or module at a path as one of its states, and that state's name.
 
-    A module of a state is taken out of it; a dict or module that has several states is one again. The path may lack
-    what all of the model's own layers have in front, as in the names of layers.
+    A module inside of a state is taken out of that state. If the dict or module at the path has several states, they
+    become one. The path may be written without ``file.prefix``, as the names of layers are.
 
     Raises:
-        ValueError: If there is nothing of this path. The message names all states.
+        ValueError: If no layer is under this path. The message names all states.
     """
     for name in (path, below(file.prefix.rstrip("."), path)):
         known = _itself(file, name)
@@ -58,27 +59,27 @@ def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
 
 
 def _itself(file: Checkpoint, path: str) -> str:
-    """A path by its first name in the file, if a part of it has several names."""
+    """The path; if it leads through a dict with several paths in the file, by the first of them."""
     alias = next((alias for alias in file.aliases if is_below(alias, path)), "")
     return f"{file.aliases[alias]}{path.removeprefix(alias)}" if alias else path
 
 
 def dicts(file: Checkpoint) -> dict[Keys, dict[str, str]]:
-    """The layers of each dict that has states, by their names there, with those in the file; innermost dicts first."""
-    found: dict[Keys, dict[str, str]] = defaultdict(dict)
+    """For each dict with states, its layers' names in the dict, mapped to those in the file; innermost dicts first."""
+    names: dict[Keys, dict[str, str]] = defaultdict(dict)
     for state in file.states.values():
         prefix = state.prefix.removesuffix(".")
-        found[state.keys] |= {below(prefix, layer): name for layer, name in state.layers.items()}
-    return dict(sorted(found.items(), key=lambda it: -len(it[0])))
+        names[state.keys] |= {below(prefix, layer): name for layer, name in state.layers.items()}
+    return dict(sorted(names.items(), key=lambda it: -len(it[0])))
 
 
 def state_name(keys: Keys, prefix: str) -> str:
-    """The path of a state: the keys of its dict, and what its names have in front."""
+    """The path of a state: the keys of its dict, then its prefix; ``ROOT`` if both are empty."""
     return below(*map(str, keys), prefix) or ROOT
 
 
 def _prefix(keys: Keys, path: str) -> Iterator[str]:
-    """What a path has behind the keys of a dict, if it leads there."""
+    """The part of a path behind the keys of a dict; nothing if the path does not lead into the dict."""
     place = state_name(keys, "")
     if path == place:
         yield ""
@@ -89,7 +90,7 @@ def _prefix(keys: Keys, path: str) -> Iterator[str]:
 
 
 def apart(file: Checkpoint, keys: Keys, prefix: str) -> Checkpoint | None:
-    """The file with the layers of a dict whose names begin with a module's path as one state; None if there are none.
+    """The file with the layers in one module of a dict as one state; None if the module has no layers.
 
     Other states keep the rest of their layers. Averages come last, otherwise states are in the file's order.
     """
@@ -115,25 +116,25 @@ def _ordered(file: Checkpoint, states: Mapping[str, State]) -> dict[str, State]:
 
 
 def parted(file: Checkpoint) -> Checkpoint:
-    """The file with each state that words tell apart from another one in the same dict."""
-    every, told, found = file.every, set(), dicts(file)
-    if len(found) > _MOST:
+    """The file with more states: the modules of a dict that are states because of words in their paths."""
+    every, all_prefixes, by_dict = file.every, set(), dicts(file)
+    if len(by_dict) > _MOST:
         return file
-    for keys, names in found.items():
+    for keys, names in by_dict.items():
         layers = {tuple(name.split(".")): every[it].channels for name, it in names.items()}
         prefixes = [".".join(words) for words in _told_apart(layers, dict.fromkeys(_averages(file, keys)))]
-        told.update(prefixes)
+        all_prefixes.update(prefixes)
         for prefix in prefixes:
             file = apart(file, keys, prefix) or file
-    for keys, names in found.items():  # an average of one of them, in a dict of its own
-        for prefix in told:
+    for keys, names in by_dict.items():  # another dict may have only one of these modules, such as its average
+        for prefix in all_prefixes:
             if all(is_below(prefix, name) for name in names):
                 file = apart(file, keys, prefix) or file
     return file
 
 
 def _averages(file: Checkpoint, keys: Keys) -> Iterator[Words]:
-    """Modules of a dict that are averages, as ``n_averaged`` beside them tells."""
+    """The modules of a dict that are averages already, such as by ``n_averaged``; without wrappers at the end."""
     for state in file.states.values():
         words = tuple(state.prefix.removesuffix(".").split("."))
         if state.keys == keys and state.prefix and state.is_average:
@@ -141,19 +142,22 @@ def _averages(file: Checkpoint, keys: Keys) -> Iterator[Words]:
 
 
 def _told_apart(layers: Mapping[Words, int], averages: Iterable[Words]) -> list[Words]:
-    """Modules of a dict that are states of their own, by its layers with their channels; then what alone is left."""
+    """The modules of a dict that are separate states, then the module with all other layers, if there is one.
+
+    ``layers`` has the numbers of channels of all layers of the dict, ``averages`` the modules that are averages.
+    """
     labelled = dict.fromkeys([*averages, *(label for words in layers for label in _label(words))])
     parents = dict.fromkeys(label[:-1] for label in labelled)
     if len(labelled) > _MOST:
         return []
-    # in several places one layer is a part of each block
+    # a single layer below such words in several modules is a part of each block, not a state
     if len(parents) > 1 and any(len(_inside(layers, label)) < 2 for label in labelled):
         return []
     parts = [part for parent in parents for part in _in_module(layers, parent, labelled)]
     chosen, bare = [part for part, _ in parts], {parent for _, parent in parts if parent is not None}
     rest = [words for words in layers if not any(words[: len(part)] == part for part in chosen)]
     beside = sum(max(len(_inside(layers, part)) for part, its in parts if its == parent) for parent in bare)
-    if 2 * (len(layers) - len(rest) + beside) < len(layers):  # a few of many layers are a part of the model
+    if 2 * (len(layers) - len(rest) + beside) < len(layers):  # less than half of the layers: a part of the model
         return []
     return [*chosen, *([] if bare else _alone(rest))]
 
@@ -161,16 +165,16 @@ def _told_apart(layers: Mapping[Words, int], averages: Iterable[Words]) -> list[
 def _in_module(
     layers: Mapping[Words, int], parent: Words, labelled: Iterable[Words]
 ) -> Iterator[tuple[Words, Words | None]]:
-    """Modules in one that are states; with the module's own path where its other layers are another state."""
+    """The modules in ``parent`` that are states, each with ``parent`` if the parent's other layers are a state too."""
     inside = _inside(layers, parent)
     groups: dict[Words, dict[Words, int]] = defaultdict(dict)
     for words, channels in inside.items():
         if len(words) > 1:
             groups[*parent, words[0]][words[1:]] = channels
     parts = dict(_unwrapped(group, members) for group, members in groups.items())
-    told = [part for part in parts if part[: len(parent) + 1] in labelled] if len(parts) <= _MOST else []
-    bare = [part for part in told if parts[part].items() <= inside.items()]
-    pairs = [(a, b) for a in told for b in parts if a != b and parts[a].items() <= parts[b].items()]
+    labelled_parts = [part for part in parts if part[: len(parent) + 1] in labelled] if len(parts) <= _MOST else []
+    bare = [part for part in labelled_parts if parts[part].items() <= inside.items()]
+    pairs = [(a, b) for a in labelled_parts for b in parts if a != b and parts[a].items() <= parts[b].items()]
     chosen = {*bare, *(part for pair in pairs for part in pair)}
     yield from ((part, parent if part in bare else None) for part in parts if part in chosen)
 
@@ -180,14 +184,14 @@ def _inside(layers: Mapping[Words, int], module: Words) -> dict[Words, int]:
 
 
 def _alone(layers: Sequence[Words]) -> list[Words]:
-    """The module that has all of some layers, if there is one."""
+    """The module that contains all these layers, in a list; [] if no module contains all."""
     first, last = min(layers, default=()), max(layers, default=())
     shared = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))]
     return [tuple(shared)] if shared else []
 
 
 def _label(words: Words) -> Iterator[Words]:
-    """The path to the first word that tells of an average or of one of two networks, with layers inside."""
+    """The path to the first word that names an average or one of two networks; nothing if no word does."""
     for i, word in enumerate(words[:-1]):
         if says_average(word) or _OF_TWO.fullmatch(snake(word)):
             yield words[: i + 1]
@@ -195,7 +199,7 @@ def _label(words: Words) -> Iterator[Words]:
 
 
 def _unwrapped(group: Words, members: dict[Words, int]) -> tuple[Words, dict[Words, int]]:
-    """A module, or what alone is in it where that is a wrapper."""
+    """A module's path and layers; if everything in it is in one wrapper, those of the wrapper."""
     first = {words[0] for words in members if len(words) > 1}
     if len(first) == 1 and all(len(words) > 1 for words in members) and first <= WRAPPERS:
         return _unwrapped((*group, *first), {words[1:]: channels for words, channels in members.items()})

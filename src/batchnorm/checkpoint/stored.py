@@ -1,4 +1,4 @@
-"""Stored: what a file or a model stores of one batch norm layer, as plain numbers that need no torch."""
+"""Stored: the numbers that a file or a model stores for one batch norm layer, in arrays that need no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One layer's statistics, gamma and beta: one float64 for each channel, or None where nothing is stored.
+    """One layer's statistics, gamma and beta: one float64 for each channel; None if they are not stored.
 
-    ``running_var`` is what is stored: unbiased in torch's files.
+    ``running_var`` is the stored number: the unbiased variance in torch's files.
     """
 
     name: str
@@ -24,27 +24,27 @@ class Stored:
     weight: array[float] | None = None
     bias: array[float] | None = None
     num_batches_tracked: int | None = None
-    # type of each tensor that is there, by its key: {"running_mean": "float32"}
+    # the type of each stored tensor, by its key: {"running_mean": "float32"}
     dtypes: Mapping[str, str] = field(default_factory=dict)
-    # known where the file says it (ONNX) or a model is at hand
+    # known if the file has it (ONNX, pickled modules) or a model was given
     eps: float | None = None
-    # torch's: the weight of the new statistics, one minus that of ONNX
+    # torch's momentum: the weight of the new statistics, 1 minus the momentum of ONNX
     momentum: float | None = None
-    # what is there and could not be read, by its key, with the reason and what to do; statistics are read both or none
+    # tensors that could not be read, by key: the reason and what to do; of the statistics both are read, or none
     unread: Mapping[str, str] = field(default_factory=dict)
-    # hash of the weight that makes the layer's inputs, as far as names tell, where another layer of the file stores
-    # the same statistics; "" elsewhere
+    # type, shape and a hash of the weight that makes the layer's inputs, judged by names; only if another layer of the
+    # file has the same statistics, else ""
     fed_by: str = ""
 
     @property
     def channels(self) -> int:
-        """Number of channels, 0 if nothing per channel is stored."""
+        """Number of channels; 0 if no tensor of the layer is stored."""
         tensors = (self.running_mean, self.running_var, self.weight, self.bias)
         return max((len(values) for values in tensors if values is not None), default=0)
 
     @property
     def is_initial(self) -> bool:
-        """Whether the statistics are those of a new layer: mean 0 and variance 1, exactly, in every channel."""
+        """Whether both statistics are stored and are those of a new layer: mean 0 and variance 1 in every channel."""
         mean, var = self.running_mean, self.running_var
         if not mean or not var:
             return False
@@ -52,12 +52,12 @@ class Stored:
 
     @property
     def is_silent(self) -> bool:
-        """Whether every gamma is 0, so that the layer returns beta whatever comes in."""
+        """Whether every gamma is 0, so that the layer returns beta for any input."""
         return bool(self.weight) and not any(self.weight or ())
 
 
 def with_tensors(layer: Stored, tensors: Mapping[str, array[float]]) -> Stored:
-    """The same layer with these statistics and parameters, by their keys."""
+    """The layer with these statistics and parameters, by key; None for keys that are missing."""
     mean, var = tensors.get("running_mean"), tensors.get("running_var")
     weight, bias = tensors.get("weight"), tensors.get("bias")
     return replace(layer, running_mean=mean, running_var=var, weight=weight, bias=bias)
@@ -66,10 +66,9 @@ def with_tensors(layer: Stored, tensors: Mapping[str, array[float]]) -> Stored:
 @final
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a model loads: one dict of a file, or the part of one that is an averaged copy.
+    """A part of a file that a model loads: a dict, or those names of a dict that begin with ``prefix``.
 
-    ``keys`` lead to the dict, whose names have ``prefix`` in front. ``layers`` has, by a layer's name in the model, its
-    name in the file.
+    ``keys`` lead to the dict. ``layers`` maps each layer's name in the model to its name in the file.
     """
 
     keys: tuple[str | int, ...]
@@ -81,65 +80,65 @@ class State:
 @final
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One module that a file has under several names: layers whose statistics are the same bytes of the file.
+    """One module that a file has under several names: the statistics of its layers are stored once.
 
-    ``layers`` counts those of the module. ``is_alias`` where what is before them is stored once as well, so that the
-    names may be two ways to the same call. Names are paths in the file.
+    ``names`` are paths in the file. ``layers`` is the number of batch norm layers in the module. ``is_alias`` is True
+    if the weights before these layers are stored once too: then the names may mean one and the same call.
     """
 
     names: tuple[str, ...]
     layers: int = 1
     is_alias: bool = False
-    is_called: bool = False  # each name is a call, as a graph's nodes are
+    is_called: bool = False  # whether each name is a call, as for the nodes of an ONNX graph
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a file holds that concerns batch norm.
+    """The batch norm layers of a file, and what the file says about them.
 
-    A file may hold several copies of a model (raw and averaged weights). ``layers`` are those of the first one,
-    the model's own; ``copies`` has every one by its name in the file, the model's own too. Where all weights are
-    averaged ones, the first copy of them stands in. ``states`` says which of them a model loads, or which parts of
-    them, by name; the first one is the model's own. Each layer is in one state.
+    A file may have several copies of a model (raw and averaged weights). ``copies`` has all copies by their names in
+    the file, and ``layers`` are the layers of the first copy, which is the model's own; if all copies are averages, it
+    is the first average. ``states`` are the copies, or parts of copies, that a model can load, by name; the first is
+    the model's own. Each layer is in one state.
     """
 
     path: str
     format: str  # "pt" for both formats of torch.save, "pickle", "safetensors" or "onnx"
     layers: Mapping[str, Stored]
     copies: Mapping[str, Mapping[str, Stored]]
-    # what the own layers' names had in front in the file, such as "state_dict.module." or "_orig_mod."
+    # the words in front of the names of ``layers`` in the file, such as "state_dict.module." or "_orig_mod."
     prefix: str = ""
-    # other tensors' names: whether convolutions before a layer have a bias, for one
+    # names of the tensors that belong to no batch norm layer; they show, for example, which convolutions have a bias
     names: tuple[str, ...] = ()
-    # ONNX nodes in training mode, by layer
+    # ONNX: names of the layers whose nodes are in training mode
     in_train_mode: tuple[str, ...] = ()
     states: Mapping[str, State] = field(default_factory=dict)
     shared: tuple[Shared, ...] = ()
-    # further paths of a state that is one object under several
+    # for a dict under several paths: its further paths, each with the name of its state
     aliases: Mapping[str, str] = field(default_factory=dict)
-    # ONNX: the activation that alone reads a layer's result, by our name for it, by layer
+    # ONNX: by layer, our name for the activation that is the only reader of its result
     activations: Mapping[str, str] = field(default_factory=dict)
-    # ONNX: norm of each row of the weights right before a layer, None where something else is before it; for layers
-    # with a variance that is next to nothing
+    # ONNX: by layer with a variance near 0, the norm of each row of the weights right before it; None if its input is
+    # not the result of weights
     filters: Mapping[str, array[float] | None] = field(default_factory=dict)
-    # some layers were pickled as modules, which only their own code can save again
+    # whether some layers were pickled as modules, which only their own code can save again
     is_whole: bool = False
-    # of torch.save: the version of each layer's class by its name in ``every``, where the state carries it
-    # (``_metadata``)
+    # torch.save: the version of each layer's class (``_metadata``), by the layer's name in ``every``; only versions
+    # above 0
     versions: Mapping[str, int] = field(default_factory=dict)
-    # where each own layer is in the file: ("state_dict", "module.bn1") has its mean at
-    # data["state_dict"]["module.bn1.running_mean"], and ("",) at data["running_mean"]; for ONNX, the names of the
-    # node's tensors
+    # the place of each of ``layers`` in the file: a layer at ("state_dict", "module.bn1") has its mean at
+    # data["state_dict"]["module.bn1.running_mean"], a layer at ("",) at data["running_mean"]; for ONNX, the names of
+    # the node's tensors
     keys: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
-    # classes of objects of which nothing was read, such as argparse.Namespace
+    # classes of objects that were not read, such as argparse.Namespace
     unread: tuple[str, ...] = ()
-    # whether it holds tensors and plain values alone, so that torch.load(weights_only=True) takes it
+    # whether the file has only tensors and plain values, so that torch.load(weights_only=True) accepts it
     is_plain: bool = True
 
     @property
     def every(self) -> dict[str, Stored]:
-        """Layers of all copies, by name: the first copy's as in the model, others behind their copy's name."""
+        """The layers of all copies, by name; for all but the first copy, the copy's name is in front."""
         return {
             (name := self.named(copy, own)): layer if layer.name == name else replace(layer, name=name)
             for copy, layers in self.copies.items()
@@ -147,19 +146,19 @@ class Checkpoint:
         }
 
     def named(self, copy: str, layer: str) -> str:
-        """A layer's name in the file."""
+        """The name of a copy's layer in ``every``."""
         return layer if copy == next(iter(self.copies), "") else below(copy, layer)
 
     def shown(self, path: str) -> str:
-        """A path in the file as layers are named: without what all names of the first copy have in front."""
+        """A path in the file without ``prefix``, as the layers of the first copy are named."""
         return path.removeprefix(self.prefix)
 
 
 def below(*names: str) -> str:
-    """A dotted path of some names, those that are empty left out."""
+    """The names joined by dots; empty names are left out."""
     return ".".join(filter(None, names))
 
 
 def is_below(module: str, layer: str) -> bool:
-    """Whether a layer is a module or inside of it, by their paths."""
+    """Whether the path ``layer`` is the path ``module``, or inside of it."""
     return not module or layer == module or layer.startswith(f"{module}.")

@@ -1,1 +1,1 @@
-"""The formats of checkpoints. Each is recognized by its bytes and read as bytes."""
+"""Readers of the checkpoint formats, which are recognized by their bytes."""

@@ -1,4 +1,4 @@
-"""Records: named stretches of an open file, each checked against its CRC before any of it is used."""
+"""Records: named runs of bytes of an open file, each compared with its CRC before any of its bytes are used."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import BinaryIO
 
-_CHUNK = 1 << 20  # bytes that are held at a time while a large record is checked
+_CHUNK = 1 << 20  # bytes in memory at a time while a large record is checked
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A stretch of a file."""
+    """A run of bytes of a file."""
 
     start: int
     size: int
-    # 0 where the file has none: torch writes 0 after torch.serialization.set_crc32_options(False)
+    # 0 if the file has no CRC: torch writes 0 after torch.serialization.set_crc32_options(False)
     crc: int = 0
-    # a zip entry's own header comes first and says how long it is
+    # whether the bytes begin with the local header of a zip entry, which has its own length in it
     zipped: bool = False
 
 
@@ -41,17 +41,17 @@ class Source:
     _checked: set[str] = field(default_factory=set)
 
     def size(self, name: str) -> int:
-        """Bytes of a record."""
+        """Number of bytes of a record."""
         return self._record(name).size
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, check: bool = True) -> bytes:
-        """Bytes ``start`` to ``stop`` of a record, once all of it has been compared with its CRC.
+        """Bytes ``start`` to ``stop`` of a record, after the whole record was compared with its CRC.
 
         Args:
-            name: The record's.
-            start: First byte.
-            stop: Byte after the last one, at most the record's size; None for all.
-            check: Compare. Without, only the bytes asked for are read.
+            name: Name of the record.
+            start: Index of the first byte.
+            stop: Index after the last byte, at most the record's size. None: the record's size.
+            check: Whether the record is compared with its CRC. If not, only the bytes asked for are read.
         """
         record = self._record(name)
         stop = record.size if stop is None else stop
@@ -77,9 +77,9 @@ class Source:
 
 
 def exactly(file: BinaryIO, start: int, size: int) -> bytes:
-    """``size`` bytes from ``start``, or the refusal of a file that ends before."""
+    """``size`` bytes from ``start``; refused if the file ends before."""
     end = file.seek(0, os.SEEK_END)
-    if start + size > end:  # before any memory is taken for a size that is only declared
+    if start + size > end:  # checked first: the declared size may be too large for the memory
         raise RefusalError(f"{brief(size)} bytes at {brief(start)}", f"a file of {end} bytes: it was cut off")
     file.seek(start)
     return file.read(size)

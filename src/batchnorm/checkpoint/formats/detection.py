@@ -1,4 +1,4 @@
-"""The format of a file, recognized by its bytes, or what else the file is."""
+"""The format of a file, recognized by its bytes; an error says what another file is."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 _EXPECTED = "a file of torch.save, .safetensors or .onnx"
-_TAR = 257  # where a tar file says that it is one
-# the integer that torch's format before 1.6 begins with, as protocols from 2 on and before that write it
+_TAR = 257  # offset of the mark of a tar file
+# the number at the beginning of torch's format before 1.6, as pickle protocols from 2 on write it, and as 0 and 1 do
 _LEGACY = (b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"L119547037146038801333356L\n.")
 
 
 def of(file: BinaryIO) -> str:
-    """ "pt" (zip), "legacy", "pickle", "safetensors" or "onnx"; the refusal of all else says what it looks like."""
+    """The format: "pt" (zip), "legacy", "pickle", "safetensors" or "onnx"; an error says what another file is."""
     head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return "pt"

@@ -1,6 +1,6 @@
-"""Batch norm layers of an ONNX file: each BatchNormalization node that no convolution has taken in.
+"""Batch norm layers of an ONNX file: its BatchNormalization nodes. Layers that the exporter folded are not among them.
 
-ONNX keeps old statistics with weight ``momentum``, torch's momentum is the new ones' weight: one minus the other.
+In ONNX, ``momentum`` is the weight of the old statistics; in torch, it is the weight of the new statistics: 1 minus it.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint.formats.onnx_neighbours import Body
 
 _INPUTS = {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}
-# what other exporters call them
+# endings of the tensors' names, by torch's exporter and by others
 _ENDINGS = (
     *(f".{name}" for name in ("running_mean", "running_var", "weight", "bias")),
     *(f"/{name}" for name in ("moving_mean", "moving_variance", "gamma", "beta")),
 )
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
-_MOST_NODES = 1 << 20  # functions in functions may have more than any file
-_NEXT_TO_NOTHING = 1e-7  # variance: beside it even eps = 1e-3 counts 10,000 times as much
+_MOST_NODES = 1 << 20  # of all calls: functions that call functions may multiply the nodes of a small file
+_NEXT_TO_NOTHING = 1e-7  # a variance; eps = 1e-3 is 10,000 times as much
 
 
 def read(path: str, file: BinaryIO) -> Checkpoint:
-    """What the graph, the graphs inside it and the local functions that it calls hold that concerns batch norm.
+    """The Checkpoint of an ONNX file: layers in its graph, in graphs inside nodes, and in local functions it calls.
 
-    A tensor that is no constant of the file, nor of a data file beside it, is in ``Stored.unread`` with the reason.
+    A tensor that is not a constant in the file, or in a data file beside it, is in ``Stored.unread`` with the reason.
     """
     model = _parsed(file)
-    found = _Layers()
+    layers = _Layers()
     for node, near, opset in _nodes(model, Path(path).parent):
-        name = found.add(node, near.scope)
+        name = layers.add(node, near.scope)
         if _is_training(near.scope, node, opset):
-            found.training[name] = None
-        found.add_neighbours(name, node, near)
-        found.add_call(name, node, near.scope)
-    return found.checkpoint(path, model)
+            layers.training[name] = None
+        layers.add_neighbours(name, node, near)
+        layers.add_call(name, node, near.scope)
+    return layers.checkpoint(path, model)
 
 
 @final
 class _Layers:
-    """The layers of a file, and what their nodes say of each, by name."""
+    """The layers of a file by name, and what their nodes say about them."""
 
     def __init__(self) -> None:
         self.layers: dict[str, Stored] = {}
@@ -62,13 +62,13 @@ class _Layers:
         self.used: set[str] = set()
         self.acts: dict[str, set[str]] = {}
         self.before: dict[str, list[tuple[bool, array[float] | None]]] = {}
-        # nodes of one graph that have the same tensors, by what they normalize: of two branches only one runs
+        # by scope and tensors: the nodes' inputs, with names. Scopes are separate: of two branches only one runs
         self.calls: dict[tuple[Scope, tuple[str, ...]], dict[tuple[Scope, str], str]] = {}
         self.called: set[str] = set()
         self.left = _MOST_VALUES
 
     def add(self, node: NodeProto, scope: Scope) -> str:
-        """Read the layer of a node; its name."""
+        """Read the layer of a node, and return its name."""
         inputs = {key: node.input[i] for key, i in _INPUTS.items() if i < len(node.input) and node.input[i]}
         actual = {key: scope.actual(name)[1] for key, name in inputs.items()}
         values, unread = _values(scope, inputs)
@@ -84,20 +84,20 @@ class _Layers:
         return name
 
     def add_neighbours(self, name: str, node: NodeProto, near: Neighbours) -> None:
-        """Note the activation behind a node, and the weights before one with hardly any variance."""
+        """Store the activation behind a node, and the norms of the weights before it if a variance is near 0."""
         self.acts.setdefault(name, set()).add(near.activation(node.output[0]) if node.output else "")
         if min(self.layers[name].running_var or (1.0,)) < _NEXT_TO_NOTHING:
             self.before.setdefault(name, []).append(near.norms(node.input[0]))
 
     def add_call(self, name: str, node: NodeProto, scope: Scope) -> None:
-        """Note what a node normalizes by the layer's tensors."""
+        """Store the input of a node, to count the calls of its layer with different inputs."""
         if not self.layers[name].is_initial:  # an exporter may store equal initial tensors once
             inputs = self.calls.setdefault((scope, self.keys[name]), {})
             inputs.setdefault(scope.actual(node.input[0]), name if name not in self.called else _label(node))
             self.called.add(name)
 
     def checkpoint(self, path: str, model: ModelProto) -> Checkpoint:
-        """All of it."""
+        """The Checkpoint of all added layers."""
         acts, before = self.acts.items(), self.before.items()
         return Checkpoint(
             path,
@@ -126,14 +126,14 @@ def _parsed(file: BinaryIO) -> ModelProto:
     try:
         model = onnx.ModelProto.FromString(file.read())
     except DecodeError:
-        raise RefusalError("an ONNX model", "bytes that are no model: it was cut off or changed") from None
+        raise RefusalError("an ONNX model", "other bytes: the file was cut off or changed") from None
     if not model.HasField("graph"):
-        raise RefusalError("an ONNX model", "one without a graph")
+        raise RefusalError("an ONNX model", "a model without a graph")
     return model
 
 
 def _nodes(model: ModelProto, folder: Path) -> Iterator[tuple[NodeProto, Neighbours, int]]:
-    """Every BatchNormalization node with what stands around it, and the version of ONNX that it is written in."""
+    """Every BatchNormalization node, the Neighbours of its graph, and the version of ONNX's operators that it uses."""
     functions = {(entry.domain, entry.name): entry for entry in model.functions}
     waiting: list[tuple[Body, Scope, int]] = [(model.graph, Scope.of(model.graph, folder), _opset(model))]
     left = _MOST_NODES
@@ -158,7 +158,7 @@ def _opset(model: ModelProto | FunctionProto) -> int:
 
 
 def _values(scope: Scope, inputs: Mapping[str, str]) -> tuple[dict[str, Value], dict[str, str]]:
-    """The values of a node's tensors, and why others have none."""
+    """The values of a node's tensors, and for tensors that cannot be read the reasons."""
     values, unread = {}, {}
     for key, name in inputs.items():
         try:
@@ -173,7 +173,7 @@ def _values(scope: Scope, inputs: Mapping[str, str]) -> tuple[dict[str, Value], 
 
 
 def _name(node: NodeProto, actual: Mapping[str, str], origins: Mapping[str, str]) -> str:
-    """The layer's, which its tensors tell, or the node's."""
+    """The layer's name: that in its tensors' names, if one has a known ending; else that of the node."""
     for key in ("running_mean", "running_var", "weight", "bias"):
         for name in (actual.get(key, ""), origins.get(key, "")):
             ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
@@ -187,7 +187,7 @@ def _label(node: NodeProto) -> str:
 
 
 def _unused(name: str, tensors: tuple[str, ...], keys: Mapping[str, tuple[str, ...]]) -> str:
-    """A layer that is called twice is one layer; other layers of the same name get a number."""
+    """The name, or the name with a number if a layer with other tensors has it. A layer called twice keeps its name."""
     candidate, number = name, 1
     while candidate in keys and keys[candidate] != tensors:
         number += 1
@@ -199,25 +199,26 @@ def _layer(name: str, values: Mapping[str, Value], unread: Mapping[str, str], ep
     numbers = {key: array("d", value.numbers.ravel().astype("float64")) for key, value in values.items()}
     if len({len(array) for array in numbers.values()}) > 1:
         sizes = ", ".join(f"{key} {len(array)}" for key, array in numbers.items())
-        raise RefusalError(f"one size of all tensors of layer {brief(name)}", sizes)
+        raise RefusalError(f"tensors of one size in layer {brief(name)}", sizes)
     dtypes = {key: str(value.numbers.dtype) for key, value in values.items()}
     stored = Stored(name, dtypes=dtypes, eps=eps, momentum=round(1 - momentum, 7), unread=unread)
     return with_tensors(stored, numbers)
 
 
 def _number(scope: Scope, node: NodeProto, name: str, default: float) -> float:
-    """A float as it was written: 1e-5, not the nearest float32's 9.99999974e-06."""
-    found = scope.attribute(node, name)
-    return float(f"{default if found is None else found.f:.7g}")
+    """A float attribute, rounded to 7 digits: 1e-5, not 9.99999974e-06, which is the nearest float32."""
+    attribute = scope.attribute(node, name)
+    return float(f"{default if attribute is None else attribute.f:.7g}")
 
 
 def _is_training(scope: Scope, node: NodeProto, opset: int) -> bool:
-    """Whether a node normalizes by its batch.
+    """Whether a node normalizes by its batch: it is in training mode.
 
-    Since version 14 training_mode says so, from 7 on the outputs of training do, before that is_test.
+    ``opset`` is the version of ONNX's operators. From 14 on, the attribute training_mode says it; from 7 on, further
+    outputs show it; before 7, the attribute is_test says the opposite.
     """
     flags = {
-        name: found.i for name in ("training_mode", "is_test") if (found := scope.attribute(node, name)) is not None
+        name: value.i for name in ("training_mode", "is_test") if (value := scope.attribute(node, name)) is not None
     }
     if opset >= 14:
         return flags.get("training_mode", 0) != 0

@@ -1,7 +1,7 @@
-"""What stands before and behind the nodes of an ONNX graph: weights, and activations by our names for them ("relu").
+"""The weights before a node of an ONNX graph, and the activation behind it, by our name for it ("relu").
 
 A tensor has no activation behind it if it is also an output of a graph, if a graph inside a node reads it, or if
-several kinds of nodes do. Clip from 0 is ReLU, and from 0 to 6 ReLU6; its limits must be constants.
+several kinds of nodes read it. Clip with the minimum 0 is ReLU, and with 0 and 6 ReLU6; its limits must be constants.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
     Body = GraphProto | FunctionProto
 
-# operators by what their name says; HardSigmoid's own slope is another one than torch's
+# operators whose name is the activation's; not HardSigmoid, whose slope differs from torch's
 _NAMES = {name: name.lower() for name in ("Relu", "Elu", "Gelu", "HardSwish", "Mish", "Sigmoid", "Softplus", "Tanh")}
 _CLIPS: dict[tuple[float | None, float | None], str] = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
 _UNBOUNDED = 1e30
 _DOMAINS = {"", "ai.onnx"}
 _LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_PRODUCTS = ("Conv", "Gemm", "MatMul", "Einsum")  # in the names of others, such as QLinearConv
-# what keeps each channel's values, but for a rounding, or a constant that is added
+_PRODUCTS = ("Conv", "Gemm", "MatMul", "Einsum")  # in the names of other linear operators, such as QLinearConv
+# operators that keep each channel's values, up to rounding or an added constant
 _KEEPING = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Add", "Sub"}
 _MOVING = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _LONGEST_CHAIN = 16
@@ -38,7 +38,7 @@ _LONGEST_CHAIN = 16
 
 @final
 class Neighbours:
-    """The nodes of one graph or local function, in their scope."""
+    """Answers what is before and behind the tensors of one graph or local function."""
 
     def __init__(self, body: Body, scope: Scope) -> None:
         self._body, self.scope = body, scope
@@ -49,7 +49,10 @@ class Neighbours:
         return "" if others else kind
 
     def norms(self, tensor: str) -> tuple[bool, array[float] | None]:
-        """Whether the maker of a tensor is known, and the norm of each row of its weights if it is a linear map."""
+        """Whether it is known which node makes a tensor, and the norm of each row of that node's weights.
+
+        None for the norms if the node is not linear, or if the tensor is an input.
+        """
         try:
             node, scope, is_moved = self._maker(tensor)
             if node is None or node.domain not in _DOMAINS:
@@ -68,18 +71,18 @@ class Neighbours:
 
     @cached_property
     def _readers(self) -> dict[str, set[str]]:
-        """By a tensor's name the activations that read it, with "" for all else."""
+        """For each tensor the activations that read it; "" stands for other readers."""
         outputs = (output if isinstance(output, str) else output.name for output in self._body.output)
-        found: dict[str, set[str]] = {name: {""} for name in outputs}
+        readers: dict[str, set[str]] = {name: {""} for name in outputs}
         for node in self._body.node:
             for place, name in enumerate(node.input):
-                found.setdefault(name, set()).add(self._activation(node) if place == 0 else "")
+                readers.setdefault(name, set()).add(self._activation(node) if place == 0 else "")
             for name in _read_inside(node):
-                found.setdefault(name, set()).add("")
-        return found
+                readers.setdefault(name, set()).add("")
+        return readers
 
     def _maker(self, tensor: str) -> tuple[NodeProto | None, Scope, bool]:
-        """The node that makes a tensor's values, and whether they were moved since; None for an input."""
+        """The node that makes a tensor's values (None for an input), its scope, and whether other nodes moved them."""
         scope, name = self.scope.actual(tensor)
         is_moved = False
         for _ in range(_LONGEST_CHAIN):
@@ -90,7 +93,7 @@ class Neighbours:
                 return made.node, scope, is_moved
             is_moved |= made.node.op_type in _MOVING
             scope, name = scope.actual(kept)
-        raise UnreadError(f"{brief(tensor)} is handed on more than {_LONGEST_CHAIN} times")
+        raise UnreadError(f"{brief(tensor)} is passed on more than {_LONGEST_CHAIN} times")
 
     def _activation(self, node: NodeProto) -> str:
         if node.domain not in _DOMAINS:
@@ -102,8 +105,8 @@ class Neighbours:
         return _NAMES.get(node.op_type, "")
 
     def _clip(self, node: NodeProto) -> str:
-        # attributes until version 10, then inputs
-        limits = [None if (found := self.scope.attribute(node, name)) is None else found.f for name in ("min", "max")]
+        # the limits are attributes until version 10 of the operators, then inputs
+        limits = [None if (limit := self.scope.attribute(node, name)) is None else limit.f for name in ("min", "max")]
         for place, name in enumerate(node.input[1:3]):
             if name and (constant := self._constant(name)) is None:
                 return ""
@@ -155,7 +158,7 @@ def _is_constant(scope: Scope, name: str) -> bool:
 
 
 def _norms(weights: ndarray, axis: int) -> array[float]:
-    """Root of the sum of squares over all axes but one."""
+    """For each index of ``axis``, the root of the sum of the squared weights."""
     import numpy as np
 
     rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype("float64")
@@ -164,5 +167,5 @@ def _norms(weights: ndarray, axis: int) -> array[float]:
 
 
 def _integer(scope: Scope, node: NodeProto, name: str, default: int) -> int:
-    found = scope.attribute(node, name)
-    return default if found is None else found.i
+    attribute = scope.attribute(node, name)
+    return default if attribute is None else attribute.i

@@ -1,8 +1,8 @@
-"""Values of the names in an ONNX graph that are constants in the file or in a data file beside it.
+"""The constant values of names in an ONNX graph; they are in the file or in a data file beside it.
 
 Each name belongs to a scope: a graph, a graph inside a node (which can use the names around it), or the body of a local
-function (which can use its parameters only). Its value comes from an initializer or a Constant node. Nodes that change
-its type or shape, and the arithmetic of quantization and of folded constants, are computed.
+function (which can use its parameters only). A value comes from an initializer or a Constant node. Nodes that change
+its type or shape are computed, and so is the arithmetic of quantization and of folded constants.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto
 
-    # what a name is in a scope: a tensor, what makes it, or why there is none
+    # what a name is in a scope: a tensor, the node that makes it, or a text: why it has no value
     Named: TypeAlias = "str | TensorProto | Made"
     Compute = Callable[..., ndarray]
 
 _EXTERNAL = 1  # TensorProto.DataLocation
 _MOST_VALUES = 1 << 22
-_LONGEST_CHAIN = 64  # functions in functions from a name to where it comes from
-_MOST_NODES = 256  # from a name to its values
+_LONGEST_CHAIN = 64  # nested calls of functions through which a parameter is followed
+_MOST_NODES = 256  # nodes that are computed for one value
 _PACKED = {21, 22, 23}  # 4-bit types: UINT4, INT4, FLOAT4E2M1
-# fields in which a tensor's values may be, with the types of each; other types have theirs in int32_data
+# for each data type of ONNX, the field with a tensor's values; int32_data for other types
 _FIELDS = {1: "float_data", 11: "double_data", 7: "int64_data", 12: "uint64_data", 13: "uint64_data"}
 
 
 class UnreadError(Exception):
-    """Why a name has no value that can be read, and what to do."""
+    """Raised with the reason why the value of a name cannot be read, and what to do."""
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Scope:
-    """The names that a node sees, with what each of them is; ``given`` are the parameters of a local function."""
+    """The names that a node can use, and what each is; ``given`` has the arguments for parameters of a function."""
 
     folder: Path
     names: dict[str, Named]
@@ -50,7 +50,7 @@ class Scope:
 
     @classmethod
     def of(cls, graph: GraphProto, folder: Path, outer: Scope | None = None) -> Scope:
-        """Of a graph, inside the scope of the node that has it."""
+        """The scope of a graph; ``outer`` is the scope of the node that contains it."""
         kind = "an input of the graph" if outer is None else "an input of a graph inside a node"
         names: dict[str, Named] = {value.name: f"{brief(value.name)} is {kind}" for value in graph.input}
         names.update((tensor.name, tensor) for tensor in graph.initializer)
@@ -61,7 +61,7 @@ class Scope:
 
     @classmethod
     def of_call(cls, function: FunctionProto, node: NodeProto, caller: Scope) -> Scope:
-        """Of a local function that a node calls."""
+        """The scope of a local function that a node calls."""
         own = {attribute.name: caller.attribute(node, attribute.name) for attribute in node.attribute}
         defaults = {attribute.name: attribute for attribute in function.attribute_proto}
         names: dict[str, Named] = {name: f"{brief(name)} is left out by the call" for name in function.input}
@@ -71,15 +71,15 @@ class Scope:
         return cls(caller.folder, {**names, **made}, None, given, defaults | own)
 
     def attribute(self, node: NodeProto, name: str) -> AttributeProto | None:
-        """An attribute of a node, or None; in a function it may be one of the call's."""
-        found = next((item for item in node.attribute if item.name == name), None)
-        return self.attributes.get(found.ref_attr_name) if found is not None and found.ref_attr_name else found
+        """An attribute of a node, None if it has none; in a function it may refer to an attribute of the call."""
+        own = next((item for item in node.attribute if item.name == name), None)
+        return self.attributes.get(own.ref_attr_name) if own is not None and own.ref_attr_name else own
 
     def actual(self, name: str) -> tuple[Scope, str]:
-        """Where a name comes from: parameters are followed to what the calls give.
+        """The scope and name behind a name: a parameter is followed to the argument of the call.
 
         Raises:
-            RefusalError: If the calls are in more than 64 of each other.
+            RefusalError: If more than 64 calls are nested.
         """
         scope = self
         for _ in range(_LONGEST_CHAIN):
@@ -94,7 +94,7 @@ class Scope:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A tensor that a node makes, as its output of this number."""
+    """A tensor that a node makes; ``output`` is the index of the node's output."""
 
     node: NodeProto
     output: int
@@ -107,7 +107,7 @@ def _made(nodes: Iterable[NodeProto]) -> dict[str, Made]:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A name's numbers, as a NumPy array of their type, and the name of the tensor that they come from."""
+    """A name's numbers as a NumPy array, and the name of the tensor that they come from."""
 
     numbers: ndarray
     origin: str
@@ -117,8 +117,8 @@ def value_of(scope: Scope, name: str) -> Value:
     """A name's numbers.
 
     Raises:
-        UnreadError: If they are no constants, or lie in a file that is not there.
-        RefusalError: If they contradict what the file says of them.
+        UnreadError: If the numbers are not constant, or are in a file that is missing.
+        RefusalError: If the numbers contradict the type or shape that the file gives.
     """
     return _value_of(scope, name, iter(range(_MOST_NODES)))
 
@@ -155,7 +155,7 @@ _DOMAINS = {"", "ai.onnx", "com.microsoft"}
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Node:
-    """A node's attributes."""
+    """The attributes of a node, by name; None if it does not have one."""
 
     node: NodeProto
     scope: Scope
@@ -173,7 +173,7 @@ class _Node:
 
 
 def _numbers(tensor: TensorProto, folder: Path) -> ndarray:
-    """A TensorProto's values, once their number has been compared with its shape."""
+    """The values of a TensorProto, after their number was compared with its shape."""
     import onnx
     from onnx import numpy_helper
 
@@ -185,9 +185,9 @@ def _numbers(tensor: TensorProto, folder: Path) -> ndarray:
         raise RefusalError(f"numbers in {brief(tensor.name)}", f"ONNX data type {tensor.data_type}") from None
     if tensor.data_location == _EXTERNAL:
         tensor = _beside(tensor, folder, count * kind.itemsize)
-    there = _count(tensor, kind.itemsize)
-    if there != count and tensor.data_type not in _PACKED:
-        raise RefusalError(f"{brief(count)} values in {brief(tensor.name)}", f"{there}")
+    stored = _count(tensor, kind.itemsize)
+    if stored != count and tensor.data_type not in _PACKED:
+        raise RefusalError(f"{brief(count)} values in {brief(tensor.name)}", f"{stored}")
     return numpy_helper.to_array(tensor)
 
 
@@ -199,15 +199,15 @@ def _count(tensor: TensorProto, size: int) -> int:
 
 def _beside(tensor: TensorProto, folder: Path, size: int) -> TensorProto:
     """The tensor with its values from the data file beside the model."""
-    told = {entry.key: entry.value for entry in tensor.external_data}
-    place = Path(told.get("location", "another file"))
-    lies = f"the values of {brief(tensor.name)} lie in {brief(str(place))}"
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    place = Path(external.get("location", "another file"))
+    lies = f"the values of {brief(tensor.name)} are in {brief(str(place))}"
     if place.is_absolute() or ".." in place.parts:
-        raise UnreadError(f"{lies}, which is not beside the model. Put it there, under a name without folders above.")
+        raise UnreadError(f"{lies}, which is not in the model's folder. Export the model and its data to one folder.")
     path = folder / place
     if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        raise UnreadError(f"{lies}, which is not there. Put it beside the model.")
-    start, length = int(told.get("offset", 0) or 0), int(told.get("length", size) or size)
+        raise UnreadError(f"{lies}, which is missing or a link to another folder. Put the file beside the model.")
+    start, length = int(external.get("offset", 0) or 0), int(external.get("length", size) or size)
     if start < 0 or length != size:
         raise RefusalError(f"{size} bytes of {brief(tensor.name)} in {brief(str(place))}", f"{length} at {start}")
     with path.open("rb") as file:
@@ -249,7 +249,7 @@ def _cast(node: _Node, x: ndarray) -> ndarray:
 
 
 def _dequantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = None) -> ndarray:
-    """(x - zero) * scale, in the scale's type; one scale, or one for each index of an axis."""
+    """(x - zero) * scale, in the scale's type; ``scale`` is one number, or one number for each index of an axis."""
     axis = node.integer("axis", 1)
     scale = _along(scale, x, axis)
     shifted = x.astype("float64") - (0 if zero is None else _along(zero, x, axis).astype("float64"))
@@ -257,7 +257,7 @@ def _dequantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None =
 
 
 def _quantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = None) -> ndarray:
-    """x / scale + zero, rounded to even, as far as the type goes."""
+    """x / scale, rounded to even, plus zero; limited to the range of the type."""
     import numpy as np
 
     axis = node.integer("axis", 1)
@@ -268,10 +268,10 @@ def _quantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = N
 
 
 def _along(values: ndarray, x: ndarray, axis: int) -> ndarray:
-    """One value, or one for each index of an axis of x, in a shape that x takes."""
+    """One value, or one value for each index of an axis of x, in a shape that broadcasts with x."""
     if values.size == 1:
         return values.reshape(())
-    # a vector has one axis only: the default is 1 also where x has no axis 1
+    # for a vector the axis is 0: the attribute's default is 1 for vectors too
     axis = 0 if x.ndim == 1 else axis % x.ndim
     if values.ndim != 1 or values.size != x.shape[axis]:
         raise ValueError(f"{values.shape} scales for {x.shape}")
@@ -306,7 +306,7 @@ def _transposed(node: _Node, x: ndarray) -> ndarray:
 
 
 def _filled(node: _Node, shape: ndarray) -> ndarray:
-    """ConstantOfShape."""
+    """The result of ConstantOfShape: a tensor of this shape, filled with one value."""
     import numpy as np
 
     sizes = _bounded(shape.ravel().tolist())

@@ -1,7 +1,7 @@
-"""Files that are no checkpoint of torch, named for what they are, and what to do with each.
+"""What a file is that is no checkpoint of torch, and what to do with it.
 
-Bytes decide where a format has a mark or a structure of its own; a name decides only where it has none. TensorFlow,
-ONNX, Core ML and Caffe write protocol buffers without a mark: which fields a message has tells them apart.
+A format with a mark or a structure of its own is recognized by its bytes; other formats by the file's name. TensorFlow,
+ONNX, Core ML and Caffe write protocol buffers without a mark: these are distinguished by the fields of the message.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _TABLES = room_table("checkpoint.formats", "other_files")
 
 
 def _kind(kind: str) -> Named:
-    """A kind of file as ``other_files.toml`` names it, and what to do with it."""
+    """The name of a kind of file in ``other_files.toml``, and what to do with it."""
     entry = _TABLES["kinds"][kind]
     return entry["name"], _TABLES["remedies"].get(entry["remedy"], entry["remedy"])
 
 
 def _kinds_by(mark: str) -> dict[str, Named]:
-    """Every kind by one of its marks: the bytes it begins with, suffixes, and so on."""
+    """The kinds that have a mark of this sort ("begins", "suffixes", ...), by the mark."""
     return {value: _kind(kind) for kind, entry in _TABLES["kinds"].items() for value in entry.get(mark, ())}
 
 
@@ -44,7 +44,7 @@ def _as_bytes(named: dict[str, Named]) -> dict[bytes, Named]:
 _MAGIC, _FLATBUFFERS = _as_bytes(_kinds_by("begins")), _as_bytes(_kinds_by("flatbuffer"))
 _SUFFIXES, _OF_FOLDERS, _ZIPPED = _kinds_by("suffixes"), _kinds_by("in_folder"), _kinds_by("in_zip")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl")
-# packages whose pickles hold no torch model
+# packages whose pickles are no torch models
 _PACKAGES = ("sklearn", "joblib", "xgboost", "lightgbm", "catboost", "statsmodels", "pandas", "jax", "flax", "keras")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _PADDLES_NAMES = "StructuredToParameterName@@"
@@ -67,12 +67,12 @@ def of_folder(place: Path) -> Named:
 
 
 def _with_folder(named: Named, folder: Path) -> Named:
-    """With the folder's path in the command that is to be typed."""
+    """The same, with the folder's path in the command."""
     return named[0], named[1].replace("FOLDER", brief(str(folder)))
 
 
 def of_content(file: BinaryIO, head: bytes) -> Named | None:
-    """What a file is if its bytes say that it is another framework's; None if they do not."""
+    """What a file is, if its bytes show that it is no checkpoint of torch; None if they do not show it."""
     named = next((named for magic, named in _MAGIC.items() if head.startswith(magic)), None)
     named = named or _FLATBUFFERS.get(head[4:8]) or _of_gzip(file, head) or _of_text(file, head)
     named = named or _of_hdf5(file) or _of_blobs(file)
@@ -80,7 +80,7 @@ def of_content(file: BinaryIO, head: bytes) -> Named | None:
 
 
 def of_name(file: BinaryIO) -> Named | None:
-    """What a file is by its name, and the files beside it; None if they do not tell."""
+    """What a file is, by its name and the files beside it; None if they do not show it."""
     path = _path(file)
     if path.name == "saved_model.pb":
         return _kind("damaged_tensorflow_savedmodel")
@@ -92,7 +92,7 @@ def of_name(file: BinaryIO) -> Named | None:
 
 
 def has_graph(file: BinaryIO) -> bool:
-    """Whether a protocol buffer has the field that an ONNX model has its graph in."""
+    """Whether a protocol buffer has field 7, which is the graph of an ONNX model."""
     return any(number == 7 and kind == 2 for number, kind, _ in _fields(file))
 
 
@@ -101,7 +101,7 @@ def _path(file: BinaryIO) -> Path:
 
 
 def of_bytes(head: bytes) -> Named:
-    """What bytes of no known format look like."""
+    """A description of bytes that have no known format."""
     if not head:
         return _kind("empty_file")
     if head.isascii() and b"\0" not in head:
@@ -110,17 +110,17 @@ def of_bytes(head: bytes) -> Named:
 
 
 def of_zip(names: Iterable[str]) -> Named | None:
-    """What a zip file is, by the names in it; None if nothing tells."""
+    """What a zip file is, by the names in it; None if no name shows it."""
     return next((named for end, named in _ZIPPED.items() if any(f"/{name}".endswith(end) for name in names)), None)
 
 
 def of_shards(name: str) -> Named:
-    """A file in which several of torch.save follow each other."""
+    """What a file is in which several files of torch.save follow each other."""
     return _with_folder(_kind("part_of_a_distributed_checkpoint"), Path(name).parent)
 
 
 def of_value(saved: Saved) -> Named | None:
-    """What a pickle holds if it is another framework's; None if nothing tells."""
+    """What a pickled value is, if it belongs to another framework; None if nothing shows that."""
     if isinstance(saved, dict) and (_PADDLES_NAMES in saved or _is_paddles(saved)):
         return _kind("paddlepaddle_state_dict")
     name = getattr(saved, "name", "")
@@ -133,7 +133,7 @@ def of_value(saved: Saved) -> Named | None:
 
 
 def _is_paddles(saved: dict[Saved, Saved]) -> bool:
-    """Whether statistics have PaddlePaddle's names: _mean and _variance."""
+    """Whether two keys are PaddlePaddle's names of statistics: they end in _mean and _variance."""
     names = {key for key in saved if isinstance(key, str)}
     return any(
         f"{name.removesuffix('_mean')}_variance" in names for name in names if name.rpartition(".")[2] == "_mean"
@@ -141,7 +141,7 @@ def _is_paddles(saved: dict[Saved, Saved]) -> bool:
 
 
 def _of_hdf5(file: BinaryIO) -> Named | None:
-    """A Keras model has its configuration as an attribute; HDF5 may begin behind a block of 512 bytes, or of more."""
+    """A Keras model if HDF5 has its configuration, else weights. HDF5 may begin behind a block of 512 bytes or more."""
     for start in (0, 512, 1024, 2048):
         file.seek(start)
         if file.read(len(_HDF5)) == _HDF5:
@@ -151,7 +151,7 @@ def _of_hdf5(file: BinaryIO) -> Named | None:
 
 
 def _of_blobs(file: BinaryIO) -> Named | None:
-    """Core ML keeps weights in a file of blobs: its version is 2, and a mark begins each blob, the first at 64."""
+    """Weights of Core ML: a file of blobs of version 2, where each blob begins with a mark, the first at byte 64."""
     file.seek(4)
     version = file.read(4)
     file.seek(64)
@@ -160,7 +160,7 @@ def _of_blobs(file: BinaryIO) -> Named | None:
 
 
 def _of_gzip(file: BinaryIO, head: bytes) -> Named | None:
-    """R packs its objects; other files are packed by a command."""
+    """An object of R, which R compresses by gzip, or another gzip file."""
     if not head.startswith(b"\x1f\x8b"):
         return None
     try:
@@ -191,7 +191,7 @@ def _of_text(file: BinaryIO, head: bytes) -> Named | None:
 
 
 def _of_json(file: BinaryIO) -> Named | None:
-    """The parts of a checkpoint, or a network without weights."""
+    """What a JSON file is: the index of a checkpoint in parts, or a network without weights."""
     file.seek(0)
     data = file.read(_LONGEST_INDEX)
     if b'"weight_map"' in data:
@@ -214,7 +214,7 @@ def _parts(data: bytes) -> str:
 
 
 def _of_message(file: BinaryIO) -> Named | None:
-    """A protocol buffer that is no ONNX model, by the numbers of its fields."""
+    """What a protocol buffer is, by the numbers of its fields; None for an ONNX model or an unknown message."""
     file.seek(0)
     fields = list(_fields(file))
     numbers = {number for number, _, _ in fields}
@@ -238,9 +238,9 @@ def _of_message(file: BinaryIO) -> Named | None:
 
 
 def _fields(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Number, wire type and size of each field of a message that takes all of the file, or none of a broken one."""
-    end, at, found = file.seek(0, os.SEEK_END), 0, []
-    while at < end and len(found) < _MOST_FIELDS:
+    """Number, wire type and size of each field, if the whole file is one message; nothing if it is not."""
+    end, at, fields = file.seek(0, os.SEEK_END), 0, []
+    while at < end and len(fields) < _MOST_FIELDS:
         file.seek(at)
         data = file.read(20)
         key, used = _varint(data)
@@ -252,12 +252,12 @@ def _fields(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
         at += used + more + size
         if at > end:
             return
-        found.append((number, kind, size))
-    yield from found
+        fields.append((number, kind, size))
+    yield from fields
 
 
 def _varint(data: bytes) -> tuple[int, int]:
-    """A number and how many bytes it takes; 0 bytes if it does not end."""
+    """A number of variable length and its number of bytes; (0, 0) if its end is missing."""
     value = 0
     for i, byte in enumerate(data[:10]):
         value |= (byte & 0x7F) << 7 * i
@@ -280,7 +280,7 @@ def _is_name(file: BinaryIO) -> bool:
 
 
 def _of_pairs(file: BinaryIO) -> Named | None:
-    """By the first field: a node of TensorFlow is a name and an operation, MindSpore has a name and a tensor."""
+    """TensorFlow or MindSpore, by the first field: a name and an operation, or a name and a tensor."""
     data = _first(file)
     size, used = _varint(data[1:])
     after = data[1 + used + size :]
@@ -294,7 +294,7 @@ def _of_pairs(file: BinaryIO) -> Named | None:
 
 
 def _of_msgpack(head: bytes) -> Named | None:
-    """A map whose first key is text, as Flax and MessagePack write it."""
+    """A MessagePack map whose first key is text, as Flax writes it; None for other bytes."""
     start = 1 if 0x81 <= (head[0] if head else 0) <= 0x8F else 3 if head[:1] == b"\xde" else 0
     key = head[start : start + 1]
     if not start or not (b"\xa1" <= key <= b"\xbf" or key == b"\xd9"):

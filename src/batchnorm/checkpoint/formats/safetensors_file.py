@@ -1,7 +1,7 @@
 """The safetensors format: 8 bytes with the header's length, a JSON header, then every tensor's bytes.
 
-The header has for each tensor {"dtype": "F32", "shape": [64], "data_offsets": [begin, end]}, counted from the
-header's end.
+The header has for each tensor {"dtype": "F32", "shape": [64], "data_offsets": [begin, end]}; offsets are counted from
+the header's end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TYPES = {
 
 
 def read(file: BinaryIO) -> tuple[dict[str, Tensor], Source]:
-    """Every tensor by its name, and where its bytes are."""
+    """The tensors by name, and the source of their bytes; tensors of types that batch norm never has are left out."""
     length = int.from_bytes(exactly(file, 0, 8), "little")
     if length > _LONGEST_HEADER:
         raise RefusalError(f"a header of at most {_LONGEST_HEADER:,} bytes", f"{length:,}")
@@ -61,7 +61,7 @@ def read(file: BinaryIO) -> tuple[dict[str, Tensor], Source]:
 
 
 def _named(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    """A JSON object each of whose names is there once."""
+    """A JSON object as a dict; refused if a name occurs twice."""
     named = dict(pairs)
     if len(named) < len(pairs):
         names = [name for name, _ in pairs]
@@ -71,15 +71,15 @@ def _named(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def _apart(records: Mapping[str, FileRecord]) -> None:
-    """Return unless bytes belong to two tensors."""
+    """Refuse records that overlap: each byte must belong to one tensor."""
     ordered = sorted(((record.start, record.start + record.size, name) for name, record in records.items()))
     for (_, stop, name), (begin, _, other) in pairwise(span for span in ordered if span[0] < span[1]):
         if begin < stop:
-            raise RefusalError("bytes of its own for each tensor", f"{brief(name)} and {brief(other)} in the same ones")
+            raise RefusalError("bytes of its own for each tensor", f"{brief(name)} and {brief(other)} overlapping")
 
 
 def _tensor(name: str, entry: Json) -> Tensor | None:
-    """The tensor, or None for a type that no batch norm layer has."""
+    """The tensor; None for a type that no batch norm layer has."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise RefusalError(f"dtype, shape and data_offsets of {brief(name)}", brief(entry))
     shape, dtype = entry["shape"], _TYPES.get(str(entry["dtype"]))

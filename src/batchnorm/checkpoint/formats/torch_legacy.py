@@ -3,7 +3,8 @@
 Five pickles follow each other: a magic number, the protocol, facts about the system, what was saved, and the keys of
 its storages. Then each storage's number of elements (8 bytes) and its bytes. All numbers are little-endian.
 
-A plain pickle is one pickle, and nothing behind it. Its arrays lie in it; its storages are files of this format in it.
+A plain pickle is one pickle with nothing behind it. It contains the bytes of its arrays, and each storage of torch in
+it is a whole file of this format.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ _LONGEST_HEAD = 1 << 16  # bytes of the pickles before a single storage
 
 
 def read(file: BinaryIO) -> tuple[Saved, Source]:
-    """What was saved, and where its tensors' bytes are."""
+    """The saved value, and the source of its tensors' bytes."""
     saved, keys, storages = _pickles(file)
     start = file.tell()
     return saved, Source(file, _records(file, keys, storages, start, file.seek(0, os.SEEK_END)))
 
 
 def read_pickle(file: BinaryIO) -> tuple[Saved, Source]:
-    """What a plain pickle holds; its tensors have their numbers with them."""
+    """The value of a plain pickle, whose tensors contain their bytes, and a source without records."""
     return stack_machine.load(file, nested=_nested), Source(file, {})
 
 
 def _pickles(file: BinaryIO) -> tuple[Saved, object, dict[str, Storage]]:
-    """What was saved, the keys of its storages, and these."""
+    """The saved value, the keys of its storages in the file's order, and the storages by key."""
     magic = stack_machine.load(file)
     if magic != _MAGIC:
         raise RefusalError("a file of torch.save", f"a plain pickle of {brief(magic)}", RESAVE)
@@ -54,7 +55,7 @@ def _pickles(file: BinaryIO) -> tuple[Saved, object, dict[str, Storage]]:
 
 
 def _nested(data: bytes | str | Span) -> Storage:
-    """The one storage of a file of torch.save in a pickle."""
+    """The storage in ``data``: a file of torch.save inside of a pickle, with a single storage."""
     held = Held.of(data)
     if held is None:
         raise RefusalError("the bytes of a storage", brief(data))
@@ -69,9 +70,9 @@ def _nested(data: bytes | str | Span) -> Storage:
 
 
 def _records(file: BinaryIO, keys: object, storages: dict[str, Storage], start: int, end: int) -> dict[str, FileRecord]:
-    """Where each storage lies, from ``start`` on and before ``end``.
+    """The bytes of each storage, by key: they follow each other from ``start``, and the file ends at ``end``.
 
-    Elements are of the type under which a storage was named first.
+    The type of a storage's elements is the type in its first mention.
     """
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise RefusalError("a list of the storages' keys", brief(keys))

@@ -21,7 +21,7 @@ _PICKLE = "data.pkl"
 
 
 def read(file: BinaryIO) -> tuple[Saved, Source]:
-    """What was saved, and where its tensors' bytes are."""
+    """The saved value, and the source of its tensors' bytes."""
     entries = _entries(file)
     if entries and min(entry.header_offset for entry in entries.values()):
         raise RefusalError("a file of torch.save", *other_files.of_shards(str(getattr(file, "name", ""))))
@@ -43,7 +43,7 @@ def _entries(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
 
 
 def _folder(entries: dict[str, zipfile.ZipInfo]) -> str:
-    """What every record's name starts with."""
+    """The folder in the zip file with which every record's name starts."""
     if named := other_files.of_zip(entries):
         raise RefusalError("a state dict", *named)
     name = next((name for name in entries if name.endswith(f"/{_PICKLE}")), None)
@@ -63,7 +63,7 @@ def _record(entry: zipfile.ZipInfo) -> FileRecord:
 
 
 def _byteorder(source: Source) -> str:
-    """Of the machine that saved: torch 2.1 and later say it."""
+    """The byte order of the machine that saved the file: torch 2.1 and later store it; "little" if it is missing."""
     if "byteorder" not in source.records:
         return "little"
     text = source.read("byteorder", 0, min(source.size("byteorder"), 80)).decode("latin-1")

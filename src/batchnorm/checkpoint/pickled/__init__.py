@@ -1,1 +1,1 @@
-"""Pickles read as data: which names they may use, and plain values for what they hold."""
+"""Pickles read as data: the names that they may use, and plain values in place of their objects."""

@@ -1,8 +1,9 @@
 """The names that a pickle may use, and the plain value that stands for each of them.
 
-Nothing is imported by name. Each call in a pickle is looked up in the tables below. A function of this package does
-it, or it is refused. A value without tensors becomes ``Opaque``, which holds nothing. An object of an unknown class is
-no call. It becomes an ``Object``: a dict of the attributes in the file.
+Nothing is imported by name. Each call in a pickle is looked up in the tables below. If a table has a function of this
+package for it, that function is called instead; otherwise the call is refused. Values of known types that say nothing
+about batch norm, such as dates, paths and sets, become ``Opaque``, without their content. An object of an unknown class
+is made without a call: it becomes an ``Object``, a dict of the attributes in the file.
 """
 
 from __future__ import annotations
@@ -41,27 +42,27 @@ _STORAGES = {
 }
 _LOAD = "load it with torch.load(path, weights_only=False)"
 _PLAIN = (str, int, float, bytes, type(None))
-_LONGEST_KEY = 64  # values in a tuple that is a key: its hash is taken anew each time
+_LONGEST_KEY = 64  # values in a tuple as dict key or argument: tuples do not store their hash, so long ones are slow
 
 
-# the key under which a state dict's versions are kept: no name of the file's can be equal to it
+# the key for the version numbers of a state dict's modules (``_metadata``); no key in a file can equal it
 VERSIONS = Opaque("versions")
 
 
 def find(name: str) -> Name:
-    """What a name, module and name with a dot, stands for."""
+    """The entry for a full name, such as "torch.Size"; a Name with ``is_known=False`` if there is no entry."""
     return _TABLE.get(name) or Name(name, is_known=False)
 
 
 def new(kind: object, arguments: object) -> Saved:
-    """An object of a class as a pickle makes one, without its ``__init__``; known names are called."""
+    """An Object for a class, made without ``__init__``; for a known name, the result of its function."""
     if not isinstance(kind, Name) or kind.dtype or type(arguments) is not tuple:
         raise RefusalError("a class and its arguments", in_words(kind))
     if kind.call is not None:
         return _called(kind, arguments)
     made = Object(kind.name)
     if arguments:
-        made[0] = arguments  # not one by one: a pickle may use the same tuple again and again
+        made[0] = arguments  # the tuple, not its values: a pickle that reuses one tuple would fill the memory
     return made
 
 
@@ -71,7 +72,7 @@ def storage(identity: object) -> Storage:
         raise RefusalError("a storage as persistent id", in_words(identity))
     _, kind, key, _, numel = identity[:5]
     if len(identity) == 6 and identity[5] is not None:
-        raise RefusalError("storages of their own", "a view of another one, as torch wrote until 0.4", RESAVE)
+        raise RefusalError("a storage", "a view of another storage, as torch saved until version 0.4", RESAVE)
     if not isinstance(kind, Name) or kind.dtype not in BYTES:
         raise RefusalError("a type of storage", brief(kind))
     if not isinstance(key, str) or type(numel) is not int or not 0 <= numel < 1 << 63:
@@ -80,7 +81,7 @@ def storage(identity: object) -> Storage:
 
 
 def key(value: object) -> Saved:
-    """The key of a dict for ``value``; an object gets a new key, which nothing else is equal to."""
+    """The dict key for ``value``: plain values and names themselves, for others a new key that equals nothing else."""
     if _is_plain(value) or isinstance(value, Opaque | Name):
         return value
     if type(value) is tuple and len(value) <= _LONGEST_KEY and all(map(_is_plain, value)):
@@ -91,15 +92,15 @@ def key(value: object) -> Saved:
 
 
 def _is_plain(value: object) -> bool:
-    # larger integers all have hashes below 2^61: a dict of chosen ones takes quadratic time
+    # all integers have hashes below 2^61: a dict of large ones with equal hashes would take quadratic time
     return isinstance(value, _PLAIN) and not (isinstance(value, int) and abs(value) >= 1 << 64)
 
 
 def call(function: object, arguments: object) -> Saved:
-    """What a known name gives for ``arguments``.
+    """The result of a call in a pickle; refused unless it is known to be harmless.
 
-    A class of somebody's own that gets nothing (a dict with its own methods) or one plain value (a member of an enum,
-    a set, a dict of its own kind) gives an object. All else that is not known may run code.
+    An unknown class called without arguments (a subclass of dict) or with one plain value (an enum, a subclass of set)
+    becomes an Object. Any other unknown call is refused: it might run code.
     """
     if not isinstance(function, Name | Opaque | Object) or type(arguments) is not tuple:
         raise RefusalError("a known name and its arguments", in_words(function))
@@ -112,12 +113,13 @@ def call(function: object, arguments: object) -> Saved:
     raise RefusalError(
         "tensors and plain values only",
         brief(function.name),
-        f"Loading it would run its code, so nothing was loaded. If you trust its maker, {_LOAD}. {RESAVE}",
+        "Loading the file would run that code, so nothing was loaded. If you trust where the file comes from, "
+        f"{_LOAD}. {RESAVE}",
     )
 
 
 def _called(function: Name, arguments: tuple[Saved, ...]) -> Saved:
-    """The result of a known name; unexpected arguments do not mean that the file is damaged."""
+    """The result of a known name. For unexpected arguments the error says to save again, not that a file is damaged."""
     try:
         return (function.call or _first)(*arguments)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -128,19 +130,19 @@ def _called(function: Name, arguments: tuple[Saved, ...]) -> Saved:
 
 
 def _is_plain_call(function: Name, arguments: tuple[Saved, ...]) -> bool:
-    if function.package == "torch":  # whose enums have numbers; a class of it that takes text may write files
+    if function.package == "torch":  # its enums are called with an int; a class called with a text may write files
         return len(arguments) == 1 and type(arguments[0]) is int
     if not arguments:
         return True
     value, *rest = arguments
     plain = type(value) in {tuple, list} and len(value) <= _LONGEST_KEY and all(map(_is_plain, value))
-    if rest:  # what a deque has, and at most how many
+    if rest:  # the values and the maxlen of a deque
         return plain and len(rest) == 1 and _is_plain(rest[0])
     return plain or _is_plain(value) or type(value) is dict or _makes_values(value)
 
 
 def _makes_values(value: object) -> bool:
-    """Whether it can be the factory of a defaultdict: a plain class, or one of the user's own."""
+    """Whether ``value`` can be a default_factory: a built-in container or number class, or an unknown class."""
     return isinstance(value, Name) and (value.name in _FACTORIES or value.is_class)
 
 
@@ -149,7 +151,7 @@ def _first(value: object, *_: object) -> object:
 
 
 def _partial(function: object = None, *_: object) -> Opaque:
-    """A function that waits for its call: of a class's ``__new__``, as protocol 2 makes an object by names."""
+    """functools.partial; of a class's ``__new__`` (objects with keyword arguments in protocol 2), its call is known."""
     owner = function.name.removesuffix(".__new__") if isinstance(function, Name) else ""
     is_new = isinstance(function, Name) and owner != function.name and Name(owner, is_known=False).is_class
     return Opaque("functools.partial", is_reported=True, makes=owner if is_new else "")
@@ -162,7 +164,7 @@ def _pairs(pairs: Saved = ()) -> dict[Saved, Saved]:
         return pairs
     result = {key(name): value for name, value in pairs}
     if isinstance(pairs, list):
-        pairs.clear()  # a pickle that asks for the same dict again and again fills no memory
+        pairs.clear()  # emptied, so that a pickle that makes many dicts from one list does not fill the memory
     return result
 
 
@@ -171,12 +173,12 @@ def _of_type(function: object, kind: object, arguments: object, state: object = 
 
 
 def _bytes(data: object = b"", encoding: object = "", *_: object) -> object:
-    """Bytes, or text as it is; readers of bytes take one from each character."""
+    """Bytes, or the Latin-1 text that stands for them in protocol 2: its reader makes one byte of each character."""
     return data if encoding in {"", "latin1", "latin-1"} and isinstance(data, str | bytes) else Opaque("_codecs.encode")
 
 
 def _member(owner: object, name: object = "", *_: object) -> object:
-    """An attribute: of a class by its full name, which may be known; of an object without a value."""
+    """getattr: of a name the entry of its attribute; of an object an Opaque, because its attributes are not read."""
     if not isinstance(owner, Name | Object | Opaque) or not isinstance(name, str):
         raise RefusalError("an attribute's owner and name", f"{in_words(owner)} and {brief(name)}")
     return find(f"{owner.name}.{name}") if isinstance(owner, Name) else Opaque(f"{owner.name}.{name}")
@@ -206,12 +208,12 @@ def _without_init_ex(kind: object, arguments: object = (), *_: object) -> Saved:
 
 
 def _reconstructed(kind: object, *base_and_state: object) -> Saved:
-    """As protocol 1 makes an object: of a class, the built-in one below it, and that one's value."""
+    """copyreg._reconstructor(class, base, value): an object of the class with the value of its built-in base."""
     return new(kind, tuple(state for state in base_and_state[1:2] if state is not None))
 
 
 def _compiled(module: object = None, *_: object) -> Object:
-    """What torch.compile makes of a module: a module around it."""
+    """The module that torch.compile puts around a module."""
     made = Object("torch._dynamo.eval_frame.OptimizedModule")
     made.update(_parameters={}, _buffers={}, _modules={"_orig_mod": module})
     return made
@@ -222,7 +224,7 @@ def _plain_list(*_: object) -> list[Saved]:
 
 
 def _sequence(values: object = (), *_: object) -> object:
-    """A tuple or list of what is one already."""
+    """tuple(x) or list(x): a tuple unchanged, an Opaque for other values."""
     return values if isinstance(values, tuple) else Opaque("builtins.list")
 
 
@@ -245,7 +247,7 @@ _OPAQUE = (
     "torch.device",
     "torch.serialization._get_layout",
 )
-# nor are those of these, and the report names them as unread
+# the values of these are not used either, and the report names them as unread
 _UNREAD = (
     *(
         f"pathlib{local}.{flavour}"
@@ -276,7 +278,7 @@ _UNREAD = (
     "logging.getLogger",
     *(f"builtins.{name}" for name, value in vars(builtins).items() if _is_exception(value)),
 )
-# functions that make such a value, and what they make
+# functions that make an unread value: function -> type of the value
 _MAKERS = {
     "array._array_reconstructor": "array.array",
     "numpy.random._pickle.__bit_generator_ctor": "numpy.random.BitGenerator",

@@ -1,4 +1,4 @@
-"""A name in a pickle: what may be done with it, without importing what it names."""
+"""A name in a pickle, such as "torch.Size": what a call of it returns. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from batchnorm.checkpoint.refusal import brief
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# a class of these may do anything when it is called
+# packages whose classes may run any code when they are called
 _POWERFUL = sys.stdlib_module_names | {"numpy"}
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Name:
-    """A name: what calling it gives, or what type of numbers it stands for; neither for one that is not known."""
+    """A name in a pickle.
+
+    ``call`` is the function that is called in place of it, None if it cannot be called. ``dtype`` is the type of
+    numbers that it names, such as "float32" for torch.FloatStorage, else "".
+    """
 
     name: str
     call: Callable[..., Saved] | None = None
@@ -28,16 +32,16 @@ class Name:
 
     @property
     def is_class(self) -> bool:
-        """Whether it is written like a class of somebody's own: one of Python's library or NumPy may do anything."""
+        """Whether an unknown name is written like a class, outside of Python's library and NumPy (``_POWERFUL``)."""
         last = self.name.rpartition(".")[2].lstrip("_")
         return not self.is_known and self.package not in _POWERFUL and last[:1].isupper()
 
     @property
     def package(self) -> str:
-        """The first word."""
+        """The name's first word."""
         return self.name.partition(".")[0]
 
 
 def in_words(value: object) -> str:
-    """A value in a message: names and objects by their names."""
+    """A value in words for a message: names and objects by their names."""
     return brief(value.name) if isinstance(value, Name | Opaque | Object) else brief(value)

@@ -1,7 +1,8 @@
-"""NumPy's arrays as they are pickled: a type, a shape, an order of axes, and bytes.
+"""Pickled NumPy arrays: a type, a shape, an order of axes, and bytes.
 
-``_reconstruct`` makes an empty array that BUILD then fills with (version, shape, dtype, is_fortran, bytes). Protocol 2
-has the bytes as text, one character for each; protocol 5 may have ``_frombuffer`` instead.
+In a pickle, ``_reconstruct`` makes an empty array, and the opcode BUILD fills it with (version, shape, dtype,
+is_fortran, bytes). In protocol 2 the bytes are text with one character for each byte. Protocol 5 may call
+``_frombuffer`` instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ORDERS = {"<": "little", ">": "big", "|": "little", "=": "little"}
 
 @final
 class Dtype:
-    """A type of numbers, and the order of their bytes, which BUILD tells. "" for all that is no plain number."""
+    """A type of numbers, and the order of their bytes, which BUILD sets. The name is "" for other types."""
 
     __slots__ = ("byteorder", "name")
 
@@ -38,7 +39,7 @@ class Dtype:
         self.byteorder = "little"
 
     def build(self, state: object) -> Dtype:
-        """The type with the order that ``state`` tells: (version, order, ...)."""
+        """The type with the byte order in ``state``: (version, order, ...)."""
         if isinstance(state, tuple) and len(state) > 1:
             self.byteorder = _ORDERS.get(str(state[1]), "little")
         return self
@@ -46,7 +47,7 @@ class Dtype:
 
 @final
 class Unbuilt:
-    """An array before BUILD, and where the memo has it."""
+    """An array before BUILD, and its index in the pickle's memo, None if it is not there."""
 
     __slots__ = ("place",)
 
@@ -54,7 +55,7 @@ class Unbuilt:
         self.place: int | None = None
 
     def build(self, state: object) -> Tensor | Opaque:
-        """The array; what holds objects or records of several fields has no numbers."""
+        """The array; an Opaque if it has other values than numbers, such as objects or records."""
         if not isinstance(state, tuple) or len(state) != 5:
             raise RefusalError("a NumPy array's shape, type, order and bytes", brief(state))
         _, shape, dtype, is_fortran, data = state
@@ -62,12 +63,12 @@ class Unbuilt:
 
 
 def from_buffer(data: object, dtype: object, shape: object, order: object = "C", *_: object) -> Tensor | Opaque:
-    """An array of protocol 5."""
+    """An array in protocol 5; an Opaque if it has other values than numbers."""
     return _array(data, dtype, shape, is_fortran=order == "F")
 
 
 def scalar(dtype: object = None, data: object = None, *_: object) -> int | Opaque:
-    """A whole number as it is, since a layer's counter may be one; others say nothing about batch norm."""
+    """A whole number as an int, since it may be a layer's counter; an Opaque for other scalars."""
     if isinstance(dtype, Dtype) and "int" in dtype.name and isinstance(data, str | bytes) and len(data) <= 8:
         raw = data.encode("latin-1") if isinstance(data, str) else data
         order = "big" if dtype.byteorder == "big" else "little"
@@ -92,5 +93,5 @@ def _array(data: object, dtype: object, shape: object, *, is_fortran: bool) -> T
 
 
 def _numel(size: Sequence[int]) -> int:
-    # more axes are refused by Tensor, before their product is taken
+    # only 64 axes are multiplied: Tensor refuses more
     return math.prod(size[:64])

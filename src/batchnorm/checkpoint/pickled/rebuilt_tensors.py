@@ -1,4 +1,4 @@
-"""Tensors as torch's functions rebuild them: a view of a storage, or why there are no numbers to read."""
+"""What torch's functions in a pickle rebuild: views of storages, or tensors with the reason why they cannot be read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _WHOLE = (
 
 
 def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: object) -> Tensor:
-    """``rest`` is requires_grad, hooks, and bits that torch applies when the tensor is used."""
+    """A view of a storage; ``rest`` is requires_grad, hooks, and flags such as "neg", the sign to be flipped."""
     if not isinstance(base, Storage) or not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
         raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
     why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
     view = Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
     is_empty = not base.numel and view.numel
-    return replace(view, why=f"a tensor that had given its memory back. {_WHOLE}") if is_empty else view
+    return replace(view, why=f"a tensor whose memory was freed before it was saved. {_WHOLE}") if is_empty else view
 
 
 def tensor_v3(base: Saved, offset: Saved, size: Saved, stride: Saved, *rest: Saved) -> Tensor:
-    """Of a type that has no storage of its own; rest is requires_grad, hooks, dtype."""
+    """A view in a type that has no storage class; ``rest`` is requires_grad, hooks, dtype."""
     view = tensor(base, offset, size, stride)
     if len(rest) < 3 or not isinstance(rest[2], Name) or rest[2].dtype not in BYTES:
         raise RefusalError("a tensor's type", brief(rest[2]) if len(rest) > 2 else "none")
@@ -36,7 +36,7 @@ def tensor_v3(base: Saved, offset: Saved, size: Saved, stride: Saved, *rest: Sav
 
 
 def local_part(tensor: Saved, kind: object, state: object) -> Saved:
-    """A tensor of a subclass; one that wraps others is its local part, where that is all of it."""
+    """A tensor of a subclass. If it wraps a local tensor that is the whole tensor, that local tensor."""
     local = _attributes(state).get("_local_tensor")
     if not isinstance(tensor, Tensor) or not tensor.why or not isinstance(local, Tensor):
         return tensor
@@ -49,7 +49,7 @@ def local_part(tensor: Saved, kind: object, state: object) -> Saved:
 
 
 def _attributes(state: object) -> dict[Saved, Saved]:
-    """Of an object's state: a dict, or one beside that of its slots."""
+    """The attributes in an object's state: a dict, or a pair with a second dict for slots; {} for other states."""
     if isinstance(state, tuple):
         return {name: value for part in state[:2] if isinstance(part, dict) for name, value in part.items()}
     return state if isinstance(state, dict) else {}
@@ -68,7 +68,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def wrapper(kind: object, dtype: object, size: Saved, *_: object) -> Tensor:
-    """A tensor of a subclass that holds no numbers itself."""
+    """A tensor of a subclass that has no numbers itself."""
     remedy = _WHOLE if _last(kind) in _SHARDED else "Save a plain tensor in its place."
     return _without_numbers(dtype, size, f"a {_last(kind)} without numbers of its own. {remedy}")
 
@@ -90,7 +90,7 @@ def sparse(_: object, data: Saved, *__: object) -> Tensor:
 
 
 def nested(*_: object) -> Tensor:
-    """A tensor of several lengths."""
+    """A nested tensor, whose parts have several lengths."""
     return unreadable("float32", (), "nested. Save a tensor for each of its parts.")
 
 
@@ -111,7 +111,7 @@ def _is_size(value: object) -> bool:
 
 
 def of_numpy(data: object, dtype: object, *_: object) -> Saved:
-    """A tensor of a device that hands its numbers out as a NumPy array: float32 for types that NumPy has not."""
+    """A tensor of a device whose numbers are pickled as a NumPy array, in float32 if NumPy lacks its type."""
     if not isinstance(data, Tensor) or not isinstance(dtype, Name) or dtype.dtype not in BYTES:
         return Opaque("torch.Tensor of a device", is_reported=True)
     return data

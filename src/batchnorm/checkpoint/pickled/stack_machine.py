@@ -1,9 +1,9 @@
 """A pickle read as data: a stack machine for the opcodes that plain values and tensors need, and no others.
 
-Python's own Unpickler runs what a file names, and its C code hashes and frees whatever a file nests. Here a name is
-looked up in ``allowed_names`` and never imported. Every size is compared with the bytes that follow, and steps are
-counted. The opcodes are those of ``pickletools``, protocols 1 to 5. An object of an unknown class becomes a dict of its
-attributes. Long runs of bytes stay in the file.
+Python's own Unpickler runs the functions that a file names, and its C code can crash on deeply nested values. Here a
+name is looked up in ``allowed_names`` and never imported. Every size is compared with the bytes that follow, and steps
+are counted. The opcodes are those of ``pickletools``, protocols 1 to 5. An object of an unknown class becomes a dict of
+its attributes. Long runs of bytes stay in the file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import BinaryIO
 
-    # what an opcode does, and the value that it leaves on the stack, if any
+    # the action of an opcode; it may return a value, which is then put on the stack
     Step = Callable[["_Machine"], Saved]
 
-LARGEST = 1 << 28  # bytes of a pickle; that of a network of 100,000 tensors has 2^24
-_MOST_STEPS = 10_000_000  # opcodes; one may allocate 100 bytes
-_MOST_ATTRIBUTES = 10_000_000  # put into objects; a pickle may use the same dict of them again and again
-_LEFT = 1 << 12  # bytes from which on they stay in the file
+LARGEST = 1 << 28  # bytes of a pickle; the pickle of a network with 100,000 tensors has 2^24
+_MOST_STEPS = 10_000_000  # opcodes; one opcode may allocate 100 bytes
+_MOST_ATTRIBUTES = 10_000_000  # of all objects; a pickle may use one dict of attributes for many objects
+_LEFT = 1 << 12  # bytes; a run of at least this many stays in the file
 _LONGEST_LINE = 1000
 _LONGEST_INTEGER = 256  # bytes
 
@@ -39,12 +39,12 @@ def load(
     storages: dict[str, Storage] | None = None,
     nested: Callable[[bytes | str | Span], Storage] | None = None,
 ) -> Saved:
-    """The value of the pickle that starts where ``file`` stands; the file then stands after it.
+    """The value of the pickle that starts at the position of ``file``; the position is then behind the pickle.
 
     Args:
         file: Open for reading.
-        storages: Filled with each storage of the pickle by its key, as it is named first.
-        nested: Reads a storage that the pickle holds as a file of torch.save.
+        storages: Filled with each storage of the pickle by its key; the first mention of a key counts.
+        nested: Reads a storage that is a file of torch.save inside of the pickle. None: such storages are refused.
     """
     machine = _Machine(file, {} if storages is None else storages, nested)
     for _ in range(_MOST_STEPS):
@@ -62,7 +62,7 @@ def load(
 
 @final
 class _Machine:
-    """Stack, marks and memo of a pickle. Values are None, numbers, text, containers and those of ``allowed_names``."""
+    """Stack, marks and memo of a pickle. Values: None, numbers, text, containers, and results of ``allowed_names``."""
 
     __slots__ = ("attributes", "file", "left", "marks", "memo", "names", "nested", "stack", "storages")
 
@@ -92,7 +92,7 @@ class _Machine:
         return self.take(self.unsigned(width))
 
     def stretch(self, width: int) -> bytes | Span:
-        """The counted bytes; a long run is left in the file."""
+        """A number of bytes, which comes before them in ``width`` bytes; a long run stays in the file as a Span."""
         size = self.unsigned(width)
         if size < _LEFT:
             return self.take(size)
@@ -135,7 +135,7 @@ def _pop(machine: _Machine) -> None:
 
 def _integer(machine: _Machine) -> int | bool:
     text = machine.line()
-    return text == "01" if text in {"00", "01"} else int(text)  # how protocol 1 writes booleans
+    return text == "01" if text in {"00", "01"} else int(text)  # protocol 1 writes booleans so
 
 
 def _long(machine: _Machine, width: int) -> int:
@@ -172,7 +172,7 @@ def _append(machine: _Machine) -> None:
 
 
 def _items(machine: _Machine) -> list[Saved]:
-    """The list on top, or the items of an object that is one."""
+    """The list on top of the stack, or the list of items of an object (of a subclass of list)."""
     if not isinstance(machine.stack[-1], Object):
         return machine.last(list)
     items = machine.stack[-1].setdefault("items", [])
@@ -197,10 +197,10 @@ def _tuple(machine: _Machine, size: int) -> None:
 def _find(machine: _Machine, module: object, name: object) -> Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise RefusalError("a module and a name", f"{brief(module)} and {brief(name)}")
-    # names of Python 2, as Python's own reader takes them: commands.Popen is subprocess.Popen
+    # names of Python 2 are translated as Python's own reader does: commands.Popen is subprocess.Popen
     module, name = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
     name = f"{module}.{name}"
-    if name not in machine.names:  # one object for each name
+    if name not in machine.names:  # one Name object for each name
         machine.names[name] = allowed_names.find(name)
     return machine.names[name]
 
@@ -227,7 +227,7 @@ def _new(machine: _Machine) -> Saved:
 
 
 def _new_ex(machine: _Machine) -> Saved:
-    machine.stack.pop()  # arguments by name, which no tensor needs
+    machine.stack.pop()  # keyword arguments, which no tensor needs
     return _new(machine)
 
 
@@ -242,7 +242,7 @@ def _object(machine: _Machine) -> Saved:
 
 
 def _persistent(machine: _Machine) -> Storage | Name:
-    """A storage; torch's format before 1.6 also has a module's class so, with its source."""
+    """A storage; in torch's format before 1.6 also the class of a module, with its source code."""
     identity = machine.stack.pop()
     if isinstance(identity, tuple) and identity[:1] == ("module",) and len(identity) == 4:
         return identity[1]
@@ -252,7 +252,7 @@ def _persistent(machine: _Machine) -> Storage | Name:
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes of an object; of those of a dict, the versions of a state dict's modules (``_metadata``)."""
+    """Set the attributes of an object. Of a dict's attributes only ``_metadata``, the modules' versions, is stored."""
     state, target = machine.stack.pop(), machine.stack[-1]
     if isinstance(target, Dtype | Unbuilt):
         built = machine.stack[-1] = target.build(state)
@@ -268,7 +268,7 @@ def _build(machine: _Machine) -> None:
 
 
 def _fill(machine: _Machine, target: Object, state: Saved) -> None:
-    """An object's ``__dict__``, alone or beside its slots; any other state is one attribute."""
+    """Fill an object with its ``__dict__``, and with its slots if given; another state becomes the item "state"."""
     parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
     if not all(part is None or isinstance(part, dict) for part in parts):
         target["state"] = state
@@ -292,7 +292,7 @@ def _memoize(machine: _Machine, place: int) -> None:
 
 def _pushing(value: Step) -> Step:
     def step(machine: _Machine) -> None:
-        # the value first: it may exchange the stack
+        # computed first, because this may replace the stack
         made = value(machine)
         machine.stack.append(made)
 

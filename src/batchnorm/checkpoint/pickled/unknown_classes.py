@@ -1,7 +1,7 @@
 """Objects of unknown classes as data: their attributes and items by name.
 
-A pickled ``nn.Module`` keeps its tensors in ``_parameters`` and ``_buffers`` and its children in ``_modules``. It is
-read as its own state dict: the same names with dots, in torch's order, each module's own tensors first.
+A pickled ``nn.Module`` has its tensors in ``_parameters`` and ``_buffers`` and its children in ``_modules``. It is
+replaced by its state dict: the same names with dots, in torch's order, each module's own tensors first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from batchnorm.checkpoint.refusal import RefusalError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-# what a pickle holds: a plain value, a tensor, an object, or a dict, list or tuple of such
+# a value in a pickle: a plain value, a tensor, an object, or a dict, list or tuple of such values
 Saved: TypeAlias = Any
 _MODULE = ("_parameters", "_buffers", "_modules")
-_LONGEST_NAME = 1000  # characters; longer ones are no module's
+_LONGEST_NAME = 1000  # characters; no module has a longer name
 _MOST_NAMES = 1 << 18  # of all tensors of pickled modules
 
 
@@ -26,8 +26,8 @@ _MOST_NAMES = 1 << 18  # of all tensors of pickled modules
 class Opaque:
     """A value of a known kind that says nothing about batch norm: a device, a path, a random state.
 
-    ``is_reported`` says that the report names it as unread. ``makes`` is a class: calling this value without arguments
-    makes an object of it, without its ``__init__``.
+    If ``is_reported``, the report names it as unread. If ``makes`` is the name of a class, calling this value without
+    arguments makes an object of that class, without its ``__init__``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Opaque:
 @final
 @dataclass(frozen=True, slots=True)
 class LayerSettings:
-    """What a pickled layer says beside its tensors; None where it says nothing."""
+    """The settings of a pickled layer; None for a setting that it does not have as a number."""
 
     eps: float | None
     momentum: float | None
@@ -46,26 +46,26 @@ class LayerSettings:
 
 @final
 class Object(dict[Saved, Saved]):
-    """An object's attributes and items by their keys. ``state_dict`` makes a module's tensors of them."""
+    """The attributes and items of an object, by their keys. ``settle`` turns those of a module into a state dict."""
 
     __slots__ = ("modules", "name")
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        # of a module that was made its state dict: the settings of each module in it
+        # after ``settle``, for a module: the settings of each module inside, by name; None for other objects
         self.modules: dict[str, LayerSettings] | None = None
 
     @property
     def is_module(self) -> bool:
-        """Whether it is an ``nn.Module`` as torch pickles one."""
+        """Whether the object is an ``nn.Module``: it has the dicts ``_parameters``, ``_buffers`` and ``_modules``."""
         return self.modules is not None or all(isinstance(self.get(key), dict) for key in _MODULE)
 
 
 def settle(saved: Saved) -> Saved:
-    """``saved`` with the state dict of each module in the module's place."""
+    """Replace each module in ``saved`` by its state dict, in place; returns ``saved``."""
     left = _MOST_NAMES
-    for container in [found for found in _containers(saved) if isinstance(found, Object) and found.is_module]:
+    for container in [value for value in _containers(saved) if isinstance(value, Object) and value.is_module]:
         if container.modules is None:
             tensors, modules = _state_dict(container, left)
             left -= len(tensors) + len(modules)
@@ -76,40 +76,43 @@ def settle(saved: Saved) -> Saved:
 
 
 def unread(saved: Saved, paths: Sequence[Sequence[str | int]]) -> tuple[str, ...]:
-    """Classes of objects of which nothing was read, in the file's order, each once.
+    """The classes of objects that were not read, in the file's order, each once.
 
     Args:
-        saved: As ``settle`` gives it.
-        paths: The keys that lead to what was read.
+        saved: The result of ``settle``.
+        paths: For each layer that was read, the keys that lead to it.
     """
-    read = {id(found) for path in paths for found in _along(saved, path)}
+    read = {id(value) for path in paths for value in _along(saved, path)}
     names: dict[str, None] = {}
     for container in _containers(saved):
-        found = [container] if isinstance(container, Object) and container.modules is None else []
-        values = [*found, *(value for value in _values(container) if isinstance(value, Opaque) and value.is_reported)]
+        objects = [container] if isinstance(container, Object) and container.modules is None else []
+        values = [*objects, *(value for value in _values(container) if isinstance(value, Opaque) and value.is_reported)]
         names.update((value.name, None) for value in values if id(value) not in read)
     return tuple(names)
 
 
 def has_objects(saved: Saved) -> bool:
-    """Whether any object is in it, read or not."""
+    """Whether ``saved`` contains an object, whether it was read or not."""
     return any(isinstance(container, Object) for container in _containers(saved))
 
 
 def settings(saved: Saved, path: Sequence[str | int], words: Sequence[str]) -> LayerSettings:
-    """The settings of a layer that was pickled as a module; ``words`` are the keys of ``path`` and of its name."""
+    """The settings of a layer; ``path`` leads to its dict, and ``words`` are the words of path and name together.
+
+    Both settings are None if the layer was not pickled as part of a module.
+    """
     container = list(_along(saved, path))[-1]
     modules = container.modules if isinstance(container, Object) else None
     return (modules or {}).get(".".join(words[len(path) :]), LayerSettings(None, None))
 
 
 def is_of_module(saved: Saved, path: Sequence[str | int]) -> bool:
-    """Whether what keys lead to was pickled as part of a module."""
-    return any(isinstance(found, Object) and found.modules is not None for found in _along(saved, path))
+    """Whether the value that these keys lead to was pickled as part of a module."""
+    return any(isinstance(value, Object) and value.modules is not None for value in _along(saved, path))
 
 
 def _along(saved: Saved, path: Sequence[str | int]) -> Iterator[Saved]:
-    """The containers that keys lead through. A key of a dict may have been a number."""
+    """The containers that the keys lead through, ``saved`` first. Keys may be numbers."""
     yield saved
     for key in path:
         saved = saved[key]
@@ -117,7 +120,7 @@ def _along(saved: Saved, path: Sequence[str | int]) -> Iterator[Saved]:
 
 
 def _containers(saved: Saved) -> Iterator[Saved]:
-    """Every dict, list and tuple, each once. A module's own attributes are not looked into."""
+    """All dicts, lists and tuples in ``saved``, each once. Attributes of a module before ``settle`` are skipped."""
     seen: set[int] = set()
     waiting = [saved]
     while waiting:
@@ -149,7 +152,7 @@ def _state_dict(root: Object, most: int) -> tuple[dict[str, Saved], dict[str, La
             continue
         if len(tensors) + len(modules) >= most:
             raise RefusalError(f"at most {_MOST_NAMES:,} tensors in pickled modules", "more")
-        if module.modules is not None:  # it was settled before, as part of another value
+        if module.modules is not None:  # it is already a state dict, as part of another value
             tensors.update({_joined(name, key): value for key, value in module.items()})
             modules.update({_joined(name, key).rstrip("."): value for key, value in module.modules.items()})
             continue
