@@ -186,7 +186,7 @@ UNREAD = {
     "nested": (lambda: {"0.running_var": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
                "nested. Save a tensor for each of its parts."),
     "of two": (two, "a TwoTensor without numbers of its own. Save a plain tensor in its place."),
-    "given back": (given_back, "memory was freed before it was saved. Save whole tensors: get_model_state_dict("),
+    "given back": (given_back, "memory was freed before saving. Save whole tensors: get_model_state_dict("),
     "of the other sign": (
         lambda: {"0.running_mean": torch.ones(2), "0.running_var": torch.tensor([1j, 2j]).conj().imag},
         "stored with the other sign. Save tensor.resolve_neg()."),

@@ -95,7 +95,7 @@ class Copy:
 
 
 def entries(saved: Saved) -> Iterator[Entry]:
-    """All tensors and counters in dicts, lists and tuples; a repeated container is read once. In the file's order."""
+    """In the file's order, all tensors and counters in dicts, lists and tuples; a repeated container is read once."""
     seen: set[int] = set()
     waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
@@ -156,9 +156,9 @@ def find_copies(layers: Sequence[LayerTensors], tensors: Sequence[Entry]) -> lis
     names = set(_copy(own).layers)
     for group, members in list(groups.items()):
         # a module may be called ema for other reasons: the layers of an average are also in the model
-        known = len(group or ())
-        inside = group not in roots and known > len(members[0].path)
-        if names and inside and not names.issuperset(_copy(members, known).layers):
+        prefix_length = len(group or ())
+        inside = group not in roots and prefix_length > len(members[0].path)
+        if names and inside and not names.issuperset(_copy(members, prefix_length).layers):
             own += groups.pop(group)
     copies = [_copy(members, len(group or ())) for group, members in groups.items()]
     return [_copy(own), *copies] if own else copies
@@ -174,8 +174,8 @@ def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, C
         dicts: dict[Keys, list[LayerTensors]] = {}
         for layer in copy.layers.values():
             dicts.setdefault(layer.path, []).append(layer)
-        known = len(copy.prefix)
-        parts = [copy] if len(dicts) == 1 else [_copy(members, known) for members in dicts.values()]
+        prefix_length = len(copy.prefix)
+        parts = [copy] if len(dicts) == 1 else [_copy(members, prefix_length) for members in dicts.values()]
         states += [
             (part, copy, i > 0 or _average(next(iter(part.layers.values())), roots) is not None) for part in parts
         ]
@@ -183,7 +183,7 @@ def find_states(copies: Sequence[Copy], roots: set[Words]) -> list[tuple[Copy, C
 
 
 def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
-    """The words at which averages begin that their own words do not name: beside ``n_averaged``, or by Lightning."""
+    """The words at which averages begin, as ``n_averaged`` beside them or Lightning's ``current_model_state`` shows."""
     roots = {entry.words for entry in tensors if entry.leaf == "n_averaged"}
     # Lightning's WeightAveraging swaps: the averages are where the model usually is
     swapped = any(entry.path[:1] == ("current_model_state",) for entry in tensors)
@@ -212,9 +212,9 @@ def snake(word: str) -> str:
     return _HUMP.sub("_", word)
 
 
-def _copy(layers: Sequence[LayerTensors], known: int = 0) -> Copy:
-    """The layers by name, without the first ``known`` words and further words that all names begin with."""
-    length = known
+def _copy(layers: Sequence[LayerTensors], prefix_length: int = 0) -> Copy:
+    """The layers by name, without the first ``prefix_length`` words and further words that all names begin with."""
+    length = prefix_length
     while layers and all(_drops(layer, layers[0], length) for layer in layers):
         length += 1
     named = {".".join(layer.words[length:]): layer for layer in layers}

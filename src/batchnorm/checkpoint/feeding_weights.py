@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 _DEEPEST = 64  # levels of modules around a weight that are searched
 
-Place = tuple[
-    tuple[str | int, ...], tuple[str, ...], int
-]  # keys of a dict, words of a module in it, number of channels
+Place = tuple[tuple[str | int, ...], tuple[str, ...], int]  # keys of a dict, words of a module, channels
 
 
 @final

@@ -45,7 +45,7 @@ _LETTERS = {
 _MOST_AXES = 64  # torch's own limit
 _MOST_VALUES = 1 << 22  # of one tensor; no network has that many channels in a layer
 _MOST_BYTES = 1 << 24  # between the first and the last value of one tensor
-_HASHED = 4096  # bytes
+_HASHED_BYTES = 4096  # at most, of a tensor
 
 
 @final
@@ -207,7 +207,7 @@ def first_bytes(source: Source, tensor: Tensor, crc: int = 0) -> int:
     if not tensor.numel:
         return crc
     start, stop = _span(source, tensor)
-    return zlib.crc32(tensor.storage.read(source, start, min(stop, start + _HASHED), check=False), crc)
+    return zlib.crc32(tensor.storage.read(source, start, min(stop, start + _HASHED_BYTES), check=False), crc)
 
 
 def _span(source: Source, tensor: Tensor) -> tuple[int, int]:

@@ -35,18 +35,18 @@ class Twins:
 def find_twins(file: Checkpoint) -> Iterator[Twins]:
     """The parts of a file that have the statistics of an earlier part; each later part is listed once."""
     layers = {below(copy, name): stored for copy, named in file.copies.items() for name, stored in named.items()}
-    told: set[str] = set()
+    copied_parts: set[str] = set()
     for first, second in islice(_candidates(layers), _MOST_PAIRS):
         names = [name.removeprefix(second).removeprefix(".") for name in layers if is_below(second, name)]
         inside = len(names) if is_below(first, second) else 0
         size = sum(is_below(first, name) for name in layers) - inside
-        if size != len(names) or second in told or _have_one_module(file, first, second):
+        if size != len(names) or second in copied_parts or _have_one_module(file, first, second):
             continue
         pairs = [(below(first, name), below(second, name)) for name in names]
         if all(a in layers and _agree(layers[a], layers[b]) for a, b in pairs):
             behind = tuple((a, b) for a, b in pairs if _are_fed_otherwise(layers[a], layers[b]))
             if behind and not _are_frozen([(layers[a], layers[b]) for a, b in pairs]):
-                told.add(second)
+                copied_parts.add(second)
                 yield Twins(first, second, behind)
 
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     Keys = tuple[str | int, ...]
     Words = tuple[str, ...]
 
-_MOST = 64  # dicts with states, and states in one dict: a file with more was made to take time
+_MOST_STATES = 64  # dicts with states, and states in one dict: a file with more was made to take time
 ROOT = "."  # the name of a state that is in no dict of the file and has no prefix
 _NETWORK = "(actor|backbone|critic|encoder|model|net|network|policy)"
 _ONE = "(k|key|old|q|query)"
 # names for one of two networks that are trained together, or for an older copy of a network
-_OF_TWO = re.compile(
+_ONE_OF_TWO_NETWORKS = re.compile(
     rf"(.*[_-])?(momentum|online|student|target|teacher)([_-].*)?|(.*[_-])?{_NETWORK}_{_ONE}|{_ONE}_{_NETWORK}",
     re.IGNORECASE,
 )
@@ -98,10 +98,10 @@ def apart(file: Checkpoint, keys: Keys, prefix: str) -> Checkpoint | None:
     if not own:
         return None
     layers = {name[len(prefix) :].removeprefix("."): in_file for name, in_file in own.items()}
-    taken = set(own.values())
-    met = [state.is_average for state in file.states.values() if taken & set(state.layers.values())]
-    is_average = all(met) or any(map(says_average, prefix.split(".")))
-    states = {name: rest for name, state in file.states.items() if (rest := _without(state, taken)).layers}
+    names_in_state = set(own.values())
+    are_averages = [state.is_average for state in file.states.values() if names_in_state & set(state.layers.values())]
+    is_average = all(are_averages) or any(map(says_average, prefix.split(".")))
+    states = {name: rest for name, state in file.states.items() if (rest := _without(state, names_in_state)).layers}
     states[state_name(keys, prefix)] = State(keys, f"{prefix}." if prefix else "", layers, is_average)
     return replace(file, states=_ordered(file, states))
 
@@ -118,7 +118,7 @@ def _ordered(file: Checkpoint, states: Mapping[str, State]) -> dict[str, State]:
 def parted(file: Checkpoint) -> Checkpoint:
     """The file with more states: the modules of a dict that are states because of words in their paths."""
     every, all_prefixes, by_dict = file.every, set(), dicts(file)
-    if len(by_dict) > _MOST:
+    if len(by_dict) > _MOST_STATES:
         return file
     for keys, names in by_dict.items():
         layers = {tuple(name.split(".")): every[it].channels for name, it in names.items()}
@@ -148,7 +148,7 @@ def _told_apart(layers: Mapping[Words, int], averages: Iterable[Words]) -> list[
     """
     labelled = dict.fromkeys([*averages, *(label for words in layers for label in _label(words))])
     parents = dict.fromkeys(label[:-1] for label in labelled)
-    if len(labelled) > _MOST:
+    if len(labelled) > _MOST_STATES:
         return []
     # a single layer below such words in several modules is a part of each block, not a state
     if len(parents) > 1 and any(len(_inside(layers, label)) < 2 for label in labelled):
@@ -157,7 +157,7 @@ def _told_apart(layers: Mapping[Words, int], averages: Iterable[Words]) -> list[
     chosen, bare = [part for part, _ in parts], {parent for _, parent in parts if parent is not None}
     rest = [words for words in layers if not any(words[: len(part)] == part for part in chosen)]
     beside = sum(max(len(_inside(layers, part)) for part, its in parts if its == parent) for parent in bare)
-    if 2 * (len(layers) - len(rest) + beside) < len(layers):  # less than half of the layers: a part of the model
+    if 2 * (len(layers) - len(rest) + beside) < len(layers):  # too few layers: they are a part of the model
         return []
     return [*chosen, *([] if bare else _alone(rest))]
 
@@ -172,9 +172,9 @@ def _in_module(
         if len(words) > 1:
             groups[*parent, words[0]][words[1:]] = channels
     parts = dict(_unwrapped(group, members) for group, members in groups.items())
-    labelled_parts = [part for part in parts if part[: len(parent) + 1] in labelled] if len(parts) <= _MOST else []
-    bare = [part for part in labelled_parts if parts[part].items() <= inside.items()]
-    pairs = [(a, b) for a in labelled_parts for b in parts if a != b and parts[a].items() <= parts[b].items()]
+    matches = [part for part in parts if part[: len(parent) + 1] in labelled] if len(parts) <= _MOST_STATES else []
+    bare = [part for part in matches if parts[part].items() <= inside.items()]
+    pairs = [(a, b) for a in matches for b in parts if a != b and parts[a].items() <= parts[b].items()]
     chosen = {*bare, *(part for pair in pairs for part in pair)}
     yield from ((part, parent if part in bare else None) for part in parts if part in chosen)
 
@@ -193,7 +193,7 @@ def _alone(layers: Sequence[Words]) -> list[Words]:
 def _label(words: Words) -> Iterator[Words]:
     """The path to the first word that names an average or one of two networks; nothing if no word does."""
     for i, word in enumerate(words[:-1]):
-        if says_average(word) or _OF_TWO.fullmatch(snake(word)):
+        if says_average(word) or _ONE_OF_TWO_NETWORKS.fullmatch(snake(word)):
             yield words[: i + 1]
             return
 

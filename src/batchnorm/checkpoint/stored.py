@@ -52,7 +52,7 @@ class Stored:
 
     @property
     def is_silent(self) -> bool:
-        """Whether every gamma is 0, so that the layer returns beta for any input."""
+        """Whether gamma is stored and 0 in every channel, so that the layer returns beta for any input."""
         return bool(self.weight) and not any(self.weight or ())
 
 

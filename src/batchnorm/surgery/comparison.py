@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 OUTPUTS, GRADIENTS, BUFFERS = "the output", "the gradients", "the buffers"
 _TRIES = 8  # noise changes a tie of two with probability 1/2, and misses it 8 times with probability 2^-8
-_NEARBY = 2  # noisy copies on which both models must agree
+_NOISY_COPIES = 2  # noisy copies on which both models must agree
 _TINY, _NOISE = None, 0.1  # sizes of the noise relative to the example; None stands for eps^(3/4)
-_ALIKE = 0.25  # smallest ratio of a change by noise to the difference that it explains
+_EXPLAINED_SHARE = 0.25  # smallest ratio of a change by noise to the difference that it explains
 
 
 def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
@@ -54,13 +54,13 @@ def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
         pair = _Pair(
             original, result, lambda model, at, mode=mode, w=widen, g=gradients: _measure(w(model), at, mode, g)
         )
-        there = widen(example)
+        wide_example = widen(example)
         try:
-            odd = _odd(expected, pair.measure(duplicate(result, "convert"), there))
+            odd = _odd(expected, pair.measure(duplicate(result, "convert"), wide_example))
         except Exception as error:
             raise RuntimeError(_message(mode, f"{type(error).__name__} on the example: {error}")) from error
         values = [each for each in odd if each.what != GRADIENTS]
-        if odd and not (pair.explains(values, expected, there) and pair.agrees_near(there, expected)):
+        if odd and not (pair.explains(values, expected, wide_example) and pair.agrees_near(wide_example, expected)):
             worst = odd[0]
             raise RuntimeError(
                 _message(
@@ -93,32 +93,32 @@ class _Pair:
 
     def explains(self, odd: list[_Odd], expected: Measured, example: Batch) -> bool:
         """Whether tiny noise on the example changes the original's values by about as much as the models differ."""
-        left = {(each.what, each.name): each.gap for each in odd}
-        for seed in range(_TRIES if left else 0):
+        unexplained = {(each.what, each.name): each.gap for each in odd}
+        for seed in range(_TRIES if unexplained else 0):
             moved = self.measure(duplicate(self.original, "convert"), _moved(example, seed, _TINY))
             for each in _odd(expected, moved):
-                if each.gap >= left.get((each.what, each.name), torch.inf) * _ALIKE:
-                    del left[each.what, each.name]
-            if not left:
+                if each.gap >= unexplained.get((each.what, each.name), torch.inf) * _EXPLAINED_SHARE:
+                    del unexplained[each.what, each.name]
+            if not unexplained:
                 break
-        return not left
+        return not unexplained
 
     def agrees_near(self, example: Batch, expected: Measured) -> bool:
         """Whether both models agree on noisy copies of the example; copies on which the original fails do not count."""
-        seen = 0
+        agreed = 0
         for seed in range(_TRIES):
             near = _moved(example, seed, _NOISE if seed < _TRIES // 2 else _NOISE**2)
             with suppress(Exception):
-                there = self.measure(duplicate(self.original, "convert"), near)
-                if _are_as_finite(there, expected):
+                measured = self.measure(duplicate(self.original, "convert"), near)
+                if _are_as_finite(measured, expected):
                     try:
-                        odd = _odd(there, self.measure(duplicate(self.result, "convert"), near))
+                        odd = _odd(measured, self.measure(duplicate(self.result, "convert"), near))
                     except Exception:  # noqa: BLE001 - the original did run
                         return False
-                    if not self.explains(odd, there, near):
+                    if not self.explains(odd, measured, near):
                         return False
-                    seen += 1
-            if seen == _NEARBY:
+                    agreed += 1
+            if agreed == _NOISY_COPIES:
                 return True
         return False
 
@@ -151,9 +151,9 @@ def _moved(example: Batch, seed: int, by: float | None) -> Batch:
     return tree_map(moved, example)
 
 
-def _are_as_finite(there: Measured, expected: Measured) -> bool:
+def _are_as_finite(measured: Measured, expected: Measured) -> bool:
     """Whether all outputs that were finite still are; noise may lead out of a domain, such as that of a logarithm."""
-    pairs = ((a, there[OUTPUTS].get(name)) for name, a in expected[OUTPUTS].items())
+    pairs = ((a, measured[OUTPUTS].get(name)) for name, a in expected[OUTPUTS].items())
     return all(b is not None and bool(b.isfinite().all()) >= bool(a.isfinite().all()) for a, b in pairs)
 
 

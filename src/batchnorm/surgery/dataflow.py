@@ -115,9 +115,9 @@ def flows(
                     by_record.add(parent)
                 except TraceError as other:
                     reasons.setdefault(parent, f"{error}; and {other}" if str(error) != str(other) else str(error))
-    sound = [module for module in parents if module not in reasons]
+    readable = [module for module in parents if module not in reasons]
     bound = by_record | arguments.keys()
-    return {module: Flow(module, graphs[module], module in bound) for module in sound}, reasons
+    return {module: Flow(module, graphs[module], module in bound) for module in readable}, reasons
 
 
 def is_chain(module: nn.Module) -> bool:
@@ -198,16 +198,16 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
     mixed: set[nn.Module] = set()
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs)
-        given.apply_defaults()
-        values = {name: given.arguments[name] for name in _optional(module)}
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        call.apply_defaults()
+        values = {name: call.arguments[name] for name in _optional(module)}
         is_recordable = all(isinstance(value, (int, float, str, type(None))) for value in values.values())
         if not is_recordable or seen.setdefault(module, values) != values:
             mixed.add(module)
 
-    taking = [module for module in model.modules() if _takes_options(module)]
+    with_options = [module for module in model.modules() if _takes_options(module)]
     try:
-        with attached(module.register_forward_pre_hook(look, with_kwargs=True) for module in taking):
+        with attached(module.register_forward_pre_hook(look, with_kwargs=True) for module in with_options):
             yield seen
     finally:
         for module in mixed:
@@ -271,8 +271,8 @@ def without_effects(module: nn.Module) -> Iterator[None]:
 
 def _drop_inputs(graph: Graph, arguments: Options) -> None:
     """Remove inputs whose values are fixed, and torch.fx's assertions about them."""
-    given = [n for n in graph.nodes if n.op == "placeholder" and n.name.rpartition("_")[0] in arguments]
-    for node in given:
+    fixed_inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name.rpartition("_")[0] in arguments]
+    for node in fixed_inputs:
         for user in reversed([*node.users]):
             for further in [*user.users]:
                 graph.erase_node(further)

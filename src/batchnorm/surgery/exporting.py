@@ -104,12 +104,12 @@ def _separate(module: Any) -> nn.Module:
 
 def _rebuilt(model: Model, make: Callable[[nn.Module], nn.Module]) -> Any:
     """The model with each module replaced by the result of ``make``, which is called once for each module."""
-    made: dict[nn.Module, nn.Module] = {module: make(module) for module in list(model.modules())}
-    for module in list(made):
+    replacements: dict[nn.Module, nn.Module] = {module: make(module) for module in list(model.modules())}
+    for module in list(replacements):
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = made[child]
-    return made[model]
+                module._modules[name] = replacements[child]
+    return replacements[model]
 
 
 def _thaw(model: nn.Module) -> None:
@@ -120,11 +120,11 @@ def _thaw(model: nn.Module) -> None:
 
 
 def _warn_of_subclasses(model: nn.Module) -> None:
-    left = [path for path, layer in find(model).items() if isinstance(layer, OURS) and not is_ours(layer)]
-    if left:
+    subclassed = [path for path, layer in find(model).items() if isinstance(layer, OURS) and not is_ours(layer)]
+    if subclassed:
         warnings.warn(
             "for_export leaves layers of subclasses as they are, which may do more than batch norm: "
-            f"{', '.join(left)}. Choose their replacements with batchnorm.replace.",
+            f"{', '.join(subclassed)}. Choose their replacements with batchnorm.replace.",
             UserWarning,
             stacklevel=3,
         )

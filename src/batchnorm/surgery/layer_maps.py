@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # classes whose forwards are known
-_HAND_ON = {
+_IDENTITIES = {
     nn.Identity,
     nn.Dropout,
     nn.Dropout1d,
@@ -102,7 +102,7 @@ def graph_of_layer(layer: nn.Module, *, mode: bool) -> Graph:
 
 def hands_on(module: nn.Module) -> bool:
     """Whether a module returns its input in eval mode, and has no hooks and no replaced forward."""
-    return type(module) in _HAND_ON and not is_watched(module) and "forward" not in vars(module)
+    return type(module) in _IDENTITIES and not is_watched(module) and "forward" not in vars(module)
 
 
 def _unknown(layer: nn.Module, why: str) -> str:
@@ -229,8 +229,8 @@ def _returns_its_input(layer: nn.Module, node: Node) -> bool:
         return True
     if node.op == "call_module":
         return len(node.args) == 1 and not node.kwargs and hands_on(layer.get_submodule(str(node.target)))
-    given = dict(zip(("p", "training"), node.args[1:], strict=False)) | node.kwargs
-    return node.op == "call_function" and node.target in _DROPOUTS and given.get("training") is False
+    options = dict(zip(("p", "training"), node.args[1:], strict=False)) | node.kwargs
+    return node.op == "call_function" and node.target in _DROPOUTS and options.get("training") is False
 
 
 def _is_empty(then: Graph) -> bool:

@@ -34,7 +34,7 @@ _FUNCTIONS = {function: name for name, row in TABLE.items() for function in row.
 _METHODS = {method: name for name, row in TABLE.items() for method in row.methods}
 _ADDITIONS = {operator.add, torch.add, "add"}
 _ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
-_MAKE_NEW = (nn.modules.conv._ConvNd, nn.Linear)  # modules whose result is a new tensor, never a view
+_NEW_TENSOR_MODULES = (nn.modules.conv._ConvNd, nn.Linear)  # modules whose result is a new tensor, never a view
 
 
 @final
@@ -104,7 +104,7 @@ def has_input_of_its_own(flow: Flow, node: Node) -> bool:
     if not isinstance(source, Node) or set(source.users) != {node} or source in others:
         return False
     maker = flow.called(source)
-    return isinstance(maker, _MAKE_NEW) and not is_watched(maker)
+    return isinstance(maker, _NEW_TENSOR_MODULES) and not is_watched(maker)
 
 
 def is_ours(layer: nn.Module) -> bool:

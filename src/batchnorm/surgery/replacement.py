@@ -113,8 +113,8 @@ def duplicate(model: Model, caller: str, remedy: str = "Pass inplace=True") -> M
     check_memory(model, caller)
     tensors = [*model.parameters(), *model.buffers()]
     try:
-        known = {id(t): _copied(t) for t in tensors if _is_not_copied(t)}
-        return copy.deepcopy(model, known)
+        copies = {id(t): _copied(t) for t in tensors if _is_not_copied(t)}
+        return copy.deepcopy(model, copies)
     except Exception as error:
         raise RuntimeError(
             f"{caller} needs a model that copy.deepcopy can copy, got {type(error).__name__}: {error} "

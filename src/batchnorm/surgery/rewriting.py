@@ -108,7 +108,7 @@ class Absorbed(nn.Identity):
         return None if caller is None or self._place is None else _at(caller, self._place[0])
 
     def is_stray(self, parts: Iterable[nn.Module]) -> bool:
-        """Whether it relies on a layer that is not among these parts of a model."""
+        """Whether this placeholder relies on a layer that is not among these parts of a model."""
         layer = _alive(self._layer)
         return layer is not None and self.is_idle() and not any(part in (layer, self.stand_in()) for part in parts)
 
@@ -146,17 +146,17 @@ def dropped(model: nn.Module) -> dict[str, str]:
     placeholder of an activation whose layer is not part of the model, and is not the first module.
     """
     parts = dict(model.named_modules())
-    kept = {id(t) for part in parts.values() if applied_by(part) for t in _tensors(part)}
-    awake = [part for part in parts.values() if isinstance(part, Absorbed) and not part.is_idle()]
-    elsewhere = {id(part.stand_in()) for part in awake}
+    ids_in_use = {id(t) for part in parts.values() if applied_by(part) for t in _tensors(part)}
+    active = [part for part in parts.values() if isinstance(part, Absorbed) and not part.is_idle()]
+    elsewhere = {id(part.stand_in()) for part in active}
     for part in parts.values():
         if isinstance(part, Rewritten):
             elsewhere |= {id(_at(part, path)) for path, act in part._fused if not is_applied(part, path, act)}
-    lost_track = {part._place[1] for part in awake if part.stand_in() is None and part._place}
+    lost_track = {part._place[1] for part in active if part.stand_in() is None and part._place}
     lost = {}
     for path, part in parts.items():
         act = None if applied_by(part) or id(part) in elsewhere else carried_from(part)
-        if act is not None and act not in lost_track and not any(id(t) in kept for t in _tensors(part)):
+        if act is not None and act not in lost_track and not any(id(t) in ids_in_use for t in _tensors(part)):
             lost[path] = act
     leaves = [(path, part) for path, part in parts.items() if not part._modules]
     for path, part in leaves[1:]:
@@ -201,7 +201,7 @@ class Code:
     def compiled(self) -> Any:
         """The forward as a function that is called with the module and its inputs."""
         names = {name: import_module(path) for name, path in self.modules} | dict(self.objects)
-        exec(compile(self.source, "<forward fused by batchnorm>", "exec", dont_inherit=True), names)  # noqa: S102 - as torch.fx does with what it has traced
+        exec(compile(self.source, "<forward fused by batchnorm>", "exec", dont_inherit=True), names)  # noqa: S102 - as torch.fx runs its traced code
         return names["forward"]
 
 

@@ -149,9 +149,9 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(None if self.calls else (self._as_nodes(args), self._as_nodes(kwargs)))
 
     def _leave(self, module: nn.Module, _: tuple, __: dict, result: Batch) -> None:
-        given = self.calls.pop()
-        if given is not None and _tensors_in(result):
-            self._made(result, "call_module", self.names[module], given)
+        arguments = self.calls.pop()
+        if arguments is not None and _tensors_in(result):
+            self._made(result, "call_module", self.names[module], arguments)
 
     def _check(self) -> None:
         if surroundings(stacks=False) != self.around:
@@ -195,6 +195,6 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Batch]:
 
 
 def _tensors_in(value: Batch) -> bool:
-    found: list[Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, value)
-    return bool(found)
+    tensors: list[Tensor] = []
+    tree_map(lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None, value)
+    return bool(tensors)

@@ -32,7 +32,7 @@ _ENDINGS = (
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 _MOST_NODES = 1 << 20  # of all calls: functions that call functions may multiply the nodes of a small file
-_NEXT_TO_NOTHING = 1e-7  # a variance; eps = 1e-3 is 10,000 times as much
+_TINY_VARIANCE = 1e-7  # a variance; eps = 1e-3 is 10,000 times as much
 
 
 def read(path: str, file: BinaryIO) -> Checkpoint:
@@ -86,7 +86,7 @@ class _Layers:
     def add_neighbours(self, name: str, node: NodeProto, near: Neighbours) -> None:
         """Store the activation behind a node, and the norms of the weights before it if a variance is near 0."""
         self.acts.setdefault(name, set()).add(near.activation(node.output[0]) if node.output else "")
-        if min(self.layers[name].running_var or (1.0,)) < _NEXT_TO_NOTHING:
+        if min(self.layers[name].running_var or (1.0,)) < _TINY_VARIANCE:
             self.before.setdefault(name, []).append(near.norms(node.input[0]))
 
     def add_call(self, name: str, node: NodeProto, scope: Scope) -> None:
@@ -212,10 +212,10 @@ def _number(scope: Scope, node: NodeProto, name: str, default: float) -> float:
 
 
 def _is_training(scope: Scope, node: NodeProto, opset: int) -> bool:
-    """Whether a node normalizes by its batch: it is in training mode.
+    """Whether a node is in training mode, in which it normalizes by its batch.
 
-    ``opset`` is the version of ONNX's operators. From 14 on, the attribute training_mode says it; from 7 on, further
-    outputs show it; before 7, the attribute is_test says the opposite.
+    ``opset`` is the version of ONNX's operators. From 14 on, the attribute training_mode shows it. From 7 to 13, more
+    than one output shows it. Before 7, the attribute is_test is 0.
     """
     flags = {
         name: value.i for name in ("training_mode", "is_test") if (value := scope.attribute(node, name)) is not None

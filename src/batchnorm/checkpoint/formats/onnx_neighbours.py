@@ -31,8 +31,8 @@ _DOMAINS = {"", "ai.onnx"}
 _LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _PRODUCTS = ("Conv", "Gemm", "MatMul", "Einsum")  # in the names of other linear operators, such as QLinearConv
 # operators that keep each channel's values, up to rounding or an added constant
-_KEEPING = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Add", "Sub"}
-_MOVING = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_KEEPING_OPERATORS = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear", "Add", "Sub"}
+_MOVING_OPERATORS = {"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _LONGEST_CHAIN = 16
 
 
@@ -91,7 +91,7 @@ class Neighbours:
                 return None, scope, is_moved
             if not (kept := _kept(made.node, scope)):
                 return made.node, scope, is_moved
-            is_moved |= made.node.op_type in _MOVING
+            is_moved |= made.node.op_type in _MOVING_OPERATORS
             scope, name = scope.actual(kept)
         raise UnreadError(f"{brief(tensor)} is passed on more than {_LONGEST_CHAIN} times")
 
@@ -141,7 +141,7 @@ def _read_inside(node: NodeProto) -> Iterator[str]:
 
 def _kept(node: NodeProto, scope: Scope) -> str:
     """The input whose values a node passes on; for a sum, the input that is no constant; "" if it makes new values."""
-    if node.domain not in _DOMAINS or node.op_type not in _KEEPING | _MOVING:
+    if node.domain not in _DOMAINS or node.op_type not in _KEEPING_OPERATORS | _MOVING_OPERATORS:
         return ""
     if node.op_type not in {"Add", "Sub"}:
         return next(iter(node.input), "")

@@ -127,13 +127,13 @@ def _value_of(scope: Scope, name: str, left: Iterator[int]) -> Value:
     import numpy as np
 
     scope, name = scope.actual(name)
-    found = scope.names.get(name, f"nothing in the file is called {brief(name)}")
-    if isinstance(found, str):
-        raise UnreadError(f"{found}. {_REMEDY}")
-    if not isinstance(found, Made):
-        return Value(_numbers(found, scope.folder), name)
-    node = found.node
-    compute = _NODES.get(node.op_type) if node.domain in _DOMAINS and not found.output else None
+    entry = scope.names.get(name, f"nothing in the file is called {brief(name)}")
+    if isinstance(entry, str):
+        raise UnreadError(f"{entry}. {_REMEDY}")
+    if not isinstance(entry, Made):
+        return Value(_numbers(entry, scope.folder), name)
+    node = entry.node
+    compute = _NODES.get(node.op_type) if node.domain in _DOMAINS and not entry.output else None
     if compute is None or next(left, None) is None:
         raise UnreadError(f"{brief(name)} is computed by a {brief(node.op_type)} node. {_REMEDY}")
     inputs = [_value_of(scope, other, left) if other else None for other in node.input]
@@ -164,12 +164,12 @@ class _Node:
         return self.scope.attribute(self.node, name)
 
     def integer(self, name: str, default: int) -> int:
-        found = self[name]
-        return default if found is None else found.i
+        attribute = self[name]
+        return default if attribute is None else attribute.i
 
     def integers(self, name: str) -> list[int] | None:
-        found = self[name]
-        return None if found is None else list(found.ints)
+        attribute = self[name]
+        return None if attribute is None else list(attribute.ints)
 
 
 def _numbers(tensor: TensorProto, folder: Path) -> ndarray:
@@ -198,15 +198,15 @@ def _count(tensor: TensorProto, size: int) -> int:
 
 
 def _beside(tensor: TensorProto, folder: Path, size: int) -> TensorProto:
-    """The tensor with its values from the data file beside the model."""
+    """A copy of the tensor with its values from the data file beside the model."""
     external = {entry.key: entry.value for entry in tensor.external_data}
     place = Path(external.get("location", "another file"))
-    lies = f"the values of {brief(tensor.name)} are in {brief(str(place))}"
+    where = f"the values of {brief(tensor.name)} are in {brief(str(place))}"
     if place.is_absolute() or ".." in place.parts:
-        raise UnreadError(f"{lies}, which is not in the model's folder. Export the model and its data to one folder.")
+        raise UnreadError(f"{where}, which is not in the model's folder. Export the model and its data to one folder.")
     path = folder / place
     if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        raise UnreadError(f"{lies}, which is missing or a link to another folder. Put the file beside the model.")
+        raise UnreadError(f"{where}, which is missing or a link to another folder. Put the file beside the model.")
     start, length = int(external.get("offset", 0) or 0), int(external.get("length", size) or size)
     if start < 0 or length != size:
         raise RefusalError(f"{size} bytes of {brief(tensor.name)} in {brief(str(place))}", f"{length} at {start}")
@@ -214,7 +214,7 @@ def _beside(tensor: TensorProto, folder: Path, size: int) -> TensorProto:
         file.seek(start)
         data = file.read(size)
     if len(data) < size:
-        raise UnreadError(f"{lies}, which is too short. Copy it again.")
+        raise UnreadError(f"{where}, which is too short. Copy it again.")
     whole = type(tensor)()
     whole.CopyFrom(tensor)
     whole.ClearField("external_data")

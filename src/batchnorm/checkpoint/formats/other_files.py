@@ -1,7 +1,7 @@
-"""What a file is that is no checkpoint of torch, and what to do with it.
+"""Recognizes files that are no checkpoint of torch, and says what to do with each.
 
 A format with a mark or a structure of its own is recognized by its bytes; other formats by the file's name. TensorFlow,
-ONNX, Core ML and Caffe write protocol buffers without a mark: these are distinguished by the fields of the message.
+ONNX, Core ML and Caffe write protocol buffers without a mark: the numbers of their fields distinguish them.
 """
 
 from __future__ import annotations

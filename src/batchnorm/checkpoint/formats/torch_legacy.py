@@ -3,8 +3,8 @@
 Five pickles follow each other: a magic number, the protocol, facts about the system, what was saved, and the keys of
 its storages. Then each storage's number of elements (8 bytes) and its bytes. All numbers are little-endian.
 
-A plain pickle is one pickle with nothing behind it. It contains the bytes of its arrays, and each storage of torch in
-it is a whole file of this format.
+A plain pickle is a single pickle. It contains the bytes of its arrays, and each storage of torch in it is a whole file
+of this format.
 """
 
 from __future__ import annotations

@@ -60,10 +60,10 @@ def new(kind: object, arguments: object) -> Saved:
         raise RefusalError("a class and its arguments", in_words(kind))
     if kind.call is not None:
         return _called(kind, arguments)
-    made = Object(kind.name)
+    result = Object(kind.name)
     if arguments:
-        made[0] = arguments  # the tuple, not its values: a pickle that reuses one tuple would fill the memory
-    return made
+        result[0] = arguments  # the tuple, not its values: a pickle that reuses one tuple would fill the memory
+    return result
 
 
 def storage(identity: object) -> Storage:
@@ -125,8 +125,8 @@ def _called(function: Name, arguments: tuple[Saved, ...]) -> Saved:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, RefusalError):
             raise
-        given = ", ".join(map(in_words, arguments[:4])) or "nothing"
-        raise RefusalError("tensors and plain values only", f"{brief(function.name)} of {given}", RESAVE) from error
+        words = ", ".join(map(in_words, arguments[:4])) or "nothing"
+        raise RefusalError("tensors and plain values only", f"{brief(function.name)} of {words}", RESAVE) from error
 
 
 def _is_plain_call(function: Name, arguments: tuple[Saved, ...]) -> bool:
@@ -135,10 +135,10 @@ def _is_plain_call(function: Name, arguments: tuple[Saved, ...]) -> bool:
     if not arguments:
         return True
     value, *rest = arguments
-    plain = type(value) in {tuple, list} and len(value) <= _LONGEST_KEY and all(map(_is_plain, value))
+    is_short_sequence = type(value) in {tuple, list} and len(value) <= _LONGEST_KEY and all(map(_is_plain, value))
     if rest:  # the values and the maxlen of a deque
-        return plain and len(rest) == 1 and _is_plain(rest[0])
-    return plain or _is_plain(value) or type(value) is dict or _makes_values(value)
+        return is_short_sequence and len(rest) == 1 and _is_plain(rest[0])
+    return is_short_sequence or _is_plain(value) or type(value) is dict or _makes_values(value)
 
 
 def _makes_values(value: object) -> bool:
@@ -214,9 +214,9 @@ def _reconstructed(kind: object, *base_and_state: object) -> Saved:
 
 def _compiled(module: object = None, *_: object) -> Object:
     """The module that torch.compile puts around a module."""
-    made = Object("torch._dynamo.eval_frame.OptimizedModule")
-    made.update(_parameters={}, _buffers={}, _modules={"_orig_mod": module})
-    return made
+    result = Object("torch._dynamo.eval_frame.OptimizedModule")
+    result.update(_parameters={}, _buffers={}, _modules={"_orig_mod": module})
+    return result
 
 
 def _plain_list(*_: object) -> list[Saved]:

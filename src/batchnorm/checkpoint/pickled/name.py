@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # packages whose classes may run any code when they are called
-_POWERFUL = sys.stdlib_module_names | {"numpy"}
+_PACKAGES_THAT_RUN_CODE = sys.stdlib_module_names | {"numpy"}
 
 
 @final
@@ -32,9 +32,9 @@ class Name:
 
     @property
     def is_class(self) -> bool:
-        """Whether an unknown name is written like a class, outside of Python's library and NumPy (``_POWERFUL``)."""
+        """Whether an unknown name is written like a class, and not one of Python's library or NumPy."""
         last = self.name.rpartition(".")[2].lstrip("_")
-        return not self.is_known and self.package not in _POWERFUL and last[:1].isupper()
+        return not self.is_known and self.package not in _PACKAGES_THAT_RUN_CODE and last[:1].isupper()
 
     @property
     def package(self) -> str:

@@ -9,8 +9,8 @@ from batchnorm.checkpoint.pickled.name import Name, in_words
 from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
-_SHARDED = {"DTensor", "ShardedTensor", "LocalTensor"}
-_WHOLE = (
+_SHARDED_CLASSES = {"DTensor", "ShardedTensor", "LocalTensor"}
+_SAVE_WHOLE = (
     "Save whole tensors: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
     "torch.distributed.checkpoint.state_dict, or tensor.full_tensor() for each."
 )
@@ -24,7 +24,7 @@ def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: objec
     why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
     view = Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
     is_empty = not base.numel and view.numel
-    return replace(view, why=f"a tensor whose memory was freed before it was saved. {_WHOLE}") if is_empty else view
+    return replace(view, why=f"a tensor whose memory was freed before saving. {_SAVE_WHOLE}") if is_empty else view
 
 
 def tensor_v3(base: Saved, offset: Saved, size: Saved, stride: Saved, *rest: Saved) -> Tensor:
@@ -45,7 +45,7 @@ def local_part(tensor: Saved, kind: object, state: object) -> Saved:
     if local.size == tensor.size and not partial:
         return local
     part = "a summand" if partial else f"a part of {_shape(local)} out of {_shape(tensor)}"
-    return replace(tensor, why=f"{part} of a {_last(kind)}. {_WHOLE}")
+    return replace(tensor, why=f"{part} of a {_last(kind)}. {_SAVE_WHOLE}")
 
 
 def _attributes(state: object) -> dict[Saved, Saved]:
@@ -69,7 +69,7 @@ def _shape(tensor: Tensor) -> str:
 
 def wrapper(kind: object, dtype: object, size: Saved, *_: object) -> Tensor:
     """A tensor of a subclass that has no numbers itself."""
-    remedy = _WHOLE if _last(kind) in _SHARDED else "Save a plain tensor in its place."
+    remedy = _SAVE_WHOLE if _last(kind) in _SHARDED_CLASSES else "Save a plain tensor in its place."
     return _without_numbers(dtype, size, f"a {_last(kind)} without numbers of its own. {remedy}")
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LARGEST = 1 << 28  # bytes of a pickle; the pickle of a network with 100,000 tensors has 2^24
 _MOST_STEPS = 10_000_000  # opcodes; one opcode may allocate 100 bytes
 _MOST_ATTRIBUTES = 10_000_000  # of all objects; a pickle may use one dict of attributes for many objects
-_LEFT = 1 << 12  # bytes; a run of at least this many stays in the file
+_SHORTEST_SPAN = 1 << 12  # bytes; a run of at least this many stays in the file
 _LONGEST_LINE = 1000
 _LONGEST_INTEGER = 256  # bytes
 
@@ -94,7 +94,7 @@ class _Machine:
     def stretch(self, width: int) -> bytes | Span:
         """A number of bytes, which comes before them in ``width`` bytes; a long run stays in the file as a Span."""
         size = self.unsigned(width)
-        if size < _LEFT:
+        if size < _SHORTEST_SPAN:
             return self.take(size)
         start = self.file.tell()
         self.file.seek(start + size - 1)

@@ -64,11 +64,11 @@ class Object(dict[Saved, Saved]):
 
 def settle(saved: Saved) -> Saved:
     """Replace each module in ``saved`` by its state dict, in place; returns ``saved``."""
-    left = _MOST_NAMES
+    budget = _MOST_NAMES
     for container in [value for value in _containers(saved) if isinstance(value, Object) and value.is_module]:
         if container.modules is None:
-            tensors, modules = _state_dict(container, left)
-            left -= len(tensors) + len(modules)
+            tensors, modules = _state_dict(container, budget)
+            budget -= len(tensors) + len(modules)
             container.clear()
             container.update(tensors)
             container.modules = modules

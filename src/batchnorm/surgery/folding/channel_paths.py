@@ -39,14 +39,14 @@ Channels = tuple[int, ...]
 # the result of each node of a graph; its tensors have sizes and no values
 Sizes = dict[Node, Batch]
 
-_MOVES = {
+_MOVING_OPERATIONS = {
     "view", "reshape", "reshape_as", "view_as", "flatten", "unflatten", "permute", "transpose", "t", "movedim",
     "moveaxis", "swapaxes", "swapdims", "squeeze", "unsqueeze", "contiguous", "clone", "cat", "concat", "concatenate",
     "chunk", "split", "getitem", "narrow", "select", "unbind", "stack",
 }  # fmt: skip
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
-_COMPUTING = (*RANKS, _BatchNorm, *(each.module for each in activations.TABLE.values()), nn.Identity)
-_LIKE = {"reshape_as", "view_as"}  # only the shape of the second operand counts
+_COMPUTING_MODULES = (*RANKS, _BatchNorm, *(each.module for each in activations.TABLE.values()), nn.Identity)
+_SHAPE_READERS = {"reshape_as", "view_as"}  # only the shape of the second operand counts
 _QUESTIONS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "__len__", "len"}
 _ATTRIBUTES = {"shape", "ndim", "device", "dtype", "is_cuda", "requires_grad"}
 _ELSEWHERE = -1
@@ -57,7 +57,7 @@ def moves(node: Node) -> bool:
     if node.op == "call_module":
         module: Any = node.meta.get("module")
         return type(module) in _MOVING_MODULES and not is_watched(module) and "forward" not in vars(module)
-    return node.op in {"call_function", "call_method"} and _name(node) in _MOVES
+    return node.op in {"call_function", "call_method"} and _name(node) in _MOVING_OPERATIONS
 
 
 def readers(node: Node) -> list[Node]:
@@ -69,23 +69,23 @@ def sizes(graph: Graph, inputs: InputShapes) -> Sizes:
     """The result of each node of a graph, with tensors without values; {} if the graph does not run on such tensors."""
     try:
         root = next(node.meta["caller"] for node in graph.nodes if node.op == "placeholder")
-        given = by_name(root, *inputs.of(root))
-        values = iter(given.values())
+        arguments = by_name(root, *inputs.of(root))
+        values = iter(arguments.values())
         names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
         run = _Sizes(nn.Module(), graph=graph)
         with inputs.mode, torch.no_grad():
-            run.run(*[given[name] if name in given else next(values) for name in names])
+            run.run(*[arguments[name] if name in arguments else next(values) for name in names])
     except Exception:  # noqa: BLE001 - the sizes stay unknown
         return {}
     return run.found
 
 
-def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channels] | str:
+def before(node: Node, results: Sizes, axes: dict[Node, int]) -> dict[Node, Channels] | str:
     """For the nodes that make a layer's input, the layer's channel that each of their channels becomes.
 
     Args:
         node: The node that calls the layer.
-        found: The results of all nodes, from ``sizes``.
+        results: The results of all nodes, from ``sizes``.
         axes: For each node that calls a possible partner, the axis of its channels.
 
     Returns:
@@ -93,7 +93,7 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
     """
     source = node.args[0]
     assert isinstance(source, Node)  # noqa: S101 - a layer is called with the result of another node
-    path = _path(source, found, axes)
+    path = _path(source, results, axes)
     makers = [each for each in node.graph.nodes if each in axes and each in path]
     if not makers:
         return "no convolution or linear layer makes it"
@@ -104,10 +104,10 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
     numbers, first = {}, 0
     for maker in makers:
         numbers[maker], first = (
-            _numbered(found[maker].shape, axes[maker], first),
-            first + found[maker].shape[axes[maker]],
+            _numbered(results[maker].shape, axes[maker], first),
+            first + results[maker].shape[axes[maker]],
         )
-    ids = _moved(source, found, numbers)
+    ids = _moved(source, results, numbers)
     rows = ids.transpose(0, 1).flatten(1)  # (N, C, ...) -> (C, N...)
     owner = torch.full((first,), _ELSEWHERE)
     for channel, row in enumerate(rows):
@@ -118,33 +118,33 @@ def before(node: Node, found: Sizes, axes: dict[Node, int]) -> dict[Node, Channe
             return "one channel of the layer before it becomes several of its channels"
         owner[unique] = channel
     return dict(
-        zip(makers, map(tuple, _cut(owner, [found[maker].shape[axes[maker]] for maker in makers])), strict=True)
+        zip(makers, map(tuple, _cut(owner, [results[maker].shape[axes[maker]] for maker in makers])), strict=True)
     )
 
 
-def behind(node: Node, found: Sizes, axes: dict[Node, int]) -> tuple[Node, Channels] | str:
+def behind(node: Node, results: Sizes, axes: dict[Node, int]) -> tuple[Node, Channels] | str:
     """The node that reads a layer's result, and for each of its channels the layer's channel, -1 for other values.
 
     A text with the reason instead, if the layer cannot be folded into that node.
     """
-    path, waiting, takers = [node], [node], set()
+    path, waiting, partners = [node], [node], set()
     while waiting:
         for user in readers(waiting.pop()):
             if user in axes:
-                takers.add(user)
+                partners.add(user)
             elif not moves(user):
                 return f"{_name(user)} is behind it"
             elif user not in path:
                 path.append(user)
                 waiting.append(user)
-    if len(takers) != 1:
-        return "its result goes to several layers" if takers else "nothing is behind it"
-    [taker] = takers
-    ids = _moved(taker.args[0], found, {node: _numbered(found[node].shape, 1, 0)})
-    rows = ids.movedim(axes[taker], 0).flatten(1)
+    if len(partners) != 1:
+        return "its result goes to several layers" if partners else "nothing is behind it"
+    [partner] = partners
+    ids = _moved(partner.args[0], results, {node: _numbered(results[node].shape, 1, 0)})
+    rows = ids.movedim(axes[partner], 0).flatten(1)
     if not torch.equal(rows, rows[:, :1].expand_as(rows)):
         return "one channel of the layer behind it reads several of its channels"
-    return taker, tuple(rows[:, 0].tolist())
+    return partner, tuple(rows[:, 0].tolist())
 
 
 def path_between(node: Node, taker: Node) -> Iterable[Node]:
@@ -161,7 +161,7 @@ def is_harmless(node: Node) -> bool:
         return True
     if node.op == "call_module":
         module: Any = node.meta.get("module")
-        return isinstance(module, _COMPUTING) and not getattr(module, "inplace", False)
+        return isinstance(module, _COMPUTING_MODULES) and not getattr(module, "inplace", False)
     writes = node.target in IN_PLACE or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
     return not writes and not (_name(node).endswith("_") and not _name(node).endswith("__"))
 
@@ -189,7 +189,7 @@ class _Sizes(Interpreter):
         return result
 
 
-def _path(source: Node, found: Sizes, axes: dict[Node, int]) -> list[Node]:
+def _path(source: Node, results: Sizes, axes: dict[Node, int]) -> list[Node]:
     """The nodes that lead to ``source``: back through moves, up to possible partners, which are included."""
     path, waiting = [], [source]
     while waiting:
@@ -199,18 +199,18 @@ def _path(source: Node, found: Sizes, axes: dict[Node, int]) -> list[Node]:
         path.append(node)
         if node not in axes and moves(node):
             waiting += [arg for arg in node.all_input_nodes if not _asks(node, arg)]
-    return [node for node in path if node in axes or (moves(node) and _holds_tensors(found[node]))]
+    return [node for node in path if node in axes or (moves(node) and _holds_tensors(results[node]))]
 
 
-def _moved(node: Node, found: Sizes, numbers: dict[Node, Tensor]) -> Batch:
+def _moved(node: Node, results: Sizes, numbers: dict[Node, Tensor]) -> Batch:
     """The result of a node with channel numbers as values, -1 for values from elsewhere."""
     if node in numbers:
         return numbers[node]
     if not moves(node):
-        return tree_map(_from_elsewhere, found[node])
+        return tree_map(_from_elsewhere, results[node])
 
     def moved(arg: Node) -> Batch:
-        ids = _moved(arg, found, numbers)
+        ids = _moved(arg, results, numbers)
         return ids.contiguous() if isinstance(ids, Tensor) else ids  # so that ``view`` works
 
     if node.op == "call_module":
@@ -242,7 +242,7 @@ def _cut(values: Tensor, lengths: list[int]) -> list[list[int]]:
 
 def _asks(user: Node, node: Node) -> bool:
     """Whether the node ``user`` reads only the shape of ``node``, not its values."""
-    if _name(user) in _LIKE:
+    if _name(user) in _SHAPE_READERS:
         return user.args[0] is not node and user.args[1:] == (node,)
     return _is_question(user)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from batchnorm.surgery.dataflow import Callers, Flow
 
-_WHOLE = (*RANKS, _BatchNorm)  # one node each, even if they have children, such as activations or parametrizations
+_SINGLE_NODES = (*RANKS, _BatchNorm)  # never merged, even if they have children, such as activations
 
 
 def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) -> list[Graph]:
@@ -36,7 +36,7 @@ def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) 
         child
         for flow in known.values()
         for child, node in _sole_calls(flow, callers, registered)
-        if child in known and not isinstance(child, _WHOLE) and not is_of_others(child) and not is_watched(child)
+        if child in known and not isinstance(child, _SINGLE_NODES) and not is_of_others(child) and not is_watched(child)
         if _is_plain_call(node, known[child])
     }
 
@@ -51,13 +51,13 @@ def graphs(known: dict[nn.Module, Flow], registered: Counter, callers: Callers) 
 def _copied(graph: Graph, flow: Flow, inputs: tuple | None, inner: Mapping[nn.Module, Flow]) -> Any:
     """Copy a forward into a graph, with the nodes of inner modules in place of their calls; returns its result."""
     values: dict[Node, Any] = {}
-    given = iter(inputs or ())
+    arguments = iter(inputs or ())
     for node in flow.graphs[False].nodes:
         child = flow.called(node)
         if node.op == "output":
             return map_arg(node.args[0], values.__getitem__)
         if node.op == "placeholder" and inputs is not None:
-            values[node] = next(given)
+            values[node] = next(arguments)
         elif child in inner:
             inside = tuple(values[arg] for arg in node.args if isinstance(arg, Node))
             values[node] = _copied(graph, inner[child], inside, inner)
@@ -87,10 +87,10 @@ def _is_plain_call(node: Node, flow: Flow) -> bool:
     graph = flow.graphs[False]
     inputs = sum(inner.op == "placeholder" for inner in graph.nodes)
     result = next(inner.args[0] for inner in graph.nodes if inner.op == "output")
-    given = [arg for arg in node.args if isinstance(arg, Node)]
-    others = len(node.args) - len(given) + len(node.kwargs)
+    nodes = [arg for arg in node.args if isinstance(arg, Node)]
+    others = len(node.args) - len(nodes) + len(node.kwargs)
     nodes_by_name = any(isinstance(value, Node) for value in node.kwargs.values())
-    return len(given) == inputs and not nodes_by_name and (flow.is_bound or not others) and isinstance(result, Node)
+    return len(nodes) == inputs and not nodes_by_name and (flow.is_bound or not others) and isinstance(result, Node)
 
 
 def _hands_on(module: nn.Module) -> bool:

@@ -49,17 +49,17 @@ class Folding:
     largest: float
 
     def __str__(self) -> str:
-        left = {path: reason for path, reason in self.layers.items() if isinstance(reason, str)}
+        reasons = {path: reason for path, reason in self.layers.items() if isinstance(reason, str)}
         count = len(self.layers)
         lines = [
-            f"folded {count - len(left)} of {count} batch norm layers; "
+            f"folded {count - len(reasons)} of {count} batch norm layers; "
             f"outputs differ by at most {self.error:.2g}; the largest output is {self.largest:.2g}"
         ]
-        return "\n".join(lines + [f"  left {path!r}: {reason}" for path, reason in left.items()])
+        return "\n".join(lines + [f"  left {path!r}: {reason}" for path, reason in reasons.items()])
 
 
 def foldable(model: nn.Module, example: Batch = None) -> dict[str, Partner | str]:
-    """For each batch norm layer by path: what ``fold`` would fold it into, or the reason why it would not.
+    """For each batch norm layer by path: the layer that ``fold`` would fold it into, or why it would not be folded.
 
     The model is not changed, and it is run only on the example. Without an example, only the code is examined. Then
     every module that the code can call is assumed to run, convolutions are assumed to get batches, and a batch norm
@@ -80,8 +80,8 @@ def foldable(model: nn.Module, example: Batch = None) -> dict[str, Partner | str
         1 '0' before it
         3 no convolution or linear layer is next to it: '2' before it, the output behind it
     """
-    found, _ = plan(model, example)
-    return {path: found[path] for path in find(model)} | out_of_reach(model)
+    answers, _ = plan(model, example)
+    return {path: answers[path] for path in find(model)} | out_of_reach(model)
 
 
 def fold(
@@ -97,10 +97,10 @@ def fold(
     inside of others, and operations that only move values, such as ``view``, ``transpose`` and ``cat``, may be between
     two neighbours. A forward that torch.fx cannot trace is run on tensors with the example's sizes and without values;
     branches that depend on sizes are then valid for these sizes only. Layers of torch.nn, SyncBatchNorm, ours and
-    frozen layers are folded. So are layers of other classes and libraries, if a trial shows that they multiply each
-    channel by a number and add a number. The place of a folded layer still applies its activation and adds its
-    residual. Layers without a bias get one in the copy. Of the state_dict keys of folded layers, only those of their
-    activations remain.
+    frozen layers are folded. So are layers of other classes and libraries, if a trial shows that the part of their
+    forward that reads their tensors multiplies each channel by a number and adds a number. In the place of a folded
+    layer, its activation is still applied and its residual added. Layers without a bias get a bias in the copy. Of the
+    state_dict keys of folded layers, only those of their activations remain.
 
     A layer is left as it is, and ``report`` says why, if
 
@@ -149,16 +149,16 @@ def fold(
     """
     _check(model, example, inplace=inplace)
     result = model if inplace else duplicate(model, "fold")
-    found, parts = plan(result, example)
-    layers = {path: found[path] for path in find(result)} | out_of_reach(result)
+    answers, parts = plan(result, example)
+    layers = {path: answers[path] for path in find(result)} | out_of_reach(result)
     expected = _outputs(result, example)
     wide = _in_float64(result, example)
-    _put_in(result, found, parts)
+    _put_in(result, answers, parts)
     try:
         error, largest = _difference(expected, result, example)
         if wide is not None:
             wide_model, wide_example, wide_expected = wide
-            _put_in(wide_model, found, parts)
+            _put_in(wide_model, answers, parts)
             _difference(wide_expected, wide_model, wide_example)
     except ValueError:
         if inplace:
@@ -212,12 +212,12 @@ def unfold(model: Model, *, inplace: bool = False) -> Model:
     return model
 
 
-def _put_in(model: nn.Module, found: Mapping[str, Partner | str], parts: Mapping[str, Parts]) -> None:
+def _put_in(model: nn.Module, answers: Mapping[str, Partner | str], parts: Mapping[str, Parts]) -> None:
     """Fold the layers of the model in place, as planned."""
     folded = [m for m in model.modules() if isinstance(m, FoldedAway)]
     before = {id(p): tensors for m in folded for p, tensors in zip(m.partners, m._tensors, strict=True)}
     joined: dict[nn.Module, Linear] = {}
-    for path, answer in found.items():
+    for path, answer in answers.items():
         if not isinstance(answer, Partner):
             continue
         layer: Any = model.get_submodule(path)

@@ -157,13 +157,13 @@ def look_at_channels(facts: ModelFacts, inputs: InputShapes) -> None:
 def observed(model: nn.Module, example: Batch) -> tuple[Callers, dict[nn.Module, set[int]], Arguments, InputShapes]:
     """One run in eval mode: callers, numbers of axes at batch norm layers, optional arguments, and input shapes."""
     set_mode(model, False)
-    seen = (
+    logs = (
         observed_callers(),
         _observed_ranks({*find(model).values()}),
         observed_arguments(model),
         observed_inputs(model),
     )
-    with seen[0] as callers, seen[1] as ranks, seen[2] as arguments, seen[3] as inputs, torch.no_grad():
+    with logs[0] as callers, logs[1] as ranks, logs[2] as arguments, logs[3] as inputs, torch.no_grad():
         try:
             call(model, fresh(example))
         except AbsenceError:  # another example would not help
@@ -213,13 +213,13 @@ def sum_of(module: nn.Module, record: Record | None) -> Node | None:
         return None
     finally:
         module._parameters["bias"] = bias
-    read = {str(node.target): node for node in flow.nodes if node.op == "get_attr"}
-    users = {user for node in read.values() for user in node.users}
-    if read.keys() != {"weight", "bias"} or len(users) != 1:
+    attributes = {str(node.target): node for node in flow.nodes if node.op == "get_attr"}
+    users = {user for node in attributes.values() for user in node.users}
+    if attributes.keys() != {"weight", "bias"} or len(users) != 1:
         return None
-    [found] = users
-    plain = found.op == "call_function" and found.target in SUMS and not found.kwargs
-    return found if plain and found.args[1:3] == (read["weight"], read["bias"]) else None
+    [operation] = users
+    is_sum = operation.op == "call_function" and operation.target in SUMS and not operation.kwargs
+    return operation if is_sum and operation.args[1:3] == (attributes["weight"], attributes["bias"]) else None
 
 
 def _graph_of(module: nn.Module, record: Record | None) -> Graph:

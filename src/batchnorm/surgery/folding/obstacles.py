@@ -77,8 +77,8 @@ def about_pair(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Pos
     """Why a layer cannot be folded into this neighbour; None if it can."""
     if reason := about_partner(facts, partner, position):
         return reason
-    node, theirs = facts.nodes[layer][0], facts.nodes[partner][0]
-    if reason := _about_order(facts, node, theirs, position) or about_axes(facts, layer, partner, position):
+    node, partner_node = facts.nodes[layer][0], facts.nodes[partner][0]
+    if reason := _about_order(facts, node, partner_node, position) or about_axes(facts, layer, partner, position):
         return f"{facts.names[partner]!r} {reason}"
     return about_result(facts, layer, partner, position)
 
@@ -98,8 +98,8 @@ def about_partner(facts: ModelFacts, partner: Any, position: Position) -> str | 
         return f"{name!r} has hooks that see its input or its result"
     if reason := facts.about_calls(partner) or facts.about_tensors(partner):
         return f"{name!r} {reason}"
-    theirs = facts.nodes[partner][0]
-    if len(theirs.args) != 1 or theirs.kwargs:
+    partner_node = facts.nodes[partner][0]
+    if len(partner_node.args) != 1 or partner_node.kwargs:
         return f"{name!r} is called with other arguments than its input"
     return None
 
@@ -122,18 +122,18 @@ def about_result(
     return None
 
 
-def _about_order(facts: ModelFacts, node: Node, theirs: Node, position: Position) -> str | None:
+def _about_order(facts: ModelFacts, node: Node, partner_node: Node, position: Position) -> str | None:
     """Why other code may read or overwrite the value between the two layers; None if it does not."""
     if position == "before":
-        others = [named(facts, user) for user in theirs.users if user is not node]
-        others += ["the sum behind the layer"] if theirs in node.args[1:] else []
+        others = [named(facts, user) for user in partner_node.users if user is not node]
+        others += ["the sum behind the layer"] if partner_node in node.args[1:] else []
         return f"has a result that also goes to {others[0]}" if others else None
     if len(node.args) > 1 or node.meta["module"] in facts.applying:
         return "is behind an activation that the layer applies"
     following = node.next
     while following.op == "get_attr":
         following = following.next
-    return None if following is theirs else "runs later, when other code may have overwritten the layer's input"
+    return None if following is partner_node else "runs later, when other code may have overwritten the layer's input"
 
 
 def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position) -> str | None:

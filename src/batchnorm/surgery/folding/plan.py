@@ -85,19 +85,19 @@ def plan(model: nn.Module, example: Batch) -> tuple[dict[str, Partner | str], di
             "fold needs a model before torch.compile, got a compiled one. Fold first, then compile the result."
         )
     facts, closed = _examined(model, example)
-    found: dict[str, Partner | str] = {}
+    answers: dict[str, Partner | str] = {}
     settled = True
     while settled:  # a folded layer is removed from its graph, so that other layers may get new neighbours
         settled = False
         for path, layer in list(open_layers.items()):
-            found[path] = quantized(model, path) or _answer(facts, layer) or _why_unseen(path, facts, closed)
-            if isinstance(found[path], Partner):
+            answers[path] = quantized(model, path) or _answer(facts, layer) or _why_unseen(path, facts, closed)
+            if isinstance(answers[path], Partner):
                 settled = True
                 del open_layers[path]
                 _take_out(facts.nodes[layer][0], facts.applying)
-                found[path] = found.pop(path)  # moved to the end: folds are done in this order
+                answers[path] = answers.pop(path)  # moved to the end: folds are done in this order
     known_parts = {path: facts.parts.get(layer) for path, layer in find(model).items()}
-    return found, {path: parts for path, parts in known_parts.items() if isinstance(parts, Parts)}
+    return answers, {path: parts for path, parts in known_parts.items() if isinstance(parts, Parts)}
 
 
 def _examined(model: nn.Module, example: Batch) -> tuple[ModelFacts, dict[nn.Module, str]]:
@@ -203,10 +203,10 @@ def _through_moves(facts: ModelFacts, layer: _BatchNorm, node: Node) -> Partner 
             else "pass an example to follow values through the operations next to it"
         )
     axes = {
-        theirs: axis
+        partner_node: axis
         for partner in facts.linear
-        for theirs in facts.nodes.get(partner, [])
-        if (axis := _axis(facts, partner, theirs)) is not None
+        for partner_node in facts.nodes.get(partner, [])
+        if (axis := _axis(facts, partner, partner_node)) is not None
     }
     reasons = []
     for position in near:
@@ -228,12 +228,12 @@ def _axis(facts: ModelFacts, partner: nn.Module, node: Node) -> int | None:
 
 
 def _before(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, int]) -> Partner | str:
-    found = channel_paths.before(node, facts.sizes, axes)
-    if isinstance(found, str):
-        return found
+    channels_by_node = channel_paths.before(node, facts.sizes, axes)
+    if isinstance(channels_by_node, str):
+        return channels_by_node
     partners = []
-    for theirs, met in found.items():
-        partner = theirs.meta["module"]
+    for partner_node, met in channels_by_node.items():
+        partner = partner_node.meta["module"]
         if reason := about_partner(facts, partner, "before") or about_result(facts, layer, partner, "before", met):
             return reason
         partners.append(Partner(facts.names[partner], "before", met))
@@ -244,14 +244,14 @@ def _before(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, i
 def _behind(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, int]) -> Partner | str:
     if node in {each for layer in facts.applying for each in facts.nodes.get(layer, [])}:
         return "it applies an activation, so nothing behind it can do its work"
-    found = channel_paths.behind(node, facts.sizes, axes)
-    if isinstance(found, str):
-        return found
-    theirs, channels = found
-    partner = theirs.meta["module"]
+    reader_and_channels = channel_paths.behind(node, facts.sizes, axes)
+    if isinstance(reader_and_channels, str):
+        return reader_and_channels
+    partner_node, channels = reader_and_channels
+    partner = partner_node.meta["module"]
     if reason := about_partner(facts, partner, "behind") or about_result(facts, layer, partner, "behind", channels):
         return reason
-    between = channel_paths.path_between(node, theirs)
+    between = channel_paths.path_between(node, partner_node)
     if not all(map(channel_paths.is_harmless, between)):
         return f"{facts.names[partner]!r} runs later, when other code may have overwritten the layer's input"
     return Partner(facts.names[partner], "behind", channels)
