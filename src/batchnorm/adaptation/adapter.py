@@ -1,12 +1,13 @@
 """Adapter: after a shift alarm, replaces a model's statistics by those of its new inputs, guarded and reversible.
 
     watching     The deployed statistics are in use. An alarm leads to: gathering.
-    gathering    They still are. The model also answers each batch under trial statistics, unseen by the caller. If no
-                 guard objects, these are used: adapted. If a guard keeps objecting: refused.
-    adapted      Statistics that grow with each batch are in use. A guard's objection leads to: rolled back.
+    gathering    The deployed statistics are in use. The model also answers each batch under trial statistics, which the
+                 caller does not see. If no guard objects, the trial statistics are used: adapted. If a guard keeps
+                 objecting: refused.
+    adapted      The trial statistics are in use, and grow with each batch. A guard's objection leads to: rolled back.
     refused, rolled back     The deployed statistics are in use until the evidence changes, or ``reset``.
 
-``guards`` has the guards, ``cumulative`` the way statistics grow.
+``guards`` contains the guards, ``cumulative`` computes the growing statistics.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ LOGGER = logging.getLogger("batchnorm.adaptation")
 LOGGER.addHandler(logging.NullHandler())  # like the monitor's logger
 State = Literal["watching", "gathering", "adapted", "refused", "rolled back"]
 _PATIENCE = 4  # windows that a trial lasts before it is refused
-_CHANGED = 1.25  # if a layer's energy changes by this factor, the inputs have changed again
+_ENERGY_FACTOR = 1.25  # if a layer's energy changes by this factor, the inputs have changed again
 
 
 @final
@@ -58,9 +59,9 @@ class Event:
 
     Args:
         state: The new state.
-        reason: Why.
-        examples: Examples that had passed.
-        seconds: Unix time.
+        reason: Why the state changed.
+        examples: Number of examples that the monitor had counted.
+        seconds: Unix time of the change.
     """
 
     state: State
@@ -69,7 +70,7 @@ class Event:
     seconds: float
 
     def __str__(self) -> str:
-        """One line."""
+        """The change in one line."""
         return f"{self.state} after {self.examples} examples: {self.reason}"
 
 
@@ -87,34 +88,29 @@ class Adapter:
 
     Until the alarm, answers are those of the deployed model, bit for bit. Then the model also answers each batch under
     trial statistics, which combine every example since the alarm with ``prior`` stored ones. They are used once
-    ``minimum`` examples are counted and no guard objects; they keep growing, and each batch is included in its own.
-    When a guard objects during use, the next batches are answered by the deployed statistics again, bit for bit, until
-    ``reset``, or until a layer's energy under them changes by a quarter: then another trial begins.
+    ``minimum`` examples are counted and no guard objects. They keep growing: each batch is counted before it is
+    answered. When a guard objects during use, the next batches are answered by the deployed statistics again, bit for
+    bit, until ``reset``, or until a layer's energy under the deployed statistics changes by a factor of 1.25: then
+    another trial begins.
 
-    Guards take the outputs for class logits. For other models give ``classes``. Without classes only energies are
-    judged, and a stream whose monitor found neighbouring examples alike is refused; ``history`` says so. Predicted
-    classes without probabilities show a need only if they are nearly all the same. A calibrated monitor distinguishes
-    another mix of classes, which needs no new statistics, from other inputs.
+    Guards assume that the model's outputs are class logits. For other outputs give ``classes``. Without classes only
+    energies are judged, and a stream is refused if the monitor finds that neighbouring examples are alike; ``history``
+    says so. With predicted classes but no probabilities, the guard "need" objects unless nearly all predictions are the
+    same. A calibrated monitor distinguishes another mix of classes, which needs no new statistics, from other inputs.
 
-    Only ``running_mean`` and ``running_var`` are written, and the block restores them at its end. Only passes in eval
-    mode are followed. A trial calls ``model.forward`` a second time on copies of the inputs, without the hooks of the
-    model itself; a compiled model runs uncompiled for this, as long as it is adapted.
+    Only ``running_mean`` and ``running_var`` are written, and the block restores them at its end. Passes in train mode
+    are ignored. A trial calls ``model.forward`` a second time on copies of the inputs, without the hooks of the model
+    itself. A compiled model is called a second time, uncompiled, in each pass of a trial and while it is adapted.
 
     Args:
         monitor: The monitor whose alarm starts a trial. It detects sooner if it observes all examples of a batch.
         prior: Number of examples that the stored statistics count as.
-        minimum: Examples to count before their statistics are used.
+        minimum: Number of examples to count before their statistics are used.
         floor: Smallest weight of a new example; about 1 / floor examples are remembered.
         window: Number of latest examples that the guards judge.
         limits: The guards' requirements.
-        monitor: Whose alarm begins it. It rings sooner if it observes all examples of a batch.
-        prior: Examples that the stored statistics count as.
-        minimum: Examples to count before their statistics are used.
-        floor: Least weight of a new example; 1 / floor examples are remembered.
-        window: Examples that the guards look back on.
-        limits: What the guards ask.
-        classes: "logits" if outputs are logits (N, K); a function from the output to logits, or to the predicted class
-            of each example, (N,); None if there are no classes.
+        classes: "logits" if outputs are logits (N, K) of K classes; a function from the output to such logits, or to
+            the predicted class of each example, (N,); None if there are no classes.
 
     Raises:
         TypeError: If ``monitor`` is not a ShiftMonitor.
@@ -136,7 +132,7 @@ class Adapter:
             monitor,
             ShiftMonitor,
             "Adapter needs a ShiftMonitor",
-            "Make one of the model: Adapter(ShiftMonitor(model)).",
+            "Make a monitor of the model: Adapter(ShiftMonitor(model)).",
         )
         _check(prior, minimum, floor, window)
         self.monitor, self.minimum, self.limits = monitor, minimum, limits or Limits()
@@ -151,21 +147,21 @@ class Adapter:
     def _start(self) -> None:
         self.state: State = "watching"
         self._deployed = Statistics.of(self._layers)
-        self._known: Predictions | None = None  # before the alarm
+        self._before_alarm: Predictions | None = None
         self._renew()
 
     def _renew(self) -> None:
         self._trial = Trial(self._layers, self._deployed, **self._options)
-        self._share = self.limits.accept  # of the information that was required when use began
+        self._share = self.limits.accept  # share of the information that was required when use began
         self._is_counted = False  # whether a trial has already counted the running pass
         self._energies: dict[str, tuple[float, float]] = {}  # of one pass, under the deployed statistics
-        self._since, self._then = (
+        self._latest, self._first_energies = (
             PredictionWindow(self._window),
             {},
-        )  # energies under the deployed statistics, and at refusal
+        )  # under the deployed statistics: latest energies, and those of the first window after a refusal or rollback
 
     def reset(self) -> None:
-        """Start a new stream: deployed statistics, no evidence, no alarm. The history is kept."""
+        """Start a new stream: restore the deployed statistics, and forget evidence and alarm, but not the history."""
         self._deployed.put(self._layers)
         self.monitor.reset()
         self._start()
@@ -173,7 +169,7 @@ class Adapter:
 
     def __enter__(self) -> Adapter:
         if self._handles:
-            raise RuntimeError("an adapter observes one block at a time, got a second one. Leave the first one.")
+            raise RuntimeError("an adapter observes one block at a time, got a second block. Leave the first block.")
         if not self._deployed.are_in(self._layers):  # somebody trained or recalibrated the model since
             self._start()
         if self.state == "adapted":
@@ -183,7 +179,7 @@ class Adapter:
         outer = self.monitor.observed
         before, hush, after = (Hook(work, is_always=True) for work in (self._before, self._hush, self._after))
         self._handles = [
-            # before the monitor's hooks: a trial is not one of its observations
+            # these hooks run before the monitor's, so that the monitor does not observe a trial
             outer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             outer.register_forward_pre_hook(hush),
             outer.register_forward_hook(after, with_kwargs=True, always_call=True),
@@ -219,7 +215,7 @@ class Adapter:
             self._attached.enter_context(seeing(self._layers, self._look))
 
     def _hush(self, *_: object) -> None:
-        """Keep the monitor from observing adapted layers, which move the inputs of the layers behind them."""
+        """Keep the monitor from observing adapted layers, because these change the inputs of later layers."""
         if self.state == "adapted":
             self.monitor.leave_out()
 
@@ -251,13 +247,13 @@ class Adapter:
         if self.monitor.alarm is None:
             if answers is not None:
                 new = Predictions.of(answers)
-                self._known = new if self._known is None else self._known + new
+                self._before_alarm = new if self._before_alarm is None else self._before_alarm + new
             return
         self._become("gathering", str(self.monitor.alarm))
         if answers is None:
             self._note("there are no classes: only energies are judged")
-        elif self._known is None:
-            self._known = Predictions.of(answers[:0])
+        elif self._before_alarm is None:
+            self._before_alarm = Predictions.of(answers[:0])
         self._trial.old.add_answers(answers, len(answers) if answers is not None else 0)
         self._gather(args, kwargs)
 
@@ -271,7 +267,7 @@ class Adapter:
             self._leave("refused", f"the trial pass raised {error!r}")
             return
         trial.count(self._answers(output), examples)
-        if trial.new.examples < self.minimum or (trial.old.answers is None and self._known is not None):
+        if trial.new.examples < self.minimum or (trial.old.answers is None and self._before_alarm is not None):
             return  # the deployed statistics answer this batch only after the trial
         objection = self._objection()
         if objection is None:
@@ -283,19 +279,19 @@ class Adapter:
             self._leave("refused", objection)
 
     def _objection(self) -> str | None:
-        if self._known is None and self.monitor.stream.autocorrelation.is_wrong:
+        if self._before_alarm is None and self.monitor.stream.autocorrelation.is_wrong:
             return "neighbouring examples are alike, and without classes a biased mix cannot be recognized"
         if self.state == "adapted":
-            return against_use(self._trial.new, self._known, self.limits, self._share)
+            return against_use(self._trial.new, self._before_alarm, self.limits, self._share)
         return against_start(*self._circumstances())
 
     def _circumstances(
         self,
     ) -> tuple[PredictionWindow, PredictionWindow, Predictions | None, Limits, tuple[float, float] | None]:
-        return self._trial.new, self._trial.old, self._known, self.limits, self.monitor.stream.furthest()
+        return self._trial.new, self._trial.old, self._before_alarm, self.limits, self.monitor.stream.furthest()
 
     def _judge(self, output: Answer, examples: int) -> None:
-        """Count a batch that new statistics answered, and go back to the deployed ones if a guard objects."""
+        """Count a batch that was answered under new statistics; restore the deployed ones if a guard objects."""
         if not self._is_counted:
             self._trial.count(self._answers(output), examples)
         if objection := self._objection():
@@ -310,38 +306,38 @@ class Adapter:
         self._energies[path] = energy(layer, InputMoments.of(x.detach()).moments), 1.0
 
     def _reconsider(self, examples: int) -> None:
-        """Begin another trial if the energies have changed since the end of the last one."""
+        """Begin another trial if the energies have changed since the last trial ended."""
         if not self._energies:
             return  # the trial was refused in this pass
-        self._since.add_energies(self._energies, examples)
-        self._since.add_answers(None, examples)
-        if self._since.examples < self._window:
+        self._latest.add_energies(self._energies, examples)
+        self._latest.add_answers(None, examples)
+        if self._latest.examples < self._window:
             return
-        if not self._then:
-            self._then = dict(self._since.energies)
-        for path, then in self._then.items():
-            now = self._since.energies[path]
-            if not then / _CHANGED <= now <= then * _CHANGED:
+        if not self._first_energies:
+            self._first_energies = dict(self._latest.energies)
+        for path, first in self._first_energies.items():
+            latest = self._latest.energies[path]
+            if not first / _ENERGY_FACTOR <= latest <= first * _ENERGY_FACTOR:
                 self._renew()
                 self.monitor.stream.look_anew()
-                self._become("gathering", f"the energy of layer {path!r} moved from {then:.2f} to {now:.2f}")
+                self._become("gathering", f"the energy of layer {path!r} moved from {first:.2f} to {latest:.2f}")
                 return
 
     def _answers(self, output: Answer) -> Tensor | None:
-        """Predicted probabilities, (N, K), float64 on the CPU; None without classes."""
+        """Predicted probabilities, (N, K), float64 on the CPU; None if there are no classes or no logits (N, K)."""
         if self._classes is None:
             return None
-        found = output if self._classes == "logits" else self._classes(output)
-        is_tensor = isinstance(found, Tensor)
-        if is_tensor and found.is_floating_point() and found.ndim == 2 and found.shape[1] > 1:
-            p = found.detach().cpu().double().softmax(1)
-            # NaN carries no information: equal probabilities stand for it
+        scores = output if self._classes == "logits" else self._classes(output)
+        is_tensor = isinstance(scores, Tensor)
+        if is_tensor and scores.is_floating_point() and scores.ndim == 2 and scores.shape[1] > 1:
+            p = scores.detach().cpu().double().softmax(1)
+            # NaN carries no information: such an example gets equal probabilities
             return torch.where(p.isfinite().all(1, keepdim=True), p, 1 / p.shape[1])
         if self._classes == "logits":
             return None
-        if is_tensor and not found.is_floating_point() and found.ndim == 1:
-            return nn.functional.one_hot(found.detach().cpu().long()).double()
-        got = f"{tuple(found.shape)} of {found.dtype}" if is_tensor else type(found).__name__
+        if is_tensor and not scores.is_floating_point() and scores.ndim == 1:
+            return nn.functional.one_hot(scores.detach().cpu().long()).double()
+        got = f"{tuple(scores.shape)} of {scores.dtype}" if is_tensor else type(scores).__name__
         raise ValueError(f"classes must give logits (N, K) or predicted classes (N,), got {got}. Change the function.")
 
     # -- what happened --------------------------------------------------------------------------------------------
@@ -358,10 +354,10 @@ class Adapter:
 
 def _check(prior: float, minimum: int, floor: float, window: int) -> None:
     for name, value in (("prior", prior), ("minimum", minimum), ("floor", floor), ("window", window)):
-        require_number(value, name, "Leave it out for the usual one.")
+        require_number(value, name, "Leave it out for the default.")
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
     if minimum < 2 or window < minimum:
-        raise ValueError(f"Adapter needs 2 <= minimum <= window, got minimum {minimum}, window {window}.")
+        raise ValueError(f"Adapter needs 2 <= minimum <= window, got minimum {minimum}, window {window}. Try 16, 64.")
     if not 0 < floor < 1:
         raise ValueError(f"floor must be between 0 and 1, got {floor}. 0.001 remembers about 1000 examples.")

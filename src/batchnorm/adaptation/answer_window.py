@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.adaptation.predictions import Predictions
 
-_LEAST = 1e-12
+_LEAST_EXPECTED = 1e-12
 
 
 @final
@@ -22,19 +22,19 @@ class PredictionWindow:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.examples = 0  # since the start
-        self._energies: dict[str, tuple[float, float]] = {}  # of each layer, running means
+        self.examples = 0  # number of examples since the start
+        self._energies: dict[str, tuple[float, float]] = {}  # by layer: running means of energy and expected energy
         self._measured = 0
         self._answers: deque[Predictions] = deque(maxlen=size)
 
     def add_answers(self, p: Tensor | None, examples: int) -> None:
-        """Add predicted probabilities, (N, K), if there are any."""
+        """Add predicted probabilities ``p``, (N, K); None if there are no classes."""
         self.examples += examples
         if p is not None:
             self._answers.extend(Predictions.of(row[None]) for row in p[-self.size :])
 
     def add_energies(self, energies: dict[str, tuple[float, float]], examples: int) -> None:
-        """Add a batch's energy in each layer, and its expected energy."""
+        """Add a batch's energy and expected energy in each layer, by path."""
         self._measured = min(self._measured + examples, max(self.size, examples))
         share = examples / max(1, self._measured)
         for path, new in energies.items():
@@ -43,11 +43,11 @@ class PredictionWindow:
 
     @property
     def energies(self) -> dict[str, float]:
-        """Energy of each layer, in units of the expected energy."""
-        return {path: found / max(expected, _LEAST) for path, (found, expected) in self._energies.items()}
+        """Energy of each layer divided by its expected energy, by path."""
+        return {path: energy / max(expected, _LEAST_EXPECTED) for path, (energy, expected) in self._energies.items()}
 
     @property
     def answers(self) -> Predictions | None:
-        """Sums over all predictions; None without any."""
-        found = list(self._answers)
-        return sum(found[1:], found[0]) if found else None
+        """Sums over all predictions in the window; None if there are none."""
+        predictions = list(self._answers)
+        return sum(predictions[1:], predictions[0]) if predictions else None

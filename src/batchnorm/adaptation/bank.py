@@ -31,7 +31,7 @@ STORED = "stored"
 
 @final
 class DomainBank:
-    """Statistics of a model by domain name; "stored" is the name of the model's original ones.
+    """Statistics of a model by domain name; "stored" is the name of the model's original statistics.
 
     ::
 
@@ -40,7 +40,7 @@ class DomainBank:
         with bank.using("night"):
             model(x)
 
-    Switching writes ``running_mean`` and ``running_var`` in place and nothing else; added values return bit for bit.
+    Switching writes ``running_mean`` and ``running_var`` in place and nothing else, with the added values bit for bit.
 
     Args:
         model: The model to switch. Frozen layers, layers in eval mode inside a model in train mode, and layers without
@@ -64,30 +64,31 @@ class DomainBank:
         ema: float | None = None,
         max_examples: int | None = None,
     ) -> Statistics:
-        """Statistics of a domain, measured by ``adapt`` from the stored ones; the model is left as it was.
+        """Add a domain and return its statistics, as ``adapt`` measures them; the model is not changed.
 
         Args:
             name: A new name for the domain.
-            loader: Its examples. None takes the model's current statistics, such as an ``Adapter``'s.
+            loader: The domain's examples; ``adapt`` starts from the stored statistics. None adds the model's current
+                statistics, such as an ``Adapter``'s.
             prior: As in ``adapt``.
             ema: As in ``adapt``.
             max_examples: As in ``adapt``.
 
         Raises:
-            ValueError: If the domain exists already, or from ``adapt``.
-            TypeError: From ``adapt``.
+            ValueError: If ``name`` is not a text, is empty or exists already, or ``adapt`` raises it.
+            TypeError: If ``adapt`` raises it.
         """
         if not isinstance(name, str) or not name:
-            raise ValueError(f"a domain's name must be text of at least one letter, got {name!r}.")
+            raise ValueError(f"a domain's name must be text of at least one letter, got {name!r}. Choose such a name.")
         if name in self._sets:
-            raise ValueError(f"a domain needs a name of its own, got {name!r} again. Remove the old one first.")
+            raise ValueError(f"a domain needs a name of its own, got {name!r} again. Remove the old domain first.")
         if loader is None:
             self._sets[name] = Statistics.of(self._layers)
             return self._sets[name]
         with self.using(STORED), adapted(self.model, loader, prior=prior, ema=ema, max_examples=max_examples):
-            found = Statistics.of(self._layers)
-        self._sets[name] = found
-        return found
+            statistics = Statistics.of(self._layers)
+        self._sets[name] = statistics
+        return statistics
 
     def use(self, name: str) -> None:
         """Switch the model to a domain's statistics.
@@ -99,29 +100,29 @@ class DomainBank:
 
     @contextmanager
     def using(self, name: str) -> Iterator[nn.Module]:
-        """The model with a domain's statistics inside the block; the earlier ones return after it, bit for bit.
+        """The model with a domain's statistics in the block; its earlier statistics are restored after it, bit for bit.
 
         Raises:
             KeyError: If there is no such domain.
         """
-        chosen, before = self[name], Statistics.of(self._layers)
+        domain, before = self[name], Statistics.of(self._layers)
         try:
-            chosen.put(self._layers)
+            domain.put(self._layers)
             yield self.model
         finally:
             before.put(self._layers)
 
     @property
     def current(self) -> str | None:
-        """The domain whose statistics the model has now, compared bit for bit; None if there is none."""
-        return next((name for name, found in self._sets.items() if found.are_in(self._layers)), None)
+        """The first domain with the statistics that the model has now, compared bit for bit; None if there is none."""
+        return next((name for name, domain in self._sets.items() if domain.are_in(self._layers)), None)
 
     def remove(self, name: str) -> None:
         """Forget a domain; the model keeps its current statistics.
 
         Raises:
             KeyError: If there is no such domain.
-            ValueError: If it is "stored".
+            ValueError: If the domain is "stored".
         """
         if name == STORED:
             raise ValueError("the stored statistics cannot be removed, got remove('stored'). Remove another domain.")
@@ -154,48 +155,48 @@ class DomainBank:
 
         Raises:
             ValueError: If the name has another ending.
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         path = sidecar.named(path, SUFFIX, "a bank", f"Name it model{SUFFIX}.")
         about = {"version": VERSION, "names": list(self._sets), "digest": weights_digest(self.model, self._layers)}
         sidecar.write(path, "bank", about, self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All statistics; domains by number, since a name may contain anything."""
+        """All statistics; a key has its domain's number, because a name may contain any character."""
         return {
             f"{i}/{kind}/{path}": value.cpu()
-            for i, found in enumerate(self._sets.values())
-            for kind, values in (("mean", found.mean), ("var", found.var))
+            for i, domain in enumerate(self._sets.values())
+            for kind, values in (("mean", domain.mean), ("var", domain.var))
             for path, value in values.items()
         }
 
     def load(self, path: str | os.PathLike[str]) -> DomainBank:
-        """This bank, with its domains replaced by those of a file, including "stored"; the model is left as it is.
+        """Replace all domains, also "stored", by those of a file, and return this bank; the model is not changed.
 
         Raises:
-            ValueError: If the file is of another kind, or of other weights or layers.
-            OSError: If it cannot be read.
+            ValueError: If the file is not a bank, or was made with other weights or layers.
+            OSError: If the file cannot be read.
         """
         about, tensors = _read(path)
         if about["digest"] != weights_digest(self.model, self._layers):
             raise ValueError(
-                f"a bank belongs to the weights that it was made with, got other weights than those of {path}. "
-                "Load the weights first, or make a new bank."
+                f"a bank belongs to the weights that it was made with, got a model with other weights than {path}. "
+                "Load those weights into the model first, or make a new bank."
             )
         self._sets = {name: self._set(i, tensors) for i, name in enumerate(about["names"])}
         return self
 
     def _set(self, i: int, tensors: dict[str, Tensor]) -> Statistics:
-        now = self._sets[STORED]
+        stored = self._sets[STORED]
         parts = [
             {path: tensors[f"{i}/{kind}/{path}"].to(like.device) for path, like in values.items()}
-            for kind, values in (("mean", now.mean), ("var", now.var))
+            for kind, values in (("mean", stored.mean), ("var", stored.var))
         ]
         return Statistics(*parts)
 
 
 def weights_digest(model: nn.Module, layers: Layers) -> str:
-    """SHA-256 of a state_dict, by name, type, shape and bits, without the bits that a bank switches."""
+    """SHA-256 over the names, types, shapes and bits of a state_dict, without the bits of the layers' statistics."""
     switched = {f"{path}.{name}".lstrip(".") for path in layers for name in _STATISTICS}
     return digest_of(model.state_dict(), bare=switched)
 

@@ -41,7 +41,7 @@ def adapt(
     max_examples: int | None = None,
     memory: int | None = None,
 ) -> LayerMoments:
-    """The moments of each batch norm layer's inputs on the given data, by path; stored statistics become these.
+    """Replace a model's stored statistics by those of the given data; return the moments of each layer's inputs.
 
     Without options the statistics become those of the data, as ``recalibrate`` measures them: layer by layer, dropout
     off, independent of batch sizes and order. Only ``running_mean`` and ``running_var`` change, in place and at the
@@ -53,21 +53,21 @@ def adapt(
     FrozenBatchNorm2d).
 
     Args:
-        model: Changed in place, its stored statistics only.
-        loader: Batches as ``recalibrate`` takes them; labels are not used.
+        model: The model; only its stored statistics are changed, in place.
+        loader: Batches in the forms that ``recalibrate`` accepts; labels are not used.
         prior: Number of examples (not values) that the stored statistics count as; the variance includes the spread
             between stored and measured means (see ``batchnorm.adaptation.layer_statistics``). 0 equals None, infinity
-            keeps the stored ones. Each layer is measured while the layers before it normalize by their mixture.
+            keeps the stored statistics. Each layer is measured while the layers before it normalize by mixed ones.
         ema: Weight of each batch in an exponential average that starts from the stored statistics, in the loader's
             order; each batch is normalized by statistics that include it (Yuan et al. 2023, "Robust test-time
-            adaptation in dynamic scenarios", eq. 5; unlike theirs, the variance includes the spread between means). One
-            pass.
+            adaptation in dynamic scenarios", eq. 5; unlike theirs, the variance includes the spread between means). The
+            data are read once.
         max_examples: Stop after this many examples; the last batch is cut to fit if possible, as in ``recalibrate``.
-        memory: Bytes that waiting forwards may hold, as in ``recalibrate``; the result does not depend on it.
+        memory: Most bytes of memory for paused forwards, as in ``recalibrate``; it does not change the result.
 
     Returns:
-        Moments of each layer's inputs, float64, in execution order; ``restarted`` as in ``recalibrate``. With ``ema``
-        over all batches, each under the statistics of its time.
+        Moments of each layer's inputs by path, float64, in execution order; ``restarted`` as in ``recalibrate``. With
+        ``ema`` the moments are of all batches, each normalized by the average at its time.
 
     Raises:
         TypeError: If ``loader`` is not an iterable of batches.
@@ -81,7 +81,7 @@ def adapt(
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))  # stores mean 0 and variance 1
         >>> _ = adapt(model, [torch.tensor([[3.0], [5.0]])], prior=2)
-        >>> model[0].running_mean, model[0].running_var  # (1 + 2) / 2, and (4 - 0)^2 / 4 between the means
+        >>> model[0].running_mean, model[0].running_var  # var: (1 + 2) / 2, plus (4 - 0)^2 / 4 between the means
         (tensor([2.]), tensor([5.5000]))
     """
     _check(prior, ema)
@@ -92,30 +92,30 @@ def adapt(
         to_eval(model)
         settle(view.batches, model)
         if ema is not None:
-            found, restarted = _averaged(view, ema), ""
+            moments, restarted = _averaged(view, ema), ""
         else:
-            found, restarted = measured(view, _mixing(view, prior or 0.0), memory)
+            moments, restarted = measured(view, _mixing(view, prior or 0.0), memory)
         new = Statistics.of(layers)
-    view.warn(found, "batches that use them", stacklevel=2)
+    view.warn(moments, "batches that use them", stacklevel=2)
     new.put(layers)
-    return LayerMoments(found, restarted)
+    return LayerMoments(moments, restarted)
 
 
 def _mixing(view: Observation, prior: float) -> Finish:
-    """A function that stores a layer's statistics, mixed with ``prior`` examples of the earlier ones."""
+    """A function that stores a layer's new statistics, mixed with ``prior`` examples of its stored ones."""
     stored = Statistics.of(view.layers)
 
     def finish(path: str, found: InputMoments) -> None:
         # a channel that was excluded from some batches has fewer examples
-        seen = view.examples * found.moments.count / max(1, found.values)
+        examples = view.examples * found.moments.count / max(1, found.values)
         if not math.isinf(prior):
-            _store(view, path, mixed((stored.mean[path], stored.var[path]), prior, found.moments, seen))
+            _store(view, path, mixed((stored.mean[path], stored.var[path]), prior, found.moments, examples))
 
     return finish
 
 
 def _averaged(view: Observation, weight: float) -> dict[str, InputMoments]:
-    """Exponential averages in one pass, from the layers' statistics; the layers keep the result."""
+    """Moments of all inputs, measured in one pass, in which the layers' statistics become exponential averages."""
 
     def average(path: str, batch: InputMoments) -> None:
         new = batch.moments
@@ -139,9 +139,9 @@ def adapted(
     max_examples: int | None = None,
     memory: int | None = None,
 ) -> Iterator[nn.Module]:
-    """The model, adapted by ``adapt`` inside the block; its statistics return after it, bit for bit, also on errors.
+    """The model, adapted by ``adapt`` in the block; its statistics are restored after it, bit for bit, also on errors.
 
-    Only statistics are restored: other changes to the model stay.
+    Only statistics are restored, not other changes to the model.
     """
     layers = adaptable(model, "adapted")
     before = Statistics.of(layers)
@@ -157,7 +157,7 @@ def _check(prior: float | None, ema: float | None) -> None:
         if value is not None:
             require_number(value, name, "Leave it out for the statistics of the data alone.")
     if prior is not None and ema is not None:
-        raise ValueError("adapt needs prior or ema, got both. An average starts from the stored statistics.")
+        raise ValueError("adapt needs prior or ema, got both. Leave one out; ema starts from the stored statistics.")
     if prior is not None and not prior >= 0:
         raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
     if ema is not None and not 0 < ema <= 1:

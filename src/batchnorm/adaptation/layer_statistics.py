@@ -33,21 +33,21 @@ def adaptable(model: nn.Module, name: str) -> Layers:
     """The layers whose statistics may be replaced, by path.
 
     Frozen layers, and layers in eval mode inside a model in train mode, keep their statistics by the user's choice.
-    Layers of other libraries that never measure a batch are returned: they have no other mode. Layers without stored
-    statistics have none to replace.
+    Layers of other libraries that never measure a batch are returned, because no user froze them. Layers without stored
+    statistics are left out.
 
     Raises:
-        ValueError: If there is no such layer, or its statistics cannot be read here; ``name`` is the caller.
+        ValueError: If there is no such layer, or its statistics cannot be read here; ``name`` names the caller in it.
     """
     require_real(model, name)
-    found = open_layers(model, {**batch_norms(model), **layers_of_others(model)})
-    if not found:
+    layers = open_layers(model, {**batch_norms(model), **layers_of_others(model)})
+    if not layers:
         raise ValueError(
             f"{name} needs batch norm layers that store statistics and are not frozen, got {type(model).__name__} "
-            f"without one. Unfreeze its layers, or use the model before they are folded.{unreached(model)}"
+            f"without such a layer. Unfreeze its layers, or use the model before they are folded.{unreached(model)}"
         )
-    require(statistics_of(found), name)
-    return found
+    require(statistics_of(layers), name)
+    return layers
 
 
 def mixed(layer: tuple[Tensor, Tensor], weight: float, new: Moments, new_weight: Tensor | float) -> Moments:

@@ -1,13 +1,14 @@
 """Predictions: how much information a model's predictions carry about its inputs, without labels.
 
-With p the predicted probabilities of an example, H entropy in nats and a bar the mean over a window of examples,
+Let p be the predicted probabilities of an example, H the entropy in nats, and a bar the mean over a window of examples:
 
     I = H(p-bar) - H(p)-bar
 
 is the mutual information of example and predicted class (Bridle, Heading and MacKay 1991). It is large if each
 prediction is certain and different examples get different classes. With unsuitable statistics a model predicts the same
-for all inputs, or is uncertain; with statistics of a single class it spreads that class over others, uncertainly. Both
-lose most of I, and so does a window of few classes, whose statistics should not be used either.
+for all inputs, or is uncertain; with statistics of a single class it assigns that class's examples to other classes
+too, with uncertain predictions. In both cases most of I is lost. It is also lost in a window of few classes, whose
+statistics should not be used either.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Predictions:
     """Sums over the predictions of some examples; ``+`` adds them.
 
     Args:
-        total: Sum of predicted probabilities, (K,).
+        total: Sum of predicted probabilities of K classes, (K,).
         doubt: Sum of the entropies of single predictions, nats.
-        count: Examples.
+        count: Number of examples.
     """
 
     total: Tensor
@@ -64,30 +65,32 @@ class Predictions:
 
     @property
     def information(self) -> float:
-        """I, nats."""
+        """The mutual information I (see the module), nats."""
         return self.diversity - self.doubt_each
 
     @property
     def is_whole(self) -> bool:
-        """Whether there are enough to show the mix of classes."""
+        """Whether there are enough examples to show the mix of classes."""
         return self.count >= SHORT
 
     def expected(self, window: int) -> float:
-        """Expected ``information`` of ``window`` examples drawn like these.
+        """Expected ``information`` of a window of ``window`` examples with the same mix of classes.
 
-        If these are too few to show every class, or none, all classes are assumed equally frequent.
+        Unless ``is_whole``, the mix is not known: then classes are assumed equally frequent and predictions certain,
+        and the result is at least the measured information.
         """
-        whole = math.log(len(self.total))
+        largest = math.log(len(self.total))
         if not self.is_whole:
-            return max(_in_window(whole, window), self.information)
+            return max(_in_window(largest, window), self.information)
         return max(0.0, _in_window(self.diversity, window) - self.doubt_each)
 
 
 def _in_window(entropy: float, window: int) -> float:
-    """Mean entropy of the mix in a window of draws from classes with the given entropy.
+    """Expected entropy of the class shares in a window of draws; the classes themselves have the given entropy.
 
-    With e^entropy equally likely classes the mean is lower by (classes - 1) / (2 window) (Miller 1955). If the window
-    is smaller than the number of classes, it is log window minus log 2 for each pair of equal classes.
+    The classes count as C = e^entropy equally likely ones. The expected entropy is lower than ``entropy`` by (C - 1) /
+    (2 window) (Miller 1955). If the window is smaller than C, it is log window - (window - 1) / C log 2: a pair of
+    draws of one class lowers it by 2 log 2 / window, and window (window - 1) / (2 C) such pairs are expected.
     """
     classes = math.exp(entropy)
     if classes <= window:

@@ -1,4 +1,4 @@
-"""Trial: new statistics tried beside the deployed ones, with the model's predictions under both."""
+"""Trial: new statistics that are tested beside the deployed ones, with the model's predictions under both."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Trial:
     """New statistics of a model beside its deployed ones.
 
     Args:
-        layers: The layers that they belong to.
+        layers: The layers of the model, by path.
         deployed: The model's deployed statistics.
-        prior: Number of examples that the deployed ones count as.
+        prior: Number of examples that the deployed statistics count as.
         floor: Smallest weight of a new example.
         window: Number of latest examples for the guards.
     """
@@ -42,7 +42,7 @@ class Trial:
     def shadow(self, model: nn.Module, args: Arguments, kwargs: Keywords) -> Answer:
         """The model's output under statistics that include these inputs; the layers are restored.
 
-        Inputs are copies, and random states are restored: the served pass is not affected.
+        The model gets copies of the inputs, and random states are restored: the caller's own pass is not affected.
         """
         ((args, kwargs),) = Batches([(args, kwargs)], None, None)
         before = Statistics.of(self._layers)
@@ -66,7 +66,7 @@ class Trial:
             self.statistics.put(self._layers)
 
     def count(self, answers: Tensor | None, examples: int) -> None:
-        """Add a batch to the window."""
+        """Add a batch's predicted probabilities and energies to the window of the new statistics."""
         self.new.add_energies(self.growing.energies, examples)
         self.new.add_answers(answers, examples)
         self.growing.energies = {}

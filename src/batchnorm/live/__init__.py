@@ -1,8 +1,8 @@
 """Live: a page that shows a training from its log while it runs, and the same page as one file.
 
-``log_feed`` follows the folder, ``page_data`` selects a page's data, ``percentiles`` reads its arrays, ``run_status``
-tells whether the training runs, ``page`` is the HTML, ``access`` checks who may read it, ``server`` serves it.
-Everything in a log is untrusted: it may come from another machine, be torn, be replaced, or be malicious.
+``log_feed`` follows the folder, ``page_data`` selects a page's data, ``percentiles`` reads the arrays of a layer,
+``run_status`` reports whether the training runs, ``page`` writes the HTML, ``access`` checks who may read the page,
+``server`` serves it. A log is untrusted: it may come from another machine, be incomplete, be replaced, or be malicious.
 
 Nothing here imports torch.
 """

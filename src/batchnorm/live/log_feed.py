@@ -1,7 +1,8 @@
-"""Following a log's folder: the lines that are new for a page, whatever happens to the folder meanwhile.
+"""Feed: follows a log's folder and returns the lines that are new for a page, also if the log vanishes or is replaced.
 
-A page knows a log by its identity, a digest of its first line, and by how many lines of each kind it has received. Both
-are in the id of each message, so a page that reconnects, also to a restarted server, states what it has already.
+The state of a page is the log's identity, a digest of its first line, and the number of lines of each kind that the
+page has received. Both are in the id of each message. A page that reconnects, also to a restarted server, sends the
+last id, and so says what it has received.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class PagePosition:
 
     @classmethod
     def parse(cls, text: str) -> PagePosition:
-        """The position in a message's id; the empty one for any other text."""
-        found = _ID.fullmatch(text)
-        return cls(found[1], tuple(map(int, found[2][1:].split("-")))) if found else cls()
+        """The position in a message's id; an empty position for any other text."""
+        match = _ID.fullmatch(text)
+        return cls(match[1], tuple(map(int, match[2][1:].split("-")))) if match else cls()
 
     def continues(self, other: PagePosition, *, by: float = math.inf) -> bool:
-        """Whether this is the other's log, grown by at most ``by`` lines without a new start (it may rename layers)."""
+        """Whether it is the same log with at most ``by`` lines more, and no new start (which may rename layers)."""
         more = [a - b for a, b in zip(self.counts, other.counts, strict=True)]
         return self.identity == other.identity and more[0] == 0 and min(more) >= 0 and sum(more) <= by
 
@@ -57,7 +58,7 @@ class PagePosition:
 @final
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message to a page, as JSON: ``log`` starts anew, ``more`` adds lines, ``beat`` has the state alone."""
+    """A message to a page, as JSON: ``log`` replaces its data, ``more`` adds lines, ``beat`` has no lines."""
 
     kind: str
     text: str
@@ -65,7 +66,7 @@ class Message:
 
     @classmethod
     def of(cls, kind: str, data: Mapping[str, JsonValue], seen: PagePosition) -> Message:
-        """A message whose data are ASCII JSON, because half a surrogate pair has no UTF-8."""
+        """A message with its data as ASCII JSON, because half a surrogate pair cannot be encoded in UTF-8."""
         return cls(kind, json.dumps(data, separators=(",", ":"), allow_nan=False), seen)
 
 
@@ -77,7 +78,7 @@ class Feed:
         folder: The log's folder.
 
     Raises:
-        FileNotFoundError: If there is no log now. Later it may vanish and return.
+        FileNotFoundError: If the folder has no log now. Later the log may vanish and return.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -86,7 +87,7 @@ class Feed:
         self._lock = Lock()
         self._log: Log | None = None
         self._percentiles = Percentiles()
-        self._known = ("", -1)
+        self._file_identity = ("", -1)
         self._first: Message | None = None  # the first message, shared by pages that open close together
         self._identity = ""
         if not (self.folder / "record.jsonl").is_file():
@@ -116,11 +117,11 @@ class Feed:
         return self._first  # later lines are in the next message
 
     def whole(self, *, most: int = MOST) -> dict[str, Any]:
-        """All data of a page at once, thinned to ``most`` columns.
+        """All data of a page at once, thinned to ``most`` lines of each kind.
 
         Raises:
             OSError: If the log has vanished.
-            ValueError: If it cannot be read.
+            ValueError: If the log cannot be read.
         """
         with self._lock:
             try:
@@ -132,7 +133,7 @@ class Feed:
                 raise ValueError(_problem(error)) from error
 
     def layer(self, index: int, *, first: int = 0, most: int = MOST) -> dict[str, JsonValue]:
-        """Percentiles of one layer over the ``arrays`` lines from ``first`` on; ``count`` is the number of all lines.
+        """Percentiles of one layer in the ``arrays`` lines from ``first`` on; ``count`` counts all such lines.
 
         Raises:
             IndexError: If there is no such layer.
@@ -140,18 +141,18 @@ class Feed:
         with self._lock:
             log = self._refreshed()
             if not 0 <= index < len(log.layers):
-                raise IndexError(f"expected a layer from 0 to {len(log.layers) - 1}, got {index}. Choose another.")
+                raise IndexError(f"expected a layer from 0 to {len(log.layers) - 1}, got {index}. Choose one of these.")
             count = log.count("arrays")
             rows = log.rows("arrays", first=first, most=most)
             return self._percentiles.of_layer(log, rows, index) | {"count": count}
 
     def _refreshed(self) -> Log:
-        """The log as it is now: the same, grown, or replaced."""
-        known = _file_identity(self.folder / "record.jsonl")
-        if self._log is None or known != self._known:
-            self._log = None  # until the new one can be read
-            self._log, self._known = Log(self.folder), known
-            self._identity = hashlib.sha256(known[0].encode()).hexdigest()[:16]
+        """The log as it is now: with its new lines, or another log that has replaced it."""
+        identity = _file_identity(self.folder / "record.jsonl")
+        if self._log is None or identity != self._file_identity:
+            self._log = None  # until the new log can be read
+            self._log, self._file_identity = Log(self.folder), identity
+            self._identity = hashlib.sha256(identity[0].encode()).hexdigest()[:16]
             self._percentiles.forget()
             self._first = None
         else:
@@ -168,9 +169,9 @@ def _file_identity(path: Path) -> tuple[str, int]:
 
 def _problem(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "The log is gone from its folder. The page shows its last state, and continues when it is back."
+        return "The log is gone from its folder. The page shows the last state, and continues when the log is back."
     if isinstance(error, OSError):
         return f"The log cannot be read: {error.strerror or 'an error of the disk'}. The page tries again."
     if isinstance(error, ValueError):
         return str(error)[:300]
-    return f"The log has unexpected contents ({type(error).__name__}). The page tries again as it grows."
+    return f"The log has unexpected contents ({type(error).__name__}). The page tries again when the log grows."

@@ -1,6 +1,6 @@
-"""The page as one HTML text: style and scripts inline, allowed by their hashes; it loads nothing else.
+"""The page as one HTML text: style and scripts are inline and allowed by their hashes; nothing else is loaded.
 
-The live page requests data from its server; the saved page contains them, and is otherwise the same.
+The live page requests data from its server; the saved page contains the data, and is otherwise the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from batchnorm.record.log_entry import JsonValue
 
 _SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")
-# Amount of data in a saved page, less than in the live one: about 2 MB for 53 layers.
+# Most lines of each kind, and most percentiles of a layer, in a saved page: about 2 MB for 53 layers.
 _SAVED_LOOKS, _SAVED_PERCENTILES = 300, 100
 
 
 def render(name: str, data: dict[str, JsonValue] | None = None) -> str:
-    """The page; with ``data`` the saved one, which needs no server."""
+    """The live page's HTML; with ``data`` that of a saved page, which needs no server."""
     return template("live.html").render(
         name=name,
         style=style("live"),
@@ -43,7 +43,7 @@ def saved(feed: Feed) -> str:
 
     Raises:
         OSError: If the log has vanished.
-        ValueError: If it cannot be read.
+        ValueError: If the log cannot be read.
     """
     data = feed.whole(most=_SAVED_LOOKS)
     layers = range(len(data["layers"]))
@@ -86,13 +86,13 @@ def _policy(*, connects: bool) -> str:
 
 @cache
 def _script() -> str:
-    """All scripts as one, in their own scope."""
+    """All scripts as one script with its own scope."""
     parts = [(TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
 
 
 def _words() -> dict[str, JsonValue]:
-    """What the page says of quantities and rules."""
+    """The page's texts about quantities and rules, and the names of the tiers."""
     fields = ("title", "unit", "reads", "misleads", "floor", "formula", "source")
     quantities = {name: {field: getattr(q, field) for field in fields} for name, q in QUANTITIES.items()}
     return {"quantities": quantities, "rules": {code: rule.slug for code, rule in RULES.items()}, "tiers": TIERS}

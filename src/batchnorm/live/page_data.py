@@ -1,7 +1,7 @@
 """The data that a page gets from a log: plain numbers and short texts, a limited number of each kind.
 
-Each look becomes {"step", "values": {quantity: [one number or null a layer]}, "model": {quantity: number or null}}.
-Everything else in a line is dropped, so a page need not check its data again.
+A look is a line with measurements at one step. It becomes {"step", "values": {quantity: [number or null for each
+layer]}, "model": {quantity: number or null}}. Everything else in a line is dropped, so a page need not check its data.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from batchnorm.record.log_entry import JsonValue
 
 TIERS = ("free", "probe", "lab")
-# A heat map has some 800 pixels for its columns: two pixels per look, and a long log opens at once.
+# Most lines of a kind. A heat map is about 800 pixels wide: a look gets two pixels, and a long log opens at once.
 MOST = 400
-# More events than anyone reads; the last ones show what is wrong.
+# More events than anyone reads; the last events show what is wrong.
 MOST_EVENTS = 200
 _LONGEST = 500  # characters of a text
 _LARGEST_STEP = 2**53  # JavaScript's largest exact integer
@@ -29,8 +29,8 @@ def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str
     layers = log.layers
 
     def rows(kind: str, most: int = most) -> list[dict[str, JsonValue]]:
-        found = log.rows(kind, first=seen.get(kind, 0), most=most)
-        return [row for row in found if isinstance(row, dict) and is_step(row.get("step"))]
+        lines = log.rows(kind, first=seen.get(kind, 0), most=most)
+        return [row for row in lines if isinstance(row, dict) and is_step(row.get("step"))]
 
     new_events = max(seen.get("event", 0), log.count("event") - MOST_EVENTS)
     events = log.rows("event", first=new_events)
@@ -44,27 +44,27 @@ def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str
 
 
 def number(value: JsonValue) -> float | None:
-    """A finite number as it is; None for everything else."""
+    """A finite number, unchanged; None for any other value."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         return None
     return value
 
 
 def text(value: JsonValue) -> str | None:
-    """A text, cut to a readable length; None for everything else."""
+    """A text, cut to a readable length; None for any other value."""
     return value[:_LONGEST] if isinstance(value, str) else None
 
 
 def is_step(value: JsonValue) -> bool:
-    """Whether a value is a step number that a page can count."""
+    """Whether a value is a step number that JavaScript can represent."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST_STEP
 
 
 def _look(row: Mapping[str, JsonValue], layers: int) -> dict[str, JsonValue]:
     values = row.get("values")
     values = values if isinstance(values, Mapping) else {}
-    kept = {str(name)[:_LONGEST]: _numbers(of) for name, of in values.items() if _is_row(of, layers)}
-    return {"step": row["step"], "values": kept, "model": _scalars(row.get("model"))}
+    quantities = {str(name)[:_LONGEST]: _numbers(of) for name, of in values.items() if _is_row(of, layers)}
+    return {"step": row["step"], "values": quantities, "model": _scalars(row.get("model"))}
 
 
 def _is_row(values: JsonValue, layers: int) -> TypeGuard[list[Any]]:

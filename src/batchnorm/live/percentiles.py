@@ -17,39 +17,39 @@ if TYPE_CHECKING:
     from batchnorm.record.log_entry import JsonValue
 
 NAMES = ("quantiles_input", "quantiles_output", "running_mean", "batch_mean", "running_var", "batch_var")
-_KEPT = 2 * MOST  # files' contents; 53 layers have 3 KB each
-_LARGEST = 1 << 24  # bytes of a file: a hundred times that of a model with a thousand layers
+_MOST_FILES = 2 * MOST  # whose contents are kept in memory: 3 KB of each for 53 layers
+_LARGEST_FILE = 1 << 24  # bytes: a hundred times the file of a model with a thousand layers
 
 
 class Percentiles:
     """Reads the array files that a log names, and keeps their contents."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+        self._contents: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
 
     def forget(self) -> None:
         """Drop everything, after another log replaced this one."""
-        self._kept.clear()
+        self._contents.clear()
 
     def of_layer(self, log: Log, rows: list[dict[str, JsonValue]], layer: int) -> dict[str, JsonValue]:
-        """Steps, and for each name and step five percentiles, or None if the file cannot be read.
+        """Steps, and for each name and step five percentiles; None if the file cannot be read or lacks finite values.
 
         Raises:
             ModuleNotFoundError: If safetensors or numpy is missing.
         """
         rows = [row for row in rows if isinstance(row, dict) and is_step(row.get("step"))]
-        found = [self._load(log, row) for row in rows]
+        files = [self._load(log, row) for row in rows]
         layers = len(log.layers)
-        names = {name: [_five(arrays.get(name), layer, layers) for arrays in found] for name in NAMES}
+        names = {name: [_five(arrays.get(name), layer, layers) for arrays in files] for name in NAMES}
         return {"steps": [row["step"] for row in rows], "names": names}
 
     def _load(self, log: Log, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
         name = str(row.get("file"))
-        if name not in self._kept:
-            self._kept[name] = _read(log, row)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[name]
+        if name not in self._contents:
+            self._contents[name] = _read(log, row)
+        while len(self._contents) > _MOST_FILES:
+            self._contents.popitem(last=False)
+        return self._contents[name]
 
 
 def _read(log: Log, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def _read(log: Log, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
 
     path = log.folder / str(row.get("file"))
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:  # opening a pipe would block
+        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:  # opening a pipe would block
             return {}
         return log.arrays(row)
     except (ValueError, OSError, SafetensorError):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.record.log_entry import JsonValue
 
 # a running training writes once a second; a first step that compiles, or a validation, takes longer
-_QUIET = 30.0
+_SILENCE = 30.0  # seconds without a new line
 _PULSES = 12  # progress lines for the mean speed
 _LOCKS = Path("/proc/locks")
 
@@ -37,7 +37,7 @@ def status(log: Log) -> dict[str, JsonValue]:
 
 
 def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
-    """Unix time of the last line with a time; else of the file, which copying may have changed."""
+    """Unix time of the last line that has one; if none has, the time of the file, which copying may have changed."""
     last = [*pulses[-1:]]
     for kind in ("free", "probe", "lab", "event", "end"):
         last += log.rows(kind, first=max(0, log.count(kind) - 1))
@@ -46,20 +46,20 @@ def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
 
 
 def _rate(log: Log, pulses: list[dict[str, JsonValue]]) -> float | None:
-    """Steps per second over the last progress lines of this start; None with fewer than two."""
-    begun = number(log.start.get("time")) or 0.0
+    """Steps per second over the last progress lines of this start; None if there are fewer than two."""
+    start = number(log.start.get("time")) or 0.0
     marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]
-    known = [(at, step) for at, step in marks if at is not None and step is not None and at >= begun]
-    if len(known) < 2 or known[-1][0] <= known[0][0]:
+    points = [(at, step) for at, step in marks if at is not None and step is not None and at >= start]
+    if len(points) < 2 or points[-1][0] <= points[0][0]:
         return None
-    return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
+    return (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
 
 
 def _state(log: Log, updated: float) -> tuple[str, str]:
     if log.is_finished:
         ends = log.rows("end", first=log.count("end") - 1)
         return "finished", (text(ends[-1].get("reason")) if ends else None) or "finished"
-    if _is_held(log.folder / "record.jsonl") or time.time() - updated < _QUIET:
+    if _is_held(log.folder / "record.jsonl") or time.time() - updated < _SILENCE:
         return "writing", ""
     return "silent", ""
 
@@ -67,7 +67,7 @@ def _state(log: Log, updated: float) -> tuple[str, str]:
 def _is_held(path: Path) -> bool:
     """Whether a process on this machine holds the writer's lock on the log; the lock itself is not touched.
 
-    Trying the lock would be simpler, but a training that starts at that moment would find it taken.
+    Trying the lock would be simpler, but a training that starts at that moment could not get the lock.
     """
     with suppress(OSError):
         inode = f":{path.stat().st_ino} "

@@ -31,16 +31,16 @@ HOST = "127.0.0.1"
 PORT = 8421
 _PORTS = 40  # number of ports tried from PORT on
 _POLL = 0.25  # seconds between two reads of the file: a step is on the page well within 2 s
-_BEAT = 1.0  # seconds between two signs of life
+_BEAT = 1.0  # seconds between two messages without new data, which show that the server runs
 
 
 def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], None] = lambda: None) -> None:
     """Serve the page until Ctrl-C, then raise KeyboardInterrupt again.
 
     Args:
-        feed: The log.
-        listener: From ``listen``.
-        token: Every address of the page must carry it.
+        feed: The followed log.
+        listener: A listening socket, from ``listen``.
+        token: A secret text that every address of the page must contain.
         ready: Called just before the server answers.
     """
     # a long log is indexed while the browser starts
@@ -51,10 +51,10 @@ def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], N
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A listening socket on 127.0.0.1; for port 0 on 8421 or the next free port.
+    """A listening socket on 127.0.0.1 at ``port``; 0 means 8421, or the next free port.
 
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port, or each of 40 ports from 8421 on, is in use or not permitted.
     """
     for candidate in [port] if port else range(PORT, PORT + _PORTS):
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -68,21 +68,21 @@ def listen(port: int = 0) -> socket.socket:
                 raise
         else:
             return listener
-    taken = f"port {port}" if port else f"a port from {PORT} to {PORT + _PORTS - 1}"
-    raise OSError(f"expected {taken} of {HOST} to be free, got none. Choose another with --port N.")
+    wanted = f"port {port}" if port else f"a port from {PORT} to {PORT + _PORTS - 1}"
+    raise OSError(f"expected {wanted} of {HOST} to be free, got none. Choose another with --port N.")
 
 
 def application(feed: Feed, *, port: int, token: str, closing: threading.Event | None = None) -> AccessGuard:
-    """The application behind its guard; streams end when ``closing`` is set."""
-    over = closing or threading.Event()
+    """The application with its access guard; streams end when ``closing`` is set."""
+    stop = closing or threading.Event()
     html, csp = render(feed.name), policy()
 
     async def page(_: Request) -> Response:
         return HTMLResponse(html, headers={"Content-Security-Policy": csp})
 
     async def events(request: Request) -> Response:
-        seen = request.headers.get("last-event-id") or request.query_params.get("since", "")
-        return StreamingResponse(_stream(feed, PagePosition.parse(seen), over), media_type="text/event-stream")
+        position = request.headers.get("last-event-id") or request.query_params.get("since", "")
+        return StreamingResponse(_stream(feed, PagePosition.parse(position), stop), media_type="text/event-stream")
 
     async def layer(request: Request) -> Response:
         return await asyncio.to_thread(_layer, feed, request.query_params)
@@ -94,14 +94,14 @@ def application(feed: Feed, *, port: int, token: str, closing: threading.Event |
     return AccessGuard(Starlette(routes=[Route(path, call) for path, call in routes.items()]), port=port, token=token)
 
 
-async def _stream(feed: Feed, seen: PagePosition, over: threading.Event) -> AsyncIterator[str]:
-    """Messages as server-sent events: new data at once, a sign of life each second."""
+async def _stream(feed: Feed, position: PagePosition, closing: threading.Event) -> AsyncIterator[str]:
+    """Messages as server-sent events: new data at once, else a ``beat`` each second."""
     yield "retry: 500\n\n"
-    beaten = 0.0
-    while not over.is_set():
-        message = await asyncio.to_thread(feed.news, seen)
-        if message.kind != "beat" or time.monotonic() - beaten >= _BEAT:
-            beaten, seen = time.monotonic(), message.seen
+    last_sent = 0.0
+    while not closing.is_set():
+        message = await asyncio.to_thread(feed.news, position)
+        if message.kind != "beat" or time.monotonic() - last_sent >= _BEAT:
+            last_sent, position = time.monotonic(), message.seen
             yield as_event(message)
         await asyncio.sleep(_POLL)
 
@@ -112,16 +112,16 @@ def as_event(message: Message) -> str:
     return f"event: {message.kind}\n{identity}data: {message.text}\n\n"
 
 
-def _layer(feed: Feed, given: QueryParams) -> Response:
+def _layer(feed: Feed, query: QueryParams) -> Response:
     try:
-        found = feed.layer(int(given.get("index", "")), first=max(0, int(given.get("first", "0"))))
+        data = feed.layer(int(query.get("index", "")), first=max(0, int(query.get("first", "0"))))
     except ModuleNotFoundError as error:
-        found = {"problem": f"Percentiles need {error.name}, not installed here. Run: pip install {error.name}"}
+        data = {"problem": f"Percentiles need {error.name}, not installed here. Run: pip install {error.name}"}
     except OSError:
-        found = {"problem": "The log is gone from its folder."}
+        data = {"problem": "The log is gone from its folder."}
     except (ValueError, IndexError):
         return JSONResponse({"problem": "expected the number of a layer, got something else."}, 404)
-    return JSONResponse(found)
+    return JSONResponse(data)
 
 
 def _file(feed: Feed) -> Response:
@@ -147,7 +147,7 @@ def _config(app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """A server that ends its streams at shutdown, because it would wait for them."""
+    """A server that ends its streams when it shuts down; otherwise the shutdown would wait for them."""
 
     def __init__(self, config: uvicorn.Config, closing: threading.Event, ready: Callable[[], None]) -> None:
         super().__init__(config)
