@@ -305,7 +305,7 @@ WRONG = {
         "is a damaged reference",
     ),
     "a reference of another model": (lambda: _ok("--reference", _of_another_model())(), "stale"),
-    "a reference of another unit": (lambda: _ok("--reference", _of_batches())(), "Calibrate again, or use its unit"),
+    "a reference of another unit": (lambda: _ok("--reference", _of_batches())(), "or use the reference's unit"),
     "too little to calibrate": (_ok("--calibrate", "net.py:few"), "200 clean observations or more, got 64"),
     "nowhere to calibrate from": (_ok("--write-reference", "m.bncal.safetensors"), "--calibrate"),
     "a reference named wrongly": (

@@ -278,8 +278,8 @@ def test_a_model_of_tensors_that_each_rank_has_is_monitored_as_a_plain_one():
     done = subprocess.run([sys.executable, "-c", REPLICATED, port], capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines() == [
         "True",
-        "a pass needs inputs of the kind of '0.weight', a DTensor, got others. Distribute them, or use its "
-        "full_tensor().",
+        "a pass needs inputs of the kind of '0.weight', a DTensor, got others. Distribute the inputs, or use "
+        "the tensor's full_tensor().",
     ], done.stderr[-2000:]
 
 

@@ -118,12 +118,12 @@ def test_batches_that_take_different_ways_may_be_more_than_memory_holds(waiting,
 
 
 def test_memory_for_less_than_one_forward_restarts_them():
-    assert both_ways(Stack(), rows(5, 5), memory=10) == "memory= is less than one waiting forward holds"
+    assert both_ways(Stack(), rows(5, 5), memory=10) == "memory= is less than one waiting forward needs"
 
 
 def test_memory_that_is_free_decides_where_nothing_else_does(monkeypatch):
     monkeypatch.setattr(layer_by_layer, "free_memory", lambda _: 20)
-    assert both_ways(Stack(), rows(5, 5)) == "memory= is less than one waiting forward holds"
+    assert both_ways(Stack(), rows(5, 5)) == "memory= is less than one waiting forward needs"
 
 
 @pytest.mark.parametrize(("memory", "error"), [(-1, ValueError), (1.5, TypeError), ("1 GB", TypeError)])
@@ -306,7 +306,7 @@ class Offloads(Stack):
         (Either, "forwards enter the layers in orders that contradict each other"),
         (Settings, "the model changes settings of the process"),
         (Watches, "the model changes settings of the process"),
-        (Offloads, "the model is offloaded, and its weights come and go with each forward"),
+        (Offloads, "the model is offloaded, and its weights are loaded and freed in each forward"),
     ],
 )
 def test_what_speaks_against_waiting_is_found_and_said(make, reason):

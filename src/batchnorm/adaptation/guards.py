@@ -180,7 +180,7 @@ def _gain(new: Predictions, old: Predictions) -> str | None:
 def _energies(window: PredictionWindow, limit: float) -> str | None:
     for path, energy in window.energies.items():
         if not 1 / limit <= energy <= limit:
-            return f"the energy of layer {path!r} under the new statistics is {energy:.2f} times what it should be"
+            return f"the energy of layer {path!r} under the new statistics is {energy:.2f} times its expected value"
     return None
 
 

@@ -25,7 +25,7 @@ _LARGEST_STEP = 2**53  # JavaScript's largest exact integer
 
 
 def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, JsonValue]:
-    """Data from the lines after the first ``seen[kind]`` of each kind, thinned to ``most`` of each."""
+    """Data from the lines after the first ``seen[kind]`` lines of each kind, thinned to ``most`` lines of each kind."""
     layers = log.layers
 
     def rows(kind: str, most: int = most) -> list[dict[str, JsonValue]]:

@@ -1,8 +1,8 @@
 """Tensors without values in a forward pass: an error that names the tensor, instead of torch's unclear error.
 
-A tensor without values may still get them for a pass (FSDP, offloading), so a model is refused beforehand only where
-that is impossible: for fake tensors, and for memory that is still missing when a module of torch.nn begins, because its
-forward fetches nothing. Some operators would end the process if the pass went on.
+A tensor without values may still get values for a pass (FSDP, offloading), so before a pass a model is refused only if
+that is impossible, for fake tensors. During a pass, a module of torch.nn is stopped if its memory is still missing when
+it begins, because its forward fetches nothing. Some operators would end the process if the pass continued.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # words in torch's errors about tensors without values
-_SPOKEN_OF = re.compile(
+_ABSENCE_WORDS = re.compile(
     r"not allocated|storage|data pointer|\bmeta\b|fake|DataDependent|DynamicOutputShape", re.IGNORECASE
 )
-_MIXED = re.compile(r"mixed torch\.Tensor and DTensor")
+_MIXED_TYPES = re.compile(r"mixed torch\.Tensor and DTensor")
 
 
 def require_real(model: nn.Module, who: str) -> None:
     """Refuse a model with fake tensors: nothing fetches their values, and a pass would return meaningless numbers.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``model`` is not a module.
         AbsenceError: If one of its tensors is fake.
     """
     require_module(model, who)
@@ -43,10 +43,10 @@ def require_real(model: nn.Module, who: str) -> None:
 
 
 def require_batch(tensors: Iterable[Tensor], who: str) -> None:
-    """Refuse a batch that holds a tensor without values.
+    """Refuse a batch that contains a tensor without values.
 
     Raises:
-        AbsenceError: If one of them is fake, on the meta device, inside of a transform or freed.
+        AbsenceError: If a tensor is fake, on the meta device, inside of a transform of torch.func, or freed.
     """
     if why := next(filter(None, map(emptiness, tensors)), ""):
         raise AbsenceError(f"{who} needs batches with numbers, got a tensor that {why}.")
@@ -65,20 +65,20 @@ def named_absences(model: nn.Module) -> Iterator[None]:
     except AbsenceError:
         raise
     except Exception as error:
-        if told := _missing_values(model, error):
-            raise AbsenceError(f"a pass {told}") from error
+        if why := _missing_values(model, error):
+            raise AbsenceError(f"a pass {why}") from error
         raise
 
 
 def note_absence(model: nn.Module, error: BaseException | None) -> None:
     """Add a note to the error of a user's pass if a tensor of the model without values caused it."""
-    if isinstance(error, Exception) and not isinstance(error, AbsenceError) and (told := _missing_values(model, error)):
-        error.add_note(f"batchnorm: the pass {told}")
+    if isinstance(error, Exception) and not isinstance(error, AbsenceError) and (why := _missing_values(model, error)):
+        error.add_note(f"batchnorm: the pass {why}")
 
 
 @contextmanager
 def refusing_absences(model: nn.Module) -> Iterator[None]:
-    """A block that stops a module of torch.nn or ours if its tensors, without values before the block, still have none.
+    """A block that raises an error when a module of torch.nn or ours begins while its tensors have no values yet.
 
     Raises:
         AbsenceError: When such a module begins, with the tensor's name and a remedy.
@@ -112,8 +112,8 @@ def _fetches_nothing(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    held = vars(module)  # a scripted module has no tensors here
-    tensors = [*held.get("_parameters", {}).values(), *held.get("_buffers", {}).values()]
+    attributes = vars(module)  # a scripted module has no tensors among its attributes
+    tensors = [*attributes.get("_parameters", {}).values(), *attributes.get("_buffers", {}).values()]
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -128,20 +128,21 @@ def _missing_values(model: nn.Module, error: BaseException) -> str:
     names = {module: path for path, module in model.named_modules()}
     module = _innermost(error, names)
     own = _named(names[module], module)
-    if _MIXED.search(str(error)) and (kind := next((name for name in own if is_distributed(own[name])), "")):
+    if _MIXED_TYPES.search(str(error)) and (kind := next((name for name in own if is_distributed(own[name])), "")):
         return (
-            f"needs inputs of the kind of {kind!r}, a DTensor, got others. Distribute them, or use its full_tensor()."
+            f"needs inputs of the kind of {kind!r}, a DTensor, got others. Distribute the inputs, or use the "
+            "tensor's full_tensor()."
         )
     below = chain(module.named_parameters(prefix=names[module]), module.named_buffers(prefix=names[module]))
-    is_spoken_of = _SPOKEN_OF.search(f"{type(error).__name__} {error}")  # code may use submodules' tensors
-    for name, tensor in chain(own.items(), below if is_spoken_of else ()):
+    is_about_absence = _ABSENCE_WORDS.search(f"{type(error).__name__} {error}")  # code may use submodules' tensors
+    for name, tensor in chain(own.items(), below if is_about_absence else ()):
         if why := emptiness(tensor):
             return f"needs the numbers of {name!r}, got a tensor that {why}."
     return ""
 
 
 def _innermost(error: BaseException, known: dict[nn.Module, str]) -> nn.Module:
-    """The innermost known module whose code raised the error; the model if there is none."""
+    """The innermost module of the model whose code raised the error; the model itself if there is none."""
     return next(iter([module for module in modules_behind(error) if module in known][::-1]), next(iter(known)))
 
 

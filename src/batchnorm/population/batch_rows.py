@@ -1,7 +1,8 @@
 """Rows: whether the first rows of a batch are a valid smaller batch for the model.
 
 The first axis of a tensor may count examples, the nodes of a graph, the points of a cloud, or the words of several
-texts. Shapes do not tell; the model does: without rows that others refer to, it raises, or its outputs differ.
+texts. Shapes do not show which, but the model does: if rows are missing that other rows refer to, it raises an error,
+or its outputs differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def settle(batches: Batches, model: nn.Module, forward: Forward | None = None) -> None:
-    """Let batches be cut at their limit only if the model treats the part as a batch of its own."""
+    """Let batches be cut at their limit only if the model treats the first rows as a smaller batch."""
     if forward is None:
         batches.given = lambda batch: arguments(model, batch)
     with preserve_random_state(*batches.generators):
@@ -36,20 +37,21 @@ def why_whole(
 ) -> str:
     """Why the first ``count`` rows of a batch are not a valid batch, as the end of a sentence; "" if they are.
 
-    They are valid if all tensors that the model receives share their first axis, and the model in eval mode returns for
-    them what it returns for these rows within the whole batch, to half of the digits. They are not if outputs do not
-    grow with the rows; without outputs, a run without error is enough. Packed or nested sequences are examples by
-    their type, and nothing is run. The model is left as it was, bit for bit.
+    The rows are valid if the first axes of all tensors that the model receives have the same size, and the model in
+    eval mode returns for these rows alone what it returns for them within the whole batch, to half of the digits. They
+    are not valid if the number of outputs is not proportional to the number of rows. If there are no outputs, a run
+    without an error is enough. Sequences of a packed or nested tensor are examples by their type, and the model is not
+    run. The model is left as it was, bit for bit.
 
     Args:
-        model: Run twice.
-        batch: As ``recalibrate`` takes one.
-        count: Rows, fewer than the batch has.
+        model: The model; it runs twice.
+        batch: A batch, in a form that ``recalibrate`` accepts.
+        count: Number of rows, fewer than the batch has.
         forward: Called as ``forward(model, batch)`` instead of the usual rules.
-        device: Where the batch is moved; the model's device by default.
+        device: Device to which the batch is moved; the model's device by default.
 
     Raises:
-        Exception: What the model raises on the whole batch.
+        Exception: The error that the model raises on the whole batch.
     """
     given = batch if forward is not None else arguments(model, batch)
     if forward is None and (why := why_without_rows(given)):
@@ -64,12 +66,12 @@ def why_whole(
         try:
             part = _outputs(run(model, next(iter(Batches([batch], count, device)))))
         except Exception as error:  # noqa: BLE001 - any error of the user's model is the answer
-            return f"the model does not run on {count} of its {size} rows ({type(error).__name__}: {error})"
+            return f"the model does not run on {count} of the batch's {size} rows ({type(error).__name__}: {error})"
     if len(whole) != len(part) or any(len(y) * size != len(z) * count for y, z in zip(part, whole, strict=True)):
-        return "the model's outputs are not one for each row"
+        return "the model does not return one output for each row"
     of_rows = [(few, all_[:count]) for few, all_ in zip(part, whole, strict=True) if len(few) == count]
     if not all(_is_close(few, all_) for few, all_ in of_rows):
-        return f"the model's outputs for {count} of its {size} rows differ from those within the whole batch"
+        return f"the model's outputs for {count} of the {size} rows differ from those within the whole batch"
     return ""
 
 

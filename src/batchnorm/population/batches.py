@@ -1,8 +1,9 @@
 """Batches of any kind, repeated for each pass: cut to a number of examples, moved to a device, given to a model.
 
 A batch is a tensor, a tuple, list, mapping or dataclass of batches, or an object of another class, which stays opaque.
-Its rows are the first axis, if all tensors that the model receives share it. If they do not (nodes and edges of a
-graph), or if the model's outputs show otherwise (``batch_rows``), the batch has no rows and is used whole.
+A batch has rows if the first axes of all tensors that the model receives have the same size. If the sizes differ (nodes
+and edges of a graph), or if the model's outputs show that the first axis does not count examples (``batch_rows``), the
+batch has no rows and is used whole.
 
 A model may overwrite its inputs (``x.sub_(mean)``), so every pass gets its own copy.
 """
@@ -48,16 +49,16 @@ if TYPE_CHECKING:
     Forward = Callable[[nn.Module, Batch], object]  # calls a model with a batch
 
 # errors that a model raises if it gets a batch in the wrong form
-_MISTAKEN = (AttributeError, TypeError, ValueError, LookupError)
+_WRONG_FORM_ERRORS = (AttributeError, TypeError, ValueError, LookupError)
 # for each model, by its forward and the kind of batch: which of two call forms works
-_SETTLED: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
+_WORKING_FORMS: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
 
 
 def call(model: nn.Module, batch: Batch) -> object:
     """The model's output for a batch of any kind, by the rules in the docstring of ``recalibrate``.
 
-    If the forward's signature is ambiguous (``forward_signatures``) and the first call form fails, the second one is
-    tried, and kept for batches of the same kind.
+    If the forward's signature is ambiguous (``forward_signatures``) and the first call form fails, the second call form
+    is tried, and then used for all batches of the same kind.
 
     Raises:
         TypeError: If ``batch`` is not a batch.
@@ -69,12 +70,12 @@ def call(model: nn.Module, batch: Batch) -> object:
     with named_absences(model):
         try:
             return _called(model, possible[first])
-        except _MISTAKEN as error:
+        except _WRONG_FORM_ERRORS as error:
             if len(possible) < 2 or isinstance(error, AbsenceError):
                 raise
             with suppress(Exception):
                 output = _called(model, possible[1 - first])
-                _SETTLED.setdefault(model, {})[_kind_of(model, batch)] = 1 - first
+                _WORKING_FORMS.setdefault(model, {})[_kind_of(model, batch)] = 1 - first
                 return output
             raise
 
@@ -85,7 +86,7 @@ def _called(model: nn.Module, way: Way) -> object:
 
 
 def _settled(model: nn.Module, batch: Batch, count: int) -> int:
-    return _SETTLED.get(model, {}).get(_kind_of(model, batch), 0) if count > 1 else 0
+    return _WORKING_FORMS.get(model, {}).get(_kind_of(model, batch), 0) if count > 1 else 0
 
 
 def _kind_of(model: nn.Module, batch: Batch) -> object:
@@ -98,10 +99,11 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[Arguments, Keywords]:
     """The positional and keyword arguments with which a model is called for a batch.
 
     A batch with names (mapping, named tuple, dataclass) is passed by name if ``forward`` requires some of the names or
-    accepts all. It is passed whole if ``forward``'s one argument is indexed by them or annotated with the batch's
-    class, or if ``forward`` has none of the names; a named tuple is then treated as a tuple. From a tuple or list,
-    ``forward`` gets the first element, or as many as it requires; all in one argument if ``forward`` unpacks it or is
-    annotated so. Anything else is passed whole.
+    accepts all of them. It is passed whole if ``forward`` has one required argument and indexes it by these names or
+    annotates it with the batch's class, or if ``forward`` has none of the names. In the last case a named tuple is
+    treated as a tuple. From a tuple or list, ``forward`` gets the first element, or as many as it requires, or the
+    whole tuple as one argument if ``forward`` unpacks this argument or annotates it as a tuple or list. Anything else
+    is passed whole.
     """
     possible = call_forms(model, batch)
     return possible[_settled(model, batch, len(possible))]
@@ -111,7 +113,7 @@ def require_examples(batch: Batch, who: str) -> None:
     """Refuse anything that is not a batch.
 
     Raises:
-        TypeError: If no part of it can hold examples.
+        TypeError: If ``batch`` is an iterator, or no part of it can contain examples.
     """
     leaves = [] if isinstance(batch, (str, bytes)) else leaves_of(batch)
     if isinstance(batch, Iterator):
@@ -132,7 +134,7 @@ def _may_hold_examples(leaf: Leaf) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Device of a model's first tensor with memory; None for a model without one.
+    """Device of a model's first parameter or buffer that is not on the meta device; None if there is none.
 
     Parameters on the meta device are fetched when needed (offloading), by hooks that also move inputs.
     """
@@ -144,17 +146,17 @@ def on_device_of(model: nn.Module, batch: Batch, most: int | None = None, *, who
     """A copy of the batch on the model's device, cut to ``most`` examples. Errors name ``who`` as the caller.
 
     Raises:
-        TypeError: If it is not a batch.
-        ValueError: If it has more rows than ``most`` and cannot be cut, or holds tensors without values.
+        TypeError: If ``batch`` is not a batch.
+        ValueError: If the batch has more rows than ``most`` and cannot be cut, or contains tensors without values.
     """
     require_examples(batch, who)
     if most is not None and (why := why_without_rows(arguments(model, batch))) and (examples_in(batch) or 0) > most:
-        raise ValueError(f"a batch can be cut if its tensors share the first axis, got one where {why}. Use it whole.")
+        raise ValueError(f"a batch can be cut if its first axes have one size, got a batch where {why}. Use it whole.")
     return next(iter(Batches([batch], most, device_of(model), who=who)))
 
 
 def rereadable(data: Batch) -> Batch:
-    """The data if they can be iterated again, else a list of them: iterators, and loaders that return one iterator."""
+    """The data, or a list of them if they can be read only once: an iterator, or a loader that is its own iterator."""
     if isinstance(data, Iterator):
         return list(data)
     if isinstance(data, (Sequence, Mapping, Tensor, DataLoader)) or not isinstance(data, Iterable):

@@ -9,6 +9,6 @@ import torch
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """A block that runs compiled models eagerly: their code was made without our hooks, and may fail with them."""
+    """A block that runs compiled models eagerly: their code was compiled without our hooks, and may fail with hooks."""
     loaded = "torch._dynamo" in sys.modules  # loading the compiler takes seconds, and a compiled model has loaded it
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

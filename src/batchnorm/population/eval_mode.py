@@ -8,10 +8,10 @@ from torch import nn
 
 
 def to_eval(model: nn.Module) -> nn.Module:
-    """The model, in eval mode as far as it has one.
+    """Set a model to eval mode as far as possible, and return it.
 
-    A program of ``torch.export`` has only the mode of its export, and keeps it. A module that refuses for another
-    reason, or has no flag (``torch.jit.freeze``), is skipped, but not its children.
+    A program of ``torch.export`` has only the mode of its export, and keeps that mode. A module that raises an error
+    for another reason, or has no training flag (``torch.jit.freeze``), is skipped; its children are set all the same.
     """
     try:
         return model.eval()

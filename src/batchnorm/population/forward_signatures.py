@@ -1,7 +1,7 @@
 """The arguments for a model's forward, chosen from a batch by signature, annotations and code of the forward.
 
 A batch with names (mapping, named tuple, dataclass) is passed by name or whole, other tuples and lists in part or
-whole. If the signature is ambiguous there are several call forms, the likeliest first; a run decides.
+whole. If the signature is ambiguous there are two call forms, the likelier one first; a run of the model decides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_
 
 
 def call_forms(model: nn.Module, batch: Batch) -> list[Way]:
-    """Call forms (positional and keyword arguments) of a model for a batch, the likeliest first; one or two."""
+    """One or two call forms (positional and keyword arguments) of a model for a batch, the likelier one first."""
     named = names_in(batch)
     if named is not None:
         return _by_name(model, batch, named)
@@ -87,7 +87,7 @@ def _in_part(model: nn.Module, batch: tuple | list) -> list[Way]:
         return [(tuple(inner[: len(needed)]), {})]
     named = names_in(inner)
     if named is not None and len(batch) >= len(needed) > 1 and not (named.keys() >= set(needed)):
-        named = None  # the first of several inputs
+        named = None  # ``inner`` is the first of several inputs
     if named is not None:
         return _by_name(model, inner, named)
     return [(tuple(batch[: max(1, len(needed))]), {})]
@@ -123,7 +123,7 @@ def _accepts(model: nn.Module, named: dict[str, Batch]) -> bool:
 
 
 def _takes_whole(model: nn.Module, parameter: str, batch: Batch, named: dict[str, Batch]) -> bool:
-    """Whether the one argument is the batch itself: by its annotation, or because the code uses its parts by name."""
+    """Whether an argument is the whole batch: by its annotation, or because the code reads the parts by their names."""
     declared = _annotation(model, parameter)
     first = next(iter(named.values()), None)
     if _allows(declared, batch) and not _allows(declared, first):

@@ -12,7 +12,7 @@ _UNKNOWN = 1 << 30  # bytes, if the system does not say
 
 
 def free_memory(device: torch.device | None) -> int:
-    """Bytes free for new tensors on a device: on the CPU the smaller of the machine's and the control group's.
+    """Free bytes for new tensors on a device; on the CPU the smaller number of the machine's and its control group's.
 
     Args:
         device: None for the CPU. For a device that is neither the CPU nor CUDA the result is 1 GiB.
@@ -33,7 +33,7 @@ def _of_machine() -> int:
 
 
 def _of_control_group() -> int:
-    """Bytes that a container may still use; a huge number without a container."""
+    """Bytes that a container may still use; 2^62 if there is no container."""
     folder = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError, KeyError):
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))

@@ -48,7 +48,7 @@ class Frozen(nn.Module):
         vars(self)[_READ_BACK] = not mode
 
     def train(self, mode: bool = True) -> Self:
-        """The layer; its mode is remembered for the time after the freeze."""
+        """Store the mode for the time after the freeze, and return the layer."""
         super().train(mode)
         vars(self).pop(_READ_BACK, None)
         return self
@@ -79,13 +79,13 @@ def freeze(model: Model, affine: bool = False) -> Model:
 
     This holds through ``model.train()``, ``layer.train()``, ``layer.training = True`` and tools that set training
     flags, for the layers of torch.nn, SyncBatchNorm and ours, until ``unfreeze``. It survives pickle, deepcopy
-    and ``torch.save`` of the whole model; a state_dict looks as before. A frozen layer is an instance of its
+    and ``torch.save`` of the whole model; its state_dict does not change. A frozen layer is an instance of its
     former class, and its type is named ``FrozenBatchNorm2d`` and so on; only tools that compare types exactly
     see a difference. Freezing twice is harmless, and a model without batch norm layers stays as it is. Layers of other
-    libraries are frozen too if they measure batches in train mode; those that never do stay as they are.
+    libraries are frozen too if they measure batches in train mode; layers that never measure batches stay as they are.
 
     Args:
-        model: Changed in place.
+        model: The model, which is changed in place.
         affine: Also set ``requires_grad`` of gamma and beta to False, so that they are not trained.
 
     Raises:
@@ -120,22 +120,22 @@ def freeze(model: Model, affine: bool = False) -> Model:
 
 
 def unfreeze(model: Model) -> Model:
-    """The same model, changed in place: ``freeze`` undone, bit for bit.
+    """The same model, changed in place: the effects of ``freeze`` are undone, bit for bit.
 
-    Classes are as before, ``requires_grad`` of gamma and beta as before ``affine=True``, and each layer has the mode
-    that was last set. If its flag was set to False, the layer takes the mode of its parent module, because a tool may
-    have restored the False that it read from the frozen layer. Layers that are not frozen are left as they are.
+    Classes are as before, ``requires_grad`` of gamma and beta is as before ``affine=True``, and each layer has the mode
+    that was last set. If False was assigned to a layer's flag, the layer gets the mode of its parent module, because a
+    tool may have restored the False that it read from the frozen layer. Layers that are not frozen do not change.
     """
-    layers, around = _layers(model), _holders(model)
+    layers, parents = _layers(model), _holders(model)
     for path, layer in reversed(layers.items()):
-        _thaw(layer, around.get(path))
+        _thaw(layer, parents.get(path))
     return model
 
 
 def _holders(model: nn.Module) -> dict[str, nn.Module]:
     """The parent of each module below the model."""
-    known = dict(model.named_modules())
-    return {path: known[path.rpartition(".")[0]] for path in known if path}
+    modules = dict(model.named_modules())
+    return {path: modules[path.rpartition(".")[0]] for path in modules if path}
 
 
 @contextmanager
@@ -150,9 +150,9 @@ def frozen(model: Model, affine: bool = False) -> Iterator[Model]:
     finally:
         for layer in reversed(were_free):
             _release_affine(layer)
-        around = _holders(model)
+        parents = _holders(model)
         for path, layer in were_open.items():
-            _thaw(layer, around.get(path))
+            _thaw(layer, parents.get(path))
 
 
 def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -167,8 +167,8 @@ def _warn_of_nothing(model: nn.Module) -> None:
 
 def has_stored_statistics(layer: _BatchNorm) -> bool:
     """Whether a layer has a running mean and variance with a known shape."""
-    found = [layer.running_mean, layer.running_var]
-    return not any(buffer is None or is_lazy(buffer) for buffer in found)
+    statistics = [layer.running_mean, layer.running_var]
+    return not any(buffer is None or is_lazy(buffer) for buffer in statistics)
 
 
 def statistics_of(layers: Mapping[str, nn.Module]) -> dict[str, Tensor | None]:

@@ -22,7 +22,7 @@ class HeldMemory(TorchFunctionMode):
     """A block that measures the memory held by the results of torch's functions.
 
     Attributes:
-        most: Bytes, the largest value at any ``look``.
+        most: The largest number of bytes at any call of ``look``.
     """
 
     def __init__(self) -> None:

@@ -41,15 +41,15 @@ def seeing(layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object
     """A block in which ``see`` gets each input of a layer before the layer uses it.
 
     Args:
-        layers: By path.
+        layers: The layers, by path.
         see: Called with the path, the layer and the input.
     """
 
     def hook(path: str, layer: Seen, args: Arguments, kwargs: Keywords) -> None:
         see(path, layer, input_of(args, kwargs))
 
-    puts = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())
-    with attached(puts):
+    handles = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())
+    with attached(handles):
         yield
 
 
@@ -66,7 +66,7 @@ class Hook:
         self._work, self._is_always = work, is_always
 
     def __call__(self, *arguments: Any) -> None:
-        """Do the work."""
+        """Call ``work``, but not during compilation or CUDA graph capture unless ``is_always``."""
         if self._work is not None and (self._is_always or not (torch.compiler.is_compiling() or _is_recorded())):
             self._work(*arguments)
 

@@ -1,7 +1,7 @@
 """Exact statistics: measures each layer after all layers before it are finished, in execution order.
 
-If this provably changes nothing, the forwards of all batches run once, in ``lock_step``. Otherwise each layer costs a
-pass that ends at the layer.
+If it is certain that waiting changes no result, the forwards of all batches run once, in ``lock_step``. Otherwise each
+layer costs a pass that ends at the layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from batchnorm.population.lock_step import Finish
 
-_SHARE = 0.5  # of the free memory, for waiting forwards
+_SHARE = 0.5  # share of the free memory that waiting forwards may use
 
 
 @final
@@ -44,8 +44,8 @@ def require_memory(memory: int | None) -> None:
     """Refuse a value that is not a number of bytes.
 
     Raises:
-        TypeError: If it is neither None nor a whole number.
-        ValueError: If it is negative.
+        TypeError: If ``memory`` is neither None nor a whole number.
+        ValueError: If ``memory`` is negative.
     """
     if memory is None:
         return
@@ -57,16 +57,16 @@ def require_memory(memory: int | None) -> None:
 
 
 def measured(observation: Observation, finish: Finish, memory: int | None) -> tuple[dict[str, InputMoments], str]:
-    """The inputs of each layer while the layers before it normalize by the statistics that ``finish`` stored.
+    """Moments of each layer's inputs while the layers before it normalize by the statistics that ``finish`` stored.
 
     Args:
         observation: The model, its layers and its data.
-        finish: Called with a layer's path and its inputs, in execution order.
-        memory: Bytes that waiting forwards may hold; None for half of the free memory on the model's device. The
-            result does not depend on it, to the bit.
+        finish: Called with a layer's path and the moments of its inputs, in execution order.
+        memory: Most bytes of memory for waiting forwards; None for half of the free memory on the model's device. It
+            does not change the result, bit for bit.
 
     Returns:
-        The inputs by path, and why forwards were restarted for each layer; "" if they waited.
+        The moments by path, and why forwards were restarted for each layer; "" if they were not restarted.
 
     Raises:
         ValueError: If a channel gets fewer than 2 finite values.
@@ -83,16 +83,16 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
 
 
 def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
-    """The inputs, from one pass for the order and one pass per layer that ends at the layer."""
+    """Moments of the inputs, from one pass for the order and one pass per layer that ends at the layer."""
     traces = observation.run(lambda *_: None)
     order = execution_order(traces)
     most = {path: max(trace.count(path) for trace in traces) for path in order}
-    found: dict[str, InputMoments] = {}
-    # in reused layers the first calls alone give statistics that do not depend on the old ones
+    moments: dict[str, InputMoments] = {}
+    # the first calls of reused layers are measured first: their statistics do not depend on the old statistics
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
             calls = 1 if first_only else most[path]
-            found[path] = observation.with_inputs_of(path, InputMoments(), calls=calls)
-            observation.require_variance(path, found[path].moments)
-            finish(path, found[path])
-    return found
+            moments[path] = observation.with_inputs_of(path, InputMoments(), calls=calls)
+            observation.require_variance(path, moments[path].moments)
+            finish(path, moments[path])
+    return moments

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
     from batchnorm.call_types import Batch
 
-    # stores the statistics of a layer, given its path, when all of its input is measured
+    # called with a layer's path and the moments of all its inputs; stores the layer's statistics
     Finish = Callable[[str, InputMoments], None]
 
-_PROVED = 2  # batches that run again without waiting
+_BATCHES_CHECKED = 2  # number of batches that run again without waiting
 _SAMPLE = 1024  # values of an input that are compared one by one
 
 
@@ -54,13 +54,13 @@ class UnsuitedError(Exception):
 
 
 def why_not(model: nn.Module) -> str:
-    """Why the model's forwards may not wait, as far as this is known before a run; "" if nothing is known."""
+    """Why the model's forwards may not wait, as far as this can be seen before a run; "" if no reason is seen."""
     if find_spec("greenlet") is None:
         return "greenlet is not installed (pip install greenlet)"
     if is_sharded(model):
         return "the model is sharded, and its forwards must run through on all ranks"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "the model is offloaded, and its weights come and go with each forward"
+        return "the model is offloaded, and its weights are loaded and freed in each forward"
     if any(emptiness(tensor) for tensor in (*model.parameters(), *model.buffers())):
         return "some of the model's tensors have no numbers between forwards"
     return ""
@@ -81,8 +81,8 @@ class _Forward:
         index: The batch's position in the loader.
         run: The greenlet in which it runs and waits.
         at: The layer at which it waits; None if it does not wait.
-        part: Moments of its input there.
-        digests: Digests of every layer's input, in order.
+        part: Moments of the input of that layer.
+        digests: Digest of each layer's input in order of calls, for the first two batches; () for others.
     """
 
     index: int
@@ -93,7 +93,7 @@ class _Forward:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended."""
+        """Whether the run has ended."""
         return self.run is None or bool(self.run.dead)
 
 
@@ -103,8 +103,8 @@ class LockStep:
 
     Args:
         observation: The model, its layers and its data.
-        stored: The original statistics of its layers; finished layers get new ones, and are not restored.
-        memory: Bytes that waiting forwards may hold.
+        stored: The original statistics of the layers; finished layers store new statistics, and are not restored.
+        memory: Most bytes of memory for waiting forwards.
     """
 
     def __init__(self, observation: Observation, stored: Statistics, memory: int) -> None:
@@ -116,13 +116,13 @@ class LockStep:
         self._running: _Forward | None = None
         self._copies: list[Batch] = []  # of the batches that run again
         self._finished: dict[str, InputMoments] = {}
-        self._order: list[str] | None = None  # of all layers, if known beforehand
+        self._order: list[str] | None = None  # execution order of all layers; None if it is not known yet
         self._has_rest = False  # whether some batches' forwards do not wait
         self._is_ending = False
         self._unsuited = ""
 
     def measure(self, finish: Finish) -> dict[str, InputMoments]:
-        """The inputs of each layer, measured after the layers before it are finished, in execution order.
+        """Moments of each layer's inputs, measured after the layers before it are finished, in execution order.
 
         Raises:
             UnsuitedError: If it is not certain that waiting changes nothing.
@@ -146,11 +146,11 @@ class LockStep:
         view.examples = 0
         with preserve_random_state(*view.batches.generators):
             for index, batch in enumerate(view.batches):
-                if index < _PROVED:
+                if index < _BATCHES_CHECKED:
                     self._copies.append(view.batches.copy_of(batch))
                 if most is None:
                     most = self._memory // max(1, self._bytes_of_one(view.batches.copy_of(batch)))
-                    self._require(most > 0, "memory= is less than one waiting forward holds")
+                    self._require(most > 0, "memory= is less than one waiting forward needs")
                 if index == most:
                     self._has_rest = True
                     break
@@ -172,7 +172,7 @@ class LockStep:
         """The most memory that a waiting forward holds; the batch runs alone, which also shows whether it may wait.
 
         Raises:
-            UnsuitedError: If it may not.
+            UnsuitedError: If the batch's forward may not wait.
         """
         held, entered = HeldMemory(), set[str]()
 
@@ -186,7 +186,7 @@ class LockStep:
             entered.add(path)
 
         state = random_state()
-        with preserve_random_state(), self._not_seen(), seeing(self._view.layers, see):
+        with preserve_random_state(), self._without_waiting(), seeing(self._view.layers, see):
             marks = ModelMarks(self._view.model)
             with held:
                 settings = shared_settings()
@@ -224,7 +224,7 @@ class LockStep:
         self._require(path not in forward.digests, f"a forward enters {path!r} more than once")
         self._require(path not in self._finished, "forwards enter the layers in orders that contradict each other")
         forward.at, forward.part = path, InputMoments.of(x)
-        forward.digests[path] = digest(x, forward.part) if forward.index < _PROVED else ()
+        forward.digests[path] = digest(x, forward.part) if forward.index < _BATCHES_CHECKED else ()
         with self._modes.on():
             self._loop.switch()
         if self._is_ending:
@@ -233,13 +233,13 @@ class LockStep:
     def _go_on(self, finish: Finish) -> None:
         while (path := self._next()) is not None:
             waiting = [forward for forward in self._forwards if forward.at == path]
-            found = InputMoments()
+            moments = InputMoments()
             for forward in waiting:  # in the order of the loader
-                found += forward.part
-            found = self._with_rest(path, found)
-            self._view.require_variance(path, found.moments)
-            finish(path, found)
-            self._finished[path] = found
+                moments += forward.part
+            moments = self._with_rest(path, moments)
+            self._view.require_variance(path, moments.moments)
+            finish(path, moments)
+            self._finished[path] = moments
             for forward in waiting:
                 self._resume(forward)
 
@@ -252,25 +252,25 @@ class LockStep:
         return next((path for path in candidates if path not in self._finished), None)
 
     def _traced_order(self) -> list[str]:
-        """The execution order over all forwards under the stored statistics; one more pass."""
-        so_far = Statistics.of(self._view.layers)
+        """The execution order over all forwards under the stored statistics, from one more pass."""
+        current = Statistics.of(self._view.layers)
         self._stored.put(self._view.layers)
-        with self._not_seen():
+        with self._without_waiting():
             order = execution_order(self._view.run(lambda *_: None))
-        so_far.put(self._view.layers)
+        current.put(self._view.layers)
         return order
 
     def _with_rest(self, path: str, found: InputMoments) -> InputMoments:
         """Add the layer's input from batches whose forwards do not wait: they run again until they reach the layer."""
         if not self._has_rest:
             return found
-        with self._not_seen():
+        with self._without_waiting():
             return self._view.with_inputs_of(path, found, skip=len(self._forwards))
 
     # ending
 
     def _prove(self) -> None:
-        """Run the first batches without waiting, and compare what the layers receive."""
+        """Run the first two batches without waiting, and compare the inputs of the layers."""
         for forward, batch in zip(self._forwards, self._copies, strict=False):
             digests: dict[str, tuple[object, ...]] = {}
 
@@ -293,7 +293,7 @@ class LockStep:
         self._running = None
 
     @contextmanager
-    def _not_seen(self) -> Iterator[None]:
+    def _without_waiting(self) -> Iterator[None]:
         """A block in which forwards run without waiting."""
         running, self._running = self._running, None
         try:
@@ -314,6 +314,6 @@ class LockStep:
 def digest(x: Tensor, part: InputMoments) -> tuple[object, ...]:
     """A fingerprint of a layer's input: shape, type, moments and some values, bit for bit."""
     flat = x.detach().reshape(-1)
-    some = flat[:: max(1, len(flat) // _SAMPLE)]
-    tensors = (part.moments.mean, part.moments.m2, part.moments.count, some.double())
+    sample = flat[:: max(1, len(flat) // _SAMPLE)]
+    tensors = (part.moments.mean, part.moments.m2, part.moments.count, sample.double())
     return x.shape, x.dtype, *(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)

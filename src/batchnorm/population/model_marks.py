@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @final
 class ModelMarks:
-    """Records the objects that a model holds, to see whether it replaces them, writes to them, or draws numbers."""
+    """Records the objects in a model, to see whether a pass replaces them, writes to them, or draws random numbers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._holders: list[Any] = []
@@ -22,17 +22,17 @@ class ModelMarks:
         self._before = self._now()
 
     def are_same(self) -> bool:
-        """Whether nothing has changed."""
+        """Whether the objects are as they were at the start."""
         return self._now() == self._before
 
     def _collect(self, model: nn.Module) -> None:
-        seen = self._alive
+        visited = self._alive
         waiting: list[object] = [model]
         while waiting:
             item = waiting.pop()
-            if id(item) in seen:
+            if id(item) in visited:
                 continue
-            seen[id(item)] = item
+            visited[id(item)] = item
             if isinstance(item, Tensor):
                 self._tensors.append(item)
             elif isinstance(item, torch.Generator):
@@ -48,12 +48,12 @@ class ModelMarks:
                 waiting.extend(item.children())
 
     def _now(self) -> tuple[list[list[int]], list[tuple[int, int]], list[bytes]]:
-        held = [list(map(id, holder.values() if isinstance(holder, dict) else holder)) for holder in self._holders]
-        drawn = [generator.get_state().numpy().tobytes() for generator in self._generators]
-        return held, list(map(_written, self._tensors)), drawn
+        ids = [list(map(id, holder.values() if isinstance(holder, dict) else holder)) for holder in self._holders]
+        states = [generator.get_state().numpy().tobytes() for generator in self._generators]
+        return ids, list(map(_address_and_version, self._tensors)), states
 
 
-def _written(tensor: Tensor) -> tuple[int, int]:
-    """Address of its memory, and number of writes to it."""
+def _address_and_version(tensor: Tensor) -> tuple[int, int]:
+    """Address of a tensor's memory, and the number of writes to the tensor."""
     address = tensor.data_ptr() if tensor.layout == torch.strided and torch._C._has_storage(tensor) else 0
     return address, 0 if tensor.is_inference() else tensor._version

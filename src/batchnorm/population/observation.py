@@ -1,7 +1,7 @@
 """Observation: runs a model over data and passes on every input of its batch norm layers.
 
-It defines the layers, the batches and how the model is called. ``layer_by_layer`` computes exact statistics, one layer
-after another; this file measures in one pass.
+An ``Observation`` consists of the layers, the batches and the way to call the model. ``layer_by_layer`` computes exact
+statistics, one layer after another; this file measures in one pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.population.batches import Forward
     from batchnorm.population.stored_statistics import Layers
 
-# called with each input: the layer's path, the input, and the number of earlier entries of this forward
+# called for each input with the layer's path, the input, and how often this forward has entered the layer before
 Look = Callable[[str, Tensor, int], None]
 _LEAST = 2  # values needed for a variance
 
@@ -43,13 +43,13 @@ class EndForward(BaseException):
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class InputMoments:
-    """Moments of a layer's inputs; a channel with NaN or infinity is excluded from its input.
+    """Moments of a layer's inputs; a channel with NaN or infinity in an input does not count for that input.
 
     Args:
-        moments: Of the finite channels of each input; float64; one count for all channels if none was excluded.
+        moments: Moments of the finite channels of each input, float64; one count for all channels if none was excluded.
         inputs: Number of inputs with a finite channel.
         spoiled: Number of inputs with an excluded channel.
-        left_out: Channels that were excluded from an input, (C,); False if there are none.
+        left_out: Whether each channel was excluded from an input, (C,); False if none was.
         values: Number of values per channel, including excluded ones.
     """
 
@@ -68,12 +68,12 @@ class InputMoments:
         values = x.numel() // max(1, x.shape[1])
         if not is_spoiled:
             return cls(all_, int(x.numel() > 0), values=values)
-        # a count of 0 makes `+` take nothing from a channel
+        # with a count of 0 a channel adds nothing in `+`
         moments = Moments(torch.where(finite, all_.count, 0.0), all_.mean, all_.m2)
         return cls(moments, int(finite.any()), 1, ~finite, values)
 
     def __add__(self, new: InputMoments) -> InputMoments:
-        """Moments of both; the order matters to the last bit."""
+        """Moments of both; the order changes the last bits."""
         return InputMoments(
             self.moments + new.moments,
             self.inputs + new.inputs,
@@ -90,9 +90,9 @@ class Observation:
 
     Args:
         who: The caller's name in messages.
-        model: Run as it is; the caller sets eval mode and restores its state.
-        layers: By path.
-        batches: Repeated for each pass, each time from the same random state.
+        model: The model, run as it is; the caller sets eval mode and restores the model's state.
+        layers: The observed layers, by path.
+        batches: The batches, repeated for each pass, each time from the same random state.
         forward: Called with the model and a batch.
         examples: Number of examples in the last whole pass.
     """
@@ -108,8 +108,8 @@ class Observation:
         """One pass over the data; returns the distinct sequences in which forwards entered the layers.
 
         Args:
-            look: Gets each input before the layer uses it; it may raise ``EndForward``.
-            skip: Leading batches that the model does not run on.
+            look: Called with each input before the layer uses it; it may raise ``EndForward``.
+            skip: Number of leading batches that the model does not run on.
         """
         entered: Counter[str] = Counter()
         trace: list[str] = []
@@ -139,13 +139,13 @@ class Observation:
             self.forward(self.model, batch)
 
     def with_inputs_of(self, wanted: str, found: InputMoments, *, calls: int = 1, skip: int = 0) -> InputMoments:
-        """``found`` and what one layer receives in a pass of its own; each forward ends there unless it is sharded.
+        """Moments ``found`` plus those of one layer's inputs, from a pass that ends there unless the model is sharded.
 
         Args:
             wanted: The layer's path.
-            found: Of batches before these.
-            calls: Calls of the layer that count, in each forward.
-            skip: Leading batches that the model does not run on.
+            found: Moments of earlier batches.
+            calls: Number of the layer's calls in each forward that count.
+            skip: Number of leading batches that the model does not run on.
         """
         may_end = not is_sharded(self.model)
 
@@ -161,21 +161,21 @@ class Observation:
         return found
 
     def in_one_pass(self, store: Callable[[str, InputMoments], None]) -> dict[str, InputMoments]:
-        """The inputs of all layers in one pass; ``store`` gets each input's moments before the layer uses it."""
-        found: dict[str, InputMoments] = {}
+        """Moments of all layers' inputs in one pass; ``store`` gets those of an input before the layer uses it."""
+        moments: dict[str, InputMoments] = {}
 
         def look(path: str, x: Tensor, _: int) -> None:
             new = InputMoments.of(x)
-            found[path] = found.get(path, InputMoments()) + new
+            moments[path] = moments.get(path, InputMoments()) + new
             store(path, new)
 
-        return {path: found[path] for path in execution_order(self.run(look))}
+        return {path: moments[path] for path in execution_order(self.run(look))}
 
     def require_variance(self, path: str, moments: Moments) -> None:
         """Refuse moments of too few values for a variance.
 
         Raises:
-            ValueError: If a channel has fewer than 2.
+            ValueError: If a channel has fewer than 2 finite values.
         """
         counts = moments.count.expand(moments.shape)
         if (few := counts < _LEAST).any():
@@ -189,7 +189,7 @@ class Observation:
         """Refuse statistics that the layer's buffers cannot hold.
 
         Raises:
-            ValueError: If one of them is not finite in the buffer's dtype.
+            ValueError: If a statistic is not finite in the buffer's dtype.
         """
         for buffer, value in zip(buffers(self.layers[path]), (mean, var), strict=True):
             if not torch.isfinite(value.to(buffer.dtype)).all():
@@ -203,7 +203,7 @@ class Observation:
 
         Args:
             found: The measured moments.
-            remedy: What to give in order to reach all layers.
+            remedy: The objects to give in order to reach all layers, such as other batches.
             stacklevel: As in ``warnings.warn``, counted from the caller.
         """
         if missed := [path for path in self.layers if path not in found]:

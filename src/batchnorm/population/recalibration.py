@@ -1,10 +1,10 @@
 """recalibrate: the exact mean and variance of every batch norm layer's input over a data set.
 
-Running averages of training lag behind the weights, weigh small batches like large ones, and depend on the last few
-batches. A model should be tested with the statistics of the whole data set under its final weights (Ioffe and Szegedy
-2015, algorithm 2, lines 7 to 12). Layers are measured in execution order, while all layers before them normalize by
-their measured statistics: the same arithmetic as at test time, so the result depends neither on batch sizes nor on the
-order of the examples.
+Running averages of training lag behind the weights, give small batches the weight of large ones, and depend on the last
+few batches. A model should be tested with the statistics of the whole data set under its final weights (Ioffe and
+Szegedy 2015, algorithm 2, lines 7 to 12). Layers are measured in execution order, while the layers before them
+normalize by the statistics measured for them. This is the arithmetic of test time, so the result depends neither on
+batch sizes nor on the order of the examples.
 """
 
 from __future__ import annotations
@@ -51,52 +51,56 @@ def recalibrate(
     exact: bool = True,
     memory: int | None = None,
 ) -> LayerMoments:
-    """The moments of every batch norm layer's input over the data, by dotted path; the layers store them.
+    """Replace stored statistics by those of the given data; return the moments of each layer's input, by dotted path.
 
     Each layer's statistics are the moments of its input over all examples while the layers before it normalize by
     their own new statistics and the model is in eval mode (dropout off). Every value counts once, so the result
-    is that of one huge batch, whatever the batch sizes and their order, down to batches of one example.
+    is that of one huge batch: it does not depend on the order or sizes of batches, even if each has one example.
 
-    Only ``running_mean``, ``running_var`` (unbiased, torch's convention) and ``num_batches_tracked`` (inputs measured)
-    of the measured layers change, in place and at the very end. An exception or Ctrl-C leaves the model bit-identical,
-    and random states, training flags, momentum and dropout are as before. Layers without stored statistics, frozen
-    layers, and layers in eval mode inside a model in train mode are not measured; they normalize as in eval mode.
+    Only ``running_mean``, ``running_var`` (unbiased, torch's convention) and ``num_batches_tracked`` (set to the number
+    of inputs measured) of the measured layers change, in place and at the very end. An exception or Ctrl-C leaves the
+    model bit-identical, and random states, training flags, momentum and dropout are as before. Layers without stored
+    statistics, frozen layers, and layers in eval mode inside a model in train mode are not measured; they normalize as
+    in eval mode.
 
-    The cost is about one pass over the data, plus three forwards, if the forwards of all batches can wait for each
-    other: each stops where it enters a layer that is not measured yet, until all have arrived there. The first batch
-    shows whether the model allows this, and the first two whether it changed what a layer receives. If the model does
-    not allow it, the result says why; the cost is then one full pass to find the execution order, and for each layer
-    one pass that ends at it: for L layers about (L + 1) / 2 + 1 full passes of computing, and L + 1 of loading. The
-    bits are the same. Reasons are: a forward calls a layer several times, draws random numbers or changes attributes of
-    the model, or weights are sharded or offloaded.
+    If forwards can be paused, the cost is about one pass over the data plus three forwards: each forward pauses at the
+    next layer that is not measured until the forwards of all batches have reached it. The first batch shows whether the
+    model allows this; at the end the first two batches show whether pausing changed any layer's input. If the model
+    does not allow it, the result says why: a forward calls a layer several times, draws random numbers or changes
+    attributes of the model, or weights are sharded or offloaded. The cost is then one full pass to find the execution
+    order, and for each layer one pass that ends at it: for L layers about (L + 1) / 2 + 1 full passes of computing, and
+    L + 1 passes of loading. The result is the same, bit for bit.
 
     Every pass starts from the same random state, so a loader that shuffles or augments returns the same examples each
-    time. A generator or another one-shot iterator is read into memory first. A layer that is called several times in
-    one forward pools over its calls; for such a model the first calls of all layers are measured first, at twice the
-    cost.
+    time. A generator or another one-shot iterator is read into memory first. If a layer is called several times in one
+    forward, the inputs of all its calls are pooled; for such a model the first calls of all layers are measured first,
+    at twice the cost.
 
     With ``exact=False`` one pass is enough: each layer normalizes every batch by that batch's own statistics, as in
     train mode, and the moments are pooled by count (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section
-    3, PreciseBN). The first layer gets the same result as with ``exact=True``; later ones get inputs with the noise of
-    batch statistics, so their result depends on the batch size and is biased for small batches.
+    3, PreciseBN). The first layer gets the same result as with ``exact=True``. Inputs of later layers have the noise of
+    batch statistics, so the results of these layers depend on the batch size and are biased for small batches.
 
     Args:
-        model: Changed in place, its stored statistics only.
+        model: The model; only its stored statistics are changed, in place.
         loader: Batches. A tensor is passed to the model. From a tuple or list the model gets the first element, or as
-            many as ``model.forward`` requires, or all in one argument if ``forward`` unpacks it or is annotated so. A
-            mapping, named tuple or dataclass is passed by name if ``forward`` requires some of its names or accepts
-            all. It is passed whole if the one argument of ``forward`` is indexed by them or annotated with the class,
-            or if ``forward`` has none of the names; from a named tuple the model then gets the first element. If one
-            form fails, the other is tried. Anything else is passed whole. Tensors are moved to the model's device,
-            batch objects by their ``to``.
-        max_examples: Stop after this many examples; the last batch is cut to fit, unless its rows are not examples:
-            tensors differ in their first axis, or the model's outputs for the part differ from those within the whole
-            batch. Then it is used whole.
+            many as ``model.forward`` requires, or the whole tuple as one argument if ``forward`` unpacks this argument
+            or annotates it as a tuple or list. A mapping, named tuple or dataclass is passed by name if ``forward``
+            requires some of its names or accepts all of them. It is passed whole if ``forward`` has one required
+            argument and indexes it by these names or annotates it with the batch's class, or if ``forward`` has none of
+            the names. In the last case a named tuple is treated as a tuple. If ``forward`` allows two of these ways,
+            the second is tried when the first raises an error. Anything else is passed whole. Tensors are moved to the
+            model's device, batch objects by their ``to``.
+        max_examples: Stop after this many examples; the last batch is cut to its first rows. It is used whole if its
+            tensors have different first axes, or if the model's outputs for the first rows alone are not those that
+            these rows get within the whole batch.
         forward: Called as ``forward(model, batch)`` instead of the rules above.
-        device: Where batches are moved; by default to the device of the model's first parameter.
+        device: Device to which batches are moved; by default that of the model's first parameter or buffer that is not
+            on the meta device.
         exact: False for the one-pass estimate described above.
-        memory: Bytes that waiting forwards may hold; None for half of the free memory on the device. The forwards of
-            further batches run again for each layer; 0 lets none wait. The result does not depend on it, to the bit.
+        memory: Most bytes of memory for paused forwards; None for half of the free memory on the device. If they do not
+            fit, the remaining batches run again for each layer; 0 runs all batches again. The result is the same, bit
+            for bit.
 
     Returns:
         Moments of each measured layer, float64, in execution order, by dotted path; ``restarted`` says why forwards
@@ -105,14 +109,14 @@ def recalibrate(
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``loader`` not an iterable of batches.
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
-            buffer's dtype, ``max_examples`` is below 1 or cannot be counted, a second pass over ``loader`` gives
-            another number of batches, ``memory`` is negative, or tensors that a pass needs have no values here
-            (sharded, freed, fake, on the meta device).
+            buffer's dtype, ``max_examples`` is below 1, or is given and a batch contains no tensors by which to count
+            examples, a second pass over ``loader`` gives another number of batches, ``memory`` is negative, or tensors
+            that a pass needs have no values here (sharded, freed, fake, on the meta device).
 
     Warns:
         RuntimeWarning: By path, about layers that no forward reached (they keep their statistics), about batch norm
             that is not a layer (scripted, exported, called as a function), and about batches with NaN or infinity
-            (excluded, as a whole, for the affected channels). If there is no layer to measure, about that and why.
+            (excluded, as a whole, for the affected channels). If there is no layer to measure, it says so, and why.
 
     Example:
         >>> import torch
@@ -137,13 +141,14 @@ def recalibrate(
     with preserve_state(model), torch.no_grad(), uncompiled():
         to_eval(model)
         settle(batches, model, forward)
-        found, restarted = measured(view, partial(_finish, view), memory) if exact else (_in_one_pass(view), "")
-    view.warn(found, "batches, or a forward=, that use them", stacklevel=2)
-    if apart := out_of_reach(model):
-        warnings.warn(f"recalibrate did not reach all batch norm: {as_sentence(apart)}.", RuntimeWarning, stacklevel=2)
+        moments, restarted = measured(view, partial(_finish, view), memory) if exact else (_in_one_pass(view), "")
+    view.warn(moments, "batches, or a forward=, that use them", stacklevel=2)
+    if no_layers := out_of_reach(model):
+        reasons = as_sentence(no_layers)
+        warnings.warn(f"recalibrate did not reach all batch norm: {reasons}.", RuntimeWarning, stacklevel=2)
     with torch.no_grad():
-        put(chain.from_iterable(_new_values(layers[path], each) for path, each in found.items()))
-    return LayerMoments(found, restarted)
+        put(chain.from_iterable(_new_values(layers[path], each) for path, each in moments.items()))
+    return LayerMoments(moments, restarted)
 
 
 def _finish(view: Observation, path: str, found: InputMoments) -> None:
@@ -160,11 +165,11 @@ def _in_one_pass(view: Observation) -> dict[str, InputMoments]:
         # eval mode with the batch's statistics: like train mode, but also for one value per channel
         store(view.layers[path], batch.moments.mean, batch.moments.var)
 
-    found = view.in_one_pass(by_its_own)
-    for path, each in found.items():
+    moments = view.in_one_pass(by_its_own)
+    for path, each in moments.items():
         view.require_variance(path, each.moments)
         view.require_fit(path, each.moments.mean, each.moments.unbiased_var)
-    return found
+    return moments
 
 
 def _new_values(layer: _BatchNorm, found: InputMoments) -> list[tuple[Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Sharded models: their parameters are spread over several ranks, and are whole only during a forward pass.
 
-FSDP2 holds a module's parameters as sharded tensors and replaces them by whole ones during a pass. FSDP also records
-internally which of the two a module holds, so one must not be changed without the other.
+FSDP2 stores a module's parameters as sharded tensors and replaces them by whole tensors during a pass. FSDP also
+records internally whether a module's parameters are sharded, so parameters and record must be changed together.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def keep_together(module: nn.Module) -> Callable[[], None] | None:
-    """A function that returns an FSDP2 module to its current parameters, sharded or whole; None for other modules.
+    """A function that makes an FSDP2 module's parameters sharded or whole, as they are now; None for other modules.
 
-    The function gathers parameters if they were whole, so every rank must call it.
+    The function gathers parameters if they are whole now, so every rank must call it.
     """
     if not _is_fsdp2(module):
         return None
@@ -54,13 +54,13 @@ def is_flat(tensor: Tensor) -> bool:
 
 
 def own_shards(flat: Tensor) -> list[Tensor]:
-    """A rank's permanent part of such a tensor: its values, and the gradients that it has summed."""
+    """A rank's permanent part of a flat tensor: its values, and the gradients that the rank has summed."""
     names = ("_local_shard", "_saved_grad_shard", "grad")
     return [part for name in names if isinstance(part := getattr(flat, name, None), Tensor)]
 
 
 def holds_shards(module: nn.Module) -> bool | None:
-    """Whether an FSDP2 module's own parameters are sharded now; None if it has none."""
+    """Whether an FSDP2 module's own parameters are sharded now; None if it has no parameters."""
     first = next(_own_parameters(module), None)
     return None if first is None else hasattr(first, "full_tensor")
 
@@ -82,6 +82,6 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 
 def _is(module: nn.Module, home: str, name: str) -> bool:
-    # importing it takes a second, and a model of that kind has imported it
+    # importing the class takes a second, and a model of this kind has imported it
     kind = getattr(sys.modules.get(home), name, None)
     return kind is not None and isinstance(module, kind)

@@ -1,8 +1,8 @@
 """preserve_state: undoes every change that a tool makes to a model inside a block.
 
-A model is a graph of modules, containers and tensors. At the start every one of them is visited once and gives a
-function that restores it; at the end all functions run. Each changes only what differs, in place, so that optimizers,
-tied parameters and earlier graphs stay valid.
+A model is a graph of modules, containers and tensors. At the start every module, container and tensor is visited once,
+and a function is made that restores it; at the end all these functions run. A function changes only what differs, in
+place, so that optimizers, tied parameters and earlier graphs stay valid.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
     objects in the same memory. A tensor whose bits did not change is not written, so autograd graphs recorded
     before the block stay valid. Memory is compared as bits: a NaN keeps its bits.
 
-    Memory that was freed before the block (FSDP, offloading) is not fetched; memory that is freed inside it is
-    restored. Sharded models are restored as FSDP holds them, sharded or gathered, so every rank must leave the block.
+    Memory that was freed before the block (FSDP, offloading) is not fetched; memory that is freed in the block is
+    restored. A sharded model is restored as it was, sharded or gathered, so every rank must leave the block.
     Tensors without values (fake, on the meta device, inside a transform of torch.func) are restored as references.
 
     The block needs the memory of one more copy of the model. Objects of other classes that a module refers to
@@ -81,14 +81,14 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
 
 def _take_back(steps: list[Undo]) -> None:
     """Run all steps, also if one of them fails: everything that can be restored is restored."""
-    failed: list[Exception] = []
+    errors: list[Exception] = []
     for step in steps:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - raised after the other steps
-            failed.append(error)
-    if failed:
-        raise failed[0]
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager
@@ -132,14 +132,14 @@ def _random_sources(*generators: torch.Generator) -> list[tuple[Callable[[], Any
 
 def _remember(model: nn.Module) -> list[Undo]:
     """The steps that restore everything reachable from ``model``."""
-    seen: dict[int, object] = {}  # keeps objects alive, so that no id is used twice
+    visited: dict[int, object] = {}  # keeps objects alive, so that no id is used twice
     waiting: list[object] = [model]
     steps: list[Undo] = []
     while waiting:
         item = waiting.pop()
-        if id(item) in seen:
+        if id(item) in visited:
             continue
-        seen[id(item)] = item
+        visited[id(item)] = item
         step, parts = _remember_one(item)
         waiting.extend(parts)
         if step is not None:
@@ -186,38 +186,38 @@ def _undo_module(module: nn.Module) -> Undo:
     return undo
 
 
-def _undo_dict(found: dict) -> Undo:
-    before = dict(found)
+def _undo_dict(container: dict) -> Undo:
+    before = dict(container)
 
     def undo() -> None:
-        same = len(found) == len(before) and all(
-            k is key and v is value for (k, v), (key, value) in zip(found.items(), before.items(), strict=True)
+        same = len(container) == len(before) and all(
+            k is key and v is value for (k, v), (key, value) in zip(container.items(), before.items(), strict=True)
         )
         if not same:
-            found.clear()
-            found.update(before)
+            container.clear()
+            container.update(before)
 
     return undo
 
 
-def _undo_list(found: list | deque) -> Undo:
-    before = list(found)
+def _undo_list(container: list | deque) -> Undo:
+    before = list(container)
 
     def undo() -> None:
-        if len(found) != len(before) or any(v is not value for v, value in zip(found, before, strict=True)):
-            found.clear()
-            found.extend(before)
+        if len(container) != len(before) or any(v is not value for v, value in zip(container, before, strict=True)):
+            container.clear()
+            container.extend(before)
 
     return undo
 
 
-def _undo_set(found: set) -> Undo:
-    before = set(found)
+def _undo_set(container: set) -> Undo:
+    before = set(container)
 
     def undo() -> None:
-        if found != before:
-            found.clear()
-            found.update(before)
+        if container != before:
+            container.clear()
+            container.update(before)
 
     return undo
 
@@ -284,7 +284,7 @@ def _owns_grad(tensor: Tensor) -> bool:
 
 
 def _is_leaf(tensor: Tensor) -> bool | None:
-    """None if autograd cannot tell, for a view whose base was written to, as in FSDP1."""
+    """Whether a tensor is a leaf; None if autograd cannot tell: for a view whose base was written to, as in FSDP1."""
     try:
         return tensor.is_leaf
     except RuntimeError:

@@ -57,11 +57,11 @@ def put(values: Iterable[tuple[Tensor, Tensor]]) -> None:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """Mean and variance of every layer by its dotted path, as ``running_mean`` and ``running_var`` hold them.
+    """Mean and variance of every layer by its dotted path: the values of ``running_mean`` and ``running_var``.
 
     Args:
-        mean: By path, in the layer's dtype, on its device.
-        var: Like ``mean``; unbiased, torch's convention.
+        mean: Means by path, in the layer's dtype, on its device.
+        var: Variances, like ``mean``; unbiased, torch's convention.
     """
 
     mean: dict[str, Tensor]
@@ -74,14 +74,14 @@ class Statistics:
         return cls({path: mean for path, (mean, _) in pairs.items()}, {path: var for path, (_, var) in pairs.items()})
 
     def put(self, layers: Layers) -> None:
-        """Write them into the layers, in place; after an exception all layers are as before."""
+        """Write the statistics into the layers, in place; after an exception all layers are as before."""
         put(self.pairs(layers))
 
     def pairs(self, layers: Layers) -> list[tuple[Tensor, Tensor]]:
-        """Each buffer of the layers with its value here."""
+        """Each buffer of the layers with its value in these statistics."""
         values = {path: (self.mean[path], self.var[path]) for path in self.mean}
         return [pair for path, two in values.items() for pair in zip(buffers(layers[path]), two, strict=True)]
 
     def are_in(self, layers: Layers) -> bool:
-        """Whether the layers hold exactly these bits."""
+        """Whether the layers store these statistics, bit for bit."""
         return all(same_bits(buffer, value) for buffer, value in self.pairs(layers))

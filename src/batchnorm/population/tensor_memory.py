@@ -1,8 +1,8 @@
 """Tensors as memory: whether a tensor's values can be read here, copies of them, and comparison bit for bit.
 
 A tensor may have no values to read: its memory was freed until needed (FSDP, offloading), its values are on other
-ranks, or it never had any (meta, fake, lazy, inside a transform of torch.func). In some cases reading it ends the
-process, so it is checked first.
+ranks, or it never had values (meta, fake, lazy, inside a transform of torch.func). In some cases reading the tensor
+ends the process, so every tensor is checked first.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def absence(tensor: Tensor) -> str:
 
 
 def emptiness(tensor: Tensor) -> str:
-    """Why a tensor has no values, worded as in ``absence``; "" if it has, here or on other ranks."""
-    if _is_plainly_there(tensor) or is_lazy(tensor):
+    """Why a tensor has no values, worded as in ``absence``; "" if it has values, here or on other ranks."""
+    if _surely_has_values(tensor) or is_lazy(tensor):
         return ""
     if _is_transformed(tensor):
         return "is inside a transform of torch.func. Do this outside of it"
@@ -54,12 +54,12 @@ def emptiness(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "is on the meta device and has no numbers. Load its values first, or offload without buffers"
     if not is_distributed(tensor) and is_freed(tensor):
-        return f"has given its memory back. {_GATHER}, or load it back from where it was offloaded"
+        return f"has given its memory back. {_GATHER}, or load the tensor back from where it was offloaded"
     return ""
 
 
-def _is_plainly_there(tensor: Tensor) -> bool:
-    """A fast check for usual tensors, of which a model has hundreds; False decides nothing."""
+def _surely_has_values(tensor: Tensor) -> bool:
+    """Whether a tensor of a usual kind certainly has values; a fast check, whose result False decides nothing."""
     if type(tensor) not in _USUAL or tensor.layout is not torch.strided:
         return False
     try:
@@ -74,8 +74,8 @@ def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
     No other rank is involved. A sharded tensor is whole if each rank holds all of it.
 
     Args:
-        tensor: Of any kind.
-        size: Number of elements of the whole, if known: FSDP1 leaves only a rank's part there.
+        tensor: A tensor of any kind.
+        size: Number of elements of the whole tensor; None if unknown. FSDP1 leaves only a rank's part in a tensor.
     """
     if absence(tensor) or (size is not None and tensor.numel() != size):
         return None
@@ -88,10 +88,10 @@ def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
 
 
 def digest_of(tensors: Mapping[str, Any], bare: Container[str] = ()) -> str:
-    """SHA-256 of tensors by name, type, shape and bits; this rank's part of a sharded one, no bits of an absent one.
+    """SHA-256 of tensors: names, types, shapes and bits; of a sharded tensor only the bits that are on this rank.
 
     Args:
-        tensors: A state_dict, in its order. Other values count by name only.
+        tensors: A state_dict, in its order. Tensors without values count without bits, other values by name only.
         bare: Names of tensors whose bits do not count.
     """
     digest = hashlib.sha256()
@@ -118,11 +118,11 @@ def require(tensors: Mapping[str, Tensor | None], who: str) -> None:
     """Refuse tensors whose values are absent.
 
     Args:
-        tensors: By their names in messages.
-        who: The caller, which needs them.
+        tensors: Tensors by their names in messages; None is skipped.
+        who: The caller that needs the tensors, in messages.
 
     Raises:
-        AbsenceError: If one of them cannot be read here; a ValueError.
+        AbsenceError: A ValueError, if a tensor's values cannot be read here.
     """
     for name, tensor in tensors.items():
         if tensor is not None and (why := absence(tensor)):
@@ -130,7 +130,7 @@ def require(tensors: Mapping[str, Tensor | None], who: str) -> None:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether a tensor with a shape has less memory than its elements take."""
+    """Whether a tensor with a shape has less memory than its elements need."""
     if not has_memory(tensor):
         return False
     memory = memory_of(tensor)
@@ -152,21 +152,21 @@ def resize_storage(tensor: Tensor, size: int | None) -> None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own kind, freed or not; fake tensors and wrappers of others have none."""
+    """Whether a tensor has memory of its own, freed or not; fake tensors and wrappers of other tensors have none."""
     return not (_is_transformed(tensor) or is_fake(tensor) or _is_made_of_others(tensor))
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors inside a wrapper tensor, such as the local part of a sharded one."""
+    """The tensors inside a wrapper tensor, such as the local part of a sharded tensor."""
     if _is_transformed(tensor) or not is_traceable_wrapper_subclass(tensor):
         return []
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    found = [getattr(tensor, name) for name in names]
-    return [part for part in found if isinstance(part, Tensor)]  # a sharded tensor also names its mesh
+    parts = [getattr(tensor, name) for name in names]
+    return [part for part in parts if isinstance(part, Tensor)]  # a sharded tensor also names its mesh
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """An alias without gradient and subclass: lazy tensors do not answer questions."""
+    """An alias of a tensor without gradient and subclass, because lazy tensors raise errors at most questions."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         return tensor.data
 
@@ -208,7 +208,7 @@ def _shape(tensor: Tensor) -> object:
 
 
 def bits_of(memory: Tensor) -> Tensor:
-    """What to copy and compare of a tensor's memory: the tensor, or all its bytes if its kind lacks the functions."""
+    """A tensor to copy and compare: the memory itself, or all its bytes if torch has no functions for its kind."""
     if memory.is_meta or not (memory.is_quantized or memory.is_nested or memory.dtype in _PACKED):
         return memory
     return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory.untyped_storage())
@@ -237,7 +237,7 @@ _PARTS = {
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-# several elements per byte, or parts of one: only their bytes can be copied
+# types of which torch can copy only the bytes, such as those with several elements per byte
 _PACKED = {
     getattr(torch, name)
     for name in (
@@ -263,7 +263,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 def _bytes_needed(tensor: Tensor) -> int:
-    """Bytes from the start of its storage to its last element; elements below a byte count as a byte."""
+    """Bytes from the start of a tensor's storage to its last element; elements of less than a byte count as a byte."""
     if tensor.is_nested:
         return tensor.numel() * tensor.itemsize
     if not tensor.numel():
@@ -277,7 +277,7 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one in a trace, and never had values."""
+    """Whether a tensor represents another tensor in a trace, and never had values."""
     kinds: list[type | None] = [
         getattr(sys.modules.get(module), kind, None)
         for module, kind in (
@@ -298,7 +298,7 @@ def _is_made_of_others(tensor: Tensor) -> bool:
             return True
         try:
             tensor.untyped_storage().data_ptr()
-        except RuntimeError:  # "invalid python storage": it never had any
+        except RuntimeError:  # "invalid python storage": the tensor never had a storage
             return True
     return False
 

@@ -1,6 +1,7 @@
 """Trees of tensors: the tensors in a batch or output made of tuples, lists, mappings, dataclasses and batch objects.
 
-Everything else is a leaf. Its rows are the first axis of a tensor, or the sequences of a packed or nested one.
+Everything else is a leaf. The rows of a leaf are the first axis of a tensor, or the sequences of a packed or nested
+tensor.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def is_object(leaf: Leaf) -> bool:
 
 
 def examples_in(batch: Batch) -> int | None:
-    """Number of examples in a batch, from its first tensor with an axis; None without any.
+    """Number of examples in a batch, from its first tensor with an axis; None if it has no such tensor.
 
-    For a batch object, its ``num_graphs`` or ``batch_size``, else the size of its first tensor.
+    A batch object has as many as its ``num_graphs`` or ``batch_size`` says, else as its first tensor has rows.
     """
     sizes = (_size(leaf) or _size_of_object(leaf) for leaf in leaves_of(batch))
     return next(chain.from_iterable(sizes), None)
@@ -123,12 +124,12 @@ def _size_of_object(leaf: Leaf) -> list[int]:
 
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """These rows of every leaf that has one row per example; other leaves whole."""
+    """The batch with only these rows of every leaf that has one row per example; other leaves are unchanged."""
     return each_leaf(batch, partial(leaf_rows, rows, examples_in(batch) or 0))
 
 
 def leaf_rows(rows: Sequence[int], size: int, leaf: Leaf) -> Leaf:
-    """These rows of a leaf with ``size`` rows; other leaves unchanged."""
+    """A leaf of ``size`` rows with only these rows; any other leaf is unchanged."""
     if _size(leaf) != [size]:
         return leaf
     if isinstance(leaf, PackedSequence):
@@ -144,7 +145,7 @@ def leaf_rows(rows: Sequence[int], size: int, leaf: Leaf) -> Leaf:
 
 
 def copied(leaf: Leaf) -> Leaf:
-    """The leaf with its tensors copied; leaves of other classes unchanged."""
+    """A copy of a tensor or packed sequence; a leaf of another class is unchanged."""
     if isinstance(leaf, PackedSequence):
         return PackedSequence(leaf.data.clone(), *leaf[1:])
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -14,7 +14,7 @@ import torch
 @final
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """The modes of this thread that can be exchanged.
+    """The modes of this thread that can be saved and restored.
 
     Args:
         inference: Whether inference mode is on.
@@ -56,7 +56,7 @@ class Modes:
 
 
 def shared_settings() -> tuple[object, ...]:
-    """Settings that a block may change and that cannot be exchanged: of the process, and modes that watch operators."""
+    """Settings that ``Modes`` cannot restore: those of the process, and modes that observe operators."""
     cudnn = torch.backends.cudnn
     return (
         torch._C._len_torch_function_stack(),

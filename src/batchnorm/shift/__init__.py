@@ -1,8 +1,8 @@
-"""Covariate shift after deployment: fresh statistics against stored ones, with a promise about false alarms.
+"""Covariate shift after deployment: new inputs are compared with stored statistics, with a bound on false alarms.
 
-``ShiftMonitor`` observes a model. What it bets on is in ``betting``, how the bets are kept in ``e_processes`` and
-``evidence``, what they bet against in ``alarm_reference``, what an observation is in ``observation_units``, and what an
-alarm says in ``alarm``.
+``ShiftMonitor`` observes a model. ``betting`` computes bets against clean data, ``e_processes`` and ``evidence``
+combine them, ``alarm_reference`` contains the bounds of clean data, ``observation_units`` defines what one observation
+is, and ``alarm`` describes an alarm.
 """
 
 from batchnorm.shift.alarm import Alarm, LayerShift

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 # share of the layers, from the input on, that a shift of the inputs is expected to move
 _EARLY = 2 / 3
-# standard deviations: stored statistics are exact to about 0.05, and shifts of the inputs are several tenths
+# largest W2 of a layer that did not move, in sd: stored statistics are exact to about 0.05, shifts are several tenths
 _STILL = 0.15
 # sd of the weights that turn old examples into the new mix, if the new mix lacks half of them
 MIX = 1.0
-SETTLED = 128  # observations that measure the distance well enough: sqrt(2 log(2 m) / 128) is 0.4 for m = 10,000
+SETTLED = 128  # observations that measure a distance well: its error, sqrt(2 log(2 m) / 128), is 0.4 for m = 10,000
 _MOST_CHANNELS = 20
 
 
@@ -29,14 +29,14 @@ class LayerShift:
     """Evidence for a shift at one layer.
 
     Args:
-        name: Dotted path.
-        log_evidence: Natural logarithm of its e-value.
+        name: Dotted path of the layer.
+        log_evidence: Natural logarithm of the layer's e-value.
         kind: The kind of bet that gained most: "mean", "energy up" or "energy down"; if calibrated also
             "channel energy", "components" or "component means".
         channels: Channels whose mean moved, strongest evidence first; false discovery rate at most alpha (e-BH).
-        w2: 2-Wasserstein distance of observed from stored distribution, both taken as normal, rms over channels, in sd.
-            For display: it has no null distribution.
-        kl: Symmetric Kullback-Leibler divergence of the same, median over channels, nats. For display.
+        w2: 2-Wasserstein distance between the observed and the stored distribution, in sd, rms over channels; both are
+            assumed to be normal. For display: it has no null distribution.
+        kl: Symmetric Kullback-Leibler divergence of the two distributions, nats, median over channels. For display.
     """
 
     name: str
@@ -59,15 +59,16 @@ class Alarm:
     """Evidence against "the data are as they were" that has reached the limit for the promised rate of false alarms.
 
     Args:
-        observations: Number of observations made.
+        observations: Number of observations.
         examples: Number of examples that passed, observed or not.
         log_evidence: Natural logarithm of the evidence; above log(1 / alpha), or log(arl).
         first: The first layer in forward order whose own evidence reached the limit; None if only the evidence of all
             layers together did.
-        hint: What the change looks like: "inputs", "late layers only", "another mix", or "" for none of them. If it
-            is "" and the reference is calibrated, the monitor sets it as soon as enough was observed.
-        layers: Every layer.
-        seconds: Unix time.
+        hint: What the change looks like: "inputs", "late layers only", "another mix", or "" if it looks like none of
+            these. If it is "" and the reference is calibrated, the monitor sets the hint when enough observations have
+            followed.
+        layers: The evidence for every layer.
+        seconds: Unix time of the alarm.
     """
 
     observations: int
@@ -80,7 +81,7 @@ class Alarm:
 
     @classmethod
     def of_dict(cls, told: Mapping[str, Any]) -> Alarm:
-        """The alarm from ``to_dict``'s result, also after a way through JSON."""
+        """The alarm from its dict, also from a dict read from JSON."""
         fields: dict[str, Any] = dict(told)
         fields["layers"] = [LayerShift.of_dict(layer) for layer in told["layers"]]
         return cls(**fields)
@@ -90,7 +91,7 @@ class Alarm:
         return asdict(self)
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The alarm in one sentence."""
         where = f"first at {self.first}" if self.first else "in no single layer"
         hint = f" ({self.hint})" if self.hint else ""
         evidence = f"evidence e^{self.log_evidence:.1f} after {self.observations} observations"
@@ -101,13 +102,13 @@ def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha
     """Evidence for every layer.
 
     Args:
-        evidence: All bets.
-        mean: Mean of z over observations, (channels,).
-        energy: Mean of q over observations, (channels,).
+        evidence: The evidence from all bets.
+        mean: Mean over observations of the channels' standardized means z, (channels,).
+        energy: Mean over observations of the channels' energies q, (channels,).
         alpha: False discovery rate of the reported channels.
     """
-    known, kinds, of_layers = evidence.reference, evidence.log_kinds, evidence.log_layers
-    sizes = list(known.sizes)
+    reference, kinds, of_layers = evidence.reference, evidence.log_kinds, evidence.log_layers
+    sizes = list(reference.sizes)
     channels = evidence.log_channels.split(sizes)
     moments = zip(mean.split(sizes), energy.split(sizes), strict=True)
     return [
@@ -118,7 +119,7 @@ def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha
             e_bh(channels[i], alpha)[:_MOST_CHANNELS],
             *_distances(*part),
         )
-        for i, (name, part) in enumerate(zip(known.layers, moments, strict=True))
+        for i, (name, part) in enumerate(zip(reference.layers, moments, strict=True))
     ]
 
 
@@ -133,10 +134,11 @@ def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = No
     - "inputs": the first layers moved, or a component moved further than any mix that keeps half of the examples can
       move it.
     - "another mix": no component moved that far. If only the shares of the classes change, the new examples are old
-      ones with weights w, and no mean moves by more than sd(w) of its standard deviations (Cauchy-Schwarz). sd(w) is 1
-      if half of the examples no longer come, and 3 if one of ten equal classes is left. Few observations measure the
-      distance badly, so this hint needs ``SETTLED`` observations after the alarm.
-    - "late layers only": early layers are near their stored distribution. Fine noise does this; another mix can.
+      examples with weights w, and no mean moves by more than sd(w) of its standard deviations (Cauchy-Schwarz). sd(w)
+      is 1 if half of the examples no longer come, and 3 if one of ten equal classes is left. Few observations measure
+      the distance badly, so only the stream gives this hint, ``SETTLED`` observations after the alarm.
+    - "late layers only": early layers are near their stored distribution. Fine noise or another mix can be the cause.
+    - "": none of these, or fewer than 3 layers and no calibration.
 
     Args:
         layers: The evidence for each layer.
@@ -156,7 +158,7 @@ def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = No
 
 
 def e_bh(log_e: Tensor, alpha: float) -> tuple[int, ...]:
-    """Channels by e-BH (Wang and Ramdas 2022): the k largest e-values if the k-th is at least n / (k alpha)."""
+    """Channels by e-BH (Wang and Ramdas 2022): the k with the largest e-values, if the k-th is >= n / (k alpha)."""
     order = log_e.argsort(descending=True)
     n = len(log_e)
     needed = math.log(n / alpha) - torch.arange(1, n + 1, dtype=torch.float64, device=log_e.device).log()
@@ -166,7 +168,7 @@ def e_bh(log_e: Tensor, alpha: float) -> tuple[int, ...]:
 
 
 def _distances(mean: Tensor, energy: Tensor) -> tuple[float, float]:
-    """2-Wasserstein and symmetric KL between N(mean, energy - mean^2) and N(0, 1)."""
+    """2-Wasserstein distance (rms) and symmetric KL (median) between N(mean, energy - mean^2) and N(0, 1)."""
     var = (energy - mean.square()).clamp_min(torch.finfo(torch.float32).tiny)
     w2 = (mean.square() + (var.sqrt() - 1).square()).mean().sqrt()
     kl = ((var - 1).square() + mean.square() * (1 + var)) / (2 * var)

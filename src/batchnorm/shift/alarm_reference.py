@@ -1,19 +1,20 @@
 """Reference: the bounds of clean data at the batch norm layers, from the checkpoint alone or from calibration.
 
-*From a checkpoint*: a trained model stores the mean and variance of its training data. With z a channel's mean in one
-observation, in stored standard deviations, and Q a layer's energy, they promise for clean data
+*From a checkpoint*: a trained model stores the mean and variance of its training data. Let z be a channel's mean in one
+observation, in stored standard deviations, and Q a layer's energy. On clean data
 
     |E[z | past]| <= delta,     Var(z | past) <= kappa,     E[Q | past] <= 1 + d.
 
 The variance of an observation's mean cannot exceed that of its values (law of total variance), so kappa = 1 + d. d is
-the precision of the stored variances, delta that of the stored means. Both are 0.1, or three standard errors of an
-exponential average with momentum a over batches of B examples, which counts as n = B (2 - a) / a examples:
+the precision of the stored variances, delta that of the stored means. Each is 0.1, or three standard errors if these
+are larger. An exponential average with momentum a over batches of B examples counts as n = B (2 - a) / a examples:
 
     delta = max(0.1, 3 / sqrt(n)),     d = max(0.1, 3 sqrt((k - 1) / n)),
 
-with k = 3, the kurtosis of normal values, or the declared one. An average over few batches misses rare, large examples:
-if there are any, recalibrate first, or declare their kurtosis. Stored statistics give no lower bound for the energy of
-rare examples, so less energy is evidence only if ``kurtosis`` is declared: then Var(Q) <= k - (1 - d)^2.
+with k = 3, the kurtosis of normal values, or the declared kurtosis. An average over few batches misses rare, large
+examples: if the data have such examples, recalibrate first, or declare the kurtosis. Without rare, large examples the
+energy is lower, and stored statistics give no bound for that. So less energy is evidence only if ``kurtosis`` is
+declared: then Var(Q) <= k - (1 - d)^2.
 
 *Calibrated*, from at least 200 clean observations: nothing is assumed about their distribution. New observations are
 compared with them by rank (``conformal``, ``scores``); the promise only needs that later clean observations are
@@ -47,29 +48,29 @@ SUFFIX = ".bncal.safetensors"
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, by default
 _USUAL_MOMENTUM = 0.1
-_EXACT = 0.1  # smallest assumed error of stored statistics
-NORMAL = 3.0  # kurtosis
-_TOLERANCE = 0.02
+_LEAST_ERROR = 0.1  # smallest assumed error of stored statistics
+NORMAL = 3.0  # kurtosis of normal values
+_TOLERANCE = 0.02  # movement of components, in sd, that a hint ignores
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """Bounds under the null for all layers, side by side, on the CPU in float64.
+    """Bounds of clean data for all layers; their channels are side by side, on the CPU in float64.
 
     Args:
-        layers: Names.
-        sizes: Channels of each layer.
+        layers: Names of the layers.
+        sizes: Number of channels of each layer.
         mean: Stored mean of each channel, (channels,).
         std: Stored standard deviation, sqrt(var + eps), (channels,).
-        delta: Largest |E z|, (channels,); not used if calibrated, like the next three.
+        delta: Largest |E z|, (channels,); delta, kappa, d and v are not used if calibrated.
         kappa: Largest variance of z, (channels,).
         d: Largest excess of E Q over 1, (layers,).
-        v: Largest variance of Q, (layers,); None without a declared kurtosis.
+        v: Largest variance of Q, (layers,); None if no kurtosis was declared.
         clean: Result of the calibration; None from a checkpoint alone.
         unit: What one observation is.
         observations: Number of observations in the calibration.
-        digest: Digest of the weights and statistics of its model.
+        digest: Digest of the model's weights and statistics.
         examples: Number of examples in one observation of unit "batch" if calibrated; else 0.
     """
 
@@ -123,16 +124,16 @@ class Reference:
 
         Args:
             z: Channel means, (channels,), averaged over observations.
-            q: Energies of channels, (channels,), averaged likewise.
+            q: Energies of channels, (channels,), averaged over observations.
 
         Returns:
-            None if the spread of single examples is unknown: from a checkpoint alone, and with other units.
+            None if the spread of single examples is unknown: from a checkpoint alone, or if the unit is not "example".
         """
         if self.clean is None or self.unit != "example":
             return None
-        of = self.clean.scores.components
-        moved = (of.of(z[None], (q / self.power)[None])[0] - of.center).abs() - of.delta
-        return float((moved / of.kappa.sqrt()).max())
+        components = self.clean.scores.components
+        distances = (components.of(z[None], (q / self.power)[None])[0] - components.center).abs() - components.delta
+        return float((distances / components.kappa.sqrt()).max())
 
     @classmethod
     def from_checkpoint(
@@ -151,16 +152,16 @@ class Reference:
             layers: Layers that store statistics, by name, in forward order if it is known.
             unit: What one observation is.
             batch: Examples in a training batch; the precision of stored statistics depends on it.
-            kurtosis: Largest fourth moment of standardized inputs on clean data, 3 for normal ones; None declares
-                none, and uses 3 for the precision of stored variances.
+            kurtosis: Largest fourth moment of standardized inputs on clean data, 3 for normal inputs. None: not known;
+                the precision of stored variances is computed with 3.
         """
         mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
         sizes = torch.tensor([channels_of(layer) for layer in layers.values()])
         errors = torch.tensor([_error(layer, batch) for layer in layers.values()], dtype=torch.float64)
-        d = (errors * ((kurtosis or NORMAL) - 1) ** 0.5).clamp_min(_EXACT)
+        d = (errors * ((kurtosis or NORMAL) - 1) ** 0.5).clamp_min(_LEAST_ERROR)
         return cls(
             layers=tuple(layers), sizes=tuple(sizes.tolist()), mean=mean, std=std,
-            delta=errors.clamp_min(_EXACT).repeat_interleave(sizes), kappa=(1 + d).repeat_interleave(sizes),
+            delta=errors.clamp_min(_LEAST_ERROR).repeat_interleave(sizes), kappa=(1 + d).repeat_interleave(sizes),
             d=d, v=None if kurtosis is None else kurtosis - (1 - d).clamp_min(0).square(),
             clean=None, unit=unit, observations=0, digest=digest_of(model.state_dict()),
         )  # fmt: skip
@@ -178,8 +179,8 @@ class Reference:
         """
         if (m := len(z)) < LEAST:
             raise ValueError(
-                f"calibrate needs {LEAST} clean observations or more, got {m}. Give more examples, or leave it out: "
-                "the checkpoint alone is a reference."
+                f"calibrate needs {LEAST} clean observations or more, got {m}. Give more examples, or do not "
+                "calibrate: the checkpoint alone is a reference."
             )
         if not bool(z.isfinite().all()) or not bool(q.isfinite().all()):
             raise ValueError(
@@ -192,7 +193,7 @@ class Reference:
 
         Raises:
             ValueError: If the name has another ending.
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         path = sidecar.named(path, SUFFIX, "a reference", f"Name it model{SUFFIX}.")
         tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
@@ -205,8 +206,8 @@ class Reference:
         """Read a file that ``save`` wrote.
 
         Raises:
-            ValueError: If the file is of another kind or version.
-            OSError: If it cannot be read.
+            ValueError: If the file is damaged, or of another kind or version.
+            OSError: If the file cannot be read.
         """
         about, tensors = sidecar.read(path, "reference", "a reference", "Make one with monitor.calibrate(loader).")
         version = about.pop("version", None)
@@ -215,10 +216,10 @@ class Reference:
         try:
             sizes = tuple(about.pop("sizes"))
             own = {name: tensors.get(name) for name in _TENSORS}
-            made = CleanObservations.of_tensors(sizes, tensors) if about.pop("source") == "calibrated" else None
+            clean = CleanObservations.of_tensors(sizes, tensors) if about.pop("source") == "calibrated" else None
             fields: dict[str, Any] = own | about | {"layers": tuple(about["layers"])}
-            if (known := cls(sizes=sizes, clean=made, **fields))._is_whole():
-                return known
+            if (reference := cls(sizes=sizes, clean=clean, **fields))._is_whole():
+                return reference
         except (AttributeError, KeyError, TypeError, RuntimeError):
             pass
         raise ValueError(f"{path} is a damaged reference: parts are missing or out of range. Calibrate again.")
@@ -248,12 +249,12 @@ class Reference:
         """Refuse a model that the reference does not belong to.
 
         Raises:
-            ValueError: If layers, weights or statistics differ from those it was made with.
+            ValueError: If layers, weights or statistics differ from those that the reference was made with.
         """
         if tuple(layers) != self.layers:
             raise ValueError(
                 f"the reference has {len(self.layers)} layers ({', '.join(self.layers[:3])}, ...), the model has "
-                f"{len(layers)} others. Give the reference of this model."
+                f"{len(layers)} other layers. Give the reference of this model."
             )
         if digest_of(model.state_dict()) != self.digest:
             raise ValueError(
@@ -272,6 +273,6 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _error(layer: _BatchNorm, batch: int) -> float:
-    """Three standard errors of a stored mean, in sd of an example, from an exponential average."""
+    """Three standard errors of a stored mean, an exponential average, in sd of an example."""
     momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # frozen layers of other libraries have no momentum
     return 3 * (momentum / ((2 - momentum) * batch)) ** 0.5

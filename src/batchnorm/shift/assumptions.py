@@ -1,12 +1,13 @@
 """Assumptions: checks on clean data whether the conditions of the alarm's promise hold.
 
-From a checkpoint alone (``alarm_reference``): stored means are exact to delta, stored variances to d, no few examples
-carry most of the energy (``tails``), and observations do not predict later ones. If calibrated, only the last one, and
-clean observations must be exchangeable with those of the calibration.
+With a reference from a checkpoint alone (``alarm_reference``), stored means must be exact to delta and stored variances
+to d, a few examples must not carry most of the energy (``tails``), neighbouring observations must not be alike, and
+later observations must be like earlier ones. With a calibrated reference, neighbouring observations must not be alike,
+and all observations must be like those of the calibration.
 
 Each condition "holds", is "doubtful" or is "broken". It is broken if a measured value is outside its bound by more than
-c standard errors, where c is such that of as many normal errors none is larger, with probability 99 %. It is doubtful
-if the value is outside by less, if its error is too large to be sure, or if it could not be measured.
+c standard errors; with probability 99 %, none of as many normal errors is larger than c. It is doubtful if the value is
+outside by less, if its error is too large to be sure, or if the value could not be measured.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 HOLDS, DOUBTFUL, BROKEN = "holds", "doubtful", "broken"
 _CONFIDENCE = 0.99
-_ROUND = 8
+_ROUND = 8  # observations per update of the evidence
 _SUSPECT = 10.0  # evidence that clean data reach with probability at most 1/10
-_NEIGHBOURS = 128  # observations, two windows of ``units.Autocorrelation``
+_NEIGHBOURS = 128  # observations, two windows of ``observation_units.Autocorrelation``
 
 
 @final
@@ -67,7 +68,7 @@ class Assumptions:
         source: Source of the reference, "checkpoint" or "calibrated".
         unit: What one observation is.
         observations: Number of observations.
-        conditions: In the order in which they should be mended.
+        conditions: The conditions, in the order in which they should be mended.
     """
 
     target: str
@@ -83,7 +84,7 @@ class Assumptions:
         return all(condition.state == HOLDS for condition in self.conditions)
 
     def to_json(self) -> str:
-        """Everything as JSON."""
+        """The result as JSON."""
         head = {"schema_version": SCHEMA_VERSION, "batchnorm": version("batchnorm"), "hold": self.hold}
         versions = {"torch": str(torch.__version__)}
         return json.dumps({**head, **asdict(self), "versions": versions}, indent=1, allow_nan=False)
@@ -92,33 +93,37 @@ class Assumptions:
 def check(
     monitor: ShiftMonitor, loader: Iterable[Batch], *, max_examples: int | None = None, target: str = "", data: str = ""
 ) -> Assumptions:
-    """Check a monitor's assumptions on clean data; its model is left as it was, bit for bit.
+    """Check a monitor's assumptions on clean data; the model is left as it was, bit for bit.
 
     Args:
         monitor: The model's monitor, with its reference and unit.
-        loader: Batches of clean data as ``recalibrate`` takes them, in the order in which such data will come.
-        max_examples: At most this many.
+        loader: Batches of clean data, in the forms that ``recalibrate`` accepts, in the order in which such data will
+            come.
+        max_examples: Largest number of examples to use; None uses all.
         target: The model's name in the report.
         data: The data's name in the report.
 
     Raises:
-        ValueError: If there is no observation, or some are not finite.
+        ValueError: If there are fewer than 2 observations, activations are not finite, or a layer does not receive
+            each example once.
         RuntimeError: If the monitor is observing.
     """
     if monitor.is_observing:
         raise RuntimeError("check needs a monitor that is not observing, got one that is. Call monitor.stop() first.")
     z, q = _observed(monitor, loader, max_examples)
-    known = monitor.reference
-    first = () if known.clean is not None else (_means(known, z), _variances(known, z, q), _tails(known, q))
-    conditions = (*first, _neighbours(known, z), _order(known, z, q, monitor.limit))
-    return Assumptions(target, data, known.source, known.unit, len(z), conditions)
+    reference = monitor.reference
+    first = (
+        () if reference.clean is not None else (_means(reference, z), _variances(reference, z, q), _tails(reference, q))
+    )
+    conditions = (*first, _neighbours(reference, z), _order(reference, z, q, monitor.limit))
+    return Assumptions(target, data, reference.source, reference.unit, len(z), conditions)
 
 
 def _observed(monitor: ShiftMonitor, loader: Iterable[Batch], most: int | None) -> tuple[Tensor, Tensor]:
     grouping, tap = Grouping(monitor.unit, monitor.reference.examples), LayerObserver(monitor.layers, monitor.reference)
-    with closing(passes(monitor.model, tap, loader, most, "check")) as seen:
-        found = [grouping.of(z, q, inputs) for inputs, z, q in seen]
-    z, q = (torch.cat(rows) for rows in zip(*found, strict=True)) if found else (torch.empty(0, 1), torch.empty(0, 1))
+    with closing(passes(monitor.model, tap, loader, most, "check")) as batches:
+        parts = [grouping.of(z, q, inputs) for inputs, z, q in batches]
+    z, q = (torch.cat(rows) for rows in zip(*parts, strict=True)) if parts else (torch.empty(0, 1), torch.empty(0, 1))
     if len(z) < 2:
         raise ValueError(f"check needs 2 observations of clean data or more, got {len(z)}. Give more examples.")
     if not bool(z.isfinite().all()) or not bool(q.isfinite().all()):
@@ -129,64 +134,68 @@ def _observed(monitor: ShiftMonitor, loader: Iterable[Batch], most: int | None) 
 # -- stored statistics --------------------------------------------------------------------------------------------
 
 
-def _means(known: Reference, z: Tensor) -> Condition:
-    """|E z| <= delta."""
+def _means(reference: Reference, z: Tensor) -> Condition:
+    """Whether |E z| <= delta for every channel."""
     error = _errors(z.shape[1]) * (z.var(0) / len(z)).sqrt()
-    far, at, state = _worst(z.mean(0).abs(), error, known.delta)
+    far, at, state = _worst(z.mean(0).abs(), error, reference.delta)
     measured = (
-        f"channel {_channel(known, at)} is off by {far:.2g} sd, standard error {_one(error, z.shape[1], at):.2g}; "
-        f"{float(known.delta[at]):.2g} is allowed"
+        f"channel {_channel(reference, at)} is off by {far:.2g} sd, "
+        f"standard error {_standard_error(error, z.shape[1], at):.2g}; {float(reference.delta[at]):.2g} is allowed"
     )
-    return Condition("stored means are exact", state, measured, _remedy(state, error, known.delta))
+    return Condition("stored means are exact", state, measured, _remedy(state, error, reference.delta))
 
 
-def _variances(known: Reference, z: Tensor, q: Tensor) -> Condition:
-    """E Q <= 1 + d for layers, and Var z <= kappa for channels: the one that exceeds its bound most."""
-    energy, n = known.of_layers(q), len(z)
+def _variances(reference: Reference, z: Tensor, q: Tensor) -> Condition:
+    """Whether E Q <= 1 + d for every layer and Var z <= kappa for every channel; the worst of these is reported."""
+    energy, n = reference.of_layers(q), len(z)
     centered = (z - z.mean(0)).square()
-    found = torch.cat([energy.mean(0), centered.mean(0)])
-    count = len(found)
+    means = torch.cat([energy.mean(0), centered.mean(0)])
+    count = len(means)
     error = _errors(count) * (torch.cat([energy.var(0), centered.var(0)]) / n).sqrt()
-    allowed = torch.cat([1 + known.d, known.kappa])
-    far, at, state = _worst(found, error, allowed)
-    layers = len(known.sizes)
-    where = f"the energy of layer {known.layers[at]!r}" if at < layers else f"channel {_channel(known, at - layers)}"
+    allowed = torch.cat([1 + reference.d, reference.kappa])
+    far, at, state = _worst(means, error, allowed)
+    layers = len(reference.sizes)
+    where = (
+        f"the energy of layer {reference.layers[at]!r}"
+        if at < layers
+        else f"the variance of channel {_channel(reference, at - layers)}"
+    )
     measured = (
-        f"{where} has {far:.3g} times its stored variance, standard error {_one(error, count, at):.2g}; "
+        f"{where} is {far:.3g} times the stored variance, standard error {_standard_error(error, count, at):.2g}; "
         f"{float(allowed[at]):.3g} is allowed"
     )
     return Condition("stored variances are exact", state, measured, _remedy(state, error, allowed - 1))
 
 
-def _worst(found: Tensor, error: Tensor, allowed: Tensor) -> tuple[float, int, str]:
-    """The value furthest beyond its bound, in units of its error: value, index and state."""
-    at = int(((found - allowed) / error.clamp_min(torch.finfo(torch.float64).tiny)).argmax())
-    if bool((found - error > allowed).any()):
+def _worst(values: Tensor, error: Tensor, allowed: Tensor) -> tuple[float, int, str]:
+    """The value furthest beyond its bound, in units of its error; its index; and the state of the condition."""
+    at = int(((values - allowed) / error.clamp_min(torch.finfo(torch.float64).tiny)).argmax())
+    if bool((values - error > allowed).any()):
         state = BROKEN
     else:
-        state = DOUBTFUL if bool((found + error > allowed).any()) else HOLDS
-    return float(found[at]), at, state
+        state = DOUBTFUL if bool((values + error > allowed).any()) else HOLDS
+    return float(values[at]), at, state
 
 
 def _remedy(state: str, error: Tensor, allowed: Tensor) -> str:
     if state == HOLDS:
         return ""
     few = state == DOUBTFUL and bool((error > allowed).any())
-    more = "Give more clean examples: these do not measure it well enough. " if few else ""
+    more = "Give more clean examples: these are too few to measure it well. " if few else ""
     return f"{more}Recalibrate on clean data (batchnorm.recalibrate), or calibrate the monitor (--calibrate)."
 
 
 def _errors(count: int) -> float:
-    """Number of standard errors that none of ``count`` normal errors exceeds, with probability 99 %."""
+    """The number c of standard errors: with probability 99 %, none of ``count`` normal errors is larger."""
     return NormalDist().inv_cdf(1 - (1 - _CONFIDENCE) / (2 * count))
 
 
-def _one(error: Tensor, count: int, at: int) -> float:
+def _standard_error(error: Tensor, count: int, at: int) -> float:
     return float(error[at]) / _errors(count)
 
 
-def _channel(known: Reference, at: int) -> str:
-    for layer, size in zip(known.layers, known.sizes, strict=True):
+def _channel(reference: Reference, at: int) -> str:
+    for layer, size in zip(reference.layers, reference.sizes, strict=True):
         if at < size:
             return f"{at} of layer {layer!r}"
         at -= size
@@ -196,49 +205,51 @@ def _channel(known: Reference, at: int) -> str:
 # -- tails and order ----------------------------------------------------------------------------------------------
 
 
-def _tails(known: Reference, q: Tensor) -> Condition:
-    name, seen = "no few examples carry most of the energy", tails.Tails(known)
-    seen.add(known.of_layers(q))
-    at = int(seen.ratios.argmax())
-    told = f"E[Q^2] / E[Q]^2 is {float(seen.ratios[at]):.3g} in layer {known.layers[at]!r}"
-    told += f"; {float(tails.limits(known)[at]):.3g} is allowed"
-    if (tail := seen.heavy) is not None:
-        return Condition(name, DOUBTFUL, f"{tail}; {told}", tail.remedy)
+def _tails(reference: Reference, q: Tensor) -> Condition:
+    name, energies = "no few examples carry most of the energy", tails.Tails(reference)
+    energies.add(reference.of_layers(q))
+    at = int(energies.ratios.argmax())
+    ratio = f"E[Q^2] / E[Q]^2 is {float(energies.ratios[at]):.3g} in layer {reference.layers[at]!r}"
+    ratio += f"; {float(tails.limits(reference)[at]):.3g} is allowed"
+    if (tail := energies.heavy) is not None:
+        return Condition(name, DOUBTFUL, f"{tail}; {ratio}", tail.remedy)
     if len(q) < tails.LEAST:
         return Condition(name, DOUBTFUL, f"not judged: {len(q)} observations", f"Give {tails.LEAST} or more.")
-    return Condition(name, HOLDS, told, "")
+    return Condition(name, HOLDS, ratio, "")
 
 
-def _neighbours(known: Reference, z: Tensor) -> Condition:
+def _neighbours(reference: Reference, z: Tensor) -> Condition:
     """Correlation in windows, as the monitor judges it."""
-    name, found = "neighbouring observations are no more alike than others", Autocorrelation()
-    found.add(z, known.center, known.spread)
-    if found.count < _NEIGHBOURS:
+    name, correlation = "neighbouring observations are no more alike than others", Autocorrelation()
+    correlation.add(z, reference.center, reference.spread)
+    if correlation.count < _NEIGHBOURS:
         return Condition(name, DOUBTFUL, f"not judged: {len(z)} observations", f"Give {_NEIGHBOURS} or more.")
-    told, larger = f"correlation {found.r:.2f}", "Use a larger unit: --unit batch, or a function that gives keys."
-    if found.is_wrong:
-        return Condition(name, BROKEN, told, larger)
+    text, larger = f"correlation {correlation.r:.2f}", "Use a larger unit: --unit batch, or a function that gives keys."
+    if correlation.is_wrong:
+        return Condition(name, BROKEN, text, larger)
     # 0.1 is allowed, and a standard error is at most 1 / sqrt(n)
-    return Condition(name, DOUBTFUL, told, larger) if found.r > 0.1 else Condition(name, HOLDS, told, "")
+    return Condition(name, DOUBTFUL, text, larger) if correlation.r > 0.1 else Condition(name, HOLDS, text, "")
 
 
-def _order(known: Reference, z: Tensor, q: Tensor, limit: float) -> Condition:
+def _order(reference: Reference, z: Tensor, q: Tensor, limit: float) -> Condition:
     """Whether later observations look like earlier ones, by the bets of a calibrated monitor."""
     name = "later observations are like earlier ones"
-    half = 0 if known.clean is not None else len(z) // 2
-    if known.clean is None and half < LEAST:
+    half = 0 if reference.clean is not None else len(z) // 2
+    if reference.clean is None and half < LEAST:
         return Condition(name, DOUBTFUL, f"not judged: {len(z)} observations", f"Give {2 * LEAST} or more.")
-    evidence = ShiftEvidence.start(known if known.clean is not None else known.calibrated(z[:half], q[:half]))
+    evidence = ShiftEvidence.start(
+        reference if reference.clean is not None else reference.calibrated(z[:half], q[:half])
+    )
     most = 0.0
     for at in range(half, len(z), _ROUND):
         evidence = evidence.after(z[at : at + _ROUND], q[at : at + _ROUND])
         most = max(most, evidence.log)
-    among = "the second half among the first" if known.clean is None else "all among those of the calibration"
-    told = f"evidence of {among}: {_size(most)}; 1 is none, the limit is {_size(limit)}"
+    claim = "the second half is unlike the first" if reference.clean is None else "they are unlike the calibration's"
+    text = f"evidence that {claim}: {_size(most)}; 1 is none, the limit is {_size(limit)}"
     if most < math.log(_SUSPECT):
-        return Condition(name, HOLDS, told, "")
+        return Condition(name, HOLDS, text, "")
     remedy = "Shuffle if the order has no meaning; else use a larger unit, or calibrate on data of one kind."
-    return Condition(name, BROKEN if most >= limit else DOUBTFUL, told, remedy)
+    return Condition(name, BROKEN if most >= limit else DOUBTFUL, text, remedy)
 
 
 def _size(log: float) -> str:

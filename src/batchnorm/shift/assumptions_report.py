@@ -16,7 +16,7 @@ _SEVERITIES = {DOUBTFUL: Severity.WARNING, BROKEN: Severity.ERROR}
 
 
 def report(found: Assumptions, *, source: str = "") -> Report:
-    """What every format shows; a condition that is doubtful fails its check, as it does the command."""
+    """The report for all formats; a condition that is doubtful or broken fails its check, and the command."""
     rows = {condition.name: _row(found, condition, source) for condition in found.conditions if condition.remedy}
     checks = [
         Check(name=each.name, rows=[rows[each.name]] if each.name in rows else [], output=each.measured)

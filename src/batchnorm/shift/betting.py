@@ -1,18 +1,18 @@
 """Betting: factors that grow when observations contradict the null, with proofs that their expectation is at most 1.
 
 An e-process is the wealth of a gambler who bets against a null hypothesis at fair or worse odds. Under the null its
-expectation never exceeds 1, so the probability that it ever reaches 1 / alpha is at most alpha (Ville 1939). With z a
-channel's standardized mean in one observation, Q a layer's energy (mean square of its standardized inputs), and F the
-past, the null is
+expectation never exceeds 1, so the probability that it ever reaches 1 / alpha is at most alpha (Ville 1939). Let z be a
+channel's standardized mean in one observation, Q a layer's energy (mean square of its standardized inputs), F the past,
+and l the stake of a bet. The null hypothesis is
 
     |E[z | F]| <= delta,     Var(z | F) <= kappa,     |E[Q | F] - 1| <= d,     Var(Q | F) <= v,     Q >= 0.
 
 Each function returns the logarithm of one factor. The proofs that its expectation given F is at most 1:
 
 ``mean_shift`` (Catoni's bet, Wang and Ramdas 2023): let y = l (s z - delta) with s = +1 or -1, and phi(y) =
-log(1 + y + y^2 / 2) for y >= 0, -log(1 - y + y^2 / 2) else; exp phi(y) <= 1 + y + y^2 / 2. Let m = delta - E[s z],
+log(1 + y + y^2 / 2) for y >= 0, otherwise -log(1 - y + y^2 / 2); exp phi(y) <= 1 + y + y^2 / 2. Let m = delta - E[s z],
 which lies in [0, 2 delta]. Then E exp phi(y) <= 1 - l m + l^2 (kappa + m^2) / 2 <= exp(l^2 kappa / 2) if l m <= 2, and
-so if l <= 1 / delta. Only the variance of z is assumed, no bound and no shape.
+so if l <= 1 / delta. z need not be bounded or have a certain shape: only its mean and variance are assumed.
 
 ``energy_up``: 1 + l (Q - (1 + d)) is at least 1 - l (1 + d) > 0 for l < 1 / (1 + d), and its expectation is at most 1.
 Only the bound on E[Q] is assumed.
@@ -29,55 +29,56 @@ from torch import Tensor
 
 # stakes that suit shifts of about 1, 1/2, 1/4 and 1/8 of a standard deviation of the observations
 _STAKES = (1.0, 0.5, 0.25, 0.125)
-STAKES, SIDES = len(_STAKES), 2  # bets on an energy; a mean is bet on above and below
-# lost shares of the energy
+STAKES, SIDES = len(_STAKES), 2  # number of stakes; number of sides of a mean, higher and lower
+# shares of the energy whose loss the stakes of ``energy_down`` suit
 _LOSSES = (0.75, 0.5, 0.25, 0.1)
 _AT_ONCE = 8  # observations whose factors are multiplied before the logarithm
 _MOST = 1e16  # largest distance of a mean, in stored sd
 
 
 def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
-    """Stakes l for the mean of each channel, (stakes, channels): 1, 1/2, 1/4, 1/8 by sd, at most 1 / delta."""
+    """Stakes l for the mean of each channel, (stakes, channels): 1, 1/2, 1/4, 1/8 over the sd, at most 1 / delta."""
     stakes = torch.tensor(_STAKES, dtype=torch.float64)[:, None] / kappa.sqrt()
     return torch.minimum(stakes, 1 / delta)
 
 
 def mean_shift(z: Tensor, kappa: Tensor, delta: Tensor, stakes: Tensor) -> Tensor:
-    """Log factors for a mean above and below, summed over observations: (n, channels) -> (2, stakes, channels)."""
+    """Log factors for a higher and a lower mean, summed over observations: z (n, channels) -> (2, stakes, channels)."""
     cost = len(z) * stakes.square() * kappa / 2
     sides = [_phi(stakes, sign * z - delta) - cost for sign in (1.0, -1.0)]
     return torch.stack(sides)
 
 
 def _phi(stakes: Tensor, moved: Tensor) -> Tensor:
-    """phi(stakes * moved), summed over observations: (stakes, channels), (n, channels) -> (stakes, channels).
+    """phi(stakes * moved), summed over observations: stakes (stakes, channels), moved (n, channels), result as stakes.
 
     exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or its inverse for y < 0. Eight observations share one
-    logarithm of their product. It does not overflow: larger moves count as 1e16, which keeps every bet fair.
+    logarithm of their product. The product does not overflow: a move of more than 1e16 counts as 1e16, and every bet
+    stays fair.
     """
     total = torch.zeros_like(stakes)
-    for some in moved.split(_AT_ONCE):
-        above, below = some.clamp(0, _MOST), some.clamp(max=0)
+    for rows in moved.split(_AT_ONCE):
+        above, below = rows.clamp(0, _MOST), rows.clamp(max=0)
         for at, stake in enumerate(stakes):
-            won, lost = (above * stake).add_(1).square_().add_(1), (below * stake).sub_(1).square_().add_(1)
-            total[at] += won.prod(0).div_(lost.prod(0)).log_()
+            gain, loss = (above * stake).add_(1).square_().add_(1), (below * stake).sub_(1).square_().add_(1)
+            total[at] += gain.prod(0).div_(loss.prod(0)).log_()
     return total
 
 
 def up_stakes(d: Tensor) -> Tensor:
-    """Stakes l for more energy, (stakes, layers): 0.8, 0.4, 0.2 and 0.1 of the largest, 1 / (1 + d)."""
+    """Stakes l for more energy, (stakes, layers): 0.8, 0.4, 0.2 and 0.1 of the largest possible stake, 1 / (1 + d)."""
     return 0.8 * torch.tensor(_STAKES, dtype=torch.float64)[:, None] / (1 + d)
 
 
 def energy_up(q: Tensor, d: Tensor, stakes: Tensor) -> Tensor:
-    """Log factors for more energy than 1 + d, summed over observations: (n, layers) -> (stakes, layers)."""
+    """Log factors for more energy than 1 + d, summed over observations: q (n, layers) -> (stakes, layers)."""
     return torch.log1p(stakes * (q - (1 + d))[:, None, :]).sum(0)
 
 
 def down_stakes(d: Tensor, v: Tensor) -> Tensor:
-    """Stakes l for less energy, (stakes, layers): the best ones if 3/4, 1/2, 1/4 or 1/10 of it is lost.
+    """Stakes l for less energy, (stakes, layers): the best stakes if 3/4, 1/2, 1/4 or 1/10 of the energy is lost.
 
-    Halved until 2 d <= l / psi(l), as the proof requires.
+    A stake is halved until 2 d <= l / psi(l), as the proof requires.
     """
     stakes = torch.log1p(torch.tensor(_LOSSES, dtype=torch.float64)[:, None] / v)
     for _ in range(64):
@@ -86,7 +87,7 @@ def down_stakes(d: Tensor, v: Tensor) -> Tensor:
 
 
 def energy_down(q: Tensor, d: Tensor, v: Tensor, stakes: Tensor) -> Tensor:
-    """Log factors for less energy than 1 - d, summed over observations: (n, layers) -> (stakes, layers)."""
+    """Log factors for less energy than 1 - d, summed over observations: q (n, layers) -> (stakes, layers)."""
     return stakes * (1 - d - q).sum(0) - len(q) * v * psi(stakes)
 
 

@@ -1,7 +1,7 @@
-"""Clean observations: the result of calibration: scores, a bag to compare with, marks, and components.
+"""Clean observations: the result of calibration, which has scores, a bag to compare with, marks, and components.
 
-Half of the observations (at most 1,000) define how scores are measured, the others fill the bag, so both halves are
-independent. That is all that validity needs. Marks use all observations; the spread of components uses the others.
+Half of the observations (at most 1,000) define how scores are computed. The others fill the bag, so that both parts are
+independent, and validity needs no more. Marks use all observations; the spread of components uses the second part.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from batchnorm.shift.scores import KIND_OF, Scores, powers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_CONFIDENCE = 0.95  # that every component's mean is within its error, if normal
-# relative standard error of a variance of m values of kurtosis 6.5, half as large again as for normal values
+_CONFIDENCE = 0.95  # probability that every component's mean is within its error, if observations are normal
+# assumed standard error of a variance, as a multiple of that for normal values: it is 1.5 for a kurtosis of 5.5
 _VARIANCE_ERROR = 1.5
 
 
@@ -33,9 +33,9 @@ class CleanObservations:
     """The result of calibration.
 
     Args:
-        scores: Measure how strange observations are.
+        scores: The scores, which measure how strange an observation is.
         bag: Clean observations to compare with.
-        marks: Thresholds that few of them exceed.
+        marks: Thresholds that few clean observations exceed.
     """
 
     scores: Scores
@@ -44,20 +44,20 @@ class CleanObservations:
 
     @classmethod
     def of(cls, sizes: tuple[int, ...], z: Tensor, q: Tensor, *, tolerance: float) -> CleanObservations:
-        """Calibration on clean observations.
+        """The result of calibration on clean observations.
 
         Args:
-            sizes: Channels of each layer.
+            sizes: Number of channels of each layer.
             z: Channel means in stored sd, (n, channels).
             q: Energies of channels, (n, channels).
-            tolerance: Movement of a component's mean that does not count.
+            tolerance: Movement of a component's mean, in sd, that does not count.
         """
-        teach, rest = halves(len(z))
-        power = powers(q[teach])
+        first, second = halves(len(z))
+        power = powers(q[first])
         bounds = _Bounds(tolerance, _errors(2 * z.shape[1]))
         components = Components.measured(sizes, z, q / power, bounds)
-        scores = Scores.learned(components, power, z[teach], q[teach])
-        return cls(scores, Bag.of(scores.cells(z[rest], q[rest])), Marks.of(z))
+        scores = Scores.learned(components, power, z[first], q[first])
+        return cls(scores, Bag.of(scores.cells(z[second], q[second])), Marks.of(z))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by their names in a file."""
@@ -74,7 +74,7 @@ class CleanObservations:
         """The result of calibration from ``tensors``'s dict.
 
         Raises:
-            KeyError: If one is missing.
+            KeyError: If a tensor is missing.
         """
 
         def part(name: str, kind: type, **more: Any) -> Any:
@@ -88,7 +88,7 @@ class CleanObservations:
 
 
 def shapes(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors, by name."""
+    """Shapes of the tensors for layers of these sizes, by name."""
     channels, scores, marks = sum(sizes), len(KIND_OF) * len(sizes), MARKS
     expected: dict[str, tuple[int, ...]] = {
         f"components.{name}": (2 * channels,) for name in ("center", "delta", "kappa")
@@ -102,7 +102,7 @@ def shapes(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-# tensors whose values may have either sign, or be 0
+# tensors whose values may be negative or 0
 SIGNED = frozenset(
     {"components.center", "components.axes", "scores.center", "scores.power_center", "scores.turned_center"}
     | {"scores.middle", "marks.upper", "marks.lower", "bag.above"}
@@ -112,7 +112,7 @@ SIGNED = frozenset(
 @final
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Center, error and largest variance of observations, assuming normal ones; for hints, not for alarms.
+    """Center, error and largest variance of observations, which are assumed to be normal; for hints, not for alarms.
 
     Args:
         tolerance: Added to the errors of means.
@@ -123,7 +123,7 @@ class _Bounds:
     errors: float
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, its tolerance and the largest variance of observations, (n, k) -> (k,) each."""
+        """Mean, its tolerance and the largest variance of observations x: (n, k) -> three times (k,)."""
         var, n = x.var(0), len(x)
         widened = var * (1 + self.errors * _VARIANCE_ERROR * (2 / n) ** 0.5)
         least = torch.finfo(torch.float32).eps

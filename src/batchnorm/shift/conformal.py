@@ -1,28 +1,29 @@
-"""Conformal p-values: how strange an observation is among all earlier clean ones, for any distribution of them.
+"""Conformal p-values: how strange an observation is among all earlier clean ones, whatever their distribution.
 
 Let s_1, ..., s_n be the scores of calibration observations and s_(n+1), s_(n+2), ... those of the stream. If all of
 them are exchangeable, then
 
     p_t = (number of i <= t with s_i >= s_t) / t,      t = n + 1, n + 2, ...,
 
-is at most u with probability at most u, given all later ones, and so given all earlier ones: given the scores up to t
-without their order, each is equally likely to be the last, and p_1, ..., p_(t-1) do not depend on which one is (Vovk,
-Gammerman and Shafer 2005, section 8.2; ties make p_t larger than the randomized version, and the bets below never gain
-from that). No moment, tail or independence of the scores of one observation is assumed.
+is at most u with probability at most u, given all later p-values, and so given all earlier p-values. For, given the
+scores up to t without their order, each score is equally likely to be the last one, and p_1, ..., p_(t-1) do not depend
+on which score is the last (Vovk, Gammerman and Shafer 2005, section 8.2). Ties make p_t larger than its randomized
+version, and the bets below never gain from that. Nothing is assumed about moments or tails of the scores, or about the
+independence of an observation's scores.
 
 A bet on small p-values is a decreasing function f with an integral of 1: the average of f over 1/t, 2/t, ..., 1 is at
 most its integral. So the product of f(p_t) is an e-process, for any distribution of clean data. The bets:
 
-    f(p) = k p^(k - 1)          for k = 0.1, 0.25, 0.5 and 0.75: a few very strange observations,
-    f(p) = 1 + l (1 - 2 p)      for l = 0.5 and 0.9: many slightly strange ones.
+    f(p) = k p^(k - 1)          for k = 0.1, 0.25, 0.5 and 0.75, against a few very strange observations,
+    f(p) = 1 + l (1 - 2 p)      for l = 0.5 and 0.9, against many slightly strange observations.
 
-Scores are kept as counts over a grid of 512 cells, finest where calibration observations are: a cell is a score too, so
-the grid does not affect validity. A clean stream adds to the counts and makes p-values finer.
+Scores are stored as counts over a grid of 512 cells, which is finest where calibration observations are. A cell's
+number is a score too, so the grid does not affect validity. A clean stream adds to the counts and makes p-values finer.
 
 Batch size and machine change how activations of the same input are rounded. If many clean inputs are the same (silence,
-rows of few kinds), rounding may move all of them into the next cell. So an observation also counts those in the cell
-below its own as at least as strange: if rounding moves a score by less than half a cell, p is at least its value
-without rounding.
+a few distinct rows), rounding may move all of them into the next cell. So the observations in the cell below an
+observation's own cell also count as at least as strange: if rounding moves a score by less than half a cell, p is at
+least its value without rounding.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ EDGE = 1  # cells below an observation's own that count as at least as strange
 _LATER = 64  # observations that are counted together, since counting many costs as much as counting one
 _POWERS = (0.1, 0.25, 0.5, 0.75)
 _SLOPES = (0.5, 0.9)
-_FAR = 1e15  # spreads from the middle: larger and infinite distances are in the last cell
+_FAR = 1e15  # spreads from the middle: larger and infinite distances are in the first or the last cell
 BETS = len(_POWERS) + len(_SLOPES)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Bag:
-    """Number of clean observations with a score in a cell or in a higher one.
+    """A bag: for each score, the number of clean observations whose score is in a cell or in a higher cell.
 
     Args:
         above: These counts, (scores, cells), int32; the first column is the number of counted observations.
@@ -85,19 +86,19 @@ class Bag:
         return counts.dtype == torch.int32 and whole and falls
 
     def with_(self, cells: Tensor) -> Bag:
-        """The bag with more observations, (n, scores)."""
+        """The bag with more observations, given by their cells, (n, scores)."""
         later = torch.cat([self.later, cells.to(torch.int16)])
         if len(later) < _LATER:
             return Bag(self.above, later)
         return Bag.counted(_counted(self.above, later))
 
     def p_values(self, cells: Tensor) -> Tensor:
-        """P-values of more observations in sequence, (n, scores), float64: each among all earlier ones."""
-        bag, found = self, []
-        for some in cells.split(_LATER):
-            found.append(bag._p_values(some))
-            bag = bag.with_(some)
-        return torch.cat(found)
+        """P-values of more observations in sequence, each among all earlier ones: cells (n, scores), result float64."""
+        bag, parts = self, []
+        for rows in cells.split(_LATER):
+            parts.append(bag._p_values(rows))
+            bag = bag.with_(rows)
+        return torch.cat(parts)
 
     def _p_values(self, cells: Tensor) -> Tensor:
         n = len(cells)
@@ -131,7 +132,7 @@ def _counted(above: Tensor, cells: Tensor) -> Tensor:
 
 
 def factors(p: Tensor) -> Tensor:
-    """Log factors of all bets, summed over observations: p-values (n, scores) -> (bets, scores)."""
+    """Log factors of all bets, summed over observations: p (n, scores) -> (bets, scores)."""
     log = _log_product(p)
     powers = [len(p) * math.log(k) + (k - 1) * log for k in _POWERS]
     slopes = [_log_product((1 + slope) - 2 * slope * p) for slope in _SLOPES]
@@ -139,17 +140,17 @@ def factors(p: Tensor) -> Tensor:
 
 
 def _log_product(x: Tensor) -> Tensor:
-    """Logarithm of the product over the first dimension, sixteen values above 1e-15 at once: no underflow."""
-    return torch.stack([some.prod(0) for some in x.split(16)]).log_().sum(0)
+    """Logarithm of the product over the first dimension; 16 values above 1e-15 are multiplied without underflow."""
+    return torch.stack([rows.prod(0) for rows in x.split(16)]).log_().sum(0)
 
 
 def cells_of(scores: Tensor, middle: Tensor, spread: Tensor) -> Tensor:
     """The cells of scores: u / (1 + |u|) for u = (score - middle) / spread, cut into equal parts.
 
     Args:
-        scores: Any shape (..., scores).
+        scores: Values of shape (..., scores).
         middle: Typical clean score, (scores,).
-        spread: Typical distance of clean scores from it, (scores,).
+        spread: Typical distance of clean scores from ``middle``, (scores,).
     """
     u = ((scores - middle) / spread).clamp_(-_FAR, _FAR)
     return u.div_(u.abs().add_(1)).add_(1).mul_(CELLS / 2).long().clamp_(0, CELLS - 1)

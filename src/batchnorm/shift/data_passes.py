@@ -26,13 +26,13 @@ def passes(
 
     Args:
         model: The model that ``tap`` observes.
-        tap: Attached during the passes.
-        loader: Batches as ``recalibrate`` takes them.
-        max_examples: At most this many.
+        tap: The observer; its hooks are attached during the passes.
+        loader: Batches, in the forms that ``recalibrate`` accepts.
+        max_examples: Largest number of examples to use; None uses all.
         who: The caller's name in error messages.
 
     Raises:
-        ValueError: If a pass does not reach every layer with each example exactly once.
+        ValueError: If a layer does not receive each example of a batch exactly once.
     """
     batches = Batches(loader, max_examples, device_of(model), who=who)
     with preserve_state(model), preserve_random_state(*batches.generators):
@@ -48,17 +48,17 @@ def _passes(
 ) -> Generator[tuple[Batch, Tensor, Tensor]]:
     for batch in batches:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        kept = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may overwrite its input
+        unchanged = inputs.clone() if isinstance(inputs, Tensor) else inputs  # the model may overwrite its input
         with uncompiled(), torch.no_grad():
             call(model, batch)
-        if (seen := tap.taken()) is None:
+        if (statistics := tap.taken()) is None:
             raise ValueError(passes_needed(who))
-        yield kept, *seen
+        yield unchanged, *statistics
 
 
 def passes_needed(who: str) -> str:
-    """The error message for a model whose layers see only parts of a batch."""
+    """The error message for a model whose layers do not all receive whole batches."""
     return (
-        f"{who} needs passes that reach every batch norm layer with each example once, got another. "
-        "Give a model whose layers all see whole batches."
+        f"{who} needs passes that reach every batch norm layer with each example once, got a pass that does not. "
+        "Give a model whose layers all receive whole batches."
     )

@@ -1,16 +1,17 @@
 """E-processes: evidence that detects a shift as fast after a million clean observations as at the start.
 
 A product of factors shrinks while nothing happens, and this loss delays detection later. So half of the stake goes into
-the product from the start, and half is spread over products that start at every time:
+the product P from the start, and half is spread over products that start in each round t; S is their sum. With the
+factor e of round t,
 
     E = (P + S + rest) / 2,      P' = P e,      S' = (S + w_t) e,      rest = 1 - w_1 - ... - w_t,
 
 with weights w_t = 1 / log2(t + 1) - 1 / log2(t + 2), which sum to 1. Each product is an e-process from its start on, so
-E is one. Late starts cost log(1 / w_t), about log t + 2 log log t, instead of the whole loss of P.
+E is an e-process. A late start costs log(1 / w_t), about log t + 2 log log t, instead of the whole loss of P.
 
-For a given average run length each weight is the number of new observations, and rest is 0: then S minus the number of
-observations so far cannot grow in expectation, so the expected number until S reaches ``arl`` is at least ``arl``
-(e-SR: Shin, Ramdas and Rinaldo 2023).
+For a given average run length each weight is the number of new observations, and rest is 0. Then S minus the number of
+observations so far cannot grow in expectation, so the expected number of observations until S reaches ``arl`` is at
+least ``arl`` (e-SR: Shin, Ramdas and Rinaldo 2023).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class EProcesses:
         restarted: log S, the same shape.
         updates: Number of rounds; their sizes may differ.
         rest: Share of the spread stake that has not started yet.
-        is_spread: False for e-SR.
+        is_spread: Whether half of the stake is spread over later starts; False for e-SR.
     """
 
     product: Tensor
@@ -67,21 +68,21 @@ class EProcesses:
 
     @property
     def log_mean(self) -> Tensor:
-        """Log of the mean over the processes of each place, (..., places) -> (places,)."""
-        kept = [self.product, self.restarted] if self.is_spread else [self.restarted]
-        each = torch.cat([part.flatten(0, -2) for part in kept])
-        total = each.logsumexp(0) - math.log(len(each))
+        """Log of the mean over the processes of each place: shape (..., places) -> (places,)."""
+        parts = [self.product, self.restarted] if self.is_spread else [self.restarted]
+        wealth = torch.cat([part.flatten(0, -2) for part in parts])
+        total = wealth.logsumexp(0) - math.log(len(wealth))
         if not self.is_spread:
             return total
-        # each process has half of its stake in this mean, and half of the unstarted rest
+        # the total is the mean of (P + S) / 2; the stake that has not started is still missing
         return torch.logaddexp(total, torch.full_like(total, math.log(self.rest / 2)))
 
     def merged(self, others: list[EProcesses]) -> EProcesses:
         """Combined evidence of replicas that observed different observations.
 
-        Products multiply, as one product over all observations. Spread stakes are averaged over replicas: valid for
-        e-processes however dependent they are. For e-SR the observations count as if the replicas had made them one
-        after the other: S = S_1 P_2 + S_2, and so on.
+        The products from the start are multiplied to one product over all observations. The sums of later products are
+        averaged over replicas, which is valid however dependent they are. For e-SR the observations count as if the
+        replicas had made them one after the other: S = S_1 P_2 + S_2, and so on.
         """
         all_ = [self, *others]
         product = torch.stack([wealth.product for wealth in all_]).sum(0)
@@ -97,9 +98,10 @@ class EProcesses:
     def highest(self, others: list[EProcesses]) -> EProcesses:
         """Combined evidence of replicas whose bets share randomness, such as the clean observations for comparison.
 
-        Their product is then no e-process. For each process the largest one counts, divided by the number of replicas:
-        it reaches 1 / alpha with probability at most alpha, however they depend on each other. For e-SR nothing is
-        divided: each reaches a limit c with probability at most t / c after t observations of its own.
+        Then the replicas' product is not an e-process. For each process the largest value among the replicas counts,
+        divided by their number: it reaches 1 / alpha with probability at most alpha, however the replicas depend on
+        each other. For e-SR nothing is divided: a replica reaches a limit c with probability at most t / c after t
+        observations of its own.
         """
         all_ = [self, *others]
         best = torch.stack([wealth.log for wealth in all_]).argmax(0, keepdim=True)

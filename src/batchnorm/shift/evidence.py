@@ -10,12 +10,14 @@ average over stakes, signs and channels of a layer, over kinds of bets, and over
 
 Bets on ranks of one score are fair given this score's past only. Other scores may carry more information, and an
 average of such e-processes need not be one (Choe and Ramdas 2024). So with weights w_j that sum to 1, over scores of a
-kind, kinds and layers, the evidence is the largest w_j E_j. Each E_j w_j reaches 1 / alpha with probability at most
-alpha w_j (Ville 1939), so any of them does with at most alpha. Little is lost: one term dominates the sum.
+kind, kinds and layers, the evidence is the largest w_j E_j. Each w_j E_j reaches 1 / alpha with probability at most
+alpha w_j (Ville 1939), so the probability that any of them reaches it is at most alpha. Little evidence is lost,
+because one term usually dominates the sum.
 
-For an average run length S_j - t cannot grow in expectation, so S_j reaches c within t observations with probability at
-most t / c, and the largest w_j S_j reaches 2 arl with at most t / (2 arl). The expected number of observations until
-then is at least the sum of 1 - t / (2 arl) over t < 2 arl, which is arl. So the evidence is half of the largest.
+For an average run length let S_j be the process of score j (``e_processes``). S_j - t cannot grow in expectation, so
+S_j reaches c within t observations with probability at most t / c, and the largest w_j S_j reaches 2 arl with
+probability at most t / (2 arl). The expected number of observations until then is at least the sum of 1 - t / (2 arl)
+over t < 2 arl, which is arl. So the evidence is half of the largest w_j S_j.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ class ShiftEvidence:
 
     Args:
         reference: The reference that they bet against.
-        mean: (2, stakes, channels): higher and lower mean; None if calibrated, like the next two.
-        up: (stakes, layers): more energy.
-        down: (stakes, layers): less energy; None also without a declared kurtosis.
-        ranks: (bets, scores): small p-values; None from a checkpoint alone, like the next two.
-        marks: (2, bets, channels): higher and lower means, to name channels.
+        mean: Bets on higher and lower means, (2, stakes, channels); mean, up and down are None if calibrated.
+        up: Bets on more energy, (stakes, layers).
+        down: Bets on less energy, (stakes, layers); None also if no kurtosis was declared.
+        ranks: Bets on small p-values, (bets, scores); ranks, marks and bag are None from a checkpoint alone.
+        marks: Bets on higher and lower means, to name channels, (2, bets, channels).
         bag: The clean observations for p-values.
         stakes: Stakes of mean, up and down.
         observations: Number of observations.
@@ -70,7 +72,7 @@ class ShiftEvidence:
 
     @classmethod
     def start(cls, reference: Reference, *, is_spread: bool = True) -> ShiftEvidence:
-        """No evidence yet; ``is_spread`` is False for e-SR."""
+        """The evidence before any observation; ``is_spread`` is False for e-SR."""
         bets: dict[str, Any] = dict.fromkeys(BETS)
         bets |= {name: EProcesses.start(shape, is_spread=is_spread) for name, shape in shapes(reference).items()}
         bag = None if reference.clean is None else reference.clean.bag
@@ -82,18 +84,18 @@ class ShiftEvidence:
         Args:
             z: Channel means in stored sd, (n, channels), float64 on the CPU.
             q: Energies of channels, (n, channels), float64 on the CPU.
-            learns: Whether they join the clean ones for later comparison; False after an alarm.
+            learns: Whether the observations join the clean ones for later comparison; False after an alarm.
         """
         if self.ranks is not None:
             return self._after_ranks(z, q, learns=learns)
-        known, n = self.reference, len(z)
-        energy = known.of_layers(q)
+        bounds, n = self.reference, len(z)
+        energy = bounds.of_layers(q)
         bets = {
-            "mean": _bet(self.mean, betting.mean_shift(z, known.kappa, known.delta, self.stakes[0]), n),
-            "up": _bet(self.up, betting.energy_up(energy, known.d, self.stakes[1]), n),
+            "mean": _bet(self.mean, betting.mean_shift(z, bounds.kappa, bounds.delta, self.stakes[0]), n),
+            "up": _bet(self.up, betting.energy_up(energy, bounds.d, self.stakes[1]), n),
         }
-        if self.down is not None and known.v is not None:
-            bets["down"] = _bet(self.down, betting.energy_down(energy, known.d, known.v, self.stakes[2]), n)
+        if self.down is not None and bounds.v is not None:
+            bets["down"] = _bet(self.down, betting.energy_down(energy, bounds.d, bounds.v, self.stakes[2]), n)
         return replace(self, **bets, observations=self.observations + n)
 
     def _after_ranks(self, z: Tensor, q: Tensor, *, learns: bool) -> ShiftEvidence:
@@ -102,9 +104,9 @@ class ShiftEvidence:
             raise AssertionError("a calibrated reference has a bag")
         cells, n = clean.scores.cells(z, q), len(z)
         ranks = _bet(self.ranks, conformal.factors(bag.p_values(cells)), n)
-        named = _bet(self.marks, clean.marks.factors(z), n)
-        grown = bag.with_(cells) if learns else bag
-        return replace(self, ranks=ranks, marks=named, bag=grown, observations=self.observations + n)
+        marks = _bet(self.marks, clean.marks.factors(z), n)
+        new_bag = bag.with_(cells) if learns else bag
+        return replace(self, ranks=ranks, marks=marks, bag=new_bag, observations=self.observations + n)
 
     @cached_property
     def log_channels(self) -> Tensor:
@@ -142,22 +144,23 @@ class ShiftEvidence:
         return float(self._joined(self.log_layers))
 
     def _joined(self, logs: Tensor) -> Tensor:
-        """Combined evidence over several places, (places, ...) -> (...)."""
-        together = logs.logsumexp(0) if self.ranks is None else logs.amax(0)
-        return together - math.log(len(logs))
+        """Combined evidence over several places: logs (places, ...) -> (...)."""
+        combined = logs.logsumexp(0) if self.ranks is None else logs.amax(0)
+        return combined - math.log(len(logs))
 
     def merged(self, others: list[ShiftEvidence]) -> ShiftEvidence:
         """Combined evidence of several replicas of one model; see ``EProcesses.merged`` and ``highest``.
 
         Raises:
-            ValueError: If they bet against different references.
+            ValueError: If the replicas have different references.
         """
         if any(
             other.reference.digest != self.reference.digest or other.reference.source != self.reference.source
             for other in others
         ):
             raise ValueError(
-                "merging needs monitors of one model and one reference, got different ones. Calibrate once, and copy."
+                "merging needs monitors of one model and one reference, got different ones. Calibrate once, and give "
+                "every monitor that reference."
             )
         merged = {}
         for name in BETS:
@@ -169,7 +172,7 @@ class ShiftEvidence:
 
 
 def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
-    """Shapes of the bets against a reference."""
+    """Shapes of the bets against a reference, by their names in ``ShiftEvidence``."""
     channels, layers = sum(known.sizes), len(known.sizes)
     if known.clean is not None:
         return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, channel_marks.BETS, channels)}
@@ -178,7 +181,7 @@ def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
 
 
 def stakes_for(known: Reference) -> tuple[Tensor, ...]:
-    """Stakes for means, for more energy and, if its variance has a bound, for less; none if calibrated."""
+    """Stakes for means, for more energy and, if its variance has a bound, for less energy; () if calibrated."""
     if known.clean is not None:
         return ()
     stakes = betting.mean_stakes(known.kappa, known.delta), betting.up_stakes(known.d)

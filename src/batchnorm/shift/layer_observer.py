@@ -1,6 +1,7 @@
 """Layer observer: statistics of a few examples of each batch, measured at the input of every batch norm layer.
 
-For one example, each channel has a mean over positions and an energy; the layer's energy is their mean over channels:
+Let x_c be the values of channel c in one example, and mean_c and std_c the channel's stored statistics. The channel has
+a mean z_c and an energy q_c; the layer's energy is the mean of q_c over channels:
 
     z_c = mean over positions of (x_c - mean_c) / std_c,      q_c = mean over positions of ((x_c - mean_c) / std_c)^2.
 """
@@ -33,7 +34,7 @@ ALL = 2**62  # examples: more than a batch has
 
 
 def random_rows(size: int, examples: int, seed: int) -> list[int] | None:
-    """Random rows of a batch, in order, because batches may be sorted; None for all of ``size``."""
+    """Random rows of a batch of ``size``, in rising order, because batches may be sorted; None stands for all rows."""
     return None if examples >= size else sorted(Random(seed).sample(range(size), examples))  # noqa: S311
 
 
@@ -47,11 +48,11 @@ class _Pass(threading.local):
 
     def begin(self, examples: int, seed: int) -> None:
         self.examples, self.seed = examples, seed
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # mean and energy of each example
+        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}  # by layer: mean and energy of each example
         self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
 
     def of(self, x: Tensor) -> Tensor:
-        """The observed rows of a layer's input; the same in all layers."""
+        """The observed rows of a layer's input; all layers observe the same rows."""
         key = len(x), x.device
         if key not in self._indices:
             rows = random_rows(len(x), self.examples, self.seed)
@@ -65,8 +66,8 @@ class LayerObserver:
     """Hooks on layers that keep statistics of some examples of each batch.
 
     Args:
-        layers: By name, in the reference's order.
-        reference: Its means and standard deviations standardize the inputs.
+        layers: The layers by name, in the reference's order.
+        reference: The reference, whose means and standard deviations standardize the inputs.
     """
 
     def __init__(self, layers: dict[str, _BatchNorm], reference: Reference) -> None:
@@ -83,7 +84,7 @@ class LayerObserver:
 
         Args:
             examples: Largest number per batch.
-            seed: Selects them.
+            seed: Seed of the random selection.
         """
         self._pass.begin(examples, seed)
 
@@ -116,28 +117,29 @@ class LayerObserver:
             try:
                 yield
             finally:
-                self.begin(0, 0)  # a failed pass leaves statistics of the first layers
+                self.begin(0, 0)  # forget the first layers' statistics, which a failed pass leaves
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
         """Means and energies of channels, (n, channels) each, observed since the last call: float64, on the CPU.
 
-        None if a layer was not reached, or saw a different number of examples because it runs on parts of the batch.
+        None if a layer was not reached, or if layers received different numbers of examples because they run on parts
+        of the batch.
         """
-        seen, self._pass.seen = self._pass.seen, {}
-        if set(seen) != set(self._layers) or len({len(z) for z, _ in seen.values()}) != 1:
+        statistics, self._pass.statistics = self._pass.statistics, {}
+        if set(statistics) != set(self._layers) or len({len(z) for z, _ in statistics.values()}) != 1:
             return None
-        z, q = (torch.cat([seen[name][i] for name in self._layers], 1) for i in (0, 1))
+        z, q = (torch.cat([statistics[name][i] for name in self._layers], 1) for i in (0, 1))
         return z.cpu().double(), q.cpu().double()
 
     def _see(self, name: str, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
-        here = self._pass
-        if not here.examples or module.training or name in here.seen:
+        current = self._pass
+        if not current.examples or module.training or name in current.statistics:
             return
         start = time.perf_counter()
         x = input_of(args, kwargs)
         if x is not None and (x := whole(x)) is not None:  # also from a DTensor; None during tracing
-            here.seen[name] = self._statistics(name, here.of(x))
-        here.seconds += time.perf_counter() - start
+            current.statistics[name] = self._statistics(name, current.of(x))
+        current.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def _statistics(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:

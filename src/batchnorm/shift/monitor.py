@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from batchnorm.call_types import Arguments, Batch, Keywords
     from batchnorm.shift.alarm import Alarm, LayerShift
 
-_ALWAYS = 256  # examples that are observed whatever the cost: a gross shift takes some tens
-_JUDGED = 1024  # examples after those, before the observed share is judged
-_LEAST_SHARE = 0.05
+_ALWAYS = 256  # examples that are always observed: a large shift is detected within some tens
+_BEFORE_WARNING = 1024  # further examples, before the monitor warns about the observed share
+_LEAST_SHARE = 0.05  # the monitor warns if the observed share is smaller
 
 
 @final
@@ -65,30 +65,32 @@ class ShiftMonitor:
     A few examples of each batch are observed, drawn at random, because batches may be sorted. After 256 of them, whole
     batches are skipped if observing would take more than ``budget`` of the inference time; if that leaves fewer than
     5 %, the monitor warns once. Which batches are skipped depends on counts and earlier times, not on their contents.
-    Passes in several threads are kept apart; they wait for each other while one is counted.
+    Passes in several threads are not mixed; a thread waits while another one counts its pass.
 
     Args:
         model: Any model with batch norm layers that store statistics, torch.nn's or ours, compiled or not.
         alpha: Largest probability that clean data ever raise an alarm.
         unit: What one observation is: "example"; "batch", if examples of a batch or neighbouring batches may be alike;
-            or a function of the model's inputs that gives each example's key; examples of one key in a row are one.
-        arl: Average number of observations until a false alarm, at least; such an alarm never runs out. Replaces
-            ``alpha``.
-        reference: The result of ``calibrate``, or its file. None takes the checkpoint's own statistics.
-        examples: Examples of a batch that are observed, drawn at random; None for all. If ``unit`` is a function, all
-            are. If calibrated with unit "batch", one observation takes as many as in the calibration (with None, as
-            many as its first batch had), and smaller batches are put together.
-        budget: Largest share of the inference time once 256 examples were observed; None for any. If ``unit`` is a
-            function and the reference is calibrated, all batches are observed.
-        batch: Examples in a training batch; the precision of the stored means depends on it.
-        kurtosis: Largest fourth moment of a layer's standardized inputs on clean data, 3 for normal ones. It says how
-            exact stored variances are, and smaller energy changes become evidence. Uncalibrated only.
-        on_alarm: Called with the alarm, once. Exceptions that it raises are logged.
+            or a function of the model's inputs that returns a key for each example: neighbouring examples with the same
+            key form one observation.
+        arl: Smallest average number of observations until a false alarm; used instead of ``alpha``. The alarm's power
+            to detect a later shift does not fall with time.
+        reference: The result of ``calibrate``, or its file. None: the checkpoint's own statistics are the reference.
+        examples: Number of examples of a batch that are observed, drawn at random; None for all. If ``unit`` is a
+            function, all examples are observed. With unit "batch" and a calibrated reference, an observation has as
+            many examples as in the calibration (with None, as many as the first batch of the calibration), and smaller
+            batches are combined.
+        budget: Largest share of the inference time that observing may take, once 256 examples were observed; None for
+            no limit. If ``unit`` is a function and the reference is calibrated, all batches are observed.
+        batch: Number of examples in a training batch; the precision of the stored statistics depends on it.
+        kurtosis: Largest fourth moment of a layer's standardized inputs on clean data, 3 for normal inputs. It sets the
+            tolerance for stored variances, and lets lower energy count as evidence too. Not used with a calibrated
+            reference.
+        on_alarm: Called once, with the alarm. Exceptions that it raises are logged.
 
     Raises:
         ValueError: If the model has no batch norm layer that stores statistics, an argument is out of range, or the
             reference is out of date or belongs to another model.
-            reference is stale or of another model.
     """
 
     def __init__(
@@ -111,8 +113,8 @@ class ShiftMonitor:
         self.unit, self.examples, self.budget = unit, examples, budget
         self.observed = model
         self._trained = {"batch": batch, "kurtosis": kurtosis}
-        self._promise = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
-        self._is_whole = False  # whether a compiled model needs whole batches, because it rejects a part of one
+        self._error_rates = {"alpha": alpha, "arl": arl, "on_alarm": on_alarm}
+        self._is_whole = False  # whether a compiled model needs whole batches, because it failed on some rows of one
         self._handles: list[RemovableHandle] = []
         self._guard = ExitStack()
         self._passes = threading.local()  # each thread's own pass: its start time
@@ -121,14 +123,14 @@ class ShiftMonitor:
     def _referred(self, reference: Reference | str | os.PathLike[str] | None) -> Reference:
         if reference is None:
             return Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), **self._trained)
-        known = reference if isinstance(reference, Reference) else Reference.load(reference)
-        known.check(self.model, tuple(self.layers))
-        if known.unit != name_of(self.unit):
+        bounds = reference if isinstance(reference, Reference) else Reference.load(reference)
+        bounds.check(self.model, tuple(self.layers))
+        if bounds.unit != name_of(self.unit):
             raise ValueError(
-                f"the reference was calibrated with unit {known.unit!r}, got unit {name_of(self.unit)!r}. "
-                "Calibrate again, or use its unit."
+                f"the reference was calibrated with unit {bounds.unit!r}, got unit {name_of(self.unit)!r}. "
+                "Calibrate again, or use the reference's unit."
             )
-        return known
+        return bounds
 
     def _use(self, reference: Reference) -> None:
         self.reference = reference
@@ -137,23 +139,23 @@ class ShiftMonitor:
 
     def reset(self) -> None:
         """Forget all evidence and the alarm, and start a new stream."""
-        self.stream = Stream(self.reference, self.unit, **self._promise)
-        self._spent = self._inference = 0.0
+        self.stream = Stream(self.reference, self.unit, **self._error_rates)
+        self._seconds_observing = self._seconds_inference = 0.0
         self._left_out = 0  # batches skipped for the budget
-        self._tried = 0  # examples chosen for observation, also in passes whose layers showed none
-        self._since: tuple[int, int] | None = None  # passed and observed examples before the budget counted
+        self._chosen_count = 0  # examples chosen for observation, also in passes that did not reach every layer
+        self._counts_at_budget: tuple[int, int] | None = None  # passed and observed examples when _ALWAYS was reached
 
     def __repr__(self) -> str:
-        told = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
+        alarm_text = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
         doubt = f"; doubtful: {tail}" if (tail := self.stream.tail) else ""
         return (
             f"ShiftMonitor({type(self.model).__name__}, layers={len(self.layers)}, observed {self.stream.looked} of "
-            f"{self.stream.passed} examples, {told}{doubt})"
+            f"{self.stream.passed} examples, {alarm_text}{doubt})"
         )
 
     @property
     def alarm(self) -> Alarm | None:
-        """The layers that moved, once the evidence reached the limit; it stays until ``reset``."""
+        """The alarm, once the evidence has reached the limit, until ``reset``; None before."""
         return self.stream.alarm
 
     @property
@@ -192,14 +194,14 @@ class ShiftMonitor:
         return self
 
     def stop(self) -> None:
-        """Stop observing, and count observations that were waiting."""
+        """Stop observing, and add waiting observations to the evidence."""
         detach(self._handles)
         self._guard.close()
         self.stream.update()
 
     @property
     def is_observing(self) -> bool:
-        """Whether it has been started."""
+        """Whether the monitor observes forward passes now."""
         return bool(self._handles)
 
     def leave_out(self) -> None:
@@ -209,7 +211,7 @@ class ShiftMonitor:
     @property
     def cost(self) -> float:
         """Time of observing as a share of the inference time without it."""
-        return self._spent / max(1e-9, self._inference - self._spent)
+        return self._seconds_observing / max(1e-9, self._seconds_inference - self._seconds_observing)
 
     @property
     def is_compiled(self) -> bool:
@@ -218,22 +220,22 @@ class ShiftMonitor:
 
     @property
     def _of_each(self) -> int:
-        """Examples of a batch to observe: all if keys group them into observations."""
+        """Number of examples of a batch to observe: all if keys group examples into observations."""
         return ALL if callable(self.unit) else self.reference.examples or self.examples or ALL
 
     @property
     def _needs_all(self) -> bool:
-        """Whether no batch may be skipped: mostly short runs of keys would stay whole, a biased choice."""
+        """Whether no batch may be skipped: skipping would break long runs of keys more often than short ones."""
         return callable(self.unit) and self.reference.clean is not None
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
-        affordable = self.budget is None or self._spent <= self.budget * self._inference
-        is_early = max(self._tried, self.stream.looked) < _ALWAYS
-        looks = affordable or is_early or self._needs_all
-        self._tap.begin(self._of_each if looks else 0, seed=self.stream.passed)
-        self._left_out += not looks
+        affordable = self.budget is None or self._seconds_observing <= self.budget * self._seconds_inference
+        is_early = max(self._chosen_count, self.stream.looked) < _ALWAYS
+        is_observed = affordable or is_early or self._needs_all
+        self._tap.begin(self._of_each if is_observed else 0, seed=self.stream.passed)
+        self._left_out += not is_observed
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Arguments, kwargs: Keywords, output: object) -> None:  # noqa: ARG002
@@ -243,39 +245,39 @@ class ShiftMonitor:
             self._tap.seconds = 0.0
             self.stream.missed()
             return
-        asked, seen = self._tap.end(), self._tap.taken()
-        if asked and seen is None and self._can_pass_again():
-            seen = self._second_pass((args, kwargs), self._drawn((args, kwargs), asked))
+        asked, statistics = self._tap.end(), self._tap.taken()
+        if asked and statistics is None and self._can_pass_again():
+            statistics = self._second_pass((args, kwargs), self._drawn((args, kwargs), asked))
         with self.stream.lock:
             size = examples_in((args, kwargs)) or 0
             self.stream.passed += size
-            self._tried += min(asked, max(1, size))
-            if seen is not None:
-                self.stream.observe(*seen, inputs=args[0] if args else kwargs)
+            self._chosen_count += min(asked, max(1, size))
+            if statistics is not None:
+                self.stream.observe(*statistics, inputs=args[0] if args else kwargs)
             else:
                 self.stream.missed()
             now = time.perf_counter()
-            self._inference += now - self._passes.began
-            self._spent += now - start + self._tap.seconds
+            self._seconds_inference += now - self._passes.began
+            self._seconds_observing += now - start + self._tap.seconds
             self._tell_of_budget()
         self._tap.seconds = 0.0
 
     def _tell_of_budget(self) -> None:
         """Warn if the budget leaves so few examples that a shift would be detected late."""
         passed, looked = self.stream.passed, self.stream.looked
-        if self._since is None:
-            self._since = (passed, looked) if max(self._tried, looked) >= _ALWAYS else None
+        if self._counts_at_budget is None:
+            self._counts_at_budget = (passed, looked) if max(self._chosen_count, looked) >= _ALWAYS else None
             return
-        passed, looked = passed - self._since[0], looked - self._since[1]
-        if self._left_out and passed >= _JUDGED and looked < _LEAST_SHARE * passed:
+        passed, looked = passed - self._counts_at_budget[0], looked - self._counts_at_budget[1]
+        if self._left_out and passed >= _BEFORE_WARNING and looked < _LEAST_SHARE * passed:
             self.stream.warn(
                 "budget",
                 f"budget={self.budget:g} leaves {looked} of {passed} examples to be observed after the first "
-                f"{_ALWAYS}: a shift would be detected late. Raise it, or use budget=None.",
+                f"{_ALWAYS}: a shift would be detected late. Raise the budget, or use budget=None.",
             )
 
     def _can_pass_again(self) -> bool:
-        """Whether a pass without observations is explained by a compiled model, which skips hooks; else warn."""
+        """Whether the model is compiled, so that its pass may have skipped the hooks; otherwise warn of the pass."""
         if all(layer.training for layer in self.layers.values()):
             self.stream.warn(
                 "train", "the model is in train mode, and does not use its stored statistics. Call eval()."
@@ -283,7 +285,7 @@ class ShiftMonitor:
             return False
         if not self.is_compiled:
             self.stream.warn(
-                "missed", "a pass did not reach every batch norm layer with each example once; it is skipped."
+                "missed", "a pass did not reach every batch norm layer with each example once; this pass is skipped."
             )
         return self.is_compiled
 
@@ -294,7 +296,7 @@ class ShiftMonitor:
         return random_rows(examples_in(given) or 1, examples, self.stream.passed)
 
     def _second_pass(self, given: tuple[Arguments, Keywords], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
-        """The observations from these examples in the model without compilation."""
+        """Statistics of these rows of a batch, from a pass of the model without compilation; None for all rows."""
         ((args, kwargs),) = Batches([given if rows is None else rows_of(given, rows)], None, None)
         try:
             with self._tap.attached(), uncompiled(), torch.no_grad():
@@ -303,7 +305,7 @@ class ShiftMonitor:
         except Exception:
             if rows is None:
                 raise
-            self._is_whole = True  # the batch refers to missing rows, so these are not examples
+            self._is_whole = True  # the model fails on some of the rows alone, so rows are not examples
             return self._second_pass(given, None)
 
     # -- the reference --------------------------------------------------------------------------------------------
@@ -314,25 +316,27 @@ class ShiftMonitor:
         The model runs in eval mode and is left as it was, bit for bit.
 
         Args:
-            loader: Clean batches as ``recalibrate`` takes them, in the order and batch size in which they will be
-                observed. 200 observations or more.
-            max_examples: At most this many.
+            loader: Clean batches in the forms that ``recalibrate`` accepts, in the order and batch size in which
+                batches will be observed. They must give 200 observations or more.
+            max_examples: Largest number of examples to use; None uses all.
 
         Raises:
-            ValueError: If there are too few observations, or activations are not finite.
+            ValueError: If there are too few observations, activations are not finite, or a layer does not receive
+                each example once.
             RuntimeError: If the monitor is observing.
         """
         if self.is_observing:
             raise RuntimeError("calibrate must be called before observation starts. Call monitor.stop() first.")
         fresh = Reference.from_checkpoint(self.model, self.layers, unit=name_of(self.unit), **self._trained)
-        grouping, found, examples = None, [], 0
-        with closing(passes(self.model, LayerObserver(self.layers, fresh), loader, max_examples, "calibrate")) as seen:
-            for inputs, z, q in seen:
+        grouping, parts, examples = None, [], 0
+        tap = LayerObserver(self.layers, fresh)
+        with closing(passes(self.model, tap, loader, max_examples, "calibrate")) as batches:
+            for inputs, z, q in batches:
                 if grouping is None:
                     examples = (self.examples or len(z)) if self.unit == "batch" else 0
                     grouping = Grouping(self.unit, examples)
-                found.append(grouping.of(z, q, inputs))
-        z, q = (torch.cat(rows) for rows in zip(*found, strict=True))
+                parts.append(grouping.of(z, q, inputs))
+        z, q = (torch.cat(rows) for rows in zip(*parts, strict=True))
         self._use(replace(fresh, examples=examples).calibrated(z, q))
         return self.reference
 
@@ -346,8 +350,9 @@ class ShiftMonitor:
         """Continue, bit for bit, where a saved monitor of this model stopped.
 
         Raises:
-            ValueError: If the file is of another kind, or its monitor had another reference, unit, alpha or arl.
-            OSError: If it cannot be read.
+            ValueError: If the file is damaged or of another kind, or its monitor had another reference, unit, alpha or
+                arl.
+            OSError: If the file cannot be read.
         """
         self.stream.put(StreamState.load(path))
         return self
@@ -355,8 +360,10 @@ class ShiftMonitor:
     def pooled(self, *others: ShiftMonitor | str | os.PathLike[str]) -> Alarm | None:
         """An alarm if the combined evidence of several replicas reaches the limit, else None; nothing is changed.
 
-        The replicas serve the same model with the same reference, and each observation belongs to one of them. The
-        product over replicas is exact; spread stakes are shared. A file of ``save`` may stand for its replica.
+        The replicas serve the same model with the same reference, and each observation belongs to one of them. From a
+        checkpoint the evidence of the replicas is multiplied as if one monitor had observed everything, and the part
+        for late starts is averaged. With a calibrated reference the largest evidence counts, divided by the number of
+        replicas unless ``arl`` is given. A replica can also be given as the file that its ``save`` wrote.
         """
         monitors = [self, *others]
         for monitor in monitors:
@@ -369,23 +376,23 @@ class ShiftMonitor:
     def pooled_over_ranks(self, group: torch.distributed.ProcessGroup | None = None) -> Alarm | None:
         """``pooled`` over the ranks of torch.distributed; every rank must call it, and all get the same result."""
         self.stream.update()
-        found: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(found, self.stream.state(), group=group)
-        return self.stream.pooled(found)
+        states: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(states, self.stream.state(), group=group)
+        return self.stream.pooled(states)
 
 
 def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
     require_real(model, "ShiftMonitor")
     require({name: tensor for name, tensor in model.named_parameters() if is_lazy(tensor)}, "ShiftMonitor")
     layers: dict[str, Any] = {**batch_norms(model), **layers_of_others(model)}
-    found = {name: layer for name, layer in layers.items() if has_stored_statistics(layer)}
-    if not found:
+    storing = {name: layer for name, layer in layers.items() if has_stored_statistics(layer)}
+    if not storing:
         raise ValueError(
-            f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without one. "
-            f"Monitor the model before its layers are folded.{unreached(model)}"
+            f"ShiftMonitor needs batch norm layers that store statistics, got {type(model).__name__} without such "
+            f"layers. Monitor the model before its layers are folded.{unreached(model)}"
         )
-    require(statistics_of(found), "ShiftMonitor")
-    return found
+    require(statistics_of(storing), "ShiftMonitor")
+    return storing
 
 
 def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None, kurtosis: float | None) -> None:
@@ -397,14 +404,14 @@ def _check(alpha: float, arl: float | None, examples: int | None, budget: float 
         "kurtosis": kurtosis,
     }.items():
         if value is not None or name == "alpha":
-            require_number(value, name, "Leave it out for the usual one.")
+            require_number(value, name, "Leave it out for the default.")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}. Use 0.01 for at most 1 % false alarms.")
     if arl is not None and not arl > 1:
         raise ValueError(f"arl must be more than 1 observation, got {arl}. Use 1e5, for example, or None.")
     if examples is not None and examples < 1:
-        raise ValueError(f"examples must be 1 or more, got {examples}. Use None for all of a batch.")
+        raise ValueError(f"examples must be 1 or more, got {examples}. Use None for all examples of a batch.")
     if budget is not None and not budget > 0:
-        raise ValueError(f"budget must be above 0, got {budget}. Use 0.01 for 1 % of the time, or None for any.")
+        raise ValueError(f"budget must be above 0, got {budget}. Use 0.01 for 1 % of the time, or None for no limit.")
     if kurtosis is not None and not kurtosis >= 1:
-        raise ValueError(f"kurtosis must be 1 or more, got {kurtosis}. It is 3 for normal values; None declares none.")
+        raise ValueError(f"kurtosis must be 1 or more, got {kurtosis}. Use 3 for normal values, None if it is unknown.")

@@ -1,8 +1,8 @@
 """Units: what counts as one observation, so that dependent examples count once.
 
 A bet is fair only if an observation cannot be predicted from earlier ones. Frames of a video, rows of a sorted file and
-requests of one session can be predicted; averages of them hardly can. The mean of several examples' z has at most their
-largest variance, however they depend on each other, so the reference's bounds hold for it too.
+requests of one session can be predicted; their averages hardly can be. The variance of a mean of several examples' z is
+at most the largest variance of these z, however they depend on each other, so the reference's bounds hold for it too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchnorm.shift.layer_observer import random_rows
 from batchnorm.shift.stream_state import StreamState
 
 _WINDOW = 64  # longer than the runs of similar examples in a sorted file
-_CHANNELS = 256
+_CHANNELS = 256  # most channels whose correlation is measured
 
 Unit = str | Callable[[Batch], Sequence[Hashable]]
 
@@ -28,7 +28,7 @@ def name_of(unit: Unit) -> str:
     """The reference's name for the unit.
 
     Raises:
-        ValueError: If it is not a unit.
+        ValueError: If ``unit`` is not a unit.
     """
     if callable(unit):
         return "key"
@@ -43,11 +43,11 @@ class _OpenObservation:
     """Examples collected so far for one observation.
 
     Args:
-        key: Their common key; None in batches.
+        key: The key of all these examples; None for unit "batch".
         z: Sum of channel means, (channels,).
         q: Sum of energies, (channels,).
         examples: Number of examples.
-        is_whole: Whether certainly no example of the run was missed.
+        is_whole: Whether it is certain that all examples of the run were observed.
     """
 
     key: Hashable
@@ -70,7 +70,7 @@ class Grouping:
     Args:
         unit: What one observation is.
         examples: Number of examples in an observation of unit "batch": drawn at random from one batch, or collected
-            from small batches in a row; 0 takes every whole batch.
+            from small batches in a row. 0: every whole batch is an observation.
         is_strict: Whether only whole runs of keys are observations.
     """
 
@@ -79,7 +79,7 @@ class Grouping:
         self._keys_of = unit if callable(unit) else None
         self._examples, self._is_strict = examples, is_strict
         self._open: _OpenObservation | None = None
-        self._missed = False  # since the last example
+        self._missed = False  # whether examples passed unobserved since the last observed example
         self._draws = 0
 
     def of(self, z: Tensor, q: Tensor, inputs: Batch, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class Grouping:
             z: Channel means.
             q: Energies.
             inputs: The model's inputs.
-            rows: Rows of the inputs that hold the examples; None for the first ones.
+            rows: Rows of the inputs that are these examples; None for the first rows.
 
         Raises:
             ValueError: If the unit's function returns too few keys.
@@ -98,20 +98,21 @@ class Grouping:
             return z, q
         if self._keys_of is None:
             return self._of_batch(z, q)
-        given, rows = list(self._keys_of(inputs)), range(len(z)) if rows is None else rows
-        if len(given) <= rows[-1]:
+        keys, rows = list(self._keys_of(inputs)), range(len(z)) if rows is None else rows
+        if len(keys) <= rows[-1]:
             raise ValueError(
-                f"unit's function must return a key for each example, {rows[-1] + 1} or more, got {len(given)}."
+                f"unit's function must return a key for each example, {rows[-1] + 1} or more, got {len(keys)}. "
+                "Return a list with one key per row of the inputs."
             )
-        taken = [self._take(given[row], *example) for row, *example in zip(rows, z, q, strict=True)]
-        closed = [run for run in taken if run is not None]
-        if not closed:
+        ends = [self._take(keys[row], *example) for row, *example in zip(rows, z, q, strict=True)]
+        runs = [run for run in ends if run is not None]
+        if not runs:
             return z[:0], q[:0]
-        means = [(run.z / run.examples, run.q / run.examples) for run in closed]
+        means = [(run.z / run.examples, run.q / run.examples) for run in runs]
         return torch.stack([mean for mean, _ in means]), torch.stack([energy for _, energy in means])
 
     def missed(self) -> None:
-        """Record that examples passed unobserved: a run that may contain them is not whole."""
+        """Record that examples passed unobserved: a run that may contain such examples is not whole."""
         self._missed = self._is_strict
         if self._open is not None:
             self._open.is_whole &= not self._is_strict
@@ -129,7 +130,7 @@ class Grouping:
         return (z[:0], q[:0]) if self._open else (run.z[None] / wanted, run.q[None] / wanted)
 
     def _take(self, key: Hashable, z: Tensor, q: Tensor) -> _OpenObservation | None:
-        """The run that this example ended, if any."""
+        """Add an example; return the run that it ended, or None if it ended no run or that run is not whole."""
         missed, self._missed = self._missed, False
         if self._open is not None and self._open.key == key:
             self._open.add(z, q)
@@ -138,18 +139,18 @@ class Grouping:
         return done if done is not None and done.is_whole else None
 
     def state(self) -> StreamState:
-        """The run that is open."""
+        """The open run, as part of a state."""
         about: dict[str, bool] = {"missed": self._missed}
         if (run := self._open) is None:
             return StreamState({}, {"open": None, "grouping": about})
-        told = {"key": run.key, "examples": run.examples, "is_whole": run.is_whole}
-        return StreamState({"open.z": run.z.clone(), "open.q": run.q.clone()}, {"open": told, "grouping": about})
+        fields = {"key": run.key, "examples": run.examples, "is_whole": run.is_whole}
+        return StreamState({"open.z": run.z.clone(), "open.q": run.q.clone()}, {"open": fields, "grouping": about})
 
     def put(self, state: StreamState) -> None:
-        """Go on from a state."""
-        told, tensors = state.about["open"], state.tensors
-        self._missed = state.about.get("grouping", {}).get("missed", False)  # older files lack it
-        self._open = None if told is None else _OpenObservation(z=tensors["open.z"], q=tensors["open.q"], **told)
+        """Continue from a state."""
+        fields, tensors = state.about["open"], state.tensors
+        self._missed = state.about.get("grouping", {}).get("missed", False)  # older files have no such entry
+        self._open = None if fields is None else _OpenObservation(z=tensors["open.z"], q=tensors["open.q"], **fields)
 
 
 @final
@@ -168,7 +169,7 @@ class Autocorrelation:
         self._sum = 0.0  # of the windows' correlations
 
     def add(self, z: Tensor, center: Tensor, spread: Tensor) -> None:
-        """Add observations in order, (n, channels), with center and spread per channel; of many channels, some."""
+        """Add observations z in order, (n, channels), standardized per channel; at most 256 of the channels count."""
         step = -(-z.shape[1] // _CHANNELS)
         z = (z[:, ::step] - center[::step]) / spread[::step]
         rows = z if self._open is None else torch.cat([self._open, z])
@@ -180,7 +181,7 @@ class Autocorrelation:
 
     @property
     def r(self) -> float:
-        """The correlation; 0 before there is a window."""
+        """The correlation; 0 before the first window is full."""
         return self._sum * _WINDOW / self.count if self.count else 0.0
 
     @property
@@ -189,12 +190,12 @@ class Autocorrelation:
         return self.count >= 2 * _WINDOW and self.r > 0.1 + 4 / self.count**0.5
 
     def state(self) -> StreamState:
-        """The windows so far."""
+        """The windows so far, as part of a state."""
         tensors = {} if self._open is None else {"auto.open": self._open.clone()}
         return StreamState(tensors, {"auto": {"count": self.count, "sum": self._sum}})
 
     def put(self, state: StreamState) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.count, self._sum = state.about["auto"]["count"], state.about["auto"]["sum"]
         self._open = state.tensors.get("auto.open")
 

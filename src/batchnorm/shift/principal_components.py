@@ -1,11 +1,12 @@
-"""Components: principal components of neighbouring channels; some move far although no single channel does.
+"""Components: principal components of neighbouring channels; a component may move far although no channel does.
 
 Channels of a layer vary together from one example to the next, and the differences between them vary little. A change
-that moves each channel by one standard deviation may move such a difference by several. So each layer's channels are
-taken in blocks of sixteen, and their means, and separately their energies, become principal components.
+that moves each channel by one standard deviation may move such a difference by several standard deviations. So each
+layer's channels are divided into blocks of sixteen, and the principal components of a block's means, and separately of
+its energies, are computed.
 
 Directions are chosen on a random half of the calibration observations (at most 1,000); center and variance are measured
-on the rest, because on the same observations the smallest variance would come out too small.
+on the rest, because on the same observations the smallest variance would be underestimated.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-TOGETHER = 16  # channels; 100 of 200 observations estimate so small a covariance well enough
+TOGETHER = 16  # channels in a block; even 100 observations measure so small a covariance well enough
 
-MOST_CHOOSE = 1000  # observations; the others are worth more for comparison
+MOST_CHOOSE = 1000  # most observations to choose directions; further observations are worth more for comparison
 
 
 @final
@@ -29,12 +30,12 @@ class Components:
     """Components of channels' means z and of their relative energies q.
 
     Args:
-        sizes: Channels of each layer.
-        axes: Unit vectors, the columns of each matrix: (2, blocks, 16, 16), for z and for q; 0 in slots without a
-            channel. In float32, because they are most of a reference's file.
-        center: Expected component, (2 * channels,): for z, then for q.
-        delta: Largest distance of its mean from the center, (2 * channels,).
-        kappa: Its largest variance, (2 * channels,).
+        sizes: Number of channels of each layer.
+        axes: Unit vectors, the columns of each matrix, (2, blocks, 16, 16), for z and for q. A block has 16 slots; axes
+            are 0 in slots without a channel. In float32, because axes are most of a reference's file.
+        center: Expected value of each component, (2 * channels,): for z, then for q.
+        delta: Largest distance of a component's mean from the center, (2 * channels,).
+        kappa: Largest variance of a component, (2 * channels,).
     """
 
     sizes: tuple[int, ...]
@@ -55,9 +56,9 @@ class Components:
             q: Relative energies of channels, (n, channels).
             bounds: Returns center, delta and kappa of observed components.
         """
-        chosen, rest = halves(len(z))
-        axes = torch.stack([axes_of(x[chosen], sizes) for x in (z, q)])
-        return cls(sizes, axes, *bounds(turned(axes, sizes, z[rest], q[rest])))
+        first, second = halves(len(z))
+        axes = torch.stack([axes_of(x[first], sizes) for x in (z, q)])
+        return cls(sizes, axes, *bounds(turned(axes, sizes, z[second], q[second])))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
         """Components of observations, (n, channels) each -> (n, 2 * channels)."""
@@ -65,9 +66,10 @@ class Components:
 
 
 def halves(n: int) -> tuple[Tensor, Tensor]:
-    """Random halves of n observations: one to choose directions, one to measure along them.
+    """Two random parts of n observations: half of them, at most 1,000, to choose directions, and the rest to measure.
 
-    Always the same split. Random, because observations may alternate, such as a picture and its mirror image.
+    The split is the same in every call. It is random because observations may alternate, such as a picture and its
+    mirror image.
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     half = min(n // 2, MOST_CHOOSE)
@@ -91,14 +93,14 @@ def axes_of(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def turned(axes: Tensor, sizes: Sequence[int], z: Tensor, q: Tensor) -> Tensor:
-    """Components along ``axes``, (n, 2 * channels): of z, then of q, in their dtype."""
+    """Components along ``axes``, (n, 2 * channels): of z, then of q, in the dtype of z and q."""
     parts = [_blocks(x, sizes) @ turn for x, turn in zip((z, q), axes.to(z.dtype), strict=True)]
     flat = torch.stack(parts).permute(2, 0, 1, 3).flatten(2)  # (n, 2, slots)
     return (flat if flat.shape[2] == z.shape[1] else flat[:, :, _slots(tuple(sizes))]).flatten(1)
 
 
 def _blocks(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Observations by block, (n, channels) -> (blocks, n, 16), with 0 in slots without a channel."""
+    """Observations by block: x (n, channels) -> (blocks, n, 16), with 0 in slots without a channel."""
     blocks = axes_shape(sizes)[1]
     if blocks * TOGETHER == x.shape[1]:
         return x.unflatten(1, (blocks, TOGETHER)).transpose(0, 1)
@@ -110,8 +112,8 @@ def _blocks(x: Tensor, sizes: Sequence[int]) -> Tensor:
 @lru_cache(maxsize=64)
 def _slots(sizes: tuple[int, ...]) -> Tensor:
     """Each channel's index among the slots of all blocks, (channels,); a block holds channels of one layer."""
-    found, start = [], 0
+    slots, start = [], 0
     for size in sizes:
-        found.append(torch.arange(start, start + size))
+        slots.append(torch.arange(start, start + size))
         start += -(-size // TOGETHER) * TOGETHER
-    return torch.cat(found)
+    return torch.cat(slots)

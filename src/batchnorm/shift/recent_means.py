@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchnorm.shift.stream_state import StreamState
 
-_FORGOTTEN = 0.05  # added to the lowest logarithm in each round
+_RISE = 0.05  # added to the lowest logarithm in each round, so that it is forgotten
 
 
 @final
@@ -22,19 +22,19 @@ class RecentMeans:
     """Sums of channel means and energies since the evidence was lowest.
 
     Args:
-        channels: Channels of all layers.
-        name: Name in a state.
+        channels: Number of channels of all layers.
+        name: The key of these sums in a state.
     """
 
     def __init__(self, channels: int, name: str = "recent") -> None:
         self._name = name
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
-        self.count = 0  # observations
-        self._least = 0.0  # evidence before any observation
+        self.count = 0  # number of observations
+        self._least = 0.0  # lowest log evidence; 0 before any observation
 
     def add(self, sums: Tensor, count: int, log: float) -> None:
         """Add a round of observations; ``log`` is the logarithm of the evidence after it."""
-        self._least += _FORGOTTEN
+        self._least += _RISE
         if log <= self._least:
             self.restart()
             self._least = log
@@ -42,12 +42,12 @@ class RecentMeans:
             self.take(sums, count)
 
     def take(self, sums: Tensor, count: int) -> None:
-        """Add a round of observations, whatever the evidence is."""
+        """Add a round of observations, also if the evidence is at its lowest."""
         self.sums, self.count = self.sums + sums, self.count + count
 
     @property
     def means(self) -> Tensor | None:
-        """Means of z and q, (2, channels); None without observations."""
+        """Means of z and q, (2, channels); None if there are no observations."""
         return self.sums / self.count if self.count else None
 
     def restart(self) -> None:

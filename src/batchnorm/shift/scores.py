@@ -1,8 +1,9 @@
 """Scores: numbers that say how strange one observation is to a layer; larger is stranger.
 
 Observations can be strange in several ways, so each layer has several scores. a_c is the distance of a channel's mean
-z_c from its center, b_c that of the logarithm of its energy, both in units of their mean absolute deviations, and w are
-the principal components of neighbouring channels (``principal_components``), standardized likewise:
+z_c from its center, b_c the distance of the logarithm of its energy from the center of that, both in units of their
+mean absolute deviations. w are the principal components of neighbouring channels (``principal_components``),
+standardized in the same way. Q is the layer's energy:
 
     mean             max |a_c|,  mean of a_c,  mean of -a_c
     energy up        Q,          mean of b_c
@@ -11,15 +12,15 @@ the principal components of neighbouring channels (``principal_components``), st
     components       max |w|,    mean of log(1 + w^2)
     component means  w_1, ..., w_16 of the means of the first sixteen channels, -w_1, ..., -w_16
 
-Centers, deviations and directions are estimated from some of the calibration observations; the bag for p-values holds
-the others. Bad estimates cost power, never validity. Mean absolute deviations and logarithms stay meaningful if a few
-observations are very large.
+Centers, deviations and directions are estimated from some of the calibration observations; the other observations are
+in the bag for p-values. Bad estimates cost power, never validity. Mean absolute deviations and logarithms stay
+meaningful if a few observations are very large.
 
 A value that varies by less than 2 % of a stored sd on clean data may vary by rounding only, which depends on batch size
-and machine: clean inputs may be of a few kinds, or a difference of channels may always be 0. So deviations count as at
-least 0.02, those of scores as at least 0.1, and those of a component's mean, 1 by definition, as at least 1. Then
-rounding by 4e-5 sd moves a component's mean by at most half a cell (see ``conformal``); so does rounding by 4e-6 sd for
-any score.
+and machine: there may be only a few distinct clean inputs, or a difference of channels may always be 0. So the mean
+absolute deviations of channels and components count as at least 0.02, those of scores as at least 0.1, and those of the
+scores "component means", which are 1 by definition, as at least 1. Then rounding by 4e-5 sd moves a score "component
+means" by at most half a cell (see ``conformal``), and rounding by 4e-6 sd moves any score by at most half a cell.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ class Scores:
     Args:
         components: Components of neighbouring channels; only their directions are used here.
         center: Median of each channel's z, (channels,).
-        spread: Its mean absolute deviation, (channels,).
+        spread: Mean absolute deviation of each channel's z, (channels,).
         power: Median of each channel's energy, (channels,).
-        power_center: Median of the logarithm of its relative energy, (channels,).
+        power_center: Median of the logarithm of each channel's relative energy, (channels,).
         power_spread: Mean absolute deviation of that logarithm, (channels,).
         turned_center: Median of each component, (2 * channels,).
-        turned_spread: Its mean absolute deviation, (2 * channels,).
+        turned_spread: Mean absolute deviation of each component, (2 * channels,).
         middle: Median of each score, (scores,).
-        width: Its mean absolute deviation, (scores,).
+        width: Mean absolute deviation of each score, (scores,).
     """
 
     components: Components
@@ -77,15 +78,15 @@ class Scores:
 
     @classmethod
     def learned(cls, components: Components, power: Tensor, z: Tensor, q: Tensor) -> Scores:
-        """Scores estimated from observations: channel means in stored sd and energies, (n, channels) each."""
+        """Estimate from observations: ``z`` channel means in stored sd, ``q`` channel energies, (n, channels) each."""
         turned = _middle(components.of(_single(z), _single(q / power)).double(), _SPREAD)
         scores = len(KIND_OF) * len(components.sizes)
         unknown = torch.zeros(scores, dtype=torch.float64), torch.ones(scores, dtype=torch.float64)
         power_middle = _middle(_log(q / power), _SPREAD)
-        known = cls(components, *_middle(z, _SPREAD), power, *power_middle, *turned, *unknown)
-        middle, width = _middle(known.of(z, q).double(), _WIDTH)
+        raw_scores = cls(components, *_middle(z, _SPREAD), power, *power_middle, *turned, *unknown)
+        middle, width = _middle(raw_scores.of(z, q).double(), _WIDTH)
         along = torch.tensor([kind == "component means" for kind in KIND_OF]).repeat_interleave(len(components.sizes))
-        return replace(known, middle=middle, width=torch.where(along, width.clamp_min(1), width))
+        return replace(raw_scores, middle=middle, width=torch.where(along, width.clamp_min(1), width))
 
     def of(self, z: Tensor, q: Tensor) -> Tensor:
         """Scores of observations, (n, scores), float32: the first score of all layers, then the second, and so on."""
@@ -123,7 +124,7 @@ class Scores:
 
     @cached_property
     def _lines(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Shift and scale of each: (x - center) / spread = shift + scale x."""
+        """Shift and scale of each kind of value x: (x - center) / spread = shift + scale x."""
         kinds = {
             "mean": (self.center, self.spread),
             "power": (self.power_center, self.power_spread),
@@ -137,18 +138,18 @@ class Scores:
 
 
 def powers(q: Tensor) -> Tensor:
-    """Median of each channel's energy, (n, channels) -> (channels,); the mean if the median is 0."""
+    """Median of each channel's energy, or its mean if the median is 0: q (n, channels) -> (channels,)."""
     middle = q.median(0).values
     return torch.where(middle > 0, middle, q.mean(0)).clamp_min(torch.finfo(torch.float32).eps)
 
 
 def _first(x: Tensor) -> Tensor:
-    """The first sixteen channels of each layer, padded with 0: (n, layers, channels) -> (n, 16, layers)."""
+    """The first sixteen channels of each layer, padded with 0: x (n, layers, channels) -> (n, 16, layers)."""
     return F.pad(x[..., :TOGETHER], (0, max(0, TOGETHER - x.shape[-1]))).mT
 
 
 def _single(x: Tensor) -> Tensor:
-    """In float32, at half the cost; clean scores are measured the same way."""
+    """The values in float32, at half the cost; scores of clean observations are computed in the same way."""
     return x.float().clamp_(-_MOST, _MOST)
 
 
@@ -157,6 +158,6 @@ def _log(relative: Tensor) -> Tensor:
 
 
 def _middle(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Median and mean absolute deviation from it, at least ``least``: (n, k) -> (k,) each."""
+    """Median, and mean absolute deviation from it, at least ``least``: x (n, k) -> twice (k,)."""
     middle = x.median(0).values
     return middle, (x - middle).abs().mean(0).clamp_min(least)

@@ -1,4 +1,4 @@
-"""Stream: collects observations one after another into evidence, and raises the alarm when it reaches the limit."""
+"""Stream: adds observations to the evidence one after another, and raises the alarm when the limit is reached."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Stream:
         reference: The bounds of clean data.
         unit: What one observation is.
         alpha: Largest probability that clean data ever raise an alarm.
-        arl: If given, average number of observations until a false alarm, at least; replaces alpha.
+        arl: Smallest average number of observations until a false alarm, used instead of alpha; None uses alpha.
         on_alarm: Called with the alarm, once; exceptions that it raises are logged.
     """
 
@@ -58,7 +58,7 @@ class Stream:
         self._tails = Tails(reference)
         self._bounds = reference.digest_of_bounds()
         self.passed = 0  # examples, observed or not
-        self.looked = 0  # observed ones among them
+        self.looked = 0  # examples that were observed
         self._grouping = Grouping(unit, reference.examples, is_strict=reference.clean is not None)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
@@ -101,7 +101,7 @@ class Stream:
             self.update()
 
     def update(self) -> float:
-        """Turn waiting observations into evidence now; return its logarithm. Raises the alarm at the limit."""
+        """Add waiting observations to the evidence now; return its logarithm. Raises the alarm at the limit."""
         with self.lock:
             if self._waiting:
                 first, *rest = self._waiting
@@ -122,7 +122,7 @@ class Stream:
         self._watch_tails(q)
 
     def _since_clean(self, evidence: ShiftEvidence) -> float:
-        """Log evidence, without the growth of one per observation that e-SR has on clean data."""
+        """Log evidence; for e-SR without its growth on clean data, which is one per observation."""
         return evidence.log - (math.log(evidence.observations) if self.arl is not None else 0.0)
 
     def _judge(self) -> None:
@@ -130,7 +130,7 @@ class Stream:
             self.warn(
                 "unit",
                 f"neighbouring observations are alike (correlation {self.autocorrelation.r:.2f}): the rate of false "
-                f"alarms is not kept with unit={self.reference.unit!r}. Use a larger unit, such as 'batch' or a key.",
+                f"alarms is not kept with unit={self.reference.unit!r}. Use a larger unit, such as 'batch' or keys.",
             )
         if self.alarm is None and self.evidence.log >= self.limit:
             self.alarm = self._alarm(self.evidence, self._means(), self.passed)
@@ -138,7 +138,7 @@ class Stream:
             self._call(self.alarm)
 
     def _settle(self, alarm: Alarm, sums: Tensor, n: int) -> None:
-        """Give an alarm its hint once enough observations came after it."""
+        """Set the hint of an alarm once enough observations came after it."""
         self._later.take(sums, n)
         if alarm.hint or (furthest := self.reference.furthest(*self.means)) is None:
             return
@@ -185,7 +185,7 @@ class Stream:
 
     @property
     def means(self) -> Tensor:
-        """Means of z and q, (2, channels): since the evidence began to rise if it is at the limit, else all."""
+        """Means of z and q, (2, channels): since the evidence began to rise, if it is at the limit now, else of all."""
         with self.lock:
             return self._means()
 
@@ -225,8 +225,8 @@ class Stream:
     @property
     def kind(self) -> dict[str, Any]:
         """Settings that two streams must share to be pooled or continued."""
-        known = self.reference
-        about = {"digest": known.digest, "source": known.source, "unit": known.unit, "bounds": self._bounds}
+        reference = self.reference
+        about = {"digest": reference.digest, "source": reference.source, "unit": reference.unit, "bounds": self._bounds}
         return {**about, "alpha": self.alpha, "arl": self.arl}
 
     def state(self) -> StreamState:
@@ -256,7 +256,7 @@ class Stream:
         """Continue from a state.
 
         Raises:
-            ValueError: If it belongs to another reference, unit, alpha or arl.
+            ValueError: If the state is damaged, or belongs to another reference, unit, alpha or arl.
         """
         self.check(state)
         with self.lock:
@@ -265,7 +265,7 @@ class Stream:
     def _put(self, state: StreamState) -> None:
         about, tensors = state.about, state.tensors
         self.evidence, self.alarm, self.passed = state.evidence(self.reference), state.alarm, about["passed"]
-        self.looked = about.get("looked", 0)  # older files do not say
+        self.looked = about.get("looked", 0)  # older files have no such entry
         self._sums = tensors["sums"].clone()
         self._waiting = [(tensors["waiting.z"], tensors["waiting.q"])] if len(tensors["waiting.z"]) else []
         self._grouping.put(state)

@@ -28,19 +28,19 @@ class StreamState:
 
     Args:
         tensors: E-processes, sums and waiting observations, in float64.
-        about: The rest, as JSON data: counts, the alarm, and the reference and unit it belongs to.
+        about: All other values, as JSON data: counts, the alarm, and the reference and unit of the stream.
     """
 
     tensors: dict[str, Tensor]
     about: dict[str, Any]
 
     def __or__(self, other: StreamState) -> StreamState:
-        """Both parts."""
+        """The state with both parts."""
         return StreamState(self.tensors | other.tensors, self.about | other.about)
 
     @classmethod
     def of_evidence(cls, evidence: ShiftEvidence) -> StreamState:
-        """The evidence's part."""
+        """The part of a state that stores the evidence."""
         tensors, bets = {}, {}
         for name in BETS:
             wealth: EProcesses | None = getattr(evidence, name)
@@ -53,7 +53,7 @@ class StreamState:
         return cls(tensors, {"bets": bets, "observations": evidence.observations})
 
     def evidence(self, reference: Reference) -> ShiftEvidence:
-        """The evidence against ``reference``, which must be the state's own."""
+        """The evidence against ``reference``, which must be the reference of the state's stream."""
         bets: dict[str, Any] = dict.fromkeys(BETS)
         for name, about in self.about["bets"].items():
             bets[name] = EProcesses(self.tensors[f"{name}.product"], self.tensors[f"{name}.restarted"], **about)
@@ -64,15 +64,15 @@ class StreamState:
 
     @property
     def alarm(self) -> Alarm | None:
-        """The alarm, if there was one."""
-        told = self.about["alarm"]
-        return None if told is None else Alarm.of_dict(told)
+        """The alarm; None if there was none."""
+        fields = self.about["alarm"]
+        return None if fields is None else Alarm.of_dict(fields)
 
     def check(self, reference: Reference) -> None:
         """Refuse a state that lacks a part, or whose tensors do not fit ``reference``.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: If the state is damaged.
         """
         channels, bets = sum(reference.sizes), shapes(reference)
         try:
@@ -104,13 +104,15 @@ class StreamState:
 
         Raises:
             ValueError: If the name has another ending, or an open key is neither text nor a number.
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
-        path = sidecar.named(path, SUFFIX, "a monitor's state", "Name it so.")
+        path = sidecar.named(path, SUFFIX, "a monitor's state", f"Name it model{SUFFIX}.")
         try:
             sidecar.write(path, "shift", {"version": VERSION, **self.about}, self.tensors)
         except TypeError as error:
-            raise ValueError(f"a monitor is saved with keys that are text or numbers: {error}.") from error
+            raise ValueError(
+                f"a monitor can be saved if its unit's keys are text or numbers: {error}. Return such keys."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamState:
@@ -118,7 +120,7 @@ class StreamState:
 
         Raises:
             ValueError: If the file is of another kind or version.
-            OSError: If it cannot be read.
+            OSError: If the file cannot be read.
         """
         about, tensors = sidecar.read(path, "shift", "a monitor's state", "Write one with monitor.save(path).")
         if about.pop("version", None) != VERSION:

@@ -9,7 +9,8 @@ observed ratio m = E[Q^2] / E[Q]^2 is above
 
 d covers fewer than two standard errors, and the condition is doubtful; k is 3, or a larger declared value. With 3 the
 bound is 5.5. One normal channel alone has m = 3. Nothing is judged before 512 observations; then m has a standard error
-of at most sqrt(24 / 512) = 0.22, so 5.5 is more than ten of them away. More channels or positions have a smaller m.
+of at most sqrt(24 / 512) = 0.22, so 5.5 is more than ten standard errors away. More channels or positions make m
+smaller.
 
 Observations after an alarm do not count: they are shifted, and carry no information about clean data.
 """
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from batchnorm.shift.alarm_reference import Reference
 
 LEAST = 512  # least number of observations
-_KEPT = 64  # number of largest energies kept per layer, to report their share
-_FEWER = 1.5  # 3 standard errors assumed, over the 2 that must remain
+_LARGEST_COUNT = 64  # number of largest energies stored per layer, to report their share
+_ERROR_RATIO = 1.5  # the 3 assumed standard errors, divided by the 2 that must remain
 
 
 @final
@@ -41,7 +42,7 @@ class Tail:
 
     Args:
         layer: Name of the layer with the heaviest tail.
-        count: Number of observations that carry half of the energy, at most a tenth of all and at most 64.
+        count: Number of the largest observations that carry half of the energy, at most a tenth of all and at most 64.
         observations: Number of observations.
         part: Share of the energy, from 0 to 1.
         ratio: E[Q^2] / E[Q]^2, the smallest kurtosis that could be declared.
@@ -54,7 +55,7 @@ class Tail:
     ratio: float
 
     def __str__(self) -> str:
-        """One sentence, without the remedy."""
+        """The tail in one sentence, without the remedy."""
         share = f"{100 * self.count / self.observations:.2g} %"
         return (
             f"the largest {share} of observations carry {100 * self.part:.0f} % of the energy of layer {self.layer!r}"
@@ -71,7 +72,7 @@ class Tail:
 
 @final
 class Tails:
-    """Energies of layers, their squares, and the largest of them.
+    """Sums of the layers' energies and of their squares, and the largest energies.
 
     Args:
         reference: The reference of the layers.
@@ -79,26 +80,26 @@ class Tails:
 
     def __init__(self, reference: Reference) -> None:
         layers = len(reference.sizes)
-        self.count = 0  # observations
+        self.count = 0  # number of observations
         self._names, self._limit = reference.layers, limits(reference)
         self._sums = torch.zeros(2, layers, dtype=torch.float64)  # of energies and of their squares
-        self._largest = torch.zeros(_KEPT, layers, dtype=torch.float64)  # falling
+        self._largest = torch.zeros(_LARGEST_COUNT, layers, dtype=torch.float64)  # in falling order
 
     def add(self, energy: Tensor) -> None:
-        """Add observations of layers' energies, (n, layers)."""
+        """Add observed energies of the layers, (n, layers)."""
         self.count += len(energy)
         self._sums += torch.stack([energy.sum(0), energy.square().sum(0)])
-        self._largest = torch.cat([self._largest, energy]).topk(_KEPT, dim=0).values
+        self._largest = torch.cat([self._largest, energy]).topk(_LARGEST_COUNT, dim=0).values
 
     @property
     def ratios(self) -> Tensor:
-        """E[Q^2] / E[Q]^2 of each layer, (layers,); 0 where there is no energy."""
+        """E[Q^2] / E[Q]^2 of each layer, (layers,); 0 for a layer without energy."""
         mean, square = self._sums / max(1, self.count)
         return torch.where(mean > 0, square / mean.square(), 0.0)
 
     @property
     def heavy(self) -> Tail | None:
-        """The layer furthest above its limit; None if there is none, or before 512 observations."""
+        """The tail of the layer furthest above its limit; None if no layer is, or before 512 observations."""
         above = self.ratios / self._limit
         if self.count < LEAST or not bool((above > 1).any()):
             return None
@@ -117,16 +118,18 @@ class Tails:
 
 def limits(reference: Reference) -> Tensor:
     """The largest E[Q^2] / E[Q]^2 at which d still covers two standard errors, (layers,)."""
-    known = reference.d.new_zeros(()) if reference.v is None else reference.v + (1 - reference.d).clamp_min(0).square()
-    return 1 + (known.expand_as(reference.d).clamp_min(NORMAL) - 1) * _FEWER**2
+    declared = (
+        reference.d.new_zeros(()) if reference.v is None else reference.v + (1 - reference.d).clamp_min(0).square()
+    )
+    return 1 + (declared.expand_as(reference.d).clamp_min(NORMAL) - 1) * _ERROR_RATIO**2
 
 
 def tail_of(layer: str, largest: Tensor, total: float, observations: int, ratio: Tensor) -> Tail:
-    """The share of the total energy in the largest energies, given in falling order."""
-    carried = largest[: max(1, observations // 10)].cumsum(0) / total
-    half = int((carried < 0.5).sum())  # count of energies that carry less than half
-    count = min(half + 1, len(carried))
-    return Tail(layer, count, observations, float(carried[count - 1]), float(ratio))
+    """The tail that a layer's largest energies show; ``largest`` is in falling order."""
+    shares = largest[: max(1, observations // 10)].cumsum(0) / total
+    half = int((shares < 0.5).sum())  # number of energies that carry less than half
+    count = min(half + 1, len(shares))
+    return Tail(layer, count, observations, float(shares[count - 1]), float(ratio))
 
 
 def _rounded_up(ratio: float) -> int:

@@ -1,7 +1,7 @@
-"""ShiftVerdict: one data set judged offline, by the evidence that a monitor gathers live.
+"""ShiftVerdict: the result of comparing one data set with a reference, by the evidence of ``ShiftMonitor``.
 
-The evidence E is that of ``ShiftMonitor``: on data like those of the reference, the probability that E ever reaches x
-is at most 1 / x (Ville 1939). So the greatest E over the whole data set can be quoted as it is.
+On data like those of the reference, the probability that the evidence E ever reaches x is at most 1 / x (Ville 1939).
+So the largest E over the whole data set needs no correction.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 # changes when a key of to_dict() changes its meaning or goes away
 SCHEMA_VERSION = 1
-_ROUND = 8  # observations of one update, as live
-_AROUND = 32  # examples before the alarm, and after it, among which pictures are chosen
-_ENOUGH = 100  # observations, before which a correlation is not judged
+_ROUND = 8  # observations per update of the evidence, as in a stream
+_AROUND = 32  # examples before the alarm, and as many after it, among which pictures are chosen
+_ENOUGH = 100  # observations needed to judge a correlation
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A channel that moved: the move of its mean in stored sd, the ratio of its energy to the old one, the evidence."""
+    """A channel that moved: the move of its mean in stored sd, its energy over that of clean data, its log e-value."""
 
     index: int
     moved: float
@@ -55,7 +55,7 @@ class Channel:
 @final
 @dataclass(frozen=True, slots=True)
 class LayerVerdict:
-    """One layer. It ``moved`` if its own evidence reaches the limit. See ``LayerShift``."""
+    """One layer, which ``moved`` if its own evidence reaches the limit; for the other fields see ``LayerShift``."""
 
     name: str
     size: int
@@ -80,32 +80,35 @@ class Picture:
 @final
 @dataclass(frozen=True, slots=True)
 class ShiftVerdict:
-    """What ``judge`` returns. A value: it holds no model.
+    """The result of ``judge``; it has no reference to the model.
 
     Args:
         target: The model, in the caller's words.
-        data: The data, likewise.
-        command: What was typed, to be repeated.
+        data: The data, in the caller's words.
+        command: The command that gives the verdict again.
         source: "checkpoint", or "calibrated" with ``calibrated`` observations.
         unit: What one observation is.
         alpha: Largest probability of a false alarm.
-        examples: How many passed, in ``batches`` batches; ``left_out`` of them had activations that are not finite.
-        observations: How many they made.
-        log_evidence: Natural logarithm of the greatest evidence on the way.
+        examples: Number of examples, in ``batches`` batches; ``left_out`` of these examples had activations that are
+            not finite.
+        observations: Number of observations.
+        log_evidence: Natural logarithm of the largest evidence over the data.
         trail: (examples, log evidence) after each round.
-        rang: Examples after which it reached the limit, or None.
-        rise: Examples after which it began to rise to it, roughly.
-        first: The first layer in forward order that moved by itself.
-        hint: What the change looked like when it rang, or "".
-        layers: Every layer: by examples since the evidence began to rise if there is enough of it, else by all; as of
-            the alarm if the evidence has gone since.
-        correlation: Of neighbouring observations, before the evidence rose if there were 100 of them.
-        dependent: Whether that is too much for the unit.
-        sight: The least move of a channel's mean, in stored sd, that so many observations could have shown: the
-            median over channels.
-        seconds: How long it took.
-        pictures: The examples that contribute most around the alarm, as far as they were asked for.
-        tails: What makes a condition of the promise doubtful, from a checkpoint alone, or "".
+        rang: Number of examples after which the evidence reached the limit; None if it did not.
+        rise: Number of examples after which the evidence began to rise to the limit, roughly; None if it did not.
+        first: The first layer in forward order whose own evidence reached the limit; None if no layer's did.
+        hint: What the change looked like at the alarm; "" if that is not clear or there was no alarm.
+        layers: Every layer. Distances are measured on the examples since the evidence began to rise if it is at the
+            limit at the end, else on all examples. If the evidence has fallen below the limit after an alarm, the
+            values are those at the alarm.
+        correlation: Correlation of neighbouring observations; of those before the evidence rose if these are at least
+            100, else of all.
+        dependent: Whether that correlation is too large for the unit.
+        sight: The smallest move of a channel's mean, in stored sd, that would have raised an alarm with so many
+            observations: median over channels.
+        seconds: Duration of the check.
+        pictures: The examples near the alarm that add most to the evidence; () if no pictures were asked for.
+        tails: Why a condition of a checkpoint's promise is doubtful; "" if none is, or if calibrated.
     """
 
     target: str
@@ -135,19 +138,19 @@ class ShiftVerdict:
 
     @property
     def log_limit(self) -> float:
-        """Logarithm at which it rings."""
+        """Log evidence at which the alarm is raised."""
         return -math.log(self.alpha)
 
     def to_dict(self) -> dict[str, Json]:
         """Plain values for JSON, as the schema beside this file describes them; pictures are left out."""
-        told = {name: getattr(self, name) for name in self.__slots__ if name not in {"pictures", "layers"}}
+        fields = {name: getattr(self, name) for name in self.__slots__ if name not in {"pictures", "layers"}}
         layers = [asdict(layer) for layer in self.layers]
         versions = {"torch": str(torch.__version__)}
         head = {"schema_version": SCHEMA_VERSION, "batchnorm": version("batchnorm"), "shift": self.rang is not None}
-        return {**head, **told, "log_limit": self.log_limit, "layers": layers, "versions": versions}
+        return {**head, **fields, "log_limit": self.log_limit, "layers": layers, "versions": versions}
 
     def to_json(self) -> str:
-        """``to_dict`` as JSON: NaN and infinities as strings, since JSON has none."""
+        """``to_dict`` as JSON; NaN and infinities become strings, because JSON has no such numbers."""
         return to_json(self.to_dict())
 
 
@@ -163,20 +166,21 @@ def judge(
 ) -> ShiftVerdict:
     """Judge whether a data set is distributed like the data of a monitor's reference.
 
-    Every example is looked at. The monitor keeps its own stream, and its model is left as it was, bit for bit.
+    Every example is observed. The monitor's own stream and its model are left as they were, bit for bit.
 
     Args:
-        monitor: Of the model, with the reference, the unit and alpha to judge by.
-        loader: Batches as ``recalibrate`` takes them, in the order in which they came.
-        max_examples: At most so many.
-        pictures: How many examples to keep from around the alarm; the inputs must be pictures.
-        target: What to call the model.
-        data: What to call the data.
-        command: How to repeat it. Of a ``CommandLine``, the verdict can also say which command to give next.
+        monitor: The model's monitor; its reference, unit and alpha are used.
+        loader: Batches in the forms that ``recalibrate`` accepts, in the order in which they came.
+        max_examples: Largest number of examples to use; None uses all.
+        pictures: Number of examples near the alarm to keep; the inputs must be pictures.
+        target: The model's name in the verdict.
+        data: The data's name in the verdict.
+        command: The command that gives the verdict again. From a ``CommandLine`` the verdict also derives the next
+            command.
 
     Raises:
-        ValueError: If no example could be judged, the reference's numbers are not finite, or the inputs are no pictures
-            though some were asked for.
+        ValueError: If no example has finite activations, the reference's numbers are not finite, a layer does not
+            receive each example once, or pictures are asked for and the inputs are not pictures.
         RuntimeError: If the monitor is observing: these passes would be in its stream.
     """
     if monitor.is_observing:
@@ -186,31 +190,29 @@ def judge(
     watch = _Watch(stream, _Album(pictures))
     with _unwarned():
         tap = LayerObserver(monitor.layers, monitor.reference)
-        with closing(passes(monitor.model, tap, loader, max_examples, "shift")) as seen:
-            for inputs, z, q in seen:
+        with closing(passes(monitor.model, tap, loader, max_examples, "shift")) as batches:
+            for inputs, z, q in batches:
                 if len(z) != examples_in(inputs):
                     raise ValueError(passes_needed("shift"))
                 watch.see(inputs, z, q)
     if not stream.evidence.observations:
         raise ValueError("shift needs examples with finite activations, got none. Look for the cause: batchnorm doctor")
     if any(math.isnan(log) for _, log in watch.trail):
-        raise ValueError(
-            "shift needs a reference whose numbers are finite, got evidence that is none. Calibrate again."
-        )
+        raise ValueError("shift needs a reference whose numbers are finite, got evidence that is NaN. Calibrate again.")
     names = {"target": target, "data": data, "command": command}
     return _verdict(watch, seconds=time.perf_counter() - start, **names)
 
 
 def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
     stream, alarm = watch.stream, watch.stream.alarm
-    known = stream.reference
+    reference = stream.reference
     rise = _rise(watch.trail, alarm)
     correlation, dependent = watch.dependence(rise)
     is_past = alarm is not None and stream.evidence.log < stream.limit
     table = list(alarm.layers) if alarm is not None and is_past else stream.table()
     moved = watch.at_alarm if is_past and watch.at_alarm is not None else (stream.means, stream.evidence.log_channels)
     return ShiftVerdict(
-        **names, source=known.source, calibrated=known.observations, unit=known.unit, alpha=stream.alpha,
+        **names, source=reference.source, calibrated=reference.observations, unit=reference.unit, alpha=stream.alpha,
         examples=stream.passed, batches=watch.batches, left_out=watch.left_out,
         observations=stream.evidence.observations, log_evidence=max(log for _, log in watch.trail),
         trail=tuple(watch.trail), rang=alarm and alarm.examples, rise=rise,
@@ -222,20 +224,23 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
 
 
 def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
-    """Examples at the least evidence before the alarm. On clean data evidence sinks, so the change came about there."""
+    """Number of examples at the lowest evidence before the alarm: clean data lower it, so the change came about there.
+
+    None if there was no alarm.
+    """
     if alarm is None:
         return None
     before = [(log, -examples) for examples, log in trail if examples <= alarm.examples]
-    least = -min(before)[1]
-    return 0 if least == trail[0][0] else least
+    lowest = -min(before)[1]
+    return 0 if lowest == trail[0][0] else lowest
 
 
 def _layers(stream: Stream, table: list[LayerShift], means: Tensor, log_channels: Tensor) -> Iterator[LayerVerdict]:
-    known = stream.reference
-    sizes = list(known.sizes)
+    reference = stream.reference
+    sizes = list(reference.sizes)
     mean, energy = means
-    found = (row.split(sizes) for row in (mean - known.center, energy / known.power, log_channels))
-    for layer, size, *rows in zip(table, sizes, *found, strict=True):
+    by_layer = (row.split(sizes) for row in (mean - reference.center, energy / reference.power, log_channels))
+    for layer, size, *rows in zip(table, sizes, *by_layer, strict=True):
         channels = tuple(Channel(c, *(float(row[c]) for row in rows)) for c in layer.channels)
         is_moved = layer.log_evidence >= stream.limit
         yield LayerVerdict(layer.name, size, is_moved, layer.log_evidence, layer.kind, channels, layer.w2, layer.kl)
@@ -246,13 +251,14 @@ def _layers(stream: Stream, table: list[LayerShift], means: Tensor, log_channels
 
 @final
 class _Watch:
-    """A stream that is fed round by round, with the evidence after each."""
+    """A stream that gets observations in rounds, and the evidence after each round."""
 
     def __init__(self, stream: Stream, album: _Album) -> None:
         self.stream, self.album = stream, album
         self.trail: list[tuple[int, float]] = []
         self.at_alarm: tuple[Tensor, Tensor] | None = None  # means, and evidence of channels
-        self._alike: list[tuple[float, bool, int]] = []  # correlation, whether it is too much, of how many
+        # after each round: correlation of neighbours, whether it is too large, and the number of observations in it
+        self._correlations: list[tuple[float, bool, int]] = []
         self.batches = self.left_out = 0
 
     def see(self, inputs: Batch, z: Tensor, q: Tensor) -> None:
@@ -267,25 +273,27 @@ class _Watch:
             self.stream.passed += len(z[part])
             self.stream.observe(z[part], q[part])
             self.trail.append((self.stream.passed, self.stream.update()))
-            found = self.stream.autocorrelation
-            self._alike.append((found.r, found.is_wrong, found.count))
+            correlation = self.stream.autocorrelation
+            self._correlations.append((correlation.r, correlation.is_wrong, correlation.count))
             self.album.note(self.stream)
             if self.at_alarm is None and self.stream.alarm is not None:
                 self.at_alarm = self.stream.means, self.stream.evidence.log_channels
 
     def dependence(self, rise: int | None) -> tuple[float, bool]:
-        """Correlation of neighbours and whether it is too much, before a change if that can be told.
+        """Correlation of neighbours and whether it is too large: before the change if 100 observations show it.
 
-        A change within the data makes neighbours alike too, and is no fault of the unit.
+        A change within the data makes neighbours alike too, although the unit may be right.
         """
-        before = [row for (n, _), row in zip(self.trail, self._alike, strict=True) if rise is not None and n <= rise]
-        r, is_wrong, _ = before[-1] if before and before[-1][2] >= _ENOUGH else self._alike[-1]
+        before = [
+            row for (n, _), row in zip(self.trail, self._correlations, strict=True) if rise is not None and n <= rise
+        ]
+        r, is_wrong, _ = before[-1] if before and before[-1][2] >= _ENOUGH else self._correlations[-1]
         return r, is_wrong
 
 
 @final
 class _Album:
-    """Examples from shortly before the alarm to shortly after it, and the evidence there."""
+    """Examples from shortly before the alarm to shortly after it, and the evidence at the alarm."""
 
     def __init__(self, wanted: int) -> None:
         self._wanted = wanted
@@ -294,7 +302,7 @@ class _Album:
         self._left = _AROUND  # examples to take after the alarm
 
     def add(self, inputs: Batch, example: int, z: Tensor, q: Tensor, at: int) -> None:
-        """Keep these examples, whose inputs begin at ``at``, while they are near."""
+        """Keep examples near the alarm; their inputs begin at row ``at`` of the batch."""
         if not self._wanted or self._left <= 0:
             return
         if self._evidence is not None:
@@ -304,12 +312,12 @@ class _Album:
         self._rows.extend((i, z1, q1, x.detach().cpu()) for i, z1, q1, x in rows if bool(z1.isfinite().all()))
 
     def note(self, stream: Stream) -> None:
-        """Remember the evidence of the alarm."""
+        """Store the evidence at the alarm."""
         if self._evidence is None and stream.alarm is not None:
             self._evidence = stream.evidence
 
     def chosen(self) -> list[Picture]:
-        """The examples that would add most to the evidence of the alarm if they came again, the largest first."""
+        """The examples that would add most to the evidence at the alarm if they came again, the largest gain first."""
         if self._evidence is None:
             return []
         before = self._evidence
@@ -331,7 +339,7 @@ def _pixels(inputs: Batch) -> Tensor:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """A block without a stream's warnings; the verdict says the same."""
+    """A block without a stream's warnings, because the verdict says the same."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "ShiftMonitor:", RuntimeWarning)
         yield

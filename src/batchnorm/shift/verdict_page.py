@@ -1,4 +1,4 @@
-"""The page of a verdict: HTML that stands alone, without a script."""
+"""The page of a verdict: one HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from batchnorm.shift.verdict import LayerVerdict, Picture, ShiftVerdict
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_POINTS = 500  # of the line, more than a page has pixels to show apart
-_ABOVE = 5  # times the limit, in powers of ten, that the line is drawn to
-_RUN = 3  # layers in a row that did not move, beyond which they are one line
-_OPENED = 10  # moved layers whose channels are listed
-_LISTED, _LISTED_LATER = 20, 8  # channels shown of the first layer that moved, and of the others
+_POINTS = 500  # points of the evidence line; the page has no pixels for more
+_ABOVE = 5  # the chart ends at this multiple of the limit's logarithm
+_RUN = 3  # more than this number of layers in a row that did not move become one line
+_OPENED = 10  # number of moved layers whose channels are listed
+_LISTED, _LISTED_LATER = 20, 8  # number of channels shown of the first moved layer, and of other moved layers
 
 
 def page(verdict: ShiftVerdict) -> str:
@@ -63,14 +63,14 @@ def _raised(text: str) -> str:
 
 
 def _cards(verdict: ShiftVerdict) -> list[tuple[str, str, str]]:
-    """What, its figure, and a note."""
+    """Title, figure and note of each card."""
     rang = "never" if verdict.rang is None else f"{verdict.rang:,}"
     first = "–" if verdict.rang is None else plain(verdict.first or "none by itself")
     alike = "too much for the unit" if verdict.dependent else "" if verdict.observations < 100 else "the unit fits"
     moved = sum(layer.moved for layer in verdict.layers)
     return [
         ("Evidence against clean data", _raised(odds(verdict.log_evidence)), f"limit {odds(verdict.log_limit)}"),
-        ("Rang after examples", rang, f"of {verdict.examples:,}"),
+        ("Examples before the alarm", rang, f"of {verdict.examples:,}"),
         ("First layer that moved", first, f"{moved} of {len(verdict.layers)} beyond the limit by themselves"),
         ("Correlation of neighbours", f"{verdict.correlation:.2f}", alike),
     ]
@@ -125,9 +125,9 @@ def _nice(total: int) -> list[int]:
 
 
 def _bars(verdict: ShiftVerdict) -> Iterator[tuple[tuple[str, ...], float, bool, str]]:
-    """Each layer's cells, the length of its bar in percent of the longest, whether it moved, and how many channels.
+    """Each layer's cells, the length of its bar in percent of the longest, whether it moved, and its moved channels.
 
-    Many layers in a row that did not move are one line, if others did.
+    More than three layers in a row that did not move become one line, if other layers moved.
     """
     most = max(1e-9, *(layer.log_evidence for layer in verdict.layers))
     for moved, run in groupby(verdict.layers, key=lambda layer: layer.moved):
@@ -156,20 +156,20 @@ def _share(layer: LayerVerdict) -> str:
 def _moves(layer: LayerVerdict, most: int) -> list[tuple[str, str, float, float, str, str]]:
     """Channels: name, move in words, start and length of the bar in percent of the widest, energy, evidence."""
     widest = max((abs(channel.moved) for channel in layer.channels), default=1.0) or 1.0
-    found = []
+    rows = []
     for channel in layer.channels[:most]:
         length = round(50 * abs(channel.moved) / widest, 1)
         start = 50.0 if channel.moved > 0 else 50 - length
         move = f"{channel.moved:+.2f}".replace("-", "−")
         evidence = _raised(odds(channel.log_evidence))
-        found.append((str(channel.index), move, start, length, f"× {channel.energy:.2f}", evidence))
-    return found
+        rows.append((str(channel.index), move, start, length, f"× {channel.energy:.2f}", evidence))
+    return rows
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Gallery:
-    """Pictures as PNG files in base64, by their examples, and the values of the darkest and the brightest colour."""
+    """Example numbers with pictures as PNG files in base64, and the values of the darkest and the brightest colour."""
 
     rows: list[tuple[str, str]]
     low: str
@@ -189,7 +189,7 @@ def _pictures(shown: Sequence[Picture]) -> _Gallery | None:
 
 
 def _small(picture: Tensor, side: int) -> Tensor:
-    """(C, H, W) -> (3, h, w) of at most ``side`` pixels, by averages."""
+    """A picture (C, H, W) as (3, h, w), reduced by averaging to at most ``side`` pixels per side."""
     from torch.nn.functional import interpolate
 
     picture = picture.expand(3, -1, -1)[None]

@@ -1,4 +1,4 @@
-"""The report of a verdict: what programs are told of a shift, and its tables."""
+"""The report of a verdict: its rows, checks and tables, for all formats."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _RULES = (
 
 
 def report(verdict: ShiftVerdict, *, source: str = "") -> Report:
-    """What every format shows.
+    """The report for all formats.
 
     Args:
-        verdict: What was found.
+        verdict: The result of ``judge``.
         source: The file of the model's code.
     """
     rows = list(_rows(verdict, source))
@@ -70,7 +70,7 @@ def _rows(verdict: ShiftVerdict, source: str) -> Iterator[Row]:
 
 
 def _checks(verdict: ShiftVerdict, rows: list[Row]) -> Iterator[Check]:
-    """One check of all layers together, one of each layer, and one of neighbours, which never fails."""
+    """One check of all layers together, one of each layer, and one of neighbours, which gives at most a warning."""
     yield Check(name="all layers together", rows=[row for row in rows if row.rule == _SHIFT])
     yield from (_check(verdict, layer) for layer in verdict.layers)
     yield Check(name="neighbouring observations", rows=[row for row in rows if row.rule == _DEPENDENT])

@@ -1,6 +1,6 @@
-"""A verdict in words: what was compared, the evidence and its limit, when and where it rang, what could not be seen.
+"""A verdict in words: what was compared, the evidence, when and where the alarm was raised, and what stayed unseen.
 
-Text, tables, pages and what programs are told consist of these sentences, which are made here once.
+Text, tables, pages and the formats for programs use these sentences.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
 
 _CLEAN = "clean.py:loader"
-_SHOWN = 4  # channels of a layer in a table
-LOST = 7  # powers of ten from which digits of odds mean nothing
+_SHOWN = 4  # number of a layer's channels in a table
+LOST = 7  # from this power of ten on, odds are given as a power of ten without digits
 
 
 def odds(log_evidence: float) -> str:
-    """Evidence x as "1 in x", rounded down to two digits; "none" where there is no evidence."""
+    """Evidence x as "1 in x", rounded down to two digits; "none" if x is at most 1."""
     tens = log_evidence / math.log(10)
     if log_evidence <= 0:
         return "none"
@@ -36,7 +36,7 @@ def odds(log_evidence: float) -> str:
 
 
 def headline(verdict: ShiftVerdict) -> str:
-    """What was judged."""
+    """The model, the data, and the numbers of examples and batches."""
     counted = f"{many(verdict.examples, 'example')} in {many(verdict.batches, 'batch')}"
     return " · ".join(filter(None, [verdict.target, verdict.data, counted]))
 
@@ -49,7 +49,7 @@ def sentence(verdict: ShiftVerdict) -> str:
 
 
 def facts(verdict: ShiftVerdict) -> Iterator[tuple[str, str]]:
-    """What is known, as names and sentences."""
+    """The facts of the verdict: a name and a sentence for each."""
     yield "compared with", _reference(verdict)
     yield "evidence", _evidence(verdict)
     if verdict.rang is not None:
@@ -85,8 +85,8 @@ def _reference(verdict: ShiftVerdict) -> str:
 
 
 def _evidence(verdict: ShiftVerdict) -> str:
-    found = odds(verdict.log_evidence)
-    return f"{found} against clean data; limit {odds(verdict.log_limit)}"
+    evidence = odds(verdict.log_evidence)
+    return f"{evidence} against clean data; limit {odds(verdict.log_limit)}"
 
 
 def _first(verdict: ShiftVerdict) -> str:
@@ -98,17 +98,17 @@ def _first(verdict: ShiftVerdict) -> str:
 
 
 def neighbours(verdict: ShiftVerdict) -> str:
-    """Whether neighbouring observations are as independent as the unit has it."""
-    told = f"correlation {verdict.correlation:.2f} of neighbouring observations"
+    """Whether neighbouring observations are independent enough for the unit."""
+    text = f"correlation {verdict.correlation:.2f} of neighbouring observations"
     if verdict.dependent:
-        return f"{told}, too much for unit {verdict.unit!r}: the promise about false alarms does not hold"
+        return f"{text}, too much for unit {verdict.unit!r}: the promise about false alarms does not hold"
     if verdict.observations < 100:
         return f"not judged: fewer than 100 observations of unit {verdict.unit!r}"
-    return f"{told}: unit {verdict.unit!r} fits"
+    return f"{text}: unit {verdict.unit!r} fits"
 
 
 def unseen(verdict: ShiftVerdict) -> list[str]:
-    """What this could not show."""
+    """The changes that the check could not show."""
     least = f"{verdict.sight:.2g} stored sd" if math.isfinite(verdict.sight) else "any distance: too few observations"
     return [
         f"a channel's mean that moved by less than about {least}, and any energy within the tolerance",
@@ -119,29 +119,29 @@ def unseen(verdict: ShiftVerdict) -> list[str]:
 
 
 def follows(verdict: ShiftVerdict) -> list[str]:
-    """What to make of it."""
-    told = []
+    """What follows from the verdict, in sentences."""
+    advice = []
     if verdict.dependent:
         larger = "batch" if verdict.unit == "example" else "a session or a minute, by ShiftMonitor(unit=function)"
-        told.append(f"Neighbours are alike, so this may be a false alarm or chance. Judge again with unit {larger}.")
+        advice.append(f"Neighbours are alike, so this may be a false alarm or chance. Judge again with unit {larger}.")
     if verdict.tails:
-        told.append("Stored variances may be too small for such tails. Judge again with --calibrate clean.py:loader.")
+        advice.append("Stored variances may be too small for such tails. Judge again with --calibrate clean.py:loader.")
     if verdict.rang is None:
         finer = " A calibrated reference sees finer changes." if _is_wide(verdict) else ""
-        return [*told, f"This proves nothing about shifts that could not be seen.{finer}"]
-    told.append(
+        return [*advice, f"This proves nothing about shifts that could not be seen.{finer}"]
+    advice.append(
         "The distribution moved. Labelled examples of these data tell whether accuracy fell. If it did, prepare "
         "inputs as in training, or measure statistics on the new data: batchnorm.recalibrate."
     )
     if _is_wide(verdict):
-        told.append(
+        advice.append(
             "Stale stored statistics raise the alarm too: run the doctor on clean data to see whether they are stale."
         )
-    return told
+    return advice
 
 
 def following(verdict: ShiftVerdict) -> str:
-    """The next command, "" if there is none, or if the verdict does not know the parts of its own command."""
+    """The next command; "" if there is none, or if the verdict's own command is not a ``CommandLine``."""
     command = verdict.command
     if not isinstance(command, CommandLine):
         return ""
@@ -160,12 +160,12 @@ def _is_wide(verdict: ShiftVerdict) -> bool:
 
 
 def concise(verdict: ShiftVerdict) -> str:
-    """One line."""
+    """The verdict in one line."""
     return plain(": ".join(filter(None, (verdict.target, outcome(verdict)))))
 
 
 def outcome(verdict: ShiftVerdict) -> str:
-    """What came out, with the evidence."""
+    """The result with the evidence."""
     about = (
         f"evidence {odds(verdict.log_evidence)}, limit {odds(verdict.log_limit)}, {many(verdict.examples, 'example')}"
     )
@@ -177,7 +177,7 @@ def outcome(verdict: ShiftVerdict) -> str:
 
 
 def full(verdict: ShiftVerdict, *, width: int = 80) -> str:
-    """For people, in ``width`` columns; only a command may be longer."""
+    """The text for people, in ``width`` columns; only a command may be longer."""
     severity = Severity.INFO if verdict.rang is None else Severity.ERROR
     status = f"[{GLYPHS[severity]} {severity}]"
     lines = [*wrapped(headline(verdict), width), "", *wrapped(f"{status} {sentence(verdict)}", width)]
@@ -193,13 +193,13 @@ def full(verdict: ShiftVerdict, *, width: int = 80) -> str:
 
 
 def _layers(verdict: ShiftVerdict, width: int) -> Iterator[str]:
-    """A line for each layer that moved, and one for the others; the three with most evidence where none moved."""
+    """A line for each layer that moved, or for the three with most evidence if none moved; and one for all others."""
     strongest = sorted(verdict.layers, key=lambda layer: -layer.log_evidence)[:3]
     rows = [cells(layer) for layer in verdict.layers if layer.moved] or [cells(layer) for layer in strongest]
     yield from aligned(table(rows), width)
     if others := len(verdict.layers) - len(rows):
         yield f"{many(others, 'other layer')} did not move beyond the limit"
-    yield "W2 and KL are distances for display: sd, and nats"
+    yield "W2 and KL are distances for display, in sd and in nats"
 
 
 def table(rows: Sequence[Sequence[str]]) -> TextTable:
