@@ -340,7 +340,7 @@ class Adapter:
         got = f"{tuple(scores.shape)} of {scores.dtype}" if is_tensor else type(scores).__name__
         raise ValueError(f"classes must give logits (N, K) or predicted classes (N,), got {got}. Change the function.")
 
-    # -- what happened --------------------------------------------------------------------------------------------
+    # -- history --------------------------------------------------------------------------------------------------
 
     def _become(self, state: State, reason: str) -> None:
         self.state = state

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from batchnorm.adaptation.predictions import Predictions
 
 _FEWEST_EXAMPLES = 32  # examples with predictions under the new statistics before these are judged during use
-_ENTROPY_LIMIT = 0.1  # mean entropy of uncertain predictions in units of log K; very uncertain ones have twice as much
+_ENTROPY_LIMIT = 0.1  # uncertain predictions have at least this mean entropy, in log K; very uncertain ones, twice this
 _ENTROPY_RISE = 1.5  # multiple of the mean entropy before the alarm that uncertain predictions exceed, if that is known
 _LEAST_SHARE = 0.3  # share of the information before the alarm: with less, predictions hardly depend on the input
 _ENTROPY_DROP = 0.8  # multiple of the mean entropy under the deployed statistics: with less, predictions are much surer

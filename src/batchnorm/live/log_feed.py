@@ -47,7 +47,7 @@ class PagePosition:
         return cls(match[1], tuple(map(int, match[2][1:].split("-")))) if match else cls()
 
     def continues(self, other: PagePosition, *, by: float = math.inf) -> bool:
-        """Whether it is the same log with at most ``by`` lines more, and no new start (which may rename layers)."""
+        """Whether this is at most ``by`` lines later in the same log, without a new start, which may rename layers."""
         more = [a - b for a, b in zip(self.counts, other.counts, strict=True)]
         return self.identity == other.identity and more[0] == 0 and min(more) >= 0 and sum(more) <= by
 
@@ -58,7 +58,7 @@ class PagePosition:
 @final
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message to a page, as JSON: ``log`` replaces its data, ``more`` adds lines, ``beat`` has no lines."""
+    """A message to a page, as JSON: ``log`` replaces the page's data, ``more`` adds lines, ``beat`` has no lines."""
 
     kind: str
     text: str
@@ -72,7 +72,7 @@ class Message:
 
 @final
 class Feed:
-    """A followed log; every method may be called from any thread.
+    """A log that is read while it grows; every method may be called from any thread.
 
     Args:
         folder: The log's folder.

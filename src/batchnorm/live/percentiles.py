@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from batchnorm.record.log_entry import JsonValue
 
 NAMES = ("quantiles_input", "quantiles_output", "running_mean", "batch_mean", "running_var", "batch_var")
-_MOST_FILES = 2 * MOST  # whose contents are kept in memory: 3 KB of each for 53 layers
+_MOST_FILES = 2 * MOST  # number of files whose contents stay in memory: 3 KB a file for 53 layers
 _LARGEST_FILE = 1 << 24  # bytes: a hundred times the file of a model with a thousand layers
 
 
@@ -28,7 +28,7 @@ class Percentiles:
         self._contents: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
 
     def forget(self) -> None:
-        """Drop everything, after another log replaced this one."""
+        """Drop all contents, after another log has replaced this log."""
         self._contents.clear()
 
     def of_layer(self, log: Log, rows: list[dict[str, JsonValue]], layer: int) -> dict[str, JsonValue]:

@@ -37,7 +37,7 @@ def status(log: Log) -> dict[str, JsonValue]:
 
 
 def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
-    """Unix time of the last line that has one; if none has, the time of the file, which copying may have changed."""
+    """Unix time of the last line with a time; if there is none, that of the file, which copying may have changed."""
     last = [*pulses[-1:]]
     for kind in ("free", "probe", "lab", "event", "end"):
         last += log.rows(kind, first=max(0, log.count(kind) - 1))

@@ -38,10 +38,10 @@ def serve(feed: Feed, listener: socket.socket, token: str, ready: Callable[[], N
     """Serve the page until Ctrl-C, then raise KeyboardInterrupt again.
 
     Args:
-        feed: The followed log.
+        feed: The feed of the log.
         listener: A listening socket, from ``listen``.
         token: A secret text that every address of the page must contain.
-        ready: Called just before the server answers.
+        ready: Called when the server is about to answer requests.
     """
     # a long log is indexed while the browser starts
     threading.Thread(target=feed.news, args=(PagePosition(),), daemon=True).start()

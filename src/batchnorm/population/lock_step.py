@@ -6,8 +6,8 @@ not finished, and continues from there: one pass for all layers, with the same b
 
 Waiting must not change the results. The first batch runs alone and shows whether the model changes itself, draws random
 numbers, changes settings of the process, or enters a layer twice. At the end the first two batches run again without
-waiting, and every layer must receive what it received before: the moments of each input and 1,024 of its values are
-compared bit for bit.
+waiting, and every layer must receive the same inputs as before: the moments of each input and 1,024 or more of its
+values, if it has as many, are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Finish = Callable[[str, InputMoments], None]
 
 _BATCHES_CHECKED = 2  # number of batches that run again without waiting
-_SAMPLE = 1024  # values of an input that are compared one by one
+_SAMPLE = 1024  # least number of values of an input, if it has as many, that are compared one by one
 
 
 class UnsuitedError(Exception):

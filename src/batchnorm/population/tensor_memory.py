@@ -166,7 +166,7 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """An alias of a tensor without gradient and subclass, because lazy tensors raise errors at most questions."""
+    """An alias of a tensor without gradient and subclass, because lazy tensors raise errors in most functions."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
         return tensor.data
 

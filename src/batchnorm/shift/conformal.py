@@ -5,11 +5,11 @@ them are exchangeable, then
 
     p_t = (number of i <= t with s_i >= s_t) / t,      t = n + 1, n + 2, ...,
 
-is at most u with probability at most u, given all later p-values, and so given all earlier p-values. For, given the
-scores up to t without their order, each score is equally likely to be the last one, and p_1, ..., p_(t-1) do not depend
-on which score is the last (Vovk, Gammerman and Shafer 2005, section 8.2). Ties make p_t larger than its randomized
-version, and the bets below never gain from that. Nothing is assumed about moments or tails of the scores, or about the
-independence of an observation's scores.
+is at most u with probability at most u, given all later p-values, and so given all earlier p-values. The reason: given
+the scores up to t without their order, each score is equally likely to be the last one, and p_1, ..., p_(t-1) do not
+depend on which score is the last (Vovk, Gammerman and Shafer 2005, section 8.2). Ties make p_t larger than its
+randomized version, and the bets below never gain from that. Nothing is assumed about moments or tails of the scores, or
+about the independence of an observation's scores.
 
 A bet on small p-values is a decreasing function f with an integral of 1: the average of f over 1/t, 2/t, ..., 1 is at
 most its integral. So the product of f(p_t) is an e-process, for any distribution of clean data. The bets:

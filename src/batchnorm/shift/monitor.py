@@ -1,4 +1,4 @@
-"""ShiftMonitor: an alarm for covariate shift that stays valid at every look and needs no reference data."""
+"""ShiftMonitor: an alarm for covariate shift that may be read at any time and needs no reference data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LEAST_SHARE = 0.05  # the monitor warns if the observed share is smaller
 
 @final
 class ShiftMonitor:
-    """Observes what a deployed model receives, and raises an alarm when it differs from the training inputs.
+    """Observes the inputs of a deployed model, and raises an alarm when they differ from the training inputs.
 
     ::
 
@@ -205,7 +205,7 @@ class ShiftMonitor:
         return bool(self._handles)
 
     def leave_out(self) -> None:
-        """Do not observe the pass that this thread is in."""
+        """Do not observe the running pass of this thread."""
         self._tap.end()
 
     @property
@@ -296,7 +296,7 @@ class ShiftMonitor:
         return random_rows(examples_in(given) or 1, examples, self.stream.passed)
 
     def _second_pass(self, given: tuple[Arguments, Keywords], rows: list[int] | None) -> tuple[Tensor, Tensor] | None:
-        """Statistics of these rows of a batch, from a pass of the model without compilation; None for all rows."""
+        """Statistics of these rows of a batch, from a pass without compilation; ``rows`` is None for all rows."""
         ((args, kwargs),) = Batches([given if rows is None else rows_of(given, rows)], None, None)
         try:
             with self._tap.attached(), uncompiled(), torch.no_grad():

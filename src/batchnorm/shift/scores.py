@@ -1,9 +1,9 @@
 """Scores: numbers that say how strange one observation is to a layer; larger is stranger.
 
-Observations can be strange in several ways, so each layer has several scores. a_c is the distance of a channel's mean
-z_c from its center, b_c the distance of the logarithm of its energy from the center of that, both in units of their
-mean absolute deviations. w are the principal components of neighbouring channels (``principal_components``),
-standardized in the same way. Q is the layer's energy:
+Observations can be strange in several ways, so each layer has several scores. a_c is a channel's mean z_c and b_c the
+logarithm of the channel's energy, both standardized: as signed distances from their centers, in units of their mean
+absolute deviations. w are the principal components of neighbouring channels (``principal_components``), standardized in
+the same way. Q is the layer's energy:
 
     mean             max |a_c|,  mean of a_c,  mean of -a_c
     energy up        Q,          mean of b_c

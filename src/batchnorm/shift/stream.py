@@ -63,7 +63,7 @@ class Stream:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(2, sum(reference.sizes), dtype=torch.float64)  # of z and q, for display
         self._recent = RecentMeans(sum(reference.sizes))
-        self._later = RecentMeans(sum(reference.sizes), "later")  # observations after the alarm
+        self._later = RecentMeans(sum(reference.sizes), "later")  # of observations after the alarm
         self._warned: set[str] = set()
         self.lock = threading.RLock()  # held while counting, also while on_alarm runs
 
@@ -275,7 +275,7 @@ class Stream:
         self._tails.put(state)
 
     def check(self, state: StreamState) -> None:
-        """Refuse a state of another kind of stream, or a damaged one."""
+        """Refuse a state that is damaged or belongs to a stream with other settings."""
         about = state.about
         wrong = [f"{name} {about.get(name)!r}" for name, own in self.kind.items() if about.get(name) != own]
         if wrong:

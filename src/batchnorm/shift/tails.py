@@ -2,8 +2,8 @@
 
 From a checkpoint alone a layer's energy is assumed to be at most 1 + d, where d is three standard errors of a stored
 variance for values of kurtosis k (``alarm_reference``). The standard error of a layer's energy Q grows with the square
-root of E[Q^2] / E[Q]^2 - 1, which is k - 1 if all values of an example have one size, and less otherwise. If the
-observed ratio m = E[Q^2] / E[Q]^2 is above
+root of E[Q^2] / E[Q]^2 - 1, which is k - 1 if all values of an example have one size, and less otherwise. If, for the
+observed ratio m = E[Q^2] / E[Q]^2,
 
     m > 1 + (k - 1) (3 / 2)^2,
 
