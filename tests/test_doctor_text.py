@@ -134,8 +134,8 @@ def test_a_page_reads_well_without_its_styles():
 
 def test_a_rule_s_page_is_in_the_page_and_not_in_the_fragment():
     diagnosis = examine(changed(running_var=-1.0))
-    assert "Below -eps the square root is NaN" in diagnosis.to_html()
-    assert "Below -eps" not in diagnosis._repr_mimebundle_()["text/html"]
+    assert "If var &lt; -eps, the square root is NaN" in diagnosis.to_html()
+    assert "the square root is NaN" not in diagnosis._repr_mimebundle_()["text/html"]
 
 
 def test_a_target_without_layers_says_so():

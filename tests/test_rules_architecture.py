@@ -28,7 +28,7 @@ def graph(**known):
 SICK = {
     "BN301": (graph(biased={"bn": "conv"}), "'conv' before it has a bias"),
     "BN302": (graph(calls={"bn": 2}), "used at 2 places"),
-    "BN303": (graph(behind_dropout={"bn": "drop"}), "'drop' before it"),
+    "BN303": (graph(behind_dropout={"bn": "drop"}), "'drop' is before it"),
     "BN304": (graph(behind_batch_norm={"bn": "first"}), "its input is the result of 'first'"),
 }
 

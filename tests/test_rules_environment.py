@@ -14,7 +14,7 @@ from batchnorm.rules.rule_evidence import Environment
 
 PACKAGE = Path(batchnorm.__file__).parent
 CODES = [code for code in RULES if code.startswith("BN9")]
-SICK = {"BN901": (Environment(shadow="batchnorm.py"), "batchnorm.py is there"),
+SICK = {"BN901": (Environment(shadow="batchnorm.py"), "batchnorm.py exists"),
         "BN902": (Environment(kernels="reference"), "reference kernels")}  # fmt: skip
 
 

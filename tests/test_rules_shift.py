@@ -41,7 +41,7 @@ def test_a_quarter_of_the_channels_beyond_a_limit_is_a_shift(deviations, ratios,
 def test_a_shift_that_rare_examples_may_explain_is_not_checked(shown):
     found, unknown = RULES["BN401"].look(moved(*SHIFT, shown=shown))
     assert found == []
-    assert "1 of 4 channels moved, which examples too rare to be among these 256 may explain" in str(unknown)
+    assert "1 of 4 channels moved, but examples too rare to be among these 256 may explain it" in str(unknown)
 
 
 def test_a_shift_names_the_first_moved_layer_and_counts_the_others():

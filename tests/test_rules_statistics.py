@@ -209,7 +209,7 @@ def test_staleness_needs_a_tenth_of_the_channels():
 def test_staleness_that_rare_examples_may_explain_is_not_checked(shown):
     found, unknown = RULES["BN116"].look(measured(t_mean=values(9, 1), mean_deviation=values(0.4, 0), shown=shown))
     assert found == []
-    assert "1 of 2 channels are off, which examples too rare to be among these" in str(unknown)
+    assert "1 of 2 channels differ, but examples too rare to be among these" in str(unknown)
 
 
 # -- the claims of the pages, on real models ---------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The doctor's rules: what may be wrong with batch norm, as small pure functions and their table, ``rules.toml``.
 
-A rule looks at ``Evidence`` and yields findings. None of this needs torch. Codes go by family: BN0 mode and state,
+A rule reads ``Evidence`` and yields findings. No rule needs torch. Codes are grouped by family: BN0 mode and state,
 BN1 stored statistics, BN2 batches and the training loop, BN3 architecture, BN4 shift, BN5 deployment, BN6
-distributed, BN9 environment. A code keeps its meaning for ever and is not used again when its rule goes.
+distributed, BN9 environment. A code keeps its meaning for ever. It is not used again if its rule is removed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RULES: dict[str, Rule] = {
     code: Rule.of(code, row, _check(code, row["slug"])) for code, row in room_table("rules", "rules").items()
 }
 
-# What the rules of a family are about, by the beginning of their codes.
+# The subject of each family of rules, by the first three characters of its codes.
 FAMILIES = {
     "BN0": "mode and state",
     "BN1": "stored statistics",

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from batchnorm.rules.rule_evidence import Evidence
 
-# torch's momentum weighs the new batch; values from here on are seen where 1 - momentum was meant (0.9, 0.99, 0.999)
+# torch's momentum is the weight of the new batch. Values of this size or more (0.9, 0.99, 0.999) are usual where the
+# weight of the old average was meant
 HIGHEST_MOMENTUM = 0.5
 
 
@@ -19,18 +20,19 @@ def eval_layer_in_training(evidence: Evidence) -> Iterator[Finding]:
     """A trainable layer is in eval mode while the model trains.
 
     Why:
-        Gamma and beta learn for stored statistics that no longer move, while the layers before it change. Tools that
-        call eval() on a part of a model, or restore flags one by one, leave such a mix behind.
+        Gamma and beta are trained with stored statistics that stay the same, while the layers before it change. Tools
+        that call eval() on a part of a model, or restore training flags one by one, leave such a mix of modes.
 
     How:
-        The model's training flag is True, a layer's is False, and the layer's gamma or beta requires a gradient.
-        Silent for layers that batchnorm.freeze froze, and for layers whose parameters are fixed: those are meant.
+        The model's training flag is True, the layer's is False, and the layer's gamma or beta requires a gradient. Not
+        reported for layers that batchnorm.freeze froze, and for layers whose gamma and beta require no gradient: there
+        eval mode is intended.
 
     Example:
         model.train(); model.layer3[1].bn2.eval()
 
     Fix:
-        model.train() before each epoch; or batchnorm.freeze(layer) if it is to stay as it is.
+        Call model.train() before each epoch, or batchnorm.freeze(layer) if the layer shall not change.
 
     References:
         pytorch#66073, pytorch#86590.
@@ -43,10 +45,10 @@ def eval_layer_in_training(evidence: Evidence) -> Iterator[Finding]:
 
 
 def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
-    """Gamma and beta are fixed, but the stored statistics still move in train mode.
+    """Gamma and beta are fixed, but the stored statistics still change in train mode.
 
     Why:
-        requires_grad_(False) stops the optimizer, not the running averages: they are buffers and move in every
+        requires_grad_(False) stops the optimizer, not the running averages: they are buffers and change in every
         forward pass in train mode. A backbone that was meant to be frozen drifts to the new data, and its eval
         outputs change although no weight did.
 
@@ -58,7 +60,7 @@ def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
         model.backbone.requires_grad_(False); model.train()
 
     Fix:
-        batchnorm.freeze(model.backbone): it holds whatever train() is called later.
+        batchnorm.freeze(model.backbone): its layers stay frozen, also after later calls of train().
 
     References:
         pytorch#66073; Lightning#15062.
@@ -75,17 +77,18 @@ def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
     """A frozen layer's gamma and beta still learn.
 
     Why:
-        A layer is frozen to keep what it computes. With a gradient on gamma or beta it goes on changing.
+        A layer is frozen so that it always computes the same. If gamma or beta has a gradient, the optimizer changes
+        it.
 
     How:
-        The layer was frozen by batchnorm.freeze and one of its parameters requires a gradient. Silent for traced
-        modules and for classes that never measure a batch: nobody froze those.
+        The layer was frozen by batchnorm.freeze and one of its parameters requires a gradient. Not reported for traced
+        modules and for classes that always use stored statistics: the user did not freeze these.
 
     Example:
-        batchnorm.freeze(model), which fixes statistics and leaves gamma and beta to the optimizer
+        batchnorm.freeze(model), which fixes the statistics, but neither gamma nor beta
 
     Fix:
-        batchnorm.freeze(model, affine=True) if they are meant to stay too.
+        batchnorm.freeze(model, affine=True), if gamma and beta shall not change either.
     """
     for name, module in (evidence.modules or {}).items():
         if module.held and module.trainable:
@@ -93,20 +96,20 @@ def frozen_but_trainable(evidence: Evidence) -> Iterator[Finding]:
 
 
 def statistics_switched_off(evidence: Evidence) -> Iterator[Finding]:
-    """track_running_stats is off, but stored statistics are there and eval mode uses them.
+    """track_running_stats is False, but the layer still stores statistics, and eval mode uses them.
 
     Why:
-        Train mode then normalizes by the batch and never updates what eval mode uses: the same input gives one
-        answer in training and another one afterwards. Some fine-tuning helpers freeze layers in this way.
+        Train mode then normalizes by the batch and never updates the statistics that eval mode uses. The same input
+        gives one output in train mode and another in eval mode. Some fine-tuning helpers freeze layers in this way.
 
     How:
-        track_running_stats is False and running_mean and running_var are not None.
+        track_running_stats is False, running_mean is not None, and the layer is not frozen.
 
     Example:
-        Train output of mean 0.0, eval output of mean 5.0 for one input, measured on such a layer.
+        For the same input such a layer gave outputs of mean 0.0 in train mode and of mean 5.0 in eval mode.
 
     Fix:
-        layer.track_running_stats = True; and batchnorm.freeze(layer) if it was meant to be frozen.
+        layer.track_running_stats = True; then batchnorm.freeze(layer), if the layer was meant to be frozen.
 
     References:
         Lightning#15062, Lightning#20629.
@@ -118,20 +121,20 @@ def statistics_switched_off(evidence: Evidence) -> Iterator[Finding]:
 
 
 def no_statistics(evidence: Evidence) -> Iterator[Finding]:
-    """No statistics are stored: eval mode normalizes by the batch.
+    """No statistics are stored, so eval mode normalizes by the batch.
 
     Why:
-        An example's answer then depends on what else is in its batch, and a single example has no variance at all.
+        An example's output then depends on the other examples in its batch, and a single value has no variance.
 
     How:
-        running_mean and running_var are None. torch.func.replace_all_batch_norm_modules_ leaves layers so.
+        running_mean and running_var are None. torch.func.replace_all_batch_norm_modules_ makes such layers.
 
     Example:
         nn.BatchNorm2d(64, track_running_stats=False)
 
     Fix:
-        Construct the layer with track_running_stats=True and measure: batchnorm.recalibrate(model, loader). For
-        torch.func, batchnorm.convert(model) gives layers that keep statistics under vmap.
+        Construct the layer with track_running_stats=True, then measure its statistics: batchnorm.recalibrate(model,
+        loader). For torch.func, batchnorm.convert(model) returns layers that keep statistics under vmap.
 
     References:
         functorch#867.
@@ -147,18 +150,18 @@ def cumulative_momentum(evidence: Evidence) -> Iterator[Finding]:
     """momentum=None averages all batches since the start with equal weight.
 
     Why:
-        That is right for fixed weights. While weights learn, batches of the first epoch, which other weights made,
-        count as much as the last ones. Every batch counts alike too, whatever its size.
+        Equal weights are right as long as the model's weights are fixed. While they are trained, the first batches,
+        computed with other weights, count as much as the last ones. A small batch also counts as much as a large one.
 
     How:
-        momentum is None. num_batches_tracked says how many batches count alike so far; statistics that were measured
-        at fixed weights, as by update_bn, are right as they are.
+        momentum is None in a layer that tracks statistics and is not frozen. num_batches_tracked is the number of
+        batches in the average. Statistics that were measured with fixed weights, as by update_bn, are right.
 
     Example:
         nn.BatchNorm1d(32, momentum=None)
 
     Fix:
-        momentum=0.1 while training; batchnorm.recalibrate(model, loader) afterwards, which weighs by examples.
+        momentum=0.1 in training; then batchnorm.recalibrate(model, loader), where every example has the same weight.
 
     References:
         pytorch#194504 (it also breaks full-graph compilation).
@@ -172,18 +175,18 @@ def zero_momentum(evidence: Evidence) -> Iterator[Finding]:
     """momentum=0: training never updates the stored statistics.
 
     Why:
-        With momentum 0 the new batch has weight 0. The layer trains by the batch and evaluates by what it was
-        constructed or loaded with. Converted models carry it where a converter filled in what it did not know.
+        With momentum 0 a new batch has weight 0. In train mode the layer normalizes by the batch, in eval mode by the
+        statistics that it was constructed or loaded with. Some converters write 0 if they do not know the momentum.
 
     How:
         momentum is 0 in a layer that tracks statistics and is not frozen. The model's outputs in eval mode may be
-        right: it is a trap for whoever trains it further.
+        right; the fault shows when the model is trained further.
 
     Example:
         nn.BatchNorm2d(128, momentum=0.0)
 
     Fix:
-        layer.momentum = 0.1; or batchnorm.freeze(model) if statistics are to stay.
+        layer.momentum = 0.1; or batchnorm.freeze(model), if the statistics shall not change.
     """
     for name, module in (evidence.modules or {}).items():
         if module.momentum == 0 and module.tracks and not module.frozen:
@@ -194,11 +197,11 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
     """momentum is 0.5 or more: the other convention, 1 - momentum, was probably meant.
 
     Why:
-        torch's momentum is the weight of the new batch, TensorFlow's that of the old average. A value of 0.99 taken
-        over as it is makes the stored statistics those of the last batch.
+        torch's momentum is the weight of the new batch, TensorFlow's is the weight of the old average. With a value of
+        0.99 from TensorFlow, torch stores little more than the statistics of the last batch.
 
     How:
-        momentum >= 0.5. The stored mean then has at least a third of the variance of a single batch's mean:
+        momentum >= 0.5. The variance of the stored mean is then at least a third of the variance of one batch's mean:
         a / (2 - a) for momentum a.
 
     Example:
@@ -226,13 +229,14 @@ def skipped_updates(evidence: Evidence) -> Iterator[Finding]:
         high, half precision that overflows, or broken examples.
 
     How:
-        skipped_updates of this package's layers is above 0. torch.nn's layers do not count; they store the NaN.
+        skipped_updates of a layer of this package is above 0. torch.nn's layers have no such counter: they store the
+        NaN.
 
     Example:
         BatchNorm2d(64, eps=1e-05, ..., skipped_updates=3)
 
     Fix:
-        Find the examples: batchnorm doctor with --data reports non-finite inputs by layer.
+        batchnorm doctor with --data names the first layer that receives NaN or infinity (BN208).
 
     References:
         pytorch#88474, pytorch#115500.
@@ -243,13 +247,13 @@ def skipped_updates(evidence: Evidence) -> Iterator[Finding]:
 
 
 def uninitialized_layer(evidence: Evidence) -> Iterator[Finding]:
-    """A lazy layer has not seen a batch yet.
+    """A lazy layer has not received a batch yet.
 
     Why:
-        It has no size, so it can be neither examined, nor counted, nor copied to all processes.
+        Its tensors have no size, so the layer cannot be examined or copied to other processes.
 
     How:
-        The layer is a lazy one whose tensors have no shape.
+        The layer's class is lazy, and its tensors have no shape.
 
     Example:
         nn.LazyBatchNorm2d()

@@ -1,4 +1,4 @@
-"""BN1: channels that do too much or nothing, by what is stored of them."""
+"""BN1: channels that are magnified too much or contribute nothing, judged by their stored values."""
 
 from __future__ import annotations
 
@@ -15,58 +15,59 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Stored
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
-# a variance below 10 eps is partly eps: the output varies less than gamma says. That alone is no fault: the scale of
-# what a convolution makes is arbitrary
+# with a variance below 10 eps, eps changes the output: it varies less than gamma says. That alone is no fault, because
+# a convolution's results may have any scale
 SMALL = 10.0
-# below eps / 10,000 the output varies by less than 1 % of gamma: on the training data the channel was constant
+# with a variance below eps / 10,000 the output varies by less than 1 % of gamma: the channel was constant in training
 CONSTANT = 1e-4
-LARGEST_EPS = 1e-3  # that anybody uses: TensorFlow's
-# gain |gamma| / sqrt(var + eps) of an ordinary channel is around 1, that of gamma = 1 at most 316 for eps = 1e-5 and 32
-# for 1e-3
+LARGEST_EPS = 1e-3  # the largest eps in common use, TensorFlow's default
+# the gain |gamma| / sqrt(var + eps) of an ordinary channel is about 1; with gamma = 1 it is at most 316 for eps = 1e-5
+# and at most 32 for eps = 1e-3
 STEEP = 100.0
-STEEPER = 10.0  # times what other channels make of the same input
-# a channel whose result varies by less than this moves a sum of a thousand such ones by about 0.03
+STEEPER = 10.0  # times the median of gain times weight norm over the other channels
+# a sum of a thousand channels that each vary by this much varies by about 0.03
 FAINT = 1e-3
-RARELY = 0.01  # of the positions
-# where an activation varies by FAINT or more, in its inputs: outside of it a channel is constant behind it. Those that
-# pass everything on (leaky ReLU) are not here
+RARELY = 0.01  # share of a channel's values
+# the range of inputs in which an activation varies by FAINT or more; a channel that stays outside of it is constant
+# after the activation. Activations that vary everywhere (leaky ReLU) are not in this table
 ACTIVE: dict[str, tuple[float, float]] = {
     "relu": (0.0, math.inf),
     "relu6": (0.0, 6.0),
     "hardswish": (-3.0, math.inf),
     "hardsigmoid": (-3.0, 3.0),
-    "silu": (-9.2, math.inf),  # x sigmoid(x) is -0.0009 there
+    "silu": (-9.2, math.inf),  # x sigmoid(x) is -0.0009 at -9.2
     "mish": (-9.2, math.inf),
-    "gelu": (-3.5, math.inf),  # x Phi(x) is -0.0008 there
+    "gelu": (-3.5, math.inf),  # x Phi(x) is -0.0008 at -3.5
     "elu": (-7.0, math.inf),  # exp(-7) is 0.0009
     "softplus": (-7.0, math.inf),
     "sigmoid": (-7.0, 7.0),
     "tanh": (-3.8, 3.8),  # 1 - tanh(3.8) is 0.001
 }
-# never active in n independent values means active in less than 3 / n of all (95 %): 300 for RARELY. Positions of one
-# image are alike, so it takes examples too
+# a channel that is not active in n independent values is active in less than 3 / n of all values, at 95 % confidence:
+# so RARELY takes 300 values. Positions of one image are similar, so a number of examples is required too
 FEWEST_VALUES, FEWEST_EXAMPLES = 300, 32
 
 
 def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """A channel hardly varied in training, yet it magnifies whatever varies in it later.
+    """A channel hardly varied in training, but it strongly magnifies any later change of its input.
 
     Why:
-        Dividing by sqrt(var + eps) of a constant channel multiplies by up to 316. On training data nothing comes of
-        it; on new data a small change becomes the largest signal of the layer.
+        A constant channel has a variance near 0, so division by sqrt(var + eps) magnifies its input up to 316 times at
+        eps = 1e-5. That has no effect on the training data. On new data a small change becomes the largest signal of
+        the layer.
 
     How:
-        running_var < eps / 10,000 and a gain |gamma| / sqrt(var + eps) > 100. Behind a convolution or linear layer the
-        norm of the channel's weights counts too: gain times norm must be more than 10 times what it is in half of the
-        other channels, since weights that have decayed with the variance magnify nothing (BN106). Silent behind a
-        depthwise convolution of a channel that BN106 names in the layer before. Not checked where
-        nothing tells what is before the layer, or a file does not tell eps and a variance is below 1e-7.
+        running_var < eps / 10,000, and the gain |gamma| / sqrt(var + eps) is above 100. Behind a convolution or linear
+        layer the norm of the channel's weights counts too: gain times norm must be more than 10 times its median over
+        the channels that vary. Weights that decayed together with the variance magnify nothing (BN106). Not reported
+        behind a depthwise convolution, if BN106 names the channel in the layer before it. Not checked if it is not
+        known what is before the layer, or if a file does not store eps and a variance is below 1e-7.
 
     Example:
-        A padded corner, a one-hot feature that training data lack.
+        A padded corner of images; a one-hot feature that is 0 in all training data.
 
     Fix:
-        Remove the channel, or set its gamma to 0 if its beta is what is wanted.
+        Remove the channel, or set its gamma to 0, so that its output is always beta.
 
     References:
         batchnorm explain BN106.
@@ -76,13 +77,13 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
             continue
         if evidence.known_eps(name) is None:
             if _least(stored) < CONSTANT * LARGEST_EPS:
-                yield Unknown(name, "a variance is next to nothing, and eps is not told")
+                yield Unknown(name, "a variance is nearly 0, and eps is not known")
             continue
         dead = dead_before(evidence, name)
         steep = [i for i in _constant(evidence, stored) if _gain(evidence, stored, i) > STEEP and i not in dead]
         known, norms = evidence.filters(name)
         if steep and not known:
-            yield Unknown(name, "a variance is next to nothing, and nothing tells what is before the layer")
+            yield Unknown(name, "a variance is nearly 0, and it is not known what is before the layer")
         elif channels := tuple(i for i in steep if norms is None or _magnifies(evidence, stored, norms, i)):
             steepest = max(_gain(evidence, stored, i) for i in channels)
             yield Finding(
@@ -93,7 +94,7 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def _magnifies(evidence: Evidence, stored: Stored, norms: Sequence[float], channel: int) -> bool:
-    """Whether weights and gain of a channel together are far above those of the layer's channels that vary."""
+    """Whether gain times weight norm of a channel is far above its median over the layer's channels that vary."""
     if len(norms) != stored.channels:
         return True
     constant = set(_constant(evidence, stored))
@@ -105,24 +106,24 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A channel contributes next to nothing.
 
     Why:
-        It takes time and memory like any other. Many of them say that the learning rate or the weight decay was too
-        high, or that the network is wider than it needs to be.
+        Such a channel costs as much time and memory as any other. Many such channels mean that the learning rate or the
+        weight decay was too high, or that the network is wider than necessary.
 
     How:
-        Its output hardly varies: |gamma| < 0.001 with |beta| < 0.001, or var < 10 eps with
-        |gamma| / sqrt(var + eps) sqrt(var) < 0.001. Or it hardly ever varies behind an activation that is known to be
-        all that reads it, by the layer itself, the traced code or the ONNX graph: data of 32 or more examples with
-        300 or more values have none between the ends where the activation varies (above 0 for ReLU, between 0 and 6
-        for ReLU6, above -3 for hardswish); or without such data P < 0.01 for gamma z + beta with a standard normal z.
-        Where something is added first nothing is said of activity, and where no code tells what follows it is not
-        checked.
+        One of two conditions. (1) The output hardly varies: |gamma| < 0.001 and |beta| < 0.001; or var < 10 eps, the
+        gain |gamma| / sqrt(var + eps) is at most 100, and gain times sqrt(var) < 0.001. (2) Only an activation reads
+        the output, and the activation is hardly ever active. The layer itself, the traced code or the ONNX graph must
+        show that. With data of at least 32 examples and 300 values, no value is in the range in which the activation
+        varies (above 0 for ReLU, 0 to 6 for ReLU6, above -3 for hardswish). Without such data, gamma z + beta with a
+        standard normal z is in that range with a probability below 0.01. If something is added to the output before
+        the activation, only (1) is used. Not checked if no code shows what follows the layer.
 
     Example:
-        12 of 512 channels after training with strong weight decay.
+        12 of 512 channels after training with strong weight decay
 
     Fix:
-        Nothing is wrong with the answers. Prune the channels, adding the constant that the next layer gets of them to
-        its bias; or leave them.
+        The model's outputs are right, so the channels can stay. Or prune them, and add the constant that the next layer
+        receives from them to its bias.
 
     References:
         Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming".
@@ -136,11 +137,14 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
             what = [f"{len(still)} hardly vary" if still else "", f"{len(rare)} are {how}" if rare else ""]
             yield Finding(name, f"{some_of(channels, stored)}: {', '.join(filter(None, what))}", channels=channels)
         elif not evidence.activation(name) and _is_open(evidence, stored):
-            yield Unknown(name, "a ReLU would hardly ever be active behind a channel, and nothing tells what follows")
+            yield Unknown(
+                name,
+                "a ReLU behind some channel would hardly ever be active, and it is not known what follows the layer",
+            )
 
 
 def dead_before(evidence: Evidence, layer: str) -> set[int]:
-    """Channels that get the constant result of a dead channel of the layer before them, which BN106 names there."""
+    """Channels that a depthwise convolution computes from a dead channel, which BN106 names in the layer before."""
     before = evidence.graph.channel_by_channel.get(layer) if evidence.graph else None
     stored = evidence.stored.get(before or "")
     return set() if stored is None else dead_channels(evidence, stored)
@@ -156,7 +160,7 @@ def _may_be_dead(stored: Stored) -> bool:
 
 
 def _is_whole(stored: Stored) -> bool:
-    """Whether there are variances, and of all else as many or none."""
+    """Whether variances are stored, all stored tensors have one length, and every value was read."""
     tensors = (stored.running_mean, stored.running_var, stored.weight, stored.bias)
     sizes = {len(values) for values in tensors if values is not None}
     return stored.running_var is not None and len(sizes) == 1 and not stored.unread
@@ -179,12 +183,12 @@ def _gain(evidence: Evidence, stored: Stored, channel: int) -> float:
 
 
 def still_channels(evidence: Evidence, stored: Stored) -> set[int]:
-    """Channels that BN106 names because their output hardly varies, whatever follows."""
+    """Channels that BN106 names because their output hardly varies, whatever module follows."""
     return {i for i in range(stored.channels) if _is_still(evidence, stored, i)} if _may_be_dead(stored) else set()
 
 
 def _is_still(evidence: Evidence, stored: Stored, channel: int) -> bool:
-    """Whether a channel's output hardly varies, whatever follows."""
+    """Whether a channel's output hardly varies, whatever module follows."""
     var = stored.running_var[channel] if stored.running_var else 1.0
     if not 0 <= var < math.inf:
         return False
@@ -196,7 +200,7 @@ def _is_still(evidence: Evidence, stored: Stored, channel: int) -> bool:
 
 
 def _rarely_active(evidence: Evidence, stored: Stored) -> tuple[set[int], str]:
-    """Channels that hardly ever vary behind the activation that follows, and how that is known."""
+    """Channels that hardly ever vary after the activation that follows the layer, and the reason in words."""
     act = evidence.activation(stored.name)
     if act not in ACTIVE:
         return set(), ""
@@ -207,11 +211,11 @@ def _rarely_active(evidence: Evidence, stored: Stored) -> tuple[set[int], str]:
         never = {i for i, (least, most) in pairs if most <= low or least >= high}
         return never, f"never active behind {act} in {found.examples} examples"
     rare = {i for i in range(stored.channels) if _activity(evidence, stored, i, low, high) < RARELY}
-    return rare, f"hardly ever active behind {act}, for values that are near normal"
+    return rare, f"hardly ever active behind {act}, if values are normally distributed"
 
 
 def _is_open(evidence: Evidence, stored: Stored) -> bool:
-    """Whether it matters that no activation is known: not where code was read that shows that there is none."""
+    """Whether an unknown ReLU could make a channel dead. False if all code was read: then there is no activation."""
     if evidence.graph is not None and not evidence.graph.unread:
         return False
     return any(_activity(evidence, stored, i, *ACTIVE["relu"]) < RARELY for i in range(stored.channels))
@@ -227,7 +231,7 @@ def _affine(stored: Stored, channel: int) -> tuple[float, float]:
 
 
 def _activity(evidence: Evidence, stored: Stored, channel: int, low: float, high: float) -> float:
-    """P(low < gamma z + beta < high) for z of the stored variance over itself and eps; 1 for what is no number."""
+    """P(low < y < high) for a normal eval output y by the stored values; 1 if one of them is not a finite number."""
     var, (_, beta) = (stored.running_var or (1.0,) * stored.channels)[channel], _affine(stored, channel)
     sd = _gain(evidence, stored, channel) * math.sqrt(max(var, 0.0))
     if not (var >= 0 and math.isfinite(sd) and math.isfinite(beta)):

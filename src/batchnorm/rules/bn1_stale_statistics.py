@@ -1,4 +1,4 @@
-"""BN1: whether what a layer stores comes from the data and the weights that it is used with."""
+"""BN1: whether a layer's stored statistics belong to the data and the weights that it is used with."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ if TYPE_CHECKING:
 
 __all__ = ["RESIDUE", "USUAL_MOMENTUM"]
 
-# two-sided p = 6e-5 for one channel; M_eff is an estimate, so a layer is named only if a tenth of it is beyond
+# |t| > 4 has p = 6e-5 for one channel. The noise in t is an estimate, so a tenth of the channels must exceed the limit
 STALE_T = 4.0
 STALE_SHARE = 0.1
-# smaller ones do not matter: 0.1 sd is the noise of a batch of 100, 1.25 changes outputs by 11 %
+# smaller differences do not matter: 0.1 sd is the noise of a mean of 100 examples, a variance ratio of 1.25 changes
+# outputs by 11 %
 STALE_MEAN, STALE_VARIANCE = 0.1, 1.25
 
 
 def never_updated_statistics(evidence: Evidence) -> Iterator[Finding]:
-    """Stored statistics are the initial ones, mean 0 and variance 1 exactly, behind trained weights.
+    """Stored statistics are the initial ones, exactly mean 0 and variance 1, in a trained model.
 
     Why:
-        Train mode does not use stored statistics, so nothing is seen in training: the loss falls, and eval mode
-        answers at random.
+        Train mode does not use stored statistics, so the loss falls as usual. Only eval outputs are wrong, and often
+        no better than random.
 
     How:
-        Every running_mean is exactly 0 and every running_var exactly 1, in a model that is trained: another layer
-        has other statistics, some gamma or beta has moved, or num_batches_tracked counted batches. A count of 0 says
-        nothing: healthy shipped models have it. Silent where data have that mean and variance.
+        In a layer every running_mean is exactly 0 and every running_var exactly 1, and the model is trained: some layer
+        has other statistics, some gamma or beta differs from its initial value, or some num_batches_tracked is above 0.
+        A counter of 0 proves nothing: some published models without a fault have it. Not reported if the data have mean
+        0 and variance 1.
 
     Example:
-        Weights copied by name into a model, buffers forgotten: load_state_dict(..., strict=False).
+        Weights copied into a model by name, but not the buffers: load_state_dict(..., strict=False)
 
     Fix:
         batchnorm fix with --data; or batchnorm.recalibrate(model, loader).
@@ -57,19 +59,19 @@ def never_updated_statistics(evidence: Evidence) -> Iterator[Finding]:
 
 
 def untrained_model(evidence: Evidence) -> Iterator[Finding]:
-    """Every layer is as it was constructed.
+    """Every layer has the values that it was constructed with.
 
     Why:
         If this is meant to be a trained model, its batch norm layers were not saved or not loaded.
 
     How:
-        In every layer mean 0, variance 1, gamma 1 or 0, and beta 0, exactly, and no batch was counted.
+        In every layer the mean is exactly 0, the variance 1, gamma 1 or 0, and beta 0, and no batch was counted.
 
     Example:
         batchnorm doctor model.py:make_model, without --weights
 
     Fix:
-        --weights FILE; or nothing, for a new model.
+        Give the weights: --weights FILE. A new model needs no fix.
     """
     if evidence.stored and _is_untrained(evidence) and not evidence.unread(("weight", "bias")):
         yield Finding("", "initial statistics, gamma and beta in every layer")
@@ -79,19 +81,19 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The stored statistics still contain part of their initial values.
 
     Why:
-        A running average starts at mean 0 and variance 1 and forgets by 1 - momentum in each step. After a few steps
-        much of that start is still in it: 35 % after 10, 1 % after 44, for momentum 0.1.
+        A running average starts at mean 0 and variance 1, and each update multiplies the share of these initial values
+        by 1 - momentum. With momentum 0.1, 35 % are left after 10 updates and 1 % after 44.
 
     How:
-        r = (1 - momentum)^num_batches_tracked > 0.01, with momentum 0.1 where a file does not tell, and it is shown:
-        data whose statistics m, v are farther from what is stored than (1 - r) m, r + (1 - r) v, by half or more; or,
-        without data, two variances that are r exactly, as those of channels that never varied, or four layers whose
-        smallest variances begin at r. Silent if a variance is below r, which no update leaves, and for a count of 0
-        and momentum=None. A small count alone shows nothing, since recalibrate and update_bn leave one too: then it
-        is not checked.
+        r = (1 - momentum)^num_batches_tracked is above 0.01, and there is a proof. (If a file does not store momentum,
+        0.1 is assumed.) With data of mean m and variance v: the stored statistics are at most half as far from
+        (1 - r) m and r + (1 - r) v as from m and v. Without data: two variances are exactly r, as in channels that
+        never varied; or four layers have their smallest variance just above r. Not reported if a variance is below r,
+        which updates cannot produce, if the counter is 0, or for momentum=None. Not checked if there is nothing but a
+        small counter: recalibrate and update_bn leave one too.
 
     Example:
-        A short fine-tuning with momentum=0.01: after 100 batches 37 % of the start is left.
+        A short fine-tuning with momentum=0.01: after 100 batches 37 % of the initial values are left.
 
     Fix:
         batchnorm.recalibrate(model, loader): exact statistics in one pass.
@@ -103,36 +105,36 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
     for name, (claim, share) in known.items():
         stored, module = evidence.stored[name], (evidence.modules or {}).get(name)
         if claim is StartResidue.SHOWN and not (module and module.frozen):
-            told = evidence.momentum(name) is not None or evidence.modules is not None
+            is_known = evidence.momentum(name) is not None or evidence.modules is not None
             yield Finding(
                 name,
                 f"{stored.num_batches_tracked} updates: {share:.0%} of the initial statistics left"
-                f"{'' if told else ', if momentum is 0.1'}",
+                f"{'' if is_known else ', if momentum is 0.1'}",
                 limit=f"{RESIDUE:.0%}",
                 remedy=measure_again(evidence),
             )
     if some := [name for name, (claim, _) in known.items() if claim is StartResidue.OPEN]:
         counts = sorted({str(evidence.stored[name].num_batches_tracked) for name in some}, key=int)
-        what = f"num_batches_tracked of {listed(counts)} is that of few updates, or of statistics measured at once"
-        yield Unknown("", f"{what}; data tell")
+        what = f"num_batches_tracked {listed(counts)} means few updates, or statistics that were measured in one pass"
+        yield Unknown("", f"{what}; data would show which")
 
 
 def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
-    """Weights are averages, statistics are those of other weights.
+    """Weights are averages, but the statistics belong to other weights.
 
     Why:
-        Averaged weights (EMA, SWA, schedule-free) make other activations than any of the weights that were averaged.
-        Statistics collected with those do not fit.
+        Averaged weights (EMA, SWA, schedule-free) give other activations than any of the weights that were averaged.
+        Statistics that were collected with the latter do not fit.
 
     How:
-        Two parts of a file have the same layers and, bit for bit, the same statistics, and the weight before some
-        layer is another one: the statistics of one of them were copied. An error where a name says that it is an
-        average (ema, swa, averaged), a warning where names say nothing (q_net and q_net_target). Silent where only
-        weights behind the last layer differ, such as two heads; where statistics are initial; where some layers have
-        their own; for frozen layers without a counter; and for the same weights in another type. Or a model is in an
-        AveragedModel that does not average buffers; or the optimizer is a schedule-free one, whose eval weights are
-        averages. Statistics that were measured again look the same without data; with data that show that they
-        fit, it is silent.
+        In a file: two parts have the same layers and, bit for bit, the same statistics, but a weight before some layer
+        differs. So the statistics of one part were copied to the other. An error if a name says that a part is an
+        average (ema, swa, averaged), a warning for other names (q_net and q_net_target). Not reported if only weights
+        behind the last layer differ, such as two heads; if the statistics are initial; if some layers have statistics
+        of their own; for frozen layers without a counter; or if the weights differ only in their type.
+        In a model: it is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so that
+        its eval weights are averages. Without data these cases look the same after a new measurement of the statistics.
+        Not reported if data show that the statistics fit.
 
     Example:
         AveragedModel(model), saved without update_bn
@@ -156,29 +158,29 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
 
 
 def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """Stored statistics differ from fresh ones by more than their noise.
+    """Stored statistics differ from those of the data by more than their noise.
 
     Why:
-        Running averages lag behind weights that still move, and forget early batches. Eval mode then normalizes by
-        what the layer used to see.
+        Running averages lag behind weights that still change, and forget early batches. Eval mode then normalizes by
+        the statistics of earlier inputs.
 
     How:
-        For each channel, t = (stored - fresh) / standard error, for the mean and for the log of the variance. The
-        error is that of a running average over batches of M_eff independent values, sd sqrt(a / ((2 - a) M_eff)) for
-        momentum a, and that of the fresh estimate. Fires if a tenth of the channels have |t| > 4, are off by more than
-        0.1 sd or 1.25 times the variance, and are shown to be, whatever the law of the examples: their clipped
-        scores have a larger mean than any law of the stored statistics gives them, at a chance of 0.01 for a layer at
-        most. Not checked where examples too rare to be among these can explain what is
-        missing, as with a variance that is only smaller. It takes 4 batches and a momentum. The data do not say what
-        they are: if they are not training data, the statistics may be right and the data others; BN401 tells a large
-        shift.
+        For each channel, t = (stored - measured) / standard error, for the mean and for the log of the variance. The
+        standard error has two parts: the noise of a running average with momentum a over batches of M_eff independent
+        values, sd sqrt(a / ((2 - a) M_eff)), and the noise of the measured value. Reported if a tenth of the channels
+        meet three conditions. |t| is above 4. The difference is more than 0.1 sd or a factor of 1.25 in variance. The
+        difference is shown for any distribution of the examples: their clipped scores have a larger mean than any
+        distribution with the stored statistics allows, with an error probability of at most 0.01 for a layer. Not
+        checked if examples too rare to be among the data can explain the difference, as with a variance that is only
+        smaller. Needs 4 batches and a momentum. The rule cannot know whether the data are training data. If they are
+        not, the statistics may be right and the data different; BN401 reports a large shift.
 
     Example:
-        After 20 steps at a high rate: loss 0.356 with fresh statistics, 0.476 with stored ones.
+        After 20 steps at a high learning rate: loss 0.356 with measured statistics, 0.476 with the stored ones.
 
     Fix:
-        batchnorm.recalibrate(model, loader), with training data. With other data it fits the model to those: that
-        raised the error of a trained model from 0.099 to 0.246.
+        batchnorm.recalibrate(model, loader), with training data. With other data it adapts the model to those data: in
+        one trial that raised the error of a trained model from 0.099 to 0.246.
 
     References:
         Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
@@ -189,11 +191,11 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if stored is None or stored.running_var is None or stored.is_initial:
             continue
         if measured.t_mean is None and not _is_frozen(evidence, name):
-            yield Unknown(name, "the noise of stored statistics is known from 4 batches on, for a momentum in (0, 2)")
+            yield Unknown(name, "the noise of stored statistics is known only with 4 batches and a momentum in (0, 2)")
         off, enough = _stale(measured), max(1.0, STALE_SHARE * len(measured.mean))
         channels = tuple(channel for channel in off if channel in measured.shown)
         if len(channels) < enough <= len(off):
-            yield Unknown(name, f"{some_of(off, stored)} are off, {unsettled(measured)}")
+            yield Unknown(name, f"{some_of(off, stored)} differ, {unsettled(measured)}")
         elif len(channels) >= enough:
             largest = max((abs(_t(measured, i)) for i in channels if math.isfinite(_t(measured, i))), default=math.inf)
             yield Finding(
@@ -217,13 +219,13 @@ def _stale(measured: Measured) -> tuple[int, ...]:
 
 
 def _t(measured: Measured, channel: int) -> float:
-    """The larger one of a channel's two t."""
+    """A channel's t for the mean or for the variance, whichever is larger in absolute value."""
     values = [t[channel] for t in (measured.t_mean, measured.t_var) if t is not None]
     return max(values, key=abs)
 
 
 def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str, Severity]]:
-    """The part that has statistics of other weights, what shows it, and how bad that is."""
+    """Each part that has statistics of other weights, with the evidence in words and the severity."""
     structure, optimizer = evidence.structure, evidence.optimizer
     if evidence.measured and _fit(evidence):
         return
@@ -236,7 +238,7 @@ def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str, Severi
 
 
 def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
-    """An average has the statistics of what it averages; of two others, the second is named."""
+    """The reason for two parts with equal statistics. It names the average; if none is, the second part."""
     first, second = twins.first, twins.second
     if _is_average(file, first) and not _is_average(file, second):
         first, second = second, first
@@ -252,7 +254,7 @@ def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
 
 
 def _state_of(file: Checkpoint, part: str) -> str:
-    """The state that is all of a part of a file, as --state takes it; else the part."""
+    """The one state in a part of a file, as a name for --state; the part itself if it has no state or several."""
     states = [name for name in file.states if part and is_below(part, name)]
     return states[0] if len(states) == 1 else part
 
@@ -263,13 +265,13 @@ def _is_average(file: Checkpoint, part: str) -> bool:
 
 
 def _fit(evidence: Evidence) -> bool:
-    """Whether data show that statistics fit the weights, as after update_bn."""
+    """Whether data show that the statistics fit the weights, as after update_bn."""
     known = all(measured.t_mean is not None for measured in (evidence.measured or {}).values())
     return known and not any(isinstance(found, Finding) for found in stale_statistics(evidence))
 
 
 def _is_untrained(evidence: Evidence) -> bool:
-    """Whether every layer that stores statistics is as it was constructed, and has counted no batch."""
+    """Whether all layers with statistics have the values of their construction, and have counted no batch."""
     layers = [stored for stored in evidence.stored.values() if stored.running_var is not None]
     new = (stored.is_initial and _is_initial_affine(stored) and not is_counted(stored) for stored in layers)
     return bool(layers) and all(new)

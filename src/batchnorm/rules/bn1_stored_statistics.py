@@ -1,4 +1,4 @@
-"""BN1: what a layer stores."""
+"""BN1: single stored values and tensors of a layer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 HALF = {"float16", "bfloat16"}
 # smallest normal number of each type
 TINY = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-# -var of at most this share of eps moves 1/sqrt(var + eps) by half of it: less than float32 resolves
+# a variance between -eps / 2^24 and 0 changes 1/sqrt(var + eps) by at most 2^-25 of its value: less than float32
+# resolves
 ROUNDING = 2.0**-24
-# float32 keeps 24 bits: an input this far from zero in its sd has lost 13 of them before it is normalized
+# an input that is 10,000 of its sd from zero has lost 13 of float32's 24 bits before it is normalized
 FAR = 1e4
 COUNTED = 2  # the version of torch's layers that added num_batches_tracked
 
@@ -29,17 +30,19 @@ def non_finite_statistics(evidence: Evidence) -> Iterator[Finding]:
     """A stored mean or variance is NaN or infinite.
 
     Why:
-        One bad batch is enough: running averages never forget NaN. Training goes on, because train mode does not
-        use them, and every eval output of the channel is NaN.
+        One bad batch is enough: a running average that is NaN stays NaN. Training goes on, because train mode does not
+        use the average, but every eval output of the channel is NaN.
 
     How:
         running_mean or running_var has a value that is NaN or infinite.
 
     Example:
-        fp16 overflow in one step of mixed precision; the loss scaler skipped the step, the buffers kept it.
+        fp16 overflow in one step of mixed precision: the loss scaler skipped the step, but the buffers kept the
+        infinity.
 
     Fix:
-        batchnorm fix with --data measures them again. This package's layers leave such batches out.
+        batchnorm fix with --data measures the statistics again. Layers of this package leave batches with NaN out of
+        them.
 
     References:
         pytorch#88474, pytorch#115500.
@@ -62,17 +65,18 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
     """A stored variance is negative.
 
     Why:
-        Below -eps the square root is NaN. Above it the channel is magnified by more than any real variance could.
+        If var < -eps, the square root is NaN. If -eps < var < 0, the channel is magnified more than a variance of 0
+        would do.
 
     How:
-        running_var < 0. If it is rounding, at least -eps / 2^24, the safe fix sets it to 0; otherwise it has to be
-        measured again.
+        running_var < 0. A value of at least -eps / 2^24 is rounding, and the safe fix sets it to 0. A lower value has
+        to be measured again.
 
     Example:
         Averages of E[x^2] - E[x]^2, or weights that were extrapolated or quantized together with buffers.
 
     Fix:
-        batchnorm fix; with --data where it is no rounding.
+        batchnorm fix; with --data if the value is not rounding.
     """
     for name, stored in evidence.stored.items():
         if channels := _where(stored.running_var, lambda var: -math.inf < var < 0):
@@ -92,15 +96,16 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
     """A stored variance is a denormal number.
 
     Why:
-        Processors and compilers treat denormals differently, some as 0 and some slowly, so that times depend on the
-        machine. Beside eps it is 0 anyway: no output changes.
+        Some processors and compilers treat denormal numbers as 0, others compute slowly with them, so run times depend
+        on the machine. Compared with eps such a variance is 0 anyway: with 0 in its place no output changes.
 
     How:
-        0 < running_var < the smallest normal number of its type (1.2e-38 for float32), and at most eps / 2^24. A
-        float16 of 6e-5 is denormal too, but no zero beside eps: not meant. Silent for channels that BN106 names.
+        0 < running_var < the smallest normal number of its type (1.2e-38 for float32), and below eps / 2^24. A
+        float16 variance of 6e-5 is denormal too, but not negligible beside eps, so it is not reported. Channels that
+        BN106 names are not reported either.
 
     Example:
-        A channel behind a dead ReLU: its variance shrinks by 0.9 in each step and never arrives at 0.
+        A channel behind a dead ReLU: each step multiplies its variance by 0.9, and it never becomes 0.
 
     Fix:
         batchnorm fix sets it to 0; eval outputs change by less than float32 resolves.
@@ -108,9 +113,9 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
     for name, stored in evidence.stored.items():
         tiny = TINY.get(stored.dtypes.get("running_var", ""), TINY["float32"])
         limit = min(tiny, ROUNDING * evidence.eps(name))
-        tiny_ones = _where(stored.running_var, lambda var, limit=limit: 0 < var < limit)
-        dead = dead_channels(evidence, stored) if tiny_ones else set()
-        if channels := tuple(i for i in tiny_ones if i not in dead):
+        tiny_channels = _where(stored.running_var, lambda var, limit=limit: 0 < var < limit)
+        dead = dead_channels(evidence, stored) if tiny_channels else set()
+        if channels := tuple(i for i in tiny_channels if i not in dead):
             yield Finding(
                 name,
                 f"running_var down to {_least(stored, channels):.3g}, {some_of(channels, stored)}",
@@ -124,16 +129,17 @@ def non_finite_affine(evidence: Evidence) -> Iterator[Finding]:
     """Gamma or beta is NaN or infinite.
 
     Why:
-        Every output of the channel is NaN, in train and in eval mode, and so is all that depends on it.
+        Every output of the channel is NaN, in train and in eval mode, and so is everything that is computed from it.
 
     How:
         weight or bias has a value that is NaN or infinite.
 
     Example:
-        A training that diverged and was saved.
+        A training that diverged, saved afterwards
 
     Fix:
-        Go back to an earlier checkpoint. batchnorm fix --unsafe-fixes sets them to 1 and 0, to look at the rest.
+        Go back to an earlier checkpoint. To examine the rest of the model, batchnorm fix
+        --unsafe-fixes sets such gammas to 1 and such betas to 0.
     """
     for name, stored in evidence.stored.items():
         gammas, betas = _where(stored.weight, _is_broken), _where(stored.bias, _is_broken)
@@ -149,17 +155,18 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
     """Statistics are stored in half precision.
 
     Why:
-        A float16 variance overflows at 65504. A bfloat16 average stops moving: with 8 bits, adding a tenth of a
-        small difference changes nothing. Inference with them costs digits that float32 buffers keep for free.
+        A float16 variance overflows at 65504. A bfloat16 average stops changing: with 8 bits, adding a tenth of a
+        small difference has no effect. In inference, digits are lost that float32 statistics keep at no cost.
 
     How:
-        running_mean or running_var has the type float16 or bfloat16. Silent for ONNX, which is not trained further.
+        running_mean or running_var has the type float16 or bfloat16. Not reported for ONNX, which is not trained
+        further.
 
     Example:
         model.half(): running_var = inf. model.bfloat16(): a running mean that stalls at 4.78 where 4.97 is true.
 
     Fix:
-        batchnorm fix stores them in float32, which is exact; digits that are lost come back with --data.
+        batchnorm fix stores the same values in float32. Lost digits come back if --data is given.
         This package's layers keep float32 statistics under half() and bfloat16().
     """
     for name, stored in () if _is_onnx(evidence) else evidence.stored.items():
@@ -172,10 +179,11 @@ def incomplete_layer(evidence: Evidence) -> Iterator[Finding]:
     """A layer lacks one of its statistics, or their sizes differ.
 
     Why:
-        It cannot be loaded with strict=True; with strict=False what is missing stays at its initial value, silently.
+        load_state_dict(strict=True) refuses a missing tensor. With strict=False it keeps its initial value, without a
+        message.
 
     How:
-        One of running_mean and running_var is there without the other, or tensors of one layer differ in length.
+        Only one of running_mean and running_var is stored, or tensors of one layer differ in length.
 
     Example:
         Keys dropped by a filter such as "if 'running_var' not in key".
@@ -199,8 +207,8 @@ def far_mean(evidence: Evidence) -> Iterator[Finding]:
     """A channel's mean is very far from zero in units of its standard deviation.
 
     Why:
-        float32 has 7 digits. What lies 10,000 standard deviations from zero keeps 3 of them for what varies, and
-        folding, which forms beta - mean * gamma / sd, loses them from the weights.
+        float32 has 7 digits. If values are 10,000 standard deviations from zero, 3 digits are left for their variation.
+        Folding computes beta - mean * gamma / sd and loses these digits too.
 
     How:
         |running_mean| / sqrt(running_var + eps) > 10,000.
@@ -228,17 +236,17 @@ def silent_layer(evidence: Evidence) -> Iterator[Finding]:
     """Every gamma of a trained layer is zero.
 
     Why:
-        The layer returns beta whatever comes in: all before it, in its branch, is computed for nothing. Residual
-        branches begin so on purpose; one that is still so after training never learned.
+        The layer returns beta for every input, so everything before it in its branch is computed for nothing. Residual
+        branches often start with gamma 0 on purpose. A branch that still has gamma 0 after training never learned.
 
     How:
         Every gamma is exactly 0 and the statistics are not the initial ones.
 
     Example:
-        zero_init_residual=True with gammas that the optimizer does not know.
+        zero_init_residual=True, with gammas that are in no parameter group of the optimizer
 
     Fix:
-        Check that the optimizer gets the layer's parameters; or remove the branch.
+        Check that the optimizer has the layer's parameters; or remove the branch.
 
     References:
         Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1.
@@ -252,19 +260,19 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
     """num_batches_tracked is missing where loading needs it.
 
     Why:
-        torch fills a missing counter in, unless the state says that it was saved by a version that has one. Such a
-        state lost the counter on its way, and load_state_dict(strict=True) refuses it.
+        torch adds a missing counter to states of old versions, which had no counter. If a state says that it is of a
+        newer version, its counter was lost, and load_state_dict(strict=True) refuses the state.
 
     How:
-        Statistics are there, num_batches_tracked is not, and the state's _metadata has version 2 or more for the
-        layer; or the counter is not one number. States without _metadata (plain dicts, safetensors) load without
-        counters, and so do old ones.
+        Statistics are stored, but no num_batches_tracked, and the state's _metadata has version 2 or more for the
+        layer; or the counter is not one number. States without _metadata (plain dicts, safetensors) and states of old
+        versions load without counters.
 
     Example:
         state = model.state_dict(); del state["bn.num_batches_tracked"]; torch.save(state, path)
 
     Fix:
-        batchnorm fix adds it with the value 0. Nothing but momentum=None uses it.
+        batchnorm fix adds the counter with the value 0. Only layers with momentum=None use it.
     """
     for name, stored in evidence.stored.items():
         if stored.running_var is not None and (why := _counter_refused(evidence, stored)):
@@ -272,7 +280,7 @@ def missing_counter(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _counter_refused(evidence: Evidence, stored: Stored) -> str:
-    """What loading stumbles over in a layer's counter; "" if nothing."""
+    """Why load_state_dict(strict=True) would refuse a layer's counter; "" if it would not."""
     if evidence.file is None or stored.num_batches_tracked is not None or _is_onnx(evidence):
         return ""
     version = evidence.file.versions.get(stored.name, 0)

@@ -1,4 +1,4 @@
-"""BN2: what batches hold, as measured on data."""
+"""BN2: the contents of batches, measured on data."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
-# Probability of a false alarm of a whole model, and the share of its information that a batch may lose: a batch that
-# counts for half as many examples has means with sqrt(2) times the noise.
+# Largest probability of a false finding in a whole model; and the smallest share of a batch's examples that it must
+# count for: a batch that counts for half of its examples has means with sqrt(2) times the noise.
 CLUSTERING_P = 1e-3
 CLUSTERED_SHARE = 0.5
-# 5 % zeros among values of mean 2 sd move the mean by 0.1 sd
+# if 5 % of the values are zeros and the others have a mean of 2 sd, the zeros move the mean by 0.1 sd
 PADDED_SHARE = 0.05
-# A gap of 0.25 sd disturbs outputs as the noise of a batch of 24 does: 1.5 / M = 0.25^2. Models that are still trained
-# at a high rate, whose statistics lag behind their weights, were measured up to 0.2.
+# A gap of 0.25 sd changes outputs as much as the noise of a batch of M = 24 examples: 1.5 / M = 0.25^2. In models that
+# are still trained at a high rate, where statistics lag behind the weights, gaps of up to 0.2 were measured.
 STALE_GAP = 0.25
-# 3 sd of what averaging and the choice of the examples explain
+# times the gap that averaging and the choice of the examples explain
 STALE_OVER_NOISE = 3.0
-# of the batch's noise one sees little with fewer
+# with fewer batches their noise cannot be measured well
 FEWEST_BATCHES = 4
-# parts of the stored statistics worth a word
+# a finding mentions initial values only if they are a larger share of the stored statistics
 _SHARE_WORTH_A_WORD = 0.05
 
 
@@ -38,20 +38,23 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Batches differ from each other by more than chance: they are sorted or correlated.
 
     Why:
-        Batch statistics stand for the data only if a batch is a random draw. Sorted by class, taken from one video
-        or one patient, a batch tells what the others hold, and the stored statistics remember the last few.
+        Batch statistics represent the data only if a batch is a random sample. If the data are sorted by class, or a
+        batch comes from one video or one patient, each example is normalized by similar examples, and the stored
+        statistics describe only the last few batches.
 
     How:
-        An F-test of batch means against the means of single examples, in every channel of a layer. Fires if its p,
-        times channels and layers, is below 0.001, and batch means scatter as if a batch had fewer than half of its
-        examples; and if batches differ less, by ranks, in each of 1,999 random orders of the examples, which holds for
-        every law. Needs 4 batches, in the loader's order; silent where a layer has other rows than the model.
+        An F-test of batch means against the means of single examples, in every channel of a layer. Reported if three
+        conditions are met. The test's p, times the numbers of channels and layers, is below 0.001. Batch means vary as
+        if a batch had fewer than half of its examples. In each of 1,999 random orders of the examples, the batches
+        differ less, by ranks; this test is valid for any distribution. Needs 4 batches, in the loader's order. Layers
+        whose inputs do not have one row per example are left out.
 
     Example:
         DataLoader(images_sorted_by_class, batch_size=32)  # shuffle=False
 
     Fix:
-        shuffle=True, or a sampler that mixes sources. If these were test data in their own order: give training data.
+        shuffle=True, or a sampler that mixes sources. If these are test data in their own order, examine training
+        data instead.
 
     References:
         Snedecor and Cochran 1989, chapters 12 and 13.
@@ -77,26 +80,26 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
             limit=f"{CLUSTERED_SHARE * size:.0f} examples",
         )
     if all(m.clustering_p is None for m in measured.values()):
-        yield Unknown("", "it takes 4 batches whose rows in a layer are the model's examples, each used once")
+        yield Unknown("", "it takes 4 batches, and a layer that runs once for each batch with one row for each example")
 
 
 def padding_counted(evidence: Evidence) -> Iterator[Finding]:
     """Padding is counted in the statistics.
 
     Why:
-        Padded positions are not data, but they weigh as much in the mean and variance. Valid positions then do not
-        come out at mean 0 and variance 1, and an example's output depends on how long its neighbours are.
+        Padded positions are not data, but they count as much in the mean and variance. Then valid positions are not
+        normalized to mean 0 and variance 1, and an example's output depends on the lengths of the others in its batch.
 
     How:
-        In (N, C, L) inputs, positions at the end that repeat one value in all channels, with ends that differ between
-        examples. Limit: 5 % of all positions. Other layouts, and padding that was smeared by layers before, are not
-        seen.
+        Inputs have shape (N, C, L), the last positions of examples equal each other in all channels, and the examples
+        end at different positions. Limit: 5 % of all positions. Padding in other layouts, and padding that earlier
+        layers mixed with data, is not found.
 
     Example:
         pad_sequence(sounds, batch_first=True).transpose(1, 2)  ->  Conv1d  ->  BatchNorm1d
 
     Fix:
-        Normalize valid positions only: pick them by their mask as (values, C), and put them back.
+        Normalize valid positions only: select them with a mask as (values, C), normalize them, and write them back.
 
     References:
         pytorch#70529, deepspeech.pytorch#312.
@@ -107,22 +110,22 @@ def padding_counted(evidence: Evidence) -> Iterator[Finding]:
 
 
 def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
-    """The data bring NaN or infinity into a layer.
+    """A layer receives NaN or infinity on these data.
 
     Why:
-        In train mode one NaN makes a channel's batch statistics NaN, and with torch.nn's layers the stored ones for
-        ever: training goes on, eval mode gives NaN.
+        In train mode one NaN makes a channel's batch statistics NaN. torch.nn's layers then store NaN for ever:
+        training goes on, but eval outputs are NaN.
 
     How:
-        NaN and infinite values in the inputs of layers, in eval mode. Only the first layer that gets any is named.
-        Silent behind a layer whose own values make them (BN102, BN103, BN107).
+        NaN and infinite values in the inputs of layers, in eval mode. Only the first layer that receives them is named.
+        Not reported behind a layer whose stored values cause them (BN102, BN103, BN107).
 
     Example:
         images[17, 0, 0, 0] = float("inf")
 
     Fix:
         Find the examples: [i for i, (x, *_) in enumerate(data) if not x.isfinite().all()]. Layers of this package
-        leave such batches out of what they store.
+        leave such batches out of their stored statistics.
 
     References:
         pytorch#88474, pytorch#115500.
@@ -139,25 +142,26 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Train mode and eval mode give different outputs for the same data.
 
     Why:
-        The model learned with batch statistics and is used with stored ones. If these are stale, it is used with
-        other outputs than it learned with.
+        The model is trained with batch statistics and used with stored ones. If the stored ones are out of date, its
+        layers give other outputs in use than in training.
 
     How:
-        The root mean square difference of a layer's outputs in units of their standard deviation, in two parts: noise
-        (batch against all the data) and stale (all the data against what is stored). Fires if the stale part is above
-        0.25 and above 3 times what averaging and the choice of examples explain, noise sqrt(m / (2 - m) + 1 / batches)
-        for momentum m, in channels that are shown to have other statistics whatever the law of the examples (as in
-        BN116). Not checked where examples too rare to be among these can explain it. Needs 4 batches. Silent for
-        frozen layers and those that were never updated (BN101). A cause is told where the numbers show it: if what is
-        stored is nearer, by half, to a mixture of the data's statistics with the initial ones, or to unbiased variances
-        of single batches.
+        The root mean square difference between a layer's outputs in both modes, in standard deviations of the output.
+        It has two parts: noise (statistics of a batch against those of all the data) and stale (statistics of all the
+        data against the stored ones). Only channels whose statistics differ for any distribution of the examples (as in
+        BN116) count for the stale part. Reported if it is above 0.25, and above 3 times the gap that averaging and the
+        choice of examples explain: noise sqrt(m / (2 - m) + 1 / batches) for momentum m. Not checked if examples too
+        rare to be among the data can explain the gap. Needs 4 batches. Not reported for frozen layers and for layers
+        that were never updated (BN101). The finding names a cause if the numbers show it: the stored statistics are at
+        most half as far from a mixture of the data's statistics with the initial ones, or from unbiased variances of
+        single batches, as from the data's statistics.
 
     Example:
         Training stopped after 20 steps, or weights were averaged after the statistics were stored.
 
     Fix:
-        batchnorm.recalibrate(model, loader) measures the statistics anew, on training data. If the data are not those
-        of training, the gap is their shift (BN401), and measuring on them fits the model to them.
+        batchnorm.recalibrate(model, loader) measures the statistics anew, on training data. If the data are not
+        training data, the gap comes from their shift (BN401), and recalibrate adapts the model to these data.
 
     References:
         pytorch#5406, pytorch#19902. Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
@@ -189,21 +193,21 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
-    """A channel has one value on all the data.
+    """A channel has the same value in all the data.
 
     Why:
-        Its output is beta and nothing else, and in train mode it divides by sqrt(eps): rounding errors are magnified
-        up to 316 times at eps = 1e-5.
+        In train mode the channel's output is beta plus rounding errors, because its input is divided by sqrt(eps). That
+        magnifies rounding errors 316 times at eps = 1e-5.
 
     How:
-        A standard deviation no larger than the rounding of the input's type, over all examples. Silent where BN106
-        names all of these channels, here or before a depthwise convolution.
+        Over all examples, a channel's standard deviation is not larger than the rounding error of its mean. Not
+        reported if BN106 names all of these channels, in this layer or in the layer before a depthwise convolution.
 
     Example:
-        A column of zeros; a filter behind a ReLU that never fires.
+        A column of zeros; a filter behind a ReLU that is never active
 
     Fix:
-        Look at what feeds the channel; remove the column or the filter.
+        Look at the weights or the column that the channel comes from; remove the column or the filter.
 
     References:
         Ioffe and Szegedy 2015, section 3: eps.
@@ -220,7 +224,7 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _breaks_outputs(evidence: Evidence, layer: str) -> bool:
-    """Whether what a layer stores turns good inputs into NaN or infinity."""
+    """Whether a layer's stored values turn finite inputs into NaN or infinity."""
     stored = evidence.stored.get(layer)
     if stored is None:
         return False
@@ -235,13 +239,13 @@ def _is_frozen(evidence: Evidence, layer: str) -> bool:
 
 
 def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
-    """Variance of the running average over that of one batch; infinite if it diverges."""
+    """Variance of the running average over the variance of one batch's value; infinite if the average diverges."""
     momentum = evidence.momentum(layer) or 0.0
     return momentum / (2 - momentum) if momentum < 2 else math.inf
 
 
 def _cause(evidence: Evidence, layer: str, found: Measured) -> str:
-    """What makes stored statistics differ from fresh ones, in words: only what the numbers show."""
+    """Why stored statistics differ from those of the data, in words, as far as the numbers show it."""
     claim, share = claims(evidence)[layer]
     if claim is StartResidue.SHOWN and share > _SHARE_WORTH_A_WORD:
         return f"{share:.0%} of the stored statistics are still the initial ones"

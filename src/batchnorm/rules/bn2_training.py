@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 # ResNet-50's error on ImageNet is 23.6 % with 32 examples per device, 24.8 % with 8, 27.3 % with 4 (Wu and He 2018)
 FEWEST_EXAMPLES = 8
-# Examples whose statistics count as good enough to accumulate on: the batch per device that Goyal et al. (2017) keep
-# fixed. The noise of its means, 1 / sqrt(32), is 18 % of the sd.
+# With so many examples per device, accumulation is not reported. Goyal et al. (2017) keep batches of 32 per device; the
+# noise of their means, 1 / sqrt(32), is 18 % of the sd.
 ENOUGH_EXAMPLES = 32
-_NO_SIZE = "the loader does not tell its batch size; batch_size= does"
+_NO_SIZE = "the loader's batch size is not known. Give --batch-size, or batch_size= in Python"
 
 
 def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -25,19 +25,19 @@ def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
     Why:
         Train mode estimates each channel's mean and variance from the batch on one device. With M examples the mean
-        has a noise of 1 / sqrt(M) of the channel's standard deviation. Few examples mean noisy training, and a
-        model that sees other statistics at test time than it was trained with.
+        has a noise of 1 / sqrt(M) of the channel's standard deviation. With few examples training is
+        noisy, and at test time the model uses other statistics than in training.
 
     How:
-        From the loader's batch size, or the one given; times the processes if every layer is a SyncBatchNorm.
-        Limit: 8 (ResNet-50 on ImageNet: 24.8 % error at 8, 27.3 % at 4, 34.7 % at 2). Positions of an image count
-        as well, but are alike. Silent if every layer is frozen.
+        The given batch size, or else the loader's, times the number of processes if every layer that is not frozen is a
+        SyncBatchNorm. Limit: 8 (ResNet-50 on ImageNet: 24.8 % error at 8, 27.3 % at 4, 34.7 % at 2). Positions of an
+        image are values too, but similar ones, so they are not counted. Not reported if every layer is frozen.
 
     Example:
         DataLoader(data, batch_size=2)
 
     Fix:
-        Larger batches, SyncBatchNorm over the processes, group normalization, or freeze a pretrained model's layers.
+        Larger batches, SyncBatchNorm over the processes, group normalization, or frozen layers in a pretrained model.
 
     References:
         Wu and He 2018, "Group Normalization", table 2. Ioffe 2017, "Batch Renormalization".
@@ -61,7 +61,8 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
         raises ValueError at the end of the first epoch. Other layers train on the statistics of one example.
 
     How:
-        Data set length modulo batch size, where drop_last is off. Data tell which layers get one value.
+        The length of the data set modulo the batch size is 1, and drop_last is False. With data, the finding names the
+        layers that receive one value per channel.
 
     Example:
         DataLoader(TensorDataset(torch.randn(65, 3)), batch_size=32)
@@ -81,24 +82,24 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
     if loop.last_batch != 1 or (loop.batch_size or 0) <= 1:
         return
     raising = [name for name, found in (evidence.measured or {}).items() if found.values_per_example == 1]
-    what = f"{listed(raising)} will raise ValueError" if raising else "Layers with one value per channel raise"
+    layers = listed(raising) if raising else "Layers with one value per channel"
     yield Finding(
         "",
         f"1 example in the last batch, {loop.batch_size} in the others",
-        consequence=f"{what}; the others train on statistics of a single example.",
+        consequence=f"{layers} will raise ValueError; the others train on statistics of a single example.",
     )
 
 
 def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
-    """Gradients are accumulated over batches, statistics are not.
+    """Gradients are accumulated over several batches, but statistics are not.
 
     Why:
-        Accumulating k batches of M examples gives the gradient of k M examples, but each batch is still normalized by
-        M. The noise of the mean stays 1 / sqrt(M), so it is not the training of a batch of k M.
+        Accumulation over k batches of M examples gives the gradient of k M examples, but each batch is still normalized
+        by the statistics of M. The noise of the mean stays 1 / sqrt(M), so this is not a training with batches of k M.
 
     How:
-        From the accumulation given. Silent at 32 or more examples per device, whose means have a noise below 18 % of
-        the standard deviation, and if every layer is frozen.
+        The given accumulation is above 1. Not reported with 32 or more examples per device, where the noise of means is
+        below 18 % of the standard deviation, or if every layer is frozen.
 
     Example:
         batchnorm.doctor.examine(model, batch_size=8, accumulation=4)
@@ -118,22 +119,23 @@ def gradient_accumulation(evidence: Evidence) -> Iterator[Finding]:
 
 
 def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """One training step updates the stored statistics twice: activation checkpointing runs forward again.
+    """One training step updates the stored statistics twice, because activation checkpointing repeats the forward.
 
     Why:
-        The second forward, within backward, moves running_mean and running_var by the same batch again. Momentum m
-        acts as 1 - (1 - m)^2, about 2 m, and num_batches_tracked counts double.
+        The second forward, in the backward pass, updates running_mean and running_var with the same batch again.
+        Momentum m acts as 1 - (1 - m)^2, about 2 m, and num_batches_tracked counts each batch twice.
 
     How:
-        num_batches_tracked before and after the backward pass of one trial step. Any update there is one too many.
-        Not checked where there was no backward pass: the step failed, or no output has a gradient.
+        num_batches_tracked is compared before and after the backward pass of one trial step. Every update in the
+        backward pass is one too many. Not checked if there was no backward pass, because the step failed or no output
+        has a gradient.
 
     Example:
         torch.utils.checkpoint.checkpoint(block_with_batch_norm, x, use_reentrant=False)
 
     Fix:
-        memory="save" of this package in place of checkpointing, or momentum 1 - sqrt(1 - m): both updates together
-        then weigh as much as one should.
+        memory="save" of this package in place of checkpointing; or momentum 1 - sqrt(1 - m), with which two updates
+        together have the weight m.
 
     References:
         pytorch#96136, pytorch#62471.
@@ -151,24 +153,24 @@ def updated_twice(evidence: Evidence) -> Iterator[Finding | Unknown]:
     if evidence.run and (why := _no_backward(evidence.run)):
         yield Unknown("", why)
     elif evidence.run and evidence.stored and not evidence.run.updates_forward:
-        yield Unknown("", "no layer has a counter that can be watched")
+        yield Unknown("", "no layer has a num_batches_tracked that can be read")
 
 
 def weight_decay_on_affine(evidence: Evidence) -> Iterator[Finding]:
     """Weight decay pulls gamma and beta towards zero.
 
     Why:
-        Decay regularizes weights whose size matters. gamma and beta are few, and pulling gamma to 0 switches channels
-        off. Most recipes leave them out; for some, decay on gamma is meant (it makes channels to prune).
+        Weight decay regularizes large weight tensors. gamma and beta are few numbers, and a gamma near 0 switches its
+        channel off. Most recipes exclude gamma and beta. Some decay gamma on purpose, to prune channels.
 
     How:
-        A weight decay above 0 in the optimizer's group that has a layer's gamma or beta.
+        The optimizer's parameter group with a layer's gamma or beta has a weight decay above 0.
 
     Example:
         torch.optim.AdamW(model.parameters(), weight_decay=0.05)
 
     Fix:
-        A group of their own, with weight_decay=0, for parameters of one axis.
+        A parameter group with weight_decay=0 for all parameters that have one axis.
 
     References:
         Goyal et al. 2017, section 5.1. He et al. 2019, "Bag of Tricks", section 3.1. pytorch#1402.
@@ -184,16 +186,18 @@ def unused_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A layer was not called on the data.
 
     Why:
-        It learns nothing and its statistics stay as they are. Often a leftover, or a branch for other inputs.
+        Such a layer learns nothing, and its statistics never change. Often it is a leftover, or in a branch for other
+        inputs.
 
     How:
-        No call of the layer in eval mode on all the data given. A layer whose parts are used by functions counts too.
+        The layer was not called on any of the given data in eval mode. A layer whose tensors are used by functions only
+        is reported too.
 
     Example:
         self.spare = nn.BatchNorm2d(8)  # forward does not use it
 
     Fix:
-        Remove it, or give data that reach it.
+        Remove the layer, or give data for which it is called.
 
     References:
         torch.nn.parallel.DistributedDataParallel, find_unused_parameters.
@@ -208,19 +212,19 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A training step raises an error.
 
     Why:
-        Eval mode works, train mode does not: the layers cannot be trained as they stand.
+        The model runs in eval mode but not in train mode, so it cannot be trained as it is.
 
     How:
         One forward and backward pass in train mode on up to 8 examples, with the mean square of the outputs as loss.
-        A model that fails on the first part of a batch gets all its parts, such as labels. Not checked where a batch
-        has one example, or where the model takes further arguments that the batch does not hold and fails outside of
-        its batch norm layers.
+        If the model fails on the first element of a batch, it is called with all elements, such as inputs and labels.
+        Not checked if a batch has one example, or if the model needs arguments that the batch lacks and fails outside
+        of its batch norm layers.
 
     Example:
-        A layer that gets (1, C) where each example is one batch.
+        A layer that receives (1, C), because the model passes examples to it one by one
 
     Fix:
-        As the error says. If the model needs arguments in train mode only, give batches that hold them.
+        Do what the error says. If the model needs further arguments in train mode, give batches that contain them.
 
     References:
         pytorch#4534.
@@ -232,20 +236,20 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def not_in_optimizer(evidence: Evidence) -> Iterator[Finding]:
-    """The optimizer does not know a trainable layer.
+    """A trainable layer is not in the optimizer.
 
     Why:
-        gamma and beta get gradients and never move. Usually the layer was added or replaced after the optimizer was
-        made, which still holds the old parameters.
+        gamma and beta get gradients, but are never updated. Usually the layer was added or replaced after the optimizer
+        was constructed.
 
     How:
-        gamma or beta that require gradients and are in no parameter group.
+        gamma or beta requires a gradient and is in no parameter group.
 
     Example:
         optimizer = SGD(model.parameters(), lr=0.1); model.bn = nn.BatchNorm2d(8)
 
     Fix:
-        Make the optimizer after the model is complete, or optimizer.add_param_group.
+        Construct the optimizer after the model is complete, or call optimizer.add_param_group.
 
     References:
         torch.optim.Optimizer.add_param_group.
@@ -259,7 +263,7 @@ def not_in_optimizer(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _no_backward(run: Run) -> str:
-    """Why nothing is known of a backward pass; "" if one was run."""
+    """Why there was no complete backward pass; "" if there was one."""
     failed = f"the training step failed: {run.train_error}" if run.train_error else ""
     return run.unknown.get("step") or run.unknown.get("backward") or failed
 
@@ -270,7 +274,7 @@ def _measures_batches(evidence: Evidence) -> bool:
 
 
 def _normalized_together(evidence: Evidence) -> int | None:
-    """Examples that share their statistics; None if not known, or if every layer is frozen."""
+    """Number of examples that are normalized together; None if it is not known or every layer is frozen."""
     loop, modules = evidence.loop, evidence.modules
     if loop is None or loop.batch_size is None or not _measures_batches(evidence):
         return None

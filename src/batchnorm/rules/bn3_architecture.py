@@ -1,4 +1,4 @@
-"""BN3: where a layer stands."""
+"""BN3: the place of a layer in the network."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def bias_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
     """A bias right before batch norm has no effect.
 
     Why:
-        Batch norm subtracts the mean, and the bias with it. Its gradient is zero but for rounding; it takes memory,
-        time and, with weight decay, attention.
+        Batch norm subtracts the mean, and the bias with it. The bias has a gradient of zero up to rounding, and costs
+        memory and time.
 
     How:
-        A convolution or linear layer with a bias, called at one place, whose result only this layer reads, in the
-        traced code. Silent for frozen layers: what they subtract does not move with the bias.
+        In the traced code a convolution or linear layer with a bias is called at one place, and only this layer reads
+        the result. Not reported for frozen layers: the mean that they subtract does not follow the bias.
 
     Example:
         nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64)
 
     Fix:
-        bias=False in the layer before. For a trained model leave it, or let batchnorm.fold take it in.
+        bias=False in the layer before. In a trained model leave the bias, or merge it with batchnorm.fold.
 
     References:
         Ioffe and Szegedy 2015, section 3.2.
@@ -45,22 +45,22 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """One layer is used at several places and mixes their statistics.
 
     Why:
-        Each place has a distribution of its own. Train mode normalizes each by its own batch; eval mode normalizes
-        all of them by one average over the places, which fits none.
+        Inputs at different places have different distributions. Train mode normalizes each input by its own batch. Eval
+        mode normalizes all inputs by one average over the places, which fits none of them.
 
     How:
-        The layer was called more than once in one forward pass; or, where calls are not known, it is registered
-        under several names. In a file of torch.save: two names of one state whose mean and variance are the same bytes
-        of the file. That proves one layer, not two calls. So it is only told as info where the weight before the
-        layer, or the module around it, is stored once as well: then the names may be two ways to one call, as in
-        self.body = self.encoder.body. In an ONNX file: nodes that have the same four tensors
-        and normalize different inputs. safetensors has no sharing to be seen.
+        The layer was called more than once in one forward pass; or, if calls are not known, it is registered under
+        several names. In a file of torch.save: the mean and variance of two names in one state are the same bytes of
+        the file. That proves one layer, but not two calls. So the severity is only info if the weight before the layer,
+        or the module around it, is stored once too: then the names may be two ways to one call, as in self.body =
+        self.encoder.body. In an ONNX file: several nodes use the same four tensors and normalize different inputs. A
+        file of safetensors does not show sharing.
 
     Example:
         x = self.bn(self.conv1(x)); x = self.bn(self.conv2(x))
 
     Fix:
-        A layer for each place. They may share gamma and beta: second.weight = first.weight.
+        One layer for each place. The layers may share gamma and beta: second.weight = first.weight.
 
     References:
         Cooijmans et al. 2017, "Recurrent Batch Normalization": statistics for each time step.
@@ -79,7 +79,7 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
-    """What a file proves, and what it does not: that one layer has several names, not that each of them is called."""
+    """The finding for one layer with several names in a file. torch.save does not prove that each of them is called."""
     names = [file.shown(name) for name in shared.names]
     if shared.is_called:
         return Finding(
@@ -116,37 +116,38 @@ def dropout_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
         eval mode divides by a standard deviation that its inputs do not have.
 
     How:
-        A dropout module with p > 0 whose result goes to the layer, directly or through an activation.
+        The layer receives the result of dropout with p > 0, a module or a function, directly or through activations,
+        pooling or flatten.
 
     Example:
         nn.Dropout(0.5), nn.BatchNorm1d(256): eval inputs have 1 / sqrt(2) of the stored standard deviation or more.
 
     Fix:
-        Put dropout behind the last batch norm layer, or batchnorm.recalibrate(model, loader), which measures in
-        eval mode.
+        Put dropout behind the last batch norm layer; or call batchnorm.recalibrate(model, loader), which measures
+        statistics in eval mode.
 
     References:
         Li, Chen, Hu and Yang 2019, "Understanding the Disharmony between Dropout and Batch Normalization".
     """
     for name, dropout in evidence.graph.behind_dropout.items() if evidence.graph else ():
-        yield Finding(name, f"{dropout!r} before it")
+        yield Finding(name, f"{dropout!r} is before it")
 
 
 def batch_norm_twice(evidence: Evidence) -> Iterator[Finding]:
     """Batch norm follows batch norm.
 
     Why:
-        The first one's gamma and beta are normalized away: the second computes what it would have computed alone,
-        but for eps.
+        The second layer normalizes the gamma and beta of the first one away. Up to eps, it computes the same without
+        the first layer.
 
     How:
-        A layer whose input is another layer's result, in the traced code.
+        In the traced code the layer's input is the result of another batch norm layer, which nothing else reads.
 
     Example:
         nn.BatchNorm1d(8), nn.BatchNorm1d(8)
 
     Fix:
-        Remove the first one.
+        Remove the first layer.
     """
     for name, first in evidence.graph.behind_batch_norm.items() if evidence.graph else ():
         yield Finding(name, f"its input is the result of {first!r}", remedy=f"remove {first!r}")

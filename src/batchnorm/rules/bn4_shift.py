@@ -1,4 +1,4 @@
-"""BN4: data that are not those of training."""
+"""BN4: data that differ from the training data."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint.stored import Stored
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
-# A mean that moved by its own sd, or an sd that doubled or halved: half of the values leave what the layer normalizes
-# to. Models in the middle of training have channels up to 0.35 sd off.
+# A mean that moved by one sd, or an sd that doubled or halved: then half of the values are outside of the usual range
+# of the layer's outputs. In models in the middle of training, means of channels were up to 0.35 sd off.
 MOVED_MEAN = 1.0
 MOVED_VARIANCE = 4.0
-# a few channels may depend on what is rare in training
+# a few channels may depend on inputs that are rare in the training data
 MOVED_CHANNELS = 0.25
-# The curvature of a squared loss goes with the square of a feature's scale: a ratio of 100 in sd is one of 10^4 in
-# condition number. A mean of 10 sd is a ratio of 100 in mean square between the mean and what varies.
+# The curvature of a squared loss is proportional to the square of a feature's scale, so a ratio of 100 between sds
+# means a condition number of 10^4. With a mean of 10 sd, the squared mean is 100 times the variance.
 SCALE_RATIO = 100.0
 FAR_MEAN = 10.0
 
 
 def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """The data differ from what the layer was trained with.
+    """The data differ from those that the layer was trained with.
 
     Why:
         Eval mode subtracts the training data's mean and divides by their standard deviation. On data of another
         camera, another scale or another domain the outputs are then not normalized, and accuracy drops.
 
     How:
-        For each channel, the fresh mean's distance from the stored one in stored standard deviations (limit 1), and
-        the ratio of variances (limits 1/4 and 4). Fires if a quarter of a layer's channels is beyond, and shown to have
-        other statistics whatever the law of the examples (as in BN116); only the first such layer in execution order is
-        named, later ones follow from it. Not checked where examples too rare to be among these can explain it, as with
-        a variance that is only smaller. Constant channels (BN211) and layers that were never updated do not count.
+        For each channel, the distance of the data's mean from the stored one, in stored standard deviations (limit 1),
+        and the ratio of the data's variance to the stored one (limits 1/4 and 4). Reported if a quarter of a layer's
+        channels are outside of a limit, and differ for any distribution of the examples (as in BN116). Only the first
+        such layer in execution order is named, because its outputs shift the inputs of later layers. Not checked if
+        examples too rare to be among the data can explain the difference, as with a variance that is only smaller.
+        Constant channels (BN211) and layers that were never updated do not count.
 
     Example:
         A model trained on images in 0..1 gets images in 0..255.
 
     Fix:
-        First check that the data are prepared as in training. If the new domain is meant: batchnorm.recalibrate on
-        examples of it (adaptive batch normalization).
+        First check that the data are prepared as in training. If the model is to work in the new domain, call
+        batchnorm.recalibrate on examples of that domain (adaptive batch normalization).
 
     References:
         Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift adaptation".
@@ -76,14 +77,14 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Input features range over very different scales.
 
     Why:
-        Gradients of the first layer's weights go with the scale of their features. One learning rate then is too
-        large for some weights and too small for others, and batch norm behind that layer does not mend it.
+        A gradient of the first layer's weights is proportional to the scale of the weight's feature. One learning rate
+        then is too large for some weights and too small for others, and batch norm behind that layer does not help.
 
     How:
-        Standard deviation and mean of each input feature (axis 1). Fires if the largest standard deviation is above
-        100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are left
-        out. Silent for models that begin with InputNorm or batch norm; not checked for integer inputs and more than
-        4096 features.
+        Standard deviation and mean of each input feature (axis 1). Reported if the largest standard deviation is
+        above 100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are
+        left out. Not reported for models that begin with InputNorm or batch norm. Not checked for integer inputs and
+        for more than 4096 features.
 
     Example:
         Columns age (20..80) and income (20000..200000) straight from the table.
@@ -102,7 +103,7 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
             yield Unknown("", why)
         return
     pairs = [(scale, mean) for scale, mean in zip(run.input_scales, run.input_means, strict=True) if scale > 0]
-    # what rounding leaves of a constant
+    # the sd of a constant feature is its rounding
     pairs = [(scale, mean) for scale, mean in pairs if scale > abs(mean) * 2**-23]
     if not pairs:
         return
@@ -116,12 +117,12 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def is_as_constructed(stored: Stored | None) -> bool:
-    """Whether a layer holds no statistics of data: nothing stored, or mean 0 and variance 1."""
+    """Whether a layer has no statistics of data: none are stored, or mean 0 and variance 1."""
     return stored is None or stored.running_mean is None or stored.running_var is None or stored.is_initial
 
 
 def _moved(evidence: Evidence, name: str, found: Measured) -> tuple[int, ...]:
-    """Channels that are beyond a limit, if these are enough of the layer."""
+    """Channels that are outside of a limit; () if they are less than MOVED_CHANNELS of the layer."""
     if is_as_constructed(evidence.stored.get(name)):
         return ()
     pairs, constant = zip(found.mean_deviation, found.var_ratio, strict=True), set(found.constant)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint.stored import Stored
     from batchnorm.rules.rule_evidence import Evidence
 
-# what half precision rounds away: half of the distance between 1 and the next float16
+# the rounding error of half precision: half of the distance between 1 and the next float16
 EPS_EFFECT = 2**-11
-# Statistics that went through half precision differ by up to 2^-11 of their values: 0.01 sd for means 20 sd from 0.
+# Half precision changes statistics by up to 2^-11 of their values: by 0.01 sd, if a mean is 20 sd from 0.
 SAME_MEAN = 0.01
 SAME_VARIANCE = 0.01
 
@@ -29,18 +29,18 @@ def not_folded(evidence: Evidence) -> Iterator[Finding]:
     """A layer could be folded into its neighbour for inference.
 
     Why:
-        In eval mode batch norm multiplies and adds constants. The convolution or linear layer beside it can do that
-        for nothing, which saves a pass over the activations.
+        In eval mode batch norm multiplies and adds constants. A convolution or linear layer beside it can include these
+        constants in its weights, which saves a pass over the activations.
 
     How:
-        Layers in eval mode whose neighbour alone feeds them, as the traced graph shows. Silent while the model is in
-        train mode.
+        The traced graph shows a convolution or linear layer into which batchnorm.fold can merge the layer. Not reported
+        if the model is in train mode.
 
     Example:
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
 
     Fix:
-        batchnorm.fold(model.eval(), example) gives a folded copy; keep the original to train on.
+        batchnorm.fold(model.eval(), example) returns a folded copy; keep the original for training.
 
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3.2.
@@ -53,15 +53,15 @@ def not_folded(evidence: Evidence) -> Iterator[Finding]:
 
 
 def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """The model's outputs differ from those of the model that it was made from.
+    """The model's outputs differ from those of the reference from which it was made.
 
     Why:
         Folding, fusing, converting and exporting must not change eval outputs by more than rounding. torch's own
-        fusing gets grouped transposed convolutions and reused layers wrong without a message.
+        fusion is wrong for grouped transposed convolutions and reused layers, and gives no message.
 
     How:
         The largest difference of outputs on one example, relative to the largest output. The limit is the rounding
-        of deep sums: 1024 eps of float32 and float64, 16 eps of half precision and TF32.
+        error of deep networks: 1024 eps of float32 and float64, 16 eps of half precision and TF32.
 
     Example:
         batchnorm.doctor.examine(folded, data, reference=original)
@@ -88,30 +88,33 @@ def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """eps differs between layers, or from the model that the weights were imported from.
+    """eps differs between layers, or from the model that the weights come from.
 
     Why:
-        Weights come without their eps. Keras uses 1e-3, torch 1e-5, and some models 1e-3 in part: with the wrong one
-        every output is scaled wrong, most where the variance is small.
+        Saved weights do not include eps. Keras uses 1e-3, torch 1e-5, and some models use 1e-3 in a part of their
+        layers. With a wrong eps all outputs have the wrong scale. The error is largest in channels with a small
+        variance.
 
     How:
-        Each layer's eps against the reference's; without a reference, against the eps of more than half of the
-        layers. Fires if the layer's median variance makes that a change of more than 2^-11 of the output, what half
-        precision rounds away. Silent where two or more such layers are a part of the model by themselves, as a head
-        of another library is. Files say eps only in ONNX, or where they hold the whole model.
+        Each layer's eps is compared with the reference's; without a reference, with the eps of more than half of the
+        layers. Reported if the difference changes the output of a channel with the layer's median variance by more than
+        2^-11, the rounding error of half precision. Without a reference, not reported if two or more layers with this
+        eps are all the layers of a part of the model, such as a head of another library. Of files, only those of ONNX
+        and those with a whole model store eps.
 
     Example:
         Keras weights in nn.BatchNorm2d(8), whose eps is 1e-5.
 
     Fix:
-        layer.eps = the original's eps. If two parts of a model have an eps of their own on purpose, ignore it.
+        layer.eps = the original's eps. If two parts of a model have different eps on purpose, ignore this
+        finding.
 
     References:
         Keras BatchNormalization, epsilon=1e-3. pytorch/ao PR 4758.
     """
     known = {name: eps for name in evidence.stored if (eps := evidence.known_eps(name)) is not None}
     if evidence.stored and not known:
-        yield Unknown("", "eps is not told")
+        yield Unknown("", "eps is not known")
     expected, source = (evidence.reference.eps, evidence.reference.path) if evidence.reference else ({}, "")
     usual = _usual_eps(known)
     for name, eps in known.items():
@@ -134,11 +137,11 @@ def train_mode_in_export(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """An exported layer normalizes by the batch.
 
     Why:
-        The file was exported in train mode. Its answer for an example depends on the batch it comes in, and for one
-        example alone it is mostly beta.
+        The model was exported in train mode. Its output for an example depends on the other examples in the batch, and
+        for a single example it is mostly beta.
 
     How:
-        BatchNormalization nodes with training_mode 1, or with outputs for running statistics.
+        The graph has BatchNormalization nodes with training_mode 1, or with outputs for running statistics.
 
     Example:
         torch.onnx.export(model, x, "model.onnx", training=TrainingMode.TRAINING)
@@ -152,19 +155,19 @@ def train_mode_in_export(evidence: Evidence) -> Iterator[Finding | Unknown]:
     for name in evidence.file.in_train_mode if evidence.file else ():
         yield Finding(name, "training_mode 1")
     if evidence.file and evidence.file.format != "onnx":
-        yield Unknown("", "only an exported graph has a mode")
+        yield Unknown("", "only an ONNX graph shows the mode of the export")
 
 
 def functional_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A functional call normalizes by the batch in eval mode.
 
     Why:
-        F.batch_norm(..., training=True) measures the batch whatever mode the module is in. model.eval() does not
-        reach it, and nothing in the state_dict shows it.
+        F.batch_norm(..., training=True) uses batch statistics in every mode of the module. model.eval() does not change
+        that, and the state_dict does not show it.
 
     How:
-        Calls of torch.nn.functional.batch_norm and torch.batch_norm with training=True, on one batch in eval mode,
-        outside of batch norm layers. The module whose forward makes the call is named.
+        The model runs on one batch in eval mode. Code outside of batch norm layers calls a function such as
+        torch.nn.functional.batch_norm with training=True. The finding names the module whose forward makes the call.
 
     Example:
         F.batch_norm(x, None, None, training=True)
@@ -185,16 +188,18 @@ def functional_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def depends_on_companions(evidence: Evidence) -> Iterator[Finding | Unknown]:
-    """An example's eval output depends on what else is in its batch.
+    """An example's eval output depends on the other examples in its batch.
 
     Why:
-        In use, an example comes alone or among others than in the test. Its answer must not change by that.
+        In use, an example is alone in its batch, or among other examples than in the test. That must not change its
+        output.
 
     How:
-        The first example's eval output alone and among up to 8, relative to its largest value. The limit is what
-        rounding explains, 1024 eps of float32. A model that raises for one example alone, and not for a few, is a
-        finding too. Silent where BN505 names the cause. Not checked where outputs are not one for each example, or
-        batches hold one example, or cannot be cut into examples.
+        The first example's eval output is compared when it is alone in the batch and when the batch has up to 8
+        examples. The difference is relative to the largest output; the limit is rounding, 1024 eps of float32. Also
+        reported if the model raises an error for one example alone, but not for several. Not reported if BN505 names
+        the cause. Not checked if outputs do not have one row for each example, if a batch has one example, or if it
+        cannot be cut into examples.
 
     Example:
         nn.BatchNorm2d(8, track_running_stats=False); (x - x.mean()) / x.std() in forward
@@ -224,26 +229,26 @@ def depends_on_companions(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
-    """Names in the file carry a wrapper's prefix.
+    """Names in the file begin with a wrapper's prefix.
 
     Why:
         DataParallel and DistributedDataParallel put "module." and torch.compile "_orig_mod." in front of every name.
-        load_state_dict then finds no name it knows; with strict=False it loads nothing and says nothing, and the
-        layers keep mean 0 and variance 1.
+        Then no name matches the model. load_state_dict(strict=False) loads nothing, without an error, and the layers
+        keep mean 0 and variance 1.
 
     How:
-        "module." or "_orig_mod.", once or several times, in front of all names of the model's state.
+        All names of the model's state begin with "module." or "_orig_mod.", once or several times.
 
     Example:
         torch.save(DataParallel(model).state_dict(), "model.pt")
 
     Fix:
-        Save model.module.state_dict(), or take the prefix off.
+        Save model.module.state_dict(), or remove the prefix from the names.
 
     References:
         torch.nn.modules.utils.consume_prefix_in_state_dict_if_present.
     """
-    # the dictionaries around the state are in the prefix too
+    # file.prefix also contains the keys of the dicts around the state
     found = re.search(r"(?:(?:module|_orig_mod)\.)+$", evidence.file.prefix) if evidence.file else None
     if found:
         prefix = found[0]
@@ -258,12 +263,12 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Stored statistics differ from the reference's.
 
     Why:
-        A folded, converted or imported model has the statistics of its original. Others are from another checkpoint,
-        or were moved by a forward pass in train mode.
+        A folded, converted or imported model should have the statistics of its original. If they differ, they are from
+        another checkpoint, or a forward pass in train mode changed them.
 
     How:
-        Layers of the same name: means farther apart than 0.01 of the reference's standard deviation, or variances by
-        more than 1 %. Copies in half precision stay within. Layers that only one of both has are left out.
+        In layers of the same name, means differ by more than 0.01 of the reference's standard deviation, or variances
+        by more than 1 %. Copies in half precision are within these limits. Layers that only one model has are left out.
 
     Example:
         model.train(); model(x)  # a look at the shapes, before saving
@@ -276,7 +281,7 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """
     known = evidence.reference.stored if evidence.reference else {}
     if evidence.stored and not evidence.stored.keys() & known.keys():
-        yield Unknown("", "no layer has the name of one of the reference's")
+        yield Unknown("", "no layer has the same name as a layer of the reference")
     for name, theirs in known.items():
         ours = evidence.stored.get(name)
         if ours and (channels := _differing(ours, theirs, evidence.eps(name))):
@@ -286,43 +291,43 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
-    """A layer that also applied an activation was replaced, and nothing applies it.
+    """A layer that also applied an activation was replaced, and the activation is lost.
 
     Why:
-        Layers of this package can apply an activation and add a residual. Code that knows torch.nn's batch norm takes
-        their parameters and statistics over into a layer of its own, which does neither: the network computes
-        something else, and nothing fails.
+        Layers of this package can apply an activation and add a residual. Code that converts torch.nn's batch norm
+        copies only their parameters and statistics into another layer, which does neither. The network then computes
+        something else, without an error.
 
     How:
-        A module holds the very tensors of a layer with act=, which is not part of the model: its running_mean or
-        running_var, or both gamma and beta of a layer that no longer exists. Or a placeholder that convert left for
-        an activation stands in a model without its layer. Values that were copied (load_state_dict, data.copy_) or
-        computed anew (fuse_conv_bn_eval) tell nothing of the layer: a loss there shows only beside the model of
-        before, as BN502 with reference=.
+        A module has the same tensor objects as a layer with act= that is not part of the model: its running_mean or
+        running_var, or both gamma and beta if that layer no longer exists. Or the model has a placeholder that convert
+        put in place of an activation, but not the layer that applies the activation. Values that were copied
+        (load_state_dict, data.copy_) or computed again (fuse_conv_bn_eval) do not show a lost activation. Only a
+        comparison with the original model does, as BN502 with reference=.
 
     Example:
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(conv, batchnorm.BatchNorm2d(64, act="relu")))
 
     Fix:
-        batchnorm.for_export(model) before the conversion, whose activations are modules of their own.
+        Convert batchnorm.for_export(model) in place of the model: there activations are modules of their own.
 
     References:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm.
     """
     for name, act in (evidence.structure.dropped if evidence.structure else {}).items():
         yield Finding(
-            name, f"it has the place of a layer with act={act!r}, which is not in the model", limit=f"{act} behind it"
+            name, f"it replaces a layer with act={act!r}, which is not in the model", limit=f"{act} behind it"
         )
 
 
 def _usual_eps(known: Mapping[str, float]) -> float | None:
-    """The eps of more than half of the layers, if there is one."""
+    """The eps of more than half of the layers; None if there is none."""
     (eps, count), *_ = Counter(known.values()).most_common(1) or [(0.0, 0)]
     return eps if 2 * count > len(known) else None
 
 
 def _is_own_part(known: Mapping[str, float], eps: float) -> bool:
-    """Whether all layers of this eps, two or more, are a part of the model with no other layer in it."""
+    """Whether two or more layers have this eps, in a part of the model that has no other batch norm layer."""
     paths = [name.split(".")[:-1] for name, other in known.items() if other == eps]
     around = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, zip(*paths, strict=False))]
     inside = [name for name in known if name.split(".")[: len(around)] == around]
@@ -337,7 +342,7 @@ def _effect(stored: Stored, eps: float, other: float) -> float:
 
 
 def _differing(ours: Stored, theirs: Stored, eps: float) -> tuple[int, ...]:
-    """Channels whose statistics are not the same; none if there are none to compare."""
+    """Channels whose statistics are not the same; () if a mean or a variance is missing."""
     tensors = (ours.running_mean, theirs.running_mean, ours.running_var, theirs.running_var)
     mean, their_mean, var, their_var = ((), (), (), ()) if None in tensors else tensors
     channels = zip(mean or (), their_mean or (), var or (), their_var or (), strict=False)
@@ -349,5 +354,5 @@ def _differing(ours: Stored, theirs: Stored, eps: float) -> tuple[int, ...]:
 
 
 def _near(a: float, b: float, distance: float) -> bool:
-    """Whether two numbers are the same, also where they are NaN or infinite, or no farther apart."""
+    """Whether two numbers are equal, NaN or infinity too, or differ by at most ``distance``."""
     return a == b or (math.isnan(a) and math.isnan(b)) or (abs(a - b) < math.inf and abs(a - b) <= distance)

@@ -12,29 +12,31 @@ if TYPE_CHECKING:
 
     from batchnorm.rules.rule_evidence import Evidence
 
-# noise of a batch mean is 1/sqrt(M) sd: 0.18 for 32 independent examples, the size for which most networks were tuned
+# the mean of M independent examples has a noise of 1/sqrt(M) sd: 0.18 for 32, the batch size that most networks were
+# tuned for
 ENOUGH_EXAMPLES = 32
 _PARALLEL = "DistributedDataParallel"
 
 
 def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
-    """Every process normalizes its own few examples.
+    """Every process normalizes by the statistics of its own few examples.
 
     Why:
         Data-parallel training averages gradients, not statistics. Eight processes with four examples each train with
-        the noise of batches of 4, and each stores statistics of its own.
+        the noise of batches of 4. By default each forward pass begins with the stored statistics of process 0, so the
+        statistics that process 0 saves come from its examples alone.
 
     How:
-        The model is in DistributedDataParallel, or world_size is above 1; layers are not SyncBatchNorm; and a
-        process has fewer than 32 examples, or an unknown number, in a batch.
+        The model contains DistributedDataParallel, or world_size is above 1; some layers are neither SyncBatchNorm nor
+        frozen; and a process has fewer than 32 examples, or an unknown number, in a batch.
 
     Example:
         torchrun --nproc-per-node 8 train.py --batch-size 4
 
     Fix:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs; larger batches; or batchnorm.freeze for fine-tuning. It
-        knows torch.nn's arguments only: layers of this package that apply an activation go through for_export first,
-        or their activations are lost.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs; larger batches; or batchnorm.freeze for fine-tuning.
+        convert_sync_batchnorm copies torch.nn's arguments only. If layers of this package apply an activation, convert
+        batchnorm.for_export(model) in place of the model, or the activation is lost.
 
     References:
         Peng et al. 2018, "MegDet"; pytorch#30718.
@@ -49,31 +51,32 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
             "",
             f"no synchronization in {listed(alone)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
-            remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_as_torchs(evidence)})",
+            remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_model_to_convert(evidence)})",
         )
 
 
-def _as_torchs(evidence: Evidence) -> str:
-    """The model, as a tool takes it that knows no arguments but torch.nn's."""
+def _model_to_convert(evidence: Evidence) -> str:
+    """Code for the model to convert: with for_export if a layer applies an activation, or that would be lost."""
     applies = any(module.act for module in (evidence.modules or {}).values())
     return "batchnorm.for_export(model)" if applies else "model"
 
 
 def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
-    """SyncBatchNorm on a CPU cannot train.
+    """SyncBatchNorm cannot train on a CPU in a process group.
 
     Why:
-        torch synchronizes statistics on accelerators only. On a CPU the layer raises an error in train mode.
+        torch synchronizes statistics on accelerators only. In a process group the layer raises an error if it runs in
+        train mode on a CPU. Without a process group, and in eval mode, it computes the same as batch norm.
 
     How:
-        The layer is a SyncBatchNorm whose tensors are on the CPU, and the model is in train mode or on the CPU as
-        a whole.
+        The layer is a SyncBatchNorm, is not frozen, and has its tensors on the CPU. The mode of the model and the
+        process group are not checked.
 
     Example:
         ValueError: SyncBatchNorm expected input tensor to be on GPU
 
     Fix:
-        Move the model before training; or batchnorm.replace the layers by plain ones.
+        Move the model to a GPU before training; or replace the layers by plain batch norm: batchnorm.replace.
 
     References:
         pytorch#78078.
@@ -84,20 +87,22 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
 
 
 def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
-    """Every process keeps statistics of its own.
+    """Every process has different stored statistics.
 
     Why:
-        Without broadcasting, stored statistics of the processes drift apart. Which ones are saved depends on which
-        process saves, and processes evaluate with different ones.
+        Without broadcasting, the stored statistics of the processes drift apart. Every process evaluates with different
+        statistics, and a saved file has those of the process that saves.
 
     How:
-        DistributedDataParallel with broadcast_buffers=False, and layers that are neither synchronized nor frozen.
+        DistributedDataParallel with broadcast_buffers=False (also named forward_sync_buffers), and layers that are
+        neither SyncBatchNorm nor frozen.
 
     Example:
         DistributedDataParallel(model, broadcast_buffers=False)
 
     Fix:
-        broadcast_buffers=True, SyncBatchNorm, or batchnorm.recalibrate(model, loader) before saving.
+        Leave the argument out, as buffers are broadcast by default; use SyncBatchNorm; or call
+        batchnorm.recalibrate(model, loader) before saving.
 
     References:
         pytorch#13711; timm#110.

@@ -1,4 +1,4 @@
-"""BN9: where it runs."""
+"""BN9: the Python environment."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def shadowed_package(evidence: Evidence) -> Iterator[Finding]:
         Rename the file.
     """
     if evidence.environment and evidence.environment.shadow:
-        yield Finding("", f"{evidence.environment.shadow} is there", remedy=f"rename {evidence.environment.shadow}")
+        yield Finding("", f"{evidence.environment.shadow} exists", remedy=f"rename {evidence.environment.shadow}")
 
 
 def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
     """The package runs without its compiled kernels.
 
     Why:
-        Its layers give the same numbers from the reference kernels, and take longer.
+        With the reference kernels its layers compute the same, but run slower.
 
     How:
         The compiled part is not installed, or BATCHNORM_KERNELS=reference is set.

@@ -1,4 +1,4 @@
-"""Codes of rules, as users name them: by code, by the beginning of codes, or by slug."""
+"""The rules that a user names: by code (BN101), by the beginning of codes (BN1), or by slug."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def codes(given: str | Iterable[str]) -> tuple[str, ...]:
-    """Codes of what was named by code, beginning of codes, or slug, with commas between.
+    """The codes, or beginnings of codes, of the rules that ``given`` names, separated by commas.
 
     Raises:
-        ValueError: If one is not known. The message names the nearest one.
+        ValueError: If a name is not known. The message offers the most similar name.
     """
     texts = [given] if isinstance(given, str) else given
     return tuple(_code(name.strip()) for text in texts for name in text.split(",") if name.strip())

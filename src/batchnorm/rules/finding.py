@@ -29,12 +29,12 @@ READS = {"statistics": STATISTICS, "affine": AFFINE, "all": (*STATISTICS, *AFFIN
 @final
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault: where, what was measured against which limit, what follows, and what mends it.
+    """One fault: its place, the measured value with its limit, the consequence, and the remedy.
 
-    ``layer`` is a dotted path, "" for the whole model or file. ``channels`` are indices, none if all are meant.
+    ``layer`` is a dotted path, "" for the whole model or file. ``channels`` are indices; () means all.
     ``measured`` and ``limit`` are short phrases with numbers and units; ``remedy`` is a command or a line of code.
-    ``rules.toml`` fills in what a rule leaves empty: limit, consequence, remedy, fixable, code, slug and severity. A
-    rule gives a severity only if it is less than that of the table, because the evidence is weaker.
+    If a rule leaves limit, consequence, remedy, fixable, code, slug or severity empty, those of ``rules.toml`` are
+    used. A rule sets a severity only if the evidence is weaker; then it is lower than that of ``rules.toml``.
     """
 
     layer: str
@@ -51,14 +51,14 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """The layer, or the model as a whole."""
+        """The layer's path, or "model" for the whole model."""
         return self.layer or "model"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Why a rule could not judge a layer or the whole model: the measurement failed, or proves nothing."""
+    """Why a rule could not judge a layer, or the whole model (""): a measurement failed, or it proves nothing."""
 
     layer: str
     reason: str
@@ -67,11 +67,11 @@ class Unknown:
 @final
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule: its row of ``rules.toml``, and the function that judges.
+    """A rule: its row of ``rules.toml``, and the function that finds faults.
 
     ``check`` takes the evidence and yields findings and unknowns. It is called only if the evidence has every part in
     ``needs``. Its docstring is the rule's page. A layer is not judged if one of its values in ``reads`` could not be
-    read. ``limit``, ``consequence``, ``remedy`` and ``fixable`` are those of findings that have none of their own.
+    read. A finding without a limit, consequence, remedy or fixable gets the rule's.
     """
 
     code: str
@@ -79,7 +79,7 @@ class Rule:
     severity: Severity
     needs: tuple[str, ...]
     check: Check
-    reads: tuple[str, ...] = STATISTICS  # of what is stored, the values that it looks at
+    reads: tuple[str, ...] = STATISTICS  # the stored values that the rule reads
     limit: str = ""
     consequence: str = ""
     remedy: str = ""
@@ -87,7 +87,7 @@ class Rule:
 
     @classmethod
     def of(cls, code: str, row: Table, check: Check) -> Rule:
-        """The rule of a row. Its limit names constants of the file of ``check`` in braces."""
+        """The rule of a row. Names in braces in its limit are replaced by constants of the file of ``check``."""
         constants = vars(sys.modules[check.__module__])
         return cls(
             **row
@@ -103,13 +103,13 @@ class Rule:
         )
 
     def findings(self, evidence: Evidence) -> list[Finding]:
-        """What this rule finds, worded in full."""
+        """The findings of this rule, with all their texts."""
         return self.look(evidence)[0]
 
     def look(self, evidence: Evidence) -> tuple[list[Finding], list[Unknown]]:
-        """What this rule finds, worded in full, and the layers that it could not judge.
+        """The findings of this rule, with all their texts, and the layers that it could not judge.
 
-        The unknowns matter where nothing was found; a layer that was not judged is no reason to doubt a finding.
+        The layers that it could not judge matter only if there is no finding.
         """
         seen = list(self.check(evidence))
         unseen = [Unknown(layer, reason) for layer, reason in evidence.unseen(self.needs, self.reads)]
@@ -132,7 +132,7 @@ class Rule:
         )
 
     def missing(self, evidence: Evidence) -> list[str]:
-        """Why the rule cannot run on this evidence: empty if it can."""
+        """The reasons why the rule cannot run on this evidence; [] if it can."""
         return [reason for need in self.needs if (reason := evidence.why_not(need))]
 
     @property
@@ -153,7 +153,7 @@ class Rule:
 
     @property
     def words(self) -> RuleWords:
-        """The rule as code scanning declares it."""
+        """The rule's texts for code scanning (SARIF)."""
         fix = " ".join(dict(self.sections).get("Fix", self.title).split())
         return RuleWords(
             code=self.code, name=self.slug, title=self.title, page=self.page, help=fix, severity=self.severity
@@ -161,7 +161,7 @@ class Rule:
 
 
 def by_reason(unknown: Iterable[Unknown]) -> str:
-    """Each reason with its layers in parentheses; a reason about the whole model stands alone."""
+    """Each reason with its layers in parentheses; no parentheses if it is about the whole model."""
     layers: dict[str, dict[str, None]] = {}
     for each in unknown:
         layers.setdefault(each.reason, {})[each.layer] = None

@@ -1,4 +1,4 @@
-"""Phrases that several rules use, and remedies that are possible for the target."""
+"""Phrases that several rules use, and the choice of a remedy that is possible for the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
 _DATA = "--data data.py:train_loader"
-# what ``batchnorm fix`` writes: states of torch.save and safetensors. A graph or a whole object is made anew
+# the formats that ``batchnorm fix`` writes, for files with states. A file with a graph or a model has to be made again
 _WRITABLE = {"pt", "safetensors"}
 _ANEW = {
     "onnx": "mend the model that the file was made from, and export it again",
@@ -24,11 +24,11 @@ _ANEW = {
 
 
 class Fix(StrEnum):
-    """What it takes to mend a finding."""
+    """What is needed to mend a finding."""
 
-    NO = "no"  # a decision, or code that only its owner can change
+    NO = "no"  # the user has to decide, or to change the code
     SAFE = "safe"  # needs no data, and eval outputs stay the same
-    DATA = "data"  # needs examples
+    DATA = "data"  # needs data
     UNSAFE = "unsafe"  # needs no data, and changes eval outputs
 
 
@@ -45,20 +45,20 @@ def some_of(channels: tuple[int, ...], stored: Stored) -> str:
 
 
 def unsettled(measured: Measured) -> str:
-    """What may explain a difference that is not proven."""
-    return f"which examples too rare to be among these {measured.examples} may explain"
+    """The end of a sentence about a difference that is not proven."""
+    return f"but examples too rare to be among these {measured.examples} may explain it"
 
 
 def is_written(evidence: Evidence) -> bool:
-    """Whether a target can be mended as it is: a model, or a file whose numbers ``batchnorm fix`` writes."""
+    """Whether the target is a model, or a file that ``batchnorm fix`` can write."""
     return evidence.file is None or (evidence.file.format in _WRITABLE and not evidence.file.is_whole)
 
 
 def possible(fix: Fix, remedy: str, evidence: Evidence) -> tuple[Fix, str]:
-    """A remedy in the form that is possible for the target.
+    """The fix and remedy that are possible for the target.
 
     A file that ``fix`` cannot write has to be made again from its source. ``fix`` loads only tensors and plain values.
-    So they are saved to a file of their own first, if the file holds other objects too.
+    So if a file has other objects too, the remedy first saves the state dict to a file of its own.
     """
     if not is_written(evidence) and fix is not Fix.NO:
         return Fix.NO, _ANEW.get(evidence.file.format if evidence.file else "", _ANEW[""])
@@ -69,15 +69,15 @@ def possible(fix: Fix, remedy: str, evidence: Evidence) -> tuple[Fix, str]:
 
 
 def mend(evidence: Evidence) -> str:
-    """The command that mends a target without data; the Python call if the command line does not know the target."""
+    """The command that mends the target without data; a Python call if the target is a model without an address."""
     if _is_known(evidence):
         return CommandLine("batchnorm fix", _target(evidence))
     return "batchnorm.treat(model)"
 
 
 def measure_again(evidence: Evidence) -> str:
-    """The command that measures statistics again; the Python call if the command line does not know the target."""
-    if evidence.modules is None:  # a file alone says nothing of the forward
+    """The command that measures statistics again; a Python call if the target is a model without an address."""
+    if evidence.modules is None:  # a file does not contain the code of the model
         return CommandLine("batchnorm fix model.py:make_model --weights", _target(evidence), _DATA)
     if _is_known(evidence):
         return CommandLine("batchnorm fix", _target(evidence), _DATA)
@@ -89,5 +89,5 @@ def _is_known(evidence: Evidence) -> bool:
 
 
 def _target(evidence: Evidence) -> str:
-    """The target as a shell takes it. Names of files are quoted; an address is already the words of a command."""
+    """The target as text for a shell. File names are quoted; a model's target is already part of a command line."""
     return shlex.quote(evidence.target) if evidence.modules is None else evidence.target

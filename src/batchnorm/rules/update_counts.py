@@ -1,20 +1,21 @@
-"""What num_batches_tracked proves about stored statistics: nothing by itself.
+"""What num_batches_tracked says about stored statistics, and how that is checked: alone it proves nothing.
 
 The counter counts forwards in train mode. But importers set it to 0, recalibrate and torch's update_bn set it to the
-number of batches that they measured, copies keep it, and averages of weights round it down. It makes a claim that can
-be tested: k updates with momentum a, from mean 0 and variance 1, leave the share r = (1 - a)^k of that start,
+number of batches that they measured, copies keep it, and averages of weights round it down. A counter k is
+a claim that can be tested: after k updates with momentum a, the share r = (1 - a)^k of the initial mean 0 and variance
+1 is left. With averages m and v >= 0 of the batches' means and variances,
 
-    stored mean = (1 - r) m,   stored variance = r + (1 - r) v,   with v >= 0 and averages m, v of batches.
+    stored mean = (1 - r) m,   stored variance = r + (1 - r) v.
 
-- Arithmetic refutes the claim if one variance is below r, in any layer with that count.
-- Arithmetic proves the claim where channels never varied: their variance is r exactly, and two such channels are no
-  accident. In a large model many channels vary little. If four layers or more have their smallest variance within a
-  tenth above r, no layer has one below r, and other variances are far away, then variances begin at r.
-- Data decide: fresh statistics m, v are measured, and the stored ones are nearer to the formula or nearer to m, v.
-  Data of another scale change all variances by one factor. So the formula must also explain how the factor differs
-  between channels: r weighs most where v is small.
+- Arithmetic refutes the claim if a variance is below r in any layer with this counter.
+- Arithmetic proves the claim if two channels have a variance of exactly r: they never varied. In a large model, where
+  many channels vary little, it also proves the claim if at least four layers have this counter, the smallest variance
+  of each is between r and 1.1 r, and some variance is above 3 r.
+- Data decide: m and v are measured, and the stored statistics are nearer either to the formula or to m, v. Data of
+  another scale change all variances by one factor. So the formula must also explain how the ratio of stored to measured
+  variance differs between channels: r counts most where v is small.
 
-Without any of these the claim is open: statistics that were measured at once look the same.
+Otherwise the claim is open, because statistics that were measured in one pass look the same.
 """
 
 from __future__ import annotations
@@ -30,27 +31,27 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Stored
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
-RESIDUE = 0.01  # of the initial statistics: what is less does not matter
+RESIDUE = 0.01  # share of the initial statistics; a smaller share does not matter
 USUAL_MOMENTUM = 0.1
-# a float32 rounds by 2^-24 of itself in each update
+# each update rounds a float32 by up to 2^-24 of its value; this is twice that
 _ROUNDING = 2.0**-23
-# smaller differences of a layer's statistics, as rms in sd of its channels, change outputs by less than 5 %
+# if a layer's statistics differ by less than this (see ``_distance``), its outputs change by less than 5 %
 MATTERS = 0.05
-_NEARER = 0.5  # of the distance: chance makes one guess nearer than another, but rarely by half in all channels
+_NEARER = 0.5  # largest ratio of two distances; chance makes one of two smaller, but rarely by half over all channels
 _FLOOR_CHANNELS, _FLOOR_LAYERS = 2, 4
-_FLOOR, _FAR = 1.1, 3.0  # times r
+_FLOOR, _FAR = 1.1, 3.0  # times r: limits of "just above r" and of "far above r"
 
 
 class StartResidue(Enum):
-    """Whether a layer's statistics still contain the initial values, as its counter says."""
+    """Whether a layer's statistics still contain the initial values, which its counter claims."""
 
-    GONE = "gone"  # less than RESIDUE, or refuted
-    OPEN = "open"  # neither refuted nor shown
+    GONE = "gone"  # the share is below RESIDUE, or the claim is refuted
+    OPEN = "open"  # neither refuted nor proven
     SHOWN = "shown"
 
 
 def claims(evidence: Evidence) -> dict[str, tuple[StartResidue, float]]:
-    """For each layer: whether its initial statistics are still there, and the share of them by its counter."""
+    """For each layer: whether its statistics still contain the initial ones, and their share by its counter."""
     shares = {name: _share(evidence, stored) for name, stored in evidence.stored.items()}
     alike: dict[float, list[Stored]] = defaultdict(list)
     for name, share in shares.items():
@@ -73,7 +74,7 @@ def is_counted(stored: Stored) -> bool:
 
 
 def misfit(evidence: Evidence, name: str) -> float | None:
-    """The distance of a layer's stored statistics from those of the data, as rms in sd; None if it is not known."""
+    """The distance (see ``_distance``) of a layer's stored statistics from those of the data; None if not known."""
     stored, measured = evidence.stored.get(name), (evidence.measured or {}).get(name)
     if stored is None or measured is None or stored.running_mean is None or stored.running_var is None:
         return None
@@ -81,24 +82,24 @@ def misfit(evidence: Evidence, name: str) -> float | None:
 
 
 def is_nearer(stored: Stored, mean: Sequence[float], var: Sequence[float], found: Measured, eps: float) -> bool:
-    """Whether other statistics are at most half as far from the stored ones as the statistics of the data."""
+    """Whether ``mean`` and ``var`` are less than half as far from the stored statistics as those of the data."""
     own = _distance(stored, found.mean, found.var, eps)
     other = _distance(stored, mean, var, eps)
     return own is not None and other is not None and own > MATTERS and other < _NEARER * own
 
 
 def _share(evidence: Evidence, stored: Stored) -> float:
-    """(1 - a)^k; 0 where no running average of that kind is claimed."""
+    """(1 - a)^k for counter k and momentum a; 0 without a counter, a variance, or a momentum between 0 and 1."""
     count, momentum = stored.num_batches_tracked or 0, evidence.momentum(stored.name)
     if momentum is None and evidence.modules is None:
-        momentum = USUAL_MOMENTUM  # a file does not tell
+        momentum = USUAL_MOMENTUM  # a file does not store it
     if count <= 0 or momentum is None or not 0 < momentum < 1 or not stored.running_var:
         return 0.0
     return math.exp(count * math.log1p(-momentum))
 
 
 def _by_arithmetic(layers: Sequence[Stored], share: float) -> StartResidue:
-    """What the variances prove, over all layers with one count."""
+    """What the variances of all layers with the same counter prove."""
     variances = [value for stored in layers for value in stored.running_var or () if math.isfinite(value)]
     updates = max(stored.num_batches_tracked or 0 for stored in layers)
     slack = share * updates * _ROUNDING
@@ -113,7 +114,7 @@ def _by_arithmetic(layers: Sequence[Stored], share: float) -> StartResidue:
 
 
 def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> StartResidue | None:
-    """What the data prove: whether the initial values explain the stored ones. None if nothing can be compared."""
+    """Whether data prove that the stored statistics contain the initial ones; None if nothing can be compared."""
     if stored.running_mean is None or _distance(stored, found.mean, found.var, eps) is None:
         return None
     mean = [(1 - share) * value for value in found.mean]
@@ -123,7 +124,7 @@ def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> Start
 
 
 def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: float) -> bool:
-    """Whether the expected variances are at most half as far from the stored ones as those of the data, best scaled."""
+    """Whether ``var`` is less than half as far from the stored variances as the data's, scaled by their best factor."""
     triples = zip(stored.running_var or (), var, found.var, strict=False)
     logs = [
         (math.log((v_s + eps) / (v + eps)), math.log((v_s + eps) / (fresh + eps)))
@@ -137,7 +138,7 @@ def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: flo
 
 
 def _distance(stored: Stored, mean: Sequence[float], var: Sequence[float], eps: float) -> float | None:
-    """Root mean square over channels of the difference of means, in sd, and of the log of the sd's ratio."""
+    """Root mean square of (difference of means / sd) and log(ratio of sds), over channels; None without a channel."""
     squares = []
     for m, v, m_s, v_s in zip(mean, var, stored.running_mean or (), stored.running_var or (), strict=False):
         here, there = v + eps, v_s + eps

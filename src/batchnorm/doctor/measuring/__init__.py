@@ -1,1 +1,1 @@
-"""What the doctor measures on a model, with data or without."""
+"""Measurements of a model for the doctor, with data or without."""

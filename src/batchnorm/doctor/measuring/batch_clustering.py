@@ -1,14 +1,17 @@
 """Clustering: whether batches differ from each other by more than chance, by an analysis of variance.
 
-With B batches of N examples in all, e the mean of an example's values in a channel, and sums of squares of e:
+In one channel let e be the mean of an example's values. For B batches with N examples in all, of which N_b are in batch
+b, let within and between be the sums of squares of e within and between batches. Then
 
     F = (between / (B - 1)) / (within / (N - B))        n0 = (N - sum N_b^2 / N) / (B - 1)
 
-n0 is the effective batch size if the sizes N_b differ (Snedecor and Cochran 1989, chapters 12 and 13). Batches drawn at
-random have F near 1. Sorted or correlated batches have a larger F: their means vary like means of fewer examples.
+and n0 is the effective batch size if the sizes N_b differ (Snedecor and Cochran 1989, chapters 12 and 13). Batches
+drawn at random have F near 1. Sorted or correlated batches have a larger F: their means vary as much as means of fewer
+examples.
 
-The tail of F assumes normal examples; one extreme example breaks it. So if F is suspect, ``order_p`` tests all layers
-together by an exact permutation test (Pitman 1937): in a random order, every order of the examples is equally likely.
+The probability of a large F assumes normal examples; one extreme example makes it wrong. So if F is large,
+``order_p`` tests all layers together by an exact permutation test (Pitman 1937): if examples come in random order, all
+orders of them are equally likely.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# three degrees of freedom: with fewer, the variance of batch means is unknown
+# with fewer batches (three degrees of freedom) the variance of batch means is hardly known
 MIN_BATCHES = 4
-# 1 of 2,000 orders: the smallest p, half of what a finding needs
+# with the observed order 2,000, so the smallest p is 1 / 2,000: half of the limit for a finding
 _ORDERS = 1999
 _ORDERS_AT_ONCE = 32
-_FINE = 2**12  # parts of an sd: closer values count as equal, because rounding depends on the batch size
+_FINE = 2**12  # parts of an sd: values in one part count as equal, because rounding depends on the batch size
 _TINY = 1e-300
 _STEPS = 1000  # of the continued fraction, which needs O(sqrt(d1 + d2))
 
@@ -39,12 +42,12 @@ _STEPS = 1000  # of the continued fraction, which needs O(sqrt(d1 + d2))
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Clustering:
-    """How one statistic of each example varies over examples and over batches."""
+    """The variance of one statistic of each example, over examples and over batches."""
 
-    size: float  # n0, examples in a batch
-    var: Tensor  # of examples, unbiased, one for each channel
-    excess: float  # variance of batch means over that for n0 random examples, mean over channels
-    p: float  # probability of the largest F under chance, times the number of channels
+    size: float  # n0, the effective batch size
+    var: Tensor  # unbiased variance over examples, one for each channel
+    excess: float  # variance of batch means / its expectation for random batches, mean over channels
+    p: float  # probability of the largest F in random batches, times the number of channels; at most 1
 
     @property
     def effective(self) -> float:
@@ -53,7 +56,7 @@ class Clustering:
 
 
 def clustering(parts: Sequence[Moments]) -> Clustering | None:
-    """The clustering of a statistic, given its moments within each batch; None if there is too little data.
+    """The clustering of a statistic with its moments in each batch; None with too few data, or if no channel varies.
 
     Constant channels are ignored.
     """
@@ -66,7 +69,7 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
     var = total.m2 / (count - 1)
     squares = torch.stack([part.count.expand(count.shape).square() for part in parts]).sum(0)
     size = (count - squares / count) / (batches - 1)
-    # rounding gives a constant small deviations
+    # because of rounding a constant channel varies a little
     varies = total.m2 > count * (torch.finfo(torch.float32).eps * total.mean).square()
     if not bool(varies.any()):
         return None
@@ -77,13 +80,13 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
 
 
 def order_p(batches: Sequence[Tensor]) -> float:
-    """Probability that a random order of the examples makes batches that differ as much as these, at least 1/2000.
+    """p of a permutation test: share of random orders in which batches differ as much as in these, at least 1/2000.
 
     Uses the statistic (column) in which batches differ most, by its ranks: the sum over batches of size times squared
-    distance of the batch's mean rank from the overall mean rank. 1 if no statistic varies, or with too few examples.
+    distance of the batch's mean rank from the overall mean rank. 1 if no statistic varies.
 
     Args:
-        batches: Statistics of examples, (N_b, K), one tensor per batch.
+        batches: One tensor for each batch, (N_b, K): K statistics of each example.
     """
     ranks = _ranks(torch.cat(list(batches)).double())
     if not ranks.numel():
@@ -94,13 +97,13 @@ def order_p(batches: Sequence[Tensor]) -> float:
     for first in range(0, _ORDERS, _ORDERS_AT_ONCE):
         some = min(_ORDERS_AT_ONCE, _ORDERS - first)
         orders = torch.rand(some, len(ranks), generator=random).argsort(1)
-        # a different order of summation changes the rounding only
+        # sums in another order differ by rounding
         at_least += int((_scatter(ranks[orders], ends) >= seen * (1 - 1e-9)).sum())
     return (1 + at_least) / (1 + _ORDERS)
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """Ranks within each varying column, ties averaged, standardized to mean 0 and sd 1: (N, K)."""
+    """Ranks in each column of x (N, K) that varies, ties averaged, standardized to mean 0 and sd 1."""
     middle = x.mean(0)
     sd = (x - middle).square().mean(0).sqrt()
     varies = sd > torch.finfo(torch.float32).eps * middle.abs()
@@ -117,7 +120,7 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def _scatter(ranks: Tensor, ends: Tensor) -> Tensor:
-    """Sum over batches of squared sum by size, in the column where it is largest: (orders, N, K) -> (orders,)."""
+    """Sum over batches of (sum of ranks)^2 / size, for the column with the largest: (orders, N, K) -> (orders,)."""
     sums = ranks.cumsum(1)[:, ends - 1].diff(dim=1, prepend=torch.zeros(1, 1, 1).expand(len(ranks), 1, ranks.shape[2]))
     sizes = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
     return (sums.square() / sizes[:, None]).sum(1).amax(1)
@@ -132,7 +135,7 @@ def f_tail(f: float, d1: float, d2: float) -> float:
 
 def _beta(x: float, a: float, b: float) -> float:
     """The regularized incomplete beta function (DLMF 8.17.22, evaluated by Lentz's method)."""
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on the other side
+    if x > (a + 1) / (a + b + 2):  # the continued fraction converges fast for a small x only
         return 1 - _beta(1 - x, b, a)
     if x <= 0:
         return 0.0

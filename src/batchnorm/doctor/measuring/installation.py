@@ -23,7 +23,7 @@ def _kernels() -> str:
 
 
 def _shadow() -> str:
-    """The first batchnorm.py or batchnorm/ that an import would find before the package."""
+    """The first batchnorm.py or batchnorm/ that Python would import in place of the package; "" if there is none."""
     for entry in ["", *sys.path]:
         try:
             folder = Path(entry or ".").resolve()
@@ -33,14 +33,14 @@ def _shadow() -> str:
             if entry:
                 return ""
             continue
-        for found in (folder / "batchnorm.py", folder / "batchnorm" / "__init__.py"):
-            if found.is_file() and found.parent != _PACKAGE:
-                return _shown(found if found.name == "batchnorm.py" else found.parent)
+        for path in (folder / "batchnorm.py", folder / "batchnorm" / "__init__.py"):
+            if path.is_file() and path.parent != _PACKAGE:
+                return _shown(path if path.name == "batchnorm.py" else path.parent)
     return ""
 
 
 def _shown(path: Path) -> str:
-    """The path relative to the current folder, if there is one."""
+    """The path relative to the current folder; unchanged if that cannot be computed."""
     try:
         return os.path.relpath(path)
     except (FileNotFoundError, ValueError):

@@ -1,21 +1,23 @@
 """The inputs of one batch norm layer, measured batch by batch and compared with its stored statistics.
 
-With m, v the mean and variance of a channel over all examples (population), m_b, v_b over one batch, m_s, v_s the
-stored ones and r = 1 / sqrt(v + eps), two ways to normalize values of mean u and variance w give outputs that differ by
+Let x be values with mean u and variance w. Two normalizations of x, (x - m_1) r_1 and (x - m_2) r_2, with
+r = 1 / sqrt(v + eps) for a variance v, have the mean squared difference
 
     E[((x - m_1) r_1 - (x - m_2) r_2)^2] = w (r_1 - r_2)^2 + ((u - m_1) r_1 - (u - m_2) r_2)^2
 
-so the gap between train and eval mode, its noise part (batch against population) and its stale part (population
+The means and variances are those of one batch, of all examples (population), or the stored ones. So the gap between
+train and eval mode (batch against stored), its noise part (batch against population) and its stale part (population
 against stored) follow from moments alone, without the effects of other layers.
 
 A running average with momentum a over batches of n examples is as noisy as a mean of n (2 - a) / a examples. Stored
-statistics are compared with fresh ones over N examples in units of both noises:
+statistics are compared with those of N measured examples, in units of the standard error of their difference:
 
-    t = (stored - fresh) / sqrt(s^2 c (a / ((2 - a) n) + 1 / N))
+    t = (stored - measured) / sqrt(s^2 c (a / ((2 - a) n) + 1 / N))
 
-s^2 is the variance of the examples' own means (for t of the mean) or of their mean squares divided by the variance (for
-t of the log variance). It accounts for correlated positions within an example; c >= 1 accounts for correlated examples
-(``Clustering.excess``). t is right for nearly normal examples; ``stored_statistics_bets`` holds for any distribution.
+For t of the mean, s^2 is the variance over examples of an example's mean. For t of the log variance, it is the variance
+over examples of an example's mean squared deviation, divided by the squared variance of the channel. s^2 accounts for
+correlated positions within an example; c >= 1 (``Clustering.excess``) accounts for correlated examples. t assumes
+nearly normal examples; ``stored_statistics_bets`` is valid for any distribution.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ from batchnorm.rules.rule_evidence import Measured
 if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
-# t counts a difference below a thousandth of the sd, or of the variance, as one thousandth
+# the noise in t is at least a thousandth of the sd (0.001 for the log variance): with a smaller difference |t| is below
+# 1
 _LEAST_NOISE = 1e-3
-_KEPT = 64  # largest number of examples per batch, and of batches, in the permutation test
+_MOST_IN_PERMUTATION_TEST = 64  # largest number of examples per batch, and of batches, in the permutation test
 _WIDE = {torch.float32, torch.float64}
 _NARROW = {torch.float16, torch.bfloat16}
 
@@ -50,7 +53,7 @@ _NARROW = {torch.float16, torch.bfloat16}
 class InputMeasurement:
     """Moments of a layer's inputs, kept per batch so that batches can be compared.
 
-    NaN or an infinite value excludes all values of that example's channel.
+    If an example has NaN or infinity in a channel, all its values in this channel are left out.
     """
 
     layer: _BatchNorm
@@ -61,13 +64,13 @@ class InputMeasurement:
     )  # of each example's mean square deviation from the batch's mean
     examples: int = 0
     non_finite: int = 0
-    is_clusterable: bool = True  # whether every call has one row per example of the model
+    is_clusterable: bool = True  # whether the input of every call has as many rows as the model's batch
     rounding: float = 0.0
     extremes: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # smallest and largest input of each channel
-    padding: list[tuple[Tensor, int]] = field(default_factory=list)  # equal positions at the end, and all positions
+    padding: list[tuple[Tensor, int]] = field(default_factory=list)  # equal last positions of examples; all positions
     columns: int = 1  # number of channels in the permutation test
-    rows: list[Tensor] = field(default_factory=list)  # means, (N, columns), of each batch's first examples
-    given: int = 0  # examples of the model, counted in each call
+    rows: list[Tensor] = field(default_factory=list)  # per batch: means of its first examples, (N, columns)
+    given: int = 0  # sizes of the model's batches, added up over the layer's calls
     bets: Bets | None = None
 
     def add(self, x: Tensor, examples: int) -> None:
@@ -91,9 +94,9 @@ class InputMeasurement:
         var, mean = _by_example(x)
         self.means.append(Moments.of(mean, mask=mask))
         self._bet(mean, var, mask, values)
-        if len(self.rows) < _KEPT:
+        if len(self.rows) < _MOST_IN_PERMUTATION_TEST:
             picked = torch.linspace(0, mean.shape[1] - 1, min(self.columns, mean.shape[1])).long().unique()
-            self.rows.append(mean[:_KEPT, picked.to(mean.device)].cpu())
+            self.rows.append(mean[:_MOST_IN_PERMUTATION_TEST, picked.to(mean.device)].cpu())
         self.squares.append(Moments.of(var + (mean - values.mean).square(), mask=mask))
         if x.ndim == 3:
             self.padding.append((_equal_at_end(x).cpu(), x.shape[2]))
@@ -140,15 +143,15 @@ class InputMeasurement:
         )
 
     def _shown(self, of_means: Clustering | None) -> tuple[int, ...]:
-        """Channels whose stored statistics provably differ from those of the examples."""
+        """Channels whose stored statistics differ significantly from those of the examples (see ``Bets.shown``)."""
         if self.bets is None:
             return ()
-        # without clustering, rows that belong to one example count as one
+        # if clustering could not be computed, all rows of one example count as one
         excess = max(1.0, of_means.excess if of_means else self.examples / self.given)
-        return self.bets.shown(self._averaged(of_means), excess)
+        return self.bets.shown(self._examples_averaged(of_means), excess)
 
-    def _averaged(self, of_means: Clustering | None) -> float:
-        """Number of examples in a running average, (2 - a) / a batches; infinite without a running average."""
+    def _examples_averaged(self, of_means: Clustering | None) -> float:
+        """Number of examples whose mean is as noisy as the running average; infinite without a running average."""
         momentum = None if isinstance(self.layer, Frozen) else self.layer.momentum
         if momentum is None or not 0 < momentum < 2:
             return math.inf
@@ -156,7 +159,7 @@ class InputMeasurement:
         return size * (2 - momentum) / momentum
 
     def _outputs(self, mean: Tensor, var: Tensor) -> dict[str, array[float]]:
-        """Smallest and largest eval output of each channel, before any activation; {} if some are not finite."""
+        """Smallest and largest eval output of each channel, before any activation; {} if unknown or not finite."""
         layer = self.layer
         gamma, beta = (
             _affine_values(layer.weight, torch.ones_like(mean)),
@@ -172,7 +175,10 @@ class InputMeasurement:
         return {"lowest": plain(torch.minimum(low, high)), "highest": plain(torch.maximum(low, high))}
 
     def _gap(self, total: Moments, mean: Tensor, var: Tensor, shown: tuple[int, ...]) -> tuple[float | None, ...]:
-        """The gap, its two parts, and the proven stale part: rms over all values, in sd of the eval output."""
+        """The gap, its noise part, its stale part, and the stale part of the channels in ``shown`` alone.
+
+        Each is a root mean square over all values, in standard deviations of the eval output; None if it is unknown.
+        """
         batches = [batch for batch in self.values if bool((batch.count > 1).all())]
         if not batches or not has_stored_statistics(self.layer) or isinstance(self.layer, Frozen):
             return None, None, None, None
@@ -196,7 +202,7 @@ class InputMeasurement:
         return tuple(value if math.isfinite(value) else None for value in gaps)
 
     def _t(self, total: Moments, mean: Tensor, var: Tensor) -> tuple[array[float] | None, array[float] | None]:
-        """t of the stored mean and of the log of the stored variance; None if their noise is unknown."""
+        """t of the stored mean and of the log of the stored variance, by channel; None if their noise is unknown."""
         momentum, eps = self.layer.momentum, self.layer.eps
         of_means, of_squares = clustering(self.means), clustering(self.squares)
         if of_means is None or of_squares is None or isinstance(self.layer, Frozen):
@@ -213,7 +219,7 @@ class InputMeasurement:
         return plain((mean - total.mean) / noise.sqrt()), plain(log_ratio / log_noise.sqrt())
 
     def _padded_share(self) -> float:
-        """Share of end positions that repeat one value, if examples end at different places."""
+        """Share of positions that look like padding: equal ones at the end. 0 if all examples end at one position."""
         if not self.padding:
             return 0.0
         padded = torch.cat([torch.where(run > 1, run, 0) for run, _ in self.padding])
@@ -223,12 +229,12 @@ class InputMeasurement:
 
 
 def is_measurable(x: Tensor) -> bool:
-    """Whether a tensor holds floating-point numbers in channels, (N, C, ...), and is dense."""
+    """Whether a tensor is dense, floating-point, and has a channel axis: (N, C, ...)."""
     return x.dtype in _WIDE | _NARROW and x.layout == torch.strided and not x.is_nested and x.ndim > 1
 
 
 def _by_example(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of every example's channels: (N, C, ...) -> (N, C), in float64."""
+    """Biased variance and mean of each channel of each example: (N, C, ...) -> (N, C), in float64."""
     wide = x if x.dtype in _WIDE else x.float()
     if x.ndim == 2:
         return torch.zeros_like(wide, dtype=torch.float64), wide.double()
@@ -243,23 +249,23 @@ def _equal_at_end(x: Tensor) -> Tensor:
 
 
 def _affine_values(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None:
-    """Gamma or beta in float64; ``otherwise`` if the layer has none; None if its values cannot be read here."""
+    """Gamma or beta in float64; ``otherwise`` if the parameter is None; None if its values cannot be read here."""
     if parameter is None:
         return otherwise
-    plain = whole(parameter, len(otherwise))
-    return None if plain is None else plain.detach().double()
+    tensor = whole(parameter, len(otherwise))
+    return None if tensor is None else tensor.detach().double()
 
 
 def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
-    """Stored mean and variance in float64; NaN if there are none."""
+    """Stored mean and variance in float64; NaN if they are missing or cannot be read here."""
     if not has_stored_statistics(layer):
         return torch.full_like(total.mean, torch.nan), torch.full_like(total.mean, torch.nan)
-    found = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
-    mean, var = (whole(buffer, len(total.mean)) for buffer in found)
-    unknown = torch.full_like(total.mean, torch.nan)
-    return unknown if mean is None else mean.double(), unknown if var is None else var.double()
+    buffers = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
+    mean, var = (whole(buffer, len(total.mean)) for buffer in buffers)
+    nan = torch.full_like(total.mean, torch.nan)
+    return nan if mean is None else mean.double(), nan if var is None else var.double()
 
 
 def plain(values: Tensor) -> array[float]:
-    """A tensor with one value per channel as plain float64 numbers."""
+    """A tensor with one value per channel as an array of float64 numbers."""
     return array("d", values.double().cpu().tolist())

@@ -1,8 +1,8 @@
 """Measurement: runs a model on data and measures it and its batch norm layers, without changing the model.
 
-One pass in eval mode measures every layer's inputs; then one example runs alone and among others, and one training step
-is tried. A layer's fresh statistics are those of its inputs in eval mode, where the layers before it normalize by their
-stored statistics.
+One pass in eval mode measures every layer's inputs. Then one example runs alone and among others, and one training step
+is tried. The statistics of a layer's inputs are those of eval mode: the layers before it normalize by their stored
+statistics.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 # inputs with more features are pixels, tokens or positions, not columns of a table
 _MOST_FEATURES = 4096
-_COLUMNS = 64  # channels of all layers in the permutation test
-_SUSPECT = 1e-3  # p of an F test below which the permutation test runs
+_COLUMNS = 64  # channels in the permutation test, all layers together
+_SUSPECT = 1e-3  # if an F test's p is below this, the permutation test runs
 _NOT_DENSE = "its input is not a dense floating-point tensor with channels"
 # these functions take ``training`` as their sixth argument
 _MEASURE_BATCHES = {
@@ -66,15 +66,15 @@ def measure(
 ) -> tuple[dict[str, Measured], Run, str, Batch]:
     """Measurements of every layer and of the whole model, a description ("512 examples in 8 batches"), and a batch.
 
-    The batch is a copy of the first one, as the loader gave it.
+    The batch is a copy of the loader's first batch.
 
-    Layers are in the order in which they first ran; layers that did not run, and lazy ones without a shape, are left
+    Layers are in the order in which they first ran. Layers that did not run, and lazy layers without a shape, are left
     out. The model, its gradients and the random states are as before, bit for bit, also if the model raises.
 
     Args:
-        model: Run in eval mode, and for one step of a few examples in train mode.
-        data: Batches as ``recalibrate`` takes them. An iterator is read into memory first.
-        max_examples: The last batch is cut to fit; None takes all.
+        model: Runs in eval mode, and on a few examples for one step in train mode.
+        data: Batches as for ``recalibrate``. An iterator is read into memory first.
+        max_examples: Largest number of examples; the last batch is cut. None: all are used.
 
     Raises:
         TypeError: If ``data`` is not an iterable of batches.
@@ -120,7 +120,7 @@ def _run_of(view: _View, alone: BatchDependence, step: Step) -> Run:
 
 
 def _unknown(view: _View, alone: BatchDependence, step: Step, *, is_scripted: bool) -> dict[str, str]:
-    """The parts of a run that are not known, and why."""
+    """The parts of a run that are not known, with the reason."""
     unknown = {
         "companions": alone.unknown,
         "step": step.unknown,
@@ -133,14 +133,14 @@ def _unknown(view: _View, alone: BatchDependence, step: Step, *, is_scripted: bo
 
 @contextmanager
 def _without_gradients() -> Iterator[None]:
-    """A block without gradients; a model that computes gradients gets an error with the remedy."""
+    """A block without gradients. If the model computes gradients in it, the error has a remedy."""
     try:
         yield
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
         raise ValueError(
-            f"examine runs a model without gradients, got one that computes them in its forward: {error}. "
+            f"examine runs a model without gradients, got a model that computes gradients in its forward: {error}. "
             "Put torch.enable_grad() around that part of its forward."
         ) from error
 
@@ -153,23 +153,23 @@ class _View:
         layers = batch_norms(model)
         columns = max(1, _COLUMNS // max(1, len(layers)))
         self.gauges = {name: InputMeasurement(layer, columns=columns) for name, layer in layers.items()}
-        self.calls: Counter[str] = Counter()  # in the order of first calls
+        self.calls: Counter[str] = Counter()  # keys in the order of first calls
         self.examples = 0
         self.batches = 0
         self.first: Batch = None  # a copy of the first batch
         self.functional: dict[str, None] = {}
         self.inputs = Moments.empty()
-        # None while inputs are measured; else the reason why not, "" if the model normalizes them first
+        # None while inputs are measured; else the reason why they are not; "" if the model normalizes them first
         self.not_raw: str | None = None
         self._lazy = {name for name, gauge in self.gauges.items() if isinstance(gauge.layer, LazyModuleMixin)}
         self._entering: Tensor | None = None
-        self._size = 0  # examples in the running batch
+        self._size = 0  # examples in the current batch
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """A block in which the model is observed."""
         normalizers = [module for module in self.model.modules() if isinstance(module, (InputNorm, _BatchNorm))]
-        # the model's own hook first: if the model is one layer, all hooks are on it
+        # the model's hook comes first: if the model is a single layer, all hooks are on the same module
         hooks = [
             (self.model, self._enter),
             *((module, self._normalize) for module in normalizers),
@@ -215,18 +215,18 @@ class _View:
             self.not_raw = ""
 
     def rows_are_no_examples(self) -> None:
-        """Do not compare batches whose rows are nodes, points or edges."""
+        """Exclude all layers from the comparison of batches: rows are nodes, points or edges."""
         for gauge in self.gauges.values():
             gauge.is_clusterable = False
 
     def order_p(self, measured: dict[str, Measured]) -> float | None:
-        """Probability by chance of batches that differ as much; None if no F test was suspect."""
+        """p of the permutation test over all layers; None if no F test gave a reason to run it."""
         p = {name: found.clustering_p for name, found in measured.items() if found.clustering_p is not None}
         if not p or min(p.values()) >= _SUSPECT:
             return None
         suspect = self.gauges[min(p, key=lambda name: p[name])].rows
         rows = [self.gauges[name].rows for name in p]
-        # layers that ran on the same batches
+        # only layers that ran on batches of the same sizes
         alike = [each for each in rows if list(map(len, each)) == list(map(len, suspect))]
         return order_p([torch.cat(layers, 1) for layers in zip(*alike, strict=True)])
 
@@ -236,21 +236,21 @@ class _View:
         return tuple(name for name in layers_of(self.model) if name not in self.gauges)
 
     def unmeasured(self) -> dict[str, str]:
-        """Layers that ran without a measurement, or cannot be observed, with the reason."""
+        """Layers that ran without a measurement or cannot be observed, each with the reason."""
         ran = [name for name in self.calls if not self.gauges[name].values]
         closed = dict.fromkeys(self.unwatched, "it cannot be observed by hooks")
         return closed | {name: "it is lazy" if name in self._lazy else _NOT_DENSE for name in ran}
 
     def _gauge(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls[name] += 1
-        # a user's class may name its input as it likes, and take others
+        # a user's class may give its input any name, and may have further inputs
         x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
         if x is not None and name not in self._lazy:
             self.gauges[name].add(x, self._size)
 
 
 def _not_features(x: Tensor | None) -> str | None:
-    """Why an input is not a table of comparable features; None if it is one."""
+    """Why an input is not a table of features; None if it is one."""
     if x is None:
         return "the model gets no tensor"
     if not is_measurable(x):
@@ -268,7 +268,7 @@ def _takes_hooks(module: nn.Module) -> bool:
 
 @contextmanager
 def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None]:
-    """A block that collects modules whose own code calls batch norm with batch statistics."""
+    """A block that adds to ``found`` the names of modules whose own code calls batch norm with batch statistics."""
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
 
@@ -276,7 +276,7 @@ def _functional_calls(model: nn.Module, found: dict[str, None]) -> Iterator[None
         running.append(module)
 
     def leave(module: nn.Module, *_: object) -> None:
-        if running and running[-1] is module:  # a module that raised before our hook is missing
+        if running and running[-1] is module:  # a module is missing if it raised before our hook ran
             running.pop()
 
     def see() -> None:
@@ -305,10 +305,10 @@ class _Calls(TorchFunctionMode):
 
 
 def loop_of(data: Batch, *, batch_size: int | None = None, accumulation: int = 1, world_size: int = 1) -> Loop | None:
-    """How the model is trained, from a loader or list of batches and the caller's arguments; None if nothing is known.
+    """The training loop's settings, by a loader or list of batches and the arguments; None if nothing is known.
 
     Args:
-        data: A DataLoader, or two or more batches in a list; nothing is known from anything else.
+        data: A DataLoader, or a list of two or more batches. Other data say nothing about the loop.
         batch_size: Examples per device; replaces the loader's.
         accumulation: Batches per optimizer step.
         world_size: Processes that train together.
@@ -320,7 +320,7 @@ def loop_of(data: Batch, *, batch_size: int | None = None, accumulation: int = 1
 
 
 def _sizes(data: Batch, wanted: int | None) -> tuple[int | None, int | None]:
-    """Examples in a batch and in the last one."""
+    """Examples in a batch, and in the last batch; None if not known."""
     if isinstance(data, torch.utils.data.DataLoader):
         source = data if data.batch_size is not None else data.batch_sampler
         size = wanted or getattr(source, "batch_size", None)
@@ -336,7 +336,7 @@ def _sizes(data: Batch, wanted: int | None) -> tuple[int | None, int | None]:
 
 
 def _length(source: Any) -> int | None:
-    """Its length, or None: samplers of streamed data sets have none."""
+    """The length of a data set or sampler; None if it has none, as a streamed data set."""
     if not isinstance(source, Sized):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Evidence for the doctor's rules, read from a model, its optimizer and its loader."""
+"""Evidence for the doctor's rules from a model, its optimizer and its loader."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def of_model(
     model: nn.Module, data: Iterable[Batch] | None, *, example: Batch, optimizer: Any, batch_size: int | None,
     accumulation: int, world_size: int, reference: Any, max_examples: int, name: str,
 ) -> tuple[Evidence, str]:  # fmt: skip
-    """Evidence about a model, and a description of the data such as "512 examples in 8 batches"; "" without data."""
+    """Evidence about a model; and a description of the data such as "512 examples in 8 batches", "" without data."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"examine needs a path or an nn.Module, got {kind_of(model)}. Pass the model itself.")
     if not hasattr(model, "training"):
         raise TypeError(
-            "examine needs a model made of modules, got one from torch.jit.freeze. Examine it before torch.jit."
+            "examine needs a model made of modules, got a model from torch.jit.freeze. Examine it before torch.jit."
         )
     measured, run, words, first = None, None, "", None
     if data is not None:
@@ -62,13 +62,13 @@ def of_model(
 
 
 def _graph_of(model: nn.Module, example: Batch) -> tuple[Graph | None, str]:
-    """The neighbours of the layers, or why they are not known."""
+    """The graph of the layers' neighbours, and ""; or None, and the reason why it is not known."""
     try:
         return graph_of(model, example), ""
     except ValueError as error:
         return None, str(error)
     except Exception as error:  # noqa: BLE001 - a model may raise anything, and most rules do not need its graph
-        return None, f"its code cannot be followed: {type(error).__name__}: {error}"
+        return None, f"its code cannot be traced: {type(error).__name__}: {error}"
 
 
 def modules_of(model: nn.Module) -> dict[str, Module]:
@@ -79,9 +79,9 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
 
 def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    affine = list(layer.parameters())  # including parametrized ones
+    affine = list(layer.parameters())  # with subparameters, as parametrizations have them
     ignored = getattr(layer, "batchnorm_ignore", None) or ()
-    # a layer of another library without this flag never measures batches
+    # a layer of another library without this flag always uses its stored statistics
     fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")
     return Module(
         kind=type(layer).__name__,
@@ -155,12 +155,11 @@ def _wrapper(module: nn.Module) -> str:
 
 
 def optimizer_of(model: nn.Module, optimizer: Any) -> Optimizer:
-    """What an optimizer does to gamma and beta: weight decay, and parameters that it lacks."""
+    """The weight decay of an optimizer on gamma and beta, and the layers whose parameters it lacks."""
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):
         raise TypeError(
-            f"examine needs a torch optimizer, got {type(optimizer).__name__}. Pass one with param_groups, or leave "
-            "it out."
+            f"examine needs a torch optimizer, got {type(optimizer).__name__}. Pass torch.optim's, or leave it out."
         )
     decay = {id(parameter): group.get("weight_decay", 0.0) for group in groups for parameter in group["params"]}
     affine = {path: [p for p in layer.parameters(recurse=False) if p.requires_grad]

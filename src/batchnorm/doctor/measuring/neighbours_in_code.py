@@ -1,4 +1,4 @@
-"""The neighbours of each layer in the traced code, before and behind it, and how often each layer is called."""
+"""The modules before and behind each layer in the traced code, and the number of calls of each layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BIASED = (nn.modules.conv._ConvNd, nn.Linear)
 _DROPOUT_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
-# between dropout and batch norm these keep the variance larger in train mode than in eval mode
+# if these are between dropout and batch norm, the variance stays larger in train mode than in eval mode
 _POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 _ACTIVATIONS = activations.TABLE.values()
 _KEEP = (*(each.module for each in _ACTIVATIONS), nn.Identity, nn.Flatten, *_POOLS)
@@ -45,7 +45,7 @@ _KEEP_FUNCTIONS = {torch.flatten, "flatten", *chain(*((*each.functions, *each.me
 
 
 def graph_of(model: nn.Module, example: Batch = None) -> Graph:
-    """The neighbours of the layers, and with an example their calls. The model is not changed.
+    """The neighbours of the layers, and if there is an example, their calls. The model is not changed.
 
     Raises:
         ValueError: If the model does not run on the example, or no forward can be traced.
@@ -88,9 +88,9 @@ Flows = dict[nn.Module, Flow]
 
 
 def _flows_of(model: nn.Module, arguments: dataflow.Arguments | None) -> tuple[Flows, Flows, dict[nn.Module, str]]:
-    """The traced forwards in eval mode, in both modes, and why others cannot be traced.
+    """The forwards traced in eval mode, those traced in both modes, and why other modules cannot be traced.
 
-    Eval mode is traced also if train mode cannot be, as in blocks that drop paths at random.
+    Some modules can be traced in eval mode only, such as blocks that drop paths at random in train mode.
     """
     evaluating, reasons = flows(model, (False,), arguments)
     if not evaluating and reasons:
@@ -109,7 +109,7 @@ def _nodes(model: nn.Module, known: dict[nn.Module, Flow], callers: Callers) -> 
 
 
 def _channel_by_channel(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers behind a depthwise convolution of another layer's activation: channels map one to one."""
+    """Layers behind a depthwise convolution, with the layer before it: their channels correspond one to one."""
     found = {}
     for node in nodes:
         layer = _module(node)
@@ -129,7 +129,7 @@ def _input_of_depthwise(node: Any) -> Node | None:
 
 
 def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[array[float] | None]]:
-    """For each call of a layer, the norms of the weight rows of the module before it."""
+    """Layer: for each of its calls, the norms of the weight rows of the module before it."""
     found: dict[str, list[array[float] | None]] = defaultdict(list)
     for node in nodes:
         layer = _module(node)
@@ -139,7 +139,7 @@ def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[a
 
 
 def _norms(before: Any) -> array[float] | None:
-    """Norm of the weights of each output channel of a convolution or linear layer."""
+    """Norm of the weights of each output channel; None if it is not a convolution or linear layer, or has no values."""
     if not isinstance(before, _BIASED) or before.weight.is_meta:
         return None
     weight = before.weight.detach()
@@ -149,7 +149,7 @@ def _norms(before: Any) -> array[float] | None:
 
 
 def _activations(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers whose result goes only into one kind of activation, in all their calls."""
+    """Layers whose result is read, in all calls, by one kind of activation and nothing else."""
     behind: dict[str, set[str]] = defaultdict(set)
     for node in nodes:
         if (layer := _module(node)) in paths:
@@ -158,7 +158,7 @@ def _activations(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, st
 
 
 def _behind(call: Node, layer: nn.Module | None) -> str:
-    """The activation applied to one call's result; "" if there is none, or something is added first."""
+    """The activation that alone reads a call's result; "" if there is none, or if the call also adds a residual."""
     if len(call.args) != 1 or call.kwargs:
         return ""
     if own := applied_by(layer):
@@ -168,7 +168,7 @@ def _behind(call: Node, layer: nn.Module | None) -> str:
 
 
 def applied_by(layer: Any) -> str:
-    """The activation that a layer applies itself: ours by name, others' by the module that they hold."""
+    """The activation that a layer applies itself: the name or module in its attribute ``act``; "" without any."""
     act = getattr(layer, "act", None)
     return (
         _known_activation(act)
@@ -188,8 +188,8 @@ def _activation(node: Node) -> str:
 
 def _known_activation(name: str) -> str:
     """ "relu" for "ReLU" and "relu_"; "" for names that are not an activation known to the rules."""
-    plain = name.lower().replace("_", "")
-    return plain if plain in ACTIVE else ""
+    lower = name.lower().replace("_", "")
+    return lower if lower in ACTIVE else ""
 
 
 def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Batch) -> dict[str, int] | None:
@@ -205,7 +205,7 @@ def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Batch) -> dic
 
 
 def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any) -> dict[str, str]:
-    """Layers whose input is the result of a module that passes the test, and is used nowhere else."""
+    """Layers whose input is the result of a module that passes the test; nothing else may read that result."""
     found = {}
     for path, source in nodes:
         module = _module(source)
@@ -215,7 +215,7 @@ def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any
 
 
 def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers behind dropout in train mode; the graphs of folding are those of eval mode."""
+    """Layers behind dropout, by the graphs of train mode: folding uses those of eval mode."""
     calls = [(flow, node) for flow in known.values() for node in flow.graphs[True].nodes if flow.called(node)]
     count = Counter(flow.called(node) for flow, node in calls)
     sites = {flow.called(node): (flow, node) for flow, node in calls if count[flow.called(node)] == 1}
@@ -228,7 +228,7 @@ def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -
 
 
 def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[Any, tuple[Flow, Node]]) -> Any:
-    """The dropout whose result a call receives, also through functions that keep it and through module borders."""
+    """The dropout whose result a call receives, directly or through activations, pooling and modules; None if none."""
     source = next(iter(node.args), None)
     while isinstance(source, torch.fx.Node):
         module = flow.called(source)

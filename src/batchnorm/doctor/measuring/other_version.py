@@ -18,11 +18,11 @@ from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.rules.rule_evidence import OtherVersion
 
-# Float32 sums in a different order differ by eps sqrt(terms) per layer: 2^10 is sqrt(4096 * 256), for 4096 terms in
-# each of 256 layers.
+# Two float32 sums of the same terms in different orders differ by about eps sqrt(terms). For 4096 terms in each of 256
+# layers that is 2^10 eps, as 2^10 = sqrt(4096 * 256).
 _WIDE_ROUNDINGS = 1024
-# Half precision, and float32 on a GPU (TF32), round each layer's terms and result but sum in float32: sqrt(256) for
-# 256 layers.
+# Half precision, and float32 on a GPU (TF32), round the terms and the result of each layer, but sum in float32: 16 eps
+# for 256 layers, as 16 = sqrt(256).
 _NARROW_ROUNDINGS = 16
 _TF32_EPS = 2**-10
 
@@ -34,15 +34,15 @@ def reference_of(model: nn.Module, reference: nn.Module | str | os.PathLike[str]
 
     Args:
         model: The model that was made from the reference.
-        reference: A model, or the path of a checkpoint, which is not run.
-        example: One batch of any kind; None compares no outputs.
+        reference: A model; or the path of a checkpoint, of which only stored values are compared.
+        example: One batch of any kind. None: outputs are not compared.
 
     Raises:
         TypeError: If ``reference`` is neither a model nor a path.
     """
     if isinstance(reference, (str, os.PathLike)):
         file = checkpoint.read(reference)
-        why = "the reference is a file, whose weights are not run"
+        why = "the reference is a file, so it has no outputs"
         state, layers = _state_of(file, model)
         return OtherVersion(f"{file.path}{state and f', {state}'}", _eps_of(layers), layers, unknown=why)
     if not isinstance(reference, nn.Module):
@@ -70,7 +70,7 @@ def floats_in(value: Answer) -> list[Tensor]:
 
 
 def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Stored]]:
-    """Name and layers of the first state in the file that has the model's layers; else of the first one."""
+    """Name ("" for a single state) and layers of the first state with the model's layers; else of the first state."""
     if len(file.states) < 2:
         return "", file.layers
     mine, every = layers_of(model).keys(), file.every
@@ -80,9 +80,9 @@ def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Sto
 
 
 def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:
-    """Largest max |output - reference| / max |reference| of the pairs; None if shapes differ.
+    """Largest max |output - reference| / max |reference| of the pairs; None if shapes differ or there are no values.
 
-    NaN at the same places counts as equal.
+    Values that are NaN in both count as equal. If the reference is 0, the difference is absolute.
     """
     if not references or [tuple(t.shape) for t in outputs] != [tuple(t.shape) for t in references]:
         return None
@@ -97,7 +97,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def tolerance(outputs: list[Tensor]) -> float:
-    """Relative difference that rounding alone may cause."""
+    """Largest relative difference that rounding alone can cause."""
     return max((_rounding(output) for output in outputs), default=0.0)
 
 

@@ -1,6 +1,7 @@
 """Short runs of a model: one training step, and one example alone and among others.
 
-They change the model, so run them inside ``preserve_state``. A run that was not possible has a reason.
+These runs change the model, so call them inside ``preserve_state``. If a run is not possible, its result has the
+reason.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from batchnorm.call_types import Batch
 
-# enough for batch statistics, few enough for the memory of a backward pass
+# enough for batch statistics, and few enough for the memory of a backward pass
 _EXAMPLES = 8
 _LONGEST_MESSAGE = 200
 
@@ -38,41 +39,41 @@ _LONGEST_MESSAGE = 200
 @final
 @dataclass(frozen=True, slots=True)
 class ExampleSubset:
-    """A few examples of a batch; the whole batch if it cannot be cut, with the reason."""
+    """A few examples of a batch; or the whole batch and the reason why it cannot be cut."""
 
     batch: Batch
-    size: int  # examples in all of the batch
-    uncut: str = ""
+    size: int  # examples in the whole batch
+    uncut: str = ""  # why the batch cannot be cut; "" if it can
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Results of one training step: how often each layer's counter moved, the error, and why parts were not tried."""
+    """Results of one training step: updates of each layer's counter, the error, and reasons for missing parts."""
 
     forward: Mapping[str, int] = field(default_factory=dict)
     backward: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
     unknown: str = ""  # why no step was tried, or why its error is not about batch norm
-    no_backward: str = ""
+    no_backward: str = ""  # why there was no backward pass
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class BatchDependence:
-    """Relative difference between an example's outputs alone and among others, and what rounding explains."""
+    """Relative difference between an example's outputs alone and among others, and the largest one by rounding."""
 
     change: float | None = None
     tolerance: float = 0.0
-    error: str = ""  # the error of one example alone, although several ran
+    error: str = ""  # the error for one example alone, if the model ran on several
     unknown: str = ""
 
 
 def example_subset(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> ExampleSubset:
-    """Up to ``most`` examples on which the model runs in eval mode; it must run on the whole batch.
+    """Up to ``most`` examples of a batch on which the model runs in eval mode; it must run on the whole batch.
 
-    Nodes of a graph and packed points are not examples: the model fails if they are cut off. A part may get outputs
-    that differ from those within the whole: that is what ``batch_dependence`` measures.
+    Nodes of a graph and packed points are not examples: the model fails if some are missing. Examples may get other
+    outputs than in the whole batch: ``batch_dependence`` measures that.
     """
     size = examples_in(batch) or 0
     if size <= 2:
@@ -94,15 +95,15 @@ def example_subset(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Exa
 def train_step(model: nn.Module, some: ExampleSubset) -> Step:
     """One forward and backward pass in train mode on a few examples; frozen layers stay frozen.
 
-    The loss is the mean square of all floating-point outputs. A model that needs more than the first part of a batch,
-    such as labels, gets all parts. A single example is not tried, because it may be too few.
+    The loss is the mean square of all floating-point outputs. If the model fails on the first element of a
+    batch, it gets all elements, such as labels. A step with a single example is not tried: batch norm may need two.
     """
     batch = some.batch
     if (examples_in(batch) or 0) < 2:
-        return Step(unknown="a training step takes a batch of 2 examples or more")
+        return Step(unknown="a training step needs a batch of 2 examples or more")
     try:
         model.train()
-    except NotImplementedError as error:  # of torch.export
+    except NotImplementedError as error:  # raised by models of torch.export
         return Step(unknown=f"the model has no train mode: {_message(error)}")
     before = _counters(model)
     forward: dict[str, int] = {}
@@ -122,27 +123,27 @@ def train_step(model: nn.Module, some: ExampleSubset) -> Step:
 
 
 def _failed(model: nn.Module, batch: Batch, forward: dict[str, int], error: Exception) -> Step:
-    """The step of a failed run: a fault, unless the model needs arguments that the batch lacks."""
+    """The result of a failed step: its error, or a reason if values or arguments that the model needs are missing."""
     if isinstance(error, AbsenceError):
         return Step(forward, unknown=str(error).rstrip("."))
     missing = _missing_arguments(model, batch)
     if missing and not _is_of_batch_norm(error):
-        told = f"a training step fails outside of batch norm layers, perhaps because it lacks {missing}"
-        return Step(forward, unknown=f"{told}: {_message(error)}")
+        reason = f"a training step fails outside of batch norm layers, perhaps because it lacks {missing}"
+        return Step(forward, unknown=f"{reason}: {_message(error)}")
     return Step(forward, error=_message(error))
 
 
 def _missing_arguments(model: nn.Module, batch: Batch) -> str:
-    """Names of forward's arguments that the batch does not provide: "targets"."""
+    """Names of forward's arguments that the batch lacks, such as "targets"; "" if there are none."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
         return ""
-    takes = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
-    if isinstance(batch, Mapping) and set(batch) & set(takes):
-        return ", ".join(name for name in takes if name not in batch)
+    names = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    if isinstance(batch, Mapping) and set(batch) & set(names):
+        return ", ".join(name for name in names if name not in batch)
     parts = len(batch) if isinstance(batch, (tuple, list)) else 1
-    return ", ".join(takes[parts:])
+    return ", ".join(names[parts:])
 
 
 def _is_of_batch_norm(error: BaseException) -> bool:
@@ -151,14 +152,14 @@ def _is_of_batch_norm(error: BaseException) -> bool:
 
 
 def _train_outputs(model: nn.Module, batch: Batch, before: dict[str, int]) -> tuple[list[Tensor], dict[str, int]]:
-    """Outputs, and the counters before the forward pass that gave them."""
+    """Floating-point outputs of a forward pass, and the counters before it."""
     try:
         return floats_in(call(model, batch)), before
     except Exception:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise
         before = _counters(model)
-        with suppress(Exception):  # the first error says more
+        with suppress(Exception):  # the first error is the more useful one
             return floats_in(model(*batch)), before
         raise
 
@@ -180,10 +181,10 @@ def _message(error: Exception) -> str:
 
 @torch.no_grad()
 def batch_dependence(model: nn.Module, some: ExampleSubset) -> BatchDependence:
-    """One example's eval output alone and among a few others, or why they were not compared.
+    """The comparison of one example's eval output alone and among a few others, or why they were not compared.
 
-    The model must be in eval mode and run on ``some``. An error of one example alone is a fault if the row is certainly
-    an example: batch norm raises it, or the model's outputs for a part of ``some`` equal those within the whole.
+    The model must be in eval mode and run on ``some``. An error for one row alone counts only if the row is certainly
+    an example: batch norm raises the error, or outputs for half of ``some`` equal those in the whole of it.
     """
     count = examples_in(some.batch) or 0
     if some.uncut or count < 2:
@@ -211,7 +212,7 @@ def batch_dependence(model: nn.Module, some: ExampleSubset) -> BatchDependence:
         )
     change = difference(single, [output[:1] for output in beside])
     if change is None:
-        return BatchDependence(unknown="outputs have other shapes for one example alone")
+        return BatchDependence(unknown="the outputs of one example alone have other shapes")
     return BatchDependence(change, tolerance(beside))
 
 
