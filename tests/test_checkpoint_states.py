@@ -335,7 +335,7 @@ def test_a_state_that_repeats_another_is_named_and_told_once(tmp_path):
     for value in ({"model": ill, "ema": copy.deepcopy(ill)}, [ill, copy.deepcopy(ill)]):
         diagnosis = examine(write(tmp_path, value))
         assert [each.code for each in diagnosis.findings] == ["BN103"]
-        assert any("bit for bit: what is found there is told once" in note for note in diagnosis.notes)
+        assert any("bit for bit: findings in them are reported once" in note for note in diagnosis.notes)
     diagnosis = examine(write(tmp_path, {"model": ill, "again": ill}))
     assert diagnosis.notes == ("again is model itself, under another name",)
 
@@ -346,7 +346,7 @@ def test_one_state_can_be_chosen(tmp_path):
     assert found == {"model": ["bn2"], "ema": ["ema.bn1"]}
     with pytest.raises(ValueError, match="has no state 'swa'; it has 'model', 'ema'"):
         examine(path, state="swa")
-    with pytest.raises(ValueError, match="state chooses in a file, got 'ema' for a model"):
+    with pytest.raises(ValueError, match="state selects a state of a file, got 'ema' for a model"):
         examine(net(), state="ema")
 
 

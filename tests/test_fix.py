@@ -488,7 +488,7 @@ def wrong(*args, words):
         wrong("model.pt", "--select", "BN999", words="no rule 'BN999'"),
         wrong("none.pt", words="none.pt"),
         wrong("nets.py", words="nets.py"),
-        wrong("trains.onnx", words="Fix the checkpoint that it was made from, and export it again"),
+        wrong("trains.onnx", words="Fix the checkpoint that the file was made from, and export it again"),
         wrong("nets.py:model", "--weights", "other.pt", words="other.pt does not fit Net"),
     ],
 )

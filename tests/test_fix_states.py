@@ -139,7 +139,7 @@ def test_every_state_is_measured_on_its_own_weights_and_written_to_its_place(fol
 def test_the_state_that_is_named_is_treated_alone_and_the_exit_code_is_true(folder):
     torch.save({"model": A, "model_ema": B}, "f.pt")
     code, told = fix("f.pt", "--state", "model_ema")
-    assert (code, "loaded into the model: model_ema not loaded: model: another one was asked for" in told) == (0, True)
+    assert (code, "loaded into the model: model_ema not loaded: model: another state was asked for" in told) == (0, True)
     after = torch.load("f.fixed.pt")
     assert_measured(after["model_ema"])
     assert all(torch.equal(value, A[key]) for key, value in after["model"].items())
@@ -169,7 +169,7 @@ def test_a_state_of_another_model_is_named_and_counts_as_left(folder):
     code, told = fix("gan.pt")
     assert code == 1
     assert "not loaded: discriminator: it does not fit Net" in told
-    assert "Treat it with its own, or leave it out: --state NAME" in told
+    assert "Treat it with its own model, or exclude it: --state NAME" in told
     assert fix("gan.pt", "--state", "generator")[0] == 0
     assert fix("gan.pt", "--state", "discriminator", model="small")[0] == 0
     # the model says which of them it is

@@ -112,7 +112,7 @@ def test_a_program_of_torchscript_is_refused_by_surgery(make):
 
 
 def test_a_frozen_program_is_refused_by_examine():
-    with pytest.raises(TypeError, match=r"got one from torch.jit.freeze. Examine it before torch.jit"):
+    with pytest.raises(TypeError, match=r"got a model from torch.jit.freeze. Examine it before torch.jit"):
         bn.examine(frozen_program())
 
 

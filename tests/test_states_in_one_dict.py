@@ -168,7 +168,7 @@ def test_a_path_chooses_what_no_word_tells_and_the_rest_is_named(folder):
     torch.save({"state_dict": {**under("left.", A), **under("right.", B)}}, "f.pt")
     for name in ("state_dict.right", "right"):
         code, told = call("doctor", "f.pt", "--state", name)
-        assert (code, "state: state_dict.right; not looked at: state_dict" in told) == (0, True)
+        assert (code, "state: state_dict.right; not examined: state_dict" in told) == (0, True)
     code, told = call("doctor", "pairnet.py:model", "--weights", "f.pt")
     assert (code, "each by itself: state_dict.left, state_dict.right" in told) == (0, True)
     code, told = call("doctor", "pairnet.py:model", "--weights", "f.pt", "--state", "nothing")

@@ -1,6 +1,6 @@
 """The doctor: examine a checkpoint or a model, and mend what can be mended.
 
-``examine`` collects evidence and lets every rule look at it; it changes nothing. ``treat`` returns a mended copy.
+``examine`` collects evidence, applies every rule to it, and changes nothing. ``treat`` returns a mended copy.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Diagnosis: what an examination found, what it could not look at, and the layers it looked at."""
+"""Diagnosis: the findings of an examination, the checks that did not run, and the layers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from batchnorm.reporting.html import fragment
 @final
 @dataclass(frozen=True, slots=True)
 class Diagnosis(DiagnosisValue):
-    """What ``examine`` returns. A value: it holds no model and changes nothing.
+    """The result of ``examine``. It is a value without a reference to the model.
 
-    ``findings`` are ordered: errors first, then by code and layer. ``checked`` has the codes of rules that ran,
-    ``not_checked`` maps the others to the reason. ``silenced`` counts findings left out by ignore or a baseline.
+    ``findings`` are ordered: errors first, then by code and layer. ``checked`` has the codes of rules that ran.
+    ``not_checked`` maps the codes of other rules to the reason. ``silenced`` counts findings that the layer's
+    batchnorm_ignore, ``per_layer`` or a baseline left out.
     """
 
     def to_html(self) -> str:
-        """One page that stands alone: no script, readable without its styles."""
+        """One HTML page without scripts and without other files, readable without its styles."""
         return page(self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The report of a diagnosis: its rows and checks for programs, its tables, and its page."""
+"""The report of a diagnosis for all formats: rows and checks for programs, tables, and an HTML page."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def report(
     diagnosis: DiagnosisValue, *, source: str = "", fail_on: Severity | None = Severity.ERROR, verbose: bool = False,
     command: str = "",
 ) -> Report:  # fmt: skip
-    """What every format shows.
+    """The contents of a report in every format.
 
     Args:
-        diagnosis: What was found.
-        source: The file that findings without a place in code are about; the target if it is left out.
-        fail_on: The least severity at which a check of JUnit fails; None if none does.
+        diagnosis: The diagnosis.
+        source: The file to name for findings without a place in code; by default the target.
+        fail_on: The lowest severity at which a check of JUnit fails. None: no check fails.
         verbose: Whether the text lists every check that did not run.
-        command: How the command line was called, for the hint at the end of the text.
+        command: The command that was called; "" if the text shall not end with a command to call next.
     """
     rows = [_row(diagnosis.target, finding) for finding in diagnosis.findings]
-    found = json.loads(diagnosis.to_json())["findings"]
+    records = json.loads(diagnosis.to_json())["findings"]
     return Report(
         command=_COMMAND, driver="batchnorm", identified_by="codeAndLayer/v1", target=diagnosis.target,
         source=source or diagnosis.target, seconds=diagnosis.seconds, fail_on=fail_on, headline=_headline(diagnosis),
         rows=rows, rules=[rule.words for rule in RULES.values()], suites=list(_suites(diagnosis, rows)),
         notes=diagnosis.notes, lines=concise(diagnosis), document=list(_document(diagnosis)), json=diagnosis.to_json,
-        records=[{"target": diagnosis.target, **finding} for finding in found], page=lambda: page(diagnosis),
+        records=[{"target": diagnosis.target, **finding} for finding in records], page=lambda: page(diagnosis),
         full=lambda width: full(diagnosis, width=width, verbose=verbose, command=command),
     )  # fmt: skip
 
@@ -91,12 +91,12 @@ def _document(diagnosis: DiagnosisValue) -> Iterator[Block]:
 
 
 def page(diagnosis: DiagnosisValue) -> str:
-    """One HTML file."""
+    """The HTML file of a diagnosis."""
     return html.page(_COMMAND, diagnosis.target, _headline(diagnosis), [*blocks(diagnosis, pages=True)])
 
 
 def blocks(diagnosis: DiagnosisValue, *, pages: bool = False) -> list[Block]:
-    """What a page shows; with ``pages`` also those of rules, and how it was made."""
+    """The blocks of HTML output; with ``pages`` also the pages of rules, and the versions that made it."""
     reasons = codes_by_reason(diagnosis.not_checked)
     return [
         *([] if pages else [Text(strong=_headline(diagnosis))]),
@@ -120,9 +120,9 @@ def _facts(group: Sequence[Finding], *, pages: bool) -> Facts:
         ("where", first.where),
     )
     rule = RULES[first.code]
-    told = [(name, text) for name, text in facts if text]
+    filled = [(name, text) for name, text in facts if text]
     about = [("Finds", rule.title), *rule.sections] if pages else []
-    return Facts(f"{first.code} {first.slug}", told, first.severity, ("fix",), f"About {first.code}", about)
+    return Facts(f"{first.code} {first.slug}", filled, first.severity, ("fix",), f"About {first.code}", about)
 
 
 def _layers(rows: Sequence[LayerRow]) -> TextTable:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from batchnorm.reporting.json_values import Json
     from batchnorm.rules.finding import Finding
 
-# changes when a key of to_dict() changes its meaning or goes away
+# is increased when a key of to_dict() changes its meaning or is removed
 SCHEMA_VERSION = 1
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One row of the layers table; None where it is not known. All figures are over the layer's channels."""
+    """One row of the table of layers; None if a value is not known. Ranges are those over all channels."""
 
     name: str
     kind: str
@@ -34,24 +34,24 @@ class LayerRow:
     eps: float | None
     momentum: float | None
     mode: str  # "train", "eval", "frozen", or "" for a file
-    gap: float | None = None  # train/eval gap of the output, in its sd
+    gap: float | None = None  # train/eval gap of the output, in sd of the output
 
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisValue:
-    """All that a ``Diagnosis`` holds, without the ways to show it."""
+    """The data of a ``Diagnosis``, without its text and HTML."""
 
     target: str
     findings: tuple[Finding, ...]
     layers: tuple[LayerRow, ...]
     checked: tuple[str, ...]
     not_checked: Mapping[str, str]
-    data: str = ""  # what was measured on, such as "512 examples in 8 batches"
+    data: str = ""  # the data that were used, such as "512 examples in 8 batches"
     seconds: float = 0.0
     silenced: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
-    states: tuple[str, ...] = ()  # of a file, by their paths in it: what a model would load
-    notes: tuple[str, ...] = ()  # further sentences about what was looked at
+    states: tuple[str, ...] = ()  # paths of a file's states: dicts that a model can load
+    notes: tuple[str, ...] = ()  # further sentences about what was examined
 
     @property
     def ok(self) -> bool:
@@ -59,7 +59,7 @@ class DiagnosisValue:
         return not self.at_least(Severity.ERROR)
 
     def at_least(self, severity: Severity) -> tuple[Finding, ...]:
-        """Findings of a severity or a worse one."""
+        """Findings of this severity or a worse one."""
         return tuple(finding for finding in self.findings if finding.severity >= severity)
 
     def raise_for_status(self, severity: Severity = Severity.ERROR) -> None:
@@ -98,7 +98,7 @@ def _as_dict(finding: Finding) -> dict[str, Json]:
 
 
 def counted(findings: Iterable[Finding]) -> str:
-    """How many of each severity, such as "2 errors, 1 warning"."""
+    """The number of findings of each severity, such as "2 errors, 1 warning"."""
     severities = [finding.severity for finding in findings]
     words = [
         f"{number} {severity}{'s' if number > 1 and severity is not Severity.INFO else ''}"
@@ -109,21 +109,21 @@ def counted(findings: Iterable[Finding]) -> str:
 
 
 def order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Errors first, then by code; layers of one code in the model's order."""
+    """Findings in order: errors first, then by code, then by the model's order of layers."""
     return tuple(sorted(findings, key=lambda finding: (-finding.severity, finding.code)))
 
 
 def groups(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Findings of one rule with one consequence together, in their order."""
-    found: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    """Groups of findings with the same rule and consequence, in the order of their first findings."""
+    members: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
-        found[finding.code, finding.consequence].append(finding)
-    return list(found.values())
+        members[finding.code, finding.consequence].append(finding)
+    return list(members.values())
 
 
 def codes_by_reason(not_checked: Mapping[str, str]) -> dict[str, list[str]]:
-    """Codes of rules that did not run, by the reason."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Reason: the codes of the rules that did not run because of it."""
+    codes: dict[str, list[str]] = defaultdict(list)
     for code, reason in not_checked.items():
-        found[reason].append(code)
-    return dict(found)
+        codes[reason].append(code)
+    return dict(codes)

@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Checkpoint, Stored
     from batchnorm.rules.finding import Finding, Rule, Unknown
 
-# enough for a t of 4 to be an effect of 0.2 sd in fully connected layers
+# with so many examples, a difference of 0.2 sd in a fully connected layer has a t of more than 4
 MAX_EXAMPLES = 512
-_MOST_CLASSES = 8  # that a note names
+_MOST_CLASSES = 8  # names of classes in a note
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rules run. Entries are codes, their beginnings ("BN1" stands for its whole family) or names of rules.
+    """Which rules run. Entries are codes, their beginnings ("BN1" is a whole family) or names of rules.
 
     ``per_layer`` maps patterns of layer names, with * and ?, to the rules that are left out for these layers.
 
     Raises:
-        ValueError: If an entry names no rule. The message names the nearest one.
+        ValueError: If an entry names no rule. The message offers the most similar name.
     """
 
     select: tuple[str, ...] = ()
@@ -59,11 +59,11 @@ class Selection:
         object.__setattr__(self, "per_layer", {layer: codes(named) for layer, named in self.per_layer.items()})
 
     def takes(self, code: str) -> bool:
-        """Whether a rule runs at all."""
+        """Whether a rule is selected and not ignored."""
         return (not self.select or code.startswith(self.select)) and not code.startswith(self.ignore or ("-",))
 
     def silences(self, finding: Finding) -> bool:
-        """Whether a finding is left out for its layer."""
+        """Whether ``per_layer`` leaves a finding out."""
         return any(
             fnmatch.fnmatchcase(finding.layer, pattern) and finding.code.startswith(ignored)
             for pattern, ignored in self.per_layer.items()
@@ -76,7 +76,7 @@ def examine(
     world_size: int = 1, reference: nn.Module | str | os.PathLike[str] | None = None,
     selection: Selection | None = None, max_examples: int = MAX_EXAMPLES, name: str = "", state: str = "",
 ) -> Diagnosis:  # fmt: skip
-    """What is wrong with a target's batch norm, by the rules of ``batchnorm rules``.
+    """Examine batch norm in a file or model by the rules that ``batchnorm rules`` lists.
 
     A file is read as data: nothing in it is executed, and torch is not needed. Every state in it is examined: the
     model's own, averaged copies, target networks, members of a list. Layers of the model's own state have their names
@@ -84,21 +84,21 @@ def examine(
     earlier one bit for bit, a note says so, and its findings are reported once.
 
     A model is examined as it is. With data it also runs, in eval mode and in train mode. Afterwards its parameters,
-    buffers, training flags, hooks, gradients and the random states are as before, bit for bit, also if it raised.
+    buffers, training flags, hooks, gradients and the random states are as before, bit for bit, also after an error.
 
     Args:
         target: A file (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx) or a model.
         data: Batches for the model, such as a DataLoader of the training data. At most ``max_examples`` are used.
-        example: One batch, to see which layer follows which. The first of ``data`` is taken if this is left out.
+        example: One batch, to see which layer follows which; by default the first batch of ``data``.
         optimizer: The torch optimizer that trains the model.
-        batch_size: Examples per device and step. The loader's own if this is left out.
+        batch_size: Examples per device and step; by default the loader's.
         accumulation: Batches for each optimizer step.
         world_size: Processes that train together.
         reference: The model or file from which the target was folded, exported or imported.
         selection: Which rules run.
-        max_examples: Examples to measure on.
-        name: What the target is called in the result; its path or class if this is left out.
-        state: The path of one state of a file. All states are examined if this is left out.
+        max_examples: Largest number of examples to measure on.
+        name: Name of the target in the result; by default its path or class.
+        state: The path of one state of a file; by default all states are examined.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -117,13 +117,13 @@ def examine(
     if isinstance(target, (str, os.PathLike)):
         if any(each is not None for each in (data, example, optimizer, reference)):
             raise ValueError(
-                f"examine needs a model to use data with, got the file {os.fspath(target)!r}. Load it into its model "
-                "and pass that."
+                f"examine needs a model to use data with, got the file {os.fspath(target)!r}. Load the file into its "
+                "model, and pass the model."
             )
         evidence, state, measured_on = *_of_file(target, state, name), ""
     elif state:
         raise ValueError(
-            f"state chooses in a file, got {state!r} for a model. Load it into the model, or leave it out."
+            f"state selects a state of a file, got {state!r} for a model. Load that state, or leave state out."
         )
     else:
         from batchnorm.doctor.measuring.model_evidence import of_model
@@ -155,13 +155,13 @@ def _check(**settings: int | None) -> None:
 
 
 def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evidence]]:
-    """The evidence in the parts that rules see, with names: "" for the model, then each further copy in the file.
+    """The evidence in parts of one model each, with names: "" for the model, then each further copy in the file.
 
     A rule sees one model at a time. Facts about the whole file are in the first part only.
 
     Args:
-        evidence: All of it.
-        equal: Also states whose layers are those of an earlier one, bit for bit.
+        evidence: The evidence of the whole target.
+        equal: Also yield states that repeat the layers of an earlier state bit for bit.
     """
     file = evidence.file
     if file is None or len(file.states) < 2:
@@ -178,24 +178,24 @@ def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evi
 
 def repeats(file: Checkpoint) -> dict[str, str]:
     """Each state that repeats the layers of an earlier state bit for bit, with the name of that state."""
-    every, found, kept = file.every, {}, []
+    every, repeated, distinct = file.every, {}, []
     for name, state in file.states.items():
         layers = {layer: every[path] for layer, path in state.layers.items()}
-        # what loading makes of a missing counter
+        # the versions of layers without a counter: loading a missing counter depends on the version
         refused = {
             file.versions.get(stored.name, 0) for stored in layers.values() if stored.num_batches_tracked is None
         }
-        seen = ((other, others) for other, others, versions in kept if versions == refused)
-        first = next((other for other, others in seen if _are_same(others, layers)), None)
+        candidates = ((other, others) for other, others, versions in distinct if versions == refused)
+        first = next((other for other, others in candidates if _are_same(others, layers)), None)
         if first is None:
-            kept.append((name, layers, refused))
+            distinct.append((name, layers, refused))
         else:
-            found[name] = first
-    return found
+            repeated[name] = first
+    return repeated
 
 
 def _are_same(some: Mapping[str, Stored], others: Mapping[str, Stored]) -> bool:
-    """Whether all stored values are known, and equal."""
+    """Whether all stored values were read and are equal."""
     is_read = not any(stored.unread for stored in (*some.values(), *others.values()))
     return is_read and some.keys() == others.keys() and all(is_same(some[name], others[name]) for name in some)
 
@@ -224,25 +224,23 @@ def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
         layers=tuple(row for row in diagnosis.layers if row.name in kept),
         states=(name,),
         notes=(
-            *([f"state: {name}; not looked at: {', '.join(rest)}"] if rest else ()),
+            *([f"state: {name}; not examined: {', '.join(rest)}"] if rest else ()),
             *(note for note in diagnosis.notes if note not in _states(file)),
         ),
     )
 
 
 def _states(file: Checkpoint | None) -> tuple[str, ...]:
-    """Sentences that name the states, if there are several, and those that repeat others."""
+    """Sentences that name the states, if there are several, and the states that repeat another."""
     if file is None:
         return ()
     lines = [f"{name} is {state} itself, under another name" for name, state in file.aliases.items()]
     if len(file.states) > 1:
         own = next(iter(file.copies))
         lines.append(f"states: {', '.join(file.states)}")
-        lines += (
-            [f"layers without the name of a state are those of {own}"] if own in file.states and file.layers else []
-        )
+        lines += [f"layers without the name of a state belong to {own}"] if own in file.states and file.layers else []
     lines += [
-        f"{name} has the batch norm layers of {first}, bit for bit: what is found there is told once"
+        f"{name} has the batch norm layers of {first}, bit for bit: findings in them are reported once"
         for name, first in repeats(file).items()
     ]
     return tuple(lines)
@@ -259,7 +257,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
         for rule, findings, unseen in looks(copy, part, ran):
             found += filter(is_meant, findings)
             unknown[rule.code] += filter(is_meant, unseen)
-    # a rule that could not judge some layers and found nothing in the others has not passed
+    # a rule that could not judge some layers, and has no findings in others, does not count as checked
     blind = {code: by_reason(each) for code, each in unknown.items() if each and not any(f.code == code for f in found)}
     kept = [finding for finding in found if not _is_silenced(finding, evidence, selection)]
     return Diagnosis(
@@ -278,7 +276,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
 
 
 def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Rule, list[Finding], list[Unknown]]]:
-    """Findings and unknowns of each rule in one copy. Those about a further copy as a whole get its name."""
+    """Findings and unknowns of each rule in one part. ``copy`` becomes the layer of those about the whole part."""
     for rule in rules:
         if not rule.missing(part):
             found, unknown = rule.look(part)
@@ -328,7 +326,7 @@ def _row(name: str, evidence: Evidence) -> LayerRow:
 
 
 def _range(values: array[float] | None) -> tuple[float, float] | None:
-    """Lowest and highest value; NaN for both if one is NaN."""
+    """Lowest and highest value; NaN for both if one is NaN; None without values."""
     if not values:
         return None
     broken = any(value != value for value in values)

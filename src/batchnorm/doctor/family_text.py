@@ -31,13 +31,13 @@ def concise(diagnosis: DiagnosisValue) -> list[str]:
 
 
 def full(diagnosis: DiagnosisValue, *, width: int = 80, verbose: bool = False, command: str = "") -> str:
-    """For people: families of rules, the worst first, each with its findings; a healthy target takes three lines.
+    """Text for people: families of rules, worst first, each with its findings. A healthy target has three lines.
 
     Args:
-        diagnosis: What was found.
+        diagnosis: The diagnosis.
         width: Columns to wrap at.
-        verbose: Also every check that did not run, with its reason.
-        command: How to call again, for the hint at the end.
+        verbose: Also list every check that did not run, with the reason.
+        command: The command that was called; "" if the text shall not end with a command to call next.
     """
     lines = wrapped(headline(diagnosis), width)
     lines += [line for note in diagnosis.notes for line in wrapped(note, width, 4)]
@@ -50,14 +50,14 @@ def full(diagnosis: DiagnosisValue, *, width: int = 80, verbose: bool = False, c
 
 
 def headline(diagnosis: DiagnosisValue) -> str:
-    """What was looked at."""
+    """The target with the numbers of its states, layers and channels, and the data."""
     states = f"{len(diagnosis.states)} states" if len(diagnosis.states) > 1 else ""
     layers, channels = many(len(diagnosis.layers), "batch norm layer"), sum(row.channels for row in diagnosis.layers)
     return " · ".join(filter(None, (diagnosis.target, states, layers, f"{channels:,} channels", diagnosis.data)))
 
 
 def summary(diagnosis: DiagnosisValue) -> str:
-    """How many findings, checks that ran, and checks that did not; a target without layers is not called healthy."""
+    """The numbers of findings, of checks that ran, and of checks that did not; or that there are no layers."""
     silenced = f"{diagnosis.silenced} silenced" if diagnosis.silenced else ""
     nothing = not diagnosis.layers and not diagnosis.findings
     found = "no batch norm layers" if nothing else counted(diagnosis.findings)
@@ -68,31 +68,31 @@ def summary(diagnosis: DiagnosisValue) -> str:
 @final
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What came of the rules whose codes begin alike."""
+    """The results of one family of rules: codes that begin with the same three characters."""
 
     name: str
     findings: tuple[Finding, ...]  # worst first
     ran: int  # rules that ran
-    missing: Mapping[str, str]  # codes of rules that did not, with the reason
+    missing: Mapping[str, str]  # codes of rules that did not run: the reason
 
     @property
     def status(self) -> str:
-        """A sign and its word: of the worst finding, else whether anything was looked at."""
+        """A sign and a word: the worst finding's severity; "ok" without findings; "not checked" if no rule ran."""
         if self.findings:
             return f"{GLYPHS[self.findings[0].severity]} {self.findings[0].severity}"
         return _OK if self.ran else _UNCHECKED
 
     @property
     def title(self) -> str:
-        """The name, and how much was looked at if that is not all: "ok" promises no more than was checked."""
+        """The name; with the number of checks that ran, if some did not: "ok" shall not promise more."""
         total = self.ran + len(self.missing)
         return f"{self.name} ({self.ran} of {total} checks)" if self.ran and self.missing else self.name
 
 
 def families(diagnosis: DiagnosisValue) -> list[Family]:
-    """Families by their worst finding, then those without one, then those that were not checked.
+    """Families ordered by their worst finding; then families without findings; then families that were not checked.
 
-    A family none of whose rules was asked for is left out.
+    Families without a selected rule are left out.
     """
     codes = [*diagnosis.checked, *diagnosis.not_checked, *(finding.code for finding in diagnosis.findings)]
     return sorted((_family(diagnosis, start) for start in sorted({code[:_FAMILY] for code in codes})), key=_rank)
@@ -133,7 +133,7 @@ def _section(family: Family, width: int, *, verbose: bool) -> Iterator[str]:
 
 
 def _collapsed(found: list[Family], width: int) -> Iterator[str]:
-    """Families without findings: one line for all that are ok, and one for each reason not to check."""
+    """Families without findings: one line for all that are ok, and one line for each reason why others did not run."""
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for family in found:
         why = "" if family.ran else f": {'; '.join(codes_by_reason(family.missing))}"
@@ -155,14 +155,14 @@ def _block(group: list[Finding], width: int) -> Iterator[str]:
 
 
 def _hint(diagnosis: DiagnosisValue, width: int) -> list[str]:
-    """Why checks did not run, as far as no line of a family has said it."""
+    """Reasons why checks did not run, without the reasons that a family's line already gives."""
     shown = families(diagnosis) if diagnosis.findings else []
-    told = {reason for family in shown if family.status == _UNCHECKED for reason in family.missing.values()}
-    rest = [reason for reason in codes_by_reason(diagnosis.not_checked) if reason not in told]
+    given = {reason for family in shown if family.status == _UNCHECKED for reason in family.missing.values()}
+    rest = [reason for reason in codes_by_reason(diagnosis.not_checked) if reason not in given]
     if not rest:
         return ["-v lists the checks that did not run"]
     lines = wrapped(_why(rest[:2]), width)
-    # one line if nothing was found: a healthy target takes three
+    # one line if there are no findings: the text of a healthy target has three lines
     return lines if diagnosis.findings or len(lines) == 1 else wrapped(_why(rest[:1]), width)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchnorm.doctor.mending.remedies import Change
     from batchnorm.rules.finding import Finding
 
-_FOREIGN = "BN115"  # seen in a file that holds several states, and in no model that has one of them
+_FOREIGN = "BN115"  # needs all states of a file: a model with one of them does not show it
 
 
 @final
@@ -45,7 +45,7 @@ class Treated:
 @final
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """The states of a file that are loaded into a model, and those that are not: another was asked for, or no fit."""
+    """The states of a file that are loaded into a model, that were not asked for, and that do not fit the model."""
 
     file: Checkpoint
     loaded: tuple[str, ...]
@@ -56,7 +56,7 @@ class Loading:
     @property
     def others(self) -> dict[str, str]:
         """The states that are not loaded, and why."""
-        not_asked = dict.fromkeys(self.not_asked, "another one was asked for")
+        not_asked = dict.fromkeys(self.not_asked, "another state was asked for")
         return not_asked | dict.fromkeys(self.unfit, f"it does not fit {self.model}")
 
     @property
@@ -79,15 +79,15 @@ class Loading:
 
 
 def loading(network: nn.Module, path: str, state: str = "") -> Loading:
-    """The states that fit a model, found by loading them. Afterwards the model holds one of them.
+    """Load the states of a file one by one, to see which fit the model. Afterwards the model has one of them.
 
     Args:
         network: The model.
         path: A checkpoint of torch.save or safetensors.
-        state: Only this one.
+        state: Load only this state; "" for all.
 
     Raises:
-        ValueError: If there is no such state, or none fits.
+        ValueError: If there is no such state, or no state fits.
     """
     file, first = addresses.chosen(network, path, state)
     model = type(network).__name__
@@ -101,7 +101,7 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
         except ValueError:
             unfit.append(name)
     if len(unfit) == len(file.states):
-        addresses.load_weights(network, path)  # its message names the file
+        addresses.load_weights(network, path)  # raises an error that names the file
     return Loading(file, tuple(name for name in file.states if name not in unfit), model, unfit=tuple(unfit))
 
 
@@ -113,19 +113,19 @@ def examined(
     States that do not fit are examined as a file alone.
 
     Args:
-        network: The model; it has the last state afterwards.
+        network: The model. Afterwards it has the last state that fits.
         path: A checkpoint.
-        state: Only this one; all of them if it is "".
-        look: Examines the model as it is.
+        state: Only this state; all states if it is "".
+        look: Called to examine the model with each state.
         selection: Which rules run.
     """
     plan = loading(network, path, state)
     diagnoses = {name: _with(network, path, name, look) for name in plan.loaded}
     first, *others = diagnoses.items()
     found, rows = list(first[1].findings), list(first[1].layers)
-    told = {(f.code, f.layer, f.measured) for f in found}
+    reported = {(f.code, f.layer, f.measured) for f in found}
     for name, diagnosis in others:
-        new = (f for f in diagnosis.findings if (f.code, f.layer, f.measured) not in told)
+        new = (f for f in diagnosis.findings if (f.code, f.layer, f.measured) not in reported)
         found += [replace(finding, layer=plan.named(name, finding.layer)) for finding in new]
         rows += [replace(row, name=plan.named(name, row.name)) for row in diagnosis.layers]
     alone, more = _of_file(plan, selection, diagnoses) if len(plan.file.states) > 1 else ([], [])
@@ -151,7 +151,7 @@ def _with(network: nn.Module, path: str, state: str, look: Callable[[], Diagnosi
 def _of_file(
     plan: Loading, selection: Selection, diagnoses: Mapping[str, Diagnosis]
 ) -> tuple[list[Finding], list[LayerRow]]:
-    """Findings in the file: of states that were not loaded, and of foreign statistics that data do not refute."""
+    """Findings and rows of states that do not fit, and findings of foreign statistics that no data contradict."""
     whole = examine(plan.file.path, selection=selection)
     rest = {layer for name in plan.unfit for layer in plan.file.states[name].layers.values()}
     found = [finding for finding in whole.findings if finding.layer in rest]
@@ -164,12 +164,12 @@ def _of_file(
 
 
 def _shows_a_fit(diagnosis: Diagnosis) -> bool:
-    """Whether data were given and agree with the stored statistics."""
+    """Whether there were data, and they agree with the stored statistics."""
     return "BN116" in diagnosis.checked and not any(f.code == "BN116" for f in diagnosis.findings)
 
 
 def foreign_layers(plan: Loading, state: str, findings: Iterable[Finding]) -> list[Finding]:
-    """Findings of foreign statistics in a file, one for each layer of the state that they are about."""
+    """Findings of foreign statistics (BN115) about a state, one for each of its layers, by the names in the model."""
     if not state:
         return []
     return [
@@ -189,9 +189,9 @@ def treated(
 
     Args:
         network: The model.
-        plan: What is loaded.
+        plan: The states to load.
         data: Batches that can be read several times, or None.
-        foreign: What the file says of foreign statistics.
+        foreign: Findings in the file; those of foreign statistics are used.
         unsafe: As for ``treat``.
         selection: As for ``examine``.
         name: As for ``examine``.
@@ -224,7 +224,7 @@ def _names(network: nn.Module, plan: Loading, state: str, layers: Iterable[str])
 
 
 def _in_file(plan: Loading, state: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Findings with names in the file. If there are several states, one about the whole model gets its state's name."""
+    """Findings by names in the file. If it has several states, a finding about a whole state gets the state's name."""
     whole = state if len(plan.file.states) > 1 else ""
     for finding in findings:
         yield replace(finding, layer=plan.in_file(state, finding.layer) if finding.layer else whole)

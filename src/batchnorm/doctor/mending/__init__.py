@@ -1,1 +1,1 @@
-"""What the doctor mends, in a copy of a model or in a new file."""
+"""The doctor's remedies, applied to a copy of a model or written to a new file."""

@@ -1,7 +1,7 @@
 """Mend a checkpoint: plan the changes, then write the new file. Only writing a file of torch.save needs torch.
 
-Every copy of the model in the file is treated, averaged ones too. Everything outside of batch norm layers stays as it
-is, bit for bit: weights, optimizer states, counters of epochs.
+Every copy of the model in the file is treated, averaged copies too. Everything outside of batch norm layers keeps its
+bits: weights, optimizer states, counters of epochs.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 @final
 @dataclass(frozen=True, slots=True)
 class MendingPlan:
-    """The changes that mend a file. Layers of copies have their path in the file, others their name in the model."""
+    """The changes that mend a file. Keys are layers by their names in the model; for further copies, in the file."""
 
     file: Checkpoint
     after: Checkpoint
     changes: Mapping[str, Change]
-    prefixes: Mapping[Keys, str]  # to take off the names in the dict that some keys lead to
+    prefixes: Mapping[Keys, str]  # keys that lead to a dict: the prefix to remove from its names
     findings: tuple[Finding, ...]
     left: tuple[Finding, ...]
 
@@ -63,25 +63,25 @@ def plan(
 
     Args:
         path: A file of torch.save or safetensors.
-        unsafe: Also do what changes eval outputs.
+        unsafe: Also apply remedies that change eval outputs.
         selection: Which rules run.
-        live: Changes of models that have the file's states, by the layers' names in the file.
-        eps: Of each layer, where a model tells; 1e-5 otherwise.
-        state: Only layers of this state change; those of all states if it is "".
+        live: Changes that were made in models with the file's states; keys are the layers' names in the file.
+        eps: The eps of layers, as a model has it; the file's eps or 1e-5 for other layers.
+        state: Only layers of this state change; layers of all states if it is "".
 
     Raises:
-        ValueError: As ``checkpoint.read``; or if the file is an ONNX model, or has no such state, or no layer that
-            ``live`` names.
+        ValueError: As ``checkpoint.read``; or if the file is an ONNX model or a plain pickle, or lacks the state or a
+            layer of ``live``.
     """
     file = _mendable(path)
     if state:
         file, state = with_state(file, state)
-    told = eps or {}
-    file = _with_layers(file, lambda name, stored: replace(stored, eps=told.get(name, stored.eps)))
+    given = eps or {}
+    file = _with_layers(file, lambda name, stored: replace(stored, eps=given.get(name, stored.eps)))
     found, layers = _findings(file, selection), file.every
-    meant = set(file.states[state].layers.values()) if state else layers.keys()
+    names = set(file.states[state].layers.values()) if state else layers.keys()
     changes = prescribe(
-        {name: layers[name] for name in layers if name in meant}, found, lambda n: layers[n].eps or EPS, unsafe=unsafe
+        {name: layers[name] for name in layers if name in names}, found, lambda n: layers[n].eps or EPS, unsafe=unsafe
     )
     changes |= _of_models(file, found, live or {})
     wraps = not state and any(finding.code == "BN507" for finding in found)
@@ -94,8 +94,8 @@ def plan(
 
 
 _UNMENDABLE = {
-    "onnx": ("ONNX model", "Fix the checkpoint that it was made from, and export it again."),
-    "pickle": ("plain pickle", "Load it, and save its tensors with torch.save(state, path)."),
+    "onnx": ("ONNX model", "Fix the checkpoint that the file was made from, and export it again."),
+    "pickle": ("plain pickle", "Load the file, and save its tensors with torch.save(state, path)."),
 }
 
 
@@ -108,13 +108,13 @@ def _mendable(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _of_models(file: Checkpoint, found: Sequence[Finding], live: Mapping[str, Change]) -> dict[str, Change]:
-    """Changes of layers in the file that were made in models, where data and unsafe remedies were available."""
+    """Changes that were made in models, each joined with the safe changes of its layer in the file."""
     layers, joined = file.every, {}
     for name, change in live.items():
         if name not in layers:
             raise ValueError(
                 f"{file.path} has no layer {name!r} of the model; it has {', '.join(list(layers)[:3])}. "
-                "Give the weights of this model."
+                "Give a checkpoint of this model."
             )
         safe = prescribe({name: layers[name]}, found, lambda _, change=change: change.eps, unsafe=False)
         joined[name] = _joined(safe.get(name), change, layers[name])
@@ -124,12 +124,12 @@ def _of_models(file: Checkpoint, found: Sequence[Finding], live: Mapping[str, Ch
 def write(plan: MendingPlan, output: Path) -> None:
     """Write the mended file whole or not at all; the original is left as it is, unless it is ``output``.
 
-    The new file is read again before it takes its name.
+    The new file is read again and compared with the plan before it gets its name.
 
     Raises:
         ValueError: If torch does not load the file as tensors and plain values.
-        OSError: If nothing can be written there.
-        ModuleNotFoundError: If it is a file of torch.save and torch is not installed.
+        OSError: If ``output`` cannot be written.
+        ModuleNotFoundError: If the file is one of torch.save, and torch is not installed.
     """
     source = Path(plan.file.path)
     if plan.file.format == "safetensors":
@@ -144,12 +144,12 @@ def write(plan: MendingPlan, output: Path) -> None:
 
 
 def _verify(plan: MendingPlan, written: str) -> None:
-    remedy = "Nothing was written. Load it, correct that layer, and save it again with torch.save(state, path)."
+    remedy = "Nothing was written. Load the file, correct that layer, and save it again with torch.save(state, path)."
     try:
         now = checkpoint.read(written)
     except ValueError as error:
-        told = str(error).removeprefix(f"{written}: ")
-        raise ValueError(f"{plan.file.path}: a mended copy could not be read: {told} {remedy}") from error
+        reason = str(error).removeprefix(f"{written}: ")
+        raise ValueError(f"{plan.file.path}: a mended copy could not be read: {reason} {remedy}") from error
     if [*map(list, now.copies.values())] != [*map(list, plan.after.copies.values())]:
         raise ValueError(f"{plan.file.path}: a mended copy had other layers. {remedy}")
     new, old = now.every, plan.after.every
@@ -173,7 +173,7 @@ def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, .
     seen = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
     found = [finding for _, findings, _ in seen for finding in findings]
     found = [finding for finding in found if selection is None or not selection.silences(finding)]
-    # other prefixes are those of the file itself, "state_dict.", or of a model in a model
+    # a prefix without a wrapper is of the file itself, such as "state_dict.", or of a model in a model
     wraps = _without_wrappers(file.prefix) != file.prefix
     return order(finding for finding in found if finding.code != "BN507" or wraps)
 
@@ -184,7 +184,7 @@ def _joined(change: Change | None, live: Change, stored: Stored) -> Change:
     new: dict[str, Any] = {key: getattr(live.after, key) for key in TENSORS if changed(live.before, live.after, key)}
     if live.before.num_batches_tracked != live.after.num_batches_tracked:
         new["num_batches_tracked"] = live.after.num_batches_tracked
-    # what was measured does not fit half precision
+    # measured values do not fit into half precision
     dtypes = {key: "float32" if key in new and dtype in HALF else dtype for key, dtype in after.dtypes.items()}
     words = tuple(dict.fromkeys((*(change.words if change else ()), *live.words)))
     return Change(
@@ -193,7 +193,7 @@ def _joined(change: Change | None, live: Change, stored: Stored) -> Change:
 
 
 def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
-    """Copies of a file with their layers' keys, and every tensor."""
+    """The copies of the model in a file, with the keys of their layers; and all tensors of the file."""
     with path.open("rb") as file:
         kind = detection.of(file)
         file.seek(0)
@@ -202,7 +202,7 @@ def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
 
 
 def _prefixes(copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[Keys, str]:
-    """The prefix that wrappers gave to every name, for each dict that holds layers."""
+    """Keys that lead to a dict with layers: the wrappers' prefix, if all names in the dict begin with it."""
     found = {}
     for path in {layer.path for copy in copies for layer in copy.layers.values()}:
         names = [entry.key for entry in tensors if entry.path == path]
@@ -213,7 +213,7 @@ def _prefixes(copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[Keys, st
 
 
 def _wrappers(name: str) -> str:
-    """The wrappers that a name begins with."""
+    """The wrappers' prefix at the beginning of a name; "" if there is none."""
     length = 0
     while wrapper := next((w for w in _WRAPPERS if name.startswith(w, length)), ""):
         length += len(wrapper)
@@ -221,13 +221,13 @@ def _wrappers(name: str) -> str:
 
 
 def _without_wrappers(prefix: str) -> str:
-    """A path in the file without them: "state_dict." of "state_dict.module."."""
+    """A path in the file without wrappers: "state_dict." for "state_dict.module."."""
     words = [f"{word}." for word in prefix.split(".") if word]
     return "".join(word for word in words if word not in _WRAPPERS)
 
 
 def _edits(plan: MendingPlan, copies: Sequence[Copy], tensors: Sequence[Entry]) -> Iterator[Edit]:
-    # as they are in the file: names of a layer without one are "weight" or ".weight"
+    # names as they are in the file: if the layer has no name, its weight is "weight" or ".weight"
     names = {(entry.path, entry.words): entry.key.removesuffix(entry.leaf) for entry in tensors}
     places = {
         plan.file.named(name, layer): (*found.path, names[found.path, found.words])

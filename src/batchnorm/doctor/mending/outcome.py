@@ -1,4 +1,4 @@
-"""The outcome of mending: what changed in a file or a model, what is left, and both in words."""
+"""The outcome of mending a file or model: the changes, the findings that are left, and sentences about both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHORT = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias
 @final
 @dataclass(frozen=True, slots=True)
 class MendingOutcome:
-    """What was done, or would be.
+    """The changes that were made, or would be made, and the findings that are left.
 
     ``left`` are the findings that remain, in all states of a file. ``in_code`` are findings about settings of layers,
     which are in the user's code and in no file.
@@ -40,7 +40,7 @@ class MendingOutcome:
     with_data: bool = False
     unsafe: bool = False
     notes: tuple[str, ...] = ()  # which states were treated
-    untreated: tuple[str, ...] = ()  # states that could not be, though nobody left them out
+    untreated: tuple[str, ...] = ()  # states that do not fit the model, although the user did not exclude them
 
     @property
     def is_empty(self) -> bool:
@@ -54,14 +54,14 @@ class MendingOutcome:
 
     @property
     def has_error(self) -> bool:
-        """Whether an error remains, or a state that could not be treated."""
+        """Whether an error is left, or a state could not be treated."""
         return bool(self.untreated) or any(
             finding.severity >= Severity.ERROR for finding in (*self.left, *self.in_code)
         )
 
 
 def differences(outcome: MendingOutcome) -> Iterator[str]:
-    """Every layer that changes, before and after."""
+    """Lines about every layer that changes, with its values before and after."""
     for path, change in outcome.changes.items():
         yield f"  {path or 'model'}  {', '.join(change.words)}"
         yield from (f"      {line}" for line in _figures(change))
@@ -69,7 +69,7 @@ def differences(outcome: MendingOutcome) -> Iterator[str]:
 
 
 def summary(outcome: MendingOutcome) -> Iterator[str]:
-    """What was fixed, in one line for each remedy."""
+    """One line for each remedy that was applied, with its layers."""
     layers: dict[str, list[str]] = defaultdict(list)
     for path, change in outcome.changes.items():
         for words in change.words:
@@ -87,8 +87,8 @@ def promise(outcome: MendingOutcome) -> str:
         return f"Eval outputs: {was}."
     largest = max(effect for effect in effects if effect < math.inf)
     at_most = f"by at most {largest:.1g} of a standard deviation" if largest else "not at all"
-    told = "" if all(change.before.eps for change in outcome.changes.values()) else " (eps taken as 1e-5)"
-    text = f"On the same input, eval outputs of these layers change {at_most}{told}"
+    note = "" if all(change.before.eps for change in outcome.changes.values()) else " (eps taken as 1e-5)"
+    text = f"On the same input, eval outputs of these layers change {at_most}{note}"
     return f"{text}; {was}." if broken else f"{text}."
 
 
@@ -108,7 +108,7 @@ def remainder(outcome: MendingOutcome) -> Iterator[str]:
 def untreated(outcome: MendingOutcome) -> Iterator[str]:
     """Lines for the states that do not fit the model."""
     for state in outcome.untreated:
-        yield f"  {state}: it does not fit this model. Treat it with its own, or leave it out: --state NAME"
+        yield f"  {state}: it does not fit this model. Treat it with its own model, or exclude it: --state NAME"
 
 
 def wrapped(lines: Sequence[str], width: int) -> str:
@@ -124,7 +124,7 @@ def wrapped(lines: Sequence[str], width: int) -> str:
 @final
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What a remaining finding needs, "" if nothing; and whether that is an option of the command."""
+    """What a finding that is left needs, "" if nothing; and whether an option of the command provides it."""
 
     words: str
     is_option: bool = False
@@ -132,7 +132,7 @@ class _Need:
 
 def _need(finding: Finding, outcome: MendingOutcome) -> _Need:
     if any(is_below(state, finding.layer) for state in outcome.untreated):
-        return _Need("needs its own model, with --data where it is measured anew")
+        return _Need("needs its own model, and --data if statistics are measured again")
     unsafe = [way.words for way in remedies(finding) if way.fix is Fix.UNSAFE and not outcome.unsafe]
     if needs_data(finding) and not outcome.with_data:
         either = f", or --unsafe-fixes for {unsafe[0]}" if unsafe else ""

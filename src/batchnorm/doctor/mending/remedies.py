@@ -1,11 +1,11 @@
-"""Remedies: what mends which finding, as a table of small functions. None of this needs torch.
+"""Remedies: a table of the remedies of each finding, as small functions. The table needs no torch.
 
-A remedy of numbers maps what a layer stores, with its eps, to what it should store. A remedy of settings changes one
-live layer. A remedy that needs data has no function here: the layer is measured again.
+A remedy of numbers returns the values that a layer should store, from its stored values and eps. A remedy of settings
+changes one live layer. A remedy that needs data has no function here: the layer is measured again.
 
-Eval mode gives (x - mean) gamma / sqrt(var + eps) + beta. For x one standard deviation from the mean, other statistics
-move that by |sd / sd' - 1| + |mean - mean'| / sd' of the output's standard deviation, with sd = sqrt(var + eps). The
-largest such move over the channels is a change's ``effect``.
+Eval mode computes (x - mean) gamma / sqrt(var + eps) + beta. Let mean and sd = sqrt(var + eps) become mean' and sd'.
+For x one sd from the mean, the output then moves by at most |sd / sd' - 1| + |mean - mean'| / sd' of its standard
+deviation. The ``effect`` of a change is the largest move over the channels, plus the changes of gamma and beta.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 
 # Largest effect of a safe remedy: sqrt(1 + ROUNDING) - 1, twice that for a margin. float32 resolves 2^-23.
 TOLERANCE = ROUNDING
-# what eval mode uses of a layer
+# the tensors of a layer that eval mode uses
 TENSORS = ("running_mean", "running_var", "weight", "bias")
-EPS = 1e-5  # torch's default, where a file does not tell
+EPS = 1e-5  # torch's default, if a file does not store eps
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """One way to mend a finding: what it needs, its name, and the function that does it."""
+    """One way to mend a finding: what it needs, its name, and its function."""
 
     fix: Fix
     words: str
-    store: Callable[[Stored, float], Stored] | None = None  # from what a layer stores, and its eps
+    store: Callable[[Stored, float], Stored] | None = None  # called with the stored values and eps
     setting: Callable[[_BatchNorm], None] | None = None  # changes a live layer; eval outputs stay the same
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a layer stores before and after, and what was done, as codes and words: ("BN103 variance 0",)."""
+    """A layer's stored values before and after, and the remedies as codes and words: ("BN103 variance 0",)."""
 
     layer: str
     before: Stored
@@ -63,16 +63,16 @@ class Change:
 
 
 def zero_variance(stored: Stored, eps: float) -> Stored:
-    """Negative and denormal variances set to 0 where that is below the rounding of sqrt(var + eps)."""
+    """Set negative and denormal variances to 0, if sqrt(var + eps) changes by less than its rounding."""
     tiny = TINY.get(stored.dtypes.get("running_var", ""), TINY["float32"])
     return _with(stored, "running_var", lambda var: 0.0 if var < tiny and abs(var) <= ROUNDING * eps else var)
 
 
 def typical_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
-    """Impossible means and variances replaced by the median of the layer's good ones, or by 0 and 1 without any.
+    """Replace impossible means and variances by the median of the layer's possible ones; by 0 and 1 if there are none.
 
-    Nothing is known about such a channel. The median gives its outputs a size that the layer's other channels have;
-    variance 0 would magnify them by 1/sqrt(eps), 316 at eps = 1e-5.
+    Nothing is known about such a channel. With the median its outputs have a size like those of other channels. A
+    variance of 0 would magnify them by 1/sqrt(eps), 316 at eps = 1e-5.
     """
     mean = statistics.median_low(_finite(stored.running_mean) or [0.0])
     var = statistics.median_low([value for value in _finite(stored.running_var) if value >= 0] or [1.0])
@@ -81,13 +81,13 @@ def typical_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - 
 
 
 def neutral_affine(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
-    """Gamma 1 and beta 0, as a new layer has them, where they are NaN or infinite."""
+    """Set a gamma that is NaN or infinite to 1, and such a beta to 0, as in a new layer."""
     new = _with(stored, "weight", lambda value: value if math.isfinite(value) else 1.0)
     return _with(new, "bias", lambda value: value if math.isfinite(value) else 0.0)
 
 
 def wide_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
-    """Half precision statistics as float32: the same numbers, and room for the next ones."""
+    """Store half precision statistics as float32: the same values, and enough digits for further updates."""
     wide = {
         key: "float32"
         for key, dtype in stored.dtypes.items()
@@ -97,26 +97,26 @@ def wide_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a r
 
 
 def new_counter(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
-    """num_batches_tracked 0, where there is none."""
+    """Set num_batches_tracked to 0, if it is missing."""
     if stored.num_batches_tracked is not None:
         return stored
     return replace(stored, num_batches_tracked=0, dtypes={**stored.dtypes, "num_batches_tracked": "int64"})
 
 
 def track(layer: _BatchNorm) -> None:
-    """Train mode moves the stored statistics again."""
+    """Let train mode update the stored statistics again."""
     layer.track_running_stats = True
 
 
 def freeze(layer: _BatchNorm) -> None:
-    """Stored statistics stay, as gamma and beta do."""
+    """Fix the stored statistics, as gamma and beta are fixed."""
     from batchnorm.population import freeze
 
     freeze(layer)
 
 
 def usual_momentum(layer: _BatchNorm) -> None:
-    """1 - momentum if that is below 0.5, else torch's default of 0.1."""
+    """Set momentum to 1 - momentum if that is between 0 and 0.5, else to torch's default of 0.1."""
     other = 1 - (layer.momentum or 0.0)
     layer.momentum = other if 0 < other < 0.5 else 0.1
 
@@ -124,8 +124,9 @@ def usual_momentum(layer: _BatchNorm) -> None:
 MEASURED = Remedy(Fix.DATA, "statistics measured anew")
 _TYPICAL = Remedy(Fix.UNSAFE, "the median of the other channels", store=typical_statistics)
 
-# Every code that something is done about, and what, the better way first. Others whose finding says ``Fix.DATA`` are
-# measured anew as well. A frozen layer that learns (BN003) or an eval layer in training (BN001) may be meant.
+# The remedies of each code, the better one first. For findings of other codes with ``Fix.DATA``, statistics are
+# measured again. BN001 (an eval layer in training) and BN003 (a frozen layer that learns) have none, as they may be
+# intended.
 REMEDIES: dict[str, tuple[Remedy, ...]] = {
     "BN002": (Remedy(Fix.SAFE, "frozen", setting=freeze),),
     "BN004": (Remedy(Fix.SAFE, "track_running_stats on", setting=track),),
@@ -148,12 +149,12 @@ REMEDIES: dict[str, tuple[Remedy, ...]] = {
 
 
 def remedies(finding: Finding) -> tuple[Remedy, ...]:
-    """What may be done about a finding, the better way first."""
+    """The remedies of a finding, the better one first; () if there are none."""
     return REMEDIES.get(finding.code, (MEASURED,) if finding.fixable is Fix.DATA else ())
 
 
 def needs_data(finding: Finding) -> bool:
-    """Whether a finding is mended by measuring its layer anew."""
+    """Whether a finding is mended by a new measurement of its layer."""
     return finding.fixable is Fix.DATA
 
 
@@ -170,7 +171,7 @@ def prescribe(
                     layer=layer, before=stored[layer], after=stored[layer], words=(), eps=eps(layer)
                 )
                 after = remedy.store(change.after, change.eps)
-                # two findings may have one remedy: "BN103 variance 0" and "BN104 variance 0"
+                # two findings may have the same remedy: "BN103 variance 0" and "BN104 variance 0"
                 shared = remedy.fix is Fix.SAFE and not is_same(remedy.store(change.before, change.eps), change.before)
                 if shared or not is_same(after, change.after):
                     words = (*change.words, f"{finding.code} {remedy.words}")
@@ -179,7 +180,7 @@ def prescribe(
 
 
 def is_same(a: Stored, b: Stored) -> bool:
-    """Whether two layers store the same, bit for bit and in the same types."""
+    """Whether two layers store the same values, bit for bit and in the same types."""
     counters = a.num_batches_tracked == b.num_batches_tracked
     return counters and dict(a.dtypes) == dict(b.dtypes) and not any(changed(a, b, key) for key in TENSORS)
 
@@ -195,7 +196,7 @@ def changed(before: Stored, after: Stored, key: str) -> list[int]:
 
 
 def effect(before: Stored, after: Stored, eps: float) -> float:
-    """Largest change of an eval output between two states of a layer, as the file's head says."""
+    """Largest change of an eval output between two states of a layer, as defined in the module's docstring."""
     return max((abs(change) for change in _effects(before, after, eps)), default=0.0)
 
 
@@ -211,10 +212,10 @@ def _effects(before: Stored, after: Stored, eps: float) -> Iterator[float]:
 
 
 def _channel(stored: Stored, channel: int) -> tuple[float, ...]:
-    """Mean, variance, gamma and beta. A missing one is replaced by the number that has no effect."""
+    """Mean, variance, gamma and beta of a channel. Missing values are replaced by 0, 1, 1 and 0, without effect."""
     values = zip(TENSORS, (0.0, 1.0, 1.0, 0.0), strict=True)
-    there = ((getattr(stored, key) or (), default) for key, default in values)
-    return tuple(tensor[channel] if channel < len(tensor) else default for tensor, default in there)
+    tensors = ((getattr(stored, key) or (), default) for key, default in values)
+    return tuple(tensor[channel] if channel < len(tensor) else default for tensor, default in tensors)
 
 
 def _finite(values: array[float] | None) -> list[float]:

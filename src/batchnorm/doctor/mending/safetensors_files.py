@@ -1,7 +1,8 @@
 """Rewrite files of safetensors with other numbers, byte for byte, without the library and without torch.
 
-After 8 bytes with its length, the header is JSON: {"bn.weight": {"dtype": "F32", "shape": [64], "data_offsets":
-[begin, end]}}, offsets counted from its end. The bytes of tensors follow each other without gaps, wide types first.
+A file begins with 8 bytes, the length of the header. The header is JSON: {"bn.weight": {"dtype": "F32", "shape": [64],
+"data_offsets": [begin, end]}}. Offsets count from the end of the header. The bytes of the tensors follow each other
+without gaps, wide types first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from batchnorm.doctor.mending.tensor_edit import Edit, Keys
 
-# name in the file, and struct's letter; bfloat16 is cut from float32
+# type: its name in the file, and struct's letter; bfloat16 is the upper half of a rounded float32
 _TYPES = {
     "float64": ("F64", "d"),
     "float32": ("F32", "f"),
@@ -28,12 +29,12 @@ _TYPES = {
     "int64": ("I64", "q"),
     "int32": ("I32", "i"),
 }
-_ALIGNMENT = 8  # of the first tensor
+_ALIGNMENT = 8  # the first tensor begins at a multiple of so many bytes
 _PIECE = 1 << 20  # bytes copied at once
 
 
 class TensorEntry(TypedDict):
-    """What the header says of a tensor; its offsets are the largest number until it has a place."""
+    """A tensor's entry in the header. A new tensor has sys.maxsize as offsets until its place is known."""
 
     dtype: str
     shape: list[int]
@@ -41,7 +42,7 @@ class TensorEntry(TypedDict):
 
 
 def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping[Keys, str]) -> None:
-    """Write ``source`` to an open file with its tensors edited, and names without their prefix.
+    """Write ``source`` to an open file, with edited tensors and without the prefix of names.
 
     Everything that is not edited keeps its bytes. Tensors keep their order if no size changes.
     """
@@ -70,7 +71,7 @@ def _header(named: Mapping[str, TensorEntry | Mapping[str, str]]) -> bytes:
 def _layout(
     header: Mapping[str, TensorEntry], fresh: Mapping[str, bytes], edits: Sequence[Edit]
 ) -> Iterator[tuple[str, TensorEntry]]:
-    """Entries of the new header: those of the old one in its order, then new ones."""
+    """Entries of the new header: the old entries in their order, then the new entries."""
     dtypes = {edit.name: _TYPES[edit.dtype][0] for edit in edits}
     sizes = {name: len(data) for name, data in fresh.items()}
     entries = {
@@ -88,10 +89,10 @@ def _layout(
     order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
     if any(name not in header or sizes[name] != _size(header[name]) for name in fresh):
         order.sort(key=lambda name: -_item(entries[name], sizes.get(name)))
-    at, offsets = 0, {}
+    begin, offsets = 0, {}
     for name in order:
-        end = at + sizes.get(name, _size(entries[name]))
-        offsets[name], at = [at, end], end
+        end = begin + sizes.get(name, _size(entries[name]))
+        offsets[name], begin = [begin, end], end
     for name, entry in entries.items():
         yield name, TensorEntry(dtype=entry["dtype"], shape=entry["shape"], data_offsets=offsets[name])
 
@@ -102,13 +103,13 @@ def _size(entry: TensorEntry) -> int:
 
 
 def _item(entry: TensorEntry, size: int | None) -> float:
-    """Bytes of one element; an empty tensor may stand anywhere."""
+    """Bytes of one element; 0 for an empty tensor, whose place does not matter."""
     count = math.prod(entry["shape"])
     return (_size(entry) if size is None else size) / count if count else 0
 
 
 def _bytes(old: BinaryIO, start: int, entry: TensorEntry | None, edit: Edit) -> bytes:
-    """An edited tensor: its own bytes where nothing changes."""
+    """The bytes of an edited tensor. Channels that are not edited keep their bytes."""
     if edit.values is None:
         return _packed(array("q", [edit.count]), edit.dtype)
     if entry is None or entry["dtype"] != _TYPES[edit.dtype][0]:
@@ -123,7 +124,7 @@ def _bytes(old: BinaryIO, start: int, entry: TensorEntry | None, edit: Edit) -> 
 
 
 def _packed(values: array, dtype: str) -> bytes:
-    """Numbers in the file's type; bfloat16 rounds to the nearest, ties to even."""
+    """The bytes of numbers in the file's type; bfloat16 rounds to nearest, ties to even."""
     letter = _TYPES[dtype][1]
     if dtype != "bfloat16":
         return struct.pack(f"<{len(values)}{letter}", *values)

@@ -1,4 +1,4 @@
-"""Edits of tensors in a file, in a form that every kind of file can be written by."""
+"""Edits of tensors in a file, in one form for all file formats."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Keys = tuple[int | str, ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One tensor of the file: its keys, the last one its name; its type; numbers of some channels, or a counter."""
+    """The edit of one tensor: its keys, of which the last is its name; its type; its values, or a counter."""
 
     key: Keys
     dtype: str
     values: array[float] | None  # None for a counter
-    channels: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()  # the channels whose values change
     count: int = 0
 
     @property

@@ -29,7 +29,7 @@ Place = tuple[Any, Any]  # a dict or list, and the key in it
 
 @torch.no_grad()
 def put(tensor: Tensor, values: array[float], channels: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor with other numbers in some channels: itself, or a new one if its type changes or it repeats memory."""
+    """Put values into channels of a tensor, in place; a new tensor if the type changes or elements share memory."""
     flat = tensor.detach().to(dtype, copy=True).reshape(-1)
     index = torch.tensor(channels, dtype=torch.long, device=flat.device)
     flat[index] = torch.tensor([values[i] for i in channels], dtype=torch.float64).to(flat.device, dtype)
@@ -41,26 +41,26 @@ def put(tensor: Tensor, values: array[float], channels: Sequence[int], dtype: to
 
 
 def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping[Keys, str]) -> None:
-    """Write ``source`` to an open file with its tensors edited, and names without their prefix.
+    """Write ``source`` to an open file, with edited tensors and without the prefix of names.
 
     Args:
         source: A file of torch.save.
         file: Open for writing.
-        edits: What is new.
-        prefixes: What to take off the names in the dict that some keys lead to.
+        edits: The new values.
+        prefixes: Keys that lead to a dict: the prefix to remove from its names.
 
     Raises:
         ValueError: If torch does not load the file as tensors and plain values.
     """
     saved = _loaded(source)
     places = dict(_places(saved))
-    made: dict[int, Tensor] = {}
-    apart = set(_parted(edits, places))
-    for key in apart:
+    new_tensors: dict[int, Tensor] = {}
+    separate = set(_sharing_memory(edits, places))
+    for key in separate:
         container, name = places[key]
         container[name] = container[name].clone()
     for edit in edits:
-        _apply(edit, places, made)
+        _apply(edit, places, new_tensors)
     for path, prefix in prefixes.items():
         _take_off(_at(saved, path), prefix)
     torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
@@ -68,7 +68,7 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
 
 def _loaded(source: Path) -> Any:
     try:
-        with _plain_numpy(), source.open("rb") as opened:  # by a path, torch goes by the suffix
+        with _plain_numpy(), source.open("rb") as opened:  # if torch gets a path, the suffix decides how it reads
             return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
@@ -78,7 +78,7 @@ def _loaded(source: Path) -> Any:
 
 
 def _plain_numpy() -> AbstractContextManager:
-    """A block in which torch also loads NumPy's numbers, which training loops save as losses and metrics."""
+    """A block in which torch also loads NumPy numbers: training loops save them as losses and metrics."""
     try:
         import numpy as np
     except ModuleNotFoundError:
@@ -86,13 +86,13 @@ def _plain_numpy() -> AbstractContextManager:
     scalar: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
     return torch.serialization.safe_globals(
-        [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]  # the name before and since NumPy 2
+        [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]  # its names since NumPy 2 and before
     )
 
 
 def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
-    """The place of each tensor, with the keys that lead to it. An object that is there twice is visited once."""
-    # in the order of the checkpoint's reader, so that a dict that is there twice has the same keys
+    """The place of each tensor, with the keys that lead to it. An object that occurs twice is visited once."""
+    # in the order of the checkpoint's reader, so that a dict that occurs twice gets the same keys as there
     waiting: list[tuple[Keys, Any]] = [((), saved)]
     seen: set[int] = set()
     while waiting:
@@ -105,10 +105,10 @@ def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
         waiting += [((*path, key), value) for key, value in reversed(items) if isinstance(value, dict | list | tuple)]
 
 
-def _parted(edits: Sequence[Edit], places: Mapping[Keys, Place]) -> Iterator[Keys]:
-    """Keys of edited tensors that share memory with a tensor that is not edited, or edited in another way.
+def _sharing_memory(edits: Sequence[Edit], places: Mapping[Keys, Place]) -> Iterator[Keys]:
+    """Keys of edited tensors that share memory with a tensor that is not edited, or is edited in another way.
 
-    Averaged weights may have been saved with the very statistics of the model.
+    For example, averaged weights may have been saved with the same statistics tensors as the model.
     """
     edited = {edit.key: edit for edit in edits if edit.key in places}
     views: dict[Keys, list[Keys]] = defaultdict(list)
@@ -129,20 +129,20 @@ def _is_same(a: Edit | None, b: Edit | None) -> bool:
     return a.values is b.values or repr(a.values) == repr(b.values)
 
 
-def _apply(edit: Edit, places: dict[Keys, Place], made: dict[int, Tensor]) -> None:
+def _apply(edit: Edit, places: dict[Keys, Place], new_tensors: dict[int, Tensor]) -> None:
     if edit.values is None:
         _count(edit, places)
         return
     container, key = places[edit.key]
     old = container[key]
-    if id(old) not in made:
-        made[id(old)] = put(old, edit.values, edit.channels, getattr(torch, edit.dtype))
-    if made[id(old)] is not old:
-        container[key] = made[id(old)]
+    if id(old) not in new_tensors:
+        new_tensors[id(old)] = put(old, edit.values, edit.channels, getattr(torch, edit.dtype))
+    if new_tensors[id(old)] is not old:
+        container[key] = new_tensors[id(old)]
 
 
 def _count(edit: Edit, places: dict[Keys, Place]) -> None:
-    """Set a counter, in place where it is a tensor of one number, so that tensors that share its memory change too."""
+    """Set a counter; in place if it is a tensor of one number, so that tensors that share its memory change too."""
     path, name = edit.key[:-1], edit.key[-1]
     kind = getattr(torch, edit.dtype)
     if edit.key in places:
@@ -161,7 +161,7 @@ def _module(name: object) -> str:
 
 
 def _insert(container: dict, name: Any, tensor: Tensor) -> None:
-    """Put a tensor under its name: in the old place, or after the last tensor of the layer, where torch puts it."""
+    """Put a tensor under its name: in its old place, or after the last tensor of the layer, as torch does."""
     if name in container:
         container[name] = tensor
         return
@@ -178,7 +178,7 @@ def _at(saved: Any, path: Keys) -> Any:
 
 
 def _take_off(state: dict, prefix: str) -> None:
-    """Take a prefix off all names, also in ``_metadata``, where torch keeps the versions of modules."""
+    """Remove a prefix from all names, also in ``_metadata``, where torch stores the versions of modules."""
     metadata = getattr(state, "_metadata", None)
     for named in (state, metadata) if isinstance(metadata, dict) else (state,):
         items = list(named.items())

@@ -1,9 +1,9 @@
 """treat: a copy of a model in which everything is mended that can be mended.
 
-First come settings and numbers that need no data, by the table of remedies. Then the layers that are still sick are
-measured on data, in execution order. Healthy layers keep their statistics. A repaired layer changes the inputs of later
-layers. So the layers that are sick by themselves come first. Then the model is examined again, and layers that no
-longer fit their inputs are measured, until there is none.
+First, settings and values that need no data are mended, by the table of remedies. Then the layers that are still sick
+are measured on data; healthy layers keep their statistics. A mended layer changes the inputs of later layers. So layers
+whose fault shows without data are measured first. Then the model is examined again, and layers that do not fit their
+inputs are measured, until there are no more of them.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ def treat(
 ) -> Model:
     """A copy of the model in which the findings of a diagnosis are mended, as far as they can be.
 
-    Without data only what leaves eval outputs as they are, up to the rounding of float32: settings of training
-    (BN002, BN004, BN007, BN008), variances that are 0 but for rounding (BN103, BN104), half precision statistics where
-    the layer can run with others (BN108). With data the statistics of sick layers, and of no others, are measured anew
-    over all of them, as ``recalibrate`` does. Weights outside of batch norm are never touched. A second treatment
-    changes nothing.
+    Without data, only remedies are applied that leave eval outputs as they are, up to float32 rounding: for settings of
+    training (BN002, BN004, BN007, BN008), variances that are 0 up to rounding (BN103, BN104), and half precision
+    statistics if the layer can run with float32 (BN108). With data, the statistics of sick layers are measured again
+    over all batches, as ``recalibrate`` does; those of healthy layers stay. Weights outside of batch norm are never
+    changed. A second treatment changes nothing.
 
     Args:
         model: Not changed.
-        diagnosis: Of this model; ``examine(model, data)`` if it is left out. What it silenced is not treated.
-        data: Batches of training data, which can be read more than once. What can be read only once is read into
-            memory.
-        unsafe: Also replace numbers about which nothing is known, which changes eval outputs: gamma and beta that are
-            NaN or infinite by 1 and 0; statistics, unless data are given, by the median of the layer's other channels.
+        diagnosis: A diagnosis of this model; by default ``examine(model, data)``. Silenced findings are not treated.
+        data: Batches of training data. An iterator is read into memory, because the data are read several times.
+        unsafe: Also replace values about which nothing is known, which changes eval outputs. A gamma that is NaN or
+            infinite becomes 1, such a beta 0. Without data, impossible statistics become the median of the layer's
+            other channels.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or ``diagnosis`` no diagnosis.
+        TypeError: If ``model`` is not an ``nn.Module``, or ``diagnosis`` is not a ``Diagnosis``.
         ValueError: If the diagnosis names layers that the model does not have, or as ``recalibrate``.
         RuntimeError: If the model cannot be copied.
 
@@ -104,9 +104,9 @@ def differences(
 
     Args:
         before: The model.
-        after: What ``treat`` made of it.
-        findings: What it treated.
-        measured: Whether it had data.
+        after: The result of ``treat``.
+        findings: The findings that were treated.
+        measured: Whether ``treat`` had data.
     """
     old, new, treated = layers_of(before), layers_of(after), list(findings)
     changes = {}
@@ -132,8 +132,8 @@ def _check(model: nn.Module, findings: Iterable[Finding]) -> None:
     for finding in findings:
         if remedies(finding) and finding.layer not in known:
             raise ValueError(
-                f"treat needs a diagnosis of this model, got {finding.code} of {finding.layer!r}, which it does not "
-                "have. Examine it again, or leave the diagnosis out."
+                f"treat needs a diagnosis of this model, got {finding.code} of {finding.layer!r}, a layer that the "
+                "model lacks. Examine this model, or leave the diagnosis out."
             )
 
 
@@ -182,16 +182,16 @@ def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *
     """Measure the statistics of sick layers on data, in place, until no other layer is found sick.
 
     Args:
-        model: Changed.
-        diagnosis: Of the model as it was.
+        model: Changed in place.
+        diagnosis: The diagnosis of the model before it was mended.
         data: Batches.
-        again: The model has changed since the diagnosis.
+        again: Whether the model has changed since the diagnosis.
     """
     known = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
-    # what could not be checked in the sick model may be in the mended one
+    # rules that could not run on the sick model may run on the mended one
     selection = Selection(select=(*diagnosis.checked, *diagnosis.not_checked))
     findings = diagnosis.findings
-    # what is seen on data may be the consequence of what an earlier layer stores
+    # a finding on data may be the consequence of an earlier layer's stored values
     sick = _to_measure((finding for finding in findings if "measured" not in RULES[finding.code].needs), known)
     if sick:
         _measure(model, sick, data)
@@ -210,7 +210,7 @@ def _to_measure(findings: Iterable[Finding], known: set[str]) -> set[str]:
 
 
 def _measure(model: nn.Module, sick: set[str], data: Iterable[Any]) -> None:
-    """Measure exact statistics of these layers on a copy, with all other layers frozen; then copy them back."""
+    """Measure exact statistics of sick layers on a copy, with all other layers frozen; then copy them back."""
     patient = duplicate(model, "treat", "Use batchnorm.recalibrate").eval()
     for path, layer in batch_norms(patient).items():
         if path in sick:
@@ -233,8 +233,8 @@ def _take_over(layer: _BatchNorm, measured: _BatchNorm) -> None:
 
 
 def _has_start(count: int, momentum: float | None) -> bool:
-    """Whether a running average of so many updates would still hold its start, as exact statistics do not.
+    """Whether a running average with this counter would still contain its initial values. Exact statistics do not.
 
-    A file does not tell momentum, so the usual one counts too. 0 is what says that nothing was averaged.
+    A file does not store momentum, so torch's default is tried too. A counter of 0 makes no claim about an average.
     """
     return momentum is not None and any(abs(1 - m) ** count > RESIDUE for m in (momentum, USUAL_MOMENTUM) if m)
