@@ -48,7 +48,7 @@ def test_help_and_version_succeed(args):
         (["--seed", str(2**64)], ["--seed", "2147483647"]),
         (["-o", "why.pdf"], [".html, .json, .jsonl, .md", "why.pdf", "Name it why.html"]),
         (["-o", "why.md", "--interactive"], ["--interactive needs an .html report"]),
-        (["model.py:make"], ["asked with data", "--data data.py:loader"]),
+        (["model.py:make"], ["needs data", "--data data.py:loader"]),
         (["-o", "/proc/why.html"], ["cannot write /proc/why.html", "-o FILE"]),
         (["-o", "no/such/folder/why.html"], ["cannot write no/such/folder/why.html", "No such file"]),
     ],

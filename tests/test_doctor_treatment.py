@@ -228,7 +228,10 @@ def test_only_findings_of_the_given_diagnosis_are_treated():
 
 
 def test_a_diagnosis_of_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"diagnosis of this model, got BN103 of 'stem.1', a layer that the model lacks. Examine this model"):
+    with pytest.raises(
+        ValueError,
+        match=r"diagnosis of this model, got BN103 of 'stem.1', a layer that the model lacks. Examine this model",
+    ):
         treat(nn.Sequential(nn.BatchNorm1d(2)), examine(changed(running_var=-1.0)))
 
 

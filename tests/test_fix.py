@@ -449,7 +449,7 @@ def test_force_writes_over_a_file_in_the_way(folder):
     Path("out.pt").write_text("older")
     refused = call(path, "-o", "out.pt")
     assert refused.exit_code == 2
-    assert "out.pt is there already. Pass --force" in refused.output
+    assert "out.pt exists already. Pass --force" in refused.output
     assert Path("out.pt").read_text() == "older"
     assert call(path, "-o", "out.pt", "--diff").exit_code == 0  # nothing is in the way of a look
     assert call(path, "-o", "out.pt", "--force").exit_code == 0

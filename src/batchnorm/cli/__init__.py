@@ -1,4 +1,4 @@
-"""The command line. It imports neither torch nor altair, and a command's own modules only when that command runs."""
+"""The command line. It imports neither torch nor altair. The modules of a command are imported when it runs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import click
 
 from batchnorm import __version__
 
-# where each command is; its module is imported when it is asked for
+# a command's module is imported when the command is called; ``rules`` is in the module of ``explain``
 _COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "shift", "watch", "why")
 _HOMES = {"rules": "explain"}
-# what shells report of a program that Ctrl-C ended, or whose reader went away: 128 and the signal's number
+# exit codes as in shells, 128 + number of the signal: after Ctrl-C, and if the reader of the output is gone
 _INTERRUPTED = 130
 _UNREAD = 141
 _DEBUG = "Show the traceback of an error."
 
 
 class _Commands(click.Group):
-    """A group whose commands end with cause and remedy instead of a traceback."""
+    """A group of commands. Their errors are printed with cause and remedy, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """All names, none of them imported."""
+        """The names of all commands, without an import."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name. The error for an unknown name offers a similar one."""
+        """The command with this name. The error for an unknown name offers a similar name."""
         if cmd_name in _COMMANDS:
             home = import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}_command")
             return _debuggable(getattr(home, cmd_name))
@@ -43,9 +43,9 @@ class _Commands(click.Group):
         try:
             super().invoke(ctx)
         except KeyboardInterrupt:
-            ctx.exit(_INTERRUPTED)  # 1 would mean findings
+            ctx.exit(_INTERRUPTED)  # exit code 1 would mean findings
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output goes nowhere
             ctx.exit(_UNREAD)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if ctx.params.get("debug"):
@@ -54,7 +54,7 @@ class _Commands(click.Group):
 
 
 def _debuggable(command: click.Command) -> click.Command:
-    """The command with --debug, which users also type behind the name of a command."""
+    """The command with the option --debug: users also type it behind the name of a command."""
     if not any(parameter.name == "debug" for parameter in command.params):
         command.params.append(
             click.Option(["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=_debug, help=_DEBUG)
@@ -74,7 +74,7 @@ def _explained(error: Exception) -> str:
 
 
 def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
-    """Print the version and which kernels are active, and leave."""
+    """Print the version and the active kernels, then exit."""
     if not asked:
         return
     kernels = "reference, built without a compiler"
@@ -92,7 +92,7 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 @click.option("--debug", is_flag=True, help=_DEBUG)
 def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
-    """Batch normalization for PyTorch: why it works, measured; what is wrong with it, found and mended."""
+    """Batch normalization for PyTorch: measure why it works, and find and mend its faults."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? beside the word

@@ -1,4 +1,4 @@
-"""``batchnorm bench``: our layers against torch.nn's on this machine."""
+"""``batchnorm bench``: times of our layers and torch.nn's on this machine."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from batchnorm.reporting import formats
 
 
 @click.command()
-@click.option("--shape", "shapes", multiple=True, help="Sizes as 32x64x56x56; repeatable.  [default: four]")
-@click.option("--dtype", default="float32", show_default=True, help="Type of the values: bfloat16, for example.")
-@click.option("--channels-last", is_flag=True, help="Channels last in memory.")
-@click.option("--threads", type=int, help="Threads of torch.  [default: as many as torch takes]")
-@click.option("--rounds", type=int, help="How often each contestant runs.")
-@click.option("--tune", is_flag=True, help="Tune the allocator first: batchnorm.tune_allocator().")
+@click.option("--shape", "shapes", multiple=True, help="Input shape, as 32x64x56x56; repeatable.  [default: four]")
+@click.option("--dtype", default="float32", show_default=True, help="Type of the values, such as bfloat16.")
+@click.option("--channels-last", is_flag=True, help="Use the memory format channels_last.")
+@click.option("--threads", type=int, help="Number of threads of torch.  [default: torch's own]")
+@click.option("--rounds", type=int, help="Number of runs of each layer.")
+@click.option("--tune", is_flag=True, help="First call batchnorm.tune_allocator().")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write it to a file; the suffix tells the format.  [default: JSON]",
+    help="Also write the table to a file; the suffix decides the format.  [default: JSON]",
 )  # fmt: skip
 @options.printed_format
 def bench(
     shapes: tuple[str, ...], dtype: str, channels_last: bool, threads: int | None, rounds: int | None, tune: bool,
     output: Path | None, output_format: str,
 ) -> None:  # fmt: skip
-    """Time our layers against torch.nn's on this machine.
+    """Compare the times of our layers and torch.nn's on this machine.
 
-    Both run in turn, with copies of tensors of the same size as the limit that memory sets.
+    The layers run in turn. A copy of a tensor of the same size is timed too: no layer can be faster than memory.
     """
     require("torch", "numpy", what="bench", extra="torch")
     from batchnorm import allocator
@@ -49,7 +49,7 @@ def bench(
             sizes, dtype, channels_last=channels_last, threads=threads, rounds=ROUNDS if rounds is None else rounds,
             progress=lambda done: bar.update(task, completed=done),
         )  # fmt: skip
-    told = measured.report(data)
+    table = measured.report(data)
     if output is not None:
-        write(output, formats.rendered(told, formats.by_suffix(output) or "json", to_file=True).rstrip("\n") + "\n")
-    options.emit(told, output_format)
+        write(output, formats.rendered(table, formats.by_suffix(output) or "json", to_file=True).rstrip("\n") + "\n")
+    options.emit(table, output_format)

@@ -1,4 +1,4 @@
-"""Colours for statuses and severities in plain text, on terminals that show them. The words say the same."""
+"""Colours for statuses and severities in plain text, on terminals with colours. The words alone say the same."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _COLORS = {"✗ error": "red", "! warning": "yellow", "· info": "blue", "✓ ok
 _STATUS_COLORS = {"✓ SUPPORTED": "green", "– NOT SUPPORTED": "yellow", "✗ OPPOSITE": "red"}
 _SIGNS = {"✗": "x", "·": "-", "–": "-", "×": "x", "✓": "+", "→": "->", "…": "..."}
 _PLAIN = str.maketrans(_SIGNS)
-# a family's status in brackets, or a finding below it; and the status of a verdict, which is in capitals, anywhere
+# the status of a family in brackets, the severity of a finding below it, and the status of a verdict in any place
 _MARKS = re.compile(
     rf"(?:(?<=^\[)|(?<=^  ))(?:{'|'.join(map(re.escape, _COLORS))})|{'|'.join(map(re.escape, _STATUS_COLORS))}",
     re.MULTILINE,
 )
-# how Node, chalk and their kin spell no; force-color.org says nothing of values but that an empty one is none
+# values of FORCE_COLOR that mean no, as in Node and chalk; by force-color.org an empty value means nothing
 _NO = ("0", "false")
 
 
 def colored(text: str) -> str:
-    """The text, with its statuses and severities in colour if standard output shows colours."""
+    """The text with coloured statuses and severities, if standard output shows colours."""
     if not _shows_colors():
         return text
     colors = _COLORS | _STATUS_COLORS
@@ -31,7 +31,7 @@ def colored(text: str) -> str:
 
 
 def spelled(text: str) -> str:
-    """The text with plain signs in place of those that standard output cannot show."""
+    """The text with ASCII signs in place of signs that standard output cannot encode."""
     try:
         "".join(_SIGNS).encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -40,11 +40,11 @@ def spelled(text: str) -> str:
 
 
 def show(text: str, stream: TextIO | None = None) -> None:
-    """Print the text to standard output or another stream. Nobody listens to a closed pipe, which is no error."""
+    """Print the text to standard output or another stream. A closed pipe is no error: the text is dropped."""
     if (stream := stream or sys.stdout) is None:
         return
     try:
-        # not click.echo, which has ideas of its own about colours and encodings
+        # not click.echo, which has its own rules for colours and encodings
         stream.write(spelled(colored(text)) + "\n")
         stream.flush()
     except BrokenPipeError:
@@ -52,7 +52,7 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 
 def _shows_colors() -> bool:
-    """By the conventions of NO_COLOR, FORCE_COLOR and TERM=dumb."""
+    """Whether standard output shows colours, by NO_COLOR, FORCE_COLOR, TERM and whether it is a terminal."""
     if os.environ.get("NO_COLOR"):
         return False
     if forced := os.environ.get("FORCE_COLOR"):

@@ -1,4 +1,4 @@
-"""``batchnorm completion``: the script by which a shell completes commands, options and rules."""
+"""``batchnorm completion``: a script with which a shell completes commands, options and rules."""
 
 from __future__ import annotations
 

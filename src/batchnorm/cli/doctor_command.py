@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LoopOptions(TypedDict):
-    """The settings of the training loop, and how much is measured, as ``examine`` takes them."""
+    """Arguments of ``examine``: settings of the training loop, and the number of examples."""
 
     batch_size: int | None
     accumulation: int
@@ -38,16 +38,22 @@ class LoopOptions(TypedDict):
 @click.option("--state", default="", metavar="PATH", help="Only this state of a checkpoint.  [default: all]")
 @click.option("--data", metavar="ADDRESS", help="Batches to measure on: data.py:loader.")
 @options.setting
-@click.option("--reference", metavar="TARGET", help="What the model was made from, to compare with.")
+@click.option("--reference", metavar="TARGET", help="Model or file that TARGET was made from, to compare it with.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per device and step.  [default: the loader's]")
 @click.option("--accumulation", type=click.IntRange(min=1), default=1, help="Batches per optimizer step.")
-@click.option("--world-size", type=click.IntRange(min=1), default=1, help="Processes that train together.")
-@click.option("--max-examples", type=click.IntRange(min=1), default=512, show_default=True, help="Examples to use.")
+@click.option("--world-size", type=click.IntRange(min=1), default=1, help="Number of processes that train together.")
+@click.option(
+    "--max-examples",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Largest number of examples to measure on.",
+)
 @options.select
 @options.ignore
-@click.option("--baseline", metavar="FILE", help="File of known findings, which are left out.")
+@click.option("--baseline", metavar="FILE", help="File with known findings, to leave them out.")
 @click.option("--write-baseline", metavar="FILE", help="Write the findings of this run as a baseline.")
-@click.option("--fail-on", type=click.Choice(FAIL_ON), help="Exit with 1 from this severity on.  [default: error]")
+@click.option("--fail-on", type=click.Choice(FAIL_ON), help="Exit with 1 at this severity or worse.  [default: error]")
 @options.output_format
 @options.output
 @click.option("-v", "--verbose", is_flag=True, help="List the checks that did not run.")
@@ -58,13 +64,14 @@ def doctor(
     fail_on: str | None, output_format: str | None, output: Path | None, verbose: bool, quiet: bool,
     **loop: Unpack[LoopOptions],
 ) -> None:  # fmt: skip
-    """Examine batch norm in TARGET and say what is wrong.
+    """Examine batch norm in TARGET and report its faults.
 
-    TARGET is a checkpoint (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx), which is read without torch and without
-    running anything in it, or a model: model.py:make_model, package.module:factory. Every state of a checkpoint
-    (averaged copies, target networks) is examined, with a model each that fits it. Nothing is changed.
+    TARGET is a checkpoint (.pt, .pth, .ckpt, .pkl, .safetensors, .onnx) or a model: model.py:make_model,
+    package.module:factory. A checkpoint is read without torch, and nothing in it is executed. Every state of a
+    checkpoint (averaged copies, target networks) is examined; with a model, every state that fits it. TARGET is not
+    changed.
 
-    Exit codes: 0 nothing at or above --fail-on, 1 findings, 2 it could not run.
+    Exit codes: 0 no finding of the severity --fail-on or worse, 1 findings, 2 the command could not run.
     """
     refuse_empty(
         {"--weights": weights, "--data": data, "--reference": reference, "--baseline": baseline,
@@ -84,15 +91,15 @@ def doctor(
     from batchnorm.doctor.diagnosis_report import report
 
     source = asked.model.source if asked.is_model else ""
-    told = report(diagnosis, source=source, fail_on=limit, verbose=verbose, command="batchnorm doctor")
-    options.emit(told, chosen, output, is_quiet=quiet)
+    document = report(diagnosis, source=source, fail_on=limit, verbose=verbose, command="batchnorm doctor")
+    options.emit(document, chosen, output, is_quiet=quiet)
     sys.exit(1 if fails(diagnosis.findings, limit) else 0)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     model: ModelAddress
     data: str | None
@@ -102,7 +109,7 @@ class DoctorOptions:
 
     @property
     def is_model(self) -> bool:
-        """Whether the target is code, not a file."""
+        """Whether the target is a model in code, not a file."""
         return addresses.is_address(self.model.address)
 
 
@@ -128,14 +135,14 @@ def _examined(asked: DoctorOptions) -> Diagnosis:
 
 
 def _examined_model(asked: DoctorOptions) -> Diagnosis:
-    """The model with each state of its checkpoint that fits, or as it is."""
+    """The diagnosis of the model, with every state of its checkpoint that fits, or as it is without --weights."""
     from batchnorm.doctor import examine
 
     named = asked.model
     addresses.refuse_state(named.address, named.weights, named.state)
     require_torch("a model")
     with running(named.address):
-        model = named.made()  # before the data, which take longer
+        model = named.made()  # made before the data, which take longer
         data, reference = batches(asked.data), _reference(asked.reference)  # each state is measured on them
 
         def look() -> Diagnosis:

@@ -1,4 +1,4 @@
-"""``batchnorm explain`` and ``batchnorm rules``: the rules' pages and their table."""
+"""``batchnorm explain`` and ``batchnorm rules``: the pages of rules, and the table of all rules."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from batchnorm.rules.finding import Rule
 
 _FAMILY = len("BN1")
-_ONE_LINE = 1000  # columns: programs such as grep take a rule as one line
+_ONE_LINE = 1000  # columns: each rule is one line, for programs such as grep
 _TABLE = ("code", "name", "severity", "finds")
 
 
 @click.command()
 @click.argument("rule", nargs=-1, shell_complete=complete)
-@click.option("--all", "every", is_flag=True, help="Every rule.")
+@click.option("--all", "every", is_flag=True, help="Show every rule.")
 @options.printed_format
 def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
-    """Show a rule's page: what it finds, why that is bad, how it is found, and what mends it.
+    """Show the page of a rule: the fault, why it is bad, how it is found, and how to mend it.
 
     RULE is a code (BN101), the beginning of codes (BN1) or a name (never-updated-statistics).
     """
     wanted = _wanted(rule)
     if not wanted and not every:
         raise ValueError(
-            "explain needs a rule, got none. For example batchnorm explain BN101; batchnorm rules lists all."
+            "explain needs a rule, got none. Give one, such as batchnorm explain BN101; batchnorm rules lists all."
         )
     chosen = [r for code, r in RULES.items() if every or code.startswith(wanted)]
     pages = "\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in chosen)
@@ -53,7 +53,7 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
 
 
 def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
-    """The codes that were named. The error for an unknown code names those that begin like it."""
+    """The codes of the named rules. The error for an unknown code offers codes that begin like it."""
     for name in (part.strip() for text in rule for part in text.split(",")):
         begins_a_code = any(code.startswith(name.upper()) for code in RULES)
         if not begins_a_code and (alike := _alike(name.upper())):
@@ -62,10 +62,10 @@ def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _alike(name: str) -> list[str]:
-    """The codes with the longest common beginning, and of those the most similar; none of another family.
+    """The codes that share the longest beginning with ``name``, of these the most similar; [] if no family matches.
 
-    The beginning counts most, because people lose a digit more often than they mistype one: BN13 is BN103 or BN113,
-    and not BN213, which is as similar.
+    The beginning counts most, because people omit a digit more often than they mistype a digit: BN13 means BN103 or
+    BN113, not BN213, although all three are equally similar.
     """
     ranks = {code: (_shared(name, code), SequenceMatcher(None, name, code).ratio()) for code in RULES}
     best = max(ranks.values())
@@ -73,7 +73,7 @@ def _alike(name: str) -> list[str]:
 
 
 def _shared(name: str, code: str) -> int:
-    """How many characters both begin with."""
+    """Length of the common beginning of both."""
     return max(length for length in range(len(name) + 1) if code.startswith(name[:length]))
 
 
@@ -91,7 +91,7 @@ def _report(
     name: str, chosen: Iterable[Rule], document: Sequence[Block], *, full: Callable[[int], str] | None = None,
     md: Callable[[], str] | None = None,
 ) -> Report:  # fmt: skip
-    """The report of some rules: nothing was looked at, so that it has no rows."""
+    """A report about rules. It has no rows, because nothing was examined."""
     chosen = list(chosen)
     records = list(map(as_dict, chosen))
     return Report(
@@ -115,7 +115,7 @@ def as_dict(rule: Rule) -> dict[str, Json]:
 
 
 def markdown(chosen: Iterable[Rule]) -> str:
-    """All pages as one document, by family."""
+    """The pages of rules as one Markdown document, by family."""
     lines = [
         "# Rules",
         "",

@@ -1,4 +1,4 @@
-"""``batchnorm fix``: a mended copy of a checkpoint, or what would be in it."""
+"""``batchnorm fix``: write a mended copy of a checkpoint, or show what would change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from batchnorm.doctor.mending.outcome import MendingOutcome
     from batchnorm.rules.finding import Finding
 
-# rules that see in a file what a model that was loaded from it does not show
+# rules whose faults show in a file, but not in a model that was loaded from it
 _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
 
 
@@ -40,11 +40,11 @@ _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model, and to mend.")
 @click.option("--state", default="", metavar="PATH", help="Only this state of the checkpoint.  [default: all]")
 @click.option("--data", metavar="ADDRESS", help="Training data to measure statistics on: data.py:train_loader.")
-@click.option("--unsafe-fixes", "unsafe", is_flag=True, help="Also fixes that change eval outputs without data.")
-@click.option("--diff", is_flag=True, help="Show what would change; write nothing.")
+@click.option("--unsafe-fixes", "unsafe", is_flag=True, help="Also apply fixes without data that change eval outputs.")
+@click.option("--diff", is_flag=True, help="Show the changes, but write nothing.")
 @click.option("--in-place", is_flag=True, help="Write over the checkpoint itself.")
-@click.option("--force", is_flag=True, help="Write over a file that is in the way.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write.  [default: NAME.fixed.pt]")
+@click.option("--force", is_flag=True, help="Write over an existing file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.fixed.pt]")
 @options.setting
 @options.select
 @options.ignore
@@ -52,13 +52,14 @@ def fix(
     target: str, weights: str | None, data: str | None, unsafe: bool, diff: bool, in_place: bool, force: bool,
     output: Path | None, given: tuple[str, ...], select: tuple[str, ...], ignore: tuple[str, ...], state: str,
 ) -> None:  # fmt: skip
-    """Mend what doctor finds in TARGET, in a copy.
+    """Write a copy of TARGET in which the findings of doctor are mended.
 
     TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model, with --weights. Without
-    more, only what leaves eval outputs as they are is fixed. With a model and --data, statistics are measured again.
-    Every state of the checkpoint is treated, averaged copies too: with a model, each is loaded into it.
+    further options, only fixes are applied that leave eval outputs as they are. With a model and --data, statistics
+    are measured again. Every state of the checkpoint is mended, averaged copies too: if TARGET is a model, each state
+    is loaded into it.
 
-    Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 it could not run.
+    Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 the command could not run.
     """
     refuse_empty({"--weights": weights, "--data": data})
     chosen = options.selection(select, ignore, settings())
@@ -77,7 +78,7 @@ def fix(
 @final
 @dataclass(frozen=True, slots=True)
 class FixOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     model: ModelAddress
     data: str | None
@@ -86,16 +87,16 @@ class FixOptions:
 
     @property
     def is_model(self) -> bool:
-        """Whether the target is code, not a file."""
+        """Whether the target is a model in code, not a file."""
         return addresses.is_address(self.model.address)
 
     @property
     def source(self) -> str | None:
-        """The checkpoint, if there is one."""
+        """The checkpoint; None for a model without --weights."""
         return self.model.weights if self.is_model else self.model.address
 
     def again(self, place: Path) -> str:
-        """The command that looks at the result."""
+        """The command that examines the result."""
         if not self.is_model:
             return f"batchnorm doctor {shlex.quote(str(place))}"
         data = f" --data {shlex.quote(self.data)}" if self.data else ""
@@ -108,13 +109,13 @@ def _check_options(asked: FixOptions) -> None:
         if any(values):
             rest = "" if name == "--weights" else f" {name} {' '.join(map(str, values))}"
             raise ValueError(
-                f"{name} needs a model, got the file {named.address!r}. Give the model that it belongs to: "
+                f"{name} needs a model, got the file {named.address!r}. Give the model that the file belongs to: "
                 f"batchnorm fix model.py:make_model --weights {named.address}{rest}"
             )
 
 
 def _place(target: str, source: str | None, output: Path | None, *, in_place: bool, force: bool) -> Path:
-    """The place to write to, checked before the work begins."""
+    """The file to write, checked before the work begins."""
     if in_place and (output or source is None):
         other = "-o" if output else "a model without --weights"
         raise ValueError(f"--in-place writes over the checkpoint, got {other} as well. Leave one of the two out.")
@@ -132,16 +133,16 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
     if place.exists() and not place.is_file():
         raise ValueError(f"cannot write {place}: it is a pipe or device. Choose another place with -o FILE.")
     if place.exists() and not force:
-        raise ValueError(f"{place} is there already. Pass --force to write over it, or another place with -o FILE.")
-    return Path(os.path.realpath(place)) if place.is_symlink() else place  # a link stays one
+        raise ValueError(f"{place} exists already. Pass --force to write over it, or another place with -o FILE.")
+    return Path(os.path.realpath(place)) if place.is_symlink() else place  # the link stays, its target is written
 
 
 def _beside(source: str | None, suffix: str, name: str) -> Path:
-    """NAME.fixed.pt beside NAME.ckpt; in the current folder for a model without weights."""
+    """NAME.fixed.pt in the folder of NAME.ckpt; in the current folder for a model without weights."""
     return Path(f"{name}.fixed.pt") if source is None else Path(source).with_suffix(f".fixed{suffix}")
 
 
-# what came of it, and what writes it
+# the outcome, and the function that writes it to a file
 Mended = tuple["MendingOutcome", "Callable[[Path], None]"]
 
 
@@ -160,13 +161,13 @@ def _file(asked: FixOptions) -> Mended:
 
 
 def _states(plan: MendingPlan, state: str) -> tuple[str, ...]:
-    """Sentences that name the treated states, if there are several."""
+    """Sentences that name the mended states, if there are several; or that there are no batch norm layers."""
     state = with_state(plan.file, state)[1] if state else ""
     rest = [name for name in plan.file.states if state and name != state]
     if len(plan.file.states) < 2:
         return () if plan.file.states or plan.file.layers else ("no batch norm layers",)
     treated = f"treated: {state or ', '.join(plan.file.states)}"
-    return (treated, *([f"not treated, since --state asks for another one: {', '.join(rest)}"] if rest else []))
+    return (treated, *([f"not treated, since --state asks for another state: {', '.join(rest)}"] if rest else []))
 
 
 def _prefixes(plan: MendingPlan) -> tuple[str, ...]:
@@ -177,7 +178,7 @@ def _model(asked: FixOptions) -> Mended:
     require_torch("a model")
     target, weights = asked.model.address, asked.model.weights
     addresses.refuse_state(target, weights, asked.model.state)
-    with _no_bytecode(), _warnings_told(), addresses.told(target):
+    with _no_bytecode(), _warnings_printed(), addresses.told(target):
         model = replace(asked.model, weights=None).made()
         return _one_model(asked, model) if weights is None else _each_state(asked, model, weights)
 
@@ -227,7 +228,7 @@ def _each_state(asked: FixOptions, model: nn.Module, weights: str) -> Mended:
 
 
 def _left(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Findings that are left in a model, without those about the environment and those that only a file shows."""
+    """The findings that are left in a model, except those about the environment and those that only a file shows."""
     return tuple(f for f in findings if not f.code.startswith("BN9") and f.code not in _OF_FILES)
 
 
@@ -248,7 +249,7 @@ def _write_state(model: nn.Module, place: Path) -> None:
 
 @contextmanager
 def _no_bytecode() -> Iterator[None]:
-    """The user's folder stays as it is: no __pycache__ of their modules."""
+    """A block in which Python writes no __pycache__, so that the user's folder stays as it is."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         yield
@@ -257,8 +258,8 @@ def _no_bytecode() -> Iterator[None]:
 
 
 @contextmanager
-def _warnings_told() -> Iterator[None]:
-    """Warnings as lines on standard error."""
+def _warnings_printed() -> Iterator[None]:
+    """A block whose warnings (RuntimeWarning) are printed to standard error afterwards."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -271,7 +272,7 @@ def _tell(outcome: MendingOutcome, place: Path, *, diff: bool, again: str) -> No
 
     lines = list(outcome.notes)
     if outcome.is_empty:
-        lines.insert(0, f"{outcome.target}: nothing to fix{' without more' if outcome.needs_options else ''}")
+        lines.insert(0, f"{outcome.target}: nothing to fix{' without other options' if outcome.needs_options else ''}")
     elif diff:
         lines = [outcome.target, *lines, *words.differences(outcome)]
     else:

@@ -1,4 +1,4 @@
-"""The model that a command line names: its address, its weights, and the arguments of the function that makes it."""
+"""The model that a command line names: its address, its weights, and the arguments of its function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True)
 class ModelAddress:
-    """The options ``--weights``, ``--state`` and ``--set`` with the address of a model."""
+    """The address of a model, with the options ``--weights``, ``--state`` and ``--set``."""
 
     address: str
     weights: str | None = None
@@ -28,14 +28,14 @@ class ModelAddress:
 
     @property
     def words(self) -> list[str]:
-        """The words of a command line that name it."""
+        """The words of a command line that name the model."""
         weights = ["--weights", self.weights] if self.weights else []
         state = ["--state", self.state] if self.weights and self.state else []
         return [self.address, *weights, *state, *(word for setting in self.given for word in ("--set", setting))]
 
     @property
     def source(self) -> str:
-        """The file that the address names, or where that of a package would be."""
+        """The file that the address names; for package.module the path that its file would have."""
         where, _, _ = self.address.rpartition(":")
         return where if where.endswith(".py") else where.replace(".", "/") + ".py"
 
@@ -49,17 +49,17 @@ class ModelAddress:
 
 @contextlib.contextmanager
 def running(address: str) -> Iterator[None]:
-    """A block that runs the user's code: what it prints must not get into JSON, nor its errors end in a traceback."""
+    """A block that runs the user's code. Its prints go to standard error, and its errors become messages."""
     with contextlib.redirect_stdout(sys.stderr), addresses.told(address):
         yield
 
 
 def batches(address: str | None) -> Iterable[Any] | None:
-    """Batches that can be read several times."""
+    """The batches of an address, read into memory if it gives an iterator; None without an address."""
     data = addresses.data(address) if address else None
     return list(data) if isinstance(data, Iterator) else data
 
 
 def require_torch(what: str) -> None:
-    """Return if torch is installed; else say what to run."""
+    """Raise an error that says how to install torch, if it is missing."""
     require("torch", "numpy", what=what, extra="torch")

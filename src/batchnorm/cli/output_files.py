@@ -1,4 +1,4 @@
-"""What ``-o`` does: it writes a file whole or not at all, and its errors name a remedy."""
+"""The option ``-o``: it writes a whole file or nothing, and its errors name a remedy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file by this text; write to pipes and devices as they are.
+    """Write a text to a file, as a whole; to a pipe or device directly.
 
     Raises:
-        OSError: If it cannot be written, with the cause and a remedy.
+        OSError: If the file cannot be written. The message has the cause and a remedy.
     """
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder. Choose another place with -o FILE.")
-    path = path.resolve()  # a link stays one
-    if path.exists() and not path.is_file():  # a pipe or a device, which nothing may replace
+    path = path.resolve()  # the link stays, its target is written
+    if path.exists() and not path.is_file():  # a pipe or a device: no file may replace it
         path.write_text(text, encoding="utf-8")
         return
     try:

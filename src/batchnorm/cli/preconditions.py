@@ -1,4 +1,4 @@
-"""What has to be there before the work begins: packages, and a place to write to."""
+"""Checks before the work begins: packages are installed, and the output can be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def require(*modules: str, what: str, extra: str) -> None:
-    """Return if all modules are installed; else say what to run."""
+    """Raise an error that says what to install, if a module is missing."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -21,7 +21,7 @@ def require(*modules: str, what: str, extra: str) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Return if a file can be written there; else the reason, before the work and not after it."""
+    """Raise an OSError with the reason, if the file cannot be written: before the work, not after it."""
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass

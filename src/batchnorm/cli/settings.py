@@ -1,4 +1,4 @@
-"""A project's settings, ``[tool.batchnorm]`` of the nearest pyproject.toml and then the environment; and baselines."""
+"""Settings of a project, from [tool.batchnorm] in pyproject.toml and from the environment; and baselines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KNOWN = f"Known: {', '.join(_KEYS)}."
 @final
 @dataclass(frozen=True, slots=True)
 class ProjectSettings:
-    """What a project has settled."""
+    """The settings of a project."""
 
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -41,10 +41,10 @@ class ProjectSettings:
 
 
 def settings(folder: Path | None = None) -> ProjectSettings:
-    """The project's settings, from the nearest pyproject.toml upwards, and the environment.
+    """The settings of the nearest pyproject.toml, in the folder or above it. Environment variables take precedence.
 
     Raises:
-        ValueError: If the file cannot be read, or has a key or a value that is not known.
+        ValueError: If the file cannot be read, or has an unknown key, or a wrong value.
     """
     found = _from_file(folder or _here())
     found = replace(
@@ -61,7 +61,7 @@ def settings(folder: Path | None = None) -> ProjectSettings:
 
 
 def _here() -> Path:
-    """The current folder; the root, which has no project file, if it is gone."""
+    """The current folder; if it was deleted, the root."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -77,13 +77,13 @@ def _from_file(folder: Path) -> ProjectSettings:
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} is not valid TOML: {error}. Mend that line.") from error
             except RecursionError as error:
-                raise ValueError(f"{path} is nested too deeply to be read. Mend it.") from error
+                raise ValueError(f"{path} is nested too deeply to be read. Use fewer levels.") from error
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror}. Make it readable.") from error
             table = tools.get("batchnorm", {}) if isinstance(tools, dict) else tools
             if not isinstance(table, dict):
                 raise ValueError(
-                    f"{path}: tool.batchnorm must be a table, got {table!r}. Begin it with [tool.batchnorm]."
+                    f"{path}: tool.batchnorm must be a table, got {table!r}. Begin the table with [tool.batchnorm]."
                 )
             return _from_table(table, path)
     return ProjectSettings()
@@ -95,11 +95,11 @@ def _from_table(table: Mapping[str, Json], path: Path) -> ProjectSettings:
             raise ValueError(f"{path} has [tool.batchnorm] {key}, which is no setting. {nearest(key, _KEYS, _KNOWN)}")
     per_layer = table.get("per-layer-ignores", {})
     if not isinstance(per_layer, Mapping):
-        told = f"{path}: per-layer-ignores must be a table, got {per_layer!r}. As {{'stem.*' = ['BN1']}}."
-        raise ValueError(told)  # noqa: TRY004 - it stands in a file, not in an argument
+        message = f"{path}: per-layer-ignores must be a table, got {per_layer!r}. Example: {{'stem.*' = ['BN1']}}."
+        raise ValueError(message)  # noqa: TRY004 - the value is from a file, not an argument
     baseline = table.get("baseline")
     if baseline is not None and not (isinstance(baseline, str) and baseline):
-        raise ValueError(f"{path}: baseline must be the path of a file, got {baseline!r}. As 'known.json'.")
+        raise ValueError(f"{path}: baseline must be the path of a file, got {baseline!r}. Example: 'known.json'.")
     return ProjectSettings(
         codes(_listed(table, "select", path)),
         codes(_listed(table, "ignore", path)),
@@ -111,52 +111,53 @@ def _from_table(table: Mapping[str, Json], path: Path) -> ProjectSettings:
 
 
 def _format(table: Mapping[str, Json], path: Path) -> str | None:
-    named = table.get("output-format")
-    if named is not None and not isinstance(named, str):
-        raise ValueError(f"{path}: output-format must be a name, got {named!r}. As 'json'.")
-    return named
+    name = table.get("output-format")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{path}: output-format must be a name, got {name!r}. Example: 'json'.")
+    return name
 
 
 def _listed(table: Mapping[str, Json], key: str, path: Path) -> list[str]:
     value = table.get(key, [])
     texts = [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
     if texts != value:
-        raise ValueError(f"{path}: {key} must be a list of codes, got {value!r}. As ['BN101'].")
+        raise ValueError(f"{path}: {key} must be a list of codes, got {value!r}. Example: ['BN101'].")
     return texts
 
 
 def refuse_empty(given: Mapping[str, str | None]) -> None:
-    """Refuse an empty value of an option, which an unset variable of a shell gives.
+    """Refuse an option with an empty value, as from an unset variable of a shell.
 
     Raises:
-        ValueError: If one was.
+        ValueError: If an option has the value "".
     """
     for name, value in given.items():
         if value == "":
-            raise ValueError(f"{name} needs a value, got ''. Give one, or leave {name} out.")
+            raise ValueError(f"{name} needs a value, got ''. Give a value, or leave {name} out.")
 
 
 def complete(ctx: Context, parameter: Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
-    """Codes and names that begin so, for a shell."""
+    """Codes and names of rules that begin with ``incomplete``, for completion in a shell."""
     names = [name for code, rule in RULES.items() for name in (code, rule.slug)]
     return [name for name in names if name.lower().startswith(incomplete.lower())]
 
 
 def limit_of(fail_on: str) -> Severity | None:
-    """The severity from which on a command fails; None for "never"."""
+    """The lowest severity at which a command fails; None for "never"."""
     return None if fail_on == "never" else Severity[fail_on.upper()]
 
 
 def fails(findings: Iterable[Finding], limit: Severity | None) -> bool:
-    """Whether a finding is as bad as the limit or worse."""
+    """Whether a finding has the severity ``limit`` or a worse one; False without a limit."""
     return limit is not None and any(finding.severity >= limit for finding in findings)
 
 
 def read_baseline(path: str) -> set[tuple[str, str]]:
-    """Code and layer of findings that are known.
+    """Code and layer of every finding in a baseline.
 
     Raises:
-        ValueError: If it is not a baseline.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a baseline.
     """
     try:
         known = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what becomes of a report: it is printed, or written to a file."""
+"""Options of several commands, and the output of a report: printed, or written to a file."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class FormatChoice(click.Choice):
-    """The names in the table of formats. "rich" still stands for "full", as some commands called it."""
+    """The names in the table of formats. "rich", an old name of some commands, still means "full"."""
 
     def __init__(self) -> None:
         super().__init__(())
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All formats that there are when a command is called."""
+        """All formats that are in the table when a command is called."""
         return tuple(formats.FORMATS)
 
     @choices.setter
     def choices(self, value: tuple[str, ...]) -> None:
-        """Nothing: click sets the choices that a type was made with."""
+        """Do nothing: click sets the choices when it constructs the type, but the table decides."""
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name of a format."""
+        """The name of the format that the user gave."""
         return super().convert("full" if value == "rich" else value, param, ctx)
 
 
@@ -45,21 +45,21 @@ setting = click.option(
 )
 select = click.option(
     "--select", multiple=True, metavar="CODES", shell_complete=complete,
-    help="Only these rules: codes, families (BN1) or names.",
+    help="Run only these rules: codes, families (BN1) or names.",
 )  # fmt: skip
-ignore = click.option("--ignore", multiple=True, metavar="CODES", shell_complete=complete, help="Not these rules.")
+ignore = click.option("--ignore", multiple=True, metavar="CODES", shell_complete=complete, help="Skip these rules.")
 output = click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write it to a file; the suffix tells the format."
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the output to a file; the suffix decides the format."
 )
-quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; only the exit code tells.")
-output_format = click.option("--output-format", type=FormatChoice(), help="What is printed.  [default: full]")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; only set the exit code.")
+output_format = click.option("--output-format", type=FormatChoice(), help="Format of the output.  [default: full]")
 printed_format = click.option(
-    "--output-format", type=FormatChoice(), default="full", show_default=True, help="What is printed."
+    "--output-format", type=FormatChoice(), default="full", show_default=True, help="Format of the output."
 )
 
 
 def selection(only: Sequence[str], without: Sequence[str], project: ProjectSettings) -> Selection:
-    """Which rules run, by the options and the project's settings."""
+    """The rules that run, by the options and the project's settings."""
     from batchnorm.doctor.examination import Selection
 
     return Selection(codes(only) or project.select, codes(without) + project.ignore, project.per_layer)

@@ -1,4 +1,4 @@
-"""``batchnorm shift``: whether a data set is what a model was trained with, judged offline."""
+"""``batchnorm shift``: judge offline whether a data set is distributed like the training data of a model."""
 
 from __future__ import annotations
 
@@ -37,26 +37,28 @@ _ALPHA, _UNIT = 0.01, "example"
 @click.option("--data", metavar="ADDRESS", help="Batches to judge: data.py:loader.")
 @click.option(
     "--check-assumptions", "clean", metavar="ADDRESS",
-    help="In place of --data: clean batches to measure the alarm's assumptions on.",
+    help="In place of --data: clean batches on which to check the assumptions of the alarm.",
 )  # fmt: skip
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
-@click.option("--state", default="", metavar="PATH", help="This state of it.  [default: the first that fits]")
+@click.option("--state", default="", metavar="PATH", help="State of FILE to load.  [default: the first that fits]")
 @options.setting
 @click.option("--reference", metavar="FILE", help="A calibrated reference, *.bncal.safetensors.  [default: checkpoint]")
-@click.option("--calibrate", metavar="ADDRESS", help="Batches of clean data to calibrate a reference on first.")
-@click.option("--write-reference", metavar="FILE", help="Write that reference.")
+@click.option("--calibrate", metavar="ADDRESS", help="Batches of clean data, to calibrate a reference first.")
+@click.option("--write-reference", metavar="FILE", help="Write the calibrated reference to a file.")
 @click.option(
     "--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=_ALPHA, show_default=True,
     help="Largest probability of a false alarm.",
 )  # fmt: skip
 @click.option(
     "--unit", type=click.Choice(["example", "batch"]), default=_UNIT, show_default=True,
-    help="What one observation is; batch where neighbouring examples are alike.",
+    help="Unit of an observation; use batch if neighbouring examples are similar.",
 )  # fmt: skip
 @click.option(
-    "--max-examples", type=click.IntRange(min=1), help="Examples to use, and to calibrate on.  [default: all]"
+    "--max-examples",
+    type=click.IntRange(min=1),
+    help="Largest number of examples, also for --calibrate.  [default: all]",
 )
-@click.option("--images", type=click.IntRange(1, 12), help="Show so many examples near the alarm in the HTML page.")
+@click.option("--images", type=click.IntRange(1, 12), help="Number of examples near the alarm in the HTML page.")
 @options.output_format
 @options.output
 @options.quiet
@@ -65,15 +67,16 @@ def shift(
     reference: str | None, calibrate: str | None, write_reference: str | None, alpha: float, unit: str,
     max_examples: int | None, images: int | None, output_format: str | None, output: Path | None, quiet: bool,
 ) -> None:  # fmt: skip
-    """Judge whether data are distributed as those that MODEL was trained with.
+    """Judge whether data have the same distribution as the training data of MODEL.
 
-    MODEL is code: model.py:make_model, package.module:factory. Compared are the statistics that its batch norm layers
-    store with those that the data give, or a reference calibrated on clean data. The model is not changed. Labels are
-    not needed, and nothing is said about accuracy.
+    MODEL is code: model.py:make_model, package.module:factory. The command compares the statistics of the data with
+    those that the model's batch norm layers store, or with a reference that was calibrated on clean data. The model is
+    not changed. Labels are not needed. The result says nothing about accuracy.
 
-    --check-assumptions measures on clean data whether the promise about false alarms can be relied on.
+    --check-assumptions checks on clean data whether the probability of a false alarm is as promised.
 
-    Exit codes: 0 no shift found, or all assumptions hold; 1 shift, or one is doubtful or broken; 2 it could not run.
+    Exit codes: 0 no shift, or all assumptions hold; 1 a shift, or an assumption is doubtful or broken; 2 the command
+    could not run.
     """
     in_workflow = "github" if clean is None else "full"
     chosen = formats.chosen(output_format, output, settings().output_format, in_workflow=in_workflow)
@@ -87,15 +90,15 @@ def shift(
         require("jinja2", what="the HTML page", extra="report")
     if output is not None:
         _check_place(output)
-    told, is_good = _judged(asked) if clean is None else _assumed(asked)
-    options.emit(told, chosen, output, is_quiet=quiet)
+    document, is_good = _judged(asked) if clean is None else _assumed(asked)
+    options.emit(document, chosen, output, is_quiet=quiet)
     sys.exit(0 if is_good else 1)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class ShiftOptions:
-    """What the command line says."""
+    """The options of the command line."""
 
     model: ModelAddress
     data: str
@@ -109,7 +112,7 @@ class ShiftOptions:
 
     @property
     def command(self) -> CommandLine:
-        """How to repeat it, without what it writes."""
+        """The command that repeats the judgement, without options that write files."""
         words = ["--data", self.data]
         words += ["--reference", self.reference] if self.reference else []
         words += ["--calibrate", self.calibrate] if self.calibrate else []
@@ -118,11 +121,11 @@ class ShiftOptions:
         return CommandLine("batchnorm shift", str(self.model), shlex.join(words))
 
 
-# -- what was asked for -------------------------------------------------------------------------------------------
+# -- options ------------------------------------------------------------------------------------------------------
 
 
 def _data(data: str | None, clean: str | None) -> str:
-    """The address of the one data set that was asked for."""
+    """The address of the data set: --data or --check-assumptions."""
     if clean is not None and data is not None:
         raise ValueError("--check-assumptions takes the place of --data, got both. Leave one of them out.")
     if clean is None and data is None:
@@ -133,7 +136,7 @@ def _data(data: str | None, clean: str | None) -> str:
 
 
 def _check(asked: ShiftOptions, chosen: str, data: str) -> None:
-    """Everything that can be refused before the model is made."""
+    """Refuse wrong options before the model is made."""
     model = asked.model
     refuse_empty(
         {data: asked.data, "--weights": model.weights, "--reference": asked.reference, "--calibrate": asked.calibrate,
@@ -142,7 +145,7 @@ def _check(asked: ShiftOptions, chosen: str, data: str) -> None:
     if not addresses.is_address(model.address):
         addresses.refuse_code(model.address)
         raise ValueError(
-            f"shift runs a model, got {model.address!r}. Give its address: "
+            f"shift needs a model, got {model.address!r}. Give the address of its function: "
             f"model.py:make_model --weights {model.address}"
         )
     addresses.refuse_state(model.address, model.weights, model.state)
@@ -153,25 +156,25 @@ def _check(asked: ShiftOptions, chosen: str, data: str) -> None:
     _check_files(asked.reference, asked.calibrate, asked.write_reference)
 
 
-def _check_files(reference: str | None, calibrate: str | None, made: str | None) -> None:
+def _check_files(reference: str | None, calibrate: str | None, output: str | None) -> None:
     if reference and not Path(reference).is_file():
         raise FileNotFoundError(
             f"no reference {reference}. Make one: --calibrate clean.py:loader --write-reference model{_REFERENCE}"
         )
-    if made and not calibrate:
-        raise ValueError("--write-reference needs clean data to measure. Give them: --calibrate clean.py:loader")
-    if made and not made.endswith(_REFERENCE):
-        raise ValueError(f"--write-reference needs a file that ends in {_REFERENCE}, got {made!r}. Name it so.")
-    if made:
-        _check_place(Path(made))
+    if output and not calibrate:
+        raise ValueError("--write-reference needs clean data. Give their address: --calibrate clean.py:loader")
+    if output and not output.endswith(_REFERENCE):
+        raise ValueError(f"--write-reference needs a file that ends in {_REFERENCE}, got {output!r}. Change the name.")
+    if output:
+        _check_place(Path(output))
 
 
 def _check_place(path: Path) -> None:
-    if not path.is_dir():  # write() has the words for a folder
+    if not path.is_dir():  # write() has the message for a folder
         check_writable(path)
 
 
-# -- what came out ------------------------------------------------------------------------------------------------
+# -- results ------------------------------------------------------------------------------------------------------
 
 
 def _judged(asked: ShiftOptions) -> tuple[Report, bool]:
@@ -202,12 +205,12 @@ def _assumed(asked: ShiftOptions) -> tuple[Report, bool]:
 
 
 def _loaded(asked: ShiftOptions) -> tuple[ShiftOptions, nn.Module]:
-    """The model, and what was asked of the state that it has; of several states, the one is said."""
+    """The options with the loaded state, and the model. If there are several states, the loaded one is printed."""
     model = asked.model
     network = model.made()
-    name, told = addresses.choice(network, model.weights, model.state) if model.weights else ("", "")
-    if told:
-        click.echo(told, err=True)
+    name, sentence = addresses.choice(network, model.weights, model.state) if model.weights else ("", "")
+    if sentence:
+        click.echo(sentence, err=True)
     return replace(asked, model=replace(model, state=name)), network
 
 
@@ -229,12 +232,12 @@ def _read(path: str) -> Reference:
     try:
         return Reference.load(path)
     except OSError as error:
-        raise ValueError(f"{path} is no reference: {error!r}. Make one with --calibrate.") from error
+        raise ValueError(f"{path} is no reference: {error!r}. Make a reference with --calibrate.") from error
 
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """A block in which the alarm is not logged: it is what the verdict says."""
+    """A block in which the alarm is not logged, because the verdict reports it."""
     logger = logging.getLogger("batchnorm.shift")
     before, logger.disabled = logger.disabled, True
     try:

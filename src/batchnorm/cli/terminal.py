@@ -1,4 +1,4 @@
-"""What a command says while it works, and a progress bar."""
+"""The messages of a running command, and a progress bar."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @final
 class Talk:
-    """Sentences on a stream. It falls silent on a full disk or a closed pipe, which must not cost the experiments."""
+    """Prints sentences to a stream. After an error such as a full disk it prints nothing, and the experiments go on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream: TextIO | None = stream
 
     def say(self, text: str = "", indent: int = 0, *, wraps: bool = True) -> None:
-        """Print a paragraph; one that does not wrap is a line, however long."""
+        """Print a paragraph; without ``wraps`` as one line of any length."""
         if self._stream is None:
             return
         try:
@@ -31,7 +31,7 @@ class Talk:
 
 
 def progress_bar(*, quiet: bool) -> Progress:
-    """A bar on standard error, on a terminal only."""
+    """A progress bar on standard error; disabled if that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""``batchnorm watch``: the live page over a log that ``batchnorm.watch`` writes."""
+"""``batchnorm watch``: a live page of a log that ``batchnorm.watch`` writes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}")
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on 127.0.0.1.  [default: 8421 or next]")
-@click.option("--no-open", is_flag=True, help="Only print the address; open no browser.")
-@click.option("--token", envvar="BATCHNORM_TOKEN", help="The address's secret, for restarts.  [default: a new one]")
+@click.option("--no-open", is_flag=True, help="Print the address, but open no browser.")
+@click.option("--token", envvar="BATCHNORM_TOKEN", help="Secret in the address, for restarts.  [default: a new one]")
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the page to a file instead."
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the page to a file; serve nothing."
 )
 def watch(folder: Path, port: int, no_open: bool, token: str | None, output: Path | None) -> None:
-    """Show a training while it runs, from the log that it writes.
+    """Show a running training as a live page, from its log.
 
-    FOLDER is what watch(model, log=FOLDER) writes to; a copy, or the log of a finished training, does as well. The page
-    is served to this machine alone, under an address with a secret in it. Ctrl-C ends it.
+    FOLDER is the folder to which watch(model, log=FOLDER) writes, or a copy of it. The training may also have ended.
+    The page is served to this machine only, at an address that contains a secret. Ctrl-C ends the command.
     """
     require("starlette", "uvicorn", "jinja2", what="watch", extra="live")
     from batchnorm.live import Feed
@@ -47,7 +47,9 @@ def watch(folder: Path, port: int, no_open: bool, token: str | None, output: Pat
 
 def _checked(token: str) -> str:
     if not _TOKEN.fullmatch(token):
-        raise ValueError("--token needs 16 to 200 letters, digits, - and _, got something else. Leave it out for one.")
+        raise ValueError(
+            "--token needs 16 to 200 letters, digits, - and _, got other text. Leave it out for a new one."
+        )
     return token
 
 
@@ -74,11 +76,11 @@ def _serve(feed: Feed, port: int, token: str, *, opens: bool) -> None:
     try:
         serve(feed, listener, token, tell)
     except KeyboardInterrupt:
-        click.echo("", err=True)  # the terminal shows ^C
+        click.echo("", err=True)  # end the line with ^C
 
 
 def _has_screen() -> bool:
-    """Whether a browser would open in a window of its own."""
+    """Whether a browser can open a window, and not only text in this terminal."""
     if not sys.stdout.isatty():
         return False
     return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""``batchnorm why``: the lecture's claims measured on its own networks, or its questions asked of the user's model."""
+"""``batchnorm why``: measure the lecture's claims on its networks, or answer its questions for the user's model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 FULL_SEEDS = 20
 _LECTURE = ("torch", "numpy", "scipy", "sklearn")
 _MODEL = ("torch", "numpy", "scipy")
-_DRAWS = 5  # random draws of examples where nothing is trained
+_DRAWS = 5  # random draws of examples with --no-train
 
 
 def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:  # noqa: ARG001
-    """Learning rates from text with commas, in rising order."""
+    """Learning rates from a text with commas, in rising order; None without a text."""
     if value is None:
         return None
     try:
@@ -44,7 +44,7 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     except ValueError:
         rates = []
     if len(rates) < 2 or not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise click.BadParameter(f"two positive numbers or more are needed, got {value!r}. As 0.01,0.1,1.")
+        raise click.BadParameter(f"expected two positive numbers or more, got {value!r}. Write for example 0.01,0.1,1.")
     return tuple(rates)
 
 
@@ -63,30 +63,31 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.option("--data", metavar="ADDRESS", help="Batches for MODEL: data.py:loader.")
 @click.option("--test", metavar="ADDRESS", help="Held-out batches.  [default: every fifth of --data]")
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of MODEL's function; repeatable.")
-@click.option("--loss", metavar="ADDRESS", help="loss(output, batch) -> scalar.  [default: by the targets]")
+@click.option("--loss", metavar="ADDRESS", help="loss(output, batch) -> scalar.  [default: chosen by targets]")
 @click.option("--weights", metavar="FILE", help="Checkpoint of MODEL, for questions without training.")
-@click.option("--state", default="", metavar="PATH", help="This state of it.  [default: the first that fits]")
+@click.option("--state", default="", metavar="PATH", help="State of FILE to load.  [default: the first that fits]")
 @click.option("--no-train", is_flag=True, help="Train nothing; measure MODEL as it is.")
 @click.option("--steps", type=click.IntRange(min=10), help="Training steps of each run.  [default: about 2 minutes]")
-@click.option("--rates", callback=_rates, metavar="R,R,...", help="Learning rates of every arm.  [default: five]")
+@click.option("--rates", callback=_rates, metavar="R,R,...", help="Learning rates of every arm.  [default: five rates]")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("why.html"), show_default=True,
-    help="Report: .html, .json, .md or another format by its suffix.",
+    help="File of the report; the suffix (.html, .json, .md, ...) decides the format.",
 )  # fmt: skip
 @options.printed_format
 @click.option("--interactive", is_flag=True, help="Interactive charts in the HTML report (larger, needs JavaScript).")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress bar.")
 def why(
     model: str | None, names: tuple[str, ...], seed: int, seeds: int | None, full: bool, data: str | None,
     test: str | None, given: tuple[str, ...], loss: str | None, weights: str | None, state: str, no_train: bool,
     steps: int | None, rates: tuple[float, ...] | None, output: Path, output_format: str, interactive: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
-    """Measure why batch norm works; write a report.
+    """Measure why batch norm works, and write a report.
 
-    Without MODEL, every claim of the lecture is an experiment on data that comes with the package. With a MODEL of
-    yours (model.py:make_model --data data.py:loader), its questions are asked of it: it is trained with batch norm,
-    without, and normalized once, and measured. Criteria are fixed beforehand. The same seed gives the same numbers.
+    Without MODEL, every claim of the lecture is tested in an experiment on data that come with the package. With a
+    MODEL of yours (model.py:make_model --data data.py:loader), the lecture's questions are answered for it. For that
+    the model is trained in several arms: with batch norm, without it, and with the statistics of the first batch in
+    every step. Criteria are fixed before the runs. The same seed gives the same numbers.
     """
     count = seeds or (FULL_SEEDS if full else None)
     asked = WhyOptions(
@@ -102,7 +103,7 @@ def why(
 
     if output.suffix.lower() == ".html" or output_format == "html":
         report.require_extra()
-    # the stream itself: standard output is kept from the user's code while that runs
+    # the stream itself, because sys.stdout is replaced while the user's code runs
     talk = Talk(sys.stdout if output_format == "full" else sys.stderr)
     if model is None:
         verdicts: Verdicts = _lecture(names, seed, count or 5, talk, quiet=quiet)
@@ -135,7 +136,7 @@ def _lecture(names: tuple[str, ...], seed: int, seeds: int, talk: Talk, *, quiet
 
 
 def _command(names: Iterable[str], settings: RunSettings) -> str:
-    """The shortest command line that repeats the numbers of this run."""
+    """The shortest command that repeats the numbers of this run."""
     claims = "" if tuple(names) == NAMES else "".join(f" --claim {name}" for name in names)
     return f"batchnorm why{claims} --seed {settings.seed} --seeds {settings.seeds}"
 
@@ -175,7 +176,7 @@ def _announce(name: str, talk: Talk) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class WhyOptions:
-    """What the command line says of a model."""
+    """The options about a model on the command line."""
 
     model: ModelAddress
     seed: int
@@ -188,7 +189,7 @@ class WhyOptions:
     rates: tuple[float, ...] | None
 
     def refuse_model_options(self) -> None:
-        """Refuse what is about a model, where none was named."""
+        """Refuse options about a model, if no model is given."""
         given = {
             "--data": self.data, "--test": self.test, "--set": self.model.given, "--loss": self.loss,
             "--weights": self.model.weights, "--state": self.model.state, "--no-train": self.no_train,
@@ -196,10 +197,10 @@ class WhyOptions:
         }  # fmt: skip
         for option, value in given.items():
             if value:
-                raise click.UsageError(f"{option} is about a model, got none. Name one: why model.py:make_model.")
+                raise click.UsageError(f"{option} needs a model, got none. Name a model: why model.py:make_model.")
 
     def check(self, claims: tuple[str, ...], *, full: bool) -> None:
-        """Refuse options that do not go together."""
+        """Refuse options that contradict each other."""
         address = self.model.address
         if claims:
             raise click.UsageError(
@@ -208,17 +209,17 @@ class WhyOptions:
         addresses.refuse_code(address)
         if not addresses.is_address(address):
             raise click.UsageError(
-                f"a model is file.py:function or package.module:function, got {address!r}. Name a function."
+                f"a model is file.py:function or package.module:function, got {address!r}. Add :function to it."
             )
         addresses.refuse_state(address, self.model.weights, self.model.state)
         if not self.data:
-            raise click.UsageError("a model is asked with data. Give its batches: --data data.py:loader.")
+            raise click.UsageError("a model needs data. Give the address of its batches: --data data.py:loader.")
         for name, value in (("--steps", self.steps), ("--rates", self.rates), ("--full", full)):
             if self.no_train and value:
                 raise click.UsageError(f"{name} is about training, and --no-train was given. Leave one of them out.")
 
     def command(self, seeds: int, steps: int | None = None) -> str:
-        """The command line that repeats the numbers, with what was chosen by the time that a step takes."""
+        """The command that repeats the numbers, with the seeds and steps that were chosen by the time of a step."""
         options = {"--data": self.data, "--test": self.test, "--loss": self.loss}
         address, *rest = self.model.words
         words = [address, *(word for name, value in options.items() if value for word in (name, value)), *rest]
@@ -229,23 +230,23 @@ class WhyOptions:
 
 
 def _model(asked: WhyOptions, talk: Talk, *, quiet: bool) -> Answers:
-    """Ask the user's model. Errors of its code are shown with their place; its output goes to standard error."""
+    """The answers for the user's model. Errors in its code are shown with their place; its prints go to stderr."""
     with running(asked.model.address):
         subject = _subject(asked)
-        asked, told = _with_state(asked, subject)
-        if told:
-            talk.say(told)
+        asked, sentence = _with_state(asked, subject)
+        if sentence:
+            talk.say(sentence)
         answers = (_looked if asked.no_train else _trained)(asked, subject, talk, quiet=quiet)
-        return replace(answers, measured={**answers.measured, **({"State": told} if told else {})})
+        return replace(answers, measured={**answers.measured, **({"State": sentence} if sentence else {})})
 
 
 def _with_state(asked: WhyOptions, subject: Subject) -> tuple[WhyOptions, str]:
-    """The options with the state that is loaded, and a sentence that names it if there are several."""
+    """The options with the loaded state; and a sentence that names the state if there are several, else ""."""
     named = asked.model
     if not named.weights:
         return asked, ""
-    name, told = addresses.choice(subject.fresh(asked.seed), named.weights, named.state)
-    return replace(asked, model=replace(named, state=name)), told
+    name, sentence = addresses.choice(subject.fresh(asked.seed), named.weights, named.state)
+    return replace(asked, model=replace(named, state=name)), sentence
 
 
 def _subject(asked: WhyOptions) -> Subject:
@@ -260,7 +261,7 @@ def _subject(asked: WhyOptions) -> Subject:
 
 
 def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
-    """A function that makes the model. The model's file runs once; the function is called here once to see errors."""
+    """A function that makes the model. It is called once here, so that its errors show before the runs."""
     import torch
 
     settings = addresses.parsed(asked.model.given)
@@ -270,8 +271,8 @@ def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
         return lambda: factory(**settings)
     if not asked.no_train:
         raise ValueError(
-            f"{asked.model.address} is a model already, and every arm needs fresh weights. Name the function or class "
-            "that makes it, or give --no-train."
+            f"{asked.model.address} is a model already, but every arm needs new weights. Name the function or class "
+            "that makes the model, or give --no-train."
         )
     return lambda: made
 
@@ -314,14 +315,14 @@ def _looked(asked: WhyOptions, subject: Subject, talk: Talk, *, quiet: bool) -> 
 
 
 def _checkpoint(asked: WhyOptions, subject: Subject) -> nn.Module:
-    """The model as it is, with --weights if given."""
+    """The model with --weights; without them, as its function makes it."""
     from batchnorm.population import preserve_state
 
     model = subject.fresh(asked.seed)
     if asked.model.weights:
         addresses.load_weights(model, asked.model.weights, asked.model.state)
     with preserve_state(model):
-        subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # tells at once what does not fit
+        subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # an error shows at once
     return model
 
 
