@@ -160,6 +160,6 @@ def _reference(reference: str | None) -> nn.Module | str | None:
 
 
 def _without(diagnosis: Diagnosis, known: set[tuple[str, str]]) -> Diagnosis:
-    kept = tuple(finding for finding in diagnosis.findings if (finding.code, finding.layer) not in known)
-    silenced = diagnosis.silenced + len(diagnosis.findings) - len(kept)
-    return replace(diagnosis, findings=kept, silenced=silenced)
+    new = tuple(finding for finding in diagnosis.findings if (finding.code, finding.layer) not in known)
+    silenced = diagnosis.silenced + len(diagnosis.findings) - len(new)
+    return replace(diagnosis, findings=new, silenced=silenced)

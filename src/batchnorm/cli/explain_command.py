@@ -39,16 +39,16 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
 
     RULE is a code (BN101), the beginning of codes (BN1) or a name (never-updated-statistics).
     """
-    wanted = _wanted(rule)
-    if not wanted and not every:
+    prefixes = _wanted(rule)
+    if not prefixes and not every:
         raise ValueError(
             "explain needs a rule, got none. Give one, such as batchnorm explain BN101; batchnorm rules lists all."
         )
-    chosen = [r for code, r in RULES.items() if every or code.startswith(wanted)]
-    pages = "\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in chosen)
-    text = markdown(chosen) if every else "\n\n".join(map(_section, chosen))
-    facts = [Facts(f"{r.code} {r.slug}", [("finds", r.title)], r.severity, pages=r.sections) for r in chosen]
-    report = _report("explain", chosen, facts, full=lambda _: pages, md=lambda: text)
+    selected = [r for code, r in RULES.items() if every or code.startswith(prefixes)]
+    pages = "\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in selected)
+    text = markdown(selected) if every else "\n\n".join(map(_section, selected))
+    facts = [Facts(f"{r.code} {r.slug}", [("finds", r.title)], r.severity, pages=r.sections) for r in selected]
+    report = _report("explain", selected, facts, full=lambda _: pages, md=lambda: text)
     click.echo(formats.rendered(report, output_format))
 
 

@@ -104,13 +104,13 @@ class FixOptions:
 
 
 def _check_options(asked: FixOptions) -> None:
-    named = asked.model
-    for name, values in (("--weights", [named.weights]), ("--data", [asked.data]), ("--set", named.given)):
+    model = asked.model
+    for name, values in (("--weights", [model.weights]), ("--data", [asked.data]), ("--set", model.given)):
         if any(values):
-            rest = "" if name == "--weights" else f" {name} {' '.join(map(str, values))}"
+            option = "" if name == "--weights" else f" {name} {' '.join(map(str, values))}"
             raise ValueError(
-                f"{name} needs a model, got the file {named.address!r}. Give the model that the file belongs to: "
-                f"batchnorm fix model.py:make_model --weights {named.address}{rest}"
+                f"{name} needs a model, got the file {model.address!r}. Give the model that the file belongs to: "
+                f"batchnorm fix model.py:make_model --weights {model.address}{option}"
             )
 
 
@@ -163,11 +163,11 @@ def _file(asked: FixOptions) -> Mended:
 def _states(plan: MendingPlan, state: str) -> tuple[str, ...]:
     """Sentences that name the mended states, if there are several; or that there are no batch norm layers."""
     state = with_state(plan.file, state)[1] if state else ""
-    rest = [name for name in plan.file.states if state and name != state]
+    others = [name for name in plan.file.states if state and name != state]
     if len(plan.file.states) < 2:
         return () if plan.file.states or plan.file.layers else ("no batch norm layers",)
     treated = f"treated: {state or ', '.join(plan.file.states)}"
-    return (treated, *([f"not treated, since --state asks for another state: {', '.join(rest)}"] if rest else []))
+    return (treated, *([f"not treated, since --state asks for another state: {', '.join(others)}"] if others else []))
 
 
 def _prefixes(plan: MendingPlan) -> tuple[str, ...]:
@@ -189,12 +189,12 @@ def _one_model(asked: FixOptions, model: nn.Module) -> Mended:
     from batchnorm.doctor.mending.treatment import differences, treat
 
     target, data = asked.model.address, batches(asked.data)
-    found = examine(model, data, selection=asked.selection, name=target)
-    treated = treat(model, found, data, unsafe=asked.unsafe)
+    diagnosis = examine(model, data, selection=asked.selection, name=target)
+    treated = treat(model, diagnosis, data, unsafe=asked.unsafe)
     after = examine(treated, data, selection=asked.selection, name=target)
     outcome = MendingOutcome(
-        target, differences(model, treated, found.findings, measured=data is not None), left=_left(after.findings),
-        in_code=_in_code(found.findings), with_data=bool(asked.data), unsafe=asked.unsafe,
+        target, differences(model, treated, diagnosis.findings, measured=data is not None), left=_left(after.findings),
+        in_code=_in_code(diagnosis.findings), with_data=bool(asked.data), unsafe=asked.unsafe,
     )  # fmt: skip
     return outcome, lambda place: _write_state(treated, place)
 
@@ -205,24 +205,24 @@ def _each_state(asked: FixOptions, model: nn.Module, weights: str) -> Mended:
     from batchnorm.doctor.mending.outcome import MendingOutcome
 
     state, selection = asked.model.state, asked.selection
-    chosen = states_in_turn.loading(model, weights, state)
+    states = states_in_turn.loading(model, weights, state)
     foreign = examine(weights, selection=selection).findings
-    done = list(
+    results = list(
         states_in_turn.treated(
-            model, chosen, batches(asked.data), foreign, unsafe=asked.unsafe, selection=selection,
+            model, states, batches(asked.data), foreign, unsafe=asked.unsafe, selection=selection,
             name=asked.model.address,
         )
     )  # fmt: skip
-    live = {layer: change for each in done for layer, change in each.changes.items()}
-    eps = {layer: value for each in done for layer, value in each.eps.items()}
+    live = {layer: change for result in results for layer, change in result.changes.items()}
+    eps = {layer: value for result in results for layer, value in result.eps.items()}
     plan = mended_checkpoint.plan(weights, unsafe=asked.unsafe, selection=selection, live=live, eps=eps, state=state)
-    loaded = {layer for name in chosen.loaded if name for layer in chosen.file.states[name].layers.values()}
+    loaded = {layer for name in states.loaded if name for layer in states.file.states[name].layers.values()}
     of_file = [f for f in plan.left if f.code in _OF_FILES or (f.layer and f.layer not in loaded)]
-    left = dict.fromkeys(finding for each in done for finding in _left(each.left))
-    in_code = dict.fromkeys(finding for each in done for finding in _in_code(each.found))
+    remaining = dict.fromkeys(finding for result in results for finding in _left(result.left))
+    in_code = dict.fromkeys(finding for result in results for finding in _in_code(result.found))
     outcome = MendingOutcome(
-        weights, plan.changes, _prefixes(plan), (*left, *of_file), tuple(in_code), with_data=bool(asked.data),
-        unsafe=asked.unsafe, notes=chosen.notes, untreated=() if state else tuple(chosen.others),
+        weights, plan.changes, _prefixes(plan), (*remaining, *of_file), tuple(in_code), with_data=bool(asked.data),
+        unsafe=asked.unsafe, notes=states.notes, untreated=() if state else tuple(states.others),
     )  # fmt: skip
     return outcome, lambda place: mended_checkpoint.write(plan, place)
 
@@ -279,8 +279,8 @@ def _tell(outcome: MendingOutcome, place: Path, *, diff: bool, again: str) -> No
         lines = [f"{outcome.target}: fixed", *lines, *words.summary(outcome)]
     if outcome.changes:
         lines.append(words.promise(outcome))
-    if left := [*words.remainder(outcome), *words.untreated(outcome)]:
-        lines += ["not fixed:", *left]
+    if remaining := [*words.remainder(outcome), *words.untreated(outcome)]:
+        lines += ["not fixed:", *remaining]
     if not outcome.is_empty:
         lines += [f"would write {place} (--diff: nothing written)"] if diff else [f"wrote {place}", f"next: {again}"]
     show(words.wrapped(lines, columns()))

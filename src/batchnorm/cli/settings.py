@@ -46,18 +46,18 @@ def settings(folder: Path | None = None) -> ProjectSettings:
     Raises:
         ValueError: If the file cannot be read, or has an unknown key, or a wrong value.
     """
-    found = _from_file(folder or _here())
-    found = replace(
-        found,
-        fail_on=os.environ.get("BATCHNORM_FAIL_ON") or found.fail_on,
-        output_format=os.environ.get("BATCHNORM_OUTPUT_FORMAT") or found.output_format,
+    project = _from_file(folder or _here())
+    project = replace(
+        project,
+        fail_on=os.environ.get("BATCHNORM_FAIL_ON") or project.fail_on,
+        output_format=os.environ.get("BATCHNORM_OUTPUT_FORMAT") or project.output_format,
     )
-    if found.fail_on not in FAIL_ON:
+    if project.fail_on not in FAIL_ON:
         raise ValueError(
-            f"fail-on must be {', '.join(FAIL_ON)}, got {found.fail_on!r}. "
-            f"{nearest(found.fail_on, FAIL_ON, 'Set it in pyproject.toml or BATCHNORM_FAIL_ON.')}"
+            f"fail-on must be {', '.join(FAIL_ON)}, got {project.fail_on!r}. "
+            f"{nearest(project.fail_on, FAIL_ON, 'Set it in pyproject.toml or BATCHNORM_FAIL_ON.')}"
         )
-    return found
+    return project
 
 
 def _here() -> Path:
@@ -160,8 +160,8 @@ def read_baseline(path: str) -> set[tuple[str, str]]:
         ValueError: If the file is not a baseline.
     """
     try:
-        known = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {(entry["code"], entry["layer"]) for entry in known["findings"]}
+        baseline = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {(entry["code"], entry["layer"]) for entry in baseline["findings"]}
     except FileNotFoundError:
         raise FileNotFoundError(f"no baseline {path}. Make one with --write-baseline {path}.") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -198,10 +198,10 @@ def _assumed(asked: ShiftOptions) -> tuple[Report, bool]:
 
     with running(asked.model.address), _unlogged():
         monitor = _monitor(_loaded(asked)[1], asked)
-        found = check(
+        result = check(
             monitor, addresses.data(asked.data), max_examples=asked.most, target=asked.model.address, data=asked.data
         )
-    return report(found, source=asked.model.source), found.hold
+    return report(result, source=asked.model.source), result.hold
 
 
 def _loaded(asked: ShiftOptions) -> tuple[ShiftOptions, nn.Module]:
@@ -217,12 +217,12 @@ def _loaded(asked: ShiftOptions) -> tuple[ShiftOptions, nn.Module]:
 def _monitor(network: nn.Module, asked: ShiftOptions) -> ShiftMonitor:
     from batchnorm.shift import ShiftMonitor
 
-    known = _read(asked.reference) if asked.reference else None
-    monitor = ShiftMonitor(network, asked.alpha, asked.unit, reference=known, examples=None)
+    stored = _read(asked.reference) if asked.reference else None
+    monitor = ShiftMonitor(network, asked.alpha, asked.unit, reference=stored, examples=None)
     if asked.calibrate:
-        made = monitor.calibrate(addresses.data(asked.calibrate), asked.most)
+        calibrated = monitor.calibrate(addresses.data(asked.calibrate), asked.most)
         if asked.write_reference:
-            made.save(asked.write_reference)
+            calibrated.save(asked.write_reference)
     return monitor
 
 

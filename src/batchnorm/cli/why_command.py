@@ -242,11 +242,11 @@ def _model(asked: WhyOptions, talk: Talk, *, quiet: bool) -> Answers:
 
 def _with_state(asked: WhyOptions, subject: Subject) -> tuple[WhyOptions, str]:
     """The options with the loaded state; and a sentence that names the state if there are several, else ""."""
-    named = asked.model
-    if not named.weights:
+    model = asked.model
+    if not model.weights:
         return asked, ""
-    name, sentence = addresses.choice(subject.fresh(asked.seed), named.weights, named.state)
-    return replace(asked, model=replace(named, state=name)), sentence
+    name, sentence = addresses.choice(subject.fresh(asked.seed), model.weights, model.state)
+    return replace(asked, model=replace(model, state=name)), sentence
 
 
 def _subject(asked: WhyOptions) -> Subject:
@@ -265,7 +265,7 @@ def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
     import torch
 
     settings = addresses.parsed(asked.model.given)
-    made = addresses.model(asked.model.address, settings)
+    model = addresses.model(asked.model.address, settings)
     factory = addresses.load(asked.model.address)
     if not isinstance(factory, torch.nn.Module):
         return lambda: factory(**settings)
@@ -274,7 +274,7 @@ def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
             f"{asked.model.address} is a model already, but every arm needs new weights. Name the function or class "
             "that makes the model, or give --no-train."
         )
-    return lambda: made
+    return lambda: model
 
 
 def _trained(asked: WhyOptions, subject: Subject, talk: Talk, *, quiet: bool) -> Answers:
@@ -283,19 +283,19 @@ def _trained(asked: WhyOptions, subject: Subject, talk: Talk, *, quiet: bool) ->
     from batchnorm.ablation.effort import plan
 
     checkpoint = _checkpoint(asked, subject) if asked.model.weights else None
-    chosen = plan(subject, seed=asked.seed, seeds=asked.seeds, steps=asked.steps, rates=asked.rates or RATES)
-    command = asked.command(chosen.seeds, chosen.steps)
+    schedule = plan(subject, seed=asked.seed, seeds=asked.seeds, steps=asked.steps, rates=asked.rates or RATES)
+    command = asked.command(schedule.seeds, schedule.steps)
     train, held = subject.data.counts
     talk.say(
-        f"{train:,} examples to train with, {held:,} held out; {len(chosen.arms)} arms, {chosen.seeds} seeds, "
-        f"{len(chosen.rates)} learning rates, {chosen.steps} steps of {subject.data.size}: about "
-        f"{_duration(chosen.estimate)} ({1000 * chosen.seconds:.0f} ms a step)"
+        f"{train:,} examples to train with, {held:,} held out; {len(schedule.arms)} arms, {schedule.seeds} seeds, "
+        f"{len(schedule.rates)} learning rates, {schedule.steps} steps of {subject.data.size}: about "
+        f"{_duration(schedule.estimate)} ({1000 * schedule.seconds:.0f} ms a step)"
     )
     _announce_questions(talk)
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=1.0)
         return train_and_ask(
-            subject, chosen, command, checkpoint=checkpoint,
+            subject, schedule, command, checkpoint=checkpoint,
             advance=lambda share: bar.update(task, completed=share), say=lambda outcome: _say(outcome, talk),
         )  # fmt: skip
 

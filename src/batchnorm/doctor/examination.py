@@ -178,9 +178,9 @@ def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evi
 
 def repeats(file: Checkpoint) -> dict[str, str]:
     """Each state that repeats the layers of an earlier state bit for bit, with the name of that state."""
-    every, repeated, distinct = file.every, {}, []
+    stored_by_path, repeated, distinct = file.every, {}, []
     for name, state in file.states.items():
-        layers = {layer: every[path] for layer, path in state.layers.items()}
+        layers = {layer: stored_by_path[path] for layer, path in state.layers.items()}
         # the versions of layers without a counter: loading a missing counter depends on the version
         refused = {
             file.versions.get(stored.name, 0) for stored in layers.values() if stored.num_batches_tracked is None
@@ -204,27 +204,27 @@ def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknow
     """A test whether a finding or an unknown is about one state of the file."""
     if file is None or not state:
         return lambda _: True
-    kept = set(file.states[state].layers.values())
-    is_own = bool(kept & file.layers.keys())
+    layers = set(file.states[state].layers.values())
+    is_own = bool(layers & file.layers.keys())
 
     def is_meant(each: Finding | Unknown) -> bool:
         if each.layer in {"", state}:
             return is_own or each.layer == state
-        return any(is_below(each.layer, layer) for layer in kept)
+        return any(is_below(each.layer, layer) for layer in layers)
 
     return is_meant
 
 
 def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
     """The diagnosis with the layers of one state only, and a note that names the other states."""
-    kept = set(file.states[name].layers.values())
-    rest = [other for other in file.states if other != name]
+    layers = set(file.states[name].layers.values())
+    others = [other for other in file.states if other != name]
     return replace(
         diagnosis,
-        layers=tuple(row for row in diagnosis.layers if row.name in kept),
+        layers=tuple(row for row in diagnosis.layers if row.name in layers),
         states=(name,),
         notes=(
-            *([f"state: {name}; not examined: {', '.join(rest)}"] if rest else ()),
+            *([f"state: {name}; not examined: {', '.join(others)}"] if others else ()),
             *(note for note in diagnosis.notes if note not in _states(file)),
         ),
     )
@@ -279,10 +279,10 @@ def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Ru
     """Findings and unknowns of each rule in one part. ``copy`` becomes the layer of those about the whole part."""
     for rule in rules:
         if not rule.missing(part):
-            found, unknown = rule.look(part)
+            findings, unknown = rule.look(part)
             yield (
                 rule,
-                [replace(each, layer=each.layer or copy) for each in found],
+                [replace(each, layer=each.layer or copy) for each in findings],
                 [replace(each, layer=each.layer or copy) for each in unknown],
             )
 

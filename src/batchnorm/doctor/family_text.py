@@ -60,9 +60,9 @@ def summary(diagnosis: DiagnosisValue) -> str:
     """The numbers of findings, of checks that ran, and of checks that did not; or that there are no layers."""
     silenced = f"{diagnosis.silenced} silenced" if diagnosis.silenced else ""
     nothing = not diagnosis.layers and not diagnosis.findings
-    found = "no batch norm layers" if nothing else counted(diagnosis.findings)
+    counts = "no batch norm layers" if nothing else counted(diagnosis.findings)
     checks = f"{len(diagnosis.checked)} checks run, {len(diagnosis.not_checked)} not run"
-    return " · ".join(filter(None, (found, silenced, checks, f"{diagnosis.seconds:.1f} s")))
+    return " · ".join(filter(None, (counts, silenced, checks, f"{diagnosis.seconds:.1f} s")))
 
 
 @final
@@ -99,10 +99,10 @@ def families(diagnosis: DiagnosisValue) -> list[Family]:
 
 
 def _family(diagnosis: DiagnosisValue, start: str) -> Family:
-    found = [finding for finding in diagnosis.findings if finding.code.startswith(start)]
+    findings = [finding for finding in diagnosis.findings if finding.code.startswith(start)]
     return Family(
         name=FAMILIES.get(start, start).capitalize(),
-        findings=tuple(sorted(found, key=lambda finding: -finding.severity)),
+        findings=tuple(sorted(findings, key=lambda finding: -finding.severity)),
         ran=sum(code.startswith(start) for code in diagnosis.checked),
         missing={code: reason for code, reason in diagnosis.not_checked.items() if code.startswith(start)},
     )
@@ -156,14 +156,14 @@ def _block(group: list[Finding], width: int) -> Iterator[str]:
 
 def _hint(diagnosis: DiagnosisValue, width: int) -> list[str]:
     """Reasons why checks did not run, without the reasons that a family's line already gives."""
-    shown = families(diagnosis) if diagnosis.findings else []
-    given = {reason for family in shown if family.status == _UNCHECKED for reason in family.missing.values()}
-    rest = [reason for reason in codes_by_reason(diagnosis.not_checked) if reason not in given]
-    if not rest:
+    sections = families(diagnosis) if diagnosis.findings else []
+    given = {reason for family in sections if family.status == _UNCHECKED for reason in family.missing.values()}
+    reasons = [reason for reason in codes_by_reason(diagnosis.not_checked) if reason not in given]
+    if not reasons:
         return ["-v lists the checks that did not run"]
-    lines = wrapped(_why(rest[:2]), width)
+    lines = wrapped(_why(reasons[:2]), width)
     # one line if there are no findings: the text of a healthy target has three lines
-    return lines if diagnosis.findings or len(lines) == 1 else wrapped(_why(rest[:1]), width)
+    return lines if diagnosis.findings or len(lines) == 1 else wrapped(_why(reasons[:1]), width)
 
 
 def _why(some: list[str]) -> str:

@@ -74,8 +74,8 @@ class Loading:
 
     def in_file(self, state: str, layer: str) -> str:
         """A layer's name in the file."""
-        known = self.file.states[state].layers if state else {}
-        return known.get(layer, layer if len(self.file.states) < 2 else below(state, layer))
+        paths = self.file.states[state].layers if state else {}
+        return paths.get(layer, layer if len(self.file.states) < 2 else below(state, layer))
 
 
 def loading(network: nn.Module, path: str, state: str = "") -> Loading:
@@ -122,22 +122,22 @@ def examined(
     plan = loading(network, path, state)
     diagnoses = {name: _with(network, path, name, look) for name in plan.loaded}
     first, *others = diagnoses.items()
-    found, rows = list(first[1].findings), list(first[1].layers)
-    reported = {(f.code, f.layer, f.measured) for f in found}
+    findings, rows = list(first[1].findings), list(first[1].layers)
+    reported = {(f.code, f.layer, f.measured) for f in findings}
     for name, diagnosis in others:
         new = (f for f in diagnosis.findings if (f.code, f.layer, f.measured) not in reported)
-        found += [replace(finding, layer=plan.named(name, finding.layer)) for finding in new]
+        findings += [replace(finding, layer=plan.named(name, finding.layer)) for finding in new]
         rows += [replace(row, name=plan.named(name, row.name)) for row in diagnosis.layers]
-    alone, more = _of_file(plan, selection, diagnoses) if len(plan.file.states) > 1 else ([], [])
-    every = [diagnosis for _, diagnosis in diagnoses.items()]
+    in_file, more = _of_file(plan, selection, diagnoses) if len(plan.file.states) > 1 else ([], [])
+    results = [diagnosis for _, diagnosis in diagnoses.items()]
     return replace(
         first[1],
-        findings=order([*found, *alone]),
+        findings=order([*findings, *in_file]),
         layers=(*rows, *more),
-        not_checked={code: why for diagnosis in reversed(every) for code, why in diagnosis.not_checked.items()},
-        checked=tuple(code for code in first[1].checked if all(code in each.checked for each in every)),
-        seconds=sum(each.seconds for each in every),
-        silenced=sum(each.silenced for each in every),
+        not_checked={code: why for diagnosis in reversed(results) for code, why in diagnosis.not_checked.items()},
+        checked=tuple(code for code in first[1].checked if all(code in result.checked for result in results)),
+        seconds=sum(result.seconds for result in results),
+        silenced=sum(result.silenced for result in results),
         states=plan.loaded if state else tuple(plan.file.states),
         notes=plan.notes,
     )
@@ -152,15 +152,15 @@ def _of_file(
     plan: Loading, selection: Selection, diagnoses: Mapping[str, Diagnosis]
 ) -> tuple[list[Finding], list[LayerRow]]:
     """Findings and rows of states that do not fit, and findings of foreign statistics that no data contradict."""
-    whole = examine(plan.file.path, selection=selection)
-    rest = {layer for name in plan.unfit for layer in plan.file.states[name].layers.values()}
-    found = [finding for finding in whole.findings if finding.layer in rest]
-    for finding in whole.findings:
+    diagnosis = examine(plan.file.path, selection=selection)
+    unfit = {layer for name in plan.unfit for layer in plan.file.states[name].layers.values()}
+    findings = [finding for finding in diagnosis.findings if finding.layer in unfit]
+    for finding in diagnosis.findings:
         if finding.code == _FOREIGN:
             mine = [name for name in plan.loaded if foreign_layers(plan, name, [finding])]
             if mine and not any(_shows_a_fit(diagnoses[name]) for name in mine):
-                found.append(finding)
-    return found, [row for row in whole.layers if row.name in rest]
+                findings.append(finding)
+    return findings, [row for row in diagnosis.layers if row.name in unfit]
 
 
 def _shows_a_fit(diagnosis: Diagnosis) -> bool:
@@ -201,12 +201,12 @@ def treated(
         diagnosis = examine(network, data, selection=selection, name=name)
         copied = foreign_layers(plan, state, foreign) if data is not None else []
         diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *copied))
-        done = treat(network, diagnosis, data, unsafe=unsafe)
-        changes = differences(network, done, diagnosis.findings, measured=data is not None)
+        mended = treat(network, diagnosis, data, unsafe=unsafe)
+        changes = differences(network, mended, diagnosis.findings, measured=data is not None)
         yield Treated(
             state=state,
             found=tuple(_in_file(plan, state, diagnosis.findings)),
-            left=tuple(_in_file(plan, state, examine(done, data, selection=selection, name=name).findings)),
+            left=tuple(_in_file(plan, state, examine(mended, data, selection=selection, name=name).findings)),
             changes={
                 plan.in_file(state, name): changes[layer] for name, layer in _names(network, plan, state, changes)
             },
@@ -217,14 +217,14 @@ def treated(
 def _names(network: nn.Module, plan: Loading, state: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Every name of some layers in the file, with the name in ``layers``. A shared layer has several names."""
     modules = {network.get_submodule(layer): layer for layer in layers}
-    known = plan.file.states[state].layers if state else {}
+    paths = plan.file.states[state].layers if state else {}
     for name, module in network.named_modules(remove_duplicate=False):
-        if module in modules and (name in known or name == modules[module]):
+        if module in modules and (name in paths or name == modules[module]):
             yield name, modules[module]
 
 
 def _in_file(plan: Loading, state: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     """Findings by names in the file. If it has several states, a finding about a whole state gets the state's name."""
-    whole = state if len(plan.file.states) > 1 else ""
+    state_name = state if len(plan.file.states) > 1 else ""
     for finding in findings:
-        yield replace(finding, layer=plan.in_file(state, finding.layer) if finding.layer else whole)
+        yield replace(finding, layer=plan.in_file(state, finding.layer) if finding.layer else state_name)

@@ -49,12 +49,12 @@ def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
 
     Why:
         requires_grad_(False) stops the optimizer, not the running averages: they are buffers and change in every
-        forward pass in train mode. A backbone that was meant to be frozen drifts to the new data, and its eval
-        outputs change although no weight did.
+        forward pass in train mode. A backbone that was meant to be frozen drifts to the new data, and its eval outputs
+        change although no weight did.
 
     How:
-        The model and the layer are in train mode, gamma and beta exist and neither requires a gradient, and the
-        layer tracks statistics with a momentum other than 0.
+        The model and the layer are in train mode, gamma and beta exist and neither requires a gradient, and the layer
+        tracks statistics with a momentum other than 0.
 
     Example:
         model.backbone.requires_grad_(False); model.train()
@@ -201,8 +201,8 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
         0.99 from TensorFlow, torch stores little more than the statistics of the last batch.
 
     How:
-        momentum >= 0.5. The variance of the stored mean is then at least a third of the variance of one batch's mean:
-        a / (2 - a) for momentum a.
+        momentum >= 0.5. The variance of the stored mean is then at least a third of the variance of one batch's mean: a
+        / (2 - a) for momentum a.
 
     Example:
         nn.BatchNorm2d(64, momentum=0.99), for TensorFlow's 0.99, which is torch's 0.01

@@ -81,8 +81,8 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
             continue
         dead = dead_before(evidence, name)
         steep = [i for i in _constant(evidence, stored) if _gain(evidence, stored, i) > STEEP and i not in dead]
-        known, norms = evidence.filters(name)
-        if steep and not known:
+        is_known, norms = evidence.filters(name)
+        if steep and not is_known:
             yield Unknown(name, "a variance is nearly 0, and it is not known what is before the layer")
         elif channels := tuple(i for i in steep if norms is None or _magnifies(evidence, stored, norms, i)):
             steepest = max(_gain(evidence, stored, i) for i in channels)
@@ -115,8 +115,8 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         the output, and the activation is hardly ever active. The layer itself, the traced code or the ONNX graph must
         show that. With data of at least 32 examples and 300 values, no value is in the range in which the activation
         varies (above 0 for ReLU, 0 to 6 for ReLU6, above -3 for hardswish). Without such data, gamma z + beta with a
-        standard normal z is in that range with a probability below 0.01. If something is added to the output before
-        the activation, only (1) is used. Not checked if no code shows what follows the layer.
+        standard normal z is in that range with a probability below 0.01. If something is added to the output before the
+        activation, only (1) is used. Not checked if no code shows what follows the layer.
 
     Example:
         12 of 512 channels after training with strong weight decay
@@ -132,9 +132,9 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if not _may_be_dead(stored):
             continue
         still = still_channels(evidence, stored)
-        rare, how = _rarely_active(evidence, stored)
-        if channels := tuple(sorted(still | rare)):
-            what = [f"{len(still)} hardly vary" if still else "", f"{len(rare)} are {how}" if rare else ""]
+        inactive, how = _rarely_active(evidence, stored)
+        if channels := tuple(sorted(still | inactive)):
+            what = [f"{len(still)} hardly vary" if still else "", f"{len(inactive)} are {how}" if inactive else ""]
             yield Finding(name, f"{some_of(channels, stored)}: {', '.join(filter(None, what))}", channels=channels)
         elif not evidence.activation(name) and _is_open(evidence, stored):
             yield Unknown(
@@ -205,13 +205,13 @@ def _rarely_active(evidence: Evidence, stored: Stored) -> tuple[set[int], str]:
     if act not in ACTIVE:
         return set(), ""
     low, high = ACTIVE[act]
-    found = (evidence.measured or {}).get(stored.name)
-    if found is not None and _tells_activity(found):
-        pairs = enumerate(zip(found.lowest or (), found.highest or (), strict=True))
-        never = {i for i, (least, most) in pairs if most <= low or least >= high}
-        return never, f"never active behind {act} in {found.examples} examples"
-    rare = {i for i in range(stored.channels) if _activity(evidence, stored, i, low, high) < RARELY}
-    return rare, f"hardly ever active behind {act}, if values are normally distributed"
+    measured = (evidence.measured or {}).get(stored.name)
+    if measured is not None and _tells_activity(measured):
+        pairs = enumerate(zip(measured.lowest or (), measured.highest or (), strict=True))
+        never = {i for i, (lowest, highest) in pairs if highest <= low or lowest >= high}
+        return never, f"never active behind {act} in {measured.examples} examples"
+    inactive = {i for i in range(stored.channels) if _activity(evidence, stored, i, low, high) < RARELY}
+    return inactive, f"hardly ever active behind {act}, if values are normally distributed"
 
 
 def _is_open(evidence: Evidence, stored: Stored) -> bool:

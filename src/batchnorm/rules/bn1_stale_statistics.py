@@ -33,8 +33,8 @@ def never_updated_statistics(evidence: Evidence) -> Iterator[Finding]:
     """Stored statistics are the initial ones, exactly mean 0 and variance 1, in a trained model.
 
     Why:
-        Train mode does not use stored statistics, so the loss falls as usual. Only eval outputs are wrong, and often
-        no better than random.
+        Train mode does not use stored statistics, so the loss falls as usual. Only eval outputs are wrong, and often no
+        better than random.
 
     How:
         In a layer every running_mean is exactly 0 and every running_var exactly 1, and the model is trained: some layer
@@ -86,11 +86,11 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
     How:
         r = (1 - momentum)^num_batches_tracked is above 0.01, and there is a proof. (If a file does not store momentum,
-        0.1 is assumed.) With data of mean m and variance v: the stored statistics are at most half as far from
-        (1 - r) m and r + (1 - r) v as from m and v. Without data: two variances are exactly r, as in channels that
-        never varied; or four layers have their smallest variance just above r. Not reported if a variance is below r,
-        which updates cannot produce, if the counter is 0, or for momentum=None. Not checked if there is nothing but a
-        small counter: recalibrate and update_bn leave one too.
+        0.1 is assumed.) With data of mean m and variance v: the stored statistics are at most half as far from (1 - r)
+        m and r + (1 - r) v as from m and v. Without data: two variances are exactly r, as in channels that never
+        varied; or four layers have their smallest variance just above r. Not reported if a variance is below r, which
+        updates cannot produce, if the counter is 0, or for momentum=None. Not checked if there is nothing but a small
+        counter: recalibrate and update_bn leave one too.
 
     Example:
         A short fine-tuning with momentum=0.01: after 100 batches 37 % of the initial values are left.
@@ -101,8 +101,8 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
     References:
         chemprop#607.
     """
-    known = claims(evidence)
-    for name, (claim, share) in known.items():
+    results = claims(evidence)
+    for name, (claim, share) in results.items():
         stored, module = evidence.stored[name], (evidence.modules or {}).get(name)
         if claim is StartResidue.SHOWN and not (module and module.frozen):
             is_known = evidence.momentum(name) is not None or evidence.modules is not None
@@ -113,8 +113,8 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
                 limit=f"{RESIDUE:.0%}",
                 remedy=measure_again(evidence),
             )
-    if some := [name for name, (claim, _) in known.items() if claim is StartResidue.OPEN]:
-        counts = sorted({str(evidence.stored[name].num_batches_tracked) for name in some}, key=int)
+    if layers := [name for name, (claim, _) in results.items() if claim is StartResidue.OPEN]:
+        counts = sorted({str(evidence.stored[name].num_batches_tracked) for name in layers}, key=int)
         what = f"num_batches_tracked {listed(counts)} means few updates, or statistics that were measured in one pass"
         yield Unknown("", f"{what}; data would show which")
 
@@ -124,17 +124,17 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
 
     Why:
         Averaged weights (EMA, SWA, schedule-free) give other activations than any of the weights that were averaged.
-        Statistics that were collected with the latter do not fit.
+        Statistics that were collected before the averaging do not fit.
 
     How:
         In a file: two parts have the same layers and, bit for bit, the same statistics, but a weight before some layer
         differs. So the statistics of one part were copied to the other. An error if a name says that a part is an
         average (ema, swa, averaged), a warning for other names (q_net and q_net_target). Not reported if only weights
         behind the last layer differ, such as two heads; if the statistics are initial; if some layers have statistics
-        of their own; for frozen layers without a counter; or if the weights differ only in their type.
-        In a model: it is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so that
-        its eval weights are averages. Without data these cases look the same after a new measurement of the statistics.
-        Not reported if data show that the statistics fit.
+        of their own; for frozen layers without a counter; or if the weights differ only in their type. In a model: it
+        is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so that its eval
+        weights are averages. Without data these cases look the same after a new measurement of the statistics. Not
+        reported if data show that the statistics fit.
 
     Example:
         AveragedModel(model), saved without update_bn
@@ -266,8 +266,8 @@ def _is_average(file: Checkpoint, part: str) -> bool:
 
 def _fit(evidence: Evidence) -> bool:
     """Whether data show that the statistics fit the weights, as after update_bn."""
-    known = all(measured.t_mean is not None for measured in (evidence.measured or {}).values())
-    return known and not any(isinstance(found, Finding) for found in stale_statistics(evidence))
+    is_complete = all(measured.t_mean is not None for measured in (evidence.measured or {}).values())
+    return is_complete and not any(isinstance(result, Finding) for result in stale_statistics(evidence))
 
 
 def _is_untrained(evidence: Evidence) -> bool:

@@ -41,8 +41,8 @@ def non_finite_statistics(evidence: Evidence) -> Iterator[Finding]:
         infinity.
 
     Fix:
-        batchnorm fix with --data measures the statistics again. Layers of this package leave batches with NaN out of
-        them.
+        batchnorm fix with --data measures the statistics again. Layers of this package leave batches with NaN or
+        infinity out of the stored statistics.
 
     References:
         pytorch#88474, pytorch#115500.
@@ -80,11 +80,11 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
     """
     for name, stored in evidence.stored.items():
         if channels := _where(stored.running_var, lambda var: -math.inf < var < 0):
-            least = _least(stored, channels)
-            safe = -least <= ROUNDING * evidence.eps(name)
+            lowest = _least(stored, channels)
+            safe = -lowest <= ROUNDING * evidence.eps(name)
             yield Finding(
                 name,
-                f"running_var down to {least:.3g}, {some_of(channels, stored)}",
+                f"running_var down to {lowest:.3g}, {some_of(channels, stored)}",
                 consequence="Rounding below zero." if safe else "The channel's eval output is NaN, or far too large.",
                 remedy=mend(evidence) if safe else measure_again(evidence),
                 channels=channels,
@@ -100,9 +100,9 @@ def denormal_variance(evidence: Evidence) -> Iterator[Finding]:
         on the machine. Compared with eps such a variance is 0 anyway: with 0 in its place no output changes.
 
     How:
-        0 < running_var < the smallest normal number of its type (1.2e-38 for float32), and below eps / 2^24. A
-        float16 variance of 6e-5 is denormal too, but not negligible beside eps, so it is not reported. Channels that
-        BN106 names are not reported either.
+        0 < running_var < the smallest normal number of its type (1.2e-38 for float32), and below eps / 2^24. A float16
+        variance of 6e-5 is denormal too, but not negligible beside eps, so it is not reported. Channels that BN106
+        names are not reported either.
 
     Example:
         A channel behind a dead ReLU: each step multiplies its variance by 0.9, and it never becomes 0.
@@ -138,8 +138,8 @@ def non_finite_affine(evidence: Evidence) -> Iterator[Finding]:
         A training that diverged, saved afterwards
 
     Fix:
-        Go back to an earlier checkpoint. To examine the rest of the model, batchnorm fix
-        --unsafe-fixes sets such gammas to 1 and such betas to 0.
+        Go back to an earlier checkpoint. To examine the rest of the model, batchnorm fix --unsafe-fixes sets such
+        gammas to 1 and such betas to 0.
     """
     for name, stored in evidence.stored.items():
         gammas, betas = _where(stored.weight, _is_broken), _where(stored.bias, _is_broken)
@@ -155,8 +155,8 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
     """Statistics are stored in half precision.
 
     Why:
-        A float16 variance overflows at 65504. A bfloat16 average stops changing: with 8 bits, adding a tenth of a
-        small difference has no effect. In inference, digits are lost that float32 statistics keep at no cost.
+        A float16 variance overflows at 65504. A bfloat16 average stops changing: with 8 bits, adding a tenth of a small
+        difference has no effect. In inference, digits are lost that float32 statistics keep at no cost.
 
     How:
         running_mean or running_var has the type float16 or bfloat16. Not reported for ONNX, which is not trained
@@ -166,8 +166,8 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
         model.half(): running_var = inf. model.bfloat16(): a running mean that stalls at 4.78 where 4.97 is true.
 
     Fix:
-        batchnorm fix stores the same values in float32. Lost digits come back if --data is given.
-        This package's layers keep float32 statistics under half() and bfloat16().
+        batchnorm fix stores the same values in float32. Lost digits come back by a new measurement only:
+        batchnorm.recalibrate(model, loader). This package's layers keep float32 statistics under half() and bfloat16().
     """
     for name, stored in () if _is_onnx(evidence) else evidence.stored.items():
         kinds = {stored.dtypes.get(key) for key in ("running_mean", "running_var")} & HALF

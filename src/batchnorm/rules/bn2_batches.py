@@ -53,8 +53,8 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
         DataLoader(images_sorted_by_class, batch_size=32)  # shuffle=False
 
     Fix:
-        shuffle=True, or a sampler that mixes sources. If these are test data in their own order, examine training
-        data instead.
+        shuffle=True, or a sampler that mixes sources. If these are test data in their own order, examine training data
+        instead.
 
     References:
         Snedecor and Cochran 1989, chapters 12 and 13.
@@ -62,21 +62,21 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
         Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 6.
     """
     measured = evidence.measured or {}
-    found = {
+    clustered = {
         name: (m.effective_examples, m.batch_examples)
         for name, m in measured.items()
         if m.clustering_p is not None and m.clustering_p * len(measured) < CLUSTERING_P
         if m.effective_examples and m.batch_examples and m.effective_examples < CLUSTERED_SHARE * m.batch_examples
     }
     order_p = evidence.run.order_p if evidence.run else None
-    if found and order_p is not None and order_p < CLUSTERING_P:
-        worst = min(found, key=lambda name: found[name][0] / found[name][1])
-        effective, size = found[worst]
+    if clustered and order_p is not None and order_p < CLUSTERING_P:
+        worst = min(clustered, key=lambda name: clustered[name][0] / clustered[name][1])
+        effective, size = clustered[worst]
         yield Finding(
             "",
             f"a batch of {size:.0f} counts for {effective:.1f} random examples in {worst!r} (p = "
             f"{order_p:.1g}; "
-            f"{len(found)} of {len(measured)} layers)",
+            f"{len(clustered)} of {len(measured)} layers)",
             limit=f"{CLUSTERED_SHARE * size:.0f} examples",
         )
     if all(m.clustering_p is None for m in measured.values()):
@@ -104,9 +104,9 @@ def padding_counted(evidence: Evidence) -> Iterator[Finding]:
     References:
         pytorch#70529, deepspeech.pytorch#312.
     """
-    for name, found in (evidence.measured or {}).items():
-        if found.padded_share > PADDED_SHARE:
-            yield Finding(name, f"{found.padded_share:.0%} of the positions are padding")
+    for name, layer in (evidence.measured or {}).items():
+        if layer.padded_share > PADDED_SHARE:
+            yield Finding(name, f"{layer.padded_share:.0%} of the positions are padding")
 
 
 def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
@@ -124,15 +124,15 @@ def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
         images[17, 0, 0, 0] = float("inf")
 
     Fix:
-        Find the examples: [i for i, (x, *_) in enumerate(data) if not x.isfinite().all()]. Layers of this package
-        leave such batches out of their stored statistics.
+        Find the examples: [i for i, (x, *_) in enumerate(data) if not x.isfinite().all()]. Layers of this package leave
+        such batches out of their stored statistics.
 
     References:
         pytorch#88474, pytorch#115500.
     """
-    for name, found in (evidence.measured or {}).items():
-        if found.non_finite:
-            yield Finding(name, f"{found.non_finite} NaN or infinite inputs in {found.examples} examples")
+    for name, layer in (evidence.measured or {}).items():
+        if layer.non_finite:
+            yield Finding(name, f"{layer.non_finite} NaN or infinite inputs in {layer.examples} examples")
             return
         if _breaks_outputs(evidence, name):
             return
@@ -160,34 +160,34 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
         Training stopped after 20 steps, or weights were averaged after the statistics were stored.
 
     Fix:
-        batchnorm.recalibrate(model, loader) measures the statistics anew, on training data. If the data are not
+        batchnorm.recalibrate(model, loader) measures the statistics again, on training data. If the data are not
         training data, the gap comes from their shift (BN401), and recalibrate adapts the model to these data.
 
     References:
         pytorch#5406, pytorch#19902. Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
     """
-    for name, found in (evidence.measured or {}).items():
-        stored, noise, stale = evidence.stored.get(name), found.gap_noise, found.gap_stale
+    for name, layer in (evidence.measured or {}).items():
+        stored, noise, stale = evidence.stored.get(name), layer.gap_noise, layer.gap_stale
         if is_as_constructed(stored) or _is_frozen(evidence, name):
             continue
-        if found.batches < FEWEST_BATCHES:
+        if layer.batches < FEWEST_BATCHES:
             yield Unknown("", f"it takes {FEWEST_BATCHES} batches")
             continue
         if stale is None or noise is None:
             yield Unknown(name, "no batch with 2 finite values in each channel, or outputs that do not vary")
             continue
-        averaging = noise * math.sqrt(_noise_of_averaging(evidence, name) + 1 / found.batches)
+        averaging = noise * math.sqrt(_noise_of_averaging(evidence, name) + 1 / layer.batches)
         limit = max(STALE_GAP, STALE_OVER_NOISE * averaging)
-        shown = found.gap_shown or 0.0
-        if shown <= limit < stale:
-            yield Unknown(name, f"stored statistics move the output by {stale:.2g} sd, {unsettled(found)}")
-        if shown > limit:
+        shown_gap = layer.gap_shown or 0.0
+        if shown_gap <= limit < stale:
+            yield Unknown(name, f"stored statistics move the output by {stale:.2g} sd, {unsettled(layer)}")
+        if shown_gap > limit:
             yield Finding(
                 name,
-                f"stored statistics move the output by {shown:.2g} sd, the batch's noise by {noise:.2g} sd",
+                f"stored statistics move the output by {shown_gap:.2g} sd, the batch's noise by {noise:.2g} sd",
                 limit=f"{limit:.2g} sd",
                 consequence=f"On these data eval mode and train mode give different outputs: "
-                f"{_cause(evidence, name, found)}.",
+                f"{_cause(evidence, name, layer)}.",
                 remedy=f"if these are training data: {measure_again(evidence)}",
             )
 
@@ -212,14 +212,14 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
     References:
         Ioffe and Szegedy 2015, section 3: eps.
     """
-    for name, found in (evidence.measured or {}).items():
+    for name, layer in (evidence.measured or {}).items():
         stored = evidence.stored.get(name)
-        named = (still_channels(evidence, stored) if stored else set()) | dead_before(evidence, name)
-        if found.constant and found.examples > 1 and not named.issuperset(found.constant):
+        dead = (still_channels(evidence, stored) if stored else set()) | dead_before(evidence, name)
+        if layer.constant and layer.examples > 1 and not dead.issuperset(layer.constant):
             yield Finding(
                 name,
-                f"{len(found.constant)} of {len(found.mean)} channels do not vary in {found.examples} examples",
-                channels=found.constant,
+                f"{len(layer.constant)} of {len(layer.mean)} channels do not vary in {layer.examples} examples",
+                channels=layer.constant,
             )
 
 

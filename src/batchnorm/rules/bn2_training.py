@@ -24,9 +24,9 @@ def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Fewer than 8 examples per device are normalized together.
 
     Why:
-        Train mode estimates each channel's mean and variance from the batch on one device. With M examples the mean
-        has a noise of 1 / sqrt(M) of the channel's standard deviation. With few examples training is
-        noisy, and at test time the model uses other statistics than in training.
+        Train mode estimates each channel's mean and variance from the batch on one device. With M examples the mean has
+        a noise of 1 / sqrt(M) of the channel's standard deviation. With few examples training is noisy, and at test
+        time the model uses other statistics than in training.
 
     How:
         The given batch size, or else the loader's, times the number of processes if every layer that is not frozen is a
@@ -57,8 +57,8 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The last batch of an epoch has one example.
 
     Why:
-        One value per channel has no variance. A layer behind a linear layer, or one whose image has shrunk to 1 x 1,
-        raises ValueError at the end of the first epoch. Other layers train on the statistics of one example.
+        One value per channel has no variance. A layer behind a linear layer, or a layer whose image has shrunk to 1 x
+        1, raises ValueError at the end of the first epoch. Other layers train on the statistics of one example.
 
     How:
         The length of the data set modulo the batch size is 1, and drop_last is False. With data, the finding names the
@@ -68,8 +68,8 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
         DataLoader(TensorDataset(torch.randn(65, 3)), batch_size=32)
 
     Fix:
-        drop_last=True in the loader; or layers of this package with single_element="population", which normalize
-        such a batch by the stored statistics.
+        drop_last=True in the loader; or layers of this package with single_element="population", which normalize such a
+        batch by the stored statistics.
 
     References:
         pytorch#4534, "Expected more than 1 value per channel when training".
@@ -81,7 +81,7 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
         yield Unknown("", "the length of the data set is not known")
     if loop.last_batch != 1 or (loop.batch_size or 0) <= 1:
         return
-    raising = [name for name, found in (evidence.measured or {}).items() if found.values_per_example == 1]
+    raising = [name for name, layer in (evidence.measured or {}).items() if layer.values_per_example == 1]
     layers = listed(raising) if raising else "Layers with one value per channel"
     yield Finding(
         "",
@@ -215,10 +215,10 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
         The model runs in eval mode but not in train mode, so it cannot be trained as it is.
 
     How:
-        One forward and backward pass in train mode on up to 8 examples, with the mean square of the outputs as loss.
-        If the model fails on the first element of a batch, it is called with all elements, such as inputs and labels.
-        Not checked if a batch has one example, or if the model needs arguments that the batch lacks and fails outside
-        of its batch norm layers.
+        One forward and backward pass in train mode on up to 8 examples, with the mean square of the outputs as loss. If
+        the model fails on the first element of a batch, it is called with all elements, such as inputs and labels. Not
+        checked if a batch has one example, or if the model needs arguments that the batch lacks and fails outside of
+        its batch norm layers.
 
     Example:
         A layer that receives (1, C), because the model passes examples to it one by one

@@ -90,16 +90,16 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
         )
     what = "one layer" if shared.layers == 1 else f"{shared.layers} layers, stored once,"
     mixture = "the stored statistics are a mixture that fits none of the places."
-    found = Finding(
+    finding = Finding(
         names[0],
         f"{what} under {len(names)} names: {listed(names)}",
         limit="one place for each layer",
         consequence=f"If each of them is called, {mixture}",
     )
     if not shared.is_alias:
-        return found
+        return finding
     return replace(
-        found,
+        finding,
         limit="one name, or names of one call",
         consequence="Harmless if the names are two ways to the same call. If each is called on inputs of its "
         f"own, {mixture}",
@@ -112,8 +112,8 @@ def dropout_before_batch_norm(evidence: Evidence) -> Iterator[Finding]:
     """Dropout right before batch norm makes train and eval variances differ.
 
     Why:
-        Dropout keeps the mean and raises the variance in train mode. Stored statistics are those of train mode, so
-        eval mode divides by a standard deviation that its inputs do not have.
+        Dropout keeps the mean and raises the variance in train mode. Stored statistics are those of train mode, so eval
+        mode divides by a standard deviation that its inputs do not have.
 
     How:
         The layer receives the result of dropout with p > 0, a module or a function, directly or through activations,

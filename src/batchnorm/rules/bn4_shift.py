@@ -31,8 +31,8 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The data differ from those that the layer was trained with.
 
     Why:
-        Eval mode subtracts the training data's mean and divides by their standard deviation. On data of another
-        camera, another scale or another domain the outputs are then not normalized, and accuracy drops.
+        Eval mode subtracts the training data's mean and divides by their standard deviation. On data of another camera,
+        another scale or another domain the outputs are then not normalized, and accuracy drops.
 
     How:
         For each channel, the distance of the data's mean from the stored one, in stored standard deviations (limit 1),
@@ -54,21 +54,21 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
         Li et al. 2016, "Revisiting batch normalization for practical domain adaptation".
     """
     measured = evidence.measured or {}
-    beyond = {name: channels for name, m in measured.items() if (channels := _moved(evidence, name, m))}
-    moved = {name: some for name, channels in beyond.items() if (some := _shown(measured[name], channels))}
-    for name in beyond if not moved else ():
+    outside = {name: channels for name, m in measured.items() if (channels := _moved(evidence, name, m))}
+    shifted = {name: proven for name, channels in outside.items() if (proven := _shown(measured[name], channels))}
+    for name in outside if not shifted else ():
         yield Unknown(
-            name, f"{len(beyond[name])} of {len(measured[name].mean)} channels moved, {unsettled(measured[name])}"
+            name, f"{len(outside[name])} of {len(measured[name].mean)} channels moved, {unsettled(measured[name])}"
         )
-    if moved:
-        name, channels = next(iter(moved.items()))
-        found = measured[name]
-        distance = statistics.median(abs(found.mean_deviation[c]) for c in channels)
-        ratio = statistics.median(found.var_ratio[c] for c in channels)
+    if shifted:
+        name, channels = next(iter(shifted.items()))
+        layer = measured[name]
+        distance = statistics.median(abs(layer.mean_deviation[c]) for c in channels)
+        ratio = statistics.median(layer.var_ratio[c] for c in channels)
         yield Finding(
             name,
-            f"{len(channels)} of {len(found.mean)} channels moved: by {distance:.2g} sd, variance "
-            f"{ratio:.2g} times" + (f"; {len(moved)} layers in all" if len(moved) > 1 else ""),
+            f"{len(channels)} of {len(layer.mean)} channels moved: by {distance:.2g} sd, variance "
+            f"{ratio:.2g} times" + (f"; {len(shifted)} layers in all" if len(shifted) > 1 else ""),
             channels=channels,
         )
 
@@ -81,10 +81,10 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
         then is too large for some weights and too small for others, and batch norm behind that layer does not help.
 
     How:
-        Standard deviation and mean of each input feature (axis 1). Reported if the largest standard deviation is
-        above 100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are
-        left out. Not reported for models that begin with InputNorm or batch norm. Not checked for integer inputs and
-        for more than 4096 features.
+        Standard deviation and mean of each input feature (axis 1). Reported if the largest standard deviation is above
+        100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are left out.
+        Not reported for models that begin with InputNorm or batch norm. Not checked for integer inputs and for more
+        than 4096 features.
 
     Example:
         Columns age (20..80) and income (20000..200000) straight from the table.
@@ -126,13 +126,13 @@ def _moved(evidence: Evidence, name: str, found: Measured) -> tuple[int, ...]:
     if is_as_constructed(evidence.stored.get(name)):
         return ()
     pairs, constant = zip(found.mean_deviation, found.var_ratio, strict=True), set(found.constant)
-    moved = [
+    outside = [
         channel
         for channel, (deviation, ratio) in enumerate(pairs)
         if channel not in constant
         if abs(deviation) > MOVED_MEAN or abs(math.log(max(ratio, 1e-300))) > math.log(MOVED_VARIANCE)
     ]
-    return _enough(found, moved)
+    return _enough(found, outside)
 
 
 def _shown(found: Measured, channels: tuple[int, ...]) -> tuple[int, ...]:

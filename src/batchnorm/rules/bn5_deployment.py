@@ -56,8 +56,8 @@ def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """The model's outputs differ from those of the reference from which it was made.
 
     Why:
-        Folding, fusing, converting and exporting must not change eval outputs by more than rounding. torch's own
-        fusion is wrong for grouped transposed convolutions and reused layers, and gives no message.
+        Folding, fusing, converting and exporting must not change eval outputs by more than rounding. torch's own fusion
+        is wrong for grouped transposed convolutions and reused layers, and gives no message.
 
     How:
         The largest difference of outputs on one example, relative to the largest output. The limit is the rounding
@@ -106,20 +106,19 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         Keras weights in nn.BatchNorm2d(8), whose eps is 1e-5.
 
     Fix:
-        layer.eps = the original's eps. If two parts of a model have different eps on purpose, ignore this
-        finding.
+        layer.eps = the original's eps. If two parts of a model have different eps on purpose, ignore this finding.
 
     References:
         Keras BatchNormalization, epsilon=1e-3. pytorch/ao PR 4758.
     """
-    known = {name: eps for name in evidence.stored if (eps := evidence.known_eps(name)) is not None}
-    if evidence.stored and not known:
+    eps_of = {name: eps for name in evidence.stored if (eps := evidence.known_eps(name)) is not None}
+    if evidence.stored and not eps_of:
         yield Unknown("", "eps is not known")
     expected, source = (evidence.reference.eps, evidence.reference.path) if evidence.reference else ({}, "")
-    usual = _usual_eps(known)
-    for name, eps in known.items():
+    usual = _usual_eps(eps_of)
+    for name, eps in eps_of.items():
         other = expected.get(name, usual)
-        if other is None or (name not in expected and _is_own_part(known, eps)):
+        if other is None or (name not in expected and _is_own_part(eps_of, eps)):
             continue
         effect = _effect(evidence.stored[name], eps, other)
         if effect > EPS_EFFECT:
@@ -249,9 +248,9 @@ def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
         torch.nn.modules.utils.consume_prefix_in_state_dict_if_present.
     """
     # file.prefix also contains the keys of the dicts around the state
-    found = re.search(r"(?:(?:module|_orig_mod)\.)+$", evidence.file.prefix) if evidence.file else None
-    if found:
-        prefix = found[0]
+    match = re.search(r"(?:(?:module|_orig_mod)\.)+$", evidence.file.prefix) if evidence.file else None
+    if match:
+        prefix = match[0]
         yield Finding(
             "",
             f"every name begins with {prefix!r}",
@@ -279,10 +278,10 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     References:
         pytorch/ao PR 4758.
     """
-    known = evidence.reference.stored if evidence.reference else {}
-    if evidence.stored and not evidence.stored.keys() & known.keys():
+    references = evidence.reference.stored if evidence.reference else {}
+    if evidence.stored and not evidence.stored.keys() & references.keys():
         yield Unknown("", "no layer has the same name as a layer of the reference")
-    for name, theirs in known.items():
+    for name, theirs in references.items():
         ours = evidence.stored.get(name)
         if ours and (channels := _differing(ours, theirs, evidence.eps(name))):
             yield Finding(

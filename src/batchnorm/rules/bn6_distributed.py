@@ -45,11 +45,11 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
     world = loop.world_size if loop else 1
     parallel = world > 1 or (structure is not None and _PARALLEL in structure.wrappers)
     size = loop.batch_size if loop else None
-    alone = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
-    if parallel and alone and (size is None or size < ENOUGH_EXAMPLES):
+    layers = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
+    if parallel and layers and (size is None or size < ENOUGH_EXAMPLES):
         yield Finding(
             "",
-            f"no synchronization in {listed(alone)}; "
+            f"no synchronization in {listed(layers)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
             remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_model_to_convert(evidence)})",
         )
@@ -109,6 +109,6 @@ def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.structure is None or evidence.structure.broadcasts_buffers is not False:
         return
-    alone = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
-    if alone:
-        yield Finding("", f"broadcast_buffers=False, statistics in {listed(alone)}")
+    layers = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
+    if layers:
+        yield Finding("", f"broadcast_buffers=False, statistics in {listed(layers)}")

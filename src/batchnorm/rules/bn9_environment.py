@@ -16,8 +16,8 @@ def shadowed_package(evidence: Evidence) -> Iterator[Finding]:
     """A local file hides this package.
 
     Why:
-        Python imports the first batchnorm that it finds. A file batchnorm.py beside a script comes before the
-        installed package, and import batchnorm gives that file.
+        Python imports the first batchnorm that it finds. A file batchnorm.py beside a script comes before the installed
+        package, and import batchnorm gives that file.
 
     How:
         A batchnorm.py, or a folder batchnorm with an __init__.py, in the current folder or on sys.path before the

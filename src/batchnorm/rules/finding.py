@@ -111,10 +111,10 @@ class Rule:
 
         The layers that it could not judge matter only if there is no finding.
         """
-        seen = list(self.check(evidence))
-        unseen = [Unknown(layer, reason) for layer, reason in evidence.unseen(self.needs, self.reads)]
-        unknown = [*unseen, *(each for each in seen if isinstance(each, Unknown))]
-        return [self._worded(found, evidence) for found in seen if isinstance(found, Finding)], unknown
+        results = list(self.check(evidence))
+        unread = [Unknown(layer, reason) for layer, reason in evidence.unseen(self.needs, self.reads)]
+        unknown = [*unread, *(each for each in results if isinstance(each, Unknown))]
+        return [self._worded(finding, evidence) for finding in results if isinstance(finding, Finding)], unknown
 
     def _worded(self, found: Finding, evidence: Evidence) -> Finding:
         usual = self.fixable if found.fixable is Fix.NO else found.fixable
@@ -163,6 +163,6 @@ class Rule:
 def by_reason(unknown: Iterable[Unknown]) -> str:
     """Each reason with its layers in parentheses; no parentheses if it is about the whole model."""
     layers: dict[str, dict[str, None]] = {}
-    for each in unknown:
-        layers.setdefault(each.reason, {})[each.layer] = None
+    for item in unknown:
+        layers.setdefault(item.reason, {})[item.layer] = None
     return "; ".join(reason if "" in names else f"{reason} ({listed(names)})" for reason, names in layers.items())

@@ -35,8 +35,8 @@ class Fix(StrEnum):
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first few names, and how many more there are: "stem.1, body.1, body.4 and 2 more"."""
     every = list(names)
-    rest = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(name or "the model itself" for name in every[:most]) + rest
+    others = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(name or "the model itself" for name in every[:most]) + others
 
 
 def some_of(channels: tuple[int, ...], stored: Stored) -> str:

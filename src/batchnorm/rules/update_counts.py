@@ -57,15 +57,15 @@ def claims(evidence: Evidence) -> dict[str, tuple[StartResidue, float]]:
     for name, share in shares.items():
         if share > RESIDUE and not evidence.stored[name].is_initial:
             alike[share].append(evidence.stored[name])
-    found = {name: (StartResidue.GONE, share) for name, share in shares.items()}
+    results = {name: (StartResidue.GONE, share) for name, share in shares.items()}
     for share, layers in alike.items():
         proof = _by_arithmetic(layers, share)
         for stored in layers:
             measured = (evidence.measured or {}).get(stored.name)
             by_data = None if measured is None else _by_data(stored, measured, share, evidence.eps(stored.name))
             claim = proof if proof is StartResidue.GONE or by_data is None else by_data
-            found[stored.name] = claim, share
-    return found
+            results[stored.name] = claim, share
+    return results
 
 
 def is_counted(stored: Stored) -> bool:
@@ -127,9 +127,9 @@ def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: flo
     """Whether ``var`` is less than half as far from the stored variances as the data's, scaled by their best factor."""
     triples = zip(stored.running_var or (), var, found.var, strict=False)
     logs = [
-        (math.log((v_s + eps) / (v + eps)), math.log((v_s + eps) / (fresh + eps)))
-        for v_s, v, fresh in triples
-        if min(v_s, v, fresh) + eps > 0 and math.isfinite(v_s + v + fresh)
+        (math.log((v_s + eps) / (v + eps)), math.log((v_s + eps) / (v_data + eps)))
+        for v_s, v, v_data in triples
+        if min(v_s, v, v_data) + eps > 0 and math.isfinite(v_s + v + v_data)
     ]
     if not logs:
         return False
@@ -141,7 +141,7 @@ def _distance(stored: Stored, mean: Sequence[float], var: Sequence[float], eps: 
     """Root mean square of (difference of means / sd) and log(ratio of sds), over channels; None without a channel."""
     squares = []
     for m, v, m_s, v_s in zip(mean, var, stored.running_mean or (), stored.running_var or (), strict=False):
-        here, there = v + eps, v_s + eps
-        if here > 0 and there > 0 and math.isfinite(m - m_s) and math.isfinite(here + there):
-            squares.append((m - m_s) ** 2 / math.sqrt(here * there) + (0.5 * math.log(here / there)) ** 2)
+        v_data, v_stored = v + eps, v_s + eps
+        if v_data > 0 and v_stored > 0 and math.isfinite(m - m_s) and math.isfinite(v_data + v_stored):
+            squares.append((m - m_s) ** 2 / math.sqrt(v_data * v_stored) + (0.5 * math.log(v_data / v_stored)) ** 2)
     return math.sqrt(sum(squares) / len(squares)) if squares else None

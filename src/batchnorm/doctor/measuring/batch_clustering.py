@@ -74,8 +74,8 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
     if not bool(varies.any()):
         return None
     ratio = between / (within / (count - batches))
-    most, spare = float(ratio[varies].max()), float((count - batches).min())
-    p = f_tail(most, batches - 1, spare) * int(varies.sum())
+    largest, spare = float(ratio[varies].max()), float((count - batches).min())
+    p = f_tail(largest, batches - 1, spare) * int(varies.sum())
     return Clustering(float(size.mean()), var, float((between / var)[varies].mean()), min(1.0, p))
 
 
@@ -93,12 +93,12 @@ def order_p(batches: Sequence[Tensor]) -> float:
         return 1.0
     ends = torch.tensor([len(batch) for batch in batches]).cumsum(0)
     random = torch.Generator().manual_seed(0)
-    seen, at_least = _scatter(ranks[None], ends)[0], 0
+    observed, at_least = _scatter(ranks[None], ends)[0], 0
     for first in range(0, _ORDERS, _ORDERS_AT_ONCE):
-        some = min(_ORDERS_AT_ONCE, _ORDERS - first)
-        orders = torch.rand(some, len(ranks), generator=random).argsort(1)
+        count = min(_ORDERS_AT_ONCE, _ORDERS - first)
+        orders = torch.rand(count, len(ranks), generator=random).argsort(1)
         # sums in another order differ by rounding
-        at_least += int((_scatter(ranks[orders], ends) >= seen * (1 - 1e-9)).sum())
+        at_least += int((_scatter(ranks[orders], ends) >= observed * (1 - 1e-9)).sum())
     return (1 + at_least) / (1 + _ORDERS)
 
 

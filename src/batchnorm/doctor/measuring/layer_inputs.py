@@ -188,14 +188,14 @@ class InputMeasurement:
         gain = gamma.square()
         means, variances = (torch.stack([getattr(b, name) for b in batches]) for name in ("mean", "var"))  # (B, C)
         counts = torch.stack([b.count.expand(mean.shape) for b in batches])
-        fresh = total.mean, (total.var + eps).rsqrt()
+        population = total.mean, (total.var + eps).rsqrt()
         stored = mean, (var + eps).rsqrt()
         of_batch = means, (variances + eps).rsqrt()
         output = (gain * total.var * stored[1].square()).sum()
         parts = (
             difference(means, variances, of_batch, stored).mul(counts).sum(0) / counts.sum(0),
-            difference(means, variances, of_batch, fresh).mul(counts).sum(0) / counts.sum(0),
-            difference(total.mean, total.var, fresh, stored),
+            difference(means, variances, of_batch, population).mul(counts).sum(0) / counts.sum(0),
+            difference(total.mean, total.var, population, stored),
         )
         squares = [(gain * part).sum() for part in parts] + [(gain * parts[2])[list(shown)].sum()]
         gaps = [float((square / output).sqrt()) for square in squares]

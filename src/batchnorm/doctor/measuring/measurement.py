@@ -90,11 +90,11 @@ def measure(
         with view.hooks(), _without_gradients():
             for batch in batches:
                 view.see(batch)
-        some = example_subset(model, view.first)
-        if some.uncut:
+        subset = example_subset(model, view.first)
+        if subset.uncut:
             view.rows_are_no_examples()
-        alone = batch_dependence(model, some)
-        step = train_step(model, some)
+        alone = batch_dependence(model, subset)
+        step = train_step(model, subset)
     run = replace(_run_of(view, alone, step), unknown=_unknown(view, alone, step, is_scripted=_is_scripted(model)))
     order = [name for name in view.calls if view.gauges[name].values]
     measured = {name: view.gauges[name].measured() for name in order}
@@ -221,7 +221,7 @@ class _View:
 
     def order_p(self, measured: dict[str, Measured]) -> float | None:
         """p of the permutation test over all layers; None if no F test gave a reason to run it."""
-        p = {name: found.clustering_p for name, found in measured.items() if found.clustering_p is not None}
+        p = {name: layer.clustering_p for name, layer in measured.items() if layer.clustering_p is not None}
         if not p or min(p.values()) >= _SUSPECT:
             return None
         suspect = self.gauges[min(p, key=lambda name: p[name])].rows

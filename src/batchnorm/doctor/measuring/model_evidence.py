@@ -73,8 +73,8 @@ def _graph_of(model: nn.Module, example: Batch) -> tuple[Graph | None, str]:
 
 def modules_of(model: nn.Module) -> dict[str, Module]:
     """The settings of every layer."""
-    layers, known = layers_of(model), dict(model.named_modules(remove_duplicate=False))
-    return {path: _settings(known, path, layer) for path, layer in layers.items()}
+    layers, modules = layers_of(model), dict(model.named_modules(remove_duplicate=False))
+    return {path: _settings(modules, path, layer) for path, layer in layers.items()}
 
 
 def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:

@@ -59,26 +59,26 @@ def graph_of(model: nn.Module, example: Batch = None) -> Graph:
     with preserve_state(model), torch.no_grad():
         with nullcontext() if example is None else observed_arguments(model) as arguments:
             calls = _calls(model, paths, example)
-        evaluating, known, reasons = _flows_of(model, arguments)
-        callers = static_callers(model, known)
-        every = _nodes(model, known, callers)
-        seen = _nodes(model, evaluating, static_callers(model, evaluating))
-    count = Counter(map(_module, every))
+        evaluating, both, reasons = _flows_of(model, arguments)
+        callers = static_callers(model, both)
+        all_nodes = _nodes(model, both, callers)
+        eval_nodes = _nodes(model, evaluating, static_callers(model, evaluating))
+    count = Counter(map(_module, all_nodes))
     nodes = [
-        (paths[layer], node.args[0]) for node in every if (layer := _module(node)) in paths and len(node.args) == 1
+        (paths[layer], node.args[0]) for node in all_nodes if (layer := _module(node)) in paths and len(node.args) == 1
     ]
     names = {module: path for path, module in model.named_modules()}
     once = {module: path for module, path in names.items() if count[module] == len(callers[module]) == 1}
-    found = foldable(model, example)
+    partners = foldable(model, example)
     return Graph(
         calls=calls,
         biased=_before(nodes, once, lambda module: isinstance(module, _BIASED) and module.bias is not None),
-        behind_dropout=_behind_dropout(known, names),
+        behind_dropout=_behind_dropout(both, names),
         behind_batch_norm=_before(nodes, once, lambda module: isinstance(module, _BatchNorm)),
-        foldable={path: partner.path for path, partner in found.items() if isinstance(partner, Partner)},
-        activations=_activations(seen, paths),
-        filters={path: norms[0] for path, norms in _filters(seen, paths).items() if len(norms) == 1},
-        channel_by_channel=_channel_by_channel(seen, paths),
+        foldable={path: partner.path for path, partner in partners.items() if isinstance(partner, Partner)},
+        activations=_activations(eval_nodes, paths),
+        filters={path: norms[0] for path, norms in _filters(eval_nodes, paths).items() if len(norms) == 1},
+        channel_by_channel=_channel_by_channel(eval_nodes, paths),
         unread=closed
         | {names[module]: why for module, why in reasons.items() if any(part in paths for part in module.modules())},
     )
@@ -110,15 +110,15 @@ def _nodes(model: nn.Module, known: dict[nn.Module, Flow], callers: Callers) -> 
 
 def _channel_by_channel(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
     """Layers behind a depthwise convolution, with the layer before it: their channels correspond one to one."""
-    found = {}
+    layers = {}
     for node in nodes:
         layer = _module(node)
         source = _input_of_depthwise(next(iter(node.args), None)) if layer in paths else None
-        for made in (source, next(iter(source.args), None) if source else None):
-            before = _module(made)
-            if layer in paths and before in paths and isinstance(made, torch.fx.Node) and _behind(made, before):
-                found[paths[layer]] = paths[before]
-    return found
+        for result in (source, next(iter(source.args), None) if source else None):
+            before = _module(result)
+            if layer in paths and before in paths and isinstance(result, torch.fx.Node) and _behind(result, before):
+                layers[paths[layer]] = paths[before]
+    return layers
 
 
 def _input_of_depthwise(node: Any) -> Node | None:
@@ -130,12 +130,12 @@ def _input_of_depthwise(node: Any) -> Node | None:
 
 def _filters(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, list[array[float] | None]]:
     """Layer: for each of its calls, the norms of the weight rows of the module before it."""
-    found: dict[str, list[array[float] | None]] = defaultdict(list)
+    norms: dict[str, list[array[float] | None]] = defaultdict(list)
     for node in nodes:
         layer = _module(node)
         if layer in paths:
-            found[paths[layer]].append(_norms(_module(next(iter(node.args), None))))
-    return found
+            norms[paths[layer]].append(_norms(_module(next(iter(node.args), None))))
+    return norms
 
 
 def _norms(before: Any) -> array[float] | None:
@@ -206,12 +206,12 @@ def _calls(model: nn.Module, paths: dict[nn.Module, str], example: Batch) -> dic
 
 def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any) -> dict[str, str]:
     """Layers whose input is the result of a module that passes the test; nothing else may read that result."""
-    found = {}
+    layers = {}
     for path, source in nodes:
         module = _module(source)
         if module in names and len(source.users) == 1 and test(module):
-            found[path] = names[module]
-    return found
+            layers[path] = names[module]
+    return layers
 
 
 def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -> dict[str, str]:
@@ -219,12 +219,12 @@ def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -
     calls = [(flow, node) for flow in known.values() for node in flow.graphs[True].nodes if flow.called(node)]
     count = Counter(flow.called(node) for flow, node in calls)
     sites = {flow.called(node): (flow, node) for flow, node in calls if count[flow.called(node)] == 1}
-    found = {}
+    layers = {}
     for flow, node in calls:
         layer = flow.called(node)
         if isinstance(layer, _BatchNorm) and (dropout := _dropout(flow, node, known, sites)):
-            found[names[layer]] = dropout if isinstance(dropout, str) else names[dropout]
-    return found
+            layers[names[layer]] = dropout if isinstance(dropout, str) else names[dropout]
+    return layers
 
 
 def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[Any, tuple[Flow, Node]]) -> Any:

@@ -51,13 +51,13 @@ def reference_of(model: nn.Module, reference: nn.Module | str | os.PathLike[str]
             "Pass the version that the model was made from."
         )
     stored = {name: stored_of(name, layer) for name, layer in layers_of(reference).items()}
-    known = OtherVersion(type(reference).__name__, _eps_of(stored), stored)
+    version = OtherVersion(type(reference).__name__, _eps_of(stored), stored)
     if example is None:
-        return replace(known, unknown="comparing outputs with the reference needs an example")
+        return replace(version, unknown="comparing outputs with the reference needs an example")
     theirs, ours = (_eval_outputs(each, example) for each in (reference, model))
-    if (found := difference(ours, theirs)) is None:
-        return replace(known, unknown="the model's and the reference's outputs differ in shape")
-    return replace(known, difference=found, tolerance=tolerance(theirs))
+    if (distance := difference(ours, theirs)) is None:
+        return replace(version, unknown="the model's and the reference's outputs differ in shape")
+    return replace(version, difference=distance, tolerance=tolerance(theirs))
 
 
 def _eps_of(layers: Mapping[str, checkpoint.Stored]) -> dict[str, float]:
@@ -73,10 +73,10 @@ def _state_of(file: Checkpoint, model: nn.Module) -> tuple[str, Mapping[str, Sto
     """Name ("" for a single state) and layers of the first state with the model's layers; else of the first state."""
     if len(file.states) < 2:
         return "", file.layers
-    mine, every = layers_of(model).keys(), file.every
+    mine, stored = layers_of(model).keys(), file.every
     fitting = (name for name, state in file.states.items() if mine <= state.layers.keys())
     name = next(fitting, next(iter(file.states)))
-    return name, {layer: every[place] for layer, place in file.states[name].layers.items()}
+    return name, {layer: stored[place] for layer, place in file.states[name].layers.items()}
 
 
 def difference(outputs: list[Tensor], references: list[Tensor]) -> float | None:

@@ -76,8 +76,8 @@ def plan(
     file = _mendable(path)
     if state:
         file, state = with_state(file, state)
-    given = eps or {}
-    file = _with_layers(file, lambda name, stored: replace(stored, eps=given.get(name, stored.eps)))
+    model_eps = eps or {}
+    file = _with_layers(file, lambda name, stored: replace(stored, eps=model_eps.get(name, stored.eps)))
     found, layers = _findings(file, selection), file.every
     names = set(file.states[state].layers.values()) if state else layers.keys()
     changes = prescribe(
@@ -170,8 +170,8 @@ def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, .
     """The findings in every copy, also in copies that repeat another."""
     rules = [rule for rule in RULES.values() if selection is None or selection.takes(rule.code)]
     evidence = Evidence(file.path, file.every, file=file)
-    seen = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
-    found = [finding for _, findings, _ in seen for finding in findings]
+    results = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
+    found = [finding for _, findings, _ in results for finding in findings]
     found = [finding for finding in found if selection is None or not selection.silences(finding)]
     # a prefix without a wrapper is of the file itself, such as "state_dict.", or of a model in a model
     wraps = _without_wrappers(file.prefix) != file.prefix
@@ -203,13 +203,13 @@ def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
 
 def _prefixes(copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[Keys, str]:
     """Keys that lead to a dict with layers: the wrappers' prefix, if all names in the dict begin with it."""
-    found = {}
+    prefixes = {}
     for path in {layer.path for copy in copies for layer in copy.layers.values()}:
         names = [entry.key for entry in tensors if entry.path == path]
         prefix = _wrappers(names[0])
         if prefix and all(name.startswith(prefix) for name in names):
-            found[path] = prefix
-    return found
+            prefixes[path] = prefix
+    return prefixes
 
 
 def _wrappers(name: str) -> str:

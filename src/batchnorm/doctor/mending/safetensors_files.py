@@ -51,13 +51,13 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
         length = int.from_bytes(old.read(8), "little")
         header = json.loads(old.read(length))
         metadata = header.pop("__metadata__", None)
-        fresh = {edit.name: _bytes(old, 8 + length, header.get(edit.name), edit) for edit in edits}
-        layout = dict(_layout(header, fresh, edits))
-        named = {name.removeprefix(prefix): entry for name, entry in layout.items()}
-        file.write(_header(named if metadata is None else {"__metadata__": metadata, **named}))
+        edited = {edit.name: _bytes(old, 8 + length, header.get(edit.name), edit) for edit in edits}
+        layout = dict(_layout(header, edited, edits))
+        entries = {name.removeprefix(prefix): entry for name, entry in layout.items()}
+        file.write(_header(entries if metadata is None else {"__metadata__": metadata, **entries}))
         for name in sorted(layout, key=lambda name: layout[name]["data_offsets"]):
-            if name in fresh:
-                file.write(fresh[name])
+            if name in edited:
+                file.write(edited[name])
             else:
                 _copy(old, file, 8 + length, *header[name]["data_offsets"])
 
@@ -137,7 +137,7 @@ def _packed(values: array, dtype: str) -> bytes:
 
 def _copy(old: BinaryIO, file: BinaryIO, start: int, begin: int, end: int) -> None:
     old.seek(start + begin)
-    left = end - begin
-    while left and (piece := old.read(min(left, _PIECE))):
+    remaining = end - begin
+    while remaining and (piece := old.read(min(remaining, _PIECE))):
         file.write(piece)
-        left -= len(piece)
+        remaining -= len(piece)

@@ -94,12 +94,12 @@ def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:
     """The place of each tensor, with the keys that lead to it. An object that occurs twice is visited once."""
     # in the order of the checkpoint's reader, so that a dict that occurs twice gets the same keys as there
     waiting: list[tuple[Keys, Any]] = [((), saved)]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while waiting:
         path, container = waiting.pop()
-        if id(container) in seen:
+        if id(container) in visited:
             continue
-        seen.add(id(container))
+        visited.add(id(container))
         items = list(container.items() if isinstance(container, dict) else enumerate(container))
         yield from (((*path, key), (container, key)) for key, value in items if isinstance(value, Tensor))
         waiting += [((*path, key), value) for key, value in reversed(items) if isinstance(value, dict | list | tuple)]
@@ -152,7 +152,7 @@ def _count(edit: Edit, places: dict[Keys, Place]) -> None:
         else:
             container[key] = torch.tensor(edit.count, dtype=kind)
     else:
-        neighbour = next(found for found in places if found[:-1] == path and _module(found[-1]) == _module(name))
+        neighbour = next(other for other in places if other[:-1] == path and _module(other[-1]) == _module(name))
         _insert(places[neighbour][0], name, torch.tensor(edit.count, dtype=kind))
 
 
@@ -180,10 +180,10 @@ def _at(saved: Any, path: Keys) -> Any:
 def _take_off(state: dict, prefix: str) -> None:
     """Remove a prefix from all names, also in ``_metadata``, where torch stores the versions of modules."""
     metadata = getattr(state, "_metadata", None)
-    for named in (state, metadata) if isinstance(metadata, dict) else (state,):
-        items = list(named.items())
-        named.clear()
-        named.update((_without(key, prefix), value) for key, value in items)
+    for mapping in (state, metadata) if isinstance(metadata, dict) else (state,):
+        items = list(mapping.items())
+        mapping.clear()
+        mapping.update((_without(key, prefix), value) for key, value in items)
 
 
 def _without(key: Any, prefix: str) -> Any:

@@ -114,8 +114,8 @@ def differences(
         was, now = stored_of(path, old[path]), stored_of(path, layer)
         if not is_same(was, now):
             words = (_words(finding, measured=measured) for finding in treated if finding.layer in {path, ""})
-            done = tuple(dict.fromkeys(filter(None, words))) or (MEASURED.words,)
-            changes[path] = Change(layer=path, before=was, after=now, words=done, eps=now.eps or EPS)
+            applied = tuple(dict.fromkeys(filter(None, words))) or (MEASURED.words,)
+            changes[path] = Change(layer=path, before=was, after=now, words=applied, eps=now.eps or EPS)
     return changes
 
 
@@ -128,9 +128,9 @@ def _words(finding: Finding, *, measured: bool) -> str:
 
 
 def _check(model: nn.Module, findings: Iterable[Finding]) -> None:
-    known = {*layers_of(model), ""}
+    layers = {*layers_of(model), ""}
     for finding in findings:
-        if remedies(finding) and finding.layer not in known:
+        if remedies(finding) and finding.layer not in layers:
             raise ValueError(
                 f"treat needs a diagnosis of this model, got {finding.code} of {finding.layer!r}, a layer that the "
                 "model lacks. Examine this model, or leave the diagnosis out."
@@ -187,17 +187,17 @@ def _measure_sick(model: nn.Module, diagnosis: Diagnosis, data: Iterable[Any], *
         data: Batches.
         again: Whether the model has changed since the diagnosis.
     """
-    known = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
+    measurable = {path for path, layer in batch_norms(model).items() if has_stored_statistics(layer)}
     # rules that could not run on the sick model may run on the mended one
     selection = Selection(select=(*diagnosis.checked, *diagnosis.not_checked))
     findings = diagnosis.findings
     # a finding on data may be the consequence of an earlier layer's stored values
-    sick = _to_measure((finding for finding in findings if "measured" not in RULES[finding.code].needs), known)
+    sick = _to_measure((finding for finding in findings if "measured" not in RULES[finding.code].needs), measurable)
     if sick:
         _measure(model, sick, data)
     if sick or again:
         findings = examine(model, data, selection=selection).findings
-    while more := _to_measure(findings, known) - sick:
+    while more := _to_measure(findings, measurable) - sick:
         sick |= more
         _measure(model, sick, data)
         findings = examine(model, data, selection=selection).findings
@@ -218,10 +218,10 @@ def _measure(model: nn.Module, sick: set[str], data: Iterable[Any]) -> None:
         elif has_stored_statistics(layer):
             freeze(layer)
     measured = recalibrate(patient, data)
-    layers, done = batch_norms(model), batch_norms(patient)
+    layers, copies = batch_norms(model), batch_norms(patient)
     with torch.no_grad():
         for path in measured:
-            _take_over(layers[path], done[path])
+            _take_over(layers[path], copies[path])
 
 
 def _take_over(layer: _BatchNorm, measured: _BatchNorm) -> None:
