@@ -44,7 +44,7 @@ def test_it_prints_an_address_that_answers_and_ctrl_c_ends_it_with_0(folder):
         stream.close()
     assert process.returncode == 0
     assert said == ""
-    assert complaints.strip() == "Ctrl-C ends it."
+    assert complaints.strip() == "Ctrl-C ends the command."
 
 
 def test_the_page_is_written_as_a_file_and_the_command_ends(folder, tmp_path):

@@ -179,5 +179,5 @@ def test_a_selection_of_nothing_is_none_and_one_of_an_unknown_rule_is_refused():
 @pytest.mark.parametrize("setting", [{"max_examples": 1.5}, {"batch_size": "8"}, {"accumulation": float("nan")}])
 def test_settings_are_whole_numbers(setting):
     (name,) = setting
-    with pytest.raises(TypeError, match=f"{name} must be a whole number, got .* Leave it out for the default"):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got .* Leave {name} out for the default"):
         examine(Net(), batches(), **setting)

@@ -95,4 +95,4 @@ def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
     """Batch normalization for PyTorch: measure why it works, and find and mend its faults."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ✓ shows ? beside the word
+            stream.reconfigure(errors="replace")  # a terminal that lacks ✓ shows ? in its place

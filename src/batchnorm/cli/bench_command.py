@@ -42,7 +42,7 @@ def bench(
     if output is not None:
         check_writable(output)
     if tune and not (tuning := allocator.tune_allocator()):
-        raise ValueError(f"--tune {tuning.reason}. Leave it out.")
+        raise ValueError(f"--tune {tuning.reason}. Leave --tune out.")
     with progress_bar(quiet=False) as bar:
         task = bar.add_task("timing", total=1.0)
         data = measured.short_table(

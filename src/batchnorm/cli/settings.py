@@ -75,11 +75,11 @@ def _from_file(folder: Path) -> ProjectSettings:
             try:
                 tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is not valid TOML: {error}. Mend that line.") from error
+                raise ValueError(f"{path} is not valid TOML: {error}. Correct that line.") from error
             except RecursionError as error:
                 raise ValueError(f"{path} is nested too deeply to be read. Use fewer levels.") from error
             except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}. Make it readable.") from error
+                raise ValueError(f"{path} cannot be read: {error.strerror}. Make the file readable.") from error
             table = tools.get("batchnorm", {}) if isinstance(tools, dict) else tools
             if not isinstance(table, dict):
                 raise ValueError(
@@ -163,10 +163,10 @@ def read_baseline(path: str) -> set[tuple[str, str]]:
         baseline = json.loads(Path(path).read_text(encoding="utf-8"))
         return {(entry["code"], entry["layer"]) for entry in baseline["findings"]}
     except FileNotFoundError:
-        raise FileNotFoundError(f"no baseline {path}. Make one with --write-baseline {path}.") from None
+        raise FileNotFoundError(f"no baseline {path}. Write it with --write-baseline {path}.") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a baseline: {type(error).__name__}. Make one with --write-baseline."
+            f"{path} is not a baseline: {type(error).__name__}. Write a baseline with --write-baseline."
         ) from error
 
 

@@ -152,14 +152,14 @@ def _check(asked: ShiftOptions, chosen: str, data: str) -> None:
     if asked.reference and asked.calibrate:
         raise ValueError("--reference and --calibrate are two references, expected one. Leave one of them out.")
     if asked.images and chosen != "html":
-        raise ValueError(f"--images needs the HTML page, got format {chosen}. Write one: -o shift.html")
+        raise ValueError(f"--images needs the HTML page, got format {chosen}. Write the page: -o shift.html")
     _check_files(asked.reference, asked.calibrate, asked.write_reference)
 
 
 def _check_files(reference: str | None, calibrate: str | None, output: str | None) -> None:
     if reference and not Path(reference).is_file():
         raise FileNotFoundError(
-            f"no reference {reference}. Make one: --calibrate clean.py:loader --write-reference model{_REFERENCE}"
+            f"no reference {reference}. Make it: --calibrate clean.py:loader --write-reference model{_REFERENCE}"
         )
     if output and not calibrate:
         raise ValueError("--write-reference needs clean data. Give their address: --calibrate clean.py:loader")

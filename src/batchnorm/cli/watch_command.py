@@ -48,7 +48,7 @@ def watch(folder: Path, port: int, no_open: bool, token: str | None, output: Pat
 def _checked(token: str) -> str:
     if not _TOKEN.fullmatch(token):
         raise ValueError(
-            "--token needs 16 to 200 letters, digits, - and _, got other text. Leave it out for a new one."
+            "--token needs 16 to 200 letters, digits, - and _, got other text. Leave --token out for a new secret."
         )
     return token
 
@@ -69,7 +69,7 @@ def _serve(feed: Feed, port: int, token: str, *, opens: bool) -> None:
 
     def tell() -> None:
         click.echo(address)
-        click.echo("Ctrl-C ends it.", err=True)
+        click.echo("Ctrl-C ends the command.", err=True)
         if opens and _has_screen():
             click.launch(address)
 

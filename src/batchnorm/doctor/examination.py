@@ -149,9 +149,9 @@ def _check(**settings: int | None) -> None:
         if value is None:
             continue
         if not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}. Leave it out for the default.")
+            raise TypeError(f"{name} must be a whole number, got {value!r}. Leave {name} out for the default.")
         if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}. Leave it out for the default.")
+            raise ValueError(f"{name} must be 1 or more, got {value}. Leave {name} out for the default.")
 
 
 def parts(evidence: Evidence, *, equal: bool = False) -> Iterator[tuple[str, Evidence]]:
@@ -276,7 +276,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
 
 
 def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Rule, list[Finding], list[Unknown]]]:
-    """Findings and unknowns of each rule in one part. ``copy`` becomes the layer of those about the whole part."""
+    """Findings and unknowns of each rule in one part. Those about the whole part get ``copy`` as their layer."""
     for rule in rules:
         if not rule.missing(part):
             findings, unknown = rule.look(part)

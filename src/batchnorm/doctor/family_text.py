@@ -25,7 +25,7 @@ _FAMILY = len("BN1")
 
 
 def concise(diagnosis: DiagnosisValue) -> list[str]:
-    """One line for each finding, and one with their number."""
+    """One line for each finding, then the notes and a line with the numbers."""
     lines = [f"{f.place}: {f.code} {f.severity} {f.slug}: {f.measured} (limit: {f.limit})" for f in diagnosis.findings]
     return [plain(f"{diagnosis.target}: {text}") for text in (*lines, *diagnosis.notes, summary(diagnosis))]
 

@@ -215,7 +215,7 @@ def _before(nodes: list[tuple[str, Any]], names: dict[nn.Module, str], test: Any
 
 
 def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers behind dropout, by the graphs of train mode: folding uses those of eval mode."""
+    """Layers behind dropout, by the graphs of train mode, because eval mode has no dropout."""
     calls = [(flow, node) for flow in known.values() for node in flow.graphs[True].nodes if flow.called(node)]
     count = Counter(flow.called(node) for flow, node in calls)
     sites = {flow.called(node): (flow, node) for flow, node in calls if count[flow.called(node)] == 1}
@@ -228,7 +228,7 @@ def _behind_dropout(known: dict[nn.Module, Flow], names: dict[nn.Module, str]) -
 
 
 def _dropout(flow: Flow, node: Node, known: dict[nn.Module, Flow], sites: dict[Any, tuple[Flow, Node]]) -> Any:
-    """The dropout whose result a call receives, directly or through activations, pooling and modules; None if none."""
+    """The dropout whose result a call receives, directly or through activations, pooling and modules; None without."""
     source = next(iter(node.args), None)
     while isinstance(source, torch.fx.Node):
         module = flow.called(source)

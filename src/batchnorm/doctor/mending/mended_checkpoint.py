@@ -122,7 +122,7 @@ def _of_models(file: Checkpoint, found: Sequence[Finding], live: Mapping[str, Ch
 
 
 def write(plan: MendingPlan, output: Path) -> None:
-    """Write the mended file whole or not at all; the original is left as it is, unless it is ``output``.
+    """Write the whole mended file or nothing. The original is not changed, unless it is ``output``.
 
     The new file is read again and compared with the plan before it gets its name.
 
