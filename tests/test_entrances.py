@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from tensor_kinds import freed
@@ -17,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
+from batchnorm.argument_types import require_flag, require_number, require_whole_number
 from batchnorm.population.batches import call
 
 if TYPE_CHECKING:
@@ -391,6 +394,37 @@ OUT_OF_RANGE = {
     ("to_group_norm", "int"),
     ("Moments", "tensor"),
 }
+# single numbers: which of require_number, require_whole_number and require_flag must let them through
+SINGLE: dict[str, tuple[Callable[[], Any], set[str]]] = {
+    "int": (lambda: 3, {"number", "whole"}),
+    "0": (lambda: 0, {"number", "whole", "flag"}),
+    "float": (lambda: 2.0, {"number"}),
+    "bool": (lambda: True, {"flag"}),
+    "complex": (lambda: 1j, set()),
+    "Fraction": (lambda: Fraction(1, 2), {"number"}),
+    "integer tensor": (lambda: torch.tensor(2), {"number", "whole"}),
+    "float tensor": (lambda: torch.tensor(1.5), {"number"}),
+    "half parameter": (lambda: nn.Parameter(torch.tensor(1.0, dtype=torch.float16)), {"number"}),
+    "bool tensor": (lambda: torch.tensor(True), set()),
+    "complex tensor": (lambda: torch.tensor(1j), set()),
+    "integer tensor of one value": (lambda: torch.tensor([2]), set()),
+    "float tensor of one value": (lambda: torch.tensor([1.5]), set()),
+    "integer array": (lambda: np.array(2), {"number", "whole"}),
+    "float array": (lambda: np.array(1.5), {"number"}),
+    "bool array": (lambda: np.array(True), set()),
+    "complex array": (lambda: np.array(1j), set()),
+    "text array": (lambda: np.array("3"), set()),
+    "object array": (lambda: np.array(None), set()),
+    "integer array of one value": (lambda: np.array([2]), set()),
+    "NumPy integer": (lambda: np.uint8(3), {"number", "whole"}),
+    "NumPy 1": (lambda: np.int64(1), {"number", "whole", "flag"}),
+    "NumPy float": (lambda: np.float32(1.5), {"number"}),
+    "NumPy bool": (lambda: np.bool_(True), {"flag"}),
+    "NumPy complex": (lambda: np.complex64(1j), set()),
+    "NumPy text": (lambda: np.str_("3"), set()),
+    "NumPy date": (lambda: np.datetime64("2020-01-01"), set()),
+    "NumPy duration": (lambda: np.timedelta64(3, "D"), set()),
+}
 NOT_CALLED = {"__version__", "tune_allocator"}  # which take nothing
 
 
@@ -412,3 +446,27 @@ def test_an_argument_of_a_wrong_type_is_told(name, place, kind):
         enter(WRONG[kind]())
     assert caught.traceback[-1].path.name != "test_entrances.py"
     assert isinstance(caught.value, TypeError) or (name, kind) in OUT_OF_RANGE, caught.value
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+@pytest.mark.parametrize("check", ["number", "whole", "flag"])
+def test_a_single_number_is_judged_by_what_it_is(check, kind):
+    make, allowed = SINGLE[kind]
+    require = {
+        "number": lambda it: require_number(it, "eps", "Use 1e-5."),
+        "whole": lambda it: require_whole_number(it, "size", "Use 3."),
+        "flag": lambda it: require_flag(it, "exact"),
+    }[check]
+    if check in allowed:
+        require(make())
+        return
+    with pytest.raises(TypeError, match=r" must be (a number|a whole number|True or False), got .+\. [A-Z]"):
+        require(make())
+
+
+def test_a_float_tensor_is_no_number_of_channels_and_a_flag_is_no_eps():
+    with pytest.raises(TypeError, match=r"num_features must be a whole number, got Tensor"):
+        bn.BatchNorm1d(torch.tensor(1.5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"eps must be a number, got bool"):
+        bn.BatchNorm1d(3, True)
+    assert bn.BatchNorm1d(torch.tensor(3)).num_features == 3  # type: ignore[arg-type]
