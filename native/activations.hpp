@@ -1,6 +1,6 @@
-// Activations on vectors: the value a(p), and the gradient that a'(p) lets through.
+// Activations on vectors: the value a(p), and the gradient g multiplied by a'(p).
 //
-// Identity and Relu have loops of their own; the others share one, which asks at every vector which of them it is.
+// Identity and Relu have loops of their own; the others share Curve, which selects a formula for each vector.
 #pragma once
 #include "arithmetic.hpp"
 #include "vectors.hpp"
@@ -10,12 +10,12 @@
 namespace batchnorm::ISA {
 namespace {
 
-// exp(x) = 2^n exp(r), r = x - n ln 2 in [-0.35, 0.35]; exp(r) - 1 by its Taylor series, which leaves 2^-28 of it.
+// exp(x) = 2^n exp(r), r = x - n ln 2 in [-0.35, 0.35]; exp(r) - 1 by its Taylor series, to 2^-28 relative.
 struct Exponential {
     Vec32 power, rest; // 2^n and exp(r) - 1
 
     explicit Exponential(Vec32 x) {
-        x = x < -87.0f ? Vec32{} - 87.0f : x; // where exp is below every float32 that matters; NaN stays
+        x = x < -87.0f ? Vec32{} - 87.0f : x; // exp(-87) is near the smallest normal float32; NaN stays NaN
         x = x > 88.0f ? Vec32{} + 88.0f : x;
         const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
         const Vec32 shifted = x * 1.44269504f + magic, n = shifted - magic;
@@ -35,12 +35,12 @@ inline Vec32 expm1(Vec32 x) {
 }
 
 inline Vec32 sigmoid(Vec32 p) {
-    const Vec32 e = exp(p < 0 ? p : -p); // at most 1: large values of the other sign would overflow
+    const Vec32 e = exp(p < 0 ? p : -p); // at most 1: exp of a large positive value would overflow
     return (p < 0 ? e : Vec32{} + 1.0f) / (e + 1.0f);
 }
 
 // The standard normal distribution function, with its density.
-// erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + 0.375 z): P fitted to 1.2e-8 relative for z from 0 to 10.
+// erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + 0.375 z): P is fitted to 1.2e-8 relative for z from 0 to 10.
 struct Normal {
     Vec32 below, density;
 
@@ -67,7 +67,7 @@ struct Relu {
     template <class V> static V gradient(V g, V p, const Layer &) { return p > 0 ? g : V{}; }
 };
 
-// Any other; double has the functions of the C library, a lane at a time.
+// All other activations; for float64 with the functions of the C library, one lane at a time.
 struct Curve {
     static Vec32 value(Vec32 p, const Layer &layer) {
         const float param = float(layer.param);

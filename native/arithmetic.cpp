@@ -1,4 +1,4 @@
-// Training forward, its backward, and normalization by given statistics, for one instruction set (the macro ISA).
+// Forward and backward passes in train mode, and normalization by given statistics, for one instruction set (ISA).
 #include "arithmetic.hpp"
 #include "plan.hpp"
 
@@ -11,10 +11,10 @@ template <class W> using All = std::vector<Coefficients<W>>;
 
 // ---- moments
 
-// A guess of every channel's mean: that of a few values of a few rows.
+// A guess of every channel's mean: the mean of a few values of a few rows.
 template <class T, class A> std::vector<Guess<A>> guess(const T *x, const Window &window) {
     const int64_t length = window.columns / window.channels, values = std::min<int64_t>(length, 4);
-    // so many that a standard deviation and a half away from the mean is all but impossible
+    // so many values that a guess 1.5 standard deviations away from the mean is nearly impossible
     const int64_t step = std::max<int64_t>(1, window.rows / (values == 1 ? 16 : 8));
     std::vector<double> sums(window.channels);
     int64_t count = 0;
@@ -27,7 +27,7 @@ template <class T, class A> std::vector<Guess<A>> guess(const T *x, const Window
     return guesses;
 }
 
-// Calls sum(guesses, sums) until the guesses were good, and writes mean and variance.
+// Calls sum(guesses, sums) until no guess needs to be improved, at most four times, and writes mean and variance.
 template <class A, class Sum> void measure(double count, std::vector<Guess<A>> guesses, double *mean, double *var, const Sum &sum) {
     std::vector<Sums> sums(guesses.size());
     bool again = true;
@@ -40,7 +40,7 @@ template <class A, class Sum> void measure(double count, std::vector<Guess<A>> g
     for (size_t c = 0; c < guesses.size(); ++c) guesses[c].finish(sums[c], count, mean[c], var[c]);
 }
 
-// Sums of all parts, each channel's in the order of the parts.
+// Calls sum(window, part) for all parts in parallel, then adds the parts to each channel in order.
 template <class Sum> void sum_apart(const Plan &plan, Sums *channels, const Sum &sum) {
     std::vector<Sums> parts(plan.tasks * plan.width);
     plan.run([&](int64_t task, const Window &window) { sum(window, &parts[task * plan.width]); });
@@ -127,7 +127,7 @@ template <class T> struct Passes {
     void (*apply)(const Layer &, const Backward &, const T *, const Window &, const Coefficients<Wide<T>> *);
 };
 template <class T, class A> Passes<T> passes(const Backward &job) {
-    // with a residual the gradient of p was stored, and needs no activation any more
+    // with a residual, the first pass stores the gradient of p, so the second pass applies no activation
     if (job.other) return {&sum_products<T, A, true, false>, &apply_backward<T, Identity, false>};
     return {&sum_products<T, A, false, false>, &apply_backward<T, A, false>};
 }
@@ -148,7 +148,7 @@ Plan backward_plan(const Layer &layer, const Backward &job, int64_t value) {
 template <class T> void backward(const Layer &layer, const Backward &job) {
     using W = Wide<T>;
     const auto [sum, apply] = backward_for<T>(layer, job);
-    const bool stored = job.other && layer.act != Act::none && !job.x_is_y; // the gradient of p, by the first pass
+    const bool stored = job.other && layer.act != Act::none && !job.x_is_y; // whether the first pass stores the gradient of p
     const T *grad = static_cast<const T *>(stored ? job.d_residual : job.grad);
     const Plan plan = backward_plan(layer, job, sizeof(T));
     const double count = double(plan.count());
@@ -218,7 +218,7 @@ template <class W> int64_t move_towards(int64_t channels, const double *mean, co
     const auto finite = [&](int64_t c) { return std::isfinite(W(mean[c])) && std::isfinite(W(var[c] * unbias)); };
     int64_t skipped = 0;
     for (int64_t c = 0; c < channels; ++c) skipped += !finite(c);
-    if (average && skipped) return skipped; // one count serves all channels, so a batch enters each average or none
+    if (average && skipped) return skipped; // all channels share one count, so a batch enters all averages or none
     ++*running.batches;
     const double momentum = average ? 1 / double(*running.batches) : running.momentum;
     const auto move = [&](void *stored, int64_t c, double to) {
@@ -233,7 +233,7 @@ template <class W> int64_t move_towards(int64_t channels, const double *mean, co
 
 // ---- by type
 
-// Calls run.template operator()<T>() with the C++ type that `type` names.
+// Calls run.template operator()<T>() with the C++ type T of `type`.
 template <class Run> void with_type(Type type, const Run &run) {
     switch (type) {
     case Type::float32: return run.template operator()<float>();

@@ -1,28 +1,28 @@
-// What the native kernels compute; see src/batchnorm/kernels/reference.py for the formulas.
+// The arguments and functions of the native kernels; see src/batchnorm/kernels/reference.py for the formulas.
 #pragma once
 #include <cstdint>
 
 namespace batchnorm {
 
 enum class Type : int { float32, float64, bfloat16, float16 };
-// numbered as in src/batchnorm/kernels/activations.py
+// with the numbers of src/batchnorm/kernels/activations.py
 enum class Act : int { none, relu, leaky_relu, elu, silu, gelu, hardswish };
 constexpr const char *ACTS[] = {"none", "relu", "leaky_relu", "elu", "silu", "gelu", "hardswish"};
 
-// A tensor of `outer` x `channels` x `inner` values, contiguous. A matrix of rows (N, C), or channels_last, has inner 1.
+// A contiguous tensor of `outer` x `channels` x `inner` values. A matrix (N, C) or a channels_last tensor has inner 1.
 struct Shape {
     int64_t outer, channels, inner;
 };
 
-// Running statistics, float32 or float64, that move towards those of a batch. Null counter: nothing is stored.
+// Running statistics, float32 or float64, that move towards those of a batch. If `batches` is null, there are none.
 struct Running {
     int64_t *batches;
     void *mean, *var;
-    bool wide;       // float64
-    double momentum; // NaN: the average of all batches
+    bool wide;       // whether they are float64
+    double momentum; // NaN: all batches are averaged equally
 };
 
-// Batch statistics are float64. Gamma and beta are float32, or float64 for float64 values; null: none.
+// Statistics are float64. Gamma and beta are float32, or float64 for float64 values; null if the layer has none.
 struct Layer {
     Type type;
     Shape shape;
@@ -34,30 +34,30 @@ struct Layer {
 };
 
 struct Forward {
-    const void *x, *residual; // null residual: none
+    const void *x, *residual; // residual may be null
     void *y;
 };
 
 struct Backward {
     const void *grad, *x;
-    const void *other; // the residual, or y where its sign shows the derivative; null: none
+    const void *other; // the residual, or y if its sign gives the derivative; may be null
     bool other_is_y, x_is_y;
-    bool constant; // whether mean and variance are constants, not those of x
+    bool constant; // whether mean and variance do not depend on x
     void *d_x, *d_residual, *d_weight, *d_bias;
 };
 
-// The halves of a backward pass, between which sums of other values may be added: see kernels/interface.py.
+// For a backward pass in two halves; between them the caller may add sums of other values: see kernels/interface.py.
 struct Halves {
     double *sums;        // (2, channels), of g and of g z
-    const double *means; // the same divided by the count; null: mean and variance are constants
+    const double *means; // sums divided by the count; null if mean and variance are constants
 };
 
 struct Arithmetic {
-    // Measures x, writes mean and var, normalizes, moves running statistics; returns how many channels are not finite.
+    // Measures x, writes mean and var, normalizes, moves running statistics; returns the number of non-finite channels.
     int64_t (*train)(const Layer &, const Forward &, const Running &);
     void (*backward)(const Layer &, const Backward &);
-    void (*normalize)(const Layer &, const Forward &); // by the mean and var of the layer
-    // Mean and biased variance of every channel: with the bits of train, or every value added in float64.
+    void (*normalize)(const Layer &, const Forward &); // by layer.mean and layer.var
+    // Mean and biased variance of every channel: the same bits as in train, or, if `exact`, with all sums in float64.
     void (*moments)(const Layer &, const void *x, bool exact);
     int64_t (*update)(int64_t channels, const double *mean, const double *var, double count, const Running &);
     void (*sum_gradients)(const Layer &, const Backward &, const Halves &);  // writes sums, and d_residual if there is one

@@ -1,4 +1,4 @@
-// The Python module batchnorm._native: addresses and sizes in, counts out. No arithmetic here.
+// The Python module batchnorm._native: its functions get addresses and sizes as integers and call the arithmetic.
 #include "arithmetic.hpp"
 #include "threads.hpp"
 
@@ -19,7 +19,7 @@ struct Choice {
     const Arithmetic *arithmetic;
 };
 
-// Those that this processor runs, widest first.
+// The instruction sets that this processor supports, the one with the widest vectors first.
 std::vector<Choice> runnable() {
     std::vector<Choice> found;
 #ifdef BATCHNORM_X86
@@ -34,7 +34,7 @@ std::vector<Choice> runnable() {
 }
 
 const std::vector<Choice> choices = runnable();
-std::atomic<const Arithmetic *> chosen = choices.front().arithmetic; // read without Python's lock
+std::atomic<const Arithmetic *> chosen = choices.front().arithmetic; // atomic: read without the GIL
 
 nb::list instruction_sets() {
     nb::list names;

@@ -1,11 +1,11 @@
-// What a channel's sums come to, and the coefficients by which its values are normalized and differentiated.
+// From a channel's sums: its mean and variance, and the coefficients of y and d_x.
 //
-// Moments are summed around a guess of the mean, `shift`: with d = (x - shift) unit,
+// Sums are of deviations from `shift`, a guess of the mean. With d = (x - shift) unit, and sums over n values,
 //
 //     mean = shift + sum d / (n unit)     var = (sum d^2 - (sum d)^2 / n) / (n unit^2)
 //
-// which loses no digits while the guess is within a standard deviation or two of the mean. `unit` is 1, or a power of two
-// that keeps squares of very large values finite.
+// This loses no digits if the guess is within one or two standard deviations of the mean. `unit` is 1, or a power of
+// two that keeps the squares of very large values finite.
 #pragma once
 #include "arithmetic.hpp"
 #include "vectors.hpp"
@@ -16,7 +16,7 @@
 namespace batchnorm::ISA {
 namespace {
 
-// Sums of d and d^2 around a shift; or of a gradient and of its products with x - mean.
+// Sums of d and d^2; or sums of a gradient g and of g (x - mean).
 struct Sums {
     double first = 0, second = 0;
     void add(const Sums &other) { first += other.first, second += other.second; }
@@ -26,7 +26,7 @@ struct Sums {
 template <class A> struct Guess {
     A shift = 0, unit = 1;
 
-    // Whether sums around a better guess would be worth it, given those around this one; then this is the better one.
+    // Improves the guess from the sums around it; returns whether the sums must be computed again around the new guess.
     bool improve(const Sums &sums, double count) {
         const double off = sums.first / count, spread = sums.second / count - off * off;
         if (!std::isfinite(sums.second)) { // too large to be squared, or not finite
@@ -51,8 +51,8 @@ template <class W> inline double or_else(const void *values, int64_t channel, do
     return values ? double(static_cast<const W *>(values)[channel]) : otherwise;
 }
 
-// p = (x - mean) scale + shift, where what rounding left of the mean is in the shift; x - mean = (p - shift) unscale.
-// d_x = grad back - (x - mean) rstd along - even: rstd apart, because its square would vanish for large values
+// p = (x - mean) scale + shift, and x - mean = (p - shift) unscale; the rounding error of `mean` is part of `shift`.
+// d_x = grad back - (x - mean) rstd along - even; rstd is not part of `along`, because its square can underflow to 0.
 enum Field { MEAN, SCALE, SHIFT, UNSCALE, BACK, RSTD, ALONG, EVEN, FIELDS };
 
 template <class W> struct Coefficients {
@@ -67,11 +67,11 @@ template <class W> struct Coefficients {
         fields[SHIFT] = W(or_else<W>(layer.bias, c, 0) - low(layer, c) * slope);
         fields[UNSCALE] = W(1 / slope);
     }
-    // Sums of g and g z, from those of g and of g (x - mean) without the low part of the mean.
+    // Sums of g and g z, from sums of g and of g (x - mean), where `mean` is the rounded mean.
     static Sums of_gradient(const Layer &layer, int64_t c, const Sums &sums) {
         return {sums.first, (sums.second - low(layer, c) * sums.first) * rstd(layer, c)};
     }
-    // Also the coefficients of d_x, given the means of g and g z, or null where mean and variance are constants.
+    // Also the coefficients of d_x, from the means of g and g z; null if mean and variance are constants.
     Coefficients(const Layer &layer, int64_t c, const Sums *means) : Coefficients(layer, c) {
         const double inverse = rstd(layer, c), slope = inverse * or_else<W>(layer.weight, c, 1);
         fields[BACK] = W(slope);

@@ -1,8 +1,9 @@
-// How a tensor is cut into windows, by its shape alone: so a result has the same bits for any number of threads.
+// How a tensor is cut into windows, by its shape alone, so that a result has the same bits for any number of threads.
 //
-// Together: a task has some channels whole. It sums and applies them while they are in the cache, so memory is read once.
-// Apart: tasks are parts of channels, in the order of memory. All are summed, then all are applied. That is faster where
-// the whole tensor is in the last cache, or where the pieces of a channel are short: jumping costs more than reading.
+// Together: a task is a few whole channels. It sums and normalizes them while they are in the cache, so memory is read
+// once. Apart: tasks are parts of channels, in the order of memory. All parts are summed, then all are normalized. That
+// is faster if the whole tensor fits into the last cache, or if the pieces of a channel in memory are short, because
+// jumping costs more than reading.
 #pragma once
 #include "threads.hpp"
 #include "windows.hpp"
@@ -10,21 +11,21 @@
 namespace batchnorm::ISA {
 namespace {
 
-constexpr int64_t GRAIN = 32768;      // values worth a thread
-constexpr int64_t SMALL = 512;        // planes up to this size are walked several channels at a time
-constexpr int64_t CACHE = 256 << 10;  // bytes of several channels that are walked together
-constexpr int64_t PIECE = 32 << 10;   // bytes between two jumps that make jumping cheap
-constexpr int64_t LAST = 32 << 20;    // bytes of a server's last cache; what a virtual machine says of it is not to be trusted
-constexpr int64_t SLAB = 4 << 20;     // bytes of some channels that are still read from a cache the second time
-constexpr int64_t TASKS = 16;         // tasks that channels must give before they are kept whole
-constexpr int64_t WIDE = 64;          // columns that make a row worth walking
+constexpr int64_t GRAIN = 32768;      // fewest values for which another thread is worthwhile
+constexpr int64_t SMALL = 512;        // planes of at most so many values are read several channels at a time
+constexpr int64_t CACHE = 256 << 10;  // bytes of the channels of one task
+constexpr int64_t PIECE = 32 << 10;   // bytes read between two jumps from which on jumps are cheap
+constexpr int64_t LAST = 32 << 20;    // bytes of a server's last cache; a fixed number, because virtual machines report wrong ones
+constexpr int64_t SLAB = 4 << 20;     // bytes of channels that are still in a cache when they are read the second time
+constexpr int64_t TASKS = 16;         // fewest tasks of whole channels; with fewer, channels are cut into parts
+constexpr int64_t WIDE = 64;          // fewest columns of a row that are read efficiently
 
 class Plan {
   public:
     bool together;
-    int64_t tasks, width; // width: channels in a task, at most
+    int64_t tasks, width; // width: the most channels of a task, except the last
 
-    // `bytes_each`: of all tensors for each value; `once`: whether they are read one time only.
+    // `bytes_each`: bytes of all tensors for one value; `once`: whether all tensors are read only once.
     Plan(Shape given, int64_t bytes_each, bool once = false) : shape(given) {
         if (shape.channels == 1) shape = {1, 1, shape.outer * shape.inner};
         const int64_t row_bytes = shape.inner * bytes_each, channel_bytes = shape.outer * row_bytes;
@@ -50,7 +51,7 @@ class Plan {
 
     Window window(int64_t task) const {
         if (together) {
-            const int64_t first = task * width; // the last task has the channels that are left
+            const int64_t first = task * width; // the last task also has the remaining channels
             return channels_of(first, task == tasks - 1 ? shape.channels - first : width);
         }
         return large() ? plane(task) : rows(task);
@@ -64,7 +65,7 @@ class Plan {
 
   private:
     Shape shape;
-    int64_t each = 1, joined = 1, pieces = 1; // rows of a part; rows walked as one; parts of a plane
+    int64_t each = 1, joined = 1, pieces = 1; // rows of a part; rows joined to one; pieces of a plane
 
     bool large() const { return shape.inner > SMALL || shape.channels == 1; }
 
@@ -73,7 +74,7 @@ class Plan {
                 first,               number,            shape.inner};
     }
 
-    // About 64 parts, of rows, and of pieces of rows where there are few of them.
+    // Cuts into about 64 parts of some rows each; if there are few rows, into pieces of rows.
     void cut() {
         const int64_t row = shape.channels * shape.inner;
         if (large()) {
@@ -91,7 +92,7 @@ class Plan {
     }
     int64_t parts() const { return (shape.outer / joined * joined + each - 1) / each; }
 
-    // A part of a large plane, or of several.
+    // Some large planes of one channel, or a piece of one.
     Window plane(int64_t task) const {
         const int64_t piece = task % pieces, channel = task / pieces % shape.channels, part = task / pieces / shape.channels;
         const int64_t length = ((shape.inner + pieces - 1) / pieces + BLOCK - 1) / BLOCK * BLOCK, row = shape.channels * shape.inner;
@@ -100,7 +101,7 @@ class Plan {
                 std::min(length, shape.inner - begin), row, channel, 1, 1};
     }
 
-    // Some rows of all channels; those that could not be joined come last.
+    // Some rows of all channels; the last task has the rows that are too few to be joined.
     Window rows(int64_t task) const {
         const int64_t row = shape.channels * shape.inner, whole_rows = shape.outer / joined * joined;
         if (task == parts()) return {whole_rows * row, 1, (shape.outer - whole_rows) * row, row, 0, shape.channels, shape.inner};

@@ -1,8 +1,10 @@
-// Every pass of the arithmetic from four threads at once, each with a pool of its own, against the bits of a serial run.
+// Calls every pass of the arithmetic from four threads at once, each with its own pool, and compares with a serial run,
+// bit for bit.
 //
-// Built by sanitize.sh alone. torch's pool is not instrumented, so to ThreadSanitizer its joins order nothing; here
-// run_parallel is made of std::thread. Tensors are allocated to the byte, for AddressSanitizer to guard both ends.
-// Results start with one pattern in the serial run and with another in the others: a value never written differs.
+// Only sanitize.sh builds this file. ThreadSanitizer does not see the joins of torch's pool, which is not instrumented,
+// so here run_parallel uses std::thread. Tensors are allocated with their exact size, so that AddressSanitizer guards both
+// ends. Results are filled with one pattern before the serial run and with another before the parallel runs, so that a
+// value that is never written differs.
 #include "arithmetic.hpp"
 #include "threads.hpp"
 
@@ -22,14 +24,14 @@
 namespace batchnorm {
 namespace {
 
-constexpr int OUTER = 4, INNER = 3; // threads that call, and helpers of each
+constexpr int OUTER = 4, INNER = 3; // calling threads, and helper threads of each
 thread_local bool serial = true;
 
 } // namespace
 
 void find_threads() {}
 
-// The grain is not kept to: tasks go to threads one at a time, so that even small tensors are computed by several.
+// The grain is ignored: threads get tasks one at a time, so that several threads compute even small tensors.
 void run_parallel(int64_t count, int64_t, Body body, void *context) {
     if (serial || count < 2) return body(0, count, context);
     std::atomic<int64_t> next{0};
@@ -76,7 +78,7 @@ Buffer random(Type type, int64_t count, double mean, double deviation, unsigned 
     return buffer;
 }
 
-// What all threads read.
+// The tensors that all threads read.
 struct Inputs {
     Type type, wide;
     Shape shape;
@@ -100,7 +102,7 @@ struct Call {
     Other other = Other::none;
     bool constant = false, affine = true;
     double momentum = 0.1;
-    bool wide = false; // running statistics
+    bool wide = false; // whether running statistics are float64
 
     std::string name() const {
         const char *const passes[] = {"train", "train in place", "normalize", "moments", "exact moments", "backward", "backward of a leaky ReLU in place", "sums of gradients", "gradient of x", "update"};
@@ -125,23 +127,23 @@ std::vector<Call> calls() {
             all.push_back({Call::backward, act, Other::none, constant});
             all.push_back({Call::backward, act, Other::none, constant, false});
             all.push_back({Call::input_gradient, act, Other::none, constant});
-            if (act == Act::none) continue; // its callers pass no residual: the gradient needs none
+            if (act == Act::none) continue; // callers pass no residual then: the gradient does not need it
             all.push_back({Call::backward, act, Other::residual, constant});
             all.push_back({Call::backward, act, Other::y, constant});
         }
     }
-    // its callers pass no residual: the input could not be recovered from a sum
+    // callers pass no residual here: x could not be recovered from y with a residual
     for (const bool constant : {false, true}) all.push_back({Call::inverted, Act::leaky_relu, Other::none, constant});
     return all;
 }
 
-// All that a call writes.
+// Everything that a call writes.
 std::vector<Buffer> results(const Arithmetic &arithmetic, const Inputs &in, const Call &call, int pattern) {
     const int64_t channels = in.shape.channels;
     std::vector<Buffer> out;
     out.reserve(8);
     const auto add = [&](size_t bytes) -> void * { return out.emplace_back(bytes, pattern).at(); };
-    // what is only read is shared, although Layer has no const for it
+    // tensors that are only read are shared; Layer's pointers are not const
     Layer layer{in.type, in.shape, const_cast<double *>(in.mean.at<double>()), const_cast<double *>(in.var.at<double>()),
                 call.affine ? in.weight.at() : nullptr, call.affine ? in.bias.at() : nullptr, 1e-5, call.act, 0.25};
     const void *residual = call.other == Other::none ? nullptr : in.residual.at();
@@ -243,7 +245,7 @@ void check_all(const char *isa, const Arithmetic &arithmetic) {
     for (const Shape &shape : SHAPES)
         for (const Type type : {Type::float32, Type::float64, Type::bfloat16, Type::float16}) {
             const int64_t count = shape.outer * shape.channels * shape.inner;
-            const size_t step = count > 1 << 22 ? 23 : count > 1 << 14 ? 9 : 1; // larger tensors take turns at the calls
+            const size_t step = count > 1 << 22 ? 23 : count > 1 << 14 ? 9 : 1; // for larger tensors only every 9th or 23rd call
             if (step == 23 && type != Type::float32) continue;
             const Inputs in(type, shape);
             for (size_t i = turn++ % step; i < all.size(); i += step) check(isa, arithmetic, in, all[i]);

@@ -10,7 +10,7 @@ namespace {
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void *context);
 std::atomic<ParallelFor> torch_parallel_for{nullptr};
 
-// A forked child inherits the pool's locks but none of its threads: a parallel loop there would wait for ever.
+// A forked child inherits the pool's locks but not its threads: there a parallel loop would wait for ever.
 void serial_from_now_on() { torch_parallel_for = nullptr; }
 
 } // namespace
@@ -18,7 +18,7 @@ void serial_from_now_on() { torch_parallel_for = nullptr; }
 void find_threads() {
     static const int registered = pthread_atfork(nullptr, nullptr, serial_from_now_on);
     (void)registered;
-    // part of torch's stable C interface; RTLD_DEFAULT does not see libraries that Python loaded privately
+    // torch_parallel_for is in torch's stable C interface; RTLD_DEFAULT does not search libraries loaded by Python
     if (void *library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
         torch_parallel_for = reinterpret_cast<ParallelFor>(dlsym(library, "torch_parallel_for"));
         dlclose(library);

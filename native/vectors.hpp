@@ -1,5 +1,5 @@
-// Vectors of float32 or float64, read from and written to any type that a tensor has. Included once for each instruction set: everything here is
-// local to the translation unit that defines ISA.
+// Vectors of float32 or float64, read from and written to tensors of any type. Included once for each instruction set:
+// everything here is local to the translation unit that defines ISA.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,7 +11,7 @@ namespace {
 #ifdef __AVX512F__
 constexpr int LANES = 16; // a register of float32
 #else
-constexpr int LANES = 8; // a register of AVX2, two of SSE or NEON
+constexpr int LANES = 8; // one register of AVX2, two registers of SSE or NEON
 #endif
 
 struct bfloat16 { uint16_t bits; };
@@ -29,7 +29,7 @@ template <class T> struct VecOf { using type = Vec32; };
 template <> struct VecOf<double> { using type = Vec64; };
 template <class T> using Vec = typename VecOf<T>::type;
 
-// Tensors are aligned to their element only, so vectors go through memcpy, which compiles to one unaligned move.
+// A tensor's address is aligned to its element only, so vectors are copied by memcpy: one unaligned move when compiled.
 template <class To> inline To read(const void *from) {
     To value;
     std::memcpy(&value, from, sizeof value);
@@ -94,7 +94,7 @@ template <class T> inline void store(T *to, Vec<T> values, int count) {
     std::memcpy(to, narrowed, count * sizeof(T));
 }
 
-// How much of a vector is there: all lanes, or the first few. Dead lanes read as zero.
+// Which lanes of a vector have values: all lanes, or the first `count`. The other lanes read as zero.
 struct Whole {};
 struct First { int count; };
 template <class T> inline Vec<T> load(const T *from, Whole) { return load(from); }
@@ -112,13 +112,13 @@ template <class Visit> inline void for_vectors(int64_t count, const Visit &visit
 inline Vec64 to_double(Vec32 v) { return __builtin_convertvector(v, Vec64); }
 inline Vec64 to_double(Vec64 v) { return v; }
 
-// Values as float64 if `A` is double, else in the type that they are computed in.
+// Values as float64 if `A` is double, else in the type of the arithmetic on T.
 template <class A, class T, class Lanes> inline Vec<A> load_as(const T *from, Lanes lanes) {
     if constexpr (std::is_same_v<A, double>) return to_double(load(from, lanes));
     else return load(from, lanes);
 }
 
-// The sum of all lanes, in pairs.
+// The sum of all lanes, added in pairs.
 template <class V> inline double total(V values) {
     const Vec64 v = to_double(values);
     double sums[LANES];

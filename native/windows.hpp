@@ -1,5 +1,5 @@
-// Loops over a window of a tensor: rows of neighbouring values. The values of a row belong to one channel (a large
-// plane), to runs of channels (small planes), or to one channel each (rows of channels).
+// Loops over a window of a tensor: some rows of neighbouring values. A row is part of one channel (a large plane), or a
+// sequence of whole small planes of several channels, or one value of each of several channels.
 #pragma once
 #include "activations.hpp"
 #include "channels.hpp"
@@ -12,8 +12,8 @@ namespace {
 
 struct Window {
     int64_t at, rows, columns, stride; // the first value; rows of `columns` values, `stride` apart
-    int64_t channel, channels;         // the channels that it holds
-    int64_t run;                       // neighbouring values of one channel, where there are several channels
+    int64_t channel, channels;         // the first channel, the number of channels
+    int64_t run;                       // neighbouring values of one channel, if there are several channels
 
     // Calls visit(channel, begin, end) for the columns of each run of one channel.
     template <class Visit> void for_runs(const Visit &visit) const {
@@ -24,8 +24,8 @@ struct Window {
     }
 };
 
-constexpr int64_t BLOCK = 4096; // values added in float32 before they go to float64, by 64 or more lanes
-constexpr int64_t ROWS = 64;    // the same for a column of rows
+constexpr int64_t BLOCK = 4096; // most values that are summed in float32, in 64 or more lanes, before float64
+constexpr int64_t ROWS = 64;    // the same for the values of a column
 
 template <class T, class Pointer> inline auto from(Pointer pointer, const Window &window) {
     using P = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const T *, T *>;
@@ -34,7 +34,7 @@ template <class T, class Pointer> inline auto from(Pointer pointer, const Window
 
 // ---- values for each column, or one for all
 
-constexpr std::align_val_t ALIGNED{64}; // vectors that lie across two lines of the cache cost twice
+constexpr std::align_val_t ALIGNED{64}; // a vector across two cache lines takes twice as long
 
 template <class V> struct Array {
     V *values;
@@ -47,7 +47,7 @@ template <class V> struct Array {
 
 inline int64_t padded(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
 
-// `fields` values of one column in registers: a store to a tensor could change what is in memory, for all the compiler knows.
+// `fields` values of one column, in registers: in memory the compiler would have to read them again after every store.
 template <class W, int fields> struct Values {
     Vec<W> vectors[fields];
     Vec<W> operator[](int field) const { return vectors[field]; }
@@ -68,7 +68,7 @@ template <class W, int fields> struct Each {
     }
 };
 
-// Calls visit(each), where each.at(column) has the first `fields` of the values of the column's channel, channels[c][field].
+// Calls visit(each), where each.at(column) has channels[c][0] to channels[c][fields - 1] of the column's channel c.
 template <class W, int fields, class Channel, class Visit>
 inline void spread(const Window &window, const Channel *channels, const Visit &visit) {
     if (window.channels == 1) {
@@ -91,8 +91,8 @@ inline void spread(const Window &window, const Channel *channels, const Visit &v
 
 inline void add_to(double *sums, Vec64 values) { write(sums, read<Vec64>(sums) + values); }
 
-// Rows that are walked at the same time, R of them, `apart` from each other: so far that they are in different pages, which
-// processors foresee much better than neighbours.
+// R rows that are read at the same time, with a distance of `apart` rows: then they are in different pages, which
+// processors prefetch much better than neighbouring rows.
 struct Strides {
     int64_t apart, next, groups; // `next`: from a group's first row to that of the next group
     Strides(const Window &window, int64_t R) : groups(window.rows / R) {
@@ -101,11 +101,11 @@ struct Strides {
     }
 };
 
-// Adds R rows to sums of a pair of values for each column: visit(first, second, i, values of the column, lanes) does it.
+// Adds R rows to two sums for each column. visit(first, second, i, values of the column, lanes) adds one vector.
 template <int R, class W, class Each, class Visit>
 inline void add_rows(const Window &window, int64_t row, int64_t apart, const Each &each, W *firsts, W *seconds,
                      const Visit &visit) {
-    const auto add = [&]<int K>(int64_t column, auto lanes) { // K vectors, so that one addition need not wait for the other
+    const auto add = [&]<int K>(int64_t column, auto lanes) { // K vectors, so that their additions overlap
         std::decay_t<decltype(each.at(0))> here[K];
         Vec<W> first[K], second[K];
         for (int k = 0; k < K; ++k) {
@@ -117,14 +117,14 @@ inline void add_rows(const Window &window, int64_t row, int64_t apart, const Eac
                 visit(first[k], second[k], (row + r * apart) * window.stride + column + k * LANES, here[k], lanes);
         for (int k = 0; k < K; ++k) store(firsts + column + k * LANES, first[k]), store(seconds + column + k * LANES, second[k]);
     };
-    constexpr int K = R == 1 ? 1 : LANES >= 16 ? 4 : 2; // as many as there are registers for
+    constexpr int K = R == 1 ? 1 : LANES >= 16 ? 4 : 2; // as many as the registers allow
     int64_t column = 0;
     for (; column + K * LANES <= window.columns; column += K * LANES) add.template operator()<K>(column, Whole{});
     for (; K > 1 && column + LANES <= window.columns; column += LANES) add.template operator()<1>(column, Whole{});
     if (column < window.columns) add.template operator()<1>(column, First{int(window.columns - column)});
 }
 
-// Sums of all rows in float64.
+// The sums of each column over all rows, in float64.
 template <class W, class Each, class Visit>
 inline void sum_columns(const Window &window, const Each &each, double *firsts, double *seconds, const Visit &visit) {
     const int64_t width = padded(window.columns);
@@ -148,7 +148,7 @@ inline void sum_columns(const Window &window, const Each &each, double *firsts, 
     flush();
 }
 
-// The same for one channel, along the rows.
+// The sums of one channel over rows and columns.
 template <class W, class One, class Visit> inline Sums sum_rows(const Window &window, const One &one, const Visit &visit) {
     const auto here = one.at(0);
     Sums sums;
@@ -168,7 +168,7 @@ template <class W, class One, class Visit> inline Sums sum_rows(const Window &wi
     return sums;
 }
 
-// Adds the sums of a window to those of its channels. Lanes that hold no value must be added as zero.
+// Adds the sums of a window to those of its channels. visit must add zero in lanes without a value.
 template <class W, int fields, class Channel, class Visit>
 inline void sum(const Window &window, const Channel *channels, Sums *sums, const Visit &visit) {
     spread<W, fields>(window, channels, [&](const auto &each) {
@@ -192,7 +192,7 @@ template <class V> inline V alive(V values, First lanes) {
     return values;
 }
 
-// Moments around a guess for each channel; sums in the type A.
+// Sums of deviations from each channel's guess, and of their squares, in the type A.
 template <class T, class A> void sum_moments(const T *x, const Window &window, const Guess<A> *guesses, Sums *sums) {
     x += window.at;
     sum<A, 2>(window, guesses, sums, [&](Vec<A> &first, Vec<A> &second, int64_t i, const Values<A, 2> &guess, auto lanes) {
@@ -207,7 +207,7 @@ template <class T, class A> void sum_moments(const T *x, const Window &window, c
 // Calls visit(i, values of the column, lanes) for all vectors of a window.
 template <class Each, class Visit> inline void for_values(const Window &window, const Each &each, const Visit &visit) {
     const int64_t rows = window.rows, columns = window.columns, stride = window.stride;
-    constexpr int R = Each::varies ? 4 : 1; // values of columns are read once for several rows
+    constexpr int R = Each::varies ? 4 : 1; // each column's values are read once for R rows
     const Strides strides(window, R);
     for (int64_t group = 0; group < strides.groups; ++group)
         for_vectors(columns, [&](int64_t column, auto lanes) {
@@ -219,7 +219,7 @@ template <class Each, class Visit> inline void for_values(const Window &window, 
         for_vectors(columns, [&](int64_t column, auto lanes) { visit(row * stride + column, each.at(column), lanes); });
 }
 
-// A value's distance from the mean, and p, of which the activation is taken. `other` is the residual, or y in its place.
+// x - mean, and p, the value before the activation. `other` is the residual, or y in place of p.
 template <class T> struct Inside { Vec<T> deviation, p; };
 
 template <bool with_other, class T, class C, class Lanes>
@@ -257,7 +257,7 @@ inline Inside<T> inside(const Layer &layer, const Backward &job, const T *x, con
     else return inside<with_other>(x, other, job.other_is_y, of, lanes);
 }
 
-// Sums of the gradient of p and of its products with x - mean; with a residual, that gradient is its own and is stored.
+// Sums of the gradient g of p and of g (x - mean); with a residual, g is stored, because it is the residual's gradient.
 template <class T, class A, bool with_other, bool inverted>
 void sum_products(const Layer &layer, const Backward &job, const Window &window, const Coefficients<Wide<T>> *channels,
                   Sums *sums) {
@@ -274,7 +274,7 @@ void sum_products(const Layer &layer, const Backward &job, const Window &window,
     });
 }
 
-// d_x of a window; the activation is Identity where the gradient of p is known already.
+// d_x of a window; the activation is Identity if `grad` is already the gradient of p.
 template <class T, class A, bool inverted>
 void apply_backward(const Layer &layer, const Backward &job, const T *grad, const Window &window,
                     const Coefficients<Wide<T>> *channels) {

@@ -1,9 +1,9 @@
 """Draw the rooms of the package and list their files: python scripts/draw_rooms.py [--check].
 
-The picture docs/rooms.svg has a row for each layer of pyproject.toml's import table, and a line from each room to those
-that it imports and that no other line leads to. CONTRIBUTING.md gets, between two marks, a line for each file of more
-than 100 lines: the first sentence of its docstring. With --check nothing is written, and the exit status is 1 where
-something would be.
+A room is a package or a single file directly in src/batchnorm. The picture docs/rooms.svg has a row for each layer of
+pyproject.toml's import table. It has a line from each room down to each room that it imports, unless a chain of other
+lines leads there. CONTRIBUTING.md gets, between two marks, a line for each file of more than 100 lines: the first
+paragraph of its docstring. With --check nothing is written, and the exit status is 1 if a file is not up to date.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "batchnorm"
 PICTURE, GUIDE = ROOT / "docs" / "rooms.svg", ROOT / "CONTRIBUTING.md"
 MARKS = "<!-- files: python scripts/draw_rooms.py -->\n", "<!-- end of files -->\n"
-LONG = 100  # lines from which a file is listed
-WIDTH, ROW, BOX = 1000, 62, (120, 30)  # of the picture, in points
+LONG = 100  # a file with more lines is listed
+WIDTH, ROW, BOX = 1000, 62, (120, 30)  # sizes in the picture, in points
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222;text-anchor:middle}rect{fill:#f4f6f8;stroke:#7a8794}"
     "path{fill:none;stroke:#7a8794;stroke-opacity:.55}@media(prefers-color-scheme:dark){text{fill:#eee}"
@@ -31,7 +31,7 @@ STYLE = (
 
 
 def layers() -> list[list[str]]:
-    """The rooms of each layer, those that import first."""
+    """The rooms of each layer; a layer comes before the layers that it imports."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (contract,) = table["tool"]["importlinter"]["contracts"]
     return [[room.strip() for room in layer.split("|")] for layer in contract["layers"]]
@@ -43,15 +43,15 @@ def imports(rooms: list[str]) -> dict[str, set[str]]:
     for room in rooms:
         if (SOURCE / room).is_dir():
             graph.squash_module(f"batchnorm.{room}")
-    found = {room: graph.find_modules_directly_imported_by(f"batchnorm.{room}") for room in rooms}
+    imported = {room: graph.find_modules_directly_imported_by(f"batchnorm.{room}") for room in rooms}
     return {
         room: {name.removeprefix("batchnorm.") for name in names} & (set(rooms) - {room})
-        for room, names in found.items()
+        for room, names in imported.items()
     }
 
 
 def shortest(known: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
-    """The imports that no chain of other imports implies."""
+    """Pairs of a room and a room that it imports, without those that a chain of other imports implies."""
     below: dict[str, set[str]] = {}
 
     def reach(room: str) -> set[str]:
@@ -65,7 +65,7 @@ def shortest(known: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
 
 
 def picture() -> str:
-    """The rooms as boxes, and lines from those that import down to those that are imported."""
+    """The picture as SVG: rooms as boxes, and lines from each room down to the rooms that it imports."""
     table = layers()
     places = {
         room: (WIDTH * _across(level, at, len(row)), ROW * (level + 0.6))
@@ -81,7 +81,7 @@ def picture() -> str:
 
 
 def _across(level: int, at: int, rooms: int) -> float:
-    """Where a room stands in its row, from 0 to 1; one that stands alone leaves the middle to lines that pass."""
+    """The position of a room in its row, from 0 to 1; single rooms alternate, so that lines can pass beside them."""
     return (at + 1) / (rooms + 1) if rooms > 1 else (0.35, 0.5, 0.65)[level % 3]
 
 
@@ -110,7 +110,7 @@ def _files_of(room: str) -> str:
 
 
 def first_sentence(path: Path) -> str:
-    """What a file's docstring says in its first line, without the name before a colon."""
+    """The first paragraph of a file's docstring, in one line, without its full stop."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.split("\n\n")[0].replace("\n", " ").rstrip(".")
 
@@ -120,7 +120,7 @@ def _lines(path: Path) -> int:
 
 
 def main() -> int:
-    """Write both, or with --check say whether they are up to date."""
+    """Write the picture and the list, or, with --check, print which of them is not up to date."""
     guide = GUIDE.read_text(encoding="utf-8")
     before, rest = guide.split(MARKS[0])
     after = rest.split(MARKS[1])[1]

@@ -1,9 +1,9 @@
-"""Move modules of the package, and everything that names them: python scripts/move_modules.py TABLE.toml.
+"""Move modules of the package and change their names everywhere: python scripts/move_modules.py TABLE.toml.
 
-The table has a section ``[moves]`` of old and new names, dotted, without "batchnorm.", and a section ``[packages]``
-with the docstring of each new package. Files move with ``git mv``. In Python files imports follow, and so do the names
-that modules are used by in a file; in all files dotted names and paths follow. What names a module otherwise, such as a
-table of names that are put together at run time, is for the one who moves.
+The table has a section ``[moves]`` of old and new dotted names, without "batchnorm.", and a section ``[packages]`` with
+the docstring of each new package. Files move with ``git mv``. In Python files, imports change, and the variables under
+which a file uses a module; in all files, dotted names and paths change. Other names of modules, for example names that
+code builds at run time, must be changed by hand.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "batchnorm"
 TEXTS = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".txt", ".html", ".cpp", ".hpp", ".h", ""}
-Edit = tuple[int, int, str]  # from, to, and what stands there
-MARK = "\0."  # before a name that is new already
+Edit = tuple[int, int, str]  # start, end, and the new text between them
+MARK = "\0."  # marks a name that is new already
 
 
 def main(table: str) -> None:
-    """Move all that the table lists."""
+    """Move all modules in the table."""
     read = tomllib.loads(Path(table).read_text())
     moves: dict[str, str] = read["moves"]
     for name, docstring in read["packages"].items():
@@ -46,12 +46,12 @@ def file_of(name: str) -> Path:
 
 
 def git(*words: str) -> str:
-    """What git prints."""
+    """Run git and return its output."""
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def tracked() -> Iterator[Path]:
-    """Text files of the repository, but those that tell what was: the changelog, results, and what the harness has."""
+    """Text files of the repository, except those that keep old names: changelog, results, records, scripts."""
     for name in git("ls-files").splitlines():
         path = ROOT / name
         kept = name.startswith(("benchmarks/results/", "tests/house/", "scripts/")) or name == "CHANGELOG.md"
@@ -60,7 +60,7 @@ def tracked() -> Iterator[Path]:
 
 
 def move_names(path: Path, moves: dict[str, str]) -> None:
-    """Give a file the new names."""
+    """Change the names of moved modules in a file."""
     try:
         text = path.read_text()
     except UnicodeDecodeError:
@@ -76,7 +76,7 @@ def move_names(path: Path, moves: dict[str, str]) -> None:
 
 
 def in_text(text: str, moves: dict[str, str]) -> str:
-    """Dotted names, and paths of files."""
+    """The text with new dotted names and new paths of files."""
     names = "|".join(re.escape(old) for old in sorted(moves, key=len, reverse=True))
     text = re.sub(rf"(?<![\w.])({names})(?![\w(])", lambda found: moves[found[1]], text)
     paths = {f"{old.replace('.', '/')}.py": f"{new.replace('.', '/')}.py" for old, new in moves.items()}
@@ -85,7 +85,7 @@ def in_text(text: str, moves: dict[str, str]) -> str:
 
 
 def edits_of(text: str, moves: dict[str, str], path: Path) -> Iterator[Edit]:
-    """Imports of moved modules by their own names, and the places that use these names."""
+    """The edits of a Python file: its imports of moved modules, and the places that use the imported names."""
     tree = ast.parse(text)
     starts = [0]
     for line in text.splitlines(keepends=True):
@@ -128,7 +128,7 @@ def edits_of(text: str, moves: dict[str, str], path: Path) -> Iterator[Edit]:
 
 
 def uses(tree: ast.AST, names: set[str], path: Path) -> Iterator[ast.Name]:
-    """Where imported names are used; a function that has a variable of such a name is shown, for it may mean either."""
+    """The places that use imported names, except in functions with a variable of this name, which are printed."""
     if not names:
         return
     hidden: set[int] = set()

@@ -150,9 +150,9 @@ def test_a_shape_is_read_from_text():
         ("32,64", "numbers joined by x, got '32,64'. Write 32x64x56x56"),
         ("", "numbers joined by x, got ''"),
         ("-1x3", "numbers joined by x, got '-1x3'"),
-        ("7", "more than one value a channel, got 7. Write"),
-        ("0x3", "more than one value a channel, got 0x3"),
-        ("1x3", "more than one value a channel, got 1x3"),
+        ("7", "at least 2 values per channel, got 7. Write"),
+        ("0x3", "at least 2 values per channel, got 0x3"),
+        ("1x3", "at least 2 values per channel, got 1x3"),
         ("1x2x3x4x5x6", "got 1x2x3x4x5x6"),
     ],
 )
@@ -166,9 +166,9 @@ def test_text_that_names_no_shape_is_refused(text, words):
     [
         ({"dtype": "int8"}, "dtype must be one of float32, .* got 'int8'. Leave it out"),
         ({"shapes": [(4, 3)], "channels_last": True}, "needs shapes of 4 or 5 axes, got 4x3. Leave"),
-        ({"shapes": [(1, 3)]}, "more than one value a channel, got 1x3. Write"),
+        ({"shapes": [(1, 3)]}, "at least 2 values per channel, got 1x3. Write"),
         ({"threads": 0}, "threads must be 1 or more, got 0. Leave it out"),
-        ({"rounds": 2}, "rounds must be 3 or more, got 2: .* Leave it out for 21"),
+        ({"rounds": 2}, "rounds must be 3 or more, to show a spread, got 2. Leave it out for 21"),
     ],
 )
 def test_wrong_arguments_of_the_short_table_are_refused(arguments, words):

@@ -276,7 +276,7 @@ def test_a_logarithmic_axis_refuses_a_negative_end_of_an_interval():
 
 
 def test_a_value_that_is_not_finite_is_refused():
-    message = "y values must be finite, got nan in 'A title'. Leave such rows out: a gap is drawn."
+    message = "y values must be finite, got nan in 'A title'. Leave such rows out: that is a gap."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         panels(lines([1.0, float("nan")]))
 

@@ -46,7 +46,7 @@ def test_help_and_version_succeed(args):
         (["--seeds", "1"], ["--seeds", "x>=2"]),
         (["--seed", "-1"], ["--seed", "0<=x"]),
         (["--seed", str(2**64)], ["--seed", "2147483647"]),
-        (["-o", "why.pdf"], [".html, .json, .jsonl, .md", "why.pdf", "Name it why.html"]),
+        (["-o", "why.pdf"], [".html, .json, .jsonl, .md", "why.pdf", "Write why.html"]),
         (["-o", "why.md", "--interactive"], ["--interactive needs an .html report"]),
         (["model.py:make"], ["needs data", "--data data.py:loader"]),
         (["-o", "/proc/why.html"], ["cannot write /proc/why.html", "-o FILE"]),

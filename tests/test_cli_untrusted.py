@@ -118,7 +118,7 @@ def run(*args, **env):
         (["mine.py:sick", "--data", "mine.py:batches"], ["RuntimeError at mine.py:19", "disk is gone"]),
         (["mine.py:sick", "--data", "mine.py:missing"], ["FileNotFoundError at mine.py:23", "pictures"]),
         (["mine.py:sick", "--data", "mine.py:misfits"], ["RuntimeError", "expected input[8, 5, 8, 8]"]),
-        (["mine.py"], ["mine.py is code", "mine.py:make_model"]),
+        (["mine.py"], ["got the file mine.py", "mine.py:make_model"]),
     ],
 )
 def test_code_that_fails_is_told_in_one_message_and_is_no_finding(folder, args, words):
@@ -321,24 +321,24 @@ def test_a_class_of_batches_is_called(folder):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda: torch.save([], "w.pt"), "w.pt holds a list, expected a dict of tensors."),
+        (lambda: torch.save([], "w.pt"), "expected a dict of tensors, got a list in w.pt."),
         (lambda: torch.save({**sick().state_dict(), "x": Payload("ran")}, "w.pt"), "w.pt: expected tensors and plain"),
         (
             lambda: torch.save({**sick().state_dict(), "x": range(3)}, "w.pt"),
-            "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",
+            "w.pt: torch.load(weights_only=True) raises UnpicklingError. Save the state dict alone",
         ),
         (
             lambda: torch.save(sick(), "w.pt"),
-            "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",
+            "w.pt: torch.load(weights_only=True) raises UnpicklingError. Save the state dict alone",
         ),
         (
             lambda: torch.save({"state_dict": sick().state_dict(), "loss": np.float64(3)}, "w.pt"),
-            "w.pt: torch.load(weights_only=True) refuses it, by UnpicklingError. Save the state dict alone",
+            "w.pt: torch.load(weights_only=True) raises UnpicklingError. Save the state dict alone",
         ),
         (lambda: torch.save({3: torch.ones(2), **sick().state_dict()}, "w.pt"), ""),
         (
             lambda: Path("w.pt").write_bytes(in_safetensors({"__metadata__": {"a": [1]}})),
-            "w.pt: safetensors refuses it: Error while deserializing header",
+            "w.pt: safetensors cannot read it: Error while deserializing header",
         ),
     ],
 )

@@ -95,7 +95,7 @@ MAKE = ("net.py:make", "--data", "net.py:batches")
     ("args", "words"),
     [
         (["net.py:make"], ["--data data.py:loader"]),
-        (["net.py", "--data", "net.py:batches"], ["net.py is code", "net.py:make_model"]),
+        (["net.py", "--data", "net.py:batches"], ["got the file net.py", "net.py:make_model"]),
         (["model.pt", "--data", "net.py:batches"], ["file.py:function", "'model.pt'"]),
         ([*MAKE, "--claim", "scale"], ["--claim is for the lecture's own networks"]),
         (["--data", "net.py:batches"], ["--data needs a model"]),
@@ -103,7 +103,7 @@ MAKE = ("net.py:make", "--data", "net.py:batches")
         (["net.py:mak", "--data", "net.py:batches"], ["no 'mak'", "Did you mean 'make'?"]),
         (["none.py:make", "--data", "net.py:batches"], ["none.py is not a file"]),
         (["net.py:plain", "--data", "net.py:batches"], ["net.py:plain has no batch norm layer"]),
-        (["net.py:made", "--data", "net.py:batches"], ["is a model already", "--no-train"]),
+        (["net.py:made", "--data", "net.py:batches"], ["--set needs a function or class, got the model", "--no-train"]),
         (["net.py:number", "--data", "net.py:batches"], ["net.py:number is a int"]),
         (["net.py:fails", "--data", "net.py:batches"], ["net.py:fails raised RuntimeError at net.py:"]),
         (["net.py:leaves", "--data", "net.py:batches"], ["net.py:leaves raised SystemExit"]),

@@ -159,7 +159,7 @@ def test_a_state_that_no_file_has_is_told_with_those_that_it_has(folder):
         assert "f.pt has no state 'ema'; it has 'model', 'model_ema'. Choose one of them." in told
     for command in ("fix", "doctor"):
         code, told = call(command, "statenet.py:model", "--state", "ema")
-        assert (code, "--state chooses in a checkpoint" in told) == (2, True)
+        assert (code, "--state selects a state of a checkpoint" in told) == (2, True)
 
 
 @pytest.mark.slow
@@ -251,9 +251,9 @@ def test_doctor_tells_foreign_statistics_of_a_loaded_state_unless_data_show_that
 def test_shift_says_which_state_it_loaded(folder):
     torch.save({"model_ema": B, "net": A}, "f.pt")
     words = ["shift", "statenet.py:model", "--data", "statenet.py:loader", "--weights", "f.pt"]
-    assert "f.pt: 'net' was loaded, of 'net', 'model_ema'" in call(*words)[1]
+    assert "f.pt: loaded 'net'; it has the states 'net', 'model_ema'" in call(*words)[1]
     torch.save(A, "f.pt")
-    assert "was loaded" not in call(*words)[1]
+    assert "f.pt: loaded" not in call(*words)[1]
 
 
 def test_weights_beside_an_average_in_one_dict_are_loaded_alone(tmp_path):

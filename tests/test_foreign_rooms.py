@@ -65,8 +65,8 @@ OUT_OF_REACH = {
     unflattened: "'1' is an operation of an exported program. Use the model as it was before torch.export",
     scripted: "'1' is compiled by TorchScript. Use the model as it was before torch.jit",
     traced: "'1' is compiled by TorchScript. Use the model as it was before torch.jit",
-    called: r"'0' calls torch's batch_norm in its own forward \(CallsTheFunction\). Hold a layer, such as nn.BatchN",
-    traced_call: "'batch_norm' is a call of torch's function in traced code. Hold a layer, such as nn.BatchNorm2d",
+    called: r"'0' calls torch's batch_norm in its own forward \(CallsTheFunction\). Use a layer, such as nn.BatchN",
+    traced_call: "'batch_norm' is a call of torch's function in traced code. Use a layer, such as nn.BatchNorm2d",
 }
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning", "ignore:.*is deprecated.*:FutureWarning"

@@ -202,7 +202,9 @@ def test_a_logger_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
                 raise OSError("disk full")
 
     monitor = BatchNormMonitor(log_to_logger=True, every=5, budget=NO_LIMIT)
-    with pytest.warns(RuntimeWarning, match=r"the trainer's logger did not take numbers of batch norm: OSError: disk"):
+    with pytest.warns(
+        RuntimeWarning, match=r"the trainer's logger did not accept numbers of batch norm: OSError: disk"
+    ):
         _, trainer = fitted(monitor, logger=Full(tmp_path))
     assert trainer.state.finished
     assert monitor.run is not None
@@ -407,7 +409,7 @@ def test_gamma_and_beta_can_be_held_too() -> None:
 
 
 def test_a_path_that_is_not_there_is_told() -> None:
-    with pytest.raises(ValueError, match=r"FreezeBatchNorm needs paths of modules, got 'back'\. At the top are: stem"):
+    with pytest.raises(ValueError, match=r"FreezeBatchNorm needs paths of modules, got 'back'\. The model has stem"):
         fitted(FreezeBatchNorm("back"))
 
 

@@ -164,7 +164,9 @@ class Dead:
 
 def test_a_dead_service_is_told_once_given_up_and_costs_no_record() -> None:
     dead = Dead()
-    with pytest.warns(RuntimeWarning, match=r"TensorBoard did not take numbers of batch norm: ConnectionError: no ro"):
+    with pytest.warns(
+        RuntimeWarning, match=r"TensorBoard did not accept numbers of batch norm: ConnectionError: no ro"
+    ):
         run = trained(TensorBoardSink(dead), steps=60)
     assert len(run.records) > 5
     assert run.steps == 60
@@ -179,7 +181,7 @@ def test_a_service_that_comes_back_is_used_again() -> None:
             with delivery:
                 assert outcome
 
-    with pytest.warns(RuntimeWarning, match="a service did not take numbers") as told:
+    with pytest.warns(RuntimeWarning, match="a service did not accept numbers") as told:
         deliver([False, False, True, False, False])
     assert len(told) == 1
     assert delivery.is_open

@@ -180,5 +180,5 @@ def test_a_batch_of_no_values_has_no_statistics_and_sums_of_zero():
 def test_the_native_half_asks_for_the_gradient_that_it_cannot_compute_again():
     x, grad, residual, layer = case((30, 3, 5), torch.float32, contiguous, "silu")
     forward = ForwardPass(x, cpu.measure(x), layer, residual)
-    with pytest.raises(ValueError, match="needs g where an activation met a residual"):
+    with pytest.raises(ValueError, match="needs g if there are an activation and a residual"):
         cpu.input_gradient(grad, forward, torch.zeros(2, 3))

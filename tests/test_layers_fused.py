@@ -426,7 +426,7 @@ def test_another_word_for_memory_is_refused(memory):
 @modes
 def test_a_residual_that_does_not_fit_is_refused(residual, got, training):
     layer = BatchNorm1d(3).train(training)
-    expected = rf"BatchNorm1d needs a residual of the input's shape \(4, 3\) on cpu, got .*{got}.*\. Expand it, or add"
+    expected = rf"BatchNorm1d needs a residual of the input's shape \(4, 3\) on cpu, got .*{got}.*\. Expand the"
     with pytest.raises((ValueError, TypeError), match=expected):
         layer(torch.randn(4, 3), residual=residual)
     assert layer.num_batches_tracked == 0

@@ -26,7 +26,7 @@ from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
             (8, 3, 5, 5),
             r"BatchNorm3d needs \(N, C, D, H, W\), got .* Use BatchNorm2d for \(N, C, H, W\)\.",
         ),
-        (BatchNorm3d, (1, 3, 1, 1, 1, 1), r"got \(1, 3, 1, 1, 1, 1\)\. Flatten the axes behind the channels\."),
+        (BatchNorm3d, (1, 3, 1, 1, 1, 1), r"got \(1, 3, 1, 1, 1, 1\)\. Flatten the axes after the channels\."),
         (BatchNorm1d, (3,), r"got \(3,\)\. Add the batch axis with x\.unsqueeze\(0\)\."),
         (BatchNorm1d, (), r"got \(\)\. Add the batch axis"),
         (BatchNorm2d, (8, 5, 4, 4), r"BatchNorm2d\(3\) needs 3 channels on axis 1, got \(8, 5, 4, 4\)\.$"),
@@ -52,7 +52,7 @@ def test_a_wrong_shape_is_named_with_what_to_do(layer, shape, message, training)
     [
         (torch.int64, r"BatchNorm1d needs a floating-point input, got torch\.int64\. Call x\.float\(\) first\."),
         (torch.bool, r"got torch\.bool\. Call x\.float\(\) first\."),
-        (torch.complex64, r"got torch\.complex64\. Normalize x\.real and x\.imag apart"),
+        (torch.complex64, r"got torch\.complex64\. Normalize x\.real and x\.imag separately"),
     ],
     ids=str,
 )

@@ -22,7 +22,10 @@ from batchnorm.layers import BatchNorm1d, BatchNorm2d
 NATIVE = choice.kernel_for(torch.zeros(2, 2)) is cpu
 in_place = pytest.mark.skipif(not NATIVE, reason="only the native kernels write in place")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TWICE = "memory='save' wrote over the input, which second derivatives and batched gradients need. Set memory=None."
+TWICE = (
+    "memory='save' wrote the result over the input, but second derivatives and batched gradients need the input. "
+    "Set memory=None."
+)
 
 
 # a leaky ReLU is written over its input; what is kept of the others is what this file calls saving

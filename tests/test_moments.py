@@ -172,7 +172,7 @@ def test_only_moments_can_be_added_or_subtracted():
 
 def test_moments_of_different_channels_are_refused():
     a, b = Moments.of(torch.randn(3, 2)), Moments.of(torch.randn(3, 4))
-    with pytest.raises(ValueError, match=r"same channels are needed, got shapes \(2,\) and \(4,\)\. Measure both"):
+    with pytest.raises(ValueError, match=r"must have the same channels, got shapes \(2,\) and \(4,\)\. Measure both"):
         a + b
     with pytest.raises(ValueError, match="same channels"):
         a.w2(b)

@@ -202,7 +202,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_reference():
     assert not cpu.supports(x[:0])
     assert not cpu.supports(x.to("meta"))
     assert not cpu.supports(x[0, 0, 0])
-    with pytest.raises(ValueError, match=r"need a contiguous or channels_last tensor, got strides \(150, 25, 5, 2\)"):
+    with pytest.raises(ValueError, match=r"need a contiguous or channels_last x, got strides \(150, 25, 5, 2\)"):
         cpu.train_forward(x[..., ::2], PLAIN)
 
 

@@ -131,7 +131,7 @@ def test_sick(assert_batch_invariant):
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*the answer to example 0 depends on its batch of 64: it moves by up to *",
+            "*the answer to example 0 depends on its batch of 64: it changes by up to *",
             "*without stored statistics*: '1'.*",
         ]
     )
@@ -193,7 +193,7 @@ def test_limits_of_ones_own_count() -> None:
             return x + 1e-3 * len(x)
 
     x = torch.randn(4, 3)
-    assert "it moves by up to 0.003" in dependence(Leaky(), x)
+    assert "it changes by up to 0.003" in dependence(Leaky(), x)
     assert dependence(Leaky(), x, rtol=0.0, atol=0.01) == ""
 
 
@@ -201,7 +201,7 @@ def test_a_model_that_cannot_answer_one_example_is_told_with_the_layer() -> None
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
     told = dependence(model, torch.randn(5, 3))
     assert "one example cannot be answered alone in eval mode: Expected more than 1 value" in told
-    assert "without stored statistics, normalizing by the batch in eval mode: '1'" in told
+    assert "without stored statistics, layers normalize by the batch in eval mode: '1'" in told
 
 
 def test_examples_and_answers_can_be_of_any_kind() -> None:

@@ -232,8 +232,8 @@ def test_the_model_chooses_among_states_of_a_reference(folder):
     assert found == [each.code for each in examine(model, batches(), reference="g.pt").findings]
 
 
-LOADED = "f.pt: 'net' was loaded, of 'net', 'net_ema'"
-CHOSEN = "f.pt: 'net_ema' was loaded, of 'net', 'net_ema'"
+LOADED = "f.pt: loaded 'net'; it has the states 'net', 'net_ema'"
+CHOSEN = "f.pt: loaded 'net_ema'; it has the states 'net', 'net_ema'"
 
 
 @pytest.mark.parametrize("option", ["--data", "--check-assumptions"])
@@ -245,7 +245,7 @@ def test_shift_says_which_state_it_loaded_and_takes_another_one(folder, option):
     torch.save(A, "f.pt")
     assert "was loaded" not in call(*words)[1]
     code, told = call("shift", "pairnet.py:model", option, "pairnet.py:loader", "--state", "net")
-    assert (code, "--state chooses in a checkpoint" in told) == (2, True)
+    assert (code, "--state selects a state of a checkpoint" in told) == (2, True)
 
 
 def test_shift_repeats_the_state_in_its_command(folder):
@@ -268,7 +268,7 @@ def test_why_says_which_state_it_loaded(folder):
         assert found["measured"]["State"] == sentence
         assert f"--weights f.pt --state {name} " in found["command"]
     code, told = call("why", "pairnet.py:model", "--data", "pairnet.py:clean", "--state", "net")
-    assert (code, "--state chooses in a checkpoint" in told) == (2, True)
+    assert (code, "--state selects a state of a checkpoint" in told) == (2, True)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Batch normalization for PyTorch, from the first input feature to the deployed model.
 
 Public names are loaded on first use, so that ``import batchnorm`` costs milliseconds and works where
-torch is not installed. Where torch is loaded already, operators are registered at once: a program that was exported in
-train mode needs them, and nothing else of this package.
+torch is not installed. If torch is already imported, this package registers its operators at once: a program that was
+exported in train mode needs these operators, and nothing else of this package.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def __getattr__(name: str) -> object:
     return value
 
 
-if hasattr(sys.modules.get("torch"), "library"):  # and not in the middle of its own import
+if hasattr(sys.modules.get("torch"), "library"):  # torch is imported completely, not still importing itself
     import_module("batchnorm.kernels")
 
 

@@ -1,4 +1,4 @@
-"""``python -m batchnorm`` is the command line."""
+"""``python -m batchnorm`` runs the command line."""
 
 from batchnorm.cli import main
 

@@ -1,7 +1,7 @@
 """Addresses of the user's code for the command line: ``model.py:make_model`` or ``package.module:factory``.
 
-The code is imported and called. If it raises an error, the message names the line in that code, without the rest of the
-traceback.
+The user's module is imported, and its function called. If that code raises an error, the message names the line in it,
+without the rest of the traceback.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Checkpoint
 
 
-# code in these folders is not the user's: the message shows the last line outside them
-_OTHERS = (
+# code in these folders is not the user's: a message names the last line of a traceback that is outside these folders
+_OTHERS_FOLDERS = (
     str(Path(__file__).parent) + os.sep,
     sysconfig.get_path("stdlib") + os.sep,
     sysconfig.get_path("purelib") + os.sep,
@@ -45,29 +45,29 @@ _OTHERS = (
 
 
 class AddressError(ValueError):
-    """An address is useless: its code raised an error, or gave a wrong type."""
+    """The code at an address raised an error, or returned an object of a wrong type."""
 
 
 def is_address(target: str) -> bool:
-    """Whether a target names code, not a file of weights."""
+    """Whether a target is the address of code, not the path of a file."""
     return ":" in target and not os.path.exists(target)  # noqa: PTH110 - no error for a name that is too long
 
 
 def refuse_code(target: str) -> None:
-    """Refuse a Python file without a name after it.
+    """Refuse the path of a Python file that no function's name follows.
 
     Raises:
         ValueError: If ``target`` is an existing Python file.
     """
     if target.endswith(".py") and Path(target).is_file():
-        raise ValueError(f"{target} is code, expected a function in it. Name it, for example {target}:make_model")
+        raise ValueError(f"expected a function, got the file {target}. Add its name, for example {target}:make_model")
 
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """A block that turns errors of the user's code into an `AddressError`; our own messages and Ctrl-C pass.
+    """A block in which an error of the user's code becomes an `AddressError`; our own errors and Ctrl-C stay the same.
 
-    ``sys.exit`` in the user's code is an error too: its exit code could claim success.
+    ``sys.exit`` in the user's code becomes one too: otherwise exit code 0 could report success.
     """
     try:
         yield
@@ -76,22 +76,22 @@ def told(name: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and not _is_of_user(error):
             raise
-        raise AddressError(_told(name, error)) from error
+        raise AddressError(_error_text(name, error)) from error
 
 
 def load(address: str) -> Any:
     """The object that an address names; it is not called.
 
     Raises:
-        ValueError: If it is not an address, or its module has no such name.
-        FileNotFoundError: If its file does not exist.
-        ModuleNotFoundError: If its module does not exist.
+        ValueError: If ``address`` has another form, or the module has no such name.
+        FileNotFoundError: If the file does not exist.
+        ModuleNotFoundError: If the module does not exist.
         AddressError: If importing the module raises an error.
     """
     where, _, name = address.rpartition(":")
     is_file = where.endswith(".py")
     if not where or not name or (not is_file and (":" in where or "" in where.split("."))):
-        raise ValueError(f"an address is file.py:name or package.module:name, got {address!r}. Name a function in it.")
+        raise ValueError(f"an address is file.py:name or package.module:name, got {address!r}. Add a function's name.")
     module = _from_file(Path(where)) if is_file else _from_module(where)
     value: Any = module
     for part in name.split("."):
@@ -102,14 +102,17 @@ def load(address: str) -> Any:
 
 
 def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None, state: str = "") -> Any:
-    """The model that an address names, or that its factory makes from ``settings``; ``weights`` are loaded strictly."""
+    """The model at an address, or the one that the function there makes from ``settings``.
+
+    ``weights`` is the path of a checkpoint, which must fit the model exactly; None loads no weights.
+    """
     from torch import nn
 
     made = load(address)
     if not isinstance(made, nn.Module):
         made = _called(address, made, settings or {})
     elif settings:
-        raise ValueError(f"--set needs a function or class, and {address} is a model already. Leave --set out.")
+        raise ValueError(f"--set needs a function or class, got the model {address}. Leave --set out.")
     if not isinstance(made, nn.Module):
         raise AddressError(f"{address} gives {type(made).__name__}, expected an nn.Module. Return the model itself.")
     if weights is not None:
@@ -118,7 +121,7 @@ def model(address: str, settings: Mapping[str, Any] | None = None, weights: str 
 
 
 def data(address: str) -> Any:
-    """The loader that an address names or returns."""
+    """The loader at an address, or the one that the function or class there returns."""
     from torch import Tensor
 
     made = load(address)
@@ -138,39 +141,44 @@ def data(address: str) -> Any:
 
 
 def parsed(settings: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` pairs as a dict; values are Python literals, else text.
+    """``key=value`` pairs as a dict; a value that is no Python literal stays text.
 
     Raises:
-        ValueError: If one has no "=" or no name before it.
+        ValueError: If a pair has no "=", or no valid name before it.
     """
-    found = {}
+    arguments = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"--set needs key=value, got {setting!r}. For example --set width=64.")
         try:
-            found[key] = ast.literal_eval(value)
+            arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            found[key] = value
-    return found
+            arguments[key] = value
+    return arguments
 
 
 def states(network: nn.Module, file: Checkpoint) -> Checkpoint:
     """The checkpoint, split into the states that a model can load.
 
-    A dict that has all of the model's layers is one state, whatever its names contain. If no state has the model's
-    layers, each module with exactly the model's tensors is one, if there are several.
+    If a state has exactly the model's layers, the checkpoint is returned unchanged. A dict with exactly the model's
+    layers is one state, even if its names look like those of several. Otherwise each module in the file that has
+    exactly the model's tensors becomes a state, if there are several such modules.
     """
     layers = _layers(network)
     if not layers or file.format == "onnx" or any(state.layers.keys() == layers for state in file.states.values()):
         return file
-    named = dicts(file)
-    whole = next((keys for keys, names in named.items() if names.keys() == layers), None)
-    if whole is not None:
-        return apart(file, whole, "") or file
+    names_by_dict = dicts(file)
+    keys_of_model = next((keys for keys, names in names_by_dict.items() if names.keys() == layers), None)
+    if keys_of_model is not None:
+        return apart(file, keys_of_model, "") or file
     wanted = _shapes(network.state_dict())
-    found = [(keys, prefix) for keys, names in named.items() for prefix in _modules(file, keys, names, layers, wanted)]
-    for keys, prefix in found if len(found) > 1 else ():
+    modules = [
+        (keys, prefix)
+        for keys, names in names_by_dict.items()
+        for prefix in _modules(file, keys, names, layers, wanted)
+    ]
+    for keys, prefix in modules if len(modules) > 1 else ():
         file = apart(file, keys, prefix) or file
     return file
 
@@ -187,7 +195,7 @@ def _modules(
     layers: set[str],
     wanted: Mapping[str, torch.Size | None],
 ) -> Iterator[str]:
-    """Paths of modules in a dict that have exactly the layers and tensors of a model."""
+    """Paths of the modules in a dict that have exactly the layers and tensors of a model."""
     first = min(layers)
     ends = [name.removesuffix(f".{first}") for name in names if name.endswith(f".{first}")] if first else list(names)
     paths = [path for path in ends if {below(path, layer) for layer in layers} == set(filter(_inside(path), names))]
@@ -202,7 +210,7 @@ def _inside(path: str) -> Callable[[str], bool]:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size | None]:
-    """Shapes that must agree; counters are left out, because torch adds missing ones."""
+    """Shapes of the tensors that a state must have; not those of counters, because torch adds missing counters."""
     kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     return {name: getattr(value, "shape", None) for name, value in kept.items()}
 
@@ -213,13 +221,15 @@ def load_weights(network: nn.Module, path: str, state: str = "") -> str:
     Args:
         network: The model.
         path: The checkpoint.
-        state: Path of a state in it. By default the first state whose batch norm layers are the model's.
+        state: Path of a state in the checkpoint. By default the first state with the model's batch norm layers; if no
+            state has them, the first state.
 
     Returns:
-        The state's name; "" in a file without batch norm layers.
+        The state's name; "" if the file has no batch norm layers.
 
     Raises:
-        ValueError: If it is not a checkpoint, or names or shapes do not fit; the message has the first of them.
+        ValueError: If the file is not a checkpoint, or a name or shape does not fit; the message has the first of
+            these differences.
     """
     file, name = chosen(network, path, state)
     part = file.states[name] if name else None
@@ -239,32 +249,32 @@ def load_weights(network: nn.Module, path: str, state: str = "") -> str:
 
 
 def refuse_state(target: str, weights: str | None, state: str) -> None:
-    """Refuse ``state`` without a checkpoint."""
+    """Refuse ``state`` if there is no checkpoint."""
     if state and not weights:
-        raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
+        raise ValueError(f"--state selects a state of a checkpoint, got {target} without one. Add --weights FILE.")
 
 
 def chosen(network: nn.Module, path: str, state: str = "") -> tuple[Checkpoint, str]:
-    """The checkpoint, split into the states that a model can load, and the state that ``load_weights`` takes.
+    """The checkpoint, split into the states that a model can load, and the name of the state that is loaded.
 
     Raises:
-        ValueError: If it has no such state, or is not a checkpoint.
+        ValueError: If the file has no state named ``state``, or is not a checkpoint.
     """
     file = states(network, checkpoint.read(path))
     return with_state(file, state) if state else (file, _first_that_fits(network, file))
 
 
 def choice(network: nn.Module, path: str, state: str = "") -> tuple[str, str]:
-    """The state that ``load_weights`` takes, and a sentence that says so; two empty texts if there is only one."""
+    """The name of the state that is loaded, and a sentence that says so; "" and "" if there is only one state."""
     file, name = chosen(network, path, state)
     if len(file.states) < 2:
         return "", ""
-    return name, f"{path}: {name!r} was loaded, of {', '.join(map(repr, file.states))}"
+    return name, f"{path}: loaded {name!r}; it has the states {', '.join(map(repr, file.states))}"
 
 
 def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
     if file.format == "onnx":
-        raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Examine it by itself.")
+        raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Pass it without a model.")
     nested: Any = _safetensors(file.path) if file.format == "safetensors" else _torch(file.path)
     for key in state.keys if state else ():
         nested = nested[key]
@@ -272,8 +282,8 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
         nested = next((nested[key] for key in ("state_dict", "model") if key in nested), nested)
     if not isinstance(nested, Mapping):
         raise ValueError(  # noqa: TRY004 - the file is wrong, not an argument
-            f"{file.path} holds a {type(nested).__name__}, expected a dict of tensors. "
-            "Save that: torch.save(model.state_dict(), path)."
+            f"expected a dict of tensors, got a {type(nested).__name__} in {file.path}. "
+            "Save a state dict: torch.save(model.state_dict(), path)."
         )
     prefix = state.prefix if state else ""
     names = (name for name in nested if isinstance(name, str) and name.startswith(prefix))
@@ -281,14 +291,14 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
 
 
 def _first_that_fits(network: nn.Module, file: Checkpoint) -> str:
-    """The first state whose batch norm layers have the names of the model's; else the first state."""
+    """The first state with the model's batch norm layers, by name; else the first state; "" if there is none."""
     layers = _layers(network)
     fitting = (name for name, state in file.states.items() if state.layers.keys() == layers)
     return next(fitting, next(iter(file.states), ""))
 
 
 def _prefixes_beside(file: Checkpoint, state: State | None) -> Iterator[str]:
-    """Prefixes of other states in the same dict, as they appear in the names of this one."""
+    """Prefixes of the other states in the same dict whose names begin with this state's prefix, without it."""
     for other in file.states.values():
         if state and other is not state and other.keys == state.keys and other.prefix.startswith(state.prefix):
             yield other.prefix.removeprefix(state.prefix)
@@ -298,11 +308,11 @@ def _torch(path: str) -> Any:
     import torch
 
     try:
-        with Path(path).open("rb") as opened:  # given a path, torch would go by the suffix
+        with Path(path).open("rb") as opened:  # with a path, torch would choose the format by the suffix
             return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path}: torch.load(weights_only=True) refuses it, by {type(error).__name__}. "
+            f"{path}: torch.load(weights_only=True) raises {type(error).__name__}. "
             "Save the state dict alone: torch.save(model.state_dict(), path)."
         ) from error
 
@@ -318,7 +328,7 @@ def _safetensors(path: str) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:
         message = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path}: safetensors refuses it: {message}. Copy or save it again.") from error
+        raise ValueError(f"{path}: safetensors cannot read it: {message}. Copy or save it again.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -342,14 +352,15 @@ def _from_module(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise AddressError(_told(name, error)) from error
+            raise AddressError(_error_text(name, error)) from error
         raise ModuleNotFoundError(
-            f"no module {error.name!r} for {name}. Run in its project's folder, or give the file: {name}.py:name"
+            f"no module {error.name!r} for {name}. "
+            f"Run in the project's folder, or give the file: {name.replace('.', '/')}.py:name"
         ) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise AddressError(_told(name, error)) from error
+        raise AddressError(_error_text(name, error)) from error
 
 
 def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
@@ -372,11 +383,11 @@ def _run(name: str, code: Callable[[], Any]) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise AddressError(_told(name, error)) from error
+        raise AddressError(_error_text(name, error)) from error
 
 
-def _told(name: str, error: BaseException) -> str:
-    """The error, with the user's line that raised it."""
+def _error_text(name: str, error: BaseException) -> str:
+    """A sentence about an error, with the line of the user's code that raised it."""
     frames = _of_user(error)
     line = f" at {_shown(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
     if isinstance(error, SyntaxError) and error.filename:
@@ -389,7 +400,7 @@ def _told(name: str, error: BaseException) -> str:
 
 
 def _shown(path: str) -> str:
-    """The path relative to the current folder, if there is one."""
+    """The path relative to the current folder; unchanged if that cannot be computed."""
     try:
         return os.path.relpath(path)
     except (OSError, ValueError):
@@ -397,19 +408,19 @@ def _shown(path: str) -> str:
 
 
 def _of_user(error: BaseException) -> list[traceback.FrameSummary]:
-    """Frames of an error in code that is neither ours nor installed."""
+    """The frames of an error's traceback that are in the user's code, neither in ours nor in installed code."""
     frames = traceback.extract_tb(error.__traceback__)
-    return [frame for frame in frames if not frame.filename.startswith(_OTHERS)]
+    return [frame for frame in frames if not frame.filename.startswith(_OTHERS_FOLDERS)]
 
 
 def _is_of_user(error: BaseException) -> bool:
-    """Whether the user's code, or code that it called, raised the error, and not ours."""
+    """Whether the user's code, or installed code that it called, raised the error, and not this package."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(_of_user(error)) or not frames[-1].filename.startswith(_OTHERS[0])
+    return bool(_of_user(error)) or not frames[-1].filename.startswith(_OTHERS_FOLDERS[0])
 
 
 def _offers(module: ModuleType, wanted: str) -> str:
-    """A sentence with names that a module offers instead of a missing one."""
+    """A sentence with names in a module that the user may have meant instead of a missing name."""
     public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     own = [n for n, v in public.items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
     close = difflib.get_close_matches(wanted, public, n=1)

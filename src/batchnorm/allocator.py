@@ -1,9 +1,9 @@
 """Allocator: makes glibc keep freed memory, so that large tensors cause fewer page faults.
 
-When a block of 32 MB or more is freed, glibc returns it to the system, and also the top of its heap. The next tensor of
-that size is new memory: the system must clear and map every page (4 KiB) at the first access. For a layer that only
-reads and writes a tensor once, that costs more than the arithmetic. The settings here make glibc keep freed memory
-(mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_MMAP_MAX); it stays taken.
+When a block of 32 MB or more is freed, glibc returns it to the system. glibc also returns free memory at the top of its
+heap. The next tensor of that size is new memory: the system must clear and map every page (4 KiB) at the first access.
+For a layer that reads and writes a tensor only once, that costs more than the arithmetic. The settings here make glibc
+keep freed memory for the process (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_MMAP_MAX).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ _LARGEST_THRESHOLD = 32 << 20  # the largest allowed value: HEAP_MAX_SIZE / 2 on
 
 @final
 class Tuning:
-    """The result of ``tune_allocator``: True if it took effect. ``undo()``, or leaving a with block, reverts it.
+    """The result of ``tune_allocator``: True if the settings are in effect.
+
+    ``undo()``, or the end of a with block, reverts them.
 
     Attributes:
-        reason: Why nothing was done; "" if it took effect.
+        reason: Why the settings are not in effect; "" if they are.
     """
 
     def __init__(self, libc: ctypes.CDLL | None, reason: str) -> None:
@@ -34,10 +36,10 @@ class Tuning:
         return f"Tuning({self.reason or 'freed memory is kept'})"
 
     def undo(self) -> None:
-        """Restore glibc's initial settings, and return the kept memory.
+        """Restore glibc's initial settings, and return the kept memory to the system.
 
-        One setting is not restored: until it is set by hand, glibc raises the size of blocks that it returns whenever a
-        larger one is freed (up to 32 MB). Afterwards that size stays at 128 KiB.
+        One behaviour is not restored. glibc returns freed blocks above a threshold, 128 KiB at the start, and raises
+        the threshold whenever a larger block is freed (up to 32 MB). After ``undo`` the threshold stays at 128 KiB.
         """
         if self._libc is not None:
             _set(self._libc, threshold=128 << 10, trim=128 << 10, blocks=65536)
@@ -52,15 +54,15 @@ class Tuning:
 
 
 def tune_allocator() -> Tuning:
-    """Makes glibc keep the memory of freed tensors for the next ones; call it once, before training.
+    """Makes glibc keep the memory of freed tensors for the next tensors; call it once, before training.
 
-    It affects the whole process with all its libraries, after a few steps of training, when there is room for all
-    tensors of a step. The process keeps that room, which may be half as much again as it needed before; GPU memory is
-    not affected. So it is opt-in: nothing in this package calls it. Models and results do not change.
+    The whole process is affected, with all its libraries. Training becomes faster after a few steps, when the process
+    has memory for all tensors of a step. The process keeps this memory, up to half as much again as before; GPU memory
+    is not affected. So the user decides: nothing in this package calls this function. Models and results do not change.
 
     Returns:
-        A Tuning: True if it took effect. Without glibc (musl, macOS, Windows) nothing is done and ``reason`` says why.
-        A replacement such as jemalloc (LD_PRELOAD) ignores these settings and needs none.
+        A Tuning: True if the settings are in effect. Without glibc (musl, macOS, Windows) nothing is done and
+        ``reason`` says why. A replacement such as jemalloc (LD_PRELOAD) ignores these settings and does not need them.
 
     Example:
         >>> with tune_allocator() as tuning:

@@ -1,7 +1,7 @@
-"""Bench: the times of our layers, of torch.nn's, and of the memory traffic that every implementation needs.
+"""Bench: the times of our layers, of torch.nn's layers, and of the memory traffic that every implementation needs.
 
-The memory limit L of a call is the time that torch takes to move as many bytes, in the same rounds: reading x and
-writing y is a ``copy``, reading two tensors and writing a third a ``triad`` (McCalpin 1995, STREAM).
+The memory limit of a call is the time in which torch moves as many bytes as the call must move, in the same rounds. A
+``copy`` reads one tensor and writes another; a ``triad`` reads two tensors and writes a third (McCalpin 1995, STREAM).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32), (32, 256, 14, 14), (256, 512))
 SHORT = ("forward", "step", "residual", "eval")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 _COLUMNS = ("shape", "case", "ours ms", "torch ms", "× torch", "× limit")
-_LEGEND = "× torch: how many times as fast as torch.nn; × limit: our time over that of copies."
-_TENSORS = 12  # of the size of x that a case holds at one time, at most
+_LEGEND = "× torch: torch.nn's time divided by ours; × limit: our time divided by the time of copies of the same size."
+_TENSORS = 12  # the most tensors of the size of x that a case has in memory at once
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 
 
@@ -44,8 +44,8 @@ _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d
 class Case:
     """One call of a layer, and the least memory traffic that it needs, in tensors of the size of x.
 
-    ``reread`` counts the reads to add where channels are last and x is larger than the cache: no part of x has all
-    values of a channel, so nothing can be normalized before all is read.
+    If channels are last and x is larger than the cache, ``reread`` more reads are needed: no part of x has all values
+    of a channel, so all of x must be read before any value can be normalized.
     """
 
     words: str
@@ -83,7 +83,7 @@ CASES = {
 
 
 class Timing(TypedDict):
-    """Times of one case, in milliseconds, with quartiles of their ratios, and how busy the machine was otherwise."""
+    """Times of one case in milliseconds, quartiles of their ratios, and the share of the machine that others used."""
 
     case: str
     words: str
@@ -98,7 +98,7 @@ class Timing(TypedDict):
     ratio_quartiles: list[float]
     to_limit: float
     to_limit_quartiles: list[float]
-    others: NotRequired[float]  # not known everywhere
+    others: NotRequired[float]  # missing on a system that does not report it
 
 
 class Timings(TypedDict):
@@ -112,7 +112,7 @@ class Timings(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class CaseInputs:
-    """x, a residual and the gradient of y: normal numbers from a seed of their own."""
+    """x, a residual and the gradient of y: normal random numbers, the same in every run."""
 
     x: Tensor
     residual: Tensor
@@ -123,7 +123,8 @@ class CaseInputs:
         """Inputs of a shape, type and layout.
 
         Raises:
-            ValueError: If there is no such type, the shape fits no layer, or it has no layout with channels last.
+            ValueError: If ``dtype`` is unknown, the shape fits no layer or not the memory, or ``channels_last`` is True
+                for a shape of fewer than 4 axes.
         """
         import torch
 
@@ -137,10 +138,10 @@ class CaseInputs:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """The shape that a text like 32x64x56x56 names.
+    """The shape in a text like "32x64x56x56".
 
     Raises:
-        ValueError: If it names none that fits a layer.
+        ValueError: If the text is no shape, or the shape fits no layer or not the memory.
     """
     axes = text.lower().split("x")
     if not all(axis.isdecimal() for axis in axes):
@@ -151,32 +152,32 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def _memory() -> float:
-    """Bytes of this machine; infinite where it does not say."""
+    """The machine's memory in bytes; infinity if the system does not report it."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else inf
 
 
 def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
     text = "x".join(map(str, shape))
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Leave it out for float32.")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Leave dtype out for float32.")
     if len(shape) not in _LAYERS or min(shape) < 1 or prod(shape) == shape[1]:
         raise ValueError(
-            f"a shape must be NxC, NxCxL, NxCxHxW or NxCxDxHxW with more than one value a channel, got {text}. "
+            f"a shape must be NxC, NxCxL, NxCxHxW or NxCxDxHxW with at least 2 values per channel, got {text}. "
             "Write 32x64x56x56, for example."
         )
-    if (needed := _TENSORS * 4 * prod(shape)) > (there := _memory()):
+    if (needed := _TENSORS * 4 * prod(shape)) > (available := _memory()):
         raise ValueError(
-            f"a shape must fit in memory some {_TENSORS} times, got {text}, which needs {needed / 1e9:.3g} GB of "
-            f"{there / 1e9:.3g}. Give a smaller one."
+            f"{_TENSORS} tensors of a shape must fit in memory, got {text}, which needs {needed / 1e9:.3g} GB of "
+            f"{available / 1e9:.3g}. Give a smaller shape."
         )
     if channels_last and len(shape) < 4:
         raise ValueError(
-            f"channels_last needs shapes of 4 or 5 axes, got {text}. Leave such shapes or channels_last out."
+            f"channels_last needs shapes of 4 or 5 axes, got {text}. Leave channels_last out, or such shapes."
         )
 
 
 def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, nn.Module]:
-    """A layer of ours, which takes a ReLU along, and torch.nn's; parameters of half types are float32."""
+    """Our layer, with the case's ReLU, and torch.nn's layer; parameters are float32 for half types too."""
     import torch
 
     from batchnorm import layers as our
@@ -190,23 +191,23 @@ def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, nn.Module]
 def call(
     case: Case, run: Callable[..., Tensor], parameters: Sequence[Tensor], inputs: CaseInputs
 ) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """One call of ``case``: ``run`` computes y from x and, where the case has one, a residual."""
+    """One call of ``case``: ``run`` computes y from x, and from a residual if the case has one."""
     import torch
 
-    given = (inputs.x, inputs.residual) if case.residual else (inputs.x,)
-    wanted = (*given, *parameters)
+    arguments = (inputs.x, inputs.residual) if case.residual else (inputs.x,)
+    differentiated = (*arguments, *parameters)
 
     def one_call() -> Tensor | tuple[Tensor, ...]:
         with torch.set_grad_enabled(case.backward):
-            y = run(*given)
-            # torch.autograd.grad, as backward() would add up the gradients of a leaf: traffic that no network has
-            return torch.autograd.grad(y, wanted, inputs.grad) if case.backward else y
+            y = run(*arguments)
+            # not y.backward(): it would also add the gradients of x to x.grad, memory traffic that no network has
+            return torch.autograd.grad(y, differentiated, inputs.grad) if case.backward else y
 
     return one_call
 
 
 def composed(case: Case, layer: Callable[[Tensor], Tensor], *, inplace: bool = False) -> Callable[..., Tensor]:
-    """What torch.nn's users write for ``case``: the layer, a sum and a ReLU, which may overwrite their inputs."""
+    """What users of torch.nn write for ``case``: the layer, a sum and a ReLU, which overwrite y if ``inplace``."""
     import torch
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -219,7 +220,7 @@ def composed(case: Case, layer: Callable[[Tensor], Tensor], *, inplace: bool = F
 
 
 def contestants(case: Case, inputs: CaseInputs) -> dict[str, Contestant]:
-    """Ours and torch.nn's for the same call, and memory traffic of the same size."""
+    """Our layer and torch.nn's for the same call, and memory traffic in tensors of the same size."""
     sides = layers(inputs.x.shape, str(inputs.x.dtype).removeprefix("torch."), case)
     runs = {"ours": sides["ours"], "torch": composed(case, sides["torch"])}
     calls = {side: call(case, run, list(sides[side].parameters()), inputs) for side, run in runs.items()}
@@ -227,7 +228,7 @@ def contestants(case: Case, inputs: CaseInputs) -> dict[str, Contestant]:
 
 
 def traffic(size: int) -> dict[str, Contestant]:
-    """Contestants that move memory and do nothing else, between tensors of ``size`` bytes made beforehand."""
+    """Contestants that only move memory, between existing tensors of ``size`` bytes."""
     import torch
 
     a, b, out = (torch.ones(ceil(size / 4)) for _ in range(3))
@@ -244,18 +245,19 @@ def short_table(
     rounds: int = ROUNDS,
     progress: Callable[[float], None] = lambda share: None,  # noqa: ARG005
 ) -> Timings:
-    """JSON-able: the environment, and for each shape and case the times of ours, torch.nn's and the memory limit.
+    """The environment and, for each shape and case, our time, torch.nn's and the memory limit, as JSON values.
 
     Args:
-        shapes: Shapes of x; by default those of ``SHAPES`` that have the layout.
+        shapes: Shapes of x. By default all of ``SHAPES``, or those with at least 4 axes if ``channels_last``.
         dtype: Type of x; one of ``DTYPES``.
         channels_last: Whether channels are last in memory.
-        threads: Threads of torch; by default as many as it has.
-        rounds: Rounds of a case.
-        progress: Called with the share of cases that are done.
+        threads: Threads of torch; by default torch's present number.
+        rounds: How often each case is measured; 3 or more.
+        progress: Called after each case with the share of cases that are measured, 1 at the end.
 
     Raises:
-        ValueError: If an argument names nothing that can be measured.
+        ValueError: If a shape fits no layer or not the memory, a type or layout is impossible, ``threads`` is less than
+            1, or ``rounds`` is less than 3.
     """
     from batchnorm.experiment.environment import environment
 
@@ -299,15 +301,15 @@ def _row(name: str, inputs: CaseInputs, *, channels_last: bool, rounds: int) -> 
 
 @contextmanager
 def threads_of_torch(count: int | None) -> Iterator[int]:
-    """Torch with ``count`` threads for some time; None leaves it as it is.
+    """A block in which torch uses ``count`` threads; None keeps torch's present number.
 
     Raises:
-        ValueError: If the count is less than 1.
+        ValueError: If ``count`` is less than 1.
     """
     import torch
 
     if count is not None and count < 1:
-        raise ValueError(f"threads must be 1 or more, got {count}. Leave it out for as many as torch takes.")
+        raise ValueError(f"threads must be 1 or more, got {count}. Leave it out for torch's own number.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -317,7 +319,7 @@ def threads_of_torch(count: int | None) -> Iterator[int]:
 
 
 def report(data: Timings) -> Report:
-    """The table as every output format shows it."""
+    """The measured times as a report, which every output format can show."""
     rows = [(row, "×".join(map(str, row["shape"]))) for row in data["rows"]]
     figures = [
         (shape, row["words"], f"{row['ours_ms']:.3g}", f"{row['torch_ms']:.3g}", f"{row['ratio']:.2f}",
@@ -327,7 +329,7 @@ def report(data: Timings) -> Report:
     lines = [f"{shape}: {row['case']}: {_in_words(row)}" for row, shape in rows]
     text = json.dumps(data, indent=1)
     busy = max(row.get("others", 0.0) for row in data["rows"])
-    notes = [f"Other programs used up to {busy:.0%} of the machine: repeat this when they are done."]
+    notes = [f"Other programs used up to {busy:.0%} of the machine: repeat the command when they have ended."]
     return Report(
         command="batchnorm bench", target="batch norm layers", headline=f"{many(len(rows), 'case')} against torch.nn",
         json=lambda: text, records=json.loads(text)["rows"], lines=lines, notes=notes if busy > BUSY else (),
@@ -342,13 +344,13 @@ def report(data: Timings) -> Report:
 
 def _in_words(row: Timing) -> str:
     return (
-        f"{row['words']}: ours {row['ours_ms']:.3g} ms, torch.nn {row['torch_ms']:.3g} ms, {row['ratio']:.2f} times as "
-        f"fast; {row['to_limit']:.2f} times the memory limit"
+        f"{row['words']}: ours {row['ours_ms']:.3g} ms, torch.nn {row['torch_ms']:.3g} ms: ours is "
+        f"{row['ratio']:.2f} times as fast and takes {row['to_limit']:.2f} times the memory limit"
     )
 
 
 def write(data: Mapping[str, Json], path: str | os.PathLike[str]) -> None:
-    """Write JSON to ``path``, whole or not at all."""
+    """Write JSON to ``path``; if an error is raised, no file is written or changed."""
     path = Path(path).resolve()
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     with replacing(path) as file:

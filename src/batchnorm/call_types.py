@@ -1,11 +1,11 @@
-"""Types of what users' models are called with and return, which may be any class, named by their role."""
+"""Names for the arguments and results of users' models, by their role; a model may use any class for them."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-# a tensor, a tuple, list, mapping or dataclass of batches, or an object of another class, which stays opaque
+# a tensor; a tuple, list, mapping or dataclass of such batches; or an object of another class, which is not looked into
 Batch: TypeAlias = Any
-Answer: TypeAlias = Any  # of a model: a tensor, or a tree of them
-Arguments: TypeAlias = tuple[Any, ...]  # of a call, by position
-Keywords: TypeAlias = dict[str, Any]  # of a call, by name
+Answer: TypeAlias = Any  # what a model returns: a tensor, or a tree of tensors
+Arguments: TypeAlias = tuple[Any, ...]  # positional arguments of a call
+Keywords: TypeAlias = dict[str, Any]  # keyword arguments of a call

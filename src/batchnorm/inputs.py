@@ -2,10 +2,10 @@
 
     z = (x - mean) / scale        x = z scale + mean        scale = sqrt(var), or 1 for a constant feature
 
-The statistics are measured once, over the training data, and saved inside the network's checkpoint, so that
-examples at test time are scaled as those of training were (LeCun, Bottou, Orr and Müller 1998, "Efficient
-BackProp", section 4.3). They are float64 buffers; float32 inputs are shifted by the mean in two float32 parts, so
-that values far from zero lose no more digits than their own format has.
+The statistics are measured once, over the training data, and saved inside the network's checkpoint, so that test
+examples are scaled in the same way as training examples (LeCun, Bottou, Orr and Müller 1998, "Efficient BackProp",
+section 4.3). The statistics are float64 buffers. From float32 inputs the mean is subtracted in two float32 parts, so
+that values far from zero lose no digits but those that float32 does not have.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-# a tensor or an array, a tuple or list that begins with one, or a mapping that has one
+# a tensor or an array; a tuple or list whose first element is a tensor or array; or a mapping with such a value
 Batch = Any
 _STATISTICS = ("count", "mean", "var")
-# values that float32 does not hold exactly are shifted in float64
+# the types with values that float32 cannot represent exactly: for them the arithmetic is in float64
 _WIDE = {torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64}
-# Rows of an array that are widened to float64 at a time (32 MB), as in Moments.of.
+# Values of an array that are widened to float64 at a time (32 MB), as in Moments.of.
 _CHUNK = 1 << 22
-# Summing n values one by one has an error of up to n eps, and scikit-learn's bound grows so. Moments are summed in
-# blocks and merged, which keeps the error of any n below this one's; without a cap, 10 million values of mean 1e6
-# and std 1e-3 would pass for a constant.
+# The sum of n values, added one by one, has a relative error of up to n eps; scikit-learn uses this bound. Moments are
+# summed in blocks and merged, so their error stays below 65536 eps for any n. Without this cap on n, 10 million values
+# with mean 1e6 and std 1e-3 would count as constant.
 _ROUNDING_COUNT = 1 << 16
 
 
 class InputNorm(nn.Module):
-    """Normalization of input features by stored population statistics; the identity until they are filled.
+    """Normalization of input features by stored population statistics.
 
-    ``InputNorm.fit(data)`` measures them; ``InputNorm(num_features)`` is the empty one, to load a checkpoint into
-    (``strict=True``). Train and eval mode are the same, and forward never changes the module. The variance is the
-    biased one, and a constant feature has scale 1, both as in scikit-learn's StandardScaler: a variance no larger
-    than its rounding error, (n eps mean)^2, counts as 0 (n is taken as 65536 at most).
+    ``InputNorm.fit(data)`` measures the statistics. ``InputNorm(num_features)`` has no statistics yet and returns its
+    input; load a checkpoint into it (``strict=True``). Train and eval mode are the same, and forward never changes the
+    module. As in scikit-learn's StandardScaler, the variance is biased and a constant feature has scale 1: a variance
+    no larger than its rounding error, (n eps mean)^2, counts as 0. There n is the count, or 65536 if the count is
+    larger.
 
-    Forward takes floating-point tensors, which keep their dtype, and integer ones (images, counts), which come
-    out in the dtype that the module was cast to (``model.half()``; float32 by default). The statistics themselves
-    stay float64 through every cast, which needs a device that has float64. NaN stays NaN at its own place and
-    touches no other value.
+    Results have the dtype of floating-point inputs. For integer inputs (images, counts) they have the dtype that the
+    module was cast to (``model.half()``; float32 by default). The statistics stay float64 through every cast, so the
+    device must support float64. A NaN in the input gives NaN at the same place of the result and nowhere else.
 
     Args:
         num_features: Size of the channel axis, or sizes of the channel axes.
-        channel_axis: The axis, or axes, of the features; negative ones count from the end. All other axes are
-            examples and positions: 1 gives one mean for each column of (N, C) and each channel of (N, C, H, W);
-            (1, 2, 3) one for each pixel; None, with ``num_features=()``, one for everything.
-        device: Where the statistics are kept.
+        channel_axis: The axis, or axes, of the features; a negative axis counts from the end. All other axes are
+            examples and positions. 1 gives one mean for each column of (N, C) and each channel of (N, C, H, W);
+            (1, 2, 3) gives one mean for each pixel; None, with ``num_features=()``, gives one mean for all values.
+        device: Device of the statistics.
 
     Shape:
-        The features are at ``channel_axis``; the output has the shape of the input.
+        The features are on ``channel_axis``; the output has the shape of the input.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ class InputNorm(nn.Module):
         super().__init__()
         for name, sizes in (("num_features", num_features), ("channel_axis", channel_axis)):
             for size in _as_tuple(sizes, name):
-                require_whole_number(size, name, "Or use several, for several axes. InputNorm.fit takes data.")
+                require_whole_number(size, name, "Give a tuple for several axes. For data call InputNorm.fit.")
         self.num_features = _as_tuple(num_features)
         self.channel_axis = channel_axis
         if len(self.num_features) != len(self._axes()):
@@ -100,7 +100,7 @@ class InputNorm(nn.Module):
             )
         for name, value in (("count", 0.0), ("mean", 0.0), ("var", 1.0)):
             self.register_buffer(name, torch.full(self.num_features, value, dtype=torch.float64, device=device))
-        # follows .half() and the like, to tell what integers should become
+        # .half() and other casts change its dtype, which is the dtype of results for integer inputs
         self.register_buffer("_dtype_carrier", torch.empty(0, device=device), persistent=False)
 
     @classmethod
@@ -112,26 +112,26 @@ class InputNorm(nn.Module):
         nan: Literal["raise", "omit"] = "raise",
         key: Hashable = None,
     ) -> Self:
-        """A filled InputNorm: the exact statistics of all data, whatever the batch sizes and their order.
+        """An InputNorm with the exact statistics of all data, whatever the batch sizes and their order.
 
-        Accumulated in float64 by Chan's update, one batch in memory at a time.
+        They are accumulated in float64 by Chan's update, with one batch in memory at a time. A feature with a single
+        value has this value as its mean, and scale 1.
 
         Args:
             data: A tensor or array with examples and features, or batches of them: a DataLoader, a list, an
-                iterator. Of a batch that is a tuple or list the first element is taken; of a mapping, ``key``.
+                iterator. The input is the first element of a batch that is a tuple or list, and the value at ``key``
+                of a batch that is a mapping.
             channel_axis: As for InputNorm.
             nan: "raise" refuses NaN; "omit" leaves each NaN out of its own feature, as scikit-learn does.
             key: The input's key in batches that are mappings.
 
         Raises:
             ValueError: If there is no value at all, NaN with ``nan="raise"``, an infinity, a value whose square
-                does not fit float64, or batches differ in their features.
+                does not fit float64, no ``key`` in a batch that is a mapping, or batches differ in their features.
             TypeError: If ``data`` or a batch is of no type described above.
 
         Warns:
-            RuntimeWarning: If a feature has no value but NaN. It is passed on as it is, with count 0.
-
-        At count 1, mean is the value and scale 1.
+            RuntimeWarning: If all values of a feature are NaN. Its count is 0, and forward does not change it.
         """
         if nan not in {"raise", "omit"}:
             raise ValueError(f"InputNorm.fit needs nan='raise' or 'omit', got {nan!r}.")
@@ -142,9 +142,9 @@ class InputNorm(nn.Module):
 
     @classmethod
     def from_moments(cls, moments: Moments, channel_axis: int | Sequence[int] | None = 1) -> Self:
-        """An InputNorm filled with moments that were measured elsewhere, on their device.
+        """An InputNorm with the statistics of ``moments``, on their device.
 
-        Features with count 0 are passed on as they are; with count 1, scale is 1.
+        Forward does not change a feature with count 0; a feature with count 1 has scale 1.
         """
         norm = cls(tuple(moments.shape), channel_axis, device=moments.mean.device)
         norm.count.copy_(moments.count)
@@ -163,13 +163,13 @@ class InputNorm(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What deviations are divided by, float64: the biased standard deviation, or 1 for a constant feature."""
+        """The divisor of x - mean, in float64: the biased standard deviation, or 1 for a constant feature."""
         error = self.count.clamp_max(_ROUNDING_COUNT) * torch.finfo(torch.float64).eps * self.mean
-        constant = self.var <= error.square()  # scikit-learn adds n eps var, which decides nothing below n = 1e15
+        constant = self.var <= error.square()  # scikit-learn adds n eps var, which matters only if n > 1e15
         return torch.where(constant, 1.0, self.var.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` normalized, in its own dtype; integers come out as floating point."""
+        """``x`` normalized: in the dtype of ``x``, or for integers in the dtype that the module was cast to."""
         if (node := call_whole(self, x)) is not None:
             return node
         self._check_input(x)
@@ -178,16 +178,19 @@ class InputNorm(nn.Module):
         return z.to(x.dtype if x.is_floating_point() else self._dtype_carrier.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """The input for which ``forward`` returns ``z``: z scale + mean, in float64 for float64 and else in float32."""
+        """The input for which ``forward`` returns ``z``: z scale + mean.
+
+        It is float64 for a float64, int32 or int64 ``z`` (also unsigned), and otherwise float32.
+        """
         self._check_input(z)
         high, low, scale = self._parts(z)
         return (z.to(high.dtype) * scale + low) + high
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean in two parts and scale, shaped to broadcast over ``x``, in the dtype to compute with."""
+        """The mean in two parts and the scale, in the dtype of the arithmetic, shaped to broadcast over ``x``."""
         dtype = torch.float64 if x.dtype in _WIDE else torch.float32
         high = self.mean.to(dtype)
-        low = (self.mean - high).to(dtype)  # what rounding left of the mean
+        low = (self.mean - high).to(dtype)  # the rounding error of high
         high, low, scale = (self._along_features(part, x) for part in (high, low, self.scale.to(dtype)))
         return high, low, scale
 
@@ -209,11 +212,11 @@ class InputNorm(nn.Module):
         if not inside or tuple(x.shape[axis] for axis in axes) != self.num_features:
             raise ValueError(
                 f"InputNorm needs {self.num_features} features on channel_axis={self.channel_axis}, got shape "
-                f"{tuple(x.shape)}. Give the axes that it was fitted with, the batch axis included."
+                f"{tuple(x.shape)}. Give inputs with the axes of the training data, including the batch axis."
             )
 
     def extra_repr(self) -> str:
-        """Features, their axis, and how many values of each were counted."""
+        """Number of features, their axis, and how many values of each feature were counted."""
         features = self.num_features[0] if len(self.num_features) == 1 else self.num_features
         if self.count.is_meta:
             counted = "on the meta device"
@@ -225,7 +228,7 @@ class InputNorm(nn.Module):
         return f"{features}, channel_axis={self.channel_axis}, {counted}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move as every module does, but keep statistics at float64 through casts: they cannot be got back."""
+        """Move or cast as every module does, but keep statistics in float64: a cast would lose digits for ever."""
         before = {name: getattr(self, name) for name in _STATISTICS}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -239,13 +242,13 @@ def _as_tuple(axes: int | Sequence[int] | None, name: str = "channel_axis") -> t
     if axes is None:
         return ()
     if isinstance(axes, int) or not isinstance(axes, Iterable):
-        require_whole_number(axes, name, "Or use several, for several axes. InputNorm.fit takes data.")
+        require_whole_number(axes, name, "Give a tuple for several axes. For data call InputNorm.fit.")
         return (axes,)
     return tuple(axes)
 
 
 class _Total:
-    """Moments of all values but NaN, and the number of NaN and of infinities in each feature."""
+    """Moments of all values except NaN, and the number of NaN and of infinities in each feature."""
 
     def __init__(self, channel_axis: int | Sequence[int] | None) -> None:
         self.channel_axis = channel_axis
@@ -261,20 +264,20 @@ class _Total:
             self.inf = self.inf + self._count(x.isinf())
         self.moments += new
 
-    def _count(self, found: Tensor) -> Tensor:
-        counted = Moments.of(found, self.channel_axis)  # the mean of a yes or no is its share
-        return (counted.mean * counted.count).round().long()
+    def _count(self, mask: Tensor) -> Tensor:
+        moments = Moments.of(mask, self.channel_axis)  # the mean of a mask is the share of True
+        return (moments.mean * moments.count).round().long()
 
     def checked(self, *, omit_nan: bool) -> Moments:
-        """The moments, after the checks that they can be stored."""
+        """The moments; an error if an InputNorm cannot store them."""
         if torch.as_tensor(self.inf).any():
             raise ValueError(
-                f"InputNorm.fit needs finite values, got infinity in {_by_feature(self.inf)}. Clip or remove them."
+                f"InputNorm.fit needs finite values, got infinity in {_by_feature(self.inf)}. Clip or remove it."
             )
         if not omit_nan and torch.as_tensor(self.nan).any():
             raise ValueError(
                 f"InputNorm.fit needs values without NaN, got NaN in {_by_feature(self.nan)}. "
-                "Use nan='omit' to leave them out, or impute them."
+                "Use nan='omit' to leave NaN out, or impute the values."
             )
         counts = self.moments.count.expand(self.moments.shape)
         if not counts.any():
@@ -282,13 +285,13 @@ class _Total:
         if not torch.isfinite(self.moments.m2).all():
             large = (~torch.isfinite(self.moments.m2)).long()
             raise ValueError(
-                f"InputNorm.fit needs values whose squares fit float64, got larger ones in {_by_feature(large)}. "
-                "Divide them by a constant first."
+                f"InputNorm.fit needs values whose squares fit float64, got larger in {_by_feature(large)}. "
+                "Divide the values by a constant first."
             )
         if not counts.all():
             warnings.warn(
-                f"InputNorm.fit found nothing but NaN in {_by_feature((counts == 0).long() * self.nan)}: "
-                "such a feature is passed on as it is. Remove it from the data.",
+                f"InputNorm.fit needs numbers, got only NaN in {_by_feature((counts == 0).long() * self.nan)}. "
+                "Forward does not change such a feature. Remove it from the data.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -296,7 +299,7 @@ class _Total:
 
 
 def _by_feature(counts: Tensor | int) -> str:
-    """Which features were counted and how often, the first five in words."""
+    """The features with a count above 0 and their counts, in words; at most five are named."""
     counts = torch.as_tensor(counts)
     where = counts.nonzero().tolist()
     named = [
@@ -307,7 +310,7 @@ def _by_feature(counts: Tensor | int) -> str:
 
 
 def _tensors(data: Batch, key: Hashable, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
-    """The inputs in ``data``, as tensors."""
+    """The input of each batch in ``data``, as a tensor."""
     if isinstance(data, Tensor):
         yield data
     elif hasattr(data, "__array__"):
@@ -343,13 +346,13 @@ def _input_of(batch: Batch, key: Hashable) -> Batch:
 
 
 def _blocks(data: np.ndarray, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:
-    """An array, a slice of rows at a time: torch takes neither foreign byte orders nor negative strides."""
+    """An array in slices of rows, copied: torch accepts neither foreign byte orders nor negative strides."""
     import numpy as np
 
     if isinstance(data, np.ma.MaskedArray):
         raise TypeError(
             "InputNorm.fit needs an array without a mask, got a masked one. "
-            "Use data.filled(np.nan) and nan='omit' to leave masked values out."
+            "Pass data.filled(np.nan) with nan='omit' to leave masked values out."
         )
     array = np.asarray(data)
     if array.dtype.kind not in "biuf":
@@ -360,7 +363,7 @@ def _blocks(data: np.ndarray, channel_axis: int | Sequence[int] | None) -> Itera
     if array.ndim == 0:
         array = array[None]
     axes = _as_tuple(channel_axis)
-    divisible = 0 not in axes and -array.ndim not in axes  # else the rows are features
+    divisible = 0 not in axes and -array.ndim not in axes  # if axis 0 has features, a slice would separate them
     rows = max(1, _CHUNK * len(array) // max(array.size, 1)) if divisible else max(len(array), 1)
     for start in range(0, max(len(array), 1), rows):
         yield torch.from_numpy(np.array(array[start : start + rows], dtype=np.float64))

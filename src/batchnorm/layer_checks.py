@@ -1,4 +1,4 @@
-"""Checks of a layer's settings, inputs, residual and state, with errors that say what to do."""
+"""Checks of a layer's settings, inputs, residual and state; every error says what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm
 
 STATISTICS = ("running_mean", "running_var")
-# the inputs of each layer, by the number of their axes
+# the input shapes of each layer, by their number of axes
 SHAPES: dict[str, dict[int, str]] = {
     "BatchNorm1d": {2: "(N, C)", 3: "(N, C, L)"},
     "BatchNorm2d": {4: "(N, C, H, W)"},
@@ -24,13 +24,18 @@ SHAPES: dict[str, dict[int, str]] = {
 
 
 def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The input and the residual in one type, which both may have."""
+    """The input and the residual in a common type: the type of ``x + residual``.
+
+    Raises:
+        ValueError: If the residual is no tensor, or has another shape or device.
+        TypeError: If the residual is not floating-point.
+    """
     name = type(layer).__name__
     if not isinstance(residual, Tensor) or residual.shape != x.shape or residual.device != x.device:
         got = f"{tuple(residual.shape)} on {residual.device}" if isinstance(residual, Tensor) else type(residual)
         raise ValueError(
             f"{name} needs a residual of the input's shape {tuple(x.shape)} on {x.device}, got {got}. "
-            "Expand it, or add it outside of the layer."
+            "Expand the residual, or add it outside the layer."
         )
     if not residual.is_floating_point():
         raise TypeError(f"{name} needs a floating-point residual, got {residual.dtype}. Call residual.float() first.")
@@ -41,8 +46,8 @@ def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
 
 
 def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
-    """The error for a batch of one value per channel."""
-    advice = "or keep statistics to use instead: track_running_stats=True and eval()."
+    """The text of the error for a batch with one value per channel."""
+    advice = "or construct the layer with track_running_stats=True and call eval()."
     if layer.running_mean is not None:
         advice = "call eval(), or construct the layer with single_element='population'."
     return (
@@ -53,7 +58,7 @@ def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
 
 
 def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
-    """Say what is wrong with an input that a layer cannot take."""
+    """Raise the error that says what is wrong with an input that a layer cannot normalize."""
     name = type(layer).__name__
     check_eps(layer.eps)
     if not isinstance(x, Tensor):
@@ -67,10 +72,10 @@ def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
         )
     if not x.is_floating_point():
         fix = "Call x.dequantize() first" if x.is_quantized else "Call x.float() first"
-        fix = "Normalize x.real and x.imag apart" if x.is_complex() else fix
+        fix = "Normalize x.real and x.imag separately" if x.is_complex() else fix
         raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
     last = x.shape[-1] == layer.num_features
-    fix = " Its last axis has that size: x.movedim(-1, 1) puts it in place." if last else ""
+    fix = " The last axis has this size: x.movedim(-1, 1) moves it to axis 1." if last else ""
     stored = next((name for name in (*STATISTICS, "weight") if getattr(layer, name) is not None), "input")
     raise ValueError(
         f"{stored} should contain {x.shape[1]} elements not {layer.num_features}: {name}({layer.num_features}) needs "
@@ -79,53 +84,53 @@ def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
 
 
 def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
-    """Refuse parameters and statistics that do not fit the input: someone replaced or moved them."""
+    """Refuse parameters and statistics of another shape or device than the input: someone replaced or moved them."""
     shape, device = x.shape[1:2], x.device
     for name, values in zip(("weight", "bias", *STATISTICS), state, strict=True):
         if values is not None and (values.shape != shape or values.device != device):
             raise ValueError(
                 f"{type(layer).__name__} needs {name} of shape ({layer.num_features},) on {x.device}, got "
-                f"{tuple(values.shape)} on {values.device}. Move the model with model.to(), or load a state "
-                "that fits it."
+                f"{tuple(values.shape)} on {values.device}. Move the whole model with model.to(), or load a "
+                "state of these shapes."
             )
 
 
 def check_sizes(num_features: int, eps: float) -> None:
-    """Refuse a number of channels or an eps of another type, and an eps below 0."""
+    """Refuse a number of channels that is no whole number, an eps that is no number, and an eps below 0 or NaN."""
     require_whole_number(num_features, "num_features", "It is the number of channels: BatchNorm2d(64).")
     require_number(eps, "eps", "Use 1e-5.")
     check_eps(eps)
 
 
 def check_eps(eps: float) -> None:
-    """Refuse an eps below 0."""
+    """Refuse an eps below 0 or NaN."""
     if not eps >= 0:
         raise ValueError(about_eps(eps))
 
 
 def about_eps(eps: float) -> str:
-    """The error for an eps that train mode cannot use."""
+    """The text of the error for an eps that train mode cannot use."""
     return (
-        f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero; eval mode takes 0. "
+        f"eps must be positive, got {eps}. It keeps a constant channel from dividing by zero; eval mode allows 0. "
         f"In torch.nn's words: batch_norm eps must be positive during training, but got {eps}"
     )
 
 
 def check_memory(memory: object) -> None:
-    """Refuse a policy of memory that there is not."""
+    """Refuse an unknown value of the setting ``memory``."""
     if memory not in {None, "save"}:
-        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out to keep what backward needs.")
+        raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out for the usual memory use.")
 
 
 def check_single_element(policy: object) -> None:
-    """Refuse a policy for one value per channel that there is not."""
+    """Refuse an unknown value of the setting ``single_element``."""
     if policy not in {"error", "population"}:
         raise ValueError(f"single_element must be 'error' or 'population', got {policy!r}. Leave it out for 'error'.")
 
 
 def _layer_for(ndim: int) -> str:
-    """What to do with an input of ``ndim`` dimensions."""
+    """A sentence that says what to do with an input of ``ndim`` dimensions, which the layer cannot normalize."""
     for name, shapes in SHAPES.items():
         if ndim in shapes:
             return f"Use {name} for {shapes[ndim]}."
-    return "Add the batch axis with x.unsqueeze(0)." if ndim < 2 else "Flatten the axes behind the channels."
+    return "Add the batch axis with x.unsqueeze(0)." if ndim < 2 else "Flatten the axes after the channels."

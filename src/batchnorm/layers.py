@@ -1,9 +1,9 @@
-"""BatchNorm1d, 2d and 3d: torch.nn's layers with exact statistics, guarded buffers and ensembles under vmap.
+"""BatchNorm1d, 2d and 3d: torch.nn's layers with exact statistics, buffers without NaN and ensembles under vmap.
 
 In train mode a batch is normalized by its own mean and biased variance, and the stored statistics move towards
-them; in eval mode the stored statistics normalize (Ioffe and Szegedy 2015, algorithms 1 and 2). A layer takes
-torch.nn's arguments, has its five state_dict keys and is an instance of its class. It can add a residual and apply an
-activation in the same pass over memory.
+them; in eval mode the input is normalized by the stored statistics (Ioffe and Szegedy 2015, algorithms 1 and 2). A
+layer accepts the arguments of its torch.nn class, has the same five state_dict keys and is an instance of that class.
+It can add a residual and apply an activation in the same pass over memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS = {"act", "act_param", "memory", "single_element"}
 
 
 class _Setting:
-    """A setting of a layer, unless a subclass uses its name for something else."""
+    """A setting of a layer; if a subclass uses the same name for a parameter, buffer or child, it is that."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -59,13 +59,13 @@ class _Setting:
 
 
 def _give_up(layer: nn.Module, name: str) -> None:
-    """Leave a setting's name to a subclass."""
+    """Let a subclass use a setting's name for an attribute of its own; nothing if it is no setting or no subclass."""
     if name in SETTINGS and type(layer).__module__ != __name__:
         vars(layer)["_given_up"] = vars(layer).get("_given_up", frozenset()) | {name}
 
 
 class _Layer(_BatchNorm):
-    """The part that the three layers share, in front of torch.nn's class."""
+    """The code that the three layers share; each inherits it before the class of torch.nn."""
 
     _shapes: ClassVar[dict[int, str]]
 
@@ -100,8 +100,8 @@ class _Layer(_BatchNorm):
         self._widen_statistics({})
         self._activate(act, param)
 
-    # what forward reads, under names that a subclass does not take by chance, with values for a layer whose class was
-    # assigned or whose subclass did not call __init__
+    # Settings that forward reads, under names that a subclass hardly uses by chance. These class attributes serve a
+    # layer whose __init__ did not run: its __class__ was assigned, or its subclass did not call __init__.
     _act: str | None = None
     _act_param: float = 0.0
     _memory: Literal["save"] | None = None
@@ -116,7 +116,7 @@ class _Layer(_BatchNorm):
     single_element: Any = _Setting()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute: a setting of the layer as ``__init__`` would, where no subclass has one of that name."""
+        """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""
         if name not in SETTINGS:
             super().__setattr__(name, value)
         elif type(self).__module__ != __name__:
@@ -132,17 +132,17 @@ class _Layer(_BatchNorm):
             super().__setattr__(f"_{name}", value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter, also under the name of one of the layer's settings in a subclass."""
+        """Add a parameter; in a subclass its name may be that of one of the layer's settings."""
         _give_up(self, name)
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Add a buffer, also under the name of one of the layer's settings in a subclass."""
+        """Add a buffer; in a subclass its name may be that of one of the layer's settings."""
         _give_up(self, name)
         super().register_buffer(name, tensor, persistent)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a child, also under the name of one of the layer's settings in a subclass."""
+        """Add a child; in a subclass its name may be that of one of the layer's settings."""
         _give_up(self, name)
         super().add_module(name, module)
 
@@ -164,24 +164,24 @@ class _Layer(_BatchNorm):
 
     @property
     def skipped_updates(self) -> int:
-        """Batches in which a channel's statistics were NaN or infinite and were not stored."""
+        """Number of batches in which some channel's statistics were NaN or infinite, so that they were not stored."""
         return 0 if self._skipped is None else int(self._skipped)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
-        """The input normalized, in its own type and memory format; then the residual is added, and ``act`` applied.
+        """Normalize the input, add the residual and apply ``act``; the result has the input's memory format.
 
-        By the statistics of the batch in train mode, and where none are stored; else by the stored ones. Train
-        mode moves the stored statistics, unless the batch is empty.
+        In train mode, and if no statistics are stored, the batch is normalized by its own statistics; otherwise by the
+        stored statistics. Train mode also moves these towards those of the batch, unless the batch is empty.
 
         Args:
             input: Values to normalize.
-            residual: Added before the activation: a tensor of the input's shape. The result has the type that
-                ``input + residual`` has.
+            residual: A tensor of the input's shape, added before the activation; None adds nothing. The result has the
+                type of ``input + residual``, or of the input.
 
         Raises:
-            ValueError: If a shape does not fit the layer, or a batch of one value per channel would have to
-                be measured.
-            TypeError: If the input is not floating-point.
+            ValueError: If a shape does not fit the layer, or if the batch's statistics are needed and it has one value
+                per channel or eps is 0.
+            TypeError: If the input or the residual is not floating-point.
         """
         if not isinstance(input, Tensor) and (node := call_whole(self, input, residual)) is not None:
             return node
@@ -202,15 +202,15 @@ class _Layer(_BatchNorm):
         return kernels.train(input, layer, residual, running, save=self._memory is not None)
 
     def _state(self) -> Any:
-        """Gamma, beta and the stored statistics; nn.Module's own look-up of a name takes ten times as long."""
+        """Gamma, beta and the stored statistics, read from the dicts: ``self.weight`` would take ten times as long."""
         parameters, buffers = self._parameters, self._buffers
         try:
             return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
-        except KeyError:  # somebody made them something else: torch.nn.utils.parametrize, for one
+        except KeyError:  # one is no parameter or buffer, for example after torch.nn.utils.parametrize
             return self.weight, self.bias, self.running_mean, self.running_var
 
     def _counters(self) -> tuple[Tensor, Tensor]:
-        """The counters of tracked and of skipped batches; a new tensor for a counter that the layer cannot keep."""
+        """The counters of tracked and of skipped batches; a new tensor in place of a missing counter."""
         skipped = self._skipped
         try:
             tracked = self._buffers["num_batches_tracked"]
@@ -219,12 +219,12 @@ class _Layer(_BatchNorm):
         if skipped is None:
             stored: Any = self.running_mean
             skipped = torch.zeros((), dtype=torch.long, device=stored.device)
-            if type(skipped) is Tensor:  # and not a fake one
+            if type(skipped) is Tensor:  # not a FakeTensor
                 self._skipped = skipped
         return torch.zeros_like(skipped) if tracked is None else tracked, skipped
 
     def _measures(self, x: Tensor) -> bool:
-        """Whether ``x`` is normalized by its own statistics although there are stored ones."""
+        """Whether a layer with stored statistics normalizes ``x`` by the statistics of ``x``."""
         alone = self._single_element == "population" and values_per_channel(x) == 1
         return self.training and not alone
 
@@ -236,7 +236,7 @@ class _Layer(_BatchNorm):
     def train(self, mode: bool = True) -> _Layer:
         """Set train or eval mode.
 
-        Going to eval warns of batches whose statistics were not stored, where the device could not at once.
+        On an accelerator, eval mode warns of batches whose statistics were not stored; on the CPU forward warns.
         """
         super().train(mode)
         skipped = self._skipped
@@ -250,14 +250,14 @@ class _Layer(_BatchNorm):
         if new > 0:
             warnings.warn(
                 f"{type(self).__name__}({self.num_features}) met NaN or infinity in the statistics of {new} "
-                f"batch{'es' if new > 1 else ''} since it last said so, and did not store them. "
+                f"batch{'es' if new > 1 else ''} since its last warning, and did not store them. "
                 "layer.skipped_updates counts such batches.",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
     def reset_parameters(self) -> None:
-        """Set gamma to 1, beta to 0 and the statistics to those of no batches: mean 0 and variance 1."""
+        """Set gamma to 1, beta to 0, the stored mean to 0, the stored variance to 1 and its count of batches to 0."""
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
@@ -265,7 +265,7 @@ class _Layer(_BatchNorm):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """torch.nn's line, and what differs from it."""
+        """torch.nn's line, then the settings that differ from torch.nn's layer."""
         parts = [super().extra_repr()]
         if self.affine and self.weight is None:
             parts.append("weight=False")
@@ -283,7 +283,7 @@ class _Layer(_BatchNorm):
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
-        """Move or cast as every module does, but keep statistics at float32 or wider: half precision ruins them."""
+        """Move or cast as every module does, but keep statistics in float32 or float64: half precision ruins them."""
         before = {name: getattr(self, name) for name in STATISTICS}
         super()._apply(fn, recurse)
         self._widen_statistics(before)
@@ -291,7 +291,7 @@ class _Layer(_BatchNorm):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a pickled or copied layer's attributes, also those of a layer from before settings were private."""
+        """Restore the attributes of a pickled or copied layer; old pickles have public names for the settings."""
         if "single_element" in state and "_single_element" not in state:
             state = {f"_{name}" if name in SETTINGS else name: value for name, value in state.items()}
         super().__setstate__(state)
@@ -299,11 +299,11 @@ class _Layer(_BatchNorm):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._widen_statistics({})  # load_state_dict(assign=True) takes tensors over as they are
+        self._widen_statistics({})  # load_state_dict(assign=True) keeps the types of the loaded tensors
         self._claim()
 
     def _widen_statistics(self, before: dict[str, Tensor | None]) -> None:
-        """Widen statistics that were narrowed; take their digits from ``before`` if it has them."""
+        """Widen statistics that a cast narrowed; if ``before`` has the tensor before the cast, copy its values."""
         for name in STATISTICS:
             now = getattr(self, name)
             if now is None:
@@ -314,7 +314,7 @@ class _Layer(_BatchNorm):
                 setattr(self, name, source.to(now.device, wide))
             if self._skipped is None:
                 continue
-            if self._skipped.is_meta:  # nothing was counted without memory
+            if self._skipped.is_meta:  # on the meta device nothing was counted
                 self._skipped = torch.zeros_like(self._skipped, device=now.device)
             self._skipped = self._skipped.to(now.device)
 
@@ -322,30 +322,30 @@ class _Layer(_BatchNorm):
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L): gamma (x - mean) / sqrt(var + eps) + beta for each channel.
 
-    ``var`` is biased where it normalizes a batch; ``running_var`` stores unbiased variances, as torch.nn's does.
-    Sums and stored statistics are in float32, or float64 for float64 layers and inputs, whatever ``half()`` or
-    ``to()`` make of the parameters. A batch of no values changes nothing. A channel whose batch statistics are
-    NaN or infinite keeps its stored ones; the batch is counted in ``skipped_updates`` and reported by a
-    RuntimeWarning. With ``momentum=None`` such a batch is left out for all channels.
+    A batch is normalized by its biased variance ``var``; ``running_var`` stores unbiased variances, as in torch.nn.
+    Stored statistics are float64 in a float64 layer and otherwise float32, also after ``half()``. An empty batch
+    changes nothing. If a channel's batch statistics are NaN or infinite, its stored statistics stay as they
+    are; with ``momentum=None`` those of all channels do. ``skipped_updates`` counts such batches, and a RuntimeWarning
+    reports them.
 
     Args:
         num_features: Channels C.
-        eps: Added to the variance; 0 is for eval mode alone.
+        eps: Added to the variance; 0 is allowed in eval mode only.
         momentum: Weight of a new batch in the stored statistics; None averages all batches equally.
         affine: Whether to learn gamma (``weight``) and beta (``bias``).
-        track_running_stats: Whether to store statistics. Without them eval mode uses the batch's.
+        track_running_stats: Whether to store statistics. Without them eval mode uses the statistics of the batch.
         device: Device of parameters and statistics.
         dtype: Type of the parameters.
         weight: False leaves gamma out and keeps beta.
         bias: False leaves beta out and keeps gamma.
-        act: Activation of the result: "relu", "leaky_relu", "elu", "silu", "gelu" (exact) or "hardswish".
-        act_param: torch's negative_slope of leaky_relu (0.01) or alpha of elu (1).
-        memory: "save" keeps fewer activations for the backward pass. Behind a leaky ReLU, without a residual, the
-            result is written over the input, which the backward pass recovers, unless gamma is near 0. Other
-            results are computed again where the forward pass runs inside ``batchnorm.memory.saving()``;
-            ``convert(model, memory="save")`` sees to that.
+        act: Activation applied to the result: "relu", "leaky_relu", "elu", "silu", "gelu" (exact) or "hardswish".
+        act_param: torch's negative_slope of leaky_relu (default 0.01) or alpha of elu (default 1).
+        memory: "save" keeps fewer tensors for the backward pass. With ``act="leaky_relu"`` and no residual, the result
+            is written over the input, and the backward pass recovers the input, unless gamma is near 0. Other
+            results are computed again in the backward pass, if the forward pass ran inside
+            ``batchnorm.memory.saving()``; models from ``convert(model, memory="save")`` run inside it.
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
-            ValueError; "population" normalizes it by the stored statistics and leaves them as they are.
+            ValueError; "population" normalizes it by the stored statistics and does not change them.
 
     Example:
         >>> layer = BatchNorm1d(3)
@@ -378,12 +378,12 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The input of a call of a layer: its first argument that is a tensor, whatever its name."""
+    """The input of a call of a layer: the first argument that is a tensor, whatever its name; None without one."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside of torch.compile's and the parallel wrappers."""
+    """The user's own model, without the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
     require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):

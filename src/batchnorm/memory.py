@@ -1,7 +1,8 @@
-"""Memory between forward and backward: activations that can be recomputed need not be kept.
+"""Memory between forward and backward: an activation that can be computed again need not be kept.
 
-The operation after a layer keeps the layer's result y for its own gradient, and the layer keeps its input x. If y is a
-cheap function of x, ``saving`` keeps only x: in the graph a recipe replaces y, and runs when the backward pass needs y.
+The operation after a layer keeps the layer's result y for its own gradient, and the layer keeps its input x. y is a
+cheap function of x, so ``saving`` keeps only x: in the graph a function replaces y, and computes y when the backward
+pass needs it. The function, with the storage and type of y, is called a recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _Recipe(NamedTuple):
 
 @final
 class _Layout(NamedTuple):
-    """A saved tensor in place of its recipe: how to recompute its storage, and its layout in it."""
+    """What autograd keeps in place of a tensor: how to recompute the tensor's storage, and its layout there."""
 
     compute: Callable[[], Tensor]
     size: torch.Size
@@ -49,8 +50,8 @@ _recipes = _Recipes()
 def saving() -> Iterator[None]:
     """A block in which results of layers with ``memory="save"`` are recomputed in the backward pass, not kept.
 
-    Enter it around the forward pass; the backward pass may run inside or after. Blocks may be nested. Gradients have
-    the same bits as without it. A result that is later changed in place is kept.
+    The forward pass must run inside the block; the backward pass may run inside or after it. Blocks may be nested.
+    Gradients have the same bits as without the block. A result that is later changed in place is kept.
     """
     if _recipes.by_address is not None:
         yield
@@ -64,7 +65,7 @@ def saving() -> Iterator[None]:
 
 
 def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
-    """Inside ``saving``, let ``compute()`` replace ``result``, which must be the only tensor in its memory."""
+    """Inside ``saving``, let ``compute`` replace ``result``, which must fill its storage; outside, do nothing."""
     if _recipes.by_address is not None:
         storage = result.untyped_storage()
         _recipes.by_address[storage.data_ptr()] = _Recipe(
@@ -75,9 +76,9 @@ def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
 def _pack(kept: Tensor) -> Tensor | _Layout:
     recipe = (_recipes.by_address or {}).get(kept.untyped_storage().data_ptr()) if _has_memory(kept) else None
     if recipe is None or recipe.version != kept._version or recipe.storage != StorageWeakRef(kept.untyped_storage()):
-        return kept  # not our result, changed since, or a new tensor at a freed address
+        return kept  # no layer's result, or changed since, or a new tensor at a freed address
     if recipe.dtype != kept.dtype or kept.is_neg() or kept.is_conj():
-        return kept  # a view that interprets the memory differently
+        return kept  # a view with another type or sign
     return _Layout(recipe.compute, kept.size(), kept.stride(), int(kept.storage_offset()))
 
 

@@ -1,13 +1,14 @@
 """Moments: the count, mean and sum of squared deviations of every channel, as one value with an algebra.
 
-With ``count`` n, ``mean`` m and ``m2`` = sum (x - m)^2, two sets of examples merge exactly (Chan, Golub and
-LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances", eq. 2.1):
+With ``count`` n, ``mean`` m and ``m2`` = sum (x - m)^2, the moments of two sets of examples a and b give those of their
+union exactly (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
+variances", eq. 2.1):
 
     n = n_a + n_b        d = m_b - m_a
     m = m_a + d n_b / n  m2 = m2_a + m2_b + d^2 n_a n_b / n
 
-Everything is float64, and E[x^2] - E[x]^2 is never formed: it loses all digits of the variance once the
-mean is far from zero.
+All numbers are float64, and E[x^2] - E[x]^2 is never computed: if the mean is far from zero, it loses all digits of the
+variance.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Elements that are widened to float64 at a time (32 MB): bounds the memory that `of` needs beside its input.
+# Values that are widened to float64 at a time (32 MB): this bounds the memory that `of` needs in addition to its input.
 _CHUNK = 1 << 22
 
 
@@ -35,16 +36,16 @@ _CHUNK = 1 << 22
 class Moments:
     """Count, mean and sum of squared deviations of every channel, in float64.
 
-    Values form a commutative monoid under ``+`` with ``Moments.empty()`` as identity, so examples can be
-    counted in any order, over batches, ranks and files; ``-`` takes examples out again.
+    ``+`` gives the moments of two sets of examples together, in any order: of batches, ranks and files. Moments are a
+    commutative monoid under ``+``, with ``Moments.empty()`` as identity. ``-`` removes examples again.
 
-    A channel with count 0 has ``mean`` and ``var`` NaN; with count 1 it has ``var`` 0 and ``unbiased_var``
-    NaN. NaN and infinite values are measured as they are; leave them out with ``mask``.
+    A channel with count 0 has ``mean`` and ``var`` NaN. With count 1, ``var`` is 0 and ``unbiased_var`` NaN. NaN and
+    infinite values make a channel's moments NaN or infinite; leave such values out with ``mask``.
 
     Args:
-        count: Number of values (or their total weight), 0 or more: a scalar, or one for each channel.
-        mean: Mean of each channel, any shape.
-        m2: Sum of squared deviations from the mean, shape of ``mean``.
+        count: Number of values (or their total weight), 0 or more: a scalar, or a tensor of the shape of ``mean``.
+        mean: Mean of each channel, of any shape.
+        m2: Sum of squared deviations from the mean, of the shape of ``mean``.
 
     Example:
         >>> import torch
@@ -61,13 +62,13 @@ class Moments:
     def __post_init__(self) -> None:
         for name in ("count", "mean", "m2"):
             value = _as_float64(name, getattr(self, name))
-            # a copy: a value must not follow a buffer that is updated in place
+            # a copy, so that moments do not change with a buffer that is updated in place
             object.__setattr__(self, name, value.detach().clone())
         if self.mean.shape != self.m2.shape or self.count.shape not in {torch.Size(), self.mean.shape}:
             raise ValueError(
                 "Moments needs mean and m2 of one shape and count a scalar or of that shape, got "
                 f"count {tuple(self.count.shape)}, mean {tuple(self.mean.shape)}, m2 {tuple(self.m2.shape)}. "
-                "Give one of each for every channel, or measure with Moments.of."
+                "Give one mean and one m2 for every channel, or measure with Moments.of."
             )
         if bool((self.count < 0).any()) or bool((self.m2 < 0).any()):
             raise ValueError(
@@ -86,15 +87,15 @@ class Moments:
         """Moments of every channel of ``x`` over all its other axes, with every sum in float64.
 
         Args:
-            x: Real tensor of any dtype; integers and half precision are widened before anything is added.
-            channel_axis: The axis, or axes, that stay apart. None takes all values as one channel.
-            weight: Weight 0 or more of each value, broadcastable to ``x``; an integer weight w is the same
+            x: Real tensor of any dtype; integers and half precision are widened before values are added.
+            channel_axis: The axis, or axes, of the channels; None makes all values one channel.
+            weight: Weight of each value, 0 or more, broadcastable to ``x``; an integer weight w is the same
                 as w copies of the value.
-            mask: Boolean, broadcastable to ``x``; False leaves a value out, whatever it holds, NaN included.
+            mask: Boolean tensor, broadcastable to ``x``; False leaves a value out, also a NaN.
 
         Shape:
-            ``mean`` and ``m2`` have the sizes of the channel axes. ``count`` is a scalar, or of that
-            shape where a weight or mask is given.
+            ``mean`` and ``m2`` have the sizes of the channel axes. ``count`` is a scalar; with a weight or mask it
+            has the shape of ``mean``.
 
         Raises:
             TypeError: If ``x`` is complex or ``mask`` is not boolean.
@@ -104,7 +105,7 @@ class Moments:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"Moments.of needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
         if x.is_complex():
-            raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Take x.real and x.imag apart.")
+            raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Measure x.real and x.imag separately.")
         channels = _axes(channel_axis, x.ndim)
         if weight is None and mask is None and channels == [1] and _is_native(x):
             mean, var = cpu.measure(x.detach(), exact=True)
@@ -126,7 +127,7 @@ class Moments:
         """Moments with a known variance: m2 = var (count - correction), or 0 where the count is below that.
 
         Args:
-            count: Number of values that ``mean`` and ``var`` stand for.
+            count: Number of values that ``mean`` and ``var`` were computed from.
             mean: Mean of each channel.
             var: Variance of each channel, of the same shape.
             correction: 0 for a biased variance, 1 for an unbiased one, such as torch's running_var.
@@ -183,10 +184,10 @@ class Moments:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: Moments) -> Moments:
-        """Moments of the values that remain when those of ``other`` are taken out.
+        """Moments of the values of ``self`` that are not in ``other``, which must be a part of ``self``.
 
         Raises:
-            ValueError: If ``other`` counts more values than ``self``, so it cannot be a part of it.
+            ValueError: If ``other`` counts more values than ``self``.
         """
         if not isinstance(other, Moments):
             return NotImplemented
@@ -199,7 +200,7 @@ class Moments:
         count = a.count - b.count
         delta = a.mean - b.mean
         mean = a.mean + delta * (b.count / count)
-        # a.mean lies between the two parts, so b.mean is count / a.count of their distance away from it
+        # a.mean - b.mean is only count / a.count of the distance between the means of the two parts
         m2 = a.m2 - b.m2 - delta.square() * (a.count * b.count / count)
         kept = [torch.where(b.count == 0, a.mean, mean), torch.where(b.count == 0, a.m2, m2.clamp_min(0))]
         gone = count == 0
@@ -208,8 +209,8 @@ class Moments:
     def scaled(self, factor: Tensor | float) -> Moments:
         """The same distribution at ``factor`` times the weight: count and m2 are multiplied, mean and var stay.
 
-        Forgetting (factor < 1) and prior strength (``m.scaled(n / m.count)`` counts as n values) are this.
-        Factor 0 leaves no values.
+        A factor below 1 lets old values count less; ``m.scaled(n / m.count)`` makes a prior count as n values. Factor 0
+        gives moments of no values.
         """
         factor = torch.as_tensor(factor, dtype=torch.float64, device=self.mean.device)
         if bool((factor < 0).any()) or not bool(torch.isfinite(factor).all()):
@@ -220,12 +221,13 @@ class Moments:
     def ema(self, new: Moments, momentum: float) -> Moments:
         """Exponential moving average with torch's rule: (1 - momentum) old + momentum new.
 
-        Mean and *unbiased* variance are averaged apart, as BatchNorm's running_mean and running_var are,
-        so the spread between the two means is not counted; ``+`` counts it. The count becomes the effective
-        number of values of the average, 1 / ((1 - momentum)^2 / n_old + momentum^2 / n_new), so
-        ``standard_error`` stays honest: it settles at n (2 - momentum) / momentum for batches of n.
+        Mean and *unbiased* variance are averaged separately, as BatchNorm's running_mean and running_var are, so the
+        distance between the two means does not enter the variance; with ``+`` it does. The count becomes the effective
+        number of values of the average, 1 / ((1 - momentum)^2 / n_old + momentum^2 / n_new), so that
+        ``standard_error`` stays right: for batches of n values the count approaches n (2 - momentum) / momentum.
 
-        An empty side leaves the other as it is. A side with count 1 has no unbiased variance, and the result none.
+        If one side has count 0, the result is the other side. If one side has count 1, it has no unbiased variance, and
+        the result's variance is NaN.
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"Moments.ema needs momentum in 0..1, got {momentum}.")
@@ -246,10 +248,10 @@ class Moments:
         return (b.mean - a.mean) / a.std
 
     def w2(self, other: Moments) -> Tensor:
-        """2-Wasserstein distance of two normal laws with these moments, in the units of the values.
+        """2-Wasserstein distance between two normal laws with these moments, in the unit of the values.
 
-        sqrt((mean_a - mean_b)^2 + (std_a - std_b)^2). For laws of one shape it is exact, else a lower bound
-        (Gelbrich 1990).
+        It is sqrt((mean_a - mean_b)^2 + (std_a - std_b)^2). For two laws that differ only in location and scale it is
+        exact; for others it is a lower bound (Gelbrich 1990).
         """
         a, b = self._matched(other)
         return torch.hypot(a.mean - b.mean, a.std - b.std)
@@ -257,11 +259,11 @@ class Moments:
     def symmetric_kl(self, other: Moments) -> Tensor:
         """KL(a || b) + KL(b || a) of two normal laws with these moments, in nats (Jeffreys 1946).
 
-        A constant channel (variance 0) is 0 away from the same constant and infinitely far from all else.
+        If both variances are 0, it is 0 for equal means and otherwise infinite; if one variance is 0, it is infinite.
         """
         a, b = self._matched(other)
         between, spread = (a.mean - b.mean).square(), a.var - b.var
-        # a sum of terms of 0 or more: close laws lose no digits to a difference from 1
+        # a sum of terms of 0 or more: for close laws nothing cancels
         distance = (spread.square() + between * (a.var + b.var)) / (2 * a.var * b.var)
         constants = torch.where(between == 0, 0.0, torch.inf)
         return torch.where((a.var == 0) & (b.var == 0), constants, distance)
@@ -282,13 +284,13 @@ class Moments:
         if other.shape == () and not other.count.any():
             return self, Moments.empty(self.shape).to(self.mean.device)
         raise ValueError(
-            "Moments of the same channels are needed, got shapes "
+            "Moments must have the same channels, got shapes "
             f"{tuple(self.shape)} and {tuple(other.shape)}. Measure both with the same channel_axis."
         )
 
 
 def _computed(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
-    """Moments of new float64 tensors that belong together: they are neither checked nor copied, which takes 20 us."""
+    """Moments of new float64 tensors, without the checks and copies of ``__init__``, which take 20 us."""
     moments = object.__new__(Moments)
     for name, value in (("count", count), ("mean", mean), ("m2", m2)):
         object.__setattr__(moments, name, value)
@@ -296,7 +298,7 @@ def _computed(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
 
 
 def _is_native(x: Tensor) -> bool:
-    """Whether the native kernels measure ``x``, in one or two passes instead of torch's three."""
+    """Whether the native kernels measure ``x``: they read it once or twice, torch three times."""
     return x.is_floating_point() and is_plain(x) and kernel_for(x) is cpu
 
 
@@ -326,7 +328,7 @@ def _axes(channel_axis: int | Sequence[int] | None, ndim: int) -> list[int]:
 
 
 def _weight_of_each_value(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """``weight`` where ``mask`` holds and 0 elsewhere, in the shape of ``x``; None if all values count once."""
+    """``weight`` where ``mask`` is True and 0 elsewhere, in the shape of ``x``; None without weight and mask."""
     if weight is None and mask is None:
         return None
     kept = torch.ones((), device=x.device) if weight is None else weight.detach()
@@ -339,18 +341,18 @@ def _weight_of_each_value(x: Tensor, weight: Tensor | None, mask: Tensor | None)
     except RuntimeError:
         raise ValueError(
             f"Moments.of needs weight and mask that broadcast to {tuple(x.shape)}, got {tuple(kept.shape)} and "
-            f"{tuple(mask.shape)}. Give them size 1 on the axes where they do not vary."
+            f"{tuple(mask.shape)}. Give both size 1 on the axes on which they do not vary."
         ) from None
     if bool((counted < 0).any()) or not bool(torch.isfinite(counted).all()):
         raise ValueError(
-            "Moments.of needs weights that are finite and 0 or more, got a negative, NaN or infinite one. "
-            "Leave values out with mask=."
+            "Moments.of needs weights that are finite and 0 or more, got a negative, NaN or infinite "
+            "weight. Leave values out with mask=."
         )
     return expanded
 
 
 def _in_chunks(x: Tensor, weight: Tensor | None, reduced: int) -> Moments:
-    """Moments over the first ``reduced`` axes of ``x``; a large one is halved along the longest of these axes."""
+    """Moments over the first ``reduced`` axes of ``x``; a large ``x`` is halved along the longest of these axes."""
     longest = max(range(reduced), key=lambda axis: x.shape[axis], default=0)
     if x.numel() <= _CHUNK or not reduced or x.shape[longest] < 2:
         return _two_pass(x, weight, reduced)
@@ -370,7 +372,7 @@ def _of_rows(rows: Tensor) -> Moments:
     count = torch.tensor(float(len(rows)), device=rows.device)
     mean = rows.sum(0) / count
     deviation = rows - mean
-    # deviations sum to 0 but for the rounding of the mean, whose share in the squares this takes out
+    # without rounding the deviations would sum to 0; their sum is the mean's rounding error, which is removed from m2
     m2 = deviation.square().sum(0) - deviation.sum(0).square() / count
     return Moments(count, mean, torch.where(count == 0, 0.0, m2.clamp_min(0)))
 
@@ -378,7 +380,7 @@ def _of_rows(rows: Tensor) -> Moments:
 def _of_weighted_rows(rows: Tensor, weight: Tensor) -> Moments:
     out = weight == 0
     count = weight.sum(0)
-    rows = torch.where(out, 0.0, rows)  # what is left out must not spread its NaN
+    rows = torch.where(out, 0.0, rows)  # a NaN that is left out must not make the sums NaN
     mean = (weight * rows).sum(0) / count
     deviation = torch.where(out, 0.0, rows - mean)
     m2 = (weight * deviation.square()).sum(0) - (weight * deviation).sum(0).square() / count

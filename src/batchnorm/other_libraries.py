@@ -1,10 +1,12 @@
-"""Batch norm of other libraries: which modules count as layers although torch.nn's class does not include them.
+"""Batch norm of other libraries: which modules count as batch norm layers although they are not of torch.nn's class.
 
-A module is a layer if it holds the four tensors that define batch norm in eval mode (Ioffe and Szegedy 2015, algorithm
-2): ``running_mean`` and ``running_var``, with ``weight`` and ``bias`` or None, one value per channel. Its arithmetic is
-not assumed: ``response`` measures it. ``out_of_reach`` lists batch norm that is not a layer.
+A module is a layer if it has the four tensors that define batch norm in eval mode (Ioffe and Szegedy 2015, algorithm
+2): ``running_mean``, ``running_var``, ``weight`` and ``bias``, with one value per channel; the last two may be None.
+What the module computes from them is not assumed: ``response`` measures it. ``out_of_reach`` lists batch norm that is
+not a layer.
 
-``MEASURES`` is the table of known classes and what each normalizes by in train mode: one process cannot show it.
+``MEASURES`` is the table of known classes: it says by which statistics each class normalizes in train mode. A run in a
+single process cannot show that.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ MEASURES: dict[tuple[str, str], Measured] = {
     ("inplace_abn", "InPlaceABNSync"): "the batches of all processes",
     ("apex", "SyncBatchNorm"): "the batches of all processes",
 }
-# names in code that exchanges values between processes
+# code with one of these names is assumed to exchange values between processes
 _EXCHANGES = {"all_reduce", "all_gather", "AllReduce", "get_world_size", "dist", "distributed"}
 _FUNCTIONS = {"batch_norm", "native_batch_norm", "_native_batch_norm_legit"}
 _STATISTICS = ("running_mean", "running_var")
@@ -55,12 +57,12 @@ _EXPORTED = "is an operation of an exported program. Use the model as it was bef
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by dotted path that hold the four tensors of batch norm and have neither torch.nn's class nor ours."""
+    """Modules by dotted path that have the four tensors of batch norm, but neither torch.nn's class nor ours."""
     return {name: module for name, module in model.named_modules() if is_of_others(module)}
 
 
 def is_of_others(module: nn.Module) -> bool:
-    """Whether a module holds the four tensors, has a forward, and does not have torch.nn's class."""
+    """Whether a module has the four tensors of batch norm and a forward, but not torch.nn's class."""
     if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)) or _is_part_of_program(module):
         return False
     own = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
@@ -72,15 +74,15 @@ def is_of_others(module: nn.Module) -> bool:
 
 
 def live_layers(model: nn.Module) -> dict[str, Any]:
-    """Layers of other libraries that measure batches in train mode, by dotted path."""
+    """Layers of other libraries that normalize by the batch in train mode, by dotted path."""
     return {path: layer for path, layer in layers_of_others(model).items() if measures(layer) != "nothing"}
 
 
 def out_of_reach(model: nn.Module) -> dict[str, str]:
-    """Batch norm by path that is not a layer, with the reason and a remedy.
+    """Batch norm that is not a layer: by its dotted path, a text with the reason and a remedy.
 
-    These are operations of exported programs and of code traced by torch.fx, modules of TorchScript, and calls of
-    torch's function in a module's forward, as far as the names in its code show them. The model is not run.
+    It is an operation of an exported program or of code traced by torch.fx, a module of TorchScript, or a call of
+    torch's function in a module's forward, seen by the names in the forward's code. The model is not run.
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -92,14 +94,14 @@ def out_of_reach(model: nn.Module) -> dict[str, str]:
             found[path] = _EXPORTED
         elif _calls_torchs_function(module):
             found[path] = (
-                f"calls torch's batch_norm in its own forward ({type(module).__name__}). Hold a layer, such as "
-                "nn.BatchNorm2d, and call that"
+                f"calls torch's batch_norm in its own forward ({type(module).__name__}). Use a layer, such as "
+                "nn.BatchNorm2d, and call the layer"
             )
     return found
 
 
 def quantized(model: nn.Module, path: str) -> str | None:
-    """Why a layer of torch's quantization is left alone, with a remedy; None for other layers."""
+    """Why a layer of torch's quantization is not changed, with a remedy; None for any other layer."""
     layer, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     if type(layer).__module__.startswith("torch.ao.nn.") and ".quantized" in type(layer).__module__:
         return f"it is a quantized {type(layer).__name__}. Do this before quantization"
@@ -112,7 +114,7 @@ def quantized(model: nn.Module, path: str) -> str | None:
 
 
 def as_sentence(reasons: dict[str, str]) -> str:
-    """Reasons by path as one sentence; paths with the same reason together."""
+    """One sentence from reasons by path; paths with the same reason are named together."""
     paths: dict[str, list[str]] = {}
     for path, reason in reasons.items():
         paths.setdefault(reason, []).append(repr(path) if path else "the model itself")
@@ -120,7 +122,7 @@ def as_sentence(reasons: dict[str, str]) -> str:
 
 
 def unreached(model: nn.Module) -> str:
-    """Why a model has no layer to measure, as sentences after a space; "" if the reason is unknown."""
+    """Why a model has no layer to measure, as sentences that begin with a space; "" if no reason is known."""
     reasons = {
         path: f"is a {type(layer).__name__}, a frozen layer of another library. Put a live layer in its place: "
         "batchnorm.replace(model, lambda path, layer: batchnorm.BatchNorm2d(len(layer.running_mean)))"
@@ -132,7 +134,10 @@ def unreached(model: nn.Module) -> str:
 
 
 def measures(layer: nn.Module) -> Measured:
-    """What a layer normalizes by in train mode: "its batch", "the batches of all processes" or "nothing"."""
+    """What a layer normalizes by in train mode: "its batch", "the batches of all processes" or "nothing".
+
+    "nothing" means that it measures nothing and normalizes by its stored statistics.
+    """
     for kind in type(layer).__mro__:
         if known := MEASURES.get((kind.__module__.partition(".")[0], kind.__name__)):
             return known
@@ -149,26 +154,26 @@ def channels_of(layer: Any) -> int:
 
 
 def eps_of(layer: Any) -> float:
-    """A layer's eps: its attribute, or, if the code hides it, computed from its results."""
+    """A layer's eps: its attribute; without it, computed from the layer's results; if that fails, 1e-5."""
     if isinstance(eps := getattr(layer, "eps", None), (int, float)):
         return float(eps)
     found = response_of(layer)
     if found is None:
         return _USUAL_EPS
     gain = torch.ones_like(found[0]) if layer.weight is None else layer.weight.detach().double().cpu()
-    told = (gain != 0) & (found[0] != 0)
+    informative = (gain != 0) & (found[0] != 0)
     eps = (gain / found[0]).square() - layer.running_var.detach().double().cpu()
-    return max(float(eps[told].median()), 0.0) if told.any() else _USUAL_EPS
+    return max(float(eps[informative].median()), 0.0) if informative.any() else _USUAL_EPS
 
 
 def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift of each channel of a layer in eval mode; None if it is not such an affine map.
+    """Scale and shift of each channel of a layer in eval mode, both (C,), in float64 on the CPU.
 
-    A copy of the layer is run. Shape: both (C,), in float64 on the CPU.
+    A copy of the layer is run. None if it cannot be copied, or if it is no affine map of each channel.
     """
     try:
         probe = copy.deepcopy(layer).cpu().double().eval()
-    except Exception:  # noqa: BLE001 - a layer that cannot be copied is not probed
+    except Exception:  # noqa: BLE001 - a layer that cannot be copied is not run
         return None
     for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
         getattr(probe, name).clear()
@@ -179,10 +184,10 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
 def response(
     run: Callable[[Tensor], Any], layer: Any, rank: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift of each channel of ``run``, if it is such an affine map on inputs with ``rank`` axes; else None.
+    """Scale and shift of each channel of ``run`` on inputs with ``rank`` axes; None if it is no affine map of each.
 
-    Tested with inputs of 0 and 1, and with values of many sizes around the layer's mean, of type ``dtype``. Differences
-    below half of its digits count as rounding.
+    ``run`` is tested with inputs of type ``dtype``: 0, 1, and random values of several sizes around the layer's mean. A
+    relative difference below sqrt(eps) of ``dtype``, half of its digits, counts as rounding.
     """
     mean, var = (getattr(layer, name).detach().double().cpu() for name in _STATISTICS)
     shape = (2, len(mean), *[2] * (rank - 2))
@@ -202,7 +207,7 @@ def response(
             shift = _channel_values(results(torch.zeros(shape)))
             scale = _channel_values(results(torch.ones(shape))) - shift
             fits = all(_is_close(results(x), x, scale.reshape(spread), shift.reshape(spread), line) for x in inputs)
-        except Exception:  # noqa: BLE001 - it rejects this input, or is not such a map
+        except Exception:  # noqa: BLE001 - it rejects this input, or is no affine map
             return None
     return (scale, shift) if fits else None
 
@@ -210,7 +215,7 @@ def response(
 def _channel_values(y: Tensor) -> Tensor:
     values = y.transpose(0, 1).flatten(1)  # (N, C, ...) -> (C, N...)
     if not torch.equal(values, values[:, :1].expand_as(values)):
-        raise ValueError("expected one value for each channel, got several. The result depends on the place.")
+        raise ValueError("expected one value for each channel, got several. The result depends on the position.")
     return values[:, 0].clone()
 
 
@@ -224,7 +229,7 @@ def _is_vector(value: Any) -> bool:
 
 
 def _runs(module: nn.Module) -> bool:
-    """Whether a module has a forward; the modules that hold an exported program's tensors have none."""
+    """Whether a module has a forward; the modules with an exported program's tensors have no forward."""
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
@@ -246,7 +251,7 @@ def _scripted(path: str, module: Any) -> dict[str, str]:
     names = {name for name, _ in module.named_buffers(recurse=False)}
     if set(_STATISTICS) <= names and "InstanceNorm" not in module.original_name:
         return {path: why}
-    is_alone = not path and not any(module.children())  # frozen: everything is in one graph
+    is_alone = not path and not any(module.children())  # torch.jit.freeze puts all operations into one graph
     return {path: why} if is_alone and module.inlined_graph.findAllNodes("aten::batch_norm") else {}
 
 
@@ -258,20 +263,23 @@ def _operations(path: str, module: GraphModule) -> dict[str, str]:
             found[where] = (
                 _EXPORTED
                 if _is_of_aten(node.target)
-                else "is a call of torch's function in traced code. Hold a layer, such as nn.BatchNorm2d, and call that"
+                else "is a call of torch's function in traced code. Use a layer, such as nn.BatchNorm2d, and call it"
             )
     return found
 
 
 def _holder(node: Any) -> str:
-    """The path of the module that held an operation's statistics, else the operation's own name."""
+    """The path of the module that had an operation's statistics; if there is none, the operation's own name."""
     stored = [str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr"]
     holders = [name.removesuffix(".running_mean") for name in stored if name.endswith(".running_mean")]
     return holders[0] if holders else node.name
 
 
 def _calls_torchs_function(module: nn.Module) -> bool:
-    """Whether the forward of a module that is not a layer uses torch's function, and not a child of that name."""
+    """Whether a module is no layer and its forward uses torch's batch norm function, by the names in its code.
+
+    If the module has an attribute ``batch_norm``, the name is taken for this attribute.
+    """
     if type(module).__module__.startswith("torch.") or isinstance(module, (_BatchNorm, _InstanceNorm)):
         return False
     named = bool(_FUNCTIONS & set(_names(type(module).forward)))
@@ -279,12 +287,12 @@ def _calls_torchs_function(module: nn.Module) -> bool:
 
 
 def _exchanges(kind: type) -> bool:
-    """Whether a class's forward, outside torch.nn's code, uses names that exchange values."""
+    """Whether the forward of a class or of a base outside torch.nn uses a name in ``_EXCHANGES``."""
     own = (each for each in kind.__mro__ if not each.__module__.startswith("torch.nn") and each is not object)
     return any(_EXCHANGES & set(_names(vars(each)["forward"])) for each in own if "forward" in vars(each))
 
 
 def _names(function: Any) -> Iterator[str]:
-    """The names in a function's code."""
+    """The names in a function's code; none if it is not written in Python."""
     code = getattr(function, "__code__", None)
     return iter(()) if code is None else iter((*code.co_names, *code.co_varnames))

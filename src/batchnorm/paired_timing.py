@@ -1,8 +1,9 @@
-"""Rounds: contestants that take turns, and what their times say about each other.
+"""Paired timing: contestants, which are timed calls, take turns in rounds, and their times are compared within a round.
 
-A shared machine changes from one second to the next, so times compare within a round only. A round runs every
-contestant once, in an order of its own, and a ratio is the median over rounds of the ratios inside each. A machine that
-others use at the same time favours whoever does not wait for all of its threads, so their share is measured.
+The speed of a shared machine changes from one second to the next, so only times of one round are compared. A round runs
+every contestant once, in a random order. The ratio of two contestants is the median over rounds of the ratios within a
+round. Other programs on the machine slow down calls that wait for all of their threads more than other calls, so their
+share of the processors is measured.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    Contestant = Callable[[], float]  # runs, and returns the seconds of one call
+    Contestant = Callable[[], float]  # calls something, and returns the seconds of one call
 
 ROUNDS = 21
-BUSY = 0.05  # share of all processors in use by others from which on results say so
+BUSY = 0.05  # if other programs use a larger share of all processors, results say so
 _LEAST_ROUNDS = 3
 _IDLE = (3, 4)  # idle and iowait in the first line of /proc/stat
 
 
 def timed(one_call: Callable[[], object], *, at_least: float = 2e-3) -> Contestant:
-    """A contestant that repeats a call, warmed up here, until it has taken about ``at_least`` so many seconds."""
+    """A contestant that repeats a call for about ``at_least`` seconds, but at most 1,000 times; warms the call up."""
 
     def contestant(repeats: int) -> float:
         start = time.perf_counter()
@@ -52,7 +53,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of two values or more."""
+        """The spread of at least two values."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
@@ -64,11 +65,11 @@ class Race:
     seconds: Mapping[str, Sequence[float]]
 
     def time(self, parts: Mapping[str, int]) -> Spread:
-        """Seconds of a weighted sum of contestants."""
+        """Seconds of a weighted sum of contestants; ``parts`` has the weight of each, by name."""
         return Spread.of(self._sums(parts))
 
     def ratio(self, above: Mapping[str, int], below: Mapping[str, int]) -> Spread:
-        """The ratio of two weighted sums of contestants, taken inside each round."""
+        """The ratio of two weighted sums of contestants, computed within each round."""
         return Spread.of([a / b for a, b in zip(self._sums(above), self._sums(below), strict=True)])
 
     def _sums(self, parts: Mapping[str, int]) -> list[float]:
@@ -77,17 +78,21 @@ class Race:
 
 
 def race(contestants: Mapping[str, Contestant], *, rounds: int, budget: float = float("inf")) -> Race:
-    """Every contestant once in each of ``rounds`` rounds; fewer, but 3, once ``budget`` seconds are used up."""
+    """Runs every contestant once in each of ``rounds`` rounds; after ``budget`` seconds and 3 rounds it stops early.
+
+    Raises:
+        ValueError: If ``rounds`` is less than 3.
+    """
     if rounds < _LEAST_ROUNDS:
         raise ValueError(
-            f"rounds must be {_LEAST_ROUNDS} or more, got {rounds}: fewer show no spread. Leave it out for {ROUNDS}."
+            f"rounds must be {_LEAST_ROUNDS} or more, to show a spread, got {rounds}. Leave it out for {ROUNDS}."
         )
     order, shuffle, end = list(contestants), random.Random(0).shuffle, time.perf_counter() + budget  # noqa: S311
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for done in range(rounds):
         if done >= _LEAST_ROUNDS and time.perf_counter() > end:
             break
-        shuffle(order)  # nobody always finds the caches as the same neighbour left them
+        shuffle(order)  # so that no contestant always runs after the same one, with its data in the caches
         for name in order:
             seconds[name].append(contestants[name]())
     return Race(seconds)
@@ -95,20 +100,24 @@ def race(contestants: Mapping[str, Contestant], *, rounds: int, budget: float = 
 
 @contextmanager
 def others(workers: Sequence[int] = ()) -> Iterator[dict[str, float]]:
-    """A dictionary that at the end of the block has ``others``: their share of all processors.
+    """A block that measures which share of all processors other programs use.
 
-    This process and those with the given ids do not count; where the system does not tell, the dictionary stays empty.
+    At the end of the block the dictionary that it yields has the share as ``others``; if the system does not report it,
+    the dictionary stays empty. Other programs are all but this process and the processes with the ids ``workers``.
     """
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     before, start = _foreign(workers), time.perf_counter()
-    yield found
+    yield shares
     after, passed = _foreign(workers), time.perf_counter() - start
     if before is not None and after is not None:
-        found["others"] = round(max(after - before, 0) / (passed * (os.cpu_count() or 1)), 3)
+        shares["others"] = round(max(after - before, 0) / (passed * (os.cpu_count() or 1)), 3)
 
 
 def _foreign(workers: Sequence[int]) -> float | None:
-    """Processor seconds since the start of the machine that were not ours, stolen ones of a host included."""
+    """Processor seconds of other programs since the machine started; None if the system does not report them.
+
+    On a virtual machine they include the time that its host gave to others ("steal").
+    """
     try:
         ticks = os.sysconf("SC_CLK_TCK")
         fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]

@@ -1,7 +1,7 @@
-"""One file that shows what was measured: verdicts, of the lecture or of a user's model, with their charts.
+"""The report of verdicts, on the lecture or on a user's model, with their charts, as one file.
 
-The page stands alone. It loads nothing, and runs a script only if it is interactive. Before each result it states the
-criterion. This module turns verdicts into plain text, numbers and SVG; the layout is in templates/.
+The HTML page loads nothing, and runs a script only if it is interactive. Before each result it states the criterion.
+This module turns verdicts into plain text, numbers and SVG; the layout is in templates/.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ Value = float | int | str | None  # in a row of a chart
 Cells = Mapping[str, Value]
 GLYPHS = {Status.SUPPORTED: "✓", Status.NOT_SUPPORTED: "–", Status.OPPOSITE: "✗", Status.INVALID: "?"}
 
-# Rows that the table under a chart shows at most: enough to read the finding off, small enough for one file.
+# About this many rows are in the table under a chart: enough to see the finding, few enough for one file.
 _TABLE_ROWS = 40
 
-# Share of a strip's width in percent, below which the labels of two bounds would touch.
+# If two bounds are closer than this share of a strip's width, in percent, their labels would touch.
 _CLOSE = 22
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -53,9 +53,9 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
     """The report as the text of one HTML page; the same verdicts give the same text.
 
     Args:
-        verdicts: What was measured.
-        interactive: Whether charts answer the pointer. The page then holds the Vega library (0.9 MB) and runs
-            it; it still loads nothing, and shows the same charts where scripts are off.
+        verdicts: The outcomes of the claims.
+        interactive: Whether charts react to the pointer. The page then contains the Vega library (0.9 MB) and runs it.
+            It still loads nothing, and if scripts are off it shows the same charts.
 
     Raises:
         ModuleNotFoundError: If a package of the extra ``report`` is missing.
@@ -79,7 +79,7 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
 
 
 def report(verdicts: Verdicts, *, interactive: bool = False) -> Report:
-    """The verdicts as every output format shows them. They are results, none of which fails a check."""
+    """The verdicts as a report, which every output format can show. No verdict makes a check fail."""
     found = [verdict for outcome in verdicts.outcomes for verdict in outcome.result.verdicts]
     return Report(
         command="batchnorm why", target=verdicts.title, headline=verdicts.headline, seconds=verdicts.seconds,
@@ -110,16 +110,16 @@ def _check(verdict: Verdict) -> Check:
 
 
 def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool = False) -> None:
-    """Write the report to ``path``, whole or not at all: an error leaves the file that was there.
+    """Write the report to ``path``; if an error is raised, no file is written or changed.
 
     Args:
-        verdicts: What was measured.
-        path: The file, in a folder that exists; its ending names the format.
-        interactive: As in `render`; for a page only.
+        verdicts: The outcomes of the claims.
+        path: The file, in a folder that exists; its ending selects the format.
+        interactive: As in `render`; other formats than HTML ignore it.
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If its name has another ending.
+        ValueError: If no format has the ending of ``path``.
     """
     path = Path(path).resolve()
     text = formats.rendered(report(verdicts, interactive=interactive), checked_suffix(path), to_file=True)
@@ -128,24 +128,24 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
 
 
 def checked_suffix(path: Path) -> str:
-    """The format that the ending of a file names.
+    """The name of the format whose files have the ending of ``path``.
 
     Raises:
-        ValueError: If it names none.
+        ValueError: If no format has this ending.
     """
     if not (name := formats.by_suffix(path)):
         endings = ", ".join(sorted(each.suffix for each in formats.FORMATS.values() if each.suffix))
         raise ValueError(
-            f"a report needs a file that ends in one of {endings}, got {path.name!r}. Name it why.html, for example."
+            f"a report needs a file that ends in one of {endings}, got {path.name!r}. Write why.html, for example."
         )
     return name
 
 
 def require_extra() -> None:
-    """Check that everything that draws a report is installed. Call it before an experiment that takes minutes.
+    """Check that the packages that draw a report are installed. Call it before an experiment that takes minutes.
 
     Raises:
-        ModuleNotFoundError: If something is missing; the message says what to run.
+        ModuleNotFoundError: If a package is missing; the message has the command that installs it.
     """
     try:
         for name in ("altair", "jinja2", "vl_convert"):
@@ -162,9 +162,9 @@ def require_extra() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """A chart with its drawings; a picture has none.
+    """A chart with its drawings; a chart of kind "picture" has no drawings.
 
-    A chart of one column takes half of the page's width; it is ``lone`` where none stands beside it.
+    A chart of one column takes half of the page's width; ``lone`` says that no other chart is beside it.
     """
 
     chart: Chart
@@ -174,7 +174,7 @@ class _Figure:
 
     @property
     def rows(self) -> list[tuple[str, list[tuple[str, Panel]]]]:
-        """Row titles, each with the row's panels and the names they have in the page."""
+        """Row titles, each with the row's panels and the names of these panels in the page."""
         named = [(f"{self.name}-{n}", panel) for n, panel in enumerate(self.panels, start=1)]
         return [(row, list(group)) for row, group in groupby(named, key=lambda pair: pair[1].row)]
 
@@ -193,7 +193,7 @@ class _Section:
 
     @property
     def further(self) -> str:
-        """What the claim's other criteria came to, such as "2 supported, 1 opposite"."""
+        """The verdicts on the claim's criteria after the first, counted, such as "2 supported, 1 opposite"."""
         words = [verdict.status.lower() for verdict in self.outcome.result.verdicts[1:]]
         return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
 
@@ -209,7 +209,7 @@ def _section(outcome: ClaimOutcome) -> _Section:
 
 
 def _neighbours(figures: Sequence[_Figure]) -> Iterator[list[_Figure]]:
-    """Figures of one column by twos, as they come to stand beside each other."""
+    """Consecutive figures of one column in pairs, which the page shows side by side; an odd last one is alone."""
     for narrow, group in groupby(figures, key=lambda figure: figure.columns == 1):
         if narrow:
             run = list(group)
@@ -226,7 +226,7 @@ def _failed(verdicts: Verdicts) -> Iterator[tuple[ClaimOutcome, Verdict]]:
 
 @dataclass(frozen=True, slots=True)
 class _Data:
-    """A chart's data as text: column titles, cells, and of how many rows they are a selection."""
+    """A chart's data as text: column titles, the cells of some rows, and the number of all rows."""
 
     head: Sequence[str]
     body: Sequence[Sequence[str]]
@@ -244,7 +244,7 @@ def _table(chart: Chart) -> _Data:
 
 
 def _columns(chart: Chart) -> list[tuple[str, str, Axis | None]]:
-    """Key, title and axis of every field that a row may have."""
+    """Key, title and axis of every field that a row may have; the axis is None for a text."""
     along, across = (chart.x.title if chart.x else "", chart.y.title if chart.y else "")
     quantiles = [(f"p{p}", f"{p} %", chart.y) for p in (2, 16, 50, 84, 98)]
     measured = chart.x if chart.kind == "dots" else chart.y
@@ -274,7 +274,7 @@ def _selection(rows: Sequence[Cells]) -> list[Cells]:
 
 
 def _spread(total: int, size: int) -> list[float]:
-    """At most ``size`` positions from 0 to ``total`` - 1, both ends included."""
+    """At most ``size`` positions from 0 to ``total`` - 1, including both ends."""
     return [i * (total - 1) / (size - 1) for i in range(size)] if total > size else list(range(total))
 
 
@@ -288,7 +288,7 @@ def _cell(value: Value, axis: Axis | None) -> str:
 
 
 def _number(value: Value) -> str:
-    """A number with four significant digits, as people write it; a dash for None."""
+    """A float with four significant digits, an integer with commas, a text unchanged, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -302,7 +302,7 @@ def _number(value: Value) -> str:
 
 
 def _region(interval: tuple[float, float]) -> str:
-    """An open interval in words: "above 0.301"."""
+    """An open interval in words, such as "above 0.301"."""
     low, high = interval
     if high == float("inf"):
         return f"above {_number(low)}"
@@ -312,7 +312,7 @@ def _region(interval: tuple[float, float]) -> str:
 
 
 def _text(sentence: str) -> str:
-    """The sentence with its percent signs kept on the line of their numbers."""
+    """The sentence with a no-break space before each percent sign, so that number and sign stay on one line."""
     return sentence.replace(" %", "\u00a0%")
 
 
@@ -322,7 +322,7 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """Where an estimate lies against its criterion's regions, as percentages of a strip's width."""
+    """A strip that shows an estimate and its criterion's regions; positions are percentages of the strip's width."""
 
     regions: Mapping[str, tuple[float, float]]
     bounds: Sequence[tuple[float, str, str]]
@@ -353,7 +353,7 @@ def _strip(verdict: Verdict) -> _Strip | None:
 
 
 def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
-    """Position, text and anchor of the labels of bounds; two that are close lean away from each other."""
+    """Position, text and anchor of the bounds' labels; if two bounds are close, their labels point away."""
     close = len(bounds) == 2 and bounds[1][0] - bounds[0][0] < _CLOSE
     anchors = ("end", "start") if close else ("middle", "middle")
     return [(at, text, anchor) for (at, text), anchor in zip(bounds, anchors, strict=False)]
@@ -371,7 +371,7 @@ def _svg(panel: Panel, name: str) -> Markup:
 
 
 def _specifications(sections: Sequence[_Section]) -> dict[str, Json]:
-    """What the script draws, by the name of the panel."""
+    """The Vega-Lite specifications that the script draws, by the name of the panel."""
     from batchnorm.reporting.charts.svg import to_specification
 
     return {
@@ -384,7 +384,7 @@ def _specifications(sections: Sequence[_Section]) -> dict[str, Json]:
 
 
 def _script() -> str:
-    """The library that makes charts interactive."""
+    """The script that makes charts interactive, with the Vega library."""
     import vl_convert
 
     snippet = TEMPLATES.joinpath("interactive.js").read_text(encoding="utf-8")

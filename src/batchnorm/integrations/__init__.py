@@ -1,5 +1,5 @@
-"""Integrations: thin adapters to training frameworks, loggers and pytest, each imported by its own name.
+"""Integrations: thin adapters to training frameworks, loggers and pytest, each imported from its own module.
 
-``from batchnorm.integrations.lightning import BatchNormMonitor``. No other module imports them, and each only calls
-``watch``, ``freeze``, ``recalibrate`` or ``examine`` at the right moments of its framework.
+For example ``from batchnorm.integrations.lightning import BatchNormMonitor``. No other module of the package imports
+them. Each calls ``watch``, ``freeze``, ``recalibrate`` or ``examine`` at the right moments of its framework.
 """

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def attach(engine: Engine, model: nn.Module, **watch: Unpack[WatchArguments]) -> Session:
-    """A session whose ``run`` watches the engine's run; the weights stay the same, bit for bit.
+    """A session that watches each run of the engine; the weights are trained as without it, bit for bit.
 
-    Each ``engine.run()`` has its own watch, which ends with it, also by an exception or ``terminate()``. Exception
-    handlers work as before. The engine's output is logged as the loss if it is a number.
+    Each ``engine.run()`` has its own watch, ``session.run``. The watch ends with the run, also after an exception or
+    ``terminate()``. Exception handlers work as before. If the engine's output is a number, it is logged as the loss.
 
     Args:
         engine: The engine that trains.
         model: The model that it trains.
-        watch: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``, as ``batchnorm.watch`` takes them.
+        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
 
     Raises:
         ValueError: When the engine runs, if the model has no batch norm or an argument is out of range.

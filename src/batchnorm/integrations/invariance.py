@@ -1,9 +1,10 @@
 """Invariance: whether a model's output for one example depends on the other examples in its batch.
 
-In eval mode it must not: one example runs alone and inside a batch, and the outputs are compared. Rounding bounds the
-allowed difference. A sum of n products, in any order and in a format with unit u, is off by at most n u of the sum of
-their magnitudes (Higham 2002, section 3.1); sums on the way to an output follow each other, so their n add up. Between
-D layers values are stored in the model's own format, whose independent roundings u' add in squares: n u + sqrt(D) u'.
+In eval mode it must not depend on them: an example runs alone and inside a batch, and the two outputs are compared.
+The allowed difference is the largest that rounding explains. A sum of n products, in any order and in a format with
+unit roundoff u, has an error of at most n u times the sum of the products' magnitudes (Higham 2002, section 3.1). The
+sums of successive layers are applied one after another, so n is the total over the layers. Between D layers values are
+rounded to the model's own format with unit u'; D independent errors add in squares. So the bound is n u + sqrt(D) u'.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _MOST = 8  # examples that run alone
 
 
 def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> str:
-    """How an output depends on the batch, in words; "" if it does not.
+    """How an output for one example depends on the batch, in words; "" if no output does.
 
-    The model stays as it is, bit for bit. All outputs with examples along their first axis are compared.
+    The model does not change, bit for bit. All outputs whose first axis has the examples are compared.
 
     Raises:
         ValueError: If there are fewer than two examples, or no floating-point output has one row for each.
     """
     size = _count(examples)
     if size < 2:
-        raise ValueError(f"assert_batch_invariant needs a batch of 2 examples or more, got {size}. Give more.")
+        raise ValueError(f"assert_batch_invariant needs a batch of 2 examples or more, got {size}. Pass more examples.")
     batches = Batches(
         [examples], None, device_of(model)
     )  # a new copy each time, because a model may overwrite its input
@@ -54,10 +55,10 @@ def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, 
 
 
 def rounding(model: nn.Module, dtype: torch.dtype) -> float:
-    """The largest relative difference between two orders of the model's sums that rounding explains.
+    """The largest relative difference between two outputs that rounding explains, if sums have another order.
 
     Args:
-        model: Every weight with two axes or more is assumed to lie on the way to the output.
+        model: The model; every weight with at least two axes is assumed to be used for the output, one after another.
         dtype: Dtype of the output.
     """
     weights = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -70,27 +71,27 @@ def _difference(
     model: nn.Module, expected: list[Tensor], alone: list[Tensor], together: list[Tensor],
     rtol: float | None, atol: float | None,
 ) -> str:  # fmt: skip
-    """The difference furthest above its limit, in words; "" if there is none."""
+    """The first difference above its limit, in words; "" if there is none."""
     if [y.shape for y in expected] != [y.shape for y in alone]:
-        return f"its shapes are {_shapes(expected)} in the batch and {_shapes(alone)} alone."
+        return f"the answer has shapes {_shapes(expected)} in the batch and {_shapes(alone)} alone."
     for a, b, whole in zip(alone, expected, together, strict=True):
         relative = rounding(model, b.dtype) if rtol is None else rtol
         scale = float(whole[whole.isfinite()].double().square().mean().sqrt())
         absolute = relative * (0.0 if math.isnan(scale) else scale) if atol is None else atol
         if not torch.allclose(a.double(), b.double(), rtol=relative, atol=absolute, equal_nan=True):
             off = (a.double() - b.double()).abs()
-            return f"it moves by up to {off.max():.2g} (rms of the output {scale:.2g}, limit {absolute:.2g})."
+            return f"it changes by up to {off.max():.2g} (rms of the output {scale:.2g}, limit {absolute:.2g})."
     return ""
 
 
 def _suspects(model: nn.Module) -> str:
-    """Layers that can only normalize by the batch."""
+    """A line that names the layers without stored statistics, which normalize by the batch; "" if there are none."""
     names = [name for name, layer in batch_norms(model).items() if not has_stored_statistics(layer)]
     if not names:
         return ""
     return (
-        f"\n  without stored statistics, normalizing by the batch in eval mode: {', '.join(map(repr, names))}. "
-        "Construct them with track_running_stats=True and train or recalibrate."
+        f"\n  without stored statistics, layers normalize by the batch in eval mode: {', '.join(map(repr, names))}. "
+        "Construct them with track_running_stats=True, and train or recalibrate the model."
     )
 
 
@@ -99,7 +100,7 @@ def _answers(model: nn.Module, batch: Batch, size: int) -> list[Tensor]:
     if not answers:
         raise ValueError(
             f"assert_batch_invariant needs an output with a first axis of {size} examples, got none. "
-            "Wrap the model so that it returns one."
+            "Wrap the model so that it returns such a tensor."
         )
     return answers
 
@@ -109,7 +110,7 @@ def _count(examples: Batch) -> int:
 
 
 def _example(value: Batch, i: int, size: int) -> Batch:
-    """Example i of a batch, as a batch."""
+    """The batch that has only example i of a batch."""
     if isinstance(value, Tensor):
         return value[i : i + 1] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):

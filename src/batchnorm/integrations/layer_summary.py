@@ -10,10 +10,11 @@ _PREFIX = "batchnorm/"
 
 
 def summary(values: Mapping[str, float]) -> dict[str, float]:
-    """Minimum, median and maximum of each quantity over the layers; numbers of the whole model unchanged.
+    """Minimum, median and maximum of each quantity over the layers; numbers of the whole model stay the same.
 
-    Takes the names that a ``Sink`` gets: ``batchnorm/noise/layer1.0.bn1`` becomes part of ``batchnorm/noise/median``.
-    Numbers that the user logged (``loss``) are left out, because the logger has them.
+    ``values`` has the names that a ``Sink`` gets: ``batchnorm/noise/layer1.0.bn1`` is one of the values of which
+    ``batchnorm/noise/median`` is the median. Numbers that the user logged (``loss``) are left out, because the logger
+    has them already.
     """
     of_model: dict[str, float] = {}
     of_layers: dict[str, list[float]] = defaultdict(list)

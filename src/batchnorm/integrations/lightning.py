@@ -1,4 +1,4 @@
-"""Lightning: callbacks that watch, recalibrate and freeze; for ``lightning`` and ``pytorch_lightning`` alike."""
+"""Lightning: callbacks that watch, recalibrate and freeze, for both ``lightning`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callback() -> type:
-    """The base class of callbacks: from the imported package; from both if both are imported."""
+    """The base class of callbacks, from the package that is imported; from both packages if both are imported."""
     loaded = [package for name in _PACKAGES if (package := sys.modules.get(name))]
     return type("Callback", tuple(package.Callback for package in loaded or [_installed()]), {})
 
@@ -49,14 +49,14 @@ else:
 
 @final
 class BatchNormMonitor(Callback):
-    """Measures batch norm while the trainer fits; the weights stay the same, bit for bit.
+    """Measures batch norm while the trainer fits; the weights are trained as without it, bit for bit.
 
-    If a LightningModule has no ``forward`` of its own, its only child with batch norm is watched, because
-    ``training_step`` calls that; names of layers are then relative to the child.
+    If a LightningModule has no ``forward`` of its own and only one child with batch norm, this child is watched,
+    because ``training_step`` calls it. The names of layers are then relative to the child.
 
     Args:
         log_to_logger: Also send ``batchnorm/...`` to the trainer's loggers: minimum, median and maximum over layers.
-        watch: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``, as ``batchnorm.watch`` takes them.
+        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
 
     Raises:
         ValueError: When fitting begins, if the model has no batch norm or an argument is out of range.
@@ -73,24 +73,24 @@ class BatchNormMonitor(Callback):
         return self._session.run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start, once weights are loaded and on their device."""
+        """Start the watch: now weights are loaded and on their device."""
         sinks = [_Loggers(trainer)] if self._log_to_logger else []
         self._session.begin(_Direct(_trained_part(pl_module)), *sinks)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Answer, batch: Batch, batch_idx: int
     ) -> None:
-        """Note the loss."""
+        """Log the loss."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         # Lightning divides the loss of automatic optimization by the number of accumulated batches
         self._session.note_loss(loss, trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop."""
+        """End the watch."""
         self._session.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop, and log the exception."""
+        """End the watch, and log the exception."""
         self._session.end(raised(exception))
 
 
@@ -98,21 +98,22 @@ class BatchNormMonitor(Callback):
 class Recalibrate(Callback):
     """Replaces running averages by the statistics of the training data: when training ends, and before validation.
 
-    After ``WeightAveraging`` and ``StochasticWeightAveraging`` the statistics are those of the averaged weights: the
-    callback moves itself behind them. Checkpoints written at validation contain the latest measured statistics. The
-    training does not change, because layers in train mode do not use stored statistics. Frozen layers, and layers in
-    eval mode while the model trains, keep their statistics.
+    With ``WeightAveraging`` or ``StochasticWeightAveraging`` the statistics are measured with the averaged weights: the
+    callback moves itself after these callbacks. Checkpoints written at validation contain the latest measured
+    statistics. The training does not change, because layers in train mode do not use stored statistics. Layers that are
+    frozen, or in eval mode while the model trains, keep their statistics.
 
     Args:
         max_examples: Number of examples to measure; None for a whole epoch.
-        every_n_epochs: Also before the validation of every n-th epoch.
-        loader: Batches, if not those of the trainer's training dataloader.
-        forward: ``forward(module, batch)``, if the module's forward takes neither a batch nor the first part of one.
+        every_n_epochs: n, to measure also before the validation of every n-th epoch; None measures only at the end.
+        loader: The batches to measure; None for those of the trainer's training dataloader.
+        forward: A function ``forward(module, batch)``, needed if the module's forward accepts neither a batch nor its
+            first part.
         exact: False for one pass over the data, as in ``batchnorm.recalibrate``.
 
     Raises:
-        ValueError: While fitting, if the trainer has several training dataloaders and ``loader`` is None, or from
-            ``batchnorm.recalibrate``.
+        ValueError: While fitting, if ``loader`` is None and the trainer has none or several training dataloaders; and
+            every error of ``batchnorm.recalibrate``.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Recalibrate(Callback):
         self._held: list[nn.Module] = []
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Move behind callbacks that average weights."""
+        """Move this callback after the callbacks that average weights."""
         rest = [callback for callback in trainer.callbacks if callback is not self]
         last = max((i for i, callback in enumerate(trainer.callbacks) if _averages(callback)), default=-1)
         if last > trainer.callbacks.index(self):
@@ -140,7 +141,7 @@ class Recalibrate(Callback):
             trainer.callbacks = [*rest[:last], self, *rest[last:]]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Remember the layers in eval mode; in validation all layers are."""
+        """At the start of an epoch, remember the layers in eval mode: during validation all layers are in it."""
         if batch_idx == 0:
             layers = batch_norms(pl_module).values()
             self._held = [layer for layer in layers if not layer.training and has_stored_statistics(layer)]
@@ -148,7 +149,7 @@ class Recalibrate(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Measure before the first batch: then averaged weights are in place, in any order of callbacks."""
+        """Measure before the first batch: by then every callback has put averaged weights into the model."""
         if batch_idx == dataloader_idx == 0 and self._is_due(trainer):
             self._measure(trainer, pl_module)
 
@@ -176,17 +177,17 @@ class Recalibrate(Callback):
 
 @final
 class FreezeBatchNorm(Callback):
-    """Freezes batch norm: the same function in train and eval mode, also after the trainer's ``model.train()``.
+    """Freezes batch norm: layers compute the same in train and eval mode, also after the trainer's ``model.train()``.
 
-    ``BaseFinetuning.freeze(train_bn=False)`` and ``BackboneFinetuning`` set ``track_running_stats`` to False instead:
-    then a layer normalizes by the batch in training and by stored statistics in evaluation. Layers stay frozen after
-    the fit; ``batchnorm.unfreeze(model)`` unfreezes them.
+    ``BaseFinetuning.freeze(train_bn=False)`` and ``BackboneFinetuning`` only set ``track_running_stats`` to False: then
+    a layer normalizes by the batch in training and by stored statistics in evaluation. With this callback, layers stay
+    frozen after the fit; ``batchnorm.unfreeze(model)`` unfreezes them.
 
     Args:
-        parts: Dotted paths of modules whose layers to freeze; empty for all.
-        from_epoch: First epoch with frozen statistics.
-        until_epoch: First epoch that trains them again; None for never.
-        affine: Also do not train gamma and beta.
+        parts: Dotted paths of the modules whose layers are frozen; empty for all layers.
+        from_epoch: First epoch with frozen layers.
+        until_epoch: First epoch after it in which layers are not frozen; None keeps them frozen.
+        affine: Whether gamma and beta are frozen too.
 
     Raises:
         ValueError: When fitting begins, if a module does not exist or a layer has no stored statistics.
@@ -201,12 +202,12 @@ class FreezeBatchNorm(Callback):
         self._from, self._until, self._affine = from_epoch, until_epoch, affine
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze before a wrapper for several devices collects the trained parameters."""
+        """Freeze now, before a wrapper for several devices collects the parameters that are trained."""
         if stage == "fit":
             self._apply(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze or unfreeze; repeated in each epoch, because layers may have been added or converted."""
+        """Freeze or unfreeze, in each epoch again, because layers may have been added or converted."""
         self._apply(trainer, pl_module)
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,7 +221,7 @@ class FreezeBatchNorm(Callback):
 
 
 def _thaw(module: nn.Module, training: bool) -> None:
-    """Unfreeze into the model's mode: after validation Lightning sets frozen layers to the eval mode that it read."""
+    """Unfreeze, and set the layers to the model's mode; after validation Lightning put frozen layers into eval mode."""
     layers = [layer for layer in batch_norms(module).values() if isinstance(layer, Frozen)]
     unfreeze(module)
     for layer in layers:
@@ -232,11 +233,11 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         names = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"FreezeBatchNorm needs paths of modules, got {path!r}. At the top are: {names}.") from None
+        raise ValueError(f"FreezeBatchNorm needs paths of modules, got {path!r}. The model has {names}.") from None
 
 
 def _trained_part(pl_module: LightningModule) -> nn.Module:
-    """The module whose forward a training step calls, as far as known."""
+    """The module that a training step most likely calls: see ``BatchNormMonitor``."""
     if type(pl_module).forward.__qualname__ not in {"LightningModule.forward", "_forward_unimplemented"}:
         return pl_module
     children = [child for child in pl_module.children() if batch_norms(child)]
@@ -245,9 +246,10 @@ def _trained_part(pl_module: LightningModule) -> nn.Module:
 
 @final
 class _Direct(nn.Module):
-    """A module for ``watch``, like the wrapper of a compiled module: it shows inputs of the module's own forward only.
+    """A wrapper of a module for ``watch``, which sees only calls of the module's own forward.
 
-    For several devices Lightning replaces forward by ``training_step`` and calls the module with its arguments.
+    With several devices Lightning replaces forward by ``training_step``, and calls the module with the arguments of
+    ``training_step``. Like the wrapper of torch.compile, it has the module as ``_orig_mod``.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -255,7 +257,7 @@ class _Direct(nn.Module):
         self._orig_mod = module
 
     def register_forward_pre_hook(self, hook: Any, **arguments: Any) -> Any:
-        """Register the hook; it runs only while forward is the same as now."""
+        """Register the hook; it runs only while forward is the same as at this moment."""
         own = vars(self._orig_mod).get("forward")
 
         def direct(module: nn.Module, *inputs: Batch) -> Answer:
@@ -265,13 +267,13 @@ class _Direct(nn.Module):
 
 
 def _averages(callback: Any) -> bool:
-    # by name: older versions lack some of these classes, and there are two packages
+    # compared by name, because older versions lack some of these classes, and there are two packages
     names = {"WeightAveraging", "StochasticWeightAveraging"}
     return any(kind.__name__ in names for kind in type(callback).__mro__)
 
 
 def _moved(trainer: Trainer, pl_module: LightningModule, batch: Batch) -> Batch:
-    """The batch as ``training_step`` gets it."""
+    """The batch in the form in which ``training_step`` gets it: converted, and on the device."""
     batch = trainer.precision_plugin.convert_input(batch)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
         if owner is not None:
@@ -291,7 +293,9 @@ class _Epoch:
                 "Pass loader=."
             )
         self._most = trainer.num_training_batches
-        self.generator = getattr(self._loader, "generator", None)  # recalibrate starts each pass from its state
+        self.generator = getattr(
+            self._loader, "generator", None
+        )  # recalibrate starts each pass from the same state of it
         self.sampler = getattr(self._loader, "sampler", None)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -307,7 +311,7 @@ class _Loggers:
         self._delivery = MetricSending("the trainer's logger")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a summary over the layers, at the trainer's own step."""
+        """Log a summary over the layers with the trainer's step."""
         numbers = summary(values)
         if not self._delivery.is_open or not numbers:
             return

@@ -1,4 +1,4 @@
-"""Metric sending: a service that fails loses the numbers sent to it, and the training goes on."""
+"""Metric sending: if a service fails, the numbers sent to it are lost, and the training continues."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _PATIENCE = 3  # failures in a row; a client that waits for a dead server can ta
 
 @final
 class MetricSending:
-    """A block around each sending, which suppresses exceptions.
+    """A block around the code that sends numbers; it suppresses their exceptions.
 
-    The first failure gives a RuntimeWarning. After three in a row ``is_open`` is False, and the sender should stop.
+    The first failure gives a RuntimeWarning. After three failures in a row ``is_open`` is False, and the caller should
+    send nothing more.
 
     Args:
         where: The service's name in the warning.
@@ -24,7 +25,7 @@ class MetricSending:
 
     @property
     def is_open(self) -> bool:
-        """Whether the sender should still try."""
+        """Whether the caller should still send numbers."""
         return self._failures < _PATIENCE
 
     def __enter__(self) -> None: ...
@@ -44,8 +45,8 @@ class MetricSending:
             return
         self._told = True
         warnings.warn(
-            f"{self._where} did not take numbers of batch norm: {type(error).__name__}: {error}. The training and its "
-            f"log go on; after {_PATIENCE} such failures in a row nothing more is sent.",
+            f"{self._where} did not accept numbers of batch norm: {type(error).__name__}: {error}. The training and "
+            f"its log continue; after {_PATIENCE} failures in a row nothing more is sent.",
             RuntimeWarning,
             stacklevel=4,
         )

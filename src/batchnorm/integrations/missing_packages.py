@@ -1,4 +1,4 @@
-"""Missing packages: one sentence that says how to install them."""
+"""Missing packages: an error that says how to install one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def needed(module: str, install: str) -> Iterator[None]:
     """A block that imports ``module``; if it is not installed, the error says how to install it.
 
     Raises:
-        ModuleNotFoundError: If it is not installed. A missing module inside it raises its own error.
+        ModuleNotFoundError: If ``module`` is not installed. The error of another missing module is not changed.
     """
     try:
         yield

@@ -22,11 +22,12 @@ class MLflowSink:
     """A sink for ``watch(model, sinks=[...])``: one metric for each quantity and layer.
 
     Args:
-        run_id: The run that gets the metrics. None takes the active one, or starts one that ends with the sink.
+        run_id: The run that gets the metrics. None takes the active run; if there is none, the sink starts a run and
+            ends it in ``close``.
 
     Raises:
         ModuleNotFoundError: If mlflow is not installed.
-        mlflow.exceptions.MlflowException: If the tracking store cannot be reached or has no such run.
+        mlflow.exceptions.MlflowException: If the tracking store cannot be reached or has no run ``run_id``.
 
     Attributes:
         run_id: The run that gets the metrics.

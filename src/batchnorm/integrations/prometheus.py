@@ -5,8 +5,9 @@
     batchnorm_shift_alarm              1 after an alarm
     batchnorm_shift_layer_log_evidence{layer}, ...
 
-A scrape only reads, and takes no lock that could block inference. It does not include the up to seven observations that
-wait for the next round. The evidence is replaced as a whole, so a scrape during a forward pass sees the old or the new.
+A scrape only reads, and takes no lock that could block inference. It does not include the observations, at most seven,
+that wait for the next round of the monitor. The evidence is replaced as a whole, so a scrape during a forward pass
+reads the old or the new evidence, never a mixture.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def register(
     """Adds a monitor to ``registry``, so that every scrape includes it; returns a function that removes it.
 
     Args:
-        monitor: Observing or not.
-        registry: The registry of the process's other metrics.
+        monitor: The monitor; it need not observe its model yet.
+        registry: The registry with the other metrics of the process.
         labels: Constant labels, such as {"model": "cats"}. Monitors in one registry have the same label names and
             different values.
 
@@ -85,10 +86,10 @@ class _Collector:
         """Add this monitor under these labels; the returned function removes it."""
         names, values = tuple(labels), tuple(str(value) for value in labels.values())
         if "layer" in names:
-            raise ValueError("labels must not be named 'layer', which tells layers apart. Name it model or stage.")
+            raise ValueError("labels must have other names than 'layer', got 'layer'. Name the label model or stage.")
         if self._monitors and set(names) != set(self._names):
             raise ValueError(
-                f"labels must have the names {sorted(self._names)} of the other monitors here, got "
+                f"labels must have the names {sorted(self._names)}, as for other monitors of the registry, got "
                 f"{sorted(names)}. Use the same names."
             )
         self._names = self._names if self._monitors else names
@@ -125,7 +126,7 @@ class _Collector:
             yield family
 
     def _table(self, values: tuple[str, ...], monitor: ShiftMonitor) -> list[LayerShift]:
-        """The evidence for every layer, computed anew only after another round."""
+        """The evidence of every layer, computed again only if there is new evidence."""
         evidence = monitor.stream.evidence
         known, table = self._tables.get(values, (None, []))
         if known is not evidence:

@@ -32,11 +32,11 @@ class AssertBatchNormHealthy(Protocol):
     ) -> None:
         """Fail if ``batchnorm.examine`` has a finding with severity ``fail_on`` or worse.
 
-        The model stays as it is, bit for bit.
+        The model does not change, bit for bit.
 
         Args:
             model: Any model.
-            data: Batches, as ``batchnorm.examine`` takes them; with them more rules are checked.
+            data: Batches, in the form for ``batchnorm.examine``; with data more rules are checked.
             ignore: Codes of rules, their names, or prefixes of codes: "BN2" ignores a family.
             fail_on: "error", "warning" or "info".
             examined: Further arguments of ``batchnorm.examine``, such as ``optimizer`` and ``batch_size``.
@@ -54,14 +54,14 @@ class AssertBatchInvariant(Protocol):
     ) -> None:
         """Fail if the eval-mode output for one example depends on the other examples in its batch.
 
-        The model stays as it is, bit for bit. The first eight examples run one by one.
+        The model does not change, bit for bit. The first eight examples run one by one.
 
         Args:
             model: Any model.
-            examples: A batch of two or more, as ``batchnorm.recalibrate`` takes one.
-            rtol: Largest relative difference; by default what rounding can cause in a model of this size
+            examples: A batch of at least two examples, in the form for ``batchnorm.recalibrate``.
+            rtol: Largest allowed relative difference; by default the largest that rounding explains
                 (``batchnorm.integrations.invariance.rounding``).
-            atol: Largest absolute difference; by default ``rtol`` times the root mean square of the output.
+            atol: Largest allowed absolute difference; by default ``rtol`` times the root mean square of the output.
         """
 
 
@@ -83,10 +83,10 @@ def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
 
         severity = _severity(fail_on)
         selection = Selection(ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore))
-        found = examine(model, data, selection=selection, **examined).at_least(severity)
-        if found:
-            told = "\n".join(map(_finding_lines, found))
-            pytest.fail(f"{type(model).__name__} has {counted(found)} of batch norm:\n{told}", pytrace=False)
+        findings = examine(model, data, selection=selection, **examined).at_least(severity)
+        if findings:
+            lines = "\n".join(map(_finding_lines, findings))
+            pytest.fail(f"{type(model).__name__} has {counted(findings)} of batch norm:\n{lines}", pytrace=False)
 
     return check
 

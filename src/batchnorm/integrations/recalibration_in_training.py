@@ -1,4 +1,4 @@
-"""Recalibration inside a framework's training, where several processes must agree."""
+"""Recalibration inside a framework's training, with the same statistics in all processes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def calibrate(
     forward: Callable[[nn.Module, Batch], object],
     exact: bool = True,
 ) -> None:
-    """``recalibrate``, then copy the statistics that rank 0 measured on its share of the data to all ranks."""
-    with torch.inference_mode(False):  # frameworks evaluate in inference mode, and its tensors cannot be trained
+    """Recalibrate; with several processes, every rank then gets the statistics that rank 0 measured on its data."""
+    with torch.inference_mode(False):  # some frameworks evaluate in inference mode, whose tensors cannot be trained
         recalibrate(model, loader, max_examples, forward=forward, exact=exact)
-    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if there_are_others and torch.distributed.get_world_size() > 1:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and torch.distributed.get_world_size() > 1:
         for layer in batch_norms(model).values():
             for buffer in layer.buffers(recurse=False):
                 torch.distributed.broadcast(buffer, 0)

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @final
 class BatchNormCallback(Callback):
-    """Measures batch norm while a net is fitted; the weights stay the same, bit for bit.
+    """Measures batch norm while a net is fitted; the weights are trained as without it, bit for bit.
 
-    Attributes are the arguments, so that scikit-learn can clone and tune them. A net does not inform its callbacks
-    about an exception: the log then has no end, and an open watch is ended when the next training begins.
+    The arguments are attributes, so that scikit-learn can clone and tune them. A net does not inform its callbacks
+    about an exception: then the log has no end yet, and the watch ends when the next training begins.
 
     Args:
-        log, every, budget, probe, loss, sinks: As ``batchnorm.watch`` takes them.
-        recalibrate: When training ends, replace running averages by the statistics of the training examples.
-        max_examples: Examples to recalibrate on; None for all.
+        log, every, budget, probe, loss, sinks: Arguments of ``batchnorm.watch``.
+        recalibrate: Whether to replace running averages by the statistics of the training examples when training ends.
+        max_examples: Number of examples to recalibrate on; None for all.
 
     Raises:
         ValueError: When training begins, if the module has no batch norm or an argument is out of range.
@@ -53,7 +53,7 @@ class BatchNormCallback(Callback):
         self.recalibrate, self.max_examples = recalibrate, max_examples
 
     def initialize(self) -> BatchNormCallback:
-        """Forget an earlier training."""
+        """Prepare for a new training; end the watch of an earlier training."""
         session = getattr(self, "session_", None)
         if session is not None:
             session.end("interrupted")
@@ -68,22 +68,22 @@ class BatchNormCallback(Callback):
         return self.session_.run
 
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
-        """Start."""
+        """Start the watch."""
         self.session_.begin(net.module_)
 
     def on_epoch_begin(
         self, net: NeuralNet, dataset_train: Any = None, dataset_valid: Any = None, **kwargs: object
     ) -> None:
-        """Keep the training examples: X and y also contain those for validation."""
+        """Keep the training examples; X and y of ``on_train_end`` contain the validation examples too."""
         self.trained_on_ = dataset_train
 
     def on_batch_end(self, net: NeuralNet, batch: Batch = None, training: bool | None = None, **kwargs: object) -> None:
-        """Note the loss."""
+        """Log the loss."""
         if training:
             self.session_.note_loss(kwargs.get("loss"))
 
     def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: object) -> None:
-        """Stop, and recalibrate if wanted."""
+        """End the watch, and recalibrate if ``recalibrate``."""
         self.session_.end()
         trained_on, self.trained_on_ = getattr(self, "trained_on_", None), None
         if self.recalibrate and trained_on is not None:

@@ -18,7 +18,7 @@ class TensorBoardSink:
     """A sink for ``watch(model, sinks=[...])``: one scalar for each quantity and layer.
 
     Args:
-        target: A folder, or a SummaryWriter, which is written to and flushed but not closed.
+        target: A folder, or a SummaryWriter. The sink flushes a SummaryWriter at the end, but does not close it.
 
     Raises:
         ModuleNotFoundError: If ``target`` is a folder and tensorboard is not installed.

@@ -28,16 +28,17 @@ if TYPE_CHECKING:
 
 @final
 class BatchNormCallback(TrainerCallback):
-    """Measures batch norm while the Trainer trains; the weights stay the same, bit for bit.
+    """Measures batch norm while the Trainer trains; the weights are trained as without it, bit for bit.
 
-    A Trainer does not inform its callbacks about an exception: the log then has no end, and an open watch is ended when
-    the next training begins.
+    A Trainer does not inform its callbacks about an exception: then the log has no end yet, and the watch ends when the
+    next training begins.
 
     Args:
-        recalibrate: When training ends, replace running averages by the statistics of the training data, after the
-            best model is loaded (if it is). Save the model afterwards: checkpoints were written before.
-        max_examples: Examples to recalibrate on; None for all.
-        watch: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``, as ``batchnorm.watch`` takes them.
+        recalibrate: Whether to replace running averages by the statistics of the training data when training ends.
+            With ``load_best_model_at_end``, the best model is loaded before. Save the model afterwards: the Trainer's
+            checkpoints are older.
+        max_examples: Number of examples to recalibrate on; None for all.
+        watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
 
     Raises:
         ValueError: When training begins, if the model has no batch norm or an argument is out of range.
@@ -58,24 +59,24 @@ class BatchNormCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start."""
+        """Start the watch."""
         self._session.begin(kwargs["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the loss."""
+        """Log the loss."""
         self._session.note_loss((kwargs.get("logs") or {}).get("loss"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop, and recalibrate if wanted."""
+        """End the watch, and recalibrate if ``recalibrate``."""
         self._session.end()
         if self._recalibrate:
             calibrate(kwargs["model"], kwargs["train_dataloader"], self._max_examples, forward=_called)
 
 
 def _called(model: nn.Module, batch: Batch) -> object:
-    """The model's output for a batch, without labels if its forward does not take them, like the Trainer."""
+    """The model's output for a batch, called as by the Trainer: with those fields that its forward accepts."""
     if not isinstance(batch, Mapping):
         return call(model, batch)
     known = inspect.signature(model.forward).parameters

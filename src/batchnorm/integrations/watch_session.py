@@ -1,7 +1,7 @@
 """Session: consecutive ``watch`` runs, started and ended by the events of a framework.
 
-A framework can train several times with one callback, and most do not report a training that ends by an exception. A
-watch that is still open when the next training begins is ended then.
+A framework can train several times with one callback, and most frameworks do not report a training that ends by an
+exception. If a watch is still open when the next training begins, it is ended at that time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class WatchArguments(TypedDict, total=False):
-    """The arguments of ``watch``; see there."""
+    """The arguments of ``batchnorm.watch``, described there."""
 
     log: str | os.PathLike[str] | None
     every: int
@@ -45,13 +45,13 @@ class Session:
         self._arguments: dict[str, Any] = dict(arguments)
 
     def begin(self, model: nn.Module, *sinks: Sink) -> Watch:
-        """A new watch of the model, started."""
+        """Start a new watch of the model; end the previous watch if it is open."""
         self.end("interrupted")
         self.run = watch(model, **self._arguments, sinks=(*self._sinks, *sinks)).start()
         return self.run
 
     def end(self, reason: str = "finished") -> None:
-        """Measure the rest and end the log; nothing if this was done."""
+        """End the watch: measure the remaining steps and end the log. Do nothing if no watch is open."""
         if self.run is not None:
             self.run.stop(reason)
 
@@ -63,5 +63,5 @@ class Session:
 
 
 def raised(error: BaseException) -> str:
-    """Why a training ended, worded as ``watch`` does."""
+    """The reason that the log of ``watch`` has for a training that an error ended."""
     return f"raised {type(error).__name__}"

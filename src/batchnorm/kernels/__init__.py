@@ -1,9 +1,9 @@
 """Batch norm's arithmetic behind three functions: train, normalize, update_running.
 
-On plain tensors the kernels that ``choice`` names are called directly. Where a transform, a compiler, a tracer or a
-dispatch mode wants to see what is computed, registered operators (``operators``) run instead, and inside
-``torch.func.grad``, its relatives and forward-mode differentiation, which accept no such operator, the specification
-(``reference``) runs as it is written. ``interface`` says what all of them are given.
+On plain tensors, the kernels that ``choice`` selects are called directly. If a transform, a compiler, a tracer or a
+dispatch mode has to see what is computed, registered operators (``operators``) run instead. ``torch.func.grad``,
+``vjp``, ``jvp`` and forward-mode differentiation accept no such operator: inside them the specification
+(``reference``) runs as plain PyTorch. ``interface`` describes the arguments of all kernels.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Function = TypeVar("Function", bound="Callable[..., object]")
 def train(
     x: Tensor, layer: Layer, residual: Tensor | None = None, running: Running | None = None, *, save: bool = False
 ) -> Tensor:
-    """The batch normalized by its own statistics, with a residual added and an activation applied where given.
+    """The batch normalized by its own statistics; then the residual is added and the layer's activation applied.
 
-    Moves running statistics towards those of the batch; they carry no gradient. Differentiable any number of times in
-    x, weight, bias and residual. A batch of no values has gradients 0. With ``save`` memory is saved for some time: see
-    ``autograd_node.train``.
+    Running statistics move towards those of the batch; they carry no gradient. The result can be differentiated any
+    number of times in x, weight, bias and residual. An empty batch has gradients 0. ``save`` needs less memory until
+    the backward pass: see ``autograd_node.train``.
     """
     stored = (None, None) if running is None else running[:2]
     if is_plain(x, residual, layer.weight, layer.bias, *stored):
@@ -56,7 +56,7 @@ def train(
     y, statistics = _watched_forward(x, layer, residual, moves=running is not None)
     if running is not None:
         if torch.compiler.is_exporting() or (is_recorded(running.batches) and not torch.compiler.is_compiling()):
-            # a program keeps parameters and buffers only
+            # a recorded program keeps parameters and buffers only, and the counter of skipped batches is neither
             running = running._replace(skipped=torch.zeros_like(running.batches))
         update_running(running, ChannelStatistics(*(t.detach() for t in statistics)), values_per_channel(x))
     return y
@@ -65,7 +65,7 @@ def train(
 def _watched_forward(
     x: Tensor, layer: Layer, residual: Tensor | None, *, moves: bool
 ) -> tuple[Tensor, ChannelStatistics]:
-    """y and the batch's statistics where something sees, or differentiates, what is computed."""
+    """y and the batch's statistics, when a compiler, tracer, mode or transform has to see what is computed."""
     if moves and _exports_to_onnx():
         raise RuntimeError(
             "ONNX export needs batch norm layers in eval mode, got one in train mode, which no ONNX operator computes. "
@@ -78,10 +78,10 @@ def _watched_forward(
 
 
 def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
-    """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch.
+    """``x`` normalized by the given statistics, value by value: an example's result does not depend on its batch.
 
-    In what compilers, exporters and tracers record it is torch's own operator, which passes behind them know, with
-    torch's rounding: a mean far from 0 takes digits.
+    Compilers, exporters and tracers record torch's own operator, because later passes over the program know it. It has
+    torch's rounding: if the mean is far from 0, digits are lost.
     """
     if is_plain(x, residual, layer.weight, layer.bias, *statistics):
         return autograd_node.normalize(x, statistics, layer, residual)
@@ -91,7 +91,7 @@ def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: 
 
 
 def update_running(running: Running, statistics: ChannelStatistics, count: int) -> None:
-    """Move running statistics in place towards those of a batch of ``count`` values a channel, at least 2."""
+    """Move running statistics in place towards those of a batch with ``count`` values per channel, at least 2."""
     if is_plain(running.mean, statistics.mean):
         choice.update_running(running, statistics, count)
     elif _inside_derivative():
@@ -101,7 +101,7 @@ def update_running(running: Running, statistics: ChannelStatistics, count: int) 
 
 
 def _constant(function: Function) -> Function:
-    """torch.compiler.assume_constant_result, which would import the whole compiler, seconds of it, to do this."""
+    """What torch.compiler.assume_constant_result does, without its import of the compiler, which takes seconds."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
@@ -111,10 +111,10 @@ def _exports_to_onnx() -> bool:
     return (torch.compiler.is_exporting() or torch._C._is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-# the transforms around a compiled function are part of its graph, so the answer at compile time stays right
+# the transforms around a compiled function are part of its graph, so the result at compile time stays right
 @_constant
 def _inside_derivative() -> bool:
-    """Whether torch.func.grad, one of its relatives or forward-mode differentiation is at work."""
+    """Whether this runs inside torch.func.grad, vjp or jvp, or forward-mode differentiation."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     derivatives = {torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp}
     return forward_mode._current_level >= 0 or any(level.key() in derivatives for level in stack)

@@ -1,18 +1,20 @@
-"""The activations that a layer applies in the same pass: the table of all that there is to know of each.
+"""The activations that a layer can apply in the same pass over memory as the normalization, in one table.
+
+p is the value before the activation, a(p) the value after it.
 
 | name | a(p) | parameter |
 |---|---|---|
 | relu | max(p, 0) | |
-| leaky_relu | p if p > 0 else s p | s, torch's negative_slope, 0.01 |
-| elu | p if p > 0 else a (exp(p) - 1) | a, torch's alpha, 1 |
+| leaky_relu | p if p > 0 else negative_slope p | negative_slope, by default 0.01 |
+| elu | p if p > 0 else alpha (exp(p) - 1) | alpha, by default 1 |
 | silu | p sigmoid(p) | |
 | gelu | p Phi(p), Phi the standard normal distribution | |
 | hardswish | p min(max(p + 3, 0), 6) / 6 | |
 
-Values and derivatives at the kinks are torch's: the derivative of relu and leaky_relu at 0 is that from the left. The
-native kernels (native/activations.hpp) and Triton's (triton_blocks.py) have formulas of their own for the same names. A
-new activation is a row here, a case in each of those and one in tests/oracle_activations.py; CONTRIBUTING.md has the
-recipe.
+Values and derivatives at the kinks are torch's: at 0 the derivative of relu and leaky_relu is the left-hand one. The
+native kernels (native/activations.hpp) and the Triton kernels (triton_blocks.py) have their own formulas for the same
+names. To add an activation, add a row here, a case in native/activations.hpp and in triton_blocks.py, and a case in
+tests/oracle_activations.py; CONTRIBUTING.md has the steps.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# of p and the parameter
+# called with p and the activation's parameter
 Formula = Callable[[Tensor, float], Tensor]
-# a value that torch's modules and functions take beside the input
+# an argument of torch's modules and functions besides the input
 Option = bool | float | str
 
 
@@ -38,15 +40,15 @@ class Activation:
     """One activation.
 
     Attributes:
-        number: Its place in the native kernels' list; 0 stands for none.
-        function: a(p), given p and the parameter.
-        derivative: a'(p), itself differentiable.
-        module: torch's module that applies it.
-        functions: torch's functions that do.
-        methods: A tensor's methods that do.
-        options: What torch's functions take behind the input, in their order, with their values.
-        parameter: The name of the option that is the parameter, or None.
-        sign_shows: Whether a'(p) follows from the sign of a(p), given the parameter.
+        number: Its position in the native kernels' list, where 0 is "no activation".
+        function: a(p), called with p and the parameter.
+        derivative: a'(p), called with p and the parameter; it can be differentiated again.
+        module: torch's module that applies the activation.
+        functions: torch's functions that apply it.
+        methods: Tensor methods that apply it.
+        options: Further arguments of torch's functions, in order, with their default values.
+        parameter: The name of the option that is the parameter; None if the activation has no parameter.
+        sign_shows: Called with the parameter: whether a'(p) follows from the sign of a(p).
     """
 
     number: int
@@ -61,7 +63,7 @@ class Activation:
 
     @property
     def default(self) -> float:
-        """torch's value of the parameter; 0 for an activation that has none."""
+        """torch's default value of the parameter; 0 for an activation without a parameter."""
         return 0.0 if self.parameter is None else float(self.options[self.parameter])
 
 
@@ -118,25 +120,26 @@ def activation(act: str) -> Activation:
     """The row of an activation.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If no activation has this name.
     """
     row = TABLE.get(act) if isinstance(act, str) else None
     if row is None:
-        raise ValueError(f"act must be None or one of {', '.join(NAMES)}, got {act!r}. Apply another one behind it.")
+        names = ", ".join(NAMES)
+        raise ValueError(f"act must be None or one of {names}, got {act!r}. Apply it as a module after the layer.")
     return row
 
 
 def number(act: str | None) -> int:
-    """The number of an activation in the native kernels; 0 without one."""
-    found = _NUMBERS.get(act)
-    return activation(str(act)).number if found is None else found
+    """The number of an activation in the native kernels; 0 for None."""
+    known_number = _NUMBERS.get(act)
+    return activation(str(act)).number if known_number is None else known_number
 
 
 def parameter(act: str | None, given: float | None) -> float:
-    """The parameter of an activation: the given one, or torch's own; 0 for one that has none.
+    """The activation's parameter: ``given``, or torch's default if that is None; 0 without activation or parameter.
 
     Raises:
-        ValueError: If the activation is unknown, or takes no parameter and one is given.
+        ValueError: If the activation is unknown, or ``given`` is a number and the activation has no parameter.
     """
     row = None if act is None else activation(act)
     if given is None:
@@ -153,15 +156,15 @@ def has_parameter(act: str | None) -> bool:
 
 
 def sign_shows(act: str | None, param: float) -> bool:
-    """Whether the derivative at p follows from the sign of a(p) alone, so that p need not be known."""
+    """Whether a'(p) follows from the sign of a(p) alone, so that p need not be kept; False for None."""
     return act is not None and activation(act).sign_shows(param)
 
 
 def activate(p: Tensor, act: str | None, param: float) -> Tensor:
-    """a(p); p itself without an activation."""
+    """a(p); p itself if ``act`` is None."""
     return p if act is None else activation(act).function(p, param)
 
 
 def derivative(p: Tensor, act: str | None, param: float) -> Tensor:
-    """a'(p), itself differentiable; where ``sign_shows``, ``p`` may be a(p)."""
+    """a'(p), which can be differentiated again; if ``sign_shows(act, param)``, a(p) can be passed in place of p."""
     return torch.ones_like(p) if act is None else activation(act).derivative(p, param)

@@ -1,4 +1,4 @@
-"""Plain tensors: kernels called as one node of the autograd graph, without the cost of a registered operator."""
+"""Kernels on plain tensors: each call is one node of the autograd graph, without the cost of a registered operator."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
     from batchnorm.kernels.operators import Context
 
-# A leaky ReLU's input is recovered from its output with an error of this many roundings of z at most
+# The input is recovered from a leaky ReLU's result only if the error is at most this many roundings of z
 _WORST_RECOVERY = 32
-# and not at all where its results become subnormal in half precision
+# and only if the slope is at least this: with a smaller one results become subnormal in half precision
 _LEAST_SLOPE = 2**-10
 
 
-# what a training step takes besides tensors: the layer, running statistics, whether y is written over x
+# further arguments of a training step: the layer, running statistics, whether y is written over x
 Step = tuple[Layer, Running | None, bool]
 
 
 def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | None, *, save: bool) -> Tensor:
-    """As kernels.train. With ``save``, a leaky ReLU's y is written over x; any other y can be computed again."""
+    """As kernels.train. With ``save``, y is written over x if x can be recovered; otherwise y can be computed again."""
     inplace = save and _is_invertible(x, layer, residual)
     step = layer, running, inplace
     if not _tracked(x, layer.weight, layer.bias, residual):
         return _forward(x, residual, step)[0]
     y = _Train.apply(x, layer.weight, layer.bias, residual, step)
-    if save and not inplace and (residual is None or not sign_shows(layer.act, layer.param)):  # which are kept anyway
+    if save and not inplace and (residual is None or not sign_shows(layer.act, layer.param)):  # else backward keeps y
         memory.remember(y, _recipe(ForwardPass(x, y.grad_fn.statistics, layer, residual)))
     return y
 
@@ -60,7 +60,7 @@ class _Train(Function):
     def forward(
         ctx: Context, x: Tensor, _weight: Tensor | None, _bias: Tensor | None, residual: Tensor | None, step: Step
     ) -> Tensor:
-        """y; weight and bias are those of the layer, given so that autograd knows of them."""
+        """y; weight and bias are the layer's tensors, passed as arguments so that autograd tracks them."""
         layer, _, ctx.inplace = step
         y, ctx.statistics = _forward(x, residual, step)
         if ctx.inplace:
@@ -71,12 +71,12 @@ class _Train(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         forward = operators.saved(ctx, ctx.statistics)
-        # a backward pass that will itself be differentiated goes through the operator
+        # a backward pass that will itself be differentiated needs the operator
         if torch.is_grad_enabled() or not is_plain(grad):
             if ctx.inplace:
                 raise RuntimeError(
-                    "memory='save' wrote over the input, which second derivatives and batched gradients need. "
-                    "Set memory=None."
+                    "memory='save' wrote the result over the input, but second derivatives and batched gradients need "
+                    "the input. Set memory=None."
                 )
             found = operators.differentiable_backward(grad, forward)
         elif ctx.inplace:
@@ -98,10 +98,10 @@ class _Normalize(Function):
         residual: Tensor | None,
         call: tuple[Layer, ChannelStatistics],
     ) -> Tensor:
-        """y; weight and bias are those of the layer, given so that autograd knows of them."""
+        """y; weight and bias are the layer's tensors, passed as arguments so that autograd tracks them."""
         layer, statistics = call
         y = cpu.normalize(x, statistics, layer, residual)
-        # stored statistics move with the next batch: those of now are needed
+        # a copy, because the next batch may move the stored statistics before the backward pass
         ctx.statistics = ChannelStatistics(*(t.detach().clone() for t in statistics))
         operators.save(ctx, ForwardPass(x, ctx.statistics, layer, residual, y))
         return y
@@ -115,7 +115,7 @@ class _Normalize(Function):
 
 
 def _forward(x: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, ChannelStatistics]:
-    """y and the batch's statistics, with running statistics moved."""
+    """y and the batch's statistics; running statistics move."""
     layer, running, inplace = step
     if kernel_for(x) is not cpu:
         y, statistics = operators.laid_out_forward(x, layer, residual)
@@ -130,7 +130,7 @@ def _forward(x: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Ch
 
 
 def _recipe(forward: ForwardPass) -> Callable[[], Tensor]:
-    """How to compute y again, with the same bits."""
+    """A function that computes y again, with the same bits."""
     x, (mean, var), layer, residual, *_ = forward
     x, statistics, kernel = x.detach(), ChannelStatistics(mean.detach(), var.detach()), kernel_for(x)
     weight, bias, residual = (None if t is None else t.detach() for t in (layer.weight, layer.bias, residual))
@@ -141,9 +141,9 @@ def _recipe(forward: ForwardPass) -> Callable[[], Tensor]:
     def compute() -> Tensor:
         if versions != [t._version for t in kept]:
             raise RuntimeError(
-                "memory='save' computes a result again in the backward pass and needs what it was made of, but the "
-                "input, gamma, beta or the residual was modified by an inplace operation. Call backward() first, or "
-                "set memory=None."
+                "memory='save' computes a result again in the backward pass from the input, gamma, beta and the "
+                "residual, but one of them was modified by an inplace operation. Call backward() before that, or set "
+                "memory=None."
             )
         return kernel.normalize(x, statistics, layer, residual)
 
@@ -151,7 +151,7 @@ def _recipe(forward: ForwardPass) -> Callable[[], Tensor]:
 
 
 def _is_invertible(x: Tensor, layer: Layer, residual: Tensor | None) -> bool:
-    """Whether y may be written over x: z can be recovered from a leaky ReLU, and nothing else uses the tensor."""
+    """Whether y may be written over x: z can be recovered from a leaky ReLU's y, and x is no view and no leaf."""
     if layer.act != "leaky_relu" or layer.param < _LEAST_SLOPE or residual is not None or kernel_for(x) is not cpu:
         return False
     if not torch.is_grad_enabled() or x.grad_fn is None or x._is_view():

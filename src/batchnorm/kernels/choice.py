@@ -2,14 +2,14 @@
 
 | tensor | kernels |
 |---|---|
-| on the CPU, float32, float64, bfloat16 or float16, contiguous or channels_last, not empty | native, where built |
-| on CUDA or ROCm, where a row of faster.json says so | triton |
-| elsewhere on CUDA or ROCm, train mode outside of transforms | torch's own batch norm, which is cuDNN's |
-| anything else | reference |
+| on the CPU, float32, float64, bfloat16 or float16, contiguous or channels_last, not empty | native, if built |
+| on CUDA or ROCm, if faster.json has a row for it | triton |
+| other tensors on CUDA or ROCm, in train mode outside of transforms | torch's own batch norm, which calls cuDNN |
+| any other tensor | reference |
 
-faster.json holds what ``benchmarks/bench_gpu.py`` measured: the device, type, layout and number of values from which
-on the Triton kernels were faster than cuDNN's. ``BATCHNORM_KERNELS=reference``, ``native`` or ``triton`` forces one for
-all tensors that it takes; it is read when batchnorm is imported.
+faster.json has results of ``benchmarks/bench_gpu.py``: for a device, type and layout, the number of values from which
+on the Triton kernels were faster than cuDNN's. The variable ``BATCHNORM_KERNELS`` (``reference``, ``native`` or
+``triton``) forces kernels for all tensors that they support; it is read when batchnorm is imported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FORCED = os.environ.get("BATCHNORM_KERNELS", "")
 
 
 def kernel_for(x: Tensor) -> Kernel:
-    """The kernel that takes ``x``."""
+    """The kernel that computes with ``x``."""
     if _FORCED == "reference":
         return reference
     if _FORCED == "triton" or x.is_cuda:
@@ -50,12 +50,12 @@ def kernel_for(x: Tensor) -> Kernel:
 
 
 def is_torchs(x: Tensor) -> bool:
-    """Whether torch's own batch norm measures ``x``: on CUDA, unless ours is faster or something else is forced."""
+    """Whether torch's own batch norm computes with ``x``: on CUDA, unless Triton is faster or kernels are forced."""
     return x.is_cuda and _FORCED in {"", "native"} and not _faster_by_triton(x)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether kernels may use the addresses of tensors: nothing watches, wraps or records operators."""
+    """Whether kernels may use the addresses of tensors: no compiler, tracer, mode or subclass must see the call."""
     if torch.compiler.is_compiling() or _is_watched():
         return False
     for t in tensors:  # noqa: SIM110 - no generator: this runs in every call of a layer
@@ -65,8 +65,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether a tracer, a transform, a dispatch mode or forward-mode differentiation is at work."""
-    c = torch._C  # torch has no public questions like these
+    """Whether a tracer, a transform, a dispatch mode or forward-mode differentiation is active."""
+    c = torch._C  # torch has no public functions for this
     return bool(
         c._is_tracing()
         or c._functorch.get_interpreter_stack()
@@ -77,7 +77,7 @@ def _is_watched() -> bool:
 
 
 def is_recorded(x: Tensor) -> bool:
-    """Whether a compiler, an exporter or a tracer records what is done with ``x``, to run it later elsewhere."""
+    """Whether a compiler, an exporter or a tracer records the operations on ``x``, to run them later."""
     if type(x) not in _RECORDED:
         return False  # a subclass may know fewer operators than the plain tensors in it
     if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) not in _PLAIN:
@@ -96,7 +96,7 @@ _RECORDERS = (_TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE, _TorchDis
 
 
 def update_running(running: Running, statistics: ChannelStatistics, count: int) -> None:
-    """Move running statistics of plain tensors towards those of a batch, natively where those kernels take them."""
+    """Move running statistics of plain tensors towards those of a batch, by the native kernels if they support them."""
     on_cpu = statistics.mean.is_cpu and statistics.var.is_cpu
     natively = _FORCED != "reference" and on_cpu and cpu.supports_update(running)
     (cpu if natively else reference).update_running(running, statistics, count)
@@ -113,7 +113,7 @@ def _faster_by_triton(x: Tensor) -> bool:
 
 @functools.cache
 def _measured() -> dict[str, dict[str, int]]:
-    """Device name to {"float32 planes": values from which on Triton was faster, ...}."""
+    """For each device name {"float32 planes": number of values from which on Triton was faster, ...}."""
     return json.loads((Path(__file__).parent / "faster.json").read_text())
 
 
@@ -121,12 +121,12 @@ def _check_forced() -> None:
     if _FORCED not in {"", "reference", "native", "triton"}:
         raise ValueError(
             f"BATCHNORM_KERNELS must be 'reference', 'native' or 'triton', got {_FORCED!r}. "
-            "Unset it to choose by table."
+            "Unset it for the fastest kernels."
         )
     if _FORCED == "" and cpu.INSTRUCTION_SET is None:
         warnings.warn(
-            "batchnorm was built without a compiler and runs on its reference kernels, which are slower. Install a "
-            "C++ compiler and reinstall it; BATCHNORM_KERNELS=reference says that this is meant.",
+            "batchnorm was built without a compiler and uses its reference kernels, which are slower. Install a "
+            "C++ compiler and reinstall batchnorm, or set BATCHNORM_KERNELS=reference, which hides this warning.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""The native kernels on CPU tensors: the same functions as reference.py for the layouts and types that they know.
+"""The native kernels on CPU tensors: the same functions as reference.py, for the layouts and types that they support.
 
-``supports`` says which; everything else stays with the reference. Sums are blocked by shape alone, so results have the
-same bits for any number of threads.
+``supports`` says whether they support a tensor; if not, the reference computes. Sums are split into blocks by shape
+alone, so results have the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _built() -> Any:
-    """The native module; None where the package was built without a compiler."""
+    """The native module; None if the package was built without a compiler."""
     try:
         return import_module("batchnorm._native")
     except ImportError:
@@ -33,25 +33,25 @@ def _built() -> Any:
 _native = _built()
 INSTRUCTION_SET: str | None = _native and _native.instruction_sets()[0]
 
-# as arithmetic.hpp numbers them
+# numbers of types, as in the enum Type of arithmetic.hpp
 _TYPES = {dtype: number for number, dtype in enumerate(TYPES)}
 _STORED = {torch.float32, torch.float64}
-# addresses of running statistics, whether they are float64, momentum
+# addresses of the counter, running mean and running variance; whether these are float64; momentum
 Stored = tuple[int, int, int, bool, float]
 _NOTHING_STORED: Stored = (0, 0, 0, False, 0.0)
-# type, sizes, addresses of mean, var, gamma and beta, eps, number and parameter of the activation
+# number of the type, three sizes, addresses of mean, var, gamma and beta, eps, number and parameter of the activation
 Described = tuple[int, int, int, int, int, int, int, int, float, int, float]
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the native kernels take ``x``: built, on the CPU, of a known type, contiguous or channels_last."""
+    """Whether the native kernels are built and support ``x``: on the CPU, of a type and layout in choice.py's table."""
     return _native is not None and x.is_cpu and is_readable(x)
 
 
 def train_forward(
     x: Tensor, layer: Layer, residual: Tensor | None = None, running: Running | None = None, *, inplace: bool = False
 ) -> tuple[Tensor, ChannelStatistics]:
-    """As reference.train_forward; also moves running statistics, and writes y over x, where that is asked for."""
+    """As reference.train_forward; moves ``running`` unless it is None, and writes y over x if ``inplace``."""
     y, residual = x if inplace else torch.empty_like(x), None if residual is None else like(x, residual)
     mean, var = _pair(x, torch.float64)
     described, _kept = _described(x, mean, var, layer)
@@ -107,7 +107,7 @@ def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: 
     """As reference.input_gradient, with the bits of ``train_backward``."""
     x, statistics, layer, _, y, _ = forward
     if g is None and forward.gradient_of_p and y is not x:
-        raise ValueError("input_gradient needs g where an activation met a residual. Pass what sum_gradients returned.")
+        raise ValueError("input_gradient needs g if there are an activation and a residual. Pass sum_gradients' g.")
     layer = layer if g is None else layer._replace(act=None)
     grad, d_x = like(x, grad if g is None else g), torch.empty_like(x)
     means = None if means is None else means.to(torch.float64).contiguous()
@@ -117,13 +117,13 @@ def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: 
 
 
 def _other(forward: ForwardPass) -> Tensor | None:
-    """The residual or y, whichever the derivative of the activation is found from."""
+    """The tensor besides x that the activation's derivative is computed from: y, the residual or None."""
     x, _, layer, residual, y, _ = forward
     return None if layer.act is None or y is x else like(x, residual if y is None else y)
 
 
 def supports_update(running: Running) -> bool:
-    """Whether the kernels move these: float32 or float64 on the CPU, contiguous, of one model."""
+    """Whether the kernels can move these: float32 or float64 on the CPU, contiguous, of one model."""
     mean, var, batches = running[:3]
     known = mean.dtype == var.dtype and mean.dtype in _STORED and batches.dtype == torch.int64
     single = mean.dim() == var.dim() == 1 and batches.dim() == 0  # of one model, not of an ensemble
@@ -139,14 +139,14 @@ def update_running(running: Running, statistics: ChannelStatistics, count: int) 
     mean, var = (t.to(torch.float64).contiguous().resolve_neg() for t in statistics)
     if mean.shape != var.shape:
         raise ValueError(
-            f"mean and var need one shape, got {tuple(mean.shape)} and {tuple(var.shape)}. Pass one batch's."
+            f"mean and var need the same shape, got {tuple(mean.shape)} and {tuple(var.shape)}. Pass one batch's."
         )
     stored = _stored(mean.numel(), running)
     running.moved(_native.update(mean.numel(), address(mean), address(var), count, *stored), mean.numel())
 
 
 def _stored(channels: int, running: Running) -> Stored:
-    """Addresses of running statistics for the kernels, which read and write as many values as there are channels."""
+    """Addresses of running statistics, which must have ``channels`` values: the kernels read and write so many."""
     mean, var = running.mean, running.var
     if mean.numel() != channels or var.numel() != channels:
         raise ValueError(
@@ -158,7 +158,7 @@ def _stored(channels: int, running: Running) -> Stored:
 
 
 def _described(x: Tensor, mean: Tensor, var: Tensor, layer: Layer) -> tuple[Described, tuple[Tensor | None, ...]]:
-    """What the kernels are told of a layer, and the tensors at these addresses: the caller must keep them meanwhile."""
+    """The kernels' arguments for a layer, and the tensors at their addresses: the caller must keep these tensors."""
     wide = wide_dtype(x.dtype)
     weight, bias = per_channel(x, layer.weight, wide), per_channel(x, layer.bias, wide)
     at = address(mean), address(var), address(weight), address(bias)
@@ -166,7 +166,7 @@ def _described(x: Tensor, mean: Tensor, var: Tensor, layer: Layer) -> tuple[Desc
 
 
 def _exact(x: Tensor, statistics: ChannelStatistics) -> tuple[Tensor, Tensor]:
-    """Given statistics in the type that kernels read."""
+    """Mean and variance in float64, which the kernels read."""
     mean, var = statistics
     return per_channel(x, mean, torch.float64), per_channel(x, var, torch.float64)
 
@@ -176,6 +176,6 @@ def _head(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _pair(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two values for each channel, not set."""
+    """Two tensors with one value for each channel, not initialized."""
     first = torch.empty(x.size(1), dtype=dtype)
     return first, torch.empty_like(first)

@@ -1,7 +1,7 @@
-"""What a kernel is given and what it computes: three values, six functions, and where other work goes between them.
+"""The interface of a kernel: three types of arguments, six functions, and how other work is put between their calls.
 
-A kernel is a module: ``reference``, ``cpu`` (the native one) or ``triton``. x is (N, C, ...) with channels on axis 1;
-statistics, gamma and beta are (C,). For the formulas see ``reference``.
+A kernel is a module: ``reference``, ``cpu`` (the native kernel) or ``triton``. x has shape (N, C, ...) with channels on
+axis 1; statistics, gamma and beta have shape (C,). For the formulas see ``reference``.
 
 Each pass over a batch has two halves, because every value of the result depends on all values of its channel:
 
@@ -11,20 +11,19 @@ Each pass over a batch has two halves, because every value of the result depends
                 sums, g = sum_gradients(grad, forward)
                 d_x = input_gradient(grad, forward, sums / count, g)
 
-``train_forward`` and ``train_backward`` do both halves in one call, which reads memory once where a channel fits the
-cache; the halves give the same values. Between the halves is the place for what changes the set of values that a
-channel is normalized by:
+``train_forward`` and ``train_backward`` do both halves in one call, which reads memory once if a channel fits the
+cache; the results are the same. Between the halves a caller can change which values the statistics are computed from:
 
-- Synchronized batch norm: ``Moments.from_var(count, *statistics)`` of every process are added, and so are ``sums`` and
-  ``count``. d_gamma and d_beta are each process' own sums, as DistributedDataParallel adds the gradients up.
-- Statistics of a part of the values, or of other examples: ``normalize`` takes any statistics. A value that was not
-  measured gets its gradient with ``means`` None, as it has no part in the statistics.
+- Synchronized batch norm: the caller adds ``Moments.from_var(count, *statistics)`` of all processes, and also ``sums``
+  and ``count``. d_gamma and d_beta are the process's own sums, because DistributedDataParallel adds the gradients.
+- Statistics of a part of the values, or of other examples: ``normalize`` accepts any statistics. For a value that the
+  statistics do not depend on, ``input_gradient`` is called with ``means`` None.
 - Stored statistics are constants: ``means`` is None for every value.
 
-Units: ``mean`` has the unit of x and ``var``, which is biased, its square; both are float64, on Apple's GPUs float32.
-``sums`` is (2, C): sum g, which is d_beta, and sum g z, which is d_gamma; its type is that in which the kernel adds,
-float32 or float64. ``sums / count`` are the means of g and of g z. NaN and infinity stay in their channel. A batch of
-no values has statistics NaN and sums 0.
+Units: ``mean`` has the unit of x, and ``var``, which is biased, the square of this unit; both are float64, on Apple's
+GPUs float32. ``sums`` has shape (2, C): sum g, which is d_beta, and sum g z, which is d_gamma. Its type is the type in
+which the kernel adds, float32 or float64. ``sums / count`` are the means of g and of g z. A NaN or infinity affects its
+own channel only. For an empty batch the statistics are NaN and the sums 0.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from torch import Tensor
 
 @final
 class Layer(NamedTuple):
-    """What a batch norm layer is, without its stored statistics.
+    """The parameters and settings of a batch norm layer, without its stored statistics.
 
     Attributes:
-        weight: gamma (C,), or None for 1.
-        bias: beta (C,), or None for 0.
+        weight: gamma (C,); None means 1.
+        bias: beta (C,); None means 0.
         eps: Added to the variance.
-        act: Name of the activation in ``activations.TABLE``, or None.
-        param: Parameter of the activation, 0 where it has none.
+        act: Name of the activation in ``activations.TABLE``; None without activation.
+        param: Parameter of the activation; 0 for an activation without a parameter.
     """
 
     weight: Tensor | None = None
@@ -55,7 +54,7 @@ class Layer(NamedTuple):
 
 @final
 class ChannelStatistics(NamedTuple):
-    """What each channel is normalized by: its mean and its biased variance, (C,)."""
+    """The mean and biased variance by which each channel is normalized, both (C,)."""
 
     mean: Tensor
     var: Tensor
@@ -63,16 +62,16 @@ class ChannelStatistics(NamedTuple):
 
 @final
 class ForwardPass(NamedTuple):
-    """A forward pass, as its backward pass needs it.
+    """What a backward pass needs to know of its forward pass.
 
     Attributes:
-        x: What was normalized.
-        statistics: By what.
-        layer: By which layer.
-        residual: What was added before the activation, or None.
-        y: The result, which may stand for the residual where ``activations.sign_shows``. The native kernels recover x
-            where it is the same tensor: y was written over x.
-        constant: Whether the statistics were stored ones, which do not depend on x.
+        x: The tensor that was normalized.
+        statistics: The statistics that it was normalized by.
+        layer: The layer that normalized it.
+        residual: The tensor that was added before the activation, or None.
+        y: The result, or None. If ``activations.sign_shows``, y can be passed in place of the residual. If y and x are
+            the same tensor, y was written over x, and the native kernels recover x.
+        constant: Whether the statistics were stored statistics, which do not depend on x.
     """
 
     x: Tensor
@@ -84,11 +83,11 @@ class ForwardPass(NamedTuple):
 
     @property
     def gradient_of_p(self) -> bool:
-        """Whether an activation met a residual, so that the residual's gradient is another than that of y."""
+        """Whether there are an activation and a residual, so that p and y have different gradients."""
         return self.layer.act is not None and (self.residual is not None or self.y is not None)
 
 
-# of x, gamma, beta and p; None in place of the last where no activation met a residual
+# gradients of x, gamma, beta and p; the last is None unless there are an activation and a residual
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -102,7 +101,7 @@ class Kernel(Protocol):
         ...
 
     def train_backward(self, grad: Tensor, forward: ForwardPass) -> Gradients:
-        """The gradients of a forward pass, given that of y."""
+        """The gradients of x, gamma, beta and p, from ``grad``, the gradient of y."""
         ...
 
     def measure(self, x: Tensor) -> ChannelStatistics:
@@ -112,15 +111,15 @@ class Kernel(Protocol):
     def normalize(
         self, x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None
     ) -> Tensor:
-        """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch."""
+        """``x`` normalized by the given statistics, value by value: a result does not depend on other examples."""
         ...
 
     def sum_gradients(self, grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
-        """``sums``, and the gradient g of p in the type of x, or None where no activation met a residual."""
+        """``sums``, and the gradient g of p in the type of x; None instead of g unless ``forward.gradient_of_p``."""
         ...
 
     def input_gradient(
         self, grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None
     ) -> Tensor:
-        """d_x, value by value; ``g`` is what ``sum_gradients`` returned; ``means`` None: the statistics are fixed."""
+        """d_x, value by value; ``g`` comes from ``sum_gradients``; ``means`` is None for constant statistics."""
         ...

@@ -1,14 +1,14 @@
-"""Batch norm as registered operators: what vmap, torch.compile, torch.export and double backward see of it.
+"""Batch norm as registered operators, for vmap, torch.compile, torch.export and double backward.
 
-Operators take tensors and numbers alone. So a Layer is taken apart in front of them and put together behind them: the
-four strings below are their schemas, which exported programs hold. The third operator computes what running statistics
-move to. The fourth moves them in place: torch.func.grad and its relatives need it, as they let nobody copy into what
-they did not get as an argument.
+An operator's arguments can only be tensors, numbers and strings. So a Layer is split into these before a call and built
+again inside. The schemas of the four operators are strings below; exported programs contain them.
 
-An operator that mutates its arguments cannot have a gradient, which is why the update stands apart. It is also one
-that ``torch.func.functionalize`` refuses, and ``draft_export`` does so after a batch that moved nothing: hence the
-third operator, behind which the new values are copied. Under ``torch.func.vmap`` the models of an ensemble become more
-channels of one call.
+``train_forward`` and ``train_backward`` compute the two passes. An operator that mutates its arguments cannot have a
+gradient, so running statistics have operators of their own. ``moved_running`` computes their new values, which the
+caller copies. ``update_running`` changes them in place, for torch.func.grad, vjp and jvp: inside these nothing can be
+copied into a tensor that is no argument of the transformed function. But ``torch.func.functionalize`` refuses an
+operator that mutates its arguments, and so does ``draft_export`` after a batch that moved nothing. Under
+``torch.func.vmap`` the models of an ensemble become additional channels of one call.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from torch._functorch.autograd_function import VmapInfo
 
-    # which axis of each argument has the models
+    # for each argument, the axis of the models; None if the argument is shared
     Axes = Sequence[int | None]
     Gradient = Tensor | None
 
-# an argument as torch passes it: of the type that the schema says
+# an argument as torch passes it, of the type in the schema
 Flat = Any
 
 _FORWARD = (
@@ -54,7 +54,7 @@ def _of_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str | None = None, param: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Layer, Tensor | None]:  # fmt: skip
-    """What a forward operator's arguments say."""
+    """The arguments of a forward operator, with a Layer built from those of the layer."""
     return x, Layer(weight, bias, eps, act, param), residual
 
 
@@ -62,36 +62,36 @@ def _of_backward(
     grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None,
     act: str | None = None, param: float = 0.0, residual: Tensor | None = None, y: Tensor | None = None,
 ) -> tuple[Tensor, ForwardPass]:  # fmt: skip
-    """What a backward operator's arguments say."""
+    """The arguments of a backward operator: the gradient, and a ForwardPass built from the others."""
     layer = Layer(weight, bias, eps, act, param)
     return grad, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y)
 
 
 def _of_update(*flat: Flat) -> tuple[Running, ChannelStatistics, int]:
-    """What an update operator's arguments say."""
+    """The arguments of an update operator, with Running and ChannelStatistics built from them."""
     *stored, mean, var, count, momentum = flat
     return Running(*stored, momentum=momentum), ChannelStatistics(mean, var), count
 
 
 def laid_out_forward(x: Tensor, layer: Layer, residual: Tensor | None) -> tuple[Tensor, ChannelStatistics]:
-    """train_forward by the kernel that the table names, with y in the memory layout of x."""
+    """train_forward by the kernel that ``choice`` selects, with y in the memory layout of x."""
     kernel = kernel_for(x)
     y, statistics = kernel.train_forward(x, layer, residual)
     return _laid_out_as(x, y) if kernel is reference else y, statistics
 
 
 def laid_out_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
-    """train_backward by the kernel that the table names, with d_x and d_residual in the memory layout of x."""
+    """train_backward by the kernel that ``choice`` selects, with d_x and d_residual in the memory layout of x."""
     x, kernel = forward.x, kernel_for(forward.x)
     d_x, d_weight, d_bias, d_residual = kernel.train_backward(grad, forward)
-    if kernel is reference:  # others fill what torch.empty_like(x) is
+    if kernel is reference:  # other kernels write into torch.empty_like(x)
         d_x = _laid_out_as(x, d_x)
         d_residual = None if d_residual is None else _laid_out_as(x, d_residual)
     return d_x, d_weight, d_bias, d_residual
 
 
 def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` with the memory layout that ``torch.empty_like(x)`` has, which the fake operator promises."""
+    """``y`` in the memory layout of ``torch.empty_like(x)``, because the fake operator returns that layout."""
     if y.stride() == x.stride():  # y is dense, so x is, and keeps its strides
         return y
     target = torch.empty_like(x)
@@ -137,11 +137,11 @@ def _empty_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Context(Protocol):
-    """Where a node of autograd's keeps what its backward pass needs."""
+    """The object in which a node of autograd's graph keeps what its backward pass needs."""
 
     saved_tensors: tuple[Tensor, ...]
     statistics: ChannelStatistics
-    settings: tuple[float, str | None, float]  # of a Layer, all but its tensors
+    settings: tuple[float, str | None, float]  # the attributes of a Layer except its tensors
     has_residual: bool
     inplace: bool
 
@@ -151,7 +151,7 @@ class Context(Protocol):
 
 
 def save(ctx: Context, forward: ForwardPass, *statistics: Tensor) -> None:
-    """Keep a forward pass for ``saved``: of residual and y one is enough, or none."""
+    """Keep a forward pass for ``saved``: with the residual or y if the backward pass needs one of them."""
     x, _, layer, residual, y, _ = forward
     ctx.settings = layer[2:]
     ctx.has_residual = residual is not None
@@ -165,28 +165,28 @@ def save(ctx: Context, forward: ForwardPass, *statistics: Tensor) -> None:
 
 
 def saved(ctx: Context, statistics: ChannelStatistics | None = None) -> ForwardPass:
-    """What ``save`` kept; statistics are given where they were not kept with it."""
+    """The forward pass that ``save`` kept; ``statistics`` is None if ``save`` kept them too."""
     x, weight, bias, residual, y, *kept = ctx.saved_tensors
     statistics = ChannelStatistics(*kept) if statistics is None else statistics
     return ForwardPass(x, statistics, Layer(weight, bias, *ctx.settings), residual, y)
 
 
 def differentiable_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
-    """As ``laid_out_backward``, by the operator, which can be differentiated again."""
+    """As ``laid_out_backward``, but by the operator ``train_backward``, which can be differentiated again."""
     x, statistics, (weight, bias, *rest), residual, y, _ = forward
     eps, act, param = rest
     return train_backward(grad, x, *statistics, weight, eps, bias, act, param, residual, y)
 
 
 def for_autograd(ctx: Context, grad: Tensor, found: Gradients, layer: Layer) -> tuple[Gradient, ...]:
-    """Gradients of x, weight, bias and residual, in the types of parameters; None for none."""
+    """Gradients of x, weight, bias and residual, in the type of each tensor; None for a tensor that is None."""
     d_x, d_weight, d_bias, d_residual = found
     of_residual = (grad if layer.act is None else d_residual) if ctx.has_residual else None
     return d_x, _typed_as(layer.weight, d_weight), _typed_as(layer.bias, d_bias), of_residual
 
 
 def _typed_as(parameter: Tensor | None, gradient: Tensor) -> Gradient:
-    """The gradient of a parameter that may not be there."""
+    """A parameter's gradient in the parameter's type; None if the parameter is None."""
     if parameter is None or parameter.dtype == gradient.dtype:
         return None if parameter is None else gradient
     return gradient.to(parameter.dtype)
@@ -216,7 +216,7 @@ def _save_for_double_backward(ctx: Context, inputs: Sequence[Flat], output: tupl
 
 
 def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...]:
-    """Derivatives of the backward pass: the specification is differentiated, statistics as functions of x."""
+    """Derivatives of the backward pass: torch differentiates the specification, with statistics as functions of x."""
     *tensors, y = ctx.saved_tensors
     if tensors[1].numel() == 0:  # the statistics are NaN, but no value depends on them
         found = [None if t is None else torch.zeros_like(t) for t in tensors]
@@ -235,7 +235,7 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
 def _gradients(
     outputs: Sequence[Gradient], inputs: Sequence[Tensor | None], cotangents: Sequence[Gradient], *, create_graph: bool
 ) -> list[Gradient]:
-    """torch.autograd.grad for inputs and outputs of which some are None."""
+    """torch.autograd.grad for inputs and outputs that may be None; the gradient of None is None."""
     pairs = [
         (o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad and c is not None
     ]
@@ -256,29 +256,29 @@ train_backward.register_autograd(_double_backward, setup_context=_save_for_doubl
 
 
 def _models_first(value: Flat, axis: int | None, models: int) -> Flat:
-    """A tensor with the models of the ensemble on axis 0; what they share is repeated, not copied."""
+    """A tensor with the models of the ensemble on axis 0; a shared tensor is expanded, not copied."""
     if not isinstance(value, Tensor):
         return value
     return value.expand(models, *value.shape) if axis is None else value.movedim(axis, 0)
 
 
 def _as_channels(value: Flat) -> Flat:
-    """A tensor of all models as that of one, whose channels are those of all: (models, C) or (models, N, C, ...)."""
+    """A tensor of all models, (models, C) or (models, N, C, ...), as that of one model with models * C channels."""
     if not isinstance(value, Tensor):
         return value
     return value.reshape(-1) if value.ndim == 2 else value.movedim(0, 1).flatten(1, 2)
 
 
 def _of_each_model(value: Tensor, models: int) -> tuple[Tensor, int | None]:
-    """A result of one call for all models, split again, and the axis that the models are on."""
-    if value.ndim == 1 and not value.numel():  # a gradient that was not asked for
+    """A result of one call for all models, split into models, and the axis of the models; None if it is not split."""
+    if value.ndim == 1 and not value.numel():  # an empty tensor in place of d_residual
         return value, None
     axis = min(value.ndim - 1, 1)
     return value.unflatten(axis, (models, value.shape[axis] // models)), axis
 
 
 def _in_one_call(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[tuple[Tensor, ...], Axes]]:
-    """How an operator computes an ensemble: the models become more channels."""
+    """An operator's rule for vmap: one call, in which the models of the ensemble become additional channels."""
 
     def of_ensemble(info: VmapInfo, in_dims: Axes, *flat: Flat) -> tuple[tuple[Tensor, ...], Axes]:
         models = info.batch_size
@@ -338,7 +338,11 @@ def _(info: VmapInfo, in_dims: Axes, *flat: Flat) -> tuple[None, None]:
 
 
 def _for_each_model(info: VmapInfo, in_dims: Axes, flat: Sequence[Flat]) -> list[Flat]:
-    """What an update takes, with the models of the ensemble on axis 0; ``skipped`` is one for all."""
+    """The arguments of an update operator, with the models of the ensemble on axis 0; they share ``skipped``.
+
+    Raises:
+        RuntimeError: If the models share running statistics.
+    """
     if any(dim is None for dim in in_dims[:3]):
         raise RuntimeError(
             "BatchNorm in train mode under vmap needs running statistics for each model, got one set shared by "
@@ -346,23 +350,23 @@ def _for_each_model(info: VmapInfo, in_dims: Axes, flat: Sequence[Flat]) -> list
             "track_running_stats=False."
         )
     first = [_models_first(t, axis, info.batch_size) for t, axis in zip(flat, in_dims, strict=True)]
-    first[3] = flat[3] if in_dims[3] is None else flat[3].select(in_dims[3], 0)  # a recorder's, which is thrown away
+    first[3] = flat[3] if in_dims[3] is None else flat[3].select(in_dims[3], 0)  # temporary
     return first
 
 
 def flat_update(running: Running, statistics: ChannelStatistics, count: int) -> tuple[Flat, ...]:
-    """What an update operator takes."""
+    """The arguments of an update operator."""
     return *running[:4], *statistics, count, running.momentum
 
 
 def move(running: Running, statistics: ChannelStatistics, count: int) -> None:
-    """Move running statistics in place: new values are computed, and then copied."""
+    """Move running statistics in place: compute new values by ``moved_running``, then copy them."""
     for stored, moved in zip(running[:4], moved_running(*flat_update(running, statistics, count)), strict=True):
         stored.copy_(moved if torch.compiler.is_compiling() else _fitting(stored, moved))
 
 
 def _fitting(stored: Tensor, moved: Tensor) -> Tensor:
-    """New values without torch.func.functionalize's wrapping, for a buffer that it did not get as an argument."""
+    """New values, unwrapped if torch.func.functionalize wrapped them but not ``stored``, which is no argument to it."""
     if torch._is_functional_tensor(stored) or not torch._is_functional_tensor(moved):
         return moved
     torch._sync(moved)

@@ -5,15 +5,16 @@ For a channel with n values x over a batch (Ioffe and Szegedy 2015, "Batch Norma
     mean = sum x / n     var = sum (x - mean)^2 / n     rstd = 1 / sqrt(var + eps)
     z = (x - mean) rstd  p = gamma z + beta + residual      y = a(p)
 
-with an activation a and a residual where they are given, and for a gradient of y, with sums over the channel (their
-section 3):
+with an activation a and a residual; without them, a(p) = p and residual = 0. From the gradient d_y of y, with sums over
+the channel (section 3 of the paper):
 
     g = a'(p) d_y        d_residual = g       d_beta = sum g       d_gamma = sum g z
     d_x = gamma rstd (g - d_beta / n - z d_gamma / n)
 
-Mean and variance of a batch are float64, whatever x is: the variance of 1e20 is finite, and the mean is subtracted in
-two parts, its nearest value in the type of x and what is left of it, so that values far from zero lose no more digits
-than their own format has. Half-precision inputs are widened to float32 first. Channels are axis 1 throughout.
+Mean and variance of a batch are float64 for any type of x, so that the variance of values of 1e20 is finite. The mean
+is subtracted in two parts, its rounding to the type of x and the rounding error, so that values far from zero lose no
+digits but those that the type of x does not have. Half-precision inputs are widened to float32 first. Channels are on
+axis 1.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that statistics of values of ``dtype`` are computed and stored in."""
+    """The type of the arithmetic on values of ``dtype``, and of their running statistics: float64 or float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """The type of a batch's statistics: float64, which Apple's GPUs have not."""
+    """The type of a batch's statistics: float64; on Apple's GPUs, which do not support it, float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -49,7 +50,7 @@ def train_forward(x: Tensor, layer: Layer, residual: Tensor | None = None) -> tu
 
 
 def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
-    """Gradients of x, gamma, beta and p, given that of y; the last is None where no activation met a residual."""
+    """Gradients of x, gamma, beta and p, from the gradient of y; the last is None unless ``forward.gradient_of_p``."""
     z, g = _z_and_gradient_of_p(grad, forward)
     d_bias, d_weight = _sums(g, z)
     count = max(values_per_channel(forward.x), 1)
@@ -59,7 +60,7 @@ def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
 
 
 def measure(x: Tensor) -> ChannelStatistics:
-    """Mean and biased variance of every channel; NaN for a batch of no values."""
+    """Mean and biased variance of every channel; NaN for an empty batch."""
     x, exact = x.to(wide_dtype(x.dtype)), exact_dtype(x.device)
     axes = _axes(x)
     near = x.mean(axes)
@@ -76,13 +77,13 @@ def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: 
 
 
 def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
-    """Sum g and sum g z (2, C), and g where an activation met a residual."""
+    """Sum g and sum g z, in one tensor (2, C); and g, or None unless ``forward.gradient_of_p``."""
     z, g = _z_and_gradient_of_p(grad, forward)
     return torch.stack(_sums(g, z)), g.to(forward.x.dtype) if forward.gradient_of_p else None
 
 
 def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None) -> Tensor:
-    """d_x, from the means of g and g z (2, C), or for fixed statistics; ``g`` where it is known."""
+    """d_x from the means of g and g z (2, C), or None for constant statistics; ``g`` is computed if it is None."""
     if g is None:
         z, g = _z_and_gradient_of_p(grad, forward)
     else:
@@ -91,7 +92,7 @@ def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: 
 
 
 def _z_and_gradient_of_p(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor]:
-    """z and g = a'(p) d_y, in the type of z."""
+    """z and g = a'(p) d_y, both in the type of z."""
     x, statistics, layer, residual, y, _ = forward
     z = _standardize(x, statistics, layer.eps)
     grad = grad.to(z.dtype)
@@ -118,12 +119,12 @@ def _input_gradient(g: Tensor, z: Tensor, forward: ForwardPass, means: Sequence[
 
 
 def update_running(running: running_statistics.Running, statistics: ChannelStatistics, count: int) -> None:
-    """Move running statistics towards those of a batch of ``count`` values a channel, at least 2, in place."""
+    """Move running statistics in place towards those of a batch with ``count`` values per channel, at least 2."""
     mean, var = statistics
     unbiased = var * (count / (count - 1))
-    # what overflows the stored type is as bad as what is not finite
+    # a value that overflows the stored type counts as infinite
     finite = torch.isfinite(mean.to(running.mean.dtype)) & torch.isfinite(unbiased.to(running.var.dtype))
-    if running.momentum is None:  # one count serves all channels, so a batch enters the average of each or of none
+    if running.momentum is None:  # all channels share one count, so a batch enters the average of all or of none
         whole = finite.all(-1)
         running.batches.add_(whole)
         used = whole.unsqueeze(-1).expand_as(finite)
@@ -139,7 +140,7 @@ def update_running(running: running_statistics.Running, statistics: ChannelStati
 
 
 def _moving_average(old: Tensor, new: Tensor, momentum: Tensor | float) -> Tensor:
-    """(1 - momentum) old + momentum new, as torch's running statistics; a non-finite new value leaves the old."""
+    """(1 - momentum) old + momentum new, as in torch; where that is NaN or infinite, old."""
     average = (old + momentum * (new - old)).to(old.dtype)
     return torch.where(torch.isfinite(average), average, old)
 
@@ -150,12 +151,12 @@ def along_channels(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _axes(x: Tensor) -> list[int]:
-    """All axes but that of the channels."""
+    """All axes except the one of the channels."""
     return [axis for axis in range(x.ndim) if axis != 1]
 
 
 def _standardize(x: Tensor, statistics: ChannelStatistics, eps: float) -> Tensor:
-    """z, in the type that values of ``x`` are computed in."""
+    """z, in the type of the arithmetic on ``x``."""
     mean, var = statistics
     x, near = x.to(wide_dtype(x.dtype)), mean.to(wide_dtype(x.dtype))
     deviation = x - along_channels(near, x)
@@ -165,7 +166,7 @@ def _standardize(x: Tensor, statistics: ChannelStatistics, eps: float) -> Tensor
 
 
 def _rstd(x: Tensor, var: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(var + eps), in the wider of the types of ``var`` and of what values of ``x`` are computed in."""
+    """1 / sqrt(var + eps), in the wider of two types: that of ``var`` and that of the arithmetic on ``x``."""
     return (var.to(torch.promote_types(var.dtype, wide_dtype(x.dtype))) + eps).rsqrt()
 
 

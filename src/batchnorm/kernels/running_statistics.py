@@ -1,4 +1,4 @@
-"""Running statistics: the stored values that a batch moves, and the warning of what was not stored."""
+"""Running statistics: the stored values that a batch moves, and the warning about values that were not stored."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Running(NamedTuple):
     Attributes:
         mean: Stored mean, (C,) or (models, C).
         var: Stored variance; receives the unbiased one, as in torch.
-        batches: Integer, () or (models,): batches so far, or batches averaged if momentum is None.
-        skipped: Integer scalar: incremented if a channel's new mean or variance is NaN or infinite. Such a
-            channel keeps its stored values; an average of all batches leaves the batch out for every channel.
+        batches: Integer, () or (models,): number of batches so far; if momentum is None, number of averaged batches.
+        skipped: Integer scalar: the number of batches in which a channel's mean or variance was NaN or infinite. Such a
+            channel keeps its stored values; if momentum is None, all channels do.
         momentum: Weight of the new value; None averages all batches equally.
     """
 
@@ -29,7 +29,7 @@ class Running(NamedTuple):
     momentum: float | None
 
     def moved(self, bad: int, channels: int) -> None:
-        """Record the write for autograd, and warn if ``bad`` channels were not finite."""
+        """Tell autograd that mean and var changed; if ``bad`` channels were not finite, count the batch and warn."""
         torch.autograd.graph.increment_version((self.mean, self.var))
         if bad:
             self.skipped.add_(1)
@@ -37,7 +37,7 @@ class Running(NamedTuple):
 
 
 def warn_of_skipped(bad: int, channels: int, device: torch.device, momentum: float | None) -> None:
-    """Warn that a batch had ``bad`` channels whose statistics were not stored, unless an accelerator has them."""
+    """Warn that a batch had ``bad`` channels whose statistics were not stored; do nothing on an accelerator."""
     if not warns_at_once(device):
         return
     what_happens = "this batch is left out of all" if momentum is None else "these channels keep their"
@@ -50,5 +50,5 @@ def warn_of_skipped(bad: int, channels: int, device: torch.device, momentum: flo
 
 
 def warns_at_once(device: torch.device) -> bool:
-    """Whether ``update_running`` warns of what it did not store; on an accelerator asking would make it wait."""
+    """Whether ``update_running`` warns: not on an accelerator, where reading the result would make the CPU wait."""
     return device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Tensors for kernels that work by address: which they can read, their sizes, and other tensors in the same layout."""
+"""Tensors for kernels that read memory by address: their types, layouts, sizes and addresses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def values_per_channel(x: Tensor) -> int:
-    """Values of each channel, on axis 1."""
+    """Number of values of each channel; channels are on axis 1."""
     return x.shape[0] * x.shape[2:].numel()
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether kernels take ``x``: of a known type, contiguous or channels_last, not empty."""
+    """Whether kernels can read ``x``: of a known type, contiguous or channels_last, not empty."""
     # a lazily negated tensor has the opposite sign in memory
     known = x.dtype in TYPES and x.dim() > 1 and x.numel() > 0 and not x.is_neg()
     return known and (x.is_contiguous() or _channels_come_last(x))
@@ -26,27 +26,27 @@ def check_layout(x: Tensor) -> None:
     """Refuse a tensor that is not strided.
 
     Raises:
-        TypeError: If ``x`` is sparse, or of oneDNN's layout.
+        TypeError: If ``x`` is sparse or has oneDNN's layout. A nested tensor (jagged) passes.
     """
     if x.layout not in {torch.strided, torch.jagged}:
         raise TypeError(
-            f"batch norm needs a dense tensor, got layout {x.layout}. Call x.to_dense() first; "
-            "torch.utils.mkldnn.to_mkldnn takes a model from batchnorm.for_export."
+            f"batch norm needs a dense tensor, got layout {x.layout}. Call x.to_dense() first, or, for "
+            "torch.utils.mkldnn.to_mkldnn, batchnorm.for_export(model)."
         )
 
 
 def sizes(x: Tensor) -> tuple[int, int, int]:
-    """``x`` as outer x channels x inner: planes if contiguous, rows if channels come last.
+    """The sizes of ``x`` in memory, (outer, channels, inner): inner is 1 if channels come last.
 
     Raises:
-        ValueError: If ``x`` is neither.
+        ValueError: If ``x`` is neither contiguous nor channels_last.
     """
     outer, channels = x.size(0), x.size(1)
     if x.is_contiguous():
         return outer, channels, x.numel() // (outer * channels)
     if _channels_come_last(x):
         return x.numel() // channels, channels, 1
-    raise ValueError(f"kernels need a contiguous or channels_last tensor, got strides {x.stride()}. Copy it first.")
+    raise ValueError(f"kernels need a contiguous or channels_last x, got strides {x.stride()}. Call x.contiguous().")
 
 
 def _channels_come_last(x: Tensor) -> bool:
@@ -58,7 +58,7 @@ def like(x: Tensor, other: Tensor) -> Tensor: ...
 @overload
 def like(x: Tensor, other: Tensor | None) -> Tensor | None: ...
 def like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    """A residual or gradient in the type and layout of ``x``: itself where it has them."""
+    """A residual or gradient in the type and layout of ``x``: unchanged if it has them, otherwise a copy."""
     if other is None:
         return None
     if other.shape != x.shape:
@@ -70,25 +70,25 @@ def like(x: Tensor, other: Tensor | None) -> Tensor | None:
     return torch.empty_like(x).copy_(other)
 
 
-# the address of a tensor without memory is its offset: below this one, memory is asked for
+# the address of a tensor without memory is its offset; below this address the tensor's memory is checked
 _LOWEST = 1 << 36
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's values are; 0 for None.
+    """The address of a tensor's values; 0 for None.
 
     Raises:
-        RuntimeError: If it has given its memory back: kernels, and torch's casts, would end the process.
+        RuntimeError: If the tensor's memory was freed: kernels, and torch's casts, would crash the process.
     """
     if tensor is None:
         return 0
-    found = tensor.data_ptr()
-    if found < _LOWEST and tensor.numel() and not tensor.untyped_storage().nbytes():
+    pointer = tensor.data_ptr()
+    if pointer < _LOWEST and tensor.numel() and not tensor.untyped_storage().nbytes():
         raise RuntimeError(
-            f"batch norm needs tensors with memory, got one of shape {tuple(tensor.shape)} that has given its memory "
-            "back. Bring it back first, as FSDP and offloading do before a pass."
+            f"batch norm needs tensors with memory, got a tensor of shape {tuple(tensor.shape)} that has given its "
+            "memory back. Restore the memory first, as FSDP and offloading do before a pass."
         )
-    return found
+    return pointer
 
 
 @overload
@@ -96,7 +96,11 @@ def per_channel(x: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> 
 @overload
 def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None: ...
 def per_channel(x: Tensor, values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """Statistics or parameters of ``x``, in a type if one is given; kernels read as many as ``x`` has channels."""
+    """Statistics or parameters of ``x``, contiguous and, unless ``dtype`` is None, in this type; None for None.
+
+    Raises:
+        ValueError: If there is not one value for each channel of ``x``, which kernels read, or the device differs.
+    """
     if values is None:
         return None
     here = values.device == x.device if not x.is_cpu else values.is_cpu

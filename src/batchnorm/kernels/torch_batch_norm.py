@@ -1,6 +1,7 @@
-"""torch's own batch norm: train mode on a GPU, where it is cuDNN's or MIOpen's, and eval mode in recorded programs.
+"""torch's own batch norm: in train mode on a GPU, by cuDNN or MIOpen, and in eval mode in recorded programs.
 
-Running statistics of momentum 1 receive those of the batch, which are then stored with our guard against NaN.
+torch writes the batch's statistics into temporary tensors (momentum 1). ``update_running`` then moves the layer's
+statistics and skips NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from batchnorm.kernels.shapes import values_per_channel
 
 
 def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | None) -> Tensor:
-    """As kernels.train, for a batch of more than one value a channel."""
+    """As kernels.train, for a batch of at least 2 values per channel."""
     wide = wide_dtype(x.dtype)
     mean, var = (x.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
     affine = (_cast(t, wide) for t in (layer.weight, layer.bias))
@@ -31,7 +32,7 @@ def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | N
 
 
 def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
-    """As kernels.normalize, by one call of torch's operator; types that it refuses together are widened to one."""
+    """As kernels.normalize, by one call of torch's operator; if it refuses a mix of types, they are widened to one."""
     given = (*statistics, layer.weight, layer.bias)
     wide = torch.float64 if torch.float64 in {t.dtype for t in (x, *given) if t is not None} else torch.float32
     z = x if wide == torch.float32 or x.dtype == wide else x.to(wide)
@@ -44,5 +45,5 @@ def _activated(y: Tensor, layer: Layer, residual: Tensor | None) -> Tensor:
 
 
 def _cast(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Values in another type; no operation where they have it."""
+    """Values in another type; the same tensor if it has this type."""
     return values if values is None or values.dtype == dtype else values.to(dtype)

@@ -1,10 +1,11 @@
 """The same functions as reference.py for tensors on CUDA and ROCm, in Triton.
 
-A tensor is (N, C, L), with L = 1 where channels come last. It is cut into blocks, n examples by l values of each of c
-channels; triton_blocks.py holds what a program does with one. Where a channel fits a block one kernel does everything,
-and reads x once. Otherwise blocks leave their statistics behind, which are merged in float64, and a second pass applies
-them. The backward pass does the same with sum g and sum g z. Blocks are cut by shape alone and sums have no atomics, so
-results have the same bits however many programs run at once.
+A tensor has shape (N, C, L), with L = 1 if channels come last. It is cut into blocks of n examples, c channels and l
+values of each channel; triton_blocks.py has the kernels, of which each program computes one block. If a channel fits
+into a block, one kernel computes everything and reads x once. Otherwise a first kernel writes the statistics of each
+block, they are merged in float64, and a second kernel applies them. The backward pass does the same with sum g and
+sum g z. Blocks are cut by shape alone and sums use no atomic additions, so results have the same bits, no matter how
+many programs run at once.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ Argument = Tensor | float | str | None
 
 
 class Launched(Protocol):
-    """A function of triton_blocks.py: given a grid, what launches it."""
+    """The type of the kernels in triton_blocks.py: ``kernel[grid](...)`` launches one."""
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., object]: ...
 
 
-# values of a tensor in a program's registers, 16 a thread: backward, three tensors and their offsets fit the 128
-# registers that a thread of 16 warps has
+# The most values of a block whose channels are whole, and of any other block. A program of 8192 values has 16 warps and
+# 16 values per thread: in the backward pass three tensors and their offsets fit the 128 registers of a thread.
 _WHOLE, _PART = 8192, 4096
 _VALUES_PER_WARP = 512
-# adjacent values that fill what memory hands out at once, 32 bytes, in half precision
+# adjacent half-precision values that fill 32 bytes, the smallest piece that a GPU reads from memory
 _ADJACENT = 16
 
 
 def supports(x: Tensor) -> bool:
-    """Whether these kernels take ``x``: on a GPU, or interpreted; of a known type, contiguous or channels_last."""
+    """Whether these kernels support ``x``: on a GPU, or interpreted; of a known type, contiguous or channels_last."""
     return INSTALLED and (x.is_cuda or (INTERPRETED and x.is_cpu)) and is_readable(x)
 
 
@@ -74,7 +75,7 @@ def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
     cut = _cut(x, _WHOLE)
     if cut.parts > 1 or forward.constant:
         sums, d_residual = sum_gradients(grad, forward)
-        # without the d_residual that is rounded to the type of x
+        # g is computed again: d_residual is g rounded to the type of x
         d_x = input_gradient(grad, forward, None if forward.constant else sums / cut.count)
         d_bias, d_weight = (t.to(wide, copy=True) for t in sums)
     else:
@@ -127,14 +128,14 @@ def _affine(x: Tensor, layer: Layer) -> tuple[Tensor | None, Tensor | None]:
 
 def _numbers(layer: Layer) -> tuple[float, str | None, float]:
     """eps, the activation and its parameter."""
-    number(layer.act)  # refuses one that there is not
+    number(layer.act)  # raises ValueError for an unknown activation
     return layer.eps, layer.act, float(layer.param)
 
 
 def _read_by_backward(
     grad: Tensor, forward: ForwardPass
 ) -> tuple[tuple[Tensor, *tuple[Tensor | None, ...]], Tensor | None]:
-    """Which tensors a backward pass reads, and one to write the gradient of p to where it is asked for."""
+    """The tensors that a backward pass reads, and an empty one for g; None instead unless ``forward.gradient_of_p``."""
     x, statistics, layer, residual, y, _ = forward
     other = None if layer.act is None else like(x, residual if y is None else y)
     given = [per_channel(x, t) for t in statistics]
@@ -146,7 +147,7 @@ def _empty_statistics(x: Tensor) -> ChannelStatistics:
 
 
 def _merged_statistics(x: Tensor, cut: _Cut) -> ChannelStatistics:
-    """Mean and biased variance of every channel, in float64, measured in parts."""
+    """Mean and biased variance of every channel in float64, merged from those of its parts."""
     means, m2s = x.new_empty(2, x.shape[1], cut.parts, dtype=torch.float64)
     statistics = _empty_statistics(x)
     cut.launch(measure_part, x, means, m2s, cut.parts)
@@ -159,7 +160,7 @@ def _merged_statistics(x: Tensor, cut: _Cut) -> ChannelStatistics:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a tensor is cut into blocks: n examples, c channels and a run of values of each, all powers of two."""
+    """How a tensor is cut into blocks of n examples, c channels and ``run`` values of each, all powers of two."""
 
     sizes: tuple[int, int, int]
     n: int
@@ -168,30 +169,30 @@ class _Cut:
 
     @property
     def parts(self) -> int:
-        """Blocks that a channel is cut into."""
+        """Number of blocks that a channel is cut into."""
         outer, _, inner = self.sizes
         return _ceil_div(outer, self.n) * _ceil_div(inner, self.run)
 
     @property
     def count(self) -> int:
-        """Values of each channel."""
+        """Number of values of each channel."""
         return self.sizes[0] * self.sizes[2]
 
     def launch(self, kernel: Launched, x: Tensor, *arguments: Argument) -> None:
-        """One program of ``kernel``, whose arguments begin with a tensor of the device, for each block."""
+        """Launch one program of ``kernel`` for each block, on the device of ``x``, the kernel's first argument."""
         programs = self.parts * _ceil_div(self.sizes[1], self.c)
         warps = max(self.n * self.c * self.run // _VALUES_PER_WARP, 1)
-        with torch.cuda.device_of(x):  # a launch goes to the current device, not to that of its tensors
+        with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors' device
             kernel[(programs,)](x, *arguments, *self.sizes, self.n, self.c, self.run, num_warps=warps)
 
 
 def _cut(x: Tensor, whole: int) -> _Cut:
-    """Channels in one block where one of ``whole`` values holds them, else in blocks of up to _PART values."""
+    """Whole channels in a block if they have at most ``whole`` values, otherwise blocks of at most _PART values."""
     outer, channels, inner = sizes(x)
     n, run = _power_of_two(outer), _power_of_two(inner)
     c = min(_power_of_two(channels), max(_ADJACENT // run, 1))
     if n * c * run > whole:
-        run = min(run, max(_PART // n, _PART // 8))  # long runs of memory, but not far past its end
+        run = min(run, max(_PART // n, _PART // 8))  # long runs of memory, but few values beyond its end
         n = min(n, _PART // (c * run))
     return _Cut((outer, channels, inner), n, c, run)
 

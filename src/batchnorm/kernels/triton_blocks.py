@@ -1,17 +1,19 @@
-"""What a program of triton.py does with its block of a tensor.
+"""The kernels of triton.py: each program computes one block of a tensor.
 
-Value (n, c, l) of a tensor (N, C, L) lies at (n C + c) L + l. A program holds a block in registers, n examples by l
-values of each of c channels, and measures each channel of its block in two steps, near being the rounded mean and low
-what is left of it:
+Value (n, c, l) of a tensor (N, C, L) is at (n C + c) L + l. A program has its block of n examples, c channels and l
+values of each channel in registers. It measures each channel of its block in two steps: near is the rounded mean, low
+the rest of the mean.
 
     mean = near + low, low = sum (x - near) / count     m2 = sum (x - mean)^2
 
-A kernel called whole has all values of its channels in the block; one called part has some of them. Parts leave
-(mean, m2) behind, which are merged in float64 (Chan, Golub and LeVeque 1983):
+In a kernel whose name ends in whole, a block has all values of its channels; if the name ends in part, it may have only
+some. For each part k of a channel a program writes mean_k and m2_k; ``merge`` combines them in float64, where n is the
+sum of all count_k (Chan, Golub and LeVeque 1983):
 
     mean = sum count_k mean_k / n     m2 = sum m2_k + sum count_k (mean_k - mean)^2
 
-Formulas and names are those of reference.py.
+Formulas and names are those of reference.py. Of the arguments, ``outer`` is N, ``channels`` C and ``inner`` L, and
+``block_n`` is n, ``block_c`` c and ``block_run`` l.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 
 def _installed(name: str) -> Any:
-    """A module of the package triton; None where it is not installed."""
+    """A module of the package triton; None if triton is not installed."""
     try:
         return import_module(name)
     except ImportError:
@@ -31,7 +33,7 @@ def _installed(name: str) -> Any:
 _triton, tl = _installed("triton"), _installed("triton.language")
 INSTALLED = _triton is not None
 _jit = _triton.jit if _triton else lambda kernel: kernel
-# Triton's interpreter, which needs no GPU, stands in for its compiler where this was set before Triton was imported
+# whether Triton's interpreter, which needs no GPU, replaces its compiler: TRITON_INTERPRET=1 before Triton is imported
 INTERPRETED = bool(_triton and _triton.knobs.runtime.interpret)
 
 
@@ -40,7 +42,7 @@ def forward_whole(
     x, residual, weight, bias, y, means, variances, eps: tl.float64, act: tl.constexpr, param: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """y, mean and var, from all values of a channel."""
+    """y, mean and var of whole channels."""
     block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
     values = _load(x, block)
     near, low, m2 = _measure(values, count, block)
@@ -56,7 +58,7 @@ def normalize_part(
     x, residual, means, variances, weight, bias, y, eps: tl.float64, act: tl.constexpr, param: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """y, from given statistics."""
+    """y from the given statistics."""
     block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
     z, _ = _standardize(x, means, variances, eps, block)
     _store(y, _activate(_scale_and_shift(z, weight, bias, residual, block), act, param), block)
@@ -67,7 +69,7 @@ def measure_whole(
     x, means, variances,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """Mean and var of each channel, from all its values."""
+    """Mean and var of whole channels."""
     block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
     near, low, m2 = _measure(_load(x, block), count, block)
     _store_channels(means, near.to(tl.float64) + low, block)
@@ -113,7 +115,7 @@ def backward_whole(
     eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """d_x, d_residual and the sums of g and of g z, which are d_bias and d_weight."""
+    """d_x, d_residual, d_bias and d_weight of whole channels; d_bias is sum g, d_weight is sum g z."""
     block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
     z, rstd = _standardize(x, means, variances, eps, block)
     g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
@@ -148,7 +150,7 @@ def backward_part(
     eps: tl.float64, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr,
     outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr,
 ):  # fmt: skip
-    """d_x, from the means of g and g z over all of a channel, or for fixed statistics."""
+    """d_x, from the means of g and g z over all of a channel, or None for constant statistics."""
     block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
     z, rstd = _standardize(x, means, variances, eps, block)
     g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
@@ -161,10 +163,11 @@ def backward_part(
 
 @_jit
 def _place(outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr, block_run: tl.constexpr):
-    """This program's block of (values, channels), which part of a channel it is, and the values that it has of one.
+    """This program's block, the number of the part, and the count of values per channel in it.
 
-    A block is where its values lie in memory and which of them exist, its channels and which of them exist; everything
-    is int64. Programs of adjacent channels follow each other, as their values do in memory.
+    A block is a tuple: the offsets of its values, a mask of those that exist, its channels, a mask of those that exist.
+    Offsets and masks have shape (values, channels); offsets and channels are int64. Programs with consecutive numbers
+    have adjacent channels, as in memory.
     """
     groups, runs = tl.cdiv(channels, block_c), tl.cdiv(inner, block_run)
     program = tl.program_id(0).to(tl.int64)
@@ -172,13 +175,13 @@ def _place(outer, channels, inner, block_n: tl.constexpr, block_c: tl.constexpr,
     n, position = part // runs * block_n + i // block_run, part % runs * block_run + i % block_run
     c = program % groups * block_c + tl.arange(0, block_c)
     at = (n * channels * inner + position)[:, None] + (c * inner)[None, :]
-    there = ((n < outer) & (position < inner))[:, None] & (c < channels)[None, :]
-    return (at, there, c, c < channels), part, _count(part, outer, inner, block_n, block_run)
+    exists = ((n < outer) & (position < inner))[:, None] & (c < channels)[None, :]
+    return (at, exists, c, c < channels), part, _count(part, outer, inner, block_n, block_run)
 
 
 @_jit
 def _count(part, outer, inner, block_n: tl.constexpr, block_run: tl.constexpr):
-    """Values of a channel in its block number ``part``."""
+    """Number of values of a channel in its block number ``part``."""
     runs = tl.cdiv(inner, block_run)
     n, run = outer - part // runs * block_n, inner - part % runs * block_run
     return (tl.minimum(n, block_n) * tl.minimum(run, block_run)).to(tl.int32)
@@ -186,7 +189,7 @@ def _count(part, outer, inner, block_n: tl.constexpr, block_run: tl.constexpr):
 
 @_jit
 def _load(values, block):
-    """A block in the type to compute with, 0 where nothing is."""
+    """A block's values in the type of the arithmetic, float64 or float32; 0 where the mask is False."""
     loaded = tl.load(values + block[0], block[1], 0.0)
     return loaded if loaded.dtype == tl.float64 else loaded.to(tl.float32)
 
@@ -214,12 +217,12 @@ def _store_part(target, values, part, parts, block):
 @_jit
 def _measure(values, count, block):
     """near, low and m2 of each channel of a block; m2 is float64."""
-    there = block[1]
-    # divided first, as a sum of large values overflows; what that rounds away is part of low
+    exists = block[1]
+    # divided before the sum, because a sum of large values overflows; low contains the rounding error
     near = tl.sum(values * (1.0 / count), 0)
-    low = tl.sum(tl.where(there, values - near[None, :], 0.0), 0) / count
-    away = tl.where(there, values - near[None, :] - low[None, :], 0.0)
-    # squares of 1e20 and of 1e-30 fit float32 only as multiples of the largest
+    low = tl.sum(tl.where(exists, values - near[None, :], 0.0), 0) / count
+    away = tl.where(exists, values - near[None, :] - low[None, :], 0.0)
+    # the squares of 1e20 and 1e-30 do not fit float32, so deviations are divided by the largest one
     largest = tl.minimum(tl.maximum(tl.max(tl.abs(away), 0), 1e-30), 1e30)
     away = away / largest[None, :]
     largest = largest.to(tl.float64)
@@ -228,7 +231,7 @@ def _measure(values, count, block):
 
 @_jit
 def _standardize(x, means, variances, eps, block):
-    """z and rstd; the mean is subtracted in two parts."""
+    """z and rstd; the mean is subtracted in two parts, near and low."""
     values, mean = _load(x, block), _load_channels(means, block).to(tl.float64)
     rstd = _rstd(_load_channels(variances, block).to(tl.float64), eps, values.dtype)
     near = mean.to(values.dtype)
@@ -238,18 +241,18 @@ def _standardize(x, means, variances, eps, block):
 
 @_jit
 def _rstd(var, eps, dtype: tl.constexpr):
-    """1 / sqrt(var + eps) for var in float64, whose root most GPUs take slowly: scaled into the range of float32."""
+    """1 / sqrt(var + eps), scaled so that the root can be in float32: most GPUs are slow in float64."""
     var += eps
     if dtype == tl.float64:
         return 1.0 / tl.sqrt(var)
-    else:  # noqa: RET505 - the compiler wants one type of what follows a return
+    else:  # noqa: RET505 - without else the compiler needs one type for both returns
         scale = tl.where(var > 1e30, 2.0**-80, tl.where(var < 1e-30, 2.0**50, 1.0))
         return scale / tl.sqrt((var * scale * scale).to(tl.float32))
 
 
 @_jit
 def _scale_and_shift(z, weight, bias, residual, block):
-    """p = gamma z + beta + residual, of which each but z may be None."""
+    """p = gamma z + beta + residual; weight (gamma), bias (beta) and residual may be None."""
     if weight is not None:
         z = z * _load_channels(weight, block).to(z.dtype)[None, :]
     if bias is not None:
@@ -261,7 +264,7 @@ def _scale_and_shift(z, weight, bias, residual, block):
 
 @_jit
 def _gradient(grad, z, other, weight, bias, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr, block):
-    """g = a'(p) d_y; ``other`` is the residual, or y where its sign is enough."""
+    """g = a'(p) d_y; ``other`` is y if ``other_is_y`` (a'(p) follows from its sign), otherwise the residual or None."""
     g = _load(grad, block)
     if act is not None:
         p = _load(other, block) if other_is_y else _scale_and_shift(z, weight, bias, other, block)
@@ -277,7 +280,7 @@ def _slope(rstd, weight, block):
 
 @_jit
 def _activate(p, act: tl.constexpr, param: tl.constexpr):
-    """a(p), as activations.activate; comparisons are such that NaN stays NaN."""
+    """a(p), as activations.activate; NaN stays NaN."""
     if act == "relu":
         p = tl.where(p < 0, 0.0, p)
     elif act == "leaky_relu":

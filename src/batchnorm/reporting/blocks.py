@@ -1,4 +1,4 @@
-"""Blocks: what a text, a Markdown document or a page is made of. Every string in them is plain text."""
+"""Blocks: the parts of a text, a Markdown document or a page. Every string in them is plain text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Items:
 @final
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """A table. The first ``words`` columns are words, the others are numbers."""
+    """A table. Its first ``words`` columns contain words, the others numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -43,9 +43,9 @@ class TextTable:
 @final
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Names with texts, such as one finding; ``code`` has the names whose texts are code.
+    """Pairs of a name and a text, such as the facts of one finding; ``code`` has the names whose texts are code.
 
-    ``pages`` are titles with preformatted texts, which a page shows folded below ``summary``.
+    ``pages`` are pairs of a title and a preformatted text. An HTML page shows them in a fold titled ``summary``.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Facts:
 @final
 @dataclass(frozen=True, slots=True)
 class CommandText:
-    """A command or a path, which is never broken into lines."""
+    """A command or a path, which always stays on one line."""
 
     name: str
     line: str

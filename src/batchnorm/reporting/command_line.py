@@ -1,4 +1,4 @@
-"""Command lines that can be taken apart again, so that nobody has to read them."""
+"""Command lines that keep their parts, so that no code has to parse them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import final
 
 @final
 class CommandLine(str):
-    """A command line as a shell takes it, which is a string; its parts are there to make another command line of.
+    """A command line for a shell: a string that also has its parts, from which code makes other command lines.
 
     Args:
         program: The program with its command, such as "batchnorm shift".
-        target: What it is about, quoted, with all that it takes to load it.
+        target: The target with the options that are needed to load it, quoted.
         options: Further options, quoted.
     """
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What makes the text of a report, and the ending of files that are written so; "" if no file is."""
+    """A function that makes the text of a report, and the ending of files in this format; "" without an ending."""
 
     make: Callable[[Report], str]
     suffix: str = ""
@@ -37,17 +37,17 @@ def full(report: Report, *, to_file: bool = False) -> str:
 
 
 def concise(report: Report) -> str:
-    """One line for each row."""
+    """The lines of the report, one for each row."""
     return "\n".join(map(plain, report.lines))
 
 
 def jsonl(report: Report) -> str:
-    """One row in a line, as JSON."""
+    """Each record as JSON, on a line of its own."""
     return "\n".join(map(json.dumps, report.records))
 
 
 def html(report: Report) -> str:
-    """A page that stands alone."""
+    """A single HTML file that loads nothing."""
     return report.page() if report.page else page(report.command, report.target, report.headline, report.document)
 
 
@@ -65,7 +65,7 @@ FORMATS: dict[str, Format] = {
 
 
 def by_suffix(path: Path | None) -> str:
-    """The format that a file's ending names, "" if none."""
+    """The name of the format with a file's ending; "" if there is no path or no such format."""
     suffix = path.suffix.lower() if path is not None else ""
     return next((name for name, each in FORMATS.items() if suffix and each.suffix == suffix), "")
 
@@ -73,18 +73,21 @@ def by_suffix(path: Path | None) -> str:
 def chosen(
     asked: str | None, output: Path | None = None, settled: str | None = None, *, in_workflow: str = "github"
 ) -> str:
-    """The format: by the option, then the file's ending, then the project, then ``in_workflow`` in GitHub's workflows.
+    """The name of the format.
+
+    The first of these that is given decides: the option, the ending of the output file, the project's setting. Without
+    them it is ``in_workflow`` in a GitHub workflow, and otherwise "full".
 
     Raises:
-        ValueError: If the project has settled on one that does not exist.
+        ValueError: If the project's setting names a format that does not exist.
     """
     if named := asked or by_suffix(output):
         return named
     if settled and settled not in FORMATS:
-        raise ValueError(f"output-format must be one of {', '.join(FORMATS)}, got {settled!r}. Choose one of them.")
+        raise ValueError(f"output-format must be one of {', '.join(FORMATS)}, got {settled!r}. Correct the setting.")
     return settled or (in_workflow if os.environ.get("GITHUB_ACTIONS") == "true" else "full")
 
 
 def rendered(report: Report, name: str, *, to_file: bool = False) -> str:
-    """The report in one format."""
+    """The report in the format ``name``."""
     return full(report, to_file=to_file) if name == "full" else FORMATS[name].make(report)

@@ -1,4 +1,4 @@
-"""Workflow commands of GitHub Actions: one annotation for each row, shown beside the code where its place is known."""
+"""Workflow commands of GitHub Actions: one annotation for each row; GitHub shows it beside the row's line of code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMMANDS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO
 
 
 def github(report: Report) -> str:
-    """The rows and notes, each on a line of its own; nothing if nothing was found."""
+    """One line for each row and each note; "" if there are neither."""
     rows = [_command(_COMMANDS[row.severity], _properties(row), _about(report, row.words)) for row in report.rows]
     notes = [_command("notice", {"title": "note"}, _about(report, note)) for note in report.notes]
     return "\n".join([*rows, *notes])
@@ -32,8 +32,8 @@ def _properties(row: Row) -> dict[str, str]:
 
 
 def _command(name: str, properties: Mapping[str, str], message: str) -> str:
-    told = ",".join(f"{key}={_property(plain(value))}" for key, value in properties.items())
-    return f"::{name} {told}::{_message(plain(message))}"
+    settings = ",".join(f"{key}={_property(plain(value))}" for key, value in properties.items())
+    return f"::{name} {settings}::{_message(plain(message))}"
 
 
 def _message(text: str) -> str:

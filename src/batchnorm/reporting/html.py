@@ -1,4 +1,4 @@
-"""HTML: blocks as a page, or as a piece for a notebook; readable without its styles, without a script."""
+"""HTML: blocks as a page, or as a fragment for a notebook. It has no script, and is readable without its styles."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def page(command: str, target: str, headline: str, blocks: Sequence[Block]) -> str:
-    """One HTML file: what was called, what came out in one sentence, and the rest."""
+    """One HTML file: the command as heading, the result in one sentence, then the blocks."""
     head = f'<header>\n<h1>{_text(command)}</h1>\n<p class="headline">{_text(headline)}</p>\n</header>'
     title = f"{command}: {target}" if target else command
     return shell(title, f"{head}\n{fragment(blocks)}", styles=("blocks",))
 
 
 def fragment(blocks: Sequence[Block]) -> str:
-    """The blocks alone, without page and styles."""
+    """The HTML of the blocks, without a page around them and without styles."""
     return "\n".join(_block(block) for block in blocks)
 
 
@@ -50,8 +50,8 @@ def _title(title: str) -> str:
 def _table(table: TextTable) -> str:
     def cells(row: Sequence[str], tag: str) -> str:
         kinds = ("" if i < table.words else " class=n" for i in range(len(row)))
-        told = (f"<{tag}{kind}>{_text(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
-        return f"<tr>{''.join(told)}</tr>"
+        tags = (f"<{tag}{kind}>{_text(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+        return f"<tr>{''.join(tags)}</tr>"
 
     body = "".join(cells(row, "td") for row in table.rows)
     head = f"<thead>{cells(table.head, 'th')}</thead>"

@@ -1,4 +1,4 @@
-"""JSON: its values as a type, and as text that every reader takes."""
+"""JSON: the type of its values, and their text, which every JSON parser accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JUnit XML: a suite for each group of checks, a case for each check, a failure for each check that fails."""
+"""JUnit XML: a suite for each group of checks, a case for each check, a failure in each check that fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def junit(report: Report) -> str:
-    """The report as XML; rows below ``fail_on`` are told and do not fail their check."""
+    """The report as XML; rows below ``fail_on`` are output of their check, but do not make it fail."""
     root = Element("testsuites", name=report.command)
     notes = [Suite(name="target", checks=[Check(name="notes", output="\n".join(map(plain, report.notes)))])]
     for suite in [*(notes if report.notes else ()), *report.suites]:
@@ -36,7 +36,7 @@ def _suite(root: Element, suite: Suite, target: str, fail_on: Severity | None) -
 
 
 def _case(suite: Element, check: Check, target: str, fail_on: Severity | None) -> bool:
-    """Add one case; whether it fails."""
+    """Add one case; return whether it fails."""
     element = SubElement(suite, "testcase", classname=target or "model", name=plain(check.name), time="0")
     if check.skipped:
         SubElement(element, "skipped").text = plain(check.skipped)

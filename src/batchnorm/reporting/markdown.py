@@ -1,4 +1,4 @@
-"""Markdown: blocks for a pull request."""
+"""Markdown: blocks as text for a pull request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def markdown(blocks: Sequence[Block]) -> str:
-    """Blocks with an empty line between them."""
+    """The blocks as Markdown, with an empty line between them."""
     return "\n\n".join("\n".join(_block(block)) for block in blocks)
 
 
@@ -44,7 +44,7 @@ def row(cells: Iterable[str]) -> str:
 
 
 def cell(text: str) -> str:
-    """The text as Markdown shows it, in a table too."""
+    """The text with Markdown's special characters escaped, also those of a table."""
     text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_|[]":
         text = text.replace(mark, "\\" + mark)

@@ -1,6 +1,6 @@
-"""The shell of every page: one HTML file that loads nothing, light or dark as the reader's system, and for paper.
+"""The shell of every HTML page: one file that loads nothing, light or dark like the reader's system, and for print.
 
-The shell and blocks need no further package. Pages with a layout of their own are templates, which need jinja2.
+The shell and blocks need no further package. Pages with a layout of their own are made from templates and need jinja2.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def shell(
     data: Mapping[str, Json] | None = None,
     script: str = "",
 ) -> str:
-    """A page.
+    """The HTML of a page.
 
     Args:
-        title: Plain text.
-        body: HTML of all that is on the page.
-        styles: Names of further style sheets.
-        data: What the script reads, by the names of its elements.
-        script: The one script that the page's policy allows; "" allows none.
+        title: The title, as plain text.
+        body: The page's content, as HTML.
+        styles: Names of style sheets besides "page".
+        data: JSON values for the script, each in an element with the id that is its key.
+        script: The only script that the page's security policy allows; without it no script may run.
     """
     allowed = f"; script-src '{digest(script)}'" if script else ""
     css = "".join(style(name) for name in ("page", *styles))
@@ -61,23 +61,23 @@ def shell(
 
 
 def embedded(value: Json) -> str:
-    """JSON that stays inside of its script element."""
+    """JSON text that cannot end the script element around it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 @cache
 def style(name: str) -> str:
-    """A style sheet."""
+    """The text of a style sheet in templates/."""
     return (TEMPLATES / f"{name}.css").read_text(encoding="utf-8")
 
 
 def digest(text: str) -> str:
-    """The hash by which a page's policy allows a script or a style."""
+    """The hash by which a page's security policy allows a script or a style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def template(name: str, **filters: Callable[..., object]) -> Template:
-    """A template, with the filters that it needs beside ``plain``.
+    """A template in templates/; ``filters`` are its filters besides ``plain``.
 
     Raises:
         ModuleNotFoundError: If jinja2 is missing.

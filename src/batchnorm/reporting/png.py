@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def png(picture: Tensor) -> bytes:
-    """A picture (3, H, W) as a PNG file of 8 bits a colour; values outside 0 to 1 are cut (W3C, PNG, third edition)."""
+    """A picture (3, H, W) as a PNG file with 8 bits per colour; values are clipped to 0..1 (W3C: PNG, 3rd edition)."""
     pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (3, H, W) -> (H, W, 3)
     height, width, _ = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, colour type 2 (red, green, blue)

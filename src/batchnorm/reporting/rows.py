@@ -1,4 +1,4 @@
-"""Rows: what a command found, and the report of it, which every output format takes."""
+"""Rows: the results of a command, and the report of them, which every output format can show."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One thing that was found.
+    """One result, such as a finding of the doctor.
 
     Args:
-        rule: The code of the rule that found it.
-        name: The rule's name; "" if its code is its name.
+        rule: The code of the rule that gave it.
         severity: How bad it is.
         place: The layer, or "model".
-        words: Sentences that stand alone beside the name of the target.
-        file: The file of code that it is about; "" if there is none.
-        line: The line there, from 1; 0 if it is not known.
-        identity: Words by which a later run knows it again.
+        words: Sentences that can be understood with the name of the target alone.
+        name: The rule's name; "" if the rule has only a code.
+        file: The file of code that the result is about; "" if there is none.
+        line: The line in that file, from 1; 0 if it is unknown.
+        identity: Texts that are the same in a later run if it has the same result.
     """
 
     rule: str
@@ -43,7 +43,7 @@ class Row:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleWords:
-    """A rule that was there to find something, whether it did or not."""
+    """A rule that was applied, with or without results."""
 
     code: str
     title: str
@@ -56,7 +56,7 @@ class RuleWords:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One check: what it found, or why it did not run, or what it says though nothing is wrong."""
+    """One check: its rows; if it did not run, the reason in ``skipped``; if nothing is wrong, perhaps an ``output``."""
 
     name: str
     rows: Sequence[Row] = ()
@@ -76,28 +76,28 @@ class Suite:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a command shows.
+    """The results of a command, for every output format.
 
     Args:
         command: The command, such as "batchnorm doctor".
-        target: What was looked at.
-        json: Everything, as JSON.
-        records: The same row by row, for one line each.
-        lines: One line for each row.
-        headline: What came out, in one sentence.
-        document: Paragraphs and tables, which Markdown shows, and text and a page that have no layout of their own.
-        rows: What was found.
-        rules: What was looked for.
+        target: The file, model or data that the command was about.
+        json: Makes the JSON text of all results.
+        records: One JSON value for each row, for the format jsonl.
+        lines: One line of text for each row, for the format concise.
+        headline: The result in one sentence.
+        document: Paragraphs and tables, from which Markdown, text and the page are made unless they have a function.
+        rows: The results.
+        rules: The rules that were applied.
         suites: The checks by groups.
-        notes: What else there is to know about the target.
-        source: The file that findings without a place in code are about.
-        driver: The program's name by which code scanning groups its alerts.
-        identified_by: What ``Row.identity`` consists of, with a version.
-        seconds: How long it took.
-        fail_on: Rows of this severity and worse ones make a check fail; None if none does.
-        full: Makes the text for people, in so many columns; of ``document`` if it is left out.
-        page: Makes the HTML page; of ``document`` if it is left out.
-        md: Makes the Markdown; of ``document`` if it is left out.
+        notes: Further sentences about the target.
+        source: The file that a row without a file is about.
+        driver: The program's name, by which code scanning groups its alerts; "" takes ``command``.
+        identified_by: The name and version of what ``Row.identity`` consists of.
+        seconds: How long the command took.
+        fail_on: Rows with this severity or a worse one make a check fail; None: no row does.
+        full: Makes the text for people, from its number of columns; None makes it from ``document``.
+        page: Makes the HTML page; None makes it from ``document``.
+        md: Makes the Markdown; None makes it from ``document``.
     """
 
     command: str

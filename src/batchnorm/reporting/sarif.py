@@ -1,4 +1,4 @@
-"""SARIF 2.1.0 (OASIS 2023), for code scanning. Every rule is declared, so that an alert closes once it is mended."""
+"""SARIF 2.1.0 (OASIS 2023), for code scanning. All rules are declared, so that an alert closes with its fault."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def sarif(report: Report) -> str:
     driver = {"name": name, "version": number, "semanticVersion": number, "rules": rules}
     results = [_result(report, row, order[row.rule]) for row in report.rows]
     notes = [{"level": "note", "message": {"text": plain(note)}} for note in report.notes]
-    told = {"invocations": [{"executionSuccessful": True, "toolExecutionNotifications": notes}]} if notes else {}
-    run = {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": results, **told}
+    extra = {"invocations": [{"executionSuccessful": True, "toolExecutionNotifications": notes}]} if notes else {}
+    run = {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": results, **extra}
     log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
     return json.dumps(log, indent=1)
 

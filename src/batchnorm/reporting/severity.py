@@ -6,9 +6,9 @@ from enum import IntEnum
 
 
 class Severity(IntEnum):
-    """How bad a finding is; ordered, so that it can be compared with a limit."""
+    """How bad a finding is; severities can be compared, because they are ordered numbers."""
 
-    INFO = 0  # an opportunity, or something to know
+    INFO = 0  # a possible improvement, or a fact to know
     WARNING = 1  # likely to harm results
     ERROR = 2  # results are wrong, or will be
 

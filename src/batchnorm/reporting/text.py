@@ -1,4 +1,4 @@
-"""Plain text: escaped, wrapped at one width, in columns."""
+"""Plain text: blocks as lines of one width, tables in columns, and every string escaped."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 _IN_A_FILE = 80
 _NARROWEST, _WIDEST = 40, 100  # sentences are hard to read in wider lines
-_SHORTEST = 5  # characters that are left of a name, and of a cell that is broken into lines
+_SHORTEST = 5  # the least width of a column whose names are cut or whose words are broken into lines
 _GAP = "  "
 
 
 def plain(text: str) -> str:
-    """Text without characters that steer a terminal, begin a line, are not seen, or cannot be written to a file."""
+    """The text with every unprintable character escaped: it could control a terminal, begin a line or be invisible."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def columns(*, to_file: bool = False) -> int:
-    """The width to wrap at: of the terminal within limits, or of a file."""
+    """The width of lines: 80 for a file, otherwise the terminal's, but from 40 to 100."""
     width = _IN_A_FILE if to_file else shutil.get_terminal_size((_IN_A_FILE, 24)).columns
     return min(max(width, _NARROWEST), _WIDEST)
 
 
 def wrapped(text: str, width: int, hang: int = 0, *, indent: int = 0, breaks: bool = True) -> list[str]:
-    """Plain text in lines: escaped before it is wrapped, so that no line begins where a name would have it.
+    """Plain text in lines; it is escaped before it is wrapped, so that a name in it cannot begin a new line.
 
     Args:
         text: One paragraph.
-        width: Columns of a line.
+        width: Number of columns of a line.
         hang: Spaces before every line but the first.
         indent: Spaces before the first line.
         breaks: Whether a word that is longer than a line is broken.
@@ -48,16 +48,16 @@ def wrapped(text: str, width: int, hang: int = 0, *, indent: int = 0, breaks: bo
 
 
 def many(number: int, word: str) -> str:
-    """A number of things: "1 batch", "1,200 examples"."""
+    """A number with its noun, in the plural unless it is 1: "1 batch", "1,200 examples"."""
     plural = word + ("es" if word.endswith("ch") else "s")
     return f"{number:,} {word if number == 1 else plural}"
 
 
 def aligned(table: TextTable, width: int) -> list[str]:
-    """A table in columns as wide as their cells; numbers end together.
+    """The lines of a table; each column is as wide as its cells, and numbers are aligned to the right.
 
-    Where that is wider than ``width``, the widest column of words becomes narrower: names, which stand first, are cut
-    at their beginning, and other words are broken into lines.
+    If the table is wider than ``width``, the widest column of words becomes narrower. In the first column, which has
+    names, cells are cut at their beginning; in another column they are broken into lines.
     """
     rows = [[plain(cell) for cell in row] for row in (table.head, *table.rows)]
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -80,7 +80,7 @@ def _lines(row: Sequence[str], sizes: Sequence[int], widest: int, words: int) ->
 
 
 def paragraphs(blocks: Sequence[Block], width: int) -> str:
-    """Blocks as text, with an empty line between them."""
+    """The blocks as plain text, with an empty line between them."""
     return "\n\n".join("\n".join(_block(block, width)) for block in blocks)
 
 

@@ -1,5 +1,5 @@
-// Replaces each drawing by a live one. `ast` makes Vega interpret its expressions: no text is run as code, so
-// the page's policy need not allow that.
+// Replaces each drawing by an interactive one. With `ast` Vega interprets its expressions and does not run text as code,
+// which the page's policy does not allow.
 const specifications = JSON.parse(document.getElementById("specifications").textContent);
 for (const place of document.querySelectorAll("[data-panel]")) {
   vegaEmbed(place, specifications[place.dataset.panel], {

@@ -1,4 +1,4 @@
-// Line charts over steps: lines and bands with gaps where nothing was measured, on one frame of axes.
+// Line charts over steps: lines and bands on common axes, with gaps where nothing was measured.
 const CHART = { height: 180, left: 56, right: 12, top: 8, bottom: 34 };
 
 // A figure of series {name, style, dash, points: [[step, value]]} or {name, style, bands: [[step, five percentiles]]}.
@@ -20,7 +20,7 @@ function valuesOf({ points = [], bands = [], isOneOfTwo = false }) {
   return [...points.map((p) => p[1]), ...inBands].filter((v) => v !== null);
 }
 
-// From lowest to highest of all series, with a little room.
+// The lowest and the highest value of all series, with a margin.
 function extent(series) {
   let [low, high] = [Infinity, -Infinity];
   for (const one of series) for (const v of valuesOf(one)) [low, high] = [Math.min(low, v), Math.max(high, v)];
@@ -43,7 +43,7 @@ function chartLegend(series) {
   return list;
 }
 
-// The value at the step that is shown; a gap there is a gap.
+// The last value up to the step that is shown; null if it was not measured.
 function lastOf({ points, bands }) {
   const row = (points ?? bands)[(points ?? bands).length - 1];
   return bands ? row[1]?.[2] ?? null : row[1];
@@ -66,7 +66,7 @@ function picture(title, series, [low, high]) {
 
 const round = (v) => Math.round(v * 10) / 10;
 
-// Drawn at the width that it will have, so that letters keep their size.
+// The width of a chart on the page; it is drawn at this width, so that letters keep their size.
 function chartWidth() {
   const grid = byId("layer-charts");
   const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").map(parseFloat);
@@ -118,7 +118,7 @@ function bandPath(bands, low, high, x, y) {
   }).join("");
 }
 
-// Stretches without a gap.
+// Groups of successive bands without a gap.
 function runs(bands) {
   const found = [[]];
   for (const band of bands) {

@@ -1,6 +1,7 @@
-// The heat map: a row a layer, a column for the steps that a look speaks of. What was not measured is hatched.
+// The heat map: a row for each layer, a column for each look, as wide as the steps that the look covers. A look is one
+// measurement of all layers. Cells without a measurement are hatched.
 const LABEL = 11; // pixels of a letter's height
-const UNSEEN = 3; // a look speaks of at most so many usual distances before it
+const UNSEEN = 3; // a look covers at most this many times the usual distance between looks
 const heat = { plot: { left: 0, top: 6, width: 1, height: 1 }, looks: [], widths: [], scale: null, range: [0, 1], row: 10 };
 
 const themeIsDark = () => document.documentElement.dataset.theme === "dark" && !matchMedia("print").matches;
@@ -12,7 +13,7 @@ function drawHeat() {
   heat.scale = colourScale(heat.looks, view.quantity);
   heat.range = stepRange();
   heat.widths = columnWidths(heat.looks);
-  if (heat.looks.length) heat.range[0] = Math.min(heat.range[0], heat.looks[0].step - heat.widths[0]); // its column too
+  if (heat.looks.length) heat.range[0] = Math.min(heat.range[0], heat.looks[0].step - heat.widths[0]); // with its whole column
   const context = sized(canvas);
   drawMissing(context);
   drawCells(context);
@@ -29,7 +30,7 @@ function heatLabel() {
   return `${words(view.quantity).title}: ${told.layers.length} layers by ${heat.looks.length} looks${last}`;
 }
 
-// Steps that each look speaks of: back to the look before it, but not over a hole in the log.
+// The number of steps that each look covers: back to the look before, but not across a hole in the log.
 function columnWidths(looks) {
   const apart = looks.slice(1).map((row, i) => row.step - looks[i].step);
   const usual = [...apart].sort((a, b) => a - b)[apart.length >> 1] || Math.max(1, (heat.range[1] - heat.range[0]) / 50);
@@ -77,7 +78,7 @@ function drawMissing(context) {
   context.restore();
 }
 
-// One pixel a cell in height, stretched to the rows: a hundred thousand pixels, whatever the window.
+// Cells are drawn one pixel high and then stretched to the rows, so the time does not depend on the window's height.
 function drawCells(context) {
   if (!heat.looks.length) return;
   const [width, layers] = [Math.max(1, Math.round(heat.plot.width * (window.devicePixelRatio || 1))), told.layers.length];
@@ -100,7 +101,7 @@ function drawCells(context) {
   context.drawImage(stage, heat.plot.left, heat.plot.top, heat.plot.width, heat.plot.height);
 }
 
-// The look that speaks of a step, -1 if none does.
+// The index of the look that covers a step; -1 if no look does.
 function lookAt(step) {
   const i = firstFrom(heat.looks, step);
   if (i >= heat.looks.length || (view.upTo !== null && heat.looks[i].step > view.upTo)) return -1;
@@ -137,7 +138,7 @@ function drawLayerNames(context) {
   });
 }
 
-// The end of a layer's name says most.
+// The name, cut at its beginning if it is too wide: the end of a layer's name distinguishes it best.
 function fitted(context, name, width) {
   let kept = name.slice(-60);
   if (kept.length === name.length && context.measureText(kept).width <= width) return kept;
@@ -158,7 +159,7 @@ function drawCursor(context) {
   }
 }
 
-// The cursor keeps its step while columns come and are thinned.
+// The cell under the cursor. The cursor keeps its step when columns are added or thinned out.
 function cursorCell() {
   if (view.cursor === null || !heat.looks.length) return null;
   const last = lastShown();

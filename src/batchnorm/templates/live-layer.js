@@ -1,6 +1,6 @@
-// The chosen layer: what it receives and gives, its statistics, gamma and beta, noise against gap, and the rest.
+// Charts of the chosen layer: its input and output, its statistics, gamma and beta, noise and gap, and other quantities.
 const percentiles = { layer: -1, count: 0, steps: [], names: {}, problem: "" };
-// quantities that stand in a chart together with others
+// quantities that are in one of the main charts
 const GROUPED = ["gamma", "beta", "noise", "gap", "shift", "shift_floor", "drift"];
 const OVER_CHANNELS = "median and 16 to 84 % of channels";
 
@@ -25,7 +25,7 @@ function bandsOf(name) {
   return rows.map((five, i) => [percentiles.steps[i], five]).filter(([step]) => view.upTo === null || step <= view.upTo);
 }
 
-// Both on one scale: else a layer that shrinks its values would look as one that does not.
+// Both charts have the same scale; otherwise a layer that shrinks its values would look like one that does not.
 function ribbons() {
   const received = { name: "median", style: "neutral", bands: bandsOf("quantiles_input") };
   const given = { name: "median", style: "with", bands: bandsOf("quantiles_output") };
@@ -46,7 +46,7 @@ function statistics(name) {
   return chart({ title, unit: `${name === "mean" ? "value" : "square of a value"}; ${OVER_CHANNELS}`, series });
 }
 
-// The gap that noise explains is its root: both in the gap's unit.
+// The gap that noise explains is the root of the noise; so both lines have the gap's unit.
 function noiseChart(layer) {
   const root = points("noise", layer).map(([step, v]) => [step, v === null || v < 0 ? null : Math.sqrt(v)]);
   const series = [
@@ -81,7 +81,7 @@ function titled(name) {
   return title[0] === undefined ? name : title[0].toUpperCase() + title.slice(1);
 }
 
-// Losses of the user and of the probe on one scale; what else was logged on its own.
+// Losses of the user and of the probe in one chart; every other logged number in a chart of its own.
 function drawLosses() {
   const names = new Set(told.progress.flatMap((row) => Object.keys(row.values)));
   const isLoss = (name) => /loss/i.test(name);

@@ -1,20 +1,21 @@
-// Scales: from numbers to pixels and colours, and round numbers to label them with.
+// Scales: colours of numbers, and round numbers as labels of axes.
 
-// Viridis (Smith and van der Walt 2015), even in lightness, at nine places: the same order for every kind of colour vision.
+// Nine colours of viridis (Smith and van der Walt 2015): lightness rises evenly, so every kind of colour vision sees the
+// same order.
 const RAMP = ["440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725"].map((hex) => [
   parseInt(hex.slice(0, 2), 16), parseInt(hex.slice(2, 4), 16), parseInt(hex.slice(4), 16),
 ]);
-const WIDE = 30; // ratio of high to low from which a logarithm shows more
-const SAMPLE = 5000; // values that a colour scale is found from
+const WIDE = 30; // if high / low is above this, the scale is logarithmic
+const SAMPLE = 5000; // the most values from which a colour scale is computed
 
-// High is what stands out from the ground: dark on light, light on dark.
+// The colour of a share from 0 to 1. High values contrast with the background: dark on light, light on dark.
 function colourAt(share, isDark) {
   const place = (isDark ? share : 1 - share) * (RAMP.length - 1);
   const low = Math.min(Math.floor(place), RAMP.length - 2);
   return RAMP[low].map((from, i) => Math.round(from + (RAMP[low + 1][i] - from) * (place - low)));
 }
 
-// A scale for the colours of these looks, from the 2nd to the 98th percentile of their values.
+// The colour scale of these looks, from the 2nd to the 98th percentile of their values; null without values.
 function colourScale(looks, quantity) {
   const values = sampled(looks, quantity).sort((a, b) => a - b);
   if (!values.length) return null;
@@ -37,7 +38,7 @@ function sampled(looks, quantity) {
   return values;
 }
 
-// Round numbers within [low, high], about so many.
+// About `count` round numbers within [low, high].
 function ticks(low, high, count) {
   const raw = (high - low) / Math.max(1, count);
   if (!(raw > 0) || !Number.isFinite(raw)) return [low];
@@ -49,18 +50,18 @@ function ticks(low, high, count) {
   return found;
 }
 
-// Steps as tick labels: short where they are thousands.
+// Steps with their tick labels; thousands are written short.
 function stepTicks(low, high, count) {
   return ticks(low, high, count).filter((step) => Number.isInteger(step) && step >= 0).map((step) => [step, shortStep(step, high)]);
 }
 
-// All labels of an axis in one unit.
+// A step as label; all labels of an axis have the same unit, which `high` decides.
 function shortStep(step, high) {
   if (step && high >= 1e6 && step % 1e4 === 0) return `${step / 1e6}M`;
   return step && high >= 1e4 && step % 100 === 0 ? `${step / 1e3}k` : whole(step);
 }
 
-// The index of the first step that is not below; steps are in order.
+// The index of the first row whose step is at least `step`; rows are in order of steps.
 function firstFrom(rows, step) {
   let [low, high] = [0, rows.length];
   while (low < high) {

@@ -1,6 +1,6 @@
-// Where data come from: a stream that comes back by itself, or what was saved in the page.
+// The source of the data: a stream, which reconnects by itself, or the data that were saved in the page.
 const source = { stream: null, lastId: "", heard: 0, isLost: false, problem: "" };
-const QUIET = 4000; // ms without the server's beat, which comes every second
+const QUIET = 4000; // ms without a message after which the connection counts as lost; the server sends one every second
 const RETRY = 1000;
 
 const address = (path, more = {}) => {
@@ -14,12 +14,12 @@ function listen() {
   for (const kind of ["log", "more", "beat"]) source.stream.addEventListener(kind, (event) => hear(kind, event));
   source.stream.onerror = () => {
     lose();
-    // refused for good, as by a server with another token: the browser would not try again
+    // the server refused, for example because it has another token: then the browser does not try again
     if (source.stream.readyState === EventSource.CLOSED) setTimeout(listen, RETRY);
   };
 }
 
-// A paused page takes the status alone, and asks for the rest when it goes on: it may be paused for days.
+// A paused page reads only the status, and requests the other data when it resumes, which may be days later.
 function hear(kind, event) {
   source.heard = performance.now();
   source.isLost = false;
@@ -46,7 +46,7 @@ function lose() {
 }
 
 function drawTrouble() {
-  const lost = "Connection lost, trying again. If batchnorm watch was started anew, open the address that it printed.";
+  const lost = "Connection lost, trying again. If batchnorm watch was started again, open the address that it printed.";
   const words = source.isLost ? lost : source.problem;
   const place = byId("trouble");
   if (place.textContent !== words) place.textContent = words;
@@ -57,7 +57,7 @@ function watchConnection() {
   if (!source.isLost && source.heard && performance.now() - source.heard > QUIET) lose();
 }
 
-// Percentiles of the chosen layer: those that are new, or all of another layer's.
+// Requests percentiles of the chosen layer: only the new ones, or all if another layer was chosen.
 async function askPercentiles(fromStart = false) {
   const layer = view.layer;
   if (fromStart || percentiles.layer !== layer) Object.assign(percentiles, { layer, count: 0, steps: [], names: {}, problem: "" });

@@ -1,5 +1,5 @@
-// What the page was told, and which part of it is looked at. A tier's looks are in the order of their steps.
-const KEPT = 1200; // looks of a tier: twice what is sent at once, so that thinning is rare
+// The data that the server sent, and the part of them that is shown. The looks of a tier are in the order of their steps.
+const KEPT = 1200; // most looks of a tier: twice as many as the server sends at once, so that thinning is rare
 
 const told = { layers: [], tiers: {}, progress: [], events: [], totals: {}, status: {}, arrays: 0, began: false };
 const view = { quantity: "", layer: 0, cursor: null, upTo: null, paused: false };
@@ -23,7 +23,7 @@ function take(data) {
   told.status = data.status;
 }
 
-// Appended, in order, and thinned by halves when there are too many; the last one stays.
+// Both lists of rows in order of steps. If there are too many rows, every second one is left out, but not the last.
 function joined(rows, more) {
   if (!more.length) return rows;
   const isLater = !rows.length || rows[rows.length - 1].step <= more[0].step;
@@ -33,12 +33,12 @@ function joined(rows, more) {
   return all;
 }
 
-// The rows up to the step that is looked back to.
+// The rows up to the step that is shown.
 function shown(rows) {
   return view.upTo === null ? rows : rows.filter((row) => row.step <= view.upTo);
 }
 
-// The tier that has a quantity, the one with most looks if there are several.
+// The tier that has a quantity; of several, the tier with the most looks; null if no tier has it.
 function tierOf(quantity) {
   const having = WORDS.tiers.filter((tier) => (told.tiers[tier] ?? []).some((row) => quantity in row.values));
   return having.sort((a, b) => told.tiers[b].length - told.tiers[a].length)[0] ?? null;
@@ -49,7 +49,7 @@ function looksOf(quantity) {
   return tier === null ? [] : told.tiers[tier].filter((row) => Object.hasOwn(row.values, quantity));
 }
 
-// Quantities that the log has, in the order in which they are explained.
+// The quantities in the log, in the order of WORDS.quantities; unknown quantities come last, by name.
 function quantitiesThere() {
   const there = new Set();
   for (const tier of WORDS.tiers) for (const row of told.tiers[tier]) Object.keys(row.values).forEach((q) => there.add(q));
@@ -57,14 +57,14 @@ function quantitiesThere() {
   return [...known, ...[...there].filter((name) => !known.includes(name)).sort()];
 }
 
-// Every step that was looked at; those of the progress where none was.
+// The steps of all looks; if there are no looks, the steps of the progress.
 function allSteps() {
   const looks = WORDS.tiers.flatMap((tier) => told.tiers[tier] ?? []);
   const steps = new Set((looks.length ? looks : told.progress).map((row) => row.step));
   return [...steps].sort((a, b) => a - b);
 }
 
-// First and last step of all time axes.
+// The first and last step, which all time axes share.
 function stepRange() {
   const rows = [...WORDS.tiers.map((tier) => told.tiers[tier] ?? []), told.progress].filter((list) => list.length);
   if (!rows.length) return [0, 1];

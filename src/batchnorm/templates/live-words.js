@@ -1,4 +1,4 @@
-// Numbers and texts as people read them. Every text of a log goes through textContent, never through markup.
+// Numbers and texts for people. Every text of a log is set by textContent, never as markup.
 const MISSING = "–";
 const SUPERSCRIPT = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
@@ -9,7 +9,7 @@ function whole(n) {
   return n.toLocaleString("en-US");
 }
 
-// Three digits that count; powers of ten where zeros would have to be counted.
+// A number with three significant digits; very small and very large numbers with a power of ten.
 function number(value) {
   if (value === null || value === undefined) return MISSING;
   const size = Math.abs(value);
@@ -25,14 +25,14 @@ function minus(text) {
   return text.replace(/-/g, "−");
 }
 
-// "12 s ago" with no more exactness than anybody needs.
+// A time span such as "12 s ago", in the largest unit that fits.
 function ago(seconds) {
   if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s ago`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
   return seconds < 129600 ? `${Math.round(seconds / 3600)} h ago` : `${Math.round(seconds / 86400)} days ago`;
 }
 
-// What the log knows that this version does not is shown by its name.
+// The words about a quantity; a quantity that this version does not know has its name as title.
 function words(quantity) {
   const known = Object.hasOwn(WORDS.quantities, quantity) ? WORDS.quantities[quantity] : null;
   return known ?? { title: quantity, unit: "", reads: "", misleads: "", floor: "", formula: "", source: "" };

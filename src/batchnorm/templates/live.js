@@ -1,4 +1,4 @@
-// The page: draws what is known, and does what its controls say.
+// The page: draws the data that it has, and reacts to its controls.
 const SAVED = byId("data") ? JSON.parse(byId("data").textContent) : null;
 let isDue = false;
 
@@ -75,7 +75,7 @@ function drawChoices() {
   offer(byId("layer"), told.layers.map((name, i) => [String(i), name]), String(view.layer));
 }
 
-// Options are made anew only when they differ: a list that is open stays open.
+// Options are created again only if they changed, so that an open list stays open.
 function offer(select, options, chosen) {
   const wanted = JSON.stringify(options);
   if (select.dataset.offered !== wanted) {

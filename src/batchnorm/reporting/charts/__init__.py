@@ -1,8 +1,8 @@
 """Drawings: the data of a ``chart_data.Chart`` as Altair charts, one for each panel.
 
-Every panel of a chart has the same explicit scales, so a page may put panels side by side or one below the
-other without losing the comparison. Titles and the legend are left to the page, where text wraps. Colours are
-the page's CSS variables, such as ``var(--with)``, so a drawing follows its light or dark theme.
+Every panel of a chart has the same explicit scales, so panels can be compared, side by side or one below the other. The
+page writes titles and the legend, because there text wraps. Colours are the page's CSS variables, such as
+``var(--with)``, so a drawing has the page's light or dark theme.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
     Row = Mapping[str, Any]
 
-# Size in pixels of a panel with its axes, by the number of panels in a row. None is much wider than a telephone,
-# where panels stack, so that their labels stay readable.
+# Size in pixels of a panel with its axes, by the number of panels in a row. No panel is much wider than a telephone,
+# where each panel has a row of its own, so that its labels stay readable.
 _SIZES = {1: (380, 230), 2: (380, 230), 3: (300, 200)}
 _SMALL = (250, 170)
-_LOW = 150  # height where three or more rows stack
+_LOW = 150  # height of a panel in a chart of three or more rows
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One drawing of a chart, and the titles of the row and column it stands in; "" where there are none."""
+    """One drawing of a chart, and the titles of its row and column; "" without a title."""
 
     row: str
     column: str
@@ -42,7 +42,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What the panels of a chart have in common."""
+    """What all panels of a chart share: the chart, the looks of its series, and its scales."""
 
     chart: Chart
     looks: dict[str, Look]
@@ -51,12 +51,12 @@ class _Frame:
 
     @property
     def clip(self) -> bool:
-        """Whether a scale was set by hand, so that values may lie outside it."""
+        """Whether an axis has a fixed domain, so that values may lie outside it."""
         return any(axis is not None and axis.domain is not None for axis in (self.chart.x, self.chart.y))
 
 
 def panels(chart: Chart) -> list[Panel]:
-    """Every panel of ``chart``, row by row; rows and columns in their order of appearance.
+    """Every panel of ``chart``, row by row; rows and columns have the order in which the data name them.
 
     A panel without data is drawn empty, so that columns stay aligned.
 
@@ -89,8 +89,8 @@ def _inside(chart: Chart, row: str, column: str) -> list[Row]:
 def _draw(frame: _Frame, rows: Sequence[Row], width: int, height: int) -> alt.LayerChart:
     import altair as alt
 
-    # Altair checks every object against its schema while it is built, four fifths of all the time. Only data
-    # differ between our drawings, so it is enough that the tests check one of each kind.
+    # Altair checks every object against its schema, which takes four fifths of the time. Drawings of one kind differ
+    # only in their data, so it is enough that the tests check one drawing of each kind.
     with alt.utils.schemapi.debug_mode(False):
         layers = _KINDS[frame.chart.kind](frame, rows)
         fit = alt.AutoSizeParams(type="fit", contains="padding")
@@ -98,7 +98,7 @@ def _draw(frame: _Frame, rows: Sequence[Row], width: int, height: int) -> alt.La
 
 
 def _config() -> alt.Config:
-    """RunSettings of all drawings; the font is close in width to the page's, which replaces it."""
+    """The settings of all drawings; the page replaces the font by one of nearly the same width."""
     import altair as alt
 
     labels = {"labelColor": "var(--muted)", "labelFontSize": 11, "labelPadding": 4, "tickSize": 4}
@@ -161,7 +161,7 @@ _KINDS: dict[str, Callable[[_Frame, Sequence[Row]], list[alt.Chart]]] = {
 
 
 def _base(frame: _Frame, rows: Iterable[Row]) -> alt.Chart:
-    """A chart of ``rows`` in the colours of their series, with what an interactive page shows for a mark."""
+    """A chart of ``rows`` in the colours of their series, with the tooltip of an interactive page."""
     import altair as alt
 
     values = [{key: value for key, value in row.items() if key not in {"row", "panel"}} for row in rows]
@@ -200,7 +200,7 @@ def _band(frame: _Frame, rows: Sequence[Row], low: str, high: str, opacity: floa
 
 
 def _symbols(frame: _Frame, rows: Sequence[Row], size: int) -> alt.Chart:
-    # left out beyond the scale rather than clipped: one that lies on the edge stays whole
+    # symbols outside the scale are left out, not clipped, so that a symbol on the edge stays whole
     rows = [row for row in rows if _inside_scale(frame.x, row["x"]) and _inside_scale(frame.y, row["y"])]
     symbols = _base(frame, rows).mark_point(filled=True, opacity=1, size=size)
     return symbols.encode(x=_x(frame, "x"), y=_y(frame, "y"), shape=_shape(frame))
@@ -230,17 +230,17 @@ def _x(frame: _Frame, field: str) -> alt.X:
 def _y(frame: _Frame, field: str) -> alt.Y:
     import altair as alt
 
-    assert frame.y is not None  # noqa: S101 - only charts of dots have none, and they place categories instead
+    assert frame.y is not None  # noqa: S101 - only charts of dots have no y scale, and they call _category instead
     return alt.Y(f"{field}:Q", title=None, scale=_scale(frame.y), axis=_axis(frame.y, grid=True))
 
 
 def _category(frame: _Frame) -> dict[str, Any]:
-    """The vertical place of a dot: its category, and its series beside the others of that category."""
+    """The vertical position of a dot: by its category, and within the category by its series."""
     import altair as alt
 
     labels = [_wrapped(label) for label in _labels(frame.chart)]
     lanes = alt.Scale(domain=labels, paddingInner=0.25, paddingOuter=0.1)
-    # two lines stand in the middle when the first ends there
+    # a label of two lines is centred if the bottom of its first line is in the middle
     baseline = alt.condition("indexof(datum.value, '\\n') >= 0", alt.value("bottom"), alt.value("middle"))
     axis = alt.Axis(labelLimit=0, labelColor="var(--ink)", labelPadding=8, labelBaseline=baseline)
     place: dict[str, Any] = {"y": alt.Y("label:N", title=None, sort=labels, scale=lanes, axis=axis)}
@@ -263,7 +263,7 @@ def _axis(shared: Scale, *, grid: bool) -> alt.Axis:
 
     if shared.ticks is None:
         return alt.Axis(tickCount=5, format=shared.form or alt.Undefined, grid=grid)
-    # left to itself, a logarithmic axis blanks the labels of some of its ticks
+    # by default, a logarithmic axis leaves out the labels of some ticks
     label = f"format(datum.value, datum.value < 1e-4 || datum.value >= 1e6 ? '~e' : '{shared.form}')"
     return alt.Axis(values=list(shared.ticks), labelExpr=label, labelOverlap="greedy", grid=grid)
 
@@ -276,20 +276,20 @@ def _labels(chart: Chart) -> list[str]:
 
 
 def _wrapped(label: str) -> str:
-    """The label on at most two lines, the longer the more it has to say."""
+    """The label on at most two lines of at least 22 characters, no wider than needed."""
     lines = (textwrap.wrap(label, width, break_on_hyphens=False) for width in range(22, 22 + len(label)))
     return "\n".join(next((wrapped for wrapped in lines if len(wrapped) <= 2), [label]))
 
 
 def _dots_height(chart: Chart) -> int:
-    """Height that gives each series of each category its own line, and wrapped labels their room."""
+    """The height at which each series of each category has its own line, and two-line labels do not overlap."""
     labels = [_wrapped(label) for label in _labels(chart)]
     room = 34 if any("\n" in label for label in labels) else 23
     return 34 + len(labels) * max(room, 10 + 13 * _lanes(chart))
 
 
 def _lanes(chart: Chart) -> int:
-    """Lines that a category needs: the number of series, or one where no category has more."""
+    """Number of lines of a category: the number of series, or 1 if no category has more than one value in a panel."""
     places = Counter((row.get("row"), row.get("panel"), row["label"]) for row in chart.rows)
     return len(chart.series) if max(places.values()) > 1 else 1
 
@@ -299,10 +299,10 @@ def _with_interval(rows: Iterable[Row]) -> list[Row]:
 
 
 def with_gaps(rows: Sequence[Row], dashed: Sequence[str] = ()) -> list[Row]:
-    """``rows`` with an empty one wherever a series lacks an x that the panel's other series have, by x.
+    """``rows`` in order of x, with an empty row wherever a series has no value at an x of the panel's other series.
 
-    A line breaks there instead of bridging a value that does not exist. A series that lacks more than a third of
-    the values within its range was sampled on another grid, and keeps its line; so do dashed ones.
+    The line of the series is broken at an empty row. A series that has no value at more than a third of the x within
+    its range was measured on another grid, and gets no empty rows; nor do dashed series.
     """
     solid = [row for row in rows if row["series"] not in dashed]
     grid = sorted({row["x"] for row in solid})
@@ -316,9 +316,10 @@ def with_gaps(rows: Sequence[Row], dashed: Sequence[str] = ()) -> list[Row]:
 
 
 def _marked(chart: Chart, rows: Sequence[Row]) -> list[Row]:
-    """The rows of lines that get a symbol.
+    """The rows of a chart of lines that are drawn with a symbol.
 
-    They are all rows of a short series, values between two gaps, and of series that share a role about six.
+    They are all rows of a short series, single values between two gaps, and about six rows of each series that shares
+    its role with another.
     """
     result = []
     for nth, name in enumerate(name for name in chart.series if name not in chart.dashed):
@@ -326,8 +327,8 @@ def _marked(chart: Chart, rows: Sequence[Row]) -> list[Row]:
         if name in short(chart):
             result += mine
             continue
-        there = [False, *(row["y"] is not None for row in mine), False]
-        neighbours = zip(there, there[2:], strict=False)
+        exists = [False, *(row["y"] is not None for row in mine), False]
+        neighbours = zip(exists, exists[2:], strict=False)
         result += [row for row, sides in zip(mine, neighbours, strict=True) if not any(sides)]
         if name in siblings(chart):
             every = max(len(mine) // 6, 1)

@@ -1,4 +1,4 @@
-"""Scales: where the axes of a chart begin and end, the same for all of its panels, and which data fit them."""
+"""Scales: where the axes of a chart begin and end in all of its panels, and errors for data that cannot be drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from batchnorm.reporting.charts.chart_data import Axis, Chart
 
-# What a scale must hold, by axis and kind of chart.
+# The fields of rows whose values must be inside the scale, by axis and kind of chart.
 _QUANTILES = ("p2", "p16", "p50", "p84", "p98")
 _FIELDS = {
     "x": {"lines": ("x",), "points": ("x",), "ribbons": ("x",), "dots": ("value", "low", "high")},
@@ -24,13 +24,13 @@ class Scale:
     """One axis of a chart, shared by its panels.
 
     Args:
-        title: What is shown, with its unit.
+        title: The quantity, with its unit.
         low: Value at the beginning.
         high: Value at the end, above ``low``.
-        log: Whether it is logarithmic.
-        nice: Whether it may grow to the next round numbers.
-        ticks: The values that are marked; None where the drawing library chooses.
-        form: How values are written, as a d3 format; "" where the drawing library chooses.
+        log: Whether the scale is logarithmic.
+        nice: Whether the drawing library may extend it to round numbers.
+        ticks: The values with a tick; None: the drawing library chooses them.
+        form: The format of values, by the rules of d3; "": the drawing library chooses it.
     """
 
     title: str
@@ -43,17 +43,17 @@ class Scale:
 
 
 def scale(chart: Chart, which: Literal["x", "y"]) -> Scale:
-    """The scale of ``chart`` that holds every value with its interval, in all panels.
+    """The scale of an axis of ``chart``: it contains every value with its interval, in all panels.
 
-    It has a margin of 4 % unless it is the steps of a line; the margin never crosses 0, nor 100 % of a share.
+    It has a margin of 4 %, except the x axis of lines and ribbons. The margin never crosses 0, nor 100 % of a share.
 
     Raises:
-        ValueError: If the axis is missing, a value is not finite, or a logarithmic axis meets one that is not
+        ValueError: If the axis is missing, a value is not finite, or a logarithmic axis has a value that is not
             positive; the message names the chart.
     """
     axis = chart.x if which == "x" else chart.y
     if axis is None:
-        raise ValueError(f"a chart of {chart.kind} needs an {which} axis, got None in {chart.title!r}. Give it one.")
+        raise ValueError(f"a chart of {chart.kind} needs an {which} axis, got None in {chart.title!r}. Add the axis.")
     values = _values(chart, which)
     _check(chart, which, axis, [*values, *(axis.domain or ())])
     low, high = axis.domain or _ends(chart, which, axis, values)
@@ -70,13 +70,13 @@ def _values(chart: Chart, which: str) -> list[float]:
 
 
 def _check(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> None:
-    """Raise where the data cannot be drawn as they are."""
+    """Refuse data that cannot be drawn."""
     if not values:
         raise ValueError(f"a chart needs at least one {which} value, got none in {chart.title!r}. Leave the chart out.")
     for value in values:
         if not math.isfinite(value):
             raise ValueError(
-                f"{which} values must be finite, got {value} in {chart.title!r}. Leave such rows out: a gap is drawn."
+                f"{which} values must be finite, got {value} in {chart.title!r}. Leave such rows out: that is a gap."
             )
         if axis.log and value <= 0:
             raise ValueError(
@@ -99,7 +99,7 @@ def _ends(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> tupl
 
 
 def log_ticks(low: float, high: float, measured: Sequence[float] = ()) -> list[float]:
-    """Ticks of a logarithmic scale: the measured values where they are few, else at most eight round numbers."""
+    """Ticks of a logarithmic scale: the measured values if there are 2 to 9, otherwise at most eight round numbers."""
     if 2 <= len(set(measured)) <= 9:
         return sorted(set(measured))
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

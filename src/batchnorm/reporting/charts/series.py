@@ -1,4 +1,4 @@
-"""Series: how those of a chart are told apart, in its drawings and in its legend."""
+"""Series: how a reader can distinguish the series of a chart, in its drawings and in its legend."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 _SHAPES = ("circle", "square", "triangle-up", "diamond")
 _DASHES = ((5, 4), (2, 3))
 
-# A line through at most this many values also shows the values themselves.
+# A line through at most this many values also has a symbol at each value.
 _DOTTED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a series is drawn: colour says the role; shade, shape and dash tell series of one role apart."""
+    """How a series is drawn: its role decides the colour; shade, shape and dash distinguish series of one role."""
 
     colour: str
     shape: str
@@ -42,7 +42,7 @@ def looks(chart: Chart) -> dict[str, Look]:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One entry of a chart's legend: a series' name, its look, and whether it has a line, a symbol or a band."""
+    """An entry of a chart's legend: the name of a series, its look, and whether it has a line, a symbol or a band."""
 
     name: str
     look: Look
@@ -52,7 +52,7 @@ class Key:
 
 
 def legend(chart: Chart) -> list[Key]:
-    """The legend of ``chart``."""
+    """The entries of the legend of ``chart``, in order."""
     return [_key(chart, name, look) for name, look in looks(chart).items()]
 
 
@@ -67,13 +67,13 @@ def _key(chart: Chart, name: str, look: Look) -> Key:
 
 
 def short(chart: Chart) -> set[str]:
-    """The series whose every value is worth a symbol, because no panel has many."""
+    """The series with at most 16 values in every panel, of which each value gets a symbol."""
     count = Counter((row["series"], row.get("row"), row.get("panel")) for row in chart.rows)
     return set(chart.series) - {place[0] for place, number in count.items() if number > _DOTTED}
 
 
 def siblings(chart: Chart) -> set[str]:
-    """The solid series that share their role with another one, so that colour alone does not tell them."""
+    """The solid series that share their role with another solid series, so that their colours are alike."""
     solid = {name: role for name, role in chart.series.items() if name not in chart.dashed}
     count = Counter(solid.values())
     return {name for name, role in solid.items() if count[role] > 1}

@@ -1,4 +1,4 @@
-"""SVG: a drawing as the smallest element that shows it inside a page."""
+"""SVG: a drawing as a small element of a page."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _EMPTY = re.compile(r"<g(?: [^>]*)?></g>|<g(?: [^>]*)?/>")
 def to_svg(drawing: alt.LayerChart, prefix: str) -> str:
     """The drawing as an SVG element for a page; the same drawing always gives the same text.
 
-    It is hidden from screen readers: the page says what it shows.
+    It is hidden from screen readers, because the page has a description of the chart.
 
     Args:
         drawing: The drawing of a panel.
-        prefix: Begins the names inside the element, which must be unique in the page.
+        prefix: Beginning of the names inside the element, which must be unique in the page.
     """
     import vl_convert
 
     svg = vl_convert.vegalite_to_svg(drawing.to_dict(validate=False))
     svg = _TAG.sub(lambda tag: _slim(tag[0]), _INVISIBLE.sub("", svg))
     svg = _EMPTY.sub("", _EMPTY.sub("", svg))
-    # The library numbers clip paths through a whole process; a page needs names that repeat.
+    # the library numbers clip paths through a whole process, but the same drawing must give the same names
     for number, name in enumerate(dict.fromkeys(re.findall(r'id="([^"]+)"', svg))):
         svg = re.sub(rf'(id="|url\(#){name}(?=["\)])', rf"\g<1>{prefix}-{number}", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
 def to_specification(drawing: alt.LayerChart, *, zoom: bool) -> dict[str, Any]:
-    """The drawing as Vega-Lite for an interactive page, as wide as its place there.
+    """The drawing as a Vega-Lite specification for an interactive page, as wide as its container.
 
     Args:
         drawing: The drawing of a panel.
-        zoom: Whether dragging moves it, and Shift with the wheel zooms; the wheel alone still scrolls the page.
-            Both scales must be of numbers.
+        zoom: Whether dragging moves the drawing, and Shift with the wheel zooms; without Shift the wheel scrolls the
+            page. Both scales must be numeric.
     """
     specification: dict[str, Any] = {**drawing.to_dict(validate=False), "width": "container"}
     if zoom:
@@ -54,5 +54,5 @@ def to_specification(drawing: alt.LayerChart, *, zoom: bool) -> dict[str, Any]:
 
 
 def _slim(tag: str) -> str:
-    """A tag without what a page does not use or sets itself, and without digits below a tenth of a pixel."""
+    """A tag without attributes that the page does not need, and with numbers rounded to a tenth of a pixel."""
     return _UNUSED.sub("", _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), tag))
