@@ -1,4 +1,4 @@
-"""Checks of argument types; errors read "<what was expected>, got <what came>. <what to do>"."""
+"""Checks of argument types, with errors of the form "<what was expected>, got <type>. <what to do>"."""
 
 from __future__ import annotations
 
