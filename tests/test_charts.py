@@ -289,7 +289,7 @@ def test_a_chart_without_rows_is_refused():
 
 def test_a_missing_axis_is_refused():
     chart = dataclasses.replace(lines([1.0]), x=None)
-    with pytest.raises(ValueError, match=r"^a chart of lines needs an x axis, got None in 'A title'\. Give it one\.$"):
+    with pytest.raises(ValueError, match=r"^a chart of lines needs an x axis, got None in 'A title'\. Add the axis\.$"):
         panels(chart)
 
 

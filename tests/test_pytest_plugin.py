@@ -233,8 +233,8 @@ def test_a_model_that_writes_to_its_input_is_not_blamed() -> None:
 @pytest.mark.parametrize(
     ("model", "examples", "message"),
     [
-        (nn.Linear(3, 2), torch.randn(1, 3), r"needs a batch of 2 examples or more, got 1\. Give more"),
-        (nn.Linear(3, 2), "text", r"needs a batch of 2 examples or more, got 0\. Give more"),
+        (nn.Linear(3, 2), torch.randn(1, 3), r"needs a batch of 2 examples or more, got 1\. Pass more examples"),
+        (nn.Linear(3, 2), "text", r"needs a batch of 2 examples or more, got 0\. Pass more examples"),
         (nn.Flatten(0), torch.randn(2, 3), r"needs an output with a first axis of 2 examples, got none\. Wrap"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_run_in_which_nothing_failed_says_so():
 def test_the_page_says_how_it_was_measured(page):
     text = words(page.split('aria-labelledby="measured"')[1])
     assert "Seeds 5, from 0 to 4." in text
-    assert "99.375 %: 8 claims" in text
+    assert "99.375 %: a full run tests 8 claims" in text
     assert "Bonferroni" in text
     assert f"Criteria Version {CRITERIA.version}" in text
     assert len(environment()) >= 5

@@ -191,7 +191,7 @@ def test_the_format_is_chosen_by_option_then_ending_then_project_then_workflow(m
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     assert chosen(None) == "github"
     assert chosen(None, in_workflow="full") == "full"
-    with pytest.raises(ValueError, match=r"output-format must be one of full, .*, got 'pdf'. Choose one"):
+    with pytest.raises(ValueError, match=r"output-format must be one of full, .*, got 'pdf'. Correct the setting"):
         chosen(None, None, "pdf")
 
 

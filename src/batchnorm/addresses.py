@@ -108,36 +108,36 @@ def model(address: str, settings: Mapping[str, Any] | None = None, weights: str 
     """
     from torch import nn
 
-    made = load(address)
-    if not isinstance(made, nn.Module):
-        made = _called(address, made, settings or {})
+    result = load(address)
+    if not isinstance(result, nn.Module):
+        result = _called(address, result, settings or {})
     elif settings:
         raise ValueError(f"--set needs a function or class, got the model {address}. Leave --set out.")
-    if not isinstance(made, nn.Module):
-        raise AddressError(f"{address} gives {type(made).__name__}, expected an nn.Module. Return the model itself.")
+    if not isinstance(result, nn.Module):
+        raise AddressError(f"{address} gives {type(result).__name__}, expected an nn.Module. Return the model itself.")
     if weights is not None:
-        load_weights(made, weights, state)
-    return made
+        load_weights(result, weights, state)
+    return result
 
 
 def data(address: str) -> Any:
     """The loader at an address, or the one that the function or class there returns."""
     from torch import Tensor
 
-    made = load(address)
-    if inspect.isclass(made) or (callable(made) and not hasattr(made, "__iter__")):
-        made = _called(address, made, {})
-    kind = type(made).__name__
-    if isinstance(made, Tensor):
+    loader = load(address)
+    if inspect.isclass(loader) or (callable(loader) and not hasattr(loader, "__iter__")):
+        loader = _called(address, loader, {})
+    kind = type(loader).__name__
+    if isinstance(loader, Tensor):
         raise AddressError(f"{address} gives one {kind}, expected batches. Return a list of batches: [x].")
-    if hasattr(made, "__getitem__") and not hasattr(made, "__iter__"):
+    if hasattr(loader, "__getitem__") and not hasattr(loader, "__iter__"):
         raise AddressError(
             f"{address} gives {kind}, whose items are examples, expected batches. "
             f"Return DataLoader({kind.lower()}, batch_size=32)."
         )
-    if not hasattr(made, "__iter__") or isinstance(made, (str, bytes, Mapping)):
+    if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, Mapping)):
         raise AddressError(f"{address} gives {kind}, expected batches. Return a DataLoader or a list.")
-    return made
+    return loader
 
 
 def parsed(settings: Iterable[str]) -> dict[str, Any]:
@@ -172,11 +172,11 @@ def states(network: nn.Module, file: Checkpoint) -> Checkpoint:
     keys_of_model = next((keys for keys, names in names_by_dict.items() if names.keys() == layers), None)
     if keys_of_model is not None:
         return apart(file, keys_of_model, "") or file
-    wanted = _shapes(network.state_dict())
+    shapes = _shapes(network.state_dict())
     modules = [
         (keys, prefix)
         for keys, names in names_by_dict.items()
-        for prefix in _modules(file, keys, names, layers, wanted)
+        for prefix in _modules(file, keys, names, layers, shapes)
     ]
     for keys, prefix in modules if len(modules) > 1 else ():
         file = apart(file, keys, prefix) or file
@@ -211,8 +211,8 @@ def _inside(path: str) -> Callable[[str], bool]:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size | None]:
     """Shapes of the tensors that a state must have; not those of counters, because torch adds missing counters."""
-    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
-    return {name: getattr(value, "shape", None) for name, value in kept.items()}
+    without_counters = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    return {name: getattr(value, "shape", None) for name, value in without_counters.items()}
 
 
 def load_weights(network: nn.Module, path: str, state: str = "") -> str:
@@ -234,8 +234,8 @@ def load_weights(network: nn.Module, path: str, state: str = "") -> str:
     file, name = chosen(network, path, state)
     part = file.states[name] if name else None
     beside = tuple(_prefixes_beside(file, part))
-    known = network.state_dict()
-    tensors = {k: v for k, v in _tensors(file, part).items() if k in known or not k.startswith(beside)}
+    model_state = network.state_dict()
+    tensors = {k: v for k, v in _tensors(file, part).items() if k in model_state or not k.startswith(beside)}
     try:
         network.load_state_dict(tensors)
     except Exception as error:

@@ -74,8 +74,8 @@ def tune_allocator() -> Tuning:
     if name != "glibc":
         return Tuning(None, f"needs glibc, got {name or platform.system()}: nothing was done")
     libc = ctypes.CDLL(None)
-    kept = _set(libc, threshold=_LARGEST_THRESHOLD, trim=2**31 - 1, blocks=0)
-    return Tuning(libc, "") if kept else Tuning(None, "glibc refused the settings: nothing was done")
+    is_set = _set(libc, threshold=_LARGEST_THRESHOLD, trim=2**31 - 1, blocks=0)
+    return Tuning(libc, "") if is_set else Tuning(None, "glibc refused the settings: nothing was done")
 
 
 def _set(libc: ctypes.CDLL, *, threshold: int, trim: int, blocks: int) -> bool:

@@ -302,11 +302,11 @@ def _by_feature(counts: Tensor | int) -> str:
     """The features with a count above 0 and their counts, in words; at most five are named."""
     counts = torch.as_tensor(counts)
     where = counts.nonzero().tolist()
-    named = [
+    texts = [
         f"{index[0] if len(index) == 1 else tuple(index)} ({int(counts[tuple(index)])} times)" for index in where[:5]
     ]
     more = f" and {len(where) - 5} more" if len(where) > 5 else ""
-    return f"{'feature' if len(where) == 1 else 'features'} {', '.join(named)}{more}"
+    return f"{'feature' if len(where) == 1 else 'features'} {', '.join(texts)}{more}"
 
 
 def _tensors(data: Batch, key: Hashable, channel_axis: int | Sequence[int] | None) -> Iterator[Tensor]:

@@ -64,10 +64,10 @@ def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
     if x.ndim not in shapes:
-        wanted = " or ".join(shapes.values())
+        layouts = " or ".join(shapes.values())
         sizes = " or ".join(f"{ndim}D" for ndim in shapes)
         raise ValueError(
-            f"{name} needs {wanted}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
+            f"{name} needs {layouts}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
             f"{sizes} input (got {x.ndim}D input)"
         )
     if not x.is_floating_point():

@@ -125,8 +125,8 @@ class _Layer(_BatchNorm):
         elif name == "act":
             self._activate(value, self._act_param if value == self._act else activations.parameter(value, None))
         elif name == "act_param":
-            given = value if activations.has_parameter(self._act) else value or None
-            self._activate(self._act, activations.parameter(self._act, given))
+            number = value if activations.has_parameter(self._act) else value or None
+            self._activate(self._act, activations.parameter(self._act, number))
         else:
             {"memory": check_memory, "single_element": check_single_element}[name](value)
             super().__setattr__(f"_{name}", value)

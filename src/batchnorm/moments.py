@@ -113,9 +113,9 @@ class Moments:
             return _computed(torch.tensor(count, dtype=torch.float64), mean, var * count)
         others = [axis for axis in range(x.ndim) if axis not in channels]
         order = (*others, *channels)
-        kept = _weight_of_each_value(x, weight, mask)
-        kept = None if kept is None else kept.permute(order)
-        return _in_chunks(x.detach().permute(order), kept, len(others))  # (others..., channels...)
+        weights = _weight_of_each_value(x, weight, mask)
+        weights = None if weights is None else weights.permute(order)
+        return _in_chunks(x.detach().permute(order), weights, len(others))  # (others..., channels...)
 
     @staticmethod
     def empty(shape: Sequence[int] = ()) -> Moments:
@@ -202,9 +202,9 @@ class Moments:
         mean = a.mean + delta * (b.count / count)
         # a.mean - b.mean is only count / a.count of the distance between the means of the two parts
         m2 = a.m2 - b.m2 - delta.square() * (a.count * b.count / count)
-        kept = [torch.where(b.count == 0, a.mean, mean), torch.where(b.count == 0, a.m2, m2.clamp_min(0))]
+        remainder = [torch.where(b.count == 0, a.mean, mean), torch.where(b.count == 0, a.m2, m2.clamp_min(0))]
         gone = count == 0
-        return Moments(count, torch.where(gone, torch.nan, kept[0]), torch.where(gone, 0.0, kept[1]))
+        return Moments(count, torch.where(gone, torch.nan, remainder[0]), torch.where(gone, 0.0, remainder[1]))
 
     def scaled(self, factor: Tensor | float) -> Moments:
         """The same distribution at ``factor`` times the weight: count and m2 are multiplied, mean and var stay.
@@ -331,16 +331,16 @@ def _weight_of_each_value(x: Tensor, weight: Tensor | None, mask: Tensor | None)
     """``weight`` where ``mask`` is True and 0 elsewhere, in the shape of ``x``; None without weight and mask."""
     if weight is None and mask is None:
         return None
-    kept = torch.ones((), device=x.device) if weight is None else weight.detach()
+    weights = torch.ones((), device=x.device) if weight is None else weight.detach()
     mask = torch.ones((), device=x.device, dtype=torch.bool) if mask is None else mask
     if mask.dtype != torch.bool:
         raise TypeError(f"Moments.of needs a boolean mask, got {mask.dtype}. Use weight= for numbers.")
     try:
-        counted = torch.where(mask, kept.double(), 0.0)
+        counted = torch.where(mask, weights.double(), 0.0)
         expanded = counted.expand(x.shape)
     except RuntimeError:
         raise ValueError(
-            f"Moments.of needs weight and mask that broadcast to {tuple(x.shape)}, got {tuple(kept.shape)} and "
+            f"Moments.of needs weight and mask that broadcast to {tuple(x.shape)}, got {tuple(weights.shape)} and "
             f"{tuple(mask.shape)}. Give both size 1 on the axes on which they do not vary."
         ) from None
     if bool((counted < 0).any()) or not bool(torch.isfinite(counted).all()):

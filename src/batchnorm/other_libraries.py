@@ -84,20 +84,20 @@ def out_of_reach(model: nn.Module) -> dict[str, str]:
     It is an operation of an exported program or of code traced by torch.fx, a module of TorchScript, or a call of
     torch's function in a module's forward, seen by the names in the forward's code. The model is not run.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            found |= _scripted(path, module)
+            reasons |= _scripted(path, module)
         elif isinstance(module, GraphModule):
-            found |= _operations(path, module)
+            reasons |= _operations(path, module)
         elif _is_part_of_program(module) and set(_STATISTICS) <= module._buffers.keys():
-            found[path] = _EXPORTED
+            reasons[path] = _EXPORTED
         elif _calls_torchs_function(module):
-            found[path] = (
+            reasons[path] = (
                 f"calls torch's batch_norm in its own forward ({type(module).__name__}). Use a layer, such as "
                 "nn.BatchNorm2d, and call the layer"
             )
-    return found
+    return reasons
 
 
 def quantized(model: nn.Module, path: str) -> str | None:
@@ -157,12 +157,12 @@ def eps_of(layer: Any) -> float:
     """A layer's eps: its attribute; without it, computed from the layer's results; if that fails, 1e-5."""
     if isinstance(eps := getattr(layer, "eps", None), (int, float)):
         return float(eps)
-    found = response_of(layer)
-    if found is None:
+    coefficients = response_of(layer)
+    if coefficients is None:
         return _USUAL_EPS
-    gain = torch.ones_like(found[0]) if layer.weight is None else layer.weight.detach().double().cpu()
-    informative = (gain != 0) & (found[0] != 0)
-    eps = (gain / found[0]).square() - layer.running_var.detach().double().cpu()
+    gain = torch.ones_like(coefficients[0]) if layer.weight is None else layer.weight.detach().double().cpu()
+    informative = (gain != 0) & (coefficients[0] != 0)
+    eps = (gain / coefficients[0]).square() - layer.running_var.detach().double().cpu()
     return max(float(eps[informative].median()), 0.0) if informative.any() else _USUAL_EPS
 
 
@@ -177,8 +177,8 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
         return None
     for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
         getattr(probe, name).clear()
-    found = (response(probe, layer, rank) for rank in _RANKS)
-    return next((each for each in found if each is not None), None)
+    responses = (response(probe, layer, rank) for rank in _RANKS)
+    return next((each for each in responses if each is not None), None)
 
 
 def response(
@@ -256,16 +256,16 @@ def _scripted(path: str, module: Any) -> dict[str, str]:
 
 
 def _operations(path: str, module: GraphModule) -> dict[str, str]:
-    found = {}
+    reasons = {}
     for node in module.graph.nodes:
         if node.op == "call_function" and "batch_norm" in str(getattr(node.target, "__name__", node.target)):
             where = ".".join(filter(None, (path, _holder(node))))
-            found[where] = (
+            reasons[where] = (
                 _EXPORTED
                 if _is_of_aten(node.target)
                 else "is a call of torch's function in traced code. Use a layer, such as nn.BatchNorm2d, and call it"
             )
-    return found
+    return reasons
 
 
 def _holder(node: Any) -> str:
@@ -282,8 +282,8 @@ def _calls_torchs_function(module: nn.Module) -> bool:
     """
     if type(module).__module__.startswith("torch.") or isinstance(module, (_BatchNorm, _InstanceNorm)):
         return False
-    named = bool(_FUNCTIONS & set(_names(type(module).forward)))
-    return named and not hasattr(module, "batch_norm") and not is_of_others(module)
+    is_named = bool(_FUNCTIONS & set(_names(type(module).forward)))
+    return is_named and not hasattr(module, "batch_norm") and not is_of_others(module)
 
 
 def _exchanges(kind: type) -> bool:

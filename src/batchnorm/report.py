@@ -80,24 +80,24 @@ def render(verdicts: Verdicts, *, interactive: bool = False) -> str:
 
 def report(verdicts: Verdicts, *, interactive: bool = False) -> Report:
     """The verdicts as a report, which every output format can show. No verdict makes a check fail."""
-    found = [verdict for outcome in verdicts.outcomes for verdict in outcome.result.verdicts]
+    all_verdicts = [verdict for outcome in verdicts.outcomes for verdict in outcome.result.verdicts]
     return Report(
         command="batchnorm why", target=verdicts.title, headline=verdicts.headline, seconds=verdicts.seconds,
-        json=verdicts.to_json, document=_document(verdicts, found, {}),
-        full=lambda width: paragraphs(_document(verdicts, found, GLYPHS), width),
-        lines=[f"{v.criterion.key}: {v.status}: {v.told}" for v in found],
-        records=[{"criterion": v.criterion.key, "status": v.status, "measured": v.told} for v in found],
+        json=verdicts.to_json, document=_document(verdicts, all_verdicts, {}),
+        full=lambda width: paragraphs(_document(verdicts, all_verdicts, GLYPHS), width),
+        lines=[f"{v.criterion.key}: {v.status}: {v.told}" for v in all_verdicts],
+        records=[{"criterion": v.criterion.key, "status": v.status, "measured": v.told} for v in all_verdicts],
         rows=[Row(rule=v.criterion.key, severity=Severity.INFO, place="model", words=f"{v.status}: {v.told}",
-                  identity=(verdicts.title, v.criterion.key)) for v in found],
-        rules=[RuleWords(code=v.criterion.key, title=v.criterion.question) for v in found],
+                  identity=(verdicts.title, v.criterion.key)) for v in all_verdicts],
+        rules=[RuleWords(code=v.criterion.key, title=v.criterion.question) for v in all_verdicts],
         suites=[Suite(name=outcome.claim.name, checks=list(map(_check, outcome.result.verdicts)))
                 for outcome in verdicts.outcomes],
         page=lambda: render(verdicts, interactive=interactive),
     )  # fmt: skip
 
 
-def _document(verdicts: Verdicts, found: Sequence[Verdict], glyphs: Mapping[Status, str]) -> list[Block]:
-    rows = [(v.criterion.key, f"{glyphs.get(v.status, '')} {v.status}".strip(), v.told) for v in found]
+def _document(verdicts: Verdicts, all_verdicts: Sequence[Verdict], glyphs: Mapping[Status, str]) -> list[Block]:
+    rows = [(v.criterion.key, f"{glyphs.get(v.status, '')} {v.status}".strip(), v.told) for v in all_verdicts]
     table = TextTable(("criterion", "verdict", "measured"), rows, words=3)
     second = [Text(verdicts.second)] if verdicts.second else []
     return [Text(strong=verdicts.headline), *second, table, CommandText("Repeat", verdicts.command)]
@@ -175,8 +175,8 @@ class _Figure:
     @property
     def rows(self) -> list[tuple[str, list[tuple[str, Panel]]]]:
         """Row titles, each with the row's panels and the names of these panels in the page."""
-        named = [(f"{self.name}-{n}", panel) for n, panel in enumerate(self.panels, start=1)]
-        return [(row, list(group)) for row, group in groupby(named, key=lambda pair: pair[1].row)]
+        pairs = [(f"{self.name}-{n}", panel) for n, panel in enumerate(self.panels, start=1)]
+        return [(row, list(group)) for row, group in groupby(pairs, key=lambda pair: pair[1].row)]
 
     @property
     def columns(self) -> int:

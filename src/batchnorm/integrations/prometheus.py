@@ -89,7 +89,7 @@ class _Collector:
             raise ValueError("labels must have other names than 'layer', got 'layer'. Name the label model or stage.")
         if self._monitors and set(names) != set(self._names):
             raise ValueError(
-                f"labels must have the names {sorted(self._names)}, as for other monitors of the registry, got "
+                f"labels must have the names {sorted(self._names)} of the registry's other monitors, got "
                 f"{sorted(names)}. Use the same names."
             )
         self._names = self._names if self._monitors else names
@@ -128,8 +128,8 @@ class _Collector:
     def _table(self, values: tuple[str, ...], monitor: ShiftMonitor) -> list[LayerShift]:
         """The evidence of every layer, computed again only if there is new evidence."""
         evidence = monitor.stream.evidence
-        known, table = self._tables.get(values, (None, []))
-        if known is not evidence:
+        old_evidence, table = self._tables.get(values, (None, []))
+        if old_evidence is not evidence:
             table = monitor.table()
             self._tables[values] = evidence, table
         return table

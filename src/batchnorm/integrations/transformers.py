@@ -79,6 +79,6 @@ def _called(model: nn.Module, batch: Batch) -> object:
     """The model's output for a batch, called as by the Trainer: with those fields that its forward accepts."""
     if not isinstance(batch, Mapping):
         return call(model, batch)
-    known = inspect.signature(model.forward).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    return model(**{name: value for name, value in batch.items() if takes_all or name in known})
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return model(**{name: value for name, value in batch.items() if takes_all or name in parameters})

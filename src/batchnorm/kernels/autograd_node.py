@@ -78,12 +78,12 @@ class _Train(Function):
                     "memory='save' wrote the result over the input, but second derivatives and batched gradients need "
                     "the input. Set memory=None."
                 )
-            found = operators.differentiable_backward(grad, forward)
+            gradients = operators.differentiable_backward(grad, forward)
         elif ctx.inplace:
-            found = cpu.train_backward(grad, forward._replace(y=forward.x))
+            gradients = cpu.train_backward(grad, forward._replace(y=forward.x))
         else:
-            found = operators.laid_out_backward(grad, forward)
-        return *operators.for_autograd(ctx, grad, found, forward.layer), None
+            gradients = operators.laid_out_backward(grad, forward)
+        return *operators.for_autograd(ctx, grad, gradients, forward.layer), None
 
 
 class _Normalize(Function):
@@ -110,8 +110,8 @@ class _Normalize(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         forward = operators.saved(ctx, ctx.statistics)._replace(constant=True)
         kernel = reference if torch.is_grad_enabled() or not is_plain(grad) else cpu
-        found = kernel.train_backward(grad, forward)
-        return *operators.for_autograd(ctx, grad, found, forward.layer), None
+        gradients = kernel.train_backward(grad, forward)
+        return *operators.for_autograd(ctx, grad, gradients, forward.layer), None
 
 
 def _forward(x: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, ChannelStatistics]:
@@ -135,11 +135,11 @@ def _recipe(forward: ForwardPass) -> Callable[[], Tensor]:
     x, statistics, kernel = x.detach(), ChannelStatistics(mean.detach(), var.detach()), kernel_for(x)
     weight, bias, residual = (None if t is None else t.detach() for t in (layer.weight, layer.bias, residual))
     layer = layer._replace(weight=weight, bias=bias)
-    kept = [t for t in (x, *statistics, weight, bias, residual) if t is not None]
-    versions = [t._version for t in kept]
+    tensors = [t for t in (x, *statistics, weight, bias, residual) if t is not None]
+    versions = [t._version for t in tensors]
 
     def compute() -> Tensor:
-        if versions != [t._version for t in kept]:
+        if versions != [t._version for t in tensors]:
             raise RuntimeError(
                 "memory='save' computes a result again in the backward pass from the input, gamma, beta and the "
                 "residual, but one of them was modified by an inplace operation. Call backward() before that, or set "

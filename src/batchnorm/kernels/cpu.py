@@ -125,9 +125,9 @@ def _other(forward: ForwardPass) -> Tensor | None:
 def supports_update(running: Running) -> bool:
     """Whether the kernels can move these: float32 or float64 on the CPU, contiguous, of one model."""
     mean, var, batches = running[:3]
-    known = mean.dtype == var.dtype and mean.dtype in _STORED and batches.dtype == torch.int64
+    is_known = mean.dtype == var.dtype and mean.dtype in _STORED and batches.dtype == torch.int64
     single = mean.dim() == var.dim() == 1 and batches.dim() == 0  # of one model, not of an ensemble
-    return _native is not None and known and single and _is_readable(mean) and _is_readable(var) and batches.is_cpu
+    return _native is not None and is_known and single and _is_readable(mean) and _is_readable(var) and batches.is_cpu
 
 
 def _is_readable(values: Tensor) -> bool:

@@ -178,9 +178,9 @@ def differentiable_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
     return train_backward(grad, x, *statistics, weight, eps, bias, act, param, residual, y)
 
 
-def for_autograd(ctx: Context, grad: Tensor, found: Gradients, layer: Layer) -> tuple[Gradient, ...]:
+def for_autograd(ctx: Context, grad: Tensor, gradients: Gradients, layer: Layer) -> tuple[Gradient, ...]:
     """Gradients of x, weight, bias and residual, in the type of each tensor; None for a tensor that is None."""
-    d_x, d_weight, d_bias, d_residual = found
+    d_x, d_weight, d_bias, d_residual = gradients
     of_residual = (grad if layer.act is None else d_residual) if ctx.has_residual else None
     return d_x, _typed_as(layer.weight, d_weight), _typed_as(layer.bias, d_bias), of_residual
 
@@ -201,8 +201,8 @@ def _save_for_backward(ctx: Context, inputs: Sequence[Flat], output: tuple[Tenso
 
 def _backward(ctx: Context, grad: Tensor, *_statistics: Tensor) -> tuple[Gradient, ...]:
     forward = saved(ctx)
-    found = differentiable_backward(grad, forward)
-    d_x, d_weight, d_bias, d_residual = for_autograd(ctx, grad, found, forward.layer)
+    gradients = differentiable_backward(grad, forward)
+    d_x, d_weight, d_bias, d_residual = for_autograd(ctx, grad, gradients, forward.layer)
     return d_x, d_weight, d_bias, None, None, None, d_residual
 
 
@@ -219,7 +219,7 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
     """Derivatives of the backward pass: torch differentiates the specification, with statistics as functions of x."""
     *tensors, y = ctx.saved_tensors
     if tensors[1].numel() == 0:  # the statistics are NaN, but no value depends on them
-        found = [None if t is None else torch.zeros_like(t) for t in tensors]
+        gradients = [None if t is None else torch.zeros_like(t) for t in tensors]
     else:
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -227,8 +227,8 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
             weight, bias, residual = others = [None if t is None else _tracked(t) for t in tensors[2:]]
             layer = Layer(weight, bias, *ctx.settings)
             outputs = reference.train_backward(grad, ForwardPass(x, reference.measure(x), layer, residual, y))
-            found = _gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
-    d_grad, d_x, d_weight, d_bias, d_residual = found
+            gradients = _gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
+    d_grad, d_x, d_weight, d_bias, d_residual = gradients
     return d_grad, d_x, None, None, d_weight, None, d_bias, None, None, d_residual, None
 
 
@@ -239,10 +239,10 @@ def _gradients(
     pairs = [
         (o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad and c is not None
     ]
-    wanted = [t for t in inputs if t is not None]
+    differentiated = [t for t in inputs if t is not None]
     values, weights = [o for o, _ in pairs], [c for _, c in pairs]
-    found = iter(torch.autograd.grad(values, wanted, weights, allow_unused=True, create_graph=create_graph))
-    return [None if t is None else next(found) for t in inputs]
+    gradients = iter(torch.autograd.grad(values, differentiated, weights, allow_unused=True, create_graph=create_graph))
+    return [None if t is None else next(gradients) for t in inputs]
 
 
 def _tracked(tensor: Tensor) -> Tensor:

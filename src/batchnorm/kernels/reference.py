@@ -125,9 +125,9 @@ def update_running(running: running_statistics.Running, statistics: ChannelStati
     # a value that overflows the stored type counts as infinite
     finite = torch.isfinite(mean.to(running.mean.dtype)) & torch.isfinite(unbiased.to(running.var.dtype))
     if running.momentum is None:  # all channels share one count, so a batch enters the average of all or of none
-        whole = finite.all(-1)
-        running.batches.add_(whole)
-        used = whole.unsqueeze(-1).expand_as(finite)
+        all_finite = finite.all(-1)
+        running.batches.add_(all_finite)
+        used = all_finite.unsqueeze(-1).expand_as(finite)
         factor = 1 / running.batches.to(mean.dtype).unsqueeze(-1)
     else:
         running.batches.add_(1)

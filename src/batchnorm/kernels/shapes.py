@@ -18,8 +18,8 @@ def values_per_channel(x: Tensor) -> int:
 def is_readable(x: Tensor) -> bool:
     """Whether kernels can read ``x``: of a known type, contiguous or channels_last, not empty."""
     # a lazily negated tensor has the opposite sign in memory
-    known = x.dtype in TYPES and x.dim() > 1 and x.numel() > 0 and not x.is_neg()
-    return known and (x.is_contiguous() or _channels_come_last(x))
+    is_known = x.dtype in TYPES and x.dim() > 1 and x.numel() > 0 and not x.is_neg()
+    return is_known and (x.is_contiguous() or _channels_come_last(x))
 
 
 def check_layout(x: Tensor) -> None:

@@ -33,10 +33,10 @@ def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | N
 
 def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
     """As kernels.normalize, by one call of torch's operator; if it refuses a mix of types, they are widened to one."""
-    given = (*statistics, layer.weight, layer.bias)
-    wide = torch.float64 if torch.float64 in {t.dtype for t in (x, *given) if t is not None} else torch.float32
+    tensors = (*statistics, layer.weight, layer.bias)
+    wide = torch.float64 if torch.float64 in {t.dtype for t in (x, *tensors) if t is not None} else torch.float32
     z = x if wide == torch.float32 or x.dtype == wide else x.to(wide)
-    y = F.batch_norm(z, *(_cast(t, wide) for t in given), training=False, eps=layer.eps)
+    y = F.batch_norm(z, *(_cast(t, wide) for t in tensors), training=False, eps=layer.eps)
     return _activated(y if y.dtype == x.dtype else y.to(x.dtype), layer, residual)
 
 

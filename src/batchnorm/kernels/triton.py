@@ -98,8 +98,8 @@ def measure(x: Tensor) -> ChannelStatistics:
 
 def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
     """As reference.normalize."""
-    y, given = torch.empty_like(x), [per_channel(x, t) for t in statistics]
-    _cut(x, 0).launch(normalize_part, x, like(x, residual), *given, *_affine(x, layer), y, *_numbers(layer))
+    y, mean_and_var = torch.empty_like(x), [per_channel(x, t) for t in statistics]
+    _cut(x, 0).launch(normalize_part, x, like(x, residual), *mean_and_var, *_affine(x, layer), y, *_numbers(layer))
     return y
 
 
@@ -114,10 +114,10 @@ def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | 
 
 def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None) -> Tensor:
     """As reference.input_gradient."""
-    known = forward if g is None else forward._replace(layer=forward.layer._replace(act=None))
-    tensors, _ = _read_by_backward(grad if g is None else g, known)
+    without_act = forward if g is None else forward._replace(layer=forward.layer._replace(act=None))
+    tensors, _ = _read_by_backward(grad if g is None else g, without_act)
     d_x = torch.empty_like(forward.x)
-    options = (*_numbers(known.layer), forward.y is not None)
+    options = (*_numbers(without_act.layer), forward.y is not None)
     _cut(forward.x, _WHOLE).launch(backward_part, *tensors, means, d_x, *options)
     return d_x
 
@@ -138,8 +138,8 @@ def _read_by_backward(
     """The tensors that a backward pass reads, and an empty one for g; None instead unless ``forward.gradient_of_p``."""
     x, statistics, layer, residual, y, _ = forward
     other = None if layer.act is None else like(x, residual if y is None else y)
-    given = [per_channel(x, t) for t in statistics]
-    return (like(x, grad), x, other, *given, *_affine(x, layer)), None if other is None else torch.empty_like(x)
+    mean_and_var = [per_channel(x, t) for t in statistics]
+    return (like(x, grad), x, other, *mean_and_var, *_affine(x, layer)), None if other is None else torch.empty_like(x)
 
 
 def _empty_statistics(x: Tensor) -> ChannelStatistics:

@@ -91,12 +91,12 @@ def template(name: str, **filters: Callable[..., object]) -> Template:
 def _environment() -> Environment:
     import jinja2
 
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters["plain"] = plain
-    return made
+    environment.filters["plain"] = plain
+    return environment
