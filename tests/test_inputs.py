@@ -339,7 +339,7 @@ BAD = {
     "NaN in many": (np.full((2, 9), math.nan), {}, ValueError, "values without NaN, got NaN in features 0 (2 times), "
                     "1 (2 times), 2 (2 times), 3 (2 times), 4 (2 times) and 4 more."),
     "too large": (np.array([[1e300, 1], [-1e300, 2]]), {}, ValueError, "values whose squares fit float64, got larger "
-                  "ones in feature 0 (1 times)."),
+                  "in feature 0 (1 times)."),
     "no batch": ([], {}, ValueError, "at least one value, got no data. Check the loader's length."),
     "no rows": (table()[:0], {}, ValueError, "at least one value, got no data."),
     "only NaN": (table() * math.nan, {"nan": "omit"}, ValueError, "at least one value, got no data."),

@@ -394,7 +394,7 @@ def test_measuring_needs_no_gradient_and_leaves_none_behind():
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, r"needs a real tensor, got torch\.complex64\. Take x\.real", lambda x: Moments.of(x + 0j)),
+        (TypeError, r"needs a real tensor, got torch\.complex64\. Measure x\.real", lambda x: Moments.of(x + 0j)),
         (ValueError, r"channel_axis inside a tensor of 2 dimensions, got 2\. Use", lambda x: Moments.of(x, 2)),
         (ValueError, r"channel_axis inside a tensor of 1 dimensions, got 1\.", lambda x: Moments.of(x[0])),
         (ValueError, r"each channel axis once, got \(1, -1\)\.", lambda x: Moments.of(x, (1, -1))),
