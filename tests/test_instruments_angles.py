@@ -228,9 +228,9 @@ def errors() -> list[tuple]:
     bias = torch.optim.SGD([net.bias], lr=0.1)
     return [
         (lambda: Angles(net, "sgd"), TypeError, "needs a torch.optim.Optimizer, got str"),
-        (lambda: Angles(net, bias), ValueError, "Angles needs an optimizer of the model's parameters, got one of 1"),
+        (lambda: Angles(net, bias), ValueError, "Angles needs an optimizer of the model's parameters, got one with 1"),
         (lambda: Angles(net, torch.optim.LBFGS(net.parameters())), TypeError, "without a closure"),
-        (lambda: Angles(nn.BatchNorm1d(3), sgd), ValueError, "weights of two axes or more that are trained, got none"),
+        (lambda: Angles(nn.BatchNorm1d(3), sgd), ValueError, "trained weights of two axes or more, got none"),
         (lambda: Angles(net, sgd, every=0), ValueError, "every of 1 or more, got 0"),
         (lambda: Angles(net, sgd, keep=0), ValueError, "keep of 1 or more, got 0"),
         (lambda: Angles(net, sgd).report(), RuntimeError, "measured no step. Call optimizer.step"),

@@ -168,7 +168,7 @@ def errors() -> list[tuple]:
         (net, x[:1], x, {"repeats": 1}, ValueError, "repeats of 2 or more, got 1"),
         (net, x[:1], x, {"batch": 32}, ValueError, "a pool of 31 examples or more, got 20"),
         (net, x[:0], x, {"batch": 4}, ValueError, "one example or more, got none"),
-        (net, [x[:1]], x, {"batch": 4}, ValueError, "of one kind, got list and Tensor"),
+        (net, [x[:1]], x, {"batch": 4}, ValueError, "of one type, got list and Tensor"),
         (net, x[:1] * math.nan, x, {"batch": 4}, ValueError, "finite outputs, got"),
         (nn.Sequential(net, nn.Flatten(0)), x[:1], x, {"batch": 4}, ValueError, r"each of 4 examples, got \(8,\)"),
         (net, x[:1], x, {"batch": 4, "read": lambda y: 3}, ValueError, "each of 4 examples, got int"),

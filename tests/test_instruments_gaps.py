@@ -212,9 +212,9 @@ def errors() -> list[tuple]:
             ValueError,
             r"2 or more values per channel .* got \(1, 16\) in layer '1'",
         ),
-        (net, data, lambda y, _: y, ValueError, "needs a loss that gives one number"),
+        (net, data, lambda y, _: y, ValueError, "needs a loss of one number"),
         (net, data, lambda y, _: y.mean() / 0, ValueError, "needs a finite loss"),
-        (net, data, lambda y, _: 0.5, TypeError, "gives a tensor, got float"),
+        (net, data, lambda y, _: 0.5, TypeError, "returns a tensor, got float"),
         (None, data, square, TypeError, "must be an nn.Module, got NoneType"),
     ]
 
@@ -228,5 +228,5 @@ def test_errors_say_what_to_do(case: int):
 
 @pytest.mark.filterwarnings("ignore:recalibrate measured nothing")
 def test_a_model_whose_layers_are_all_frozen_has_no_gap_to_take_apart():
-    with pytest.raises(ValueError, match="got only frozen ones, or none that ran"):
+    with pytest.raises(ValueError, match="all layers are frozen, or none ran"):
         train_eval_gap(bn.freeze(network()), batches(2), square)

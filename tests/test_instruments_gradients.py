@@ -187,9 +187,16 @@ def errors() -> list[tuple]:
     x, mean = torch.randn(4, 3), lambda y, _: y.mean()
     return [
         (nn.Linear(3, 2), x, mean, None, ValueError, "batch norm layers that have a shape"),
-        (net, x, lambda y, _: y, None, ValueError, r"one number, got shape \(4, 2\). Take its mean"),
+        (net, x, lambda y, _: y, None, ValueError, r"one number, got shape \(4, 2\). Return its mean"),
         (net, x, lambda y, _: y.mean() * math.inf, None, ValueError, "needs a finite loss, got"),
-        (net, x, lambda y, _: float(y.detach().mean()), None, TypeError, r"gives a tensor, got float. Leave out .item"),
+        (
+            net,
+            x,
+            lambda y, _: float(y.detach().mean()),
+            None,
+            TypeError,
+            r"returns a tensor, got float. Leave out .item",
+        ),
         (net, x, lambda y, _: y.detach().mean(), None, ValueError, "needs a loss with a gradient"),
         (net, x[:1], mean, None, ValueError, r"2 or more values per channel in train mode, got \(1, 2\) in layer '1'"),
         (net, x, mean, ["5"], ValueError, "needs names of modules, got '5'"),
@@ -215,5 +222,5 @@ def test_a_layer_that_does_not_run_is_named():
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x)
 
-    with pytest.raises(ValueError, match="got none that ran of 'norm'"):
+    with pytest.raises(ValueError, match="none of 'norm' ran"):
         gradient_depth(Unused(), data(), lambda y, _: y.mean())

@@ -510,12 +510,10 @@ def test_an_optimizer_without_the_models_parameters_is_told(tmp_path: Path) -> N
     model = Model()
     stale = sgd(model)
     model.bn, model.head = nn.BatchNorm1d(CHANNELS), nn.Linear(CHANNELS, 1)
-    with pytest.warns(
-        RuntimeWarning, match=r"no step of an optimizer that holds one of the model's parameters, and 120"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"no step of an optimizer that has one of the model's parameters, but 120"):
         counted(lambda model: times(120, plain, model, stale), model, log=tmp_path)
     (event,) = Log(tmp_path).rows("event")
-    assert "100 steps in a row of SGD, which holds none of the model's parameters" in event["message"]
+    assert "100 steps in a row were of SGD, which has none of the model's parameters" in event["message"]
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -172,9 +172,9 @@ def errors() -> list[tuple]:
         (x, mean, {"optimizer": other}, ValueError, "optimizer of the model's parameters"),
         (x, mean, {"optimizer": "sgd"}, TypeError, "needs a torch.optim.Optimizer, got str"),
         (x, mean, {"optimizer": still}, ValueError, "an update and a gradient that are not 0, got lengths 0 and"),
-        (x, lambda y, _: y, {"lr": 0.1}, ValueError, "needs a loss that gives one number"),
+        (x, lambda y, _: y, {"lr": 0.1}, ValueError, "needs a loss of one number"),
         (x, lambda y, _: y.mean() / 0, {"lr": 0.1}, ValueError, "needs a finite loss"),
-        (x, lambda y, _: None, {"lr": 0.1}, TypeError, "gives a tensor, got NoneType"),
+        (x, lambda y, _: None, {"lr": 0.1}, TypeError, "returns a tensor, got NoneType"),
         (x, lambda y, _: y.detach().mean(), {"lr": 0.1}, ValueError, "needs a loss with a gradient"),
         (x[:1], mean, {"lr": 0.1}, ValueError, "2 or more values per channel in train mode"),
     ], net

@@ -217,7 +217,7 @@ def test_a_model_without_batch_norm_is_refused() -> None:
             super().__init__()
             self.stem[1], self.body[1] = nn.Identity(), nn.Identity()
 
-    with pytest.raises(ValueError, match="watch needs a model with batch norm layers, got Plain without one"):
+    with pytest.raises(ValueError, match="watch needs a model with batch norm layers, got Plain without any"):
         fitted(BatchNormMonitor(), kind=Plain)
 
 

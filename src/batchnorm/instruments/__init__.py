@@ -1,10 +1,10 @@
-"""Instruments: what batch norm does in a user's own model, measured while it trains or at one look.
+"""Instruments: measure what batch norm does in a user's own model, during the training or once.
 
-``watch`` measures a training at a cost that lets one leave it on, ``probe`` looks once. Both have two cheap tiers:
-one reads the running averages (``snapshots``, ``free_tier``, ``gamma_and_beta``), one looks at a fixed batch
-(``probe_tier``, ``signal_propagation``, ``layer_drift``). Dearer measurements are asked for one by one:
-``gradient_shift``, ``landscape``, ``Angles``, ``gradient_depth``, ``train_eval_gap`` and ``companion_flips``. None
-changes the model.
+``watch`` measures during a whole training and costs little time; ``probe`` measures once. Measurements are of two
+cheap tiers: the free tier reads the running averages (``snapshots``, ``free_tier``, ``gamma_and_beta``), and the probe
+tier runs the model on a fixed batch (``probe_tier``, ``signal_propagation``, ``layer_drift``). More expensive
+measurements are separate calls: ``gradient_shift``, ``landscape``, ``Angles``, ``gradient_depth``, ``train_eval_gap``
+and ``companion_flips``. No instrument changes the model.
 """
 
 from batchnorm.instruments.angles import Angles

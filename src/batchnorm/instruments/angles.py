@@ -1,22 +1,23 @@
-"""Angles: how far each filter of a weight turns in a step, beside the angle at which weight decay holds it.
+"""Angles: how far each filter of a weight turns in a step, and the angle to which weight decay leads.
 
-A weight w before batch norm is scale-invariant: L(c w) = L(w), so <w, grad L> = 0 and only its direction matters. With
-w' the filter after a step, eta the learning rate and lambda the weight decay,
+A weight w before batch norm is scale-invariant: the loss L(c w) equals L(w) for c > 0, so <w, grad L> = 0 and only the
+direction of w matters. With w' the filter after a step, g its gradient, eta the learning rate, lambda the weight decay:
 
-    angle            theta = 2 asin(|w / ||w|| - w' / ||w'||| / 2)     [arccos <w, w'> / (||w|| ||w'||), small ones too]
+    angle            theta = 2 asin(|w / ||w|| - w' / ||w'||| / 2)     arccos <w, w'> / (||w|| ||w'||) in exact numbers
     effective rate   eta / ||w||^2
-    invariance       |<w, g>| / (||w|| ||g||)                          [0]
+    invariance       |<w, g>| / (||w|| ||g||)                          0 for a scale-invariant weight
 
-Gradients of such weights only lengthen them and weight decay shortens them. In equilibrium the rms angle is
+Gradient steps only lengthen a scale-invariant weight, and weight decay shortens it. In equilibrium the rms angle is
+theta*, which is reached with the time constant tau, in steps:
 
-    SGD with momentum alpha     theta*^2 = 2 eta lambda / (1 + alpha)         within (1 - alpha) / (4 eta lambda) steps
-    with Nesterov's momentum    theta*^2 = 2 eta lambda ((1 - alpha) (1 + alpha)^2 + alpha^4 / (1 + alpha))
+    SGD with momentum alpha     theta*^2 = 2 eta lambda / (1 + alpha)                 tau = (1 - alpha) / (4 eta lambda)
+    with Nesterov's momentum    theta*^2 = 2 eta lambda ((1 - alpha) (1 + alpha)^2 + alpha^4 / (1 + alpha)), same tau
     with dampening d            eta (1 - d) in the place of eta
-    AdamW with beta1            theta*^2 = 2 eta lambda (1 - beta1) / (1 + beta1)     within 1 / (2 eta lambda) steps
+    AdamW with beta1            theta*^2 = 2 eta lambda (1 - beta1) / (1 + beta1)     tau = 1 / (2 eta lambda)
 
-(van Laarhoven 2017; Wan et al. 2020, "Spherical Motion Dynamics"; Kosson et al. 2023, "Rotational Equilibrium"). All
-follow from an update eta sum_k c_k (g_(t-k) + lambda w_(t-k)) with independent gradients: theta*^2 = 2 eta lambda
-sum c_k^2 / sum c_k, and a time constant of 1 / (4 eta lambda sum c_k). In brackets what holds for an invariant weight.
+(van Laarhoven 2017; Wan et al. 2020, "Spherical Motion Dynamics"; Kosson et al. 2023, "Rotational Equilibrium"). The
+formulas follow from an update eta sum_k c_k (g_(t-k) + lambda w_(t-k)) with independent gradients: theta*^2 = 2 eta
+lambda sum c_k^2 / sum c_k, and for SGD tau = 1 / (4 eta lambda sum c_k).
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from batchnorm.kernels.reference import exact_dtype
 from batchnorm.population.hooks import detach
 from batchnorm.population.tensor_memory import require
 
-_KEEP = 1000
-# |<w, g>| / (||w|| ||g||) of two unrelated directions in d dimensions has the median 0.6745 / sqrt(d): what is below a
-# tenth of it is no accident for a layer of more than a few filters. Rounding is far below it in float32 (unit
-# roundoff 6e-8 times how far the gradient's terms cancel, over sqrt(d)), and still below it in bfloat16.
+_KEEP = 1000  # measured steps
+# |<w, g>| / (||w|| ||g||) of two unrelated directions in d dimensions has the median 0.6745 / sqrt(d). In a layer with
+# more than a few filters a median below a tenth of this is not chance. Rounding errors are far below the tenth in
+# float32 (unit roundoff 6e-8), and still below it in bfloat16.
 _UNRELATED = 0.6745
 _SHARE = 0.1
 
@@ -51,17 +52,18 @@ class WeightAngle:
     """How one weight turns.
 
     Args:
-        name: Of the parameter.
-        filters: Rows that feed one output channel each.
-        angle: Per step, rms over filters and steps, radians.
-        effective_rate: eta / ||w||^2, median over filters, before the last step.
-        invariance: Median over filters, then over steps; NaN without gradients.
-        tolerance: An ``invariance`` below it counts as 0: a tenth of the value for unrelated directions.
-        invariant: Whether it does.
-        equilibrium: theta*, rms over steps, radians; None if the weight is not invariant, has no weight decay, or
-            for other optimizers.
-        ratio: angle / theta*.
-        time_constant: Steps in which the distance of ||w||^4 (AdamW: ||w||^2) from equilibrium falls to 1 / e.
+        name: The parameter's name.
+        filters: Number of filters; a filter has the entries of the weight that feed one output channel.
+        angle: Angle per step in radians, rms over filters and steps.
+        effective_rate: eta / ||w||^2 with w from before the last measured step, median over filters.
+        invariance: |<w, g>| / (||w|| ||g||), median over filters, then over steps; NaN without gradients.
+        tolerance: An ``invariance`` below this counts as 0; a tenth of the value for unrelated directions.
+        invariant: Whether ``invariance`` is below ``tolerance``.
+        equilibrium: theta* in radians, rms over steps; None if the weight is not invariant, if it has no weight decay,
+            or if there is no formula for the optimizer.
+        ratio: angle / theta*; None without theta*.
+        time_constant: Steps in which the distance of ||w||^4 (AdamW: ||w||^2) from equilibrium falls to 1 / e;
+            None without theta*.
     """
 
     name: str
@@ -86,7 +88,7 @@ class WeightAngle:
 @final
 @dataclass(frozen=True, slots=True)
 class AngleReport:
-    """How every weight turned over ``steps`` measured steps."""
+    """The angles of every weight over ``steps`` measured steps."""
 
     weights: tuple[WeightAngle, ...]
     steps: int
@@ -97,31 +99,32 @@ class AngleReport:
 
 @final
 class Angles:
-    """A block in which every step of an optimizer is measured by how far it turns the filters of a model.
+    """A ``with`` block that measures how far each step of an optimizer turns the filters of a model.
 
-    Nothing is changed: a step is the same with and without it. It costs a copy of the weights and a few passes over
-    them per measured step, and no waiting for a GPU until ``report``.
+    The steps are the same with and without the block. A measured step costs a copy of the weights and a few passes over
+    the weights; a GPU is not waited for until ``report``.
 
-    Unit: radians per step; ``ratio`` has none. Noise floor: storing a weight again turns it by about a fifth of its
-    type's eps: 2.4e-8 in float32, 0.0016 in bfloat16.
+    Unit: radians per step; ``ratio`` has no unit. Noise floor: rounding turns a stored weight by about a fifth of the
+    eps of its type: 2.4e-8 in float32, 0.0016 in bfloat16.
 
-    How to read it: ratio 1 is equilibrium, where learning rate and weight decay alone set how fast a layer turns.
-    Above 1 the weight is still too short (it turns too fast and grows), below 1 still too long. It misleads before
-    five or more time constants have passed, or when the learning rate changes faster than that; where gradients of
-    successive steps agree or oppose each other, as early in training, with large batches or large rates; and for
-    gradients that a closure computes inside of the step, whose invariance is that of the step before. A weight that
-    should be invariant and is not stands before batch norm in eval mode, has a penalty in the loss, feeds something
-    past the batch norm, or varies by less than the layer's eps.
+    How to read it: ratio 1 is equilibrium, where learning rate and weight decay alone determine how fast a layer turns.
+    Above 1 the weight is still too short (it turns too fast and grows), below 1 it is still too long. The ratio
+    misleads in three cases: before five or more time constants have passed, also after a change of the learning rate;
+    when gradients of successive steps agree or oppose each other, as early in training, with large batches or large
+    rates; and when a closure computes the gradients inside of the step, because ``invariance`` then uses the gradients
+    of the step before. If a weight should be invariant and is not, its batch norm is in eval mode, the loss has a
+    penalty on the weight, its outputs also go past the batch norm, or its outputs vary by less than the layer's eps.
 
     Args:
-        model: Whose weights of two axes or more are measured, by their rows: one for each output channel.
-        optimizer: Of torch.optim; SGD and AdamW have a theory.
-        every: Measure each so many steps.
-        keep: Remember the last so many measured steps.
+        model: The model whose weights of two axes or more are measured, one filter for each output channel.
+        optimizer: A torch.optim optimizer; theta* is known for SGD and AdamW only.
+        every: Measure one step in this many.
+        keep: Number of measured steps that are remembered; older steps are dropped.
 
     Raises:
-        TypeError: If ``optimizer`` is none, or LBFGS.
-        ValueError: If it holds no weight of the model with two axes or more, or a number is below 1.
+        TypeError: If ``optimizer`` is not a torch.optim optimizer, or is LBFGS.
+        ValueError: If no weight of the model has two axes or more, ``optimizer`` has no such weight, or ``every`` or
+            ``keep`` is below 1.
         RuntimeError: From ``report``, if no step was measured.
 
     Example:
@@ -142,7 +145,7 @@ class Angles:
     ) -> None:
         for name, value in (("every", every), ("keep", keep)):
             if value < 1:
-                raise ValueError(f"Angles needs {name} of 1 or more, got {value}. Leave it out for the usual one.")
+                raise ValueError(f"Angles needs {name} of 1 or more, got {value}. Leave {name} out for its default.")
         self._weights = _weights(unwrapped(model))
         check_optimizer(optimizer, [w.tensor for w in self._weights], "Angles")
         require({w.name: w.tensor for w in self._weights}, "Angles")
@@ -166,7 +169,7 @@ class Angles:
         self._before = None
 
     def report(self, last: int | None = None) -> AngleReport:
-        """Every weight over the last measured steps, by default all that are kept.
+        """The angles of every weight over the ``last`` measured steps; None uses all remembered steps.
 
         Raises:
             RuntimeError: If no step was measured.
@@ -214,38 +217,38 @@ class Angles:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """A parameter and which of its axes, in how many groups, stands for outputs."""
+    """A parameter, and how its entries belong to output channels."""
 
     name: str
     tensor: nn.Parameter
-    groups: int | None  # of a transposed convolution, whose outputs are on axis 1
+    groups: int | None  # of a transposed convolution, whose output channels are on axis 1; None: they are on axis 0
 
     def filters(self, gradient: bool = False) -> Tensor:
-        """(filters, entries): one row for each output channel."""
+        """The weight, or its gradient, with one row for each output channel: (filters, entries)."""
         tensor = self.tensor.grad if gradient else self.tensor.detach()
-        assert tensor is not None  # noqa: S101 - gradients are asked for where there are some
+        assert tensor is not None  # noqa: S101 - _invariance has checked it
         if self.groups is not None:
             tensor = tensor.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         return tensor.flatten(1)
 
 
 def _weights(model: nn.Module) -> list[_Weight]:
-    found: dict[int, _Weight] = {}
+    weights: dict[int, _Weight] = {}
     for path, module in model.named_modules():
         groups = module.groups if isinstance(module, _ConvTransposeNd) else None
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter.ndim > 1 and parameter.requires_grad:
-                found.setdefault(id(parameter), _Weight(name, parameter, groups))
-    if not found:
+                weights.setdefault(id(parameter), _Weight(name, parameter, groups))
+    if not weights:
         raise ValueError(
-            f"Angles needs weights of two axes or more that are trained, got none in {type(model).__name__}. "
-            "Pass the model whose weights the optimizer holds."
+            f"Angles needs trained weights of two axes or more, got none in {type(model).__name__}. "
+            "Pass the model that the optimizer trains."
         )
-    return list(found.values())
+    return list(weights.values())
 
 
 def _mean_square_angle(before: Tensor, after: Tensor) -> Tensor:
-    """Mean over filters; filters that are 0 have no direction and are left out."""
+    """Mean of the squared angle over filters; a filter of zeros has no direction and is left out."""
     a, b = (w.to(exact_dtype(w.device)) for w in (before, after))
     chord = (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).norm(dim=1)
     # the arccos of a cosine near 1 would lose half of the digits
@@ -262,7 +265,7 @@ def _invariance(weight: _Weight, filters: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True, slots=True)
 class _Theory:
-    """Angle of equilibrium, squared, and time constant, at one step."""
+    """Squared angle of equilibrium theta*^2, and the time constant in steps, at one step."""
 
     square: float
     time_constant: float
@@ -289,13 +292,13 @@ def _of_sgd(strength: float, alpha: float, nesterov: bool) -> _Theory | None:
 
 
 def _summary(weight: _Weight, values: Tensor, theories: list[_Theory | None]) -> WeightAngle:
-    """From (steps, 3): mean square angle, effective rate, invariance."""
+    """The result for one weight from ``values``, (steps, 3): mean square angle, effective rate, invariance."""
     filters, entries = weight.filters().shape
     angle = float(values[:, 0].nanmean().sqrt())
     invariance, tolerance = float(values[:, 2].nanmedian()), _SHARE * _UNRELATED / math.sqrt(entries)
     invariant = invariance < tolerance
-    known = [theory for theory in theories if theory is not None]
-    equilibrium = math.sqrt(sum(t.square for t in known) / len(known)) if known and invariant else None
+    defined = [theory for theory in theories if theory is not None]
+    equilibrium = math.sqrt(sum(t.square for t in defined) / len(defined)) if defined and invariant else None
     return WeightAngle(
         name=weight.name,
         filters=filters,
@@ -306,5 +309,5 @@ def _summary(weight: _Weight, values: Tensor, theories: list[_Theory | None]) ->
         invariant=invariant,
         equilibrium=equilibrium,
         ratio=angle / equilibrium if equilibrium else None,
-        time_constant=known[-1].time_constant if equilibrium else None,
+        time_constant=defined[-1].time_constant if equilibrium else None,
     )

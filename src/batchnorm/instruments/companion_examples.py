@@ -1,16 +1,18 @@
 """Companions: how much a prediction depends on the other examples in the batch.
 
-In train mode a batch norm layer makes every output depend on all examples of its batch. One example x is given to the
-model again and again with M - 1 companions drawn at random from a pool, everything else being equal:
+In train mode a batch norm layer makes every output depend on all examples of its batch. Each example runs through the
+model several times, each time with M - 1 other companions drawn at random from a pool; nothing else changes. With p_c
+the share of the batches in which the prediction is class c:
 
     flip rate        probability that two batches of companions lead to different predictions, 1 - sum_c p_c^2
     variance         Var(logit) over batches of companions, mean over logits
     relative         variance / variance of the logits between examples
 
-For the output of one batch norm layer at z standard deviations from the mean, with skewness g3 and kurtosis kappa of
-the channel, variance = gamma^2 (1 + g3 z + (kappa - 1) z^2 / 4) / M + O(1 / M^2): 1 / M from the batch's mean,
-(kappa - 1) / (4 M) from its standard deviation, g3 / (2 M) from their covariance (the delta method; a batch's noise in
-Ioffe and Szegedy 2015, section 3.4, and Luo et al. 2019, "Towards Understanding Regularization in Batch Norm").
+Take an output of one batch norm layer at z standard deviations from the mean of its channel, where the channel has
+skewness g3 and kurtosis kappa. By the delta method its variance is gamma^2 (1 + g3 z + (kappa - 1) z^2 / 4) / M +
+O(1 / M^2). The term 1 comes from the batch's mean, (kappa - 1) z^2 / 4 from its standard deviation, and g3 z from the
+covariance of both (on this noise: Ioffe and Szegedy 2015, section 3.4, and Luo et al. 2019, "Towards Understanding
+Regularization in Batch Norm").
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ class Companions:
     """How predictions of examples depend on their companions.
 
     Args:
-        flip_rate: Mean over examples.
-        flip_error: Standard error of it, over examples and draws; NaN for a single example.
-        flips: Of each example.
+        flip_rate: Flip rate, mean over examples.
+        flip_error: Standard error of ``flip_rate``, from the scatter over examples; NaN for a single example.
+        flips: Flip rate of each example.
         from_eval: Share of predictions that differ from eval mode, mean over examples.
-        variance: Of a logit over companions, mean over logits and examples, in units of the logit squared.
-        variances: Of each example.
+        variance: Variance of a logit over companions, mean over logits and examples, in units of the logit squared.
+        variances: The same for each example.
         relative: ``variance`` as a share of the variance between the examples' mean logits; NaN for one example.
-        batch: M, the example included.
+        batch: M, the batch size with the example included.
         repeats: Batches of companions for each example.
     """
 
@@ -82,37 +84,39 @@ def companion_flips(
     read: Read | None = None,
     seed: int = 0,
 ) -> Companions:
-    """How often a prediction changes with the other examples of its batch; the model stays as it is.
+    """How often a prediction changes with the other examples of its batch; the model is not changed.
 
-    Every example meets the same companions. Dropout is off. Batch norm layers are in train mode; in a model in train
-    mode, those in eval mode stay so. Costs (examples x repeats) forward passes of a batch.
+    Every example runs with the same batches of companions. Dropout is off. Batch norm layers are in train mode, except
+    for layers that are in eval mode in a model in train mode. Costs (examples x (repeats + 1)) forward passes of a
+    batch.
 
-    Unit: flips are shares, variances in units of the logit squared. Noise floor: flips are steps of 2 / repeats at the
-    smallest; a variance of R draws is off by sqrt(2 / (R - 1)) of itself, for one example and one logit. Without
-    batch norm, and with ``train=False``, everything is 0 to the last digit.
+    Unit: flip rates are shares, variances are in units of the logit squared. Noise floor: the smallest flip rate above
+    0 is 2 / repeats. For one example and one logit, the relative error of a variance of R draws is sqrt(2 / (R - 1)).
+    Without batch norm, and with ``train=False``, all numbers are exactly 0.
 
     How to read it: in train mode the numbers are the noise that batch norm adds to predictions in training; it falls
-    as 1 / ``batch``. With ``train=False`` a number that is not 0 is a leak: something other than batch norm looks
-    across the batch. It misleads when the pool is not what the loader mixes (classes sorted, other
-    augmentation), when ``batch`` is not that of training or is split over devices, for a pool not much larger than
-    ``batch`` (variances are 1 - M / n too small), and as a flip rate of models whose output is no set of logits.
+    as 1 / ``batch``. With ``train=False`` a number other than 0 shows a leak: a module that is not batch norm mixes
+    examples of a batch. The numbers mislead in four cases: the pool is not mixed like training batches (sorted classes,
+    other augmentation); ``batch`` is not the batch size of training, or training splits it over devices; the pool of n
+    examples is not much larger than ``batch`` (variances are too small by the factor 1 - M / n); or the model's output
+    is no set of logits, so that flips mean nothing.
 
     Args:
         model: Any module, with batch norm or without, compiled or not.
-        examples: A batch of examples, as ``recalibrate`` takes one.
-        pool: A batch of the same kind to draw companions from, without replacement; ``batch`` - 1 or more.
+        examples: A batch of examples, in any form that ``recalibrate`` accepts.
+        pool: A batch of the same form with at least ``batch`` - 1 examples; companions are drawn without replacement.
         batch: Size of the batches, 2 or more.
         repeats: Batches of companions, 2 or more.
-        train: False leaves everything in eval mode.
-        read: Gives the logits, (N,), or (N, classes, ...), from the model's output. None takes the output itself
-            or its ``logits``. The largest logit is the prediction, or the sign of a single one.
-        seed: Of the choice of companions; global random states play no part.
+        train: False keeps all layers in eval mode.
+        read: Function that returns the logits, (N,) or (N, classes, ...), of a model's output. None uses the output
+            itself or its ``logits``. The prediction is the class with the largest logit; for a single logit, its sign.
+        seed: Seed of the choice of companions; global random states are not used.
 
     Raises:
         TypeError: If the output is no tensor and has no ``logits``.
-        ValueError: If ``batch`` or ``repeats`` is below 2, the pool is smaller than ``batch`` - 1, there is no
-            example, examples and pool are of different kinds, outputs are not finite or not one for each example, or
-            a layer gets one value per channel.
+        ValueError: If ``batch`` or ``repeats`` is below 2, the pool has fewer than ``batch`` - 1 examples, there is no
+            example, examples and pool have different forms, an output is not finite, the number of outputs is not the
+            number of examples, or a layer receives one value per channel.
     """
     what = "companion_flips"
     model = unwrapped(model)
@@ -137,27 +141,27 @@ def companion_flips(
 def _check(examples: Batch, pool: Batch, batch: int, repeats: int) -> None:
     for name, value in (("batch", batch), ("repeats", repeats)):
         if value < 2:
-            raise ValueError(f"companion_flips needs {name} of 2 or more, got {value}. One of it cannot differ.")
+            raise ValueError(f"companion_flips needs {name} of 2 or more, got {value}. Pass {name}=2 or more.")
     if (size := examples_in(pool) or 0) < batch - 1:
         raise ValueError(
-            f"companion_flips needs a pool of {batch - 1} examples or more, got {size}. Give more, or a smaller batch=."
+            f"companion_flips needs a pool of {batch - 1} examples or more, got {size}. Pass more, or a smaller batch=."
         )
     if not examples_in(examples):
-        raise ValueError("companion_flips needs one example or more, got none. Give a batch of them.")
+        raise ValueError("companion_flips needs one example or more, got none. Pass a batch of examples.")
 
 
 def _first_logits(
     model: nn.Module, examples: Batch, pool: Batch, sizes: tuple[int, int], read: Read | None, i: int, rows: Tensor
 ) -> Tensor:
-    """Logits of one example among companions, (classes, ...), in float64."""
+    """Logits of example ``i`` in a batch with companions, (classes, ...), in float64."""
     together = _joined(examples, pool, i, rows, *sizes)
     with preserve_random_state():
         logits = (read or _logits)(call(model, together))
     if not isinstance(logits, Tensor) or logits.ndim < 1 or len(logits) != len(rows) + 1:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"companion_flips needs an output for each of {len(rows) + 1} examples, got {got}. Pass read= to take it "
-            "from the model's output."
+            f"companion_flips needs an output for each of {len(rows) + 1} examples, got {got}. Pass read=, a "
+            "function that takes the logits from the model's output."
         )
     first = logits[0].double().cpu()
     if not bool(first.isfinite().all()):
@@ -168,13 +172,13 @@ def _first_logits(
 
 
 def _joined(one: Batch, many: Batch, i: int, rows: Tensor, count: int, size: int) -> Batch:
-    """Example i of one batch in front of rows of another; values that belong to no example are not changed."""
+    """Example ``i`` of ``one`` in front of ``rows`` of ``many``; other values are those of ``one``."""
     if isinstance(one, Tensor) and isinstance(many, Tensor) and one.ndim and len(one) == count and len(many) == size:
         return torch.cat([one[i : i + 1], many[rows.to(many.device)]])
     if type(one) is not type(many):
         raise ValueError(
-            f"companion_flips needs examples and pool of one kind, got {type(one).__name__} and "
-            f"{type(many).__name__}. Cut both from batches of one loader."
+            f"companion_flips needs examples and pool of one type, got {type(one).__name__} and "
+            f"{type(many).__name__}. Take both from batches of one loader."
         )
     if isinstance(one, Mapping):
         return {key: _joined(one[key], many[key], i, rows, count, size) for key in one}
@@ -188,18 +192,18 @@ def _logits(output: Answer) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"companion_flips needs a tensor of logits, got {type(output).__name__}. Pass read=, a function that "
-            "takes them from the model's output."
+            "takes the logits from the model's output."
         )
     return logits
 
 
 def _summary(logits: Tensor, reference: Tensor, batch: int) -> Companions:
-    """From logits (examples, repeats, classes, ...) and those of eval mode (examples, classes, ...)."""
+    """The result from ``logits`` (examples, repeats, classes, ...) and ``reference`` of eval mode, without repeats."""
     count, repeats = logits.shape[:2]
     predicted = _predictions(logits, axis=2)  # (examples, repeats, ...)
     flips = disagreement(predicted)
     of_eval = _predictions(reference, axis=1).unsqueeze(1)
-    # differences from the first: equal values would leave the rounding of their mean
+    # the first repeat is subtracted: otherwise the variance of equal values would be a rounding error above 0
     variances = (logits - logits[:, :1]).var(1).reshape(count, -1).mean(1)
     between = logits.mean(1).var(0).mean() if count > 1 else torch.tensor(math.nan)
     return Companions(
@@ -224,7 +228,7 @@ def _predictions(logits: Tensor, axis: int) -> Tensor:
 def disagreement(predicted: Tensor) -> Tensor:
     """Share of pairs of repeats that differ, mean over positions: (examples, repeats, ...) -> (examples,).
 
-    1 - sum_k c_k (c_k - 1) / (R (R - 1)) with c_k votes of R repeats for class k.
+    It is 1 - sum_k c_k (c_k - 1) / (R (R - 1)), where c_k of the R repeats predict class k.
     """
     flat = predicted.flatten(2) if predicted.ndim > 2 else predicted.unsqueeze(2)  # (examples, repeats, positions)
     repeats = flat.shape[1]

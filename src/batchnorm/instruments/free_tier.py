@@ -1,22 +1,25 @@
 """The free tier: how noisy batches are and how well stored statistics follow them, from running averages alone.
 
-A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``), or
-as many for every pass of a step (``window_readings``): noise, M_eff and dropout are of single passes, staleness is of
-whole steps. Second differences leave out a drift that is even within the window:
+A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``). If
+a step has several forward passes, each pass gives such a mean and variance (``window_readings``). Noise, M_eff and
+dropout are computed from single passes, staleness from whole steps. The variance of batch means is computed from
+second differences, so that a constant drift within the window does not count. With momentum a, ``share`` of
+``snapshots``, and s^2 the mean of v_i:
 
     Var(mu_B)        = mean (m_(i+1) - 2 m_i + m_(i-1))^2 / 6 / share,      Var(log s_B^2) likewise from log v_i
-    noise power      = Var(mu_B) / s^2 + Var(log s_B^2) / 4     [ (kappa + 3) / (4 M) for M independent values ]
+    noise power      = Var(mu_B) / s^2 + Var(log s_B^2) / 4     [ (kappa + 3) / (4 M) ]
     M_eff            = s^2 / Var(mu_B)                          [ M ]
-    dropout          = noise / (1 + noise)                      [ Gaussian dropout of as much noise ]
+    dropout          = noise / (1 + noise)                      [ the rate of Gaussian dropout with equal noise ]
     staleness^2      = (stored - mean of m_i)^2 / (Var(mu_B) (a / (2 - a) + share / W))          [ 1 ]
 
-all pooled over a layer's channels in units of s^2, the mean of v_i: with a few steps each channel alone would be an
-unsteady estimate. In brackets what each comes to for independent batches: a normal channel (kappa = 3) in batches of
-32 has noise power 0.0469 and a dropout rate of 4.5 %. With C channels the relative error of a window of eight steps
-is about 0.8 / sqrt(C).
+The brackets show the expected values for batches of M independent values with kurtosis kappa. All quantities are means
+over a layer's channels, in units of s^2, because few steps of one channel give an inaccurate estimate. Example: a
+normal channel (kappa = 3) in batches of 32 has noise power 0.0469 and a dropout rate of 4.5 %. With C channels the
+relative error of a window of eight steps is about 0.8 / sqrt(C).
 
-Behind another batch norm layer batches are alike by construction: each was given the same means and variances, so
-M_eff can be many times the number of values, and the noise small. The layer does add so little noise; it is no error.
+Behind another batch norm layer all batches have nearly the same mean and variance, because that layer has normalized
+them. So M_eff can be many times the number of values, and the noise is small. This is no error of measurement: the
+layer really adds little noise.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from batchnorm.instruments.passes import End
 from batchnorm.instruments.snapshots import Layers, Snapshot, Updates
 from batchnorm.instruments.window_readings import Places, Readings, readings
 
-LEAST = 4  # snapshots: three steps have one second difference
+LEAST = 4  # snapshots of three steps, which have one second difference
 # a channel is left out when more than this share of its measured variance may be rounding of the stored mean
 _ROUNDED = 0.1
 
@@ -41,22 +44,22 @@ _ROUNDED = 0.1
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class StepWindow:
-    """Every layer over W consecutive training steps; all (layers,), NaN where nothing could be measured.
+    """Every layer over W consecutive training steps; all (layers,), NaN for a layer that could not be measured.
 
-    A layer is measured if three steps or more updated its statistics, by a momentum above 0. Channels without variance
-    are left out. Of several passes in a step each is compared with the same pass of other steps, so that a batch that
-    passes twice counts once, and four micro-batches count as four.
+    A layer is measured if three steps or more updated its statistics, with a momentum above 0. Channels without
+    variance are left out. If a step has several passes, each pass is compared with the same pass of other steps. So a
+    batch that passes twice counts once, and four micro-batches count as four.
 
     Args:
         noise: Noise power of normalization by a batch's own statistics, as a share of the output's variance.
-        m_eff: Independent values that a batch's mean is worth.
-        dropout: Rate of Gaussian dropout with as much noise.
-        staleness: Distance of the stored mean from the batches', in standard errors, rms over channels.
+        m_eff: The number of independent values whose mean varies as much as a batch's mean.
+        dropout: Rate of Gaussian dropout with equal noise.
+        staleness: Distance of the stored mean from the mean of the batches, in standard errors, rms over channels.
         staleness_var: The same for the log of the variance.
-        short_var: The same for channels whose stored variance is below the variance of every batch in the window; other
-            channels count 0. Rare large examples, which an average keeps for a while, cannot explain it.
-        gap: Difference of outputs between batch and stored statistics, rms, in sd of the eval output.
-        wander: Noise power of independent batches that would move the averages as much as these did.
+        short_var: As ``staleness_var``, but a channel counts as 0 unless its stored variance is below the variance of
+            every batch in the window. Rare large examples cannot cause this: they make the stored variance larger.
+        gap: Difference of outputs between batch and stored statistics, rms, in standard deviations of the eval output.
+        wander: Noise power computed from whole steps, as if the passes of a step were independent.
     """
 
     noise: Tensor
@@ -70,25 +73,25 @@ class StepWindow:
 
     @classmethod
     def of(cls, window: Sequence[Snapshot] | Sequence[End], layers: Layers) -> StepWindow:
-        """Read a window of W + 1 copies that were taken after consecutive steps; W is at least 3.
+        """Compute the numbers from W + 1 copies that were taken after consecutive steps; W is at least 3.
 
-        With plain snapshots, the passes of a step count as independent. With ends of steps, each pass is compared with
-        its like; numbers of single passes are NaN where the passes of a step were not separated.
+        With ``Snapshot``, the passes of a step count as independent. With ``End``, each pass is compared with the same
+        pass of other steps; noise, M_eff, dropout and gap are NaN for layers whose passes were not separated.
         """
         if len(window) < LEAST:
             raise ValueError(f"a window needs {LEAST} snapshots or more, got {len(window)}. Take more steps.")
         ends = [(end if isinstance(end, End) else End.alone(end)).cpu() for end in window]
         independent = isinstance(window[0], Snapshot)
-        found = cls(*(torch.full((len(layers.names),), torch.nan, dtype=torch.float64) for _ in fields(cls)))
+        result = cls(*(torch.full((len(layers.names),), torch.nan, dtype=torch.float64) for _ in fields(cls)))
         for group in readings(ends, layers, LEAST - 1):
             part = _of_group(group, independent)
             for field in fields(cls):
-                getattr(found, field.name)[list(group.indices)] = getattr(part, field.name)
-        return found
+                getattr(result, field.name)[list(group.indices)] = getattr(part, field.name)
+        return result
 
 
 def _of_group(group: Readings, independent: bool) -> StepWindow:
-    """The window of layers that were updated in the same steps."""
+    """The numbers of the layers that were updated in the same steps."""
     layers, steps, first = group.layers, group.steps, group.ends[0]
     whole = _spread(steps, [list(range(len(steps.mean)))], layers)
     passes = _spread_of_passes(group) or (whole if independent else None)
@@ -116,7 +119,14 @@ def _of_group(group: Readings, independent: bool) -> StepWindow:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Spread:
-    """How far readings of one kind differ, in units of ``var``: (layers,), ``var`` and ``counted`` (channels,)."""
+    """How far the readings of the layers differ.
+
+    Args:
+        of_mean: Variance of batch means over ``var``, mean over the counted channels, (layers,).
+        of_log: Variance of the logarithm of batch variances, mean over the counted channels, (layers,).
+        var: Mean of the batch variances, (channels,).
+        counted: Whether a channel was measured, (channels,).
+    """
 
     of_mean: Tensor
     of_log: Tensor
@@ -129,7 +139,10 @@ class _Spread:
 
 
 def _spread_of_passes(group: Readings) -> _Spread | None:
-    """Of single passes, aligned as they differ least: what is compared with its like differs by noise alone."""
+    """Spread of single passes; None if some passes were not separated.
+
+    If there are two ways to align the passes of different steps, the way with the smaller spread is used.
+    """
     if group.passes is None:
         return None
     first, *others = (_spread(group.passes, places, group.layers) for places in group.places)
@@ -143,7 +156,7 @@ def _spread_of_passes(group: Readings) -> _Spread | None:
 
 
 def _spread(seen: Updates, places: Places, layers: Layers) -> _Spread:
-    """Of readings at some places, each compared with its neighbours in a place's order."""
+    """Spread of readings: at each place of ``places``, each reading is compared with the one before and after it."""
     var = torch.cat([seen.var[place] for place in places]).mean(0)  # (channels,)
     share = layers.each(seen.share)
     of_mean, of_log = (
@@ -156,10 +169,11 @@ def _spread(seen: Updates, places: Places, layers: Layers) -> _Spread:
 
 
 def shift(before: Snapshot, after: Snapshot, layers: Layers) -> Tensor:
-    """How far stored statistics moved, (layers,): rms over channels of the 2-Wasserstein distance of normal laws in sd.
+    """How far stored statistics moved between two snapshots, in standard deviations, (layers,).
 
-    sqrt(mean over channels of ((mean' - mean)^2 + (sd' - sd)^2) / var), with the earlier variance. Channels whose
-    earlier variance is 0 are left out.
+    The rms over channels of the 2-Wasserstein distance of normal distributions: sqrt(mean over channels of
+    ((mean' - mean)^2 + (sd' - sd)^2) / var), with var the earlier variance. Channels with an earlier variance of 0 are
+    left out.
     """
     before, after = before.cpu(), after.cpu()
     distance = (after.mean - before.mean).square() + (after.var.sqrt() - before.var.sqrt()).square()
@@ -167,10 +181,10 @@ def shift(before: Snapshot, after: Snapshot, layers: Layers) -> Tensor:
 
 
 def shift_floor(before: Snapshot, after: Snapshot, layers: Layers, noise: Tensor) -> Tensor:
-    """What ``shift`` comes to for batches of one distribution, (layers,).
+    """The ``shift`` that batch noise alone causes if all batches have the same distribution, (layers,).
 
-    Two values of an exponential average, n updates apart, differ with variance 2 a / (2 - a) (1 - (1 - a)^n) of one
-    batch's; NaN for ``momentum=None``, whose averages settle.
+    The difference between two values of an exponential average with momentum a, n updates apart, has the variance of
+    one batch times 2 a / (2 - a) (1 - (1 - a)^n). NaN for ``momentum=None``.
     """
     momentum = layers.numbers("momentum", torch.nan)
     passes = (after.updates.cpu() - before.updates.cpu()).double()
@@ -178,21 +192,24 @@ def shift_floor(before: Snapshot, after: Snapshot, layers: Layers, noise: Tensor
 
 
 def _curves(values: Tensor, share: Tensor) -> Tensor:
-    """Variance of independent values around an even drift, by each second difference: (T, channels)."""
+    """Variance of independent values around a constant drift, from second differences: (T, channels)."""
     curve = values[2:] - 2 * values[1:-1] + values[:-2]
     return curve.square() / (share[2:] + 4 * share[1:-1] + share[:-2])
 
 
 def _ema_noise(snapshot: Snapshot, layers: Layers) -> Tensor:
-    """Variance of a stored mean over that of one batch's mean, (layers,), as after many updates."""
+    """Variance of a stored mean over the variance of one batch's mean after many updates, (layers,)."""
     momentum = layers.numbers("momentum", torch.nan)
     return torch.where(momentum.isnan(), 1 / snapshot.updates.double(), momentum / (2 - momentum))
 
 
 def _gap(group: Readings, counted: Tensor) -> Tensor:
-    """Rms difference of outputs by a batch's statistics and by those stored before it, in sd of the latter."""
-    layers, seen, moments = group.layers, group.passes or group.steps, group.moments if group.passes else group.ends
-    mean, var = seen.mean, seen.var
+    """Rms difference between outputs by batch statistics and outputs by the statistics stored before the batch.
+
+    In standard deviations of the outputs by stored statistics.
+    """
+    layers, read, moments = group.layers, group.passes or group.steps, group.moments if group.passes else group.ends
+    mean, var = read.mean, read.var
     stored_mean, stored_var = (torch.stack([getattr(s, name) for s in moments[:-1]]) for name in ("mean", "var"))
     eps = layers.each(layers.numbers("eps", torch.nan))
     by_batch, by_stored = (var + eps).rsqrt(), (stored_var + eps).rsqrt()  # (W, channels)

@@ -1,7 +1,7 @@
-"""Census: what gamma and beta say of a layer's channels, read and not estimated.
+"""Census: what gamma and beta show about a layer's channels.
 
-In train mode a channel leaves the layer with mean beta and standard deviation |gamma|, whatever comes in. For normal
-values behind a ReLU that makes a share Phi(beta / |gamma|) of them active.
+In train mode each output channel has mean beta and standard deviation |gamma|, whatever the inputs are. If its values
+are normally distributed, a ReLU behind the layer passes the share Phi(beta / |gamma|) of them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SMALL, _RARE = 0.01, 0.01
 def census(layers: Layers, snapshot: Snapshot) -> dict[str, Tensor]:
     """Gamma, beta, share active behind a ReLU and share of dead channels, each (layers,).
 
-    ``gamma`` and ``beta`` are medians over channels of |gamma| and beta; ``active`` the mean of Phi(beta / |gamma|);
-    ``dead`` the share of channels with a stored variance below eps / 10,000, or with |gamma| < 0.01 and less than
-    1 % of the values active. Without gamma or beta they count as 1 and 0; NaN where they cannot be read.
-    Misleads where no ReLU follows.
+    ``gamma`` and ``beta`` are medians over channels of |gamma| and beta, and ``active`` is the mean of
+    Phi(beta / |gamma|). ``dead`` is the share of channels with a stored variance below eps / 10,000, or with
+    |gamma| < 0.01 and less than 1 % of the values active. A layer without gamma or beta counts as gamma 1 and beta 0.
+    Numbers that cannot be read give NaN. ``active`` and ``dead`` mislead if no ReLU follows the layer.
     """
     gamma, beta = layers.affine()
     scale = gamma.abs()

@@ -4,16 +4,18 @@ With z_l the input of layer l, l counted in the order of execution, and L the lo
 
     S_l = sum over examples, channels and positions of (dL/dz_l)^2        log S_l = c - l log(factor)
 
-``factor`` is what S is multiplied by on the way back through one layer: the median slope over all pairs of layers. A
-deep net of linear layers of one width, batch norm and ReLU has pi / (pi - 1) = 1.467 at initialization for large
-batches and widths; without an activation it has (N - 2) / (N - 3), without batch norm 1 (Yang et al. 2019, "A Mean
-Field Theory of Batch Normalization"). The gradient of a weight is a sum of one term per example and position, and
+The backward pass through one layer multiplies S by ``factor``, which is computed from the median slope over all pairs
+of layers. A deep net of linear layers of equal width, each followed by batch norm and ReLU, has the factor
+pi / (pi - 1) = 1.467 at initialization for large batches and widths. Without an activation the factor is
+(N - 2) / (N - 3) for batches of N examples; without batch norm it is 1 (Yang et al. 2019, "A Mean Field Theory of
+Batch Normalization"). The gradient of a weight is a sum of one term per example and position, and
 
-    cancellation = mean |sum of terms| / mean (sum of |terms|)                          [means over its entries]
+    cancellation = mean |sum of terms| / mean (sum of |terms|)                     [means over the weight's entries]
 
-is 1 where all terms agree, and about 1 / sqrt(K) for K independent normal ones (Bjorck et al. 2018, "Understanding
-Batch Normalization", on gradients at initialization). The terms of a linear layer are products of an input and of an
-output's gradient, so the sum of their absolute values is the layer's own gradient for |input| and |gradient|.
+is 1 if all terms have the same sign, and about 1 / sqrt(K) for K independent normal terms (Bjorck et al. 2018,
+"Understanding Batch Normalization", on gradients at initialization). Each term of a linear layer is the product of an
+input and the gradient of an output. So the sum of |terms| is the weight gradient that the layer computes from |inputs|
+and |gradients of outputs|.
 """
 
 from __future__ import annotations
@@ -41,18 +43,18 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
 
-Loss = Callable[[Answer, Batch], Tensor]  # of a model's output and its batch
+Loss = Callable[[Answer, Batch], Tensor]  # called with a model's output and the batch
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class LayerGradient:
-    """The gradient at the entrance of one layer.
+    """The gradient with respect to the input of one layer.
 
     Args:
-        name: Dotted path.
-        squared: S_l, summed over examples, channels, positions and calls; the loss's unit squared over the input's.
-        log: Natural logarithm of it, -inf where no gradient arrives.
+        name: Dotted path of the layer.
+        squared: S_l, summed over examples, channels, positions and calls of the layer, in units of loss^2 / input^2.
+        log: Natural logarithm of ``squared``; -inf if no gradient arrives.
     """
 
     name: str
@@ -63,7 +65,7 @@ class LayerGradient:
 @final
 @dataclass(frozen=True, slots=True)
 class Cancellation:
-    """How far the terms of a weight's gradient cancel: 1 not at all, 0 completely; NaN where all terms are 0."""
+    """How far the terms of a weight's gradient cancel: ``ratio`` 1 not at all, 0 fully; NaN if all terms are 0."""
 
     name: str
     ratio: float
@@ -76,11 +78,11 @@ class GradientDepth:
 
     Args:
         layers: The layers that ran, in the order of execution.
-        factor: By which S grows for each layer on the way back; NaN for fewer than two layers.
-        error: Standard error of log(factor) by the scatter of its steps from layer to layer; NaN for fewer than three
+        factor: The factor by which S grows per layer in the backward pass; NaN for fewer than two layers.
+        error: Standard error of log(factor), from the scatter of log S from layer to layer; NaN for fewer than three
             layers.
-        cancellations: Of the weights of linear layers and convolutions, in the order of execution.
-        loss: Of the batch.
+        cancellations: Cancellation of each trained weight of a linear layer or convolution, in the order of execution.
+        loss: Loss of the batch.
     """
 
     layers: tuple[LayerGradient, ...]
@@ -100,33 +102,33 @@ class GradientDepth:
 
 
 def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[str] | None = None) -> GradientDepth:
-    """How gradients grow with depth, and how far they cancel between examples; the model stays as it is.
+    """How gradients grow with depth, and how far they cancel between examples; the model is not changed.
 
-    One forward and backward pass, and one of every linear layer alone. A model in eval mode is measured in train
-    mode; in a model in train mode every module keeps its mode, as in training. Dropout draws what a training step
-    would draw now.
+    Costs one forward and backward pass of the model, and two more of every linear layer and convolution. A model in
+    eval mode is measured in train mode; in a model in train mode every module keeps its mode, as in training. Dropout
+    draws the same numbers as a training step would.
 
-    Unit: S is in units of loss^2 / input^2, ``factor`` and ``cancellation`` have none. Noise floor: the factor of
-    one network scatters by ``error``, mostly from its random weights; a cancellation of K independent normal terms is
-    about 1 / sqrt(K), not 0. The input of batch norm itself has no cancellation to tell of: its gradients sum to 0.
+    Unit: S is in units of loss^2 / input^2; ``factor`` and ``cancellation`` have no unit. Noise floor: ``error`` for
+    the logarithm of the factor, mostly from the random weights; the cancellation of K independent normal terms is
+    about 1 / sqrt(K), not 0. The input of batch norm has no cancellation, because its gradients always sum to 0.
 
-    How to read it: with a factor above 1 gradients explode towards the input, below 1 they vanish. Batch norm with
-    ReLU alone has 1.47 at initialization. It misleads where widths differ much (S is a sum
-    over channels), with skip connections (the gradient past the layer counts as well, and a layer is not a step of
-    depth), and for a loss that is a mean: S then has a factor of 1 / N^2 in all layers alike. Cancellation is that of
-    one batch, so it falls with the batch size.
+    How to read it: with a factor above 1 gradients explode towards the input, below 1 they vanish. Layers of batch norm
+    and ReLU have the factor 1.47 at initialization. The factor misleads if widths differ much (S is a sum over
+    channels), and with skip connections (the gradient that goes past the layer counts too, and a layer is not a step of
+    depth). If the loss is a mean over N examples, S is smaller by 1 / N^2 in all layers, which does not change the
+    factor. Cancellation depends on the batch: it is smaller for larger batches.
 
     Args:
         model: Any module, compiled or not.
-        batch: As ``recalibrate`` takes one.
-        loss: ``loss(output, batch)`` gives a scalar.
-        layers: Dotted paths of the modules whose inputs are measured; None takes all batch norm layers. Name the
-            activations of a network without batch norm to compare with one that has it.
+        batch: A batch in any form that ``recalibrate`` accepts.
+        loss: ``loss(output, batch)`` returns a scalar.
+        layers: Dotted paths of the modules whose inputs are measured; None means all batch norm layers. To compare
+            with a network without batch norm, name the activations in both.
 
     Raises:
-        TypeError: If the loss does not give a tensor.
-        ValueError: If there is no layer to measure, a layer gets one value per channel in train mode, or the loss is
-            not a finite scalar that depends on the inputs of layers.
+        TypeError: If the loss does not return a tensor.
+        ValueError: If there is no layer to measure, a layer receives one value per channel in train mode, or the loss
+            is not a finite scalar with a gradient.
 
     References:
         Yang et al. 2019; Bjorck et al. 2018.
@@ -142,13 +144,13 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
         inputs, calls = [*inputs], [*calls]  # a checkpointed model calls its layers again in the backward pass
         if not inputs:
             raise ValueError(
-                f"{what} needs a batch that reaches its layers, got none that ran of {', '.join(map(repr, wanted))}. "
-                "Name layers that this forward uses."
+                f"{what} needs a batch that reaches the layers, but none of {', '.join(map(repr, wanted))} ran. "
+                "Name layers that the model's forward calls."
             )
         edges = [edge for *_, edge in inputs] + [edge for *_, edge in calls]
-        found = torch.autograd.grad(differentiable(value, what), edges, allow_unused=True)
-        measured = _squares([name for name, _ in inputs], found)
-        behind = zip(calls, found[len(inputs) :], strict=True)
+        gradients = torch.autograd.grad(differentiable(value, what), edges, allow_unused=True)
+        measured = _squares([name for name, _ in inputs], gradients)
+        behind = zip(calls, gradients[len(inputs) :], strict=True)
         cancellations = _cancellations(model, [(name, x, slope) for (name, x, _), slope in behind])
     factor, error = _slope([layer.log for layer in measured])
     return GradientDepth(measured, factor, error, cancellations, float(value.detach()))
@@ -156,7 +158,7 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
 
 @contextmanager
 def training(model: nn.Module, what: str) -> Iterator[None]:
-    """A block in which a model runs as in a training step, uncompiled so that hooks run; no trace is left behind it."""
+    """A block in which a model runs as in a training step, uncompiled so that hooks run; then all state is restored."""
     with preserve_state(model), uncompiled(), torch.enable_grad():
         if not model.training:
             model.train()
@@ -166,14 +168,14 @@ def training(model: nn.Module, what: str) -> Iterator[None]:
 
 @contextmanager
 def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
-    """A block in which a layer raises, with its name, if it would take the variance of a single value."""
+    """A block that raises, with the layer's name, if a layer would compute the variance of a single value."""
 
     def check(name: str, layer: nn.Module, x: Tensor) -> None:
         alone = isinstance(x, Tensor) and x.ndim > 1 and x[:, :1].numel() == 1
         if alone and layer.training and getattr(layer, "single_element", "error") == "error":
             raise ValueError(
                 f"{what} needs 2 or more values per channel in train mode, got {tuple(x.shape)} in layer "
-                f"{name!r}. Give batches of 2 examples or more: drop_last=True in a loader."
+                f"{name!r}. Pass batches of 2 examples or more: drop_last=True in a loader."
             )
 
     with seeing(batch_norms(model), check):
@@ -181,28 +183,28 @@ def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
 
 
 def scalar(value: Batch, what: str) -> Tensor:
-    """The loss itself, if it is one number."""
+    """Return the loss unchanged, or raise if it is not one number."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{what} needs a loss that gives a tensor, got {type(value).__name__}. Leave out .item().")
+        raise TypeError(f"{what} needs a loss that returns a tensor, got {type(value).__name__}. Leave out .item().")
     if value.numel() != 1:
-        raise ValueError(f"{what} needs a loss that gives one number, got shape {tuple(value.shape)}. Take its mean.")
+        raise ValueError(f"{what} needs a loss of one number, got shape {tuple(value.shape)}. Return its mean.")
     return value
 
 
 def finite(value: Tensor, what: str) -> Tensor:
-    """The loss itself, if it is neither infinite nor NaN."""
+    """Return the loss unchanged, or raise if it is infinite or NaN."""
     if not bool(value.isfinite()):
         raise ValueError(
-            f"{what} needs a finite loss, got {float(value.detach())}. Look for the examples that cause it."
+            f"{what} needs a finite loss, got {float(value.detach())}. Look for the examples that cause this."
         )
     return value
 
 
 def differentiable(value: Tensor, what: str) -> Tensor:
-    """The loss itself, if it depends on anything."""
+    """Return the loss unchanged, or raise if it has no gradient."""
     if not value.requires_grad:
         raise ValueError(
-            f"{what} needs a loss with a gradient, got one that depends on no parameter that is trained. Leave out "
+            f"{what} needs a loss with a gradient, got a loss that depends on no trained parameter. Leave out "
             "detach() and no_grad() in the model and in the loss, or set requires_grad."
         )
     return value
@@ -211,9 +213,9 @@ def differentiable(value: Tensor, what: str) -> Tensor:
 def loss_and_gradients(
     model: nn.Module, batch: Batch, loss: Loss, parameters: Sequence[Tensor], what: str
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss of a batch, which may be infinite, and its gradients; None for a parameter that it does not depend on.
+    """The loss of a batch, finite or not, and its gradients; None for a parameter on which the loss does not depend.
 
-    Random states and buffers are as before behind it, so that each evaluation draws and normalizes alike.
+    Random states and buffers are restored, so that each evaluation draws the same numbers and normalizes alike.
     """
     with preserve_state(model):
         value = scalar(loss(call(model, batch), batch), what)
@@ -222,22 +224,22 @@ def loss_and_gradients(
 
 
 def _modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    known = dict(model.named_modules())
-    unknown = [name for name in names if name not in known]
+    modules = dict(model.named_modules())
+    unknown = [name for name in names if name not in modules]
     if unknown or not names:
         raise ValueError(
             f"gradient_depth needs names of modules, got {', '.join(map(repr, unknown)) or 'none'}. "
             "Take them from model.named_modules()."
         )
-    return {name: known[name] for name in names}
+    return {name: modules[name] for name in names}
 
 
 @contextmanager
 def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, GradientEdge]]]:
-    """A block that collects the gradient edge of what each module receives, in the order of execution.
+    """A block that collects the gradient edge of each module's input, in the order of execution.
 
-    An edge stays what it was when the module writes over its input later. An input that does not depend on
-    parameters is made a leaf of its own.
+    An edge stays valid if the module later overwrites its input. An input that depends on no parameter is replaced by a
+    copy that requires a gradient.
     """
     seen: list[tuple[str, GradientEdge]] = []
 
@@ -254,7 +256,7 @@ def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Gradie
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose weight gradient is a sum of products of input and output gradient; subclasses are left out."""
+    """The trained linear layers and convolutions by name, without subclasses, whose forward may differ."""
     kinds = {nn.Linear, *(kind for kind in vars(nn.modules.conv).values() if _is_convolution(kind))}
     return {name: m for name, m in model.named_modules() if type(m) in kinds and _is_trained(m)}
 
@@ -269,13 +271,13 @@ def _is_convolution(kind: object) -> bool:
 
 @contextmanager
 def _calls_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, GradientEdge]]]:
-    """A block that collects every call: name, a copy of the input, and the gradient edge of the output."""
+    """A block that collects for every call the name, a copy of the input, and the gradient edge of the output."""
     seen: list[tuple[str, Tensor, GradientEdge]] = []
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if output.requires_grad:
-            # a copy: layers that save memory may overwrite what they can compute again
+            # a copy, because layers that save memory may overwrite their inputs
             seen.append((name, x.detach().clone(), get_gradient_edge(output)))
 
     with attached(m.register_forward_hook(partial(see, name), with_kwargs=True) for name, m in modules.items()):
@@ -290,23 +292,24 @@ def _squares(names: list[str], gradients: Sequence[Tensor | None]) -> tuple[Laye
 
 
 def _slope(logs: list[float]) -> tuple[float, float]:
-    """Factor per layer on the way back by the median slope over pairs of layers, and the error of its logarithm.
+    """Factor per layer in the backward pass, from the median slope over pairs of layers, and the error of log(factor).
 
-    One layer of another scale, such as the first, moves least squares but not the median (Theil 1950, Sen 1968).
+    A single layer with another scale, such as the first, changes a least-squares slope but hardly the median (Theil
+    1950, Sen 1968).
     """
     points = [(depth, log) for depth, log in enumerate(logs) if math.isfinite(log)]
     slopes = [(b - a) / (j - i) for (i, a), (j, b) in combinations(points, 2)]
     if not slopes:
         return math.nan, math.nan
     slope = median(slopes)
-    # the logarithm is a random walk with independent steps; 1.48 median deviations are a normal one's sd
+    # log S is a random walk with independent steps; 1.48 median deviations are the standard deviation of a normal step
     steps = [(b - a) / (j - i) for (i, a), (j, b) in pairwise(points)]
     scatter = 1.4826 * median(abs(step - median(steps)) for step in steps)
     return math.exp(-slope), scatter / math.sqrt(len(steps)) if len(steps) > 1 else math.nan
 
 
 def _cancellations(model: nn.Module, calls: list[tuple[str, Tensor, Tensor | None]]) -> tuple[Cancellation, ...]:
-    """|sum| over sum of || of the terms of every weight's gradient, calls added up."""
+    """Cancellation of every weight's gradient; the terms of several calls of a layer are added."""
     signed: dict[str, Tensor] = {}
     absolute: dict[str, Tensor] = {}
     for name, x, slope in calls:
@@ -320,7 +323,7 @@ def _cancellations(model: nn.Module, calls: list[tuple[str, Tensor, Tensor | Non
 
 def _gradient_of_weight(layer: nn.Module, x: Tensor, slope: Tensor) -> Tensor:
     weight = layer.get_parameter("weight")
-    # without the autocast of the model's own pass, in which types may differ
+    # in the weight's type, because the model's pass may have used another type under autocast
     (gradient,) = torch.autograd.grad(layer.forward(x.to(weight.dtype)), weight, slope.to(weight.dtype))
     return wide(gradient)
 

@@ -1,4 +1,4 @@
-"""Gradient shift: how much the steps of the layers before it change the gradient of a weight.
+"""Gradient shift: how much a step of the earlier parameters changes the gradient of a weight.
 
 With W_1 .. W_k the parameters in the order of ``model.parameters()`` and L the loss of one batch at time t,
 
@@ -7,8 +7,8 @@ With W_1 .. W_k the parameters in the order of ``model.parameters()`` and L the 
     ics = ||G - G'||        relative = ||G - G'|| / ||G||        cosine = <G, G'> / (||G|| ||G'||)
 
 (Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", definition 2.1: the internal covariate
-shift of gradients.) A weight cannot know of the steps taken at the same time before it, so G is what it moves by and
-G' what would have been right. Batch and random numbers are the same in both.
+shift of gradients.) The optimizer moves W_i by G, although the parameters before it move in the same step: after their
+move G' would be right. Batch and random numbers are the same for G and G'.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batchnorm.instruments.probe_tier import unwrapped
 from batchnorm.population.batches import on_device_of
 from batchnorm.population.tensor_memory import require
 
-_WEIGHTS = 5  # by default: each costs a forward and a backward pass
+_WEIGHTS = 5  # measured by default; each costs a forward and a backward pass
 
 
 @final
@@ -40,10 +40,10 @@ class WeightShift:
     """Gradient shift of one weight.
 
     Args:
-        name: Of the parameter.
+        name: The parameter's name.
         ics: ||G - G'||, in units of loss per unit of the weight.
-        relative: Of ||G||; NaN where G is 0.
-        cosine: Between G and G'; NaN where one is 0.
+        relative: ||G - G'|| / ||G||; NaN if G is 0.
+        cosine: Cosine of the angle between G and G'; NaN if G or G' is 0.
         norm: ||G||.
     """
 
@@ -57,7 +57,7 @@ class WeightShift:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """How far the gradients of R networks turned; the quantities of WeightShift, (R,) each, in float64."""
+    """How far the gradients of R networks turned: the numbers of ``WeightShift``, (R,) each, in float64."""
 
     ics: Tensor
     relative: Tensor
@@ -66,7 +66,7 @@ class Turn:
 
     @classmethod
     def between(cls, old: Vectors, new: Vectors) -> Turn:
-        """From G to G'."""
+        """The turn from G = ``old`` to G' = ``new``."""
         ics, length = norm(minus(old, new)), norm(old)
         return cls(ics, torch.where(length > 0, ics / length, torch.nan), cosine(old, new), length)
 
@@ -77,8 +77,8 @@ class GradientShift:
     """Gradient shift of chosen weights.
 
     Args:
-        weights: In the order of the parameters.
-        loss: Of the batch before the step.
+        weights: One entry for each chosen weight; without ``layers`` in the order of the parameters.
+        loss: Loss of the batch before the step.
         floor: Largest ``relative`` of the chosen weights between two evaluations without any step: 0 on a
             deterministic device, rounding on others; more if the model draws random numbers of its own.
     """
@@ -101,33 +101,33 @@ def gradient_shift(
 ) -> GradientShift:
     """How far a step of the earlier parameters turns a weight's gradient; model and optimizer are not changed.
 
-    A copy of ``optimizer`` takes the step that it would take now on this batch, with its momentum, weight decay and
-    learning rates. Gamma and beta are parameters like others. Running statistics are not used: the model runs in
-    train mode (a model in train mode keeps the modes of its modules). Costs 2 + len(layers) forward
+    A copy of ``optimizer`` takes the step that the optimizer would take now on this batch, with its momentum, weight
+    decay and learning rates. Gamma and beta are parameters like others. The model runs in train mode, so running
+    statistics are not used; the modules of a model in train mode keep their modes. Costs 2 + len(layers) forward
     and backward passes and the memory of two more models and one more optimizer state.
 
-    Unit: ``ics`` in loss per unit of the weight; ``relative`` and ``cosine`` have none. Noise floor: ``floor``,
-    measured.
+    Unit: ``ics`` in loss per unit of the weight; ``relative`` and ``cosine`` have no unit. Noise floor: ``floor``, from
+    a second evaluation without a step.
 
     How to read it: with relative 0 and cosine 1 the other steps left the gradient as it was. With relative above 1 or
     a cosine near 0 the gradient was computed for a network that no longer exists. The numbers mislead in four cases:
-    ``ics`` scales with the gradient, so it does not compare weights or networks; a network that does not learn does
-    not shift; the shift grows with the step, so it does not compare learning rates; and parameters are taken in the
-    order of their registration, which may not be the order of execution. Changes of the gradient between backward and
-    step, such as clipping, play no part.
+    ``ics`` scales with the gradient, so its values for two weights or networks cannot be compared; a network that does
+    not learn does not shift; the shift grows with the step, so its values for two learning rates cannot be compared;
+    and the "earlier" parameters are those registered before the weight, which may not run before it. Changes of the
+    gradient between backward and step, such as clipping, are not reproduced.
 
     Args:
         model: Any module, with batch norm or without, compiled or not.
-        batch: As ``recalibrate`` takes one.
-        loss: ``loss(output, batch)`` gives a scalar.
-        optimizer: Of torch.optim, or one whose state is in ``state`` and ``param_groups``.
-        layers: Names of parameters, or paths of modules whose ``weight`` is meant. None takes up to five evenly
-            spaced weights of two axes or more that have parameters before them.
+        batch: A batch in any form that ``recalibrate`` accepts.
+        loss: ``loss(output, batch)`` returns a scalar.
+        optimizer: An optimizer of torch.optim, or a subclass that keeps its state in ``state`` and ``param_groups``.
+        layers: Names of parameters, or paths of modules whose ``weight`` is meant. None chooses up to five weights of
+            two axes or more, evenly spaced, without the first parameter of the model.
 
     Raises:
-        TypeError: If ``optimizer`` is none, needs a closure (LBFGS), or the loss does not give a tensor.
-        ValueError: If ``optimizer`` holds none of the model's parameters, a name is unknown, there is no weight to
-            choose, a layer gets one value per channel, or the loss is not a finite scalar.
+        TypeError: If ``optimizer`` is no torch.optim optimizer, needs a closure (LBFGS), or the loss returns no tensor.
+        ValueError: If ``optimizer`` has none of the model's parameters, a name is unknown, there is no weight to
+            choose, a layer receives one value per channel, or the loss is not a finite scalar.
 
     References:
         Santurkar et al. 2018, section 2.2.
@@ -149,23 +149,23 @@ def gradient_shift(
         shifted = []
         for name in chosen:
             with moved_parameters(list(_before(parameters, name, after))):
-                _, found = loss_and_gradients(model, batch, loss, [parameters[name]], what)
-            shifted.append(_compare(name, of_name[name], found[0]))
+                _, gradients_after = loss_and_gradients(model, batch, loss, [parameters[name]], what)
+            shifted.append(_compare(name, of_name[name], gradients_after[0]))
     floors = [_compare(n, of_name[n], g).relative for n, g in zip(chosen, again, strict=True)]
     floor = max((each for each in floors if not math.isnan(each)), default=0.0)
     return GradientShift(tuple(shifted), float(value), floor)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], what: str) -> None:
-    """Refuse what is no optimizer of these parameters, or cannot take a step by itself."""
+    """Raise unless ``optimizer`` has one of these parameters and takes a step without a closure."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"{what} needs a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the optimizer.")
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(f"{what} needs an optimizer that steps without a closure, got LBFGS. Pass one such as SGD.")
-    known = set(map(id, parameters))
-    if not any(id(p) in known for p in _held(optimizer)):
+        raise TypeError(f"{what} needs an optimizer that steps without a closure, got LBFGS. Pass SGD, for example.")
+    own = set(map(id, parameters))
+    if not any(id(p) in own for p in _held(optimizer)):
         raise ValueError(
-            f"{what} needs an optimizer of the model's parameters, got one of {len(_held(optimizer))} others. "
+            f"{what} needs an optimizer of the model's parameters, got one with {len(_held(optimizer))} others. "
             "Make it from this model's parameters(), after the model was moved or converted."
         )
 
@@ -173,9 +173,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tenso
 def values_after_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> dict[Tensor, Tensor]:
-    """The values that an optimizer would give its parameters for these gradients.
+    """The values of the parameters after a step of the optimizer with these gradients.
 
-    Neither the optimizer nor a parameter is changed: a copy takes the step, without anybody's hooks.
+    The optimizer and the parameters are not changed: a copy of the optimizer takes the step, without hooks.
     """
     copy = deepcopy(optimizer)
     of = dict(zip(parameters, gradients, strict=True))
@@ -183,14 +183,14 @@ def values_after_step(
     for original, copied in pairs:
         copied.grad = of.get(original)
     step: Any = type(copy).step
-    # torch wraps step to call hooks, global ones too, that belong to the user's training
+    # the function inside of torch's wrapper, which would call the user's hooks
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(copy)
     return {original: copied.detach() for original, copied in pairs if of.get(original) is not None}
 
 
 @contextmanager
 def moved_parameters(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """A block in which parameters have other values, given as pairs of both."""
+    """A block in which parameters have other values, given as pairs (parameter, value)."""
     before = [parameter.detach().clone() for parameter, _ in values]
     try:
         for parameter, value in values:
@@ -211,8 +211,8 @@ def _chosen(model: nn.Module, names: list[str], layers: Sequence[str] | None) ->
     matrices = [name for i, name in enumerate(names) if i and model.get_parameter(name).ndim > 1]
     if not matrices:
         raise ValueError(
-            "gradient_shift needs a weight with parameters before it, got a model with no such weight of two axes "
-            "or more that is trained. Name parameters by layers=."
+            "gradient_shift needs a trained weight of two axes or more that is not the model's first parameter, got "
+            "none. Name parameters by layers=."
         )
     count = min(_WEIGHTS, len(matrices))
     return [matrices[round(i * (len(matrices) - 1) / max(count - 1, 1))] for i in range(count)]
@@ -223,8 +223,8 @@ def _parameter(names: list[str], name: str) -> str:
         if candidate in names:
             return candidate
     raise ValueError(
-        f"gradient_shift needs names of parameters that are trained, or of modules with a weight, got {name!r}. "
-        "Take them from model.named_parameters()."
+        f"gradient_shift needs names of trained parameters, or of modules with a trained weight, got {name!r}. "
+        "Take names from model.named_parameters()."
     )
 
 

@@ -1,4 +1,4 @@
-"""Schedule: the times of looks, so that looks take less than a share of the training time."""
+"""Schedule: after which steps a watch measures ("looks"), so that looks take a limited share of the training time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from typing import final
 
 _SHORTEST = 10  # steps between the first looks
-_GROWTH = 5  # later ones are a fifth of the steps so far apart, until they are as far as was asked for
+_GROWTH = 5  # the distance of later looks is a fifth of the steps so far, up to ``every``
 
 
 @final
 class Schedule:
     """When the next look is due, by steps and by the time that looks have taken.
 
-    Looks come every tenth step at first, then at step s after another s / 5, until they are ``every`` steps apart:
-    most happens early. A look that would bring the share of time above ``budget`` waits; its time is
-    that of the last look of its kind, or the one given to ``expect`` before the first.
+    Most changes happen early in a training, so the first looks are ten steps apart, and after step s the distance is
+    s / 5, up to ``every`` steps. A look waits if it would bring the share of time above ``budget``. The expected time
+    of a look is the time of the last look of its kind; before the first look it is set by ``expect``.
 
     Args:
         every: Steps between looks, 1 or more.
-        budget: Largest share of the time of training, above 0.
-        clock: Seconds.
+        budget: Largest share of the training time that looks may take, above 0.
+        clock: Function that returns the time in seconds.
     """
 
     def __init__(self, every: int, budget: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -40,7 +40,7 @@ class Schedule:
         self._steps = 0
 
     def about(self) -> dict[str, float]:
-        """What a log says of the schedule."""
+        """The settings of the schedule, as a log stores them."""
         return {"every": self.every, "budget": self.budget}
 
     @property
@@ -72,7 +72,7 @@ class Schedule:
             self._took[kind] = self._clock() - start
 
     def is_due(self) -> bool:
-        """Count a step; whether to look after it."""
+        """Count a step, and return whether a look is due after it."""
         self._steps += 1
         if self._steps < self._due:
             return False
@@ -88,5 +88,5 @@ class Schedule:
         return self.spent + self._took.get(kind, 0.0) <= self.budget * self.training
 
     def expect(self, kind: str, seconds: float) -> None:
-        """Say what a look takes beside a training step, before there was one."""
+        """Set the expected time of the first look of this kind: ``seconds`` and the mean time of a training step."""
         self._took.setdefault(kind, seconds + self.training / max(1, self._steps))

@@ -1,4 +1,4 @@
-"""Looks: what a window of steps and a pass over the probe say, as records, and the events between two looks."""
+"""Looks: records of a window of steps or of a pass over the probe batch, and the events between two looks."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.instruments.training_events import Events, TrainingEvent
 from batchnorm.record import QUANTITIES, Record
 
-Row = list[float | None]  # a number of each layer, None where it could not be measured
+Row = list[float | None]  # one number for each layer; None if it could not be measured
 
 
 @final
 class Looks:
-    """The looks at one model while it trains; each is compared with the one before.
+    """The looks at one model while it trains; each look is compared with the look before.
 
     Args:
-        layers: Of the model.
-        passes: Of the model, between two steps of an open window.
-        events: What has begun and not ended, also before this log was opened.
+        layers: The model's batch norm layers.
+        passes: Records the model's passes between two steps of an open window.
+        events: The states that have begun and not ended, also those that began before this log was opened.
     """
 
     def __init__(self, layers: Layers, passes: Passes, events: Events) -> None:
         self._layers, self._events = layers, events
         self.names = layers.names
         self.window = OpenWindow(layers, passes)
-        self.last: tuple[int, Snapshot] | None = None  # the last look's step and end
+        self.last: tuple[int, Snapshot] | None = None  # step and last snapshot of the last look
         self._view: tuple[int, View] | None = None
 
     def free(self, step: int) -> tuple[Record, list[TrainingEvent]]:
@@ -63,7 +63,7 @@ class Looks:
     def probed(self, step: int, probe: Probe, model: nn.Module) -> Record:
         """The record of a pass over the probe."""
         view = probe.look(model, self._layers)
-        values = {name: row for name, row in view.values().items() if name != "gap"}  # the free tier has it
+        values = {name: row for name, row in view.values().items() if name != "gap"}  # the free tier measures it
         if self._view is not None:
             last, earlier = self._view
             scale = 100 / (step - last)
@@ -87,12 +87,12 @@ class Looks:
 
 
 def _rows(values: Mapping[str, Tensor]) -> dict[str, Row]:
-    """Plain numbers; NaN is what could not be measured."""
+    """Tensors as lists of numbers; None in place of NaN, which marks what could not be measured."""
     return {name: [None if math.isnan(v) else v for v in value.tolist()] for name, value in values.items()}
 
 
 def _early(layers: Layers) -> float:
-    """Steps until less than 1 % of the initial values is left in every average."""
+    """Number of updates after which initial values make up less than 1 % of every running average."""
     momenta = [layer.momentum for layer in layers.layers if layer.momentum]
     return max((4.6 / momentum for momentum in momenta), default=0.0)
 
@@ -100,13 +100,20 @@ def _early(layers: Layers) -> float:
 def lab_record(
     step: int, names: Sequence[str], values: Mapping[str, Mapping[str, float]], model: Mapping[str, float]
 ) -> Record:
-    """What was measured on demand: numbers of layers by quantity and layer, and of the model."""
+    """The record of a measurement on demand.
+
+    Args:
+        step: The training step.
+        names: The layers' names.
+        values: Quantity -> layer -> number; a layer without a number gets None.
+        model: Quantity -> number of the whole model.
+    """
     rows = {name: [_plain(row.get(layer)) for layer in names] for name, row in values.items()}
     return Record(step, names, rows, {name: _plain(value) for name, value in model.items()}, "lab", time.time())
 
 
 def _plain(value: float | Tensor | None) -> float | None:
-    """A number, or None for what is none."""
+    """The value as a float; None if it is not a number."""
     with suppress(Exception):
         return float(number_of(value))
     return None

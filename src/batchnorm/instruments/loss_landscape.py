@@ -10,8 +10,8 @@ At parameters w with loss L, gradient g and update u (-rate g, or what an optimi
     cosine           = min_f cos(g, grad L(w + f u))
 
 (Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", section 3.1, with fractions from 1/2 to 4.)
-On a quadratic with curvature c along g, beta is c, and plain gradient descent is stable while eta beta < 2 (Cohen et
-al. 2021, "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability").
+If the loss is quadratic with curvature c along g, beta is c, and plain gradient descent is stable for eta beta < 2
+(Cohen et al. 2021, "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability").
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Landscape:
     """The loss along an update.
 
     Args:
-        loss: Before the step.
-        fractions: Of the update at which the loss was evaluated.
-        losses: At each of them; may be infinite or NaN.
-        loss_range: Largest minus smallest of them; infinite if one is not finite.
-        gradient_change: Largest change of the gradient; infinite if one is not finite.
-        beta: Effective smoothness, in 1 / learning rate.
-        eta: Length of the update over that of the gradient.
-        eta_beta: Largest relative change of the gradient per update.
-        cosine: Smallest cosine between the gradients; NaN where one is not finite.
-        floor: ||g - g again|| / ||g|| of two evaluations at w.
+        loss: Loss before the step.
+        fractions: The fractions of the update at which the loss was evaluated.
+        losses: Loss at each fraction; may be infinite or NaN.
+        loss_range: Largest minus smallest of ``losses``; infinite if a loss is not finite.
+        gradient_change: Largest change of the gradient; infinite if a gradient is not finite.
+        beta: Effective smoothness, in 1 / learning rate; infinite if a gradient is not finite.
+        eta: Length of the update over the length of the gradient.
+        eta_beta: Largest relative change of the gradient per update; infinite if a gradient is not finite.
+        cosine: Smallest cosine between g and a later gradient; NaN if a gradient is not finite.
+        floor: ||g - g'|| / ||g||, where g' is a second evaluation of the gradient at w.
     """
 
     loss: float
@@ -82,37 +82,38 @@ def landscape(
     *,
     lr: float | None = None,
 ) -> Landscape:
-    """How rough the loss of a batch is along the next update; model and optimizer stay as they are.
+    """How rough the loss of a batch is along the next update; model and optimizer are not changed.
 
     The direction is the update that ``optimizer`` would make now on this batch, with momentum and weight decay, or
-    the negative gradient times ``lr``. Gradients are those of the parameters that move. The model runs in train mode
-    with the same random numbers at all points (a model in train mode keeps the modes of its modules), and running
-    statistics take no part. Costs 2 + len(fractions) forward and backward passes and the memory of two more models.
+    the negative gradient times ``lr``. Only the gradients of parameters that move are compared. The model runs in train
+    mode with the same random numbers at all points; the modules of a model in train mode keep their modes, and running
+    statistics are not used. Costs 2 + len(fractions) forward and backward passes and the memory of two more models.
 
-    Unit: ``loss_range`` in that of the loss, ``gradient_change`` in loss per unit of the parameters, ``beta`` in 1 /
-    learning rate, ``eta_beta`` and ``cosine`` in none. Noise floor: ``floor``, measured, for ``eta_beta``; times
-    ||g|| for the gradient's change.
+    Unit: ``loss_range`` in the unit of the loss, ``gradient_change`` in loss per unit of the parameters, ``beta`` in
+    1 / learning rate; ``eta_beta`` and ``cosine`` have no unit. Noise floor: ``floor`` for ``eta_beta``, and ``floor``
+    times ||g|| for ``gradient_change``.
 
     How to read it: ``eta_beta`` near 2 is the edge of stability, where plain full-batch gradient descent settles;
-    far below it the step could be longer. A cosine below 0 says that the gradient has turned round before the
-    longest step ends. It misleads to compare ``beta`` alone: it is not invariant to the scale of weights before
-    batch norm. The same network with those weights doubled has a quarter of their share in beta, at half the
-    gradient. ``eta_beta`` and ``cosine`` say what a step meets. 2 is a bound for plain gradient descent; with
-    momentum, Adam, or small batches compare ``eta_beta`` with itself over time. One batch is one sample.
+    far below 2 the step could be longer. A cosine below 0 means that the gradient reverses its direction along the
+    update. Do not compare ``beta`` alone between networks: it depends on the scale of the weights before batch norm.
+    If those weights are doubled, their gradients are halved and their part of beta is divided by four, though the
+    function of the network is the same. ``eta_beta`` and ``cosine`` describe the actual step. The bound 2 is for plain
+    gradient descent; with momentum, Adam, or small batches compare ``eta_beta`` with its own earlier values. One batch
+    is one sample.
 
     Args:
         model: Any module, with batch norm or without, compiled or not.
-        batch: As ``recalibrate`` takes one.
-        loss: ``loss(output, batch)`` gives a scalar.
-        optimizer: Whose step is looked along; give this or ``lr``.
+        batch: A batch in any form that ``recalibrate`` accepts.
+        loss: ``loss(output, batch)`` returns a scalar.
+        optimizer: The optimizer whose next update is the direction; pass either ``optimizer`` or ``lr``.
         fractions: Two or more positive multiples of the update.
-        lr: Rate of plain gradient descent.
+        lr: Learning rate of plain gradient descent.
 
     Raises:
-        TypeError: If ``optimizer`` is none, needs a closure (LBFGS), or the loss does not give a tensor.
-        ValueError: If not exactly one of ``optimizer`` and ``lr`` is given, the optimizer holds none of the model's
-            parameters, a fraction or ``lr`` is not positive, the update or gradient is 0, a layer gets one value
-            per channel, or the loss at w is not a finite scalar.
+        TypeError: If ``optimizer`` is no torch.optim optimizer, needs a closure (LBFGS), or the loss returns no tensor.
+        ValueError: If not exactly one of ``optimizer`` and ``lr`` is given, the optimizer has none of the model's
+            parameters, there are fewer than two different fractions, a fraction or ``lr`` is not positive, the update
+            or gradient is 0, a layer receives one value per channel, or the loss at w is not a finite scalar.
 
     References:
         Santurkar et al. 2018, section 3.1; Cohen et al. 2021.
@@ -133,9 +134,9 @@ def landscape(
         evaluate = _evaluation(model, batch, loss, list(moving))
         start = [p.detach().unsqueeze(0) for p in moving]
         floor = float(norm(minus(evaluate(start)[1], here)) / norm(here))
-        found = along_update(evaluate, start, value.reshape(1), here, update, fractions)
-    losses = tuple(found.losses[0].tolist())
-    numbers = {name: float(getattr(found, name)) for name in _NUMBERS}
+        roughness = along_update(evaluate, start, value.reshape(1), here, update, fractions)
+    losses = tuple(roughness.losses[0].tolist())
+    numbers = {name: float(getattr(roughness, name)) for name in _NUMBERS}
     return Landscape(loss=float(value), fractions=tuple(map(float, fractions)), losses=losses, floor=floor, **numbers)
 
 
@@ -167,7 +168,7 @@ def _check(
 ) -> None:
     if (optimizer is None) == (lr is None):
         got = "none" if lr is None else "both"
-        raise ValueError(f"landscape needs either an optimizer or lr, got {got}. Pass the one that trains the model.")
+        raise ValueError(f"landscape needs either an optimizer or lr, got {got}. Pass exactly one of them.")
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"landscape needs a positive lr, got {lr}. Pass the learning rate of training.")
     if len(set(fractions)) < 2 or not all(0 < f < math.inf for f in fractions):
@@ -184,28 +185,29 @@ def _next(
     parameters: list[nn.Parameter],
     gradients: list[Tensor | None],
 ) -> dict[Tensor, Tensor]:
-    """Each parameter that moves, and its value after a whole update."""
+    """The parameters that move, each with its value after a whole update."""
     if optimizer is not None:
         return values_after_step(optimizer, parameters, gradients)
-    assert lr is not None  # noqa: S101 - _check sees to it
+    assert lr is not None  # noqa: S101 - _check raises without both
     return {p: p.detach() - lr * g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
-# -- of R networks at once ------------------------------------------------------------------------------------
+# -- R networks at once ---------------------------------------------------------------------------------------
 
-# The loss of R networks, (R,), and its gradient, of the parameters' shapes (R, ...), at given parameters
+# Called with the parameters of R networks, (R, ...) each; returns their losses, (R,), and gradients, (R, ...) each
 Evaluate = Callable[[Sequence[Tensor]], tuple[Tensor, Vectors]]
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Roughness:
-    """The loss of R networks along an update of each; the quantities of Landscape, (R,) each, in float64.
+    """The loss of R networks along an update of each network, in float64.
 
     Args:
-        loss, loss_range, gradient_change, beta, eta, eta_beta, cosine: As there.
-        losses: At every fraction, (R, fractions).
-        cosine_after: Cosine between the gradients at the first fraction of 1 or more: before and after a step.
+        loss, loss_range, gradient_change, beta, eta, eta_beta, cosine: As in ``Landscape``, (R,) each.
+        losses: Loss at every fraction, (R, fractions).
+        cosine_after: Cosine between the gradients before and after a step, (R,); the step is the first fraction of 1 or
+            more, or the last fraction if all are below 1.
     """
 
     loss: Tensor
@@ -220,12 +222,12 @@ class Roughness:
 
     @classmethod
     def joined(cls, met: Sequence[Roughness], join: Callable[[list[Tensor]], Tensor] = torch.stack) -> Roughness:
-        """Several of them as one, by stacking or by ``torch.cat``."""
+        """Several results as one; ``join`` is torch.stack or torch.cat."""
         return cls(*(join([getattr(each, name) for each in met]) for name in _QUANTITIES))
 
     @classmethod
     def of_nothing(cls) -> Roughness:
-        """That of no network."""
+        """The result of no network: every tensor is empty."""
         return cls(*[torch.zeros(0)] * len(_QUANTITIES))
 
 
@@ -236,8 +238,8 @@ def along_gradient(evaluate: Evaluate, parameters: Sequence[Tensor], rates: Tens
     """The loss of R networks along the steps that plain gradient descent would take.
 
     Args:
-        evaluate: Loss and gradient at given parameters.
-        parameters: The point to start from, (R, ...) each.
+        evaluate: Returns loss and gradient at given parameters.
+        parameters: The parameters before the step, (R, ...) each.
         rates: Learning rate of each network, (R,).
     """
     loss, gradient = evaluate(parameters)
@@ -249,15 +251,15 @@ def along_update(
     evaluate: Evaluate, parameters: Sequence[Tensor], loss: Tensor, gradient: Vectors, update: Vectors,
     fractions: Sequence[float] = FRACTIONS,
 ) -> Roughness:  # fmt: skip
-    """The loss of R networks along updates of their parameters; all (R, ...) each.
+    """The loss of R networks along updates of their parameters.
 
     Args:
-        evaluate: Loss and gradient at given parameters.
-        parameters: The point to start from.
-        loss: There.
-        gradient: There.
-        update: What a whole step adds.
-        fractions: Of the update at which the loss is evaluated.
+        evaluate: Returns loss and gradient at given parameters.
+        parameters: The parameters before the step, (R, ...) each.
+        loss: Loss before the step, (R,).
+        gradient: Gradient before the step, (R, ...) for each parameter.
+        update: What a whole step adds to each parameter, (R, ...).
+        fractions: The fractions of the update at which the loss is evaluated.
     """
     moves = list(zip(parameters, update, strict=True))
     points = [evaluate([p if u is None else p.detach() + f * u for p, u in moves]) for f in fractions]

@@ -1,4 +1,4 @@
-"""Vectors of networks, such as gradients and updates: products, lengths and angles of R networks at once."""
+"""Inner products, lengths and cosines of vectors, such as gradients and updates, of R networks at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.kernels.reference import exact_dtype
 
-# A vector of each of R networks, such as its gradient, in the pieces of its parameters: (R, ...), or None for zeros
+# One vector for each of R networks, such as its gradient, split by parameter: (R, ...) each, or None for zeros
 Vectors = Sequence[Tensor | None]
 
 
@@ -26,7 +26,7 @@ def norm(a: Vectors) -> Tensor:
 
 
 def cosine(a: Vectors, b: Vectors) -> Tensor:
-    """Cosine between two vectors of each of R networks, (R,); NaN where one is 0."""
+    """Cosine between two vectors of each of R networks, (R,); NaN if a vector is 0."""
     return (inner(a, b) / (norm(a) * norm(b))).clamp(-1, 1)
 
 
@@ -36,10 +36,10 @@ def minus(a: Vectors, b: Vectors) -> list[Tensor | None]:
 
 
 def of_one(a: Vectors) -> list[Tensor | None]:
-    """The vector of one network as those of R = 1 networks."""
+    """The vector of one network, in the form of R = 1 networks."""
     return [None if x is None else x.detach().unsqueeze(0) for x in a]
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in the widest type of its device."""
+    """The tensor, detached, in the widest floating-point type of its device."""
     return x.detach().to(exact_dtype(x.device))

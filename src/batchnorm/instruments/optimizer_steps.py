@@ -1,10 +1,11 @@
 """Steps: which calls of optimizers are a step of a model.
 
-Every torch.optim optimizer that holds one of the model's parameters counts, also an optimizer made in mid-training. A
-call inside another optimizer's call (``super().step()``, SAM over its base, a wrapper over several) is part of the
-outer call. Several optimizers may share the parameters of one backward pass; together they make one step. A new step
-begins when a parameter moves again, or when a pass in train mode came in between. For an optimizer that steps inside
-the backward pass only its parameters count, because activation checkpointing has passes there too.
+Every torch.optim optimizer with one of the model's parameters counts, also an optimizer made during the training. A
+call inside another optimizer's call (``super().step()``, SAM around its base optimizer, a wrapper around several) is
+part of the outer call. Several optimizers may share the parameters of one backward pass; together they make one step. A
+new step begins when a parameter is updated a second time, or when a pass in train mode ran since the last call. If an
+optimizer steps inside the backward pass, passes do not begin a new step, because activation checkpointing runs passes
+there too.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 @final
 class Steps:
-    """The steps of a model's optimizers while it is on.
+    """Reports the steps of a model's optimizers, from ``on`` to ``off``.
 
     Args:
-        model: Whose parameters count.
-        layers: The batch norm layers; a write to their statistics is a pass in train mode.
-        taken: Called after each step with the id of the optimizer that took it.
-        foreign: Called after each outermost call of an optimizer that holds none of the model's parameters.
+        model: The model whose optimizers count.
+        layers: The batch norm layers; a write to their statistics shows a pass in train mode.
+        taken: Called after each step with the id of the optimizer that made the step.
+        foreign: Called after each outermost call of an optimizer with none of the model's parameters.
         broken: Called with the error that an optimizer raised while its parameters were read.
     """
 
@@ -43,7 +44,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self._model, self._layers = model, list(layers)
         self._taken, self._foreign, self._broken = taken, foreign, broken
-        self._inner: dict[int, set[int]] = {}  # parameters that calls inside of a thread's present one moved
+        self._inner: dict[int, set[int]] = {}  # thread -> parameters updated by inner calls of its present outer call
         self._own: set[int] = set()
         self._misses = 0
         self._moved: set[int] = set()  # parameters since the last step began
@@ -51,31 +52,31 @@ class Steps:
         self._handles: list[RemovableHandle] = []
 
     def on(self) -> None:
-        """Begin to count."""
+        """Begin to count steps."""
         self._handles = [register_optimizer_step_post_hook(self._after)]
         self.refresh()
         self._moved, self._versions = set(), -1
 
     def off(self) -> None:
-        """Count no more."""
+        """Stop counting steps."""
         detach(self._handles)
         self._inner = {}
 
     def refresh(self) -> None:
-        """Read again which parameters the model has: they may have been replaced."""
+        """Read the model's parameters again, since parameters may have been replaced."""
         self._own = {id(parameter) for parameter in self._model.parameters()}
 
     def saw_passes(self) -> bool:
-        """Whether statistics were written to since the last step; False where all layers are frozen."""
+        """Whether statistics were written to since the last step; always False if all layers are frozen."""
         return self._versions != _versions(self._layers)
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if torch.compiler.is_compiling():  # a step inside of compiled code leaves no room for us, and is not counted
+        if torch.compiler.is_compiling():  # a step inside of compiled code cannot be counted
             return
         is_inner = _is_inside_of_another()
         try:
             self._tell(optimizer, is_inner=is_inner)
-        except Exception as error:  # noqa: BLE001 - of an optimizer of any kind, in somebody's training
+        except Exception as error:  # noqa: BLE001 - any optimizer may raise anything, and the training must go on
             self._broken(error)
 
     def _tell(self, optimizer: torch.optim.Optimizer, *, is_inner: bool) -> None:
@@ -88,13 +89,13 @@ class Steps:
             self._foreign(optimizer)
 
     def _held(self, optimizer: torch.optim.Optimizer) -> set[int]:
-        """The model's parameters in an optimizer; the model is read again after 1, 2, 4, ... misses."""
-        theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if theirs.isdisjoint(self._own):
+        """Ids of the model's parameters in an optimizer; after 1, 2, 4, ... calls without any, read the model again."""
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if parameters.isdisjoint(self._own):
             self._misses += 1
             if not self._misses & (self._misses - 1):
                 self.refresh()
-        return theirs & self._own
+        return parameters & self._own
 
     def _end(self, optimizer: torch.optim.Optimizer, held: set[int]) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
@@ -107,17 +108,17 @@ class Steps:
         try:
             self._taken(id(optimizer))
         finally:
-            self._versions = _versions(self._layers)  # what was measured wrote to them too
+            self._versions = _versions(self._layers)  # also counts writes by the measurement itself
 
 
 def _versions(layers: Iterable[_BatchNorm]) -> int:
-    """How often stored statistics were written to, which the host knows without waiting for a device."""
+    """How often stored statistics were written to; the count is read without waiting for a device."""
     buffers = (buffer for layer in layers for buffer in layer._buffers.values())
     return sum(buffer._version for buffer in buffers if buffer is not None and not buffer.is_inference())
 
 
 def _is_inside_of_another() -> bool:
-    """Whether another optimizer made the call that the hook reports; the outer call is reported later."""
+    """Whether the reported ``step`` was called inside of another ``step``; the hook reports the outer call later."""
     call = sys._getframe(2)  # torch's wrapper of ``step``, one function for all optimizers
     frame = call.f_back
     while frame is not None and frame.f_code is not call.f_code:

@@ -1,4 +1,4 @@
-"""Two ways to normalize the same values, and how far apart their results are."""
+"""How far apart the outputs of two normalizations of the same values are."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def difference(mean: Tensor, var: Tensor, a: tuple[Tensor, Tensor], b: tuple[Ten
     """Mean square of (x - mean_a) r_a - (x - mean_b) r_b over values x of this mean and biased variance.
 
     Args:
-        mean: Of the values.
-        var: Of the values.
-        a: The mean to subtract and the factor r_a to multiply by.
-        b: The same for the other normalization.
+        mean: Mean of the values x.
+        var: Biased variance of the values x.
+        a: mean_a and r_a: the mean to subtract and the factor to multiply by.
+        b: mean_b and r_b.
     """
     return var * (a[1] - b[1]).square() + ((mean - a[0]) * a[1] - (mean - b[0]) * b[1]).square()

@@ -1,12 +1,13 @@
-"""Passes: what the running averages were between the forward passes of one step.
+"""Passes: copies of the running averages between the forward passes of one step.
 
-After a step with several passes the running averages hold a mean over their batches. Four micro-batches are four
-independent draws. Two passes of one batch (SAM, activation checkpointing, two views, a closure that is evaluated again)
-are one draw. The mean alone cannot say which. So the averages are copied before the second pass of a step and before
-each later one: every pass gets its own statistics back, and is compared only with the same pass of other steps.
+After a step with several passes, the running averages contain a mean over the batches of these passes. Four
+micro-batches are four independent samples, but two passes of one batch (SAM, activation checkpointing, two views, a
+closure that is evaluated again) are one sample. The mean alone does not show which is the case. So the averages are
+copied before the second and each later pass of a step. From the copies the statistics of every pass are computed, and
+compared only with the same pass of other steps.
 
-A layer's forward pre-hook takes the copies; it also runs when autograd computes activations again. Compiled code does
-not call the hooks of inner modules; there the call of the outermost module is the moment to copy.
+A forward pre-hook of each layer makes the copies; it also runs when autograd recomputes activations. Compiled code does
+not call the hooks of inner modules, so for a compiled model the hook of the outermost module makes the copies.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class End:
     """The end of a step.
 
     Args:
-        snapshot: What the layers stored then.
-        between: Of each layer what it stored before the second pass of this step and each later one.
-        taker: The id of the optimizer that took the step.
+        snapshot: The statistics that the layers stored at the end of the step.
+        between: For each layer, copies from before the second and each later pass of this step.
+        taker: The id of the optimizer that made the step.
     """
 
     snapshot: Snapshot
@@ -43,11 +44,11 @@ class End:
 
     @classmethod
     def alone(cls, snapshot: Snapshot) -> End:
-        """One of which no pass was seen."""
+        """An end without copies between passes."""
         return cls(snapshot, ((),) * len(snapshot.updates))
 
     def cpu(self) -> End:
-        """The same in float64 on the CPU."""
+        """The same numbers in float64 on the CPU."""
         states = [state for states in self.between for state in states]
         if not states:
             return End(self.snapshot.cpu(), self.between, self.taker)
@@ -60,12 +61,12 @@ class End:
 
 @final
 class Passes:
-    """The passes of a model while it is on.
+    """Copies the layers' states between the passes of a step, from ``on`` to ``off``.
 
     Args:
-        outer: What the training calls, compiled or wrapped or not.
-        layers: Of which states are copied.
-        guarded: Runs what may not disturb the training.
+        outer: The module that the training calls; it may be compiled or wrapped.
+        layers: The layers whose states are copied.
+        guarded: Called with each copy to make; catches its errors, which may not disturb the training.
     """
 
     def __init__(self, outer: nn.Module, layers: Layers, guarded: Callable[[Callable[[], None]], None]) -> None:
@@ -92,11 +93,11 @@ class Passes:
         self.taken()
 
     def taken(self) -> tuple[tuple[State, ...], ...]:
-        """The copies since the last step; counting begins again."""
-        found = tuple(map(tuple, self._states))
-        self._calls = [0] * len(found)
-        self._states = [[] for _ in found]
-        return found
+        """Return the copies since the last step, and begin to count passes from 0."""
+        copies = tuple(map(tuple, self._states))
+        self._calls = [0] * len(copies)
+        self._states = [[] for _ in copies]
+        return copies
 
     def _enter(self, module: nn.Module, _: tuple[Tensor, ...]) -> None:
         if module.training:
@@ -104,24 +105,24 @@ class Passes:
                 self._note(index)
 
     def _pass(self, index: int, module: nn.Module, _: tuple[Tensor, ...]) -> None:
-        if module is self._layers.layers[index] and module.training:  # a replica of DataParallel is another one
+        if module is self._layers.layers[index] and module.training:  # no replica of DataParallel
             self._note(index)
 
     def _note(self, index: int) -> None:
         self._calls[index] += 1
-        if self._calls[index] > 1:  # before the first pass it is what it was at the end of the last step
+        if self._calls[index] > 1:  # the state before the first pass is the end of the last step
             self._guarded(partial(self._copy, index))
 
     def _copy(self, index: int) -> None:
-        held = self._layers.layers[index]._buffers
-        mean, var, count = (readable(held.get(name)) for name in STORED)
+        buffers = self._layers.layers[index]._buffers
+        mean, var, count = (readable(buffers.get(name)) for name in STORED)
         if mean is not None and var is not None and count is not None:
             with torch.no_grad():
                 self._states[index].append((mean.clone(), var.clone(), count.clone()))
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether some of the model is compiled, so far as modules know."""
+    """Whether a module of the model is marked as compiled."""
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()

@@ -1,7 +1,7 @@
-"""The probe tier: what a fixed batch of examples looks like at the entrance of every batch norm layer.
+"""The probe tier: the inputs of every batch norm layer for a fixed batch of examples.
 
-The examples pass through the model twice, in eval mode and with the layers in train mode, and the model is put back
-bit for bit (``preserve_state``). Dropout is off in both, so that only batch norm differs between the passes.
+The examples pass through the model twice, in eval mode and with the layers in train mode. Then the model's state is
+restored bit for bit (``preserve_state``). Dropout is off in both passes, so that only batch norm differs.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from batchnorm.record import Record
 if TYPE_CHECKING:
     Loss = Callable[[Answer, Batch], Tensor]
 
-PERCENTILES = (2, 16, 50, 84, 98)  # of a normal law: 2, 1 and 0 standard deviations
-_MOST_VALUES = 4096  # that percentiles are taken of
+PERCENTILES = (2, 16, 50, 84, 98)  # in a normal distribution: 2, 1 and 0 standard deviations from the mean
+_MOST_VALUES = 4096  # from which percentiles are computed
 
 
 def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
-    """One look at every batch norm layer of a model on one batch; the model stays as it is, bit for bit.
+    """Measure every batch norm layer of a model once, on one batch; the model is not changed, bit for bit.
 
-    Measured of each layer: the gap between train and eval mode on these examples, mean square and variance of its
-    input's channels, stable rank, cosine and orthogonality gap of the examples, the noise floor of drift, and the
-    census of gamma and beta. Of the model: how far outputs in train mode are from those in eval mode, and the loss
-    in both. ``batchnorm.record.QUANTITIES`` says what each is, its unit and when it misleads.
+    For each layer: the gap between train and eval mode on these examples; the mean square and the variance of its
+    input channels; stable rank, cosine and orthogonality gap of the examples; the noise floor of drift; and the
+    census of gamma and beta. For the model: the difference between outputs in train mode and in eval mode, and the loss
+    in both modes. ``batchnorm.record.QUANTITIES`` explains each quantity, its unit and when it misleads.
 
-    Inputs are measured in eval mode. The numbers of a layer are None if its values are NaN or infinite, or if it did
-    not run. A layer that is called several times shows its first call.
+    Inputs are measured in eval mode. If a layer did not run, or its inputs are NaN or infinite, the numbers that are
+    computed from its inputs are None. If a layer is called several times, its first call is measured.
 
     Args:
-        model: Any model with batch norm, torch.nn's or ours, compiled or not.
-        batch: As ``recalibrate`` takes one; two examples or more.
-        loss: ``loss(output, batch)`` gives a scalar. None takes the cross-entropy where the batch is (inputs,
-            classes) and the output has one logit a class, the mean square error where the second part is of the
-            output's shape, else no loss.
+        model: Any model with batch norm layers of torch.nn or of this package, compiled or not.
+        batch: A batch of two examples or more, in any form that ``recalibrate`` accepts.
+        loss: ``loss(output, batch)`` returns a scalar. None chooses the cross-entropy if the batch is (inputs,
+            classes) and the output has one logit for each class, the mean square error if the batch is (inputs,
+            targets) and targets have the output's shape, and no loss otherwise.
 
     Raises:
-        ValueError: If the model has no batch norm layer with a shape, the batch has fewer than two examples, or a
-            tensor without readable numbers stops the pass.
+        ValueError: If the model has no batch norm layer with a shape, the batch has fewer than two examples, or the
+            pass needs a tensor without readable numbers.
         TypeError: If ``model`` is no module, or ``batch`` no batch.
 
     Example:
@@ -75,9 +75,9 @@ def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
     """
     model = unwrapped(model)
     require_real(model, "probe")
-    found = with_shape(model, "probe")
-    require(statistics_of(found), "probe")
-    layers = Layers(found)
+    modules = with_shape(model, "probe")
+    require(statistics_of(modules), "probe")
+    layers = Layers(modules)
     batch = on_device_of(model, batch, who="probe")
     view = Probe.of_batch(batch, loss).look(model, layers)
     values = {**view.values(), **_row(census(layers, Snapshot.of(layers)))}
@@ -85,24 +85,24 @@ def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
 
 
 def with_shape(model: nn.Module, what: str) -> dict[str, _BatchNorm]:
-    """The batch norm layers that can be measured: lazy ones have no shape yet."""
-    found = {name: layer for name, layer in batch_norms(model).items() if layer.num_features}
-    if not found:
+    """The batch norm layers that have a shape; a lazy layer has no shape before its first pass."""
+    layers = {name: layer for name, layer in batch_norms(model).items() if layer.num_features}
+    if not layers:
         raise ValueError(
-            f"{what} needs a model with batch norm layers that have a shape, got {type(model).__name__} without one. "
-            "Run a batch through it first if its layers are lazy."
+            f"{what} needs a model with batch norm layers that have a shape, got {type(model).__name__} without any. "
+            "If its layers are lazy, run a batch through the model first."
         )
-    return found
+    return layers
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A fixed batch and what is done with it.
+    """A fixed batch, with the forward pass and the loss for it.
 
     Args:
-        forward: Gives the model's output for the batch.
-        batch: What the loss gets as its second argument.
+        forward: Returns a model's output for the batch.
+        batch: The second argument of ``loss``.
         loss: As in ``probe``.
     """
 
@@ -112,18 +112,18 @@ class Probe:
 
     @classmethod
     def of_batch(cls, batch: Batch, loss: Loss | None) -> Probe:
-        """A batch as a loader gives it, on the model's device."""
+        """A probe of a loader's batch, which is on the model's device."""
         return cls(lambda model: call(model, batch), batch, loss)
 
     @classmethod
     def of_call(cls, args: tuple[Batch, ...], kwargs: dict[str, Batch], most: int) -> Probe:
-        """The arguments of a call, up to ``most`` examples, copied so that no step writes into them."""
+        """A probe of a call's arguments: the first ``most`` examples, copied so that no later step overwrites them."""
         with torch.no_grad():
-            ((kept, named),) = Batches([(args, kwargs)], most, None)
-        return cls(lambda model: model(*kept, **named))
+            ((copied_args, copied_kwargs),) = Batches([(args, kwargs)], most, None)
+        return cls(lambda model: model(*copied_args, **copied_kwargs))
 
     def look(self, model: nn.Module, layers: Layers) -> View:
-        """The inputs of the layers and the outputs of the model, which is not changed, also if it raises."""
+        """Run the batch through the model and measure it; the model's state is restored, also after an error."""
         view = View(layers)
         with preserve_state(model), preserve_random_state(), uncompiled(), torch.no_grad():
             were_training = [layer for layer in layers.layers if layer.training]
@@ -133,7 +133,7 @@ class Probe:
             view.of_model["loss_eval"] = self._loss(evaluated)
             view.check()
             if _communicates(layers):
-                return view  # ranks look at different times, and a pass in train mode would wait for them
+                return view  # a pass in train mode would wait for the other ranks, which do not look now
             for layer in were_training or layers.layers:
                 layer.train()
             trained = self.forward(model)
@@ -149,17 +149,17 @@ class Probe:
 @final
 @dataclass
 class View:
-    """What was seen of the layers in one pass in eval mode."""
+    """The inputs of the layers in one pass in eval mode, and the numbers of the model."""
 
     layers: Layers
-    units: dict[str, Tensor] = field(default_factory=dict)  # (N, units)
-    channels: dict[str, Tensor] = field(default_factory=dict)  # (units,)
+    units: dict[str, Tensor] = field(default_factory=dict)  # sampled inputs, (N, units)
+    channels: dict[str, Tensor] = field(default_factory=dict)  # the channel of each unit, (units,)
     moments: dict[str, Moments] = field(default_factory=dict)
     of_model: dict[str, float | None] = field(default_factory=dict)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """A block in which the layers' inputs are seen."""
+        """A block in which the inputs of the layers are recorded."""
         with seeing(dict(zip(self.layers.names, self.layers.layers, strict=True)), self._see):
             yield
 
@@ -172,12 +172,12 @@ class View:
         self.moments[name] = moments.to("cpu")
 
     def check(self) -> None:
-        """Raise if there are too few examples to say anything."""
+        """Raise if the batch has fewer than two examples."""
         if self.units and max(len(x) for x in self.units.values()) < 2:
-            raise ValueError("a probe needs a batch of 2 examples or more, got 1. One example has no distribution.")
+            raise ValueError("a probe needs a batch of 2 examples or more, got 1. Pass more examples.")
 
     def values(self) -> dict[str, list[float | None]]:
-        """One number a layer of every quantity that a single look gives."""
+        """One number per layer for every quantity that a single look measures."""
         rows = [self._of(i, name) for i, name in enumerate(self.layers.names)]
         names = ("gap", "mean_square", "channel_var", "stable_rank", "cosine", "orthogonality", "drift_floor")
         return {name: [row.get(name) for row in rows] for name in names}
@@ -194,14 +194,14 @@ class View:
         }
 
     def drift_from(self, earlier: View) -> list[float | None]:
-        """Drift of every layer since an earlier look at the same examples, in sd; None where it was not seen twice."""
+        """Drift of every layer since an earlier look, in standard deviations; None if the layer did not run in both."""
         both = [name if name in self.units and name in earlier.units else None for name in self.layers.names]
         return [None if name is None else float(drift(earlier.units[name], self.units[name]).total) for name in both]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Percentiles, (layers, 5): of inputs and outputs over values, of stored and batch statistics over channels.
+        """Percentiles, (layers, 5); NaN for a layer that did not run.
 
-        NaN for a layer that did not run.
+        Percentiles of inputs and outputs are over values, those of stored and batch statistics over channels.
         """
         rows = [self._percentiles(i, name) for i, name in enumerate(self.layers.names)]
         names = ("quantiles_input", "quantiles_output", "running_mean", "running_var", "batch_mean", "batch_var")
@@ -227,9 +227,9 @@ class View:
 
 
 def stored(layer: _BatchNorm, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Mean and variance in eval mode, (channels,): those of the batch if the layer stores none.
+    """Mean and variance that the layer uses in eval mode, (channels,); NaN if they cannot be read.
 
-    NaN where they cannot be read.
+    A layer without stored statistics uses those of the batch.
     """
     if not has_stored_statistics(layer) or layer.running_mean is None or layer.running_var is None:
         return moments.mean, moments.var
@@ -239,9 +239,9 @@ def stored(layer: _BatchNorm, moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def gap(layer: _BatchNorm, moments: Moments) -> float:
-    """Rms difference of a layer's outputs by a batch's own moments and by stored ones, in sd of the latter.
+    """Rms difference between a layer's outputs by batch statistics and its outputs by stored statistics.
 
-    0 for a layer that stores no statistics.
+    In standard deviations of the outputs by stored statistics; 0 for a layer that stores no statistics.
     """
     mean, var = stored(layer, moments)
     gain = Layers({"": layer}).affine()[0].square()
@@ -258,7 +258,7 @@ def _quantiles(values: Tensor) -> Tensor:
 
 
 def _usual_loss(output: Answer, batch: Batch) -> Loss | None:
-    """The loss that the kinds of output and target leave no doubt about."""
+    """The usual loss for this kind of output and target; None if it is not clear."""
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return None
@@ -270,7 +270,10 @@ def _usual_loss(output: Answer, batch: Batch) -> Loss | None:
 
 
 def _output_gap(trained: Answer, evaluated: Answer) -> float | None:
-    """Rms difference of outputs of any kind in standard deviations over examples; None without such an output."""
+    """Rms difference of outputs, in standard deviations over examples.
+
+    None if there are no floating-point outputs, if their shapes differ between the modes, or if they do not vary.
+    """
     a, b = (
         torch.cat([x.double().flatten(1) for x in _floats(y)], 1).cpu() if _floats(y) else None
         for y in (trained, evaluated)
@@ -282,9 +285,9 @@ def _output_gap(trained: Answer, evaluated: Answer) -> float | None:
 
 
 def _floats(value: Batch) -> list[Tensor]:
-    """Every floating-point tensor of two axes or more in an output of any kind."""
-    found = [whole(x) for x in tensors_in(value)]
-    return [x for x in found if x is not None and x.is_floating_point() and x.ndim > 1]
+    """Every floating-point tensor of two axes or more in an output."""
+    tensors = [whole(x) for x in tensors_in(value)]
+    return [x for x in tensors if x is not None and x.is_floating_point() and x.ndim > 1]
 
 
 def _communicates(layers: Layers) -> bool:

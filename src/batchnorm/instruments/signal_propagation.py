@@ -1,12 +1,12 @@
-"""Propagation: the signal at the entrance of a layer, and whether examples are still different there.
+"""Propagation: how large the inputs of a layer are, and how much its examples still differ.
 
-For H, the layer's inputs as a matrix of n examples x units (a fixed sample of the units):
+H is the matrix of a layer's inputs, n examples x units (a fixed sample of the units), with rows h_i:
 
     stable rank           ||H||_F^2 / ||H||_2^2
     cosine                mean over pairs of examples of <h_i, h_j> / (||h_i|| ||h_j||)
     orthogonality gap     || H H^T / ||H||_F^2 - I / n ||_F
 
-Without batch norm all examples come to look alike in a deep net: stable rank and cosine go to 1 (Daneshmand et al.
+In a deep net without batch norm all examples become similar: stable rank and cosine approach 1 (Daneshmand et al.
 2020, 2021). The mean square and the variance of channels are the two curves of Brock et al. 2021.
 """
 
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 
-UNITS = 256  # at most so many of a layer's units are sampled
+UNITS = 256  # the most units that are sampled in a layer
 
 
 def sample(x: Tensor) -> tuple[Tensor, Tensor]:
-    """At most 256 units of a layer's inputs, and their channels: (N, C, ...) -> (N, units), (units,).
+    """Values of at most 256 units of a layer's inputs, and the units' channels: (N, C, ...) -> (N, units), (units,).
 
-    The same units every time: a random choice that depends on the shape alone and leaves global random states alone.
+    The random choice of units depends on the number of units alone, so it is the same every time. Global random states
+    are not used.
     """
     flat = x.detach().flatten(1)
     positions = flat.shape[1] // x.shape[1]
@@ -40,9 +41,9 @@ def moments_of_channels(moments: Moments) -> dict[str, float]:
 
 
 def resemblance(values: Tensor) -> dict[str, float]:
-    """Stable rank, mean cosine and orthogonality gap of a layer's values, (N, units); None of them for N = 1.
+    """Stable rank, mean cosine and orthogonality gap of a layer's values, (N, units).
 
-    Values that are all 0 have no direction: NaN.
+    NaN for N = 1, and if all values are 0; the cosine is NaN if all values of an example are 0.
     """
     n = len(values)
     if n < 2:

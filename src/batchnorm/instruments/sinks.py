@@ -20,37 +20,37 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Where numbers go besides the log: TensorBoard, MLflow, a metric store of one's own."""
+    """A receiver of numbers besides the log, such as TensorBoard, MLflow or your own metric store."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take numbers of one step, by names such as "batchnorm/noise/layer1.0.bn1" and "loss"."""
+        """Receive the numbers of one step by name, such as "batchnorm/noise/layer1.0.bn1" or "loss"."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Called once, after the last ``write``."""
 
 
 @final
 class Outlets:
-    """The log, if there is one, and sinks. A sink that fails gets no more; the training goes on without it.
+    """The log, if there is one, and sinks. After an error a sink gets no more numbers; the training continues.
 
     Args:
-        log: Folder of the log; None for none.
-        sinks: Where numbers go besides.
+        log: Folder of the log; None writes no log.
+        sinks: Further receivers of the numbers.
     """
 
     def __init__(self, log: str | os.PathLike[str] | None, sinks: Sequence[Sink]) -> None:
         self._log, self._sinks = log, list(sinks)
         self._writer: Writer | None = None
-        self._noted: dict[str, tuple[float | Tensor, int]] = {}  # sums of the user's numbers
-        self._no_numbers: dict[str, str] = {}  # what else was given, by name
+        self._noted: dict[str, tuple[float | Tensor, int]] = {}  # name -> sum and count of the user's numbers
+        self._no_numbers: dict[str, str] = {}  # name -> kind of a logged value that is no number
 
     @property
     def has_log(self) -> bool:
-        """Whether somebody can read what happened."""
+        """Whether a log is open."""
         return self._writer is not None
 
     def open(self, model: nn.Module, layers: Layers, schedule: Mapping[str, float]) -> int | None:
-        """Open the log; the steps that it has already, None without a log."""
+        """Open the log, and return the number of steps that it already has; None without a log."""
         if self._log is None:
             return None
         self._writer = Writer(
@@ -64,22 +64,22 @@ class Outlets:
         return self._writer.step
 
     def note(self, values: Mapping[str, float | Tensor]) -> None:
-        """Add the user's numbers; the next ``progress`` sends their means. Tensors are not waited for.
+        """Add the user's numbers; the next ``progress`` sends their means. A GPU is not waited for.
 
-        What is no single number is left out: this must not end somebody's training.
+        A value that is no single number is left out without an error, so that the training continues.
         """
         for name, value in values.items():
             try:
                 total, count = self._noted.get(name, (0.0, 0))
                 self._noted[name] = total + number_of(value), count + 1
-            except Exception:  # noqa: BLE001 - of a value of any kind
+            except Exception:  # noqa: BLE001 - a value may raise anything
                 self._no_numbers.setdefault(name, _kind(value))
 
     def no_numbers(self) -> dict[str, str]:
-        """Names and kinds of logged values that are not numbers, since the last call; None values are left out."""
-        found = {name: kind for name, kind in self._no_numbers.items() if kind}
+        """Name -> kind of logged values that are no numbers, each name once; None values are left out."""
+        kinds = {name: kind for name, kind in self._no_numbers.items() if kind}
         self._no_numbers = dict.fromkeys(self._no_numbers, "")
-        return found
+        return kinds
 
     def record(self, record: Record) -> None:
         """Send a record to the log and to all sinks."""
@@ -113,29 +113,29 @@ class Outlets:
         for sink in self._sinks:
             try:
                 sink.close()
-            except Exception as error:  # noqa: BLE001 - it is over anyway
+            except Exception as error:  # noqa: BLE001 - the training is over
                 _warn(f"{type(sink).__name__} could not be closed: {type(error).__name__}: {error}.")
 
     def _send(self, step: int, numbers: Mapping[str, float]) -> None:
         for sink in tuple(self._sinks):
             try:
                 sink.write(step, numbers)
-            except Exception as error:  # noqa: BLE001 - the log and the training do without it
+            except Exception as error:  # noqa: BLE001 - the training continues without this sink
                 self._sinks.remove(sink)
                 _warn(f"{type(sink).__name__} failed and gets no more numbers: {type(error).__name__}: {error}.")
 
 
 def number_of(value: Any) -> float | Tensor:
-    """A single number in float32 or wider; a tensor stays on its device.
+    """The value as a number in float32 or wider; a tensor stays on its device.
 
     Raises:
-        TypeError: If it is none.
-        Exception: What else the value raises.
+        TypeError: If the value is text or complex.
+        Exception: Any error of the conversion, for example RuntimeError for a tensor of several numbers.
     """
     if isinstance(value, (str, bytes)):
-        raise TypeError("a number is expected, got text. Log it elsewhere.")
+        raise TypeError("a number is expected, got text. Leave it out.")
     if not isinstance(value, Tensor):
-        return float(value.item() if hasattr(value, "item") else value)  # an array of one
+        return float(value.item() if hasattr(value, "item") else value)  # an array of one number
     if value.is_complex():
         raise TypeError("a real number is expected, got a complex one. Log its absolute value.")
     number = value.detach().reshape(())

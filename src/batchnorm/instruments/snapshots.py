@@ -1,16 +1,17 @@
-"""Snapshots: a batch's statistics read back from what the running averages became, without a hook.
+"""Snapshots: a batch's statistics computed from the running averages before and after a step, without a hook.
 
 A step with n forward passes moves a running average from r to r', with momentum a and k = (1 - a)^n:
 
     r' = k r + sum_i a (1 - a)^(n-i) mu_i      so      (r' - k r) / (1 - k)
 
-is the weighted mean of the n batches' means (for n = 1: mu_B itself), whose variance is
+is the weighted mean of the means mu_i of the n batches; for n = 1 it is the batch's mean. If the n batches are
+independent, its variance is
 
     share = a (1 + k) / ((2 - a) (1 - k))
 
-times that of one mean if the n batches are independent; where they are not, each pass is read by itself (``passes``).
-With ``momentum=None`` the average of c batches becomes one of c + n: k = c / (c + n), and
-share = 1 / n. What is stored as running_var are unbiased variances, so unbiased ones are read back.
+times the variance of one batch's mean. If they are not independent, each pass must be read separately (``passes``).
+With ``momentum=None`` the average over c batches becomes an average over c + n batches: k = c / (c + n), and
+share = 1 / n. running_var stores unbiased variances, so the computed batch variances are unbiased too.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ STORED = ("running_mean", "running_var", "num_batches_tracked")
 
 @final
 class Layers:
-    """The batch norm layers of a model, side by side: every number of a channel in one long vector.
+    """The batch norm layers of a model; the channels of all layers are the entries of one long vector.
 
     Args:
-        named: Layers with a shape, by name; a layer without stored statistics reads as NaN.
+        named: Layers with a shape, by name; a layer without stored statistics counts as NaN.
     """
 
     def __init__(self, named: dict[str, _BatchNorm]) -> None:
@@ -45,7 +46,7 @@ class Layers:
         self.of_channel = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))  # (channels,)
 
     def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Mean over each layer's counted channels: (..., channels) -> (..., layers); NaN where none is counted."""
+        """Mean over each layer's counted channels: (..., channels) -> (..., layers); NaN if no channel is counted."""
         weight = torch.ones_like(values) if counted is None else counted.to(values.dtype)
         values = torch.where(weight > 0, values, 0)
         return self._sum(values) / self._sum(weight)
@@ -59,25 +60,25 @@ class Layers:
         return torch.stack([part.median() for part in values.split(self.sizes)])
 
     def part(self, indices: Sequence[int]) -> tuple[Layers, Tensor]:
-        """Some of the layers, and where their channels are in the long vector."""
-        found = Layers({self.names[i]: self.layers[i] for i in indices})
+        """The layers with these indices, and the positions of their channels in the long vector."""
+        selected = Layers({self.names[i]: self.layers[i] for i in indices})
         chosen = torch.zeros(len(self.names), dtype=torch.bool)
         chosen[list(indices)] = True
-        return found, chosen[self.of_channel].nonzero().flatten()
+        return selected, chosen[self.of_channel].nonzero().flatten()
 
     def each(self, of_layer: Tensor) -> Tensor:
-        """A layer's number for each of its channels: (..., layers) -> (..., channels)."""
+        """Repeat a layer's number for each of its channels: (..., layers) -> (..., channels)."""
         return of_layer[..., self.of_channel]
 
     def numbers(self, read: str, missing: float) -> Tensor:
-        """A plain attribute of every layer, (layers,), in float64; ``missing`` stands for None."""
-        found = [getattr(layer, read) for layer in self.layers]
-        return torch.tensor([missing if value is None else float(value) for value in found], dtype=torch.float64)
+        """The attribute ``read`` of every layer, (layers,), in float64; ``missing`` in place of None."""
+        values = [getattr(layer, read) for layer in self.layers]
+        return torch.tensor([missing if value is None else float(value) for value in values], dtype=torch.float64)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Gamma and beta of every channel, in float64 on the CPU; 1 and 0 where a layer has none.
+        """Gamma and beta of every channel, in float64 on the CPU; 1 and 0 for a layer without gamma or beta.
 
-        NaN where numbers cannot be read: sharded over ranks, or memory given back.
+        NaN if they cannot be read, because they are sharded over ranks or their memory was released.
         """
         parts = [
             [getattr(layer, name) for layer in self.layers]
@@ -93,12 +94,12 @@ class Layers:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """Running statistics of every layer at one moment, on the device where they are.
+    """Running statistics of every layer at one moment, on the layers' device.
 
     Args:
-        mean: (channels,)
-        var: (channels,), unbiased, as stored.
-        updates: num_batches_tracked, (layers,); -1 where a layer does not count.
+        mean: running_mean, (channels,).
+        var: running_var, (channels,), which is unbiased.
+        updates: num_batches_tracked, (layers,); -1 for a layer that has no such counter.
     """
 
     mean: Tensor
@@ -107,31 +108,31 @@ class Snapshot:
 
     @classmethod
     def of(cls, layers: Layers) -> Snapshot:
-        """What the layers store just now, copied. Their devices are left to work: nothing waits for them."""
-        found = [layer._buffers for layer in layers.layers]  # nn.Module's own look-up takes as long as the copy
+        """A copy of the statistics that the layers store now, made without waiting for a GPU."""
+        found = [layer._buffers for layer in layers.layers]  # attribute access would take as long as the copy
         means, variances, counts = ([readable(held.get(name)) for held in found] for name in STORED)
         return cls(joined(means, layers.sizes), joined(variances, layers.sizes), _counts(counts))
 
     def part(self, layers: Sequence[int], channels: Tensor) -> Snapshot:
-        """Some of the layers, with the places of their channels."""
+        """The snapshot of some layers, given by their indices and their channels' positions."""
         return Snapshot(self.mean[channels], self.var[channels], self.updates[list(layers)])
 
     def cpu(self) -> Snapshot:
-        """The snapshot in float64 on the CPU."""
+        """The same snapshot in float64 on the CPU."""
         return Snapshot(self.mean.cpu().double(), self.var.cpu().double(), self.updates.cpu())
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Updates:
-    """What moved the running averages from one snapshot to the next, for W such steps.
+    """The batch statistics of W steps, computed from the snapshots between them.
 
     Args:
-        mean: Weighted mean of the step's batch means, (W, channels).
-        var: The same of the unbiased batch variances, (W, channels).
-        share: Variance of ``mean`` over that of one batch's if batches are independent, (W, layers).
-        passes: Forward passes in train mode in each step, (W, layers).
-        rounding: Standard deviation of what rounding of the stored mean adds to ``mean``, (W, channels).
+        mean: Weighted mean of the batch means of a step, (W, channels).
+        var: Weighted mean of the unbiased batch variances of a step, (W, channels).
+        share: Variance of ``mean`` over the variance of one batch's mean, for independent batches, (W, layers).
+        passes: Number of forward passes in train mode in each step, (W, layers).
+        rounding: Size of the error in ``mean`` that comes from rounding of the stored mean, (W, channels).
     """
 
     mean: Tensor
@@ -142,12 +143,12 @@ class Updates:
 
     @property
     def measurable(self) -> Tensor:
-        """Layers that every step updated, with a momentum from which the step can be read back, (layers,)."""
+        """Whether every step updated the layer, with a momentum above 0 or None, (layers,)."""
         return (self.passes > 0).all(0) & self.share.isfinite().all(0)
 
 
 def updates(snapshots: Sequence[Snapshot], layers: Layers) -> Updates:
-    """Read W batches' statistics back from W + 1 snapshots taken after consecutive steps."""
+    """Compute the batch statistics of W consecutive steps from W + 1 snapshots."""
     mean, var = (torch.stack([getattr(s, name) for s in snapshots]) for name in ("mean", "var"))  # (W + 1, channels)
     count = torch.stack([s.updates for s in snapshots]).double()  # (W + 1, layers)
     passes = count.diff(dim=0)
@@ -162,9 +163,9 @@ def updates(snapshots: Sequence[Snapshot], layers: Layers) -> Updates:
 
 
 def readable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself if it is an ordinary one, else its numbers; None if it has no readable numbers.
+    """An ordinary tensor itself, and the numbers of any other; None if a tensor has no readable numbers.
 
-    The check for an ordinary tensor takes a microsecond, ``whole`` takes thirty.
+    The check for an ordinary tensor takes a microsecond; ``whole``, which reads the others, takes thirty.
     """
     if tensor is None:
         return None
@@ -176,10 +177,10 @@ def readable(tensor: Tensor | None) -> Tensor | None:
 
 
 def joined(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """One vector of the parts, in float32 or wider, on the device of the first; NaN for a missing one."""
-    known = [part for part in parts if part is not None]
+    """The parts in one vector, in float32 or wider, on the device of the first part; NaN in place of None."""
+    present = [part for part in parts if part is not None]
     whole = [torch.full((n,), torch.nan) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-    device = known[0].device if known else whole[0].device
+    device = present[0].device if present else whole[0].device
     if any(part.device != device or part.dtype != torch.float32 for part in whole):
         whole = [part.detach().to(device, torch.promote_types(part.dtype, torch.float32)) for part in whole]
     return torch.cat(whole)
@@ -193,5 +194,5 @@ def _counts(parts: Sequence[Tensor | None]) -> Tensor:
 def _plain(value: Tensor | None, size: int, default: float) -> Tensor:
     if value is None:
         return torch.full((size,), default, dtype=torch.float64)
-    plain = whole(value, size)  # sharded over ranks: to read it all would wait for the others
+    plain = whole(value, size)  # None if sharded: to read all shards would wait for other ranks
     return torch.full((size,), torch.nan, dtype=torch.float64) if plain is None else plain.double().cpu()

@@ -1,22 +1,22 @@
-"""Gaps: why a model is better or worse in eval mode than in train mode, and which layer is to blame.
+"""Gaps: why a model is better or worse in eval mode than in train mode, and which layers cause it.
 
 Three losses of one data set, with the same weights and dropout off:
 
-    L_batch    each batch normalized by its own statistics, as in train mode
-    L_pop      all by the exact statistics of the data set (``recalibrate``)
-    L_eval     all by what the layers store
+    L_batch    each batch is normalized by its own statistics, as in train mode
+    L_pop      all batches are normalized by the exact statistics of the data set (``recalibrate``)
+    L_eval     all batches are normalized by the statistics that the layers store
 
     L_eval - L_batch = (L_pop - L_batch) + (L_eval - L_pop)
                         noise part          stale part
 
-The noise part comes from normalizing by a batch; it shrinks with the batch size. The stale part comes from running
-averages that are wrong: they lag, average too few batches, or describe other data. The share of a layer l is
+The noise part comes from normalizing by batch statistics; it is smaller for larger batches. The stale part comes from
+wrong running averages: they lag, average too few batches, or are of other data. The share of a layer l is
 
-    share_l = L_eval - L_eval with the exact statistics in layer l alone
+    share_l = L_eval - (L_eval with the exact statistics in layer l only)
 
-(Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", on train-test inconsistency of statistics). The distance of
-stored statistics from exact ones is given in standard errors of a running average with momentum a, for batches whose
-means have the variance Var(mu_B):
+(Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", on train-test inconsistency of statistics). The distance
+between stored and exact statistics is given in standard errors of a running average with momentum a. With Var(mu_B) the
+variance of batch means, and s^2 the exact variance of a channel:
 
     t_mean^2 = mean (mu_stored - mu_pop)^2 / s^2 / (mean Var(mu_B) / s^2) / (a / (2 - a) + 1 / batches)
 
@@ -67,13 +67,13 @@ class MeanOverBatches:
 @final
 @dataclass(frozen=True, slots=True)
 class LayerGap:
-    """What one layer has to do with the stale part.
+    """One layer's part in the stale part.
 
     Args:
-        name: Dotted path.
+        name: Dotted path of the layer.
         share: By how much the loss in eval mode falls if this layer alone gets exact statistics.
-        t_mean: Distance of the stored mean from the exact one, in standard errors, rms over channels; NaN for a
-            single batch.
+        t_mean: Distance between the stored and the exact mean, in standard errors, rms over channels; NaN for a single
+            batch.
         t_var: The same for the logarithm of the variance.
     """
 
@@ -86,7 +86,7 @@ class LayerGap:
 @final
 @dataclass(frozen=True, slots=True)
 class TrainEvalGap:
-    """The loss in train and eval mode and what lies between them.
+    """The losses in train and eval mode, and the parts of their difference.
 
     Args:
         batch: L_batch.
@@ -94,10 +94,10 @@ class TrainEvalGap:
         eval: L_eval.
         noise: L_pop - L_batch.
         stale: L_eval - L_pop.
-        layers: In the order of execution.
-        together: Of the stale part, what no layer explains alone: stale minus all shares.
-        batches: How many.
-        examples: How many.
+        layers: The measured layers, in the order of execution.
+        together: The stale part minus the sum of all shares, which no layer explains alone.
+        batches: Number of batches.
+        examples: Number of examples.
     """
 
     batch: MeanOverBatches
@@ -112,7 +112,7 @@ class TrainEvalGap:
 
     @property
     def worst(self) -> LayerGap:
-        """The layer with the largest share, whatever its sign."""
+        """The layer whose share has the largest absolute value."""
         return max(self.layers, key=lambda layer: abs(layer.share.value))
 
     def __str__(self) -> str:
@@ -133,36 +133,36 @@ def train_eval_gap(
     *,
     device: torch.device | str | None = None,
 ) -> TrainEvalGap:
-    """Why the loss differs between train and eval mode, with the share of every layer; the model stays as it is.
+    """Why the loss differs between train and eval mode, with the share of every layer; the model is not changed.
 
     Losses are means over examples: the mean loss of a batch is weighted by its number of examples. Dropout is off. The
-    cost is that of ``recalibrate``, 3 forward passes over the data, and one more for each layer. Frozen layers, layers
-    without stored statistics, and layers in eval mode inside a model in train mode are not measured.
+    cost is one run of ``recalibrate``, 3 forward passes over the data, and one more pass for each layer. Frozen layers,
+    layers without stored statistics, and layers in eval mode inside a model in train mode are not measured.
 
-    Unit: of the loss; ``t_mean`` and ``t_var`` in standard errors. Noise floor: the errors, from the scatter of the
-    differences over batches. The same batches are used for all losses, so that most of their scatter cancels. Where
-    stored statistics are the exact ones, the stale part is 0 to the last digit.
+    Unit: the unit of the loss; ``t_mean`` and ``t_var`` are in standard errors. Noise floor: the ``error`` of each
+    mean, from the scatter over batches. All losses use the same batches, so most of the scatter cancels in their
+    differences. If the stored statistics are exact, the stale part is exactly 0.
 
     How to read it: a noise part below 0 means that train mode is worse, as with small batches. ``recalibrate`` repairs
-    a stale part above 0. A running average scatters by a t below 2; above 4 it is stale, unless rare examples are very
-    large: the variance may then exceed 4 by chance. In batches of M values the standard deviation of a channel is too
-    small by sqrt((M - 1) / M), but not in eval mode: at M = 2 the output's slope falls by 29 % in eval mode, which is
-    part of the noise. The numbers mislead with other data than in training, since exact statistics then adapt the
-    model to new data; with other augmentation in one of the modes; and with batches of another size than in training.
-    Shares do not add up if several layers are wrong (``together``). Behind another batch norm layer all batches are
-    alike by construction, so a large t may matter little: read the share first.
+    a stale part above 0. A correct running average has a t below 2; above 4 it is stale. If rare examples are very
+    large, ``t_var`` may exceed 4 by chance. In train mode a batch of M values makes the standard deviation of a channel
+    too small by the factor sqrt((M - 1) / M), in eval mode this factor is missing: at M = 2 outputs are 29 % smaller in
+    eval mode, which counts as noise part. The numbers mislead with other data than in training, since exact statistics
+    then adapt the model to the new data; with other augmentation in one of the modes; and with batches of another size
+    than in training. Shares do not add up if several layers are wrong (``together``). Behind another batch norm layer
+    all batches have nearly the same statistics, so even a large t may change the loss little: read the share first.
 
     Args:
         model: Any model with batch norm, compiled or not.
-        data: Batches as ``recalibrate`` takes them, of the size of training's. A shuffling loader may shuffle.
-        loss: ``loss(output, batch)`` gives the mean over the batch's examples.
-        max_examples: Stop after so many.
-        device: Where batches are moved, if not to the device of the model.
+        data: Batches in any form that ``recalibrate`` accepts, of the batch size of training. A loader may shuffle.
+        loss: ``loss(output, batch)`` returns the mean over the batch's examples.
+        max_examples: Stop after this number of examples; None uses all data.
+        device: The device to which batches are moved; None means the model's device.
 
     Raises:
-        TypeError: If ``data`` is no iterable of batches, or the loss does not give a tensor.
-        ValueError: If there is no layer with stored statistics, no batch, a batch gives a layer one value per
-            channel, or the loss is not a finite scalar.
+        TypeError: If ``data`` is no iterable of batches, or the loss returns no tensor.
+        ValueError: If there is no layer with stored statistics, no measurable layer runs, there is no batch, a layer
+            receives one value per channel, or the loss is not a finite scalar.
 
     References:
         Wu and Johnson 2021; Ioffe and Szegedy 2015, algorithm 2.
@@ -181,7 +181,13 @@ def train_eval_gap(
 
 
 def _summary(losses: Tensor, weights: list[int], away: dict[str, tuple[float, float]]) -> TrainEvalGap:
-    """From the losses of every batch, (batches, 3 + layers), its examples, and how far layers' statistics are away."""
+    """The result.
+
+    Args:
+        losses: (batches, 3 + layers): in train mode, by stored, by exact statistics, and by exact ones in each layer.
+        weights: Number of examples in each batch.
+        away: Layer -> (t_mean, t_var).
+    """
     trained, stored, exact, *alone = losses.T  # (batches,) each
     mean = partial(_estimate, torch.tensor(weights, dtype=torch.float64))
     gaps = [LayerGap(name, mean(stored - loss), *away[name]) for name, loss in zip(away, alone, strict=True)]
@@ -206,19 +212,19 @@ def _measure(
     max_examples: int | None,
     device: torch.device | str | None,
 ) -> tuple[dict[str, _BatchNorm], dict[str, Statistics], dict[str, Statistics]]:
-    """The layers that can be measured, in the order of execution, their exact and their stored statistics."""
+    """The measured layers in the order of execution, their exact statistics, and their stored statistics."""
     before = {name: _statistics(layer) for name, layer in named.items() if layer.running_mean is not None}
     if not before:
         raise ValueError(
-            "train_eval_gap needs layers with stored statistics, got none. Construct them with "
-            "track_running_stats=True: without, eval mode is train mode."
+            "train_eval_gap needs layers with stored statistics, got none. Construct the layers with "
+            "track_running_stats=True: without it, both modes use batch statistics."
         )
-    found = recalibrate(model, data, max_examples, device=device)
-    layers = {name: named[name] for name in found}
+    recalibrated = recalibrate(model, data, max_examples, device=device)
+    layers = {name: named[name] for name in recalibrated}
     if not layers:
         raise ValueError(
-            "train_eval_gap needs layers that train mode normalizes by batches, got only frozen ones, or none that "
-            "ran. Unfreeze them, or pass a model in eval mode."
+            "train_eval_gap needs layers that use batch statistics in train mode, but all layers are frozen, or none "
+            "ran. Unfreeze the layers, or pass a model in eval mode."
         )
     return layers, {name: _statistics(layer) for name, layer in layers.items()}, {n: before[n] for n in layers}
 
@@ -229,7 +235,7 @@ def _statistics(layer: _BatchNorm) -> Statistics:
 
 
 def _choices(stored: dict[str, Statistics], exact: dict[str, Statistics]) -> list[dict[str, Statistics]]:
-    """Statistics for all layers: the stored ones, the exact ones, and exact ones in one layer at a time."""
+    """Statistics for all layers: stored, exact, and stored with the exact statistics in one layer at a time."""
     return [stored, exact, *({**stored, name: exact[name]} for name in stored)]
 
 
@@ -240,7 +246,7 @@ def _losses(
     layers: dict[str, _BatchNorm],
     choices: list[dict[str, Statistics]],
 ) -> tuple[list[list[float]], list[int], dict[str, list[Moments]]]:
-    """Of every batch the loss in train mode and by each choice, and its examples; moments of each layer's inputs."""
+    """Losses of every batch (in train mode, then by each choice), its examples, and moments of each layer's inputs."""
     losses: list[list[float]] = []
     weights: list[int] = []
     seen: dict[str, list[Moments]] = {name: [] for name in layers}
@@ -273,7 +279,7 @@ def _store(layers: dict[str, _BatchNorm], statistics: dict[str, Statistics]) -> 
 
 @contextmanager
 def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -> Iterator[None]:
-    """A block in which the layers normalize by batches; their moments are collected."""
+    """A block in which the layers use batch statistics, and the moments of their inputs are collected in ``seen``."""
 
     with seeing(layers, lambda name, _, x: seen[name].append(Moments.of(x))):
         for layer in layers.values():
@@ -286,7 +292,7 @@ def _train_mode(layers: dict[str, _BatchNorm], seen: dict[str, list[Moments]]) -
 
 
 def _estimate(weight: Tensor, values: Tensor) -> MeanOverBatches:
-    """Mean of (batches,) by weight, and its standard error."""
+    """Weighted mean of ``values``, (batches,), and its standard error."""
     share = weight / weight.sum()
     mean = (share * values).sum()
     count = len(values)
@@ -297,24 +303,24 @@ def _estimate(weight: Tensor, values: Tensor) -> MeanOverBatches:
 def _standard_errors(
     layer: _BatchNorm, stored: Statistics, exact: Statistics, batches: list[Moments]
 ) -> tuple[float, float]:
-    """Distance of the stored mean and log variance from the exact ones, in standard errors of a running average."""
+    """Distance between stored and exact mean, and between the logs of the variances, in standard errors."""
     if len(batches) < 2:
         return math.nan, math.nan
     (mean, var), (exact_mean, exact_var) = ([x.double() for x in pair] for pair in (stored, exact))
-    kept = (exact_var > 0) & (var > 0)
-    scale = exact_var[kept]
-    means = torch.stack([m.mean for m in batches])[:, kept]  # (batches, channels)
-    logs = torch.stack([m.unbiased_var for m in batches])[:, kept].log()
-    share = _noise_of_average(layer) + 1 / len(batches)  # the exact ones are an average of these batches
-    off_mean = (mean - exact_mean)[kept].square() / scale
-    off_log = (var / exact_var)[kept].log().square()
+    varying = (exact_var > 0) & (var > 0)
+    scale = exact_var[varying]
+    means = torch.stack([m.mean for m in batches])[:, varying]  # (batches, channels)
+    logs = torch.stack([m.unbiased_var for m in batches])[:, varying].log()
+    share = _noise_of_average(layer) + 1 / len(batches)  # exact statistics are an average over these batches
+    off_mean = (mean - exact_mean)[varying].square() / scale
+    off_log = (var / exact_var)[varying].log().square()
     pairs = [(off_mean, means.var(0) / scale), (off_log, logs.var(0))]
     mean_t, log_t = (float((off.mean() / (noise.mean() * share)).sqrt()) for off, noise in pairs)
     return mean_t, log_t
 
 
 def _noise_of_average(layer: _BatchNorm) -> float:
-    """Variance of a running average over that of one batch, after many batches."""
+    """Variance of a running average after many batches, over the variance of one batch's mean."""
     if layer.momentum is None:
         return 1 / max(int(layer.num_batches_tracked or 1), 1)
     return layer.momentum / (2 - layer.momentum)

@@ -1,4 +1,4 @@
-"""Events: changes between two looks that a user should know, each with the doctor's code for it."""
+"""Events: changes between two looks that a user should know, with the code of the doctor's rule if there is one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-# standard errors: noise alone has 1; a doctor's finding begins where chance ends
-_STALE = 4.0
-_CALM = 2.0  # an alarm ends well below where it began, or it would flicker
-# looks in a row: a batch with a rare large example is in an average for a while, and then no longer
+_STALE = 4.0  # standard errors; noise alone gives about 1
+_CALM = 2.0  # an alarm ends at a lower value than it begins, so that noise does not switch it on and off
+# looks in a row; a batch with a rare large example changes a running average for a shorter time
 _LASTING = 3
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class TrainingEvent:
-    """Something that began, in words; ``code`` is a rule of the doctor, None where there is no such rule."""
+    """A message that a state began; ``code`` is a rule of the doctor, or None if there is no such rule."""
 
     message: str
     layer: str | None = None
@@ -26,7 +25,7 @@ class TrainingEvent:
 @final
 @dataclass(frozen=True, slots=True)
 class _Alarm:
-    """A state of a quantity: its beginning, its end, its message, and the looks it must last."""
+    """An alarm about a quantity: when it begins, when it ends, its message, and how many looks it must last."""
 
     quantity: str
     code: str | None
@@ -36,7 +35,7 @@ class _Alarm:
     looks: int = 1
 
     def event(self, begun: Sequence[tuple[str, float]]) -> TrainingEvent:
-        """One event for all layers that began at once, in the words of the first."""
+        """One event for all layers whose alarms began at this look; the message shows the first layer's value."""
         layer, value = begun[0]
         others = f"; {len(begun) - 1} more layers likewise" if len(begun) > 1 else ""
         return TrainingEvent(self.message.format(value=value) + others, layer, self.code)
@@ -64,7 +63,7 @@ _TABLE = (
         "BN201",
         lambda m: m < 8,
         lambda m: m > 16,
-        "a batch's mean is worth {value:.1f} independent values: normalization is that noisy",
+        "a batch's mean varies as much as a mean of {value:.1f} independent values: normalization is noisy",
     ),
     _Alarm("gamma", "BN111", lambda g: g < 1e-3, lambda g: g > 1e-2, "the median |gamma| fell to {value:.2g}"),
     _Alarm("dead", "BN106", lambda d: d > 0.5, lambda d: d < 0.4, "{value:.0%} of the channels are dead"),
@@ -73,17 +72,17 @@ _TABLE = (
 
 @final
 class Events:
-    """States of layers; each is reported when it begins, and again only after it has ended."""
+    """The states of layers; a state is reported when it begins, and again only if it ended in between."""
 
     def __init__(self) -> None:
         self._on: set[tuple[str, str]] = set()
-        self._looks: dict[tuple[str, str], int] = {}  # in a row in which a state could begin
+        self._looks: dict[tuple[str, str], int] = {}  # looks in a row at which an alarm's condition was met
         self._updates: dict[str, bool] = {}
 
     def of(
         self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]], *, early: bool
     ) -> Iterator[TrainingEvent]:
-        """Events of one look; an ``early`` one, whose averages still hold initial values, says nothing of staleness."""
+        """Events of one look; without staleness if ``early``, when averages still contain initial values."""
         for watched in _TABLE:
             if early and watched.code == "BN116":
                 continue
@@ -106,30 +105,29 @@ class Events:
         return True
 
     def of_passes(self, layers: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> Iterator[TrainingEvent]:
-        """Layers whose passes within a step could not be separated, so that their noise is unknown; reported once."""
+        """Report once the layers whose passes within a step could not be separated, so that noise is not measured."""
         rows = zip(layers, values.get("noise", ()), values.get("staleness", ()), strict=False)
         mixed = [layer for layer, noise, staleness in rows if noise is None and staleness is not None]
         if mixed and ("passes", "") not in self._on:
             self._on.add(("passes", ""))
             others = f"; {len(mixed) - 1} more layers likewise" if len(mixed) > 1 else ""
             yield TrainingEvent(
-                "several passes in a step, which could not be told apart as in a model that was compiled elsewhere: "
-                "noise, m_eff, dropout and gap are not measured. Give watch the compiled model that the training "
-                f"calls{others}",
+                "several passes in a step could not be separated, so noise, m_eff, dropout and gap are not measured. "
+                f"If the training calls a compiled model, pass the compiled model to watch{others}",
                 mixed[0],
             )
 
     def of_updates(self, updating: Mapping[str, bool]) -> Iterator[TrainingEvent]:
-        """Layers whose statistics stopped or started to move between two looks."""
+        """Report layers whose statistics stopped or started to change between two looks."""
         for layer, moves in updating.items():
             if self._updates.get(layer, moves) != moves:
                 yield TrainingEvent(
-                    "statistics move again" if moves else "statistics no longer move: frozen, or not used", layer
+                    "statistics change again" if moves else "statistics no longer change: frozen, or not used", layer
                 )
         self._updates = dict(updating)
 
     def of_poison(self, finite: Mapping[str, bool]) -> Iterator[TrainingEvent]:
-        """Layers whose stored statistics became NaN or infinite."""
+        """Report layers whose stored statistics became NaN or infinite."""
         for layer, is_finite in finite.items():
             key = "poison", layer
             if not is_finite and key not in self._on:
@@ -142,39 +140,39 @@ class Events:
 
 def no_steps(foreign: int) -> str:
     """Why no step was counted, and what to do; ``foreign`` is the number of steps of other models' optimizers."""
-    remedy = "Call run.step() after each step if no torch.optim one takes them, or one inside of a compiled function."
+    remedy = "If no torch.optim optimizer steps, or it steps in a compiled function, call run.step() after each step."
     if not foreign:
         return f"watch saw no step of an optimizer. {remedy}"
     return (
-        f"watch saw no step of an optimizer that holds one of the model's parameters, and {_counted(foreign)} of "
-        "others. Make the optimizer after parameters are replaced, and give it model.parameters(). Call run.step() "
-        "after each step if it trains copies of them."
+        f"watch saw no step of an optimizer that has one of the model's parameters, but {_counted(foreign)} of other "
+        "optimizers. Make the optimizer with model.parameters(), after parameters are replaced. If it trains copies of "
+        "the parameters, call run.step() after each step."
     )
 
 
 def foreign_steps(number: int, optimizer: str) -> str:
-    """Warns of this many steps in a row by an optimizer without the model's parameters."""
+    """Message: the optimizer of the last ``number`` steps has none of the model's parameters."""
     return (
-        f"{number} steps in a row of {optimizer}, which holds none of the model's parameters while its statistics "
-        "move: nothing is measured. If it trains copies of them, or parameters that were replaced, call run.step() "
-        "after each step"
+        f"{number} steps in a row were of {optimizer}, which has none of the model's parameters, though the model's "
+        "statistics change: nothing is measured. If the optimizer trains copies of the parameters, or replaced ones, "
+        "call run.step() after each step"
     )
 
 
 def too_short(steps: int, least: int) -> str:
-    """Says that no look was possible in this many steps."""
+    """Message: no look was possible in this many steps."""
     return (
-        f"nothing was measured in {_counted(steps)}: a look takes {least} or more in which statistics are updated, and "
-        "time for it within the budget. Train for longer, or set every= lower or budget= higher"
+        f"nothing was measured in {_counted(steps)}: a look needs {least} steps or more that update statistics, and "
+        "time within the budget. Train for longer, lower every=, or raise budget="
     )
 
 
 def postponed(looks: int, budget: float) -> str:
-    """Says that this many looks had to wait."""
+    """Message: this many looks were put off."""
     return f"{looks} looks were put off to stay under {budget:.1%} of the time"
 
 
-NO_PROBE = "no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe="
+NO_PROBE = "no probe was measured: the model's forward hooks did not run, as in a compiled model; pass probe="
 
 
 def _counted(steps: int) -> str:

@@ -1,9 +1,10 @@
-"""watch: batch norm measured while a model trains, cheaply enough to stay on.
+"""watch: measure batch norm while a model trains, at a small cost.
 
-The clock is the model's optimizers (``optimizer_steps``): after a step the running averages are all there, and a few
-copies of them say what the batches looked like, in compiled models, under AMP, and with layers of torch.nn and ours
-alike. Where a step has several passes, copies are taken between them as well (``passes``). At longer intervals a fixed
-probe batch passes through the model. None of it leaves a trace in the model: trained weights are the same, bit for bit.
+The steps of the model's optimizers are counted (``optimizer_steps``). The running averages are copied after a few
+consecutive steps, and the statistics of the batches are computed from the copies. This works in compiled models, under
+AMP, and with layers of torch.nn and of this package. If a step has several passes, copies are also made between the
+passes (``passes``). At longer intervals a fixed probe batch passes through the model. The measurement does not change
+the model: the trained weights are the same with and without it, bit for bit.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ LogFolder = str | os.PathLike[str] | None
 
 PROBE_EXAMPLES = 64
 _PROBE_EVERY = 2  # looks
-_PROBE_SECONDS = 0.003  # a layer, beside the two passes; only the first probe is planned by it
+_PROBE_SECONDS = 0.003  # expected time of the first probe per layer, without its two passes
 _KEPT = 256  # records in memory
 _PULSE = 1.0  # seconds between progress lines
-_FOREIGN = 100  # steps of others' optimizers without one of the model's: no alternation of two trainings has so many
+_FOREIGN = 100  # steps of other optimizers in a row; two trainings that alternate have fewer
 
 
 def watch(
@@ -67,38 +68,40 @@ def watch(
     loss: Loss | None = None,
     sinks: Iterable[Sink] = (),
 ) -> Watch:
-    """A block in which the training of ``model`` is measured; the trained weights are the same, bit for bit.
+    """A ``with`` block that measures the training of ``model``; the trained weights are the same, bit for bit.
 
     Every torch.optim optimizer that has one of the model's parameters counts steps; optimizers that share the
-    parameters of one backward pass take one step together. Without such an optimizer, call ``run.step()`` after each
-    step. Looks are ``every`` steps apart: closer at the start, and further apart where they would take more than
-    ``budget`` of the training time. Two tiers are measured:
+    parameters of one backward pass make one step together. Without such an optimizer, call ``run.step()`` after each
+    step. Measurements ("looks") are ``every`` steps apart; at the start they are closer, and if they would take more
+    than ``budget`` of the training time, they are further apart. A look has two tiers:
 
-    - free, from the running averages after ``WINDOW`` consecutive steps: batch noise, effective batch, equivalent
-      dropout, staleness of stored statistics, stored against batch, shift, gamma and beta, dead channels;
-    - probe, every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode.
+    - free, from the running averages after ``WINDOW`` consecutive steps: batch noise, effective batch size, equivalent
+      dropout, staleness of stored statistics, gap between stored and batch statistics, shift, gamma and beta, dead
+      channels;
+    - probe, at every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode.
 
-    A layer whose statistics do not move (frozen, momentum 0, unused) has None for the numbers that need them. Where a
-    step has several passes, each pass is compared with the same pass of other steps. If the training calls another
-    compiled model than this one, passes are not visible: noise is then None, and an event says why.
-    If the measurement itself fails, it ends with a RuntimeWarning, and the training goes on. Under torch.distributed
-    only rank 0 measures: its own batches with plain batch norm, all ranks' with SyncBatchNorm.
+    If a layer's statistics do not change (frozen, momentum 0, unused), its numbers that need them are None. If a
+    step has several passes, each pass is compared with the same pass of other steps. If the training calls a compiled
+    model other than ``model``, single passes cannot be recorded; if a step then has several passes, noise is None, and
+    an event says why.
+    An error of the measurement ends it with a RuntimeWarning, and the training continues. Under torch.distributed only
+    rank 0 measures. With plain batch norm it measures its own batches, with SyncBatchNorm those of all ranks.
 
     Args:
-        model: Any model with batch norm, compiled or wrapped or not.
+        model: Any model with batch norm; it may be compiled or wrapped.
         log: Folder of the run's log, which ``batchnorm watch`` shows. A log of the same model is continued. None keeps
             records in memory only (``run.records``).
         every: Steps between looks.
         budget: Largest share of the training time that looks may take.
-        probe: The probe batch, as ``recalibrate`` takes one; with (inputs, targets) the loss is measured too. None
-            takes the inputs of the first pass in train mode, at most 64 examples. False measures no probe.
-        loss: ``loss(output, batch)`` for the probe; None guesses as ``probe`` does.
-        sinks: Where numbers go besides the log.
+        probe: The probe batch, in any form that ``recalibrate`` accepts; with (inputs, targets) the loss is measured
+            too. None uses the inputs of the first pass in train mode, at most 64 examples. False measures no probe.
+        loss: ``loss(output, batch)`` for the probe; None chooses a loss in the same way as ``batchnorm.probe``.
+        sinks: Receivers of the numbers besides the log.
 
     Raises:
         TypeError: If ``model``, ``probe`` or ``log`` is of a wrong type.
-        ValueError: If the model has no batch norm or fake tensors, ``every`` or ``budget`` is out of range, or the
-            log's folder has the log of another model.
+        ValueError: If the model has no batch norm, or has fake tensors, if ``every`` or ``budget`` is out of range, or
+            if the log's folder has the log of another model.
         OSError: If the log cannot be written at the start.
 
     Example:
@@ -121,15 +124,15 @@ class Watch:
     """A training that is being measured; made by ``watch``.
 
     Attributes:
-        records: The last records, oldest first.
-        steps: Optimizer steps so far; a continued log starts with the steps it has.
+        records: The last 256 records, oldest first.
+        steps: Number of optimizer steps so far; with a continued log, including the steps in the log.
     """
 
     _steps: Steps | None = None
     _looks: Looks | None = None
     _probe: Probe | None
-    _by_hand, _foreign = False, 0  # steps are counted by run.step(); steps of others since the last of ours
-    _began = 0  # steps that were counted before
+    _by_hand, _foreign = False, 0  # whether run.step() counts; steps of other optimizers in a row
+    _began = 0  # steps that the log had at the start
     _looked, _next_probe = 0, 1
 
     def __init__(
@@ -149,15 +152,15 @@ class Watch:
         require_type(log, (str, os.PathLike, NoneType), "watch needs the path of a folder as log", "None keeps no log.")
         if not batch_norms(self._model):
             raise ValueError(
-                f"watch needs a model with batch norm layers, got {type(self._model).__name__} without one. "
-                "Watch the model that has them."
+                f"watch needs a model with batch norm layers, got {type(self._model).__name__} without any. "
+                "Pass the model that has the layers."
             )
         self._outlets, self._schedule = Outlets(log, sinks), schedule
         self._captures, self._probe = probe is None, None
         if probe is not None and probe is not False:
             self._probe = Probe.of_batch(on_device_of(self._model, probe, who="watch"), loss)
         self._events = Events()
-        self._unsaid: list[str] = []  # what there is no log for
+        self._unsaid: list[str] = []  # messages to warn of at the end, without a log
         self._pulse = time.perf_counter()
         self._handles: list[RemovableHandle] = []
         self._guard = ExitStack()
@@ -171,12 +174,12 @@ class Watch:
         self.stop("finished" if kind is None else f"raised {kind.__name__}")
 
     def start(self) -> Watch:
-        """Begin to measure; ``with`` does it."""
+        """Begin to measure; a ``with`` statement calls it."""
         if self._on or (has_ranks() and torch.distributed.get_rank()):
             return self
         self._on = True
         if not any(isinstance(layer, LazyModuleMixin) for layer in batch_norms(self._model).values()):
-            self._begin()  # if the log cannot be written, say so before the training
+            self._begin()  # raises before the training if the log cannot be written
         self._by_hand, self._foreign = False, 0
         self._steps = Steps(
             self._model, batch_norms(self._model).values(), self._after_step, self._after_foreign, self._give_up
@@ -188,7 +191,7 @@ class Watch:
         return self
 
     def stop(self, reason: str = "finished") -> None:
-        """Measure what is left, and end the log; ``with`` does it."""
+        """Measure the open window, and end the log; a ``with`` statement calls it."""
         if not self._on:
             return
         self._guarded(self._finish)
@@ -204,35 +207,40 @@ class Watch:
         """The last record of the free tier.
 
         Raises:
-            RuntimeError: If there is none yet.
+            RuntimeError: If there is no such record yet.
         """
         for record in reversed(self.records):
             if record.tier == "free":
                 return record
         if not self._on:
             raise RuntimeError(f"{too_short(self.steps - self._began, LEAST - 1)}.")
-        raise RuntimeError(f"nothing was measured yet after {self.steps} steps. Look later, or set every= lower.")
+        raise RuntimeError(f"nothing was measured yet after {self.steps} steps. Read it later, or set every= lower.")
 
     @property
     def cost(self) -> float:
-        """Time spent on looks, as a share of the time left for training."""
+        """Time spent on looks over the time spent on training."""
         return self._schedule.cost
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
-        """Note numbers of this step, such as ``loss=loss``; the log gets their means, once a second at most.
+        """Record numbers of this step, such as ``loss=loss``; the log gets their means, once a second at most.
 
-        Tensors stay on their device and are not waited for. None is left out. A value that is no single number is left
-        out too, and named once: in an event, or by a warning at the end without a log. NaN and infinity become null.
+        Tensors stay on their device, and a GPU is not waited for. None is left out. A value that is no single number is
+        left out too, and its name is reported once: by an event in the log, or without a log by a warning at the end.
+        NaN and infinity are written as null.
         """
-        given = dict(values) if isinstance(values, Mapping) else {} if values is None else {"values": values}
-        self._outlets.note({**{str(name): value for name, value in given.items()}, **more})
+        by_name = dict(values) if isinstance(values, Mapping) else {} if values is None else {"values": values}
+        self._outlets.note({**{str(name): value for name, value in by_name.items()}, **more})
         if self._outlets.has_log:
             self._guarded(self._tell_left_out)
 
     def lab(self, values: Mapping[str, Mapping[str, float]] | None = None, **model: float) -> None:
-        """Note what was measured on demand at this step: numbers of layers by quantity and layer, and of the model.
+        """Record numbers that you measured at this step.
 
-        ``run.lab(largest_share=gap.worst.share.value)``, for example. Layers without a number have None.
+        For example ``run.lab(largest_share=gap.worst.share.value)``.
+
+        Args:
+            values: Quantity -> layer -> number; a layer without a number gets None.
+            model: Numbers of the whole model, by quantity.
         """
         self._guarded(lambda: self._note_lab(values or {}, model))
 
@@ -242,7 +250,7 @@ class Watch:
 
     def step(self) -> None:
         """Count a step that no torch.optim optimizer takes."""
-        self._by_hand = True  # from now on no optimizer's steps count
+        self._by_hand = True  # from now on steps of optimizers do not count
         self._guarded(self._count)
 
     def _after_step(self, taker: int) -> None:
@@ -260,13 +268,13 @@ class Watch:
         self._outlets.event(self.steps, foreign_steps(self._foreign, type(optimizer).__name__))
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Do some work; an error in it must not disturb the training."""
+        """Call ``work`` while measuring; an error in it stops the measurement but not the training."""
         if not self._on:
             return
         try:
             with self._schedule.spending():
                 work()
-        except Exception as error:  # noqa: BLE001 - the training is worth more than its measurement
+        except Exception as error:  # noqa: BLE001 - the training must go on
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -293,7 +301,7 @@ class Watch:
         self._window.open()
 
     def _go_on(self, *, due: bool) -> None:
-        """Look if the window is long enough; the first one, open from the start, ends unused if no look can follow."""
+        """Look if the window is long enough; close the first window, open from the start, if no look is due soon."""
         if self._window.since is not None:
             self._window.since += 1
             if self._window.is_enough():
@@ -305,7 +313,7 @@ class Watch:
 
     @property
     def _looking(self) -> Looks:
-        assert self._looks is not None  # noqa: S101 - _begin sees to it
+        assert self._looks is not None  # noqa: S101 - _begin sets it
         return self._looks
 
     @property
@@ -313,7 +321,7 @@ class Watch:
         return self._looking.window
 
     def _begin(self) -> None:
-        """Know the layers, open the log and the first window; lazy layers have a shape from the first pass on."""
+        """Open the log and the first window, once; lazy layers have a shape only after their first pass."""
         if self._looks is not None:
             return
         layers = Layers(with_shape(self._model, "watch"))
@@ -347,10 +355,10 @@ class Watch:
         self._outlets.progress(self.steps, self.cost)
 
     def _capture(self, module: nn.Module, args: tuple[Batch, ...], kwargs: dict[str, Batch]) -> None:
-        """Take the first inputs in train mode for the probe, and never look again."""
+        """Use the first inputs in train mode as the probe batch."""
         if not module.training or not self._on or self._probe is not None:
             return
-        if any(map(emptiness, tensors_in((args, kwargs)))):  # a trace runs through the model
+        if any(map(emptiness, tensors_in((args, kwargs)))):  # the model is being traced
             return
         self._guarded(lambda: self._hold(args, kwargs))
 
@@ -383,17 +391,17 @@ class Watch:
         self._looks = None  # a second start opens the log again
 
     def _tell_left_out(self) -> None:
-        """Name the logged values that are not numbers, each name once."""
-        if found := self._outlets.no_numbers():
-            named = ", ".join(f"{name} ({kind})" for name, kind in found.items())
-            self._tell(f"left out of the numbers that were logged, since it is no single number: {named}")
+        """Report the logged values that are no numbers, each name once."""
+        if kinds := self._outlets.no_numbers():
+            named = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            self._tell(f"logged values were left out, since each is no single number: {named}")
 
-    def _tell(self, told: str) -> None:
+    def _tell(self, message: str) -> None:
         """Write an event to the log; without a log, warn at the end."""
         if self._outlets.has_log:
-            self._outlets.event(self.steps, told)
+            self._outlets.event(self.steps, message)
         else:
-            self._unsaid.append(f"watch: {told}.")
+            self._unsaid.append(f"watch: {message}.")
 
 
 _warn = partial(warnings.warn, category=RuntimeWarning, stacklevel=3)

@@ -1,9 +1,10 @@
-"""Readings: the steps and passes of a window that may be compared, for layers that moved in the same steps.
+"""Readings: the batch statistics of the steps and passes of a window, for layers that were updated in the same steps.
 
-Layers may be updated in every step, in every second one, or several times in one. Those with the same pattern are read
-together: from one updated step to the next (``optimizer_steps``), and, where every pass was seen, from pass to pass
-(``passes``). A pass is compared with the passes at the same place of other steps of the same optimizer, because real
-and generated batches, or an original and its augmented view, may differ for good.
+A layer may be updated in every step, in every second step, or several times in a step. Layers with the same pattern of
+updates form a group. For a group, batch statistics are computed from one updating step to the next
+(``optimizer_steps``), and also from pass to pass if every pass was recorded (``passes``). A pass is compared only with
+the passes at the same place in other steps of the same optimizer: batches of two places, such as real and generated
+batches, or originals and their augmented views, may have different distributions.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from torch import Tensor
 from batchnorm.instruments.passes import End
 from batchnorm.instruments.snapshots import Layers, Snapshot, Updates, updates
 
-Places = list[list[int]]  # of readings that are compared, each in the order of time
+Places = list[list[int]]  # for each place in a step, the indices of the readings to compare, in the order of time
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Readings:
-    """What one group of layers shows.
+    """The readings of one group of layers.
 
     Args:
-        indices: Of the layers, in the order of the model.
-        channels: Where their channels are in the model's long vector.
-        layers: They themselves.
-        ends: The stored statistics at the ends of the W steps that updated the layers, and before the first.
-        steps: Read back from one of these to the next.
-        moments: What was stored before each pass, and at the end.
-        passes: Read back pass by pass; None if some passes were not separated.
-        places: For each way to align steps the readings of ``passes`` that are compared.
+        indices: Indices of the group's layers, in the order of the model.
+        channels: Positions of their channels in the model's long vector.
+        layers: The layers of the group.
+        ends: The stored statistics before the first of the W steps that updated the layers, and after each of them.
+        steps: The batch statistics of whole steps, computed from ``ends``.
+        moments: The stored statistics before each pass, and after the last.
+        passes: The batch statistics of single passes, computed from ``moments``; None if some passes were not
+            separated.
+        places: For each way to align the passes of different steps, the readings of ``passes`` to compare.
     """
 
     indices: tuple[int, ...]
@@ -52,7 +54,7 @@ Pattern = tuple[tuple[int, ...], ...]
 
 
 def readings(window: Sequence[End], layers: Layers, least: int) -> Iterator[Readings]:
-    """Groups of layers that were updated in ``least`` steps or more, and not reset meanwhile; ends are on the CPU."""
+    """The groups of layers that were updated in at least ``least`` steps and not reset; ``window`` is on the CPU."""
     groups: dict[Pattern, list[int]] = {}
     for index in range(len(layers.names)):
         groups.setdefault(_pattern(window, index), []).append(index)
@@ -62,7 +64,7 @@ def readings(window: Sequence[End], layers: Layers, least: int) -> Iterator[Read
 
 
 def _pattern(window: Sequence[End], index: int) -> Pattern:
-    """For each step the updates from one copy to the next, where there were any."""
+    """For each step, the numbers of updates from one copy to the next, without zeros."""
     pairs = pairwise(window)
     return tuple(tuple(n for n in _moves(before, end, index) if n) for before, end in pairs)
 
@@ -81,17 +83,17 @@ def _of_group(window: Sequence[End], layers: Layers, pattern: Pattern, indices: 
         if moved:
             ends.append(end.snapshot.part(indices, channels))
             moments += [*_copies(before, end, indices), ends[-1]]
-    told_apart = all(n == 1 for step in pattern for n in step)
+    is_separated = all(n == 1 for step in pattern for n in step)
     takers = [end.taker for end, moved in zip(window[1:], pattern, strict=True) if moved]
     return Readings(
         tuple(indices), channels, part, tuple(ends), updates(ends, part), tuple(moments),
-        updates(moments, part) if told_apart else None,
+        updates(moments, part) if is_separated else None,
         _places([len(step) for step in pattern if step], takers, least),
     )  # fmt: skip
 
 
 def _copies(before: End, end: End, indices: list[int]) -> list[Snapshot]:
-    """What the layers of a group stored after each move of a step but the last, which the step's end has."""
+    """The statistics of a group after each update of a step except for the last, which is the step's end."""
     each = []
     for index in indices:
         moves = _moves(before, end, index)
@@ -103,7 +105,7 @@ def _copies(before: End, end: End, indices: list[int]) -> list[Snapshot]:
 
 
 def _places(passes: list[int], takers: list[int], least: int) -> tuple[Places, ...]:
-    """Readings by their place in a step, from its first pass on, and from its last where steps differ in length."""
+    """Readings by place, counted from a step's first pass; if the numbers of passes differ, also from the last pass."""
     firsts = [sum(passes[:step]) for step in range(len(passes))]
     parts: dict[int, list[int]] = {}
     for step, taker in enumerate(takers):
