@@ -303,7 +303,7 @@ def test_the_heat_map_is_read_and_used_with_keys(visit, finished):
     readout = page.locator("#readout")
     page.locator("#quantity").focus()
     page.keyboard.press("Tab")  # to the heat map
-    expect(readout).to_have_text("stem.bn, step 20: shift of what the layer receives 2 sd per 100 steps")
+    expect(readout).to_have_text("stem.bn, step 20: shift of the layer's inputs 2 sd per 100 steps")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowDown")
     expect(readout).to_have_text(re.compile("block.bn, step 19: .* 1.9 sd per 100 steps"))
@@ -405,7 +405,7 @@ def test_what_was_not_measured_is_a_gap_in_the_map_and_in_the_lines(visit, finis
     inside = [place for place in empty if place < 0.9]
     assert 0.47 < inside[-1] < 0.50
     assert len(inside) > 0.08 * len(plot)
-    line = page.locator("#layer-charts figure", has_text="Shift of what the layer receives").locator("path.line").first
+    line = page.locator("#layer-charts figure", has_text="Shift of the layer's inputs").locator("path.line").first
     assert line.get_attribute("d").count("M") == 2
     variance = page.locator("#layer-charts figure", has_text="Variance: stored against")
     expect(variance.locator(".legend li")).to_have_text(["stored: 0"])  # no batch_var was written
@@ -430,14 +430,14 @@ def test_every_quantity_of_the_log_can_be_chosen_and_is_explained(visit, finishe
     page = visit(finished)
     titles = page.locator("#quantity option").all_inner_texts()
     assert titles == [
-        "Batch noise", "Stored against batch", "Shift of what the layer receives", "Gamma", "Beta", "Dead channels",
+        "Batch noise", "Stored against batch", "Shift of the layer's inputs", "Gamma", "Beta", "Dead channels",
         "Drift on the probe",
     ]  # fmt: skip
     page.locator("#quantity").select_option(label="Stored against batch")
     expect(page.locator("#reads")).to_contain_text("between train and eval mode")
     expect(page.locator("#ramp-numbers")).to_contain_text("sd of the eval output")
     expect(page.locator("#heat")).to_have_attribute(
-        "aria-label", "stored against batch: 3 layers by 20 looks, up to step 20"
+        "aria-label", "gap between stored and batch statistics: 3 layers by 20 looks, up to step 20"
     )
 
 

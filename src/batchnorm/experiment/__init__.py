@@ -1,5 +1,6 @@
-"""What every experiment shares: criteria fixed beforehand, paired seeds, verdicts with their figures, chart data.
+"""What all experiments share: criteria fixed beforehand, paired seeds, verdicts with their figures, chart data.
 
-``lecture`` and ``ablation`` run experiments; they bring arms, criteria and words. An experiment fills a ``Result``
-(``claim``), one rule judges every criterion (``judgement``), and ``outcomes`` holds what a page or a terminal shows.
+The packages ``lecture`` and ``ablation`` define experiments: the networks to compare ("arms"), criteria and texts. An
+experiment returns a ``Result`` (``claim``), one rule judges every criterion (``judgement``), and ``outcomes`` collects
+what a page or a terminal shows.
 """

@@ -1,6 +1,6 @@
-"""A claim as data: its words, its experiment, and the verdicts, charts and numbers that the experiment gives.
+"""A claim as data: its texts, its experiment, and the verdicts, charts and numbers that the experiment returns.
 
-Nothing here computes or draws. A claim's own file measures and fills a Result.
+Nothing is computed or drawn in this file. Each claim has its own file, which measures and returns a ``Result``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.files.room_tables import Table, room_table
 from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row
 
-# Figures worth quoting, flat: "what, unit" -> number
+# Figures worth quoting: "quantity, unit" -> number
 Numbers = dict[str, float | int | str | None]
 
 
@@ -23,8 +23,8 @@ class Claim:
     """One claim of the lecture and the experiment that tests it.
 
     Args:
-        name: What the command line calls it.
-        title: A few words.
+        name: Name of the claim on the command line.
+        title: Title of a few words.
         sentence: The lecture's sentence, in our words.
         arms: The arms, data and budget of the experiment: two to four sentences.
         how_to_read: Two sentences on reading the charts.
@@ -43,19 +43,19 @@ class Claim:
     run: Callable[[RunSettings, Progress], Result]
 
     def words(self) -> Json:
-        """What is written about the claim, as data."""
+        """The texts about the claim, as data."""
         names = ("title", "sentence", "arms", "how_to_read", "not_shown")
         return {**{name: getattr(self, name) for name in names}, "sources": list(self.sources)}
 
 
 def claim(room: str, name: str, run: Callable[[RunSettings, Progress], Result], **figures: Figure) -> Claim:
-    """The claim of a room, in the words of its file ``claims.toml``, which name figures in braces.
+    """A claim with its texts from the file ``claims.toml`` of a package.
 
     Args:
         room: The package that has the file.
-        name: Its entry in the file, and its name unless the entry has one.
+        name: The claim's entry in the file; also the claim's name unless the entry has a ``name``.
         run: Measures and returns the Result.
-        figures: Numbers and words for the braces.
+        figures: Numbers and words that replace the names in braces in the texts.
     """
     words = room_table(room, "claims")[name]
     texts = {key: filled(text, figures) for key, text in words.items() if isinstance(text, str)}
@@ -66,13 +66,14 @@ def chart(
     room: str, claim: str, name: str, rows: Sequence[Row], series: Mapping[str, Role] | None = None, *,
     x: Axis | None = None, y: Axis | None = None, dashed: Sequence[str] = (), **figures: Figure,
 ) -> Chart:  # fmt: skip
-    """A chart of a claim, in the words of its room's file ``claims.toml``, which name figures in braces.
+    """A chart of a claim; kind, title, description and axes are from the file ``claims.toml`` of a package.
 
     Args:
-        room, claim, name: Where the file has its kind, title, description and axes.
-        rows, series, dashed: As in Chart; a series without a row is left out.
-        x, y: Axes that depend on the measurement, instead of the file's.
-        figures: Numbers and words for the braces; ``title`` where the file has none.
+        room: The package that has the file.
+        claim, name: The entry ``[CLAIM.charts.NAME]`` of the file.
+        rows, series, dashed: As in ``Chart``; a series without a row is left out.
+        x, y: Axes that depend on the measurement, in place of the file's axes.
+        figures: Numbers and words that replace the names in braces; must have ``title`` if the entry has no title.
     """
     entry = room_table(room, "claims")[claim]["charts"][name]
     title = in_words(entry.get("title", "{title}"), figures)
@@ -97,9 +98,9 @@ class Result:
     """What a claim's experiment measured.
 
     Args:
-        verdicts: One for each of the claim's criteria, the main one first.
-        charts: At least one.
-        numbers: Further figures worth quoting, flat: "what, unit" -> number.
+        verdicts: One verdict for each of the claim's criteria; the first is the main verdict.
+        charts: One chart or more.
+        numbers: Further figures worth quoting: "quantity, unit" -> number.
     """
 
     verdicts: Sequence[Verdict]

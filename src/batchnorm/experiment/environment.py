@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine that numbers depend on; no host name, no path."""
+    """The versions and the machine on which numbers depend, without host name and paths."""
     from batchnorm.kernels.cpu import INSTRUCTION_SET
 
     versions = {name: _version(name) for name in ("batchnorm", "torch", "numpy", "scipy", "scikit-learn")}
@@ -29,7 +29,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name if the system has it, else its architecture."""
+    """The processor's name if the system reports it, else its architecture."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 - a Linux interface, absent elsewhere
             names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

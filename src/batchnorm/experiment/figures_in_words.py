@@ -1,7 +1,7 @@
-"""Numbers in sentences: a sentence is a template with figures, and only this module fills it in.
+"""Numbers in sentences: a sentence is a template, and only this module puts figures into it.
 
-A template names its figures in braces, with Python's format after a colon. Three formats are our own: ``times`` for
-ratios, ``share`` for signed shares, ``known`` for a number of two digits that may not exist.
+A template names its figures in braces, with a Python format after a colon. This package adds three formats: ``times``
+for ratios, ``share`` for signed shares, ``known`` for two digits of a number that may be NaN or infinite.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections.abc import Callable, Mapping
 from string import Formatter
 from typing import SupportsFloat
 
-# What a template may be filled with; a tensor of one number has a float as well
+# A value for a template; a tensor of one number can be converted to float too
 Figure = SupportsFloat | str
 
-_PERCENT = 10.0  # from a thousand percent on
-_MANY = 1e6  # from here on the digits of a ratio say nothing
+_PERCENT = 10.0  # shares from 1,000 % on are written as multiples
+_MANY = 1e6  # ratios from here on are written with one digit
 
 
 def in_words(template: str, figures: Mapping[str, Figure] | None = None, /, **more: Figure) -> str:
-    """The sentence of a template: it begins with a capital letter, and negative numbers have a true minus sign.
+    """A template with its figures as a sentence: with a capital letter, and a true minus sign in negative numbers.
 
     Raises:
-        KeyError: If the template names a figure that is not given.
+        KeyError: If the template names a figure that is missing.
     """
     text = filled(template, {**(figures or {}), **more})
     return minus(text[:1].upper() + text[1:])
 
 
 def filled(template: str, figures: Mapping[str, Figure]) -> str:
-    """A template with its figures, as they are.
+    """A template with its figures, without further changes.
 
     Raises:
-        KeyError: If the template names a figure that is not given.
+        KeyError: If the template names a figure that is missing.
     """
     return _Words().vformat(template, (), figures)
 
@@ -46,7 +46,7 @@ class _Words(Formatter):
 
 
 def minus(text: str) -> str:
-    """The text with a true minus sign before negative numbers; hyphens and exponents stay."""
+    """The text with a true minus sign before negative numbers; hyphens and exponents are not changed."""
     return re.sub(r"(?<![\w)\]])-(?=[\d.])", "−", text)
 
 
@@ -62,7 +62,7 @@ def times(ratio: float) -> str:
 
 
 def share(value: float) -> str:
-    """A signed share as a percentage, or as a multiple where a percentage says nothing: +4.1%, 31 times more."""
+    """A signed share as a percentage, such as +4.1%; from 1,000 % on as a multiple, such as "31 times more"."""
     if not math.isfinite(value) or abs(value) < _PERCENT:
         return f"{value:+.1%}"
     return f"{times(abs(value))} times {'more' if value > 0 else 'less'}"

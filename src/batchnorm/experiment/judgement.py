@@ -1,4 +1,4 @@
-"""From the effects of several seeds to a verdict, by one rule: the region that holds the whole interval."""
+"""Verdicts: the confidence interval of the effects of several seeds decides about a criterion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 from batchnorm.experiment.figures_in_words import Figure, filled, in_words
 from batchnorm.files.room_tables import Table, room_table
 
-# An arm that never reaches the target counts with the last step; the effect is then a bound
+# A run that never reaches the target counts as reaching it at the last step; the effect is then a bound
 Bound = Literal["", "at least", "at most"]
 Interval = tuple[float, float]
 Json = dict[str, object]
@@ -22,18 +22,19 @@ Json = dict[str, object]
 class Criterion:
     """What a claim must show, fixed before anything is measured.
 
-    The verdict is read off the confidence interval of the effect: inside ``supported`` the claim is supported, inside
-    ``opposite`` the opposite holds, anything else is not supported.
+    The confidence interval of the effect decides: if it is inside ``supported``, the claim is supported; if it is
+    inside ``opposite``, the opposite is; otherwise the claim is not supported.
 
     Args:
-        key: Name, ``<claim>-<what>``.
+        key: Name of the criterion, ``<claim>-<quantity>``.
         question: One sentence that a newcomer understands, ending in a question mark.
         quantity: The quantity that is computed for each seed, with its unit.
         supported: Open interval of effects that support the claim.
         opposite: Open interval of effects that show the opposite, or None.
-        guard: A condition without which the arms cannot be compared, in words; "" for none.
+        guard: The condition under which the compared networks ("arms") can be compared, in words; "" if there is no
+            condition.
         log: Base of the logarithm if the effect is the logarithm of a ratio, else 0.
-        compares: The two sides of the ratio and the condition; "" if ``quantity`` names them.
+        compares: The two sides of the comparison and its condition; "" if ``quantity`` names them.
     """
 
     key: str
@@ -47,15 +48,16 @@ class Criterion:
 
     @property
     def effect(self) -> str:
-        """What is computed for each seed, in words."""
+        """The quantity that is computed for each seed, in words."""
         logarithm = f"log{self.log} of " if self.log else ""
         return f"{logarithm}{self.quantity}" + (f", {self.compares}" if self.compares else "")
 
     @classmethod
     def read(cls, key: str, table: Table, figures: Mapping[str, Figure]) -> Criterion:
-        """A criterion from the entry of a file ``criteria.toml``, whose texts name figures in braces.
+        """A criterion from an entry of a file ``criteria.toml``; ``figures`` replace the names in braces in its texts.
 
-        There ``above`` stands for regions beyond a number on both sides, and those of logarithms are given as ratios.
+        In the file, ``above = x`` means effects above x as ``supported`` and effects below -x as ``opposite``. If the
+        effect is a logarithm, the numbers in the file are ratios.
         """
         names = ("question", "quantity", "guard", "compares")
         question, quantity, guard, compares = (filled(table.get(name, ""), figures) for name in names)
@@ -63,7 +65,7 @@ class Criterion:
         return cls(key, question, quantity, supported, opposite, guard, table.get("log", 0), compares)
 
     def natural(self, effect: float) -> float:
-        """An effect as a ratio where it is the logarithm of one; infinite beyond floating-point numbers."""
+        """The effect as a ratio if it is a logarithm, else the effect itself; infinity if the ratio is too large."""
         try:
             return float(self.log**effect) if self.log else effect
         except OverflowError:
@@ -98,7 +100,7 @@ _LOGARITHMS: dict[int, Callable[[float], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Mean of an effect over seeds with its confidence interval."""
+    """Mean of an effect over seeds, with the confidence interval from ``low`` to ``high`` of confidence ``level``."""
 
     mean: float
     low: float
@@ -130,16 +132,16 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a criterion came to, in figures; every sentence about it is made from them.
+    """The outcome of a criterion with its figures, from which every sentence about it is made.
 
     Args:
-        criterion: The question, the quantity, and the sides that are compared.
+        criterion: The criterion.
         status: The outcome.
-        estimate: The effect; None where it could not be computed.
+        estimate: The effect; None if it could not be computed.
         words: The measurement as a template that names its figures, such as "{fast} steps instead of {slow}".
-        figures: The numbers and names of ``words``.
-        bound: "at least" or "at most" if one side never reached the target.
-        failed_guard: For INVALID, the condition that failed, with its number.
+        figures: The numbers and names that ``words`` names.
+        bound: "at least" or "at most" if one side never reached the target, else "".
+        failed_guard: The failed condition with its number if the status is INVALID, else "".
     """
 
     criterion: Criterion
@@ -157,7 +159,7 @@ class Verdict:
 
     @property
     def told(self) -> str:
-        """The guard that failed, else the sentence."""
+        """``failed_guard`` if there is one, else ``sentence``."""
         return self.failed_guard or self.sentence
 
     @property
@@ -167,7 +169,7 @@ class Verdict:
 
     @property
     def ratios(self) -> tuple[float, float, float]:
-        """Effect and ends of its interval, as ratios where effects are logarithms; NaN without an estimate."""
+        """Effect and ends of its interval, as ratios if the effect is a logarithm; NaN without an estimate."""
         if self.estimate is None:
             return math.nan, math.nan, math.nan
         low, high = self.estimate.low, self.estimate.high
@@ -186,12 +188,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Criteria(Mapping[str, Criterion]):
-    """Criteria by their keys, with what they were fixed together with.
+    """All criteria of a package by key, with their version and confidence level.
 
     Args:
-        version: Raised when a criterion changes.
-        level: Of the confidence intervals that verdicts are read off.
-        table: In the order of the questions.
+        version: Version of the criteria; it is increased when a criterion changes.
+        level: Confidence level of the intervals that decide the verdicts.
+        table: The criteria in the order of the questions.
     """
 
     version: str
@@ -200,7 +202,7 @@ class Criteria(Mapping[str, Criterion]):
 
     @classmethod
     def read(cls, room: str, **figures: Figure) -> Criteria:
-        """The criteria of a room's file ``criteria.toml``; its texts name figures in braces."""
+        """The criteria in the file ``criteria.toml`` of a package; ``figures`` replace the names in braces."""
         file = room_table(room, "criteria")
         entries = ((key, table) for key, table in file.items() if isinstance(table, dict))
         return cls(file["version"], file["level"], tuple(Criterion.read(key, t, figures) for key, t in entries))
@@ -215,7 +217,7 @@ class Criteria(Mapping[str, Criterion]):
         return len(self.table)
 
     def of(self, claim: str) -> list[Criterion]:
-        """The criteria of one claim, the main one first."""
+        """The criteria of one claim, the main criterion first."""
         return [criterion for criterion in self.table if criterion.key.startswith(f"{claim}-")]
 
     def judge(
@@ -225,31 +227,32 @@ class Criteria(Mapping[str, Criterion]):
         """The verdict on one criterion.
 
         Args:
-            key: Of the criterion.
-            values: The effect for each seed; where one is not finite there is no verdict.
-            words: The measurement in plain words, a template that names its figures; not used where there is no
-                estimate and a figure is not finite.
-            figures: Numbers and names for the template, also by keywords.
-            bound: Whether the effect is a bound.
-            failed_guard: What did not hold, with its number; it makes the verdict INVALID.
+            key: The criterion's key.
+            values: The effect for each seed; with fewer than two values, or one that is not finite, the verdict is
+                INVALID.
+            words: The measurement as a template that names its figures. If there is no estimate and a figure is not
+                finite, a standard sentence takes its place.
+            figures: Numbers and names for the template; more of them as keywords.
+            bound: "at least" or "at most" if the effect is a bound, else "".
+            failed_guard: The condition that failed, with its number; makes the verdict INVALID.
         """
         finite = len(values) > 1 and all(map(math.isfinite, values))
         failed = failed_guard or ("" if finite else "the effect is not a finite number in every seed")
-        measured = estimate(values, self.level) if finite else None
-        status = status_of(self[key], measured) if measured and not failed else Status.INVALID
-        given = {**(figures or {}), **more}
-        plain = {name: value if isinstance(value, (str, int)) else float(value) for name, value in given.items()}
+        effect = estimate(values, self.level) if finite else None
+        status = status_of(self[key], effect) if effect and not failed else Status.INVALID
+        named = {**(figures or {}), **more}
+        plain = {name: value if isinstance(value, (str, int)) else float(value) for name, value in named.items()}
         if not finite and (not words or any(isinstance(v, float) and not math.isfinite(v) for v in plain.values())):
             words = "The arms could not be compared."
-        return Verdict(self[key], status, measured, words, plain, bound, failed)
+        return Verdict(self[key], status, effect, words, plain, bound, failed)
 
     def unjudged(self, claim: str, reason: str) -> list[Verdict]:
-        """No verdict on any criterion of a claim, and why."""
+        """An INVALID verdict with this reason for every criterion of a claim."""
         return [self.judge(criterion.key, [], "", failed_guard=reason) for criterion in self.of(claim)]
 
 
 def status_of(criterion: Criterion, measured: Estimate) -> Status:
-    """The outcome by where the whole interval lies."""
+    """The outcome: which region contains the whole confidence interval."""
     if _inside(measured, criterion.supported):
         return Status.SUPPORTED
     if criterion.opposite is not None and _inside(measured, criterion.opposite):

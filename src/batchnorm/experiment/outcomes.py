@@ -1,4 +1,4 @@
-"""All claims of one run together, as a page, a terminal and a file of numbers show them."""
+"""The outcomes of all claims of one run, as data for the page, the terminal and the JSON file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class ClaimOutcome:
-    """A claim, what its experiment measured, and how many seconds that took."""
+    """A claim, the result of its experiment, and the seconds that the experiment took."""
 
     claim: Claim
     result: Result
@@ -26,13 +26,13 @@ class ClaimOutcome:
 
     @property
     def main(self) -> Verdict:
-        """The verdict on the claim itself; the others qualify it."""
+        """The verdict on the claim itself; the other verdicts qualify it."""
         return self.result.verdicts[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One figure at the head of a page: what it is, the figure, and a line on it."""
+    """A number at the head of a page, with a label and a one-line note."""
 
     what: str
     figure: str
@@ -44,11 +44,11 @@ class Verdicts:
     """Every outcome of one run; a subclass adds its criteria and a headline.
 
     Args:
-        settings: Seeds and effort.
-        outcomes: One for each claim that ran.
+        settings: Seeds and effort of the run.
+        outcomes: One outcome for each claim that ran.
         command: The command line that repeats the run.
-        measured: How the numbers were measured, topic -> text, where a run has its own words.
-        unasked: Question -> reason why it was not asked.
+        measured: Topic -> text on how the numbers were measured; {} unless the run has such texts.
+        unasked: Question -> the reason why the question was not asked.
     """
 
     criteria: ClassVar[Criteria]
@@ -61,17 +61,17 @@ class Verdicts:
 
     @property
     def title(self) -> str:
-        """What the page is called."""
+        """Title of the page."""
         raise NotImplementedError
 
     @property
     def headline(self) -> str:
-        """What came out, in one sentence."""
+        """The result in one sentence."""
         raise NotImplementedError
 
     @property
     def second(self) -> str:
-        """What stands below the headline; "" for nothing."""
+        """The line below the headline; "" for no line."""
         return ""
 
     @property
@@ -81,7 +81,7 @@ class Verdicts:
 
     @property
     def level(self) -> float:
-        """Level of the intervals that verdicts were read off."""
+        """Confidence level of the intervals that decide the verdicts."""
         return self.criteria.level
 
     @property
@@ -91,7 +91,7 @@ class Verdicts:
 
     @property
     def seconds(self) -> float:
-        """Time that the experiments took together."""
+        """Seconds that all experiments took together."""
         return sum(outcome.seconds for outcome in self.outcomes)
 
     @property
@@ -109,7 +109,7 @@ class Verdicts:
         return "\n".join([*lines, "", f"Repeat: `{self.command}`"])
 
     def to_json(self) -> str:
-        """``to_dict`` as text, which every JSON reader takes."""
+        """The result of ``to_dict`` as strict JSON, without NaN and Infinity."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def to_dict(self) -> Json:
@@ -127,7 +127,7 @@ class Verdicts:
 
 
 def _jsonable(value: object) -> object:
-    """``value`` with None for what JSON has no number for: the open ends of intervals, and NaN."""
+    """``value`` with None in place of infinite numbers (open ends of intervals) and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _jsonable(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Values of several seeds as one: a number in a sentence, a point with its spread in a chart, when an arm arrived."""
+"""Values of several seeds in one: a number for a sentence, a point with its spread for a chart, steps to a target."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def figures(value: Tensor | float, count: int = 4) -> float:
 
 
 def mean(values: Tensor) -> float | None:
-    """Mean over seeds to three figures; None where it does not exist."""
+    """Mean over seeds to three significant figures; None if it is NaN or infinite."""
     average = figures(values.mean(), 3)
     return average if abs(average) < float("inf") else None
 
 
 def median(values: Tensor, axis: int = -1) -> Tensor:
-    """Median along an axis, of an even number the mean of the two in the middle; infinite if one of these is.
+    """Median along an axis; for an even number of values the mean of the two in the middle.
 
-    torch's own is the lower of the two.
+    It is infinite if one of these two is infinite. torch.median would return the lower of the two.
     """
     ordered = values.sort(axis).values
     count = values.shape[axis]
@@ -35,12 +35,12 @@ def median(values: Tensor, axis: int = -1) -> Tensor:
 
 
 def factor(ratios: Tensor) -> float:
-    """Geometric mean of ratios, the mean that reads the same in both directions."""
+    """Geometric mean of ratios; for the inverse ratios it gives the inverse mean."""
     return float(ratios.log2().mean().exp2())
 
 
 def evenly(count: int, most: int) -> Tensor:
-    """At most ``most`` of ``count`` places, evenly spaced, both ends included."""
+    """At most ``most`` of the indices 0 to ``count`` - 1, evenly spaced, with the first and the last."""
     return torch.linspace(0, max(count - 1, 0), min(most, count)).round().long().unique()
 
 
@@ -52,13 +52,13 @@ def curve(
     positive: bool = False,
     **same: str,
 ) -> Rows:
-    """Rows with the middle and the range over seeds; a point that one seed does not have is left out.
+    """Chart rows with the middle and the range over seeds; a point is left out if a seed's value is not finite.
 
     Args:
-        x: Where the values belong, X of them.
-        values: (X, seeds).
-        middle: What the point itself shows.
-        positive: Leave out what is not above 0 too, for a log scale.
+        x: X positions on the chart's x axis.
+        values: The values at each position, (X, seeds).
+        middle: Computes the value of a point from the values of its seeds.
+        positive: For a log scale: leave out a point also if a seed's value is not above 0.
         same: Further fields of every row: series, panel, row.
     """
     return [
@@ -75,16 +75,16 @@ def interval(values: Tensor, level: float, name: str = "value") -> dict[str, flo
 
 
 def first_step(reached: Tensor, steps: Tensor) -> Tensor:
-    """First of ``steps``, (T,), at which something was reached, (T, ...) -> (...); infinity where it never was."""
+    """The first of ``steps``, (T,), at which ``reached``, (T, ...), is True: (...); infinity if it never is."""
     return torch.where(reached.any(0), steps[reached.float().argmax(0)].float(), torch.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrival:
-    """When the seeds of an arm reached a target.
+    """The steps that the seeds of one experiment arm took to reach a target.
 
     Args:
-        first: Each seed's steps to it, (seeds,); infinity for one that never did.
+        first: Steps of each seed to the target, (seeds,); infinity for a seed that never reached it.
         last: The last step of the run.
     """
 
@@ -93,7 +93,7 @@ class Arrival:
 
     @property
     def steps(self) -> Tensor:
-        """Each seed's steps, (seeds,); a seed that never arrived counts with the last step, so ratios are bounds."""
+        """Steps of each seed, (seeds,); ``last`` for a seed that never arrived, so that ratios are bounds."""
         return self.first.clamp_max(self.last)
 
     @property

@@ -1,21 +1,22 @@
-"""Record: what was measured while a model trained, kept in a folder that can be read at any time, anywhere.
+"""Record: the log of measurements during a training, in a folder that can be read at any time.
 
-A log is a folder. ``record.jsonl`` has one JSON object a line, and lines are only appended. Arrays are files beside it
-in ``arrays/``, one safetensors file for each look. Each line is written at once, so a killed process loses only what it
-had not yet measured, and a reader takes every line that ends in a newline. A full disk costs lines, never the training.
+The file ``record.jsonl`` of the folder has one JSON object per line, and lines are only appended. Arrays are in the
+subfolder ``arrays/``, one safetensors file for each probe. Each line is written immediately, so a killed process loses
+no line, and a reader can read every line that ends in a newline. If the disk is full, lines are lost, but the training
+continues.
 
-Kinds of lines, always with ``kind`` first (docs/record.md has the fields):
+Kinds of lines; the first key is always ``kind`` (docs/record.md lists the fields):
 
-    start     schema version, layers, versions, schedule; again when a log is continued
-    progress  step, seconds, and means of what the user logged, at most once a second
-    free      step and, for each quantity, one number a layer, or null: read from the running averages
-    probe     the same, measured by a pass over a fixed batch
-    lab       the same, measured on demand
-    arrays    step and the file that has them
-    event     step, words, and the code of a rule of the doctor if there is one
-    end       step and how it ended
+    start     schema version, layers, versions, schedule; written again when a log is continued
+    progress  step, seconds, and means of the numbers that the user logged, at most once a second
+    free      step and, for each quantity, one number or null per layer, computed from the running averages
+    probe     as ``free``, measured by a pass over a fixed batch
+    lab       as ``free``, measured on demand
+    arrays    step and the name of the file with the arrays
+    event     step, message, and the code of a rule of the doctor if there is one
+    end       step and the reason for the end
 
-Nothing here imports torch.
+This package does not import torch.
 """
 
 from batchnorm.record.log_entry import Record

@@ -1,4 +1,4 @@
-"""One look at a model: for each quantity a number a layer, and a few of the model as a whole."""
+"""A record: the numbers of one measurement of a model, by quantity and layer, and of the model as a whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 JsonValue = str | float | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
-Line = dict[str, Any]  # a line of a log as JSON has it
-Described = Mapping[str, Any]  # a layer, as the start of a log describes it
+Line = dict[str, Any]  # a line of a log, parsed from JSON
+Described = Mapping[str, Any]  # the description of a layer in the ``start`` line of a log
 
-# digits of a layer's number in a log, whose noise is above a hundredth, and of a model's
+# significant digits in a log: of a layer's number, whose noise is above 1 %, and of a model's number
 _DIGITS, _MODEL_DIGITS = 3, 5
 
 
@@ -25,13 +25,14 @@ class Record:
     """What was measured of every batch norm layer at one step.
 
     Args:
-        step: Optimizer steps done.
+        step: Number of optimizer steps before the measurement.
         layers: Names of the layers, in the model's order.
-        values: For each quantity of QUANTITIES one number a layer; None where it could not be measured.
-        model: Numbers of the whole model, by the name of their quantity.
-        tier: "free" (read from buffers), "probe" (a pass over a fixed batch) or "lab" (asked for).
-        seconds: Unix time.
-        arrays: Further arrays (layers, ...), by name, such as percentiles.
+        values: Quantity -> one number per layer, None if it could not be measured. The names are those of QUANTITIES;
+            in tier "lab" any name is possible.
+        model: Quantity -> number of the whole model.
+        tier: "free" (from the running averages), "probe" (a pass over a fixed batch) or "lab" (measured on demand).
+        seconds: Unix time of the measurement.
+        arrays: Name -> array (layers, ...), such as percentiles.
     """
 
     step: int
@@ -43,13 +44,13 @@ class Record:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, quantity: str) -> dict[str, float | None]:
-        """One quantity of every layer by the layer's name."""
+        """Layer -> number, for one quantity."""
         if quantity not in self.values:
             raise KeyError(f"expected one of {', '.join(self.values)}, got {quantity!r}.")
         return dict(zip(self.layers, self.values[quantity], strict=True))
 
     def to_dict(self) -> Line:
-        """The record as JSON-able data, without its arrays; what is not finite becomes None."""
+        """The record as data for JSON, without its arrays; None in place of NaN and infinity."""
         values = {name: [plain(value) for value in row] for name, row in self.values.items()}
         model = {name: plain(value, _MODEL_DIGITS) for name, value in self.model.items()}
         return {"step": self.step, "seconds": round(self.seconds, 2), "values": values, "model": model}
@@ -68,7 +69,7 @@ class Record:
 
 
 def plain(value: float | None, digits: int = _DIGITS) -> float | None:
-    """A number as a log has it: of few digits, or None where it is not finite."""
+    """The number rounded to significant digits, as in a log; None if it is NaN or infinite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")

@@ -1,4 +1,4 @@
-"""Reading a log, also while it is written or torn, and of a long one only as much as can be shown."""
+"""Read a log, also while it is written, after a torn line, and without parsing all lines of a long log."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ ARRAYS = "arrays"
 _KINDS = ("start", "progress", "free", "probe", "lab", "arrays", "event", "end")
 _KIND = re.compile(rb'^\{"kind":"(\w+)"(?:,"step":(\d+))?')
 _FILE = re.compile(rf"{ARRAYS}/\d+\.safetensors")
-_READABLE = 1
-_BLOCK = 1 << 24
-Place = tuple[int, int, int]  # of a line: its step, and where it is in the file by offset and length
+_READABLE = 1  # the newest schema version that this reader knows
+_BLOCK = 1 << 24  # bytes
+Place = tuple[int, int, int]  # a line's step, its offset in the file, and its length
 
 
 class Log:
-    """A log as far as it is written; ``refresh`` takes what was appended since.
+    """The lines of a log that are written so far; ``refresh`` adds the lines that were appended since.
 
-    A line is indexed on first sight and parsed only on demand, so that a log of a hundred thousand steps opens at
-    once. A last line without its newline is left for the next ``refresh``; lines that are no JSON
-    are skipped and counted in ``damaged``.
+    Lines are indexed at first and parsed only on demand, so that a log of a hundred thousand steps opens quickly. A
+    last line without a newline is left for the next ``refresh``. Lines that are damaged or of an unknown kind are
+    skipped and counted in ``damaged``.
 
     Args:
-        folder: Where the log is; it may be a copy.
+        folder: The folder of the log, or a copy of it.
 
     Raises:
-        FileNotFoundError: If there is no log.
-        ValueError: If it was written by a newer version of its schema, or does not begin as a log does.
+        FileNotFoundError: If the folder has no log.
+        ValueError: If the log's schema version is newer than this reader, or if it has lines but no ``start`` line.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -53,7 +53,7 @@ class Log:
         self.refresh()
 
     def refresh(self) -> int:
-        """Index the lines that were appended; their number. A log that was replaced by a shorter one is read anew."""
+        """Index the lines that were appended, and return their number; a log that became shorter is read again."""
         size = self._path.stat().st_size
         if size < self._size:
             self._size, self.damaged = 0, 0
@@ -71,15 +71,15 @@ class Log:
         return new
 
     def _index(self, line: bytes) -> int:
-        """Note where a whole line is; whether it is one of ours."""
+        """Add the position of a complete line to the index; return 1, or 0 for a damaged line or an unknown kind."""
         start, length = self._size, len(line)
         self._size += length + 1
-        found = _KIND.match(line)
-        kind = found[1].decode() if found else ""
+        match = _KIND.match(line)
+        kind = match[1].decode() if match else ""
         if kind not in _KINDS or not line.endswith(b"}"):
             self.damaged += bool(line.strip())
             return 0
-        step = int(found[2]) if found and found[2] else 0
+        step = int(match[2]) if match and match[2] else 0
         self._lines[kind].append((step, start, length))
         return 1
 
@@ -93,7 +93,7 @@ class Log:
 
     @property
     def start(self) -> Line:
-        """The last ``start`` line; {} before there is one."""
+        """The last ``start`` line; {} if there is none yet."""
         rows = self.rows("start")
         return rows[-1] if rows else {}
 
@@ -104,12 +104,12 @@ class Log:
 
     @property
     def step(self) -> int:
-        """The last step that any line is about."""
+        """The last step in any line; 0 for an empty log."""
         return max((step for lines in self._lines.values() for step, _, _ in lines[-1:]), default=0)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last start has its end; a killed process leaves none."""
+        """Whether an ``end`` line follows the last ``start`` line; a killed process writes no ``end`` line."""
         ends, starts = self._lines["end"], self._lines["start"]
         return bool(ends) and ends[-1][1] > starts[-1][1]
 
@@ -122,8 +122,8 @@ class Log:
 
         Args:
             kind: One of the kinds of lines.
-            first: Leave out that many of the first lines.
-            most: At most about so many, evenly spread, the last one among them.
+            first: Leave out this number of lines at the start.
+            most: Return at most this number of lines, evenly spread, with the last line; None returns all.
         """
         return self._parsed(self._thinned(self._lines[kind][first:], most))
 
@@ -148,16 +148,16 @@ class Log:
         return rows
 
     def arrays(self, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
-        """The arrays that an ``arrays`` line names.
+        """The arrays in the file that an ``arrays`` line names.
 
         Raises:
-            ValueError: If the name leads out of the log's folder.
-            OSError: If the file is not there.
+            ValueError: If the line names a file that is not in the folder ``arrays`` of the log.
+            OSError: If the file cannot be read.
         """
         from safetensors.numpy import load_file
 
         name = str(row.get("file", ""))
         path = (self.folder / name).resolve()
         if not _FILE.fullmatch(name) or not path.is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{name!r} is no file of the log in {self.folder}, expected {ARRAYS}/NUMBER.safetensors.")
+            raise ValueError(f"expected {ARRAYS}/NUMBER.safetensors in {self.folder}, got {name!r}. Skip this line.")
         return load_file(path)

@@ -1,4 +1,4 @@
-"""Appending to a log; no error of it ever stops the training."""
+"""Append to a log; after the start, a failed write never raises."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA_VERSION = 1
-_ALIKE = ("name", "channels", "kind")  # what a layer has in common with one of the same model
+_ALIKE = ("name", "channels", "kind")  # these must be equal in both logs for a layer of the same model
 _open: WeakSet[Writer] = WeakSet()
 
 
 class Writer:
-    """Appends to the log in a folder, which is made if it is not there.
+    """Appends lines to the log in a folder; a missing folder is created.
 
-    A folder that has a log of the same layers (names, channels, kinds) is continued: another ``start`` line is
-    appended, and ``step`` is the last that it has. Each line reaches the operating system before the call returns, so
-    a process that is killed loses none.
-    What cannot be written (a full disk, a folder that is gone) is left out and warned of once.
+    If the folder has a log of the same layers (names, channels, kinds), the log is continued: another ``start`` line
+    is appended, and ``step`` is the log's last step. Each line is passed to the operating system before the call
+    returns, so a killed process loses no line. A line that cannot be written (a full disk, a deleted folder) is lost;
+    the first time there is a RuntimeWarning.
 
     Args:
-        folder: Where the log is.
-        layers: What is known of each batch norm layer: at least ``name`` and ``channels``.
-        about: More for the ``start`` line.
+        folder: The folder of the log.
+        layers: A description of each batch norm layer, at least ``name`` and ``channels``.
+        about: Further fields of the ``start`` line.
 
     Raises:
-        ValueError: If the folder has a log of other layers, or another process writes to it.
-        OSError: If nothing can be written there at the start.
+        ValueError: If the folder has a log of other layers, or another writer has the log open.
+        OSError: If the ``start`` line cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], layers: Sequence[Described], **about: JsonValue) -> None:
@@ -68,42 +68,42 @@ class Writer:
             return
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
-            self._torn = file.read(1) != b"\n"  # what was killed in mid-line stays a damaged line of its own
+            self._torn = file.read(1) != b"\n"  # a torn last line must not be continued
         log = Log(self.folder)
         if difference := _difference(log.start.get("layers") or [], layers):
             raise ValueError(f"{self.folder} has the log of another model ({difference}). Choose a new folder.")
         self.step = log.step
 
     def write(self, record: Record) -> None:
-        """Append a record; its arrays go to a file of their own first."""
+        """Write the record's arrays to a file, if there are any, then append the record."""
         if record.arrays:
             self._write_arrays(record)
         self._append(record.tier, record.to_dict())
 
     def progress(self, step: int, seconds: float, values: Mapping[str, float], cost: float) -> None:
-        """Append means of what the user logged since the last such line, and the share of time that looking took."""
+        """Append means of the numbers that the user logged, and the cost of measuring as a share of the time."""
         means = {name: plain(value, 5) for name, value in values.items()}
         self._append("progress", {"step": step, "seconds": round(seconds, 2), "cost": plain(cost), "values": means})
 
     def event(self, step: int, message: str, *, layer: str | None = None, code: str | None = None) -> None:
-        """Append something that happened, with a rule's code if it is one of the doctor's."""
+        """Append an event; ``code`` is the code of a rule of the doctor, if there is one."""
         self._append(
             "event", {"step": step, "seconds": round(time.time(), 2), "code": code, "layer": layer, "message": message}
         )
 
     def end(self, step: int, reason: str, **about: JsonValue) -> None:
-        """Append how it ended, and let go of the log."""
+        """Append the ``end`` line, and close the log."""
         self._append("end", {"step": step, "seconds": round(time.time(), 2), "reason": reason, **about})
         self.close()
 
     def close(self) -> None:
-        """Let go of the log; nothing can be written afterwards."""
+        """Unlock and close the log; later writes do nothing."""
         if self._file >= 0:
             _unlock(self._file)
             self.let_go()
 
     def let_go(self) -> None:
-        """Close this process's file; another process that has the file open keeps the lock."""
+        """Close the file in this process without unlocking it for other processes that have it open."""
         os.close(self._file)
         self._file = -1
         _open.discard(self)
@@ -136,33 +136,33 @@ class Writer:
     def _put(self, data: bytes) -> None:
         written = os.write(self._file, data)
         self._torn = written < len(data)
-        if self._torn:  # the disk took what it had room for
+        if self._torn:  # the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _failed(self, error: OSError) -> None:
         self.failures += 1
         if self.failures == 1:
             warnings.warn(
-                f"the log in {self.folder} could not be written: {error.strerror or error}. Training goes on; what is "
-                "measured until it can be written again is lost.",
+                f"the log in {self.folder} could not be written: {error.strerror or error}. The training goes on, but "
+                "measurements are lost until the log can be written again.",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
 
 def _compact(values: np.ndarray) -> np.ndarray:
-    """Half precision: 3 digits, enough for what is drawn; what exceeds its range becomes the largest it has."""
+    """The values in float16, whose 3 digits are enough for charts; larger numbers become the largest of float16."""
     import numpy as np
 
     most = float(np.finfo(np.float16).max)
     return np.ascontiguousarray(np.clip(np.asarray(values, dtype=np.float64), -most, most).astype(np.float16))
 
 
-def _difference(there: Sequence[Described], here: Sequence[Described]) -> str:
-    """How the layers of a log differ from those that are to be logged; "" if they do not, or it names none."""
-    if there and len(there) != len(here):
-        return f"{len(there)} layers, expected {len(here)}"
-    for old, new in zip(there, here, strict=False):
+def _difference(old_layers: Sequence[Described], new_layers: Sequence[Described]) -> str:
+    """How the layers of a log differ from the present layers; "" if they are equal, or if the log names no layers."""
+    if old_layers and len(old_layers) != len(new_layers):
+        return f"{len(old_layers)} layers, expected {len(new_layers)}"
+    for old, new in zip(old_layers, new_layers, strict=False):
         if any(old.get(key, new.get(key)) != new.get(key, old.get(key)) for key in _ALIKE):
             return f"{_described(old)}, expected {_described(new)}"
     return ""
@@ -174,7 +174,7 @@ def _described(layer: Described) -> str:
 
 
 def _lock(file: int, folder: Path) -> None:
-    """Hold the log as long as it is open; where the system or its file system has no locks, nothing is held."""
+    """Lock the log while it is open; does nothing if the operating system or the file system has no locks."""
     with suppress(ImportError):
         import fcntl
 
@@ -182,14 +182,14 @@ def _lock(file: int, folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another process writes to {folder}, or another watch of this one. Choose a new folder, or end it."
+                f"another process or another watch writes to {folder}. Choose a new folder, or stop the other writer."
             ) from None
         except OSError:
             pass
 
 
 def _unlock(file: int) -> None:
-    """Let go of the lock, also where a process that was forked meanwhile has the file open still."""
+    """Release the lock, also if a forked process still has the file open."""
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -197,7 +197,7 @@ def _unlock(file: int) -> None:
 
 
 def _in_child() -> None:
-    """In a process that was forked, as the workers of a DataLoader are: the log is not its to write or to hold."""
+    """Close the logs in a forked process, such as a worker of a DataLoader, which must not write to them."""
     for writer in list(_open):
         writer.let_go()
 

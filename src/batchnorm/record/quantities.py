@@ -1,6 +1,6 @@
-"""The quantities of a log: title, unit, noise floor, how to read each, when it misleads, and its source.
+"""The quantities of a log: title, unit, noise floor, how to read it, when it misleads, and its source.
 
-The instruments derive the formulas. Charts and pages take their words from here.
+The formulas are derived in the modules of ``instruments``. Charts and pages show these texts.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from batchnorm.files.room_tables import Table, room_table
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number that is measured of a layer, or of a model.
-
-    ``quantities.toml`` has them all.
+    """A quantity that is measured for a layer or for a model; all quantities are in ``quantities.toml``.
 
     Args:
-        title: A few words, as over a chart.
-        unit: Its unit; "" for a plain ratio.
+        title: Title of a few words, as above a chart.
+        unit: Its unit; "" if it has no unit.
         tier: "free", "probe" or "lab".
         formula: How it is computed.
         reads: How to read it, with the limits that matter.
-        misleads: When it must not be read that way.
-        floor: The value that it has by chance alone.
-        source: Where it comes from.
+        misleads: When this reading is wrong.
+        floor: The value that chance alone gives.
+        source: The paper or the statistics behind it; "" if there is none.
         of: "layer" or "model".
-        good: The value of a healthy layer, if there is one.
+        good: The value of a healthy layer; None if there is no such value.
     """
 
     title: str
@@ -47,7 +45,7 @@ def _read() -> dict[str, Quantity]:
 
 
 def _quantity(table: Table, shared: dict[str, str]) -> Quantity:
-    """A quantity from its table, whose texts name shared phrases in braces."""
+    """A quantity from its table; ``shared`` phrases replace the names in braces in its texts."""
     values: Table = {key: text.format(**shared) if isinstance(text, str) else text for key, text in table.items()}
     return Quantity(**values)
 
