@@ -52,7 +52,7 @@ def subject(make=small, batches=None, loss=None):
 def test_a_batch_without_a_finite_loss_is_refused_before_any_training(at):
     batches = blobs()
     batches[at][0][2, 1] = math.nan
-    with pytest.raises(ValueError, match=r"must have a finite loss before any training.*it has NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"must have a finite loss before training.*it has NaN or infinite values"):
         subject(batches=batches).to_device()
 
 
@@ -133,7 +133,7 @@ def test_mappings_named_tuples_and_constants_are_joined_and_taken_apart():
 @pytest.mark.parametrize(
     ("batches", "words"),
     [
-        ([], "gives no batches"),
+        ([], "needs batches, got none"),
         ([(torch.ones(1, 2), torch.ones(1))] * 5, "batches of 1"),
         ([(torch.ones(8, 2), torch.ones(8))], "2 batches or more"),
         ([("a", "b")], "must hold tensors"),

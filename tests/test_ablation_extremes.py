@@ -150,7 +150,7 @@ def test_every_sentence_about_training_holds_for_every_outcome(with_: str, witho
 def test_a_page_of_diverged_runs_is_drawn() -> None:
     made = study("diverged at once", "diverged at once")
     results = {"speed": speed_and_rates.measure(made), "rates": speed_and_rates.measure_rates(made)}
-    assert "It cannot be told" in re.sub(r"<[^>]+>", " ", report.render(answers(results, idle=made.idle())))
+    assert "No answer" in re.sub(r"<[^>]+>", " ", report.render(answers(results, idle=made.idle())))
 
 
 EXTREMES = (0.0, 1e-30, 1e-12, 0.3, 1e12, 1e30, INF, NAN)
@@ -171,7 +171,7 @@ def test_every_sentence_about_looks_holds_for_every_number(plain: float, normed:
 
 def test_a_run_that_could_not_be_looked_at_leaves_the_other_questions() -> None:
     made = study("fast", "slow", runs=(watched(0.1, 1.0), watched(0.1, 1.0, "IndexError: 7")))
-    assert received_shift.measure(made).verdicts[0].told == "a run could not be looked at: IndexError: 7"
+    assert received_shift.measure(made).verdicts[0].told == "a run could not be measured: IndexError: 7"
     assert {v.status for v in smoothness.measure(made).verdicts} == {Status.INVALID}
     assert speed_and_rates.measure(made).verdicts[0].status is Status.SUPPORTED
 
@@ -185,12 +185,16 @@ def of(values: list[float], sentence: str = "s", **more: object) -> Answers:
 
 def test_an_arm_that_learned_in_no_seed_is_never_as_fast() -> None:
     idle = of([0.0, 0.0], idle=("without",))
-    assert idle.headline.startswith(f"Not shown in {STEPS} steps: with batch norm it learns, without it does not")
+    assert idle.headline.startswith(
+        f"Not shown in {STEPS} steps: with batch norm the model learns, without batch norm it does not"
+    )
     other = of([0.0, 0.0], idle=("with",))
-    assert other.headline.startswith(f"No: without batch norm it learns, with it does not in {STEPS} steps")
+    assert other.headline.startswith(
+        f"No: without batch norm the model learns, with batch norm it does not learn in {STEPS} steps"
+    )
     late = of([0.0, 0.0], late=("with", "without"))
     assert late.headline.startswith(f"No difference is shown in {STEPS} steps")
-    assert of([0.0, 0.0]).headline.startswith("No: without batch norm it learns as fast")
+    assert of([0.0, 0.0]).headline.startswith("No: without batch norm the model learns as fast")
 
 
 @given(st.lists(st.floats(-3000, 3000), min_size=2, max_size=6), st.sampled_from([(), ("with",), ("without",)]))
@@ -247,7 +251,7 @@ def test_a_mean_of_shares_is_told_as_one_beside_losses_of_the_other_direction() 
         ModelReadings({}, HeldOutReading(a, None), HeldOutReading(b, None), 0.0) for a, b in ((0.02, 0.01), (9.0, 10.0))
     ]
     sentence = test_statistics._judge_stored(found).sentence
-    assert "4.51 by running averages, 5 by population statistics (seed by seed +45.0%)" in sentence
+    assert "4.51 by running averages, and 5 by population statistics (seed by seed +45.0%)" in sentence
 
 
 # -- noise, scale, depth, census ------------------------------------------------------------------------------------
@@ -272,7 +276,7 @@ def test_the_spread_of_any_features_is_told(x: Tensor) -> None:
     for text in told(result):
         no_nonsense(text)
     if not bool(x.isfinite().all()) or not bool(x.any()):
-        assert result.verdicts[0].told == "no feature of the 3 has a finite variance above 0"
+        assert result.verdicts[0].told == "not one of the 3 features has a finite variance above 0"
 
 
 @pytest.mark.parametrize("broken", [None, NAN, INF, 0.0])
@@ -291,7 +295,7 @@ def test_depth_and_census_of_any_model_are_told(broken: float | None) -> None:
         for text in told(result):
             no_nonsense(text)
     depth = model_as_it_is.measure_depth(subject, [model], range(2)).verdicts[0]
-    assert depth.told == "there is one batch norm layer alone, so its first is its last"
+    assert depth.told == "there is only one batch norm layer, so the first is the last"
 
 
 def test_ratios_and_shares_of_every_size_are_words() -> None:
@@ -415,7 +419,10 @@ def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: s
     assert {"speed-steps", "shift-drift", "smooth-equal", "noise-slope", "test-time-stored", "test-time-alone"} <= keys
     assert not [v.told for v in found.found.values() if "could not be measured: " in v.told]
     assert found.found["test-time-stored"].status is not Status.INVALID
-    assert found.found["test-time-alone"].told == "batches are not rows of examples, or no output has one row for each"
+    assert (
+        found.found["test-time-alone"].told
+        == "batches are not rows of examples, or no output has one row for each example"
+    )
     ablation.look(subject, subject.fresh(0), range(2), "batchnorm why")
 
 

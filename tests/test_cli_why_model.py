@@ -107,13 +107,13 @@ MAKE = ("net.py:make", "--data", "net.py:batches")
         (["net.py:number", "--data", "net.py:batches"], ["net.py:number is a int"]),
         (["net.py:fails", "--data", "net.py:batches"], ["net.py:fails raised RuntimeError at net.py:"]),
         (["net.py:leaves", "--data", "net.py:batches"], ["net.py:leaves raised SystemExit"]),
-        (["net.py:make", "--data", "net.py:empty"], ["--data gives no batches"]),
+        (["net.py:make", "--data", "net.py:empty"], ["--data needs batches, got none"]),
         (["net.py:make", "--data", "net.py:ones"], ["batches of 1", "batch_size"]),
         (["net.py:make", "--data", "net.py:single"], ["2 batches or more", "--test"]),
         (["net.py:make", "--data", "net.py:broken"], ["net.py:broken raised KeyError", "no such file"]),
         (["net.py:make", "--data", "net.py:breaks_later"], ["raised OSError", "the disk is gone"]),
         (["net.py:make", "--data", "net.py:number"], ["net.py:number gives int", "expected batches"]),
-        (["net.py:make", "--data", "net.py:floats"], ["the loss is known for", "--loss file.py:loss"]),
+        (["net.py:make", "--data", "net.py:floats"], ["the default loss needs classes", "--loss file.py:loss"]),
         (["net.py:Pair", "--data", "net.py:batches"], ["got tuple", "--loss file.py:loss"]),
         ([*MAKE, "--loss", "net.py:vector"], ["a loss must be one number, got (8,)"]),
         ([*MAKE, "--loss", "net.py:number"], ["--loss needs a function", "int"]),
@@ -197,7 +197,7 @@ def test_with_weights_the_checkpoint_answers_what_needs_no_training(folder):
     assert result.exit_code == 0, result.output
     data = json.loads((folder / "a.json").read_text(encoding="utf-8"))
     assert {"speed", "shift", "census", "noise", "test-time"} <= set(data["claims"])
-    assert "those of --weights" in data["measured"]["Weights"]
+    assert "measured on --weights" in data["measured"]["Weights"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The lecture's questions asked of the user's own model: trained with batch norm, without it, and normalized once."""
+"""The lecture's questions for the user's own model, which is trained with batch norm, without it, and in other ways."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 Advance = Callable[[float], None]
 Say = Callable[["ClaimOutcome"], None]
 
-_TRAINING = 0.93  # share of the time that training takes
-_WORDS = 300  # of an error's message
+_TRAINING = 0.93  # training's share of the whole time
+_WORDS = 300  # the most characters of an error's message
 
 
 def train_and_ask(
     subject: Subject, plan: StudyPlan, command: str, *, checkpoint: nn.Module | None = None,
     advance: Advance = lambda _: None, say: Say = lambda _: None,
 ) -> Answers:  # fmt: skip
-    """Train every arm of the plan and answer every question.
+    """Train the model in every way of the plan ("arm"), and answer every question.
 
     Args:
         subject: The model, its data and its loss.
-        plan: What is trained.
-        command: The command line that repeats it.
-        checkpoint: A trained model; noise and test time are measured on it instead of the models trained here.
-        advance: Called with the share that is done.
-        say: Given each outcome as it comes.
+        plan: Arms, seeds, steps and learning rates.
+        command: The command line that repeats the study.
+        checkpoint: A trained model. If it is not None, the questions that need no training are asked of it, and not of
+            the models trained here.
+        advance: Called with the finished share of the work, from 0 to 1.
+        say: Called with each outcome as soon as it is known.
     """
     from batchnorm.ablation import model_as_it_is
     from batchnorm.ablation.questions import noise_of_layers, test_statistics
@@ -71,7 +72,7 @@ def look(
     subject: Subject, model: nn.Module, seeds: range, command: str, *,
     advance: Advance = lambda _: None, say: Say = lambda _: None,
 ) -> Answers:  # fmt: skip
-    """Ask the questions that need no training of one model, which is not changed."""
+    """Answer the questions that need no training, for one model, which is not changed."""
     from batchnorm.ablation.model_as_it_is import claims
     from batchnorm.ablation.user_model import undisturbed
 
@@ -85,7 +86,7 @@ def look(
 
 
 def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say) -> list[ClaimOutcome]:
-    """Outcomes, each with its time; the first one has the training's."""
+    """The outcome of each claim with its seconds; those of the first include ``seconds``, the time of the training."""
     from batchnorm.experiment.outcomes import ClaimOutcome
     from batchnorm.experiment.run_settings import RunSettings
 
@@ -94,7 +95,7 @@ def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say)
         start = time.perf_counter()
         try:
             result = claim.run(RunSettings(seed, seeds), lambda _: None)
-        except Exception as error:  # noqa: BLE001 - of the user's code or ours: what was measured before is told
+        except Exception as error:  # noqa: BLE001 - other questions must still be answered
             result = _unanswered(claim.name, error)
         result = replace(result, charts=[chart for chart in result.charts if chart.rows])
         outcomes.append(ClaimOutcome(claim, result, seconds + time.perf_counter() - start))
@@ -104,7 +105,7 @@ def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say)
 
 
 def _unanswered(name: str, error: Exception) -> Result:
-    """No verdict on a question's criteria, and what stopped it."""
+    """A result without verdicts, with the error that stopped the measurement as the reason."""
     from batchnorm.ablation.question_criteria import CRITERIA
 
     words = " ".join(str(error).split())[:_WORDS]

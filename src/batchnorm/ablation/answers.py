@@ -1,4 +1,4 @@
-"""The answers for one model together: the headline, cards, and what they were measured with."""
+"""All answers for one model: the headline, the cards, and the data of the page."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _EQUAL = 1.5  # the margin of the criterion on steps
 @final
 @dataclass(frozen=True, slots=True)
 class Answers(Verdicts):
-    """The questions asked of a model and their answers; further arguments are those of Verdicts.
+    """The answers to the questions about a model; the other arguments are those of ``Verdicts``.
 
     Args:
-        model: The model as the command line has it.
-        trained: Whether anything was trained.
-        steps: Training steps of each run.
-        idle: The arms, "with" or "without", that learned at no rate.
-        late: The arms of which a seed never reached the target, so that ratios are bounds.
-        advice: A setting that would be fairer to an arm; "" for none.
+        model: The model's address on the command line.
+        trained: Whether models were trained for the answers.
+        steps: Number of training steps of each run.
+        idle: Those of the arms "with" and "without" batch norm that did not learn at any rate.
+        late: Those of the same arms with a seed that never reached the target, so that ratios are bounds.
+        advice: A setting that would make the comparison fairer; "" for no advice.
     """
 
     criteria: ClassVar[Criteria] = CRITERIA
@@ -54,16 +54,16 @@ class Answers(Verdicts):
 
     @property
     def headline(self) -> str:
-        """The verdict in a sentence, the unwelcome ones too."""
+        """The main verdict in a sentence, whatever it is."""
         return _of_training(self) if self.trained else _of_model_as_it_is(self.found)
 
     @property
     def second(self) -> str:
-        """The reasons that hold here, and those that do not."""
+        """The questions grouped by their outcomes, and the advice."""
         rest = [(o.claim.title.lower(), _whole(o.result.verdicts)) for o in self.outcomes if o.claim.name != "speed"]
-        alike = {words: [title for title, how in rest if how == words] for words in _WORDS.values()}
-        parts = [f"{words}: {', '.join(titles)}" for words, titles in alike.items() if titles]
-        parts += [f"{title} in part: {how}" for title, how in rest if how not in alike]
+        by_outcome = {words: [title for title, how in rest if how == words] for words in _WORDS.values()}
+        parts = [f"{words}: {', '.join(titles)}" for words, titles in by_outcome.items() if titles]
+        parts += [f"{title} in part: {how}" for title, how in rest if how not in by_outcome]
         text = f"{'; '.join(parts)}." if parts else ""
         return f"{text[:1].upper()}{text[1:]} {self.advice}".strip()
 
@@ -75,17 +75,17 @@ class Answers(Verdicts):
 
     @property
     def questions(self) -> int:
-        """Criteria that were judged."""
+        """Number of criteria that were judged."""
         return len(self.found)
 
     def to_dict(self) -> Json:
-        """JSON-able data without times, so that two runs with the same settings compare equal."""
+        """Data for JSON without times, so that two runs with the same settings are equal."""
         extra = {"model": self.model, "trained": self.trained, "command": self.command, "second": self.second}
         return {**extra, **Verdicts.to_dict(self), "measured": dict(self.measured), "unasked": dict(self.unasked)}
 
 
 def _whole(verdicts: Sequence[Verdict]) -> str:
-    """How a question was answered as a whole; where its criteria differ, by each of them."""
+    """The outcome of a question in words; if its criteria differ, the outcome of each criterion."""
     valid = [v for v in verdicts if v.status is not Status.INVALID]
     if len({v.status for v in valid}) > 1:
         return ", ".join(f"{v.criterion.key} {_WORDS[v.status]}" for v in valid)
@@ -98,14 +98,14 @@ def _whole(verdicts: Sequence[Verdict]) -> str:
 def _of_training(answers: Answers) -> str:
     verdict = answers.found["speed-steps"]
     if verdict.status is Status.INVALID:
-        return f"It cannot be told: {verdict.heading}. Give more --steps, or other --rates."
+        return f"No answer: {verdict.heading}. Give more --steps, or other --rates."
     mean, low, high = verdict.ratios
     back = verdict.status is Status.OPPOSITE
     ends = (_inverse(high), _inverse(low)) if back else (low, high)
     return in_words(
         _headline(answers, verdict), ratio=_inverse(mean) if back else mean, steps=answers.steps, margin=_EQUAL,
         interval=f"95% interval {times(ends[0])}× to {times(ends[1])}×", because=_because(answers.found),
-        # an arm that never arrives counts with the last step
+        # a run that never reaches the target counts as reaching it at the last step
         bound="at least " if verdict.bound == ("at most" if back else "at least") else "",
         never=" and ".join(f"{arm} batch norm" for arm in answers.late),
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _headline(answers: Answers, verdict: Verdict) -> str:
     _, low, high = verdict.ratios
     alike = low > 1 / _EQUAL and high < _EQUAL
     if verdict.status is Status.OPPOSITE:
-        return "No: with batch norm it takes {bound}{ratio:times}× as many steps as without ({interval})."
+        return "No: with batch norm the model takes {bound}{ratio:times}× as many steps as without ({interval})."
     if verdict.status is Status.SUPPORTED:
         return _YES_ALONE if answers.idle == ("without",) else _YES
     if answers.idle == ("with",):
@@ -130,36 +130,36 @@ def _headline(answers: Answers, verdict: Verdict) -> str:
     return _NOT_SHOWN if verdict.ratios[0] > 1 else _NO_GAIN
 
 
-_YES = "Yes: without batch norm it takes {bound}{ratio:times}× as many steps ({interval}){because}."
+_YES = "Yes: without batch norm the model takes {bound}{ratio:times}× as many steps ({interval}){because}."
 _YES_ALONE = (
-    "Yes: with batch norm it learns, without it does not in {steps} steps, at any of the rates: it takes "
-    "{bound}{ratio:times}× as many ({interval}){because}."
+    "Yes: with batch norm the model learns, without batch norm it does not learn in {steps} steps at any rate: it "
+    "takes {bound}{ratio:times}× as many steps ({interval}){because}."
 )
 _NO_ALONE = (
-    "No: without batch norm it learns, with it does not in {steps} steps, at any of the rates ({ratio:times}× as many "
-    "steps without, {interval})."
+    "No: without batch norm the model learns, with batch norm it does not learn in {steps} steps at any rate "
+    "({ratio:times}× as many steps without, {interval})."
 )
 _NOT_SHOWN_ALONE = (
-    "Not shown in {steps} steps: with batch norm it learns, without it does not, at any of the rates, so it takes "
-    "{bound}{ratio:times}× as many steps ({interval}; needed: above {margin}×). Give more --steps."
+    "Not shown in {steps} steps: with batch norm the model learns, without batch norm it does not learn at any rate, "
+    "so it takes {bound}{ratio:times}× as many steps ({interval}; needed: above {margin}×). Give more --steps."
 )
-_AS_FAST = "No: without batch norm it learns as fast ({ratio:times}× as many steps, {interval})."
+_AS_FAST = "No: without batch norm the model learns as fast ({ratio:times}× as many steps, {interval})."
 _LATE = (
     "No difference is shown in {steps} steps ({ratio:times}× as many without batch norm, {interval}), but {never} a "
-    "seed never reached the target, and counts with the last step. Give more --steps."
+    "seed never reached the target, so the last step was counted for it. Give more --steps."
 )
 _NOT_SHOWN = (
-    "Not shown: without batch norm it takes {bound}{ratio:times}× as many steps, but the {interval} does not lie above "
-    "{margin}×."
+    "Not shown: without batch norm the model takes {bound}{ratio:times}× as many steps, but the {interval} does not "
+    "lie above {margin}×."
 )
-_NO_GAIN = "No gain: without batch norm it takes {ratio:times}× as many steps ({interval})."
+_NO_GAIN = "No gain: without batch norm the model takes {ratio:times}× as many steps ({interval})."
 _ONCE = {
     Status.SUPPORTED: "; normalizing once, at the start, is not enough",
-    Status.OPPOSITE: "; normalizing once, at the start, is faster still",
-    Status.NOT_SUPPORTED: "; normalizing once, at the start, may do as well",
+    Status.OPPOSITE: "; normalizing once, at the start, is even faster",
+    Status.NOT_SUPPORTED: "; normalizing once, at the start, may be enough",
 }
 _STORED = {
-    Status.SUPPORTED: ["its running averages serve as well as exact statistics"],
+    Status.SUPPORTED: ["its running averages are as good as exact statistics"],
     Status.OPPOSITE: ["its running averages are stale, and recalibrating them lowers the loss"],
 }
 
@@ -182,7 +182,7 @@ def _of_model_as_it_is(found: Mapping[str, Verdict]) -> str:
     figures = noise.figures if noise is not None and noise.status is not Status.INVALID else {}
     parts += [f"the noise of its batches {NOISE}"] if figures else []
     measured = "; ".join(parts) or "nothing could be measured"
-    words = f"As it is, and without training it: {measured}. Whether batch norm helps it learn was not asked."
+    words = f"The model as it is, without training: {measured}. Whether batch norm helps it learn was not asked."
     return in_words(words, figures)
 
 
@@ -191,7 +191,7 @@ def _of_model_as_it_is(found: Mapping[str, Verdict]) -> str:
 _RATIOS = {
     "speed-steps": ("Steps to the target", "without / with batch norm"),
     "rates-largest": ("Largest usable rate", "with / without batch norm"),
-    "shift-drift": ("Shift that layers see", "without / with batch norm"),
+    "shift-drift": ("Shift of the layers' inputs", "without / with batch norm"),
     "depth-rank": ("Stable rank, last / first layer", "over random halves of the examples"),
 }
 
@@ -219,4 +219,4 @@ def _test_card(found: Mapping[str, Verdict]) -> Card | None:
     if verdict is None or verdict.estimate is None:
         return None
     figure = in_words("{more:share}", more=verdict.estimate.mean)
-    return Card("Eval mode against exact statistics", figure, "held-out loss by running averages; 0 is as good")
+    return Card("Eval mode against exact statistics", figure, "held-out loss by running averages; 0 is equally good")

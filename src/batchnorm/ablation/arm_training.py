@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
 MOMENTUM = 0.9
-# two and a half decades and a bit, in steps of 4 or 5: more than the factor of 3 that the criterion on rates asks for
+# neighbours differ by a factor of 4 or 5, which is more than the factor of 3 in the criterion on rates
 RATES = (0.001, 0.005, 0.02, 0.1, 0.5)
 
-_RUNAWAY = 1e8  # five layers of it are beyond float32
+_RUNAWAY = 1e8  # its fifth power is beyond float32
 
 # Called before each step with the number of steps done and the step's batch, and once more at the end.
 Observer = Callable[[int, nn.Module, Batch], None]
@@ -28,10 +28,10 @@ Observer = Callable[[int, nn.Module, Batch], None]
 def train(
     subject: Subject, arm: str, seed: int, rate: float, steps: int, observe: Observer | None = None
 ) -> tuple[Tensor, nn.Module]:
-    """The loss before each step, (steps,), and the trained model; infinity from the step on at which it diverged.
+    """The loss before each step, (steps,), and the trained model; from divergence on the loss is infinite.
 
-    A forward pass or a loss that raises after parameters have run away is divergence too. The same seed gives the same
-    first weights, batches, order and dropout in every arm.
+    If a forward pass or a loss raises because parameters have become too large, this is divergence too. The same seed
+    gives the same first weights, batches, order and dropout in every arm.
     """
     model = make_arm(subject, arm, seed)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=MOMENTUM)
@@ -45,7 +45,7 @@ def train(
             try:
                 loss = subject.value(model, batch)
             except Exception:
-                if _has_diverged(model):  # code that refuses NaN: the loss was about to be infinite
+                if _has_diverged(model):  # the user's code refuses NaN, so divergence appears as an error
                     return losses, model
                 raise
             if not bool(loss.detach().isfinite()):
@@ -58,13 +58,13 @@ def train(
 
 
 def _has_diverged(model: nn.Module) -> bool:
-    """Whether a parameter is not finite, or so large that products of a few layers are not."""
+    """Whether a parameter is not finite, or so large that a product over a few layers is not finite."""
     return not all(bool((p.abs() < _RUNAWAY).all()) for p in model.parameters())
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     if not loss.requires_grad:
-        raise ValueError("a loss must depend on the model's parameters, got one without gradient. Do not detach it.")
+        raise ValueError("a loss must depend on the model's parameters, got a loss without gradient. Do not detach it.")
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -1,12 +1,12 @@
-"""The arms: one model, four ways to normalize, the same number of parameters and the same first weights in all.
+"""The arms: one model with four kinds of normalization, and with the same parameters and first weights in all.
 
     with       y = gamma (x - mu_B) / sqrt(var_B + eps) + beta      batch norm as it is in the model
     without    y = gamma x + beta                                   the same parameters, no statistics
     once       y = gamma (x - mu_0) / sqrt(var_0 + eps) + beta      mu_0, var_0 of the first training batch, fixed
-    scaled     without, behind an InputNorm                         only for float inputs with features
+    scaled     as ``without``, with an InputNorm before the model   only for float inputs with features
 
-A layer that does not normalize by its batch is a frozen layer: ``without`` stores mean 0 and variance 1 - eps, and
-``once`` the statistics of the first batch. So whatever else a layer does (an activation, a residual) goes on.
+In the last three arms the layers are frozen: for ``without`` and ``scaled`` they store mean 0 and variance 1 - eps, for
+``once`` the statistics of the first batch. So the other parts of a layer (an activation, a residual) still work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CALLED = {
 
 
 def make_arm(subject: Subject, arm: str, seed: int) -> nn.Module:
-    """A new model of an arm with the first weights of a seed, in train mode."""
+    """A new model for an arm, with the first weights of a seed, in train mode."""
     model = subject.fresh(seed)
     if arm == ONCE:
         fix(model, next(subject.data.deal(seed)))
@@ -51,7 +51,7 @@ def make_arm(subject: Subject, arm: str, seed: int) -> nn.Module:
 
 
 def strip(model: nn.Module) -> None:
-    """Make every batch norm layer gamma x + beta."""
+    """Make every batch norm layer compute gamma x + beta."""
     for layer in batch_norms(model).values():
         _store(layer, torch.zeros(layer.num_features), torch.full((layer.num_features,), 1.0 - layer.eps))
     freeze(model)
@@ -63,18 +63,18 @@ def fix(model: nn.Module, batch: Batch) -> None:
     On this batch the outputs equal those of the model in train mode, except for rounding: the stored variance is the
     biased one, as in train mode.
     """
-    found: dict[str, Moments] = {}
+    moments: dict[str, Moments] = {}
 
     def see(path: str, _: nn.Module, x: Tensor) -> None:
-        found[path] = found.get(path, Moments.empty()) + Moments.of(x.detach())
+        moments[path] = moments.get(path, Moments.empty()) + Moments.of(x.detach())
 
     layers = batch_norms(model)
     with seeing(layers, see), torch.no_grad():
         call(model, batch)
     for path, layer in layers.items():
-        if path in found:
-            _store(layer, found[path].mean, found[path].var)
-        elif not has_stored_statistics(layer):  # one that no forward reaches
+        if path in moments:
+            _store(layer, moments[path].mean, moments[path].var)
+        elif not has_stored_statistics(layer):  # a layer that did not run
             _store(layer, torch.zeros(layer.num_features), torch.ones(layer.num_features))
     freeze(model)
 
@@ -100,7 +100,7 @@ def _store(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
         pair = (layer.running_mean, mean), (layer.running_var, var)
         with torch.no_grad():
             for buffer, value in pair:
-                assert buffer is not None  # noqa: S101 - has_stored_statistics says so
+                assert buffer is not None  # noqa: S101 - has_stored_statistics has checked it
                 buffer.copy_(value)
         return
     like = next((t for t in layer.parameters() if t.is_floating_point()), torch.empty(0))

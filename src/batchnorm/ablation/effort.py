@@ -1,4 +1,4 @@
-"""How much is trained: seeds, steps and arms, chosen so that the whole takes a few minutes, from a few short runs."""
+"""The plan of a study: seeds, steps and arms, chosen by a few timed runs so that the study takes a few minutes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,31 @@ from batchnorm.layers import batch_norms
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
-SECONDS = 150.0  # that a run should take, if neither steps nor seeds are given
-_PILOT = 12  # steps of the runs that time is measured by: so few are looked at as often as a longer run is
-_SLOW, _FEW = 0.2, 2  # seconds of a step from which on so few must do, and looks are taken for 40 steps
+SECONDS = 150.0  # planned duration of a study, unless steps and seeds are set
+_PILOT = 12  # steps of a timed run, which has as many looks as a longer run
+_SLOW, _FEW = 0.2, 2  # if a step takes more than 0.2 s, a timed run has 2 steps, and looks count as _LOOKING steps
 _LOOKING = 40
-_POPULATION, _ALONE = 512, 17  # examples that population statistics are measured on, passes of examples alone
-# a ladder, so that a slightly busier machine chooses the same steps
+_POPULATION, _ALONE = 512, 17  # examples for population statistics, and passes for examples alone
+# with these gaps, a slightly slower machine chooses the same number of steps
 _STEPS = (40, 50, 60, 80, 100, 120, 150, 200, 250, 300)
 _SEEDS = (5, 3)
-_ENOUGH = 60  # steps, below which fewer seeds are the better use of the time
-_WATCHED = 4  # runs for each seed that are looked at while they train: two arms at two rates
-# inputs whose features have means below 0.1 sd, and sd between 0.8 and 1.25, are normalized already
+_ENOUGH = 60  # if there is no time for this number of steps, fewer seeds are used
+_WATCHED = 4  # runs for each seed that are measured during the training: two arms at two rates
+# inputs count as normalized if every feature has a mean below 0.1 sd, and an sd between 0.8 and 1.25
 _MEAN, _SD = 0.1, 1.25
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds that the parts of a study take: a step, a run beside its steps, the looks at one, a seed's questions."""
+    """Seconds of the parts of a study.
+
+    Args:
+        step: One training step.
+        run: The rest of a run, without its steps.
+        looks: All looks at one run.
+        questions: All questions for one seed.
+    """
 
     step: float
     run: float
@@ -43,7 +50,7 @@ class Cost:
     questions: float
 
     def of(self, arms: int, rates: int, seeds: int, steps: int) -> float:
-        """Seconds in all."""
+        """Seconds of the whole study."""
         runs = self.run + steps * self.step
         return seeds * ((arms * rates + _WATCHED) * runs + _WATCHED * self.looks + self.questions)
 
@@ -51,13 +58,16 @@ class Cost:
 @final
 @dataclass(frozen=True, slots=True)
 class StudyPlan:
-    """What is trained.
+    """The runs of a study: every arm, from every seed, at every learning rate.
 
     Args:
-        arms: In the order in which they are trained.
-        seed, seeds, steps, rates: Each arm trains from ``seeds`` seeds, at every rate, for ``steps`` steps.
-        cost: What its parts take.
-        left_out: Question -> why it is not asked.
+        arms: The arms in the order in which they are trained.
+        seed: The first seed; the seeds are seed, seed + 1, ...
+        seeds: Number of seeds.
+        steps: Training steps of each run.
+        rates: Learning rates.
+        cost: Seconds of the parts of the study.
+        left_out: Pairs (question, reason why it is not asked).
     """
 
     arms: tuple[str, ...]
@@ -70,22 +80,22 @@ class StudyPlan:
 
     @property
     def all_seeds(self) -> range:
-        """Every seed."""
+        """All seeds."""
         return range(self.seed, self.seed + self.seeds)
 
     @property
     def runs(self) -> int:
-        """Runs of the grid."""
+        """Number of runs, arms x rates x seeds."""
         return len(self.arms) * len(self.rates) * self.seeds
 
     @property
     def estimate(self) -> float:
-        """Seconds that training and the questions take."""
+        """Expected seconds of training and questions."""
         return self.cost.of(len(self.arms), len(self.rates), self.seeds, self.steps)
 
     @property
     def seconds(self) -> float:
-        """Seconds that a step takes."""
+        """Seconds of one training step."""
         return self.cost.step
 
 
@@ -93,7 +103,7 @@ def plan(
     subject: Subject, *, seed: int = 0, seeds: int | None = None, steps: int | None = None,
     rates: Sequence[float] = RATES, seconds: float = SECONDS,
 ) -> StudyPlan:  # fmt: skip
-    """The plan that fits ``seconds``, as far as seeds and steps are not given."""
+    """A plan that takes at most ``seconds`` if possible; ``seeds`` and ``steps`` are chosen unless they are given."""
     with undisturbed(subject):
         arms, left_out = _arms(subject)
         cost = _timed(subject, seed, rates[0])
@@ -103,7 +113,7 @@ def plan(
         chosen = (some, fitting[-1] if fitting else _STEPS[0])
         if chosen[1] >= _ENOUGH:
             break
-    assert chosen is not None  # noqa: S101 - there is a number of seeds
+    assert chosen is not None  # noqa: S101 - the loop has run
     return StudyPlan(arms, seed, *chosen, tuple(rates), cost, left_out)
 
 
@@ -115,7 +125,7 @@ def _arms(subject: Subject) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...
 
 
 def _unscaled(subject: Subject) -> str:
-    """Why normalized inputs are not an arm of their own; "" where they are."""
+    """Why there is no arm with normalized inputs; "" if there is one."""
     inputs = [inputs_of(batch) for batch in subject.data.train]
     if any(x is None for x in inputs):
         return "the input is not one tensor of floating-point features"
@@ -123,17 +133,17 @@ def _unscaled(subject: Subject) -> str:
         return "the number of features differs between batches"
     norm = input_norm(subject.data)
     if not bool((norm.mean.isfinite() & norm.var.isfinite()).all()):
-        return "the inputs hold NaN or infinity"
+        return "the inputs have NaN or infinite values"
     varies = norm.var > 0
-    off, sd = (norm.mean / norm.scale)[varies].abs(), norm.scale[varies]
-    if bool((off < _MEAN).all() and (sd < _SD).all() and (sd > 1 / _SD).all()):
+    means, sd = (norm.mean / norm.scale)[varies].abs(), norm.scale[varies]
+    if bool((means < _MEAN).all() and (sd < _SD).all() and (sd > 1 / _SD).all()):
         return "the inputs are normalized already"
     return ""
 
 
 def _timed(subject: Subject, seed: int, rate: float) -> Cost:
-    """The seconds that the parts of a study take on this machine now, from a few short runs."""
-    train(subject, WITH, seed, rate, 1)  # what happens once, such as imports, is no part of a run
+    """The seconds of the parts of a study on this machine, measured by a few short runs."""
+    train(subject, WITH, seed, rate, 1)  # not timed, because imports and the like happen only once
     short = _seconds(partial(train, subject, WITH, seed, rate, 1))
     pilot = _FEW if short > _SLOW else _PILOT
     long = _seconds(partial(train, subject, WITH, seed, rate, 1 + pilot))
@@ -152,10 +162,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _passes(subject: Subject) -> float:
-    """Steps that the passes of the questions of one seed are worth: a forward pass is a third of a step.
+    """The cost of the questions for one seed in training steps, where a forward pass counts as a third of a step.
 
-    Population statistics take a pass for every layer, held-out data pass in batches of several sizes, and some
-    examples alone.
+    Population statistics need a pass for every layer. Held-out data pass in batches of several sizes, and some
+    examples pass alone.
     """
     layers, size = len(batch_norms(subject.fresh(0))), subject.data.size
     held = subject.data.counts[1]

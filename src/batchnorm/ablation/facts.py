@@ -1,4 +1,4 @@
-"""How it was measured, in words."""
+"""The page's texts on how the answers were measured."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ if TYPE_CHECKING:
 
 
 def facts(subject: Subject, plan: StudyPlan | None, seeds: range, *, checkpoint: bool = False) -> dict[str, str]:
-    """What -> text, in the page's order."""
+    """Topic -> text, in the order of the page."""
     noun = "Seeds" if plan else "Draws"
-    paired = (
+    note = (
         "Arms share seeds, so their differences are paired." if plan else "Intervals are over random draws of examples."
     )
-    found = {
+    texts = {
         "Model": _model(subject),
         "Data": _data(subject),
-        noun: f"{len(seeds)}, from {seeds[0]} to {seeds[-1]}. {paired}",
+        noun: f"{len(seeds)}, from {seeds[0]} to {seeds[-1]}. {note}",
     }
     if plan:
-        found |= _training(subject, plan, seeds)
+        texts |= _training(subject, plan, seeds)
     if checkpoint:
-        found["Weights"] = (
-            "Training began from fresh weights; depth, gamma and beta, noise and test time are those of --weights."
+        texts["Weights"] = (
+            "Training began from fresh weights; depth, gamma and beta, noise and test time were measured on --weights."
         )
-    found["Intervals"] = (
-        f"Student's t at {CRITERIA.level:.0%} for each question by itself: of twenty such intervals one misses, and "
-        "several questions were asked."
+    texts["Intervals"] = (
+        f"Student's t intervals of {CRITERIA.level:.0%} for each question separately: on average one of twenty such "
+        "intervals misses the true value, and several questions were asked."
     )
-    found["Criteria"] = f"Version {CRITERIA.version}, fixed before anything was measured."
-    return found
+    texts["Criteria"] = f"Version {CRITERIA.version}, fixed before anything was measured."
+    return texts
 
 
 def _training(subject: Subject, plan: StudyPlan, seeds: range) -> dict[str, str]:
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
-    found = {
+    texts = {
         "Training": f"SGD with momentum {MOMENTUM}, {plan.steps} steps, rates {rates}, {len(plan.arms)} arms: "
         f"{plan.runs} runs; no weight decay, no schedule."
     }
     if _same_weights(subject, seeds):
-        found["First weights"] = (
-            "The same for every seed: the function loads them or seeds itself, so seeds differ in their batches only, "
-            "and weights that were trained with batch norm favour it."
+        texts["First weights"] = (
+            "The same for every seed, because the function loads weights or sets a seed. So seeds differ only in their "
+            "batches, and weights that were trained with batch norm give batch norm an advantage."
         )
-    return found
+    return texts
 
 
 def _same_weights(subject: Subject, seeds: range) -> bool:
@@ -61,12 +61,12 @@ def _same_weights(subject: Subject, seeds: range) -> bool:
 
 
 def left_out(plan: StudyPlan | None) -> dict[str, str]:
-    """Question -> why it was not asked."""
+    """Question -> the reason why it was not asked."""
     if plan is None:
-        return {"speed, learning rates, shift, smoothness": "they take training, and --no-train was given"}
-    found = dict(plan.left_out)
-    found["whether the noise regularizes"] = "training with smaller groups at a fixed batch was left out"
-    return found
+        return {"speed, learning rates, shift, smoothness": "they need training, and --no-train was given"}
+    reasons = dict(plan.left_out)
+    reasons["whether the noise regularizes"] = "training with smaller groups at a fixed batch was left out"
+    return reasons
 
 
 def _model(subject: Subject) -> str:
@@ -81,8 +81,8 @@ def _model(subject: Subject) -> str:
 def _data(subject: Subject) -> str:
     data = subject.data
     train, held = data.counts
-    dealt = (
+    batching = (
         "dealt into new batches each epoch" if data.pool is not None else "in the loader's own batches, in a new order"
     )
-    text = f"{train:,} examples to train with, in batches of {data.size}, {dealt}; {held:,} held out."
+    text = f"{train:,} examples to train with, in batches of {data.size}, {batching}; {held:,} held out."
     return text + (f" {data.dropped} batches of one example were left out." if data.dropped else "")

@@ -1,4 +1,4 @@
-"""Every arm trained at every rate from every seed, and what is read off: targets, best rates, who has learned."""
+"""The grid of runs, every arm at every rate from every seed, and its targets, best rates and steps to the target."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Grid:
 
     Args:
         rates: Learning rates, the same for every arm.
-        losses: Of each arm the loss before each step, (seeds, rates, steps); infinity from divergence on.
-        pair: The two arms whose levels are meant: the slower as the question supposes, then the faster.
-        failed: Arms that could not be trained -> why; they have no losses.
+        losses: Arm -> the loss before each step, (seeds, rates, steps); infinity from divergence on.
+        pair: The two arms that are compared and define the levels; the question supposes that the second is faster.
+        failed: Arm that could not be trained -> the reason; such an arm has no losses.
     """
 
     rates: Sequence[float]
@@ -37,17 +37,17 @@ class Grid:
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def versus(self, slow: str, fast: str) -> Grid:
-        """The same runs with the target of another pair of arms."""
+        """The same runs with another pair of arms, and so another target."""
         return replace(self, pair=(slow, fast))
 
     @property
     def steps(self) -> int:
-        """Steps of each run."""
+        """Number of steps of each run."""
         return self.losses[self.pair[0]].shape[-1]
 
     @property
     def window(self) -> int:
-        """Steps that a loss is averaged over: one batch's loss is noisy."""
+        """Number of steps over which a loss is averaged, since the loss of one batch is noisy."""
         return min(self.steps, max(3, self.steps // 20))
 
     def smooth(self, arm: str) -> Tensor:
@@ -55,27 +55,27 @@ class Grid:
         return self.losses[arm].unfold(-1, self.window, 1).mean(-1)
 
     def final(self, arm: str) -> Tensor:
-        """Loss at the end, averaged over twice the window, (seeds, rates); infinity where the run diverged."""
+        """Loss at the end, averaged over 2 ``window`` steps, (seeds, rates); infinity if the run diverged."""
         return self.losses[arm][..., -2 * self.window :].mean(-1)
 
     @property
     def start(self) -> float:
-        """The level before training."""
+        """The mean first loss of the arm of the pair that starts lower."""
         return min(float(self.losses[arm][:, 0, 0].mean()) for arm in self.pair)
 
     @property
     def end(self) -> float:
-        """The lowest level that one of the two reached; infinity if all runs diverged."""
+        """The lowest mean final loss of the pair over all rates; infinity if every rate has a run that diverged."""
         return min(float(self.final(arm).mean(0).min()) for arm in self.pair)
 
     @property
     def target(self) -> float:
-        """The loss that speed is counted to."""
+        """The loss up to which steps are counted."""
         return self._level(TARGET)
 
     @property
     def usable(self) -> float:
-        """The loss that a usable rate ends at or below."""
+        """The largest final loss of a run at a usable rate."""
         return self._level(USABLE)
 
     def _level(self, share: float) -> float:
@@ -83,11 +83,11 @@ class Grid:
 
     @property
     def better(self) -> str:
-        """The one of the two arms that ends lower at its best rate."""
+        """The arm of the pair with the lower final loss at its best rate."""
         return min(self.pair, key=lambda arm: float(self.final(arm)[:, self.best(arm)].mean()))
 
     def steps_to(self, arm: str) -> Tensor:
-        """First step at which the smoothed loss is at the target, (seeds, rates); infinity where it never was."""
+        """First step at which the smoothed loss is at or below the target, (seeds, rates); infinity if it never is."""
         reached = (self.smooth(arm) <= self.target) & self.smooth(arm).isfinite()
         return first_step(reached.movedim(-1, 0), torch.arange(self.window, self.steps + 1))
 
@@ -97,16 +97,16 @@ class Grid:
         return min(range(len(self.rates)), key=lambda n: (float(median[n]), float(final[n]), n))
 
     def edge(self, arm: str) -> str:
-        """Whether the best rate lies at an end of the grid, where a better one may lie beyond."""
+        """At which end of the grid the best rate is, in words; "" if it is at neither end."""
         ends = {0: "the grid's smallest", len(self.rates) - 1: "the grid's largest"}
         return ends.get(self.best(arm), "")
 
     def arrival(self, arm: str) -> Arrival:
-        """Steps to the target at the best rate."""
+        """Steps to the target at the arm's best rate."""
         return Arrival(self.steps_to(arm)[:, self.best(arm)], self.steps)
 
     def shared(self) -> int:
-        """Index of the rate at which the slower of the two arms ends lowest."""
+        """Index of the rate at which both arms are compared: the larger of their mean final losses is lowest there."""
         worst = torch.maximum(*(self.final(arm).mean(0) for arm in self.pair))
         return int(worst.argmin())
 
@@ -129,7 +129,10 @@ def sweep(
     subject: Subject, arms: Sequence[str], seeds: Sequence[int], rates: Sequence[float], steps: int,
     progress: Callable[[], None],
 ) -> Grid:  # fmt: skip
-    """Train every arm at every rate from every seed; of the two that all is about an error is raised."""
+    """Train every arm at every rate from every seed.
+
+    An error in an arm is stored in ``failed``; an error in the arms with and without batch norm is raised.
+    """
     losses: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
     for arm in arms:

@@ -1,6 +1,7 @@
-"""One model measured as it is, without training: inputs, depth, gamma and beta, noise, test time.
+"""The questions that need no training, for one model: inputs, depth, gamma and beta, noise, test time.
 
-Nothing here says whether batch norm helps to learn. Intervals are over random draws of examples, not over trainings.
+The answers do not show whether batch norm helps to learn. Intervals are over random draws of examples, not over
+trainings.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from batchnorm.reporting.charts.chart_data import Chart, Role, Rows
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
-_EXAMPLES = 128  # whose likeness is measured: their Gram matrix is decomposed
-_LAYERS = 16  # in a chart
+_EXAMPLES = 128  # the most examples for the stable rank
+_LAYERS = 16  # the most layers in a chart
 
 
 def claims(subject: Subject, model: nn.Module, seeds: range) -> list[Claim]:
-    """The questions that need no training."""
+    """The claims that need no training; the claim on input scales only if the inputs have several features."""
     x = inputs(subject.data)
-    found = (
+    claims_to_ask = (
         [claim("ablation", "scale-as-it-is", lambda _, __: spread(x, seeds))]
         if x is not None and x.shape[1] > 1
         else []
@@ -51,8 +52,8 @@ def claims(subject: Subject, model: nn.Module, seeds: range) -> list[Claim]:
     }
     for name, (measure, figures) in questions.items():
         run = partial(_run, measure, subject, model, seeds)
-        found.append(claim("ablation", name, run, of_what="Your model as it is", **figures))
-    return found
+        claims_to_ask.append(claim("ablation", name, run, of_what="Your model as it is", **figures))
+    return claims_to_ask
 
 
 def _run(measure: Measure, subject: Subject, model: nn.Module, seeds: range, *_: object) -> Result:
@@ -63,29 +64,29 @@ def _run(measure: Measure, subject: Subject, model: nn.Module, seeds: range, *_:
 
 
 def measure_depth(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
-    """How alike examples look at the entrance of each layer, in eval mode."""
+    """How similar the examples are in the inputs of each layer, in eval mode."""
     model, batch = models[0], subject.data.train[0]
     batch = first_examples(batch, examples_in(batch) if subject.data.whole else _EXAMPLES)
     with kept_buffers(model):
         model.eval()
-        seen = {path: sample(x[:_EXAMPLES])[0] for path, x in received(model, batch).items() if x.ndim > 1}
-    ranks = {path: [_rank(values, seed) for seed in seeds] for path, values in seen.items()}
+        values_by_layer = {path: sample(x[:_EXAMPLES])[0] for path, x in received(model, batch).items() if x.ndim > 1}
+    ranks = {path: [_rank(values, seed) for seed in seeds] for path, values in values_by_layer.items()}
     paths = [*ranks]
     if not paths:
         return Result(CRITERIA.unjudged("depth", "no forward reached a layer"), [])
     first, last = (torch.tensor(ranks[path]) for path in (paths[0], paths[-1]))
-    alone = "there is one batch norm layer alone, so its first is its last" if len(paths) == 1 else ""
+    alone = "there is only one batch norm layer, so the first is the last" if len(paths) == 1 else ""
     verdict = judge(
         "depth-rank", (last / first).log2().tolist(),
-        "The stable rank of what a layer receives is {first:.3g} at the first ({first_layer}) and {last:.3g} at the "
-        "last ({last_layer}) of {layers} batch norm layers.",
+        "The stable rank of a layer's inputs is {first:.3g} at the first ({first_layer}) and {last:.3g} at the last "
+        "({last_layer}) of {layers} batch norm layers.",
         failed_guard=alone, first=first.mean(), first_layer=_named(paths[0]), last=last.mean(),
         last_layer=_named(paths[-1]), layers=len(paths),
     )  # fmt: skip
     title = verdict.heading
     if alone:
-        title = f"The stable rank of what {_named(paths[0])} receives is {known(float(first.mean()), 3)}"
-    return Result([verdict], [_depth_chart(seen, title)], _depth_numbers(seen))
+        title = f"The stable rank of the inputs of {_named(paths[0])} is {known(float(first.mean()), 3)}"
+    return Result([verdict], [_depth_chart(values_by_layer, title)], _depth_numbers(values_by_layer))
 
 
 def _named(path: str) -> str:
@@ -99,12 +100,12 @@ def _rank(values: Tensor, seed: int) -> float:
 
 def _depth_numbers(seen: dict[str, Tensor]) -> Numbers:
     ends = {"first": next(iter(seen.values())), "last": list(seen.values())[-1]}
-    found: Numbers = {}
+    numbers: Numbers = {}
     for name, values in ends.items():
         cosine = resemblance(values)["cosine"]
-        found[f"mean cosine between examples, {name} layer"] = paired_seeds.mean(torch.tensor([cosine]))
-        found[f"mean square of a value, {name} layer"] = paired_seeds.mean(values.square().mean().reshape(1))
-    return found
+        numbers[f"mean cosine between examples, {name} layer"] = paired_seeds.mean(torch.tensor([cosine]))
+        numbers[f"mean square of a value, {name} layer"] = paired_seeds.mean(values.square().mean().reshape(1))
+    return numbers
 
 
 def _depth_chart(seen: dict[str, Tensor], title: str) -> Chart:
@@ -125,15 +126,15 @@ def _depth_chart(seen: dict[str, Tensor], title: str) -> Chart:
 
 
 def measure_census(_: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
-    """Gamma, beta and dead channels of every layer, read and not estimated."""
+    """Gamma, beta and dead channels of every layer."""
     stored = {path: layer for path, layer in batch_norms(models[0]).items() if has_stored_statistics(layer)}
     if not stored:
         return Result(CRITERIA.unjudged("census", "the batch norm layers store no statistics"), [])
     layers = Layers(stored)
-    found = census(layers, Snapshot.of(layers))
-    dead = found["dead"]
+    numbers_by_layer = census(layers, Snapshot.of(layers))
+    dead = numbers_by_layer["dead"]
     worst = int(dead.argmax())
-    # one model has one value: it is read, so its interval has no width
+    # the value has no sampling error, so it is the same for all seeds and the interval has no width
     verdict = judge(
         "census-dead", [float(dead.mean())] * len(seeds),
         "{dead:.1%} of channels are dead, mean over {layers}"
@@ -141,11 +142,13 @@ def measure_census(_: Subject, models: Sequence[nn.Module], seeds: Sequence[int]
         dead=dead.mean(), layers=counted(len(stored), "layer"), worst=_named(layers.names[worst]), most=dead[worst],
     )  # fmt: skip
     numbers: Numbers = {
-        "median |gamma|, smallest and largest over layers": _range(found["gamma"]),
-        "median beta, smallest and largest over layers": _range(found["beta"]),
-        "share active behind a ReLU by beta / |gamma|, smallest and largest over layers": _range(found["active"]),
+        "median |gamma|, smallest and largest over layers": _range(numbers_by_layer["gamma"]),
+        "median beta, smallest and largest over layers": _range(numbers_by_layer["beta"]),
+        "share active behind a ReLU by beta / |gamma|, smallest and largest over layers": _range(
+            numbers_by_layer["active"]
+        ),
     }
-    return Result([verdict], [_census_chart(layers.names, found["gamma"])], numbers)
+    return Result([verdict], [_census_chart(layers.names, numbers_by_layer["gamma"])], numbers)
 
 
 def _range(values: Tensor) -> str:
@@ -153,8 +156,8 @@ def _range(values: Tensor) -> str:
 
 
 def _census_chart(names: Sequence[str], gamma: Tensor) -> Chart:
-    kept = paired_seeds.evenly(len(names), _LAYERS).tolist()
+    indices = paired_seeds.evenly(len(names), _LAYERS).tolist()
     role: dict[str, Role] = {"gamma": "with"}
-    found = f"The median |gamma| of a layer lies between {known(float(gamma.min()))} and {known(float(gamma.max()))}"
-    rows = [{"label": _named(names[i]), "value": paired_seeds.figures(gamma[i]), "series": "gamma"} for i in kept]
-    return chart("ablation", "census", "census", rows, role, title=found)
+    title = f"The median |gamma| of a layer lies between {known(float(gamma.min()))} and {known(float(gamma.max()))}"
+    rows = [{"label": _named(names[i]), "value": paired_seeds.figures(gamma[i]), "series": "gamma"} for i in indices]
+    return chart("ablation", "census", "census", rows, role, title=title)

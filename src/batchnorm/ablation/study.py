@@ -1,4 +1,4 @@
-"""A study: all runs that are trained for one model; every question reads them."""
+"""A study: all runs that are trained for one model, from which the questions are answered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
 Advance = Callable[[float], None]
-# Models, one for each seed or one for all, and seeds that draw examples
+# Called with the subject, its models (one for each seed, or one for all), and the seeds, which also draw examples
 Measure = Callable[["Subject", Sequence[nn.Module], Sequence[int]], Result]
 PAIR = (WITHOUT, WITH)
 
@@ -33,9 +33,9 @@ class Study:
 
     Args:
         subject: The model, its data and its loss.
-        plan: What was trained.
-        grid: Every arm at every rate.
-        watched: Runs that were looked at, (arm, index of the rate) -> one for each seed.
+        plan: Arms, seeds, steps and learning rates.
+        grid: The runs of every arm at every rate.
+        watched: The runs that were measured during the training: (arm, index of the rate) -> one run for each seed.
     """
 
     subject: Subject
@@ -44,7 +44,7 @@ class Study:
     watched: Mapping[tuple[str, int], list[WatchedRun]]
 
     def equal(self, arm: str) -> list[WatchedRun]:
-        """An arm's runs at the rate that both share."""
+        """An arm's runs at the rate at which both arms are compared."""
         return self.watched[arm, self.grid.shared()]
 
     def best(self, arm: str) -> list[WatchedRun]:
@@ -52,41 +52,41 @@ class Study:
         return self.watched[arm, self.grid.best(arm)]
 
     def idle(self) -> tuple[str, ...]:
-        """The arms, with or without batch norm, that learned at no rate."""
+        """Those of the arms with and without batch norm that did not learn at any rate."""
         return tuple(arm for arm in PAIR if all(self.grid.unlearned(arm, n) for n in range(len(self.plan.rates))))
 
     def advice(self) -> str:
-        """A setting that would be fairer to an arm; "" for none."""
+        """A setting that would make the comparison fairer; "" for no advice."""
         at = {arm: self.grid.edge(arm) for arm in PAIR if self.grid.edge(arm)}
         if not at:
             return ""
-        said = " and ".join(f"{edge} {CALLED[arm]}" for arm, edge in at.items())
+        places = " and ".join(f"{edge} {CALLED[arm]}" for arm, edge in at.items())
         if len(at) == len(PAIR) and len(set(at.values())) == 1:
-            said = f"{at[WITH]} with and without batch norm"
-        return f"The best learning rate is {said}: a better one may lie beyond it, which --rates can reach."
+            places = f"{at[WITH]} with and without batch norm"
+        return f"The best learning rate is {places}: a better rate may lie beyond it. Try more with --rates."
 
     def diverged(self) -> str:
-        """Why the models trained with batch norm cannot be asked; "" if they can."""
+        """Why the models trained with batch norm cannot be measured; "" if they can."""
         finite = all(bool(p.isfinite().all()) for run in self.best(WITH) for p in run.model.state_dict().values())
         return "" if finite else "with batch norm a seed diverged at every rate"
 
     def unlearned(self, *, equal: bool) -> str:
-        """Why the arms with and without cannot be compared at the equal rate or at the best rates; "" if they can."""
+        """Why the arms with and without batch norm cannot be compared at these rates; "" if they can."""
         at = {arm: self.grid.shared() if equal else self.grid.best(arm) for arm in PAIR}
         return " and ".join(filter(None, (self.grid.unlearned(arm, at[arm]) for arm in PAIR)))
 
     def unwatched(self, *, equal: bool) -> str:
-        """Why the looks at the runs at the equal rate or at the best rates are no use; "" if they are."""
+        """Why the measurements during the training at these rates are incomplete; "" if they are complete."""
         runs = [run for arm in PAIR for run in (self.equal(arm) if equal else self.best(arm))]
-        return next((f"a run could not be looked at: {run.failed}" for run in runs if run.failed), "")
+        return next((f"a run could not be measured: {run.failed}" for run in runs if run.failed), "")
 
     def late(self) -> tuple[str, ...]:
-        """The arms, with or without batch norm, of which a seed never reached the target."""
+        """Those of the arms with and without batch norm with a seed that never reached the target."""
         return tuple(arm for arm in PAIR if self.grid.arrival(arm).late)
 
 
 def asked_of_trained(study: Study, name: str, measure: Measure, figures: Mapping[str, Figure]) -> Claim:
-    """A question about the models that were trained with batch norm at its best rate, one for each seed."""
+    """A claim about the models that were trained with batch norm at the best rate, one model for each seed."""
     failed = study.diverged()
 
     def run(_: RunSettings, __: Progress) -> Result:
@@ -98,7 +98,7 @@ def asked_of_trained(study: Study, name: str, measure: Measure, figures: Mapping
 
 
 def study(subject: Subject, plan: StudyPlan, advance: Advance = lambda _: None) -> Study:
-    """Train everything; ``advance`` is called with the share that is done."""
+    """Train all runs of the plan; ``advance`` is called with the finished share of the work."""
     done, total = 0, plan.runs + 4 * plan.seeds
 
     def one_more() -> None:

@@ -1,9 +1,10 @@
-"""The user's data: a pass of a loader in memory, split into training and held-out batches, and dealt out by seed.
+"""The user's data: one pass of a loader in memory, split into training and held-out batches, in an order by seed.
 
-Where batches can be joined (the same tensors in every batch, of one shape for each example), examples are dealt into
-new batches each epoch, so that a loader sorted by class does not decide the outcome. Where they cannot, such as
-sentences of different lengths, the loader's own batches come in a new order. A batch is rows of examples where all of
-its tensors are equally long; a graph with its edges, or an object of a class of its own, is one whole and never cut.
+If batches can be joined (the same tensors in every batch, with the same shape for each example), new batches are made
+in each epoch, so that a loader sorted by class does not decide the outcome. If batches cannot be joined, such as
+sentences of different lengths, the loader's own batches are used in a new order. A batch whose tensors all have the
+same length consists of rows, one for each example. Other batches, such as a graph with its edges or an object of the
+user's class, are never cut.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from batchnorm.population.tensor_trees import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-EXAMPLES = 4096  # of a pass that are read: enough for every question, and some hundred steps
-_BYTES = 2**28  # of memory that the examples may take
-_EVERY = 5  # one batch in so many is held out
+EXAMPLES = 4096  # reading stops after this number: enough for every question, and for some hundred steps
+_BYTES = 2**28  # reading stops after this amount of memory
+_EVERY = 5  # one batch of this many is held out
 
 
 class _ApartError(Exception):
-    """Batches that cannot be joined into one."""
+    """Raised if batches cannot be joined into one."""
 
 
 @final
@@ -48,12 +49,12 @@ class Data:
     """Training and held-out batches.
 
     Args:
-        train: Training batches, as the loader gave them.
+        train: Training batches, as the loader returned them.
         held: Held-out batches.
-        pool: All training examples as one batch, or None where they cannot be joined.
-        size: Examples in a batch.
+        pool: All training examples in one batch; None if they cannot be joined.
+        size: Number of examples in the first training batch.
         dropped: Number of batches of one example, which were left out because they cannot be normalized.
-        whole: Whether batches must stay as the loader gave them.
+        whole: Whether batches must not be cut or joined.
     """
 
     train: Sequence[Batch]
@@ -65,23 +66,24 @@ class Data:
 
     @classmethod
     def of(cls, train: Iterable[Batch], test: Iterable[Batch] | None = None, *, examples: int = EXAMPLES) -> Data:
-        """Read a pass, up to ``examples``; without ``test`` every fifth batch is held out.
+        """Read one pass, up to ``examples`` examples; without ``test`` every fifth batch is held out.
 
         Raises:
-            ValueError: If there are no batches, none has two examples, or one alone is left to train with.
+            TypeError: If the data are one tensor.
+            ValueError: If there are no batches, no batch has two examples, or no batch is left to train with.
         """
-        kept, dropped = _usable(_read(train, examples, "--data"))
-        held = kept[_EVERY - 1 :: _EVERY] or kept[-1:]
+        usable, dropped = _usable(_read(train, examples, "--data"))
+        held = usable[_EVERY - 1 :: _EVERY] or usable[-1:]
         if test is not None:
             held = _read(test, examples, "--test")
-        fitted = [batch for batch in kept if test is not None or not any(batch is other for other in held)]
-        if not fitted:
+        training = [batch for batch in usable if test is not None or not any(batch is other for other in held)]
+        if not training:
             raise ValueError(
-                "--data needs 2 batches or more, one of them to be held out, got 1. Use a smaller batch_size, or "
+                "--data needs 2 batches or more, since one batch is held out, got 1. Use a smaller batch_size, or "
                 "give held-out data by --test."
             )
-        whole = not all(map(is_rows, [*fitted, *held]))
-        return cls(fitted, held, None if whole else joined(fitted), examples_in(fitted[0]), dropped, whole)
+        whole = not all(map(is_rows, [*training, *held]))
+        return cls(training, held, None if whole else joined(training), examples_in(training[0]), dropped, whole)
 
     def kept_whole(self) -> Data:
         """The same data for a model that accepts only whole batches."""
@@ -89,11 +91,11 @@ class Data:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Examples to train with, and held out."""
+        """Numbers of training examples and of held-out examples."""
         return sum(map(examples_in, self.train)), sum(map(examples_in, self.held))
 
     def deal(self, seed: int) -> Iterator[Batch]:
-        """Training batches without end, the same for the same seed; each is a copy."""
+        """An endless iterator over copies of training batches, which depend on the seed alone."""
         random = torch.Generator().manual_seed(seed)
         if self.pool is None:
             while True:
@@ -106,7 +108,7 @@ class Data:
                     yield take(self.pool, drawn)
 
     def to(self, device: torch.device) -> Data:
-        """The same on another device."""
+        """The same data on another device."""
 
         def moved(batch: Batch) -> Batch:
             return each_leaf(batch, lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf)
@@ -116,7 +118,7 @@ class Data:
 
 
 def regrouped(batches: Sequence[Batch], size: int, seed: int) -> list[Batch] | None:
-    """The examples of ``batches`` in batches of ``size``, at random; None where they cannot be joined."""
+    """The examples of ``batches`` in random batches of ``size``; None if the batches cannot be joined."""
     pool = joined(batches)
     if pool is None:
         return None
@@ -133,10 +135,10 @@ def inputs_of(batch: Batch) -> Tensor | None:
 
 
 def examples_in(batch: Batch) -> int:
-    """Examples in a batch, as every room counts them: the first axis of its first tensor, or what an object says.
+    """Number of examples in a batch, counted by ``tensor_trees.examples_in``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the batch has no examples that can be counted.
     """
     count = tensor_trees.examples_in(batch)
     if count is None:
@@ -145,24 +147,24 @@ def examples_in(batch: Batch) -> int:
 
 
 def is_rows(batch: Batch) -> bool:
-    """Whether a batch is rows of examples: tensors of one length, beside numbers and words that belong to none."""
+    """Whether all tensors of a batch have one row for each example; numbers, text and None are allowed beside them."""
     is_known = all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in leaves_of(batch))
     return is_known and not why_without_rows(batch)
 
 
 def first_examples(batch: Batch, most: int) -> Batch:
-    """The first examples of a batch, copied; all of it where it is not rows."""
+    """A copy of the first ``most`` examples of a batch; of the whole batch if it does not consist of rows."""
     return take(batch, torch.arange(min(most, examples_in(batch)))) if is_rows(batch) else each_leaf(batch, _copied)
 
 
 def take(batch: Batch, chosen: Tensor) -> Batch:
-    """Some of the examples of a batch that is rows, copied."""
+    """A copy of the chosen examples of a batch that consists of rows."""
     rows, count = chosen.tolist(), examples_in(batch)
     return each_leaf(batch, lambda leaf: copied(leaf_rows(rows, count, leaf)))
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """All examples in one batch, or None where the batches do not fit together."""
+    """All examples in one batch; None if the batches cannot be joined."""
     try:
         return _joined(list(batches), [examples_in(batch) for batch in batches])
     except _ApartError:
@@ -180,18 +182,18 @@ def _read(loader: Iterable[Batch], examples: int, option: str) -> list[Batch]:
         if count >= examples or memory >= _BYTES:
             break
     if not read:
-        raise ValueError(f"{option} gives no batches. Check the data set's length and the sampler.")
+        raise ValueError(f"{option} needs batches, got none. Check the data set's length and the sampler.")
     return read
 
 
 def _usable(batches: list[Batch]) -> tuple[list[Batch], int]:
-    """Batches that can be normalized by their own statistics, and the number of the others."""
-    kept = [batch for batch in batches if examples_in(batch) > 1]
-    if not kept:
+    """The batches of two examples or more, and the number of the other batches."""
+    usable = [batch for batch in batches if examples_in(batch) > 1]
+    if not usable:
         raise ValueError(
             "batch norm learns from batches of 2 examples or more, got batches of 1. Give --data a larger batch_size."
         )
-    return kept, len(batches) - len(kept)
+    return usable, len(batches) - len(usable)
 
 
 def _bytes(batch: Batch) -> int:
@@ -199,15 +201,15 @@ def _bytes(batch: Batch) -> int:
 
 
 def _tensors_of(batch: Batch) -> list[Tensor]:
-    """Every tensor of a batch, also of an object of a class of its own that can be moved to a device."""
-    found = [tensors_in(leaf if isinstance(leaf, Tensor) else _attributes(leaf)) for leaf in leaves_of(batch)]
-    return list(chain.from_iterable(found))
+    """Every tensor of a batch, also tensors in attributes of objects of the user's classes."""
+    tensors = [tensors_in(leaf if isinstance(leaf, Tensor) else _attributes(leaf)) for leaf in leaves_of(batch)]
+    return list(chain.from_iterable(tensors))
 
 
 def _attributes(leaf: Leaf) -> list[Batch]:
-    """What such an object holds, of a mapping inside of it too."""
-    held = list(getattr(leaf, "__dict__", {}).values()) if is_object(leaf) else []
-    return [dict(part) if isinstance(part, Mapping) else part for part in held]
+    """The attributes of an object of a user's class, with mappings as dicts; [] for other values."""
+    values = list(getattr(leaf, "__dict__", {}).values()) if is_object(leaf) else []
+    return [dict(part) if isinstance(part, Mapping) else part for part in values]
 
 
 def _joined(parts: list[Batch], counts: list[int]) -> Batch:

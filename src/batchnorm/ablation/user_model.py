@@ -1,4 +1,4 @@
-"""The subject of the questions: the user's model, made anew for every seed, its data and its loss."""
+"""The subject of the questions: the user's model, which is made again for every seed, its data and its loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from batchnorm.population.hooks import seeing
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_trees import tensors_in
 
-# values in a batch, over all layers: about 5 ms of a step of convolutions, from where on a second thread pays
+# number of input values of all layers for one batch; from here on a second thread makes a step faster
 _LARGE = 2**20
 
 
@@ -36,10 +36,10 @@ class Subject:
     """A model, its data and its loss.
 
     Args:
-        name: The model as the command line has it.
-        make: Gives a new model with fresh weights, drawn from the global random states.
-        data: Batches to train with and to hold out.
-        loss: Given the output and the batch, a scalar; None for the loss that targets suggest.
+        name: The model's address on the command line.
+        make: Returns a new model with fresh weights, drawn from the global random states.
+        data: Training and held-out batches.
+        loss: ``loss(output, batch)`` returns a scalar; None means ``usual_losses.default_loss``.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Subject:
     loss: Callable[[Answer, Batch], Tensor] | None = None
 
     def fresh(self, seed: int) -> nn.Module:
-        """A new model with the weights of a seed, in train mode; lazy layers have got their shape.
+        """A new model with the weights of a seed, in train mode; a forward pass gives lazy layers their shape.
 
         Raises:
-            ValueError: If it has no batch norm layer.
+            ValueError: If the model has no batch norm layer.
         """
         _seed(seed)
         model = self.make()
@@ -65,7 +65,7 @@ class Subject:
         return model.train()
 
     def value(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of a batch, in the mode that the model is in.
+        """The loss of a batch, in the model's present mode.
 
         Raises:
             ValueError: If the loss is no scalar.
@@ -78,35 +78,35 @@ class Subject:
         return loss.reshape(())
 
     def accuracy(self, model: nn.Module, batch: Batch) -> float | None:
-        """Share of right classes, where the loss is the one for classes."""
+        """Share of right classes; None if the user gives a loss, or if the targets are no classes."""
         return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
 
     def to_device(self) -> Subject:
-        """The same with data where the model is, and with whole batches if it takes no part of one.
+        """The same subject with data on the model's device, and without cutting batches if the model cannot use parts.
 
         Raises:
             ValueError: If a batch has no finite loss before any training.
         """
         model = self.fresh(0)
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
-        here = self if device.type == "cpu" else replace(self, data=self.data.to(device))
-        here._require_finite(model)
-        return here if here._takes_parts(model.eval()) else replace(here, data=here.data.kept_whole())
+        moved = self if device.type == "cpu" else replace(self, data=self.data.to(device))
+        moved._require_finite(model)
+        return moved if moved._takes_parts(model.eval()) else replace(moved, data=moved.data.kept_whole())
 
     def _require_finite(self, model: nn.Module) -> None:
-        """Refuse what no training can learn from: of the first batch, and of the first with NaN or infinite values."""
-        odd = next((batch for batch in self.data.train if not _is_finite(batch)), None)
-        for batch in (self.data.train[0], odd):
+        """Raise if the loss is not finite for the first batch, or for the first batch with NaN or infinite values."""
+        non_finite = next((batch for batch in self.data.train if not _is_finite(batch)), None)
+        for batch in (self.data.train[0], non_finite):
             if batch is None or math.isfinite(self._first_loss(model, batch)):
                 continue
             cause = "its values are finite" if _is_finite(batch) else "it has NaN or infinite values"
             raise ValueError(
-                f"every batch must have a finite loss before any training, and one has none; {cause}. Mend the data, "
-                "the model's first weights or the loss."
+                f"every batch must have a finite loss before training, but one batch has none; {cause}. Mend the "
+                "data, the model's first weights or the loss."
             )
 
     def _first_loss(self, model: nn.Module, batch: Batch) -> float:
-        """The loss before any training; 0 if a pass or a loss raises, because the training raises it again."""
+        """The loss before training; 0 if the pass or the loss raises, because the training will raise again."""
         with torch.no_grad(), preserve_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -115,7 +115,7 @@ class Subject:
                 return 0.0
 
     def _takes_parts(self, model: nn.Module) -> bool:
-        """Whether the model accepts half of a batch; True if it accepts no batch, because the training raises that."""
+        """Whether the model accepts half a batch; True if it accepts no batch, because the training will raise."""
         if self.data.whole:
             return True
         batch = self.data.train[0]
@@ -137,7 +137,7 @@ def _is_finite(batch: Batch) -> bool:
 
 
 def _with_target(model: nn.Module, batch: Batch) -> Batch:
-    """The batch as (last input, target, ...): a model of several inputs takes more than the first part."""
+    """The batch as (last input, target, ...), since a model with several inputs uses several parts of a batch."""
     if not isinstance(batch, (tuple, list)) or isinstance(batch[0], (tuple, list)):
         return batch
     args, by_name = arguments(model, batch)
@@ -147,13 +147,13 @@ def _with_target(model: nn.Module, batch: Batch) -> Batch:
 
 
 def own_statistics(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that normalize by the batch's statistics in train mode, by path."""
+    """Path -> layer, for the layers that use batch statistics in train mode."""
     return {path: layer for path, layer in batch_norms(model).items() if not isinstance(layer, Frozen)}
 
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """A block after which stored statistics and training flags are as before."""
+    """A block after which buffers and training flags are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -168,7 +168,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet_divergence() -> Iterator[None]:
-    """A block in which a loss may become infinite: for a learning rate that is too large this is an outcome."""
+    """A block without warnings of NaN or infinity, which are expected for a learning rate that is too large."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "NaN or infinity in the batch statistics", RuntimeWarning)
         yield
@@ -176,10 +176,10 @@ def quiet_divergence() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(subject: Subject) -> Iterator[None]:
-    """A block that leaves random states alone, on one thread where the model's layers are small.
+    """A block that restores random states, and runs on one thread if the model's layers are small.
 
-    Handing small tensors between threads costs more than it saves, several times so on a busy machine. What decides
-    is the size of the layers and not a clock, so that the same command has the same numbers.
+    For small tensors several threads are slower than one, several times so on a busy machine. The size of the layers
+    decides, and not a measured time, so that the same command always gives the same numbers.
     """
     threads = torch.get_num_threads()
     with preserve_random_state():
@@ -192,25 +192,25 @@ def undisturbed(subject: Subject) -> Iterator[None]:
 
 
 def _values(subject: Subject) -> int:
-    """Values that the batch norm layers receive of one batch."""
+    """Number of input values of all batch norm layers for one batch."""
     model = subject.fresh(0)
     return sum(x.numel() for x in received(model, next(subject.data.deal(0))).values())
 
 
 def received(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What every batch norm layer receives of a batch, by path in the order of the forward; first calls only."""
-    found: dict[str, Tensor] = {}
+    """Path -> input of each batch norm layer for a batch, in the order of the forward; only of a layer's first call."""
+    inputs: dict[str, Tensor] = {}
 
     def see(path: str, _: nn.Module, x: Tensor) -> None:
-        found.setdefault(path, x.detach())
+        inputs.setdefault(path, x.detach())
 
     with seeing(batch_norms(model), see), torch.no_grad(), quiet_divergence():
         call(model, batch)
-    return found
+    return inputs
 
 
 def first_tensor(output: Answer) -> Tensor | None:
-    """The first floating-point tensor in what a model gives."""
+    """The first floating-point tensor in a model's output; None if there is none."""
     return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
 
 

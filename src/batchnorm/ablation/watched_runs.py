@@ -1,4 +1,4 @@
-"""Runs that are measured while they train: the inputs of batch norm layers, and the loss along the gradient."""
+"""Runs that are measured while they train: inputs of batch norm layers, and the loss along the gradient."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from batchnorm.instruments.signal_propagation import sample
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
-LOOKS = 10  # at what the layers receive, after the first
-PROBES = 6  # of the loss along the gradient
-_WORDS = 200  # of an error's message
-_FIRST = 0  # the seed that deals the probe, the same for all arms and seeds
+LOOKS = 10  # measurements of the layers' inputs after the first measurement
+PROBES = 6  # measurements of the loss along the gradient
+_WORDS = 200  # the most characters of an error's message
+_FIRST = 0  # the seed that chooses the probe batch, the same for all arms and seeds
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class WatchedRun:
-    """One run.
+    """One run with its measurements.
 
     Args:
-        model: As trained.
-        looked: Steps at which layers were looked at, T + 1 of them.
-        moved: Drift of what each layer received from one look to the next, layer -> (T,).
-        floor: What halves of the probe differ by, mean over looks, layer -> number.
-        probed: Steps at which the loss was probed along the gradient.
-        landscape: The loss along the gradient at these steps, fields of (P,); shorter if the run diverged.
-        failed: What ended the looks before the run ended; "" for nothing.
+        model: The trained model.
+        looked: The T + 1 steps at which the layers' inputs were measured ("looks").
+        moved: Layer -> drift of its inputs from one look to the next, (T,).
+        floor: Layer -> noise floor of the drift, mean over looks.
+        probed: The P steps at which the loss along the gradient was measured; fewer if the run diverged.
+        landscape: The loss along the gradient at these steps, fields of (P,).
+        failed: The error that ended the measurements before the run ended; "" if there was no error.
     """
 
     model: nn.Module
@@ -51,12 +51,12 @@ class WatchedRun:
 
     @property
     def average(self) -> float:
-        """Drift between two looks, mean over layers and time; NaN where nothing was measured."""
+        """Drift between two looks, mean over layers and time; NaN if nothing was measured."""
         return float(torch.cat([*self.moved.values()]).mean()) if self.moved else float("nan")
 
 
 def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> WatchedRun:
-    """Train one run and look at it; the numbers of training are those of an unwatched one."""
+    """Train one run and measure it; the training gives the same numbers as without measurement."""
     looks = _Looks(subject, rate, steps, next(subject.data.deal(_FIRST)))
     model = train(subject, arm, seed, rate, steps, looks.observe)[1]
     moved, floor = _drifts(looks.values)
@@ -67,7 +67,7 @@ def watch(subject: Subject, arm: str, seed: int, rate: float, steps: int) -> Wat
 @final
 @dataclass
 class _Looks:
-    """What is seen of a run while it trains; an error ends the looks and not the run."""
+    """The measurements of a run while it trains; an error ends the measurements but not the run."""
 
     subject: Subject
     rate: float
@@ -80,12 +80,12 @@ class _Looks:
     failed: str = ""
 
     def observe(self, step: int, model: nn.Module, batch: Batch) -> None:
-        """Look before a step if it is time; dropout goes on as if nobody had looked."""
+        """Called before each step; measures at some steps, and restores the random state for dropout."""
         state = torch.get_rng_state()
         try:
             if not self.failed:
                 self._look(step, model, batch)
-        except Exception as error:  # noqa: BLE001 - the run and what else is asked of it do without
+        except Exception as error:  # noqa: BLE001 - the run and the other questions do not need these measurements
             self.failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_WORDS]
         finally:
             torch.set_rng_state(state)
@@ -100,7 +100,7 @@ class _Looks:
 
 
 def _values(model: nn.Module, probe: Batch) -> dict[str, Tensor]:
-    """What each layer receives of the probe, in train mode: (N, units)."""
+    """Layer -> its inputs for the probe batch in train mode, (N, units)."""
     with kept_buffers(model):
         torch.manual_seed(0)  # the same dropout at every look
         return {path: sample(x)[0].float() for path, x in received(model, probe).items() if x.ndim > 1}
@@ -109,17 +109,17 @@ def _values(model: nn.Module, probe: Batch) -> dict[str, Tensor]:
 def _drifts(values: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, float]]:
     moved, floor = {}, {}
     for path in values[0] if values else ():
-        seen = [look[path] for look in values if path in look]
-        if len(seen) < 2 or len({x.shape for x in seen}) > 1:
+        looks = [look[path] for look in values if path in look]
+        if len(looks) < 2 or len({x.shape for x in looks}) > 1:
             continue
-        stacked = torch.stack(seen)
+        stacked = torch.stack(looks)
         moved[path] = drift(stacked[:-1], stacked[1:]).total
         floor[path] = float(noise_floor(stacked).mean())
     return moved, floor
 
 
 def _landscape(subject: Subject, model: nn.Module, batch: Batch, rate: float) -> Roughness:
-    """The loss of one batch along its gradient, in train mode; the model is left as it was."""
+    """The loss of one batch along its gradient, in train mode; the model is restored."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
 
@@ -127,8 +127,8 @@ def _landscape(subject: Subject, model: nn.Module, batch: Batch, rate: float) ->
         _move(parameters, [t[0] for t in there])
         torch.manual_seed(0)
         loss = subject.value(model, batch)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return loss.detach().reshape(1), of_one(found)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach().reshape(1), of_one(gradients)
 
     with kept_buffers(model), quiet_divergence():
         try:

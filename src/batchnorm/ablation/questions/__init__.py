@@ -1,1 +1,1 @@
-"""The questions that are asked of the user's model, each in a module of its own."""
+"""The questions about the user's model, one module for each question or pair of questions."""

@@ -21,26 +21,29 @@ from batchnorm.reporting.charts.chart_data import Chart, Role
 if TYPE_CHECKING:
     from batchnorm.ablation.study import Study
 
-_FEATURES = 4096  # at most so many, for their covariance
-_SHOWN = 16  # features in the chart
-_HUGE = 1e9  # ratios from here on are told by their power of ten
+_MOST_FEATURES = 4096  # with more features, no condition number of the features is computed
+_MOST_IN_CHART = 16  # features
+_HUGE = 1e9  # ratios of at least this are written in scientific notation, with three digits
 
 
 def inputs(data: Data) -> Tensor | None:
-    """All training inputs, (N, ...), or None where they are not one float tensor of one shape."""
-    found = [x for x in map(inputs_of, data.train) if x is not None]
-    alike = len(found) == len(data.train) and len({x.shape[1:] for x in found}) == 1
-    return torch.cat(found).cpu() if alike else None
+    """All training inputs in one tensor, (N, ...), on the CPU.
+
+    None unless every batch is one float tensor, and all have the same shape except for the number of examples.
+    """
+    tensors = [x for x in map(inputs_of, data.train) if x is not None]
+    fits = len(tensors) == len(data.train) and len({x.shape[1:] for x in tensors}) == 1
+    return torch.cat(tensors).cpu() if fits else None
 
 
 def can_ask(study: Study) -> bool:
-    """Whether there is anything to say of the inputs' scale: an arm, or several features."""
+    """Whether the question can be asked: an arm with normalized inputs was planned, or there are several features."""
     x = inputs(study.subject.data)
     return SCALED in {*study.grid.losses, *study.grid.failed} or (x is not None and x.shape[1] > 1)
 
 
 def measure(study: Study) -> Result:
-    """Spread of the features, and the arm with normalized inputs where there is one."""
+    """The spread of the features, and the verdicts on the arm with normalized inputs, if there is one."""
     x = inputs(study.subject.data)
     verdicts: list[Verdict] = []
     charts: list[Chart] = []
@@ -51,31 +54,35 @@ def measure(study: Study) -> Result:
         roles: dict[str, Role] = {WITH: "with", WITHOUT: "without", SCALED: "without"}
         charts.append(curves(study.grid.versus(WITHOUT, SCALED), roles, verdicts[0]))
     if x is not None and x.shape[1] > 1:
-        found = spread(x, study.plan.all_seeds)
-        verdicts, charts = [*verdicts, *found.verdicts], [*charts, *found.charts]
-        return Result(verdicts, charts, found.numbers)
+        spread_result = spread(x, study.plan.all_seeds)
+        verdicts, charts = [*verdicts, *spread_result.verdicts], [*charts, *spread_result.charts]
+        return Result(verdicts, charts, spread_result.numbers)
     return Result(verdicts, charts)
 
 
 def spread(x: Tensor, seeds: range) -> Result:
-    """How far the standard deviations of features lie apart, in random halves of the examples."""
+    """The largest over the smallest standard deviation of a feature.
+
+    The sentence is about all examples, and the interval about a random half of the examples for each seed.
+    """
     whole = Moments.of(x)
     halves = [_ratio(Moments.of(x[_half(len(x), seed)])) for seed in seeds]
     sds = whole.std[whole.var > 0]
     noun = "feature" if x.ndim == 2 else "channel"
-    failed = "" if len(sds) else f"no {noun} of the {len(whole.mean)} has a finite variance above 0"
+    failed = "" if len(sds) else f"not one of the {len(whole.mean)} {noun}s has a finite variance above 0"
     verdict = judge(
         "scale-spread", torch.tensor(halves).log10().tolist(),
-        "The standard deviations of the {count} {noun}s lie between {least:.3g} and {most:.3g} ({ratio} times).",
-        failed_guard=failed, count=len(whole.mean), noun=noun, ratio=_many(_ratio(whole)),
+        "The standard deviations of the {count} {noun}s lie between {least:.3g} and {most:.3g}: the largest is {ratio} "
+        "times the smallest.",
+        failed_guard=failed, count=len(whole.mean), noun=noun, ratio=_ratio_in_words(_ratio(whole)),
         least=sds.min() if len(sds) else 0.0, most=sds.max() if len(sds) else 0.0,
     )  # fmt: skip
     numbers: Numbers = {f"{noun}s that never vary": int((whole.var == 0).sum()), **_conditions(x)}
     return Result([verdict], [_spread_chart(whole, noun, verdict)], numbers)
 
 
-def _many(ratio: float) -> str:
-    """A ratio that may be huge, to three digits."""
+def _ratio_in_words(ratio: float) -> str:
+    """A ratio with three significant digits."""
     return f"{float(f'{ratio:.3g}'):,.0f}" if 1000 <= ratio < _HUGE else f"{ratio:.3g}"
 
 
@@ -89,17 +96,21 @@ def _ratio(moments: Moments) -> float:
 
 
 def _condition(x: Tensor) -> float:
-    """Condition number over features that vary: (N, F)."""
+    """Condition number of the inputs ``x``, (N, F), without their constant features."""
     x = x.double()
     return condition_number(x[:, x.std(0) > 0])
 
 
 def _conditions(x: Tensor) -> Numbers:
-    """Of all features where there are enough examples to tell, else of channels; before and after normalization."""
+    """Condition numbers before and after normalization.
+
+    Of all features if they are at most 4,096 and there are twice as many examples, else of channels under the same
+    conditions; {} if there are too many channels too.
+    """
     flat, what = x.flatten(1), "features"
-    if flat.shape[1] > min(_FEATURES, len(x) // 2):
+    if flat.shape[1] > min(_MOST_FEATURES, len(x) // 2):
         flat, what = x.movedim(1, -1).flatten(0, -2), "channels"
-    if flat.shape[1] > min(_FEATURES, len(flat) // 2):
+    if flat.shape[1] > min(_MOST_FEATURES, len(flat) // 2):
         return {}
     moments = Moments.of(flat)
     z = (flat.double() - moments.mean) / torch.where(moments.var > 0, moments.std, 1)
@@ -110,13 +121,13 @@ def _conditions(x: Tensor) -> Numbers:
 def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
     order = moments.std.argsort(descending=True)
     order = order[moments.var[order] > 0]
-    kept = paired_seeds.evenly(len(order), _SHOWN)
+    indices = paired_seeds.evenly(len(order), _MOST_IN_CHART)
     rows = [
         {"label": f"{noun} {int(i)}", "value": paired_seeds.figures(moments.std[i]), "series": "sd"}
-        for i in order[kept]
+        for i in order[indices]
     ]
     selected = (
-        "" if len(rows) == len(moments.mean) else f" ({len(rows)} of {len(moments.mean)}, from widest to narrowest)"
+        "" if len(rows) == len(moments.mean) else f" ({len(rows)} of {len(moments.mean)}, from largest to smallest)"
     )
     return chart(
         "ablation", "scale", "spread", rows, {"sd": "neutral"},
@@ -127,10 +138,10 @@ def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
 
 def scale(study: Study) -> Claim:
     """The question about input features."""
-    extra = "" if SCALED in study.grid.losses else dict(study.plan.left_out).get("normalizing the inputs", "")
+    why_no_arm = "" if SCALED in study.grid.losses else dict(study.plan.left_out).get("normalizing the inputs", "")
     arms = (
-        f"{ARMS} One more arm has no batch norm and an InputNorm of the training data in front."
-        if not extra
-        else f"The training inputs as the loader gives them. Training on normalized inputs was left out: {extra}."
+        f"{ARMS} In one more arm an InputNorm of the training data is in front of the model without batch norm."
+        if not why_no_arm
+        else f"The training inputs as the loader gives them. Training on normalized inputs was left out: {why_no_arm}."
     )
     return claim("ablation", "scale", lambda _, __: measure(study), compared=arms)

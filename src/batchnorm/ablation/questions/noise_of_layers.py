@@ -1,11 +1,13 @@
 """Question "noise": how much noise do mini-batch statistics add at each layer, and how does it fall with the batch?
 
-For an example i, m_i is the mean and v_i the variance of a channel's values inside it (v_i = 0 without positions),
-standardized by the population: mean of m_i 0, mean of v_i + m_i^2 1. A batch of M examples has
+For example i, m_i is the mean and v_i the variance of a channel's values over the positions of the example (v_i = 0 if
+there are no positions). The values are standardized: over all examples the mean of m_i is 0, and the mean of
+v_i + m_i^2 is 1. The values of a batch of M examples have the mean d and the standard deviation s:
 
     d = mean m_i,    s^2 = mean v_i + mean m_i^2 - d^2
 
-and the noise power of ``instruments.batch_noise``; for M independent normal values it is 1.5 / M to first order.
+The noise power is computed from d and s as in ``instruments.batch_noise``; for M independent normal values it is
+1.5 / M to first order.
 """
 
 from __future__ import annotations
@@ -29,42 +31,42 @@ from batchnorm.reporting.charts.chart_data import Chart
 if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
-_EXAMPLES = 512  # that batches are drawn from
+_EXAMPLES = 512  # the most examples from which batches are drawn
 _DRAWS = 128  # batches of each size
 _SMALLEST, _LARGEST = 4, 256
 _LAYERS = 16  # in the chart by layer
 
-# What a verdict says of the noise, and how a card quotes it
+# The noise in words, for a card and, with more words, for the verdict
 POWER = "is {also}{power:.2g} in batches of {size}"
-NOISE = POWER + ", as much as dropout at {dropout:.1%}; it goes as batch size to the power {slope:.2f}"
+NOISE = POWER + ", as with dropout at {dropout:.1%}; it varies as the batch size to the power {slope:.2f}"
 
 Parts = tuple[Tensor, Tensor]  # m_i and v_i of every example and channel, (N, C) each
 
 
 def sizes(examples: int) -> list[int]:
-    """Batch sizes to measure, powers of two."""
-    found = []
+    """The batch sizes to measure: powers of two from 4 to at most 256 and at most ``examples``."""
+    sizes_to_measure = []
     size = _SMALLEST
     while size <= min(_LARGEST, examples):
-        found.append(size)
+        sizes_to_measure.append(size)
         size *= 2
-    return found
+    return sizes_to_measure
 
 
 def layer_parts(subject: Subject, model: nn.Module) -> dict[str, Parts]:
-    """Standardized parts of what each layer receives in eval mode, in the order of the forward."""
-    found: dict[str, list[Parts]] = {}
-    seen = 0
+    """Standardized m_i and v_i of each layer's inputs in eval mode, by path in the order of the forward."""
+    parts_by_layer: dict[str, list[Parts]] = {}
+    count = 0
     with kept_buffers(model):
         model.eval()
         for batch in [*subject.data.train, *subject.data.held]:
-            if seen >= _EXAMPLES:
+            if count >= _EXAMPLES:
                 break
-            seen += examples_in(batch)
+            count += examples_in(batch)
             for path, x in received(model, batch).items():
-                found.setdefault(path, []).append(_parts(x))
+                parts_by_layer.setdefault(path, []).append(_parts(x))
     own = own_statistics(model)
-    return {path: _standardized(parts) for path, parts in found.items() if path in own}
+    return {path: _standardized(parts) for path, parts in parts_by_layer.items() if path in own}
 
 
 def _parts(x: Tensor) -> Parts:
@@ -91,28 +93,30 @@ def power(parts: Parts, size: int, random: torch.Generator) -> Tensor:
 
 
 def powers(layers: Mapping[str, Parts], measured: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """Noise power of each layer at each size, path -> (sizes,)."""
+    """Noise power at each size, path -> (sizes,), without layers whose noise power is 0 or NaN."""
     random = torch.Generator().manual_seed(seed)
-    found = {path: torch.stack([power(parts, size, random) for size in measured]) for path, parts in layers.items()}
-    return {path: values for path, values in found.items() if bool((values > 0).all())}
+    noise = {path: torch.stack([power(parts, size, random) for size in measured]) for path, parts in layers.items()}
+    return {path: values for path, values in noise.items() if bool((values > 0).all())}
 
 
 def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
-    """Noise at every layer; one model for each seed, or one model with one draw of batches for each seed."""
+    """The noise at every layer; ``models`` has one model for each seed, or one model for all seeds."""
     layers = [layer_parts(subject, model) for model in models]
-    examples = min((len(parts[0]) for found in layers for parts in found.values()), default=0)
+    examples = min((len(parts[0]) for by_layer in layers for parts in by_layer.values()), default=0)
     measured = sorted({*sizes(examples), *([subject.data.size] if _SMALLEST <= subject.data.size <= examples else [])})
     each = [powers(layers[n % len(layers)], measured, seed) for n, seed in enumerate(seeds)]
-    paths = [path for path in each[0] if all(path in found for found in each)]
+    paths = [path for path in each[0] if all(path in by_layer for by_layer in each)]
     if not paths or len(measured) < 2:
-        reason = "no layer normalizes by its batch" if not paths else f"only {examples} examples were given"
+        reason = "no layer uses batch statistics" if not paths else f"there are only {examples} examples"
         return Result(CRITERIA.unjudged("noise", reason), [])
-    stacked = torch.stack([torch.stack([found[path] for path in paths]) for found in each])  # (seeds, layers, sizes)
+    stacked = torch.stack(
+        [torch.stack([by_layer[path] for path in paths]) for by_layer in each]
+    )  # (seeds, layers, sizes)
     return _result(subject, stacked, paths, measured)
 
 
-def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Sequence[int]) -> Result:
-    whole = found.mean(1)  # (seeds, sizes)
+def _result(subject: Subject, noise: Tensor, paths: Sequence[str], measured: Sequence[int]) -> Result:
+    whole = noise.mean(1)  # (seeds, sizes)
     slopes = [float(log_slope(values, measured)) for values in whole]
     at = min(measured, key=lambda size: abs(size - subject.data.size))
     own = whole[:, measured.index(at)].mean()
@@ -125,7 +129,7 @@ def _result(subject: Subject, found: Tensor, paths: Sequence[str], measured: Seq
     for index, size in enumerate(measured):
         rate = 100 * dropout_rate(float(whole[:, index].mean()))
         numbers[f"batches of {size}, dropout with the same noise power, %"] = paired_seeds.figures(rate, 3)
-    return Result([verdict], [_chart(whole, measured, verdict), _layer_chart(found, paths, measured, at)], numbers)
+    return Result([verdict], [_chart(whole, measured, verdict), _layer_chart(noise, paths, measured, at)], numbers)
 
 
 def _chart(whole: Tensor, measured: Sequence[int], verdict: Verdict) -> Chart:
@@ -137,11 +141,11 @@ def _chart(whole: Tensor, measured: Sequence[int], verdict: Verdict) -> Chart:
     )  # fmt: skip
 
 
-def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], at: int) -> Chart:
-    values = found[:, :, measured.index(at)].mean(0)  # (layers,)
-    kept = paired_seeds.evenly(len(paths), _LAYERS).tolist()
+def _layer_chart(noise: Tensor, paths: Sequence[str], measured: Sequence[int], at: int) -> Chart:
+    values = noise[:, :, measured.index(at)].mean(0)  # (layers,)
+    indices = paired_seeds.evenly(len(paths), _LAYERS).tolist()
     rows = [
-        {"label": paths[i] or "the layer", "value": paired_seeds.figures(values[i]), "series": "noise"} for i in kept
+        {"label": paths[i] or "the layer", "value": paired_seeds.figures(values[i]), "series": "noise"} for i in indices
     ]
     worst = int(values.argmax())
     most = f"In batches of {at} the noise is largest at {paths[worst] or 'the layer'}: {float(values[worst]):.2g}"
@@ -151,5 +155,5 @@ def _layer_chart(found: Tensor, paths: Sequence[str], measured: Sequence[int], a
     )  # fmt: skip
 
 
-# For the words of the question
+# For the texts of the question
 FIGURES = {"examples": _EXAMPLES, "draws": _DRAWS}

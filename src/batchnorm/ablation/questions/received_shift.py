@@ -1,4 +1,4 @@
-"""Question "shift": does what the batch norm layers receive move less while the layers before them learn?"""
+"""Question "shift": do the inputs of batch norm layers shift less with batch norm while earlier layers learn?"""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from batchnorm.reporting.charts.chart_data import SERIES, Chart, Rows
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import WatchedRun
 
-_LAYERS = 16  # in the chart by layer
+_LAYERS = 16  # the most layers in the chart by layer
 _FLOORS = {WITHOUT: "noise floor without", WITH: "noise floor with"}
 
 
 def measure(study: Study) -> Result:
-    """Drift of all layers in both arms at the equal rate."""
+    """The drift of all layers in both arms, at the same learning rate."""
     verdict = _judge(study)
     charts = [chart for chart in (_by_layer(study), _over_time(study)) if chart.rows]
     rate = study.plan.rates[study.grid.shared()]
@@ -48,7 +48,7 @@ def _judge(study: Study) -> Verdict:
     ratio = plain / normed
     return judge(
         "shift-drift", ratio.log2().tolist(),
-        "What the layers receive moves by {normed:.2g} standard deviations in {steps} with batch norm, by {plain:.2g} "
+        "The layers' inputs move by {normed:.2g} standard deviations in {steps} with batch norm, by {plain:.2g} "
         "without ({ratio:times} times as much), both at the rate {rate:g}.",
         normed=paired_seeds.factor(normed), steps=counted(_apart(study), "step"), plain=paired_seeds.factor(plain),
         ratio=paired_seeds.factor(ratio), rate=study.plan.rates[study.grid.shared()],
@@ -61,7 +61,7 @@ def _apart(study: Study) -> int:
 
 
 def _layers(study: Study) -> list[str]:
-    """Paths that were measured in every run, in the order of the forward; at most as many as a chart can show."""
+    """Paths of layers that were measured in every run, in the order of the forward, at most 16."""
     runs = [run for arm in PAIR for run in study.equal(arm)]
     paths = [path for path in runs[0].moved if all(path in run.moved for run in runs)]
     return [paths[i] for i in paired_seeds.evenly(len(paths), _LAYERS).tolist()]
@@ -81,10 +81,10 @@ def _by_layer(study: Study) -> Chart:
         < float(paired_seeds.median(torch.stack([run.moved[path].mean() for run in study.equal(WITHOUT)])))
         for path in _layers(study)
     )
-    found = f"{less} of {len(_layers(study))} layers shown receive values that move less with batch norm"
+    title = f"{less} of {len(_layers(study))} layers in this chart have inputs that move less with batch norm"
     return chart(
         "ablation", "shift", "by-layer", rows, SERIES, x=wide_axis(f"drift in {_apart(study)} steps [sd]", rows),
-        title=found,
+        title=title,
     )  # fmt: skip
 
 
@@ -99,10 +99,10 @@ def _over_time(study: Study) -> Chart:
         steps = runs[0].looked[1 : times + 1]
         rows += paired_seeds.curve(steps, values, positive=True, series=CALLED[arm])
     plain, normed = (paired_seeds.factor(_averages(study.equal(arm))) for arm in PAIR)
-    found = f"Averaged over layers, drift is {known(plain)} without batch norm and {known(normed)} with it"
-    return chart("ablation", "shift", "over-time", rows, SERIES, title=found, steps=_apart(study))
+    title = f"Averaged over layers, the drift is {known(plain)} without batch norm and {known(normed)} with batch norm"
+    return chart("ablation", "shift", "over-time", rows, SERIES, title=title, steps=_apart(study))
 
 
 def shift(study: Study) -> Claim:
-    """The question about drift."""
+    """The claim about drift."""
     return claim("ablation", "shift", lambda _, __: measure(study), compared=ARMS)

@@ -1,4 +1,4 @@
-"""Question "smooth": is the loss smoother along the gradient, at an equal rate and at the best one of each arm?"""
+"""Question "smooth": is the loss smoother along the gradient, at an equal rate and at the best rate of each arm?"""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from batchnorm.reporting.charts.chart_data import SERIES, Chart, Role, Rows
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import WatchedRun
 
-EDGE = 2 * (1 + MOMENTUM)  # of gradient descent with heavy-ball momentum on a quadratic: rate × curvature < 2 (1 + m)
+# for a quadratic loss, gradient descent with momentum m is stable if rate × curvature < 2 (1 + m)
+EDGE = 2 * (1 + MOMENTUM)
 _EDGE = "edge of stability"
 
 
 def measure(study: Study) -> Result:
-    """Beta-hat at the equal rate, and rate × beta-hat at the best rates."""
+    """The verdicts on beta-hat at the equal rate, and on rate × beta-hat at the best rates."""
     verdicts = [_judge(study, "smooth-equal", equal=True), _judge(study, "smooth-best", equal=False)]
     numbers: Numbers = {}
     for at, runs in (("equal rate", study.equal), ("best rate", study.best)):
@@ -37,7 +38,7 @@ def measure(study: Study) -> Result:
 
 
 def _betas(runs: list[WatchedRun], factor: float) -> Tensor:
-    """Mean over the run of log2 of factor × beta-hat, (seeds,)."""
+    """log2 of factor × beta-hat, mean over each run, (seeds,)."""
     return torch.stack([(factor * run.landscape.beta).log2().mean() for run in runs])
 
 
@@ -79,5 +80,5 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
 
 
 def smooth(study: Study) -> Claim:
-    """The question about the loss along the gradient."""
+    """The claim about the loss along the gradient."""
     return claim("ablation", "smooth", lambda _, __: measure(study), compared=ARMS, edge=EDGE)

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from batchnorm.ablation.user_model import Subject
 
 ROLES: dict[str, Role] = {WITH: "with", WITHOUT: "without", ONCE: "neutral"}
-_POINTS = 60  # of a curve that a chart shows
-_WIDE = 30  # a loss that spans more than this factor is drawn on a log axis
-_SPAN = 5  # dots that lie within this factor are drawn on a linear axis
-_TOP = 1.5  # a loss axis ends at this multiple of the start: what is above has not begun to learn
+_POINTS = 60  # the most points of a curve in a chart
+_WIDE = 30  # a loss that falls by more than this factor is drawn on a log axis
+_SPAN = 5  # values whose largest is at most this multiple of the smallest are drawn on a linear axis
+_TOP = 1.5  # a loss axis ends at this multiple of the first loss
 
 
 def measure(study: Study) -> Result:
-    """Steps to the target of all arms."""
+    """Steps to the target for all arms."""
     grid, subject, plan = study.grid, study.subject, study.plan
     verdicts = [_judge_steps(grid), versus(grid, "speed-once", ONCE, WITH)]
     numbers: Numbers = {
@@ -49,7 +49,7 @@ def measure(study: Study) -> Result:
 
 
 def measure_rates(study: Study) -> Result:
-    """The largest usable rate of both arms."""
+    """The largest usable rate of each arm."""
     verdict = _judge_rates(study.grid)
     return Result([verdict], [_usable_chart(study.grid, verdict)])
 
@@ -61,7 +61,7 @@ def _held_loss(subject: Subject, model: nn.Module) -> float:
 
 
 def ratio(grid: Grid) -> Tensor:
-    """Steps of the pair's slower arm over those of its faster one, each at its best rate, (seeds,)."""
+    """Steps of the pair's first arm over the steps of its second arm, each at its best rate, (seeds,)."""
     slow, fast = (grid.arrival(arm).steps for arm in grid.pair)
     return slow / fast
 
@@ -72,21 +72,21 @@ def effect(grid: Grid) -> list[float]:
 
 
 def _bound(slower: bool, faster: bool) -> Bound:
-    """The kind of bound that the ratio of two arms is if one of them never arrived."""
+    """Whether the ratio of steps is a bound; the arguments say if an arm has seeds that never arrived."""
     return "" if slower == faster else "at least" if slower else "at most"
 
 
 def judge_steps(grid: Grid, key: str, words: str = "", **figures: Figure) -> Verdict:
-    """Steps of the pair's slower arm against those of its faster one; more words follow."""
+    """The verdict on the steps of the pair's arms; ``words`` continue the sentence."""
     slow, fast = grid.pair
     slower, faster = grid.arrival(slow), grid.arrival(fast)
-    # a median of steps beside a mean of paired ratios, which may differ in direction
-    said = "seed by seed {bound}{ratio:times} times as many"
+    # the sentence has medians of steps and the mean of paired ratios, which may disagree about the faster arm
+    comparison = "seed by seed {bound}{ratio:times} times as many"
     if slower.late == faster.late == len(slower.first):
-        said = "neither arrived"
+        comparison = "neither reached it"
     return judge(
         key, effect(grid),
-        f"{{faster}} steps {{fast}}, {{slower}} {{slow}} ({said}) to a training loss of {{target:.3g}}{words}.",
+        f"{{faster}} steps {{fast}}, {{slower}} {{slow}} ({comparison}) to a training loss of {{target:.3g}}{words}.",
         bound=_bound(bool(slower.late), bool(faster.late)),
         failed_guard=grid.unlearned(grid.better, grid.best(grid.better)), faster=str(faster), fast=CALLED[fast],
         slower=str(slower), slow=CALLED[slow], ratio=paired_seeds.factor(ratio(grid)), target=grid.target, **figures,
@@ -94,7 +94,7 @@ def judge_steps(grid: Grid, key: str, words: str = "", **figures: Figure) -> Ver
 
 
 def versus(grid: Grid, key: str, slow: str, fast: str) -> Verdict:
-    """Steps of one arm against another, to the target of these two."""
+    """The verdict on the steps of two arms to the target of these arms."""
     if failed := grid.failed.get(slow) or grid.failed.get(fast):
         return judge(key, [], "", failed_guard=failed)
     return judge_steps(grid.versus(slow, fast), key)
@@ -112,22 +112,22 @@ def _best(grid: Grid, arm: str) -> str:
 
 
 def largest(grid: Grid, arm: str) -> Tensor:
-    """For each seed the largest usable rate, (seeds,); 0 where there is none."""
+    """The largest usable rate for each seed, (seeds,); 0 if no rate is usable."""
     usable = (grid.final(arm) <= grid.usable) & grid.final(arm).isfinite()
     return torch.where(usable, torch.tensor(grid.rates), 0.0).amax(1)
 
 
 def _judge_rates(grid: Grid) -> Verdict:
-    found = {arm: largest(grid, arm) for arm in PAIR}
-    factor = found[WITH].clamp_min(min(grid.rates)) / found[WITHOUT].clamp_min(min(grid.rates))
-    none = {arm: bool((rates == 0).any()) for arm, rates in found.items()}
+    limits = {arm: largest(grid, arm) for arm in PAIR}
+    factor = limits[WITH].clamp_min(min(grid.rates)) / limits[WITHOUT].clamp_min(min(grid.rates))
+    none = {arm: bool((rates == 0).any()) for arm, rates in limits.items()}
     bound = _bound(none[WITHOUT], none[WITH])
     return judge(
         "rates-largest", factor.log2().tolist(),
         "The largest learning rate that ends at a training loss of {usable:.3g} or less is {normed} with batch norm, "
         "{plain} without (medians over seeds)" + ("; so {bound}{ratio:times} times as large." if bound else "."),
         bound=bound, failed_guard=grid.unlearned(grid.better, grid.best(grid.better)), usable=grid.usable,
-        normed=_rate(found[WITH], grid), plain=_rate(found[WITHOUT], grid), ratio=paired_seeds.factor(factor),
+        normed=_rate(limits[WITH], grid), plain=_rate(limits[WITHOUT], grid), ratio=paired_seeds.factor(factor),
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _rate(rates: Tensor, grid: Grid) -> str:
 
 
 def loss_axis(grid: Grid, values: Sequence[float]) -> Axis:
-    """The axis of a training loss: logarithmic where it falls by decades, and without what never learned."""
+    """The axis of a training loss: logarithmic if the loss falls far, and cut above 1.5 times the first loss."""
     low, top = min(values, default=0.0), _TOP * grid.start
     if not (isfinite(low) and isfinite(top)):
         return Axis("training loss")
@@ -149,19 +149,19 @@ def loss_axis(grid: Grid, values: Sequence[float]) -> Axis:
 
 
 def wide_axis(title: str, rows: Sequence[Row]) -> Axis:
-    """The value axis of a chart of dots: logarithmic where the values span much."""
+    """The value axis of a chart of dots: logarithmic if the largest value is over 5 times the smallest."""
     values = [row["value"] for row in rows]
     return Axis(title, log=bool(values) and min(values) > 0 and max(values) > _SPAN * min(values))
 
 
 def curves(grid: Grid, roles: dict[str, Role], verdict: Verdict) -> Chart:
-    """Smoothed training loss of some arms against steps, each at its best rate."""
+    """Chart of the smoothed training loss of the arms in ``roles`` against steps, each arm at its best rate."""
     rows: Rows = []
     for arm in filter(grid.losses.__contains__, roles):
         smooth = grid.smooth(arm)[:, grid.best(arm)].T  # (times, seeds)
-        kept = paired_seeds.evenly(len(smooth), _POINTS)
-        steps = (kept + grid.window).tolist()
-        rows += paired_seeds.curve(steps, smooth[kept], series=CALLED[arm])
+        places = paired_seeds.evenly(len(smooth), _POINTS)
+        steps = (places + grid.window).tolist()
+        rows += paired_seeds.curve(steps, smooth[places], series=CALLED[arm])
     if isfinite(grid.target):
         rows += [
             {"x": x, "y": paired_seeds.figures(grid.target), "series": "target"} for x in (grid.window, grid.steps)
@@ -191,18 +191,19 @@ ARMS = "The runs of the first question, with batch norm and without."
 
 
 def arms_in_words(study: Study) -> str:
-    """What is compared, for every question about training."""
+    """What is compared: the text for the first question about training."""
     plan = study.plan
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
     return (
-        f"Your model with batch norm as it is, and with gamma x + beta in the place of each batch norm layer (the same "
-        f"parameters), from the same first weights and on the same batches of {study.subject.data.size}: {plan.steps} "
-        f"steps of SGD with momentum {MOMENTUM}, at each of the rates {rates}, from {plan.seeds} seeds."
+        f"Your model with batch norm is compared with the same model in which each batch norm layer is replaced by "
+        f"gamma x + beta (the same parameters). Both start from the same weights and train on the same batches of "
+        f"{study.subject.data.size}: {plan.steps} steps of SGD with momentum {MOMENTUM}, at each of the rates {rates}, "
+        f"from {plan.seeds} seeds."
     )
 
 
 def speed(study: Study) -> Claim:
-    """The question whether batch norm is faster here."""
+    """The claim that training is faster with batch norm."""
     return claim(
         "ablation", "speed", lambda _, __: measure(study), compared=arms_in_words(study),
         window=study.grid.window, target=TARGET,
@@ -210,5 +211,5 @@ def speed(study: Study) -> Claim:
 
 
 def rates(study: Study) -> Claim:
-    """The question whether larger rates are usable."""
+    """The claim that larger rates are usable with batch norm."""
     return claim("ablation", "rates", lambda _, __: measure_rates(study), compared=ARMS, usable=USABLE)

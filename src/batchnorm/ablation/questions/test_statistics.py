@@ -1,8 +1,8 @@
-"""Question "test time": which statistics serve one example, and is its answer its own?
+"""Question "test time": which statistics are best for test data, and does an output depend on other examples?
 
-batch        statistics of the test batch, in batches of several sizes (train mode of batch norm alone)
-stored       running averages, as eval mode has them
-population   exact statistics of the training data under the final weights (recalibrate)
+batch        statistics of the test batch, for batches of several sizes (only batch norm is in train mode)
+stored       running averages, as in eval mode
+population   exact statistics of the training data with the final weights (``recalibrate``)
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 SMALL = 4
 _SIZES = (SMALL, 16, 64)
-_POPULATION = 512  # training examples that exact statistics are measured on, at most: a pass for every layer
-_ALONE = 16  # examples that go through the model one at a time
+_POPULATION = 512  # the most training examples for exact statistics, which need a pass for every layer
+_ALONE = 16  # the most examples that pass through the model one at a time
 _STORED = ("running averages (eval mode)", "population statistics")
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutReading:
-    """Mean held-out loss and accuracy; None where there are no classes."""
+    """Mean held-out loss and accuracy; the accuracy is None if the targets are no classes."""
 
     loss: float
     accuracy: float | None
@@ -49,14 +49,14 @@ class HeldOutReading:
 
 @dataclass(frozen=True, slots=True)
 class ModelReadings:
-    """One model by all statistics.
+    """The readings of one model with all statistics.
 
     Args:
-        batch: By size of the test batch.
-        stored: In eval mode; None where no statistics are stored.
-        population: By exact statistics; None where none can be stored.
-        alone: Largest difference of an output between alone and in a batch, in sd of outputs; None where no tensor
-            with one row for each example came out.
+        batch: Size of the test batches -> the reading by batch statistics.
+        stored: The reading by stored statistics; None if a layer stores no statistics.
+        population: The reading by exact statistics; None without layers to recalibrate or without finite statistics.
+        alone: Largest difference between an example's output alone and in a batch, in standard deviations of the
+            outputs; None if it cannot be measured, as without an output of one row for each example.
     """
 
     batch: dict[int, HeldOutReading]
@@ -66,7 +66,7 @@ class ModelReadings:
 
 
 def read(subject: Subject, model: nn.Module, seed: int) -> ModelReadings:
-    """Held-out data through a model in every way; it is left as it was."""
+    """Measure a model on the held-out data with all statistics; the model's buffers and modes are restored."""
     held = list(subject.data.held)
     own = own_statistics(model)
     stored = population = alone = None
@@ -80,8 +80,8 @@ def read(subject: Subject, model: nn.Module, seed: int) -> ModelReadings:
 
 
 def _by_batch(subject: Subject, model: nn.Module, held: list[Batch], seed: int) -> dict[int, HeldOutReading]:
-    """In random batches of every size, with batch norm in train mode and all else in eval mode."""
-    pool, found = None if subject.data.whole else joined(held), {}
+    """Readings in random batches of every size; batch norm is in train mode, all other modules in eval mode."""
+    pool, readings = None if subject.data.whole else joined(held), {}
     total = examples_in(pool) if pool is not None else 0
     for size in sorted({*_SIZES, subject.data.size}):
         groups = regrouped(held, size, seed) if pool is not None and size <= total else None
@@ -91,14 +91,14 @@ def _by_batch(subject: Subject, model: nn.Module, held: list[Batch], seed: int) 
             with kept_buffers(model):
                 for layer in own_statistics(model).values():
                     layer.train()
-                found[size] = _mean(subject, model, groups)
-    return found
+                readings[size] = _mean(subject, model, groups)
+    return readings
 
 
 def _by_population(subject: Subject, model: nn.Module, held: list[Batch]) -> HeldOutReading | None:
-    """None where there are no finite statistics."""
+    """The reading by exact statistics; None if there are no finite statistics."""
     with kept_buffers(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of layers that no forward reaches, and of NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # about layers that do not run, and about NaN
         with suppress(ValueError):
             if subject.data.whole:
                 recalibrate(model, _up_to(_POPULATION, subject.data.train))
@@ -109,7 +109,7 @@ def _by_population(subject: Subject, model: nn.Module, held: list[Batch]) -> Hel
 
 
 def _up_to(examples: int, batches: Sequence[Batch]) -> list[Batch]:
-    """The first whole batches that together have this many examples, or all batches."""
+    """The first batches, uncut, until they have at least this number of examples; else all batches."""
     counts = torch.tensor([0, *map(examples_in, batches)]).cumsum(0)
     return [batch for batch, before in zip(batches, counts, strict=False) if int(before) < examples]
 
@@ -119,13 +119,13 @@ def _mean(subject: Subject, model: nn.Module, batches: Sequence[Batch]) -> HeldO
     losses = torch.tensor([float(subject.value(model, batch)) for batch in batches])
     right = [subject.accuracy(model, batch) for batch in batches]
     loss = float((losses * counts).sum() / counts.sum())
-    known = [value for value in right if value is not None]
-    whole = len(known) == len(right)
-    return HeldOutReading(loss, float((torch.tensor(known) * counts).sum() / counts.sum()) if whole else None)
+    shares = [value for value in right if value is not None]
+    is_complete = len(shares) == len(right)
+    return HeldOutReading(loss, float((torch.tensor(shares) * counts).sum() / counts.sum()) if is_complete else None)
 
 
 def _alone(model: nn.Module, held: list[Batch], *, whole: bool) -> float | None:
-    """In eval mode, the same examples alone and together."""
+    """The number ``ModelReadings.alone``, in eval mode."""
     if whole or not is_rows(held[0]):
         return None
     batch = first_examples(held[0], _ALONE)
@@ -133,28 +133,28 @@ def _alone(model: nn.Module, held: list[Batch], *, whole: bool) -> float | None:
     together = first_tensor(call(model, batch))
     if together is None or together.ndim < 1 or len(together) != count or count < 2:
         return None
-    singly = [first_tensor(call(model, take(batch, torch.tensor([n])))) for n in range(count)]
-    if any(one is None or one.shape != together[:1].shape for one in singly):
+    outputs = [first_tensor(call(model, take(batch, torch.tensor([n])))) for n in range(count)]
+    if any(one is None or one.shape != together[:1].shape for one in outputs):
         return None
-    difference = (torch.cat([one for one in singly if one is not None]) - together).abs().max()
+    difference = (torch.cat([one for one in outputs if one is not None]) - together).abs().max()
     return float(difference / together.std().clamp_min(torch.finfo(together.dtype).tiny))
 
 
 def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int]) -> Result:
-    """One model for each seed, or one model with one division into batches for each seed."""
-    found = [read(subject, models[n % len(models)], seed) for n, seed in enumerate(seeds)]
-    verdicts = [_judge_small(found), _judge_stored(found), _judge_alone(found)]
+    """Verdicts on test time; ``models`` has one model for each seed, or one model for all seeds."""
+    models_read = [read(subject, models[n % len(models)], seed) for n, seed in enumerate(seeds)]
+    verdicts = [_judge_small(models_read), _judge_stored(models_read), _judge_alone(models_read)]
     numbers: Numbers = {}
-    for name, readings in _by_name(found).items():
+    for name, readings in _by_name(models_read).items():
         numbers[f"held-out loss by {name}"] = paired_seeds.figures(_average([r.loss for r in readings]))
         right = [r.accuracy for r in readings if r.accuracy is not None]
         if len(right) == len(readings):
             numbers[f"held-out accuracy by {name}, %"] = paired_seeds.figures(100 * _average(right))
-    return Result(verdicts, [_chart(found, verdicts[0])] if _by_name(found) else [], numbers)
+    return Result(verdicts, [_chart(models_read, verdicts[0])] if _by_name(models_read) else [], numbers)
 
 
 def _by_name(found: list[ModelReadings]) -> dict[str, list[HeldOutReading]]:
-    """ModelReadings of every kind of statistics that all models have."""
+    """Kind of statistics -> readings of all models, for the kinds that all models have."""
     names = {f"batches of {size}": [r.batch.get(size) for r in found] for size in sorted(found[0].batch)}
     names |= dict(zip(_STORED, ([r.stored for r in found], [r.population for r in found]), strict=True))
     whole = {name: [r for r in readings if r is not None] for name, readings in names.items()}
@@ -166,7 +166,7 @@ def _average(values: Sequence[float]) -> float:
 
 
 def _relative(found: list[ModelReadings], other: list[HeldOutReading | None]) -> list[float]:
-    """Loss above that by population statistics, as a share of the latter; [] where one is missing."""
+    """(loss - population loss) / |population loss| for each model; [] if it cannot be computed for a model."""
     pairs = [(r.population, o) for r, o in zip(found, other, strict=True)]
     if _unrelated(found, other):
         return []
@@ -174,23 +174,23 @@ def _relative(found: list[ModelReadings], other: list[HeldOutReading | None]) ->
 
 
 def _unrelated(found: list[ModelReadings], other: list[HeldOutReading | None]) -> str:
-    """Why losses have no share of the loss by population statistics, in words; "" if they have."""
+    """Why ``_relative`` cannot be computed, in words; "" if it can."""
     if any(reading is None for reading in other):
-        return "the held-out batches cannot be normalized that way"
+        return "the held-out batches cannot be normalized by these statistics"
     if any(r.population is None for r in found):
         return "no population statistics could be stored"
     if not all(r.population.loss for r in found if r.population is not None):
-        return "the held-out loss by population statistics is 0, and nothing is a share of it"
+        return "the held-out loss by population statistics is 0, so no share of it exists"
     return ""
 
 
 def _said(reading: list[HeldOutReading | None]) -> str:
-    known = [r for r in reading if r is not None]
-    if len(known) < len(reading) or not known:
-        return "nothing to measure"
-    right = [r.accuracy for r in known if r.accuracy is not None]
-    correct = f" ({_average(right):.1%} right)" if len(right) == len(known) else ""
-    return f"{_average([r.loss for r in known]):.3g}{correct}"
+    measured = [r for r in reading if r is not None]
+    if len(measured) < len(reading) or not measured:
+        return "not measured"
+    right = [r.accuracy for r in measured if r.accuracy is not None]
+    correct = f" ({_average(right):.1%} right)" if len(right) == len(measured) else ""
+    return f"{_average([r.loss for r in measured]):.3g}{correct}"
 
 
 def _judge_small(found: list[ModelReadings]) -> Verdict:
@@ -201,7 +201,7 @@ def _judge_small(found: list[ModelReadings]) -> Verdict:
         failed = f"held-out examples cannot be put into batches of {SMALL}, or no statistics are stored"
     return judge(
         "test-time-small", values,
-        "Held-out loss {population} by population statistics, {own} by those of batches of {size}.",
+        "The held-out loss is {population} by population statistics, and {own} by those of batches of {size}.",
         failed_guard=failed, population=_said([r.population for r in found]), own=_said(small), size=SMALL,
     )  # fmt: skip
 
@@ -210,11 +210,11 @@ def _judge_stored(found: list[ModelReadings]) -> Verdict:
     values = _relative(found, [r.stored for r in found])
     failed = _unrelated(found, [r.stored for r in found])
     if any(r.stored is None for r in found):
-        failed = "the batch norm layers store no statistics of their own"
-    # a mean of shares beside means of losses, which may differ in direction
+        failed = "the batch norm layers store no statistics"
+    # the sentence has means of losses and the mean of shares, which may disagree about the sign
     return judge(
         "test-time-stored", values,
-        "Held-out loss {stored} by running averages, {population} by population statistics (seed by seed "
+        "The held-out loss is {stored} by running averages, and {population} by population statistics (seed by seed "
         "{more:share}).",
         failed_guard=failed, stored=_said([r.stored for r in found]), population=_said([r.population for r in found]),
         more=_average(values) if values else nan,
@@ -227,7 +227,7 @@ def _judge_alone(found: list[ModelReadings]) -> Verdict:
     return judge(
         "test-time-alone", values if whole else [],
         "In eval mode an output differs by at most {most:.1g} standard deviations between alone and in a batch.",
-        failed_guard="" if whole else "batches are not rows of examples, or no output has one row for each",
+        failed_guard="" if whole else "batches are not rows of examples, or no output has one row for each example",
         most=max(values) if whole else nan,
     )  # fmt: skip
 
@@ -246,5 +246,5 @@ def _chart(found: list[ModelReadings], verdict: Verdict) -> Chart:
     )  # fmt: skip
 
 
-# For the words of the question
+# For the texts of the question
 FIGURES = {"population": _POPULATION, "alone": _ALONE}
