@@ -64,7 +64,7 @@ class Schedule:
 
     @contextmanager
     def looking(self, kind: str) -> Iterator[None]:
-        """A block, inside ``spending``, whose time is what the next look of this kind is expected to take."""
+        """A block inside ``spending``; its time becomes the expected time of the next look of this kind."""
         start = self._clock()
         try:
             yield
