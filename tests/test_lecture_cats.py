@@ -333,7 +333,7 @@ def test_networks_that_have_not_learned_make_the_claim_invalid():
     """Twenty steps are too few to reach 85%."""
     main = short()[0].verdicts[0]
     assert main.status == Status.INVALID
-    assert main.failed_guard.endswith("on black")
+    assert main.failed_guard.endswith("on black cats")
 
 
 def made_up(**accuracy: tuple[float, float, float]) -> Findings:
@@ -350,7 +350,7 @@ def test_a_repair_is_judged_by_the_share_of_what_was_lost():
     verdict = black_cats._repair(made_up(contrast=(0.6, 0.5, 0.9)), "affine")
     assert verdict.status == Status.SUPPORTED
     assert verdict.sentence == (
-        "Contrast × 0.3, brightness + 0.3: 50.0% as it stands, 90.0% re-estimated (100% of 40.0 points won back)."
+        "Contrast × 0.3, brightness + 0.3: 50.0% with stored, 90.0% with new statistics (100% of 40.0 points won back)."
     )
 
 

@@ -166,7 +166,7 @@ def test_the_verdict_on_wine_is_the_log_of_steps_counted_by_hand(result: Result)
     assert estimate is not None
     expected = [math.log10(by_hand(RAW, s) / by_hand(NORMALIZED, s)) for s in range(2)]
     assert estimate.values == pytest.approx(expected, rel=1e-6)
-    assert f"more than {cap} as recorded" in result.verdicts[0].sentence
+    assert f"more than {cap} steps as recorded" in result.verdicts[0].sentence
 
 
 def test_the_control_says_what_of_its_ratio_is_left_once_features_are_centred() -> None:
@@ -175,7 +175,8 @@ def test_the_control_says_what_of_its_ratio_is_left_once_features_are_centred() 
 
     verdict = feature_ranges._judge("digits", {RAW: reaching(40), CENTRED: reaching(10), NORMALIZED: reaching(5)})
     assert verdict.sentence == (
-        "Digits: 5 steps with normalized features, 40 as pixels / 16 (8 times as many), 10 if only centred. "
-        "Normalizing also centres, and the control counts that too: features that are only centred take 2 times as "
-        "many steps as normalized ones."
+        "Digits: 5 steps with normalized features, 40 steps as pixels / 16 (8 times as many), 10 steps "
+        "if only centred. "
+        "Normalizing also centres, and the control includes this effect: features that are only centred take 2 times "
+        "as many steps as normalized features."
     )

@@ -1,4 +1,4 @@
-"""The lecture's claims about why batch norm works, each as an experiment with a pre-set criterion."""
+"""The lecture's claims about why batch norm works; each is tested by an experiment with criteria set beforehand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.experiment.outcomes import ClaimOutcome
     from batchnorm.experiment.run_settings import Progress, RunSettings
 
-# In the lecture's order, with the module of each, which imports torch, and so is loaded when the claim runs.
+# Claim -> its module, in the lecture's order. A module imports torch, so it is loaded only when its claim runs.
 _MODULES = {
     "scale": "feature_ranges",
     "hidden": "hidden_units",
@@ -35,7 +35,7 @@ def load(name: str) -> Claim:
         ValueError: If there is no such claim.
     """
     if name not in NAMES:
-        raise ValueError(f"claim must be one of {', '.join(NAMES)}, got {name!r}.")
+        raise ValueError(f"claim must be one of {', '.join(NAMES)}, got {name!r}. Choose one of these.")
     return import_module(f"{__name__}.claims.{_MODULES[name]}").CLAIM
 
 
@@ -52,8 +52,10 @@ def run(name: str, settings: RunSettings, progress: Progress = lambda _: None) -
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The experiments' matrices are small: handing them between threads costs more than it saves, far more on a busy
-    machine, and one thread gives the same numbers on every machine.
+    """A block that runs on one thread.
+
+    The experiments' matrices are small, so several threads are slower than one, much slower on a busy machine. One
+    thread also gives the same numbers on machines with different numbers of cores.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Every criterion of the lecture, fixed before its experiment runs: ``criteria.toml`` has them, with their version."""
+"""The criteria of the lecture, fixed before the experiments ran; ``criteria.toml`` has their texts and version."""
 
 from batchnorm.experiment.judgement import Criteria
 

@@ -1,4 +1,4 @@
-"""Training of an ensemble by SGD with one learning rate for each network, and what is read off a run."""
+"""Training of an ensemble by SGD with one learning rate for each network; losses and accuracies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.lecture.data_sets import Examples
     from batchnorm.lecture.networks import Ensemble
 
-# Called before step 0 and after every step with the number of steps done.
+# Called with the number of finished steps: before the first step, and after each step
 Observer = Callable[[int], None]
 
 
@@ -25,8 +25,8 @@ def losses(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def accuracies(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of examples whose largest logit is their class: logits (R, N, K), classes (R, N) or (N,) -> (R,)."""
-    finite = logits.isfinite().all(-1)  # argmax of NaN is a class, but no answer
+    """Share of examples with the right class: logits (R, N, K), classes (R, N) or (N,) -> (R,)."""
+    finite = logits.isfinite().all(-1)  # argmax of NaN gives a class, which must not count
     return ((logits.argmax(-1) == y) & finite).float().mean(1)
 
 
@@ -36,14 +36,14 @@ def sgd(
     """Train every network of ``ensemble`` in place by plain SGD.
 
     Args:
-        ensemble: Changed: parameters and stored statistics.
+        ensemble: The networks; their parameters and stored statistics are changed.
         examples: All examples.
-        indices: Which examples each step takes, (R, steps, batch).
+        indices: Indices of the examples of each step, (R, steps, batch).
         rates: Learning rate of each network, (R,).
         observe: Called with 0 before the first step and with t after step t.
     """
     with warnings.catch_warnings():
-        # too large a rate diverges, which is an outcome here and no reason to warn
+        # no warning for a rate that is too large: its divergence is a result here
         warnings.filterwarnings("ignore", "NaN or infinity in the batch statistics", RuntimeWarning)
         observe(0)
         for step in range(indices.shape[1]):

@@ -1,8 +1,8 @@
 """The lecture's networks, and ensembles of them that train as one program.
 
-An ensemble holds R networks of one architecture with their parameters and buffers stacked on axis 0 and runs them
-through torch.func.vmap, so that all seeds and learning rates of an arm cost about as many operator calls as one
-network. The networks stay independent: one that diverges does not touch its neighbours.
+An ensemble has R networks of one architecture. Their parameters and buffers are stacked on axis 0, and torch.func.vmap
+runs all networks at once, with about as many operator calls as for one network. The networks are independent: if one
+diverges, the others are not affected.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Norm = Callable[[int], nn.Module]
 def fully_connected(sizes: Sequence[int], activation: str = "relu", norm: Norm | None = BatchNorm1d) -> nn.Sequential:
     """A classifier with weights W1 .. Wl: children "w1", "norm1", "act1", "w2", ..., "wl".
 
-    Both arms start from the initialization made for their activation (He et al. 2015 for ReLU, Glorot and Bengio
-    2010 otherwise), so the arm without batch norm is not handicapped.
+    The weights are initialized for the activation (He et al. 2015 for ReLU, Glorot and Bengio 2010 otherwise), with and
+    without batch norm, so that the network without batch norm has no disadvantage.
 
     Args:
-        sizes: Inputs, hidden widths, classes.
+        sizes: Number of inputs, widths of hidden layers, number of classes.
         activation: A key of ACTIVATIONS.
-        norm: What makes a layer's normalization from its width; None for no normalization.
+        norm: Makes a normalization layer of a given width; None for no normalization.
     """
     net = nn.Sequential()
     for layer, (fan_in, fan_out) in enumerate(pairwise(sizes), start=1):
@@ -46,7 +46,7 @@ def fully_connected(sizes: Sequence[int], activation: str = "relu", norm: Norm |
 
 
 def _linear(fan_in: int, fan_out: int, activation: str, *, bias: bool) -> nn.Linear:
-    """A layer whose weights do not depend on ``bias``: with and without, the same random numbers are drawn."""
+    """A layer whose weights do not depend on ``bias``: the same random numbers are drawn in both cases."""
     layer = nn.Linear(fan_in, fan_out)
     initialize = nn.init.kaiming_normal_ if activation == "relu" else nn.init.xavier_normal_
     initialize(layer.weight)
@@ -58,12 +58,12 @@ def _linear(fan_in: int, fan_out: int, activation: str, *, bias: bool) -> nn.Lin
 
 @dataclass(eq=False)
 class Ensemble:
-    """R networks of one architecture, run as one.
+    """R networks of one architecture that run at once.
 
     Args:
         template: The architecture; its own parameters are not used.
-        parameters: Every parameter, stacked: (R, ...), leaves that require a gradient.
-        buffers: Every buffer, stacked.
+        parameters: Name -> parameter of all networks, (R, ...), a leaf that requires a gradient.
+        buffers: Name -> buffer of all networks, (R, ...).
     """
 
     template: nn.Module
@@ -72,7 +72,7 @@ class Ensemble:
 
     @classmethod
     def of(cls, build: Callable[[], nn.Module], seeds: Sequence[int], repeat: int = 1) -> Self:
-        """One network for each seed, ``repeat`` copies of each next to one another (for as many learning rates)."""
+        """``repeat`` copies of one network for each seed, one copy for each learning rate; copies are neighbours."""
         with torch.random.fork_rng(devices=[]):
             networks = [_seeded(build, seed) for seed in seeds]
         parameters, buffers = stack_module_state(networks)
@@ -91,9 +91,9 @@ class Ensemble:
         """Outputs of every network.
 
         Args:
-            x: One batch for each network, (R, N, features), or one for all of them, (N, features).
-            train: Normalize by the batch; else by stored statistics.
-            keep_statistics: Leave the stored statistics as they are in train mode.
+            x: One batch for each network, (R, N, features), or one batch for all networks, (N, features).
+            train: True normalizes by batch statistics, False by stored statistics.
+            keep_statistics: True does not update the stored statistics in train mode.
         """
         return self.through(self.template, x, train=train, keep_statistics=keep_statistics)
 
@@ -106,7 +106,10 @@ class Ensemble:
         train: bool = False,
         keep_statistics: bool = False,
     ) -> Tensor:
-        """As a call, but through ``part`` only: a slice of the template whose names start as the template's do."""
+        """Outputs of ``part``, a slice or child of the template, for every network.
+
+        ``prefix`` and the names in ``part`` together are names in the template.
+        """
         names = {f"{prefix}{name}" for name, _ in (*part.named_parameters(), *part.named_buffers())}
         parameters, buffers = (
             {k.removeprefix(prefix): v for k, v in tensors.items() if k in names}
@@ -124,9 +127,9 @@ class Ensemble:
         return run(parameters, buffers, x)
 
     def behind(self, child: str, x: Tensor, *, train: bool) -> Tensor:
-        """Values behind one child of every network, without gradient: (R, N, ...) -> (R, N, units).
+        """Outputs of one child of every network, without gradient: (R, N, ...) -> (R, N, units).
 
-        In train mode the values are what the next layer receives in training; stored statistics stay as they are.
+        With ``train`` they are the values that the next layer receives in training. Stored statistics are not changed.
         """
         children = dict(self.template.named_children())
         part = nn.Sequential(OrderedDict(list(children.items())[: list(children).index(child) + 1]))

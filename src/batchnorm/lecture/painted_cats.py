@@ -1,8 +1,8 @@
-"""Silhouettes painted: black cats, coloured cats, and pictures of black cats that were changed as a whole.
+"""Pictures made from silhouettes: black cats, coloured cats, and changed pictures of black cats.
 
-A silhouette is 1 on the shape, 0 on the ground and between them at its edge; a picture is (3, H, W), red, green and
-blue from 0 to 1. The paintings of one seed share their grounds, so "contrast" and "inverted" are affine maps of
-"black", value by value.
+A silhouette is 1 on the shape, 0 on the ground, and between 0 and 1 at the edge. A picture is (3, H, W): red, green and
+blue from 0 to 1. All paintings of one seed have the same grounds. So the values of "contrast" and "inverted" are affine
+functions of the values of "black".
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The ground is light: each of its colours lies between this and 1.
-LIGHT = 0.8
+LIGHT = 0.8  # red, green and blue of the ground lie between this and 1
 CONTRAST, BRIGHTNESS = 0.3, 0.3
 NOISE = 0.6  # standard deviation
 
 
 def paint(name: str, shapes: Tensor, seed: int) -> Tensor:
-    """Pictures of ``shapes``, (N, H, W) -> (N, 3, H, W), in the painting called ``name``, a key of PAINTINGS."""
+    """Pictures of ``shapes``, (N, H, W) -> (N, 3, H, W); ``name`` is a key of PAINTINGS."""
     return PAINTINGS[name](shapes, torch.Generator().manual_seed(seed))
 
 
@@ -46,29 +45,29 @@ PAINTINGS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "black": _black,
     "coloured": _coloured,
     "contrast": lambda shapes, random: CONTRAST * _black(shapes, random) + BRIGHTNESS,
-    "noise": _noisy,  # not cut to 0..1: added noise and nothing else
+    "noise": _noisy,  # not clipped to 0..1, so that only noise is added
     "inverted": lambda shapes, random: 1 - _black(shapes, random),
 }
 
 
 def with_share(classes: Tensor, rare: int, share: float) -> Tensor:
-    """Indices of examples of which ``share`` are of class ``rare``: all others, and the first few of it.
+    """Indices of examples such that ``share`` of them are of class ``rare``: its first examples, and all others.
 
     Args:
         classes: Class of each example, (N,).
-        rare: The class to thin out.
-        share: Its share of the result, to the nearest example; at least one is kept.
+        rare: The class that becomes rare.
+        share: Share of the class in the result, rounded to a number of examples, at least one example.
     """
     wanted, others = (classes == rare).nonzero().flatten(), (classes != rare).nonzero().flatten()
-    kept = max(1, round(len(others) * share / (1 - share)))
-    if kept > len(wanted):
+    number = max(1, round(len(others) * share / (1 - share)))
+    if number > len(wanted):
         raise ValueError(
-            f"a share of {share} needs {kept} examples of class {rare}, got {len(wanted)}. Take a smaller share."
+            f"a share of {share} needs {number} examples of class {rare}, got {len(wanted)}. Take a smaller share."
         )
-    return torch.cat([wanted[:kept], others]).sort().values
+    return torch.cat([wanted[:number], others]).sort().values
 
 
 def mosaic(rows: list[Tensor], zoom: int) -> Tensor:
-    """One picture (3, H', W') of all: each row's pictures (N, 3, H, W) side by side, a pixel ``zoom`` wide and high."""
+    """One picture, (3, H', W'), with the pictures (N, 3, H, W) of each row side by side, enlarged by ``zoom``."""
     lines = [torch.cat(list(row), 2) for row in rows]  # (N, 3, H, W) -> (3, H, N W)
     return torch.cat(lines, 1).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

@@ -1,4 +1,4 @@
-"""One arm trained at every learning rate of a grid that all arms share, so that each is tuned with equal effort."""
+"""One arm trained at every learning rate of a grid; all arms have the same grid, so they are tuned equally well."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SIZES = (64, 64, 64, 64, 64, 10)  # the lecture's five weight matrices W1 .. W5,
 STEPS = 300
 BATCH = 64
 EVERY = 5  # steps between evaluations
-TRAIN = 1400  # of 1797 digits; the rest is for testing
-TARGET = 0.95  # training accuracy that an arm's speed is counted to
-PROBE = 300  # training examples that accuracy is read from, in eval mode
+TRAIN = 1400  # training examples of the 1797 digits; the others are test examples
+TARGET = 0.95  # training accuracy up to which steps are counted
+PROBE = 300  # training examples on which accuracy is measured, in eval mode
 
-# What normalizes a hidden layer in each of the two arms
+# Arm -> normalization of the hidden layers
 BOTH: dict[str, Norm | None] = {"without": None, "with": BatchNorm1d}
 
 
@@ -35,8 +35,8 @@ class Sweep:
     """Learning curves of one arm.
 
     Args:
-        rates: The grid.
-        steps: Steps at which the curves were read, (T,).
+        rates: The learning rates of the grid.
+        steps: Training steps at which accuracy and loss were measured, (T,).
         accuracy: Training accuracy in eval mode, (T, seeds, rates).
         loss: Training loss in eval mode, nats, (T, seeds, rates).
     """
@@ -47,11 +47,11 @@ class Sweep:
     loss: Tensor
 
     def steps_to(self, accuracy: float) -> Tensor:
-        """First step with at least ``accuracy``, (seeds, rates); infinity where it was never reached."""
+        """First step with at least this accuracy, (seeds, rates); infinity if it was never reached."""
         return first_step(self.accuracy >= accuracy, self.steps)
 
     def best_rate(self) -> int:
-        """Index of the rate with the least median steps to TARGET; if none arrives, the most accurate."""
+        """Index of the rate with the fewest median steps to TARGET; without any, with the best final accuracy."""
         median = paired_seeds.median(self.steps_to(TARGET), 0)
         return int(median.argmin()) if median.isfinite().any() else int(self.accuracy[-1].mean(0).argmax())
 
@@ -64,50 +64,50 @@ class Sweep:
         return self.accuracy[:, :, self.best_rate()]
 
     def largest_rate(self, accuracy: float = 0.9) -> Tensor:
-        """For each seed the largest rate whose run ends at ``accuracy`` or more, (seeds,); 0 where there is none."""
+        """The largest rate at which a seed ends with at least this accuracy, (seeds,); 0 if there is no such rate."""
         return torch.where(self.accuracy[-1] >= accuracy, torch.tensor(self.rates), 0.0).amax(1)
 
 
 @cache
 def digits() -> data_sets.Examples:
-    """The digits with pixels of 0 to 1: one range for all features, so only hidden layers are in question."""
+    """The digits with pixels from 0 to 1; all features have the same range, so inputs need no normalization."""
     raw = data_sets.table("digits")
     return data_sets.Examples(raw.x / 16, raw.y)
 
 
 def training_indices(settings: RunSettings, steps: int, *, batch: int = BATCH) -> Tensor:
-    """Each seed's mini-batches from its own training split, (seeds, steps, batch); the same for every arm."""
+    """Mini-batches from each seed's training split, (seeds, steps, batch); they are the same for every arm."""
     return torch.stack(
         [data_sets.batch_indices(training_split(seed), batch, steps, seed) for seed in settings.all_seeds]
     )
 
 
 def training_split(seed: int) -> Tensor:
-    """The training examples of a seed."""
+    """Indices of the training examples of a seed."""
     return data_sets.split(len(digits()), TRAIN, seed)[0]
 
 
 def probe_indices(settings: RunSettings, count: int = PROBE) -> Tensor:
-    """A fixed set of each seed's training examples, (seeds, count)."""
+    """Indices of the first ``count`` training examples of each seed, (seeds, count)."""
     return torch.stack([training_split(seed)[:count] for seed in settings.all_seeds])
 
 
 @cache
 def sweep(settings: RunSettings, activation: str, norm: Norm | None) -> Sweep:
-    """Train the five-layer network at every rate of RATES; all seeds and rates run as one program."""
+    """Train the five-layer network at every rate of RATES; all seeds and rates run at once."""
     rates = torch.tensor(RATES).repeat(settings.seeds)
     ensemble = Ensemble.of(lambda: fully_connected(SIZES, activation, norm), settings.all_seeds, repeat=len(RATES))
     indices = training_indices(settings, settings.steps(STEPS)).repeat_interleave(len(RATES), 0)
     probe = digits()[probe_indices(settings).repeat_interleave(len(RATES), 0)]
-    taken: list[tuple[int, Tensor, Tensor]] = []
+    readings: list[tuple[int, Tensor, Tensor]] = []
 
     def observe(step: int) -> None:
         if step % EVERY == 0:
             with torch.no_grad():
                 logits = ensemble(probe.x)
-            taken.append((step, accuracies(logits, probe.y), losses(logits, probe.y)))
+            readings.append((step, accuracies(logits, probe.y), losses(logits, probe.y)))
 
     sgd(ensemble, digits(), indices, rates, observe)
-    steps, accuracy, loss = zip(*taken, strict=True)
+    steps, accuracy, loss = zip(*readings, strict=True)
     grid = (len(steps), settings.seeds, len(RATES))
     return Sweep(RATES, torch.tensor(steps), torch.stack(accuracy).view(grid), torch.stack(loss).view(grid))

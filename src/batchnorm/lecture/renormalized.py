@@ -1,4 +1,4 @@
-"""The same networks normalized by other statistics: those of groups within a batch, or of the whole population."""
+"""Networks normalized by other statistics: those of groups within a batch, or of the whole population."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from batchnorm.moments import Moments
 
 
 class GhostNorm(BatchNorm1d):
-    """BatchNorm1d that normalizes each group of ``size`` neighbours in the batch by itself (Hoffer et al. 2017).
+    """BatchNorm1d that normalizes each group of ``size`` neighbours in the batch separately (Hoffer et al. 2017).
 
-    In train mode it stores nothing; eval mode takes the stored statistics, as ever.
+    Train mode does not update the stored statistics; eval mode uses them, as in BatchNorm1d.
 
     Args:
-        num_features: Channels.
-        size: Examples in a group; the batch must be a multiple of it.
+        num_features: Number of channels.
+        size: Number of examples in a group; the number of examples in a batch must be a multiple of it.
     """
 
     def __init__(self, num_features: int, *, size: int) -> None:
@@ -29,7 +29,7 @@ class GhostNorm(BatchNorm1d):
         self.size = size
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002, ARG002 - the layer's own
-        """The batch (N, C), each group by its own mean and variance in train mode."""
+        """The normalized batch, (N, C); in train mode by the mean and variance of each group."""
         if not self.training:
             return super().forward(input)
         groups = input.unflatten(0, (-1, self.size))  # (N, C) -> (groups, size, C)
@@ -37,7 +37,7 @@ class GhostNorm(BatchNorm1d):
 
 
 def with_norm(trained: Ensemble, sizes: Sequence[int], norm: Norm = BatchNorm1d) -> Ensemble:
-    """Fully connected networks that share the parameters of ``trained``, with new normalization, not filled."""
+    """Fully connected networks with the parameters of ``trained``, and new normalization with fresh statistics."""
     fresh = Ensemble.of(lambda: fully_connected(sizes, norm=norm), range(trained.size))
     return Ensemble(fresh.template, trained.parameters, fresh.buffers)
 
@@ -46,9 +46,9 @@ def with_population(trained: Ensemble, sizes: Sequence[int], x: Tensor) -> Ensem
     """The same networks with exact population statistics, layer by layer as ``recalibrate`` measures them.
 
     Args:
-        trained: Networks with batch norm of some kind; parameters are shared, nothing is changed.
-        sizes: As for fully_connected.
-        x: All examples of each network's population, (R, N, features).
+        trained: Networks with batch norm of any kind, which are not changed; the result shares their parameters.
+        sizes: As in ``fully_connected``.
+        x: All examples of the population of each network, (R, N, features).
     """
     exact = with_norm(trained, sizes)
     with torch.no_grad():

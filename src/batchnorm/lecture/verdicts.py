@@ -1,4 +1,4 @@
-"""What the lecture's claims came to, all together."""
+"""The outcomes of the lecture's claims, with the page's title and headline."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _FAILED = {
 @final
 @dataclass(frozen=True, slots=True)
 class LectureVerdicts(Verdicts):
-    """Every outcome of one run of the lecture."""
+    """The outcomes of one run of the lecture."""
 
     criteria: ClassVar[Criteria] = CRITERIA
 
     @property
     def title(self) -> str:
-        """What the page is called."""
+        """Title of the page."""
         return "Why batch norm works, measured"
 
     @property
     def headline(self) -> str:
-        """One sentence: how many claims held, and which did not."""
+        """How many claims held and which did not, in one sentence."""
         total = len(self.outcomes)
         held = sum(outcome.main.status is Status.SUPPORTED for outcome in self.outcomes)
         noun = "claim" if total == 1 else "claims"

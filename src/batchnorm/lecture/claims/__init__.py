@@ -1,1 +1,1 @@
-"""The lecture's claims, each an experiment in a module of its own."""
+"""The lecture's claims, one module with an experiment for each claim."""

@@ -1,7 +1,8 @@
 """Claim "scale": normalizing input features that differ in range makes the loss rounder and learning faster.
 
-Softmax regression by full-batch gradient descent: with x~ = (x, 1), its Hessian is bounded by E[x~ x~^T], so the
-condition number of that matrix says how long the bowl is that the lecture draws (LeCun et al. 1998, section 5).
+The experiment is softmax regression by full-batch gradient descent. With x~ = (x, 1), the Hessian of its loss is
+bounded by E[x~ x~^T]. So the condition number of this matrix shows how long and narrow the bowl is that the lecture
+draws (LeCun et al. 1998, section 5).
 """
 
 from __future__ import annotations
@@ -26,18 +27,25 @@ from batchnorm.lecture import data_sets
 from batchnorm.lecture.claim_criteria import judge
 from batchnorm.reporting.charts.chart_data import Axis, Chart, Role
 
-# Half decades, widened after a look until the best rate of every arm that arrives lay inside.
+# In half decades. After a first run the grid was widened until no best rate was at its end, for arms that arrive.
 RATES = tuple(10 ** (k / 2) for k in range(-16, 7))
 # At 0.1 nats the true class has a probability of 0.9 (geometric mean over examples), whatever the number of classes.
 TARGET = 0.1
-FLOOR = 1e-3  # smallest loss that charts tell apart
+FLOOR = 1e-3  # the smallest loss in charts; smaller losses are drawn there
 RAW, CENTRED, NORMALIZED = "as recorded", "only centred", "normalized"
 _SERIES: dict[str, Role] = {RAW: "without", CENTRED: "neutral", NORMALIZED: "with"}
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table of the claim: its name in sentences, training examples, steps at most, divisor of its features."""
+    """One table of the claim.
+
+    Args:
+        title: Name of the table in sentences.
+        train: Number of training examples.
+        steps: Number of training steps.
+        divisor: Features are divided by this number.
+    """
 
     title: str
     train: int
@@ -45,7 +53,7 @@ class Table:
     divisor: float = 1.0
 
 
-# Four fifths of wine and breast cancer; 500 digits, as training on all would take most of the claim's time.
+# Four fifths of wine and breast cancer; only 500 digits, since all digits would take most of the claim's time.
 TABLES = {
     "wine": Table("wine", 142, 1000),
     "cancer": Table("breast cancer", 455, 1000),
@@ -65,15 +73,15 @@ class Descent:
 
     @property
     def cap(self) -> int:
-        """Number of steps that were taken."""
+        """Number of training steps."""
         return len(self.losses) - 1
 
     def steps_to_target(self) -> Tensor:
-        """First step with a loss of TARGET or less, (seeds, rates); infinity where there was none."""
+        """First step with a loss of TARGET or less, (seeds, rates); infinity if there is no such step."""
         return first_step(self.losses <= TARGET, torch.arange(len(self.losses)))
 
     def best_rate(self) -> int:
-        """Index of the rate that is fastest to the target in the median over seeds; of the lowest last loss if none."""
+        """Index of the rate with the fewest median steps to the target; without any, with the lowest last loss."""
         median = paired_seeds.median(self.steps_to_target(), 0)
         last = paired_seeds.median(self.losses[-1].nan_to_num(torch.inf), 0)
         return int(median.argmin() if median.isfinite().any() else last.argmin())
@@ -84,11 +92,11 @@ class Descent:
 
 
 def descend(x: Tensor, y: Tensor, steps: int) -> Descent:
-    """Softmax regression from zero weights by gradient descent, every seed and rate in one product of matrices.
+    """Softmax regression from zero weights by gradient descent, for all seeds and rates at once.
 
     Args:
-        x: Inputs of each seed, (seeds, N, features).
-        y: Classes, (seeds, N).
+        x: Inputs for each seed, (seeds, N, features).
+        y: Classes for each seed, (seeds, N).
         steps: Number of full-batch steps.
     """
     classes, rates = int(y.max()) + 1, len(RATES)
@@ -108,7 +116,7 @@ def descend(x: Tensor, y: Tensor, steps: int) -> Descent:
 
 
 def arms(name: str, settings: RunSettings) -> tuple[dict[str, Tensor], Tensor]:
-    """Each arm's inputs, (seeds, N, features), and the classes, (seeds, N), of every seed's training split."""
+    """For the training split of every seed: inputs of each arm, (seeds, N, features), and classes, (seeds, N)."""
     table, examples = TABLES[name], data_sets.table(name)
     picked = examples[torch.stack([data_sets.split(len(examples), table.train, s)[0] for s in settings.all_seeds])]
     raw = picked.x / table.divisor
@@ -117,17 +125,17 @@ def arms(name: str, settings: RunSettings) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Train on every table in every form over one grid of learning rates."""
-    found: dict[str, dict[str, Descent]] = {}
+    """Train on every table, with features in every form, at every rate of one grid."""
+    curves: dict[str, dict[str, Descent]] = {}
     numbers: Numbers = {}
     for done, (name, table) in enumerate(TABLES.items(), start=1):
         inputs, classes = arms(name, settings)
         steps = settings.steps(table.steps)
-        found[name] = {arm: descend(x, classes, steps) for arm, x in inputs.items()}
-        numbers |= _numbers(table, inputs, found[name])
+        curves[name] = {arm: descend(x, classes, steps) for arm, x in inputs.items()}
+        numbers |= _numbers(table, inputs, curves[name])
         progress(done / len(TABLES))
-    verdicts = [_judge(name, descents) for name, descents in found.items()]
-    return Result(verdicts, [_curves(found), _rates(found), _spreads()], numbers)
+    verdicts = [_judge(name, descents) for name, descents in curves.items()]
+    return Result(verdicts, [_curves(curves), _rates(curves), _spreads()], numbers)
 
 
 def _numbers(table: Table, inputs: Mapping[str, Tensor], descents: Mapping[str, Descent]) -> Numbers:
@@ -148,18 +156,18 @@ def _called(arm: str, table: Table) -> str:
 
 
 def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
-    """Steps to the target as recorded against normalized, each at its best rate."""
+    """The verdict on the steps to the target, as recorded / normalized, each at its best rate."""
     table, control = TABLES[name], name == "digits"
     raw, centred, fast = (descents[arm].best() for arm in (RAW, CENTRED, NORMALIZED))
     ratios = raw.steps / fast.steps
     words = (
-        "{table}: {fast} steps with normalized features, {raw} {recorded} ({bound}{ratio:.3g} times as many), "
-        "{centred} if only centred."
+        "{table}: {fast} steps with normalized features, {raw} steps {recorded} ({bound}{ratio:.3g} times as many), "
+        "{centred} steps if only centred."
     )
     if control:
         words += (
-            " Normalizing also centres, and the control counts that too: features that are only centred take "
-            "{centred_bound}{centred_ratio:.3g} times as many steps as normalized ones."
+            " Normalizing also centres, and the control includes this effect: features that are only centred take "
+            "{centred_bound}{centred_ratio:.3g} times as many steps as normalized features."
         )
     late = [arm for arm, arrival in ((NORMALIZED, fast), (RAW, raw)) if arrival.late and (control or arrival is fast)]
     failed = f"{' and '.join(late)}: not every seed reached {TARGET} nats in {fast.last} steps" if late else ""
@@ -172,14 +180,14 @@ def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
     )  # fmt: skip
 
 
-def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
+def _curves(curves: Mapping[str, Mapping[str, Descent]]) -> Chart:
     rows, counts = [], []
-    for name, descents in found.items():
+    for name, descents in curves.items():
         panel, cap = TABLES[name].title, descents[RAW].cap
-        shown = sorted({round(cap ** (k / 30)) for k in range(31)})
+        chart_steps = sorted({round(cap ** (k / 30)) for k in range(31)})
         for arm, descent in descents.items():
-            best = descent.losses[shown, :, descent.best_rate()]  # (shown, seeds)
-            rows += paired_seeds.curve(shown, best.clamp_min(FLOOR), series=arm, panel=panel)
+            best = descent.losses[chart_steps, :, descent.best_rate()]  # (chart_steps, seeds)
+            rows += paired_seeds.curve(chart_steps, best.clamp_min(FLOOR), series=arm, panel=panel)
         rows += [{"x": x, "y": TARGET, "series": "target", "panel": panel} for x in (1, cap)]
         counts.append(f"{panel} {descents[NORMALIZED].best()} instead of {descents[RAW].best()}")
     return chart(
@@ -188,9 +196,9 @@ def _curves(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
     )  # fmt: skip
 
 
-def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
+def _rates(curves: Mapping[str, Mapping[str, Descent]]) -> Chart:
     rows, reached = [], []
-    for name, descents in found.items():
+    for name, descents in curves.items():
         panel = TABLES[name].title
         for arm, descent in descents.items():
             last = descent.losses[-1].T.clamp_min(FLOOR)  # (rates, seeds)
@@ -205,7 +213,7 @@ def _rates(found: Mapping[str, Mapping[str, Descent]]) -> Chart:
 
 
 def _spreads() -> Chart:
-    """Standard deviation of every feature of the whole wine table before and after."""
+    """Chart of the standard deviations of the wine table's features, before and after normalization."""
     x = data_sets.table("wine").x
     names = cast("Any", datasets.load_wine()).feature_names
     before, after = x.std(0, correction=0), InputNorm.fit(x)(x).std(0, correction=0)

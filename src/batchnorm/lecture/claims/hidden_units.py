@@ -18,7 +18,7 @@ USABLE = 0.9
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Sweep both arms with both activations over one grid of learning rates."""
+    """Train both arms with both activations at every rate of one grid."""
     sweeps: dict[str, dict[str, Sweep]] = {}
     for done, activation in enumerate(ACTIVATIONS, start=1):
         sweeps[activation] = {arm: sweep(settings, activation, norm) for arm, norm in BOTH.items()}
@@ -34,7 +34,7 @@ def run(settings: RunSettings, progress: Progress) -> Result:
 
 
 def judge_speed(activation: str, arms: dict[str, Sweep]) -> Verdict:
-    """Steps to the target without against with batch norm, each at its best rate."""
+    """The verdict on the steps to the target, without / with batch norm, each at its best rate."""
     slow, fast = arms["without"].best(), arms["with"].best()
     ratios = slow.steps / fast.steps
     failed = f"with batch norm not every seed reached {TARGET:.0%} in {fast.last} steps" if fast.late else ""
@@ -47,7 +47,10 @@ def judge_speed(activation: str, arms: dict[str, Sweep]) -> Verdict:
 
 
 def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
-    """Largest usable rate with against without; an arm with no usable rate counts with the smallest of the grid."""
+    """The verdict on the largest usable rate, with / without batch norm.
+
+    For an arm without a usable rate, the smallest rate of the grid counts.
+    """
     largest = {name: arm.largest_rate(USABLE) for name, arm in arms.items()}
     ratio = largest["with"].clamp_min(RATES[0]) / largest["without"].clamp_min(RATES[0])
     failed = f"no rate reached {USABLE:.0%} with batch norm" if bool((largest["with"] == 0).any()) else ""
@@ -60,7 +63,7 @@ def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
 
 
 def _largest(rates: Tensor) -> str:
-    """The median over seeds in words; 0 is none."""
+    """The median over seeds in words; a median of 0 means that no rate is usable."""
     median = float(rates.median())
     if not median:
         return "none of the grid"
@@ -83,16 +86,16 @@ def _curves(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
 
 
 def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Chart:
-    rows, found = [], []
+    rows, summaries = [], []
     for activation, arms in sweeps.items():
         counts = {}
         for name, arm in arms.items():
             final = arm.accuracy[-1]  # (seeds, rates)
             rows += paired_seeds.curve(arm.rates, final.T, series=f"{name} batch norm", panel=_NAMES[activation])
             counts[name] = int((final.median(0).values >= USABLE).sum())
-        found.append(f"{_NAMES[activation]} {counts['with']} with batch norm and {counts['without']} without")
+        summaries.append(f"{_NAMES[activation]} {counts['with']} with batch norm and {counts['without']} without")
     return chart(
-        "lecture", "hidden", "usable", rows, SERIES, rates=len(RATES), usable=USABLE, counts=", ".join(found),
+        "lecture", "hidden", "usable", rows, SERIES, rates=len(RATES), usable=USABLE, counts=", ".join(summaries),
         verdicts=" ".join(verdict.sentence for verdict in verdicts),
     )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Claim "noise": a mini-batch's statistics are noisy, less so the larger it is, and the noise regularizes slightly.
+"""Claim "noise": the statistics of a mini-batch are noisy, and this noise regularizes slightly.
 
-For a population-standardized value z and a batch of M with mean d and standard deviation s, batch norm gives
-(z - d) / s instead of z (``instruments.batch_noise``). Averaged over batches, E[((z - d) / s - z)^2] = 2 (1 - E[s]),
-because the batch's own covariance of both is s (the layer's eps aside). To first order in 1 / M this is (kurtosis + 3)
-/ (4 M): 1 / M from the mean and (kurtosis - 1) / (4 M) from the standard deviation.
+For a value z that is standardized by the population, and a batch of M values with mean d and standard deviation s,
+batch norm returns (z - d) / s instead of z (``instruments.batch_noise``). Without eps, the covariance of (z - d) / s
+and z within the batch is s. So the mean over batches is E[((z - d) / s - z)^2] = 2 (1 - E[s]). To first order in 1 / M
+this is (kurtosis + 3) / (4 M): 1 / M from the mean and (kurtosis - 1) / (4 M) from the standard deviation.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from batchnorm.lecture.renormalized import GhostNorm, with_population
 from batchnorm.reporting.charts.chart_data import Chart, Rows
 
 SIZES = (64, 64, 64, 10)
-TRAIN = 512  # examples, and the optimizer's batch: every step sees all of them, so grouping is the only randomness
+TRAIN = 512  # training examples, all of them in every batch, so that the groups are the only randomness
 STEPS = 150
 RATE = 0.3
 GROUPS = (4, 8, 16, 32, 128, 512)
-BATCHES = (16, 32, 128)  # of the naive comparison, where the optimizer's batch changes too
+BATCHES = (16, 32, 128)  # batch sizes of the naive comparison, in which the optimizer's batch changes too
 LEARNED = 0.95
 MEASURED = tuple(2**k for k in range(1, 10))
-ROWS = 16384  # examples drawn for each batch size, at least
-AT_LEAST = 64  # batches
+ROWS = 16384  # about this number of examples is drawn for each batch size
+AT_LEAST = 64  # the fewest batches of each size
 
 _EPS = BatchNorm1d(1).eps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arm:
-    """Networks trained with one normalization, at the end of training, with exact population statistics.
+    """Networks after training with one kind of normalization, with exact population statistics.
 
     Args:
         ensemble: One network for each seed.
         train_accuracy: (seeds,).
-        test_loss: Nats, (seeds,).
+        test_loss: Test loss in nats, (seeds,).
         test_accuracy: (seeds,).
     """
 
@@ -63,12 +63,12 @@ class Arm:
 
 
 def train_arm(settings: RunSettings, norm: Norm, batch: int = TRAIN) -> Arm:
-    """One network for each seed, trained with ``norm`` for STEPS steps of ``batch`` examples; all arms start alike."""
+    """One network for each seed, trained with ``norm`` for STEPS steps of ``batch`` examples."""
     splits = [data_sets.split(len(digits()), TRAIN, seed) for seed in settings.all_seeds]
     steps = settings.steps(STEPS)
     indices = [
-        data_sets.batch_indices(kept, batch, steps, seed)
-        for (kept, _), seed in zip(splits, settings.all_seeds, strict=True)
+        data_sets.batch_indices(pool, batch, steps, seed)
+        for (pool, _), seed in zip(splits, settings.all_seeds, strict=True)
     ]
     ensemble = Ensemble.of(lambda: fully_connected(SIZES, norm=norm), settings.all_seeds)
     sgd(ensemble, digits(), torch.stack(indices), torch.full((settings.seeds,), RATE))
@@ -80,27 +80,27 @@ def train_arm(settings: RunSettings, norm: Norm, batch: int = TRAIN) -> Arm:
 
 
 def pre_activations(ensemble: Ensemble, x: Tensor) -> list[Tensor]:
-    """What each batch norm layer receives in eval mode, (R, N, C) each, standardized over the N examples of ``x``."""
-    found = []
+    """Inputs of each batch norm layer in eval mode, (R, N, C) each, standardized over the N examples of ``x``."""
+    standardized = []
     children = list(ensemble.template.named_children())
     for end, (name, _) in enumerate(children):
         if name.startswith("norm"):
             with torch.no_grad():
                 received = ensemble.through(nn.Sequential(OrderedDict(children[:end])), x)
             mean, std = received.mean(1, keepdim=True), received.std(1, correction=0, keepdim=True)
-            found.append((received - mean) / std)
-    return found
+            standardized.append((received - mean) / std)
+    return standardized
 
 
 def noise_of_batches(z: Tensor, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise power of batch norm and variance of the batch mean, of each channel, for batches of ``size``.
+    """Noise power of batch norm and variance of the batch mean, for each channel, in batches of ``size``.
 
-    Batches are drawn with replacement, so that M examples are independent however few there are in ``z``.
+    Batches are drawn with replacement, so that the M examples of a batch are independent.
 
     Args:
         z: Population of standardized values, (N, C).
-        size: Examples in a batch, M.
-        random: Draws the batches.
+        size: Number of examples in a batch, M.
+        random: Generator that draws the batches.
 
     Returns:
         Mean over batches and their examples of (normalized - z)^2, (C,); mean of the squared batch mean, (C,).
@@ -112,7 +112,7 @@ def noise_of_batches(z: Tensor, size: int, random: torch.Generator) -> tuple[Ten
 
 
 def kurtosis(z: Tensor) -> Tensor:
-    """E[z^4] of standardized values, 3 for a normal law: (..., N, C) -> (..., C)."""
+    """E[z^4] of standardized values, 3 for a normal distribution: (..., N, C) -> (..., C)."""
     return z.double().pow(4).mean(-2)
 
 
@@ -137,7 +137,7 @@ class Noise:
     Args:
         power: Noise power, (sizes, seeds).
         mean: Variance of the batch mean, (sizes, seeds).
-        kurtosis: Of the pre-activations, (seeds,).
+        kurtosis: Kurtosis of the layers' inputs, (seeds,).
     """
 
     power: Tensor
@@ -145,24 +145,24 @@ class Noise:
     kurtosis: Tensor
 
     def slopes(self) -> Tensor:
-        """Least-squares slope of log power on log size, (seeds,)."""
+        """Least-squares slope of log power over log size, (seeds,)."""
         return log_slope(self.power, MEASURED)
 
 
 def measure_noise(ensemble: Ensemble, settings: RunSettings) -> Noise:
-    """Noise of batches drawn from all digits at every batch norm layer of ``ensemble``."""
+    """The noise of batches from all digits, averaged over the batch norm layers of ``ensemble``."""
     layers = pre_activations(ensemble, digits().x)
     power, mean = (torch.zeros(len(MEASURED), settings.seeds, dtype=torch.float64) for _ in range(2))
     for index, seed in enumerate(settings.all_seeds):
         random = torch.Generator().manual_seed(seed)
         for row, size in enumerate(MEASURED):
-            found = [noise_of_batches(z[index], size, random) for z in layers]
-            power[row, index], mean[row, index] = (torch.cat(part).mean() for part in zip(*found, strict=True))
+            noise_by_layer = [noise_of_batches(z[index], size, random) for z in layers]
+            power[row, index], mean[row, index] = (torch.cat(part).mean() for part in zip(*noise_by_layer, strict=True))
     return Noise(power, mean, torch.cat([kurtosis(z) for z in layers], 1).mean(1))
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Train with every group size and batch, and measure the noise on the networks trained with one group."""
+    """Train with every group size and batch size, and measure the noise of the networks trained with one group."""
     arms: dict[int, Arm] = {}
     naive: dict[int, Arm] = {}
     for done, size in enumerate(GROUPS + BATCHES):
@@ -182,22 +182,22 @@ def _judge_slope(noise: Noise) -> Verdict:
     slopes, power = noise.slopes(), noise.power.mean(1)
     return judge(
         "noise-slope", slopes.tolist(),
-        "The noise power is {first:.2f} at batches of {smallest} and {last:.4f} at {largest}: it goes as batch size to "
-        "the power {slope:.2f} (theory: −1).",
+        "The noise power is {first:.2f} in batches of {smallest} and {last:.4f} in batches of {largest}: it varies as "
+        "the batch size to the power {slope:.2f} (theory: −1).",
         first=power[0], smallest=MEASURED[0], last=power[-1], largest=MEASURED[-1], slope=slopes.mean(),
     )  # fmt: skip
 
 
 def judge_effect(arms: Mapping[int, Arm]) -> Verdict:
-    """Test loss with groups of 512 minus with 16."""
+    """The verdict on the test loss with groups of 512 minus the test loss with groups of 16."""
     small, large = arms[16], arms[512]
     effect = large.test_loss - small.test_loss
     worst = {size: float(arms[size].train_accuracy.min()) for size in (16, 512)}
     failed = "; ".join(f"groups of {g} ended at {w:.1%} training accuracy" for g, w in worst.items() if w < LEARNED)
     return judge(
         "noise-regularizes", effect.tolist(),
-        "Test loss {small:.3f} nats with groups of 16, {large:.3f} with 512 ({apart:.3f} {direction}; accuracy "
-        "{points:+.1f} points with 16); {shape}.",
+        "The test loss is {small:.3f} nats with groups of 16, {large:.3f} with groups of 512 ({apart:.3f} {direction}; "
+        "accuracy {points:+.1f} points with groups of 16); {shape}.",
         failed_guard=failed, small=small.test_loss.mean(), large=large.test_loss.mean(), apart=effect.mean().abs(),
         direction="lower" if effect.mean() >= 0 else "higher", shape=_shape(arms),
         points=100 * (small.test_accuracy - large.test_accuracy).mean(),
@@ -205,7 +205,7 @@ def judge_effect(arms: Mapping[int, Arm]) -> Verdict:
 
 
 def _shape(arms: Mapping[int, Arm]) -> str:
-    """Whether the test loss rises with the size of groups all the way."""
+    """Whether the test loss rises with every larger size of groups, in words."""
     mean = {size: float(arm.test_loss.mean()) for size, arm in arms.items()}
     ordered = [mean[size] for size in sorted(mean)]
     if ordered == sorted(ordered):
@@ -231,7 +231,7 @@ _MEASURED, _FIRST_ORDER, _NORMAL = "measured", "first order in 1 / M", "normal l
 
 
 def _lines(panel: str, values: Tensor, theories: Mapping[str, Callable[[int], float]]) -> Rows:
-    """Measured values (sizes, seeds) and dashed theories at every size of MEASURED."""
+    """Chart rows of measured ``values``, (sizes, seeds), and of theories, at every size of MEASURED."""
     rows = paired_seeds.curve(MEASURED, values, middle=torch.mean, series=_MEASURED, panel=panel)
     for name, formula in theories.items():
         rows += [{"x": m, "y": paired_seeds.figures(formula(m)), "series": name, "panel": panel} for m in MEASURED]
@@ -253,26 +253,26 @@ def _dropout_chart(noise: Noise) -> Chart:
     kappa = float(noise.kurtosis.mean())
     equal = dropout_rate(noise.power)
     at = {size: 100 * equal[MEASURED.index(size)].mean() for size in (8, 32, 512)}
-    said = ", ".join(f"{share:.2g}% with batches of {size}" for size, share in at.items())
+    summary = ", ".join(f"{share:.2g}% with batches of {size}" for size, share in at.items())
     return chart(
         "lecture", "noise", "dropout", _lines("", equal, {_FIRST_ORDER: lambda m: dropout_rate(theory(kappa, m))}),
-        {_MEASURED: "with", _FIRST_ORDER: "neutral"}, dashed=(_FIRST_ORDER,), said=said,
+        {_MEASURED: "with", _FIRST_ORDER: "neutral"}, dashed=(_FIRST_ORDER,), summary=summary,
     )  # fmt: skip
 
 
 def _effect_chart(arms: Mapping[int, Arm], naive: Mapping[int, Arm]) -> Chart:
     kinds = {_GROUPED: arms, _RESIZED: {**naive, TRAIN: arms[TRAIN]}}
     rows = []
-    for kind, found in kinds.items():
-        for size, arm in found.items():
+    for kind, arms_of_kind in kinds.items():
+        for size, arm in arms_of_kind.items():
             change = paired_seeds.interval(arm.test_loss - arms[TRAIN].test_loss, CRITERIA.level, "y")
             rows.append({"x": size, **change, "series": kind, "panel": kind})
         rows += [{"x": size, "y": 0.0, "series": _SAME, "panel": kind} for size in (min(GROUPS), TRAIN)]
     changes = {row["x"]: row["y"] for row in rows if row["series"] == _GROUPED and row["x"] != TRAIN}
-    said = ", ".join(f"{change:+.3f} with groups of {size}" for size, change in changes.items())
+    summary = ", ".join(f"{change:+.3f} with groups of {size}" for size, change in changes.items())
     return chart(
         "lecture", "noise", "effect", rows, {_GROUPED: "with", _RESIZED: "neutral", _SAME: "neutral"}, dashed=(_SAME,),
-        train=TRAIN, said=said,
+        train=TRAIN, summary=summary,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Claim "cause": the reduced shift is why batch norm trains faster - tested by bringing the shift back."""
+"""Claim "cause": batch norm trains faster because it reduces the shift; the experiment restores the shift by noise."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from batchnorm.lecture.rate_sweep import (
 )
 from batchnorm.reporting.charts.chart_data import Chart, Role
 
-# Batch norm's output starts with standard deviation 1, so these are in standard deviations. They are the smallest
-# round values that bring the drift of a[2] above that of the arm without batch norm: chosen by the drift alone.
-SHIFT = 1.0  # a unit's mean moves by -SHIFT .. SHIFT
-SCALE = 1.5  # its standard deviation is multiplied by 1 / SCALE .. SCALE
-WINDOW = 100  # steps over which the drift is averaged; the slowest arm needs about so many to reach the target
-EVERY = 10  # steps between two looks at a[2]
-READ = 5  # steps between two readings of the accuracy in train mode, as in the sweeps
+# The outputs of batch norm have standard deviation 1 at the start, so the shift is in standard deviations. These are
+# the smallest round values with which a[2] drifts more than without batch norm; they were chosen by the drift alone.
+SHIFT = 1.0  # the mean of a unit moves by -SHIFT .. SHIFT
+SCALE = 1.5  # the standard deviation of a unit is multiplied by 1 / SCALE .. SCALE
+WINDOW = 100  # steps over which the drift is averaged; the slowest arm needs about 100 steps to the target
+EVERY = 10  # steps between two measurements of a[2]
+READ = 5  # steps between two measurements of the accuracy in train mode, as in the sweeps
 PROBE = 256
 LAYER = 3
 CALLED = {
@@ -53,13 +53,15 @@ CALLED = {
 
 
 class Noisy(nn.Module):
-    """Batch norm, followed in train mode by a random shift and scale of every unit, fresh at each call.
+    """Batch norm, followed in train mode by a random shift and scale of every unit, drawn anew at each call.
 
-    All examples of a batch get the same, so that nothing but the distribution which the next layer receives moves.
+    All examples of a batch get the same shift and scale, so that only the distribution of the next layer's inputs
+    changes.
 
     Args:
         width: Number of units.
-        strength: 1 for shifts up to SHIFT and factors up to SCALE, 0.5 for half of that (factors on a log scale).
+        strength: 1 for shifts up to SHIFT and factors up to SCALE; 0.5 for half the shift and the square root of the
+            factor.
     """
 
     def __init__(self, width: int, strength: float = 1.0) -> None:
@@ -68,7 +70,7 @@ class Noisy(nn.Module):
         self.strength = strength
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized values, (N, width), moved in train mode only."""
+        """Normalized values, (N, width), shifted and scaled in train mode only."""
         y = self.norm(x)
         if not self.training:
             return y
@@ -80,7 +82,7 @@ ARMS: dict[str, Norm | None] = {**BOTH, "noisy": Noisy, "half": partial(Noisy, s
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Tune every arm on one grid, then look at what layer 3 receives at each arm's best rate."""
+    """Tune the rate of every arm on one grid, then measure the inputs of layer 3 at each arm's best rate."""
     sweeps: dict[str, Sweep] = {}
     watched: dict[str, ArmAtBestRate] = {}
     for arm, norm in ARMS.items():
@@ -97,7 +99,7 @@ def run(settings: RunSettings, progress: Progress) -> Result:
 
 @contextmanager
 def _noise_from(seed: int) -> Iterator[None]:
-    """The same noise at every run, and the caller's random state as it was."""
+    """A block with random numbers from this seed; then the caller's random state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -105,15 +107,16 @@ def _noise_from(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArmAtBestRate:
-    """What layer 3 of one arm saw at its best rate; S seeds.
+    """Measurements at layer 3 of one arm at its best rate, for S seeds.
 
     Args:
-        rate: That rate.
+        rate: The arm's best rate.
         drift: Drift of a[2] per EVERY steps, averaged over the window, (S,).
-        floor: Its noise floor, (S,).
-        relative: Change of layer 3's gradient by the step of the layers before it, in lengths of the gradient, (S,).
-        cosine: Cosine between the two gradients, (S,).
-        reached: First step with the target accuracy read in train mode, noise on, (S,); infinity if not in the window.
+        floor: Noise floor of the drift, (S,).
+        relative: Change of layer 3's gradient by a step of the layers before it, over the gradient's length, (S,).
+        cosine: Cosine between layer 3's gradients before and after this step, (S,).
+        reached: First step with the target accuracy, measured in train mode with the noise on, (S,); infinity if it was
+            not reached in the window.
     """
 
     rate: float
@@ -145,18 +148,18 @@ def _watch(settings: RunSettings, arm: str, rate: float) -> ArmAtBestRate:
                 curve.append(accuracies(net(probe.x, train=True, keep_statistics=True), probe.y))
 
     sgd(net, digits(), indices, torch.full((settings.seeds,), rate), observe)
-    seen = torch.stack(values)
+    stacked = torch.stack(values)
     relative, cosine = torch.stack(changes).mean(0)
     reached = first_step(torch.stack(curve) >= TARGET, torch.arange(len(curve)) * READ)
-    moved = drift(seen[:-1], seen[1:]).total.mean(0)
-    return ArmAtBestRate(rate, moved, noise_floor(seen).mean(0), relative, cosine, reached)
+    moved = drift(stacked[:-1], stacked[1:]).total.mean(0)
+    return ArmAtBestRate(rate, moved, noise_floor(stacked).mean(0), relative, cosine, reached)
 
 
 def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
     """How a step of the layers before layer 3 changes the gradient of W3: relative change and cosine, (2, R).
 
-    Santurkar et al. 2018, definition 2.1: the gradient with all parameters as they were, against the one with the
-    layers before as they are after the step; on the same batch and with the same noise.
+    After Santurkar et al. 2018, definition 2.1: the gradient with all parameters from before the step is compared with
+    the gradient in which the layers before layer 3 have made the step, on the same batch and with the same noise.
     """
     moved = {
         name: after.parameters[name].detach() if int(name.split(".")[0][-1]) < LAYER else value
@@ -176,7 +179,7 @@ def _gradient(net: Ensemble, parameters: dict[str, Tensor], batch: Examples, see
 
 
 def _lost(without: Tensor, batch_norm: Tensor, noisy: Tensor) -> Tensor:
-    """Share of batch norm's log speed-up that is gone with the noise, for each seed."""
+    """Share of batch norm's log speed-up that is lost with the noise, for each seed; all arguments are steps."""
     return 1 - (without / noisy).log() / (without / batch_norm).log()
 
 
@@ -192,15 +195,15 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Verdi
     if best["without"].late or best["with"].late:
         failed = f"not every seed reached {TARGET:.0%} in {best['with'].last} steps with and without batch norm"
     elif not bool((best["without"].steps > best["with"].steps).all()):
-        failed = "there is a seed in which batch norm gave no speed-up to lose"
+        failed = "in one seed or more batch norm gave no speed-up"
     elif not moved["noisy"] >= moved["without"]:
         failed = f"the drift is {moved['noisy']:.2g} with the noise, below {moved['without']:.2g} without batch norm"
     return judge(
         "cause-drift", lost.tolist(),
-        "{steps_with} steps to {target:.0%} with batch norm, {steps_noisy} with noise behind it, {steps_without} "
-        "without: the noise costs {lost} of the (log) speed-up, while a[2] moves by {noisy:.2g} standard deviations "
-        "per {every} steps, against {with:.2g} with batch norm and {without:.2g} without. Half the noise ({half:.2g}) "
-        "costs {lost_by_half}.",
+        "{steps_with} steps to {target:.0%} with batch norm, {steps_noisy} with batch norm and noise, {steps_without} "
+        "without batch norm: the noise costs {lost} of the (log) speed-up. With the noise a[2] moves by {noisy:.2g} "
+        "standard deviations per {every} steps, with batch norm alone by {with:.2g} and without batch norm by "
+        "{without:.2g}. Half the noise (a[2] moves by {half:.2g}) costs {lost_by_half}.",
         {**moved, **{f"steps_{arm}": str(arrival) for arm, arrival in best.items()}},
         failed_guard=failed, target=TARGET, lost=_share(lost), every=EVERY, lost_by_half=_share(half),
     )  # fmt: skip
@@ -208,11 +211,11 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Verdi
 
 def _numbers(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Numbers:
     numbers: Numbers = {}
-    for arm, seen in watched.items():
+    for arm, measured in watched.items():
         shift = "change of layer 3's gradient by the layers before it"
-        numbers[f"best learning rate, {CALLED[arm]}"] = seen.rate
-        numbers[f"{shift}, relative, {CALLED[arm]}"] = paired_seeds.mean(seen.relative)
-        numbers[f"{shift}, cosine, {CALLED[arm]}"] = paired_seeds.mean(seen.cosine)
+        numbers[f"best learning rate, {CALLED[arm]}"] = measured.rate
+        numbers[f"{shift}, relative, {CALLED[arm]}"] = paired_seeds.mean(measured.relative)
+        numbers[f"{shift}, cosine, {CALLED[arm]}"] = paired_seeds.mean(measured.cosine)
     read = {arm: watched[arm].reached for arm in ("with", "noisy")}
     for arm, reached in read.items():
         numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = paired_seeds.mean(
@@ -237,19 +240,19 @@ def _curves(sweeps: dict[str, Sweep]) -> Chart:
         for arm, swept in sweeps.items()
         for row in paired_seeds.curve(swept.steps.tolist(), swept.best_curve(), series=CALLED[arm])
     ]
-    found = ", ".join(f"{swept.best()} {CALLED[arm]}" for arm, swept in sweeps.items())
-    return chart("lecture", "cause", "curves", rows, _SERIES, target=TARGET, found=found)
+    summary = ", ".join(f"{swept.best()} {CALLED[arm]}" for arm, swept in sweeps.items())
+    return chart("lecture", "cause", "curves", rows, _SERIES, target=TARGET, summary=summary)
 
 
 def _drifts(watched: dict[str, ArmAtBestRate]) -> Chart:
     rows = [
         {"label": label, **paired_seeds.interval(values, CRITERIA.level), "series": CALLED[arm]}
-        for arm, seen in watched.items()
-        for label, values in ((CALLED[arm], seen.drift), (f"noise floor {CALLED[arm]}", seen.floor))
+        for arm, measured in watched.items()
+        for label, values in ((CALLED[arm], measured.drift), (f"noise floor {CALLED[arm]}", measured.floor))
         if bool((values > 0).all() & values.isfinite().all())
     ]
-    found = ", ".join(f"{seen.drift.mean():.2g} {CALLED[arm]}" for arm, seen in watched.items())
-    return chart("lecture", "cause", "drifts", rows, _SERIES, every=EVERY, found=found, window=WINDOW)
+    summary = ", ".join(f"{measured.drift.mean():.2g} {CALLED[arm]}" for arm, measured in watched.items())
+    return chart("lecture", "cause", "drifts", rows, _SERIES, every=EVERY, summary=summary, window=WINDOW)
 
 
 CLAIM = claim("lecture", "cause", run, shift=SHIFT, scale=SCALE, rates=len(RATES), window=WINDOW)

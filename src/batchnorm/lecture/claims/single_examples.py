@@ -1,8 +1,8 @@
-"""Claim "test time": one example at a time needs stored statistics, and with them its answer is its own.
+"""Claim "test time": single examples need stored statistics, with which an output depends on its example alone.
 
-Three choices of statistics for a network in use: those of the test batch (train mode), the exponentially weighted
-average of training (running statistics, EMA), and those of the whole training set under the final weights
-(population). Only the stored ones make the answer a function of the example alone.
+There are three choices of statistics for a trained network: the statistics of the test batch (train mode), the
+exponentially weighted average of the training (running statistics, EMA), and the statistics of the whole training set
+with the final weights (population). With the last two, which are stored, an output depends on its example alone.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ RATE = 0.1
 MEASURED = (2, 4, 8, 16, 32, 64, 128)
 TEST = 768  # a multiple of every size measured, so that no example is left out of a batch
 PARTITIONS = 8  # random ways to divide the test examples into batches
-ALONE = 256  # test examples that are also put through the network one at a time
-EARLY = 20  # steps after which the EMA has seen little
-READ = (5, 10, EARLY, 40, 70, 100, 150, 200, 300)  # steps at which test accuracy is read
+ALONE = 256  # test examples that also pass through the network one at a time
+EARLY = 20  # steps after which the EMA is still inaccurate
+READ = (5, 10, EARLY, 40, 70, 100, 150, 200, 300)  # steps at which test accuracy is measured
 POPULATION, EMA, OWN = "population statistics", "running average (EMA)", "statistics of the test batch"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepReading:
-    """Test accuracy and loss in nats after some steps with stored statistics of a kind, (seeds,) each."""
+    """Test accuracy and loss in nats after ``step`` steps, by one kind of stored statistics, (seeds,) each."""
 
     step: int
     statistics: str
@@ -56,9 +56,9 @@ class Trained:
 
     Args:
         ensemble: The networks.
-        exact: The same networks with population statistics stored.
-        test: Test examples of each network, (seeds, TEST, ...).
-        readings: During training, in the order of steps.
+        exact: The same networks with population statistics.
+        test: Test examples for each network, (seeds, TEST, ...).
+        readings: Readings during the training, in the order of steps.
     """
 
     ensemble: Ensemble
@@ -67,19 +67,19 @@ class Trained:
     readings: list[StepReading]
 
     def reading(self, statistics: str, step: int | None = None) -> StepReading:
-        """The reading after ``step``, by default the last one."""
+        """The reading after ``step``; None means the last reading."""
         of_kind = [reading for reading in self.readings if reading.statistics == statistics]
         return of_kind[-1] if step is None else next(reading for reading in of_kind if reading.step == step)
 
 
 def train(settings: RunSettings) -> Trained:
-    """Train the lecture's five-layer network with batches of BATCH; the examples of TEST are never trained on."""
+    """Train the lecture's five-layer network with batches of BATCH; the TEST test examples are left out."""
     splits = [data_sets.split(len(digits()), len(digits()) - TEST, seed) for seed in settings.all_seeds]
     fitted, test = (digits()[torch.stack(part)] for part in zip(*splits, strict=True))
     steps = settings.steps(STEPS)
     indices = [
-        data_sets.batch_indices(kept, BATCH, steps, seed)
-        for (kept, _), seed in zip(splits, settings.all_seeds, strict=True)
+        data_sets.batch_indices(pool, BATCH, steps, seed)
+        for (pool, _), seed in zip(splits, settings.all_seeds, strict=True)
     ]
     ensemble = Ensemble.of(lambda: fully_connected(SIZES), settings.all_seeds)
     readings: list[StepReading] = []
@@ -103,14 +103,14 @@ def logits_in_batches(ensemble: Ensemble, x: Tensor, size: int, settings: RunSet
     """Logits in train mode, each example among random companions: (seeds, PARTITIONS, N, classes).
 
     Args:
-        ensemble: Fully connected networks of SIZES; left as they are.
-        x: Examples of each network, (seeds, N, features), N a multiple of ``size``.
-        size: Examples in a batch.
-        settings: Seeds that draw the companions.
+        ensemble: Fully connected networks of SIZES, which are not changed.
+        x: Examples for each network, (seeds, N, features); N is a multiple of ``size``.
+        size: Number of examples in a batch.
+        settings: The seeds that draw the companions.
     """
     orders = torch.stack([_partitions(x.shape[1], seed) for seed in settings.all_seeds])  # (seeds, PARTITIONS, N)
     mixed = x.gather(1, orders.flatten(1)[:, :, None].expand(-1, -1, x.shape[2]))
-    # all batches at once: groups of ``size`` neighbours are normalized by themselves
+    # all batches at once: each group of ``size`` neighbours is normalized by its own statistics
     in_groups = with_norm(ensemble, SIZES, partial(GhostNorm, size=size))
     with torch.no_grad():
         logits = in_groups(mixed, train=True)
@@ -125,12 +125,12 @@ def _partitions(count: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InBatches:
-    """What train mode does to the test examples in batches of each size of MEASURED.
+    """Test results in train mode, in batches of each size of MEASURED.
 
     Args:
-        accuracy: (sizes, seeds).
-        flips: Probability that another batch changes an example's class, (sizes, seeds).
-        spread: Standard deviation of a logit over partitions in units of the logits', (sizes, seeds).
+        accuracy: Test accuracy, (sizes, seeds).
+        flips: Probability that another batch changes an example's predicted class, (sizes, seeds).
+        spread: Standard deviation of a logit over partitions, over that of all logits, (sizes, seeds).
     """
 
     accuracy: Tensor
@@ -152,13 +152,13 @@ def measure_batches(trained: Trained, settings: RunSettings) -> InBatches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SameAnswers:
-    """The same examples alone and in batches of every size, with stored statistics.
+    """Differences between outputs of examples alone and in batches of every size, with stored statistics.
 
     Args:
-        largest: Largest difference of a logit in units of the logits' standard deviation, (seeds,).
-        same_bits: Share of logits that are equal to the bit.
-        layer_same_bits: Share of a batch norm layer's outputs that are equal to the bit.
-        changes: Share of classes that differ between alone and in a batch.
+        largest: Largest difference of a logit, in units of the logits' standard deviation, (seeds,).
+        same_bits: Share of logits that are equal bit for bit.
+        layer_same_bits: Share of a batch norm layer's outputs that are equal bit for bit.
+        changes: Share of predicted classes that differ.
     """
 
     largest: Tensor
@@ -168,7 +168,7 @@ class SameAnswers:
 
 
 def measure_alone(trained: Trained, settings: RunSettings) -> SameAnswers:
-    """Put ALONE test examples through each network one at a time, and in random batches of every size."""
+    """Pass ALONE test examples through each network one at a time, and in random batches of every size."""
     largest, logit_bits, layer_bits, changes = [], [], [], []
     for index, seed in enumerate(settings.all_seeds):
         net = partial(_one_network, trained.exact, index)
@@ -188,7 +188,7 @@ def measure_alone(trained: Trained, settings: RunSettings) -> SameAnswers:
 
 
 def _one_network(ensemble: Ensemble, index: int, child: str, x: Tensor, size: int, order: Tensor) -> Tensor:
-    """Outputs of one network, or of one of its children, in eval mode: ``x`` in batches of ``size`` in this order."""
+    """Outputs of network ``index``, or of its child, in eval mode, for ``x`` in batches of ``size`` in this order."""
     prefix = f"{child}." if child else ""
     state = {**ensemble.parameters, **ensemble.buffers}
     mine = {k.removeprefix(prefix): v[index] for k, v in state.items() if k.startswith(prefix)}
@@ -199,7 +199,7 @@ def _one_network(ensemble: Ensemble, index: int, child: str, x: Tensor, size: in
 
 
 def refusal_of_one(trained: Trained) -> str:
-    """What train mode answers to a single example."""
+    """Whether train mode accepts a single example, in words."""
     try:
         trained.ensemble(trained.test.x[:, :1], train=True, keep_statistics=True)
     except ValueError as error:
@@ -208,7 +208,7 @@ def refusal_of_one(trained: Trained) -> str:
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Train, then put the test examples through the networks in every way."""
+    """Train the networks, then test them with all kinds of statistics and batches."""
     trained = train(settings)
     progress(0.6)
     batches = measure_batches(trained, settings)
@@ -225,7 +225,8 @@ def _judge_size(trained: Trained, batches: InBatches, name: str, size: int) -> V
     population, batch = trained.reading(POPULATION).accuracy.double(), batches.accuracy[MEASURED.index(size)]
     return judge(
         f"test-time-{name}", (population - batch).tolist(),
-        "Accuracy on test data {population:.1%} with population statistics, {own:.1%} with those of batches of {size}.",
+        "The accuracy on test data is {population:.1%} with population statistics, {own:.1%} with those of batches of "
+        "{size}.",
         population=population.mean(), own=batch.mean(), size=size,
     )  # fmt: skip
 
@@ -233,10 +234,10 @@ def _judge_size(trained: Trained, batches: InBatches, name: str, size: int) -> V
 def _judge_alone(alone: SameAnswers, batches: InBatches) -> Verdict:
     return judge(
         "test-time-alone", alone.largest.tolist(),
-        "With stored statistics a logit differs by at most {largest:.1g} of the logits' standard deviation between "
-        "alone and in any batch; {same_bits:.0%} of logits are equal to the bit, and {layer_same_bits:.0%} of a batch "
-        "norm layer's outputs. In train mode another batch of {size} changes the class of an example with probability "
-        "{flips:.1%}.",
+        "With stored statistics a logit differs by at most {largest:.1g} of the logits' standard deviation between an "
+        "example alone and in a batch; {same_bits:.0%} of logits and {layer_same_bits:.0%} of a batch norm layer's "
+        "outputs are equal bit for bit. In train mode another batch of {size} changes the class of an example with "
+        "probability {flips:.1%}.",
         largest=alone.largest.max(), same_bits=alone.same_bits, layer_same_bits=alone.layer_same_bits, size=BATCH,
         flips=batches.flips[MEASURED.index(BATCH)].mean(),
     )  # fmt: skip
@@ -258,7 +259,7 @@ def _numbers(trained: Trained, batches: InBatches) -> Numbers:
     return numbers
 
 
-# Every series is with batch norm; grey is the one whose statistics are not stored
+# All series are with batch norm; the one without stored statistics is grey
 _SERIES: dict[str, Role] = {OWN: "neutral", POPULATION: "with", EMA: "with"}
 _STORED = "stored statistics"
 
@@ -270,11 +271,11 @@ def _accuracy_chart(trained: Trained, batches: InBatches) -> Chart:
         {"x": m, "y": round(y, 4), "series": kind} for kind, y in stored.items() for m in (MEASURED[0], MEASURED[-1])
     ]
     small, large = (float(batches.accuracy[row].mean()) for row in (0, -1))
-    found = (
-        f"Batches of {MEASURED[0]} reach {small:.1%} and of {MEASURED[-1]} {large:.1%}; population statistics "
-        f"{stored[POPULATION]:.1%}, the running average {stored[EMA]:.1%}"
+    summary = (
+        f"Batches of {MEASURED[0]} reach {small:.1%}, batches of {MEASURED[-1]} {large:.1%}, population statistics "
+        f"{stored[POPULATION]:.1%}, and the running average {stored[EMA]:.1%}"
     )
-    return chart("lecture", "test-time", "accuracy", rows, _SERIES, dashed=(POPULATION, EMA), title=found)
+    return chart("lecture", "test-time", "accuracy", rows, _SERIES, dashed=(POPULATION, EMA), title=summary)
 
 
 def _flip_chart(batches: InBatches, alone: SameAnswers) -> Chart:
@@ -296,12 +297,12 @@ def _early_chart(trained: Trained) -> Chart:
         )
     ]
     early = {kind: float(trained.reading(kind, EARLY).accuracy.mean()) for kind in (POPULATION, EMA)}
-    found = (
+    summary = (
         f"After {EARLY} steps the running average gives {early[EMA]:.1%} accuracy, population statistics "
         f"{early[POPULATION]:.1%}"
     )
     return chart(
-        "lecture", "test-time", "early", rows, {kind: _SERIES[kind] for kind in (POPULATION, EMA)}, title=found,
+        "lecture", "test-time", "early", rows, {kind: _SERIES[kind] for kind in (POPULATION, EMA)}, title=summary,
     )  # fmt: skip
 
 

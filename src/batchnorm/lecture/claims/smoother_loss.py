@@ -1,10 +1,10 @@
 """Claim "smooth": batch norm makes the loss smoother along the gradient (Santurkar et al. 2018).
 
-At a point w of a training run with gradient g on the batch of the step, the loss and its gradient are evaluated at
-w - d g for distances d = rate * (1/2, 1, 2, 4). ``instruments.loss_landscape`` says how rough the loss is there: its
-range, the change of the gradient, beta-hat, and the cosine between g and the gradient after a step. beta-hat depends on
-the scale of the weights: a network with batch norm computes the same with all weights before it doubled, but its
-beta-hat is a quarter. So rate × beta-hat and the cosine are always told too.
+At parameters w of a training run, with gradient g on the batch of the step, the loss and its gradient are evaluated at
+w - d g for d = rate * (1/2, 1, 2, 4). ``instruments.loss_landscape`` computes how rough the loss is there: its range,
+the change of the gradient, beta-hat, and the cosine between g and the gradient after a step. beta-hat depends on the
+scale of the weights: if all weights before batch norm are doubled, the network computes the same function, but its
+beta-hat is divided by four. So rate × beta-hat and the cosine are always reported too.
 """
 
 from __future__ import annotations
@@ -29,33 +29,36 @@ from batchnorm.lecture.networks import Ensemble, fully_connected
 from batchnorm.lecture.rate_sweep import BOTH, RATES, SIZES, STEPS, digits, probe_indices, sweep, training_indices
 from batchnorm.reporting.charts.chart_data import SERIES, Axis, Chart, Role
 
-RATE = 0.1  # equal for both arms: a rate at which both learn
-EVERY = 10  # steps between two probes
-LEARNED = 0.9
-EDGE = 2.0
+RATE = 0.1  # the equal rate, at which both arms learn
+EVERY = 10  # steps between two measurements
+LEARNED = 0.9  # training accuracy
+EDGE = 2.0  # rate × beta-hat from which on plain gradient descent on a quadratic loss is unstable
 
 
 def of_batch(net: Ensemble, batch: Examples) -> Evaluate:
-    """Loss and gradient of an ensemble on a batch in train mode; stored statistics stay as they are."""
+    """A function of the parameters: loss and gradient of an ensemble on a batch, in train mode.
+
+    Stored statistics are not changed.
+    """
 
     def evaluate(parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        here = [parameter.detach().requires_grad_() for parameter in parameters]
-        moved = Ensemble(net.template, dict(zip(net.parameters, here, strict=True)), net.buffers)
+        leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+        moved = Ensemble(net.template, dict(zip(net.parameters, leaves, strict=True)), net.buffers)
         loss = losses(moved(batch.x, train=True, keep_statistics=True), batch.y)
-        return loss.detach(), torch.autograd.grad(loss.sum(), here)
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaves)
 
     return evaluate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Course:
-    """The loss along the gradients of one arm in training; S seeds, two rates each: equal and its best.
+    """The loss along the gradients of one arm during the training, for S seeds and two rates.
 
     Args:
-        rates: The two rates.
-        steps: Steps at which it was probed, (T,).
-        met: What was measured there, (T, S, 2) each.
-        accuracy: Best training accuracy reached, in eval mode, (S, 2).
+        rates: The equal rate and the arm's best rate.
+        steps: Training steps at which the loss was measured, (T,).
+        met: The measurements at these steps, (T, S, 2) each.
+        accuracy: Highest training accuracy of the run in eval mode, (S, 2).
     """
 
     rates: tuple[float, float]
@@ -70,7 +73,7 @@ class Course:
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Probe both arms at an equal rate and at the best rate of each."""
+    """Train and measure both arms at an equal rate and at the best rate of each arm."""
     best: dict[str, float] = {}
     for arm, norm in BOTH.items():
         best[arm] = RATES[sweep(settings, "relu", norm).best_rate()]
@@ -108,7 +111,7 @@ def _course(settings: RunSettings, arm: str, rates: tuple[float, float]) -> Cour
     return Course(rates, torch.arange(len(met)) * EVERY, course, accuracy)
 
 
-# Criterion -> quantity, and 0 for the equal rate or 1 for the best
+# Criterion -> quantity, and the index of the rate: 0 for the equal rate, 1 for the best rate
 _ASKED = {
     "smooth-equal": ("beta-hat", 0),
     "smooth-variation": ("loss range", 0),
@@ -124,10 +127,10 @@ _QUANTITIES: dict[str, Callable[[Course], Tensor]] = {
 }
 _POSITIVE = tuple(name for name in _QUANTITIES if name != "cosine")
 _EDGE = "edge of stability"
-# What has a chart over steps: its title, its axis
+# Quantity with a chart over steps -> title and axis of the chart
 _SHOWN = {
     "rate × beta-hat": (
-        "Rate × beta-hat, the roughness as a step of that rate meets it",
+        "Rate × beta-hat, the roughness for a step of that rate",
         Axis("rate × beta-hat", log=True),
     ),
     "loss range": (
@@ -135,7 +138,7 @@ _SHOWN = {
         Axis("range of the loss along the gradient [nats]", log=True),
     ),
     "gradient change": (
-        "Largest change of the gradient over those steps",
+        "Largest change of the gradient over steps of 1/2 to 4 times the rate",
         Axis("largest change of the gradient", log=True),
     ),
     "cosine": (
@@ -146,9 +149,9 @@ _SHOWN = {
 
 
 def _effects(courses: dict[str, Course]) -> dict[str, Tensor]:
-    """log2 of each positive quantity, without / with batch norm, averaged over the run, (S, 2).
+    """Quantity -> log2 of without / with batch norm, averaged over the run, (S, 2); only positive quantities.
 
-    Logarithms are averaged, so that every time counts the same and no single spike decides.
+    Logarithms are averaged, so that every step has the same weight and a single spike has little influence.
     """
     return {
         name: (_QUANTITIES[name](courses["without"]) / _QUANTITIES[name](courses["with"])).log2().mean(0)
@@ -157,7 +160,7 @@ def _effects(courses: dict[str, Course]) -> dict[str, Tensor]:
 
 
 def _typical(course: Course, name: str, which: int) -> float:
-    """A quantity averaged over the run and the seeds, a positive one by its logarithm."""
+    """A quantity averaged over the run and the seeds; for a positive quantity the geometric mean."""
     values = _QUANTITIES[name](course)[:, :, which]
     return float(values.log().mean().exp() if name in _POSITIVE else values.mean())
 
@@ -189,18 +192,19 @@ def _failed(courses: dict[str, Course], effect: Tensor, which: int) -> str:
 
 
 def at_equal_loss(courses: dict[str, Course], name: str) -> Tensor:
-    """As an effect at the equal rate, but where both arms have the same batch loss, (S,).
+    """The effect at the equal rate, compared at equal batch loss instead of at equal steps, (S,).
 
-    At an equal step the arm with batch norm is further along. Here each probe without is held against the value that
-    the arm with batch norm had at that loss, interpolated in logarithms; NaN where the losses do not overlap.
+    At an equal step the arm with batch norm has learned more. Here each measurement without batch norm is compared with
+    the value that the arm with batch norm had at the same loss, interpolated in logarithms. NaN if the losses of the
+    arms do not overlap.
     """
     loss = {arm: course.met.loss[:, :, 0].log2().T.numpy() for arm, course in courses.items()}  # (S, T)
     value = {arm: _QUANTITIES[name](course)[:, :, 0].log2().T.numpy() for arm, course in courses.items()}
     ratios = []
-    for seed, (at, known) in enumerate(zip(loss["without"], loss["with"], strict=True)):
-        order = np.argsort(known)
-        inside = (at >= known.min()) & (at <= known.max())
-        matched = np.interp(at[inside], known[order], value["with"][seed][order])
+    for seed, (at, reference) in enumerate(zip(loss["without"], loss["with"], strict=True)):
+        order = np.argsort(reference)
+        inside = (at >= reference.min()) & (at <= reference.max())
+        matched = np.interp(at[inside], reference[order], value["with"][seed][order])
         ratios.append(float((value["without"][seed][inside] - matched).mean()) if inside.any() else float("nan"))
     return torch.tensor(ratios)
 
