@@ -42,6 +42,7 @@ from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.paired_seeds import Arrival
 from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.loss_landscape import Roughness
+from batchnorm.reporting.formats import rendered
 
 STEPS, SEEDS = 40, 2
 RATES = (0.01, 0.1)
@@ -144,7 +145,7 @@ def test_every_sentence_about_training_holds_for_every_outcome(with_: str, witho
     if WITH in made.idle():
         assert not whole.headline.startswith("Yes")
     json.loads(whole.to_json())
-    no_nonsense(re.sub(r"\|[^|]*\|$", "", whole.to_markdown()))
+    no_nonsense(re.sub(r"\|[^|]*\|$", "", rendered(report.report(whole), "md")))
 
 
 def test_a_page_of_diverged_runs_is_drawn() -> None:

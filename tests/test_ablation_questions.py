@@ -28,6 +28,8 @@ from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.batch_noise import log_slope
 from batchnorm.instruments.condition_number import condition_number
+from batchnorm.reporting.formats import rendered
+from batchnorm.reporting.markdown import cell
 from batchnorm.population import recalibrate
 
 SEEDS = range(3)
@@ -353,8 +355,8 @@ def test_weights_that_do_not_follow_the_seed_are_told():
 
 
 def test_markdown_has_every_verdict(scaled):
-    text = scaled.to_markdown()
-    assert text.startswith(f"**{scaled.headline}**")
+    text = rendered(report.report(scaled), "md")
+    assert text.startswith(f"**{cell(scaled.headline)}**")
     assert text.count("\n| ") == len(scaled.found) + 1
 
 

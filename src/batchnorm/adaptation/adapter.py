@@ -107,12 +107,6 @@ class Adapter:
         floor: Smallest weight of a new example; about 1 / floor examples are remembered.
         window: Number of latest examples that the guards judge.
         limits: The guards' requirements.
-        monitor: Whose alarm begins it. It rings sooner if it observes all examples of a batch.
-        prior: Examples that the stored statistics count as.
-        minimum: Examples to count before their statistics are used.
-        floor: Least weight of a new example; 1 / floor examples are remembered.
-        window: Examples that the guards look back on.
-        limits: What the guards ask.
         classes: "logits" if outputs are logits (N, K); a function from the output to logits, or to the predicted class
             of each example, (N,); None if there are no classes.
 
@@ -159,10 +153,8 @@ class Adapter:
         self._share = self.limits.accept  # of the information that was required when use began
         self._is_counted = False  # whether a trial has already counted the running pass
         self._energies: dict[str, tuple[float, float]] = {}  # of one pass, under the deployed statistics
-        self._since, self._then = (
-            PredictionWindow(self._window),
-            {},
-        )  # energies under the deployed statistics, and at refusal
+        self._since = PredictionWindow(self._window)  # energies under the deployed statistics, since the refusal
+        self._then: dict[str, float] = {}  # the same at the refusal
 
     def reset(self) -> None:
         """Start a new stream: deployed statistics, no evidence, no alarm. The history is kept."""

@@ -99,15 +99,6 @@ class Verdicts:
         """Every verdict by its key."""
         return {v.criterion.key: v for outcome in self.outcomes for v in outcome.result.verdicts}
 
-    def to_markdown(self) -> str:
-        """The headline and a table of every verdict."""
-        lines = [f"**{self.headline}**", "", *([self.second, ""] if self.second else [])]
-        lines += ["| criterion | verdict | measured |", "|---|---|---|"]
-        for key, verdict in self.found.items():
-            measured = verdict.told.replace("|", "\\|")
-            lines.append(f"| {key} | {verdict.status} | {measured} |")
-        return "\n".join([*lines, "", f"Repeat: `{self.command}`"])
-
     def to_json(self) -> str:
         """``to_dict`` as text, which every JSON reader takes."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)

@@ -88,7 +88,6 @@ class ShiftMonitor:
     Raises:
         ValueError: If the model has no batch norm layer that stores statistics, an argument is out of range, or the
             reference is out of date or belongs to another model.
-            reference is stale or of another model.
     """
 
     def __init__(

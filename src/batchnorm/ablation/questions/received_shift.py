@@ -13,9 +13,10 @@ from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
-from batchnorm.experiment.figures_in_words import counted, known
+from batchnorm.experiment.figures_in_words import known
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Chart, Rows
+from batchnorm.reporting.text import many
 
 if TYPE_CHECKING:
     from batchnorm.ablation.watched_runs import WatchedRun
@@ -50,7 +51,7 @@ def _judge(study: Study) -> Verdict:
         "shift-drift", ratio.log2().tolist(),
         "What the layers receive moves by {normed:.2g} standard deviations in {steps} with batch norm, by {plain:.2g} "
         "without ({ratio:times} times as much), both at the rate {rate:g}.",
-        normed=paired_seeds.factor(normed), steps=counted(_apart(study), "step"), plain=paired_seeds.factor(plain),
+        normed=paired_seeds.factor(normed), steps=many(_apart(study), "step"), plain=paired_seeds.factor(plain),
         ratio=paired_seeds.factor(ratio), rate=study.plan.rates[study.grid.shared()],
     )  # fmt: skip
 
