@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from batchnorm.files import sidecar
+from batchnorm.files.sidecar import Sidecar
 from batchnorm.other_libraries import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import digest_of, whole
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
     from torch.nn.modules.batchnorm import _BatchNorm
 
-VERSION = 3
-SUFFIX = ".bncal.safetensors"
+FILE = Sidecar(
+    "reference", ".bncal.safetensors", "a reference", version=3, remedy="Make one with monitor.calibrate(loader)."
+)
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, by default
 _USUAL_MOMENTUM = 0.1
@@ -194,11 +195,10 @@ class Reference:
             ValueError: If the name has another ending.
             OSError: If it cannot be written.
         """
-        path = sidecar.named(path, SUFFIX, "a reference", f"Name it model{SUFFIX}.")
         tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
         names = ("layers", "sizes", "source", "unit", "observations", "digest", "examples")
         about = {name: getattr(self, name) for name in names}
-        sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
+        FILE.write(path, about, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:
@@ -208,10 +208,7 @@ class Reference:
             ValueError: If the file is of another kind or version.
             OSError: If it cannot be read.
         """
-        about, tensors = sidecar.read(path, "reference", "a reference", "Make one with monitor.calibrate(loader).")
-        version = about.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"{path} is not a reference of version {VERSION}, got {version}. Calibrate again.")
+        about, tensors = FILE.read(path)
         try:
             sizes = tuple(about.pop("sizes"))
             own = {name: tensors.get(name) for name in _TENSORS}

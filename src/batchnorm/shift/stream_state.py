@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-from batchnorm.files import sidecar
+from batchnorm.files.sidecar import Sidecar
 from batchnorm.shift.alarm import Alarm
 from batchnorm.shift.conformal import CELLS, Bag
 from batchnorm.shift.e_processes import EProcesses
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from batchnorm.shift.alarm_reference import Reference
 
-VERSION = 3
-SUFFIX = ".bnshift.safetensors"
+FILE = Sidecar(
+    "shift", ".bnshift.safetensors", "a monitor's state", version=3, remedy="Write it with monitor.save(path)."
+)
 
 
 @final
@@ -106,9 +107,8 @@ class StreamState:
             ValueError: If the name has another ending, or an open key is neither text nor a number.
             OSError: If it cannot be written.
         """
-        path = sidecar.named(path, SUFFIX, "a monitor's state", "Name it so.")
         try:
-            sidecar.write(path, "shift", {"version": VERSION, **self.about}, self.tensors)
+            FILE.write(path, self.about, self.tensors)
         except TypeError as error:
             raise ValueError(f"a monitor is saved with keys that are text or numbers: {error}.") from error
 
@@ -120,7 +120,5 @@ class StreamState:
             ValueError: If the file is of another kind or version.
             OSError: If it cannot be read.
         """
-        about, tensors = sidecar.read(path, "shift", "a monitor's state", "Write one with monitor.save(path).")
-        if about.pop("version", None) != VERSION:
-            raise ValueError(f"{path} is not a monitor's state of version {VERSION}. Write it with monitor.save(path).")
+        about, tensors = FILE.read(path)
         return cls(tensors, about)
