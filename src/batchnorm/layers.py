@@ -9,7 +9,8 @@ activation in the same pass over memory.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,6 @@ from batchnorm.layer_checks import (
 )
 from batchnorm.ownership import claim
 from batchnorm.tracing import call_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SETTINGS = {"act", "act_param", "memory", "single_element"}
 

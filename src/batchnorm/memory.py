@@ -7,15 +7,13 @@ cheap function of x, ``saving`` keeps only x: in the graph a recipe replaces y, 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 
 @final

@@ -9,14 +9,10 @@ beta on purpose, while their owner is alive; they do not share stored statistics
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor, nn
 
 _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

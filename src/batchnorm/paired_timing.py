@@ -11,16 +11,13 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    Contestant = Callable[[], float]  # runs, and returns the seconds of one call
+Contestant = Callable[[], float]  # runs, and returns the seconds of one call
 
 ROUNDS = 21
 BUSY = 0.05  # share of all processors in use by others from which on results say so

@@ -11,10 +11,9 @@ A layer that does not normalize by its batch is a frozen layer: ``without`` stor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.ablation.user_model import Subject
@@ -25,9 +24,6 @@ from batchnorm.moments import Moments
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import freeze, has_stored_statistics
 from batchnorm.population.hooks import seeing
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 WITH, WITHOUT, ONCE, SCALED = "with", "without", "once", "scaled"
 CALLED = {

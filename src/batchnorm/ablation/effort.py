@@ -6,17 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm.ablation.arm_training import RATES, train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, input_norm
 from batchnorm.ablation.user_data import inputs_of
-from batchnorm.ablation.user_model import undisturbed
+from batchnorm.ablation.user_model import Subject, undisturbed
 from batchnorm.ablation.watched_runs import watch
 from batchnorm.layers import batch_norms
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 SECONDS = 150.0  # that a run should take, if neither steps nor seeds are given
 _PILOT = 12  # steps of the runs that time is measured by: so few are looked at as often as a longer run is

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from batchnorm.ablation.questions import noise_of_layers, test_statistics
 from batchnorm.ablation.questions.input_scales import inputs, spread
 from batchnorm.ablation.study import Measure
 from batchnorm.ablation.user_data import examples_in, first_examples
-from batchnorm.ablation.user_model import kept_buffers, received
+from batchnorm.ablation.user_model import Subject, kept_buffers, received
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import Figure, in_words, known
@@ -28,9 +27,6 @@ from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.reporting.charts.chart_data import Chart, Role, Rows
 from batchnorm.reporting.text import many
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 _EXAMPLES = 128  # whose likeness is measured: their Gram matrix is decomposed
 _LAYERS = 16  # in a chart

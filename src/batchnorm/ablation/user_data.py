@@ -8,11 +8,11 @@ its tensors are equally long; a graph with its edges, or an object of a class of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -29,9 +29,6 @@ from batchnorm.population.tensor_trees import (
     tensors_in,
     why_without_rows,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 EXAMPLES = 4096  # of a pass that are read: enough for every question, and some hundred steps
 _BYTES = 2**28  # of memory that the examples may take

@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
+from batchnorm.adaptation.answer_window import PredictionWindow
+from batchnorm.adaptation.predictions import Predictions
 from batchnorm.shift.alarm import MIX
-
-if TYPE_CHECKING:
-    from batchnorm.adaptation.answer_window import PredictionWindow
-    from batchnorm.adaptation.predictions import Predictions
 
 _FEW = 32  # examples in use before their predictions are judged
 _UNSURE = 0.1  # mean entropy above which predictions are uncertain, in units of log K; twice this is very uncertain

@@ -6,21 +6,18 @@ Only batch norm's tensors are read, so a file of gigabytes takes a moment.
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import BinaryIO, TypeVar
 
 from batchnorm.checkpoint import layers_in_file
 from batchnorm.checkpoint.formats import detection, other_files, safetensors_file, torch_legacy, torch_zip
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
-    from typing import BinaryIO
 
 __all__ = ["Checkpoint", "Shared", "State", "Stored", "format_of", "read"]
 

@@ -14,15 +14,12 @@ wrappers (``module``, ``_orig_mod``, ``model``). So the names in different copie
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm.checkpoint.file_tensors import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from batchnorm.checkpoint.pickled.unknown_classes import Saved
+from batchnorm.checkpoint.pickled.unknown_classes import Saved
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 OF_A_LAYER = (*STATISTICS, "weight", "bias")

@@ -8,14 +8,10 @@ import sys
 import zlib
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import BinaryIO, final
 
+from batchnorm.checkpoint.formats.checked_records import Source
 from batchnorm.checkpoint.refusal import RefusalError, brief
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
-    from batchnorm.checkpoint.formats.checked_records import Source
 
 # bytes of one element, by torch's name of the type
 BYTES = {

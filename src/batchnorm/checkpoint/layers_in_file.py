@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.averaged_copies import (
     OF_A_LAYER,
@@ -23,6 +23,7 @@ from batchnorm.checkpoint.averaged_copies import (
 from batchnorm.checkpoint.feeding_weights import Feeders
 from batchnorm.checkpoint.file_tensors import Tensor, first_bytes, numbers
 from batchnorm.checkpoint.formats import other_files
+from batchnorm.checkpoint.formats.checked_records import Source
 from batchnorm.checkpoint.identical_parts import statistics_of
 from batchnorm.checkpoint.pickled.allowed_names import VERSIONS
 from batchnorm.checkpoint.pickled.name import in_words
@@ -39,11 +40,6 @@ from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.shared_modules import find_shared
 from batchnorm.checkpoint.states_in_file import ROOT, parted
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below, with_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from batchnorm.checkpoint.formats.checked_records import Source
 
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.averaged_copies import WRAPPERS, says_average, snake
-from batchnorm.checkpoint.stored import State, below, is_below
+from batchnorm.checkpoint.stored import Checkpoint, State, below, is_below
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from batchnorm.checkpoint.stored import Checkpoint
-
-    Keys = tuple[str | int, ...]
-    Words = tuple[str, ...]
+Keys = tuple[str | int, ...]
+Words = tuple[str, ...]
 
 _MOST = 64  # dicts with several states, and states in one: a file of more has been made to take time
 ROOT = "."  # the state whose names stand in no dict and have nothing in front

@@ -7,25 +7,21 @@ model; layers of other states have their names in the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
+
+from torch import nn
 
 from batchnorm import addresses
+from batchnorm.checkpoint import Checkpoint
 from batchnorm.checkpoint.stored import below, is_below
-from batchnorm.doctor.diagnosis_value import order
+from batchnorm.doctor.diagnosis import Diagnosis
+from batchnorm.doctor.diagnosis_value import LayerRow, order
 from batchnorm.doctor.examination import Selection, examine
+from batchnorm.doctor.mending.remedies import Change
 from batchnorm.doctor.mending.treatment import differences, treat
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from torch import nn
-
-    from batchnorm.checkpoint import Checkpoint
-    from batchnorm.doctor.diagnosis import Diagnosis
-    from batchnorm.doctor.diagnosis_value import LayerRow
-    from batchnorm.doctor.mending.remedies import Change
-    from batchnorm.rules.finding import Finding
+from batchnorm.rules.finding import Finding
 
 _FOREIGN = "BN115"  # seen in a file that holds several states, and in no model that has one of them
 

@@ -30,10 +30,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.call_types import Batch
 from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, scalar
@@ -46,10 +47,7 @@ from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_trees import examples_in
 
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    Statistics = tuple[Tensor, Tensor]  # running mean and variance
+Statistics = tuple[Tensor, Tensor]  # running mean and variance
 
 
 @final

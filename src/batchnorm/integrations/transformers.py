@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Unpack, final
+from typing import Any, Unpack, final
 
 from torch import nn
 
@@ -20,10 +20,9 @@ from batchnorm.population.batches import call
 with needed("transformers", "'transformers[torch]'"):
     from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from batchnorm.call_types import Batch
+from batchnorm.call_types import Batch
 
 
 @final

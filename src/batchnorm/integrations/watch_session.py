@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, final
+from typing import Any, TypedDict, Unpack, final
 
 from torch import Tensor, nn
 
+from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments import Sink, Watch, watch
 
-if TYPE_CHECKING:
-    from batchnorm.call_types import Answer, Batch
-
-    Loss = Callable[[Answer, Batch], Tensor]
+Loss = Callable[[Answer, Batch], Tensor]
 
 
 class WatchArguments(TypedDict, total=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,13 +13,9 @@ from batchnorm.kernels import cpu, operators, reference
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import is_plain, kernel_for, update_running
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Layer
+from batchnorm.kernels.operators import Context
 from batchnorm.kernels.running_statistics import Running
 from batchnorm.kernels.shapes import values_per_channel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from batchnorm.kernels.operators import Context
 
 # A leaky ReLU's input is recovered from its output with an error of this many roundings of z at most
 _WORST_RECOVERY = 32

@@ -13,10 +13,12 @@ channels of one call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import VmapInfo
 
 from batchnorm.kernels import choice, reference
 from batchnorm.kernels.activations import sign_shows
@@ -24,14 +26,9 @@ from batchnorm.kernels.choice import kernel_for
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
 from batchnorm.kernels.running_statistics import Running
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch._functorch.autograd_function import VmapInfo
-
-    # which axis of each argument has the models
-    Axes = Sequence[int | None]
-    Gradient = Tensor | None
+# which axis of each argument has the models
+Axes = Sequence[int | None]
+Gradient = Tensor | None
 
 # an argument as torch passes it: of the type that the schema says
 Flat = Any

@@ -18,7 +18,7 @@ than their own format has. Half-precision inputs are widened to float32 first. C
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from batchnorm.kernels import running_statistics
 from batchnorm.kernels.activations import activate, derivative
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
 from batchnorm.kernels.shapes import values_per_channel
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

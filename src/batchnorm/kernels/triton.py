@@ -9,8 +9,9 @@ results have the same bits however many programs run at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +32,6 @@ from batchnorm.kernels.triton_blocks import (
     normalize_part,
     sum_part,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 Argument = Tensor | float | str | None
 

@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.files.sidecar import Sidecar
 from batchnorm.other_libraries import channels_of, eps_of
@@ -36,11 +38,6 @@ from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import digest_of, whole
 from batchnorm.shift import by_layer, clean_observations
 from batchnorm.shift.clean_observations import CleanObservations
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 FILE = Sidecar(
     "reference", ".bncal.safetensors", "a reference", version=3, remedy="Make one with monitor.calibrate(loader)."

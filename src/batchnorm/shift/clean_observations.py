@@ -6,9 +6,10 @@ independent. That is all that validity needs. Marks use all observations; the sp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from batchnorm.shift.channel_marks import MARKS, Marks
 from batchnorm.shift.conformal import Bag
 from batchnorm.shift.principal_components import Components, axes_shape, halves
 from batchnorm.shift.scores import KIND_OF, Scores, powers
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _CONFIDENCE = 0.95  # that every component's mean is within its error, if normal
 # relative standard error of a variance of m values of kurtosis 6.5, half as large again as for normal values

@@ -13,21 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
+from batchnorm.call_types import Arguments, Keywords
 from batchnorm.layers import input_of
 from batchnorm.population.hooks import Hook, attached
 from batchnorm.population.tensor_memory import whole
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.utils.hooks import RemovableHandle
-
-    from batchnorm.call_types import Arguments, Keywords
-    from batchnorm.shift.alarm_reference import Reference
+from batchnorm.shift.alarm_reference import Reference
 
 ALL = 2**62  # examples: more than a batch has
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_number
+from batchnorm.call_types import Arguments, Batch, Keywords
 from batchnorm.layers import batch_norms, unwrapped
 from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
@@ -24,21 +28,13 @@ from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.tensor_memory import require
 from batchnorm.population.tensor_trees import examples_in, rows_of, why_without_rows
+from batchnorm.shift.alarm import Alarm, LayerShift
 from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.data_passes import passes
 from batchnorm.shift.layer_observer import ALL, LayerObserver, random_rows
 from batchnorm.shift.observation_units import Grouping, Unit, name_of
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.stream_state import StreamState
-
-if TYPE_CHECKING:
-    import os
-
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.utils.hooks import RemovableHandle
-
-    from batchnorm.call_types import Arguments, Batch, Keywords
-    from batchnorm.shift.alarm import Alarm, LayerShift
 
 _ALWAYS = 256  # examples that are observed whatever the cost: a gross shift takes some tens
 _JUDGED = 1024  # examples after those, before the observed share is judged

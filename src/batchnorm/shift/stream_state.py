@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
+
+from torch import Tensor
 
 from batchnorm.files.sidecar import Sidecar
 from batchnorm.shift.alarm import Alarm
+from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.conformal import CELLS, Bag
 from batchnorm.shift.e_processes import EProcesses
 from batchnorm.shift.evidence import BETS, ShiftEvidence, shapes, stakes_for
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from batchnorm.shift.alarm_reference import Reference
 
 FILE = Sidecar(
     "shift", ".bnshift.safetensors", "a monitor's state", version=3, remedy="Write it with monitor.save(path)."

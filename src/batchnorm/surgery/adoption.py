@@ -8,11 +8,13 @@ the same gradients and statistics. The old class and children are kept outside o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
+from torch.fx import Graph, Node
 from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -23,10 +25,6 @@ from batchnorm.surgery.dataflow import Flow, traced
 from batchnorm.surgery.fusion import _MARK
 from batchnorm.surgery.layer_maps import KINDS, graph_of_layer, parts_of
 from batchnorm.surgery.patterns import OURS, FusedActivation, activation_of, written_kind
-
-if TYPE_CHECKING:
-    from torch.fx import Graph, Node
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 _ORIGIN = "_layer_of_others"
 _SIZES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 2, 2)}

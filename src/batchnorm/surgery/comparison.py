@@ -12,10 +12,11 @@ probability 0, unless the model makes them itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from batchnorm.population.batches import call
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError, bits_of, parts_of, whole
+from batchnorm.population.tensor_trees import Batch, Leaf
 from batchnorm.surgery.replacement import duplicate
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from batchnorm.population.tensor_trees import Batch, Leaf
-
-    Measured = dict[str, dict[str, Tensor]]
-    Value = Batch | nn.Module
-    Widen = Callable[[Value], Value]
+Measured = dict[str, dict[str, Tensor]]
+Value = Batch | nn.Module
+Widen = Callable[[Value], Value]
 
 OUTPUTS, GRADIENTS, BUFFERS = "the output", "the gradients", "the buffers"
 _TRIES = 8  # a tie of two that moves by chance stays as it is in one of 2^8

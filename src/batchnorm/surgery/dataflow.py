@@ -17,35 +17,30 @@ import random
 import sys
 import warnings
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from inspect import Parameter
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Proxy, Tracer
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.node import Argument
 from torch.fx.proxy import TraceError
 from torch.nn.modules import module as hooks_of_all
 
 from batchnorm.population.hooks import attached
+from batchnorm.population.tensor_trees import Batch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+Callers = dict[nn.Module, set[nn.Module | None]]
+Options = dict[str, Batch]  # of a call, by name
+Arguments = dict[nn.Module, Options]
+Written = Callable[..., object]
 
-    from torch.fx import Node
-    from torch.fx.node import Argument
-
-    from batchnorm.population.tensor_trees import Batch
-
-    Callers = dict[nn.Module, set[nn.Module | None]]
-    Options = dict[str, Batch]  # of a call, by name
-    Arguments = dict[nn.Module, Options]
-    Written = Callable[..., object]
-
-    # what a module keeps attributes in
-    Container = dict[object, object] | list[object] | set[object] | deque[object]
+# what a module keeps attributes in
+Container = dict[object, object] | list[object] | set[object] | deque[object]
 
 MODES = (True, False)
 IN_PLACE = (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from batchnorm.argument_types import require_flag, require_module
 from batchnorm.population.freezing import Frozen, unfreeze
+from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery import fusion
 from batchnorm.surgery.conversion import revert
 from batchnorm.surgery.folding.fold_and_unfold import fold as folded
@@ -17,11 +19,6 @@ from batchnorm.surgery.group_norm import GroupNormAct
 from batchnorm.surgery.patterns import activation_module, is_ours
 from batchnorm.surgery.replacement import duplicate, find
 from batchnorm.surgery.rewriting import OURS, applied_by
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from batchnorm.population.tensor_trees import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -12,18 +12,20 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter
+from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_map
 
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.tensor_memory import AbsenceError
+from batchnorm.population.tensor_trees import Batch, Leaf
 from batchnorm.surgery.dataflow import (
     MODES,
+    Callers,
     Flow,
     flows,
     is_container,
@@ -35,12 +37,6 @@ from batchnorm.surgery.dataflow import (
 from batchnorm.surgery.patterns import Site, is_ours, sites
 from batchnorm.surgery.rewriting import MARK as _MARK
 from batchnorm.surgery.rewriting import Absorbed, applied_by, restore, rewrite
-
-if TYPE_CHECKING:
-    from torch.fx import Node
-
-    from batchnorm.population.tensor_trees import Batch, Leaf
-    from batchnorm.surgery.dataflow import Callers
 
 
 def fuse(model: nn.Module, example: Batch) -> None:

@@ -8,28 +8,24 @@ cannot be read, all of it must be such a map.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Interpreter, Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.other_libraries import response, response_of
 from batchnorm.surgery.dataflow import set_mode, traced
 from batchnorm.surgery.folding.arithmetic import Affine
 from batchnorm.surgery.patterns import OURS, is_watched, written_kind
 from batchnorm.surgery.rewriting import Absorbed, Code
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.fx.node import Argument
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # whose forwards are known
 _HAND_ON = {

@@ -6,25 +6,19 @@ Activations are those of ``batchnorm.kernels.activations.TABLE``.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from batchnorm.kernels.activations import TABLE, activation
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.population.freezing import Frozen
-from batchnorm.surgery.dataflow import IN_PLACE, is_chain
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch.fx import Graph
-    from torch.fx.node import Argument
-
-    from batchnorm.surgery.dataflow import Flow
+from batchnorm.surgery.dataflow import IN_PLACE, Flow, is_chain
 
 OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 

@@ -8,12 +8,14 @@ and hook that refers to the layer goes on referring to the right thing, and what
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
@@ -25,11 +27,6 @@ from batchnorm.population.tensor_memory import emptiness, is_fake, require
 from batchnorm.surgery.patterns import activation_name
 from batchnorm.surgery.rewriting import MARK, applied_by
 from batchnorm.surgery.rewriting import OURS as _OURS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 

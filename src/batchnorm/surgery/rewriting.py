@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
 from inspect import ismodule
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from batchnorm.kernels.activations import activate
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.ownership import carried_from
 from batchnorm.tracing import call_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch.fx import Graph
-
 
 # paths of layers from the module that calls them, and the activations that they took over
 Fused = tuple[tuple[tuple[str, ...], str], ...]

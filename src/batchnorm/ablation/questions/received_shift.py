@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,15 +9,13 @@ from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
+from batchnorm.ablation.watched_runs import WatchedRun
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import known
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Chart, Rows
 from batchnorm.reporting.text import many
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.watched_runs import WatchedRun
 
 _LAYERS = 16  # in the chart by layer
 _FLOORS = {WITHOUT: "noise floor without", WITH: "noise floor with"}

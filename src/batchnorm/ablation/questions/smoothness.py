@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,13 +10,11 @@ from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS
 from batchnorm.ablation.study import PAIR, Study
+from batchnorm.ablation.watched_runs import WatchedRun
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Chart, Role, Rows
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.watched_runs import WatchedRun
 
 EDGE = 2 * (1 + MOMENTUM)  # of gradient descent with heavy-ball momentum on a quadratic: rate × curvature < 2 (1 + m)
 _EDGE = "edge of stability"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved
 from batchnorm.checkpoint.refusal import brief
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # a class of these may do anything when it is called
 _POWERFUL = sys.stdlib_module_names | {"numpy"}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from typing import TYPE_CHECKING, final
+from collections.abc import Callable
+from typing import BinaryIO, final
 
 from batchnorm.checkpoint.file_tensors import Span, Storage, Tensor
 from batchnorm.checkpoint.pickled import allowed_names
@@ -19,12 +20,8 @@ from batchnorm.checkpoint.pickled.numpy_arrays import Dtype, Unbuilt
 from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved, settle
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import BinaryIO
-
-    # what an opcode does, and the value that it leaves on the stack, if any
-    Step = Callable[["_Machine"], Saved]
+# what an opcode does, and the value that it leaves on the stack, if any
+Step = Callable[["_Machine"], Saved]
 
 LARGEST = 1 << 28  # bytes of a pickle; that of a network of 100,000 tensors has 2^24
 _MOST_STEPS = 10_000_000  # opcodes; one may allocate 100 bytes

@@ -14,17 +14,14 @@ together by an exact permutation test (Pitman 1937): in a random order, every or
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
+from torch import Tensor
 
 from batchnorm.moments import Moments
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
 
 # three degrees of freedom: with fewer, the variance of batch means is unknown
 MIN_BATCHES = 4

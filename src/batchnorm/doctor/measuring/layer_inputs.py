@@ -23,10 +23,11 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.measuring.batch_clustering import Clustering, clustering
 from batchnorm.doctor.measuring.stored_statistics_bets import Bets
@@ -35,9 +36,6 @@ from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
 from batchnorm.population.tensor_memory import whole
 from batchnorm.rules.rule_evidence import Measured
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 # t counts a difference below a thousandth of the sd, or of the variance, as one thousandth
 _LEAST_NOISE = 1e-3

@@ -31,17 +31,14 @@ not exclude them. Channels are selected by e-BH, so that under the null any is s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
 from batchnorm.shift.alarm import e_bh
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CHANCE = 0.01  # largest probability that an exact layer has a selected channel; by Markov's inequality
 # B, and stakes for it, below 1 / (B + tau): each suits a shift of about its own size, in units of the variance

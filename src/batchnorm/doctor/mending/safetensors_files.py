@@ -11,13 +11,11 @@ import math
 import struct
 import sys
 from array import array
-from typing import TYPE_CHECKING, BinaryIO, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypedDict
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.doctor.mending.tensor_edit import Edit, Keys
 
 # name in the file, and struct's letter; bfloat16 is cut from float32
 _TYPES = {

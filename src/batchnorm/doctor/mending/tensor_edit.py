@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
-
-if TYPE_CHECKING:
-    from array import array
+from typing import final
 
 # the keys of dicts and lists that lead to a value in a file
 Keys = tuple[int | str, ...]

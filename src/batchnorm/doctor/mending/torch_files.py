@@ -7,22 +7,18 @@ with the same sharing of memory. Only devices are lost, because tensors are load
 from __future__ import annotations
 
 import zipfile
+from array import array
 from collections import defaultdict
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from batchnorm.checkpoint.averaged_copies import OF_A_LAYER
-
-if TYPE_CHECKING:
-    from array import array
-    from collections.abc import Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.doctor.mending.tensor_edit import Edit, Keys
 
 Place = tuple[Any, Any]  # a dict or list, and the key in it
 

@@ -11,11 +11,12 @@ Sizes are those of one example, found by running the graph on tensors without va
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Iterable
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,14 +26,7 @@ from batchnorm.population.tensor_trees import Batch, Leaf
 from batchnorm.surgery.dataflow import IN_PLACE
 from batchnorm.surgery.folding.arithmetic import RANKS
 from batchnorm.surgery.patterns import is_watched
-from batchnorm.surgery.shape_tracing import by_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch.fx import Graph
-
-    from batchnorm.surgery.shape_tracing import InputShapes
+from batchnorm.surgery.shape_tracing import InputShapes, by_name
 
 Channels = tuple[int, ...]
 # what each node of a graph gives, with tensors without values

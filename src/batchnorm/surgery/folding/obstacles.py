@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -13,18 +15,11 @@ from batchnorm.other_libraries import channels_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import absence
 from batchnorm.surgery.folding.arithmetic import RANKS, Linear, Position, channels, shifts_evenly
+from batchnorm.surgery.folding.channel_paths import Channels
+from batchnorm.surgery.folding.model_facts import ModelFacts
 from batchnorm.surgery.patterns import is_watched
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.fx import Graph
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.surgery.folding.channel_paths import Channels
-    from batchnorm.surgery.folding.model_facts import ModelFacts
-
-    Record = Callable[[nn.Module], Graph]
+Record = Callable[[nn.Module], Graph]
 
 
 def rank(partner: nn.Module) -> int:
