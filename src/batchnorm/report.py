@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from batchnorm.experiment.judgement import Verdict
     from batchnorm.experiment.outcomes import ClaimOutcome, Verdicts
     from batchnorm.reporting.blocks import Block
-    from batchnorm.reporting.charts import Panel
     from batchnorm.reporting.charts.chart_data import Axis, Chart
+    from batchnorm.reporting.charts.drawings import Panel
     from batchnorm.reporting.json_values import Json
 
 Value = float | int | str | None  # in a row of a chart
@@ -199,7 +199,7 @@ class _Section:
 
 
 def _section(outcome: ClaimOutcome) -> _Section:
-    from batchnorm.reporting.charts import panels
+    from batchnorm.reporting.charts.drawings import panels
 
     name, charts = outcome.claim.name, outcome.result.charts
     drawn = [() if chart.kind == "picture" else panels(chart) for chart in charts]

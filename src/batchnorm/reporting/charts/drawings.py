@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import altair as alt
+
+from batchnorm.reporting.charts.chart_data import Chart
 from batchnorm.reporting.charts.scales import Scale, scale
 from batchnorm.reporting.charts.series import Look, looks, short, siblings
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    import altair as alt
-
-    from batchnorm.reporting.charts.chart_data import Chart
-
-    Row = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 # Size in pixels of a panel with its axes, by the number of panels in a row. None is much wider than a telephone,
 # where panels stack, so that their labels stay readable.
@@ -87,8 +84,6 @@ def _inside(chart: Chart, row: str, column: str) -> list[Row]:
 
 
 def _draw(frame: _Frame, rows: Sequence[Row], width: int, height: int) -> alt.LayerChart:
-    import altair as alt
-
     # Altair checks every object against its schema while it is built, four fifths of all the time. Only data
     # differ between our drawings, so it is enough that the tests check one of each kind.
     with alt.utils.schemapi.debug_mode(False):
@@ -98,9 +93,7 @@ def _draw(frame: _Frame, rows: Sequence[Row], width: int, height: int) -> alt.La
 
 
 def _config() -> alt.Config:
-    """RunSettings of all drawings; the font is close in width to the page's, which replaces it."""
-    import altair as alt
-
+    """Settings of all drawings; the font is close in width to the page's, which replaces it."""
     labels = {"labelColor": "var(--muted)", "labelFontSize": 11, "labelPadding": 4, "tickSize": 4}
     rules = {"gridColor": "var(--grid)", "domainColor": "var(--axis)", "tickColor": "var(--axis)"}
     return alt.Config(
@@ -162,8 +155,6 @@ _KINDS: dict[str, Callable[[_Frame, Sequence[Row]], list[alt.Chart]]] = {
 
 def _base(frame: _Frame, rows: Iterable[Row]) -> alt.Chart:
     """A chart of ``rows`` in the colours of their series, with what an interactive page shows for a mark."""
-    import altair as alt
-
     values = [{key: value for key, value in row.items() if key not in {"row", "panel"}} for row in rows]
     colours = alt.Scale(domain=list(frame.looks), range=[look.colour for look in frame.looks.values()])
     return alt.Chart(alt.InlineData(values=values)).encode(
@@ -172,8 +163,6 @@ def _base(frame: _Frame, rows: Iterable[Row]) -> alt.Chart:
 
 
 def _tooltip(frame: _Frame) -> list[alt.Tooltip]:
-    import altair as alt
-
     series = alt.Tooltip("series:N", title="series")
     if frame.y is None:
         return [alt.Tooltip("label:N", title="what"), series, alt.Tooltip("value:Q", title=frame.x.title)]
@@ -186,8 +175,6 @@ def _tooltip(frame: _Frame) -> list[alt.Tooltip]:
 
 
 def _line(frame: _Frame, rows: Sequence[Row], series: str, field: str) -> alt.Chart:
-    import altair as alt
-
     dash = list(frame.looks[series].dash) or alt.Undefined
     line = _base(frame, [row for row in rows if row["series"] == series])
     line = line.mark_line(strokeWidth=2, strokeDash=dash, clip=frame.clip)
@@ -211,8 +198,6 @@ def _inside_scale(shared: Scale | None, value: float) -> bool:
 
 
 def _shape(frame: _Frame) -> alt.Shape:
-    import altair as alt
-
     shapes = alt.Scale(domain=list(frame.looks), range=[look.shape for look in frame.looks.values()])
     return alt.Shape("series:N", legend=None, scale=shapes)
 
@@ -221,23 +206,17 @@ def _shape(frame: _Frame) -> alt.Shape:
 
 
 def _x(frame: _Frame, field: str) -> alt.X:
-    import altair as alt
-
     axis = _axis(frame.x, grid=frame.y is None)
     return alt.X(f"{field}:Q", title=None, scale=_scale(frame.x), axis=axis)
 
 
 def _y(frame: _Frame, field: str) -> alt.Y:
-    import altair as alt
-
     assert frame.y is not None  # noqa: S101 - only charts of dots have none, and they place categories instead
     return alt.Y(f"{field}:Q", title=None, scale=_scale(frame.y), axis=_axis(frame.y, grid=True))
 
 
 def _category(frame: _Frame) -> dict[str, Any]:
     """The vertical place of a dot: its category, and its series beside the others of that category."""
-    import altair as alt
-
     labels = [_wrapped(label) for label in _labels(frame.chart)]
     lanes = alt.Scale(domain=labels, paddingInner=0.25, paddingOuter=0.1)
     # two lines stand in the middle when the first ends there
@@ -250,8 +229,6 @@ def _category(frame: _Frame) -> dict[str, Any]:
 
 
 def _scale(shared: Scale) -> alt.Scale:
-    import altair as alt
-
     domain = [shared.low, shared.high]
     if shared.log:
         return alt.Scale(type="log", domain=domain, nice=False)
@@ -259,8 +236,6 @@ def _scale(shared: Scale) -> alt.Scale:
 
 
 def _axis(shared: Scale, *, grid: bool) -> alt.Axis:
-    import altair as alt
-
     if shared.ticks is None:
         return alt.Axis(tickCount=5, format=shared.form or alt.Undefined, grid=grid)
     # left to itself, a logarithmic axis blanks the labels of some of its ticks
