@@ -101,8 +101,19 @@ def _contents(path: str, file: BinaryIO) -> Checkpoint:
     kind = detection.of(file)
     file.seek(0)
     if kind == "onnx":
-        from batchnorm.checkpoint.formats import onnx_layers
-
-        return onnx_layers.read(path, file)
+        return _contents_of_onnx(path, file)
     saved, source = _READERS[kind](file)
     return layers_in_file.checkpoint(path, "pt" if kind == "legacy" else kind, saved, source)
+
+
+def _contents_of_onnx(path: str, file: BinaryIO) -> Checkpoint:
+    try:
+        import onnx  # noqa: F401 - the reader needs it
+
+        from batchnorm.checkpoint.formats import onnx_layers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading an ONNX file needs {error.name}, which is not installed. Run: pip install 'batchnorm[onnx]'",
+            name=error.name,
+        ) from None
+    return onnx_layers.read(path, file)
