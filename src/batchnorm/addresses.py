@@ -13,26 +13,15 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
-from batchnorm import checkpoint
-from batchnorm.checkpoint.states_in_file import apart, dicts, with_state
-from batchnorm.checkpoint.stored import State, below, is_below
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from types import ModuleType
-
-    import torch
-    from torch import Tensor, nn
-
-    from batchnorm.checkpoint import Checkpoint
-
+from batchnorm.checkpoint.model_loading import load_weights
 
 # code in these folders is not the user's: the message shows the last line outside them
 _OTHERS = (
@@ -64,7 +53,7 @@ def refuse_code(target: str) -> None:
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
+def as_address_errors(name: str) -> Iterator[None]:
     """A block that turns errors of the user's code into an `AddressError`; our own messages and Ctrl-C pass.
 
     ``sys.exit`` in the user's code is an error too: its exit code could claim success.
@@ -76,7 +65,7 @@ def told(name: str) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, (ValueError, OSError, ModuleNotFoundError)) and not _is_of_user(error):
             raise
-        raise AddressError(_told(name, error)) from error
+        raise AddressError(_message(name, error)) from error
 
 
 def load(address: str) -> Any:
@@ -155,170 +144,10 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def states(network: nn.Module, file: Checkpoint) -> Checkpoint:
-    """The checkpoint, split into the states that a model can load.
-
-    A dict that has all of the model's layers is one state, whatever its names contain. If no state has the model's
-    layers, each module with exactly the model's tensors is one, if there are several.
-    """
-    layers = _layers(network)
-    if not layers or file.format == "onnx" or any(state.layers.keys() == layers for state in file.states.values()):
-        return file
-    named = dicts(file)
-    whole = next((keys for keys, names in named.items() if names.keys() == layers), None)
-    if whole is not None:
-        return apart(file, whole, "") or file
-    wanted = _shapes(network.state_dict())
-    found = [(keys, prefix) for keys, names in named.items() for prefix in _modules(file, keys, names, layers, wanted)]
-    for keys, prefix in found if len(found) > 1 else ():
-        file = apart(file, keys, prefix) or file
-    return file
-
-
-def _layers(network: nn.Module) -> set[str]:
-    statistics = (key for key in network.state_dict() if key.endswith(("running_mean", "running_var")))
-    return {key.rpartition(".")[0] for key in statistics}
-
-
-def _modules(
-    file: Checkpoint,
-    keys: tuple[str | int, ...],
-    names: Iterable[str],
-    layers: set[str],
-    wanted: Mapping[str, torch.Size | None],
-) -> Iterator[str]:
-    """Paths of modules in a dict that have exactly the layers and tensors of a model."""
-    first = min(layers)
-    ends = [name.removesuffix(f".{first}") for name in names if name.endswith(f".{first}")] if first else list(names)
-    paths = [path for path in ends if {below(path, layer) for layer in layers} == set(filter(_inside(path), names))]
-    tensors = _shapes(_tensors(file, State(keys, "", {}))) if len(paths) > 1 else {}
-    for path in paths:
-        if wanted == {k.removeprefix(f"{path}."): shape for k, shape in tensors.items() if k.startswith(f"{path}.")}:
-            yield path
-
-
-def _inside(path: str) -> Callable[[str], bool]:
-    return lambda name: is_below(path, name)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size | None]:
-    """Shapes that must agree; counters are left out, because torch adds missing ones."""
-    kept = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
-    return {name: getattr(value, "shape", None) for name, value in kept.items()}
-
-
-def load_weights(network: nn.Module, path: str, state: str = "") -> str:
-    """Load a state of a checkpoint into a model, strictly.
-
-    Args:
-        network: The model.
-        path: The checkpoint.
-        state: Path of a state in it. By default the first state whose batch norm layers are the model's.
-
-    Returns:
-        The state's name; "" in a file without batch norm layers.
-
-    Raises:
-        ValueError: If it is not a checkpoint, or names or shapes do not fit; the message has the first of them.
-    """
-    file, name = chosen(network, path, state)
-    part = file.states[name] if name else None
-    beside = tuple(_prefixes_beside(file, part))
-    known = network.state_dict()
-    tensors = {k: v for k, v in _tensors(file, part).items() if k in known or not k.startswith(beside)}
-    try:
-        network.load_state_dict(tensors)
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        which = f"{name!r} of {path}" if state else path
-        raise ValueError(
-            f"{which} does not fit {type(network).__name__}: {' '.join(lines[1:3] or lines)[:300]} "
-            "Use the weights of this model, or give its arguments by --set."
-        ) from error
-    return name
-
-
 def refuse_state(target: str, weights: str | None, state: str) -> None:
     """Refuse ``state`` without a checkpoint."""
     if state and not weights:
         raise ValueError(f"--state chooses in a checkpoint, got a model without one. Add --weights FILE: {target}")
-
-
-def chosen(network: nn.Module, path: str, state: str = "") -> tuple[Checkpoint, str]:
-    """The checkpoint, split into the states that a model can load, and the state that ``load_weights`` takes.
-
-    Raises:
-        ValueError: If it has no such state, or is not a checkpoint.
-    """
-    file = states(network, checkpoint.read(path))
-    return with_state(file, state) if state else (file, _first_that_fits(network, file))
-
-
-def choice(network: nn.Module, path: str, state: str = "") -> tuple[str, str]:
-    """The state that ``load_weights`` takes, and a sentence that says so; two empty texts if there is only one."""
-    file, name = chosen(network, path, state)
-    if len(file.states) < 2:
-        return "", ""
-    return name, f"{path}: {name!r} was loaded, of {', '.join(map(repr, file.states))}"
-
-
-def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
-    if file.format == "onnx":
-        raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Examine it by itself.")
-    nested: Any = _safetensors(file.path) if file.format == "safetensors" else _torch(file.path)
-    for key in state.keys if state else ():
-        nested = nested[key]
-    if state is None and isinstance(nested, Mapping):  # the place of the tensors is unknown
-        nested = next((nested[key] for key in ("state_dict", "model") if key in nested), nested)
-    if not isinstance(nested, Mapping):
-        raise ValueError(  # noqa: TRY004 - the file is wrong, not an argument
-            f"{file.path} holds a {type(nested).__name__}, expected a dict of tensors. "
-            "Save that: torch.save(model.state_dict(), path)."
-        )
-    prefix = state.prefix if state else ""
-    names = (name for name in nested if isinstance(name, str) and name.startswith(prefix))
-    return {name.removeprefix(prefix): nested[name] for name in names}
-
-
-def _first_that_fits(network: nn.Module, file: Checkpoint) -> str:
-    """The first state whose batch norm layers have the names of the model's; else the first state."""
-    layers = _layers(network)
-    fitting = (name for name, state in file.states.items() if state.layers.keys() == layers)
-    return next(fitting, next(iter(file.states), ""))
-
-
-def _prefixes_beside(file: Checkpoint, state: State | None) -> Iterator[str]:
-    """Prefixes of other states in the same dict, as they appear in the names of this one."""
-    for other in file.states.values():
-        if state and other is not state and other.keys == state.keys and other.prefix.startswith(state.prefix):
-            yield other.prefix.removeprefix(state.prefix)
-
-
-def _torch(path: str) -> Any:
-    import torch
-
-    try:
-        with Path(path).open("rb") as opened:  # given a path, torch would go by the suffix
-            return torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: torch.load(weights_only=True) refuses it, by {type(error).__name__}. "
-            "Save the state dict alone: torch.save(model.state_dict(), path)."
-        ) from error
-
-
-def _safetensors(path: str) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "--weights with a .safetensors file needs safetensors. Run: pip install 'batchnorm[torch]'"
-        ) from error
-    try:
-        return load_file(path)
-    except Exception as error:
-        message = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path}: safetensors refuses it: {message}. Copy or save it again.") from error
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -342,14 +171,14 @@ def _from_module(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise AddressError(_told(name, error)) from error
+            raise AddressError(_message(name, error)) from error
         raise ModuleNotFoundError(
             f"no module {error.name!r} for {name}. Run in its project's folder, or give the file: {name}.py:name"
         ) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise AddressError(_told(name, error)) from error
+        raise AddressError(_message(name, error)) from error
 
 
 def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
@@ -372,10 +201,10 @@ def _run(name: str, code: Callable[[], Any]) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise AddressError(_told(name, error)) from error
+        raise AddressError(_message(name, error)) from error
 
 
-def _told(name: str, error: BaseException) -> str:
+def _message(name: str, error: BaseException) -> str:
     """The error, with the user's line that raised it."""
     frames = _of_user(error)
     line = f" at {_shown(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""

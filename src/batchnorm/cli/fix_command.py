@@ -177,7 +177,7 @@ def _model(asked: FixOptions) -> Mended:
     require_torch("a model")
     target, weights = asked.model.address, asked.model.weights
     addresses.refuse_state(target, weights, asked.model.state)
-    with _no_bytecode(), _warnings_told(), addresses.told(target):
+    with _no_bytecode(), _warnings_told(), addresses.as_address_errors(target):
         model = replace(asked.model, weights=None).made()
         return _one_model(asked, model) if weights is None else _each_state(asked, model, weights)
 

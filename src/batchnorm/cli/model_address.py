@@ -50,7 +50,7 @@ class ModelAddress:
 @contextlib.contextmanager
 def running(address: str) -> Iterator[None]:
     """A block that runs the user's code: what it prints must not get into JSON, nor its errors end in a traceback."""
-    with contextlib.redirect_stdout(sys.stderr), addresses.told(address):
+    with contextlib.redirect_stdout(sys.stderr), addresses.as_address_errors(address):
         yield
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 import click
 
 from batchnorm import addresses
+from batchnorm.checkpoint import model_loading
 from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
@@ -205,7 +206,7 @@ def _loaded(asked: ShiftOptions) -> tuple[ShiftOptions, nn.Module]:
     """The model, and what was asked of the state that it has; of several states, the one is said."""
     model = asked.model
     network = model.made()
-    name, told = addresses.choice(network, model.weights, model.state) if model.weights else ("", "")
+    name, told = model_loading.choice(network, model.weights, model.state) if model.weights else ("", "")
     if told:
         click.echo(told, err=True)
     return replace(asked, model=replace(model, state=name)), network

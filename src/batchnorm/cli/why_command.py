@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 import click
 
 from batchnorm import addresses
+from batchnorm.checkpoint import model_loading
 from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
@@ -244,7 +245,7 @@ def _with_state(asked: WhyOptions, subject: Subject) -> tuple[WhyOptions, str]:
     named = asked.model
     if not named.weights:
         return asked, ""
-    name, told = addresses.choice(subject.fresh(asked.seed), named.weights, named.state)
+    name, told = model_loading.choice(subject.fresh(asked.seed), named.weights, named.state)
     return replace(asked, model=replace(named, state=name)), told
 
 
@@ -319,7 +320,7 @@ def _checkpoint(asked: WhyOptions, subject: Subject) -> nn.Module:
 
     model = subject.fresh(asked.seed)
     if asked.model.weights:
-        addresses.load_weights(model, asked.model.weights, asked.model.state)
+        model_loading.load_weights(model, asked.model.weights, asked.model.state)
     with preserve_state(model):
         subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # tells at once what does not fit
     return model

@@ -13,8 +13,8 @@ from typing import Any, final
 
 from torch import nn
 
-from batchnorm import addresses
 from batchnorm.checkpoint import Checkpoint
+from batchnorm.checkpoint.model_loading import chosen, load_weights
 from batchnorm.checkpoint.stored import below, is_below
 from batchnorm.doctor.diagnosis import Diagnosis
 from batchnorm.doctor.diagnosis_value import LayerRow, order
@@ -85,19 +85,19 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
     Raises:
         ValueError: If there is no such state, or none fits.
     """
-    file, first = addresses.chosen(network, path, state)
+    file, first = chosen(network, path, state)
     model = type(network).__name__
     if state or len(file.states) < 2:
-        addresses.load_weights(network, path, state)
+        load_weights(network, path, state)
         return Loading(file, (first,), model, not_asked=tuple(name for name in file.states if name != first))
     unfit: list[str] = []
     for name in file.states:
         try:
-            addresses.load_weights(network, path, name)
+            load_weights(network, path, name)
         except ValueError:
             unfit.append(name)
     if len(unfit) == len(file.states):
-        addresses.load_weights(network, path)  # its message names the file
+        load_weights(network, path)  # its message names the file
     return Loading(file, tuple(name for name in file.states if name not in unfit), model, unfit=tuple(unfit))
 
 
@@ -140,7 +140,7 @@ def examined(
 
 
 def _with(network: nn.Module, path: str, state: str, look: Callable[[], Diagnosis]) -> Diagnosis:
-    addresses.load_weights(network, path, state)
+    load_weights(network, path, state)
     return look()
 
 
@@ -193,7 +193,7 @@ def treated(
         name: As for ``examine``.
     """
     for state in plan.loaded:
-        addresses.load_weights(network, plan.file.path, state)
+        load_weights(network, plan.file.path, state)
         diagnosis = examine(network, data, selection=selection, name=name)
         copied = foreign_layers(plan, state, foreign) if data is not None else []
         diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *copied))

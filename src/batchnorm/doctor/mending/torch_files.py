@@ -10,7 +10,6 @@ import zipfile
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.checkpoint.averaged_copies import OF_A_LAYER
+from batchnorm.checkpoint.tensor_loading import by_torch
 from batchnorm.doctor.mending.tensor_edit import Edit, Keys
 
 Place = tuple[Any, Any]  # a dict or list, and the key in it
@@ -48,7 +48,7 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
     Raises:
         ValueError: If torch does not load the file as tensors and plain values.
     """
-    saved = _loaded(source)
+    saved = by_torch(source)
     places = dict(_places(saved))
     made: dict[int, Tensor] = {}
     apart = set(_parted(edits, places))
@@ -60,30 +60,6 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
     for path, prefix in prefixes.items():
         _take_off(_at(saved, path), prefix)
     torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
-
-
-def _loaded(source: Path) -> Any:
-    try:
-        with _plain_numpy(), source.open("rb") as opened:  # by a path, torch goes by the suffix
-            return torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{source}: torch.load(weights_only=True) refuses it: {str(error).partition(chr(10))[0][:200]} "
-            "Save the state dict alone with torch.save(model.state_dict(), path)."
-        ) from error
-
-
-def _plain_numpy() -> AbstractContextManager:
-    """A block in which torch also loads NumPy's numbers, which training loops save as losses and metrics."""
-    try:
-        import numpy as np
-    except ModuleNotFoundError:
-        return nullcontext()
-    scalar: Any = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
-    return torch.serialization.safe_globals(
-        [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]  # the name before and since NumPy 2
-    )
 
 
 def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:

@@ -1,0 +1,1 @@
+"""Charts: their data, their scales and series, and their drawings."""
