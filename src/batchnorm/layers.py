@@ -369,6 +369,11 @@ class BatchNorm3d(_Layer, nn.BatchNorm3d):
     _shapes: ClassVar[dict[int, str]] = SHAPES["BatchNorm3d"]
 
 
+# every layer, by the one of torch.nn that it stands for; other modules derive their lists from this one
+OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+LAYERS = tuple(OURS.values())
+
+
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm."""
     require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")

@@ -18,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from batchnorm.layers import OURS
 from batchnorm.other_libraries import measures
 from batchnorm.population.freezing import Frozen, freeze, has_stored_statistics
 from batchnorm.surgery import comparison
 from batchnorm.surgery.dataflow import Flow, traced
 from batchnorm.surgery.fusion import _MARK
 from batchnorm.surgery.layer_maps import KINDS, graph_of_layer, parts_of
-from batchnorm.surgery.patterns import OURS, FusedActivation, activation_of, written_kind
+from batchnorm.surgery.patterns import FusedActivation, activation_of, written_kind
 
 _ORIGIN = "_layer_of_others"
 _SIZES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 2, 2)}

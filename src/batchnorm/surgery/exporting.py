@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from batchnorm.argument_types import require_flag, require_module
+from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen, unfreeze
 from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery import fusion
@@ -18,7 +19,7 @@ from batchnorm.surgery.folding_placeholder import FoldedAway
 from batchnorm.surgery.group_norm import GroupNormAct
 from batchnorm.surgery.patterns import activation_module, is_ours
 from batchnorm.surgery.replacement import duplicate, find
-from batchnorm.surgery.rewriting import OURS, applied_by
+from batchnorm.surgery.rewriting import applied_by
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -117,7 +118,7 @@ def _thaw(model: nn.Module) -> None:
 
 
 def _warn_of_subclasses(model: nn.Module) -> None:
-    left = [path for path, layer in find(model).items() if isinstance(layer, OURS) and not is_ours(layer)]
+    left = [path for path, layer in find(model).items() if isinstance(layer, LAYERS) and not is_ours(layer)]
     if left:
         warnings.warn(
             "for_export leaves layers of subclasses as they are, which may do more than batch norm: "

@@ -21,13 +21,14 @@ from torch.fx.node import Argument, map_arg
 from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.layers import LAYERS, OURS
 from batchnorm.other_libraries import response, response_of
 from batchnorm.surgery.dataflow import set_mode, traced
 from batchnorm.surgery.folding.arithmetic import Affine
-from batchnorm.surgery.patterns import OURS, is_watched, written_kind
+from batchnorm.surgery.patterns import is_watched, written_kind
 from batchnorm.surgery.rewriting import Absorbed, Code
 
-KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # whose forwards are known
+KINDS = {*OURS, *LAYERS, nn.SyncBatchNorm}  # whose forwards are known
 _HAND_ON = {
     nn.Identity,
     nn.Dropout,

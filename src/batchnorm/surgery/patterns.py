@@ -16,11 +16,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from batchnorm.kernels.activations import TABLE, activation
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen
 from batchnorm.surgery.dataflow import IN_PLACE, Flow, is_chain
-
-OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
 
 # how torch writes each activation
 _MODULES = {row.module: name for name, row in TABLE.items()}
@@ -103,7 +101,7 @@ def has_input_of_its_own(flow: Flow, node: Node) -> bool:
 
 def is_ours(layer: nn.Module) -> bool:
     """Whether a module is exactly one of our layers, frozen or not."""
-    return written_kind(layer) in OURS.values()
+    return written_kind(layer) in LAYERS
 
 
 def written_kind(layer: nn.Module) -> type:

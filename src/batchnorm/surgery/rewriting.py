@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from batchnorm.kernels.activations import activate
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import LAYERS
 from batchnorm.ownership import carried_from
 from batchnorm.tracing import call_whole
 
@@ -32,12 +32,10 @@ Fused = tuple[tuple[tuple[str, ...], str], ...]
 
 MARK = "_act_was_fused"  # on a layer whose activation was written elsewhere
 
-OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-
 
 def applied_by(module: Any) -> str | None:
     """The activation that a module of this package applies to its result, or None."""
-    if isinstance(module, OURS):
+    if isinstance(module, LAYERS):
         return module._act
     act = vars(module).get("act") if getattr(type(module), "_applies_act", False) else None
     return act if isinstance(act, str) else None
