@@ -350,4 +350,4 @@ def _duration(seconds: float) -> str:
 def _line(verdict: Verdict) -> str:
     from batchnorm.report import GLYPHS
 
-    return f"{GLYPHS[verdict.status]} {verdict.status}  {verdict.told}"
+    return f"{GLYPHS[verdict.status]} {verdict.status}  {verdict.statement}"

@@ -95,7 +95,7 @@ class Verdicts:
         return sum(outcome.seconds for outcome in self.outcomes)
 
     @property
-    def found(self) -> dict[str, Verdict]:
+    def by_key(self) -> dict[str, Verdict]:
         """Every verdict by its key."""
         return {v.criterion.key: v for outcome in self.outcomes for v in outcome.result.verdicts}
 

@@ -89,14 +89,10 @@ class LayerObserver:
         examples, self._pass.examples = self._pass.examples, 0
         return examples
 
-    @property
-    def seconds(self) -> float:
-        """Time that this thread has spent observing since the last reset to 0."""
-        return self._pass.seconds
-
-    @seconds.setter
-    def seconds(self, number: float) -> None:
-        self._pass.seconds = number
+    def seconds_taken(self) -> float:
+        """Time that this thread has spent observing since the last call."""
+        seconds, self._pass.seconds = self._pass.seconds, 0.0
+        return seconds
 
     def attach(self) -> list[RemovableHandle]:
         """Observe the layers' inputs until the handles are removed."""

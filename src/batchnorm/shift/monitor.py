@@ -33,12 +33,9 @@ from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.data_passes import passes
 from batchnorm.shift.layer_observer import ALL, LayerObserver, random_rows
 from batchnorm.shift.observation_units import Grouping, Unit, name_of
+from batchnorm.shift.observing_budget import ObservingBudget
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.stream_state import StreamState
-
-_ALWAYS = 256  # examples that are observed whatever the cost: a gross shift takes some tens
-_JUDGED = 1024  # examples after those, before the observed share is judged
-_LEAST_SHARE = 0.05
 
 
 @final
@@ -133,17 +130,14 @@ class ShiftMonitor:
     def reset(self) -> None:
         """Forget all evidence and the alarm, and start a new stream."""
         self.stream = Stream(self.reference, self.unit, **self._promise)
-        self._spent = self._inference = 0.0
-        self._left_out = 0  # batches skipped for the budget
-        self._tried = 0  # examples chosen for observation, also in passes whose layers showed none
-        self._since: tuple[int, int] | None = None  # passed and observed examples before the budget counted
+        self._costs = ObservingBudget(self.budget)
 
     def __repr__(self) -> str:
-        told = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
+        state = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
         doubt = f"; doubtful: {tail}" if (tail := self.stream.tail) else ""
         return (
             f"ShiftMonitor({type(self.model).__name__}, layers={len(self.layers)}, observed {self.stream.looked} of "
-            f"{self.stream.passed} examples, {told}{doubt})"
+            f"{self.stream.passed} examples, {state}{doubt})"
         )
 
     @property
@@ -204,7 +198,7 @@ class ShiftMonitor:
     @property
     def cost(self) -> float:
         """Time of observing as a share of the inference time without it."""
-        return self._spent / max(1e-9, self._inference - self._spent)
+        return self._costs.cost
 
     @property
     def is_compiled(self) -> bool:
@@ -224,18 +218,17 @@ class ShiftMonitor:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
-        affordable = self.budget is None or self._spent <= self.budget * self._inference
-        is_early = max(self._tried, self.stream.looked) < _ALWAYS
-        looks = affordable or is_early or self._needs_all
+        looks = self._needs_all or self._costs.allows(self.stream.looked)
         self._tap.begin(self._of_each if looks else 0, seed=self.stream.passed)
-        self._left_out += not looks
+        if not looks:
+            self._costs.skip()
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Arguments, kwargs: Keywords, output: object) -> None:  # noqa: ARG002
         start = time.perf_counter()
         if output is None and sys.exc_info()[0] is not None:  # the pass failed and raises its own error
             self._tap.begin(0, 0)
-            self._tap.seconds = 0.0
+            self._tap.seconds_taken()
             self.stream.missed()
             return
         asked, seen = self._tap.end(), self._tap.taken()
@@ -244,42 +237,25 @@ class ShiftMonitor:
         with self.stream.lock:
             size = examples_in((args, kwargs)) or 0
             self.stream.passed += size
-            self._tried += min(asked, max(1, size))
             if seen is not None:
                 self.stream.observe(*seen, inputs=args[0] if args else kwargs)
             else:
                 self.stream.missed()
             now = time.perf_counter()
-            self._inference += now - self._passes.began
-            self._spent += now - start + self._tap.seconds
-            self._tell_of_budget()
-        self._tap.seconds = 0.0
-
-    def _tell_of_budget(self) -> None:
-        """Warn if the budget leaves so few examples that a shift would be detected late."""
-        passed, looked = self.stream.passed, self.stream.looked
-        if self._since is None:
-            self._since = (passed, looked) if max(self._tried, looked) >= _ALWAYS else None
-            return
-        passed, looked = passed - self._since[0], looked - self._since[1]
-        if self._left_out and passed >= _JUDGED and looked < _LEAST_SHARE * passed:
-            self.stream.warn(
-                "budget",
-                f"budget={self.budget:g} leaves {looked} of {passed} examples to be observed after the first "
-                f"{_ALWAYS}: a shift would be detected late. Raise it, or use budget=None.",
-            )
+            spent = now - start + self._tap.seconds_taken()
+            self._costs.add(min(asked, max(1, size)), now - self._passes.began, spent)
+            if problem := self._costs.problem(self.stream.passed, self.stream.looked):
+                self.stream.warn("budget", problem)
 
     def _can_pass_again(self) -> bool:
         """Whether a pass without observations is explained by a compiled model, which skips hooks; else warn."""
         if all(layer.training for layer in self.layers.values()):
-            self.stream.warn(
-                "train", "the model is in train mode, and does not use its stored statistics. Call eval()."
-            )
+            message = "the model is in train mode, and does not use its stored statistics. Call eval()."
+            self.stream.warn("train", message)
             return False
         if not self.is_compiled:
-            self.stream.warn(
-                "missed", "a pass did not reach every batch norm layer with each example once; it is skipped."
-            )
+            message = "a pass did not reach every batch norm layer with each example once; it is skipped."
+            self.stream.warn("missed", message)
         return self.is_compiled
 
     def _drawn(self, given: Batch, examples: int) -> list[int] | None:
@@ -384,13 +360,8 @@ def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None, kurtosis: float | None) -> None:
-    for name, value in {
-        "alpha": alpha,
-        "arl": arl,
-        "examples": examples,
-        "budget": budget,
-        "kurtosis": kurtosis,
-    }.items():
+    given = {"alpha": alpha, "arl": arl, "examples": examples, "budget": budget, "kurtosis": kurtosis}
+    for name, value in given.items():
         if value is not None or name == "alpha":
             require_number(value, name, "Leave it out for the usual one.")
     if not 0 < alpha < 1:

@@ -117,7 +117,7 @@ def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
     return chart(
         "ablation", "scale", "spread", rows, {"sd": "neutral"},
         x=wide_axis(f"standard deviation of the input {noun}s", rows), title=verdict.heading, noun=noun,
-        selected=selected, told=verdict.told,
+        selected=selected, told=verdict.statement,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
     reference: dict[str, Role] = {_EDGE: "neutral"}
     return chart(
         "ablation", "smooth", "main", rows, SERIES | reference, dashed=(_EDGE,), title=verdicts[1].heading, edge=EDGE,
-        equal=verdicts[0].told,
+        equal=verdicts[0].statement,
     )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def curves(grid: Grid, roles: dict[str, Role], verdict: Verdict) -> Chart:
     return chart(
         "ablation", "speed", "curves", rows, {CALLED[arm]: role for arm, role in roles.items()} | {"target": "neutral"},
         dashed=("target",), y=loss_axis(grid, [row.get("low", row["y"]) for row in rows]), title=verdict.heading,
-        told=verdict.told,
+        told=verdict.statement,
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _usable_chart(grid: Grid, verdict: Verdict) -> Chart:
     return chart(
         "ablation", "rates", "usable", rows, {CALLED[arm]: ROLES[arm] for arm in PAIR} | {"usable": "neutral"},
         dashed=("usable",), y=loss_axis(grid, [row.get("low", row["y"]) for row in rows]), title=verdict.heading,
-        told=verdict.told,
+        told=verdict.statement,
     )  # fmt: skip
 
 

@@ -238,7 +238,7 @@ def _chart(found: list[ModelReadings], verdict: Verdict) -> Chart:
             rows.append({"label": name, "value": paired_seeds.figures(losses.mean()), **extent, "series": series})
     return chart(
         "ablation", "test-time", "main", rows, {"its own": "neutral", "stored": "with"}, title=verdict.heading,
-        told=verdict.told,
+        told=verdict.statement,
     )  # fmt: skip
 
 
