@@ -385,6 +385,11 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs as a traced program, which would trace hooks too."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own model inside of torch.compile's and the parallel wrappers."""
     require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")

@@ -92,34 +92,35 @@ class Copy:
 
 def entries(saved: Saved) -> Iterator[Entry]:
     """Every tensor and counter in dicts, lists and tuples, each once, in the file's order."""
-    seen: set[int] = set()
-    waiting: list[tuple[Keys, Saved]] = [((), saved)]
-    while waiting:
-        path, value = waiting.pop()
-        if id(value) in seen or len(path) > _DEEPEST:
-            continue
-        seen.add(id(value))
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        items = [(key, item) for key, item in items if _is_name(key)]
-        yield from (Entry(path, str(key), item) for key, item in items if _is_entry(key, item))
-        inner = [((*path, key), item) for key, item in items if isinstance(item, dict | list | tuple)]
-        waiting += reversed(inner)
+    for path, first, value in _containers(saved):
+        if path == first:
+            yield from (Entry(path, str(key), item) for key, item in _named(value) if _is_entry(key, item))
 
 
 def same_objects(saved: Saved) -> Iterator[tuple[Keys, Keys]]:
     """The place of every repeated dict and the place where it came first, in the order of ``entries``."""
-    seen: dict[int, Keys] = {}
+    yield from ((path, first) for path, first, value in _containers(saved) if path != first and isinstance(value, dict))
+
+
+def _containers(saved: Saved) -> Iterator[tuple[Keys, Keys, Saved]]:
+    """Every dict, list and tuple in the file's order: its place, the place where it came first, and itself."""
+    places: dict[int, Keys] = {}
     waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
         path, value = waiting.pop()
-        if id(value) in seen or len(path) > _DEEPEST:
-            if isinstance(value, dict) and id(value) in seen:
-                yield path, seen[id(value)]
-            continue
-        seen[id(value)] = path
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        inner = [((*path, key), item) for key, item in items if _is_name(key) and isinstance(item, dict | list | tuple)]
-        waiting += reversed(inner)
+        is_new = id(value) not in places and len(path) <= _DEEPEST
+        if is_new:
+            places[id(value)] = path
+            inner = [((*path, key), item) for key, item in _named(value) if isinstance(item, dict | list | tuple)]
+            waiting += reversed(inner)
+        if id(value) in places:
+            yield path, places[id(value)], value
+
+
+def _named(value: Saved) -> list[tuple[str | int, Saved]]:
+    """What a container holds under a usable name or number."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(key, item) for key, item in items if _is_name(key)]
 
 
 def _is_name(key: object) -> bool:

@@ -19,7 +19,7 @@ output's gradient, so the sum of their absolute values is the layer's own gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,16 +32,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.call_types import Answer, Batch
+from batchnorm.call_types import Batch
 from batchnorm.instruments.network_vectors import inner, of_one, wide
-from batchnorm.instruments.probe_tier import unwrapped, with_shape
+from batchnorm.instruments.probe_tier import Loss, unwrapped, with_shape
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
-
-Loss = Callable[[Answer, Batch], Tensor]  # of a model's output and its batch
 
 
 @final

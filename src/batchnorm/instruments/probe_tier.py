@@ -36,7 +36,7 @@ from batchnorm.population.tensor_memory import require, whole
 from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import Record
 
-Loss = Callable[[Answer, Batch], Tensor]
+Loss = Callable[[Answer, Batch], Tensor]  # of a model's output and its batch
 
 PERCENTILES = (2, 16, 50, 84, 98)  # of a normal law: 2, 1 and 0 standard deviations
 _MOST_VALUES = 4096  # that percentiles are taken of

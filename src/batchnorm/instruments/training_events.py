@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from batchnorm.reporting.text import many
+
 # standard errors: noise alone has 1; a doctor's finding begins where chance ends
 _STALE = 4.0
 _CALM = 2.0  # an alarm ends well below where it began, or it would flicker
@@ -146,7 +148,7 @@ def no_steps(foreign: int) -> str:
     if not foreign:
         return f"watch saw no step of an optimizer. {remedy}"
     return (
-        f"watch saw no step of an optimizer that holds one of the model's parameters, and {_counted(foreign)} of "
+        f"watch saw no step of an optimizer that holds one of the model's parameters, and {many(foreign, 'step')} of "
         "others. Make the optimizer after parameters are replaced, and give it model.parameters(). Call run.step() "
         "after each step if it trains copies of them."
     )
@@ -164,8 +166,8 @@ def foreign_steps(number: int, optimizer: str) -> str:
 def too_short(steps: int, least: int) -> str:
     """Says that no look was possible in this many steps."""
     return (
-        f"nothing was measured in {_counted(steps)}: a look takes {least} or more in which statistics are updated, and "
-        "time for it within the budget. Train for longer, or set every= lower or budget= higher"
+        f"nothing was measured in {many(steps, 'step')}: a look takes {least} or more in which statistics are updated, "
+        "and time for it within the budget. Train for longer, or set every= lower or budget= higher"
     )
 
 
@@ -175,7 +177,3 @@ def postponed(looks: int, budget: float) -> str:
 
 
 NO_PROBE = "no probe was taken: the model's forward hooks never ran, as in a compiled model; pass probe="
-
-
-def _counted(steps: int) -> str:
-    return f"{steps} step" if steps == 1 else f"{steps} steps"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from batchnorm.call_types import Batch
+from batchnorm.instruments.probe_tier import has_ranks
 from batchnorm.layers import batch_norms
 from batchnorm.population import recalibrate
 
@@ -25,8 +26,7 @@ def calibrate(
     """``recalibrate``, then copy the statistics that rank 0 measured on its share of the data to all ranks."""
     with torch.inference_mode(False):  # frameworks evaluate in inference mode, and its tensors cannot be trained
         recalibrate(model, loader, max_examples, forward=forward, exact=exact)
-    there_are_others = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if there_are_others and torch.distributed.get_world_size() > 1:
+    if has_ranks() and torch.distributed.get_world_size() > 1:
         for layer in batch_norms(model).values():
             for buffer in layer.buffers(recurse=False):
                 torch.distributed.broadcast(buffer, 0)

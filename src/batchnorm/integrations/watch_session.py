@@ -7,15 +7,13 @@ watch that is still open when the next training begins is ended then.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, TypedDict, Unpack, final
 
 from torch import Tensor, nn
 
-from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments import Sink, Watch, watch
-
-Loss = Callable[[Answer, Batch], Tensor]
+from batchnorm.instruments.probe_tier import Loss
 
 
 class WatchArguments(TypedDict, total=False):

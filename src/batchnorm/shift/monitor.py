@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_number
 from batchnorm.call_types import Arguments, Batch, Keywords
-from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.layers import batch_norms, is_compiled, unwrapped
 from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches
@@ -203,7 +203,7 @@ class ShiftMonitor:
     @property
     def is_compiled(self) -> bool:
         """Whether forward runs as a traced program, which would trace hooks too."""
-        return hasattr(self.observed, "_orig_mod") or getattr(self.observed, "_compiled_call_impl", None) is not None
+        return is_compiled(self.observed)
 
     @property
     def _of_each(self) -> int:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from batchnorm.population.batches import call
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError, bits_of, parts_of, whole
-from batchnorm.population.tensor_trees import Batch, Leaf
+from batchnorm.population.tensor_trees import Batch, Leaf, copied
 from batchnorm.surgery.replacement import duplicate
 
 Measured = dict[str, dict[str, Tensor]]
@@ -171,11 +171,16 @@ def _measure_widest(model: nn.Module, example: Batch, mode: bool) -> tuple[Measu
             raise
         except Exception as error:  # noqa: BLE001 - raised again if nothing works
             reason = error
-    raise ValueError(
+    raise ValueError(example_needed(mode, reason)) from reason
+
+
+def example_needed(mode: bool, reason: Exception | None) -> str:
+    """The error message for an example on which the model fails in train mode (True) or eval mode."""
+    return (
         f"convert needs an example that the model takes in train and eval mode, got {type(reason).__name__} in "
         f"{'train' if mode else 'eval'} mode: {reason} Pass a batch of two or more, as recalibrate would get it "
         "from a loader."
-    ) from reason
+    )
 
 
 def _as_it_is(value: Value) -> Value:
@@ -200,7 +205,7 @@ def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> M
 
     def own(leaf: Leaf) -> Leaf:
         if not _is_real(leaf):
-            return leaf.clone() if isinstance(leaf, Tensor) else leaf
+            return copied(leaf)
         leaves.append(leaf.detach().clone().requires_grad_())
         return leaves[-1].clone()  # no leaf, so that the model may write to it in place
 

@@ -78,6 +78,17 @@ class Flow:
         return [module for module in called if module is not None]
 
 
+def name_of(node: Node) -> str:
+    """The name of the function, method or module that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_named_in_place(node: Node) -> bool:
+    """Whether a node calls what changes its input in place, by torch's convention for names."""
+    name = name_of(node)
+    return node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
+
+
 def flows(
     model: nn.Module,
     modes: tuple[bool, ...] = MODES,

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.tensor_memory import AbsenceError
-from batchnorm.population.tensor_trees import Batch, Leaf
+from batchnorm.population.tensor_trees import Batch, Leaf, copied
+from batchnorm.surgery.comparison import example_needed
 from batchnorm.surgery.dataflow import (
     MODES,
     Callers,
@@ -138,15 +139,11 @@ def _observed(model: nn.Module, found: list[_Places], example: Batch) -> tuple[C
         for mode in MODES:
             set_mode(model, mode)
             try:
-                call(model, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example))
+                call(model, tree_map(copied, example))
             except AbsenceError:  # another example would not help
                 raise
             except Exception as error:
-                raise ValueError(
-                    f"convert needs an example that the model takes in train and eval mode, got {type(error).__name__} "
-                    f"in {'train' if mode else 'eval'} mode: {error} Pass a batch of two or more, as recalibrate "
-                    "would get it from a loader."
-                ) from error
+                raise ValueError(example_needed(mode, error)) from error
     return callers, fits
 
 

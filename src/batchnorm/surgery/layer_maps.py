@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.layers import LAYERS, OURS
 from batchnorm.other_libraries import response, response_of
-from batchnorm.surgery.dataflow import set_mode, traced
+from batchnorm.surgery.dataflow import is_named_in_place, set_mode, traced
 from batchnorm.surgery.folding.arithmetic import Affine
 from batchnorm.surgery.patterns import is_watched, written_kind
 from batchnorm.surgery.rewriting import Absorbed, Code
@@ -171,10 +171,8 @@ def _downstream(graph: Graph, roots: set[Node]) -> set[Node]:
 
 def _writes_own(node: Node) -> bool:
     """Whether a node changes a tensor of the layer's in place, by its name."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     first = node.args[0] if node.args else None
-    reads = isinstance(first, Node) and first.op == "get_attr"
-    return reads and node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
+    return isinstance(first, Node) and first.op == "get_attr" and is_named_in_place(node)
 
 
 def _up_to(graph: Graph, last: Node) -> Graph:

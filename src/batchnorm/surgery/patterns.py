@@ -18,7 +18,7 @@ from torch.fx.node import Argument
 from batchnorm.kernels.activations import TABLE, activation
 from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen
-from batchnorm.surgery.dataflow import IN_PLACE, Flow, is_chain
+from batchnorm.surgery.dataflow import IN_PLACE, Flow, is_chain, is_named_in_place
 
 # how torch writes each activation
 _MODULES = {row.module: name for name, row in TABLE.items()}
@@ -201,5 +201,4 @@ def _writes(flow: Flow, node: Node) -> bool:
         return bool(getattr(flow.called(node), "inplace", False))
     if node.target in IN_PLACE or node.kwargs.get("inplace"):
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
+    return is_named_in_place(node)

@@ -25,7 +25,7 @@ from batchnorm.population.hooks import attached
 from batchnorm.rules.bn1_channels import ACTIVE
 from batchnorm.rules.rule_evidence import Graph
 from batchnorm.surgery import Partner, dataflow, foldable
-from batchnorm.surgery.dataflow import Callers, Flow, flows, observed_arguments, registrations, static_callers
+from batchnorm.surgery.dataflow import Callers, Flow, flows, name_of, observed_arguments, registrations, static_callers
 from batchnorm.surgery.folding.eval_graphs import graphs
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -177,7 +177,7 @@ def _activation(node: Node) -> str:
     module = _module(node)
     if module is not None:
         return _known_activation(type(module).__name__) if type(module).__module__.startswith("torch.nn.") else ""
-    return _known_activation(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+    return _known_activation(name_of(node))
 
 
 def _known_activation(name: str) -> str:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import activations
 from batchnorm.population.tensor_trees import Batch, Leaf
-from batchnorm.surgery.dataflow import IN_PLACE
+from batchnorm.surgery.dataflow import IN_PLACE, name_of
 from batchnorm.surgery.folding.arithmetic import RANKS
 from batchnorm.surgery.patterns import is_watched
 from batchnorm.surgery.shape_tracing import InputShapes, by_name
@@ -247,5 +247,5 @@ def _is_question(node: Node) -> bool:
 def _name(node: Node) -> str:
     if node.op == "call_module":
         return type(node.meta.get("module")).__name__
-    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+    name = name_of(node)
     return "getitem" if name == "__getitem__" else name

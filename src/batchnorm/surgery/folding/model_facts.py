@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from batchnorm.population.batches import call
 from batchnorm.population.hooks import attached
 from batchnorm.population.tensor_memory import AbsenceError
-from batchnorm.population.tensor_trees import Batch
+from batchnorm.population.tensor_trees import Batch, copied
 from batchnorm.surgery.dataflow import (
     Arguments,
     Callers,
@@ -49,7 +49,7 @@ SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_trans
 
 def fresh(example: Batch) -> Batch:
     """A copy of a batch, which a model may write to."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
+    return tree_map(copied, example)
 
 
 @final

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from batchnorm.other_libraries import channels_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import absence
+from batchnorm.surgery.dataflow import name_of
 from batchnorm.surgery.folding.arithmetic import RANKS, Linear, Position, channels, shifts_evenly
 from batchnorm.surgery.folding.channel_paths import Channels
 from batchnorm.surgery.folding.model_facts import ModelFacts
@@ -154,4 +155,4 @@ def named(facts: ModelFacts, node: Node) -> str:
         return repr(facts.names[node.meta["module"]])
     if node.op in {"placeholder", "output"}:
         return "an input" if node.op == "placeholder" else "what is returned"
-    return str(getattr(node.target, "__name__", node.target))
+    return name_of(node)
