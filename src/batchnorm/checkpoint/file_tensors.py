@@ -140,6 +140,11 @@ class Tensor:
         return math.prod(self.size)
 
     @property
+    def shape(self) -> str:
+        """The size in words, as far as 8 axes."""
+        return " x ".join(map(brief, self.size[:8])) or "1"
+
+    @property
     def is_floating(self) -> bool:
         """Whether its values are real and not whole numbers."""
         return "float" in self.dtype

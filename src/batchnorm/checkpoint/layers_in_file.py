@@ -214,7 +214,7 @@ def _of_channels(found: LayerTensors) -> dict[str, Tensor]:
     if mean is not None and var is not None and _axes(mean) != _axes(var):
         raise RefusalError(
             f"as many variances as means in layer {brief(_name(found.words))}",
-            f"{_shape(var)} and {_shape(mean)}",
+            f"{var.shape} and {mean.shape}",
             "Correct running_var or running_mean and save it again.",
         )
     statistics = mean if mean is not None else var
@@ -233,10 +233,6 @@ def _readable(tensor: Tensor | None) -> Tensor | None:
 def _axes(tensor: Tensor) -> list[int]:
     """Its shape without axes of 1: statistics may be (1, C, 1, 1)."""
     return [length for length in tensor.size if length != 1]
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(brief, tensor.size[:8])) or "1"
 
 
 def _count(source: Source, counter: Tensor | int) -> int | None:

@@ -27,6 +27,11 @@ class ModelAddress:
     given: tuple[str, ...] = ()
 
     @property
+    def is_code(self) -> bool:
+        """Whether the target is code, not a file."""
+        return addresses.is_address(self.address)
+
+    @property
     def words(self) -> list[str]:
         """The words of a command line that name it."""
         weights = ["--weights", self.weights] if self.weights else []

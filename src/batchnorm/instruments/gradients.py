@@ -254,11 +254,9 @@ def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Gradie
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules whose weight gradient is a sum of products of input and output gradient; subclasses are left out."""
     kinds = {nn.Linear, *(kind for kind in vars(nn.modules.conv).values() if _is_convolution(kind))}
-    return {name: m for name, m in model.named_modules() if type(m) in kinds and _is_trained(m)}
-
-
-def _is_trained(layer: nn.Module) -> bool:
-    return layer.get_parameter("weight").requires_grad
+    return {
+        name: m for name, m in model.named_modules() if type(m) in kinds and m.get_parameter("weight").requires_grad
+    }
 
 
 def _is_convolution(kind: object) -> bool:

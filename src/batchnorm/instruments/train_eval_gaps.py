@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import seeing
 from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.stored_statistics import buffers, store
 from batchnorm.population.tensor_trees import examples_in
 
 Statistics = tuple[Tensor, Tensor]  # running mean and variance
@@ -222,7 +223,7 @@ def _measure(
 
 
 def _statistics(layer: _BatchNorm) -> Statistics:
-    mean, var = cast("Statistics", (layer.running_mean, layer.running_var))
+    mean, var = buffers(layer)
     return mean.clone(), var.clone()
 
 
@@ -249,7 +250,8 @@ def _losses(
             with _train_mode(layers, seen), refuse_single_values(model, "train_eval_gap"):
                 row = [evaluate()]
             for statistics in choices:
-                _store(layers, statistics)
+                for name, layer in layers.items():
+                    store(layer, *statistics[name])
                 row.append(evaluate())
             losses.append(row)
             weights.append(examples_in(batch) or 1)
@@ -259,14 +261,6 @@ def _losses(
 def _loss(model: nn.Module, batch: Batch, loss: Loss) -> float:
     with preserve_random_state():
         return float(finite(scalar(loss(call(model, batch), batch), "train_eval_gap"), "train_eval_gap"))
-
-
-def _store(layers: dict[str, _BatchNorm], statistics: dict[str, Statistics]) -> None:
-    for name, layer in layers.items():
-        for buffer, value in zip(
-            cast("Statistics", (layer.running_mean, layer.running_var)), statistics[name], strict=True
-        ):
-            buffer.copy_(value)
 
 
 @contextmanager

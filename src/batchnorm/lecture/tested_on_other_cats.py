@@ -54,7 +54,7 @@ class Findings:
     - ("rate", arm): best learning rate
     - ("changed",): share of test answers that contrast changes after re-estimation
     - ("evidence", shift, number): log10 of a monitor's evidence after so many images; it has the model alone
-    - ("rang", shift): images until its alarm at ALPHA; infinity if it stayed silent
+    - ("rang", shift): images until its alarm at ALPHA; infinity if there was none
     - ("adapted", shift): images until a guarded adapter used new statistics; infinity if it did not
     - ("guarded", shift): test accuracy with the statistics that it left after all of them
     """

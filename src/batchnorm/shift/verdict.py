@@ -92,7 +92,7 @@ class ShiftVerdict:
         rang: Examples after which it reached the limit, or None.
         rise: Examples after which it began to rise to it, roughly.
         first: The first layer in forward order that moved by itself.
-        hint: What the change looked like when it rang, or "".
+        hint: What the change looked like at the alarm, or "".
         layers: Every layer: by examples since the evidence began to rise if there is enough of it, else by all; as of
             the alarm if the evidence has gone since.
         correlation: Of neighbouring observations, before the evidence rose if there were 100 of them.
@@ -131,16 +131,16 @@ class ShiftVerdict:
 
     @property
     def log_limit(self) -> float:
-        """Logarithm at which it rings."""
+        """Log evidence that raises the alarm."""
         return -math.log(self.alpha)
 
     def to_dict(self) -> dict[str, Json]:
         """Plain values for JSON, as the schema beside this file describes them; pictures are left out."""
-        told = {name: getattr(self, name) for name in self.__slots__ if name not in {"pictures", "layers"}}
+        fields = {name: getattr(self, name) for name in self.__slots__ if name not in {"pictures", "layers"}}
         layers = [asdict(layer) for layer in self.layers]
         versions = {"torch": str(torch.__version__)}
         head = {"schema_version": SCHEMA_VERSION, "batchnorm": version("batchnorm"), "shift": self.rang is not None}
-        return {**head, **told, "log_limit": self.log_limit, "layers": layers, "versions": versions}
+        return {**head, **fields, "log_limit": self.log_limit, "layers": layers, "versions": versions}
 
     def to_json(self) -> str:
         """``to_dict`` as JSON: NaN and infinities as strings, since JSON has none."""

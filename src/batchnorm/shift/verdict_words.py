@@ -1,4 +1,5 @@
-"""A verdict in words: what was compared, the evidence and its limit, when and where it rang, what could not be seen.
+"""A verdict in words: what was compared, the evidence and its limit, when and where the alarm came, and what data
+of this size cannot show.
 
 Text, tables, pages and what programs are told consist of these sentences, which are made here once.
 """

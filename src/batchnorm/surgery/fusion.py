@@ -55,7 +55,7 @@ def fuse(model: nn.Module, example: Batch) -> None:
     with preserve_state(model):
         known, reasons = flows(model)
         found = [places for flow in known.values() for places in _places(flow)]
-        callers, fits = _static(model, known) if example is None else _observed(model, found, example)
+        callers, fits = (static_callers(model, known), {}) if example is None else _observed(model, found, example)
     registered = registrations(model)
     chosen = [places for places in found if _is_sole(places, registered, callers) and _fits(places, fits)]
     done = [places for places in chosen if _apply(places, registered, callers)]
@@ -120,10 +120,6 @@ def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
     """Whether the run reached all additions, and their operands were always alike."""
     additions = [site.addition for site in places.sites.values() if site.addition is not None]
     return not additions or {fits[node] for node in additions if node in fits} == {True}
-
-
-def _static(model: nn.Module, known: dict[nn.Module, Flow]) -> tuple[Callers, dict[Node, bool]]:
-    return static_callers(model, known), {}
 
 
 def _observed(model: nn.Module, found: list[_Places], example: Batch) -> tuple[Callers, dict[Node, bool]]:

@@ -288,10 +288,6 @@ def _unsqueezed(node: _Node, x: ndarray, axes: ndarray | None = None) -> ndarray
     return np.expand_dims(x, tuple(chosen or ()))
 
 
-def _transposed(node: _Node, x: ndarray) -> ndarray:
-    return x.transpose(node.integers("perm"))
-
-
 def _filled(node: _Node, shape: ndarray) -> ndarray:
     """ConstantOfShape."""
     sizes = _bounded(shape.ravel().tolist())
@@ -338,7 +334,7 @@ _NODES: dict[str, Compute] = {
     "Reciprocal": lambda _, x: (1 / x).astype(x.dtype),
     "Reshape": _reshaped,
     "Squeeze": _squeezed,
-    "Transpose": _transposed,
+    "Transpose": lambda node, x: x.transpose(node.integers("perm")),
     "Unsqueeze": _unsqueezed,
     **{name: _elementwise(function) for name, function in {
         "Abs": "absolute", "Add": "add", "Div": "true_divide", "Exp": "exp", "Max": "maximum", "Min": "minimum",

@@ -44,7 +44,7 @@ def local_part(tensor: Saved, kind: object, state: object) -> Saved:
     partial = [value for value in placements if _is_partial(value)] if isinstance(placements, tuple) else []
     if local.size == tensor.size and not partial:
         return local
-    part = "a summand" if partial else f"a part of {_shape(local)} out of {_shape(tensor)}"
+    part = "a summand" if partial else f"a part of {local.shape} out of {tensor.shape}"
     return replace(tensor, why=f"{part} of a {_last(kind)}. {_WHOLE}")
 
 
@@ -61,10 +61,6 @@ def _is_partial(placement: object) -> bool:
 
 def _last(kind: object) -> str:
     return kind.name.rpartition(".")[2] if isinstance(kind, Name) else "tensor subclass"
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(brief, tensor.size[:8])) or "1"
 
 
 def wrapper(kind: object, dtype: object, size: Saved, *_: object) -> Tensor:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from batchnorm.doctor.measuring.stored_statistics_bets import Bets
 from batchnorm.instruments.output_differences import difference
 from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
+from batchnorm.population.stored_statistics import buffers
 from batchnorm.population.tensor_memory import whole
 from batchnorm.rules.rule_evidence import Measured
 
@@ -54,9 +54,8 @@ class InputMeasurement:
     layer: _BatchNorm
     values: list[Moments] = field(default_factory=list)
     means: list[Moments] = field(default_factory=list)  # of each example's mean
-    squares: list[Moments] = field(
-        default_factory=list
-    )  # of each example's mean square deviation from the batch's mean
+    # of each example's mean square deviation from the batch's mean
+    squares: list[Moments] = field(default_factory=list)
     examples: int = 0
     non_finite: int = 0
     is_clusterable: bool = True  # whether every call has one row per example of the model
@@ -250,11 +249,10 @@ def _affine_values(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None
 
 def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
     """Stored mean and variance in float64; NaN if there are none."""
-    if not has_stored_statistics(layer):
-        return torch.full_like(total.mean, torch.nan), torch.full_like(total.mean, torch.nan)
-    found = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
-    mean, var = (whole(buffer, len(total.mean)) for buffer in found)
     unknown = torch.full_like(total.mean, torch.nan)
+    if not has_stored_statistics(layer):
+        return unknown, unknown
+    mean, var = (whole(buffer, len(total.mean)) for buffer in buffers(layer))
     return unknown if mean is None else mean.double(), unknown if var is None else var.double()
 
 
