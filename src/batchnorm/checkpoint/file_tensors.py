@@ -155,18 +155,18 @@ def contiguous(storage: Storage, size: tuple[int, ...]) -> Tensor:
     strides = [1]
     for length in reversed(size[1:]):
         strides.append(strides[-1] * max(length, 1))
-    return Tensor(storage, storage.dtype, 0, size, tuple(reversed(strides[: len(size)])))
+    return Tensor(storage, storage.dtype, offset=0, size=size, stride=tuple(reversed(strides[: len(size)])))
 
 
 def fortran(storage: Storage, size: tuple[int, ...]) -> Tensor:
     """All of ``storage`` as a tensor of ``size`` whose first axis is the fastest."""
     reverse = contiguous(storage, size[::-1])
-    return Tensor(storage, storage.dtype, 0, size, reverse.stride[::-1])
+    return Tensor(storage, storage.dtype, offset=0, size=size, stride=reverse.stride[::-1])
 
 
 def unreadable(dtype: str, size: tuple[int, ...], why: str) -> Tensor:
     """A tensor of which only type and size are known."""
-    return Tensor(Storage("", dtype, 0), dtype, 0, size, (0,) * len(size), why)
+    return Tensor(Storage("", dtype, numel=0), dtype, offset=0, size=size, stride=(0,) * len(size), why=why)
 
 
 def numbers(source: Source, tensor: Tensor) -> array:

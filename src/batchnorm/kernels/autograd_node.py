@@ -61,7 +61,7 @@ class _Train(Function):
         y, ctx.statistics = _forward(x, residual, step)
         if ctx.inplace:
             ctx.mark_dirty(x)
-        operators.save(ctx, ForwardPass(y if ctx.inplace else x, ctx.statistics, layer, residual, y))
+        operators.save(ctx, ForwardPass(y if ctx.inplace else x, ctx.statistics, layer, residual=residual, y=y))
         return y
 
     @staticmethod
@@ -99,7 +99,7 @@ class _Normalize(Function):
         y = cpu.normalize(x, statistics, layer, residual)
         # stored statistics move with the next batch: those of now are needed
         ctx.statistics = ChannelStatistics(*(t.detach().clone() for t in statistics))
-        operators.save(ctx, ForwardPass(x, ctx.statistics, layer, residual, y))
+        operators.save(ctx, ForwardPass(x, ctx.statistics, layer, residual=residual, y=y))
         return y
 
     @staticmethod

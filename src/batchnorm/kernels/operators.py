@@ -61,7 +61,7 @@ def _of_backward(
 ) -> tuple[Tensor, ForwardPass]:  # fmt: skip
     """What a backward operator's arguments say."""
     layer = Layer(weight, bias, eps, act, param)
-    return grad, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y)
+    return grad, ForwardPass(x, ChannelStatistics(mean, var), layer, residual=residual, y=y)
 
 
 def _of_update(*flat: Flat) -> tuple[Running, ChannelStatistics, int]:
@@ -165,7 +165,7 @@ def saved(ctx: Context, statistics: ChannelStatistics | None = None) -> ForwardP
     """What ``save`` kept; statistics are given where they were not kept with it."""
     x, weight, bias, residual, y, *kept = ctx.saved_tensors
     statistics = ChannelStatistics(*kept) if statistics is None else statistics
-    return ForwardPass(x, statistics, Layer(weight, bias, *ctx.settings), residual, y)
+    return ForwardPass(x, statistics, Layer(weight, bias, *ctx.settings), residual=residual, y=y)
 
 
 def differentiable_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
@@ -192,7 +192,7 @@ def _typed_as(parameter: Tensor | None, gradient: Tensor) -> Gradient:
 def _save_for_backward(ctx: Context, inputs: Sequence[Flat], output: tuple[Tensor, ...]) -> None:
     x, layer, residual = _of_forward(*inputs)
     y, mean, var = output
-    save(ctx, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y), mean, var)
+    save(ctx, ForwardPass(x, ChannelStatistics(mean, var), layer, residual=residual, y=y), mean, var)
     ctx.mark_non_differentiable(mean, var)
 
 
@@ -223,7 +223,9 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
             grad, x = _tracked(tensors[0]), _tracked(tensors[1])
             weight, bias, residual = others = [None if t is None else _tracked(t) for t in tensors[2:]]
             layer = Layer(weight, bias, *ctx.settings)
-            outputs = reference.train_backward(grad, ForwardPass(x, reference.measure(x), layer, residual, y))
+            outputs = reference.train_backward(
+                grad, ForwardPass(x, reference.measure(x), layer, residual=residual, y=y)
+            )
             found = _gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
     d_grad, d_x, d_weight, d_bias, d_residual = found
     return d_grad, d_x, None, None, d_weight, None, d_bias, None, None, d_residual, None

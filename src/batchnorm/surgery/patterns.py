@@ -83,11 +83,11 @@ def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
         for call in sorted(_operands(source), key=order.__getitem__, reverse=True):
             chain = _chain(flow, call) if set(call.users) == {source} else ()
             if len(chain) == 1 and _may_move(flow, call, source, order):
-                yield Site(chain, act, call, source, node)
+                yield Site(chain, act, call=call, addition=source, activation=node)
                 break
         else:
             if chain := _chain(flow, source):
-                yield Site(chain, act, source, None, node)
+                yield Site(chain, act, call=source, addition=None, activation=node)
 
 
 def has_input_of_its_own(flow: Flow, node: Node) -> bool:

@@ -68,7 +68,7 @@ class Scope:
         made = _made(function.node)
         pairs = zip(function.input, node.input, strict=False)
         given = {name: (caller, actual) for name, actual in pairs if actual and name not in made}
-        return cls(caller.folder, {**names, **made}, None, given, defaults | own)
+        return cls(caller.folder, {**names, **made}, outer=None, given=given, attributes=defaults | own)
 
     def attribute(self, node: NodeProto, name: str) -> AttributeProto | None:
         """An attribute of a node, or None; in a function it may be one of the call's."""

@@ -22,7 +22,7 @@ def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: objec
         raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
     why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
-    view = Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
+    view = Tensor(base, base.dtype, offset=offset, size=tuple(size), stride=tuple(stride), why=why)
     is_empty = not base.numel and view.numel
     return replace(view, why=f"a tensor that had given its memory back. {_WHOLE}") if is_empty else view
 

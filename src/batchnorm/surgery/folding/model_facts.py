@@ -128,8 +128,9 @@ def gathered(
                 nodes[node.meta["module"]].append(node)
     names = {module: name for name, module in model.named_modules()}
     return ModelFacts(
-        names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear, holding, parts
-    )
+        names=names, registered=registered, callers=callers, ranks=ranks, nodes=dict(nodes),
+        owners=Counter(map(id, tensors)), read=read, linear=linear, holding=holding, parts=parts,
+    )  # fmt: skip
 
 
 def _attribute(value: nn.Module, path: str) -> object:
