@@ -131,14 +131,9 @@ def _store(view: Observation, path: str, new: Moments) -> None:
 
 @contextmanager
 def adapted(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    *,
-    prior: float | None = None,
-    ema: float | None = None,
-    max_examples: int | None = None,
-    memory: int | None = None,
-) -> Iterator[nn.Module]:
+    model: nn.Module, loader: Iterable[Batch], *, prior: float | None = None, ema: float | None = None,
+    max_examples: int | None = None, memory: int | None = None,
+) -> Iterator[nn.Module]:  # fmt: skip
     """The model, adapted by ``adapt`` inside the block; its statistics return after it, bit for bit, also on errors.
 
     Only statistics are restored: other changes to the model stay.

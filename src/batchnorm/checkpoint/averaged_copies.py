@@ -27,22 +27,13 @@ OF_A_LAYER = (*STATISTICS, "weight", "bias")
 _DEEPEST = 32  # dicts and lists inside each other
 _LONGEST_KEY = 1000
 WRAPPERS = frozenset(
-    {
-        "_forward_module",
-        "_orig_mod",
-        "model",
-        "model_state",
-        "model_state_dict",
-        "module",
-        "online_model",
-        "state_dict",
-    }
+    {"_forward_module", "_orig_mod", "model", "model_state", "model_state_dict", "module", "online_model", "state_dict"}
 )
 _AVERAGE = re.compile(r"(.*[_-])?(averaged?|avg_model|ema|shadow|swa)([_-].*)?", re.IGNORECASE)
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 Words = tuple[str, ...]
-Keys = tuple[str | int, ...]
+Keys = tuple[str | int, ...]  # of dicts and lists, which lead to a value in a file
 
 
 @final

@@ -14,11 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from batchnorm.checkpoint.averaged_copies import WRAPPERS, says_average, snake
+from batchnorm.checkpoint.averaged_copies import WRAPPERS, Keys, Words, says_average, snake
 from batchnorm.checkpoint.stored import Checkpoint, State, below, is_below
-
-Keys = tuple[str | int, ...]
-Words = tuple[str, ...]
 
 _MOST = 64  # dicts with several states, and states in one: a file of more has been made to take time
 ROOT = "."  # the state whose names stand in no dict and have nothing in front

@@ -52,11 +52,7 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.command()
 @click.argument("model", required=False)
 @click.option(
-    "--claim",
-    "names",
-    multiple=True,
-    type=click.Choice(NAMES),
-    help="Run only this claim of the lecture; repeatable.",
+    "--claim", "names", multiple=True, type=click.Choice(NAMES), help="Run only this claim of the lecture; repeatable."
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 20]")

@@ -233,11 +233,7 @@ def _choices(stored: dict[str, Statistics], exact: dict[str, Statistics]) -> lis
 
 
 def _losses(
-    model: nn.Module,
-    batches: Batches,
-    loss: Loss,
-    layers: dict[str, _BatchNorm],
-    choices: list[dict[str, Statistics]],
+    model: nn.Module, batches: Batches, loss: Loss, layers: dict[str, _BatchNorm], choices: list[dict[str, Statistics]]
 ) -> tuple[list[list[float]], list[int], dict[str, list[Moments]]]:
     """Of every batch the loss in train mode and by each choice, and its examples; moments of each layer's inputs."""
     losses: list[list[float]] = []

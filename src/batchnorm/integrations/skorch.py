@@ -6,18 +6,17 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
+from torch import Tensor
+
+from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments import Sink, Watch
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate
 from batchnorm.integrations.watch_session import Session
 
 with needed("skorch", "skorch"):
+    from skorch import NeuralNet
     from skorch.callbacks import Callback
-
-from skorch import NeuralNet
-from torch import Tensor
-
-from batchnorm.call_types import Answer, Batch
 
 
 @final

@@ -11,6 +11,7 @@ from typing import Any, Unpack, final
 
 from torch import nn
 
+from batchnorm.call_types import Batch
 from batchnorm.instruments import Watch
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate
@@ -18,11 +19,7 @@ from batchnorm.integrations.watch_session import Session, WatchArguments
 from batchnorm.population.batches import call
 
 with needed("transformers", "'transformers[torch]'"):
-    from transformers import TrainerCallback
-
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
-from batchnorm.call_types import Batch
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 @final

@@ -98,13 +98,7 @@ class Ensemble:
         return self.through(self.template, x, train=train, keep_statistics=keep_statistics)
 
     def through(
-        self,
-        part: nn.Module,
-        x: Tensor,
-        *,
-        prefix: str = "",
-        train: bool = False,
-        keep_statistics: bool = False,
+        self, part: nn.Module, x: Tensor, *, prefix: str = "", train: bool = False, keep_statistics: bool = False
     ) -> Tensor:
         """As a call, but through ``part`` only: a slice of the template whose names start as the template's do."""
         names = {f"{prefix}{name}" for name, _ in (*part.named_parameters(), *part.named_buffers())}

@@ -153,8 +153,7 @@ class Stream:
         self._tails.add(self.reference.of_layers(q))
         if tail := self.tail:
             self.warn(
-                "tails",
-                f"{tail}: stored variances may be too small, and false alarms too frequent. {tail.remedy}",
+                "tails", f"{tail}: stored variances may be too small, and false alarms too frequent. {tail.remedy}"
             )
 
     @property

@@ -112,11 +112,6 @@ class StreamState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamState:
-        """Read a file that ``save`` wrote.
-
-        Raises:
-            ValueError: If the file is of another kind or version.
-            OSError: If it cannot be read.
-        """
+        """Read a file that ``save`` wrote; errors are those of ``Sidecar.read``."""
         about, tensors = FILE.read(path)
         return cls(tensors, about)

@@ -18,7 +18,6 @@ from batchnorm.reporting.charts.chart_data import SERIES, Chart, Rows
 from batchnorm.reporting.text import many
 
 _LAYERS = 16  # in the chart by layer
-_FLOORS = {WITHOUT: "noise floor without", WITH: "noise floor with"}
 
 
 def measure(study: Study) -> Result:

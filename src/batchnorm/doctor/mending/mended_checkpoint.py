@@ -14,13 +14,13 @@ from typing import Any, final
 
 from batchnorm import checkpoint
 from batchnorm.checkpoint import Checkpoint, Stored
-from batchnorm.checkpoint.averaged_copies import Copy, Entry, entries, find_copies, find_layers
+from batchnorm.checkpoint.averaged_copies import Copy, Entry, Keys, entries, find_copies, find_layers
 from batchnorm.checkpoint.formats import detection, safetensors_file, torch_legacy, torch_zip
 from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.doctor.diagnosis_value import order
 from batchnorm.doctor.examination import Selection, looks, parts
 from batchnorm.doctor.mending.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
-from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.doctor.mending.tensor_edit import Edit
 from batchnorm.files.whole import replacing
 from batchnorm.rules import RULES
 from batchnorm.rules.bn1_stored_statistics import HALF

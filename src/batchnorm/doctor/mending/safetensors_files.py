@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
-from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.checkpoint.averaged_copies import Keys
+from batchnorm.doctor.mending.tensor_edit import Edit
 
 # name in the file, and struct's letter; bfloat16 is cut from float32
 _TYPES = {

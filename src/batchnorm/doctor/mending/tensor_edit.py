@@ -6,8 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import final
 
-# the keys of dicts and lists that lead to a value in a file
-Keys = tuple[int | str, ...]
+from batchnorm.checkpoint.averaged_copies import Keys
 
 
 @final

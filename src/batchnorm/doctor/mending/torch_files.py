@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from batchnorm.checkpoint.averaged_copies import OF_A_LAYER
+from batchnorm.checkpoint.averaged_copies import OF_A_LAYER, Keys
 from batchnorm.checkpoint.tensor_loading import by_torch
-from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.doctor.mending.tensor_edit import Edit
 
 Place = tuple[Any, Any]  # a dict or list, and the key in it
 

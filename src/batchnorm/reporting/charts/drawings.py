@@ -167,11 +167,7 @@ def _tooltip(frame: _Frame) -> list[alt.Tooltip]:
     if frame.y is None:
         return [alt.Tooltip("label:N", title="what"), series, alt.Tooltip("value:Q", title=frame.x.title)]
     value = "p50" if frame.chart.kind == "ribbons" else "y"
-    return [
-        series,
-        alt.Tooltip("x:Q", title=frame.x.title),
-        alt.Tooltip(f"{value}:Q", title=frame.y.title),
-    ]
+    return [series, alt.Tooltip("x:Q", title=frame.x.title), alt.Tooltip(f"{value}:Q", title=frame.y.title)]
 
 
 def _line(frame: _Frame, rows: Sequence[Row], series: str, field: str) -> alt.Chart:

@@ -15,10 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.other_libraries import quantized
 from batchnorm.population import preserve_state
 from batchnorm.population.tensor_trees import Batch
-from batchnorm.surgery.dataflow import (
-    flows,
-    static_callers,
-)
+from batchnorm.surgery.dataflow import flows, static_callers
 from batchnorm.surgery.folding import channel_paths
 from batchnorm.surgery.folding.arithmetic import RANKS, Position
 from batchnorm.surgery.folding.channel_paths import Channels
