@@ -416,7 +416,10 @@ def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: s
     assert {"speed-steps", "shift-drift", "smooth-equal", "noise-slope", "test-time-stored", "test-time-alone"} <= keys
     assert not [v.statement for v in found.by_key.values() if "could not be measured: " in v.statement]
     assert found.by_key["test-time-stored"].status is not Status.INVALID
-    assert found.by_key["test-time-alone"].statement == "batches are not rows of examples, or no output has one row for each"
+    assert (
+        found.by_key["test-time-alone"].statement
+        == "batches are not rows of examples, or no output has one row for each"
+    )
     ablation.look(subject, subject.fresh(0), range(2), "batchnorm why")
 
 
@@ -483,7 +486,9 @@ def test_an_arm_that_cannot_be_trained_leaves_the_others(monkeypatch: pytest.Mon
     found = ablation.train_and_ask(subject, plan(subject, steps=12, seeds=2, rates=(0.01, 0.1)), "batchnorm why")
     assert found.by_key["speed-once"].statement == "the arm normalized once could not be trained: KeyError: 'first'"
     for key in ("scale-inputs", "scale-instead"):
-        assert found.by_key[key].statement == "the arm with normalized inputs only could not be trained: KeyError: 'first'"
+        assert (
+            found.by_key[key].statement == "the arm with normalized inputs only could not be trained: KeyError: 'first'"
+        )
     assert found.by_key["speed-steps"].estimate is not None
 
 

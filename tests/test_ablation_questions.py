@@ -28,9 +28,9 @@ from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.batch_noise import log_slope
 from batchnorm.instruments.condition_number import condition_number
+from batchnorm.population import recalibrate
 from batchnorm.reporting.formats import rendered
 from batchnorm.reporting.markdown import cell
-from batchnorm.population import recalibrate
 
 SEEDS = range(3)
 
