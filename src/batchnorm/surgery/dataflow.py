@@ -39,8 +39,7 @@ Options = dict[str, Batch]  # of a call, by name
 Arguments = dict[nn.Module, Options]
 Written = Callable[..., object]
 
-# what a module keeps attributes in
-Container = dict[object, object] | list[object] | set[object] | deque[object]
+Container = dict[object, object] | list[object] | set[object] | deque[object]  # what a module keeps attributes in
 
 MODES = (True, False)
 IN_PLACE = (
