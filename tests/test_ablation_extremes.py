@@ -42,6 +42,7 @@ from batchnorm.experiment.outcomes import ClaimOutcome
 from batchnorm.experiment.paired_seeds import Arrival
 from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.loss_landscape import Roughness
+from batchnorm.reporting.formats import rendered
 
 STEPS, SEEDS = 40, 2
 RATES = (0.01, 0.1)
@@ -113,7 +114,7 @@ def study(with_: str, without: str, *, runs: tuple[WatchedRun, WatchedRun] | Non
 
 
 def told(result: Result) -> list[str]:
-    texts = [verdict.told for verdict in result.verdicts]
+    texts = [verdict.statement for verdict in result.verdicts]
     return texts + [text for chart in result.charts for text in (chart.title, chart.alt)]
 
 
@@ -144,7 +145,7 @@ def test_every_sentence_about_training_holds_for_every_outcome(with_: str, witho
     if WITH in made.idle():
         assert not whole.headline.startswith("Yes")
     json.loads(whole.to_json())
-    no_nonsense(re.sub(r"\|[^|]*\|$", "", whole.to_markdown()))
+    no_nonsense(re.sub(r"\|[^|]*\|$", "", rendered(report.report(whole), "md")))
 
 
 def test_a_page_of_diverged_runs_is_drawn() -> None:
@@ -171,7 +172,7 @@ def test_every_sentence_about_looks_holds_for_every_number(plain: float, normed:
 
 def test_a_run_that_could_not_be_looked_at_leaves_the_other_questions() -> None:
     made = study("fast", "slow", runs=(watched(0.1, 1.0), watched(0.1, 1.0, "IndexError: 7")))
-    assert received_shift.measure(made).verdicts[0].told == "a run could not be measured: IndexError: 7"
+    assert received_shift.measure(made).verdicts[0].statement == "a run could not be measured: IndexError: 7"
     assert {v.status for v in smoothness.measure(made).verdicts} == {Status.INVALID}
     assert speed_and_rates.measure(made).verdicts[0].status is Status.SUPPORTED
 
@@ -235,10 +236,10 @@ def test_every_sentence_about_test_time_holds_for_every_loss(population: float |
         test_statistics._judge_stored(found),
         test_statistics._judge_alone(found),
     ):
-        no_nonsense(verdict.told)
+        no_nonsense(verdict.statement)
     stored = test_statistics._judge_stored(found)
     if population == 0 and other is not None:
-        assert "is 0" in stored.told
+        assert "is 0" in stored.statement
     if stored.estimate is not None:
         card = answers({"speed": Result([judge("speed-steps", [2, 2.1], "s")], []), "t": Result([stored], [])}).cards[
             -1
@@ -276,7 +277,7 @@ def test_the_spread_of_any_features_is_told(x: Tensor) -> None:
     for text in told(result):
         no_nonsense(text)
     if not bool(x.isfinite().all()) or not bool(x.any()):
-        assert result.verdicts[0].told == "not one of the 3 features has a finite variance above 0"
+        assert result.verdicts[0].statement == "not one of the 3 features has a finite variance above 0"
 
 
 @pytest.mark.parametrize("broken", [None, NAN, INF, 0.0])
@@ -295,7 +296,7 @@ def test_depth_and_census_of_any_model_are_told(broken: float | None) -> None:
         for text in told(result):
             no_nonsense(text)
     depth = model_as_it_is.measure_depth(subject, [model], range(2)).verdicts[0]
-    assert depth.told == "there is only one batch norm layer, so the first is the last"
+    assert depth.statement == "there is only one batch norm layer, so the first is the last"
 
 
 def test_ratios_and_shares_of_every_size_are_words() -> None:
@@ -415,12 +416,12 @@ def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: s
     assert subject.data.whole
     chosen = plan(subject, steps=12, seeds=2, rates=(0.01, 0.1))
     found = ablation.train_and_ask(subject, chosen, "batchnorm why")
-    keys = {v.criterion.key for v in found.found.values()}
+    keys = {v.criterion.key for v in found.by_key.values()}
     assert {"speed-steps", "shift-drift", "smooth-equal", "noise-slope", "test-time-stored", "test-time-alone"} <= keys
-    assert not [v.told for v in found.found.values() if "could not be measured: " in v.told]
-    assert found.found["test-time-stored"].status is not Status.INVALID
+    assert not [v.statement for v in found.by_key.values() if "could not be measured: " in v.statement]
+    assert found.by_key["test-time-stored"].status is not Status.INVALID
     assert (
-        found.found["test-time-alone"].told
+        found.by_key["test-time-alone"].statement
         == "batches are not rows of examples, or no output has one row for each example"
     )
     ablation.look(subject, subject.fresh(0), range(2), "batchnorm why")
@@ -440,7 +441,7 @@ def test_a_model_of_several_inputs_has_its_target_behind_them() -> None:
     subject = about(batches, Two)
     assert subject.data.pool is not None
     found = ablation.train_and_ask(subject, plan(subject, steps=12, seeds=2, rates=(0.01, 0.1)), "batchnorm why")
-    assert not [v.told for v in found.found.values() if "could not be measured: " in v.told]
+    assert not [v.statement for v in found.by_key.values() if "could not be measured: " in v.statement]
 
 
 def test_rows_are_tensors_of_one_length() -> None:
@@ -469,10 +470,10 @@ def test_questions_that_fail_are_told_beside_the_others(failing: dict, monkeypat
         subject, plan(subject, steps=12, seeds=2, rates=(0.01, 0.1)), "batchnorm why", say=said.append
     )
     broke = "it could not be measured: IndexError: index 21 is out of bounds for dimension 0"
-    told = {v.criterion.key: v.told for v in found.found.values()}
+    told = {v.criterion.key: v.statement for v in found.by_key.values()}
     assert {key for key in CRITERIA if key.startswith(tuple(failing))} == {k for k, v in told.items() if v == broke}
     assert len(said) == len(found.outcomes)
-    assert found.found["speed-steps"].estimate is not None
+    assert found.by_key["speed-steps"].estimate is not None
     assert report.render(found)
 
 
@@ -487,10 +488,12 @@ def test_an_arm_that_cannot_be_trained_leaves_the_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(arms, "normalize_inputs", broken)
     subject = about([(torch.randn(16, 3) * 50, torch.randint(2, (16,))) for _ in range(6)])
     found = ablation.train_and_ask(subject, plan(subject, steps=12, seeds=2, rates=(0.01, 0.1)), "batchnorm why")
-    assert found.found["speed-once"].told == "the arm normalized once could not be trained: KeyError: 'first'"
+    assert found.by_key["speed-once"].statement == "the arm normalized once could not be trained: KeyError: 'first'"
     for key in ("scale-inputs", "scale-instead"):
-        assert found.found[key].told == "the arm with normalized inputs only could not be trained: KeyError: 'first'"
-    assert found.found["speed-steps"].estimate is not None
+        assert (
+            found.by_key[key].statement == "the arm with normalized inputs only could not be trained: KeyError: 'first'"
+        )
+    assert found.by_key["speed-steps"].estimate is not None
 
 
 def test_a_loss_that_refuses_what_diverged_is_divergence() -> None:

@@ -29,6 +29,8 @@ from batchnorm.experiment.run_settings import RunSettings
 from batchnorm.instruments.batch_noise import log_slope
 from batchnorm.instruments.condition_number import condition_number
 from batchnorm.population import recalibrate
+from batchnorm.reporting.formats import rendered
+from batchnorm.reporting.markdown import cell
 
 SEEDS = range(3)
 
@@ -74,7 +76,7 @@ def test_the_whole_interval_decides(values, status):
 def test_a_failed_guard_leaves_no_verdict():
     verdict = judge("speed-steps", [2.0, 2.0], "so it is.", failed_guard="nothing learned")
     assert verdict.status is Status.INVALID
-    assert verdict.told == "nothing learned"
+    assert verdict.statement == "nothing learned"
 
 
 @pytest.mark.parametrize(("ratio", "text"), [(4.712, "4.7"), (0.83, "0.83"), (1.0, "1.0"), (123.4, "123")])
@@ -116,7 +118,7 @@ def scaled() -> Answers:
 
 
 def test_where_the_scale_of_inputs_matters_it_is_found(scaled):
-    found = scaled.found
+    found = scaled.by_key
     assert found["scale-inputs"].status is Status.SUPPORTED
     assert found["scale-instead"].status is Status.SUPPORTED
     assert found["scale-spread"].status is Status.SUPPORTED
@@ -136,7 +138,7 @@ def saturated() -> Answers:
 
 
 def test_what_batch_norm_gives_is_told_with_its_reason(saturated):
-    assert saturated.found["speed-steps"].status is Status.SUPPORTED
+    assert saturated.by_key["speed-steps"].status is Status.SUPPORTED
     assert saturated.headline.startswith("Yes: ")
     assert "at least" in saturated.headline
 
@@ -151,7 +153,7 @@ def idle() -> Answers:
 
 def test_arms_that_do_not_learn_give_no_verdict_about_learning(idle):
     for key in ("speed-steps", "speed-once", "rates-largest", "scale-inputs", "shift-drift", "smooth-equal"):
-        assert idle.found[key].status is Status.INVALID, key
+        assert idle.by_key[key].status is Status.INVALID, key
     assert idle.headline.startswith("No answer: ")
     assert "--steps" in idle.headline
 
@@ -159,7 +161,7 @@ def test_arms_that_do_not_learn_give_no_verdict_about_learning(idle):
 @pytest.mark.slow
 def test_arms_that_diverge_are_an_outcome():
     found = answers_of(subject(), seeds=2, steps=10, rates=(1e17, 1e18))
-    assert found.found["speed-steps"].status is Status.INVALID
+    assert found.by_key["speed-steps"].status is Status.INVALID
     json.dumps(found.to_dict(), allow_nan=False)
     report.render(found)
 
@@ -270,7 +272,7 @@ def test_a_look_leaves_the_model_and_random_states_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert "was not asked" in answers.headline
-    assert not any(key.startswith(("speed", "rates", "shift", "smooth")) for key in answers.found)
+    assert not any(key.startswith(("speed", "rates", "shift", "smooth")) for key in answers.by_key)
 
 
 # -- answers --------------------------------------------------------------------------------------------------
@@ -357,9 +359,9 @@ def test_weights_that_do_not_follow_the_seed_are_told():
 
 
 def test_markdown_has_every_verdict(scaled):
-    text = scaled.to_markdown()
-    assert text.startswith(f"**{scaled.headline}**")
-    assert text.count("\n| ") == len(scaled.found) + 1
+    text = rendered(report.report(scaled), "md")
+    assert text.startswith(f"**{cell(scaled.headline)}**")
+    assert text.count("\n| ") == len(scaled.by_key) + 1
 
 
 @pytest.mark.slow

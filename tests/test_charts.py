@@ -20,8 +20,8 @@ from sample_verdicts import (
     usable_rates,
 )
 
-from batchnorm.reporting.charts import panels, with_gaps
 from batchnorm.reporting.charts.chart_data import Axis, Chart
+from batchnorm.reporting.charts.drawings import panels, with_gaps
 from batchnorm.reporting.charts.scales import log_ticks, scale
 from batchnorm.reporting.charts.series import legend, looks
 from batchnorm.reporting.charts.svg import to_specification, to_svg

@@ -331,10 +331,7 @@ def test_a_class_of_batches_is_called(folder):
             lambda: torch.save(sick(), "w.pt"),
             "w.pt: torch.load(weights_only=True) raises UnpicklingError. Save the state dict alone",
         ),
-        (
-            lambda: torch.save({"state_dict": sick().state_dict(), "loss": np.float64(3)}, "w.pt"),
-            "w.pt: torch.load(weights_only=True) raises UnpicklingError. Save the state dict alone",
-        ),
+        (lambda: torch.save({"state_dict": sick().state_dict(), "loss": np.float64(3)}, "w.pt"), ""),
         (lambda: torch.save({3: torch.ones(2), **sick().state_dict()}, "w.pt"), ""),
         (
             lambda: Path("w.pt").write_bytes(in_safetensors({"__metadata__": {"a": [1]}})),

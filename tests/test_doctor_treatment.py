@@ -14,7 +14,7 @@ import batchnorm as bn
 from batchnorm.checkpoint import Stored
 from batchnorm.doctor import examine
 from batchnorm.doctor.examination import Selection
-from batchnorm.doctor.mending.remedies import REMEDIES, TOLERANCE, effect, typical_statistics, zero_variance
+from batchnorm.doctor.mending.remedies import REMEDIES, ROUNDING, effect, typical_statistics, zero_variance
 from batchnorm.doctor.mending.treatment import treat
 from batchnorm.population.freezing import Frozen
 from batchnorm.rules import RULES, Fix
@@ -275,7 +275,7 @@ def test_a_variance_is_set_to_0_only_where_that_is_rounding():
     layer = stored(running_var=[-1e-14, -1e-6, 1e-40, 0.0, 1e-30, 2.0, NAN, -INFINITY])
     after = zero_variance(layer, 1e-5).running_var
     assert [repr(v) for v in after] == ["0.0", "-1e-06", "0.0", "0.0", "1e-30", "2.0", "nan", "-inf"]
-    assert effect(stored(running_var=[-1e-14]), stored(running_var=[0.0]), 1e-5) <= TOLERANCE
+    assert effect(stored(running_var=[-1e-14]), stored(running_var=[0.0]), 1e-5) <= ROUNDING
     half = replace(stored(running_var=[3e-5]), dtypes={"running_var": "float16"})
     assert zero_variance(half, 1e-5) == half  # a denormal of float16 is more than eps
 

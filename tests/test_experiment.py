@@ -113,11 +113,11 @@ def test_a_figure_that_a_sentence_lacks_is_an_error() -> None:
 def test_without_a_finite_effect_in_every_seed_there_is_no_verdict_and_no_number_is_invented(values) -> None:
     verdict = TABLE.judge("speed-steps", values, "{ratio:times} times as many.", ratio=math.nan)
     assert (verdict.status, verdict.estimate) == (Status.INVALID, None)
-    assert verdict.told == "the effect is not a finite number in every seed"
+    assert verdict.statement == "the effect is not a finite number in every seed"
     assert verdict.sentence == "The arms could not be compared."
     assert all(map(math.isnan, verdict.ratios))
     told = TABLE.judge("speed-steps", values, "{fast} steps with.", fast=20, failed_guard="the other never arrived")
-    assert (told.sentence, told.told) == ("20 steps with.", "the other never arrived")
+    assert (told.sentence, told.statement) == ("20 steps with.", "the other never arrived")
 
 
 def test_criteria_know_their_claims_and_say_what_they_compare() -> None:
@@ -125,7 +125,7 @@ def test_criteria_know_their_claims_and_say_what_they_compare() -> None:
     assert RATIO.effect == "log2 of steps to 50%, without / with"
     assert TABLE["speed-loss"].effect == "loss"
     assert (RATIO.natural(3), RATIO.natural(5000), TABLE["speed-loss"].natural(3)) == (8, math.inf, 3)
-    assert {verdict.told for verdict in TABLE.unjudged("speed", "it broke")} == {"it broke"}
+    assert {verdict.statement for verdict in TABLE.unjudged("speed", "it broke")} == {"it broke"}
 
 
 def test_the_opposite_lies_on_the_other_side_of_0() -> None:

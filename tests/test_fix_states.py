@@ -10,7 +10,7 @@ from planted import Net, batches, trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from batchnorm import addresses
+from batchnorm.checkpoint import model_loading
 from batchnorm.doctor import examine
 
 MODEL = """
@@ -259,13 +259,13 @@ def test_shift_says_which_state_it_loaded(folder):
 def test_weights_beside_an_average_in_one_dict_are_loaded_alone(tmp_path):
     torch.save({**A, **under("ema.module.", B)}, tmp_path / "f.pt")
     model = Net()
-    assert addresses.load_weights(model, str(tmp_path / "f.pt")) == "."
+    assert model_loading.load_weights(model, str(tmp_path / "f.pt")) == "."
     assert torch.equal(model.stem[0].weight, A["stem.0.weight"])
-    assert addresses.load_weights(model, str(tmp_path / "f.pt"), "ema.module") == "ema.module"
+    assert model_loading.load_weights(model, str(tmp_path / "f.pt"), "ema.module") == "ema.module"
     assert torch.equal(model.stem[0].weight, B["stem.0.weight"])
 
 
 def test_the_model_chooses_among_states(tmp_path):
     torch.save({"generator": A, "discriminator": nn.Sequential(nn.BatchNorm2d(4)).state_dict()}, tmp_path / "f.pt")
-    assert addresses.load_weights(Net(), str(tmp_path / "f.pt")) == "generator"
-    assert addresses.load_weights(nn.Sequential(nn.BatchNorm2d(4)), str(tmp_path / "f.pt")) == "discriminator"
+    assert model_loading.load_weights(Net(), str(tmp_path / "f.pt")) == "generator"
+    assert model_loading.load_weights(nn.Sequential(nn.BatchNorm2d(4)), str(tmp_path / "f.pt")) == "discriminator"

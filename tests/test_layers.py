@@ -9,8 +9,12 @@ import torch
 from layouts import LAYOUTS
 from torch import nn
 
+import batchnorm
+from batchnorm import bench, layers
 from batchnorm.kernels.reference import wide_dtype
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norms
+from batchnorm.layer_checks import SHAPES
+from batchnorm.layers import LAYERS, OURS, BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norms
+from batchnorm.surgery import adoption
 
 CASES = {
     "1d": (BatchNorm1d, (6, 3)),
@@ -291,3 +295,16 @@ def test_layers_are_instances_of_torch_nns_where_tools_look_for_that(cls, shape)
 def test_the_batch_norms_of_a_model_are_found_whoever_made_them():
     model = nn.Sequential(nn.Linear(2, 2), BatchNorm1d(2), nn.Sequential(nn.BatchNorm1d(2), nn.SyncBatchNorm(2)))
     assert batch_norms(model) == {"1": model[1], "2.0": model[2][0], "2.1": model[2][1]}
+
+
+def test_no_list_of_layers_leaves_one_out():
+    written = {kind for kind in vars(layers).values() if isinstance(kind, type) and issubclass(kind, layers._Layer)}
+    names = {kind.__name__ for kind in written - {layers._Layer}}
+    assert len(names) == 3
+    assert {kind.__name__ for kind in LAYERS} == set(SHAPES) == names
+    assert all(theirs in ours.__bases__ for theirs, ours in OURS.items())
+    assert all(ours._shapes is SHAPES[ours.__name__] for ours in LAYERS)
+    assert set(bench._layer_names().values()) == names
+    assert {name for name, home in batchnorm._HOMES.items() if home == "layers"} == names
+    assert set(batchnorm.__all__) > names
+    assert adoption._SIZES.keys() == OURS.keys()

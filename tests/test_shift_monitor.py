@@ -19,8 +19,7 @@ from small_networks import Written
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.files import sidecar
-from batchnorm.shift import Reference, ShiftMonitor
+from batchnorm.shift import Reference, ShiftMonitor, alarm_reference, stream_state
 from batchnorm.shift.alarm import e_bh, first_moved, hint
 from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.observation_units import Autocorrelation, Grouping
@@ -416,10 +415,10 @@ def test_a_damaged_reference_is_refused(net: Net, tmp_path: Path, name: str, dam
 def test_a_damaged_calibration_is_refused(net: Net, tmp_path: Path, name: str, damage: str) -> None:
     made, path = watching(net).calibrate([images(100, seed) for seed in range(2)]), tmp_path / "x.bncal.safetensors"
     made.save(path)
-    about, tensors = sidecar.read(path, "reference", "a reference", "")
+    about, tensors = alarm_reference.FILE.read(path)
     broken = {"nan": tensors[name] * torch.nan, "short": tensors[name][:1].clone(), "missing": None}[damage]
     rest = {key: value for key, value in tensors.items() if key != name}
-    sidecar.write(path, "reference", about, rest if broken is None else rest | {name: broken})
+    alarm_reference.FILE.write(path, about, rest if broken is None else rest | {name: broken})
     with pytest.raises(ValueError, match=r"is a damaged reference: .* Calibrate again"):
         Reference.load(path)
 
@@ -427,9 +426,9 @@ def test_a_damaged_calibration_is_refused(net: Net, tmp_path: Path, name: str, d
 def test_counts_that_no_observations_make_are_refused(net: Net, tmp_path: Path) -> None:
     made, path = watching(net).calibrate([images(100, seed) for seed in range(2)]), tmp_path / "x.bncal.safetensors"
     made.save(path)
-    about, tensors = sidecar.read(path, "reference", "a reference", "")
+    about, tensors = alarm_reference.FILE.read(path)
     for broken in (-tensors["bag.above"], tensors["bag.above"].flip(1), 0 * tensors["bag.above"]):
-        sidecar.write(path, "reference", about, tensors | {"bag.above": broken.contiguous()})
+        alarm_reference.FILE.write(path, about, tensors | {"bag.above": broken.contiguous()})
         with pytest.raises(ValueError, match=r"is a damaged reference: .* Calibrate again"):
             Reference.load(path)
 
@@ -438,9 +437,11 @@ def test_counts_that_no_observations_make_are_refused(net: Net, tmp_path: Path) 
 def test_a_reference_of_another_version_is_refused(net: Net, tmp_path: Path, version: int | None) -> None:
     path = tmp_path / "x.bncal.safetensors"
     watching(net).calibrate([images(100, seed) for seed in range(2)]).save(path)
-    about, tensors = sidecar.read(path, "reference", "a reference", "")
-    sidecar.write(path, "reference", about | {"version": version}, tensors)
-    with pytest.raises(ValueError, match=rf"is not a reference of version 3, got {version}\. Calibrate again"):
+    about, tensors = alarm_reference.FILE.read(path)
+    alarm_reference.FILE.write(path, about | {"version": version}, tensors)
+    with pytest.raises(
+        ValueError, match=rf"is not a reference of version 3, got {version}\. Make one with monitor\.calibrate"
+    ):
         Reference.load(path)
 
 
@@ -448,9 +449,11 @@ def test_a_reference_of_another_version_is_refused(net: Net, tmp_path: Path, ver
 def test_a_state_of_another_version_is_refused(net: Net, tmp_path: Path, version: int | None) -> None:
     path = tmp_path / "x.bnshift.safetensors"
     watching(net).save(path)
-    about, tensors = sidecar.read(path, "shift", "a state", "")
-    sidecar.write(path, "shift", about | {"version": version}, tensors)
-    with pytest.raises(ValueError, match=r"is not a monitor's state of version 3\. Write it with monitor\.save"):
+    about, tensors = stream_state.FILE.read(path)
+    stream_state.FILE.write(path, about | {"version": version}, tensors)
+    with pytest.raises(
+        ValueError, match=rf"is not a monitor's state of version 3, got {version}\. Write it with monitor\.save"
+    ):
         watching(net).load(path)
 
 

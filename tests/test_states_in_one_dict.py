@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import batchnorm as bn
-from batchnorm import addresses
-from batchnorm.checkpoint import read
+from batchnorm.checkpoint import model_loading, read
 from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.doctor import examine
 from batchnorm.doctor.mending.mended_checkpoint import plan
@@ -114,7 +113,7 @@ def test_a_file_has_the_states_that_its_words_tell_and_each_is_loaded_by_its_nam
     assert found.others.keys() == more.keys()
     for name, state in expected.items():
         model = Net()
-        assert addresses.load_weights(model, path, name) == name
+        assert model_loading.load_weights(model, path, name) == name
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert {row.name for row in examine(path, state=name).layers} == set(read(path).states[name].layers.values())
         assert plan(path, state=name).is_empty
@@ -213,7 +212,7 @@ def test_a_dict_that_is_there_twice_has_each_state_under_both_names(tmp_path):
     both = {**under("net.", A), **under("net_ema.", B)}
     path = saved(tmp_path / "f.pt", {"model": both, "again": both})
     assert list(read(path).states) == ["model.net", "model.net_ema"]
-    assert addresses.load_weights(Net(), path, "again.net_ema") == "model.net_ema"
+    assert model_loading.load_weights(Net(), path, "again.net_ema") == "model.net_ema"
 
 
 def test_a_file_of_very_many_states_is_left_as_it_is(tmp_path):

@@ -57,36 +57,19 @@ __all__ = [
     "watch",
 ]
 
-_HOMES = {
-    "Adapter": "adaptation",
-    "BatchNorm1d": "layers",
-    "BatchNorm2d": "layers",
-    "BatchNorm3d": "layers",
-    "DomainBank": "adaptation",
-    "InputNorm": "inputs",
-    "Moments": "moments",
-    "ShiftMonitor": "shift",
-    "adapt": "adaptation",
-    "adapted": "adaptation",
-    "convert": "surgery",
-    "examine": "doctor",
-    "find": "surgery",
-    "fold": "surgery",
-    "for_export": "surgery",
-    "freeze": "population",
-    "frozen": "population",
-    "preserve_state": "population",
-    "probe": "instruments",
-    "recalibrate": "population",
-    "replace": "surgery",
-    "revert": "surgery",
-    "to_group_norm": "surgery",
-    "treat": "doctor",
-    "tune_allocator": "allocator",
-    "unfold": "surgery",
-    "unfreeze": "population",
-    "watch": "instruments",
+_NAMES = {
+    "adaptation": ("Adapter", "DomainBank", "adapt", "adapted"),
+    "allocator": ("tune_allocator",),
+    "doctor": ("examine", "treat"),
+    "inputs": ("InputNorm",),
+    "instruments": ("probe", "watch"),
+    "layers": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
+    "moments": ("Moments",),
+    "population": ("freeze", "frozen", "preserve_state", "recalibrate", "unfreeze"),
+    "shift": ("ShiftMonitor",),
+    "surgery": ("convert", "find", "fold", "for_export", "replace", "revert", "to_group_norm", "unfold"),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

@@ -37,7 +37,6 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 _COLUMNS = ("shape", "case", "ours ms", "torch ms", "× torch", "× limit")
 _LEGEND = "× torch: torch.nn's time divided by ours; × limit: our time divided by the time of copies of the same size."
 _TENSORS = 12  # the most tensors of the size of x that a case has in memory at once
-_LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +155,18 @@ def _memory() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else inf
 
 
+def _layer_names() -> dict[int, str]:
+    """The layers by the number of their inputs' axes."""
+    from batchnorm.layer_checks import SHAPES
+
+    return {ndim: name for name, shapes in SHAPES.items() for ndim in shapes}
+
+
 def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
     text = "x".join(map(str, shape))
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}. Leave dtype out for float32.")
-    if len(shape) not in _LAYERS or min(shape) < 1 or prod(shape) == shape[1]:
+    if len(shape) not in _layer_names() or min(shape) < 1 or prod(shape) == shape[1]:
         raise ValueError(
             f"a shape must be NxC, NxCxL, NxCxHxW or NxCxDxHxW with at least 2 values per channel, got {text}. "
             "Write 32x64x56x56, for example."
@@ -182,7 +188,7 @@ def layers(shape: Sequence[int], dtype: str, case: Case) -> dict[str, nn.Module]
 
     from batchnorm import layers as our
 
-    name, kind = _LAYERS[len(shape)], torch.float64 if dtype == "float64" else torch.float32
+    name, kind = _layer_names()[len(shape)], torch.float64 if dtype == "float64" else torch.float32
     act = "relu" if case.relu else None
     pair = {"ours": getattr(our, name)(shape[1], act=act), "torch": getattr(torch.nn, name)(shape[1])}
     return {side: layer.to(kind).train(case.train) for side, layer in pair.items()}

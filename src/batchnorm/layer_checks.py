@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.argument_types import require_number, require_whole_number
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 STATISTICS = ("running_mean", "running_var")
 # the input shapes of each layer, by their number of axes

@@ -9,7 +9,8 @@ It can add a residual and apply an activation in the same pass over memory.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,6 @@ from batchnorm.layer_checks import (
 )
 from batchnorm.ownership import claim
 from batchnorm.tracing import call_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SETTINGS = {"act", "act_param", "memory", "single_element"}
 
@@ -371,6 +369,11 @@ class BatchNorm3d(_Layer, nn.BatchNorm3d):
     _shapes: ClassVar[dict[int, str]] = SHAPES["BatchNorm3d"]
 
 
+# every layer, by the one of torch.nn that it stands for; other modules derive their lists from this one
+OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+LAYERS = tuple(OURS.values())
+
+
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm."""
     require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")
@@ -380,6 +383,11 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The input of a call of a layer: the first argument that is a tensor, whatever its name; None without one."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs as a traced program, which would trace hooks too."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

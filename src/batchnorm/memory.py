@@ -8,15 +8,13 @@ pass needs it. The function, with the storage and type of y, is called a recipe.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 
 @final

@@ -12,7 +12,8 @@ single process cannot show that.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 Measured = Literal["its batch", "the batches of all processes", "nothing"]
 

@@ -10,14 +10,10 @@ stored statistics.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor, nn
 
 _claims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

@@ -12,16 +12,13 @@ import os
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    Contestant = Callable[[], float]  # calls something, and returns the seconds of one call
+Contestant = Callable[[], float]  # calls something, and returns the seconds of one call
 
 ROUNDS = 21
 BUSY = 0.05  # if other programs use a larger share of all processors, results say so

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from batchnorm.experiment.judgement import Verdict
     from batchnorm.experiment.outcomes import ClaimOutcome, Verdicts
     from batchnorm.reporting.blocks import Block
-    from batchnorm.reporting.charts import Panel
     from batchnorm.reporting.charts.chart_data import Axis, Chart
+    from batchnorm.reporting.charts.drawings import Panel
     from batchnorm.reporting.json_values import Json
 
 Value = float | int | str | None  # in a row of a chart
@@ -85,9 +85,9 @@ def report(verdicts: Verdicts, *, interactive: bool = False) -> Report:
         command="batchnorm why", target=verdicts.title, headline=verdicts.headline, seconds=verdicts.seconds,
         json=verdicts.to_json, document=_document(verdicts, all_verdicts, {}),
         full=lambda width: paragraphs(_document(verdicts, all_verdicts, GLYPHS), width),
-        lines=[f"{v.criterion.key}: {v.status}: {v.told}" for v in all_verdicts],
-        records=[{"criterion": v.criterion.key, "status": v.status, "measured": v.told} for v in all_verdicts],
-        rows=[Row(rule=v.criterion.key, severity=Severity.INFO, place="model", words=f"{v.status}: {v.told}",
+        lines=[f"{v.criterion.key}: {v.status}: {v.statement}" for v in all_verdicts],
+        records=[{"criterion": v.criterion.key, "status": v.status, "measured": v.statement} for v in all_verdicts],
+        rows=[Row(rule=v.criterion.key, severity=Severity.INFO, place="model", words=f"{v.status}: {v.statement}",
                   identity=(verdicts.title, v.criterion.key)) for v in all_verdicts],
         rules=[RuleWords(code=v.criterion.key, title=v.criterion.question) for v in all_verdicts],
         suites=[Suite(name=outcome.claim.name, checks=list(map(_check, outcome.result.verdicts)))
@@ -97,7 +97,7 @@ def report(verdicts: Verdicts, *, interactive: bool = False) -> Report:
 
 
 def _document(verdicts: Verdicts, all_verdicts: Sequence[Verdict], glyphs: Mapping[Status, str]) -> list[Block]:
-    rows = [(v.criterion.key, f"{glyphs.get(v.status, '')} {v.status}".strip(), v.told) for v in all_verdicts]
+    rows = [(v.criterion.key, f"{glyphs.get(v.status, '')} {v.status}".strip(), v.statement) for v in all_verdicts]
     table = TextTable(("criterion", "verdict", "measured"), rows, words=3)
     second = [Text(verdicts.second)] if verdicts.second else []
     return [Text(strong=verdicts.headline), *second, table, CommandText("Repeat", verdicts.command)]
@@ -105,7 +105,7 @@ def _document(verdicts: Verdicts, all_verdicts: Sequence[Verdict], glyphs: Mappi
 
 def _check(verdict: Verdict) -> Check:
     is_valid = verdict.status != Status.INVALID
-    output, skipped = (f"{verdict.status}: {verdict.told}", "") if is_valid else ("", verdict.told)
+    output, skipped = (f"{verdict.status}: {verdict.statement}", "") if is_valid else ("", verdict.statement)
     return Check(name=verdict.criterion.key, output=output, skipped=skipped)
 
 
@@ -199,7 +199,7 @@ class _Section:
 
 
 def _section(outcome: ClaimOutcome) -> _Section:
-    from batchnorm.reporting.charts import panels
+    from batchnorm.reporting.charts.drawings import panels
 
     name, charts = outcome.claim.name, outcome.result.charts
     drawn = [() if chart.kind == "picture" else panels(chart) for chart in charts]

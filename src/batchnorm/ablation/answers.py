@@ -55,7 +55,7 @@ class Answers(Verdicts):
     @property
     def headline(self) -> str:
         """The main verdict in a sentence, whatever it is."""
-        return _of_training(self) if self.trained else _of_model_as_it_is(self.found)
+        return _of_training(self) if self.trained else _of_model_as_it_is(self.by_key)
 
     @property
     def second(self) -> str:
@@ -70,13 +70,13 @@ class Answers(Verdicts):
     @property
     def cards(self) -> list[Card]:
         """Figures at the head of the page."""
-        ratios = [_ratio_card(self.found.get(key), *words) for key, words in _RATIOS.items()]
-        return [card for card in (*ratios, _noise_card(self.found), _test_card(self.found)) if card is not None]
+        ratios = [_ratio_card(self.by_key.get(key), *words) for key, words in _RATIOS.items()]
+        return [card for card in (*ratios, _noise_card(self.by_key), _test_card(self.by_key)) if card is not None]
 
     @property
     def questions(self) -> int:
         """Number of criteria that were judged."""
-        return len(self.found)
+        return len(self.by_key)
 
     def to_dict(self) -> Json:
         """Data for JSON without times, so that two runs with the same settings are equal."""
@@ -96,7 +96,7 @@ def _whole(verdicts: Sequence[Verdict]) -> str:
 
 
 def _of_training(answers: Answers) -> str:
-    verdict = answers.found["speed-steps"]
+    verdict = answers.by_key["speed-steps"]
     if verdict.status is Status.INVALID:
         return f"No answer: {verdict.heading}. Give more --steps, or other --rates."
     mean, low, high = verdict.ratios
@@ -104,7 +104,7 @@ def _of_training(answers: Answers) -> str:
     ends = (_inverse(high), _inverse(low)) if back else (low, high)
     return in_words(
         _headline(answers, verdict), ratio=_inverse(mean) if back else mean, steps=answers.steps, margin=_EQUAL,
-        interval=f"95% interval {times(ends[0])}× to {times(ends[1])}×", because=_because(answers.found),
+        interval=f"95% interval {times(ends[0])}× to {times(ends[1])}×", because=_because(answers.by_key),
         # a run that never reaches the target counts as reaching it at the last step
         bound="at least " if verdict.bound == ("at most" if back else "at least") else "",
         never=" and ".join(f"{arm} batch norm" for arm in answers.late),

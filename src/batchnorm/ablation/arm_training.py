@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.ablation.arms import make_arm
-from batchnorm.ablation.user_model import quiet_divergence
+from batchnorm.ablation.user_model import Subject, quiet_divergence
 from batchnorm.call_types import Batch
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 MOMENTUM = 0.9
 # neighbours differ by a factor of 4 or 5, which is more than the factor of 3 in the criterion on rates

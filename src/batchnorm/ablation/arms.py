@@ -11,10 +11,9 @@ In the last three arms the layers are frozen: for ``without`` and ``scaled`` the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.ablation.user_model import Subject
@@ -25,9 +24,6 @@ from batchnorm.moments import Moments
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import freeze, has_stored_statistics
 from batchnorm.population.hooks import seeing
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 WITH, WITHOUT, ONCE, SCALED = "with", "without", "once", "scaled"
 CALLED = {

@@ -6,17 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm.ablation.arm_training import RATES, train
 from batchnorm.ablation.arms import ONCE, SCALED, WITH, WITHOUT, input_norm
 from batchnorm.ablation.user_data import inputs_of
-from batchnorm.ablation.user_model import undisturbed
+from batchnorm.ablation.user_model import Subject, undisturbed
 from batchnorm.ablation.watched_runs import watch
 from batchnorm.layers import batch_norms
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 SECONDS = 150.0  # planned duration of a study, unless steps and seeds are set
 _PILOT = 12  # steps of a timed run, which has as many looks as a longer run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,11 +12,9 @@ from torch import Tensor
 from batchnorm.ablation.arm_training import train
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.question_criteria import LEARNED, TARGET, USABLE
+from batchnorm.ablation.user_model import Subject
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.paired_seeds import Arrival, first_step
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 
 @final

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +17,17 @@ from batchnorm.ablation.questions import noise_of_layers, test_statistics
 from batchnorm.ablation.questions.input_scales import inputs, spread
 from batchnorm.ablation.study import Measure
 from batchnorm.ablation.user_data import examples_in, first_examples
-from batchnorm.ablation.user_model import kept_buffers, received
+from batchnorm.ablation.user_model import Subject, kept_buffers, received
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
-from batchnorm.experiment.figures_in_words import Figure, counted, in_words, known
+from batchnorm.experiment.figures_in_words import Figure, in_words, known
 from batchnorm.instruments.gamma_and_beta import census
 from batchnorm.instruments.signal_propagation import resemblance, sample
 from batchnorm.instruments.snapshots import Layers, Snapshot
 from batchnorm.layers import batch_norms
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.reporting.charts.chart_data import Chart, Role, Rows
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
+from batchnorm.reporting.text import many
 
 _EXAMPLES = 128  # the most examples for the stable rank
 _LAYERS = 16  # the most layers in a chart
@@ -139,7 +136,7 @@ def measure_census(_: Subject, models: Sequence[nn.Module], seeds: Sequence[int]
         "census-dead", [float(dead.mean())] * len(seeds),
         "{dead:.1%} of channels are dead, mean over {layers}"
         + ("; most at {worst}, {most:.1%}." if dead.any() else "."),
-        dead=dead.mean(), layers=counted(len(stored), "layer"), worst=_named(layers.names[worst]), most=dead[worst],
+        dead=dead.mean(), layers=many(len(stored), "layer"), worst=_named(layers.names[worst]), most=dead[worst],
     )  # fmt: skip
     numbers: Numbers = {
         "median |gamma|, smallest and largest over layers": _range(numbers_by_layer["gamma"]),

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from torch import nn
 
 from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
+from batchnorm.ablation.effort import StudyPlan
 from batchnorm.ablation.grid import Grid, sweep
 from batchnorm.ablation.question_criteria import CRITERIA
+from batchnorm.ablation.user_model import Subject
 from batchnorm.ablation.watched_runs import WatchedRun, watch
 from batchnorm.experiment.claim import Claim, Result, claim
 from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.run_settings import Progress, RunSettings
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.effort import StudyPlan
-    from batchnorm.ablation.user_model import Subject
 
 Advance = Callable[[float], None]
 # Called with the subject, its models (one for each seed, or one for all), and the seeds, which also draw examples

@@ -9,11 +9,11 @@ user's class, are never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from batchnorm.population.tensor_trees import (
     tensors_in,
     why_without_rows,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 EXAMPLES = 4096  # reading stops after this number: enough for every question, and for some hundred steps
 _BYTES = 2**28  # reading stops after this amount of memory

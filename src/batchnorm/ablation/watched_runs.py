@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.ablation.arm_training import train
-from batchnorm.ablation.user_model import kept_buffers, quiet_divergence, received
+from batchnorm.ablation.user_model import Subject, kept_buffers, quiet_divergence, received
 from batchnorm.call_types import Batch
 from batchnorm.instruments.layer_drift import drift, noise_floor
 from batchnorm.instruments.loss_landscape import Roughness, along_gradient
 from batchnorm.instruments.network_vectors import Vectors, of_one
 from batchnorm.instruments.signal_propagation import sample
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 LOOKS = 10  # measurements of the layers' inputs after the first measurement
 PROBES = 6  # measurements of the loss along the gradient

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.adaptation.answer_window import PredictionWindow
 from batchnorm.adaptation.cumulative import energy
@@ -30,6 +32,7 @@ from batchnorm.adaptation.layer_statistics import adaptable
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.trial_statistics import Trial
 from batchnorm.argument_types import require_number, require_type
+from batchnorm.call_types import Answer, Arguments, Keywords
 from batchnorm.population.absent_numbers import note_absence
 from batchnorm.population.hooks import Hook, detach, seeing
 from batchnorm.population.observation import InputMoments
@@ -37,13 +40,7 @@ from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_trees import examples_in
 from batchnorm.shift import ShiftMonitor
 
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.utils.hooks import RemovableHandle
-
-    from batchnorm.call_types import Answer, Arguments, Keywords
-
-    Layers = dict[str, _BatchNorm]
+Layers = dict[str, _BatchNorm]
 
 LOGGER = logging.getLogger("batchnorm.adaptation")
 LOGGER.addHandler(logging.NullHandler())  # like the monitor's logger
@@ -155,10 +152,8 @@ class Adapter:
         self._share = self.limits.accept  # share of the information that was required when use began
         self._is_counted = False  # whether a trial has already counted the running pass
         self._energies: dict[str, tuple[float, float]] = {}  # of one pass, under the deployed statistics
-        self._latest, self._first_energies = (
-            PredictionWindow(self._window),
-            {},
-        )  # under the deployed statistics: latest energies, and those of the first window after a refusal or rollback
+        self._latest = PredictionWindow(self._window)  # energies under the deployed statistics
+        self._first_energies: dict[str, float] = {}  # those of the first window after a refusal or rollback
 
     def reset(self) -> None:
         """Start a new stream: restore the deployed statistics, and forget evidence and alarm, but not the history."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from torch import Tensor, nn
 
 from batchnorm.adaptation.estimation import adapted
 from batchnorm.adaptation.layer_statistics import adaptable
-from batchnorm.files import sidecar
+from batchnorm.files.sidecar import Sidecar
 from batchnorm.layers import unwrapped
 from batchnorm.population.stored_statistics import Statistics
 from batchnorm.population.tensor_memory import digest_of
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from batchnorm.call_types import Batch
     from batchnorm.population.stored_statistics import Layers
 
-VERSION = 1
-SUFFIX = ".bnbank.safetensors"
+FILE = Sidecar("bank", ".bnbank.safetensors", "a bank", version=1, remedy="Write it with bank.save(path).")
 STORED = "stored"
 
 
@@ -157,9 +156,8 @@ class DomainBank:
             ValueError: If the name has another ending.
             OSError: If the file cannot be written.
         """
-        path = sidecar.named(path, SUFFIX, "a bank", f"Name it model{SUFFIX}.")
-        about = {"version": VERSION, "names": list(self._sets), "digest": weights_digest(self.model, self._layers)}
-        sidecar.write(path, "bank", about, self._tensors())
+        about = {"names": list(self._sets), "digest": weights_digest(self.model, self._layers)}
+        FILE.write(path, about, self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
         """All statistics; a key has its domain's number, because a name may contain any character."""
@@ -177,7 +175,7 @@ class DomainBank:
             ValueError: If the file is not a bank, or was made with other weights or layers.
             OSError: If the file cannot be read.
         """
-        about, tensors = _read(path)
+        about, tensors = FILE.read(path)
         if about["digest"] != weights_digest(self.model, self._layers):
             raise ValueError(
                 f"a bank belongs to the weights that it was made with, got a model with other weights than {path}. "
@@ -202,10 +200,3 @@ def weights_digest(model: nn.Module, layers: Layers) -> str:
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    about, tensors = sidecar.read(path, "bank", "a bank", "Write one with bank.save(path).")
-    if about.get("version") != VERSION:
-        raise ValueError(f"{path} is not a bank of version {VERSION}. Write it with bank.save(path).")
-    return about, tensors

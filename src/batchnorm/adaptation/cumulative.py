@@ -8,18 +8,16 @@ layers count inputs that are already normalized.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.adaptation.layer_statistics import mixed
 from batchnorm.moments import Moments
 from batchnorm.population.observation import InputMoments
 from batchnorm.population.stored_statistics import Statistics, buffers, store
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @final

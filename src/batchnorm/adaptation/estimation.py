@@ -131,14 +131,9 @@ def _store(view: Observation, path: str, new: Moments) -> None:
 
 @contextmanager
 def adapted(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    *,
-    prior: float | None = None,
-    ema: float | None = None,
-    max_examples: int | None = None,
-    memory: int | None = None,
-) -> Iterator[nn.Module]:
+    model: nn.Module, loader: Iterable[Batch], *, prior: float | None = None, ema: float | None = None,
+    max_examples: int | None = None, memory: int | None = None,
+) -> Iterator[nn.Module]:  # fmt: skip
     """The model, adapted by ``adapt`` in the block; its statistics are restored after it, bit for bit, also on errors.
 
     Only statistics are restored, not other changes to the model.

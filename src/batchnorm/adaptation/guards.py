@@ -25,13 +25,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
+from batchnorm.adaptation.answer_window import PredictionWindow
+from batchnorm.adaptation.predictions import Predictions
 from batchnorm.shift.alarm import MIX
-
-if TYPE_CHECKING:
-    from batchnorm.adaptation.answer_window import PredictionWindow
-    from batchnorm.adaptation.predictions import Predictions
 
 _FEWEST_EXAMPLES = 32  # examples with predictions under the new statistics before these are judged during use
 _ENTROPY_LIMIT = 0.1  # uncertain predictions have at least this mean entropy, in log K; very uncertain ones, twice this

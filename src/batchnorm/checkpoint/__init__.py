@@ -6,21 +6,18 @@ Only batch norm's tensors are read, so even a file of gigabytes is read quickly.
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import BinaryIO, TypeVar
 
 from batchnorm.checkpoint import layers_in_file
 from batchnorm.checkpoint.formats import detection, other_files, safetensors_file, torch_legacy, torch_zip
 from batchnorm.checkpoint.refusal import DAMAGED, RefusalError
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
-    from typing import BinaryIO
 
 __all__ = ["Checkpoint", "Shared", "State", "Stored", "format_of", "read"]
 
@@ -104,8 +101,19 @@ def _contents(path: str, file: BinaryIO) -> Checkpoint:
     kind = detection.of(file)
     file.seek(0)
     if kind == "onnx":
-        from batchnorm.checkpoint.formats import onnx_layers
-
-        return onnx_layers.read(path, file)
+        return _contents_of_onnx(path, file)
     saved, source = _READERS[kind](file)
     return layers_in_file.checkpoint(path, "pt" if kind == "legacy" else kind, saved, source)
+
+
+def _contents_of_onnx(path: str, file: BinaryIO) -> Checkpoint:
+    try:
+        import onnx  # noqa: F401 - the reader needs it
+
+        from batchnorm.checkpoint.formats import onnx_layers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading an ONNX file needs {error.name}, which is not installed. Run: pip install 'batchnorm[onnx]'",
+            name=error.name,
+        ) from None
+    return onnx_layers.read(path, file)

@@ -15,15 +15,12 @@ wrappers (``module``, ``_orig_mod``, ``model``). So the names in different copie
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm.checkpoint.file_tensors import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from batchnorm.checkpoint.pickled.unknown_classes import Saved
+from batchnorm.checkpoint.pickled.unknown_classes import Saved
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 OF_A_LAYER = (*STATISTICS, "weight", "bias")
@@ -31,22 +28,13 @@ OF_A_LAYER = (*STATISTICS, "weight", "bias")
 _DEEPEST = 32  # dicts and lists inside each other
 _LONGEST_KEY = 1000
 WRAPPERS = frozenset(
-    {
-        "_forward_module",
-        "_orig_mod",
-        "model",
-        "model_state",
-        "model_state_dict",
-        "module",
-        "online_model",
-        "state_dict",
-    }
+    {"_forward_module", "_orig_mod", "model", "model_state", "model_state_dict", "module", "online_model", "state_dict"}
 )
 _AVERAGE = re.compile(r"(.*[_-])?(averaged?|avg_model|ema|shadow|swa)([_-].*)?", re.IGNORECASE)
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 Words = tuple[str, ...]
-Keys = tuple[str | int, ...]
+Keys = tuple[str | int, ...]  # of dicts and lists, which lead to a value in a file
 
 
 @final
@@ -96,34 +84,35 @@ class Copy:
 
 def entries(saved: Saved) -> Iterator[Entry]:
     """In the file's order, all tensors and counters in dicts, lists and tuples; a repeated container is read once."""
-    seen: set[int] = set()
-    waiting: list[tuple[Keys, Saved]] = [((), saved)]
-    while waiting:
-        path, value = waiting.pop()
-        if id(value) in seen or len(path) > _DEEPEST:
-            continue
-        seen.add(id(value))
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        items = [(key, item) for key, item in items if _is_name(key)]
-        yield from (Entry(path, str(key), item) for key, item in items if _is_entry(key, item))
-        inner = [((*path, key), item) for key, item in items if isinstance(item, dict | list | tuple)]
-        waiting += reversed(inner)
+    for path, first, value in _containers(saved):
+        if path == first:
+            yield from (Entry(path, str(key), item) for key, item in _named(value) if _is_entry(key, item))
 
 
 def same_objects(saved: Saved) -> Iterator[tuple[Keys, Keys]]:
     """For each repeated dict, the place of the repetition and its first place; in the order of ``entries``."""
-    seen: dict[int, Keys] = {}
+    yield from ((path, first) for path, first, value in _containers(saved) if path != first and isinstance(value, dict))
+
+
+def _containers(saved: Saved) -> Iterator[tuple[Keys, Keys, Saved]]:
+    """Every dict, list and tuple in the file's order: its place, the place where it came first, and itself."""
+    places: dict[int, Keys] = {}
     waiting: list[tuple[Keys, Saved]] = [((), saved)]
     while waiting:
         path, value = waiting.pop()
-        if id(value) in seen or len(path) > _DEEPEST:
-            if isinstance(value, dict) and id(value) in seen:
-                yield path, seen[id(value)]
-            continue
-        seen[id(value)] = path
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        inner = [((*path, key), item) for key, item in items if _is_name(key) and isinstance(item, dict | list | tuple)]
-        waiting += reversed(inner)
+        is_new = id(value) not in places and len(path) <= _DEEPEST
+        if is_new:
+            places[id(value)] = path
+            inner = [((*path, key), item) for key, item in _named(value) if isinstance(item, dict | list | tuple)]
+            waiting += reversed(inner)
+        if id(value) in places:
+            yield path, places[id(value)], value
+
+
+def _named(value: Saved) -> list[tuple[str | int, Saved]]:
+    """What a container holds under a usable name or number."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(key, item) for key, item in items if _is_name(key)]
 
 
 def _is_name(key: object) -> bool:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import defaultdict
-from typing import TYPE_CHECKING, final
+from collections.abc import Sequence
+from typing import final
 
+from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors
 from batchnorm.checkpoint.file_tensors import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors
 
 _DEEPEST = 64  # levels of modules around a weight that are searched
 

@@ -8,14 +8,10 @@ import sys
 import zlib
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import BinaryIO, final
 
+from batchnorm.checkpoint.formats.checked_records import Source
 from batchnorm.checkpoint.refusal import RefusalError, brief
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
-    from batchnorm.checkpoint.formats.checked_records import Source
 
 # bytes of one element, by torch's name for the type
 BYTES = {
@@ -144,6 +140,11 @@ class Tensor:
         return math.prod(self.size)
 
     @property
+    def shape(self) -> str:
+        """The size in words, as far as 8 axes."""
+        return " x ".join(map(brief, self.size[:8])) or "1"
+
+    @property
     def is_floating(self) -> bool:
         """Whether the type is a floating-point type."""
         return "float" in self.dtype
@@ -154,18 +155,18 @@ def contiguous(storage: Storage, size: tuple[int, ...]) -> Tensor:
     strides = [1]
     for length in reversed(size[1:]):
         strides.append(strides[-1] * max(length, 1))
-    return Tensor(storage, storage.dtype, 0, size, tuple(reversed(strides[: len(size)])))
+    return Tensor(storage, storage.dtype, offset=0, size=size, stride=tuple(reversed(strides[: len(size)])))
 
 
 def fortran(storage: Storage, size: tuple[int, ...]) -> Tensor:
     """All of ``storage`` as a tensor of ``size`` in Fortran order: neighbours on the first axis are adjacent."""
     reverse = contiguous(storage, size[::-1])
-    return Tensor(storage, storage.dtype, 0, size, reverse.stride[::-1])
+    return Tensor(storage, storage.dtype, offset=0, size=size, stride=reverse.stride[::-1])
 
 
 def unreadable(dtype: str, size: tuple[int, ...], why: str) -> Tensor:
     """A tensor whose numbers cannot be read, with the reason; only its type and size are known."""
-    return Tensor(Storage("", dtype, 0), dtype, 0, size, (0,) * len(size), why)
+    return Tensor(Storage("", dtype, numel=0), dtype, offset=0, size=size, stride=(0,) * len(size), why=why)
 
 
 def numbers(source: Source, tensor: Tensor) -> array:

@@ -7,16 +7,12 @@ than one in 2^24, so the statistics of one part were copied from the other. Laye
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, final
+from typing import final
 
-from batchnorm.checkpoint.stored import below, is_below
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from batchnorm.checkpoint.stored import Checkpoint, Stored
+from batchnorm.checkpoint.stored import Checkpoint, Stored, below, is_below
 
 Pair = tuple[str, str]
 _MOST_PAIRS = 256  # pairs of parts that are compared: a file with more was made to take time

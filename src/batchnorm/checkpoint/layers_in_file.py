@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.averaged_copies import (
     OF_A_LAYER,
@@ -23,6 +23,7 @@ from batchnorm.checkpoint.averaged_copies import (
 from batchnorm.checkpoint.feeding_weights import Feeders
 from batchnorm.checkpoint.file_tensors import Tensor, first_bytes, numbers
 from batchnorm.checkpoint.formats import other_files
+from batchnorm.checkpoint.formats.checked_records import Source
 from batchnorm.checkpoint.identical_parts import statistics_of
 from batchnorm.checkpoint.pickled.allowed_names import VERSIONS
 from batchnorm.checkpoint.pickled.name import in_words
@@ -39,11 +40,6 @@ from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 from batchnorm.checkpoint.shared_modules import find_shared
 from batchnorm.checkpoint.states_in_file import ROOT, parted
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below, with_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from batchnorm.checkpoint.formats.checked_records import Source
 
 _MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
 
@@ -228,7 +224,7 @@ def _of_channels(layer: LayerTensors) -> dict[str, Tensor]:
     if mean is not None and var is not None and _axes(mean) != _axes(var):
         raise RefusalError(
             f"as many variances as means in layer {brief(_name(layer.words))}",
-            f"{_shape(var)} and {_shape(mean)}",
+            f"{var.shape} and {mean.shape}",
             "Correct running_var or running_mean and save the file again.",
         )
     statistics = mean if mean is not None else var
@@ -247,10 +243,6 @@ def _readable(tensor: Tensor | None) -> Tensor | None:
 def _axes(tensor: Tensor) -> list[int]:
     """The shape of a tensor without axes of length 1: statistics may have the shape (1, C, 1, 1)."""
     return [length for length in tensor.size if length != 1]
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(brief, tensor.size[:8])) or "1"
 
 
 def _count(source: Source, counter: Tensor | int) -> int | None:

@@ -10,16 +10,13 @@ the layer all of whose tensors are shared, such as backbone.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import final
 
+from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors, Words
+from batchnorm.checkpoint.feeding_weights import Feeders
 from batchnorm.checkpoint.file_tensors import Tensor
 from batchnorm.checkpoint.stored import Shared
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from batchnorm.checkpoint.averaged_copies import Entry, LayerTensors, Words
-    from batchnorm.checkpoint.feeding_weights import Feeders
 
 Module = tuple[tuple[str | int, ...], "Words"]  # keys of a dict, words of a module in it
 _STATISTICS = ("running_mean", "running_var")

@@ -11,20 +11,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
-from batchnorm.checkpoint.averaged_copies import WRAPPERS, says_average, snake
-from batchnorm.checkpoint.stored import State, below, is_below
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from batchnorm.checkpoint.stored import Checkpoint
-
-    Keys = tuple[str | int, ...]
-    Words = tuple[str, ...]
+from batchnorm.checkpoint.averaged_copies import WRAPPERS, Keys, Words, says_average, snake
+from batchnorm.checkpoint.stored import Checkpoint, State, below, is_below
 
 _MOST_STATES = 64  # dicts with states, and states in one dict: a file with more was made to take time
 ROOT = "."  # the name of a state that is in no dict of the file and has no prefix

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
-
-if TYPE_CHECKING:
-    from array import array
-    from collections.abc import Mapping
+from typing import final
 
 
 @final

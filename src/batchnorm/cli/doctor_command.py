@@ -90,7 +90,7 @@ def doctor(
     diagnosis, limit = _without(diagnosis, known), limit_of(fail_on or project.fail_on)
     from batchnorm.doctor.diagnosis_report import report
 
-    source = asked.model.source if asked.is_model else ""
+    source = asked.model.source if asked.model.is_code else ""
     document = report(diagnosis, source=source, fail_on=limit, verbose=verbose, command="batchnorm doctor")
     options.emit(document, chosen, output, is_quiet=quiet)
     sys.exit(1 if fails(diagnosis.findings, limit) else 0)
@@ -107,16 +107,11 @@ class DoctorOptions:
     selection: Selection
     loop: LoopOptions
 
-    @property
-    def is_model(self) -> bool:
-        """Whether the target is a model in code, not a file."""
-        return addresses.is_address(self.model.address)
-
 
 def _examined(asked: DoctorOptions) -> Diagnosis:
     from batchnorm.doctor import examine
 
-    if asked.is_model:
+    if asked.model.is_code:
         return _examined_model(asked)
     target, weights = asked.model.address, asked.model.weights
     addresses.refuse_code(target)

@@ -64,11 +64,11 @@ def fix(
     refuse_empty({"--weights": weights, "--data": data})
     chosen = options.selection(select, ignore, settings())
     asked = FixOptions(ModelAddress(target, weights, state, given), data, chosen, unsafe)
-    if not asked.is_model:
+    if not asked.model.is_code:
         addresses.refuse_code(target)
         _check_options(asked)
     place = _place(target, asked.source, output, in_place=in_place, force=force or diff)
-    outcome, write = (_model if asked.is_model else _file)(asked)
+    outcome, write = (_model if asked.model.is_code else _file)(asked)
     if not diff and not outcome.is_empty:
         write(place)
     _tell(outcome, place, diff=diff, again=asked.again(place))
@@ -86,18 +86,13 @@ class FixOptions:
     unsafe: bool
 
     @property
-    def is_model(self) -> bool:
-        """Whether the target is a model in code, not a file."""
-        return addresses.is_address(self.model.address)
-
-    @property
     def source(self) -> str | None:
         """The checkpoint; None for a model without --weights."""
-        return self.model.weights if self.is_model else self.model.address
+        return self.model.weights if self.model.is_code else self.model.address
 
     def again(self, place: Path) -> str:
         """The command that examines the result."""
-        if not self.is_model:
+        if not self.model.is_code:
             return f"batchnorm doctor {shlex.quote(str(place))}"
         data = f" --data {shlex.quote(self.data)}" if self.data else ""
         return f"batchnorm doctor {replace(self.model, weights=str(place), state='')}{data}"
@@ -178,7 +173,7 @@ def _model(asked: FixOptions) -> Mended:
     require_torch("a model")
     target, weights = asked.model.address, asked.model.weights
     addresses.refuse_state(target, weights, asked.model.state)
-    with _no_bytecode(), _warnings_printed(), addresses.told(target):
+    with _no_bytecode(), _warnings_printed(), addresses.as_address_errors(target):
         model = replace(asked.model, weights=None).made()
         return _one_model(asked, model) if weights is None else _each_state(asked, model, weights)
 

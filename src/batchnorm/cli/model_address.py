@@ -27,6 +27,11 @@ class ModelAddress:
     given: tuple[str, ...] = ()
 
     @property
+    def is_code(self) -> bool:
+        """Whether the target is code, not a file."""
+        return addresses.is_address(self.address)
+
+    @property
     def words(self) -> list[str]:
         """The words of a command line that name the model."""
         weights = ["--weights", self.weights] if self.weights else []
@@ -50,7 +55,7 @@ class ModelAddress:
 @contextlib.contextmanager
 def running(address: str) -> Iterator[None]:
     """A block that runs the user's code. Its prints go to standard error, and its errors become messages."""
-    with contextlib.redirect_stdout(sys.stderr), addresses.told(address):
+    with contextlib.redirect_stdout(sys.stderr), addresses.as_address_errors(address):
         yield
 
 

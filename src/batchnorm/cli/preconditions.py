@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 
 def require(*modules: str, what: str, extra: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, final
 import click
 
 from batchnorm import addresses
+from batchnorm.checkpoint import model_loading
 from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
@@ -208,7 +209,7 @@ def _loaded(asked: ShiftOptions) -> tuple[ShiftOptions, nn.Module]:
     """The options with the loaded state, and the model. If there are several states, the loaded one is printed."""
     model = asked.model
     network = model.made()
-    name, sentence = addresses.choice(network, model.weights, model.state) if model.weights else ("", "")
+    name, sentence = model_loading.choice(network, model.weights, model.state) if model.weights else ("", "")
     if sentence:
         click.echo(sentence, err=True)
     return replace(asked, model=replace(model, state=name)), network

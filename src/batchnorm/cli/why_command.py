@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 import click
 
 from batchnorm import addresses
+from batchnorm.checkpoint import model_loading
 from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
@@ -51,11 +52,7 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 @click.command()
 @click.argument("model", required=False)
 @click.option(
-    "--claim",
-    "names",
-    multiple=True,
-    type=click.Choice(NAMES),
-    help="Run only this claim of the lecture; repeatable.",
+    "--claim", "names", multiple=True, type=click.Choice(NAMES), help="Run only this claim of the lecture; repeatable."
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 20]")
@@ -245,7 +242,7 @@ def _with_state(asked: WhyOptions, subject: Subject) -> tuple[WhyOptions, str]:
     model = asked.model
     if not model.weights:
         return asked, ""
-    name, sentence = addresses.choice(subject.fresh(asked.seed), model.weights, model.state)
+    name, sentence = model_loading.choice(subject.fresh(asked.seed), model.weights, model.state)
     return replace(asked, model=replace(model, state=name)), sentence
 
 
@@ -320,7 +317,7 @@ def _checkpoint(asked: WhyOptions, subject: Subject) -> nn.Module:
 
     model = subject.fresh(asked.seed)
     if asked.model.weights:
-        addresses.load_weights(model, asked.model.weights, asked.model.state)
+        model_loading.load_weights(model, asked.model.weights, asked.model.state)
     with preserve_state(model):
         subject.value(model.eval(), next(subject.data.deal(asked.seed)))  # an error shows at once
     return model
@@ -350,4 +347,4 @@ def _duration(seconds: float) -> str:
 def _line(verdict: Verdict) -> str:
     from batchnorm.report import GLYPHS
 
-    return f"{GLYPHS[verdict.status]} {verdict.status}  {verdict.told}"
+    return f"{GLYPHS[verdict.status]} {verdict.status}  {verdict.statement}"

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from batchnorm import __version__
-from batchnorm.doctor.diagnosis_value import codes_by_reason, counted, groups
+from batchnorm.doctor.diagnosis_value import DiagnosisValue, LayerRow, codes_by_reason, counted, groups
 from batchnorm.doctor.family_text import concise, full, headline, summary
 from batchnorm.reporting import html
-from batchnorm.reporting.blocks import Facts, Items, Text, TextTable
+from batchnorm.reporting.blocks import Block, Facts, Items, Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, Suite
 from batchnorm.reporting.severity import Severity
 from batchnorm.rules import FAMILIES, RULES
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from batchnorm.doctor.diagnosis_value import DiagnosisValue, LayerRow
-    from batchnorm.reporting.blocks import Block
-    from batchnorm.rules.finding import Finding
+from batchnorm.rules.finding import Finding
 
 _COMMAND = "batchnorm doctor"
 _COLUMNS = ("layer", "kind", "mode", "channels", "batches", "mean", "variance", "gamma", "eps", "momentum", "gap / sd")

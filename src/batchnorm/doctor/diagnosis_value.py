@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm import __version__
-from batchnorm.reporting.json_values import to_json
+from batchnorm.reporting.json_values import Json, to_json
 from batchnorm.reporting.severity import Severity
-
-if TYPE_CHECKING:
-    from batchnorm.reporting.json_values import Json
-    from batchnorm.rules.finding import Finding
+from batchnorm.rules.finding import Finding
 
 # is increased when a key of to_dict() changes its meaning or is removed
 SCHEMA_VERSION = 1

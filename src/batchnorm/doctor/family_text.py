@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
-from batchnorm.doctor.diagnosis_value import codes_by_reason, counted, groups
+from batchnorm.doctor.diagnosis_value import DiagnosisValue, codes_by_reason, counted, groups
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.severity import GLYPHS
 from batchnorm.reporting.text import many, plain, wrapped
 from batchnorm.rules import FAMILIES
-from batchnorm.rules.finding import Fix
+from batchnorm.rules.finding import Finding, Fix
 from batchnorm.rules.phrases import listed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from batchnorm.doctor.diagnosis_value import DiagnosisValue
-    from batchnorm.rules.finding import Finding
 
 _OK, _UNCHECKED = "✓ ok", "– not checked"
 _FAMILY = len("BN1")

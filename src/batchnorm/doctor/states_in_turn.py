@@ -7,25 +7,21 @@ model; layers of other states have their names in the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-from batchnorm import addresses
+from torch import nn
+
+from batchnorm.checkpoint import Checkpoint
+from batchnorm.checkpoint.model_loading import chosen, load_weights
 from batchnorm.checkpoint.stored import below, is_below
-from batchnorm.doctor.diagnosis_value import order
+from batchnorm.doctor.diagnosis import Diagnosis
+from batchnorm.doctor.diagnosis_value import LayerRow, order
 from batchnorm.doctor.examination import Selection, examine
+from batchnorm.doctor.mending.remedies import Change
 from batchnorm.doctor.mending.treatment import differences, treat
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from torch import nn
-
-    from batchnorm.checkpoint import Checkpoint
-    from batchnorm.doctor.diagnosis import Diagnosis
-    from batchnorm.doctor.diagnosis_value import LayerRow
-    from batchnorm.doctor.mending.remedies import Change
-    from batchnorm.rules.finding import Finding
+from batchnorm.rules.finding import Finding
 
 _FOREIGN = "BN115"  # needs all states of a file: a model with one of them does not show it
 
@@ -89,19 +85,19 @@ def loading(network: nn.Module, path: str, state: str = "") -> Loading:
     Raises:
         ValueError: If there is no such state, or no state fits.
     """
-    file, first = addresses.chosen(network, path, state)
+    file, first = chosen(network, path, state)
     model = type(network).__name__
     if state or len(file.states) < 2:
-        addresses.load_weights(network, path, state)
+        load_weights(network, path, state)
         return Loading(file, (first,), model, not_asked=tuple(name for name in file.states if name != first))
     unfit: list[str] = []
     for name in file.states:
         try:
-            addresses.load_weights(network, path, name)
+            load_weights(network, path, name)
         except ValueError:
             unfit.append(name)
     if len(unfit) == len(file.states):
-        addresses.load_weights(network, path)  # raises an error that names the file
+        load_weights(network, path)  # raises an error that names the file
     return Loading(file, tuple(name for name in file.states if name not in unfit), model, unfit=tuple(unfit))
 
 
@@ -144,7 +140,7 @@ def examined(
 
 
 def _with(network: nn.Module, path: str, state: str, look: Callable[[], Diagnosis]) -> Diagnosis:
-    addresses.load_weights(network, path, state)
+    load_weights(network, path, state)
     return look()
 
 
@@ -197,7 +193,7 @@ def treated(
         name: As for ``examine``.
     """
     for state in plan.loaded:
-        addresses.load_weights(network, plan.file.path, state)
+        load_weights(network, plan.file.path, state)
         diagnosis = examine(network, data, selection=selection, name=name)
         copied = foreign_layers(plan, state, foreign) if data is not None else []
         diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *copied))

@@ -73,9 +73,4 @@ def known(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}g}" if math.isfinite(value) else "not known"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 step, 4 steps."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 _FORMATS: dict[str, Callable[[float], str]] = {"times": times, "share": share, "known": known}

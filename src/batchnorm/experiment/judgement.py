@@ -158,14 +158,14 @@ class Verdict:
         return in_words(self.words, self.figures, bound=self.bound and f"{self.bound} ")
 
     @property
-    def told(self) -> str:
+    def statement(self) -> str:
         """``failed_guard`` if there is one, else ``sentence``."""
         return self.failed_guard or self.sentence
 
     @property
     def heading(self) -> str:
-        """``told`` as a heading, without a full stop."""
-        return self.told.removesuffix(".")
+        """``statement`` as a heading, without a full stop."""
+        return self.statement.removesuffix(".")
 
     @property
     def ratios(self) -> tuple[float, float, float]:

@@ -95,18 +95,9 @@ class Verdicts:
         return sum(outcome.seconds for outcome in self.outcomes)
 
     @property
-    def found(self) -> dict[str, Verdict]:
+    def by_key(self) -> dict[str, Verdict]:
         """Every verdict by its key."""
         return {v.criterion.key: v for outcome in self.outcomes for v in outcome.result.verdicts}
-
-    def to_markdown(self) -> str:
-        """The headline and a table of every verdict."""
-        lines = [f"**{self.headline}**", "", *([self.second, ""] if self.second else [])]
-        lines += ["| criterion | verdict | measured |", "|---|---|---|"]
-        for key, verdict in self.found.items():
-            measured = verdict.told.replace("|", "\\|")
-            lines.append(f"| {key} | {verdict.status} | {measured} |")
-        return "\n".join([*lines, "", f"Repeat: `{self.command}`"])
 
     def to_json(self) -> str:
         """The result of ``to_dict`` as strict JSON, without NaN and Infinity."""

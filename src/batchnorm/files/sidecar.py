@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from batchnorm.files.whole import replacing
 
@@ -15,58 +16,61 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def named(path: str | os.PathLike[str], suffix: str, what: str, remedy: str) -> Path:
-    """The path of a file that is to be written.
+@final
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A kind of file beside a checkpoint.
 
     Args:
-        path: Must end in ``suffix``.
+        kind: Name of the metadata entry batchnorm.``kind``, in which a file has its JSON data.
         suffix: The ending of all files of this kind.
-        what: The kind of file in words, for the error, such as "a bank".
-        remedy: The last sentence of the error: what to do.
-
-    Raises:
-        ValueError: If ``path`` does not end in ``suffix``.
+        what: The kind in words, for errors, such as "a bank".
+        version: Version of the contents; ``read`` refuses files of other versions.
+        remedy: The last sentence of errors: how to make such a file.
     """
-    path = Path(path)
-    if not path.name.endswith(suffix):
-        raise ValueError(f"{what} needs a file that ends in {suffix}, got {path.name!r}. {remedy}")
-    return path
 
+    kind: str
+    suffix: str
+    what: str
+    version: int
+    remedy: str
 
-def write(path: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, and the JSON data ``about`` as metadata named batchnorm.``kind``, to a safetensors file.
+    def write(self, path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, and the JSON data ``about`` with the version as metadata.
 
-    Raises:
-        TypeError: If ``about`` is not JSON data.
-        OSError: If the file cannot be written.
-    """
-    from safetensors.torch import save
+        Raises:
+            ValueError: If the path does not end in ``suffix``.
+            TypeError: If ``about`` is not JSON data.
+            OSError: If the file cannot be written.
+        """
+        from safetensors.torch import save
 
-    metadata = {f"batchnorm.{kind}": json.dumps(about)}
-    with replacing(path.absolute()) as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+        path = Path(path)
+        if not path.name.endswith(self.suffix):
+            raise ValueError(
+                f"{self.what} needs a file that ends in {self.suffix}, got {path.name!r}. Name it model{self.suffix}."
+            )
+        metadata = {f"batchnorm.{self.kind}": json.dumps({"version": self.version, **about})}
+        with replacing(path.absolute()) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 
+    def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The JSON data and tensors of a file from ``write``.
 
-def read(path: str | os.PathLike[str], kind: str, what: str, remedy: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON data and tensors of a file from ``write``; the data are {} if the file is of another kind.
+        Raises:
+            ValueError: If the file is of another kind or version, or not a safetensors file.
+            OSError: If the file cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
 
-    Args:
-        path: The file.
-        kind: The kind that was passed to ``write``.
-        what: The kind of file in words, for the error, such as "a bank".
-        remedy: The last sentence of the error: what to do.
-
-    Raises:
-        ValueError: If it is not a safetensors file, or its data are not JSON.
-        OSError: If it cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        Path(path).open("rb").close()  # raises Python's error for a missing file
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(f"batchnorm.{kind}", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not {what}: {error}. {remedy}") from error
-    return about if isinstance(about, dict) else {}, tensors
+        try:
+            Path(path).open("rb").close()  # raises Python's error for a missing file
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get(f"batchnorm.{self.kind}", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is not {self.what}: {error}. {self.remedy}") from error
+        version = about.pop("version", None) if isinstance(about, dict) else None
+        if version != self.version:
+            raise ValueError(f"{path} is not {self.what} of version {self.version}, got {version}. {self.remedy}")
+        return about, tensors

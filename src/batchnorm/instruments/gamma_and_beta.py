@@ -6,14 +6,10 @@ are normally distributed, a ReLU behind the layer passes the share Phi(beta / |g
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from batchnorm.instruments.snapshots import Layers, Snapshot
+from batchnorm.instruments.snapshots import Layers, Snapshot
 
 # below eps / 10,000 a channel's output varies by less than a hundredth of gamma: it is constant
 _CONSTANT = 1e-4

@@ -21,7 +21,7 @@ and |gradients of outputs|.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,16 +34,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.call_types import Answer, Batch
+from batchnorm.call_types import Batch
 from batchnorm.instruments.network_vectors import inner, of_one, wide
-from batchnorm.instruments.probe_tier import unwrapped, with_shape
+from batchnorm.instruments.probe_tier import Loss, unwrapped, with_shape
 from batchnorm.layers import batch_norms
 from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import attached, seeing
 from batchnorm.population.state_shield import preserve_state
-
-Loss = Callable[[Answer, Batch], Tensor]  # called with a model's output and the batch
 
 
 @final
@@ -258,11 +256,9 @@ def _inputs_of(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Gradie
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The trained linear layers and convolutions by name, without subclasses, whose forward may differ."""
     kinds = {nn.Linear, *(kind for kind in vars(nn.modules.conv).values() if _is_convolution(kind))}
-    return {name: m for name, m in model.named_modules() if type(m) in kinds and _is_trained(m)}
-
-
-def _is_trained(layer: nn.Module) -> bool:
-    return layer.get_parameter("weight").requires_grad
+    return {
+        name: m for name, m in model.named_modules() if type(m) in kinds and m.get_parameter("weight").requires_grad
+    }
 
 
 def _is_convolution(kind: object) -> bool:

@@ -93,11 +93,7 @@ class GradientShift:
 
 
 def gradient_shift(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    layers: Sequence[str] | None = None,
+    model: nn.Module, batch: Batch, loss: Loss, optimizer: torch.optim.Optimizer, layers: Sequence[str] | None = None
 ) -> GradientShift:
     """How far a step of the earlier parameters turns a weight's gradient; model and optimizer are not changed.
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.population.hooks import detach
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.utils.hooks import RemovableHandle
 
 
 @final

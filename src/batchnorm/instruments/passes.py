@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.instruments.snapshots import STORED, Layers, Snapshot, joined, readable
+from batchnorm.layers import is_compiled
 from batchnorm.population.hooks import Hook, detach
 
 State = tuple[Tensor, Tensor, Tensor]  # running_mean, running_var, num_batches_tracked
@@ -79,7 +80,7 @@ class Passes:
         """Begin to watch passes; a second call does nothing."""
         if self._handles:
             return
-        if _is_compiled(self._outer):
+        if any(map(is_compiled, self._outer.modules())):
             self._handles = [self._outer.register_forward_pre_hook(Hook(self._enter))]
             return
         self._handles = [
@@ -119,11 +120,3 @@ class Passes:
         if mean is not None and var is not None and count is not None:
             with torch.no_grad():
                 self._states[index].append((mean.clone(), var.clone(), count.clone()))
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether a module of the model is marked as compiled."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )

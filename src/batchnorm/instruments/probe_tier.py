@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from batchnorm.population.tensor_memory import require, whole
 from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import Record
 
-if TYPE_CHECKING:
-    Loss = Callable[[Answer, Batch], Tensor]
+Loss = Callable[[Answer, Batch], Tensor]  # of a model's output and its batch
 
 PERCENTILES = (2, 16, 50, 84, 98)  # in a normal distribution: 2, 1 and 0 standard deviations from the mean
 _MOST_VALUES = 4096  # from which percentiles are computed

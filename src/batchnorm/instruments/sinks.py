@@ -7,16 +7,14 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
+from batchnorm.instruments.snapshots import Layers
 from batchnorm.record import Record, Writer
 from batchnorm.record.log_entry import Described
-
-if TYPE_CHECKING:
-    from batchnorm.instruments.snapshots import Layers
 
 
 class Sink(Protocol):

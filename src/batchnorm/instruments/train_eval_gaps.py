@@ -30,10 +30,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.call_types import Batch
 from batchnorm.instruments.gradients import Loss, finite, refuse_single_values, scalar
@@ -44,12 +45,10 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.hooks import seeing
 from batchnorm.population.recalibration import recalibrate
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
+from batchnorm.population.stored_statistics import buffers, store
 from batchnorm.population.tensor_trees import examples_in
 
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    Statistics = tuple[Tensor, Tensor]  # running mean and variance
+Statistics = tuple[Tensor, Tensor]  # running mean and variance
 
 
 @final
@@ -230,7 +229,7 @@ def _measure(
 
 
 def _statistics(layer: _BatchNorm) -> Statistics:
-    mean, var = cast("Statistics", (layer.running_mean, layer.running_var))
+    mean, var = buffers(layer)
     return mean.clone(), var.clone()
 
 
@@ -240,11 +239,7 @@ def _choices(stored: dict[str, Statistics], exact: dict[str, Statistics]) -> lis
 
 
 def _losses(
-    model: nn.Module,
-    batches: Batches,
-    loss: Loss,
-    layers: dict[str, _BatchNorm],
-    choices: list[dict[str, Statistics]],
+    model: nn.Module, batches: Batches, loss: Loss, layers: dict[str, _BatchNorm], choices: list[dict[str, Statistics]]
 ) -> tuple[list[list[float]], list[int], dict[str, list[Moments]]]:
     """Losses of every batch (in train mode, then by each choice), its examples, and moments of each layer's inputs."""
     losses: list[list[float]] = []
@@ -257,7 +252,8 @@ def _losses(
             with _train_mode(layers, seen), refuse_single_values(model, "train_eval_gap"):
                 row = [evaluate()]
             for statistics in choices:
-                _store(layers, statistics)
+                for name, layer in layers.items():
+                    store(layer, *statistics[name])
                 row.append(evaluate())
             losses.append(row)
             weights.append(examples_in(batch) or 1)
@@ -267,14 +263,6 @@ def _losses(
 def _loss(model: nn.Module, batch: Batch, loss: Loss) -> float:
     with preserve_random_state():
         return float(finite(scalar(loss(call(model, batch), batch), "train_eval_gap"), "train_eval_gap"))
-
-
-def _store(layers: dict[str, _BatchNorm], statistics: dict[str, Statistics]) -> None:
-    for name, layer in layers.items():
-        for buffer, value in zip(
-            cast("Statistics", (layer.running_mean, layer.running_var)), statistics[name], strict=True
-        ):
-            buffer.copy_(value)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from batchnorm.reporting.text import many
+
 _STALE = 4.0  # standard errors; noise alone gives about 1
 _CALM = 2.0  # an alarm ends at a lower value than it begins, so that noise does not switch it on and off
 # looks in a row; a batch with a rare large example changes a running average for a shorter time
@@ -144,8 +146,8 @@ def no_steps(foreign: int) -> str:
     if not foreign:
         return f"watch saw no step of an optimizer. {remedy}"
     return (
-        f"watch saw no step of an optimizer that has one of the model's parameters, but {_counted(foreign)} of other "
-        "optimizers. Make the optimizer with model.parameters(), after parameters are replaced. If it trains copies of "
+        "watch saw no step of an optimizer that has one of the model's parameters, but "
+        f"{many(foreign, 'step')} of other optimizers. Make the optimizer with model.parameters(), after parameters are replaced. If it trains copies of "
         "the parameters, call run.step() after each step."
     )
 
@@ -162,8 +164,8 @@ def foreign_steps(number: int, optimizer: str) -> str:
 def too_short(steps: int, least: int) -> str:
     """Message: no look was possible in this many steps."""
     return (
-        f"nothing was measured in {_counted(steps)}: a look needs {least} steps or more that update statistics, and "
-        "time within the budget. Train for longer, lower every=, or raise budget="
+        f"nothing was measured in {many(steps, 'step')}: a look needs {least} steps or more that update statistics, "
+        "and time within the budget. Train for longer, lower every=, or raise budget="
     )
 
 
@@ -173,7 +175,3 @@ def postponed(looks: int, budget: float) -> str:
 
 
 NO_PROBE = "no probe was measured: the model's forward hooks did not run, as in a compiled model; pass probe="
-
-
-def _counted(steps: int) -> str:
-    return f"{steps} step" if steps == 1 else f"{steps} steps"

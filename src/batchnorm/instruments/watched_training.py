@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from batchnorm.instruments.looks import Looks, lab_record
 from batchnorm.instruments.open_window import WINDOW, OpenWindow
 from batchnorm.instruments.optimizer_steps import Steps
 from batchnorm.instruments.passes import Passes
-from batchnorm.instruments.probe_tier import Probe, has_ranks, with_shape
+from batchnorm.instruments.probe_tier import Loss, Probe, has_ranks, with_shape
 from batchnorm.instruments.sinks import Outlets, Sink
 from batchnorm.instruments.snapshots import Layers
 from batchnorm.instruments.training_events import NO_PROBE, Events, foreign_steps, no_steps, postponed, too_short
@@ -44,9 +44,6 @@ from batchnorm.population.sharded_models import is_sharded
 from batchnorm.population.tensor_memory import emptiness
 from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import Record
-
-if TYPE_CHECKING:
-    from batchnorm.instruments.probe_tier import Loss
 
 LogFolder = str | os.PathLike[str] | None
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
+from torch import Tensor
+
+from batchnorm.call_types import Answer, Batch
 from batchnorm.instruments import Sink, Watch
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate
 from batchnorm.integrations.watch_session import Session
 
 with needed("skorch", "skorch"):
-    from skorch.callbacks import Callback
-
-if TYPE_CHECKING:
     from skorch import NeuralNet
-    from torch import Tensor
-
-    from batchnorm.call_types import Answer, Batch
+    from skorch.callbacks import Callback
 
 
 @final

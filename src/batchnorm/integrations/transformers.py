@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Unpack, final
+from typing import Any, Unpack, final
 
 from torch import nn
 
+from batchnorm.call_types import Batch
 from batchnorm.instruments import Watch
 from batchnorm.integrations.missing_packages import needed
 from batchnorm.integrations.recalibration_in_training import calibrate
@@ -18,12 +19,7 @@ from batchnorm.integrations.watch_session import Session, WatchArguments
 from batchnorm.population.batches import call
 
 with needed("transformers", "'transformers[torch]'"):
-    from transformers import TrainerCallback
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from batchnorm.call_types import Batch
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 @final

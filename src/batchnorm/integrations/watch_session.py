@@ -7,17 +7,13 @@ exception. If a watch is still open when the next training begins, it is ended a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, final
+from collections.abc import Iterable
+from typing import Any, TypedDict, Unpack, final
 
 from torch import Tensor, nn
 
 from batchnorm.instruments import Sink, Watch, watch
-
-if TYPE_CHECKING:
-    from batchnorm.call_types import Answer, Batch
-
-    Loss = Callable[[Answer, Batch], Tensor]
+from batchnorm.instruments.probe_tier import Loss
 
 
 class WatchArguments(TypedDict, total=False):

@@ -8,7 +8,8 @@ dispatch mode has to see what is computed, registered operators (``operators``) 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -20,9 +21,6 @@ from batchnorm.kernels.interface import ChannelStatistics, Layer
 from batchnorm.kernels.operators import train_backward, train_forward
 from batchnorm.kernels.running_statistics import Running
 from batchnorm.kernels.shapes import check_layout, values_per_channel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = [
     "ChannelStatistics",

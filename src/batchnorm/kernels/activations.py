@@ -95,20 +95,30 @@ def _hardswish_slope(p: Tensor, _: float) -> Tensor:
 
 TABLE: dict[str, Activation] = {
     "relu": Activation(
-        1, lambda p, _: F.relu(p), _relu_slope, nn.ReLU, (F.relu, torch.relu, torch.relu_), ("relu", "relu_"),
-        sign_shows=lambda _: True,
+        number=1, function=lambda p, _: F.relu(p), derivative=_relu_slope, module=nn.ReLU,
+        functions=(F.relu, torch.relu, torch.relu_), methods=("relu", "relu_"), sign_shows=lambda _: True,
     ),
     "leaky_relu": Activation(
-        2, F.leaky_relu, _leaky_relu_slope, nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_),
+        number=2, function=F.leaky_relu, derivative=_leaky_relu_slope, module=nn.LeakyReLU,
+        functions=(F.leaky_relu, F.leaky_relu_),
         options={"negative_slope": 0.01, "inplace": False}, parameter="negative_slope",
         sign_shows=lambda slope: slope >= 0,
     ),
     "elu": Activation(
-        3, F.elu, _elu_slope, nn.ELU, (F.elu, F.elu_), options={"alpha": 1.0, "inplace": False}, parameter="alpha"
+        number=3, function=F.elu, derivative=_elu_slope, module=nn.ELU, functions=(F.elu, F.elu_),
+        options={"alpha": 1.0, "inplace": False}, parameter="alpha",
     ),
-    "silu": Activation(4, lambda p, _: F.silu(p), _silu_slope, nn.SiLU, (F.silu,)),
-    "gelu": Activation(5, lambda p, _: F.gelu(p), _gelu_slope, nn.GELU, (F.gelu,), options={"approximate": "none"}),
-    "hardswish": Activation(6, lambda p, _: F.hardswish(p), _hardswish_slope, nn.Hardswish, (F.hardswish,)),
+    "silu": Activation(
+        number=4, function=lambda p, _: F.silu(p), derivative=_silu_slope, module=nn.SiLU, functions=(F.silu,)
+    ),
+    "gelu": Activation(
+        number=5, function=lambda p, _: F.gelu(p), derivative=_gelu_slope, module=nn.GELU, functions=(F.gelu,),
+        options={"approximate": "none"},
+    ),
+    "hardswish": Activation(
+        number=6, function=lambda p, _: F.hardswish(p), derivative=_hardswish_slope, module=nn.Hardswish,
+        functions=(F.hardswish,),
+    ),
 }  # fmt: skip
 NAMES = tuple(TABLE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,13 +13,9 @@ from batchnorm.kernels import cpu, operators, reference
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import is_plain, kernel_for, update_running
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Layer
+from batchnorm.kernels.operators import Context
 from batchnorm.kernels.running_statistics import Running
 from batchnorm.kernels.shapes import values_per_channel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from batchnorm.kernels.operators import Context
 
 # The input is recovered from a leaky ReLU's result only if the error is at most this many roundings of z
 _WORST_RECOVERY = 32
@@ -65,7 +61,7 @@ class _Train(Function):
         y, ctx.statistics = _forward(x, residual, step)
         if ctx.inplace:
             ctx.mark_dirty(x)
-        operators.save(ctx, ForwardPass(y if ctx.inplace else x, ctx.statistics, layer, residual, y))
+        operators.save(ctx, ForwardPass(y if ctx.inplace else x, ctx.statistics, layer, residual=residual, y=y))
         return y
 
     @staticmethod
@@ -103,7 +99,7 @@ class _Normalize(Function):
         y = cpu.normalize(x, statistics, layer, residual)
         # a copy, because the next batch may move the stored statistics before the backward pass
         ctx.statistics = ChannelStatistics(*(t.detach().clone() for t in statistics))
-        operators.save(ctx, ForwardPass(x, ctx.statistics, layer, residual, y))
+        operators.save(ctx, ForwardPass(x, ctx.statistics, layer, residual=residual, y=y))
         return y
 
     @staticmethod

@@ -20,7 +20,6 @@ import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -30,10 +29,8 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from batchnorm.kernels import cpu, reference
-
-if TYPE_CHECKING:
-    from batchnorm.kernels.interface import ChannelStatistics, Kernel
-    from batchnorm.kernels.running_statistics import Running
+from batchnorm.kernels.interface import ChannelStatistics, Kernel
+from batchnorm.kernels.running_statistics import Running
 
 _FORCED = os.environ.get("BATCHNORM_KERNELS", "")
 

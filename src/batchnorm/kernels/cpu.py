@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from math import nan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from torch import Tensor
 from batchnorm.kernels.activations import number
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
 from batchnorm.kernels.reference import wide_dtype
+from batchnorm.kernels.running_statistics import Running
 from batchnorm.kernels.shapes import TYPES, address, is_readable, like, per_channel, sizes
-
-if TYPE_CHECKING:
-    from batchnorm.kernels.running_statistics import Running
 
 
 def _built() -> Any:

@@ -13,10 +13,12 @@ operator that mutates its arguments, and so does ``draft_export`` after a batch 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import VmapInfo
 
 from batchnorm.kernels import choice, reference
 from batchnorm.kernels.activations import sign_shows
@@ -24,14 +26,9 @@ from batchnorm.kernels.choice import kernel_for
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
 from batchnorm.kernels.running_statistics import Running
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch._functorch.autograd_function import VmapInfo
-
-    # for each argument, the axis of the models; None if the argument is shared
-    Axes = Sequence[int | None]
-    Gradient = Tensor | None
+# for each argument, the axis of the models; None if the argument is shared
+Axes = Sequence[int | None]
+Gradient = Tensor | None
 
 # an argument as torch passes it, of the type in the schema
 Flat = Any
@@ -64,7 +61,7 @@ def _of_backward(
 ) -> tuple[Tensor, ForwardPass]:  # fmt: skip
     """The arguments of a backward operator: the gradient, and a ForwardPass built from the others."""
     layer = Layer(weight, bias, eps, act, param)
-    return grad, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y)
+    return grad, ForwardPass(x, ChannelStatistics(mean, var), layer, residual=residual, y=y)
 
 
 def _of_update(*flat: Flat) -> tuple[Running, ChannelStatistics, int]:
@@ -168,7 +165,7 @@ def saved(ctx: Context, statistics: ChannelStatistics | None = None) -> ForwardP
     """The forward pass that ``save`` kept; ``statistics`` is None if ``save`` kept them too."""
     x, weight, bias, residual, y, *kept = ctx.saved_tensors
     statistics = ChannelStatistics(*kept) if statistics is None else statistics
-    return ForwardPass(x, statistics, Layer(weight, bias, *ctx.settings), residual, y)
+    return ForwardPass(x, statistics, Layer(weight, bias, *ctx.settings), residual=residual, y=y)
 
 
 def differentiable_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
@@ -195,7 +192,7 @@ def _typed_as(parameter: Tensor | None, gradient: Tensor) -> Gradient:
 def _save_for_backward(ctx: Context, inputs: Sequence[Flat], output: tuple[Tensor, ...]) -> None:
     x, layer, residual = _of_forward(*inputs)
     y, mean, var = output
-    save(ctx, ForwardPass(x, ChannelStatistics(mean, var), layer, residual, y), mean, var)
+    save(ctx, ForwardPass(x, ChannelStatistics(mean, var), layer, residual=residual, y=y), mean, var)
     ctx.mark_non_differentiable(mean, var)
 
 
@@ -226,7 +223,9 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
             grad, x = _tracked(tensors[0]), _tracked(tensors[1])
             weight, bias, residual = others = [None if t is None else _tracked(t) for t in tensors[2:]]
             layer = Layer(weight, bias, *ctx.settings)
-            outputs = reference.train_backward(grad, ForwardPass(x, reference.measure(x), layer, residual, y))
+            outputs = reference.train_backward(
+                grad, ForwardPass(x, reference.measure(x), layer, residual=residual, y=y)
+            )
             gradients = _gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
     d_grad, d_x, d_weight, d_bias, d_residual = gradients
     return d_grad, d_x, None, None, d_weight, None, d_bias, None, None, d_residual, None

@@ -19,7 +19,7 @@ axis 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from batchnorm.kernels import running_statistics
 from batchnorm.kernels.activations import activate, derivative
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
 from batchnorm.kernels.shapes import values_per_channel
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

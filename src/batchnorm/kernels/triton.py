@@ -10,8 +10,9 @@ many programs run at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,9 +33,6 @@ from batchnorm.kernels.triton_blocks import (
     normalize_part,
     sum_part,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 Argument = Tensor | float | str | None
 

@@ -117,13 +117,11 @@ def backward_whole(
 ):  # fmt: skip
     """d_x, d_residual, d_bias and d_weight of whole channels; d_bias is sum g, d_weight is sum g z."""
     block, _, count = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, rstd = _standardize(x, means, variances, eps, block)
-    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
+    g, z, rstd = _gradient(grad, x, other, means, variances, weight, bias, eps, act, param, other_is_y, block)
     sum_g, sum_gz = tl.sum(g, 0), tl.sum(g * z, 0)
     _store_channels(d_bias, sum_g, block)
     _store_channels(d_weight, sum_gz, block)
-    if d_residual is not None:
-        _store(d_residual, g, block)
+    _store(d_residual, g, block)
     g = g - (sum_g / count)[None, :] - z * (sum_gz / count)[None, :]
     _store(d_x, _slope(rstd, weight, block)[None, :] * g, block)
 
@@ -136,10 +134,8 @@ def sum_part(
 ):  # fmt: skip
     """The sums of g and g z over a part of each channel, and d_residual, which is g."""
     block, part, _ = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, _ = _standardize(x, means, variances, eps, block)
-    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
-    if d_residual is not None:
-        _store(d_residual, g, block)
+    g, z, _ = _gradient(grad, x, other, means, variances, weight, bias, eps, act, param, other_is_y, block)
+    _store(d_residual, g, block)
     _store_part(sums, tl.sum(g, 0), part, parts, block)
     _store_part(sums_z, tl.sum(g * z, 0), part, parts, block)
 
@@ -152,8 +148,7 @@ def backward_part(
 ):  # fmt: skip
     """d_x, from the means of g and g z over all of a channel, or None for constant statistics."""
     block, _, _ = _place(outer, channels, inner, block_n, block_c, block_run)
-    z, rstd = _standardize(x, means, variances, eps, block)
-    g = _gradient(grad, z, other, weight, bias, act, param, other_is_y, block)
+    g, z, rstd = _gradient(grad, x, other, means, variances, weight, bias, eps, act, param, other_is_y, block)
     if means_of_gradients is not None:
         mean_g = _load_channels(means_of_gradients, block).to(z.dtype)
         mean_gz = _load_channels(means_of_gradients + channels, block).to(z.dtype)
@@ -196,7 +191,9 @@ def _load(values, block):
 
 @_jit
 def _store(target, values, block):
-    tl.store(target + block[0], values, block[1])
+    """Write a block to its place; to none where ``target`` is None."""
+    if target is not None:
+        tl.store(target + block[0], values, block[1])
 
 
 @_jit
@@ -263,13 +260,20 @@ def _scale_and_shift(z, weight, bias, residual, block):
 
 
 @_jit
-def _gradient(grad, z, other, weight, bias, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr, block):
-    """g = a'(p) d_y; ``other`` is y if ``other_is_y`` (a'(p) follows from its sign), otherwise the residual or None."""
+def _gradient(
+    grad, x, other, means, variances, weight, bias,
+    eps, act: tl.constexpr, param: tl.constexpr, other_is_y: tl.constexpr, block,
+):  # fmt: skip
+    """g = a'(p) d_y, z and rstd.
+
+    ``other`` is y if ``other_is_y`` (a'(p) follows from its sign), otherwise the residual or None.
+    """
+    z, rstd = _standardize(x, means, variances, eps, block)
     g = _load(grad, block)
     if act is not None:
         p = _load(other, block) if other_is_y else _scale_and_shift(z, weight, bias, other, block)
         g = g * _derivative(p, act, param)
-    return g
+    return g, z, rstd
 
 
 @_jit

@@ -15,11 +15,7 @@ import torch
 from sklearn import datasets
 from torch import Tensor
 
-_LOADERS = {
-    "wine": datasets.load_wine,
-    "cancer": datasets.load_breast_cancer,
-    "digits": datasets.load_digits,
-}
+_LOADERS = {"wine": datasets.load_wine, "cancer": datasets.load_breast_cancer, "digits": datasets.load_digits}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

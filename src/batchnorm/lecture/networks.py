@@ -98,13 +98,7 @@ class Ensemble:
         return self.through(self.template, x, train=train, keep_statistics=keep_statistics)
 
     def through(
-        self,
-        part: nn.Module,
-        x: Tensor,
-        *,
-        prefix: str = "",
-        train: bool = False,
-        keep_statistics: bool = False,
+        self, part: nn.Module, x: Tensor, *, prefix: str = "", train: bool = False, keep_statistics: bool = False
     ) -> Tensor:
         """Outputs of ``part``, a slice or child of the template, for every network.
 

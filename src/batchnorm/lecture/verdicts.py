@@ -9,11 +9,7 @@ from batchnorm.experiment.judgement import Criteria, Status
 from batchnorm.experiment.outcomes import Verdicts
 from batchnorm.lecture.claim_criteria import CRITERIA
 
-_FAILED = {
-    Status.NOT_SUPPORTED: "not supported",
-    Status.OPPOSITE: "opposite",
-    Status.INVALID: "could not be tested",
-}
+_FAILED = {Status.NOT_SUPPORTED: "not supported", Status.OPPOSITE: "opposite", Status.INVALID: "could not be tested"}
 
 
 @final

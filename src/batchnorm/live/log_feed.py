@@ -10,22 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from batchnorm.live.page_data import MOST, new_data
 from batchnorm.live.percentiles import Percentiles
 from batchnorm.live.run_status import status
 from batchnorm.record import Log
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
-
-    from batchnorm.record.log_entry import JsonValue
+from batchnorm.record.log_entry import JsonValue
 
 _KINDS = ("start", "progress", "free", "probe", "lab", "arrays", "event", "end")
 _ID = re.compile(rf"([0-9a-f]{{16}})((?:-\d{{1,12}}){{{len(_KINDS)}}})")

@@ -5,21 +5,17 @@ The live page requests data from its server; the saved page contains the data, a
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from batchnorm.files.whole import replacing
+from batchnorm.live.log_feed import Feed
 from batchnorm.live.page_data import TIERS
 from batchnorm.record import QUANTITIES
+from batchnorm.record.log_entry import JsonValue
 from batchnorm.reporting.page_shell import TEMPLATES, digest, embedded, style, template
 from batchnorm.rules import RULES
-
-if TYPE_CHECKING:
-    import os
-
-    from batchnorm.live.log_feed import Feed
-    from batchnorm.record.log_entry import JsonValue
 
 _SCRIPTS = ("live-words", "live-store", "live-scale", "live-heat", "live-chart", "live-layer", "live-source", "live")
 # Most lines of each kind, and most percentiles of a layer, in a saved page: about 2 MB for 53 layers.

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
-if TYPE_CHECKING:
-    from batchnorm.record import Log
-    from batchnorm.record.log_entry import JsonValue
+from batchnorm.record import Log
+from batchnorm.record.log_entry import JsonValue
 
 TIERS = ("free", "probe", "lab")
 # Most lines of a kind. A heat map is about 800 pixels wide: a look gets two pixels, and a long log opens at once.

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from batchnorm.live.page_data import number, text
-
-if TYPE_CHECKING:
-    from batchnorm.record import Log
-    from batchnorm.record.log_entry import JsonValue
+from batchnorm.record import Log
+from batchnorm.record.log_entry import JsonValue
 
 # a running training writes once a second; a first step that compiles, or a validation, takes longer
 _SILENCE = 30.0  # seconds without a new line

@@ -7,25 +7,20 @@ import errno
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from batchnorm.live.access import AccessGuard
 from batchnorm.live.log_feed import Feed, Message, PagePosition
 from batchnorm.live.page import policy, render, saved
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
-
-    from starlette.datastructures import QueryParams
-    from starlette.requests import Request
-    from starlette.types import ASGIApp
 
 HOST = "127.0.0.1"
 PORT = 8421

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchnorm.reporting.severity import Severity
+from batchnorm.reporting.severity import Severity
 
 
 @final

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from pathlib import Path
+from typing import final
 
 from batchnorm.reporting.github import github
 from batchnorm.reporting.html import page
 from batchnorm.reporting.junit import junit
 from batchnorm.reporting.markdown import markdown
+from batchnorm.reporting.rows import Report
 from batchnorm.reporting.sarif import sarif
 from batchnorm.reporting.text import columns, paragraphs, plain
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from batchnorm.reporting.rows import Report
 
 
 @final

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+from batchnorm.reporting.rows import Report, Row
 from batchnorm.reporting.severity import Severity
 from batchnorm.reporting.text import plain
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from batchnorm.reporting.rows import Report, Row
 
 _COMMANDS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "notice"}
 

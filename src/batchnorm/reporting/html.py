@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
+from batchnorm.reporting.blocks import Block, CommandText, Facts, Items, Text, TextTable
 from batchnorm.reporting.page_shell import shell
 from batchnorm.reporting.text import plain
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchnorm.reporting.blocks import Block
 
 
 def page(command: str, target: str, headline: str, blocks: Sequence[Block]) -> str:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from batchnorm.reporting.rows import Check, Suite
+from batchnorm.reporting.rows import Check, Report, Suite
+from batchnorm.reporting.severity import Severity
 from batchnorm.reporting.text import plain
-
-if TYPE_CHECKING:
-    from batchnorm.reporting.rows import Report
-    from batchnorm.reporting.severity import Severity
 
 
 def junit(report: Report) -> str:

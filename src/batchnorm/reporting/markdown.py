@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
 
-from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
+from batchnorm.reporting.blocks import Block, CommandText, Facts, Items, Text, TextTable
 from batchnorm.reporting.text import plain
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from batchnorm.reporting.blocks import Block
 
 
 def markdown(blocks: Sequence[Block]) -> str:

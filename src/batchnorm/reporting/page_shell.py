@@ -26,12 +26,7 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
 def shell(
-    title: str,
-    body: str,
-    *,
-    styles: Sequence[str] = (),
-    data: Mapping[str, Json] | None = None,
-    script: str = "",
+    title: str, body: str, *, styles: Sequence[str] = (), data: Mapping[str, Json] | None = None, script: str = ""
 ) -> str:
     """The HTML of a page.
 

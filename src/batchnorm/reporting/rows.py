@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
+from batchnorm.reporting.blocks import Block
+from batchnorm.reporting.json_values import Json
 from batchnorm.reporting.severity import Severity
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from batchnorm.reporting.blocks import Block
-    from batchnorm.reporting.json_values import Json
 
 
 @final

@@ -6,15 +6,12 @@ import hashlib
 import json
 import os
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from batchnorm.reporting.json_values import Json
+from batchnorm.reporting.rows import Report, Row, RuleWords
 from batchnorm.reporting.severity import Severity
 from batchnorm.reporting.text import plain
-
-if TYPE_CHECKING:
-    from batchnorm.reporting.json_values import Json
-    from batchnorm.reporting.rows import Report, Row, RuleWords
 
 _LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "note"}
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from textwrap import wrap
-from typing import TYPE_CHECKING
 
-from batchnorm.reporting.blocks import CommandText, Facts, Items, Text, TextTable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from batchnorm.reporting.blocks import Block
+from batchnorm.reporting.blocks import Block, CommandText, Facts, Items, Text, TextTable
 
 _IN_A_FILE = 80
 _NARROWEST, _WIDEST = 40, 100  # sentences are hard to read in wider lines

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from batchnorm.shift.evidence import ShiftEvidence
+from batchnorm.shift.evidence import ShiftEvidence
 
 # share of the layers, from the input on, that a shift of the inputs is expected to move
 _EARLY = 2 / 3

@@ -25,26 +25,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.files import sidecar
+from batchnorm.files.sidecar import Sidecar
 from batchnorm.other_libraries import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import digest_of, whole
 from batchnorm.shift import by_layer, clean_observations
 from batchnorm.shift.clean_observations import CleanObservations
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-VERSION = 3
-SUFFIX = ".bncal.safetensors"
+FILE = Sidecar(
+    "reference", ".bncal.safetensors", "a reference", version=3, remedy="Make one with monitor.calibrate(loader)."
+)
 LEAST = 200  # observations to calibrate with
 _BATCH = 64  # examples in a training batch, by default
 _USUAL_MOMENTUM = 0.1
@@ -195,11 +193,10 @@ class Reference:
             ValueError: If the name has another ending.
             OSError: If the file cannot be written.
         """
-        path = sidecar.named(path, SUFFIX, "a reference", f"Name it model{SUFFIX}.")
         tensors = {name: tensor.clone() for name, tensor in self.tensors().items()}
         names = ("layers", "sizes", "source", "unit", "observations", "digest", "examples")
         about = {name: getattr(self, name) for name in names}
-        sidecar.write(path, "reference", {"version": VERSION, **about}, tensors)
+        FILE.write(path, about, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:
@@ -209,10 +206,7 @@ class Reference:
             ValueError: If the file is damaged, or of another kind or version.
             OSError: If the file cannot be read.
         """
-        about, tensors = sidecar.read(path, "reference", "a reference", "Make one with monitor.calibrate(loader).")
-        version = about.pop("version", None)
-        if version != VERSION:
-            raise ValueError(f"{path} is not a reference of version {VERSION}, got {version}. Calibrate again.")
+        about, tensors = FILE.read(path)
         try:
             sizes = tuple(about.pop("sizes"))
             own = {name: tensors.get(name) for name in _TENSORS}

@@ -14,29 +14,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import NormalDist
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from batchnorm.call_types import Batch
 from batchnorm.reporting.text import many, plain, wrapped
 from batchnorm.shift import tails
-from batchnorm.shift.alarm_reference import LEAST
+from batchnorm.shift.alarm_reference import LEAST, Reference
 from batchnorm.shift.data_passes import passes
 from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.layer_observer import LayerObserver
+from batchnorm.shift.monitor import ShiftMonitor
 from batchnorm.shift.observation_units import Autocorrelation, Grouping
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from batchnorm.call_types import Batch
-    from batchnorm.shift.alarm_reference import Reference
-    from batchnorm.shift.monitor import ShiftMonitor
 
 SCHEMA_VERSION = 1
 HOLDS, DOUBTFUL, BROKEN = "holds", "doubtful", "broken"

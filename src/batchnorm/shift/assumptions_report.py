@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from batchnorm.reporting.blocks import Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
 from batchnorm.reporting.severity import Severity
-from batchnorm.shift.assumptions import BROKEN, DOUBTFUL, concise, full, promise
-
-if TYPE_CHECKING:
-    from batchnorm.shift.assumptions import Assumptions, Condition
+from batchnorm.shift.assumptions import BROKEN, DOUBTFUL, Assumptions, Condition, concise, full, promise
 
 _SEVERITIES = {DOUBTFUL: Severity.WARNING, BROKEN: Severity.ERROR}
 

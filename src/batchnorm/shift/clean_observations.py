@@ -6,9 +6,10 @@ independent, and validity needs no more. Marks use all observations; the spread 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from batchnorm.shift.channel_marks import MARKS, Marks
 from batchnorm.shift.conformal import Bag
 from batchnorm.shift.principal_components import Components, axes_shape, halves
 from batchnorm.shift.scores import KIND_OF, Scores, powers
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _CONFIDENCE = 0.95  # probability that every component's mean is within its error, if observations are normal
 # assumed standard error of a variance, as a multiple of that for normal values: it is 1.5 for a kurtosis of 5.5

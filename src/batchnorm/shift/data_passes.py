@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from batchnorm.call_types import Batch
 from batchnorm.population.batch_rows import settle
 from batchnorm.population.batches import Batches, call, device_of
 from batchnorm.population.eager import uncompiled
 from batchnorm.population.eval_mode import to_eval
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
-
-if TYPE_CHECKING:
-    from batchnorm.call_types import Batch
-    from batchnorm.shift.layer_observer import LayerObserver
+from batchnorm.shift.layer_observer import LayerObserver
 
 
 def passes(

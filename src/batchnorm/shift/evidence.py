@@ -25,19 +25,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from batchnorm.shift import betting, by_layer, channel_marks, conformal
+from batchnorm.shift.alarm_reference import Reference
+from batchnorm.shift.conformal import Bag
 from batchnorm.shift.e_processes import EProcesses
 from batchnorm.shift.scores import KIND_OF
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from batchnorm.shift.alarm_reference import Reference
-    from batchnorm.shift.conformal import Bag
 
 KINDS = ("mean", "energy up", "energy down", "channel energy", "components", "component means")
 BETS = ("mean", "up", "down", "ranks", "marks")  # the fields of ShiftEvidence that hold bets

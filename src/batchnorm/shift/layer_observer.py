@@ -14,21 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
+from batchnorm.call_types import Arguments, Keywords
 from batchnorm.layers import input_of
 from batchnorm.population.hooks import Hook, attached
 from batchnorm.population.tensor_memory import whole
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.utils.hooks import RemovableHandle
-
-    from batchnorm.call_types import Arguments, Keywords
-    from batchnorm.shift.alarm_reference import Reference
+from batchnorm.shift.alarm_reference import Reference
 
 ALL = 2**62  # examples: more than a batch has
 
@@ -93,14 +90,10 @@ class LayerObserver:
         examples, self._pass.examples = self._pass.examples, 0
         return examples
 
-    @property
-    def seconds(self) -> float:
-        """Time that this thread has spent observing since the last reset to 0."""
-        return self._pass.seconds
-
-    @seconds.setter
-    def seconds(self, number: float) -> None:
-        self._pass.seconds = number
+    def seconds_taken(self) -> float:
+        """Time that this thread has spent observing since the last call."""
+        seconds, self._pass.seconds = self._pass.seconds, 0.0
+        return seconds
 
     def attach(self) -> list[RemovableHandle]:
         """Observe the layers' inputs until the handles are removed."""

@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from batchnorm.shift import betting, conformal
+from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.scores import KIND_OF
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from batchnorm.shift.evidence import ShiftEvidence
 
 _STARTS = 2  # the evidence is the average of two parts: one start at the beginning, and all later starts
 _SD = math.sqrt(math.pi / 2)  # sd of a normal variable, in mean absolute deviations

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_number
-from batchnorm.layers import batch_norms, unwrapped
+from batchnorm.call_types import Arguments, Batch, Keywords
+from batchnorm.layers import batch_norms, is_compiled, unwrapped
 from batchnorm.other_libraries import layers_of_others, unreached
 from batchnorm.population.absent_numbers import note_absence, refusing_absences, require_real
 from batchnorm.population.batches import Batches
@@ -24,25 +28,14 @@ from batchnorm.population.freezing import has_stored_statistics, statistics_of
 from batchnorm.population.hooks import Hook, detach
 from batchnorm.population.tensor_memory import require
 from batchnorm.population.tensor_trees import examples_in, rows_of, why_without_rows
+from batchnorm.shift.alarm import Alarm, LayerShift
 from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.data_passes import passes
 from batchnorm.shift.layer_observer import ALL, LayerObserver, random_rows
 from batchnorm.shift.observation_units import Grouping, Unit, name_of
+from batchnorm.shift.observing_budget import ObservingBudget
 from batchnorm.shift.stream import Stream
 from batchnorm.shift.stream_state import StreamState
-
-if TYPE_CHECKING:
-    import os
-
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.utils.hooks import RemovableHandle
-
-    from batchnorm.call_types import Arguments, Batch, Keywords
-    from batchnorm.shift.alarm import Alarm, LayerShift
-
-_ALWAYS = 256  # examples that are always observed: a large shift is detected within some tens
-_BEFORE_WARNING = 1024  # further examples, before the monitor warns about the observed share
-_LEAST_SHARE = 0.05  # the monitor warns if the observed share is smaller
 
 
 @final
@@ -140,10 +133,7 @@ class ShiftMonitor:
     def reset(self) -> None:
         """Forget all evidence and the alarm, and start a new stream."""
         self.stream = Stream(self.reference, self.unit, **self._error_rates)
-        self._seconds_observing = self._seconds_inference = 0.0
-        self._left_out = 0  # batches skipped for the budget
-        self._chosen_count = 0  # examples chosen for observation, also in passes that did not reach every layer
-        self._counts_at_budget: tuple[int, int] | None = None  # passed and observed examples when _ALWAYS was reached
+        self._costs = ObservingBudget(self.budget)
 
     def __repr__(self) -> str:
         alarm_text = "no alarm" if self.alarm is None else f"alarm at {self.alarm.first or 'no single layer'}"
@@ -211,12 +201,12 @@ class ShiftMonitor:
     @property
     def cost(self) -> float:
         """Time of observing as a share of the inference time without it."""
-        return self._seconds_observing / max(1e-9, self._seconds_inference - self._seconds_observing)
+        return self._costs.cost
 
     @property
     def is_compiled(self) -> bool:
         """Whether forward runs as a traced program, which would trace hooks too."""
-        return hasattr(self.observed, "_orig_mod") or getattr(self.observed, "_compiled_call_impl", None) is not None
+        return is_compiled(self.observed)
 
     @property
     def _of_each(self) -> int:
@@ -231,18 +221,17 @@ class ShiftMonitor:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:  # noqa: ARG002
         self._passes.began = time.perf_counter()
-        affordable = self.budget is None or self._seconds_observing <= self.budget * self._seconds_inference
-        is_early = max(self._chosen_count, self.stream.looked) < _ALWAYS
-        is_observed = affordable or is_early or self._needs_all
+        is_observed = self._needs_all or self._costs.allows(self.stream.looked)
         self._tap.begin(self._of_each if is_observed else 0, seed=self.stream.passed)
-        self._left_out += not is_observed
+        if not is_observed:
+            self._costs.skip()
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Arguments, kwargs: Keywords, output: object) -> None:  # noqa: ARG002
         start = time.perf_counter()
         if output is None and sys.exc_info()[0] is not None:  # the pass failed and raises its own error
             self._tap.begin(0, 0)
-            self._tap.seconds = 0.0
+            self._tap.seconds_taken()
             self.stream.missed()
             return
         asked, statistics = self._tap.end(), self._tap.taken()
@@ -251,42 +240,25 @@ class ShiftMonitor:
         with self.stream.lock:
             size = examples_in((args, kwargs)) or 0
             self.stream.passed += size
-            self._chosen_count += min(asked, max(1, size))
             if statistics is not None:
                 self.stream.observe(*statistics, inputs=args[0] if args else kwargs)
             else:
                 self.stream.missed()
             now = time.perf_counter()
-            self._seconds_inference += now - self._passes.began
-            self._seconds_observing += now - start + self._tap.seconds
-            self._tell_of_budget()
-        self._tap.seconds = 0.0
-
-    def _tell_of_budget(self) -> None:
-        """Warn if the budget leaves so few examples that a shift would be detected late."""
-        passed, looked = self.stream.passed, self.stream.looked
-        if self._counts_at_budget is None:
-            self._counts_at_budget = (passed, looked) if max(self._chosen_count, looked) >= _ALWAYS else None
-            return
-        passed, looked = passed - self._counts_at_budget[0], looked - self._counts_at_budget[1]
-        if self._left_out and passed >= _BEFORE_WARNING and looked < _LEAST_SHARE * passed:
-            self.stream.warn(
-                "budget",
-                f"budget={self.budget:g} leaves {looked} of {passed} examples to be observed after the first "
-                f"{_ALWAYS}: a shift would be detected late. Raise the budget, or use budget=None.",
-            )
+            spent = now - start + self._tap.seconds_taken()
+            self._costs.add(min(asked, max(1, size)), now - self._passes.began, spent)
+            if problem := self._costs.problem(self.stream.passed, self.stream.looked):
+                self.stream.warn("budget", problem)
 
     def _can_pass_again(self) -> bool:
         """Whether the model is compiled, so that its pass may have skipped the hooks; otherwise warn of the pass."""
         if all(layer.training for layer in self.layers.values()):
-            self.stream.warn(
-                "train", "the model is in train mode, and does not use its stored statistics. Call eval()."
-            )
+            message = "the model is in train mode, and does not use its stored statistics. Call eval()."
+            self.stream.warn("train", message)
             return False
         if not self.is_compiled:
-            self.stream.warn(
-                "missed", "a pass did not reach every batch norm layer with each example once; this pass is skipped."
-            )
+            message = "a pass did not reach every batch norm layer with each example once; this pass is skipped."
+            self.stream.warn("missed", message)
         return self.is_compiled
 
     def _drawn(self, given: Batch, examples: int) -> list[int] | None:
@@ -396,13 +368,8 @@ def _storing(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _check(alpha: float, arl: float | None, examples: int | None, budget: float | None, kurtosis: float | None) -> None:
-    for name, value in {
-        "alpha": alpha,
-        "arl": arl,
-        "examples": examples,
-        "budget": budget,
-        "kurtosis": kurtosis,
-    }.items():
+    given = {"alpha": alpha, "arl": arl, "examples": examples, "budget": budget, "kurtosis": kurtosis}
+    for name, value in given.items():
         if value is not None or name == "alpha":
             require_number(value, name, "Leave it out for the default.")
     if not 0 < alpha < 1:

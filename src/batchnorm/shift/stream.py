@@ -9,21 +9,19 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from batchnorm.call_types import Batch
 from batchnorm.shift.alarm import SETTLED, Alarm, LayerShift, first_moved, hint, layer_shifts
+from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.observation_units import Autocorrelation, Grouping, Unit
 from batchnorm.shift.recent_means import RecentMeans
 from batchnorm.shift.stream_state import StreamState
 from batchnorm.shift.tails import Tail, Tails
-
-if TYPE_CHECKING:
-    from batchnorm.call_types import Batch
-    from batchnorm.shift.alarm_reference import Reference
 
 LOGGER = logging.getLogger("batchnorm.shift")
 LOGGER.addHandler(logging.NullHandler())  # messages go to configured loggers only, not to standard error
@@ -155,8 +153,7 @@ class Stream:
         self._tails.add(self.reference.of_layers(q))
         if tail := self.tail:
             self.warn(
-                "tails",
-                f"{tail}: stored variances may be too small, and false alarms too frequent. {tail.remedy}",
+                "tails", f"{tail}: stored variances may be too small, and false alarms too frequent. {tail.remedy}"
             )
 
     @property

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-from batchnorm.files import sidecar
+from torch import Tensor
+
+from batchnorm.files.sidecar import Sidecar
 from batchnorm.shift.alarm import Alarm
+from batchnorm.shift.alarm_reference import Reference
 from batchnorm.shift.conformal import CELLS, Bag
 from batchnorm.shift.e_processes import EProcesses
 from batchnorm.shift.evidence import BETS, ShiftEvidence, shapes, stakes_for
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from batchnorm.shift.alarm_reference import Reference
-
-VERSION = 3
-SUFFIX = ".bnshift.safetensors"
+FILE = Sidecar(
+    "shift", ".bnshift.safetensors", "a monitor's state", version=3, remedy="Write it with monitor.save(path)."
+)
 
 
 @final
@@ -106,9 +105,8 @@ class StreamState:
             ValueError: If the name has another ending, or an open key is neither text nor a number.
             OSError: If the file cannot be written.
         """
-        path = sidecar.named(path, SUFFIX, "a monitor's state", f"Name it model{SUFFIX}.")
         try:
-            sidecar.write(path, "shift", {"version": VERSION, **self.about}, self.tensors)
+            FILE.write(path, self.about, self.tensors)
         except TypeError as error:
             raise ValueError(
                 f"a monitor can be saved if its unit's keys are text or numbers: {error}. Return such keys."
@@ -116,13 +114,6 @@ class StreamState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamState:
-        """Read a file that ``save`` wrote.
-
-        Raises:
-            ValueError: If the file is of another kind or version.
-            OSError: If the file cannot be read.
-        """
-        about, tensors = sidecar.read(path, "shift", "a monitor's state", "Write one with monitor.save(path).")
-        if about.pop("version", None) != VERSION:
-            raise ValueError(f"{path} is not a monitor's state of version {VERSION}. Write it with monitor.save(path).")
+        """Read a file that ``save`` wrote; errors are those of ``Sidecar.read``."""
+        about, tensors = FILE.read(path)
         return cls(tensors, about)

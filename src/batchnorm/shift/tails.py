@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from batchnorm.shift.alarm_reference import NORMAL
+from batchnorm.shift.alarm_reference import NORMAL, Reference
 from batchnorm.shift.stream_state import StreamState
-
-if TYPE_CHECKING:
-    from batchnorm.shift.alarm_reference import Reference
 
 LEAST = 512  # least number of observations
 _LARGEST_COUNT = 64  # number of largest energies stored per layer, to report their share

@@ -14,25 +14,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from batchnorm.call_types import Batch
 from batchnorm.population.tensor_trees import examples_in
-from batchnorm.reporting.json_values import to_json
-from batchnorm.shift.alarm import first_moved
+from batchnorm.reporting.json_values import Json, to_json
+from batchnorm.shift.alarm import Alarm, LayerShift, first_moved
 from batchnorm.shift.data_passes import passes, passes_needed
+from batchnorm.shift.evidence import ShiftEvidence
 from batchnorm.shift.layer_observer import LayerObserver
 from batchnorm.shift.least_visible_shift import least_visible_shift
+from batchnorm.shift.monitor import ShiftMonitor
 from batchnorm.shift.stream import Stream
-
-if TYPE_CHECKING:
-    from batchnorm.call_types import Batch
-    from batchnorm.reporting.json_values import Json
-    from batchnorm.shift.alarm import Alarm, LayerShift
-    from batchnorm.shift.evidence import ShiftEvidence
-    from batchnorm.shift.monitor import ShiftMonitor
 
 # changes when a key of to_dict() changes its meaning or goes away
 SCHEMA_VERSION = 1

@@ -5,22 +5,19 @@ from __future__ import annotations
 import base64
 import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
-from typing import TYPE_CHECKING, final
+from typing import final
+
+from torch import Tensor
 
 from batchnorm.reporting.page_shell import shell, template
 from batchnorm.reporting.png import png
 from batchnorm.reporting.text import plain
+from batchnorm.shift.verdict import LayerVerdict, Picture, ShiftVerdict
 from batchnorm.shift.verdict_words import LOST, cells, facts, following, follows, headline, odds, sentence, unseen
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
-
-    from batchnorm.shift.verdict import LayerVerdict, Picture, ShiftVerdict
 
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _POINTS = 500  # points of the evidence line; the page has no pixels for more

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from batchnorm.reporting.blocks import Items, Text, TextTable
+from batchnorm.reporting.blocks import Block, Items, Text, TextTable
 from batchnorm.reporting.rows import Check, Report, Row, RuleWords, Suite
 from batchnorm.reporting.severity import Severity
+from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
 from batchnorm.shift.verdict_page import page
 from batchnorm.shift.verdict_words import (
     HINTS,
@@ -23,12 +24,6 @@ from batchnorm.shift.verdict_words import (
     table,
     unseen,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from batchnorm.reporting.blocks import Block
-    from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
 
 _SHIFT, _DEPENDENT = "covariate-shift", "dependent-observations"
 _RULES = (

@@ -6,17 +6,13 @@ Text, tables, pages and the formats for programs use these sentences.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 from batchnorm.reporting.blocks import TextTable
 from batchnorm.reporting.command_line import CommandLine
 from batchnorm.reporting.severity import GLYPHS, Severity
 from batchnorm.reporting.text import aligned, many, plain, wrapped
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
+from batchnorm.shift.verdict import LayerVerdict, ShiftVerdict
 
 _CLEAN = "clean.py:loader"
 _SHOWN = 4  # number of a layer's channels in a table

@@ -8,25 +8,24 @@ with the same gradients and statistics. Its old class and children are stored ou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
+from torch.fx import Graph, Node
 from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from batchnorm.layers import OURS
 from batchnorm.other_libraries import measures
 from batchnorm.population.freezing import Frozen, freeze, has_stored_statistics
 from batchnorm.surgery import comparison
-from batchnorm.surgery.dataflow import Flow, traced
+from batchnorm.surgery.dataflow import Flow, name_of, traced
 from batchnorm.surgery.fusion import _MARK
 from batchnorm.surgery.layer_maps import KINDS, graph_of_layer, parts_of
-from batchnorm.surgery.patterns import OURS, FusedActivation, activation_of, written_kind
-
-if TYPE_CHECKING:
-    from torch.fx import Graph, Node
-    from torch.nn.modules.batchnorm import _BatchNorm
+from batchnorm.surgery.patterns import FusedActivation, activation_of, written_kind
 
 _ORIGIN = "_layer_of_others"
 _SIZES = {nn.BatchNorm1d: (), nn.BatchNorm2d: (3, 2), nn.BatchNorm3d: (2, 2, 2)}
@@ -146,4 +145,4 @@ def _is_result(node: Node, graph: Graph) -> bool:
 def _listed(layer: nn.Module, then: Graph) -> str:
     nodes = [node for node in then.nodes if node.op not in {"placeholder", "output", "get_attr"}]
     modules = (type(layer.get_submodule(str(n.target))).__name__ if n.op == "call_module" else None for n in nodes)
-    return ", ".join(m or str(getattr(n.target, "__name__", n.target)) for m, n in zip(modules, nodes, strict=True))
+    return ", ".join(m or name_of(n) for m, n in zip(modules, nodes, strict=True))

@@ -12,10 +12,11 @@ there ties have probability 0, unless the model makes them itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from batchnorm.population.batches import call
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError, bits_of, parts_of, whole
+from batchnorm.population.tensor_trees import Batch, Leaf, copied
 from batchnorm.surgery.replacement import duplicate
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from batchnorm.population.tensor_trees import Batch, Leaf
-
-    Measured = dict[str, dict[str, Tensor]]
-    Value = Batch | nn.Module
-    Widen = Callable[[Value], Value]
+Measured = dict[str, dict[str, Tensor]]
+Value = Batch | nn.Module
+Widen = Callable[[Value], Value]
 
 OUTPUTS, GRADIENTS, BUFFERS = "the output", "the gradients", "the buffers"
 _TRIES = 8  # noise changes a tie of two with probability 1/2, and misses it 8 times with probability 2^-8
@@ -174,11 +171,16 @@ def _measure_widest(model: nn.Module, example: Batch, mode: bool) -> tuple[Measu
             raise
         except Exception as error:  # noqa: BLE001 - raised again if nothing works
             reason = error
-    raise ValueError(
+    raise ValueError(example_needed(mode, reason)) from reason
+
+
+def example_needed(mode: bool, reason: Exception | None) -> str:
+    """The error message for an example on which the model fails in train mode (True) or eval mode."""
+    return (
         f"convert needs an example on which the model runs in train and eval mode, got {type(reason).__name__} in "
         f"{'train' if mode else 'eval'} mode: {reason} Pass a batch of two or more examples, as a loader for "
         "recalibrate returns it."
-    ) from reason
+    )
 
 
 def _as_it_is(value: Value) -> Value:
@@ -203,7 +205,7 @@ def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> M
 
     def own(leaf: Leaf) -> Leaf:
         if not _is_real(leaf):
-            return leaf.clone() if isinstance(leaf, Tensor) else leaf
+            return copied(leaf)
         leaves.append(leaf.detach().clone().requires_grad_())
         return leaves[-1].clone()  # a clone, which the model may change in place
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import require_flag, require_module
-from batchnorm.layers import _Layer
+from batchnorm.layers import OURS, _Layer
 from batchnorm.other_libraries import as_sentence, out_of_reach
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import require_examples
 from batchnorm.population.freezing import Frozen, freeze
+from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery import adoption, comparison, fusion
-from batchnorm.surgery.patterns import OURS, is_ours, written_kind
+from batchnorm.surgery.patterns import is_ours, written_kind
 from batchnorm.surgery.replacement import duplicate, find, replace
 from batchnorm.surgery.saving import save_memory, stop_saving
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.population.tensor_trees import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 

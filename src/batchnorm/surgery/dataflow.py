@@ -18,35 +18,29 @@ import random
 import sys
 import warnings
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from inspect import Parameter
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Proxy, Tracer
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.node import Argument
 from torch.fx.proxy import TraceError
 from torch.nn.modules import module as hooks_of_all
 
 from batchnorm.population.hooks import attached
+from batchnorm.population.tensor_trees import Batch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+Callers = dict[nn.Module, set[nn.Module | None]]
+Options = dict[str, Batch]  # of a call, by name
+Arguments = dict[nn.Module, Options]
+Written = Callable[..., object]
 
-    from torch.fx import Node
-    from torch.fx.node import Argument
-
-    from batchnorm.population.tensor_trees import Batch
-
-    Callers = dict[nn.Module, set[nn.Module | None]]
-    Options = dict[str, Batch]  # arguments of a call by name
-    Arguments = dict[nn.Module, Options]
-    Written = Callable[..., object]
-
-    # types of attributes that contain values
-    Container = dict[object, object] | list[object] | set[object] | deque[object]
+Container = dict[object, object] | list[object] | set[object] | deque[object]  # types of attributes that contain values
 
 MODES = (True, False)
 IN_PLACE = (
@@ -82,6 +76,17 @@ class Flow:
         """The modules that are called in train or eval mode, one entry for each call."""
         called = (self.called(node) for graph in self.graphs.values() for node in graph.nodes)
         return [module for module in called if module is not None]
+
+
+def name_of(node: Node) -> str:
+    """The name of the function, method or module that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_named_in_place(node: Node) -> bool:
+    """Whether a node calls what changes its input in place, by torch's convention for names."""
+    name = name_of(node)
+    return node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
 
 
 def flows(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from batchnorm.argument_types import require_flag, require_module
+from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen, unfreeze
+from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery import fusion
 from batchnorm.surgery.conversion import revert
 from batchnorm.surgery.folding.fold_and_unfold import fold as folded
@@ -16,12 +19,7 @@ from batchnorm.surgery.folding_placeholder import FoldedAway
 from batchnorm.surgery.group_norm import GroupNormAct
 from batchnorm.surgery.patterns import activation_module, is_ours
 from batchnorm.surgery.replacement import duplicate, find
-from batchnorm.surgery.rewriting import OURS, applied_by
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from batchnorm.population.tensor_trees import Batch
+from batchnorm.surgery.rewriting import applied_by
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -120,7 +118,7 @@ def _thaw(model: nn.Module) -> None:
 
 
 def _warn_of_subclasses(model: nn.Module) -> None:
-    subclassed = [path for path, layer in find(model).items() if isinstance(layer, OURS) and not is_ours(layer)]
+    subclassed = [path for path, layer in find(model).items() if isinstance(layer, LAYERS) and not is_ours(layer)]
     if subclassed:
         warnings.warn(
             "for_export leaves layers of subclasses as they are, which may do more than batch norm: "

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast, final
+from collections.abc import Callable
+from typing import Any, cast, final
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.kernels.activations import activate
 from batchnorm.layers import _Layer
 from batchnorm.surgery.fusion import _MARK
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.surgery.rewriting import Code
+from batchnorm.surgery.rewriting import Code
 
 
 @final

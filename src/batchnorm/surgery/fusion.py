@@ -12,18 +12,21 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter
+from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_map
 
 from batchnorm.population import preserve_state
 from batchnorm.population.batches import call
 from batchnorm.population.tensor_memory import AbsenceError
+from batchnorm.population.tensor_trees import Batch, Leaf, copied
+from batchnorm.surgery.comparison import example_needed
 from batchnorm.surgery.dataflow import (
     MODES,
+    Callers,
     Flow,
     flows,
     is_container,
@@ -35,12 +38,6 @@ from batchnorm.surgery.dataflow import (
 from batchnorm.surgery.patterns import Site, is_ours, sites
 from batchnorm.surgery.rewriting import MARK as _MARK
 from batchnorm.surgery.rewriting import Absorbed, applied_by, restore, rewrite
-
-if TYPE_CHECKING:
-    from torch.fx import Node
-
-    from batchnorm.population.tensor_trees import Batch, Leaf
-    from batchnorm.surgery.dataflow import Callers
 
 
 def fuse(model: nn.Module, example: Batch) -> None:
@@ -58,7 +55,7 @@ def fuse(model: nn.Module, example: Batch) -> None:
     with preserve_state(model):
         known, reasons = flows(model)
         candidates = [places for flow in known.values() for places in _places(flow)]
-        callers, fits = _static(model, known) if example is None else _observed(model, candidates, example)
+        callers, fits = (static_callers(model, known), {}) if example is None else _observed(model, candidates, example)
     registered = registrations(model)
     chosen = [places for places in candidates if _is_sole(places, registered, callers) and _fits(places, fits)]
     applied = [places for places in chosen if _apply(places, registered, callers)]
@@ -128,10 +125,6 @@ def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
     return not additions or {fits[node] for node in additions if node in fits} == {True}
 
 
-def _static(model: nn.Module, known: dict[nn.Module, Flow]) -> tuple[Callers, dict[Node, bool]]:
-    return static_callers(model, known), {}
-
-
 def _observed(model: nn.Module, candidates: list[_Places], example: Batch) -> tuple[Callers, dict[Node, bool]]:
     """The callers of each module, and for each addition whether its operands are alike, in a run on ``example``."""
     fits: dict[Node, bool] = {}
@@ -145,15 +138,11 @@ def _observed(model: nn.Module, candidates: list[_Places], example: Batch) -> tu
         for mode in MODES:
             set_mode(model, mode)
             try:
-                call(model, tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example))
+                call(model, tree_map(copied, example))
             except AbsenceError:  # another example would not help
                 raise
             except Exception as error:
-                raise ValueError(
-                    "convert needs an example on which the model runs in train and eval mode, got "
-                    f"{type(error).__name__} in {'train' if mode else 'eval'} mode: {error} Pass a batch of two or "
-                    "more examples, as a loader for recalibrate returns it."
-                ) from error
+                raise ValueError(example_needed(mode, error)) from error
     return callers, fits
 
 

@@ -8,9 +8,10 @@ For each example and each group of channels, with sums over the group's n values
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar, cast, final
+from typing import Any, TypeVar, cast, final
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.argument_types import require_flag, require_module, require_whole_number
@@ -18,9 +19,6 @@ from batchnorm.kernels.activations import activate
 from batchnorm.surgery.layer_maps import KINDS
 from batchnorm.surgery.patterns import written_kind
 from batchnorm.surgery.replacement import check_memory, replace
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -8,30 +8,27 @@ stored as code. If the forward cannot be traced, the whole forward must be an af
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Interpreter, Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.layers import LAYERS, OURS
 from batchnorm.other_libraries import response, response_of
-from batchnorm.surgery.dataflow import set_mode, traced
+from batchnorm.surgery.dataflow import is_named_in_place, set_mode, traced
 from batchnorm.surgery.folding.arithmetic import Affine
-from batchnorm.surgery.patterns import OURS, is_watched, written_kind
+from batchnorm.surgery.patterns import is_watched, written_kind
 from batchnorm.surgery.rewriting import Absorbed, Code
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.fx.node import Argument
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-KINDS = {*OURS, *OURS.values(), nn.SyncBatchNorm}  # classes whose forwards are known
+KINDS = {*OURS, *LAYERS, nn.SyncBatchNorm}  # classes whose forwards are known
 _IDENTITIES = {
     nn.Identity,
     nn.Dropout,
@@ -181,10 +178,8 @@ def _downstream(graph: Graph, roots: set[Node]) -> set[Node]:
 
 def _writes_own(node: Node) -> bool:
     """Whether a node changes a tensor of the layer in place, as its name says."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     first = node.args[0] if node.args else None
-    reads = isinstance(first, Node) and first.op == "get_attr"
-    return reads and node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
+    return isinstance(first, Node) and first.op == "get_attr" and is_named_in_place(node)
 
 
 def _up_to(graph: Graph, last: Node) -> Graph:

@@ -6,27 +6,19 @@ Activations are those of ``batchnorm.kernels.activations.TABLE``.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from batchnorm.kernels.activations import TABLE, activation
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen
-from batchnorm.surgery.dataflow import IN_PLACE, is_chain
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch.fx import Graph
-    from torch.fx.node import Argument
-
-    from batchnorm.surgery.dataflow import Flow
-
-OURS = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
+from batchnorm.surgery.dataflow import IN_PLACE, Flow, is_chain, is_named_in_place
 
 # how torch writes each activation
 _MODULES = {row.module: name for name, row in TABLE.items()}
@@ -91,11 +83,11 @@ def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
         for call in sorted(_operands(source), key=order.__getitem__, reverse=True):
             chain = _chain(flow, call) if set(call.users) == {source} else ()
             if len(chain) == 1 and _may_move(flow, call, source, order):
-                yield Site(chain, act, call, source, node)
+                yield Site(chain, act, call=call, addition=source, activation=node)
                 break
         else:
             if chain := _chain(flow, source):
-                yield Site(chain, act, source, None, node)
+                yield Site(chain, act, call=source, addition=None, activation=node)
 
 
 def has_input_of_its_own(flow: Flow, node: Node) -> bool:
@@ -109,7 +101,7 @@ def has_input_of_its_own(flow: Flow, node: Node) -> bool:
 
 def is_ours(layer: nn.Module) -> bool:
     """Whether a module is exactly one of our layers, frozen or not."""
-    return written_kind(layer) in OURS.values()
+    return written_kind(layer) in LAYERS
 
 
 def written_kind(layer: nn.Module) -> type:
@@ -212,5 +204,4 @@ def _writes(flow: Flow, node: Node) -> bool:
         return bool(getattr(flow.called(node), "inplace", False))
     if node.target in IN_PLACE or node.kwargs.get("inplace"):
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
+    return is_named_in_place(node)

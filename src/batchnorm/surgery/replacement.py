@@ -8,28 +8,24 @@ that refer to the layer now refer to the new module, and a shared layer stays sh
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import kind_of, require_callable, require_flag, require_module
-from batchnorm.layers import SETTINGS, BatchNorm1d, batch_norms
+from batchnorm.layers import LAYERS, SETTINGS, BatchNorm1d, batch_norms
 from batchnorm.other_libraries import layers_of_others
 from batchnorm.ownership import claim
 from batchnorm.population.tensor_memory import emptiness, is_fake, require
 from batchnorm.surgery.patterns import activation_name
 from batchnorm.surgery.rewriting import MARK, applied_by
-from batchnorm.surgery.rewriting import OURS as _OURS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -176,7 +172,7 @@ def _check(path: str, layer: _BatchNorm, new: nn.Module, made: list[nn.Module]) 
 
 def _check_activation(path: str, layer: _BatchNorm, new: nn.Module) -> None:
     act = applied_by(layer)
-    if act is None or MARK in vars(layer) or isinstance(new, _OURS):
+    if act is None or MARK in vars(layer) or isinstance(new, LAYERS):
         return
     shown = [new, *new.modules()]
     if any(getattr(part, "act", None) is not None or activation_name(part) == act for part in shown):
@@ -190,7 +186,7 @@ def _check_activation(path: str, layer: _BatchNorm, new: nn.Module) -> None:
 
 def _carry_settings(layer: nn.Module, new: nn.Module) -> None:
     """Give a new layer of ours the activation and settings of the old layer of ours, if its own are the defaults."""
-    if not (isinstance(layer, _OURS) and isinstance(new, _OURS)):
+    if not (isinstance(layer, LAYERS) and isinstance(new, LAYERS)):
         return
     if new._act is None and layer._act is not None:
         new._activate(layer._act, layer._act_param)
@@ -218,7 +214,7 @@ def _become(layer: nn.Module, new: nn.Module) -> None:
     layer.__class__ = type(new)
     old.clear()
     old.update(made | owners | merged)
-    if isinstance(layer, _OURS):
+    if isinstance(layer, LAYERS):
         layer._claim()
 
 

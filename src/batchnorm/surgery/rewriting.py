@@ -13,36 +13,30 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
 from inspect import ismodule
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from batchnorm.kernels.activations import activate
-from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import LAYERS
 from batchnorm.ownership import carried_from
 from batchnorm.tracing import call_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch.fx import Graph
-
 
 # for each fused layer its path from the module that calls it, and the activation that it now applies
 Fused = tuple[tuple[tuple[str, ...], str], ...]
 
 MARK = "_act_was_fused"  # an attribute of layers whose activation came from fusion
 
-OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-
 
 def applied_by(module: Any) -> str | None:
     """The activation that a module of this package applies to its result; None for other modules."""
-    if isinstance(module, OURS):
+    if isinstance(module, LAYERS):
         return module._act
     act = vars(module).get("act") if getattr(type(module), "_applies_act", False) else None
     return act if isinstance(act, str) else None

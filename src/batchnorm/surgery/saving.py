@@ -10,18 +10,16 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from batchnorm.layers import batch_norms
 from batchnorm.population import preserve_state
+from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery.dataflow import Flow, flows, registrations, static_callers
 from batchnorm.surgery.patterns import has_input_of_its_own, is_ours
-
-if TYPE_CHECKING:
-    from batchnorm.population.tensor_trees import Batch
 
 
 def save_memory(model: nn.Module) -> None:

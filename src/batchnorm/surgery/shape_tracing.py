@@ -10,30 +10,25 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.population.hooks import attached
+from batchnorm.population.tensor_trees import Batch, Leaf
 from batchnorm.surgery.dataflow import surroundings, without_effects
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch.fx import Node
-    from torch.utils.hooks import RemovableHandle
-
-    from batchnorm.population.tensor_trees import Batch, Leaf
-
-    Operation = Callable[..., object]
-    Given = tuple[Batch, Batch]  # arguments and keyword arguments, with a node in place of each tensor
+Operation = Callable[..., object]
+Given = tuple[Batch, Batch]  # arguments and keyword arguments, with a node in place of each tensor
 
 _PLAIN = (int, float, complex, bool, str, slice, range, type(None), type(...))
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)

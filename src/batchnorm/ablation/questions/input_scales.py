@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from batchnorm.ablation.arms import SCALED, WITH, WITHOUT
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, curves, versus, wide_axis
+from batchnorm.ablation.study import Study
 from batchnorm.ablation.user_data import Data, inputs_of
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
@@ -17,9 +16,6 @@ from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.condition_number import condition_number
 from batchnorm.moments import Moments
 from batchnorm.reporting.charts.chart_data import Chart, Role
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.study import Study
 
 _MOST_FEATURES = 4096  # with more features, no condition number of the features is computed
 _MOST_IN_CHART = 16  # features
@@ -132,7 +128,7 @@ def _spread_chart(moments: Moments, noun: str, verdict: Verdict) -> Chart:
     return chart(
         "ablation", "scale", "spread", rows, {"sd": "neutral"},
         x=wide_axis(f"standard deviation of the input {noun}s", rows), title=verdict.heading, noun=noun,
-        selected=selected, told=verdict.told,
+        selected=selected, told=verdict.statement,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ The noise power is computed from d and s as in ``instruments.batch_noise``; for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,12 @@ from torch import Tensor, nn
 from batchnorm.ablation.question_criteria import CRITERIA, judge
 from batchnorm.ablation.questions.speed_and_rates import wide_axis
 from batchnorm.ablation.user_data import examples_in
-from batchnorm.ablation.user_model import kept_buffers, own_statistics, received
+from batchnorm.ablation.user_model import Subject, kept_buffers, own_statistics, received
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Numbers, Result, chart
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.batch_noise import dropout_rate, log_slope, noise_power
 from batchnorm.reporting.charts.chart_data import Chart
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 _EXAMPLES = 512  # the most examples from which batches are drawn
 _DRAWS = 128  # batches of each size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,17 +9,15 @@ from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS, wide_axis
 from batchnorm.ablation.study import PAIR, Study
+from batchnorm.ablation.watched_runs import WatchedRun
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
-from batchnorm.experiment.figures_in_words import counted, known
+from batchnorm.experiment.figures_in_words import known
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Chart, Rows
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.watched_runs import WatchedRun
+from batchnorm.reporting.text import many
 
 _LAYERS = 16  # the most layers in the chart by layer
-_FLOORS = {WITHOUT: "noise floor without", WITH: "noise floor with"}
 
 
 def measure(study: Study) -> Result:
@@ -50,7 +46,7 @@ def _judge(study: Study) -> Verdict:
         "shift-drift", ratio.log2().tolist(),
         "The layers' inputs move by {normed:.2g} standard deviations in {steps} with batch norm, by {plain:.2g} "
         "without ({ratio:times} times as much), both at the rate {rate:g}.",
-        normed=paired_seeds.factor(normed), steps=counted(_apart(study), "step"), plain=paired_seeds.factor(plain),
+        normed=paired_seeds.factor(normed), steps=many(_apart(study), "step"), plain=paired_seeds.factor(plain),
         ratio=paired_seeds.factor(ratio), rate=study.plan.rates[study.grid.shared()],
     )  # fmt: skip
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,13 +10,11 @@ from batchnorm.ablation.arms import CALLED, WITH, WITHOUT
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.questions.speed_and_rates import ARMS
 from batchnorm.ablation.study import PAIR, Study
+from batchnorm.ablation.watched_runs import WatchedRun
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.judgement import Verdict
 from batchnorm.reporting.charts.chart_data import SERIES, Chart, Role, Rows
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.watched_runs import WatchedRun
 
 # for a quadratic loss, gradient descent with momentum m is stable if rate × curvature < 2 (1 + m)
 EDGE = 2 * (1 + MOMENTUM)
@@ -75,7 +71,7 @@ def _chart(study: Study, verdicts: list[Verdict]) -> Chart:
     reference: dict[str, Role] = {_EDGE: "neutral"}
     return chart(
         "ablation", "smooth", "main", rows, SERIES | reference, dashed=(_EDGE,), title=verdicts[1].heading, edge=EDGE,
-        equal=verdicts[0].told,
+        equal=verdicts[0].statement,
     )  # fmt: skip
 
 

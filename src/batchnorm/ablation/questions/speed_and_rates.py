@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,12 @@ from batchnorm.ablation.arms import CALLED, ONCE, WITH, WITHOUT
 from batchnorm.ablation.grid import Grid
 from batchnorm.ablation.question_criteria import TARGET, USABLE, judge
 from batchnorm.ablation.study import PAIR, Study
+from batchnorm.ablation.user_model import Subject
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Claim, Numbers, Result, chart, claim
 from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.judgement import Bound, Verdict
 from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row, Rows
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 ROLES: dict[str, Role] = {WITH: "with", WITHOUT: "without", ONCE: "neutral"}
 _POINTS = 60  # the most points of a curve in a chart
@@ -169,7 +166,7 @@ def curves(grid: Grid, roles: dict[str, Role], verdict: Verdict) -> Chart:
     return chart(
         "ablation", "speed", "curves", rows, {CALLED[arm]: role for arm, role in roles.items()} | {"target": "neutral"},
         dashed=("target",), y=loss_axis(grid, [row.get("low", row["y"]) for row in rows]), title=verdict.heading,
-        told=verdict.told,
+        told=verdict.statement,
     )  # fmt: skip
 
 
@@ -183,7 +180,7 @@ def _usable_chart(grid: Grid, verdict: Verdict) -> Chart:
     return chart(
         "ablation", "rates", "usable", rows, {CALLED[arm]: ROLES[arm] for arm in PAIR} | {"usable": "neutral"},
         dashed=("usable",), y=loss_axis(grid, [row.get("low", row["y"]) for row in rows]), title=verdict.heading,
-        told=verdict.told,
+        told=verdict.statement,
     )  # fmt: skip
 
 

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from batchnorm.ablation.question_criteria import judge
 from batchnorm.ablation.user_data import examples_in, first_examples, is_rows, joined, regrouped, take
-from batchnorm.ablation.user_model import first_tensor, kept_buffers, own_statistics
+from batchnorm.ablation.user_model import Subject, first_tensor, kept_buffers, own_statistics
 from batchnorm.call_types import Batch
 from batchnorm.experiment import paired_seeds
 from batchnorm.experiment.claim import Numbers, Result, chart
@@ -28,9 +27,6 @@ from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.reporting.charts.chart_data import Chart, Rows
-
-if TYPE_CHECKING:
-    from batchnorm.ablation.user_model import Subject
 
 SMALL = 4
 _SIZES = (SMALL, 16, 64)
@@ -242,7 +238,7 @@ def _chart(found: list[ModelReadings], verdict: Verdict) -> Chart:
             rows.append({"label": name, "value": paired_seeds.figures(losses.mean()), **extent, "series": series})
     return chart(
         "ablation", "test-time", "main", rows, {"its own": "neutral", "stored": "with"}, title=verdict.heading,
-        told=verdict.told,
+        told=verdict.statement,
     )  # fmt: skip
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import BinaryIO, final
 
 from batchnorm.checkpoint.refusal import RefusalError, brief
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import BinaryIO
 
 _CHUNK = 1 << 20  # bytes in memory at a time while a large record is checked
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 from batchnorm.checkpoint.formats import other_files
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
 
 _EXPECTED = "a file of torch.save, .safetensors or .onnx"
 _TAR = 257  # offset of the mark of a tar file

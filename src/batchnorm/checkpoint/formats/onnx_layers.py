@@ -6,22 +6,18 @@ In ONNX, ``momentum`` is the weight of the old statistics; in torch, it is the w
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import BinaryIO, final
 
-from batchnorm.checkpoint.formats.onnx_neighbours import Neighbours, graphs_in
+from google.protobuf.message import DecodeError
+from onnx import FunctionProto, ModelProto, NodeProto
+
+from batchnorm.checkpoint.formats.onnx_neighbours import Body, Neighbours, graphs_in
 from batchnorm.checkpoint.formats.onnx_values import Scope, UnreadError, Value, value_of
 from batchnorm.checkpoint.layers_in_file import in_pairs
 from batchnorm.checkpoint.refusal import RefusalError, brief
 from batchnorm.checkpoint.stored import Checkpoint, Shared, Stored, with_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from typing import BinaryIO
-
-    from onnx import FunctionProto, ModelProto, NodeProto
-
-    from batchnorm.checkpoint.formats.onnx_neighbours import Body
 
 _INPUTS = {"weight": 1, "bias": 2, "running_mean": 3, "running_var": 4}
 # endings of the tensors' names, by torch's exporter and by others
@@ -114,17 +110,9 @@ class _Layers:
 
 
 def _parsed(file: BinaryIO) -> ModelProto:
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"reading an ONNX file needs {error.name}, which is not installed. Run: pip install 'batchnorm[onnx]'",
-            name=error.name,
-        ) from None
     file.seek(0)
     try:
-        model = onnx.ModelProto.FromString(file.read())
+        model = ModelProto.FromString(file.read())
     except DecodeError:
         raise RefusalError("an ONNX model", "other bytes: the file was cut off or changed") from None
     if not model.HasField("graph"):

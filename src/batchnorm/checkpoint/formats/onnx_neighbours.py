@@ -7,21 +7,18 @@ several kinds of nodes read it. Clip with the minimum 0 is ReLU, and with 0 and 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, final
+from typing import final
 
-from batchnorm.checkpoint.formats.onnx_values import Made, UnreadError, value_of
+import numpy as np
+from numpy import ndarray
+from onnx import FunctionProto, GraphProto, NodeProto
+
+from batchnorm.checkpoint.formats.onnx_values import Made, Scope, UnreadError, value_of
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy import ndarray
-    from onnx import FunctionProto, GraphProto, NodeProto
-
-    from batchnorm.checkpoint.formats.onnx_values import Scope
-
-    Body = GraphProto | FunctionProto
+Body = GraphProto | FunctionProto
 
 # operators whose name is the activation's; not HardSigmoid, whose slope differs from torch's
 _NAMES = {name: name.lower() for name in ("Relu", "Elu", "Gelu", "HardSwish", "Mish", "Sigmoid", "Softplus", "Tanh")}
@@ -159,8 +156,6 @@ def _is_constant(scope: Scope, name: str) -> bool:
 
 def _norms(weights: ndarray, axis: int) -> array[float]:
     """For each index of ``axis``, the root of the sum of the squared weights."""
-    import numpy as np
-
     rows = np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).astype("float64")
     with np.errstate(over="ignore"):
         return array("d", np.sqrt((rows**2).sum(1)).tolist())

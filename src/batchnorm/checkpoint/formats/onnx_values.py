@@ -8,21 +8,21 @@ its type or shape are computed, and so is the arithmetic of quantization and of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, final
+from typing import TypeAlias, final
+
+import numpy as np
+import onnx
+from numpy import ndarray
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, numpy_helper
 
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-    from numpy import ndarray
-    from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto
-
-    # what a name is in a scope: a tensor, the node that makes it, or a text: why it has no value
-    Named: TypeAlias = "str | TensorProto | Made"
-    Compute = Callable[..., ndarray]
+# what a name is in a scope: a tensor, the node that makes it, or a text: why it has no value
+Named: TypeAlias = "str | TensorProto | Made"
+Compute = Callable[..., ndarray]
 
 _EXTERNAL = 1  # TensorProto.DataLocation
 _MOST_VALUES = 1 << 22
@@ -68,7 +68,7 @@ class Scope:
         made = _made(function.node)
         pairs = zip(function.input, node.input, strict=False)
         given = {name: (caller, actual) for name, actual in pairs if actual and name not in made}
-        return cls(caller.folder, {**names, **made}, None, given, defaults | own)
+        return cls(caller.folder, {**names, **made}, outer=None, given=given, attributes=defaults | own)
 
     def attribute(self, node: NodeProto, name: str) -> AttributeProto | None:
         """An attribute of a node, None if it has none; in a function it may refer to an attribute of the call."""
@@ -124,8 +124,6 @@ def value_of(scope: Scope, name: str) -> Value:
 
 
 def _value_of(scope: Scope, name: str, left: Iterator[int]) -> Value:
-    import numpy as np
-
     scope, name = scope.actual(name)
     entry = scope.names.get(name, f"nothing in the file is called {brief(name)}")
     if isinstance(entry, str):
@@ -174,9 +172,6 @@ class _Node:
 
 def _numbers(tensor: TensorProto, folder: Path) -> ndarray:
     """The values of a TensorProto, after their number was compared with its shape."""
-    import onnx
-    from onnx import numpy_helper
-
     if any(size < 0 for size in tensor.dims) or (count := math.prod(tensor.dims)) > _MOST_VALUES:
         raise UnreadError(f"{brief(tensor.name)} has more than {_MOST_VALUES:,} values. {_REMEDY}")
     try:
@@ -224,8 +219,6 @@ def _beside(tensor: TensorProto, folder: Path, size: int) -> TensorProto:
 
 
 def _constant(node: _Node) -> ndarray:
-    import numpy as np
-
     if (value := node["value"]) is not None:
         return _numbers(value.t, node.scope.folder)
     for name, field_, kind in _PLAIN:
@@ -243,8 +236,6 @@ _PLAIN = (
 
 
 def _cast(node: _Node, x: ndarray) -> ndarray:
-    import onnx
-
     return x.astype(onnx.helper.tensor_dtype_to_np_dtype(node.integer("to", 0)))
 
 
@@ -258,8 +249,6 @@ def _dequantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None =
 
 def _quantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = None) -> ndarray:
     """x / scale, rounded to even, plus zero; limited to the range of the type."""
-    import numpy as np
-
     axis = node.integer("axis", 1)
     kind = np.dtype("uint8") if zero is None else zero.dtype
     limits = np.iinfo(kind)
@@ -295,34 +284,22 @@ def _squeezed(node: _Node, x: ndarray, axes: ndarray | None = None) -> ndarray:
 
 
 def _unsqueezed(node: _Node, x: ndarray, axes: ndarray | None = None) -> ndarray:
-    import numpy as np
-
     chosen = node.integers("axes") if axes is None else axes.ravel().tolist()
     return np.expand_dims(x, tuple(chosen or ()))
 
 
-def _transposed(node: _Node, x: ndarray) -> ndarray:
-    return x.transpose(node.integers("perm"))
-
-
 def _filled(node: _Node, shape: ndarray) -> ndarray:
     """The result of ConstantOfShape: a tensor of this shape, filled with one value."""
-    import numpy as np
-
     sizes = _bounded(shape.ravel().tolist())
     value = node["value"]
     return np.full(sizes, np.float32(0) if value is None else _numbers(value.t, node.scope.folder).ravel()[0])
 
 
 def _expanded(_: _Node, x: ndarray, shape: ndarray) -> ndarray:
-    import numpy as np
-
     return np.broadcast_to(x, _bounded(np.broadcast_shapes(x.shape, tuple(shape.ravel().tolist()))))
 
 
 def _joined(node: _Node, *parts: ndarray) -> ndarray:
-    import numpy as np
-
     _bounded([sum(part.size for part in parts)])
     return np.concatenate(parts, node.integer("axis", 0))
 
@@ -337,8 +314,6 @@ def _elementwise(name: str) -> Compute:
     """A NumPy function of one or two arrays, in their type."""
 
     def compute(_: _Node, *arrays: ndarray) -> ndarray:
-        import numpy as np
-
         _bounded(np.broadcast_shapes(*(array.shape for array in arrays)))
         return getattr(np, name)(*arrays).astype(arrays[0].dtype)
 
@@ -359,7 +334,7 @@ _NODES: dict[str, Compute] = {
     "Reciprocal": lambda _, x: (1 / x).astype(x.dtype),
     "Reshape": _reshaped,
     "Squeeze": _squeezed,
-    "Transpose": _transposed,
+    "Transpose": lambda node, x: x.transpose(node.integers("perm")),
     "Unsqueeze": _unsqueezed,
     **{name: _elementwise(function) for name, function in {
         "Abs": "absolute", "Add": "add", "Div": "true_divide", "Exp": "exp", "Max": "maximum", "Min": "minimum",

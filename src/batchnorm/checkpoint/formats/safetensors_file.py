@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from batchnorm.checkpoint.file_tensors import BYTES, Storage, Tensor, contiguous
 from batchnorm.checkpoint.formats.checked_records import FileRecord, Source, exactly
 from batchnorm.checkpoint.refusal import RefusalError, brief
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import BinaryIO
 
 # a value of the header, which may be of any type
 Json: TypeAlias = Any

@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 from batchnorm.checkpoint.file_tensors import BYTES, Held, Span, Storage
 from batchnorm.checkpoint.formats.checked_records import FileRecord, Source, exactly
 from batchnorm.checkpoint.pickled import stack_machine
+from batchnorm.checkpoint.pickled.unknown_classes import Saved
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
-    from batchnorm.checkpoint.pickled.unknown_classes import Saved
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

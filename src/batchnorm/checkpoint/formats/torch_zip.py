@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 from batchnorm.checkpoint.formats import other_files
 from batchnorm.checkpoint.formats.checked_records import FileRecord, Source
 from batchnorm.checkpoint.pickled import stack_machine
+from batchnorm.checkpoint.pickled.unknown_classes import Saved
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
-    from batchnorm.checkpoint.pickled.unknown_classes import Saved
 
 _ENCRYPTED = 1  # bit of an entry's flags
 _PICKLE = "data.pkl"

@@ -9,17 +9,14 @@ is made without a call: it becomes an ``Object``, a dict of the attributes in th
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from batchnorm.checkpoint.file_tensors import BYTES, Storage, Tensor
 from batchnorm.checkpoint.pickled import numpy_arrays, rebuilt_tensors
 from batchnorm.checkpoint.pickled.name import Name, in_words
 from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _STORAGES = {
     "Double": "float64",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved
 from batchnorm.checkpoint.refusal import brief
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # packages whose classes may run any code when they are called
 _PACKAGES_THAT_RUN_CODE = sys.stdlib_module_names | {"numpy"}

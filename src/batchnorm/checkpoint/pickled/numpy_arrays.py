@@ -8,14 +8,12 @@ is_fortran, bytes). In protocol 2 the bytes are text with one character for each
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, final
+from collections.abc import Sequence
+from typing import final
 
 from batchnorm.checkpoint.file_tensors import BYTES, Held, Storage, Tensor, contiguous, fortran
 from batchnorm.checkpoint.pickled.unknown_classes import Opaque
 from batchnorm.checkpoint.refusal import RefusalError, brief
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _TYPES = {
     "b1": "bool",

@@ -22,7 +22,7 @@ def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: objec
         raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
     why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
-    view = Tensor(base, base.dtype, offset, tuple(size), tuple(stride), why)
+    view = Tensor(base, base.dtype, offset=offset, size=tuple(size), stride=tuple(stride), why=why)
     is_empty = not base.numel and view.numel
     return replace(view, why=f"a tensor whose memory was freed before saving. {_SAVE_WHOLE}") if is_empty else view
 
@@ -44,7 +44,7 @@ def local_part(tensor: Saved, kind: object, state: object) -> Saved:
     partial = [value for value in placements if _is_partial(value)] if isinstance(placements, tuple) else []
     if local.size == tensor.size and not partial:
         return local
-    part = "a summand" if partial else f"a part of {_shape(local)} out of {_shape(tensor)}"
+    part = "a summand" if partial else f"a part of {local.shape} out of {tensor.shape}"
     return replace(tensor, why=f"{part} of a {_last(kind)}. {_SAVE_WHOLE}")
 
 
@@ -61,10 +61,6 @@ def _is_partial(placement: object) -> bool:
 
 def _last(kind: object) -> str:
     return kind.name.rpartition(".")[2] if isinstance(kind, Name) else "tensor subclass"
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(brief, tensor.size[:8])) or "1"
 
 
 def wrapper(kind: object, dtype: object, size: Saved, *_: object) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from typing import TYPE_CHECKING, final
+from collections.abc import Callable
+from typing import BinaryIO, final
 
 from batchnorm.checkpoint.file_tensors import Span, Storage, Tensor
 from batchnorm.checkpoint.pickled import allowed_names
@@ -19,12 +20,8 @@ from batchnorm.checkpoint.pickled.numpy_arrays import Dtype, Unbuilt
 from batchnorm.checkpoint.pickled.unknown_classes import Object, Opaque, Saved, settle
 from batchnorm.checkpoint.refusal import RESAVE, RefusalError, brief
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import BinaryIO
-
-    # the action of an opcode; it may return a value, which is then put on the stack
-    Step = Callable[["_Machine"], Saved]
+# the action of an opcode; it may return a value, which is then put on the stack
+Step = Callable[["_Machine"], Saved]
 
 LARGEST = 1 << 28  # bytes of a pickle; the pickle of a network with 100,000 tensors has 2^24
 _MOST_STEPS = 10_000_000  # opcodes; one opcode may allocate 100 bytes

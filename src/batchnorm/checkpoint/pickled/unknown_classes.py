@@ -6,13 +6,11 @@ replaced by its state dict: the same names with dots, in torch's order, each mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 from batchnorm.checkpoint.refusal import RefusalError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
 
 # a value in a pickle: a plain value, a tensor, an object, or a dict, list or tuple of such values
 Saved: TypeAlias = Any

@@ -17,17 +17,14 @@ orders of them are equally likely.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
+from torch import Tensor
 
 from batchnorm.moments import Moments
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
 
 # with fewer batches (three degrees of freedom) the variance of batch means is hardly known
 MIN_BATCHES = 4

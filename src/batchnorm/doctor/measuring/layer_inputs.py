@@ -25,21 +25,19 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.doctor.measuring.batch_clustering import Clustering, clustering
 from batchnorm.doctor.measuring.stored_statistics_bets import Bets
 from batchnorm.instruments.output_differences import difference
 from batchnorm.moments import Moments
 from batchnorm.population.freezing import Frozen, has_stored_statistics
+from batchnorm.population.stored_statistics import buffers
 from batchnorm.population.tensor_memory import whole
 from batchnorm.rules.rule_evidence import Measured
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
 
 # the noise in t is at least a thousandth of the sd (0.001 for the log variance): with a smaller difference |t| is below
 # 1
@@ -59,9 +57,8 @@ class InputMeasurement:
     layer: _BatchNorm
     values: list[Moments] = field(default_factory=list)
     means: list[Moments] = field(default_factory=list)  # of each example's mean
-    squares: list[Moments] = field(
-        default_factory=list
-    )  # of each example's mean square deviation from the batch's mean
+    # of each example's mean square deviation from the batch's mean
+    squares: list[Moments] = field(default_factory=list)
     examples: int = 0
     non_finite: int = 0
     is_clusterable: bool = True  # whether the input of every call has as many rows as the model's batch
@@ -258,11 +255,10 @@ def _affine_values(parameter: Tensor | None, otherwise: Tensor) -> Tensor | None
 
 def _stored(layer: _BatchNorm, total: Moments) -> tuple[Tensor, Tensor]:
     """Stored mean and variance in float64; NaN if they are missing or cannot be read here."""
-    if not has_stored_statistics(layer):
-        return torch.full_like(total.mean, torch.nan), torch.full_like(total.mean, torch.nan)
-    buffers = cast("tuple[Tensor, Tensor]", (layer.running_mean, layer.running_var))
-    mean, var = (whole(buffer, len(total.mean)) for buffer in buffers)
     nan = torch.full_like(total.mean, torch.nan)
+    if not has_stored_statistics(layer):
+        return nan, nan
+    mean, var = (whole(buffer, len(total.mean)) for buffer in buffers(layer))
     return nan if mean is None else mean.double(), nan if var is None else var.double()
 
 

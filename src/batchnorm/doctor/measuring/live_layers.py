@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.checkpoint import Stored
 from batchnorm.layers import batch_norms
 from batchnorm.population.tensor_memory import whole
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
 

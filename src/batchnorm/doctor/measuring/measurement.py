@@ -8,12 +8,12 @@ statistics.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from batchnorm.call_types import Arguments, Batch
 from batchnorm.doctor.measuring.batch_clustering import order_p
 from batchnorm.doctor.measuring.layer_inputs import InputMeasurement, is_measurable, plain
 from batchnorm.doctor.measuring.live_layers import layers_of
-from batchnorm.doctor.measuring.short_runs import batch_dependence, example_subset, train_step
+from batchnorm.doctor.measuring.short_runs import BatchDependence, Step, batch_dependence, example_subset, train_step
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
@@ -37,12 +38,6 @@ from batchnorm.population.hooks import attached
 from batchnorm.population.state_shield import preserve_random_state, preserve_state
 from batchnorm.population.tensor_trees import examples_in, tensors_in
 from batchnorm.rules.rule_evidence import Loop, Measured, Run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from batchnorm.call_types import Arguments, Batch
-    from batchnorm.doctor.measuring.short_runs import BatchDependence, Step
 
 # inputs with more features are pixels, tokens or positions, not columns of a table
 _MOST_FEATURES = 4096

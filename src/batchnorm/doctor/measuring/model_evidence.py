@@ -5,26 +5,22 @@ from __future__ import annotations
 import inspect
 import os
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.argument_types import kind_of
+from batchnorm.call_types import Batch
 from batchnorm.doctor.measuring.live_layers import layers_of, momentum_of, stored_of
 from batchnorm.doctor.measuring.measurement import loop_of, measure
 from batchnorm.doctor.measuring.neighbours_in_code import graph_of
 from batchnorm.doctor.measuring.other_version import reference_of
 from batchnorm.population.freezing import Frozen
 from batchnorm.rules.codes import codes
-from batchnorm.rules.rule_evidence import Evidence, Module, Optimizer, Structure
+from batchnorm.rules.rule_evidence import Evidence, Graph, Module, Optimizer, Structure
 from batchnorm.surgery.rewriting import dropped
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from batchnorm.call_types import Batch
-    from batchnorm.rules.rule_evidence import Graph
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "FullyShardedDataParallel", "OptimizedModule")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.call_types import Batch
 from batchnorm.doctor.measuring.layer_inputs import plain
 from batchnorm.doctor.measuring.live_layers import layers_of
 from batchnorm.kernels import activations
@@ -21,18 +24,9 @@ from batchnorm.population.batches import call, on_device_of
 from batchnorm.population.hooks import attached
 from batchnorm.rules.bn1_channels import ACTIVE
 from batchnorm.rules.rule_evidence import Graph
-from batchnorm.surgery import Partner, foldable
-from batchnorm.surgery.dataflow import Flow, flows, observed_arguments, registrations, static_callers
+from batchnorm.surgery import Partner, dataflow, foldable
+from batchnorm.surgery.dataflow import Callers, Flow, flows, name_of, observed_arguments, registrations, static_callers
 from batchnorm.surgery.folding.eval_graphs import graphs
-
-if TYPE_CHECKING:
-    from array import array
-
-    from torch.fx import Node
-
-    from batchnorm.call_types import Batch
-    from batchnorm.surgery import dataflow
-    from batchnorm.surgery.dataflow import Callers
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _BIASED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -183,7 +177,7 @@ def _activation(node: Node) -> str:
     module = _module(node)
     if module is not None:
         return _known_activation(type(module).__name__) if type(module).__module__.startswith("torch.nn.") else ""
-    return _known_activation(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+    return _known_activation(name_of(node))
 
 
 def _known_activation(name: str) -> str:

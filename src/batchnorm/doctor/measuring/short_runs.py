@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.call_types import Batch
 from batchnorm.doctor.measuring.live_layers import count_of
 from batchnorm.doctor.measuring.other_version import difference, floats_in, tolerance
 from batchnorm.layers import batch_norms
@@ -25,11 +26,6 @@ from batchnorm.population.batch_rows import why_whole
 from batchnorm.population.batches import arguments, call, on_device_of
 from batchnorm.population.tensor_memory import AbsenceError
 from batchnorm.population.tensor_trees import examples_in, why_without_rows
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from batchnorm.call_types import Batch
 
 # enough for batch statistics, and few enough for the memory of a backward pass
 _EXAMPLES = 8

@@ -32,17 +32,14 @@ on each other (Waudby-Smith and Ramdas 2024, on betting; Wang and Ramdas 2022, o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
 from batchnorm.shift.alarm import e_bh
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CHANCE = 0.01  # largest probability of a selected channel in a layer with exact statistics
 # B: its stakes, below 1 / (B + tau). A stake is best for shifts of about its own size (in sd)

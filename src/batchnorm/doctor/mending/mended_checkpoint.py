@@ -6,31 +6,26 @@ bits: weights, optimizer states, counters of epochs.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from batchnorm import checkpoint
-from batchnorm.checkpoint.averaged_copies import Copy, Entry, entries, find_copies, find_layers
+from batchnorm.checkpoint import Checkpoint, Stored
+from batchnorm.checkpoint.averaged_copies import Copy, Entry, Keys, entries, find_copies, find_layers
 from batchnorm.checkpoint.formats import detection, safetensors_file, torch_legacy, torch_zip
 from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.doctor.diagnosis_value import order
-from batchnorm.doctor.examination import looks, parts
+from batchnorm.doctor.examination import Selection, looks, parts
 from batchnorm.doctor.mending.remedies import EPS, TENSORS, Change, changed, is_same, prescribe
 from batchnorm.doctor.mending.tensor_edit import Edit
 from batchnorm.files.whole import replacing
 from batchnorm.rules import RULES
 from batchnorm.rules.bn1_stored_statistics import HALF
+from batchnorm.rules.finding import Finding
 from batchnorm.rules.rule_evidence import Evidence
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from batchnorm.checkpoint import Checkpoint, Stored
-    from batchnorm.doctor.examination import Selection
-    from batchnorm.doctor.mending.tensor_edit import Keys
-    from batchnorm.rules.finding import Finding
 
 _READERS = {"pt": torch_zip.read, "legacy": torch_legacy.read, "safetensors": safetensors_file.read}
 # what DataParallel, DistributedDataParallel, torch.compile and DeepSpeed put in front of every name

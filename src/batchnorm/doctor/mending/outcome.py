@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
+from batchnorm.checkpoint import Stored
 from batchnorm.checkpoint.stored import is_below
 from batchnorm.doctor.mending.remedies import TENSORS, Change, changed, needs_data, remedies
 from batchnorm.reporting import text
 from batchnorm.reporting.severity import GLYPHS
 from batchnorm.rules.finding import Finding, Fix, Severity
 from batchnorm.rules.phrases import listed
-
-if TYPE_CHECKING:
-    from array import array
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from batchnorm.checkpoint import Stored
 
 _SHORT = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias": "beta"}
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from batchnorm.checkpoint import Stored
     from batchnorm.rules.finding import Finding
 
-# Largest effect of a safe remedy: sqrt(1 + ROUNDING) - 1, twice that for a margin. float32 resolves 2^-23.
-TOLERANCE = ROUNDING
 # the tensors of a layer that eval mode uses
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 EPS = 1e-5  # torch's default, if a file does not store eps

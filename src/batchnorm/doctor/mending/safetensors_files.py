@@ -12,13 +12,12 @@ import math
 import struct
 import sys
 from array import array
-from typing import TYPE_CHECKING, BinaryIO, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypedDict
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.checkpoint.averaged_copies import Keys
+from batchnorm.doctor.mending.tensor_edit import Edit
 
 # type: its name in the file, and struct's letter; bfloat16 is the upper half of a rounded float32
 _TYPES = {

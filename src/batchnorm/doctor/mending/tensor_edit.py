@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
-if TYPE_CHECKING:
-    from array import array
-
-# the keys of dicts and lists that lead to a value in a file
-Keys = tuple[int | str, ...]
+from batchnorm.checkpoint.averaged_copies import Keys
 
 
 @final

@@ -7,22 +7,18 @@ with the same sharing of memory. Only devices are lost, because tensors are load
 from __future__ import annotations
 
 import zipfile
+from array import array
 from collections import defaultdict
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from batchnorm.checkpoint.averaged_copies import OF_A_LAYER
-
-if TYPE_CHECKING:
-    from array import array
-    from collections.abc import Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from batchnorm.doctor.mending.tensor_edit import Edit, Keys
+from batchnorm.checkpoint.averaged_copies import OF_A_LAYER, Keys
+from batchnorm.checkpoint.tensor_loading import by_torch
+from batchnorm.doctor.mending.tensor_edit import Edit
 
 Place = tuple[Any, Any]  # a dict or list, and the key in it
 
@@ -52,7 +48,7 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
     Raises:
         ValueError: If torch does not load the file as tensors and plain values.
     """
-    saved = _loaded(source)
+    saved = by_torch(source)
     places = dict(_places(saved))
     new_tensors: dict[int, Tensor] = {}
     separate = set(_sharing_memory(edits, places))
@@ -64,30 +60,6 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
     for path, prefix in prefixes.items():
         _take_off(_at(saved, path), prefix)
     torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
-
-
-def _loaded(source: Path) -> Any:
-    try:
-        with _plain_numpy(), source.open("rb") as opened:  # if torch gets a path, the suffix decides how it reads
-            return torch.load(opened, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{source}: torch.load(weights_only=True) refuses it: {str(error).partition(chr(10))[0][:200]} "
-            "Save the state dict alone with torch.save(model.state_dict(), path)."
-        ) from error
-
-
-def _plain_numpy() -> AbstractContextManager:
-    """A block in which torch also loads NumPy numbers: training loops save them as losses and metrics."""
-    try:
-        import numpy as np
-    except ModuleNotFoundError:
-        return nullcontext()
-    scalar: Any = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
-    return torch.serialization.safe_globals(
-        [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]  # its names since NumPy 2 and before
-    )
 
 
 def _places(saved: Any) -> Iterator[tuple[Keys, Place]]:

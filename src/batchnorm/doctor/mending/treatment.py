@@ -8,12 +8,14 @@ inputs are measured, until there are no more of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.argument_types import require_flag, require_module, require_type
 from batchnorm.doctor.diagnosis import Diagnosis
@@ -38,15 +40,8 @@ from batchnorm.population.batches import rereadable
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.rules import RULES
 from batchnorm.rules.bn1_stale_statistics import RESIDUE, USUAL_MOMENTUM
-from batchnorm.rules.finding import Fix
+from batchnorm.rules.finding import Finding, Fix
 from batchnorm.surgery.replacement import duplicate
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.rules.finding import Finding
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchnorm.reporting.charts.chart_data import Axis, Chart
+from batchnorm.reporting.charts.chart_data import Axis, Chart
 
 # The fields of rows whose values must be inside the scale, by axis and kind of chart.
 _QUANTILES = ("p2", "p16", "p50", "p84", "p98")

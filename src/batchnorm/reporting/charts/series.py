@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchnorm.reporting.charts.chart_data import Chart
+from batchnorm.reporting.charts.chart_data import Chart
 
 _SHAPES = ("circle", "square", "triangle-up", "diamond")
 _DASHES = ((5, 4), (2, 3))

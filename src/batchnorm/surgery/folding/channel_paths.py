@@ -12,28 +12,22 @@ Sizes are those of one example: the graph is run on tensors without values.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Iterable
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.kernels import activations
 from batchnorm.population.tensor_trees import Batch, Leaf
-from batchnorm.surgery.dataflow import IN_PLACE
+from batchnorm.surgery.dataflow import IN_PLACE, name_of
 from batchnorm.surgery.folding.arithmetic import RANKS
 from batchnorm.surgery.patterns import is_watched
-from batchnorm.surgery.shape_tracing import by_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch.fx import Graph
-
-    from batchnorm.surgery.shape_tracing import InputShapes
+from batchnorm.surgery.shape_tracing import InputShapes, by_name
 
 Channels = tuple[int, ...]
 # the result of each node of a graph; its tensors have sizes and no values
@@ -257,5 +251,5 @@ def _is_question(node: Node) -> bool:
 def _name(node: Node) -> str:
     if node.op == "call_module":
         return type(node.meta.get("module")).__name__
-    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+    name = name_of(node)
     return "getitem" if name == "__getitem__" else name

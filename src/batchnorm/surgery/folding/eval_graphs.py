@@ -9,7 +9,8 @@ whose forward calls it ("caller").
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node
@@ -17,15 +18,11 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.other_libraries import is_of_others
+from batchnorm.surgery.dataflow import Callers, Flow
 from batchnorm.surgery.folding.arithmetic import RANKS
 from batchnorm.surgery.folding_placeholder import FoldedAway
 from batchnorm.surgery.layer_maps import hands_on
 from batchnorm.surgery.patterns import is_watched
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from batchnorm.surgery.dataflow import Callers, Flow
 
 _SINGLE_NODES = (*RANKS, _BatchNorm)  # never merged, even if they have children, such as activations
 

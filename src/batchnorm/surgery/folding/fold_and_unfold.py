@@ -7,8 +7,9 @@ weights, and ``folding_placeholder`` stores what ``unfold`` needs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,14 @@ from batchnorm.other_libraries import out_of_reach
 from batchnorm.population import preserve_state
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import call, require_examples
+from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery.dataflow import set_mode
 from batchnorm.surgery.folding.arithmetic import Linear
 from batchnorm.surgery.folding.model_facts import fresh
 from batchnorm.surgery.folding.plan import Partner, plan
 from batchnorm.surgery.folding_placeholder import FoldedAway, own_tensors, set_tensors
+from batchnorm.surgery.layer_maps import Parts
 from batchnorm.surgery.replacement import check_memory, duplicate, find
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from batchnorm.population.tensor_trees import Batch
-    from batchnorm.surgery.layer_maps import Parts
 
 Model = TypeVar("Model", bound=nn.Module)
 

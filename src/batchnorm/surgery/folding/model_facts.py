@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -19,7 +20,11 @@ from torch.utils._pytree import tree_map
 from batchnorm.population.batches import call
 from batchnorm.population.hooks import attached
 from batchnorm.population.tensor_memory import AbsenceError
+from batchnorm.population.tensor_trees import Batch, copied
 from batchnorm.surgery.dataflow import (
+    Arguments,
+    Callers,
+    Flow,
     TraceError,
     observed_arguments,
     observed_callers,
@@ -29,23 +34,14 @@ from batchnorm.surgery.dataflow import (
 )
 from batchnorm.surgery.folding import channel_paths
 from batchnorm.surgery.folding.arithmetic import RANKS, Affine, channels
+from batchnorm.surgery.folding.channel_paths import Sizes
 from batchnorm.surgery.folding.eval_graphs import graphs
 from batchnorm.surgery.layer_maps import Parts
 from batchnorm.surgery.patterns import is_ours
 from batchnorm.surgery.replacement import find
-from batchnorm.surgery.shape_tracing import observed_inputs
+from batchnorm.surgery.shape_tracing import InputShapes, observed_inputs
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator
-
-    from torch.fx import Graph
-
-    from batchnorm.population.tensor_trees import Batch
-    from batchnorm.surgery.dataflow import Arguments, Callers, Flow
-    from batchnorm.surgery.folding.channel_paths import Sizes
-    from batchnorm.surgery.shape_tracing import InputShapes
-
-    Record = Callable[[nn.Module], Graph]
+Record = Callable[[nn.Module], Graph]
 
 
 SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -53,7 +49,7 @@ SUMS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_trans
 
 def fresh(example: Batch) -> Batch:
     """A copy of a batch, so that a model may change it in place."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
+    return tree_map(copied, example)
 
 
 @final
@@ -136,8 +132,9 @@ def gathered(
                 nodes[node.meta["module"]].append(node)
     names = {module: name for name, module in model.named_modules()}
     return ModelFacts(
-        names, registered, callers, ranks, dict(nodes), Counter(map(id, tensors)), read, linear, holding, parts
-    )
+        names=names, registered=registered, callers=callers, ranks=ranks, nodes=dict(nodes),
+        owners=Counter(map(id, tensors)), read=read, linear=linear, holding=holding, parts=parts,
+    )  # fmt: skip
 
 
 def _attribute(value: nn.Module, path: str) -> object:

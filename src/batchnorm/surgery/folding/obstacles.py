@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm.other_libraries import channels_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import absence
+from batchnorm.surgery.dataflow import name_of
 from batchnorm.surgery.folding.arithmetic import RANKS, Linear, Position, channels, shifts_evenly
+from batchnorm.surgery.folding.channel_paths import Channels
+from batchnorm.surgery.folding.model_facts import ModelFacts
 from batchnorm.surgery.patterns import is_watched
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.fx import Graph
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.surgery.folding.channel_paths import Channels
-    from batchnorm.surgery.folding.model_facts import ModelFacts
-
-    Record = Callable[[nn.Module], Graph]
+Record = Callable[[nn.Module], Graph]
 
 
 def rank(partner: nn.Module) -> int:
@@ -159,4 +155,4 @@ def named(facts: ModelFacts, node: Node) -> str:
         return repr(facts.names[node.meta["module"]])
     if node.op in {"placeholder", "output"}:
         return "an input" if node.op == "placeholder" else "the output"
-    return str(getattr(node.target, "__name__", node.target))
+    return name_of(node)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.other_libraries import quantized
 from batchnorm.population import preserve_state
-from batchnorm.surgery.dataflow import (
-    flows,
-    static_callers,
-)
+from batchnorm.population.tensor_trees import Batch
+from batchnorm.surgery.dataflow import flows, static_callers
 from batchnorm.surgery.folding import channel_paths
 from batchnorm.surgery.folding.arithmetic import RANKS, Position
+from batchnorm.surgery.folding.channel_paths import Channels
 from batchnorm.surgery.folding.model_facts import (
     SUMS,
     ModelFacts,
@@ -41,14 +42,6 @@ from batchnorm.surgery.layer_maps import Parts, parts_of
 from batchnorm.surgery.patterns import is_ours
 from batchnorm.surgery.replacement import find
 from batchnorm.surgery.shape_tracing import recorded
-
-if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
-
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from batchnorm.population.tensor_trees import Batch
-    from batchnorm.surgery.folding.channel_paths import Channels
 
 
 @final
