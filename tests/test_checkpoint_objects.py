@@ -398,7 +398,9 @@ def test_a_counter_of_numpy_is_a_counter(tmp_path):
 def test_a_plain_pickle_says_so_and_is_not_mended(tmp_path):
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(trained().state_dict()))
     assert read(tmp_path / "c.pkl").format == "pickle"
-    with pytest.raises(ValueError, match=r"got the plain pickle .*c\.pkl\. Load it, and save its tensors with torch"):
+    with pytest.raises(
+        ValueError, match=r"got the plain pickle .*c\.pkl\. Load the file, and save its tensors with torch"
+    ):
         plan(tmp_path / "c.pkl")
 
 

@@ -147,8 +147,8 @@ def no_steps(foreign: int) -> str:
         return f"watch saw no step of an optimizer. {remedy}"
     return (
         "watch saw no step of an optimizer that has one of the model's parameters, but "
-        f"{many(foreign, 'step')} of other optimizers. Make the optimizer with model.parameters(), after parameters are replaced. If it trains copies of "
-        "the parameters, call run.step() after each step."
+        f"{many(foreign, 'step')} of other optimizers. Make the optimizer with model.parameters(), after parameters "
+        "are replaced. If it trains copies of the parameters, call run.step() after each step."
     )
 
 

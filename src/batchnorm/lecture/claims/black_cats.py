@@ -61,6 +61,17 @@ def run(settings: RunSettings, progress: Progress) -> Result:
 
     findings = measure(settings, tick)
     verdicts = [_shift(findings), _robust(findings), *(_repair(findings, name) for name in REPAIRS), _mix(findings)]
+    charts = [
+        _picture(findings, settings.seed),
+        _shifts(findings),
+        _by_number(findings),
+        _distances(findings),
+        _alarm(findings),
+    ]
+    return Result(verdicts, charts, _numbers(findings))
+
+
+def _numbers(findings: Findings) -> Numbers:
     numbers: Numbers = {
         "best learning rate, median, without batch norm": round(
             float(paired_seeds.median(findings["rate", "without"])), 4
@@ -82,14 +93,7 @@ def run(settings: RunSettings, progress: Progress) -> Result:
         numbers[f"accuracy on {shift} cats and dogs, after the guarded repair"] = round(
             findings.mean("guarded", shift), 4
         )
-    charts = [
-        _picture(findings, settings.seed),
-        _shifts(findings),
-        _by_number(findings),
-        _distances(findings),
-        _alarm(findings),
-    ]
-    return Result(verdicts, charts, numbers)
+    return numbers
 
 
 # -- verdicts -------------------------------------------------------------------------------------------------
