@@ -103,7 +103,10 @@ MAKE = ("net.py:make", "--data", "net.py:batches")
         (["net.py:mak", "--data", "net.py:batches"], ["no 'mak'", "Did you mean 'make'?"]),
         (["none.py:make", "--data", "net.py:batches"], ["none.py is not a file"]),
         (["net.py:plain", "--data", "net.py:batches"], ["net.py:plain has no batch norm layer"]),
-        (["net.py:made", "--data", "net.py:batches"], ["--set needs a function or class, got the model", "--no-train"]),
+        (
+            ["net.py:made", "--data", "net.py:batches"],
+            ["net.py:made is a model already", "Name the function or class", "--no-train"],
+        ),
         (["net.py:number", "--data", "net.py:batches"], ["net.py:number is a int"]),
         (["net.py:fails", "--data", "net.py:batches"], ["net.py:fails raised RuntimeError at net.py:"]),
         (["net.py:leaves", "--data", "net.py:batches"], ["net.py:leaves raised SystemExit"]),

@@ -211,7 +211,11 @@ def _of_command(case: Case) -> dict[str, Any]:
             "output": case.read(result.stdout) if result.stdout.strip() else None,
             "errors": paragraphs(result.stderr),
             "files": {file: _file(folder, file) for file in case.files},
-            "new": sorted(path.name for path in folder.iterdir() if not (_inputs() / path.name).exists()),
+            "new": sorted(
+                path.name
+                for path in folder.iterdir()
+                if path.name != "__pycache__" and not (_inputs() / path.name).exists()
+            ),
         }
     return settled(found, folder)
 
