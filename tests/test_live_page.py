@@ -430,8 +430,8 @@ def test_every_quantity_of_the_log_can_be_chosen_and_is_explained(visit, finishe
     page = visit(finished)
     titles = page.locator("#quantity option").all_inner_texts()
     assert titles == [
-        "Batch noise", "Gap between stored and batch statistics", "Shift of the layer's inputs", "Gamma", "Beta", "Dead channels",
-        "Drift on the probe",
+        "Batch noise", "Gap between stored and batch statistics", "Shift of the layer's inputs", "Gamma", "Beta",
+        "Dead channels", "Drift on the probe",
     ]  # fmt: skip
     page.locator("#quantity").select_option(label="Gap between stored and batch statistics")
     expect(page.locator("#reads")).to_contain_text("between train and eval mode")
