@@ -196,6 +196,10 @@ CHAINS = {
     "arithmetic": (
         [helper.make_node("Mul", ["v", "v"], ["w"]), chain("Sub", "w", "one")],
         [tensor([1, 2, 3], "v"), tensor(1, "one")], [0, 3, 8], "float32"),
+    "Max of one": ([chain("Max", "v")], [tensor([1, 2, 3], "v")], [1, 2, 3], "float32"),
+    "Min of three": (
+        [helper.make_node("Mul", ["v", "v"], ["w"]), chain("Min", "five", "v", "w")],
+        [tensor([0.5, 2, 7], "v"), tensor(5, "five")], [0.25, 2, 5], "float32"),
     "ConstantOfShape": (
         [chain("ConstantOfShape", "n", value=tensor([2], "value"))], [tensor([3], "n", np.int64)],
         [2, 2, 2], "float32"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TypeAlias, final
 
@@ -20,12 +21,12 @@ from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorPro
 
 from batchnorm.checkpoint.refusal import RefusalError, brief
 
-# what a name is in a scope: a tensor, the node that makes it, or a text: why it has no value
+# what a name is in a scope: a tensor, the node that makes it, or a text that says why it has no value
 Named: TypeAlias = "str | TensorProto | Made"
 Compute = Callable[..., ndarray]
 
 _EXTERNAL = 1  # TensorProto.DataLocation
-_MOST_VALUES = 1 << 22
+_MOST_VALUES = 1 << 22  # of one tensor
 _LONGEST_CHAIN = 64  # nested calls of functions through which a parameter is followed
 _MOST_NODES = 256  # nodes that are computed for one value
 _PACKED = {21, 22, 23}  # 4-bit types: UINT4, INT4, FLOAT4E2M1
@@ -71,7 +72,7 @@ class Scope:
         return cls(caller.folder, {**names, **made}, outer=None, given=given, attributes=defaults | own)
 
     def attribute(self, node: NodeProto, name: str) -> AttributeProto | None:
-        """An attribute of a node, None if it has none; in a function it may refer to an attribute of the call."""
+        """An attribute of a node, None if the node lacks it. In a function it may refer to an attribute of the call."""
         own = next((item for item in node.attribute if item.name == name), None)
         return self.attributes.get(own.ref_attr_name) if own is not None and own.ref_attr_name else own
 
@@ -117,8 +118,8 @@ def value_of(scope: Scope, name: str) -> Value:
     """A name's numbers.
 
     Raises:
-        UnreadError: If the numbers are not constant, or are in a file that is missing.
-        RefusalError: If the numbers contradict the type or shape that the file gives.
+        UnreadError: If the numbers are not constant, too many, or not in the data file that should have them.
+        RefusalError: If they contradict the type or shape that the file gives, or if more than 64 calls are nested.
     """
     return _value_of(scope, name, iter(range(_MOST_NODES)))
 
@@ -173,7 +174,7 @@ class _Node:
 def _numbers(tensor: TensorProto, folder: Path) -> ndarray:
     """The values of a TensorProto, after their number was compared with its shape."""
     if any(size < 0 for size in tensor.dims) or (count := math.prod(tensor.dims)) > _MOST_VALUES:
-        raise UnreadError(f"{brief(tensor.name)} has more than {_MOST_VALUES:,} values. {_REMEDY}")
+        raise UnreadError(f"{brief(tensor.name)} has a negative size or more than {_MOST_VALUES:,} values. {_REMEDY}")
     try:
         kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     except KeyError:
@@ -257,7 +258,7 @@ def _quantized(node: _Node, x: ndarray, scale: ndarray, zero: ndarray | None = N
 
 
 def _along(values: ndarray, x: ndarray, axis: int) -> ndarray:
-    """One value, or one value for each index of an axis of x, in a shape that broadcasts with x."""
+    """``values``, one number or one for each index of an axis of x, in a shape that broadcasts with x."""
     if values.size == 1:
         return values.reshape(())
     # for a vector the axis is 0: the attribute's default is 1 for vectors too
@@ -311,11 +312,13 @@ def _bounded(shape: Sequence[int]) -> Sequence[int]:
 
 
 def _elementwise(name: str) -> Compute:
-    """A NumPy function of one or two arrays, in their type."""
+    """A NumPy function of arrays, in the type of the first; "Max" and "Min" accept any number of arrays."""
+    function = getattr(np, name)
 
     def compute(_: _Node, *arrays: ndarray) -> ndarray:
         _bounded(np.broadcast_shapes(*(array.shape for array in arrays)))
-        return getattr(np, name)(*arrays).astype(arrays[0].dtype)
+        result = function(arrays[0]) if function.nin == 1 else reduce(function, arrays)
+        return result.astype(arrays[0].dtype)
 
     return compute
 
