@@ -158,5 +158,5 @@ def test_keys_that_are_no_names_are_passed_over(tmp_path):
 
 
 def test_two_layers_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected each layer once, got two layers of one name"):
+    with pytest.raises(ValueError, match="expected a different name for each layer, got the same name twice"):
         reading(tmp_path, {"a": {"b": state()}, "a.b": state(1), "c": state()})

@@ -182,7 +182,7 @@ TOLD = {
     "numpy.random.BitGenerator": np.random.PCG64(1),
     "numpy.random.SeedSequence": np.random.SeedSequence(1),
     "numpy.ma.MaskedArray": np.ma.masked_array([1, 2], [0, 1]),
-    "numpy.ndarray of other values than numbers": np.array([1, None, {}], dtype=object),
+    "numpy.ndarray of a type that is not read": np.array([1, None, {}], dtype=object),
     f"{__name__}.Colour": [Colour.RED, Colour.BLUE, Colour.PAIR],
     f"{__name__}.Ordered": [Ordered(a=1), Ordered()],
     f"{__name__}.Attributes": Attributes(a=1),

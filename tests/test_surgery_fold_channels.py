@@ -168,10 +168,11 @@ STAYS = {
         lambda n, x: [y := n.a(x), n.bn(torch.cat([y, n.a2(x)], 1)), y.sum()], "also goes elsewhere"),
     "channels that meet several": (
         lambda n, x: n.bn(n.w(x).flatten(2).transpose(1, 2)[:, :7].unsqueeze(3)), "one channel of the layer before"),
-    "a mean": (lambda n, x: n.bn(n.a7(x).flatten(2).cumsum(2).unsqueeze(2)), "no convolution or linear layer makes it"),
+    "a mean": (
+        lambda n, x: n.bn(n.a7(x).flatten(2).cumsum(2).unsqueeze(2)), "no convolution or linear layer makes its input"),
     "zeros around": (lambda n, x: n.behind(torch.cat([n.bn3(x.sin()), x], 1)), "pads with zeros"),
     "written in between": (
-        lambda n, x: [y := n.bn3(x), x.mul_(2), n.plain(torch.cat([y, x], 1))][2], "may have overwritten"),
+        lambda n, x: [y := n.bn3(x), x.mul_(2), n.plain(torch.cat([y, x], 1))][2], "may overwrite"),
 }  # fmt: skip
 
 
@@ -187,6 +188,20 @@ def test_layers_are_left_with_the_reason(case):
     left = found["bn3"] if "bn3" in run.__code__.co_names else found["bn"]
     assert isinstance(left, str)
     assert reason in left
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda n, x: n.behind(n.bn(x.sin(), x).flatten(1)),
+        lambda n, x: [y := n.before(x[:, 0].flatten(1)).unflatten(1, (4, 3, 3)), n.bn(y, y)][1],
+    ],
+)
+def test_a_layer_that_adds_a_residual_is_left_next_to_a_move(run):
+    """Folded, the residual would be scaled too: by the layer behind it, or as the result of the layer before it."""
+    parts = {"behind": nn.Linear(4 * 9, 3), "before": nn.Linear(9, 36), "bn": bn.BatchNorm2d(4)}
+    x = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert not isinstance(foldable(settled(Written(run, **parts)), x)["bn"], Partner)
 
 
 class SamePadding(nn.Conv2d):
@@ -235,7 +250,7 @@ def test_a_convolution_that_does_more_than_pad_is_left():
     net = nn.Sequential(Doubled(3, 8, 3), nn.BatchNorm2d(8))
     assert (
         foldable(settled(net), images())["1"]
-        == "'0' is a Doubled that uses its weight or its input in another way than torch.nn"
+        == "'0' is a Doubled that may use its weight or input differently from torch.nn"
     )
 
 

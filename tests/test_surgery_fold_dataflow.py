@@ -113,10 +113,10 @@ LEFT = {
         lambda n, x: n.bn(torch.cat([n.conv(x[:, :3].repeat(1, 2, 1, 1))[:, :3], x[:, :3]], 1)), {},
         NEITHER + "cat before it"),
     "an input that is written over": (
-        lambda n, x: [y := n.bn(x), x.add_(1), n.conv(y)][2], {}, "'conv' runs later, when other code may"),
+        lambda n, x: [y := n.bn(x), x.add_(1), n.conv(y)][2], {}, "'conv' runs after other code, which may overwrite"),
     "output_size": (
         lambda n, x: n.bn(n.up(x, [4, 5])), {"up": nn.ConvTranspose2d(6, 6, 1)},
-        "'up' is called with other arguments than its input"),
+        "'up' is called with more than its input, or with keyword arguments"),
     "weight read elsewhere": (
         lambda n, x: n.bn(n.conv(x)) + F.conv2d(x, n.conv.weight), {}, "'conv' has a weight that other code reads"),
     "gamma read elsewhere": (
@@ -130,10 +130,10 @@ LEFT = {
     "hook on what is around": (
         lambda n, x: n.bn(n.seq(x)), {"seq": hooked(nn.Sequential(nn.Conv2d(6, 6, 1)))}, NEITHER + "'seq' before it"),
     "a subclass": (
-        lambda n, x: n.bn(n.own(x)), {"own": Scaled(6, 6, 1)}, "'own' is a Scaled that uses its weight or its input"),
+        lambda n, x: n.bn(n.own(x)), {"own": Scaled(6, 6, 1)}, "'own' is a Scaled that may use its weight or input"),
     "weight norm": (
         lambda n, x: n.bn(n.own(x)), {"own": nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1))},
-        "'own' is a ParametrizedConv2d that uses its weight"),
+        "'own' is a ParametrizedConv2d that may use its weight"),
 }  # fmt: skip
 
 
@@ -172,12 +172,12 @@ def test_a_convolution_of_a_class_of_its_own_takes_what_is_behind_it(bias):
 @pytest.mark.parametrize("kind", [Clipped, Biasless])
 def test_a_convolution_that_does_something_else_is_left(kind):
     net = Net(lambda n, x: n.bn(n.own(x)), own=kind(6, 6, 1, bias=False))
-    assert "that uses its weight or its input in another way than torch.nn" in foldable(net, features())["bn"]
+    assert "that may use its weight or input differently from torch.nn" in foldable(net, features())["bn"]
 
 
 def test_what_pads_takes_nothing_from_before_it():
     net = Net(lambda n, x: n.own(n.bn(x)), own=Padded(6, 6, 2))
-    assert "that uses its weight or its input in another way than torch.nn" in foldable(net, features())["bn"]
+    assert "that may use its weight or input differently from torch.nn" in foldable(net, features())["bn"]
 
 
 class Block(nn.Module):
@@ -221,7 +221,7 @@ def test_a_pruned_weight_is_left():
 def test_a_residual_that_is_the_result_itself_is_left():
     net = Net(lambda n, x: [y := n.conv(x), n.ours(y, y)][1], ours=settled(bn.BatchNorm2d(6, act="relu")))
     del net.bn
-    assert checked(net, features()) == {"ours": "'conv' has a result that also goes to the sum behind the layer"}
+    assert checked(net, features()) == {"ours": "'conv' has a result that also goes to the layer as its residual"}
 
 
 def test_what_is_behind_an_activation_of_a_layer_is_not_folded_through_it():
@@ -232,7 +232,7 @@ def test_what_is_behind_an_activation_of_a_layer_is_not_folded_through_it():
 
 def test_a_call_by_keyword_is_left():
     net = Net(lambda n, x: n.bn(input=n.conv(x)))
-    assert checked(net, features()) == {"bn": "it is called with other arguments than its input"}
+    assert checked(net, features()) == {"bn": "it is called with more than its input, or with keyword arguments"}
 
 
 # --- across modules -------------------------------------------------------------------------------------------
@@ -437,15 +437,15 @@ LAYERS = {
         lambda norm: Own(6),
         "it is a Own with a forward that uses its tensors for more than batch norm",
     ),
-    "own forward": (own_forward, "it is a BatchNorm2d that has a forward that may do more than batch norm"),
+    "own forward": (own_forward, "it is a BatchNorm2d whose forward may do more than batch norm"),
     "parametrized": (parametrized, "it is parametrized"),
     "hook": (hooked, "it has hooks that see its input or its result"),
     "backward hook": (lambda norm: hooked(norm, "full_backward_hook"), "it has hooks that see its input or its result"),
     "negative variance": (set_first("running_var", -0.5), "it has a negative running_var, -0.5"),
-    "NaN mean": (set_first("running_mean", torch.nan), "it has statistics or parameters that make NaN or infinity"),
-    "NaN variance": (set_first("running_var", torch.nan), "it has statistics or parameters that make NaN or infinity"),
-    "infinite mean": (set_first("running_mean", torch.inf), "it has statistics or parameters that make NaN"),
-    "NaN gamma": (set_first("weight", torch.nan), "it has statistics or parameters that make NaN or infinity"),
+    "NaN mean": (set_first("running_mean", torch.nan), "it has statistics or parameters that are NaN or infinite"),
+    "NaN variance": (set_first("running_var", torch.nan), "it has statistics or parameters that are NaN or infinite"),
+    "infinite mean": (set_first("running_mean", torch.inf), "it has statistics or parameters that are NaN"),
+    "NaN gamma": (set_first("weight", torch.nan), "it has statistics or parameters that are NaN or infinite"),
 }
 
 
@@ -458,7 +458,7 @@ def test_a_layer_that_cannot_be_folded(case):
 def test_a_layer_with_no_variance_and_eps_0_is_left():
     norm = nn.BatchNorm2d(6, eps=0)
     norm.running_var.zero_()
-    assert of_layer(lambda _: norm)[1] == "it has statistics or parameters that make NaN or infinity"
+    assert of_layer(lambda _: norm)[1] == "it would scale or shift by NaN or infinity"
 
 
 def test_statistics_are_what_counts_and_not_the_flag():
@@ -474,7 +474,7 @@ def test_weights_that_half_precision_cannot_hold_are_left():
         model[0].weight.fill_(1000.0)
         model[1].running_var.fill_(1e-6)
     x = torch.zeros(1, 6, 2, 2).half()
-    assert foldable(model, x) == {"1": "'0' would have weights that are too large for torch.float16"}
+    assert foldable(model, x) == {"1": "'0' would have a weight or bias that is too large for torch.float16"}
     assert bn.find(quiet(model, x))
 
 
@@ -485,7 +485,7 @@ def test_complex_channels_are_named():
 
 def test_models_without_values_are_named():
     model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
-    assert foldable(model.to("meta")) == {"1": "it has statistics without values"}
+    assert foldable(model.to("meta")) == {"1": "it has statistics on the meta device, without values"}
     model = nn.Sequential(nn.Conv2d(6, 6, 1, device="meta"), nn.BatchNorm2d(6))
     assert foldable(model)["1"].startswith("'0' has a weight that is on the meta device and has no numbers")
     assert "it is a LazyBatchNorm2d" in foldable(nn.Sequential(nn.LazyConv2d(6, 1), nn.LazyBatchNorm2d()))["1"]

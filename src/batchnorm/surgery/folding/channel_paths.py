@@ -75,7 +75,7 @@ def sizes(graph: Graph, inputs: InputShapes) -> Sizes:
 
 
 def before(node: Node, results: Sizes, axes: dict[Node, int]) -> dict[Node, Channels] | str:
-    """For the nodes that make a layer's input, the layer's channel that each of their channels becomes.
+    """For the nodes that make a layer's input, the layer's channel that each of their channels becomes; -1 for none.
 
     Args:
         node: The node that calls the layer.
@@ -90,10 +90,10 @@ def before(node: Node, results: Sizes, axes: dict[Node, int]) -> dict[Node, Chan
     path = _path(source, results, axes)
     makers = [each for each in node.graph.nodes if each in axes and each in path]
     if not makers:
-        return "no convolution or linear layer makes it"
+        return "no convolution or linear layer makes its input"
     for each in path:
         others = [user for user in readers(each) if user is not node and user not in path]
-        if others:
+        if others or each in node.args[1:]:  # a residual of the layer is not normalized
             return f"the result of {_name(each)} also goes elsewhere"
     numbers, first = {}, 0
     for maker in makers:
@@ -150,7 +150,7 @@ def path_between(node: Node, taker: Node) -> Iterable[Node]:
 
 
 def is_harmless(node: Node) -> bool:
-    """Whether a node changes no tensor in place, as its name and its arguments say."""
+    """Whether a node changes no tensor in place, as its module or its name and arguments show."""
     if node.op in {"get_attr", "placeholder"} or moves(node):
         return True
     if node.op == "call_module":

@@ -36,30 +36,30 @@ def about_layer(facts: ModelFacts, layer: _BatchNorm) -> str | None:
     if isinstance(parts, str):
         return parts
     if not (parts.affine.scale.isfinite().all() and parts.affine.shift.isfinite().all()):
-        return "has statistics or parameters that make NaN or infinity"
+        return "would scale or shift by NaN or infinity"
     return None
 
 
 def about_state(layer: Any) -> str | None:
-    """Why a layer's tensors or its hooks forbid folding; None if they do not."""
+    """Why a layer's parametrization, forward, hooks or tensors forbid folding; None if they do not."""
     if parametrize.is_parametrized(layer):
         return "is parametrized"
     if "forward" in vars(layer) or any(map(is_lazy, [*layer.parameters(), *layer.buffers()])):
-        what = "has no size yet" if "forward" not in vars(layer) else "has a forward that may do more than batch norm"
-        return f"is a {type(layer).__name__} that {what}"
+        what = "that has no size yet" if "forward" not in vars(layer) else "whose forward may do more than batch norm"
+        return f"is a {type(layer).__name__} {what}"
     if is_watched(layer):
         return "has hooks that see its input or its result"
     if not has_stored_statistics(layer):
         return "stores no statistics"
     if layer.running_mean.is_meta or layer.running_var.is_meta:
-        return "has statistics without values"
+        return "has statistics on the meta device, without values"
     if absent := _absent(layer):
         return absent
     if (layer.running_var < 0).any():
         return f"has a negative running_var, {layer.running_var.min():.3g}"
     values = [t for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias) if t is not None]
     if not all(t.isfinite().all() for t in values):
-        return "has statistics or parameters that make NaN or infinity"
+        return "has statistics or parameters that are NaN or infinite"
     return None
 
 
@@ -85,7 +85,7 @@ def about_partner(facts: ModelFacts, partner: Any, position: Position) -> str | 
     if absent := _absent(partner):
         return f"{name!r} {absent}"
     if partner not in facts.linear | facts.holding or (type(partner) not in RANKS and position == "behind"):
-        return f"{name!r} is a {type(partner).__name__} that uses its weight or its input in another way than torch.nn"
+        return f"{name!r} is a {type(partner).__name__} that may use its weight or input differently from torch.nn"
     if not isinstance(partner._parameters.get("weight"), nn.Parameter):
         return f"{name!r} has a weight that is computed from other tensors"
     if not partner.weight.is_floating_point():
@@ -96,40 +96,43 @@ def about_partner(facts: ModelFacts, partner: Any, position: Position) -> str | 
         return f"{name!r} {reason}"
     partner_node = facts.nodes[partner][0]
     if len(partner_node.args) != 1 or partner_node.kwargs:
-        return f"{name!r} is called with other arguments than its input"
+        return f"{name!r} is called with more than its input, or with keyword arguments"
     return None
 
 
 def about_result(
     facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position, channels: Channels | None = None
 ) -> str | None:
-    """Why the weights after folding would be wrong or too large for their type; None if they are right."""
+    """Why folding here would give wrong results, or a weight or bias too large for its type; None if it would not."""
     name, affine = facts.names[partner], facts.affine(layer).spread(channels)
     if position == "behind" and affine.shift.any() and not shifts_evenly(partner):
         zeros = (
-            "makes some outputs from a part of its kernel"
+            "uses only a part of its kernel for some outputs"
             if isinstance(partner, nn.modules.conv._ConvTransposeNd)
             else "pads with zeros"
         )
-        return f"{name!r} {zeros}, so the shift of the layer is not the same everywhere"
+        return f"{name!r} {zeros}, so a bias cannot replace the shift of the layer"
     joined = Linear.of(partner).joined(affine, position)
     if not all(t.to(partner.weight.dtype).isfinite().all() for t in (joined.weight, joined.bias)):
-        return f"{name!r} would have weights that are too large for {partner.weight.dtype}"
+        return f"{name!r} would have a weight or bias that is too large for {partner.weight.dtype}"
     return None
 
 
 def _about_order(facts: ModelFacts, node: Node, partner_node: Node, position: Position) -> str | None:
-    """Why other code may read or overwrite the value between the two layers; None if it does not."""
+    """Why other operations on the value between the two layers forbid folding; None if they do not.
+
+    They read the value, may overwrite it, or are an activation or residual of the batch norm layer.
+    """
     if position == "before":
         others = [named(facts, user) for user in partner_node.users if user is not node]
-        others += ["the sum behind the layer"] if partner_node in node.args[1:] else []
+        others += ["the layer as its residual"] if partner_node in node.args[1:] else []
         return f"has a result that also goes to {others[0]}" if others else None
     if len(node.args) > 1 or node.meta["module"] in facts.applying:
-        return "is behind an activation that the layer applies"
+        return "is behind an activation or a residual of the layer"
     following = node.next
     while following.op == "get_attr":
         following = following.next
-    return None if following is partner_node else "runs later, when other code may have overwritten the layer's input"
+    return None if following is partner_node else "runs after other code, which may overwrite the layer's input"
 
 
 def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Position) -> str | None:
@@ -137,15 +140,15 @@ def about_axes(facts: ModelFacts, layer: _BatchNorm, partner: Any, position: Pos
     count = channels(partner, position)
     verb = "makes" if position == "before" else "reads"
     if count != channels_of(layer):
-        return f"{verb} {count} channels, on another axis than the {channels_of(layer)} channels of the layer"
+        return f"{verb} {count} channels on another axis: the layer normalizes {channels_of(layer)} channels"
     if facts.ranks is None:
         if isinstance(partner, nn.Linear):
-            return f"{verb} channels on the last axis, which is axis 1 only in (N, C): pass an example to show it"
+            return "has its channels on the last axis, which is axis 1 only in (N, C): pass an example to check this"
         return None
     ranks = facts.ranks.get(layer, set())
     if ranks != {rank(partner)}:
         got = " and ".join(map(str, sorted(ranks)))
-        return f"{verb} channels on another axis than the layer normalizes in its inputs of {got} axes"
+        return f"has its channels on another axis than the layer, whose inputs have {got} axes"
     return None
 
 

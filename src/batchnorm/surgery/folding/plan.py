@@ -119,7 +119,7 @@ def _take_out(node: Node, applying: Container[nn.Module]) -> None:
 
 
 def _why_unseen(path: str, facts: ModelFacts, closed: dict[nn.Module, str]) -> str:
-    """Why a layer is in no graph, in the words of a reason."""
+    """Why a layer is in no graph."""
     around = [m for m, name in facts.names.items() if m in closed and (name == "" or path.startswith(f"{name}."))]
     if not around:
         return "no code that torch.fx can trace calls it"
@@ -139,7 +139,7 @@ def _answer(facts: ModelFacts, layer: _BatchNorm) -> Partner | str | None:
     node = facts.nodes[layer][0]
     source = node.args[0] if node.args else None
     if node.kwargs or not isinstance(source, Node) or len(node.args) > 1 + is_ours(layer):
-        return "it is called with other arguments than its input"
+        return "it is called with more than its input, or with keyword arguments"
     reasons = []
     for answer in chain(_next_to(facts, layer, node, source), _inside(facts, layer, node, source)):
         if isinstance(answer, Partner):
@@ -235,8 +235,8 @@ def _before(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, i
 
 
 def _behind(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, int]) -> Partner | str:
-    if node in {each for layer in facts.applying for each in facts.nodes.get(layer, [])}:
-        return "it applies an activation, so nothing behind it can do its work"
+    if len(node.args) > 1 or node in {each for layer in facts.applying for each in facts.nodes.get(layer, [])}:
+        return "it applies an activation or adds a residual, so nothing behind it can do its work"
     reader_and_channels = channel_paths.behind(node, facts.sizes, axes)
     if isinstance(reader_and_channels, str):
         return reader_and_channels
@@ -246,7 +246,7 @@ def _behind(facts: ModelFacts, layer: _BatchNorm, node: Node, axes: dict[Node, i
         return reason
     between = channel_paths.path_between(node, partner_node)
     if not all(map(channel_paths.is_harmless, between)):
-        return f"{facts.names[partner]!r} runs later, when other code may have overwritten the layer's input"
+        return f"{facts.names[partner]!r} runs after other code, which may overwrite the layer's input"
     return Partner(facts.names[partner], "behind", channels)
 
 
