@@ -1,8 +1,9 @@
 """Memory between forward and backward: an activation that can be computed again need not be kept.
 
 The operation after a layer keeps the layer's result y for its own gradient, and the layer keeps its input x. y is a
-cheap function of x, so ``saving`` keeps only x: in the graph a function replaces y, and computes y when the backward
-pass needs it. The function, with the storage and type of y, is called a recipe.
+cheap function of x, the batch's statistics, the parameters and the residual, so ``saving`` keeps only these: in the
+graph a function replaces y, and computes y when the backward pass needs it. The function, with the storage, version and
+type of y, is called a recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class _Recipe(NamedTuple):
 
 @final
 class _Layout(NamedTuple):
-    """What autograd keeps in place of a tensor: how to recompute the tensor's storage, and its layout there."""
+    """What autograd keeps in place of a tensor, which is a layer's result or a view of it.
+
+    ``compute`` returns the layer's result again; size, strides and offset are those of the tensor in its storage.
+    """
 
     compute: Callable[[], Tensor]
     size: torch.Size
@@ -36,7 +40,7 @@ class _Layout(NamedTuple):
 
 
 class _Recipes(threading.local):
-    """Recipes of this thread's results, by the address of their memory; None outside ``saving``."""
+    """Recipes of the results that layers computed in this thread, by address in memory; None outside ``saving``."""
 
     by_address: dict[int, _Recipe] | None = None
 
@@ -49,7 +53,9 @@ def saving() -> Iterator[None]:
     """A block in which results of layers with ``memory="save"`` are recomputed in the backward pass, not kept.
 
     The forward pass must run inside the block; the backward pass may run inside or after it. Blocks may be nested.
-    Gradients have the same bits as without the block. A result that is later changed in place is kept.
+    Gradients have the same bits as without the block. Three kinds of results are not recomputed: results that are
+    changed in place before the next operation saves them, results that the layer's own backward pass needs, and
+    results that are written over the layer's input.
     """
     if _recipes.by_address is not None:
         yield
@@ -63,7 +69,7 @@ def saving() -> Iterator[None]:
 
 
 def remember(result: Tensor, compute: Callable[[], Tensor]) -> None:
-    """Inside ``saving``, let ``compute`` replace ``result``, which must fill its storage; outside, do nothing."""
+    """Inside ``saving``, keep ``compute`` in place of ``result``, which must fill its storage; outside, do nothing."""
     if _recipes.by_address is not None:
         storage = result.untyped_storage()
         _recipes.by_address[storage.data_ptr()] = _Recipe(
@@ -76,7 +82,7 @@ def _pack(kept: Tensor) -> Tensor | _Layout:
     if recipe is None or recipe.version != kept._version or recipe.storage != StorageWeakRef(kept.untyped_storage()):
         return kept  # no layer's result, or changed since, or a new tensor at a freed address
     if recipe.dtype != kept.dtype or kept.is_neg() or kept.is_conj():
-        return kept  # a view with another type or sign
+        return kept  # a view with another type, or a negated or conjugate view
     return _Layout(recipe.compute, kept.size(), kept.stride(), int(kept.storage_offset()))
 
 

@@ -1,7 +1,7 @@
 """checkpoint: the batch norm layers in a file, read without torch and without running any code of the file.
 
-``read`` knows torch.save's two formats, safetensors and ONNX. It recognizes them by their content, not by the suffix.
-Only batch norm's tensors are read, so even a file of gigabytes is read quickly.
+``read`` knows torch.save's two formats, plain pickles, safetensors and ONNX. It recognizes them by their content, not
+by the suffix. Little else than batch norm's tensors is read, so even a file of gigabytes is read quickly.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
             or .onnx.
 
     Raises:
-        ValueError: If the file has none of these formats, is damaged, or would run code when it is loaded.
+        ValueError: If the path is not a file of these formats, or the file is damaged or would run code when loaded.
         FileNotFoundError: If there is no such file.
         PermissionError: If the file may not be read.
         ModuleNotFoundError: If it is an ONNX file and ``onnx`` is not installed.

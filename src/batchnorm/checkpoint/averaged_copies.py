@@ -34,7 +34,7 @@ _AVERAGE = re.compile(r"(.*[_-])?(averaged?|avg_model|ema|shadow|swa)([_-].*)?",
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 Words = tuple[str, ...]
-Keys = tuple[str | int, ...]  # of dicts and lists, which lead to a value in a file
+Keys = tuple[str | int, ...]  # keys of dicts and lists that lead to a value in a file
 
 
 @final
@@ -110,7 +110,7 @@ def _containers(saved: Saved) -> Iterator[tuple[Keys, Keys, Saved]]:
 
 
 def _named(value: Saved) -> list[tuple[str | int, Saved]]:
-    """What a container holds under a usable name or number."""
+    """The items of a container whose key is a number or a text that is not too long."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return [(key, item) for key, item in items if _is_name(key)]
 
@@ -180,7 +180,7 @@ def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
 
 
 def _average(layer: LayerTensors, roots: set[Words]) -> Words | None:
-    """The words up to the last one that names an average; None if no word does."""
+    """The words up to the last one that names an average, () if the whole file is one; None if there is no average."""
     group = () if () in roots else None
     for i, word in enumerate(layer.words):
         head = layer.words[: i + 1]

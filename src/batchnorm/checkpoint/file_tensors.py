@@ -141,7 +141,7 @@ class Tensor:
 
     @property
     def shape(self) -> str:
-        """The size in words, as far as 8 axes."""
+        """The size of the first 8 axes as text, such as "3 x 4"; "1" without axes."""
         return " x ".join(map(brief, self.size[:8])) or "1"
 
     @property
@@ -190,7 +190,7 @@ def numbers(source: Source, tensor: Tensor) -> array:
 
 
 def decoded(data: bytes, dtype: str, byteorder: str = "little") -> array:
-    """The numbers that these bytes are in type ``dtype``."""
+    """The numbers of type ``dtype`` that these bytes encode."""
     letter, swap = _LETTERS[dtype], byteorder != sys.byteorder
     if dtype == "float16":
         return _halves(data, byteorder)

@@ -1,6 +1,6 @@
 """Twins: two parts of a file whose layers have the same statistics, bit for bit, although their weights differ.
 
-Statistics are sums over activations, and different weights make different activations. Equal bits by chance are rarer
+Statistics are averages of activations, and different weights make different activations. Equal bits by chance are rarer
 than one in 2^24, so the statistics of one part were copied from the other. Layers with initial statistics are no proof.
 """
 

@@ -41,17 +41,17 @@ from batchnorm.checkpoint.shared_modules import find_shared
 from batchnorm.checkpoint.states_in_file import ROOT, parted
 from batchnorm.checkpoint.stored import Checkpoint, Shared, State, Stored, below, with_tensors
 
-_MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
+_MOST_VALUES = 1 << 24  # of all layers together: 128 MiB of float64
 
 
 def checkpoint(path: str, kind: str, saved: Saved, source: Source) -> Checkpoint:
-    """The Checkpoint of a file whose value is ``saved``."""
+    """The Checkpoint of a file; ``saved`` is the object that was read from it."""
     tensors = _tensors(kind, saved)
     layers = find_layers(tensors)
     _bounded(layers)
     copies = find_copies(layers, tensors)
     if len({_name(copy.prefix) for copy in copies}) < len(copies) or sum(len(c.layers) for c in copies) < len(layers):
-        raise RefusalError("each layer once", "two layers of one name", "Save the model's own state dict.")
+        raise RefusalError("a different name for each layer", "the same name twice", "Save the model's own state dict.")
     file = _file(path, kind, saved, tensors, copies, source)
     named = {file.named(_name(copy.prefix), name): layer for copy in copies for name, layer in copy.layers.items()}
     feeders = Feeders(tensors)
@@ -71,7 +71,8 @@ def _tensors(kind: str, saved: Saved) -> list[Entry]:
     """The tensors in ``saved``, with the keys that lead to them.
 
     Raises:
-        RefusalError: If ``saved`` is not the state of a torch model.
+        RefusalError: If ``saved`` is not a container, is data of another kind (``other_files.of_value``), or is a
+            whole object or a plain pickle without tensors.
     """
     if not isinstance(saved, dict | list | tuple):
         raise RefusalError("a dict of tensors", in_words(saved), RESAVE)
@@ -88,7 +89,7 @@ def _tensors(kind: str, saved: Saved) -> list[Entry]:
 def _file(
     path: str, kind: str, saved: Saved, tensors: Sequence[Entry], copies: Sequence[Copy], source: Source
 ) -> Checkpoint:
-    """The Checkpoint with the layers of all copies, without the fields that need a comparison of layers."""
+    """The Checkpoint with the layers of all copies, but without states, versions, aliases, shared and fed_by."""
     own = copies[0] if copies else Copy((), {})
     layers = [layer for copy in copies for layer in copy.layers.values()]
     stored = {_name(copy.prefix): _stored(copy, saved, source) for copy in copies}
@@ -108,7 +109,9 @@ def _file(
 
 
 def _shared(copy: Copy, tensors: Sequence[Entry], feeders: Feeders) -> tuple[Shared, ...]:
-    return find_shared({below(_name(copy.prefix), name): it for name, it in copy.layers.items()}, tensors, feeders)
+    return find_shared(
+        {below(_name(copy.prefix), name): layer for name, layer in copy.layers.items()}, tensors, feeders
+    )
 
 
 def _states(file: Checkpoint, copies: Sequence[Copy], tensors: Sequence[Entry]) -> dict[str, State]:
@@ -126,7 +129,7 @@ def _states(file: Checkpoint, copies: Sequence[Copy], tensors: Sequence[Entry]) 
 
 
 def _with_feeders(file: Checkpoint, named: Mapping[str, LayerTensors], feeders: Feeders, source: Source) -> Checkpoint:
-    """The file with ``fed_by`` for each layer that has the statistics of another layer too; other layers need none."""
+    """The file with ``fed_by`` for each layer whose statistics equal those of another layer; "" for the others."""
     counts = Counter(map(statistics_of, file.every.values()))
     copies = {
         copy: {
@@ -156,7 +159,7 @@ def _is_array(entry: Entry) -> bool:
 
 
 def _version(saved: Saved, layer: LayerTensors) -> int:
-    """The version of a layer's class in the ``_metadata`` of its state; 0 if it is not there."""
+    """The version number of a layer's class in the ``_metadata`` of its state dict; 0 if ``_metadata`` has none."""
     for key in layer.path:
         saved = saved[key]
     metadata = saved.get(VERSIONS, {}) if isinstance(saved, dict) else {}
@@ -172,7 +175,9 @@ def _name(words: Words) -> str:
 def _bounded(layers: Sequence[LayerTensors]) -> None:
     total = sum(tensor.numel for layer in layers for tensor in _of_channels(layer).values())
     if total > _MOST_VALUES:
-        raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", brief(total))
+        raise RefusalError(
+            f"at most {_MOST_VALUES:,} values in batch norm layers", brief(total), "Save fewer models in one file."
+        )
 
 
 def _stored(copy: Copy, saved: Saved, source: Source) -> dict[str, Stored]:
@@ -206,7 +211,7 @@ def _unread(tensors: Mapping[str, Tensor | int]) -> dict[str, str]:
 
 
 def in_pairs(unread: dict[str, str]) -> dict[str, str]:
-    """Add the second statistic of a layer if only the first is in ``unread``: both are read, or none."""
+    """If one of running_mean and running_var is in ``unread``, add the other one to it: neither is useful alone."""
     for key, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
         if other in unread:
             unread.setdefault(key, f"of no use without {other}.")
@@ -214,7 +219,14 @@ def in_pairs(unread: dict[str, str]) -> dict[str, str]:
 
 
 def _of_channels(layer: LayerTensors) -> dict[str, Tensor]:
-    """The tensors with one value for each channel. A weight of another size is a convolution's, not gamma."""
+    """The tensors with one value for each channel; without readable statistics, all tensors with one axis.
+
+    A module with both a convolution and batch norm may store the convolution's weight under the same name: it has
+    another size and is left out.
+
+    Raises:
+        RefusalError: If running_mean and running_var have different shapes.
+    """
     tensors = {
         key: tensor
         for key, tensor in layer.tensors.items()
@@ -263,7 +275,7 @@ def _names(tensors: Sequence[Entry], copies: Sequence[Copy], layers: Sequence[La
         words = entry.words
         if (entry.path, words) in normalized and entry.leaf in OF_A_LAYER:
             continue
-        # the longest prefix that fits, because the prefix of the model's own copy may be empty
+        # the longest prefix first: an empty prefix, which the model's own copy may have, fits every name
         prefix = next((words[:n] for n in range(len(words), -1, -1) if words[:n] in prefixes), None)
         if prefix == copies[0].prefix and isinstance(entry.tensor, Tensor):
             yield _name((*words[len(prefix) :], entry.leaf))

@@ -27,8 +27,8 @@ def load_weights(network: nn.Module, path: str, state: str = "") -> str:
         The state's name; "" if the file has no batch norm layers.
 
     Raises:
-        ValueError: If the file is not a checkpoint, or a name or shape does not fit; the message has the first of
-            these differences.
+        ValueError: If the file is not a checkpoint, or a name or shape does not fit; the message has at most
+            two of these differences.
     """
     file, name = chosen(network, path, state)
     part = file.states[name] if name else None
@@ -58,7 +58,7 @@ def chosen(network: nn.Module, path: str, state: str = "") -> tuple[Checkpoint, 
 
 
 def choice(network: nn.Module, path: str, state: str = "") -> tuple[str, str]:
-    """The name of the state that is loaded, and a sentence that says so; "" and "" if there is only one state."""
+    """The name of the state that is loaded, and a sentence that says so; "" and "" for fewer than two states."""
     file, name = chosen(network, path, state)
     if len(file.states) < 2:
         return "", ""
@@ -130,7 +130,7 @@ def _first_that_fits(network: nn.Module, file: Checkpoint) -> str:
 
 
 def _prefixes_beside(file: Checkpoint, state: State | None) -> Iterator[str]:
-    """Prefixes of the other states in the same dict whose names begin with this state's prefix, without it."""
+    """The prefixes of other states in the same dict that begin with this state's prefix, without this beginning."""
     for other in file.states.values():
         if state and other is not state and other.keys == state.keys and other.prefix.startswith(state.prefix):
             yield other.prefix.removeprefix(state.prefix)

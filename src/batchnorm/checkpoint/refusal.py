@@ -1,4 +1,4 @@
-"""RefusalError: why a file is not read, in a message of three parts: what was expected, what was got, what to do."""
+"""RefusalError: why a file is not read, in three parts: what was expected, what was found instead, what to do."""
 
 from __future__ import annotations
 

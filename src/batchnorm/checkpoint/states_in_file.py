@@ -51,7 +51,7 @@ def with_state(file: Checkpoint, path: str) -> tuple[Checkpoint, str]:
 
 
 def _itself(file: Checkpoint, path: str) -> str:
-    """The path; if it leads through a dict with several paths in the file, by the first of them."""
+    """The path; if it leads through a dict that has several paths in the file, the path through the first of these."""
     alias = next((alias for alias in file.aliases if is_below(alias, path)), "")
     return f"{file.aliases[alias]}{path.removeprefix(alias)}" if alias else path
 

@@ -28,7 +28,7 @@ class Stored:
     eps: float | None = None
     # torch's momentum: the weight of the new statistics, 1 minus the momentum of ONNX
     momentum: float | None = None
-    # tensors that could not be read, by key: the reason and what to do; of the statistics both are read, or none
+    # tensors that could not be read, by key: the reason and what to do; mean and variance are both read, or neither
     unread: Mapping[str, str] = field(default_factory=dict)
     # type, shape and a hash of the weight that makes the layer's inputs, judged by names; only if another layer of the
     # file has the same statistics, else ""

@@ -49,7 +49,7 @@ def is_of_another_class(layer: nn.Module) -> bool:
 def activation_in(layer: _BatchNorm) -> FusedActivation | str | None:
     """The activation that a layer of another class applies behind batch norm.
 
-    None if it applies no activation; a text with the reason if our layers cannot replace it. The layer is not changed.
+    None if it applies no activation; a text with the reason if our layers cannot replace it. Nothing is changed.
     """
     if reason := _about(layer):
         return reason

@@ -162,7 +162,7 @@ def _message(mode: bool, got: str) -> str:
 
 
 def _measure_widest(model: nn.Module, example: Batch, mode: bool) -> tuple[Measured, Widen, bool]:
-    """The results, in float64 and with gradients if possible; the cast that was used; and whether gradients are in."""
+    """The results, in float64 and with gradients if possible; the cast that was used; whether there are gradients."""
     reason: Exception | None = None
     for gradients, widen in product((True, False), (_wide, _as_it_is)):
         try:
@@ -256,7 +256,7 @@ def _odd(expected: Measured, got: Measured) -> list[_Odd]:
             name = min(tensors.keys() ^ others.keys())
             odd.append(_Odd(torch.inf, 0.0, group, f"{name} is in one of them only"))
             continue
-        # gradients are relative to the largest of all: some are 0 up to rounding, as of a bias before batch norm
+        # relative to the largest value of the group: some gradients, as of a bias before batch norm, are near 0
         scale = 1.0 if group == BUFFERS else max((_size(t) for t in tensors.values()), default=1.0)
         types = [t.dtype for t in [*tensors.values(), *others.values()] if t.is_floating_point()]
         line = max((torch.finfo(dtype).eps ** 0.5 for dtype in types), default=0.0)

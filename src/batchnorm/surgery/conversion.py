@@ -84,8 +84,9 @@ def convert(
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
-        ValueError: If the model does not run on ``example`` in both modes; or with ``fuse``, if nothing can be fused
-            because code around batch norm layers cannot be traced, or the model is compiled.
+        ValueError: If ``memory`` is neither None nor "save"; if the model does not run on ``example`` in both modes; or
+            with ``fuse``, if nothing can be fused because code around batch norm layers cannot be traced, or if the
+            model is compiled.
         RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
 
     Warns:

@@ -36,7 +36,7 @@ from batchnorm.population.hooks import attached
 from batchnorm.population.tensor_trees import Batch
 
 Callers = dict[nn.Module, set[nn.Module | None]]
-Options = dict[str, Batch]  # of a call, by name
+Options = dict[str, Batch]  # values of optional arguments in a call, by name
 Arguments = dict[nn.Module, Options]
 Written = Callable[..., object]
 
@@ -84,7 +84,7 @@ def name_of(node: Node) -> str:
 
 
 def is_named_in_place(node: Node) -> bool:
-    """Whether a node calls what changes its input in place, by torch's convention for names."""
+    """Whether a node calls an operation that changes its input in place: torch's names for these end in one _."""
     name = name_of(node)
     return node.op.startswith("call") and name.endswith("_") and not name.endswith("__")
 
@@ -299,7 +299,7 @@ class _Value(Proxy):
 
     @property
     def __class__(self) -> type:
-        # torch may ask for the type; if abc or typing asks, it asks for its caller
+        # torch and this package may ask for the type; abc and typing ask on behalf of their caller
         frame: Any = sys._getframe(1)
         while frame.f_globals.get("__name__") in {"abc", "_collections_abc", "typing"}:
             frame = frame.f_back

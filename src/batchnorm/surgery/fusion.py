@@ -1,8 +1,8 @@
-"""fuse: batch norm layers take over the activation, and the addition of a residual, that the code applies to results.
+"""fuse: batch norm layers take over the activation that follows them, and the addition of a residual between them.
 
 ``dataflow`` traces each module's own forward as a graph, ``patterns`` finds the places that can be fused, and
 ``rewriting`` puts the new code there. A layer is fused only if it is called at one place: it has one name in the model,
-one module calls it, and that module calls it once in each mode.
+one module calls it, and that module calls it at most once in each mode.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Places:
 
 
 def _places(flow: Flow) -> list[_Places]:
-    """The sites of layers that can be fused in the same way in each mode, and that are called once in each mode."""
+    """The sites of layers that are called at most once in each mode, and can be fused in the same way each time."""
     sites_by_layer = {mode: {site.layer: site for site in sites(flow, flow.graphs[mode])} for mode in MODES}
     calls = {mode: Counter(flow.called(node) for node in flow.graphs[mode].nodes) for mode in MODES}
     places = []
@@ -117,7 +117,7 @@ def _is_sole(places: _Places, registered: Counter, callers: Callers) -> bool:
 
 
 def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
-    """Whether the run reached an addition of the layer, and both operands always had the same shape and type.
+    """Whether the run reached an addition of the layer, and its operands always had the same shape, type and device.
 
     A layer without additions always fits.
     """

@@ -45,8 +45,9 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
-        ValueError: If ``groups`` does not divide the channels of a layer; if a layer is lazy, parametrized, or of a
-            subclass, which may do more than batch norm. The model is then unchanged.
+        ValueError: If ``groups`` is below 1 or does not divide the channels of a layer; if a layer is lazy or
+            parametrized; if a layer may do more than batch norm, because its class is neither torch.nn's nor ours or
+            its ``forward`` was replaced. The model is then unchanged.
         RuntimeError: If the model cannot be copied.
 
     Example:

@@ -1,8 +1,8 @@
 """What a batch norm layer computes in eval mode: an affine map of each channel, and operations on the result.
 
-Layers of torch.nn and ours are known. For layers of other classes, the forward is traced as a graph. The part of the
-graph that reads the layer's tensors must be an affine map of each channel, which is tested on numbers; the rest is
-stored as code. If the forward cannot be traced, the whole forward must be an affine map of each channel.
+What torch.nn's layers and ours compute is known. For layers of other classes, the forward is traced as a graph. The
+part of the graph that reads the layer's tensors must be an affine map of each channel, which is tested on numbers; the
+rest is stored as code. If the forward cannot be traced, the whole forward must be an affine map of each channel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _IDENTITIES = {
     Absorbed,
 }
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-_RANKS = (4, 2, 3, 5)
+_RANKS = (4, 2, 3, 5)  # numbers of axes of trial inputs, in the order in which they are tried
 _CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
 
 
@@ -107,7 +107,7 @@ def _unknown(layer: nn.Module, why: str) -> str:
 
 
 def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype = torch.float64) -> Affine | None:
-    """The map by the formula, if the measured map agrees with it; else the measured map, None if that is float32.
+    """The map by the formula, if the measured map agrees with it; else the measured map, None if measured in float32.
 
     The formula has all digits of float64.
     """
@@ -140,8 +140,8 @@ def _no_check(*_: torch.Tensor) -> None: ...
 def _split(layer: nn.Module, graph: Graph) -> tuple[Graph, Graph | None] | None:
     """Split a graph behind the last node that combines the input with the layer's tensors.
 
-    Returns the part up to this node and the part behind it, None for that part if it does nothing; None instead of
-    both if the graph cannot be split.
+    Returns the part up to this node, and the part behind it or None if that part does nothing. If the graph cannot be
+    split, the whole result is None.
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:

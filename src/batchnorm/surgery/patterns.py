@@ -41,9 +41,10 @@ class FusedActivation:
 @final
 @dataclass(frozen=True)
 class Site:
-    """A place in a graph where ``activation`` is applied to the layer's ``call``, or to ``addition``, a sum with it.
+    """A place in a graph where ``activation`` is applied to the layer's ``call``, or to its sum with another tensor.
 
-    ``chain`` lists the modules that return the layer's result, from the module that ``call`` calls to the layer.
+    ``addition`` is this sum; None if there is none. ``chain`` lists the modules that return the layer's result, from
+    the module that ``call`` calls to the layer.
     """
 
     chain: tuple[nn.Module, ...]
@@ -71,7 +72,7 @@ class Site:
 
 
 def sites(flow: Flow, graph: Graph) -> Iterator[Site]:
-    """All sites of a graph. Other uses of a layer or of an activation module elsewhere are not checked."""
+    """All sites of a graph. Whether a layer or an activation module is also used elsewhere is not checked."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         act = activation_of(flow, node)
@@ -128,7 +129,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def _chain(flow: Flow, node: Node) -> tuple[nn.Module, ...]:
-    """The modules from the one that a node calls down to the layer that makes its result; () if none can be fused."""
+    """The modules from the one that a node calls down to the layer that makes its result; () if it cannot be fused."""
     module = flow.called(node)
     if module is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], Node):
         return ()

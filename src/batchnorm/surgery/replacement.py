@@ -63,8 +63,8 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
 
     A new layer of ours gets the activation, ``memory`` and ``single_element`` of an old layer of ours, except those
     that it sets itself. A layer that ``convert`` fused can be replaced by any other module: the activation is then
-    applied at its original place. A layer constructed with ``act`` can only be replaced by a module that has the
-    activation as a child, or has an attribute ``act``.
+    applied at its original place. A layer constructed with ``act`` can only be replaced by a layer of ours,
+    or by a module that is or contains a module of this activation or a module with an attribute ``act``.
 
     Args:
         model: Not changed, unless ``inplace``.
@@ -274,7 +274,7 @@ def _names_of_hooks() -> list[str]:
 
 @cache
 def _own_names() -> set[str]:
-    """The names of all attributes and tensors of a batch norm layer of torch.nn or ours; others are its owner's."""
+    """The names of all attributes and tensors of a new layer of torch.nn or ours; all others are set by the owner."""
     names = {"_compiled_call_impl"}  # compiled code of the old layer
     for layer in (nn.BatchNorm1d(1, device="meta"), BatchNorm1d(1, device="meta")):
         names |= {*vars(layer), *layer._parameters, *layer._buffers}

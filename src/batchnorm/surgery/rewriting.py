@@ -75,7 +75,7 @@ class Absorbed(nn.Identity):
         self.training = activation.training
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name, which callers may use
-        """The input itself; its activation, if the layer does not apply it."""
+        """The input; the activation is applied to it if the layer does not apply it."""
         if not isinstance(input, Tensor) and (node := call_whole(self, input)) is not None:
             return node
         if self._place is None or self.is_idle():
@@ -137,7 +137,8 @@ def dropped(model: nn.Module) -> dict[str, str]:
     """Lost activations: the path of each module whose former layer applied an activation, and the activation's name.
 
     A module is listed in two cases. It has the tensors of a layer of ours that is not part of the model; or it is the
-    placeholder of an activation whose layer is not part of the model, and is not the first module.
+    placeholder of an activation whose layer is not part of the model, and is not the model's first module without
+    children.
     """
     parts = dict(model.named_modules())
     ids_in_use = {id(t) for part in parts.values() if applied_by(part) for t in _tensors(part)}

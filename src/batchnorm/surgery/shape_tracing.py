@@ -36,7 +36,7 @@ _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 @final
 class InputShapes:
-    """The arguments of each module as tensors without values, if all its calls had the same shapes and values."""
+    """The arguments of each module, with tensors without values; only if all calls had the same shapes and types."""
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -47,7 +47,8 @@ class InputShapes:
         """Arguments and keyword arguments of a module.
 
         Raises:
-            TraceError: If the module was not called, or was called with different arguments.
+            TraceError: If the module was not called, was called with different arguments, or with a tensor that has no
+                copy without values.
         """
         if module in self._mixed:
             raise TraceError("it is called with inputs of several shapes")
@@ -109,7 +110,7 @@ class _Recorder(TorchFunctionMode):
         self.stored = {id(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
         self.nodes: dict[int, Node] = {}
         self.kept: list[Tensor] = []  # keeps tensors alive, so that their ids stay unique
-        self.calls: list[Given | None] = []  # one for each running child; arguments of the outermost, else None
+        self.calls: list[Given | None] = []  # for each running child: its arguments, None inside another child
         self.around = surroundings(stacks=False)
 
     def graph_of(self, args: tuple, kwargs: dict) -> Graph:
@@ -161,7 +162,9 @@ class _Recorder(TorchFunctionMode):
             self._is(result, node)
             return
         if not isinstance(result, (tuple, list)) or not all(isinstance(t, Tensor) for t in result):
-            raise TraceError(f"its forward gets or makes a {type(result).__name__} of tensors and other values")
+            raise TraceError(
+                f"its forward gets or makes a {type(result).__name__} that is not a list or tuple of tensors only"
+            )
         for index, tensor in enumerate(result):
             self._is(tensor, self.graph.call_function(operator.getitem, (node, index)))
 
@@ -176,7 +179,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(leaf, _PLAIN):
             return leaf
         if not isinstance(leaf, Tensor):
-            raise TraceError(f"its forward gives an operation a {type(leaf).__name__}")
+            raise TraceError(f"its forward passes a {type(leaf).__name__} to an operation")
         if id(leaf) not in self.nodes:
             if id(leaf) not in self.stored:
                 raise TraceError("its forward uses a tensor that is made elsewhere")

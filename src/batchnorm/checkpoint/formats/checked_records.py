@@ -1,4 +1,4 @@
-"""Records: named runs of bytes of an open file, each compared with its CRC before any of its bytes are used."""
+"""Records: named runs of bytes of an open file, compared with their CRC before use, if they have one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FileRecord:
     size: int
     # 0 if the file has no CRC: torch writes 0 after torch.serialization.set_crc32_options(False)
     crc: int = 0
-    # whether the bytes begin with the local header of a zip entry, which has its own length in it
+    # whether a zip entry's local header is at ``start``, before the ``size`` bytes
     zipped: bool = False
 
 

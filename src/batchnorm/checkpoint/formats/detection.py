@@ -1,4 +1,4 @@
-"""The format of a file, recognized by its bytes; an error says what another file is."""
+"""The format of a file, recognized by its bytes; for a file of another format, an error names that format."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from batchnorm.checkpoint.refusal import RESAVE, RefusalError
 
 _EXPECTED = "a file of torch.save, .safetensors or .onnx"
 _TAR = 257  # offset of the mark of a tar file
-# the number at the beginning of torch's format before 1.6, as pickle protocols from 2 on write it, and as 0 and 1 do
+# the number that begins torch's format before 1.6, in pickle protocols 2 to 5, then in 0 and 1
 _LEGACY = (b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"L119547037146038801333356L\n.")
 
 
 def of(file: BinaryIO) -> str:
-    """The format: "pt" (zip), "legacy", "pickle", "safetensors" or "onnx"; an error says what another file is."""
+    """The format: "pt" (zip), "legacy", "pickle", "safetensors" or "onnx"; an error says what any other file is."""
     head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return "pt"

@@ -1,6 +1,6 @@
 """Batch norm layers of an ONNX file: its BatchNormalization nodes. Layers that the exporter folded are not among them.
 
-In ONNX, ``momentum`` is the weight of the old statistics; in torch, it is the weight of the new statistics: 1 minus it.
+In ONNX, ``momentum`` is the weight of the old statistics; in torch, it is the weight of the new ones. They add up to 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ENDINGS = (
     *(f"/{name}" for name in ("moving_mean", "moving_variance", "gamma", "beta")),
 )
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
-_MOST_VALUES = 1 << 24  # of all layers together: 128 MB of float64
+_MOST_VALUES = 1 << 24  # of all layers together: 128 MiB of float64
 _MOST_NODES = 1 << 20  # of all calls: functions that call functions may multiply the nodes of a small file
 _TINY_VARIANCE = 1e-7  # a variance; eps = 1e-3 is 10,000 times as much
 
@@ -58,7 +58,8 @@ class _Layers:
         self.used: set[str] = set()
         self.acts: dict[str, set[str]] = {}
         self.before: dict[str, list[tuple[bool, array[float] | None]]] = {}
-        # by scope and tensors: the nodes' inputs, with names. Scopes are separate: of two branches only one runs
+        # for each scope and layer: the inputs on which nodes call the layer, with a name for each call. Scopes are
+        # separate, because only one of two branches runs
         self.calls: dict[tuple[Scope, tuple[str, ...]], dict[tuple[Scope, str], str]] = {}
         self.called: set[str] = set()
         self.left = _MOST_VALUES
@@ -72,7 +73,9 @@ class _Layers:
         name = _unused(_name(node, actual, origins), tuple(actual.values()), self.keys)
         self.left -= sum(value.numbers.size for value in values.values())
         if self.left < 0:
-            raise RefusalError(f"at most {_MOST_VALUES:,} values in batch norm layers", "more")
+            raise RefusalError(
+                f"at most {_MOST_VALUES:,} values in batch norm layers", "more", "Export a part of the model."
+            )
         eps, momentum = _number(scope, node, "epsilon", 1e-5), _number(scope, node, "momentum", 0.9)
         self.layers[name] = _layer(name, values, unread, eps, momentum)
         self.keys[name] = tuple(actual.values())
@@ -161,7 +164,7 @@ def _values(scope: Scope, inputs: Mapping[str, str]) -> tuple[dict[str, Value], 
 
 
 def _name(node: NodeProto, actual: Mapping[str, str], origins: Mapping[str, str]) -> str:
-    """The layer's name: that in its tensors' names, if one has a known ending; else that of the node."""
+    """The name of the first tensor with a known ending, without this ending; else the node's name or first output."""
     for key in ("running_mean", "running_var", "weight", "bias"):
         for name in (actual.get(key, ""), origins.get(key, "")):
             ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
@@ -203,7 +206,7 @@ def _is_training(scope: Scope, node: NodeProto, opset: int) -> bool:
     """Whether a node is in training mode, in which it normalizes by its batch.
 
     ``opset`` is the version of ONNX's operators. From 14 on, the attribute training_mode shows it. From 7 to 13, more
-    than one output shows it. Before 7, the attribute is_test is 0.
+    than one output shows it. Before 7, the attribute is_test is 0 or missing.
     """
     flags = {
         name: value.i for name in ("training_mode", "is_test") if (value := scope.attribute(node, name)) is not None

@@ -41,14 +41,14 @@ class Neighbours:
         self._body, self.scope = body, scope
 
     def activation(self, tensor: str) -> str:
-        """The activation that reads a tensor and is its only reader; "" if there is none."""
+        """The activation that all readers of a tensor apply; "" if there is none."""
         kind, *others = self._readers.get(tensor) or {""}
         return "" if others else kind
 
     def norms(self, tensor: str) -> tuple[bool, array[float] | None]:
-        """Whether it is known which node makes a tensor, and the norm of each row of that node's weights.
+        """Whether it is known which weights make a tensor, and the norm of each row of these weights.
 
-        None for the norms if the node is not linear, or if the tensor is an input.
+        The norms are None if the tensor is an input or another kind of node makes it, and if the weights are unknown.
         """
         try:
             node, scope, is_moved = self._maker(tensor)
@@ -137,7 +137,7 @@ def _read_inside(node: NodeProto) -> Iterator[str]:
 
 
 def _kept(node: NodeProto, scope: Scope) -> str:
-    """The input whose values a node passes on; for a sum, the input that is no constant; "" if it makes new values."""
+    """The input whose values a node passes on, in a sum the one that is not constant; "" if it makes new values."""
     if node.domain not in _DOMAINS or node.op_type not in _KEEPING_OPERATORS | _MOVING_OPERATORS:
         return ""
     if node.op_type not in {"Add", "Sub"}:

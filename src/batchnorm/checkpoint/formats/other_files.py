@@ -238,7 +238,7 @@ def _of_message(file: BinaryIO) -> Named | None:
 
 
 def _fields(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Number, wire type and size of each field, if the whole file is one message; nothing if it is not."""
+    """Number, wire type and size of each field, if the file, or its first 4,096 fields, are a message; else nothing."""
     end, at, fields = file.seek(0, os.SEEK_END), 0, []
     while at < end and len(fields) < _MOST_FIELDS:
         file.seek(at)

@@ -1,7 +1,8 @@
 """torch's format before 1.6, which ``_use_new_zipfile_serialization=False`` still writes.
 
 Five pickles follow each other: a magic number, the protocol, facts about the system, what was saved, and the keys of
-its storages. Then each storage's number of elements (8 bytes) and its bytes. All numbers are little-endian.
+its storages. Behind them is for each storage its number of elements (8 bytes) and then its bytes. All numbers are
+little-endian.
 
 A plain pickle is a single pickle. It contains the bytes of its arrays, and each storage of torch in it is a whole file
 of this format.

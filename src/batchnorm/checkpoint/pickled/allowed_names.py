@@ -78,7 +78,10 @@ def storage(identity: object) -> Storage:
 
 
 def key(value: object) -> Saved:
-    """The dict key for ``value``: plain values and names themselves, for others a new key that equals nothing else."""
+    """The dict key for ``value``: plain values, short tuples of them, and names are their own keys.
+
+    Tensors, objects, other tuples and storages get a new key that equals nothing else; all others are refused.
+    """
     if _is_plain(value) or isinstance(value, Opaque | Name):
         return value
     if type(value) is tuple and len(value) <= _LONGEST_KEY and all(map(_is_plain, value)):
@@ -96,8 +99,9 @@ def _is_plain(value: object) -> bool:
 def call(function: object, arguments: object) -> Saved:
     """The result of a call in a pickle; refused unless it is known to be harmless.
 
-    An unknown class called without arguments (a subclass of dict) or with one plain value (an enum, a subclass of set)
-    becomes an Object. Any other unknown call is refused: it might run code.
+    An unknown class becomes an Object if it is called without arguments (a subclass of dict), with one plain value or
+    container (an enum, a subclass of set), with a default_factory, or with the values and the maxlen of a deque. A
+    class of torch must be called with one int, as its enums are. Any other unknown call is refused: it might run code.
     """
     if not isinstance(function, Name | Opaque | Object) or type(arguments) is not tuple:
         raise RefusalError("a known name and its arguments", in_words(function))
@@ -148,7 +152,7 @@ def _first(value: object, *_: object) -> object:
 
 
 def _partial(function: object = None, *_: object) -> Opaque:
-    """functools.partial; of a class's ``__new__`` (objects with keyword arguments in protocol 2), its call is known."""
+    """functools.partial; a call of the partial of a class's ``__new__`` (as in protocol 2) makes an object."""
     owner = function.name.removesuffix(".__new__") if isinstance(function, Name) else ""
     is_new = isinstance(function, Name) and owner != function.name and Name(owner, is_known=False).is_class
     return Opaque("functools.partial", is_reported=True, makes=owner if is_new else "")
@@ -175,7 +179,7 @@ def _bytes(data: object = b"", encoding: object = "", *_: object) -> object:
 
 
 def _member(owner: object, name: object = "", *_: object) -> object:
-    """getattr: of a name the entry of its attribute; of an object an Opaque, because its attributes are not read."""
+    """getattr: for a name the entry of its attribute, for an object an Opaque, because its attributes are not read."""
     if not isinstance(owner, Name | Object | Opaque) or not isinstance(name, str):
         raise RefusalError("an attribute's owner and name", f"{in_words(owner)} and {brief(name)}")
     return find(f"{owner.name}.{name}") if isinstance(owner, Name) else Opaque(f"{owner.name}.{name}")

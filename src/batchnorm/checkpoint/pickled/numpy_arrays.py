@@ -28,7 +28,10 @@ _ORDERS = {"<": "little", ">": "big", "|": "little", "=": "little"}
 
 @final
 class Dtype:
-    """A type of numbers, and the order of their bytes, which BUILD sets. The name is "" for other types."""
+    """The type of an array's numbers, which the constructor sets, and their byte order, which BUILD sets.
+
+    ``name`` is "" for types that are not in ``_TYPES``, such as complex numbers.
+    """
 
     __slots__ = ("byteorder", "name")
 
@@ -45,7 +48,7 @@ class Dtype:
 
 @final
 class Unbuilt:
-    """An array before BUILD, and its index in the pickle's memo, None if it is not there."""
+    """An array that BUILD has not filled yet. ``place`` is its index in the pickle's memo; None if it has no index."""
 
     __slots__ = ("place",)
 
@@ -53,7 +56,7 @@ class Unbuilt:
         self.place: int | None = None
 
     def build(self, state: object) -> Tensor | Opaque:
-        """The array; an Opaque if it has other values than numbers, such as objects or records."""
+        """The array; an Opaque if its type is not in ``_TYPES``, such as objects, records and complex numbers."""
         if not isinstance(state, tuple) or len(state) != 5:
             raise RefusalError("a NumPy array's shape, type, order and bytes", brief(state))
         _, shape, dtype, is_fortran, data = state
@@ -61,7 +64,7 @@ class Unbuilt:
 
 
 def from_buffer(data: object, dtype: object, shape: object, order: object = "C", *_: object) -> Tensor | Opaque:
-    """An array in protocol 5; an Opaque if it has other values than numbers."""
+    """An array in protocol 5; an Opaque if its type is not in ``_TYPES``."""
     return _array(data, dtype, shape, is_fortran=order == "F")
 
 
@@ -76,7 +79,7 @@ def scalar(dtype: object = None, data: object = None, *_: object) -> int | Opaqu
 
 def _array(data: object, dtype: object, shape: object, *, is_fortran: bool) -> Tensor | Opaque:
     if not isinstance(dtype, Dtype) or not dtype.name or isinstance(data, list):
-        return Opaque("numpy.ndarray of other values than numbers", is_reported=True)
+        return Opaque("numpy.ndarray of a type that is not read", is_reported=True)
     held = Held.of(data, dtype.byteorder)
     size = tuple(shape) if isinstance(shape, tuple | list) else ()
     if held is None or not all(type(length) is int and 0 <= length < 1 << 63 for length in size):
@@ -91,5 +94,5 @@ def _array(data: object, dtype: object, shape: object, *, is_fortran: bool) -> T
 
 
 def _numel(size: Sequence[int]) -> int:
-    # only 64 axes are multiplied: Tensor refuses more
+    # a file may claim any number of axes: only 64 are multiplied, because Tensor refuses more
     return math.prod(size[:64])

@@ -17,7 +17,7 @@ _SAVE_WHOLE = (
 
 
 def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: object) -> Tensor:
-    """A view of a storage; ``rest`` is requires_grad, hooks, and flags such as "neg", the sign to be flipped."""
+    """A view of a storage; ``rest`` is requires_grad, hooks, and a dict of flags: with "neg", all signs are flipped."""
     if not isinstance(base, Storage) or not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
         raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
     bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
@@ -75,7 +75,7 @@ def meta(dtype: object, size: Saved, *_: object) -> Tensor:
 
 
 def uninitialized(*_: object) -> Tensor:
-    """A parameter of a lazy layer."""
+    """A parameter or buffer of a lazy layer."""
     return unreadable("float32", (), "not initialized. Run one batch through the model, then save it.")
 
 
@@ -107,7 +107,7 @@ def _is_size(value: object) -> bool:
 
 
 def of_numpy(data: object, dtype: object, *_: object) -> Saved:
-    """A tensor of a device whose numbers are pickled as a NumPy array, in float32 if NumPy lacks its type."""
+    """A tensor of a device, pickled as a NumPy array (float32 if NumPy lacks its type); an Opaque if unreadable."""
     if not isinstance(data, Tensor) or not isinstance(dtype, Name) or dtype.dtype not in BYTES:
         return Opaque("torch.Tensor of a device", is_reported=True)
     return data

@@ -89,7 +89,7 @@ class _Machine:
         return self.take(self.unsigned(width))
 
     def stretch(self, width: int) -> bytes | Span:
-        """A number of bytes, which comes before them in ``width`` bytes; a long run stays in the file as a Span."""
+        """As many bytes as the next ``width`` bytes say, as a number; a long run stays in the file as a Span."""
         size = self.unsigned(width)
         if size < _SHORTEST_SPAN:
             return self.take(size)

@@ -56,7 +56,10 @@ class Affine:
 
     @classmethod
     def of(cls, layer: Any) -> Affine:
-        """The map of a layer by its stored statistics; NaN if they are NaN or if a variance is below -eps."""
+        """The map of a layer by its stored statistics.
+
+        It is NaN if they are NaN or a variance is below -eps, and infinite if a variance is -eps.
+        """
         scale = 1 / (wide(layer.running_var) + layer.eps).sqrt()  # in torch's order of operations
         if layer.weight is not None:
             scale = scale * wide(layer.weight)

@@ -270,7 +270,9 @@ def _difference(expected: list[Tensor], folded: nn.Module, example: Batch) -> tu
             "Change code that reads attributes of a batch norm layer: folded layers do not have them."
         ) from error
     if [t.shape for t in got] != [t.shape for t in expected]:
-        raise ValueError("fold needs results of the same shapes in each run, got others. Fold parts of the model.")
+        raise ValueError(
+            "fold needs results of the same shapes in each run, got others after folding. Fold parts of the model."
+        )
     error = max(_largest(a, b) for a, b in zip(expected, got, strict=True))
     largest = max(_largest(t) for t in expected)
     line = max(map(_eps, expected)) ** 0.5 * largest

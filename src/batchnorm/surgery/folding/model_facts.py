@@ -68,7 +68,7 @@ class ModelFacts:
     nodes: dict[nn.Module, list[Node]]
     owners: Counter
     read: set[int]
-    linear: set[nn.Module]  # convolutions and linear layers that do nothing else with their weight and bias
+    linear: set[nn.Module]  # convolutions and linear layers that return their sum unchanged, see is_linear
     holding: set[nn.Module]  # those whose forward processes the sum further, such as by a batch norm layer inside
     sizes: Sizes = field(default_factory=dict, init=False)  # in graphs with operations that only move values
     parts: dict[nn.Module, Parts | str]  # what each batch norm layer does, or why that is not known
@@ -86,7 +86,7 @@ class ModelFacts:
         return parts.affine
 
     def about_calls(self, module: nn.Module) -> str | None:
-        """Why a module is not called at exactly one place; None if it is."""
+        """Why a module is not called at exactly one place; None if it is, or if only code without a graph calls it."""
         nodes, callers = self.nodes.get(module, []), self.callers.get(module, set())
         if self.registered[module] != 1:
             return "has several names" if self.registered[module] else "is the model itself"
