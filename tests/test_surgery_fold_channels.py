@@ -204,6 +204,23 @@ def test_a_layer_that_adds_a_residual_is_left_next_to_a_move(run):
     assert not isinstance(foldable(settled(Written(run, **parts)), x)["bn"], Partner)
 
 
+class AddsItsSum(nn.Conv2d):
+    """Adds the sum of its weight behind the batch norm layer inside of it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = bn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        y = F.conv2d(x, self.weight, self.bias)
+        return self.norm(y, y)
+
+
+def test_a_sum_that_is_also_the_residual_is_left():
+    net = settled(nn.Sequential(AddsItsSum(3, 4, 3)))
+    assert foldable(net, images())["0.norm"].endswith("computes a sum that also goes to the layer as its residual")
+
+
 class SamePadding(nn.Conv2d):
     """TensorFlow's "same" padding, by numbers made of sizes."""
 

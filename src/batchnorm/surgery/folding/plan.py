@@ -168,6 +168,7 @@ def _inside(facts: ModelFacts, layer: _BatchNorm, node: Node, source: Node) -> I
     reason = about_partner(facts, holder, "before") or about_axes(facts, layer, holder, "before")
     reason = reason or about_result(facts, layer, holder, "before")
     others = [named(facts, user) for user in source.users if user is not node]
+    others += ["the layer as its residual"] if source in node.args[1:] else []
     if reason is None and others:
         reason = f"{facts.names[holder]!r} computes a sum that also goes to {others[0]}"
     yield reason or Partner(facts.names[holder], "before")
