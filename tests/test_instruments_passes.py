@@ -516,6 +516,14 @@ def test_an_optimizer_without_the_models_parameters_is_told(tmp_path: Path) -> N
     assert "100 steps in a row were of SGD, which has none of the model's parameters" in event["message"]
 
 
+def test_nothing_is_said_to_change_while_only_another_model_trains(tmp_path: Path) -> None:
+    model, other = Model(), Model()
+    optimizer = sgd(other)
+    with pytest.warns(RuntimeWarning, match="watch saw no step"):
+        counted(lambda _: times(120, plain, other, optimizer), model, log=tmp_path)
+    assert not Log(tmp_path).rows("event")
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_that_is_too_short_says_so(steps: int, tmp_path: Path) -> None:
     counted(lambda model: times(steps, plain, model, sgd(model)), log=tmp_path)

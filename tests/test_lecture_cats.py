@@ -366,6 +366,25 @@ def test_losing_accuracy_by_re_estimation_under_another_class_mix_is_the_opposit
     assert "10.0 points lost" in verdict.sentence
 
 
+@pytest.mark.parametrize(
+    ("rang", "words"),
+    [
+        ((8.0, 8.0, 24.0), "raises its alarm after 8 coloured pictures (3 of 3 seeds"),
+        ((8.0, math.inf, math.inf), "raises its alarm in fewer than half of the seeds (1 of 3 seeds"),
+        ((math.inf,) * 3, "raises its alarm in no seed (0 of 3 seeds"),
+    ],
+)
+def test_the_alarm_is_told_in_words_if_few_seeds_or_none_have_one(rang, words):
+    found = made_up()
+    for shift in tested_on_other_cats.STREAMED:
+        for number in range(tested_on_other_cats.LOOK, tested_on_other_cats.STREAM + 1, tested_on_other_cats.LOOK):
+            found.values["evidence", shift, number] += [0.0, 0.0, 0.0]
+        found.values["adapted", shift] += [math.inf] * 3
+        found.values["guarded", shift] += [0.9] * 3
+        found.values["rang", shift] += rang if shift == "coloured" else (math.inf,) * 3
+    assert words in black_cats._alarm(found).title
+
+
 def test_the_claim_says_that_these_are_silhouettes_and_not_photographs():
     assert "not photographs" in black_cats.CLAIM.arms
     assert "photographs" in black_cats.CLAIM.not_shown

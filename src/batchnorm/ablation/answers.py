@@ -32,8 +32,8 @@ class Answers(Verdicts):
         model: The model's address on the command line.
         trained: Whether models were trained for the answers.
         steps: Number of training steps of each run.
-        idle: Those of the arms "with" and "without" batch norm that did not learn at any rate.
-        late: Those of the same arms with a seed that never reached the target, so that ratios are bounds.
+        idle: Of "with" and "without", the arms that did not learn at any rate.
+        late: Of "with" and "without", the arms with a seed that never reached the target, so that ratios are bounds.
         advice: A setting that would make the comparison fairer; "" for no advice.
     """
 

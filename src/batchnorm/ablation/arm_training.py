@@ -17,7 +17,7 @@ RATES = (0.001, 0.005, 0.02, 0.1, 0.5)
 
 _RUNAWAY = 1e8  # its fifth power is beyond float32
 
-# Called before each step with the number of steps done and the step's batch, and once more at the end.
+# Called before each step with the steps done, the model and the step's batch, and at the end unless the run diverged
 Observer = Callable[[int, nn.Module, Batch], None]
 
 

@@ -50,7 +50,7 @@ class Study:
         return self.watched[arm, self.grid.best(arm)]
 
     def idle(self) -> tuple[str, ...]:
-        """Those of the arms with and without batch norm that did not learn at any rate."""
+        """Of the arms with and without batch norm, the arms that did not learn at any rate."""
         return tuple(arm for arm in PAIR if all(self.grid.unlearned(arm, n) for n in range(len(self.plan.rates))))
 
     def advice(self) -> str:
@@ -79,7 +79,7 @@ class Study:
         return next((f"a run could not be measured: {run.failed}" for run in runs if run.failed), "")
 
     def late(self) -> tuple[str, ...]:
-        """Those of the arms with and without batch norm with a seed that never reached the target."""
+        """Of the arms with and without batch norm, the arms in which a seed never reached the target."""
         return tuple(arm for arm in PAIR if self.grid.arrival(arm).late)
 
 

@@ -17,6 +17,8 @@ _REMEDY = "Give your own: --loss file.py:loss with loss(output, batch) -> scalar
 def default_loss(output: Answer, batch: Batch) -> Tensor:
     """Cross-entropy of logits (N, K, ...) and classes (N, ...), or mean squared error of numbers of equal shape.
 
+    Axes of length 1 do not count in the comparison of shapes of numbers.
+
     Raises:
         ValueError: If output and targets fit neither loss.
     """
@@ -36,7 +38,7 @@ def default_loss(output: Answer, batch: Batch) -> Tensor:
 
 
 def accuracy(output: Answer, batch: Batch) -> float | None:
-    """Share of examples or positions with the right class; None if the targets are no classes."""
+    """Share of examples or positions with the right class; None if output and targets are not logits and classes."""
     target = target_of(batch)
     if not isinstance(output, Tensor) or not _is_classes(output, target):
         return None

@@ -17,8 +17,8 @@ from batchnorm.instruments.loss_landscape import Roughness, along_gradient
 from batchnorm.instruments.network_vectors import Vectors, of_one
 from batchnorm.instruments.signal_propagation import sample
 
-LOOKS = 10  # measurements of the layers' inputs after the first measurement
-PROBES = 6  # measurements of the loss along the gradient
+LOOKS = 10  # the least measurements of the layers' inputs after the first measurement, if a run has as many steps
+PROBES = 6  # the least measurements of the loss along the gradient, if a run has as many steps
 _WORDS = 200  # the most characters of an error's message
 _FIRST = 0  # the seed that chooses the probe batch, the same for all arms and seeds
 

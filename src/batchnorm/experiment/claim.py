@@ -20,16 +20,16 @@ Numbers = dict[str, float | int | str | None]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One claim of the lecture and the experiment that tests it.
+    """One claim, of the lecture or about a user's model, and the experiment that tests it.
 
     Args:
         name: Name of the claim on the command line.
         title: Title of a few words.
-        sentence: The lecture's sentence, in our words.
+        sentence: What is claimed, in one or two sentences.
         arms: The arms, data and budget of the experiment: two to four sentences.
         how_to_read: Two sentences on reading the charts.
         not_shown: The limits of the experiment: one to three sentences.
-        sources: Papers the experiment follows.
+        sources: Papers that the experiment follows.
         run: Measures and returns the Result. Its module imports torch, so it is loaded when a claim runs.
     """
 

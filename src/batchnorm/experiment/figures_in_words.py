@@ -51,7 +51,7 @@ def minus(text: str) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio with its significant digits, such as 4.7, 0.83, 120 or 3e+29; "any number of" for infinity."""
+    """A ratio with the digits that matter, such as 4.7, 0.83, 120 or 3e+29; "any number of" for infinity."""
     if ratio == math.inf:
         return "any number of"
     if ratio >= _MANY:
@@ -62,7 +62,7 @@ def times(ratio: float) -> str:
 
 
 def share(value: float) -> str:
-    """A signed share as a percentage, such as +4.1%; from 1,000 % on as a multiple, such as "31 times more"."""
+    """A signed share as a percentage, such as +4.1%; from 1,000 % on as a multiple, such as "31.4 times more"."""
     if not math.isfinite(value) or abs(value) < _PERCENT:
         return f"{value:+.1%}"
     return f"{times(abs(value))} times {'more' if value > 0 else 'less'}"

@@ -139,7 +139,7 @@ class Verdict:
         status: The outcome.
         estimate: The effect; None if it could not be computed.
         words: The measurement as a template that names its figures, such as "{fast} steps instead of {slow}".
-        figures: The numbers and names that ``words`` names.
+        figures: Figure in ``words`` -> its value, a number or a text.
         bound: "at least" or "at most" if one side never reached the target, else "".
         failed_guard: The failed condition with its number if the status is INVALID, else "".
     """
@@ -230,8 +230,8 @@ class Criteria(Mapping[str, Criterion]):
             key: The criterion's key.
             values: The effect for each seed; with fewer than two values, or one that is not finite, the verdict is
                 INVALID.
-            words: The measurement as a template that names its figures. If there is no estimate and a figure is not
-                finite, a standard sentence takes its place.
+            words: The measurement as a template that names its figures. If there is no estimate, and the template is ""
+                or a figure is not finite, a standard sentence is used instead.
             figures: Numbers and names for the template; more of them as keywords.
             bound: "at least" or "at most" if the effect is a bound, else "".
             failed_guard: The condition that failed, with its number; makes the verdict INVALID.

@@ -35,7 +35,7 @@ def median(values: Tensor, axis: int = -1) -> Tensor:
 
 
 def factor(ratios: Tensor) -> float:
-    """Geometric mean of ratios; for the inverse ratios it gives the inverse mean."""
+    """Geometric mean of ratios; the geometric mean of the inverse ratios is its inverse."""
     return float(ratios.log2().mean().exp2())
 
 

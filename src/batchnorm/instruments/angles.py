@@ -55,7 +55,7 @@ class WeightAngle:
         name: The parameter's name.
         filters: Number of filters; a filter has the entries of the weight that feed one output channel.
         angle: Angle per step in radians, rms over filters and steps.
-        effective_rate: eta / ||w||^2 with w from before the last measured step, median over filters.
+        effective_rate: eta divided by the median of ||w||^2 over filters, with w from before the last measured step.
         invariance: |<w, g>| / (||w|| ||g||), median over filters, then over steps; NaN without gradients.
         tolerance: An ``invariance`` below this counts as 0; a tenth of the value for unrelated directions.
         invariant: Whether ``invariance`` is below ``tolerance``.
@@ -117,14 +117,14 @@ class Angles:
 
     Args:
         model: The model whose weights of two axes or more are measured, one filter for each output channel.
-        optimizer: A torch.optim optimizer; theta* is known for SGD and AdamW only.
+        optimizer: A torch.optim optimizer; theta* is known for SGD, and for AdamW without amsgrad.
         every: Measure one step in this many.
         keep: Number of measured steps that are remembered; older steps are dropped.
 
     Raises:
         TypeError: If ``optimizer`` is not a torch.optim optimizer, or is LBFGS.
-        ValueError: If no weight of the model has two axes or more, ``optimizer`` has no such weight, or ``every`` or
-            ``keep`` is below 1.
+        ValueError: If no trained weight of the model has two axes or more, ``optimizer`` has no such weight, a weight
+            cannot be read, or ``every`` or ``keep`` is below 1.
         RuntimeError: From ``report``, if no step was measured.
 
     Example:
@@ -248,7 +248,7 @@ def _weights(model: nn.Module) -> list[_Weight]:
 
 
 def _mean_square_angle(before: Tensor, after: Tensor) -> Tensor:
-    """Mean of the squared angle over filters; a filter of zeros has no direction and is left out."""
+    """Mean of the squared angle over filters, without filters of zeros, which have no direction; NaN if all are 0."""
     a, b = (w.to(exact_dtype(w.device)) for w in (before, after))
     chord = (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)).norm(dim=1)
     # the arccos of a cosine near 1 would lose half of the digits

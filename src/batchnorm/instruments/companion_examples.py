@@ -2,7 +2,7 @@
 
 In train mode a batch norm layer makes every output depend on all examples of its batch. Each example runs through the
 model several times, each time with M - 1 other companions drawn at random from a pool; nothing else changes. With p_c
-the share of the batches in which the prediction is class c:
+the probability, over such batches, that the prediction is class c:
 
     flip rate        probability that two batches of companions lead to different predictions, 1 - sum_c p_c^2
     variance         Var(logit) over batches of companions, mean over logits
@@ -92,7 +92,7 @@ def companion_flips(
 
     Unit: flip rates are shares, variances are in units of the logit squared. Noise floor: the smallest flip rate above
     0 is 2 / repeats. For one example and one logit, the relative error of a variance of R draws is sqrt(2 / (R - 1)).
-    Without batch norm, and with ``train=False``, all numbers are exactly 0.
+    Without batch norm, and with ``train=False``, all numbers are exactly 0 unless another module mixes examples.
 
     How to read it: in train mode the numbers are the noise that batch norm adds to predictions in training; it falls
     as 1 / ``batch``. With ``train=False`` a number other than 0 shows a leak: a module that is not batch norm mixes

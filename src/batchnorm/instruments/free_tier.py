@@ -1,8 +1,8 @@
 """The free tier: how noisy batches are and how well stored statistics follow them, from running averages alone.
 
 A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``). If
-a step has several forward passes, each pass gives such a mean and variance (``window_readings``). Noise, M_eff and
-dropout are computed from single passes, staleness from whole steps. The variance of batch means is computed from
+a step has several forward passes, each pass gives such a mean and variance (``window_readings``). Noise, M_eff, dropout
+and gap are computed from single passes, staleness from whole steps. The variance of batch means is computed from
 second differences, so that a constant drift within the window does not count. With momentum a, ``share`` of
 ``snapshots``, and s^2 the mean of v_i:
 
@@ -46,18 +46,20 @@ _ROUNDED = 0.1
 class StepWindow:
     """Every layer over W consecutive training steps; all (layers,), NaN for a layer that could not be measured.
 
-    A layer is measured if three steps or more updated its statistics, with a momentum above 0. Channels without
-    variance are left out. If a step has several passes, each pass is compared with the same pass of other steps. So a
-    batch that passes twice counts once, and four micro-batches count as four.
+    A layer is measured if three steps or more updated its statistics, with a momentum above 0 or None, and if nothing
+    reset them. Channels without variance, or with differences that may be rounding, are left out. If a step has several
+    passes, each pass is compared with the same pass of other steps. So a batch that passes twice counts once, and four
+    micro-batches count as four.
 
     Args:
         noise: Noise power of normalization by a batch's own statistics, as a share of the output's variance.
         m_eff: The number of independent values whose mean varies as much as a batch's mean.
         dropout: Rate of Gaussian dropout with equal noise.
-        staleness: Distance of the stored mean from the mean of the batches, in standard errors, rms over channels.
+        staleness: Distance of the mean stored before the window from the mean of the batches, in standard errors, rms
+            over channels.
         staleness_var: The same for the log of the variance.
         short_var: As ``staleness_var``, but a channel counts as 0 unless its stored variance is below the variance of
-            every batch in the window. Rare large examples cannot cause this: they make the stored variance larger.
+            every step in the window. Rare large examples cannot cause this: they make the stored variance larger.
         gap: Difference of outputs between batch and stored statistics, rms, in standard deviations of the eval output.
         wander: Noise power computed from whole steps, as if the passes of a step were independent.
     """
@@ -122,7 +124,7 @@ class _Spread:
     """How far the readings of the layers differ.
 
     Args:
-        of_mean: Variance of batch means over ``var``, mean over the counted channels, (layers,).
+        of_mean: Variance of batch means divided by ``var``, mean over the counted channels, (layers,).
         of_log: Variance of the logarithm of batch variances, mean over the counted channels, (layers,).
         var: Mean of the batch variances, (channels,).
         counted: Whether a channel was measured, (channels,).
@@ -172,8 +174,8 @@ def shift(before: Snapshot, after: Snapshot, layers: Layers) -> Tensor:
     """How far stored statistics moved between two snapshots, in standard deviations, (layers,).
 
     The rms over channels of the 2-Wasserstein distance of normal distributions: sqrt(mean over channels of
-    ((mean' - mean)^2 + (sd' - sd)^2) / var), with var the earlier variance. Channels with an earlier variance of 0 are
-    left out.
+    ((mean' - mean)^2 + (sd' - sd)^2) / var), with var the earlier variance. Channels with an earlier variance of 0, and
+    channels with NaN or infinity, are left out; NaN if no channel is left.
     """
     before, after = before.cpu(), after.cpu()
     distance = (after.mean - before.mean).square() + (after.var.sqrt() - before.var.sqrt()).square()
@@ -192,13 +194,13 @@ def shift_floor(before: Snapshot, after: Snapshot, layers: Layers, noise: Tensor
 
 
 def _curves(values: Tensor, share: Tensor) -> Tensor:
-    """Variance of independent values around a constant drift, from second differences: (T, channels)."""
+    """Variance of independent values around a constant drift, from second differences: (T, C) -> (T - 2, C)."""
     curve = values[2:] - 2 * values[1:-1] + values[:-2]
     return curve.square() / (share[2:] + 4 * share[1:-1] + share[:-2])
 
 
 def _ema_noise(snapshot: Snapshot, layers: Layers) -> Tensor:
-    """Variance of a stored mean over the variance of one batch's mean after many updates, (layers,)."""
+    """Variance of a stored mean after many updates, divided by the variance of one batch's mean, (layers,)."""
     momentum = layers.numbers("momentum", torch.nan)
     return torch.where(momentum.isnan(), 1 / snapshot.updates.double(), momentum / (2 - momentum))
 

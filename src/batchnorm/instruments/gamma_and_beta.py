@@ -22,7 +22,8 @@ def census(layers: Layers, snapshot: Snapshot) -> dict[str, Tensor]:
     ``gamma`` and ``beta`` are medians over channels of |gamma| and beta, and ``active`` is the mean of
     Phi(beta / |gamma|). ``dead`` is the share of channels with a stored variance below eps / 10,000, or with
     |gamma| < 0.01 and less than 1 % of the values active. A layer without gamma or beta counts as gamma 1 and beta 0.
-    Numbers that cannot be read give NaN. ``active`` and ``dead`` mislead if no ReLU follows the layer.
+    Gamma and beta that cannot be read give NaN; a stored variance that is missing or cannot be read makes no channel
+    dead. ``active`` and ``dead`` mislead if no ReLU follows the layer.
     """
     gamma, beta = layers.affine()
     scale = gamma.abs()

@@ -108,7 +108,7 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
 
     Unit: S is in units of loss^2 / input^2; ``factor`` and ``cancellation`` have no unit. Noise floor: ``error`` for
     the logarithm of the factor, mostly from the random weights; the cancellation of K independent normal terms is
-    about 1 / sqrt(K), not 0. The input of batch norm has no cancellation, because its gradients always sum to 0.
+    about 1 / sqrt(K), not 0. It is not computed for inputs of batch norm, whose gradients always sum to 0.
 
     How to read it: with a factor above 1 gradients explode towards the input, below 1 they vanish. Layers of batch norm
     and ReLU have the factor 1.47 at initialization. The factor misleads if widths differ much (S is a sum over
@@ -125,8 +125,8 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
 
     Raises:
         TypeError: If the loss does not return a tensor.
-        ValueError: If there is no layer to measure, a layer receives one value per channel in train mode, or the loss
-            is not a finite scalar with a gradient.
+        ValueError: If a name in ``layers`` is unknown, there is no layer to measure, no layer runs, a layer receives
+            one value per channel in train mode, or the loss is not a finite scalar with a gradient.
 
     References:
         Yang et al. 2019; Bjorck et al. 2018.

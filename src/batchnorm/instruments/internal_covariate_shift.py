@@ -105,12 +105,12 @@ def gradient_shift(
     Unit: ``ics`` in loss per unit of the weight; ``relative`` and ``cosine`` have no unit. Noise floor: ``floor``, from
     a second evaluation without a step.
 
-    How to read it: with relative 0 and cosine 1 the other steps left the gradient as it was. With relative above 1 or
-    a cosine near 0 the gradient was computed for a network that no longer exists. The numbers mislead in four cases:
-    ``ics`` scales with the gradient, so its values for two weights or networks cannot be compared; a network that does
-    not learn does not shift; the shift grows with the step, so its values for two learning rates cannot be compared;
-    and the "earlier" parameters are those registered before the weight, which may not run before it. Changes of the
-    gradient between backward and step, such as clipping, are not reproduced.
+    How to read it: with relative 0 and cosine 1 the step of the earlier parameters left the gradient as it was. With
+    relative above 1 or a cosine near 0 the gradient was computed for a network that no longer exists. The numbers
+    mislead in four cases: ``ics`` scales with the gradient, so its values for two weights or networks cannot be
+    compared; a network that does not learn does not shift; the shift grows with the step, so its values for two
+    learning rates cannot be compared; and the "earlier" parameters are registered before the weight, but may not run
+    before it. Changes of the gradient between backward and step, such as clipping, are not reproduced.
 
     Args:
         model: Any module, with batch norm or without, compiled or not.
@@ -171,6 +171,7 @@ def values_after_step(
 ) -> dict[Tensor, Tensor]:
     """The values of the parameters after a step of the optimizer with these gradients.
 
+    A parameter that has no gradient, or that the optimizer does not train, is left out.
     The optimizer and the parameters are not changed: a copy of the optimizer takes the step, without hooks.
     """
     copy = deepcopy(optimizer)

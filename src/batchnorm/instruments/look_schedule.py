@@ -17,7 +17,7 @@ class Schedule:
 
     Most changes happen early in a training, so the first looks are ten steps apart, and after step s the distance is
     s / 5, up to ``every`` steps. A look waits if it would bring the share of time above ``budget``. The expected time
-    of a look is the time of the last look of its kind; before the first look it is set by ``expect``.
+    of a look is the time of the last look of its kind; before the first look it is 0 unless ``expect`` sets it.
 
     Args:
         every: Steps between looks, 1 or more.
@@ -50,7 +50,7 @@ class Schedule:
 
     @property
     def cost(self) -> float:
-        """Time spent looking over the time that was left for training."""
+        """Time spent looking, divided by the time that was left for training."""
         return self.spent / self.training
 
     @contextmanager
@@ -88,5 +88,5 @@ class Schedule:
         return self.spent + self._took.get(kind, 0.0) <= self.budget * self.training
 
     def expect(self, kind: str, seconds: float) -> None:
-        """Set the expected time of the first look of this kind: ``seconds`` and the mean time of a training step."""
+        """Set the expected time of a kind's first look, once: ``seconds`` plus the mean time of a training step."""
         self._took.setdefault(kind, seconds + self.training / max(1, self._steps))

@@ -31,7 +31,7 @@ class Looks:
     Args:
         layers: The model's batch norm layers.
         passes: Records the model's passes between two steps of an open window.
-        events: The states that have begun and not ended, also those that began before this log was opened.
+        events: The states that have begun and not ended, also states that began before this log was opened.
     """
 
     def __init__(self, layers: Layers, passes: Passes, events: Events) -> None:
@@ -42,7 +42,7 @@ class Looks:
         self._view: tuple[int, View] | None = None
 
     def free(self, step: int) -> tuple[Record, list[TrainingEvent]]:
-        """The record of the window that ends at this step, and the states that began since the last look."""
+        """The record of the window that ends at this step, and the events since the last look."""
         ends = self.window.taken()
         window, seen = [end.snapshot for end in ends], StepWindow.of(ends, self._layers)
         values = {field.name: getattr(seen, field.name) for field in fields(StepWindow) if field.name in QUANTITIES}

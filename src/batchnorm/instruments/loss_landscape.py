@@ -47,7 +47,7 @@ class Landscape:
         loss_range: Largest minus smallest of ``losses``; infinite if a loss is not finite.
         gradient_change: Largest change of the gradient; infinite if a gradient is not finite.
         beta: Effective smoothness, in 1 / learning rate; infinite if a gradient is not finite.
-        eta: Length of the update over the length of the gradient.
+        eta: Length of the update divided by the length of the gradient.
         eta_beta: Largest relative change of the gradient per update; infinite if a gradient is not finite.
         cosine: Smallest cosine between g and a later gradient; NaN if a gradient is not finite.
         floor: ||g - g'|| / ||g||, where g' is a second evaluation of the gradient at w.
@@ -188,7 +188,7 @@ def _next(
     """The parameters that move, each with its value after a whole update."""
     if optimizer is not None:
         return values_after_step(optimizer, parameters, gradients)
-    assert lr is not None  # noqa: S101 - _check raises without both
+    assert lr is not None  # noqa: S101 - _check has raised if both are None
     return {p: p.detach() - lr * g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 

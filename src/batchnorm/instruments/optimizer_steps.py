@@ -53,7 +53,7 @@ class Steps:
         """Begin to count steps."""
         self._handles = [register_optimizer_step_post_hook(self._after)]
         self.refresh()
-        self._moved, self._versions = set(), -1
+        self._moved, self._versions = set(), _versions(self._layers)
 
     def off(self) -> None:
         """Stop counting steps."""
@@ -65,7 +65,7 @@ class Steps:
         self._own = {id(parameter) for parameter in self._model.parameters()}
 
     def saw_passes(self) -> bool:
-        """Whether statistics were written to since the last step; always False if all layers are frozen."""
+        """Whether statistics were written to since the last step, or since ``on``; False if all layers are frozen."""
         return self._versions != _versions(self._layers)
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:

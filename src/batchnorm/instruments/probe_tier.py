@@ -36,16 +36,16 @@ from batchnorm.population.tensor_memory import require, whole
 from batchnorm.population.tensor_trees import tensors_in
 from batchnorm.record import Record
 
-Loss = Callable[[Answer, Batch], Tensor]  # of a model's output and its batch
+Loss = Callable[[Answer, Batch], Tensor]  # called with a model's output and its batch
 
 PERCENTILES = (2, 16, 50, 84, 98)  # in a normal distribution: 2, 1 and 0 standard deviations from the mean
-_MOST_VALUES = 4096  # from which percentiles are computed
+_MOST_VALUES = 4096  # percentiles are computed from at most this number of values
 
 
 def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
     """Measure every batch norm layer of a model once, on one batch; the model is not changed, bit for bit.
 
-    For each layer: the gap between train and eval mode on these examples; the mean square and the variance of its
+    For each layer: the gap between train and eval mode on these examples; the squared mean and the variance of its
     input channels; stable rank, cosine and orthogonality gap of the examples; the noise floor of drift; and the
     census of gamma and beta. For the model: the difference between outputs in train mode and in eval mode, and the loss
     in both modes. ``batchnorm.record.QUANTITIES`` explains each quantity, its unit and when it misleads.
@@ -271,7 +271,8 @@ def _usual_loss(output: Answer, batch: Batch) -> Loss | None:
 def _output_gap(trained: Answer, evaluated: Answer) -> float | None:
     """Rms difference of outputs, in standard deviations over examples.
 
-    None if there are no floating-point outputs, if their shapes differ between the modes, or if they do not vary.
+    None if no output is a floating-point tensor of two axes or more, if the shapes differ between the modes, or if the
+    outputs in eval mode do not vary.
     """
     a, b = (
         torch.cat([x.double().flatten(1) for x in _floats(y)], 1).cpu() if _floats(y) else None

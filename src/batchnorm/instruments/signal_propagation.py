@@ -7,7 +7,7 @@ H is the matrix of a layer's inputs, n examples x units (a fixed sample of the u
     orthogonality gap     || H H^T / ||H||_F^2 - I / n ||_F
 
 In a deep net without batch norm all examples become similar: stable rank and cosine approach 1 (Daneshmand et al.
-2020, 2021). The mean square and the variance of channels are the two curves of Brock et al. 2021.
+2020, 2021). The squared mean and the variance of channels are the two curves of Brock et al. 2021.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sample(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moments_of_channels(moments: Moments) -> dict[str, float]:
-    """Mean square and variance of a layer's channels, each averaged over channels."""
+    """Squared mean (called mean_square) and variance of a layer's channels, each averaged over channels."""
     return {"mean_square": float(moments.mean.square().mean()), "channel_var": float(moments.var.mean())}
 
 

@@ -24,7 +24,7 @@ class Sink(Protocol):
         """Receive the numbers of one step by name, such as "batchnorm/noise/layer1.0.bn1" or "loss"."""
 
     def close(self) -> None:
-        """Called once, after the last ``write``."""
+        """Called once, after the last ``write``; not called if a ``write`` has failed."""
 
 
 @final

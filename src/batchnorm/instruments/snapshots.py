@@ -1,15 +1,15 @@
-"""Snapshots: a batch's statistics computed from the running averages before and after a step, without a hook.
+"""Snapshots of the running averages, and a step's batch statistics computed from the snapshots before and after it.
 
 A step with n forward passes moves a running average from r to r', with momentum a and k = (1 - a)^n:
 
     r' = k r + sum_i a (1 - a)^(n-i) mu_i      so      (r' - k r) / (1 - k)
 
-is the weighted mean of the means mu_i of the n batches; for n = 1 it is the batch's mean. If the n batches are
-independent, its variance is
+is the weighted mean of the means mu_i of the n batches; for n = 1 it is the batch's mean. For independent batches, the
+variance of this weighted mean is ``share`` times the variance of one batch's mean, with
 
     share = a (1 + k) / ((2 - a) (1 - k))
 
-times the variance of one batch's mean. If they are not independent, each pass must be read separately (``passes``).
+If the batches are not independent, the statistics of each pass must be computed separately (module ``passes``).
 With ``momentum=None`` the average over c batches becomes an average over c + n batches: k = c / (c + n), and
 share = 1 / n. running_var stores unbiased variances, so the computed batch variances are unbiased too.
 """
@@ -34,7 +34,7 @@ class Layers:
     """The batch norm layers of a model; the channels of all layers are the entries of one long vector.
 
     Args:
-        named: Layers with a shape, by name; a layer without stored statistics counts as NaN.
+        named: Layers by name, none of them lazy. In a snapshot, a layer without stored statistics has NaN.
     """
 
     def __init__(self, named: dict[str, _BatchNorm]) -> None:
@@ -44,7 +44,10 @@ class Layers:
         self.of_channel = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))  # (channels,)
 
     def mean(self, values: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Mean over each layer's counted channels: (..., channels) -> (..., layers); NaN if no channel is counted."""
+        """Mean over each layer's channels: (..., channels) -> (..., layers).
+
+        Only channels for which ``counted`` is True are used, all channels if it is None; NaN for a layer without any.
+        """
         weight = torch.ones_like(values) if counted is None else counted.to(values.dtype)
         values = torch.where(weight > 0, values, 0)
         return self._sum(values) / self._sum(weight)
@@ -54,7 +57,7 @@ class Layers:
         return zeros.index_add_(-1, self.of_channel, values)
 
     def median(self, values: Tensor) -> Tensor:
-        """Median over each layer's channels: (channels,) -> (layers,)."""
+        """Median over each layer's channels (the lower of the two in the middle): (channels,) -> (layers,)."""
         return torch.stack([part.median() for part in values.split(self.sizes)])
 
     def part(self, indices: Sequence[int]) -> tuple[Layers, Tensor]:
@@ -92,7 +95,9 @@ class Layers:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """Running statistics of every layer at one moment, on the layers' device.
+    """Running statistics of every layer at one moment, on the device of the first layer that has them.
+
+    Missing statistics and statistics that cannot be read are NaN.
 
     Args:
         mean: running_mean, (channels,).
@@ -106,7 +111,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, layers: Layers) -> Snapshot:
-        """A copy of the statistics that the layers store now, made without waiting for a GPU."""
+        """A copy of the statistics that the layers store now; a GPU is not waited for if it has all of them."""
         found = [layer._buffers for layer in layers.layers]  # attribute access would take as long as the copy
         means, variances, counts = ([readable(held.get(name)) for held in found] for name in STORED)
         return cls(joined(means, layers.sizes), joined(variances, layers.sizes), _counts(counts))
@@ -123,14 +128,14 @@ class Snapshot:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Updates:
-    """The batch statistics of W steps, computed from the snapshots between them.
+    """The batch statistics of W steps, computed from W + 1 snapshots: before the first step and after each step.
 
     Args:
         mean: Weighted mean of the batch means of a step, (W, channels).
         var: Weighted mean of the unbiased batch variances of a step, (W, channels).
-        share: Variance of ``mean`` over the variance of one batch's mean, for independent batches, (W, layers).
+        share: Variance of ``mean`` divided by the variance of one batch's mean, for independent batches, (W, layers).
         passes: Number of forward passes in train mode in each step, (W, layers).
-        rounding: Size of the error in ``mean`` that comes from rounding of the stored mean, (W, channels).
+        rounding: Size of the error in ``mean`` that comes from rounding of the stored mean to float32, (W, channels).
     """
 
     mean: Tensor
@@ -161,9 +166,9 @@ def updates(snapshots: Sequence[Snapshot], layers: Layers) -> Updates:
 
 
 def readable(tensor: Tensor | None) -> Tensor | None:
-    """An ordinary tensor itself, and the numbers of any other; None if a tensor has no readable numbers.
+    """Return an ordinary dense tensor as it is, and other tensors as dense copies; None if the numbers cannot be read.
 
-    The check for an ordinary tensor takes a microsecond; ``whole``, which reads the others, takes thirty.
+    The check for an ordinary tensor takes a microsecond; ``whole``, which reads other tensors, takes thirty.
     """
     if tensor is None:
         return None
@@ -175,7 +180,7 @@ def readable(tensor: Tensor | None) -> Tensor | None:
 
 
 def joined(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """The parts in one vector, in float32 or wider, on the device of the first part; NaN in place of None."""
+    """The parts in one vector, in float32 or wider, on the device of the first part that is not None; NaN for None."""
     present = [part for part in parts if part is not None]
     whole = [torch.full((n,), torch.nan) if part is None else part for part, n in zip(parts, sizes, strict=True)]
     device = present[0].device if present else whole[0].device

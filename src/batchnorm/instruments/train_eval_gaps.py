@@ -183,7 +183,8 @@ def _summary(losses: Tensor, weights: list[int], away: dict[str, tuple[float, fl
     """The result.
 
     Args:
-        losses: (batches, 3 + layers): in train mode, by stored, by exact statistics, and by exact ones in each layer.
+        losses: (batches, 3 + layers): in train mode, by stored statistics, by exact statistics, and for each layer by
+            exact statistics in this layer alone.
         weights: Number of examples in each batch.
         away: Layer -> (t_mean, t_var).
     """
@@ -241,7 +242,7 @@ def _choices(stored: dict[str, Statistics], exact: dict[str, Statistics]) -> lis
 def _losses(
     model: nn.Module, batches: Batches, loss: Loss, layers: dict[str, _BatchNorm], choices: list[dict[str, Statistics]]
 ) -> tuple[list[list[float]], list[int], dict[str, list[Moments]]]:
-    """Losses of every batch (in train mode, then by each choice), its examples, and moments of each layer's inputs."""
+    """For every batch: losses in train mode and by each choice, number of examples, and moments of layers' inputs."""
     losses: list[list[float]] = []
     weights: list[int] = []
     seen: dict[str, list[Moments]] = {name: [] for name in layers}
@@ -308,7 +309,7 @@ def _standard_errors(
 
 
 def _noise_of_average(layer: _BatchNorm) -> float:
-    """Variance of a running average after many batches, over the variance of one batch's mean."""
+    """Variance of a running average after many batches, divided by the variance of one batch's mean."""
     if layer.momentum is None:
         return 1 / max(int(layer.num_batches_tracked or 1), 1)
     return layer.momentum / (2 - layer.momentum)

@@ -17,7 +17,7 @@ _LASTING = 3
 @final
 @dataclass(frozen=True, slots=True)
 class TrainingEvent:
-    """A message that a state began; ``code`` is a rule of the doctor, or None if there is no such rule."""
+    """A message about a change of state; ``code`` is a rule of the doctor, or None if there is no such rule."""
 
     message: str
     layer: str | None = None
@@ -74,7 +74,10 @@ _TABLE = (
 
 @final
 class Events:
-    """The states of layers; a state is reported when it begins, and again only if it ended in between."""
+    """The states of layers; a state is reported when it begins, and again only if it ended in between.
+
+    NaN in stored statistics, and passes that could not be separated, are reported only once.
+    """
 
     def __init__(self) -> None:
         self._on: set[tuple[str, str]] = set()
@@ -147,8 +150,8 @@ def no_steps(foreign: int) -> str:
         return f"watch saw no step of an optimizer. {remedy}"
     return (
         "watch saw no step of an optimizer that has one of the model's parameters, but "
-        f"{many(foreign, 'step')} of other optimizers. Make the optimizer with model.parameters(), after parameters "
-        "are replaced. If it trains copies of the parameters, call run.step() after each step."
+        f"{many(foreign, 'step')} of other optimizers. Make the optimizer with model.parameters(), and again if "
+        "parameters are replaced. If it trains copies of the parameters, call run.step() after each step."
     )
 
 

@@ -92,13 +92,14 @@ def watch(
         budget: Largest share of the training time that looks may take.
         probe: The probe batch, in any form that ``recalibrate`` accepts; with (inputs, targets) the loss is measured
             too. None uses the inputs of the first pass in train mode, at most 64 examples. False measures no probe.
-        loss: ``loss(output, batch)`` for the probe; None chooses a loss in the same way as ``batchnorm.probe``.
+        loss: ``loss(output, batch)`` for the batch ``probe``, unused if no batch is given; None chooses a loss in the
+            same way as ``batchnorm.probe``.
         sinks: Receivers of the numbers besides the log.
 
     Raises:
         TypeError: If ``model``, ``probe`` or ``log`` is of a wrong type.
         ValueError: If the model has no batch norm, or has fake tensors, if ``every`` or ``budget`` is out of range, or
-            if the log's folder has the log of another model.
+            if the log's folder has the log of another model or a log that is being written.
         OSError: If the log cannot be written at the start.
 
     Example:
@@ -215,7 +216,7 @@ class Watch:
 
     @property
     def cost(self) -> float:
-        """Time spent on looks over the time spent on training."""
+        """Time spent on measuring, divided by the time spent on training."""
         return self._schedule.cost
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
@@ -246,7 +247,7 @@ class Watch:
         self._keep(lab_record(self.steps, self._looking.names, values, model))
 
     def step(self) -> None:
-        """Count a step that no torch.optim optimizer takes."""
+        """Count a step that no torch.optim optimizer takes; after the first call, steps of optimizers do not count."""
         self._by_hand = True  # from now on steps of optimizers do not count
         self._guarded(self._count)
 

@@ -51,7 +51,7 @@ class Sweep:
         return first_step(self.accuracy >= accuracy, self.steps)
 
     def best_rate(self) -> int:
-        """Index of the rate with the fewest median steps to TARGET; without any, with the best final accuracy."""
+        """Index of the rate with the fewest median steps to TARGET; if all are infinite, of the best final accuracy."""
         median = paired_seeds.median(self.steps_to(TARGET), 0)
         return int(median.argmin()) if median.isfinite().any() else int(self.accuracy[-1].mean(0).argmax())
 

@@ -128,7 +128,7 @@ def painted(name: str, seed: int) -> data_sets.Examples:
 
 
 def _tuned(norm: Norm | None, seed: int, steps: int, tick: Callable[[], None]) -> tuple[float, nn.Sequential]:
-    """The rate with the best accuracy on black validation images (of equals the smallest), and its network."""
+    """The rate with the best accuracy on black validation images (the smallest such rate), and its network."""
     black, part = painted("black", seed), parts(seed)
     trained = {}
     for rate in RATES:
@@ -257,8 +257,9 @@ def _laws(model: nn.Module) -> list[Moments]:
 def recovered(clean: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Share of the lost accuracy that was won back: values for the seeds, (seeds,), with the right mean and spread.
 
-    The mean is the accuracy won by all seeds over the accuracy lost by all seeds, because the loss of a single seed may
-    be near 0. The spread is that of this ratio by the delta method (Cochran 1977, Sampling Techniques, chapter 6).
+    The mean is the accuracy won by all seeds divided by the accuracy lost by all seeds, because the loss of a single
+    seed may be near 0. The spread is that of this ratio by the delta method (Cochran 1977, Sampling Techniques, chapter
+    6).
     """
     lost, won = clean - before, after - before
     share = won.sum() / lost.sum()

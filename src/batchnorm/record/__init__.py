@@ -8,13 +8,13 @@ continues.
 Kinds of lines; the first key is always ``kind`` (docs/record.md lists the fields):
 
     start     schema version, layers, versions, schedule; written again when a log is continued
-    progress  step, seconds, and means of the numbers that the user logged, at most once a second
+    progress  step, seconds, cost, and means of the numbers that the user logged, at most once a second
     free      step and, for each quantity, one number or null per layer, computed from the running averages
     probe     as ``free``, measured by a pass over a fixed batch
     lab       as ``free``, measured on demand
     arrays    step and the name of the file with the arrays
-    event     step, message, and the code of a rule of the doctor if there is one
-    end       step and the reason for the end
+    event     step, layer, message, and the code of a rule of the doctor if there is one
+    end       step, cost, and the reason for the end
 
 This package does not import torch.
 """

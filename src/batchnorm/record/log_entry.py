@@ -1,4 +1,4 @@
-"""A record: the numbers of one measurement of a model, by quantity and layer, and of the model as a whole."""
+"""A record: the numbers of one measurement, some for each layer and some for the whole model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ JsonValue = str | float | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | No
 Line = dict[str, Any]  # a line of a log, parsed from JSON
 Described = Mapping[str, Any]  # the description of a layer in the ``start`` line of a log
 
-# significant digits in a log: of a layer's number, whose noise is above 1 %, and of a model's number
+# significant digits in a log: for the number of a layer, and for a number of the whole model
 _DIGITS, _MODEL_DIGITS = 3, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was measured of every batch norm layer at one step.
+    """What was measured at one step: numbers and arrays of every batch norm layer, and numbers of the whole model.
 
     Args:
         step: Number of optimizer steps before the measurement.
         layers: Names of the layers, in the model's order.
-        values: Quantity -> one number per layer, None if it could not be measured. The names are those of QUANTITIES;
-            in tier "lab" any name is possible.
+        values: Quantity -> one number per layer, None if it could not be measured. The quantities are keys of
+            QUANTITIES; a record of tier "lab" may have other names.
         model: Quantity -> number of the whole model.
         tier: "free" (from the running averages), "probe" (a pass over a fixed batch) or "lab" (measured on demand).
         seconds: Unix time of the measurement.
@@ -50,13 +50,16 @@ class Record:
         return dict(zip(self.layers, self.values[quantity], strict=True))
 
     def to_dict(self) -> Line:
-        """The record as data for JSON, without its arrays; None in place of NaN and infinity."""
+        """The record as data for JSON, with rounded numbers, without its layers, tier and arrays.
+
+        None in place of NaN and infinity.
+        """
         values = {name: [plain(value) for value in row] for name, row in self.values.items()}
         model = {name: plain(value, _MODEL_DIGITS) for name, value in self.model.items()}
         return {"step": self.step, "seconds": round(self.seconds, 2), "values": values, "model": model}
 
     def __str__(self) -> str:
-        """A table of the layers, and the model's numbers under it."""
+        """A table of the layers, and under it those numbers of the whole model whose names are in QUANTITIES."""
         names = list(self.values)
         width = max([len(layer) for layer in self.layers] + [5])
         head = f"{'layer':<{width}}  " + "  ".join(f"{name:>12}" for name in names)
@@ -69,7 +72,7 @@ class Record:
 
 
 def plain(value: float | None, digits: int = _DIGITS) -> float | None:
-    """The number rounded to significant digits, as in a log; None if it is NaN or infinite."""
+    """The number rounded to significant digits, as in a log; None if it is None, NaN or infinite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")

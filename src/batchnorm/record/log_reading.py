@@ -1,4 +1,4 @@
-"""Read a log, also while it is written, after a torn line, and without parsing all lines of a long log."""
+"""Read a log, also while it is written and if a line is damaged, without parsing all lines of a long log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Append to a log; after the start, a failed write never raises."""
+"""Append to a log; after the start, a write that the operating system refuses does not raise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCHEMA_VERSION = 1
-_ALIKE = ("name", "channels", "kind")  # these must be equal in both logs for a layer of the same model
+_ALIKE = ("name", "channels", "kind")  # equal in the log and in the model if the layer is the same
 _open: WeakSet[Writer] = WeakSet()
 
 
@@ -40,8 +40,9 @@ class Writer:
         about: Further fields of the ``start`` line.
 
     Raises:
-        ValueError: If the folder has a log of other layers, or another writer has the log open.
-        OSError: If the ``start`` line cannot be written.
+        ValueError: If the folder has a log of other layers or of a newer schema version, or another writer has the log
+            open.
+        OSError: If the folder cannot be created, or the ``start`` line cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], layers: Sequence[Described], **about: JsonValue) -> None:
@@ -75,7 +76,7 @@ class Writer:
         self.step = log.step
 
     def write(self, record: Record) -> None:
-        """Write the record's arrays to a file, if there are any, then append the record."""
+        """If the record has arrays, write their file and append an ``arrays`` line; then append the record."""
         if record.arrays:
             self._write_arrays(record)
         self._append(record.tier, record.to_dict())

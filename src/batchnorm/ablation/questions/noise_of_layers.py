@@ -30,7 +30,7 @@ from batchnorm.reporting.charts.chart_data import Chart
 _EXAMPLES = 512  # the most examples from which batches are drawn
 _DRAWS = 128  # batches of each size
 _SMALLEST, _LARGEST = 4, 256
-_LAYERS = 16  # in the chart by layer
+_LAYERS = 16  # the most layers in the chart by layer
 
 # The noise in words, for a card and, with more words, for the verdict
 POWER = "is {also}{power:.2g} in batches of {size}"
@@ -103,7 +103,8 @@ def measure(subject: Subject, models: Sequence[nn.Module], seeds: Sequence[int])
     each = [powers(layers[n % len(layers)], measured, seed) for n, seed in enumerate(seeds)]
     paths = [path for path in each[0] if all(path in by_layer for by_layer in each)]
     if not paths or len(measured) < 2:
-        reason = "no layer uses batch statistics" if not paths else f"there are only {examples} examples"
+        few = f"there are only {examples} examples"
+        reason = few if paths else "no layer uses batch statistics, or its noise power is 0 or not finite"
         return Result(CRITERIA.unjudged("noise", reason), [])
     stacked = torch.stack(
         [torch.stack([by_layer[path] for path in paths]) for by_layer in each]

@@ -64,7 +64,7 @@ def ratio(grid: Grid) -> Tensor:
 
 
 def effect(grid: Grid) -> list[float]:
-    """log2 of the ratio for each seed; [] if all runs diverged, so that no target exists."""
+    """log2 of the ratio for each seed; [] if no target exists, because every rate has a run that diverged."""
     return ratio(grid).log2().tolist() if isfinite(grid.target) else []
 
 
@@ -121,7 +121,7 @@ def _judge_rates(grid: Grid) -> Verdict:
     bound = _bound(none[WITHOUT], none[WITH])
     return judge(
         "rates-largest", factor.log2().tolist(),
-        "The largest learning rate that ends at a training loss of {usable:.3g} or less is {normed} with batch norm, "
+        "The largest learning rate with a final training loss of {usable:.3g} or less is {normed} with batch norm, "
         "{plain} without (medians over seeds)" + ("; so {bound}{ratio:times} times as large." if bound else "."),
         bound=bound, failed_guard=grid.unlearned(grid.better, grid.best(grid.better)), usable=grid.usable,
         normed=_rate(limits[WITH], grid), plain=_rate(limits[WITHOUT], grid), ratio=paired_seeds.factor(factor),
@@ -131,7 +131,7 @@ def _judge_rates(grid: Grid) -> Verdict:
 def _rate(rates: Tensor, grid: Grid) -> str:
     median = float(paired_seeds.median(rates))
     if not median:
-        return "none of the grid"
+        return "not in the grid"
     return f"{median:.3g}" + (" (the grid's largest)" if median >= max(grid.rates) * 0.999 else "")
 
 

@@ -52,7 +52,7 @@ class ModelReadings:
         stored: The reading by stored statistics; None if a layer stores no statistics.
         population: The reading by exact statistics; None without layers to recalibrate or without finite statistics.
         alone: Largest difference between an example's output alone and in a batch, in standard deviations of the
-            outputs; None if it cannot be measured, as without an output of one row for each example.
+            outputs; None if it cannot be measured, for example if no output has one row for each example.
     """
 
     batch: dict[int, HeldOutReading]
@@ -222,7 +222,7 @@ def _judge_alone(found: list[ModelReadings]) -> Verdict:
     whole = len(values) == len(found)
     return judge(
         "test-time-alone", values if whole else [],
-        "In eval mode an output differs by at most {most:.1g} standard deviations between alone and in a batch.",
+        "In eval mode the output of an example alone and in a batch differs by at most {most:.1g} standard deviations.",
         failed_guard="" if whole else "batches are not rows of examples, or no output has one row for each example",
         most=max(values) if whole else nan,
     )  # fmt: skip

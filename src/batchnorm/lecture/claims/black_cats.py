@@ -46,7 +46,7 @@ NAMES = {
 }
 # <name> of the criterion cats-repair-<name> -> the shift that it is about
 REPAIRS = {"coloured": "coloured", "affine": "contrast", "noise": "noise", "inversion": "inverted"}
-LEARNED = 0.85
+LEARNED = 0.85  # accuracy on black cats below which the failure on coloured cats is not judged
 LEAST = 0.05  # loss of accuracy below which a repair is not judged
 
 
@@ -253,7 +253,9 @@ def _alarm(findings: Findings) -> Chart:
     limit = f"alarm: {1 / ALPHA:.0f} to 1"
     rows += [{"x": n, "y": -math.log10(ALPHA), "series": limit} for n in (looks[0], looks[-1])]
     rang, false = findings["rang", "coloured"], findings["rang", "black"]
-    heard = f"after {_pictures(rang)} coloured pictures" if rang.isfinite().any() else "in no seed"
+    number = _pictures(rang)
+    seldom = "in fewer than half of the seeds" if rang.isfinite().any() else "in no seed"
+    heard = seldom if number is None else f"after {number} coloured pictures"
     return chart(
         "lecture", "cats", "alarm", rows, {names["black"]: "neutral", names["coloured"]: "with", limit: "neutral"},
         dashed=(limit,), heard=heard, alarms=int(rang.isfinite().sum()), seeds=len(false),
@@ -272,7 +274,7 @@ def _repaired(findings: Findings) -> str:
 
 
 def _pictures(rang: Tensor, of: Callable[[Tensor], Tensor] = torch.median) -> int | None:
-    """A number of pictures over seeds, by default the median; None if it is infinite, without an alarm."""
+    """A number of pictures over seeds, by default the median (the lower of the two in the middle); None if infinite."""
     number = float(of(rang))
     return int(number) if math.isfinite(number) else None
 

@@ -81,7 +81,7 @@ class Descent:
         return first_step(self.losses <= TARGET, torch.arange(len(self.losses)))
 
     def best_rate(self) -> int:
-        """Index of the rate with the fewest median steps to the target; without any, with the lowest last loss."""
+        """Index of the rate with the fewest median steps to the target; if all are infinite, the lowest last loss."""
         median = paired_seeds.median(self.steps_to_target(), 0)
         last = paired_seeds.median(self.losses[-1].nan_to_num(torch.inf), 0)
         return int(median.argmin() if median.isfinite().any() else last.argmin())
@@ -156,7 +156,7 @@ def _called(arm: str, table: Table) -> str:
 
 
 def _judge(name: str, descents: Mapping[str, Descent]) -> Verdict:
-    """The verdict on the steps to the target, as recorded / normalized, each at its best rate."""
+    """The verdict on a ratio: steps to the target as recorded divided by steps normalized, each at its best rate."""
     table, control = TABLES[name], name == "digits"
     raw, centred, fast = (descents[arm].best() for arm in (RAW, CENTRED, NORMALIZED))
     ratios = raw.steps / fast.steps

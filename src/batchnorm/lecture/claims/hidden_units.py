@@ -14,11 +14,11 @@ from batchnorm.reporting.charts.chart_data import SERIES, Chart
 
 ACTIVATIONS = ("relu", "sigmoid")
 _NAMES = {"relu": "ReLU", "sigmoid": "sigmoid"}
-USABLE = 0.9
+USABLE = 0.9  # final training accuracy of a usable rate
 
 
 def run(settings: RunSettings, progress: Progress) -> Result:
-    """Train both arms with both activations at every rate of one grid."""
+    """Train the network with and without batch norm, with ReLU and sigmoid, at every rate of one grid, and judge it."""
     sweeps: dict[str, dict[str, Sweep]] = {}
     for done, activation in enumerate(ACTIVATIONS, start=1):
         sweeps[activation] = {arm: sweep(settings, activation, norm) for arm, norm in BOTH.items()}
@@ -34,39 +34,45 @@ def run(settings: RunSettings, progress: Progress) -> Result:
 
 
 def judge_speed(activation: str, arms: dict[str, Sweep]) -> Verdict:
-    """The verdict on the steps to the target, without / with batch norm, each at its best rate."""
+    """The verdict on a ratio: steps to TARGET without batch norm divided by steps with it, each at its best rate.
+
+    A seed that never reaches TARGET counts with the last step.
+    """
     slow, fast = arms["without"].best(), arms["with"].best()
     ratios = slow.steps / fast.steps
     failed = f"with batch norm not every seed reached {TARGET:.0%} in {fast.last} steps" if fast.late else ""
     return judge(
         f"hidden-speed-{activation}", ratios.log2().tolist(),
-        "{activation}: {fast} steps with batch norm, {slow} without ({bound}{ratio:.1f} times as many).",
-        bound="at least" if slow.late else "", failed_guard=failed,
-        activation=_NAMES[activation], fast=str(fast), slow=str(slow), ratio=paired_seeds.factor(ratios),
+        "{activation}: {fast} steps to {target:.0%} training accuracy with batch norm, {slow} without "
+        "({bound}{ratio:.1f} times as many).", bound="at least" if slow.late else "", failed_guard=failed,
+        target=TARGET, activation=_NAMES[activation], fast=str(fast), slow=str(slow),
+        ratio=paired_seeds.factor(ratios),
     )  # fmt: skip
 
 
 def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
-    """The verdict on the largest usable rate, with / without batch norm.
+    """The verdict on a ratio: the largest usable rate with batch norm divided by the largest without it.
 
-    For an arm without a usable rate, the smallest rate of the grid counts.
+    For a seed without a usable rate, the smallest rate of the grid is used.
     """
     largest = {name: arm.largest_rate(USABLE) for name, arm in arms.items()}
     ratio = largest["with"].clamp_min(RATES[0]) / largest["without"].clamp_min(RATES[0])
-    failed = f"no rate reached {USABLE:.0%} with batch norm" if bool((largest["with"] == 0).any()) else ""
+    failed = (
+        f"with batch norm a seed ended below {USABLE:.0%} at every rate" if bool((largest["with"] == 0).any()) else ""
+    )
     return judge(
         f"hidden-rate-{activation}", ratio.log2().tolist(),
-        "{activation}: the largest learning rate that ends at {usable:.0%} or more is {normed} with batch norm, "
-        "{plain} without (medians over seeds).", failed_guard=failed, activation=_NAMES[activation], usable=USABLE,
-        normed=_largest(largest["with"]), plain=_largest(largest["without"]),
+        "{activation}: the largest learning rate with a final training accuracy of {usable:.0%} or more is {normed} "
+        "with batch norm, {plain} without (medians over seeds).", failed_guard=failed, activation=_NAMES[activation],
+        usable=USABLE, normed=_largest(largest["with"]), plain=_largest(largest["without"]),
     )  # fmt: skip
 
 
 def _largest(rates: Tensor) -> str:
-    """The median over seeds in words; a median of 0 means that no rate is usable."""
+    """The median over seeds in words; a median of 0 means that at least half of the seeds have no usable rate."""
     median = float(rates.median())
     if not median:
-        return "none of the grid"
+        return "not in the grid"
     return f"{median:g}" + (" (the grid's largest)" if median == RATES[-1] else "")
 
 

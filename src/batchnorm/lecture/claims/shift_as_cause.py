@@ -113,7 +113,7 @@ class ArmAtBestRate:
         rate: The arm's best rate.
         drift: Drift of a[2] per EVERY steps, averaged over the window, (S,).
         floor: Noise floor of the drift, (S,).
-        relative: Change of layer 3's gradient by a step of the layers before it, over the gradient's length, (S,).
+        relative: Change of layer 3's gradient by a step of earlier layers, divided by the gradient's length, (S,).
         cosine: Cosine between layer 3's gradients before and after this step, (S,).
         reached: First step with the target accuracy, measured in train mode with the noise on, (S,); infinity if it was
             not reached in the window.

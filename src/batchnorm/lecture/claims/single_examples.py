@@ -130,7 +130,7 @@ class InBatches:
     Args:
         accuracy: Test accuracy, (sizes, seeds).
         flips: Probability that another batch changes an example's predicted class, (sizes, seeds).
-        spread: Standard deviation of a logit over partitions, over that of all logits, (sizes, seeds).
+        spread: Standard deviation of a logit over partitions, divided by that of all logits, (sizes, seeds).
     """
 
     accuracy: Tensor
