@@ -90,6 +90,9 @@ def test_ratios_have_the_digits_that_count(ratio, text):
 def test_spread_and_condition_of_planted_features():
     z = torch.randn(400, 3)
     result = spread(z * torch.tensor([100.0, 1.0, 0.1]), SEEDS)
+    assert "deviations of the 3 features lie" in result.verdicts[0].sentence
+    constant = spread(z * torch.tensor([100.0, 1.0, 0.0]), SEEDS).verdicts[0].sentence
+    assert "deviations of the 2 features that vary lie" in constant
     assert verdicts(result)["scale-spread"].status is Status.SUPPORTED
     alike = spread(z, SEEDS)
     assert verdicts(alike)["scale-spread"].status is Status.OPPOSITE

@@ -374,7 +374,7 @@ def test_losing_accuracy_by_re_estimation_under_another_class_mix_is_the_opposit
         ((math.inf,) * 3, "raises its alarm in no seed (0 of 3 seeds"),
     ],
 )
-def test_the_alarm_is_told_in_words_if_few_seeds_or_none_have_one(rang, words):
+def test_the_title_says_in_how_many_seeds_there_is_an_alarm(rang, words):
     found = made_up()
     for shift in tested_on_other_cats.STREAMED:
         for number in range(tested_on_other_cats.LOOK, tested_on_other_cats.STREAM + 1, tested_on_other_cats.LOOK):

@@ -49,8 +49,8 @@ def _training(subject: Subject, plan: StudyPlan, seeds: range) -> dict[str, str]
     }
     if _same_weights(subject, seeds):
         texts["First weights"] = (
-            "The same for every seed, because the function loads weights or sets a seed. So seeds differ only in their "
-            "batches, and weights that were trained with batch norm give batch norm an advantage."
+            "The same for every seed: probably the function loads weights or sets a seed. So seeds differ only in "
+            "their batches, and weights that were trained with batch norm give batch norm an advantage."
         )
     return texts
 

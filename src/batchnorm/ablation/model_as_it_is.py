@@ -70,7 +70,7 @@ def measure_depth(subject: Subject, models: Sequence[nn.Module], seeds: Sequence
     ranks = {path: [_rank(values, seed) for seed in seeds] for path, values in values_by_layer.items()}
     paths = [*ranks]
     if not paths:
-        return Result(CRITERIA.unjudged("depth", "no forward reached a layer"), [])
+        return Result(CRITERIA.unjudged("depth", "no batch norm layer ran on the first batch"), [])
     first, last = (torch.tensor(ranks[path]) for path in (paths[0], paths[-1]))
     alone = "there is only one batch norm layer, so the first is the last" if len(paths) == 1 else ""
     verdict = judge(

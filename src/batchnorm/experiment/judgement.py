@@ -30,7 +30,7 @@ class Criterion:
         question: One sentence that a newcomer understands, ending in a question mark.
         quantity: The quantity that is computed for each seed, with its unit.
         supported: Open interval of effects that support the claim.
-        opposite: Open interval of effects that show the opposite, or None.
+        opposite: Open interval of effects that show the opposite; None if no effect shows it.
         guard: The condition under which the compared networks ("arms") can be compared, in words; "" if there is no
             condition.
         log: Base of the logarithm if the effect is the logarithm of a ratio, else 0.

@@ -117,7 +117,7 @@ class Angles:
 
     Args:
         model: The model whose weights of two axes or more are measured, one filter for each output channel.
-        optimizer: A torch.optim optimizer; theta* is known for SGD, and for AdamW without amsgrad.
+        optimizer: A torch.optim optimizer; theta* is known for SGD, and for AdamW without amsgrad only.
         every: Measure one step in this many.
         keep: Number of measured steps that are remembered; older steps are dropped.
 

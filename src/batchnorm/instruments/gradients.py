@@ -63,7 +63,7 @@ class LayerGradient:
 @final
 @dataclass(frozen=True, slots=True)
 class Cancellation:
-    """How far the terms of a weight's gradient cancel: ``ratio`` 1 not at all, 0 fully; NaN if all terms are 0."""
+    """How far the terms of a weight's gradient cancel: ``ratio`` is 1 for not at all, 0 for fully, NaN if all are 0."""
 
     name: str
     ratio: float

@@ -18,6 +18,7 @@ from typing import final
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -110,9 +111,9 @@ class Steps:
 
 
 def _versions(layers: Iterable[_BatchNorm]) -> int:
-    """How often stored statistics were written to; the count is read without waiting for a device."""
+    """How often stored statistics with a shape were written to; the count is read without waiting for a device."""
     buffers = (buffer for layer in layers for buffer in layer._buffers.values())
-    return sum(buffer._version for buffer in buffers if buffer is not None and not buffer.is_inference())
+    return sum(b._version for b in buffers if b is not None and not is_lazy(b) and not b.is_inference())
 
 
 def _is_inside_of_another() -> bool:

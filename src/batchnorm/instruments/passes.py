@@ -67,7 +67,7 @@ class Passes:
     Args:
         outer: The module that the training calls; it may be compiled or wrapped.
         layers: The layers whose states are copied.
-        guarded: Called with each copy to make; catches its errors, which may not disturb the training.
+        guarded: Called with a function that makes a copy; must catch its errors, so that the training goes on.
     """
 
     def __init__(self, outer: nn.Module, layers: Layers, guarded: Callable[[Callable[[], None]], None]) -> None:

@@ -257,7 +257,7 @@ def _quantiles(values: Tensor) -> Tensor:
 
 
 def _usual_loss(output: Answer, batch: Batch) -> Loss | None:
-    """The usual loss for this kind of output and target; None if it is not clear."""
+    """Cross-entropy or mean square error, by the kinds of output and target; None if neither fits."""
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return None

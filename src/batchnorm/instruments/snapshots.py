@@ -72,7 +72,7 @@ class Layers:
         return of_layer[..., self.of_channel]
 
     def numbers(self, read: str, missing: float) -> Tensor:
-        """The attribute ``read`` of every layer, (layers,), in float64; ``missing`` in place of None."""
+        """The attribute called ``read`` of every layer, (layers,), in float64; ``missing`` in place of None."""
         values = [getattr(layer, read) for layer in self.layers]
         return torch.tensor([missing if value is None else float(value) for value in values], dtype=torch.float64)
 
@@ -182,11 +182,11 @@ def readable(tensor: Tensor | None) -> Tensor | None:
 def joined(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
     """The parts in one vector, in float32 or wider, on the device of the first part that is not None; NaN for None."""
     present = [part for part in parts if part is not None]
-    whole = [torch.full((n,), torch.nan) if part is None else part for part, n in zip(parts, sizes, strict=True)]
-    device = present[0].device if present else whole[0].device
-    if any(part.device != device or part.dtype != torch.float32 for part in whole):
-        whole = [part.detach().to(device, torch.promote_types(part.dtype, torch.float32)) for part in whole]
-    return torch.cat(whole)
+    vectors = [torch.full((n,), torch.nan) if part is None else part for part, n in zip(parts, sizes, strict=True)]
+    device = present[0].device if present else vectors[0].device
+    if any(part.device != device or part.dtype != torch.float32 for part in vectors):
+        vectors = [part.detach().to(device, torch.promote_types(part.dtype, torch.float32)) for part in vectors]
+    return torch.cat(vectors)
 
 
 def _counts(parts: Sequence[Tensor | None]) -> Tensor:

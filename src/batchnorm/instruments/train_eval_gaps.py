@@ -54,7 +54,7 @@ Statistics = tuple[Tensor, Tensor]  # running mean and variance
 @final
 @dataclass(frozen=True, slots=True)
 class MeanOverBatches:
-    """A mean over batches and its standard error, NaN for a single batch."""
+    """A mean over batches and its standard error, which is NaN for a single batch."""
 
     value: float
     error: float

@@ -51,7 +51,7 @@ PAINTINGS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def with_share(classes: Tensor, rare: int, share: float) -> Tensor:
-    """Indices of examples such that ``share`` of them are of class ``rare``: its first examples, and all others.
+    """Indices of all examples of other classes than ``rare``, and of its first examples, so that ``share`` are rare.
 
     Args:
         classes: Class of each example, (N,).

@@ -39,7 +39,7 @@ STREAMED = ("black", "coloured")  # pictures that a monitor observes
 CAT, SHARE = 0, 1 / 20  # class of cats, and its share in the shift "mix"
 SHIFTS = (*PAINTINGS, "mix")
 LAYERS = (1, 2, 3)
-# Pictures between two readings of the evidence, and all pictures: each picture for adaptation once
+# Number of pictures between two readings of the evidence, and in all: each picture for adaptation once
 LOOK, STREAM = 8, PARTS["adaptation"]
 ALPHA = 0.01
 

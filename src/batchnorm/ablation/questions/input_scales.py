@@ -57,7 +57,7 @@ def measure(study: Study) -> Result:
 
 
 def spread(x: Tensor, seeds: range) -> Result:
-    """The largest over the smallest standard deviation of a feature.
+    """The largest over the smallest standard deviation of the features that vary.
 
     The sentence is about all examples, and the interval about a random half of the examples for each seed.
     """
@@ -68,9 +68,9 @@ def spread(x: Tensor, seeds: range) -> Result:
     failed = "" if len(sds) else f"not one of the {len(whole.mean)} {noun}s has a finite variance above 0"
     verdict = judge(
         "scale-spread", torch.tensor(halves).log10().tolist(),
-        "The standard deviations of the {count} {noun}s lie between {least:.3g} and {most:.3g}: the largest is {ratio} "
-        "times the smallest.",
-        failed_guard=failed, count=len(whole.mean), noun=noun, ratio=_ratio_in_words(_ratio(whole)),
+        "The standard deviations of the {count} {noun}s{varying} lie between {least:.3g} and {most:.3g}: the largest "
+        "is {ratio} times the smallest.", varying="" if len(sds) == len(whole.mean) else " that vary",
+        failed_guard=failed, count=len(sds), noun=noun, ratio=_ratio_in_words(_ratio(whole)),
         least=sds.min() if len(sds) else 0.0, most=sds.max() if len(sds) else 0.0,
     )  # fmt: skip
     numbers: Numbers = {f"{noun}s that never vary": int((whole.var == 0).sum()), **_conditions(x)}

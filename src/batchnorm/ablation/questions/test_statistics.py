@@ -174,7 +174,7 @@ def _unrelated(found: list[ModelReadings], other: list[HeldOutReading | None]) -
     if any(reading is None for reading in other):
         return "the held-out batches cannot be normalized by these statistics"
     if any(r.population is None for r in found):
-        return "no population statistics could be stored"
+        return "there are no finite population statistics"
     if not all(r.population.loss for r in found if r.population is not None):
         return "the held-out loss by population statistics is 0, so no share of it exists"
     return ""
@@ -194,7 +194,7 @@ def _judge_small(found: list[ModelReadings]) -> Verdict:
     values = _relative(found, small)
     failed = _unrelated(found, small)
     if any(r is None for r in small):
-        failed = f"held-out examples cannot be put into batches of {SMALL}, or no statistics are stored"
+        failed = f"held-out examples cannot be put into batches of {SMALL}, or all batch norm layers are frozen"
     return judge(
         "test-time-small", values,
         "The held-out loss is {population} by population statistics, and {own} by those of batches of {size}.",

@@ -32,7 +32,7 @@ from batchnorm.lecture.renormalized import GhostNorm, with_population
 from batchnorm.reporting.charts.chart_data import Chart, Rows
 
 SIZES = (64, 64, 64, 10)
-TRAIN = 512  # training examples, all of them in every batch, so that the groups are the only randomness
+TRAIN = 512  # training examples; in the comparison of GROUPS every batch has all, so only the groups are random
 STEPS = 150
 RATE = 0.3
 GROUPS = (4, 8, 16, 32, 128, 512)
