@@ -66,7 +66,7 @@ class Study:
     def diverged(self) -> str:
         """Why the models trained with batch norm cannot be measured; "" if they can."""
         finite = all(bool(p.isfinite().all()) for run in self.best(WITH) for p in run.model.state_dict().values())
-        return "" if finite else "with batch norm a seed diverged at every rate"
+        return "" if finite else "with batch norm a seed diverged at the best rate"
 
     def unlearned(self, *, equal: bool) -> str:
         """Why the arms with and without batch norm cannot be compared at these rates; "" if they can."""

@@ -27,7 +27,7 @@ from batchnorm.experiment.judgement import Verdict
 from batchnorm.instruments.batch_noise import dropout_rate, log_slope, noise_power
 from batchnorm.reporting.charts.chart_data import Chart
 
-_EXAMPLES = 512  # the most examples from which batches are drawn
+_EXAMPLES = 512  # with this number of examples no further batch is read
 _DRAWS = 128  # batches of each size
 _SMALLEST, _LARGEST = 4, 256
 _LAYERS = 16  # the most layers in the chart by layer
