@@ -97,6 +97,19 @@ def test_a_log_of_a_newer_version_cannot_be_written_as_a_page(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_a_log_that_cannot_be_read_is_told(folder, tmp_path, monkeypatch):
+    def refuses(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("batchnorm.live.log_feed._file_identity", refuses)
+    result = call(folder, "-o", tmp_path / "page.html")
+    assert result.exit_code == 2
+    assert "cannot read the log in" in words(result)
+    assert "Permission denied. Make its files readable" in words(result)
+    assert "cannot write" not in words(result)
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_a_file_that_cannot_be_written_is_told(folder, tmp_path):
     result = call(folder, "-o", tmp_path / "no" / "page.html")
     assert result.exit_code == 2

@@ -170,7 +170,7 @@ def test_a_state_of_another_model_is_named_and_counts_as_left(folder):
     code, told = fix("gan.pt")
     assert code == 1
     assert "not loaded: discriminator: it does not fit Net" in told
-    assert "Treat it with its own model, or exclude it: --state NAME" in told
+    assert "Treat it with its own model, or choose another state: --state NAME" in told
     assert fix("gan.pt", "--state", "generator")[0] == 0
     assert fix("gan.pt", "--state", "discriminator", model="small")[0] == 0
     # the model says which of them it is

@@ -72,7 +72,9 @@ def test_a_healthy_layer_is_not_named(code):
         assert findings(code, evidence) == []
 
 
-@pytest.mark.parametrize(("momentum", "remedy"), [(0.99, "0.01"), (0.9, "0.1"), (0.999, "0.001"), (1.0, "0.1")])
+@pytest.mark.parametrize(
+    ("momentum", "remedy"), [(0.99, "0.01"), (0.9, "0.1"), (0.999, "0.001"), (0.5, "0.1"), (1.0, "0.1")]
+)
 def test_the_other_convention_s_momentum_is_turned_into_torch_s(momentum, remedy):
     (finding,) = findings("BN008", module(momentum=momentum))
     assert finding.remedy == f"layer.momentum = {remedy}"

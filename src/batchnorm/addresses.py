@@ -56,7 +56,7 @@ def refuse_code(target: str) -> None:
 def as_address_errors(name: str) -> Iterator[None]:
     """A block in which an error of the user's code becomes an `AddressError`; our own errors and Ctrl-C stay the same.
 
-    ``sys.exit`` in the user's code becomes one too: otherwise exit code 0 could report success.
+    ``sys.exit`` in the user's code becomes an `AddressError` too: otherwise exit code 0 could report success.
     """
     try:
         yield

@@ -4,8 +4,8 @@
 
 The statistics are measured once, over the training data, and saved inside the network's checkpoint, so that test
 examples are scaled in the same way as training examples (LeCun, Bottou, Orr and Müller 1998, "Efficient BackProp",
-section 4.3). The statistics are float64 buffers. From float32 inputs the mean is subtracted in two float32 parts, so
-that values far from zero lose no digits but those that float32 does not have.
+section 4.3). The statistics are float64 buffers. From float32 inputs the mean is subtracted in two float32 parts:
+values far from zero lose only digits that float32 inputs do not have.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class InputNorm(nn.Module):
             )
         for name, value in (("count", 0.0), ("mean", 0.0), ("var", 1.0)):
             self.register_buffer(name, torch.full(self.num_features, value, dtype=torch.float64, device=device))
-        # .half() and other casts change its dtype, which is the dtype of results for integer inputs
+        # .half() and other casts change the dtype of this buffer; results for integer inputs have the same dtype
         self.register_buffer("_dtype_carrier", torch.empty(0, device=device), persistent=False)
 
     @classmethod

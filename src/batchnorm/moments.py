@@ -98,9 +98,9 @@ class Moments:
             has the shape of ``mean``.
 
         Raises:
-            TypeError: If ``x`` is complex or ``mask`` is not boolean.
-            ValueError: If ``channel_axis`` is not an axis of ``x``, a weight or mask does not broadcast to
-                ``x``, or a weight is negative, NaN or infinite.
+            TypeError: If ``x`` is not a real tensor or ``mask`` is not boolean.
+            ValueError: If ``channel_axis`` is not an axis of ``x`` or names an axis twice, a weight or mask does not
+                broadcast to ``x``, or a weight is negative, NaN or infinite.
         """
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"Moments.of needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
@@ -124,7 +124,7 @@ class Moments:
 
     @staticmethod
     def from_var(count: Tensor | float, mean: Tensor, var: Tensor, *, correction: int = 0) -> Moments:
-        """Moments with a known variance: m2 = var (count - correction), or 0 where the count is below that.
+        """Moments with a known variance: m2 = var (count - correction), or 0 where the count is below ``correction``.
 
         Args:
             count: Number of values that ``mean`` and ``var`` were computed from.
@@ -211,6 +211,9 @@ class Moments:
 
         A factor below 1 lets old values count less; ``m.scaled(n / m.count)`` makes a prior count as n values. Factor 0
         gives moments of no values.
+
+        Raises:
+            ValueError: If a factor is negative, NaN or infinite.
         """
         factor = torch.as_tensor(factor, dtype=torch.float64, device=self.mean.device)
         if bool((factor < 0).any()) or not bool(torch.isfinite(factor).all()):
@@ -228,6 +231,9 @@ class Moments:
 
         If one side has count 0, the result is the other side. If one side has count 1, it has no unbiased variance, and
         the result's variance is NaN.
+
+        Raises:
+            ValueError: If ``momentum`` is outside of 0..1.
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"Moments.ema needs momentum in 0..1, got {momentum}.")
@@ -242,7 +248,8 @@ class Moments:
     def standardized_mean_difference(self, other: Moments) -> Tensor:
         """(other.mean - self.mean) / self.std, in standard deviations of ``self`` (Glass's delta).
 
-        ``self`` is the reference, such as the statistics that a layer stores.
+        ``self`` is the reference, such as the statistics that a layer stores. If its std is 0, the result is infinite,
+        or NaN for equal means.
         """
         a, b = self._matched(other)
         return (b.mean - a.mean) / a.std

@@ -182,7 +182,7 @@ def response_of(layer: Any) -> tuple[Tensor, Tensor] | None:
 def response(
     run: Callable[[Tensor], Any], layer: Any, rank: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift of each channel of ``run`` on inputs with ``rank`` axes; None if it is no affine map of each.
+    """Scale and shift of each channel of ``run`` on inputs of ``rank`` axes; None if it raises or is not affine.
 
     ``run`` is tested with inputs of type ``dtype``: 0, 1, and random values of several sizes around the layer's mean. A
     relative difference below sqrt(eps) of ``dtype``, half of its digits, counts as rounding.

@@ -119,7 +119,8 @@ def write(verdicts: Verdicts, path: str | os.PathLike[str], *, interactive: bool
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If no format has the ending of ``path``.
+        ValueError: If no format has the ending of ``path``, or as `render` for a page.
+        ModuleNotFoundError: As `render`, for a page.
     """
     path = Path(path).resolve()
     text = formats.rendered(report(verdicts, interactive=interactive), checked_suffix(path), to_file=True)

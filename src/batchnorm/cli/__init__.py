@@ -1,4 +1,4 @@
-"""The command line. It imports neither torch nor altair. The modules of a command are imported when it runs."""
+"""The command line. It imports neither torch nor altair. A command's module is imported when it runs or is listed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import click
 
 from batchnorm import __version__
 
-# a command's module is imported when the command is called; ``rules`` is in the module of ``explain``
+# a command's module is imported when the command is called, and all of them for --help;
+# ``rules`` is in the module of ``explain``
 _COMMANDS = ("bench", "completion", "doctor", "explain", "fix", "rules", "shift", "watch", "why")
-_HOMES = {"rules": "explain"}
-# exit codes as in shells, 128 + number of the signal: after Ctrl-C, and if the reader of the output is gone
-_INTERRUPTED = 130
-_UNREAD = 141
+_MODULES = {"rules": "explain"}
+_INTERRUPTED = 130  # 128 + SIGINT, as in shells: Ctrl-C
+_OUTPUT_CLOSED = 141  # 128 + SIGPIPE: the program that reads the output has ended
 _DEBUG = "Show the traceback of an error."
 
 
 class _Commands(click.Group):
-    """A group of commands. Their errors are printed with cause and remedy, without a traceback."""
+    """A group of commands. It prints a ValueError, OSError or ModuleNotFoundError as a message, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """The names of all commands, without an import."""
@@ -32,21 +32,21 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command with this name. The error for an unknown name offers a similar name."""
         if cmd_name in _COMMANDS:
-            home = import_module(f"batchnorm.cli.{_HOMES.get(cmd_name, cmd_name)}_command")
+            home = import_module(f"batchnorm.cli.{_MODULES.get(cmd_name, cmd_name)}_command")
             return _debuggable(getattr(home, cmd_name))
         if close := difflib.get_close_matches(cmd_name, _COMMANDS, n=1):
             ctx.fail(f"no command {cmd_name!r}. Did you mean {close[0]!r}?")
         return None
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command. An error that is meant for the user becomes a message and exit code 2."""
+        """Run the command. These three errors become a message and exit code 2; --debug shows the traceback."""
         try:
             super().invoke(ctx)
         except KeyboardInterrupt:
-            ctx.exit(_INTERRUPTED)  # exit code 1 would mean findings
+            ctx.exit(_INTERRUPTED)  # not exit code 1, which means that a command found problems
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the output goes nowhere
-            ctx.exit(_UNREAD)
+            ctx.exit(_OUTPUT_CLOSED)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -54,7 +54,7 @@ class _Commands(click.Group):
 
 
 def _debuggable(command: click.Command) -> click.Command:
-    """The command with the option --debug: users also type it behind the name of a command."""
+    """Add --debug to a command, because users write it after the command's name too."""
     if not any(parameter.name == "debug" for parameter in command.params):
         command.params.append(
             click.Option(["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=_debug, help=_DEBUG)
@@ -79,7 +79,7 @@ def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         return
     kernels = "reference, built without a compiler"
     if os.environ.get("BATCHNORM_KERNELS") == "reference":
-        kernels = "reference, by BATCHNORM_KERNELS"
+        kernels = "reference, as BATCHNORM_KERNELS says"
     elif find_spec("batchnorm._native"):
         kernels = f"native, {import_module('batchnorm._native').instruction_sets()[0]}"
     click.echo(f"batchnorm {__version__} (CPU kernels: {kernels})")
@@ -95,4 +95,4 @@ def main(debug: bool) -> None:  # noqa: ARG001 - _Commands reads it
     """Batch normalization for PyTorch: measure why it works, and find and mend its faults."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks ✓ shows ? in its place
+            stream.reconfigure(errors="replace")  # a stream that cannot encode ✓ gets ? in its place

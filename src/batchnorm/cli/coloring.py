@@ -18,7 +18,7 @@ _MARKS = re.compile(
     rf"(?:(?<=^\[)|(?<=^  ))(?:{'|'.join(map(re.escape, _COLORS))})|{'|'.join(map(re.escape, _STATUS_COLORS))}",
     re.MULTILINE,
 )
-# values of FORCE_COLOR that mean no, as in Node and chalk; by force-color.org an empty value means nothing
+# values of FORCE_COLOR that mean no, as in Node and chalk; by force-color.org an empty value counts as unset
 _NO = ("0", "false")
 
 

@@ -44,7 +44,7 @@ _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
 @click.option("--diff", is_flag=True, help="Show the changes, but write nothing.")
 @click.option("--in-place", is_flag=True, help="Write over the checkpoint itself.")
 @click.option("--force", is_flag=True, help="Write over an existing file.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.fixed.pt]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.fixed.*]")
 @options.setting
 @options.select
 @options.ignore
@@ -133,7 +133,7 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
 
 
 def _beside(source: str | None, suffix: str, name: str) -> Path:
-    """NAME.fixed.pt in the folder of NAME.ckpt; in the current folder for a model without weights."""
+    """NAME.fixed.pt or NAME.fixed.safetensors beside the checkpoint; in the current folder without a checkpoint."""
     return Path(f"{name}.fixed.pt") if source is None else Path(source).with_suffix(f".fixed{suffix}")
 
 

@@ -60,7 +60,7 @@ def running(address: str) -> Iterator[None]:
 
 
 def batches(address: str | None) -> Iterable[Any] | None:
-    """The batches of an address, read into memory if it gives an iterator; None without an address."""
+    """The batches at an address, read into memory if they are an iterator; None without an address."""
     data = addresses.data(address) if address else None
     return list(data) if isinstance(data, Iterator) else data
 

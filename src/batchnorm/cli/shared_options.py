@@ -66,7 +66,7 @@ def selection(only: Sequence[str], without: Sequence[str], project: ProjectSetti
 
 
 def emit(report: Report, name: str, place: Path | None = None, *, is_quiet: bool = False) -> None:
-    """Write the report to a file, or print it."""
+    """Write the report to a file; without a file print it, unless ``is_quiet``."""
     text = formats.rendered(report, name, to_file=place is not None)
     if place is not None:
         write(place, text.rstrip("\n") + "\n")

@@ -43,7 +43,9 @@ _ALPHA, _UNIT = 0.01, "example"
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model.")
 @click.option("--state", default="", metavar="PATH", help="State of FILE to load.  [default: the first that fits]")
 @options.setting
-@click.option("--reference", metavar="FILE", help="A calibrated reference, *.bncal.safetensors.  [default: checkpoint]")
+@click.option(
+    "--reference", metavar="FILE", help="A calibrated reference, *.bncal.safetensors.  [default: what MODEL stores]"
+)
 @click.option("--calibrate", metavar="ADDRESS", help="Batches of clean data, to calibrate a reference first.")
 @click.option("--write-reference", metavar="FILE", help="Write the calibrated reference to a file.")
 @click.option(

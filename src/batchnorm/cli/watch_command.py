@@ -22,9 +22,15 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}")
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on 127.0.0.1.  [default: 8421 or next]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port on 127.0.0.1.  [default: 8421, or the next free]"
+)
 @click.option("--no-open", is_flag=True, help="Print the address, but open no browser.")
-@click.option("--token", envvar="BATCHNORM_TOKEN", help="Secret in the address, for restarts.  [default: a new one]")
+@click.option(
+    "--token", envvar="BATCHNORM_TOKEN",
+    help="Secret in the address; the same secret after a restart keeps open pages connected. Also read from "
+    "BATCHNORM_TOKEN.  [default: a new secret]",
+)  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the page to a file; serve nothing."
 )
@@ -48,7 +54,8 @@ def watch(folder: Path, port: int, no_open: bool, token: str | None, output: Pat
 def _checked(token: str) -> str:
     if not _TOKEN.fullmatch(token):
         raise ValueError(
-            "--token needs 16 to 200 letters, digits, - and _, got other text. Leave --token out for a new secret."
+            "--token needs 16 to 200 letters, digits, - and _, got another length or other characters. "
+            "Leave --token out and unset BATCHNORM_TOKEN for a new secret."
         )
     return token
 
@@ -57,7 +64,14 @@ def _write(feed: Feed, output: Path) -> None:
     from batchnorm.live.page import saved
 
     check_writable(output)
-    write(output, saved(feed))
+    try:
+        page = saved(feed)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(
+            f"cannot read the log in {feed.folder}: {why}. Make its files readable, or give another folder."
+        ) from error
+    write(output, page)
     click.echo(f"wrote {output}")
 
 
@@ -76,11 +90,11 @@ def _serve(feed: Feed, port: int, token: str, *, opens: bool) -> None:
     try:
         serve(feed, listener, token, tell)
     except KeyboardInterrupt:
-        click.echo("", err=True)  # end the line with ^C
+        click.echo("", err=True)  # the terminal has written ^C: start a new line after it
 
 
 def _has_screen() -> bool:
-    """Whether a browser can open a window, and not only text in this terminal."""
+    """Whether to open a browser: standard output is a terminal and, on Linux, a graphical display is set."""
     if not sys.stdout.isatty():
         return False
     return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

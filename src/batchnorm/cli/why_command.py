@@ -55,10 +55,12 @@ def _rates(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     "--claim", "names", multiple=True, type=click.Choice(NAMES), help="Run only this claim of the lecture; repeatable."
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="First seed.")
-@click.option("--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5; with --full 20]")
+@click.option(
+    "--seeds", type=click.IntRange(min=2), help="Number of seeds.  [default: 5, or 3 for a slow MODEL; with --full 20]"
+)
 @click.option("--full", is_flag=True, help=f"{FULL_SEEDS} seeds, for narrower intervals.")
 @click.option("--data", metavar="ADDRESS", help="Batches for MODEL: data.py:loader.")
-@click.option("--test", metavar="ADDRESS", help="Held-out batches.  [default: every fifth of --data]")
+@click.option("--test", metavar="ADDRESS", help="Held-out batches.  [default: every fifth batch of --data]")
 @click.option("--set", "given", multiple=True, metavar="KEY=VALUE", help="Argument of MODEL's function; repeatable.")
 @click.option("--loss", metavar="ADDRESS", help="loss(output, batch) -> scalar.  [default: chosen by targets]")
 @click.option("--weights", metavar="FILE", help="Checkpoint of MODEL, for questions without training.")
@@ -216,7 +218,7 @@ class WhyOptions:
                 raise click.UsageError(f"{name} is about training, and --no-train was given. Leave one of them out.")
 
     def command(self, seeds: int, steps: int | None = None) -> str:
-        """The command that repeats the numbers, with the seeds and steps that were chosen by the time of a step."""
+        """The command that repeats the numbers, with the seeds and steps that were chosen from the time of a step."""
         options = {"--data": self.data, "--test": self.test, "--loss": self.loss}
         address, *rest = self.model.words
         words = [address, *(word for name, value in options.items() if value for word in (name, value)), *rest]
@@ -258,7 +260,7 @@ def _subject(asked: WhyOptions) -> Subject:
 
 
 def _factory(asked: WhyOptions) -> Callable[[], nn.Module]:
-    """A function that makes the model. It is called once here, so that its errors show before the runs."""
+    """A function that makes or returns the model. The model is made once here, so that errors show before the runs."""
     import torch
 
     settings = addresses.parsed(asked.model.given)

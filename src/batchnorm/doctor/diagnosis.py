@@ -16,9 +16,9 @@ from batchnorm.reporting.html import fragment
 class Diagnosis(DiagnosisValue):
     """The result of ``examine``. It is a value without a reference to the model.
 
-    ``findings`` are ordered: errors first, then by code and layer. ``checked`` has the codes of rules that ran.
-    ``not_checked`` maps the codes of other rules to the reason. ``silenced`` counts findings that the layer's
-    batchnorm_ignore, ``per_layer`` or a baseline left out.
+    ``findings`` are ordered: errors first, then by code, then in the model's order. ``checked`` has the codes of rules
+    that ran. ``not_checked`` maps the codes of the other selected rules to the reason. ``silenced`` counts findings
+    that the layer's batchnorm_ignore, ``per_layer`` or a baseline left out.
     """
 
     def to_html(self) -> str:

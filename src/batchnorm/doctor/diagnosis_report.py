@@ -90,7 +90,7 @@ def page(diagnosis: DiagnosisValue) -> str:
 
 
 def blocks(diagnosis: DiagnosisValue, *, pages: bool = False) -> list[Block]:
-    """The blocks of HTML output; with ``pages`` also the pages of rules, and the versions that made it."""
+    """The blocks of HTML output; with ``pages`` also the pages of rules, and the versions of the software."""
     reasons = codes_by_reason(diagnosis.not_checked)
     return [
         *([] if pages else [Text(strong=_headline(diagnosis))]),

@@ -95,7 +95,7 @@ def _as_dict(finding: Finding) -> dict[str, Json]:
 
 
 def counted(findings: Iterable[Finding]) -> str:
-    """The number of findings of each severity, such as "2 errors, 1 warning"."""
+    """The number of findings of each severity, such as "2 errors, 1 warning"; "no findings" without any."""
     severities = [finding.severity for finding in findings]
     words = [
         f"{number} {severity}{'s' if number > 1 and severity is not Severity.INFO else ''}"

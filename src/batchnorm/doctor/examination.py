@@ -81,7 +81,7 @@ def examine(
     A file is read as data: nothing in it is executed, and torch is not needed. Every state in it is examined: the
     model's own, averaged copies, target networks, members of a list. Layers of the model's own state have their names
     in the model; other layers have the path of their state before their names. If a state repeats the layers of an
-    earlier one bit for bit, a note says so, and its findings are reported once.
+    earlier state bit for bit, a note says so, and findings in both are reported once.
 
     A model is examined as it is. With data it also runs, in eval mode and in train mode. Afterwards its parameters,
     buffers, training flags, hooks, gradients and the random states are as before, bit for bit, also after an error.
@@ -102,8 +102,10 @@ def examine(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If the target is neither a path nor an ``nn.Module``.
-        ValueError: If the file is not a checkpoint or has no such state, or a setting is out of range.
+        TypeError: If the target is neither a path nor an ``nn.Module``, or a setting is not a whole number.
+        ValueError: If the file is not a checkpoint or has no such state, data are given for a file or a state for a
+            model, or a setting is out of range.
+        Exception: An error of the model on the data in eval mode.
 
     Example:
         >>> from torch import nn

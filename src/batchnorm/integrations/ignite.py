@@ -21,10 +21,11 @@ def attach(engine: Engine, model: nn.Module, **watch: Unpack[WatchArguments]) ->
 
     Args:
         engine: The engine that trains.
-        model: The model that it trains.
+        model: The model that the engine trains.
         watch: Arguments of ``batchnorm.watch``: ``log``, ``every``, ``budget``, ``probe``, ``loss`` and ``sinks``.
 
     Raises:
+        ModuleNotFoundError: If ignite is not installed.
         ValueError: When the engine runs, if the model has no batch norm or an argument is out of range.
     """
     with needed("ignite", "pytorch-ignite"):

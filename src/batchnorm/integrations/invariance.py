@@ -4,7 +4,8 @@ In eval mode it must not depend on them: an example runs alone and inside a batc
 The allowed difference is the largest that rounding explains. A sum of n products, in any order and in a format with
 unit roundoff u, has an error of at most n u times the sum of the products' magnitudes (Higham 2002, section 3.1). The
 sums of successive layers are applied one after another, so n is the total over the layers. Between D layers values are
-rounded to the model's own format with unit u'; D independent errors add in squares. So the bound is n u + sqrt(D) u'.
+rounded to the model's own format with unit u'; independent errors add in squares. So the bound is n u + sqrt(D + 1) u',
+where torch.finfo(...).eps, which is twice the unit roundoff, is used for u and u'.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _MOST = 8  # examples that run alone
 def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> str:
     """How an output for one example depends on the batch, in words; "" if no output does.
 
-    The model does not change, bit for bit. All outputs whose first axis has the examples are compared.
+    The model does not change, bit for bit. The first eight examples are compared, in every floating-point output whose
+    first axis has the examples.
 
     Raises:
         ValueError: If there are fewer than two examples, or no floating-point output has one row for each.

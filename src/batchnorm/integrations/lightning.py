@@ -141,7 +141,7 @@ class Recalibrate(Callback):
             trainer.callbacks = [*rest[:last], self, *rest[last:]]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """At the start of an epoch, remember the layers in eval mode: during validation all layers are in it."""
+        """At the start of an epoch, remember the layers in eval mode: validation puts all layers into eval mode."""
         if batch_idx == 0:
             layers = batch_norms(pl_module).values()
             self._held = [layer for layer in layers if not layer.training and has_stored_statistics(layer)]
@@ -295,7 +295,7 @@ class _Epoch:
         self._most = trainer.num_training_batches
         self.generator = getattr(
             self._loader, "generator", None
-        )  # recalibrate starts each pass from the same state of it
+        )  # recalibrate starts each pass from the same state of the generator
         self.sampler = getattr(self._loader, "sampler", None)
 
     def __iter__(self) -> Iterator[Batch]:

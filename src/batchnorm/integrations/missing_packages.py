@@ -1,4 +1,4 @@
-"""Missing packages: an error that says how to install one."""
+"""Missing packages: an error that says how to install a missing package."""
 
 from __future__ import annotations
 

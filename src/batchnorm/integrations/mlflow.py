@@ -22,7 +22,7 @@ class MLflowSink:
     """A sink for ``watch(model, sinks=[...])``: one metric for each quantity and layer.
 
     Args:
-        run_id: The run that gets the metrics. None takes the active run; if there is none, the sink starts a run and
+        run_id: The run that gets the metrics. None: the active run; if no run is active, the sink starts a run and
             ends it in ``close``.
 
     Raises:

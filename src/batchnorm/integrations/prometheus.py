@@ -1,12 +1,12 @@
 """Prometheus: metrics of a live ``ShiftMonitor``, read at each scrape.
 
-    batchnorm_shift_log_evidence       log of the evidence E against clean data
-    batchnorm_shift_limit              log of the evidence that raises the alarm
-    batchnorm_shift_alarm              1 after an alarm
+    batchnorm_shift_log_evidence       natural log of the evidence E against clean data
+    batchnorm_shift_limit              natural log of the evidence that raises the alarm
+    batchnorm_shift_alarm              1 after an alarm, otherwise 0
     batchnorm_shift_layer_log_evidence{layer}, ...
 
-A scrape only reads, and takes no lock that could block inference. It does not include the observations, at most seven,
-that wait for the next round of the monitor. The evidence is replaced as a whole, so a scrape during a forward pass
+A scrape only reads, and takes no lock that could block inference. At most seven observations wait for the next round of
+the monitor; a scrape does not include them. The evidence is replaced as a whole, so a scrape during a forward pass
 reads the old or the new evidence, never a mixture.
 """
 
@@ -31,20 +31,26 @@ _PREFIX = "batchnorm_shift_"
 # alert rules use these names and labels: they do not change
 _GAUGES: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
     "log_evidence": ("Natural logarithm of the evidence against clean data.", lambda m: m.stream.evidence.log),
-    "limit": ("Logarithm of the evidence at which the alarm rings.", lambda m: m.limit),
-    "alarm": ("1 once the alarm has rung, until it is reset.", lambda m: float(m.alarm is not None)),
-    "alarm_timestamp_seconds": ("Unix time of the alarm; 0 before.", lambda m: m.alarm.seconds if m.alarm else 0.0),
-    "cost_ratio": ("Time of looking as a share of the time of inference.", lambda m: m.cost),
+    "limit": ("Natural logarithm of the evidence at which the alarm is raised.", lambda m: m.limit),
+    "alarm": ("1 after an alarm, until it is reset; otherwise 0.", lambda m: float(m.alarm is not None)),
+    "alarm_timestamp_seconds": (
+        "Unix time of the alarm; 0 without an alarm.",
+        lambda m: m.alarm.seconds if m.alarm else 0.0,
+    ),
+    "cost_ratio": ("Time of observing divided by the other time of inference.", lambda m: m.cost),
     "autocorrelation": ("Correlation of neighbouring observations.", lambda m: m.stream.autocorrelation.r),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[ShiftMonitor], float]]] = {
-    "observations": ("Observations that evidence was made of.", lambda m: m.stream.evidence.observations),
-    "examples": ("Examples that passed the model, looked at or not.", lambda m: m.stream.passed),
-    "examples_looked": ("Examples that were looked at.", lambda m: m.stream.looked),
+    "observations": ("Observations from which the evidence is computed.", lambda m: m.stream.evidence.observations),
+    "examples": ("Examples that passed through the model.", lambda m: m.stream.passed),
+    "examples_looked": ("Examples that the monitor observed.", lambda m: m.stream.looked),
 }
 _LAYERS: dict[str, tuple[str, Callable[[LayerShift], float]]] = {
     "layer_log_evidence": ("Natural logarithm of a layer's own evidence.", lambda layer: layer.log_evidence),
-    "layer_distance": ("2-Wasserstein distance from the stored law, in sd, for display.", lambda layer: layer.w2),
+    "layer_distance": (
+        "2-Wasserstein distance from the stored distribution, in sd, for display.",
+        lambda layer: layer.w2,
+    ),
 }
 _collectors: WeakKeyDictionary[CollectorRegistry, _Collector] = WeakKeyDictionary()
 _joining = Lock()
@@ -62,8 +68,8 @@ def register(
             different values.
 
     Raises:
-        ValueError: If a monitor with these labels is registered, other monitors have different label names, or a label
-            is named "layer".
+        ValueError: If a monitor with these labels is registered already, other monitors have different label names, or
+            a label is named "layer".
         ModuleNotFoundError: If prometheus_client is not installed.
     """
     with _joining:

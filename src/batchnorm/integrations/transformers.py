@@ -59,7 +59,7 @@ class BatchNormCallback(TrainerCallback):
         self._session.begin(kwargs["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the loss."""
+        """Log the loss that the Trainer reports: its mean since the last report."""
         self._session.note_loss((kwargs.get("logs") or {}).get("loss"))
 
     def on_train_end(

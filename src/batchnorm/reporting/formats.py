@@ -28,7 +28,7 @@ class Format:
 
 
 def full(report: Report, *, to_file: bool = False) -> str:
-    """The report for people, as wide as the terminal allows."""
+    """The report for people, in lines as wide as ``columns`` says."""
     width = columns(to_file=to_file)
     return report.full(width) if report.full else paragraphs(report.document, width)
 

@@ -51,7 +51,7 @@ def _table(table: TextTable) -> str:
     body = "".join(cells(row, "td") for row in table.rows)
     head = f"<thead>{cells(table.head, 'th')}</thead>"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title or "TextTable")}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title or "Table")}">'
         f'<table class="data">{head}<tbody>{body}</tbody></table></div>'
     )
 

@@ -17,8 +17,8 @@ class Row:
     """One result, such as a finding of the doctor.
 
     Args:
-        rule: The code of the rule that gave it.
-        severity: How bad it is.
+        rule: The code of the rule that gave the result.
+        severity: How bad the result is.
         place: The layer, or "model".
         words: Sentences that can be understood with the name of the target alone.
         name: The rule's name; "" if the rule has only a code.
@@ -88,8 +88,8 @@ class Report:
         suites: The checks by groups.
         notes: Further sentences about the target.
         source: The file that a row without a file is about.
-        driver: The program's name, by which code scanning groups its alerts; "" takes ``command``.
-        identified_by: The name and version of what ``Row.identity`` consists of.
+        driver: The program's name, by which code scanning groups its alerts; "" means ``command``.
+        identified_by: The name and version of the method that makes ``Row.identity``.
         seconds: How long the command took.
         fail_on: Rows with this severity or a worse one make a check fail; None: no row does.
         full: Makes the text for people, from its number of columns; None makes it from ``document``.

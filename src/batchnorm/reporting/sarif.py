@@ -1,4 +1,4 @@
-"""SARIF 2.1.0 (OASIS 2023), for code scanning. All rules are declared, so that an alert closes with its fault."""
+"""SARIF 2.1.0 (OASIS 2023), for code scanning. All rules are declared, so that an alert of a mended fault closes."""
 
 from __future__ import annotations
 

@@ -201,14 +201,14 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
         0.99 from TensorFlow, torch stores little more than the statistics of the last batch.
 
     How:
-        momentum >= 0.5. The variance of the stored mean is then at least a third of the variance of one batch's mean: a
-        / (2 - a) for momentum a.
+        momentum >= 0.5 in a layer that tracks statistics and is not frozen. The variance of the stored mean is then at
+        least a third of the variance of one batch's mean: a / (2 - a) for momentum a.
 
     Example:
         nn.BatchNorm2d(64, momentum=0.99), for TensorFlow's 0.99, which is torch's 0.01
 
     Fix:
-        layer.momentum = 1 - layer.momentum
+        layer.momentum = 1 - layer.momentum, or 0.1 if that is not between 0 and 0.5.
 
     References:
         torchvision#8250; EfficientNet-PyTorch#3.
@@ -216,9 +216,8 @@ def momentum_convention(evidence: Evidence) -> Iterator[Finding]:
     for name, module in (evidence.modules or {}).items():
         momentum = module.momentum or 0.0
         if momentum >= HIGHEST_MOMENTUM and module.tracks and not module.frozen:
-            yield Finding(
-                name, f"momentum = {momentum:g}", remedy=f"layer.momentum = {max(1 - momentum, 0) or 0.1:.4g}"
-            )
+            other = 1 - momentum if 0 < 1 - momentum < HIGHEST_MOMENTUM else 0.1
+            yield Finding(name, f"momentum = {momentum:g}", remedy=f"layer.momentum = {other:.4g}")
 
 
 def skipped_updates(evidence: Evidence) -> Iterator[Finding]:

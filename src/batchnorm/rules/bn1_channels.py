@@ -44,7 +44,7 @@ ACTIVE: dict[str, tuple[float, float]] = {
     "tanh": (-3.8, 3.8),  # 1 - tanh(3.8) is 0.001
 }
 # a channel that is not active in n independent values is active in less than 3 / n of all values, at 95 % confidence:
-# so RARELY takes 300 values. Positions of one image are similar, so a number of examples is required too
+# so RARELY needs 300 values. Positions of one image are similar, so a number of examples is required too
 FEWEST_VALUES, FEWEST_EXAMPLES = 300, 32
 
 

@@ -131,10 +131,10 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
         differs. So the statistics of one part were copied to the other. An error if a name says that a part is an
         average (ema, swa, averaged), a warning for other names (q_net and q_net_target). Not reported if only weights
         behind the last layer differ, such as two heads; if the statistics are initial; if some layers have statistics
-        of their own; for frozen layers without a counter; or if the weights differ only in their type. In a model: it
-        is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so that its eval
-        weights are averages. Without data these cases look the same after a new measurement of the statistics. Not
-        reported if data show that the statistics fit.
+        of their own; for frozen layers without a counter; or if the weights differ only in their type. In a model: the
+        model is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so that the
+        weights in eval mode are averages. Without data these cases look the same after a new measurement of the
+        statistics. Not reported if data show that the statistics fit.
 
     Example:
         AveragedModel(model), saved without update_bn
@@ -146,7 +146,7 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
         Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima", section 3.2.
     """
     for layer, measured, severity in _reasons_for_averages(evidence):
-        unless = "" if severity is Severity.ERROR else ", unless its layers were frozen on purpose"
+        unless = "" if severity is Severity.ERROR else ", unless these layers were frozen on purpose"
         yield Finding(
             layer,
             measured,
@@ -238,7 +238,7 @@ def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str, Severi
 
 
 def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
-    """The reason for two parts with equal statistics. It names the average; if none is, the second part."""
+    """The reason for two parts with equal statistics. It names the average, or the second part if none is known."""
     first, second = twins.first, twins.second
     if _is_average(file, first) and not _is_average(file, second):
         first, second = second, first

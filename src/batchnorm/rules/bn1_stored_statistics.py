@@ -85,7 +85,7 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
             yield Finding(
                 name,
                 f"running_var down to {lowest:.3g}, {some_of(channels, stored)}",
-                consequence="Rounding below zero." if safe else "The channel's eval output is NaN, or far too large.",
+                consequence="Rounding below zero." if safe else "The channel's eval output is NaN or too large.",
                 remedy=mend(evidence) if safe else measure_again(evidence),
                 channels=channels,
                 fixable=Fix.SAFE if safe else Fix.DATA,
@@ -129,7 +129,8 @@ def non_finite_affine(evidence: Evidence) -> Iterator[Finding]:
     """Gamma or beta is NaN or infinite.
 
     Why:
-        Every output of the channel is NaN, in train and in eval mode, and so is everything that is computed from it.
+        Every output of the channel is NaN or infinite, in train and in eval mode. So is what later layers compute
+        from it.
 
     How:
         weight or bias has a value that is NaN or infinite.
@@ -166,7 +167,7 @@ def half_precision_statistics(evidence: Evidence) -> Iterator[Finding]:
         model.half(): running_var = inf. model.bfloat16(): a running mean that stalls at 4.78 where 4.97 is true.
 
     Fix:
-        batchnorm fix stores the same values in float32. Lost digits come back by a new measurement only:
+        batchnorm fix stores the same values in float32. Only a new measurement restores lost digits:
         batchnorm.recalibrate(model, loader). This package's layers keep float32 statistics under half() and bfloat16().
     """
     for name, stored in () if _is_onnx(evidence) else evidence.stored.items():
@@ -179,8 +180,8 @@ def incomplete_layer(evidence: Evidence) -> Iterator[Finding]:
     """A layer lacks one of its statistics, or their sizes differ.
 
     Why:
-        load_state_dict(strict=True) refuses a missing tensor. With strict=False it keeps its initial value, without a
-        message.
+        load_state_dict(strict=True) refuses a missing tensor. With strict=False the tensor keeps its initial value,
+        without a message.
 
     How:
         Only one of running_mean and running_var is stored, or tensors of one layer differ in length.

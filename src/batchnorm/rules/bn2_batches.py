@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from batchnorm.rules.rule_evidence import Evidence, Measured
 
-# Largest probability of a false finding in a whole model; and the smallest share of a batch's examples that it must
-# count for: a batch that counts for half of its examples has means with sqrt(2) times the noise.
+# Largest probability of a false finding in a whole model; and the smallest allowed ratio of a batch's effective number
+# of examples to its number of examples: at one half, means of batches have sqrt(2) times the noise.
 CLUSTERING_P = 1e-3
 CLUSTERED_SHARE = 0.5
 # if 5 % of the values are zeros and the others have a mean of 2 sd, the zeros move the mean by 0.1 sd
@@ -45,8 +45,8 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
     How:
         An F-test of batch means against the means of single examples, in every channel of a layer. Reported if three
         conditions are met. The test's p, times the numbers of channels and layers, is below 0.001. Batch means vary as
-        if a batch had fewer than half of its examples. In each of 1,999 random orders of the examples, the batches
-        differ less, by ranks; this test is valid for any distribution. Needs 4 batches, in the loader's order. Layers
+        if a batch had fewer than half of its examples. In each of 1,999 random orders of the examples, the ranks in
+        the batches differ less; this test is valid for any distribution. Needs 4 batches, in the loader's order. Layers
         whose inputs do not have one row per example are left out.
 
     Example:
@@ -80,7 +80,7 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
             limit=f"{CLUSTERED_SHARE * size:.0f} examples",
         )
     if all(m.clustering_p is None for m in measured.values()):
-        yield Unknown("", "it takes 4 batches, and a layer that runs once for each batch with one row for each example")
+        yield Unknown("", "needs 4 batches, and a layer that runs once for each batch with one row for each example")
 
 
 def padding_counted(evidence: Evidence) -> Iterator[Finding]:
@@ -171,7 +171,7 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if is_as_constructed(stored) or _is_frozen(evidence, name):
             continue
         if layer.batches < FEWEST_BATCHES:
-            yield Unknown("", f"it takes {FEWEST_BATCHES} batches")
+            yield Unknown("", f"needs {FEWEST_BATCHES} batches")
             continue
         if stale is None or noise is None:
             yield Unknown(name, "no batch with 2 finite values in each channel, or outputs that do not vary")
@@ -201,7 +201,8 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         Over all examples, a channel's standard deviation is not larger than the rounding error of its mean. Not
-        reported if BN106 names all of these channels, in this layer or in the layer before a depthwise convolution.
+        reported if BN106 names all of these channels, by its condition (1), or in the layer before a depthwise
+        convolution.
 
     Example:
         A column of zeros; a filter behind a ReLU that is never active
@@ -239,7 +240,7 @@ def _is_frozen(evidence: Evidence, layer: str) -> bool:
 
 
 def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
-    """Variance of the running average over the variance of one batch's value; infinite if the average diverges."""
+    """Variance of the running average divided by that of one batch's value; infinite if the average diverges."""
     momentum = evidence.momentum(layer) or 0.0
     return momentum / (2 - momentum) if momentum < 2 else math.inf
 

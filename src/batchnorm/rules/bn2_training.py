@@ -61,8 +61,8 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
         1, raises ValueError at the end of the first epoch. Other layers train on the statistics of one example.
 
     How:
-        The length of the data set modulo the batch size is 1, and drop_last is False. With data, the finding names the
-        layers that receive one value per channel.
+        The length of the data set modulo the batch size is 1, the batch size is above 1, and drop_last is False. Not
+        reported if every layer is frozen. With data, the finding names the layers that receive one value per channel.
 
     Example:
         DataLoader(TensorDataset(torch.randn(65, 3)), batch_size=32)

@@ -60,8 +60,9 @@ def wrong_fold(evidence: Evidence) -> Iterator[Finding | Unknown]:
         is wrong for grouped transposed convolutions and reused layers, and gives no message.
 
     How:
-        The largest difference of outputs on one example, relative to the largest output. The limit is the rounding
-        error of deep networks: 1024 eps of float32 and float64, 16 eps of half precision and TF32.
+        The largest difference of eval outputs on one batch, relative to the largest output. The limit is the rounding
+        error of deep networks: 1024 eps of float64, and of float32 on a CPU; 16 eps of half precision, and of TF32 for
+        float32 on a GPU.
 
     Example:
         batchnorm.doctor.examine(folded, data, reference=original)
@@ -96,11 +97,11 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         variance.
 
     How:
-        Each layer's eps is compared with the reference's; without a reference, with the eps of more than half of the
-        layers. Reported if the difference changes the output of a channel with the layer's median variance by more than
-        2^-11, the rounding error of half precision. Without a reference, not reported if two or more layers with this
-        eps are all the layers of a part of the model, such as a head of another library. Of files, only those of ONNX
-        and those with a whole model store eps.
+        Each layer's eps is compared with that of the reference's layer of the same name. If there is none, it is
+        compared with the eps of more than half of the layers. Reported if the difference changes the output of a
+        channel with the layer's median variance by more than 2^-11, the rounding error of half precision. Without such
+        a reference, not reported if two or more layers with this eps are all the layers of a part of the model, such as
+        a head of another library. Of files, only those of ONNX and those with a whole model store eps.
 
     Example:
         Keras weights in nn.BatchNorm2d(8), whose eps is 1e-5.
@@ -195,7 +196,7 @@ def depends_on_companions(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
     How:
         The first example's eval output is compared when it is alone in the batch and when the batch has up to 8
-        examples. The difference is relative to the largest output; the limit is rounding, 1024 eps of float32. Also
+        examples. The difference is relative to the largest output; the limit is that of BN502. Also
         reported if the model raises an error for one example alone, but not for several. Not reported if BN505 names
         the cause. Not checked if outputs do not have one row for each example, if a batch has one example, or if it
         cannot be cut into examples.

@@ -50,7 +50,7 @@ class Module:
     held: bool = False  # frozen by batchnorm.freeze
     tells: bool = True  # whether its settings can be read; False for traced and exported layers
     act: str = ""  # the activation that a layer of this package applies to its result
-    where: str = ""  # file:line of the code that defines or constructs it, if known
+    where: str = ""  # file:line of the user's class around the layer; "" if not known
     ignored: frozenset[str] = frozenset()  # codes in the layer's batchnorm_ignore
 
 
@@ -132,7 +132,7 @@ class Run:
 
     never_ran: tuple[str, ...] = ()  # layers that were not called
     updates_forward: Mapping[str, int] = field(default_factory=dict)  # layer: updates in a forward in train mode
-    updates_backward: Mapping[str, int] = field(default_factory=dict)  # layer: further updates in its backward pass
+    updates_backward: Mapping[str, int] = field(default_factory=dict)  # layer: further updates in the backward pass
     functional: tuple[str, ...] = ()  # modules that call F.batch_norm with the batch's statistics in eval mode
     # probability that batches of examples in random order differ as much, for any distribution; None if no F test gave
     # a reason to compute it

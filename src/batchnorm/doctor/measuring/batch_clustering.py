@@ -28,7 +28,7 @@ from batchnorm.moments import Moments
 
 # with fewer batches (three degrees of freedom) the variance of batch means is hardly known
 MIN_BATCHES = 4
-# with the observed order 2,000, so the smallest p is 1 / 2,000: half of the limit for a finding
+# random orders; with the observed order there are 2,000, so the smallest p is 1 / 2,000: half of a finding's limit
 _ORDERS = 1999
 _ORDERS_AT_ONCE = 32
 _FINE = 2**12  # parts of an sd: values in one part count as equal, because rounding depends on the batch size
@@ -77,7 +77,7 @@ def clustering(parts: Sequence[Moments]) -> Clustering | None:
 
 
 def order_p(batches: Sequence[Tensor]) -> float:
-    """p of a permutation test: share of random orders in which batches differ as much as in these, at least 1/2000.
+    """p of a permutation test: share of random orders in which batches differ as much as observed, at least 1/2000.
 
     Uses the statistic (column) in which batches differ most, by its ranks: the sum over batches of size times squared
     distance of the batch's mean rank from the overall mean rank. 1 if no statistic varies.

@@ -216,7 +216,7 @@ class InputMeasurement:
         return plain((mean - total.mean) / noise.sqrt()), plain(log_ratio / log_noise.sqrt())
 
     def _padded_share(self) -> float:
-        """Share of positions that look like padding: equal ones at the end. 0 if all examples end at one position."""
+        """Share of positions that look like padding: equal positions at an example's end; 0 if all end at the same."""
         if not self.padding:
             return 0.0
         padded = torch.cat([torch.where(run > 1, run, 0) for run, _ in self.padding])

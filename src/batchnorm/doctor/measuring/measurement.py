@@ -63,8 +63,9 @@ def measure(
 
     The batch is a copy of the loader's first batch.
 
-    Layers are in the order in which they first ran. Layers that did not run, and lazy layers without a shape, are left
-    out. The model, its gradients and the random states are as before, bit for bit, also if the model raises.
+    Layers are in the order in which they first ran. Layers that did not run, lazy layers without a shape, and layers
+    without a dense floating-point input are left out. The model, its gradients and the random states are as before, bit
+    for bit, also if the model raises.
 
     Args:
         model: Runs in eval mode, and on a few examples for one step in train mode.

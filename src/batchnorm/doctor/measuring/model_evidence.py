@@ -113,7 +113,7 @@ def _codes(path: str, ignored: Any) -> frozenset[str]:
 
 
 def _where(known: Mapping[str, nn.Module], path: str) -> str:
-    """file:line of the innermost user class around a layer; "" if all classes are torch's."""
+    """file:line of the innermost user class around a layer; "" if there is none or its file is not known."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         kind = type(known[".".join(parts[:end])])

@@ -42,7 +42,7 @@ def graph_of(model: nn.Module, example: Batch = None) -> Graph:
     """The neighbours of the layers, and if there is an example, their calls. The model is not changed.
 
     Raises:
-        ValueError: If the model does not run on the example, or no forward can be traced.
+        ValueError: If the model is compiled, does not run on the example, or no forward can be traced.
     """
     paths: dict[nn.Module, str] = {layer: path for path, layer in batch_norms(model).items()}
     closed = dict.fromkeys(layers_of(model).keys() - paths.values(), "torch.fx does not see this layer")

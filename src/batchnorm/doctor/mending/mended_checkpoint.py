@@ -122,7 +122,7 @@ def write(plan: MendingPlan, output: Path) -> None:
     The new file is read again and compared with the plan before it gets its name.
 
     Raises:
-        ValueError: If torch does not load the file as tensors and plain values.
+        ValueError: If torch does not load the file as tensors and plain values, or the new file differs from the plan.
         OSError: If ``output`` cannot be written.
         ModuleNotFoundError: If the file is one of torch.save, and torch is not installed.
     """

@@ -105,7 +105,8 @@ def remainder(outcome: MendingOutcome) -> Iterator[str]:
 def untreated(outcome: MendingOutcome) -> Iterator[str]:
     """Lines for the states that do not fit the model."""
     for state in outcome.untreated:
-        yield f"  {state}: it does not fit this model. Treat it with its own model, or exclude it: --state NAME"
+        remedy = "Treat it with its own model, or choose another state: --state NAME"
+        yield f"  {state}: it does not fit this model. {remedy}"
 
 
 def wrapped(lines: Sequence[str], width: int) -> str:

@@ -247,7 +247,7 @@ def _labels(chart: Chart) -> list[str]:
 
 
 def _wrapped(label: str) -> str:
-    """The label on at most two lines of at least 22 characters, no wider than needed."""
+    """The label on at most two lines: up to 22 characters wide, or wider if two such lines are not enough."""
     lines = (textwrap.wrap(label, width, break_on_hyphens=False) for width in range(22, 22 + len(label)))
     return "\n".join(next((wrapped for wrapped in lines if len(wrapped) <= 2), [label]))
 

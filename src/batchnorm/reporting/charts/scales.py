@@ -41,9 +41,10 @@ class Scale:
 
 
 def scale(chart: Chart, which: Literal["x", "y"]) -> Scale:
-    """The scale of an axis of ``chart``: it contains every value with its interval, in all panels.
+    """The scale of an axis of ``chart``: its fixed domain, or a range of every value with its interval, in all panels.
 
-    It has a margin of 4 %, except the x axis of lines and ribbons. The margin never crosses 0, nor 100 % of a share.
+    A range has a margin of 4 %, on a logarithmic axis of the logarithms; a linear x axis of lines and ribbons has none.
+    The margin never crosses 0, nor 100 % of a share.
 
     Raises:
         ValueError: If the axis is missing, a value is not finite, or a logarithmic axis has a value that is not
@@ -97,7 +98,7 @@ def _ends(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> tupl
 
 
 def log_ticks(low: float, high: float, measured: Sequence[float] = ()) -> list[float]:
-    """Ticks of a logarithmic scale: the measured values if there are 2 to 9, otherwise at most eight round numbers."""
+    """Ticks of a logarithmic scale: the measured values if there are 2 to 9, otherwise at most nine round numbers."""
     if 2 <= len(set(measured)) <= 9:
         return sorted(set(measured))
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

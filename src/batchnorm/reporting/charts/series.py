@@ -64,7 +64,7 @@ def _key(chart: Chart, name: str, look: Look) -> Key:
 
 
 def short(chart: Chart) -> set[str]:
-    """The series with at most 16 values in every panel, of which each value gets a symbol."""
+    """The series with at most 16 values in every panel: each of their values gets a symbol."""
     count = Counter((row["series"], row.get("row"), row.get("panel")) for row in chart.rows)
     return set(chart.series) - {place[0] for place, number in count.items() if number > _DOTTED}
 
