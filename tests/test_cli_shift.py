@@ -127,7 +127,7 @@ def test_alpha_unit_and_max_examples_are_taken(folder):
         judged("clean", "--alpha", "0.2", "--unit", "batch", "--max-examples", "70", "--output-format", "json").stdout
     )
     assert (told["alpha"], told["unit"], told["examples"], told["observations"]) == (0.2, "batch", 70, 3)
-    assert told["command"].endswith("--alpha 0.2 --unit batch")
+    assert told["command"].endswith("--alpha 0.2 --unit batch --max-examples 70")
 
 
 def test_data_whose_neighbours_are_alike_are_told(folder):

@@ -91,9 +91,13 @@ def load(address: str) -> Any:
 
 
 def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None, state: str = "") -> Any:
-    """The model at an address, or the one that the function there makes from ``settings``.
+    """The model at an address, or the model that the function there makes from ``settings``.
 
     ``weights`` is the path of a checkpoint, which must fit the model exactly; None loads no weights.
+
+    Raises:
+        AddressError: If the code raises an error, or gives another object than a model.
+        ValueError: If the settings do not fit the function, or the weights do not fit the model; and as ``load``.
     """
     from torch import nn
 
@@ -110,7 +114,12 @@ def model(address: str, settings: Mapping[str, Any] | None = None, weights: str 
 
 
 def data(address: str) -> Any:
-    """The loader at an address, or the one that the function or class there returns."""
+    """The loader at an address, or the loader that the function or class there returns.
+
+    Raises:
+        AddressError: If the code raises an error, or gives something else than batches.
+        ValueError: If the function needs arguments; and as ``load``.
+    """
     from torch import Tensor
 
     loader = load(address)

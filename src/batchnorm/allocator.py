@@ -57,8 +57,9 @@ def tune_allocator() -> Tuning:
     """Makes glibc keep the memory of freed tensors for the next tensors; call it once, before training.
 
     The whole process is affected, with all its libraries. Training becomes faster after a few steps, when the process
-    has memory for all tensors of a step. The process keeps this memory, up to half as much again as before; GPU memory
-    is not affected. So the user decides: nothing in this package calls this function. Models and results do not change.
+    has memory for all tensors of a step. The process keeps this memory, up to 1.5 times as much as without it; GPU
+    memory is not affected. So the user decides: nothing in this package calls this function. Models and results do not
+    change.
 
     Returns:
         A Tuning: True if the settings are in effect. Without glibc (musl, macOS, Windows) nothing is done and

@@ -18,7 +18,7 @@ from batchnorm.reporting import formats
 @click.option("--dtype", default="float32", show_default=True, help="Type of the values, such as bfloat16.")
 @click.option("--channels-last", is_flag=True, help="Use the memory format channels_last.")
 @click.option("--threads", type=int, help="Number of threads of torch.  [default: torch's own]")
-@click.option("--rounds", type=int, help="Number of runs of each layer.")
+@click.option("--rounds", type=int, help="Number of rounds; each layer is timed once in each round.")
 @click.option("--tune", is_flag=True, help="First call batchnorm.tune_allocator().")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path),

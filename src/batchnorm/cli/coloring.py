@@ -31,7 +31,7 @@ def colored(text: str) -> str:
 
 
 def spelled(text: str) -> str:
-    """The text with ASCII signs in place of signs that standard output cannot encode."""
+    """The text; with ASCII signs in place of all our signs if standard output cannot encode one of them."""
     try:
         "".join(_SIGNS).encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):

@@ -156,7 +156,7 @@ def _file(asked: FixOptions) -> Mended:
 
 
 def _states(plan: MendingPlan, state: str) -> tuple[str, ...]:
-    """Sentences that name the mended states, if there are several; or that there are no batch norm layers."""
+    """Sentences that name the mended states, if there are several; or one that says that there are no layers."""
     state = with_state(plan.file, state)[1] if state else ""
     others = [name for name in plan.file.states if state and name != state]
     if len(plan.file.states) < 2:

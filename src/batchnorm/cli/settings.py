@@ -1,4 +1,4 @@
-"""Settings of a project, from [tool.batchnorm] in pyproject.toml and from the environment; and baselines."""
+"""Settings of a project, from [tool.batchnorm] in pyproject.toml and from the environment; baselines of findings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class ProjectSettings:
 
 
 def settings(folder: Path | None = None) -> ProjectSettings:
-    """The settings of the nearest pyproject.toml, in the folder or above it. Environment variables take precedence.
+    """The settings of the nearest pyproject.toml, in the folder or above it.
+
+    BATCHNORM_FAIL_ON and BATCHNORM_OUTPUT_FORMAT replace the settings of the file.
 
     Raises:
         ValueError: If the file cannot be read, or has an unknown key, or a wrong value.
@@ -157,7 +159,7 @@ def read_baseline(path: str) -> set[tuple[str, str]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a baseline.
+        ValueError: If the file cannot be read or is not a baseline.
     """
     try:
         baseline = json.loads(Path(path).read_text(encoding="utf-8"))

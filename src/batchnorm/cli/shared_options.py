@@ -51,15 +51,17 @@ ignore = click.option("--ignore", multiple=True, metavar="CODES", shell_complete
 output = click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Write the output to a file; the suffix decides the format."
 )
-quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; only set the exit code.")
-output_format = click.option("--output-format", type=FormatChoice(), help="Format of the output.  [default: full]")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing; -o still writes its file.")
+output_format = click.option(
+    "--output-format", type=FormatChoice(), help="Format of the output.  [default: full; in a GitHub workflow github]"
+)
 printed_format = click.option(
     "--output-format", type=FormatChoice(), default="full", show_default=True, help="Format of the output."
 )
 
 
 def selection(only: Sequence[str], without: Sequence[str], project: ProjectSettings) -> Selection:
-    """The rules that run, by the options and the project's settings."""
+    """The rules that run: --select replaces the project's ``select``, --ignore adds to its ``ignore``."""
     from batchnorm.doctor.examination import Selection
 
     return Selection(codes(only) or project.select, codes(without) + project.ignore, project.per_layer)

@@ -47,7 +47,9 @@ _ALPHA, _UNIT = 0.01, "example"
     "--reference", metavar="FILE", help="A calibrated reference, *.bncal.safetensors.  [default: what MODEL stores]"
 )
 @click.option("--calibrate", metavar="ADDRESS", help="Batches of clean data, to calibrate a reference first.")
-@click.option("--write-reference", metavar="FILE", help="Write the calibrated reference to a file.")
+@click.option(
+    "--write-reference", metavar="FILE", help="Write the calibrated reference to a file, *.bncal.safetensors."
+)
 @click.option(
     "--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=_ALPHA, show_default=True,
     help="Largest probability of a false alarm.",
@@ -115,12 +117,13 @@ class ShiftOptions:
 
     @property
     def command(self) -> CommandLine:
-        """The command that repeats the judgement, without options that write files."""
+        """The command that gives the same verdict, without options of the output and files to write."""
         words = ["--data", self.data]
         words += ["--reference", self.reference] if self.reference else []
         words += ["--calibrate", self.calibrate] if self.calibrate else []
         words += [] if self.alpha == _ALPHA else ["--alpha", f"{self.alpha:g}"]
         words += [] if self.unit == _UNIT else ["--unit", self.unit]
+        words += ["--max-examples", str(self.most)] if self.most else []
         return CommandLine("batchnorm shift", str(self.model), shlex.join(words))
 
 

@@ -31,7 +31,7 @@ class Talk:
 
 
 def progress_bar(*, quiet: bool) -> Progress:
-    """A progress bar on standard error; disabled if that is no terminal."""
+    """A progress bar on standard error; disabled if ``quiet``, without a terminal, or by BATCHNORM_PROGRESS=0."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -85,8 +85,9 @@ def why(
 
     Without MODEL, every claim of the lecture is tested in an experiment on data that come with the package. With a
     MODEL of yours (model.py:make_model --data data.py:loader), the lecture's questions are answered for it. For that
-    the model is trained in several arms: with batch norm, without it, and with the statistics of the first batch in
-    every step. Criteria are fixed before the runs. The same seed gives the same numbers.
+    the model is trained in several arms: with batch norm, without it, with the statistics of the first batch in every
+    step, and, if the inputs are not normalized, with normalized inputs only. Criteria are fixed before the runs. The
+    same seed gives the same numbers.
     """
     count = seeds or (FULL_SEEDS if full else None)
     asked = WhyOptions(

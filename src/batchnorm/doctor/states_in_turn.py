@@ -187,7 +187,7 @@ def treated(
         network: The model.
         plan: The states to load.
         data: Batches that can be read several times, or None.
-        foreign: Findings in the file; those of foreign statistics are used.
+        foreign: Findings in the file; only findings of foreign statistics (BN115) are used.
         unsafe: As for ``treat``.
         selection: As for ``examine``.
         name: As for ``examine``.

@@ -104,9 +104,9 @@ class Recalibrate(Callback):
     frozen, or in eval mode while the model trains, keep their statistics.
 
     Args:
-        max_examples: Number of examples to measure; None for a whole epoch.
+        max_examples: Largest number of examples to measure; None: a whole epoch.
         every_n_epochs: n, to measure also before the validation of every n-th epoch; None measures only at the end.
-        loader: The batches to measure; None for those of the trainer's training dataloader.
+        loader: The batches to measure; None: the trainer's training dataloader.
         forward: A function ``forward(module, batch)``, needed if the module's forward accepts neither a batch nor its
             first part.
         exact: False for one pass over the data, as in ``batchnorm.recalibrate``.

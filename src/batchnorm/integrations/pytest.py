@@ -62,12 +62,15 @@ class AssertBatchInvariant(Protocol):
             rtol: Largest allowed relative difference; by default the largest that rounding explains
                 (``batchnorm.integrations.invariance.rounding``).
             atol: Largest allowed absolute difference; by default ``rtol`` times the root mean square of the output.
+
+        Raises:
+            ValueError: If there are fewer than two examples, or no floating-point output has one row for each.
         """
 
 
 @pytest.fixture
 def assert_batchnorm_healthy() -> AssertBatchNormHealthy:
-    """Fails the test if a model's batch norm has an error: ``assert_batchnorm_healthy(model, data)``."""
+    """Fails the test if the doctor finds an error: ``assert_batchnorm_healthy(model, data)``."""
 
     def check(
         model: nn.Module,

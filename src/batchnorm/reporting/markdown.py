@@ -39,7 +39,7 @@ def row(cells: Iterable[str]) -> str:
 
 
 def cell(text: str) -> str:
-    """The text with Markdown's special characters escaped, also those of a table."""
+    """The text with Markdown's special characters escaped, also the characters of tables."""
     text = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_|[]":
         text = text.replace(mark, "\\" + mark)

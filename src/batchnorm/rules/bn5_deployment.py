@@ -101,7 +101,7 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         compared with the eps of more than half of the layers. Reported if the difference changes the output of a
         channel with the layer's median variance by more than 2^-11, the rounding error of half precision. Without such
         a reference, not reported if two or more layers with this eps are all the layers of a part of the model, such as
-        a head of another library. Of files, only those of ONNX and those with a whole model store eps.
+        a head of another library. Only ONNX files and files with a whole model store eps.
 
     Example:
         Keras weights in nn.BatchNorm2d(8), whose eps is 1e-5.

@@ -1,4 +1,4 @@
-"""Comparison of a model's outputs and statistics with those of another version of it."""
+"""Comparison of a model with another version of it: their outputs and their statistics."""
 
 from __future__ import annotations
 
