@@ -176,6 +176,15 @@ def test_wrong_arguments_of_the_short_table_are_refused(arguments, words):
         bench.short_table(**({"shapes": [(4, 3)]} | arguments))
 
 
+def test_float64_needs_twice_the_memory_of_other_types(monkeypatch):
+    shape = (2, 3, 4, 4)
+    monkeypatch.setattr(bench, "_memory", lambda: 12 * 4 * math.prod(shape))
+    for dtype in ("float32", "bfloat16"):
+        assert bench.CaseInputs.of(shape, dtype).x.shape == shape
+    with pytest.raises(ValueError, match="12 tensors of a shape must fit in memory"):
+        bench.CaseInputs.of(shape, "float64")
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "bench.json"
     bench.write({"rows": []}, path)

@@ -171,14 +171,15 @@ def _check(shape: Sequence[int], dtype: str, *, channels_last: bool) -> None:
             f"a shape must be NxC, NxCxL, NxCxHxW or NxCxDxHxW with at least 2 values per channel, got {text}. "
             "Write 32x64x56x56, for example."
         )
-    if (needed := _TENSORS * 4 * prod(shape)) > (available := _memory()):
+    size = 8 if dtype == "float64" else 4  # bytes; half types are drawn as float32
+    if (needed := _TENSORS * size * prod(shape)) > (available := _memory()):
         raise ValueError(
             f"{_TENSORS} tensors of a shape must fit in memory, got {text}, which needs {needed / 1e9:.3g} GB of "
             f"{available / 1e9:.3g}. Give a smaller shape."
         )
     if channels_last and len(shape) < 4:
         raise ValueError(
-            f"channels_last needs shapes of 4 or 5 axes, got {text}. Leave channels_last out, or such shapes."
+            f"channels_last needs shapes of 4 or 5 axes, got {text}. Leave channels_last out, or give other shapes."
         )
 
 

@@ -63,6 +63,10 @@ class InputNorm(nn.Module):
     Shape:
         The features are on ``channel_axis``; the output has the shape of the input.
 
+    Raises:
+        TypeError: If a size or an axis is not a whole number.
+        ValueError: If the number of sizes is not the number of channel axes.
+
     Example:
         >>> import torch
         >>> data = torch.tensor([[1.0, 200.0], [3.0, 600.0]])
@@ -169,7 +173,12 @@ class InputNorm(nn.Module):
         return torch.where(constant, 1.0, self.var.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` normalized: in the dtype of ``x``, or for integers in the dtype that the module was cast to."""
+        """``x`` normalized: in the dtype of ``x``, or for integers in the dtype that the module was cast to.
+
+        Raises:
+            TypeError: If ``x`` is not a real tensor.
+            ValueError: If ``x`` does not have ``num_features`` on ``channel_axis``.
+        """
         if (node := call_whole(self, x)) is not None:
             return node
         self._check_input(x)
@@ -181,6 +190,10 @@ class InputNorm(nn.Module):
         """The input for which ``forward`` returns ``z``: z scale + mean.
 
         It is float64 for a float64, int32 or int64 ``z`` (also unsigned), and otherwise float32.
+
+        Raises:
+            TypeError: If ``z`` is not a real tensor.
+            ValueError: If ``z`` does not have ``num_features`` on ``channel_axis``.
         """
         self._check_input(z)
         high, low, scale = self._parts(z)

@@ -47,6 +47,10 @@ class Moments:
         mean: Mean of each channel, of any shape.
         m2: Sum of squared deviations from the mean, of the shape of ``mean``.
 
+    Raises:
+        TypeError: If an argument is not numbers.
+        ValueError: If the shapes differ, or a count or m2 is negative.
+
     Example:
         >>> import torch
         >>> a = Moments.of(torch.tensor([[1.0], [2.0]]))
@@ -217,7 +221,9 @@ class Moments:
         """
         factor = torch.as_tensor(factor, dtype=torch.float64, device=self.mean.device)
         if bool((factor < 0).any()) or not bool(torch.isfinite(factor).all()):
-            raise ValueError(f"Moments.scaled needs a finite factor of 0 or more, got {_brief(factor)}.")
+            raise ValueError(
+                f"Moments.scaled needs a finite factor of 0 or more, got {_brief(factor)}. Use 1 for no change."
+            )
         mean = torch.where(factor == 0, torch.nan, self.mean)
         return Moments(self.count * factor, mean, self.m2 * factor)
 
@@ -236,7 +242,7 @@ class Moments:
             ValueError: If ``momentum`` is outside of 0..1.
         """
         if not 0 <= momentum <= 1:
-            raise ValueError(f"Moments.ema needs momentum in 0..1, got {momentum}.")
+            raise ValueError(f"Moments.ema needs momentum in 0..1, got {momentum}. Use 0.1, torch's default.")
         a, b = self._matched(new)
         keep = 1 - momentum
         count = 1 / (keep**2 / a.count + momentum**2 / b.count)
@@ -330,7 +336,7 @@ def _axes(channel_axis: int | Sequence[int] | None, ndim: int) -> list[int]:
             )
     axes = [axis % ndim for axis in axes]
     if len(set(axes)) < len(axes):
-        raise ValueError(f"Moments.of needs each channel axis once, got {channel_axis}.")
+        raise ValueError(f"Moments.of needs each channel axis once, got {channel_axis}. Leave out the repeated axis.")
     return axes
 
 

@@ -44,7 +44,9 @@ _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
 @click.option("--diff", is_flag=True, help="Show the changes, but write nothing.")
 @click.option("--in-place", is_flag=True, help="Write over the checkpoint itself.")
 @click.option("--force", is_flag=True, help="Write over an existing file.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.fixed.*]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: NAME.fixed.pt, or .safetensors]"
+)
 @options.setting
 @options.select
 @options.ignore

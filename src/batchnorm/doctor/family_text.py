@@ -26,7 +26,9 @@ def concise(diagnosis: DiagnosisValue) -> list[str]:
 
 
 def full(diagnosis: DiagnosisValue, *, width: int = 80, verbose: bool = False, command: str = "") -> str:
-    """Text for people: families of rules, worst first, each with its findings. A healthy target has three lines.
+    """Text for people: families of rules, worst first, each with its findings.
+
+    A healthy target has three lines, besides notes.
 
     Args:
         diagnosis: The diagnosis.
