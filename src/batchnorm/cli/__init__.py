@@ -62,8 +62,8 @@ def _debuggable(command: click.Command) -> click.Command:
     return command
 
 
-def _debug(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
-    if asked:
+def _debug(ctx: click.Context, _: click.Parameter, is_given: bool) -> None:
+    if is_given:
         ctx.find_root().params["debug"] = True
 
 
@@ -73,9 +73,9 @@ def _explained(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+def _version(ctx: click.Context, _: click.Parameter, is_given: bool) -> None:
     """Print the version and the active kernels, then exit."""
-    if not asked:
+    if not is_given:
         return
     kernels = "reference, built without a compiler"
     if os.environ.get("BATCHNORM_KERNELS") == "reference":
