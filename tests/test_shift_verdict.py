@@ -159,8 +159,14 @@ def test_examples_that_are_not_finite_are_counted_apart(net: nn.Module) -> None:
     verdict = judge(ShiftMonitor(net), data)
     assert (verdict.left_out, verdict.observations, verdict.examples) == (2, 62, 64)
     assert "2 examples: they have NaN or infinite activations" in full(verdict)
-    with pytest.raises(ValueError, match=r"shift needs examples with finite activations, got none"):
+    with pytest.raises(ValueError, match=r"shift needs one observation or more with finite activations, got none"):
         judge(ShiftMonitor(net), [images(8, 0) * torch.nan])
+
+
+def test_a_unit_of_keys_gets_the_inputs_of_each_batch(net: nn.Module) -> None:
+    verdict = judge(ShiftMonitor(net, unit=lambda x: [row // 4 for row in range(len(x))]), batches(2, 11))
+    assert (verdict.unit, verdict.examples) == ("key", 64)
+    assert verdict.observations == 15  # runs of four examples; the last run is still open
 
 
 def test_a_layer_that_sees_parts_of_a_batch_is_refused() -> None:

@@ -18,7 +18,8 @@ _EARLY = 2 / 3
 _STILL = 0.15
 # sd of the weights that turn old examples into the new mix, if the new mix lacks half of them
 MIX = 1.0
-SETTLED = 128  # observations that measure a distance well: its error, sqrt(2 log(2 m) / 128), is 0.4 for m = 10,000
+# observations that measure a distance well: its error, sqrt(2 log(2 m) / 128), is 0.4 for m = 10,000 components
+SETTLED = 128
 _MOST_CHANNELS = 20
 
 
@@ -32,10 +33,12 @@ class LayerShift:
         log_evidence: Natural logarithm of the layer's e-value.
         kind: The kind of bet that gained most: "mean", "energy up" or "energy down"; if calibrated also
             "channel energy", "components" or "component means".
-        channels: Channels whose mean moved, strongest evidence first; false discovery rate at most alpha (e-BH).
+        channels: Channels whose mean moved, at most 20, strongest evidence first; false discovery rate at most alpha
+            (e-BH).
         w2: 2-Wasserstein distance between the observed and the stored distribution, in sd, rms over channels; both are
             assumed to be normal. For display: it has no null distribution.
-        kl: Symmetric Kullback-Leibler divergence of the two distributions, nats, median over channels. For display.
+        kl: Symmetric Kullback-Leibler divergence of the two distributions, nats; median over channels, the lower middle
+            value for an even number of channels. For display.
     """
 
     name: str
@@ -60,12 +63,12 @@ class Alarm:
     Args:
         observations: Number of observations.
         examples: Number of examples that passed, observed or not.
-        log_evidence: Natural logarithm of the evidence; above log(1 / alpha), or log(arl).
+        log_evidence: Natural logarithm of the evidence, at least log(1 / alpha), or log(arl).
         first: The first layer in forward order whose own evidence reached the limit; None if only the evidence of all
             layers together did.
         hint: What the change looks like: "inputs", "late layers only", "another mix", or "" if it looks like none of
-            these. If it is "" and the reference is calibrated, the monitor sets the hint when enough observations have
-            followed.
+            these. If it is "" and the reference is calibrated with unit "example", the monitor sets the hint later: to
+            "inputs" when a component has moved far enough, or to "another mix" 128 observations after the alarm.
         layers: The evidence for every layer.
         seconds: Unix time of the alarm.
     """
@@ -123,21 +126,22 @@ def layer_shifts(evidence: ShiftEvidence, mean: Tensor, energy: Tensor, *, alpha
 
 
 def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
-    """The first layer whose own evidence reaches the limit."""
+    """The first layer whose own evidence reaches the limit; None if there is none."""
     return next((layer.name for layer in layers if layer.log_evidence >= limit), None)
 
 
 def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = None) -> str:
     """What the change looks like; a hint, not a proof.
 
-    - "inputs": the first layers moved, or a component moved further than any mix that keeps half of the examples can
-      move it.
+    - "inputs": a component moved further than any mix that keeps half of the examples can move it, or, if ``furthest``
+      is None, the first layers moved.
     - "another mix": no component moved that far. If only the shares of the classes change, the new examples are old
       examples with weights w, and no mean moves by more than sd(w) of its standard deviations (Cauchy-Schwarz). sd(w)
       is 1 if half of the examples no longer come, and 3 if one of ten equal classes is left. Few observations measure
       the distance badly, so only the stream gives this hint, ``SETTLED`` observations after the alarm.
-    - "late layers only": early layers are near their stored distribution. Fine noise or another mix can be the cause.
-    - "": none of these, or fewer than 3 layers and no calibration.
+    - "late layers only": ``furthest`` is None, and early layers are near their stored distribution. Fine noise or
+      another mix can be the cause.
+    - "": none of these, or ``furthest`` is None and there are fewer than 3 layers.
 
     Args:
         layers: The evidence for each layer.
@@ -157,7 +161,10 @@ def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = No
 
 
 def e_bh(log_e: Tensor, alpha: float) -> tuple[int, ...]:
-    """Channels by e-BH (Wang and Ramdas 2022): the k with the largest e-values, if the k-th is >= n / (k alpha)."""
+    """The k channels with the largest e-values, by e-BH (Wang and Ramdas 2022).
+
+    k is the largest number for which the k-th largest of the n e-values is at least n / (k alpha); 0 if there is none.
+    """
     order = log_e.argsort(descending=True)
     n = len(log_e)
     needed = math.log(n / alpha) - torch.arange(1, n + 1, dtype=torch.float64, device=log_e.device).log()

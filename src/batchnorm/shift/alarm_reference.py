@@ -111,7 +111,7 @@ class Reference:
         return by_layer.mean(of_channels, self.sizes)
 
     def digest_of_bounds(self) -> str:
-        """SHA-256 of all measured values; it differs between calibrations of one model."""
+        """SHA-256 of all tensors of the reference; it differs between calibrations of a model on different data."""
         digest = hashlib.sha256()
         for tensor in self.tensors().values():
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -247,8 +247,8 @@ class Reference:
         """
         if tuple(layers) != self.layers:
             raise ValueError(
-                f"the reference has {len(self.layers)} layers ({', '.join(self.layers[:3])}, ...), the model has "
-                f"{len(layers)} other layers. Give the reference of this model."
+                f"the reference has {len(self.layers)} layers ({', '.join(self.layers[:3])}, ...), got a model with "
+                f"{len(layers)} layers, not the same in this order. Give the reference of this model."
             )
         if digest_of(model.state_dict()) != self.digest:
             raise ValueError(
@@ -267,6 +267,6 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _error(layer: _BatchNorm, batch: int) -> float:
-    """Three standard errors of a stored mean, an exponential average, in sd of an example."""
+    """Three standard errors of a stored mean, an exponential average, in sd of an example; 0 without a momentum."""
     momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # frozen layers of other libraries have no momentum
     return 3 * (momentum / ((2 - momentum) * batch)) ** 0.5

@@ -5,9 +5,12 @@ to d, a few examples must not carry most of the energy (``tails``), neighbouring
 later observations must be like earlier ones. With a calibrated reference, neighbouring observations must not be alike,
 and all observations must be like those of the calibration.
 
-Each condition "holds", is "doubtful" or is "broken". It is broken if a measured value is outside its bound by more than
-c standard errors; with probability 99 %, none of as many normal errors is larger than c. It is doubtful if the value is
-outside by less, if its error is too large to be sure, or if the value could not be measured.
+Each condition "holds", is "doubtful" or is "broken". The conditions on stored means and variances are broken if a
+measured value is outside its bound by more than c standard errors; with probability 99 %, none of the normal errors of
+all measured values is larger than c. They are doubtful if the value is outside by less, or if its error is too large to
+be sure. Energy that a few examples carry is doubtful, never broken. Neighbours that are alike are broken if the monitor
+would warn about them, and the order is broken if the evidence reaches the monitor's limit; with less evidence against
+them both are doubtful. Every condition with too few observations to judge it is doubtful.
 """
 
 from __future__ import annotations

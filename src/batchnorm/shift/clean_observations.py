@@ -1,7 +1,8 @@
 """Clean observations: the result of calibration, which has scores, a bag to compare with, marks, and components.
 
-Half of the observations (at most 1,000) define how scores are computed. The others fill the bag, so that both parts are
-independent, and validity needs no more. Marks use all observations; the spread of components uses the second part.
+Half of the observations (at most 1,000) define how scores are computed. The others fill the bag. So the scores
+do not depend on the observations in the bag, and the p-values are valid. Marks use all observations; the bounds of
+components use the second part.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class CleanObservations:
 
     @classmethod
     def of_tensors(cls, sizes: tuple[int, ...], tensors: Mapping[str, Tensor]) -> CleanObservations:
-        """The result of calibration from ``tensors``'s dict.
+        """The result of calibration from the dict that ``tensors`` returns.
 
         Raises:
             KeyError: If a tensor is missing.
@@ -121,7 +122,7 @@ class _Bounds:
     errors: float
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, its tolerance and the largest variance of observations x: (n, k) -> three times (k,)."""
+        """Mean, its tolerance and the largest variance of observations x: (n, k) -> (k,) each."""
         var, n = x.var(0), len(x)
         widened = var * (1 + self.errors * _VARIANCE_ERROR * (2 / n) ** 0.5)
         least = torch.finfo(torch.float32).eps

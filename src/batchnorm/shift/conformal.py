@@ -6,10 +6,10 @@ them are exchangeable, then
     p_t = (number of i <= t with s_i >= s_t) / t,      t = n + 1, n + 2, ...,
 
 is at most u with probability at most u, given all later p-values, and so given all earlier p-values. The reason: given
-the scores up to t without their order, each score is equally likely to be the last one, and p_1, ..., p_(t-1) do not
-depend on which score is the last (Vovk, Gammerman and Shafer 2005, section 8.2). Ties make p_t larger than its
-randomized version, and the bets below never gain from that. Nothing is assumed about moments or tails of the scores, or
-about the independence of an observation's scores.
+the scores up to t without their order, each score is equally likely to be the last one, and the distribution of p_1,
+..., p_(t-1) does not depend on which score is the last (Vovk, Gammerman and Shafer 2005, section 8.2). Ties make p_t
+larger than its randomized version, and the bets below never gain from that. Nothing is assumed about moments or tails
+of the scores, or about the independence of an observation's scores.
 
 A bet on small p-values is a decreasing function f with an integral of 1: the average of f over 1/t, 2/t, ..., 1 is at
 most its integral. So the product of f(p_t) is an e-process, for any distribution of clean data. The bets:
@@ -79,7 +79,10 @@ class Bag:
 
     @property
     def is_whole(self) -> bool:
-        """Whether observations can have produced these counts: no column exceeds the one before it."""
+        """Whether observations can have produced these counts.
+
+        They are int32, the first column is one positive number, and no column exceeds the column before it.
+        """
         counts = self.counts
         whole = bool((counts[:, :1] == counts[:1, :1]).all()) and int(counts[0, 0]) > 0
         falls = bool((counts.diff(dim=1) <= 0).all()) and bool((counts >= 0).all())

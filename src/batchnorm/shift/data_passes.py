@@ -29,7 +29,7 @@ def passes(
         who: The caller's name in error messages.
 
     Raises:
-        ValueError: If a layer does not receive each example of a batch exactly once.
+        ValueError: If a layer does not run in a pass, or layers receive different numbers of examples.
     """
     batches = Batches(loader, max_examples, device_of(model), who=who)
     with preserve_state(model), preserve_random_state(*batches.generators):

@@ -149,7 +149,7 @@ class ShiftEvidence:
         """Combined evidence of several replicas of one model; see ``EProcesses.merged`` and ``highest``.
 
         Raises:
-            ValueError: If the replicas have different references.
+            ValueError: If the replicas' references differ in the model's digest or in their source.
         """
         if any(
             other.reference.digest != self.reference.digest or other.reference.source != self.reference.source

@@ -115,8 +115,8 @@ class LayerObserver:
     def taken(self) -> tuple[Tensor, Tensor] | None:
         """Means and energies of channels, (n, channels) each, observed since the last call: float64, on the CPU.
 
-        None if a layer was not reached, or if layers received different numbers of examples because they run on parts
-        of the batch.
+        The first call of a layer counts. None if a layer was not reached, is in train mode, or has an input without
+        readable values, or if different numbers of examples were observed because layers run on parts of the batch.
         """
         statistics, self._pass.statistics = self._pass.statistics, {}
         if set(statistics) != set(self._layers) or len({len(z) for z, _ in statistics.values()}) != 1:

@@ -46,7 +46,7 @@ class ShiftMonitor:
 
         monitor = bn.ShiftMonitor(model)           # the checkpoint is the reference
         with monitor:                              # or monitor.start() ... monitor.stop()
-            serve(model)                           # every forward pass in eval mode is observed
+            serve(model)                           # forward passes in eval mode are observed
         monitor.alarm                              # None, or what moved and where first
 
     On clean data the probability that it ever raises an alarm is at most ``alpha``. With ``arl`` instead, the first
@@ -75,15 +75,18 @@ class ShiftMonitor:
             batches are combined.
         budget: Largest share of the inference time that observing may take, once 256 examples were observed; None for
             no limit. If ``unit`` is a function and the reference is calibrated, all batches are observed.
-        batch: Number of examples in a training batch; the precision of the stored statistics depends on it.
-        kurtosis: Largest fourth moment of a layer's standardized inputs on clean data, 3 for normal inputs. It sets the
-            tolerance for stored variances, and lets lower energy count as evidence too. Not used with a calibrated
-            reference.
+        batch: Number of examples in a training batch; the precision of the stored statistics depends on it. Not used if
+            ``reference`` is given, or after ``calibrate``.
+        kurtosis: Largest fourth moment of a layer's standardized inputs on clean data, 3 for normal inputs; None if it
+            is unknown. It sets the tolerance for stored variances (None: as for 3), and lets lower energy count as
+            evidence too. Not used if ``reference`` is given, or after ``calibrate``.
         on_alarm: Called once, with the alarm. Exceptions that it raises are logged.
 
     Raises:
+        TypeError: If the model is not a module, or an argument that must be a number is not.
         ValueError: If the model has no batch norm layer that stores statistics, an argument is out of range, or the
-            reference is out of date or belongs to another model.
+            reference is out of date, damaged, or belongs to another model or unit.
+        OSError: If the reference's file cannot be read.
     """
 
     def __init__(
@@ -251,7 +254,7 @@ class ShiftMonitor:
                 self.stream.warn("budget", problem)
 
     def _can_pass_again(self) -> bool:
-        """Whether the model is compiled, so that its pass may have skipped the hooks; otherwise warn of the pass."""
+        """Whether an uncompiled second pass can measure the batch: a compiled model in eval mode. Else warn."""
         if all(layer.training for layer in self.layers.values()):
             message = "the model is in train mode, and does not use its stored statistics. Call eval()."
             self.stream.warn("train", message)
@@ -293,8 +296,8 @@ class ShiftMonitor:
             max_examples: Largest number of examples to use; None uses all.
 
         Raises:
-            ValueError: If there are too few observations, activations are not finite, or a layer does not receive
-                each example once.
+            ValueError: If there are too few observations, activations are not finite, a layer does not run in a pass,
+                or layers receive different numbers of examples.
             RuntimeError: If the monitor is observing.
         """
         if self.is_observing:
@@ -315,7 +318,12 @@ class ShiftMonitor:
     # -- files and replicas ---------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the stream's state to a file that ends in .bnshift.safetensors; a failed write leaves no part of it."""
+        """Write the stream's state to a file that ends in .bnshift.safetensors; a failed write leaves no part of it.
+
+        Raises:
+            ValueError: If the name has another ending, or a key that the unit's function returned is not JSON data.
+            OSError: If the file cannot be written.
+        """
         self.stream.state().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> ShiftMonitor:
@@ -334,8 +342,14 @@ class ShiftMonitor:
 
         The replicas serve the same model with the same reference, and each observation belongs to one of them. From a
         checkpoint the evidence of the replicas is multiplied as if one monitor had observed everything, and the part
-        for late starts is averaged. With a calibrated reference the largest evidence counts, divided by the number of
-        replicas unless ``arl`` is given. A replica can also be given as the file that its ``save`` wrote.
+        for late starts is averaged; with ``arl`` the replicas count as if they had observed one after the other. With a
+        calibrated reference the largest evidence counts, divided by the number of replicas unless ``arl`` is given. A
+        replica can also be given as the file that its ``save`` wrote.
+
+        Raises:
+            ValueError: If a file is damaged or of another kind, or a replica has another model, reference, unit, alpha
+                or arl.
+            OSError: If a file cannot be read.
         """
         monitors = [self, *others]
         for monitor in monitors:

@@ -159,8 +159,8 @@ class Autocorrelation:
 
     In each window, around its own mean, r = sum_t z_t z_(t+1) / sum_t z_t^2 + 1 / 64; the second term corrects the bias
     from subtracting the window's own mean. r is the mean over windows, so a shift in the middle of a stream affects one
-    window only. Its standard error is at most 1 / sqrt(n), so ``is_wrong`` says that the unit is too small if r is
-    above 0.1 + 4 / sqrt(n), after at least two windows.
+    window only. Its standard error is at most 1 / sqrt(n) for n observations in whole windows. So ``is_wrong`` says
+    that the unit is too small if r is above 0.1 + 4 / sqrt(n), after at least two windows.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ class RecentMeans:
         self._name = name
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
         self.count = 0  # number of observations
-        self._least = 0.0  # lowest log evidence; 0 before any observation
+        self._least = 0.0  # lowest log evidence, plus _RISE for each later round; 0 before any observation
 
     def add(self, sums: Tensor, count: int, log: float) -> None:
         """Add a round of observations; ``log`` is the logarithm of the evidence after it."""

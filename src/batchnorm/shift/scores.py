@@ -56,7 +56,7 @@ class Scores:
         components: Components of neighbouring channels; only their directions are used here.
         center: Median of each channel's z, (channels,).
         spread: Mean absolute deviation of each channel's z, (channels,).
-        power: Median of each channel's energy, (channels,).
+        power: Median of each channel's energy, or its mean if the median is 0, (channels,).
         power_center: Median of the logarithm of each channel's relative energy, (channels,).
         power_spread: Mean absolute deviation of that logarithm, (channels,).
         turned_center: Median of each component, (2 * channels,).
@@ -149,7 +149,7 @@ def _first(x: Tensor) -> Tensor:
 
 
 def _single(x: Tensor) -> Tensor:
-    """The values in float32, at half the cost; scores of clean observations are computed in the same way."""
+    """The values in float32, at half the cost, and at most 1e12 in size; scores of clean observations use it too."""
     return x.float().clamp_(-_MOST, _MOST)
 
 
@@ -158,6 +158,9 @@ def _log(relative: Tensor) -> Tensor:
 
 
 def _middle(x: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Median, and mean absolute deviation from it, at least ``least``: x (n, k) -> twice (k,)."""
+    """Median (the lower middle value if n is even), and mean absolute deviation from it: x (n, k) -> (k,) each.
+
+    A deviation counts as at least ``least``.
+    """
     middle = x.median(0).values
     return middle, (x - middle).abs().mean(0).clamp_min(least)

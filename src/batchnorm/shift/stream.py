@@ -25,7 +25,7 @@ from batchnorm.shift.tails import Tail, Tails
 
 LOGGER = logging.getLogger("batchnorm.shift")
 LOGGER.addHandler(logging.NullHandler())  # messages go to configured loggers only, not to standard error
-_ROUND = 8  # observations per update of the evidence, which takes a millisecond or two
+_ROUND = 8  # observations that wait, or more, before the evidence is updated, which takes a millisecond or two
 
 
 @final
@@ -136,7 +136,7 @@ class Stream:
             self._call(self.alarm)
 
     def _settle(self, alarm: Alarm, sums: Tensor, n: int) -> None:
-        """Set the hint of an alarm once enough observations came after it."""
+        """Set a missing hint: "inputs" once a component has moved far, "another mix" after SETTLED observations."""
         self._later.take(sums, n)
         if alarm.hint or (furthest := self.reference.furthest(*self.means)) is None:
             return
@@ -147,7 +147,7 @@ class Stream:
         self.alarm = replace(alarm, hint=about)
 
     def _watch_tails(self, q: Tensor) -> None:
-        """Warn if a condition of the checkpoint is doubtful; a calibrated reference assumes nothing about tails."""
+        """Warn if a heavy tail makes the checkpoint's promise doubtful; calibrated, nothing is assumed of tails."""
         if self.alarm is not None or self.reference.clean is not None:
             return
         self._tails.add(self.reference.of_layers(q))
@@ -286,6 +286,9 @@ class Stream:
         """An alarm if the combined evidence of all states reaches the limit, else None.
 
         Observations that still wait in a state are not evidence yet and are ignored.
+
+        Raises:
+            ValueError: If a state is damaged, or belongs to another reference, unit, alpha or arl.
         """
         for state in states:
             self.check(state)

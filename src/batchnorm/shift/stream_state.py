@@ -26,7 +26,7 @@ class StreamState:
     """A stream's state at one moment, or a part of it; ``|`` joins parts.
 
     Args:
-        tensors: E-processes, sums and waiting observations, in float64.
+        tensors: E-processes, sums and waiting observations, in float64, and the counts of the bag, int32.
         about: All other values, as JSON data: counts, the alarm, and the reference and unit of the stream.
     """
 

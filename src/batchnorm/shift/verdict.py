@@ -40,7 +40,7 @@ _ENOUGH = 100  # observations needed to judge a correlation
 @final
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A channel that moved: the move of its mean in stored sd, its energy over that of clean data, its log e-value."""
+    """A channel that moved: the move of its mean in stored sd, its energy divided by clean data's, its log e-value."""
 
     index: int
     moved: float
@@ -51,7 +51,7 @@ class Channel:
 @final
 @dataclass(frozen=True, slots=True)
 class LayerVerdict:
-    """One layer, which ``moved`` if its own evidence reaches the limit; for the other fields see ``LayerShift``."""
+    """A layer with ``size`` channels; ``moved`` if its own evidence reaches the limit. Other fields: ``LayerShift``."""
 
     name: str
     size: int
@@ -101,7 +101,7 @@ class ShiftVerdict:
             100, else of all.
         dependent: Whether that correlation is too large for the unit.
         sight: The smallest move of a channel's mean, in stored sd, that would have raised an alarm with so many
-            observations: median over channels.
+            observations: median over channels. Infinite if no move would have.
         seconds: Duration of the check.
         pictures: The examples near the alarm that add most to the evidence; () if no pictures were asked for.
         tails: Why a condition of a checkpoint's promise is doubtful; "" if none is, or if calibrated.
@@ -175,8 +175,9 @@ def judge(
             command.
 
     Raises:
-        ValueError: If no example has finite activations, the reference's numbers are not finite, a layer does not
-            receive each example once, or pictures are asked for and the inputs are not pictures.
+        ValueError: If the data give no observation with finite activations, the reference's numbers are not finite, a
+            layer does not run in a pass, layers receive different numbers of examples, or pictures are asked for and
+            the inputs are not pictures.
         RuntimeError: If the monitor is observing: these passes would be in its stream.
     """
     if monitor.is_observing:
@@ -192,7 +193,10 @@ def judge(
                     raise ValueError(passes_needed("shift"))
                 watch.see(inputs, z, q)
     if not stream.evidence.observations:
-        raise ValueError("shift needs examples with finite activations, got none. Look for the cause: batchnorm doctor")
+        raise ValueError(
+            "shift needs one observation or more with finite activations, got none. Give more examples; if activations "
+            "are NaN or infinite, look for the cause: batchnorm doctor"
+        )
     if any(math.isnan(log) for _, log in watch.trail):
         raise ValueError("shift needs a reference whose numbers are finite, got evidence that is NaN. Calibrate again.")
     names = {"target": target, "data": data, "command": command}
@@ -220,7 +224,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
 
 
 def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
-    """Number of examples at the lowest evidence before the alarm: clean data lower it, so the change came about there.
+    """Number of examples at the lowest evidence before the alarm: clean data lower it, so the change began near it.
 
     None if there was no alarm.
     """
@@ -267,7 +271,7 @@ class _Watch:
             part = slice(at, at + size)
             self.album.add(inputs, self.stream.passed, z[part], q[part], at)
             self.stream.passed += len(z[part])
-            self.stream.observe(z[part], q[part])
+            self.stream.observe(z[part], q[part], inputs)
             self.trail.append((self.stream.passed, self.stream.update()))
             correlation = self.stream.autocorrelation
             self._correlations.append((correlation.r, correlation.is_wrong, correlation.count))
@@ -276,7 +280,7 @@ class _Watch:
                 self.at_alarm = self.stream.means, self.stream.evidence.log_channels
 
     def dependence(self, rise: int | None) -> tuple[float, bool]:
-        """Correlation of neighbours and whether it is too large: before the change if 100 observations show it.
+        """Correlation of neighbours, and whether it is too large; before the change if 100 observations came before it.
 
         A change within the data makes neighbours alike too, although the unit may be right.
         """

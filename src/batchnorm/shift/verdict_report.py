@@ -27,7 +27,7 @@ from batchnorm.shift.verdict_words import (
 
 _SHIFT, _DEPENDENT = "covariate-shift", "dependent-observations"
 _RULES = (
-    RuleWords(code=_SHIFT, title="Data are not distributed as those that the model was trained with."),
+    RuleWords(code=_SHIFT, title="Data are not distributed like the data of the reference."),
     RuleWords(code=_DEPENDENT, title="Neighbouring observations are alike, so that false alarms are not bounded."),
 )
 

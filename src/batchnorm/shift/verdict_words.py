@@ -105,9 +105,10 @@ def neighbours(verdict: ShiftVerdict) -> str:
 
 def unseen(verdict: ShiftVerdict) -> list[str]:
     """The changes that the check could not show."""
-    least = f"{verdict.sight:.2g} stored sd" if math.isfinite(verdict.sight) else "any distance: too few observations"
+    is_finite = math.isfinite(verdict.sight)
+    distance = f"less than about {verdict.sight:.2g} stored sd" if is_finite else "any distance (too few observations)"
     return [
-        f"a channel's mean that moved by less than about {least}, and any energy within the tolerance",
+        f"a channel's mean that moved by {distance}, and any energy within the tolerance",
         "a change that keeps every channel's mean and every layer's energy",
         *(["a change that averages out within a batch"] if verdict.unit == "batch" else []),
         "whether accuracy fell: labels are needed for that",
