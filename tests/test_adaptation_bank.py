@@ -84,7 +84,7 @@ def test_names_removal_and_the_way_back(model):
         pass
     with pytest.raises(ValueError, match="a name of its own, got 'stored' again"):
         bank.add("stored", night())
-    with pytest.raises(ValueError, match="text of at least one letter, got ''"):
+    with pytest.raises(ValueError, match="text of at least one character, got ''"):
         bank.add("", night())
 
 

@@ -5,7 +5,8 @@
                  caller does not see. If no guard objects, the trial statistics are used: adapted. If a guard keeps
                  objecting: refused.
     adapted      The trial statistics are in use, and grow with each batch. A guard's objection leads to: rolled back.
-    refused, rolled back     The deployed statistics are in use until the evidence changes, or ``reset``.
+    refused, rolled back     The deployed statistics are in use. If a layer's energy changes by a factor of 1.25:
+                 gathering. After ``reset``: watching.
 
 ``guards`` contains the guards, ``cumulative`` computes the growing statistics.
 """
@@ -110,7 +111,7 @@ class Adapter:
             the predicted class of each example, (N,); None if there are no classes.
 
     Raises:
-        TypeError: If ``monitor`` is not a ShiftMonitor.
+        TypeError: If ``monitor`` is not a ShiftMonitor, or an argument that must be a number is not.
         ValueError: If an argument is out of range, or the model has no layer to adapt.
     """
 

@@ -39,7 +39,7 @@ class DomainBank:
         with bank.using("night"):
             model(x)
 
-    Switching writes ``running_mean`` and ``running_var`` in place and nothing else, with the added values bit for bit.
+    Switching writes only ``running_mean`` and ``running_var``, in place: the values that were added, bit for bit.
 
     Args:
         model: The model to switch. Frozen layers, layers in eval mode inside a model in train mode, and layers without
@@ -78,7 +78,9 @@ class DomainBank:
             TypeError: If ``adapt`` raises it.
         """
         if not isinstance(name, str) or not name:
-            raise ValueError(f"a domain's name must be text of at least one letter, got {name!r}. Choose such a name.")
+            raise ValueError(
+                f"a domain's name must be text of at least one character, got {name!r}. Choose such a name."
+            )
         if name in self._sets:
             raise ValueError(f"a domain needs a name of its own, got {name!r} again. Remove the old domain first.")
         if loader is None:

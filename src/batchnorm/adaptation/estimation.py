@@ -70,9 +70,9 @@ def adapt(
         ``ema`` the moments are of all batches, each normalized by the average at its time.
 
     Raises:
-        TypeError: If ``loader`` is not an iterable of batches.
+        TypeError: If ``loader`` is not an iterable of batches, or an option that must be a number is not.
         ValueError: If the model has no layer to adapt, an option is out of range, there is no batch, a channel gets
-            fewer than 2 finite values, or a statistic does not fit its buffer.
+            fewer than 2 finite values (with ``ema`` fewer are allowed), or a statistic does not fit its buffer.
 
     Warns:
         RuntimeWarning: About layers that no forward reached, and batches with NaN or infinity.

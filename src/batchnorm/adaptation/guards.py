@@ -13,8 +13,8 @@
 - Crowd and energies: as during use.
 
 *During use.* New statistics stay in use while predictions carry five sevenths of the information that was required at
-the start, no class gets most of the predictions, and every layer's energy is within a factor of 3 of its energy on the
-examples that the statistics include.
+the start, no class gets too large a share of the predictions, and every layer's energy is within a factor of 3 of its
+energy on the examples that the statistics include.
 
 The limits were chosen on two networks for digits, with 12 shifts at two strengths, and five orders of the examples. The
 limit for predictions that hardly depend on the input was lowered from 0.5 to 0.3 after tests of three more networks:
@@ -47,12 +47,16 @@ class Limits:
     Args:
         accept: Least information in the predictions before new statistics are used, as a share of the information
             under the deployed statistics before the alarm (see ``batchnorm.adaptation.predictions``).
-        keep: The same share, required instead of ``accept`` if the inputs moved for certain. During use the share
-            that was required before use is multiplied by keep / accept.
+        keep: The same share, required instead of ``accept`` after two windows if no mix of classes can move inputs so
+            far, or if predictions became much surer. During use the share that was required before use is multiplied
+            by keep / accept.
         energy: Largest energy of a layer's new inputs, divided by the energy of the inputs that the statistics include;
             the smallest is 1 / energy. The energy of the included inputs becomes 1 as the prior loses weight.
         crowd: By how much the share of predictions in the most frequent class may rise, as a fraction of the distance
             from the largest share before the alarm to 1.
+
+    Raises:
+        ValueError: If a limit is out of range.
     """
 
     accept: float = 0.7
@@ -140,7 +144,10 @@ def against_start(
 def _mix(furthest: tuple[float, float] | None) -> str | None:
     if furthest is None or furthest[0] - furthest[1] > MIX:
         return None
-    return f"another mix of known examples could look like this: no component surely moved by over {furthest[0]:.2f} sd"
+    return (
+        f"another mix of known examples could look like this: the furthest component moved by {furthest[0]:.2f} sd, of "
+        f"which {furthest[1]:.2f} may be chance"
+    )
 
 
 def _is_beyond_classes(furthest: tuple[float, float] | None, new: Predictions, before: Predictions) -> bool:

@@ -44,7 +44,7 @@ class Predictions:
         return cls(p.sum(0), float(_entropy(p).sum()), len(p))
 
     def __add__(self, other: Predictions) -> Predictions:
-        k = max(len(self.total), len(other.total))  # pads classes not predicted yet
+        k = max(len(self.total), len(other.total))  # pad with 0: classes that were not predicted yet
         a, b = (torch.nn.functional.pad(each.total, (0, k - len(each.total))) for each in (self, other))
         return Predictions(a + b, self.doubt + other.doubt, self.count + other.count)
 

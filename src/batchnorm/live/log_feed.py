@@ -117,8 +117,8 @@ class Feed:
         """All data of a page at once, thinned to ``most`` lines of each kind.
 
         Raises:
-            OSError: If the log has vanished.
-            ValueError: If the log cannot be read.
+            OSError: If the log has vanished or cannot be opened.
+            ValueError: If its contents cannot be read.
         """
         with self._lock:
             try:
@@ -134,6 +134,8 @@ class Feed:
 
         Raises:
             IndexError: If there is no such layer.
+            OSError: If the log has vanished or cannot be opened.
+            ModuleNotFoundError: If safetensors or numpy is missing.
         """
         with self._lock:
             log = self._refreshed()

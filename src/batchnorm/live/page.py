@@ -38,8 +38,8 @@ def saved(feed: Feed) -> str:
     """The page with all its data, for a file.
 
     Raises:
-        OSError: If the log has vanished.
-        ValueError: If the log cannot be read.
+        OSError: If the log has vanished or cannot be opened.
+        ValueError: If its contents cannot be read.
     """
     data = feed.whole(most=_SAVED_LOOKS)
     layers = range(len(data["layers"]))
@@ -54,8 +54,8 @@ def write(feed: Feed, path: str | os.PathLike[str]) -> None:
     """Write the page as a file; a failed write leaves no part of it.
 
     Raises:
-        OSError: If the log is gone or the file cannot be written.
-        ValueError: If the log cannot be read.
+        OSError: If the log has vanished or cannot be opened, or the file cannot be written.
+        ValueError: If the log's contents cannot be read.
     """
     html = saved(feed)
     with replacing(Path(path).resolve()) as file:

@@ -24,7 +24,10 @@ _LARGEST_STEP = 2**53  # JavaScript's largest exact integer
 
 
 def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, JsonValue]:
-    """Data from the lines after the first ``seen[kind]`` lines of each kind, thinned to ``most`` lines of each kind."""
+    """Data from the lines after the first ``seen[kind]`` lines of each kind, thinned to ``most`` lines of each kind.
+
+    Events are not thinned: these are the new ones among the last 200 events of the log.
+    """
     layers = log.layers
 
     def rows(kind: str, most: int = most) -> list[dict[str, JsonValue]]:
@@ -50,7 +53,7 @@ def number(value: JsonValue) -> float | None:
 
 
 def text(value: JsonValue) -> str | None:
-    """A text, cut to a readable length; None for any other value."""
+    """A text, cut to 500 characters; None for any other value."""
     return value[:_LONGEST] if isinstance(value, str) else None
 
 

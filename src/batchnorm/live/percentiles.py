@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 NAMES = ("quantiles_input", "quantiles_output", "running_mean", "batch_mean", "running_var", "batch_var")
 _MOST_FILES = 2 * MOST  # number of files whose contents stay in memory: 3 KB a file for 53 layers
-_LARGEST_FILE = 1 << 24  # bytes: a hundred times the file of a model with a thousand layers
+_LARGEST_FILE = 1 << 24  # bytes; a model with a thousand layers has array files of about 60 KB
 
 
 class Percentiles:
-    """Reads the array files that a log names, and keeps their contents."""
+    """Reads the array files that a log names, and keeps the contents of the last 800 files that it read."""
 
     def __init__(self) -> None:
         self._contents: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
@@ -32,7 +32,10 @@ class Percentiles:
         self._contents.clear()
 
     def of_layer(self, log: Log, rows: list[dict[str, JsonValue]], layer: int) -> dict[str, JsonValue]:
-        """Steps, and for each name and step five percentiles; None if the file cannot be read or lacks finite values.
+        """The steps, and for each name a list with five percentiles, or None, for each step.
+
+        None means that the file cannot be read, has no array of this name and of shape (layers, 5), or has a percentile
+        of this layer that is not finite.
 
         Raises:
             ModuleNotFoundError: If safetensors or numpy is missing.

@@ -43,7 +43,7 @@ def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
 
 
 def _rate(log: Log, pulses: list[dict[str, JsonValue]]) -> float | None:
-    """Steps per second over the last progress lines of this start; None if there are fewer than two."""
+    """Steps per second over the last progress lines of this start; None if fewer than two, or no time between."""
     start = number(log.start.get("time")) or 0.0
     marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]
     points = [(at, step) for at, step in marks if at is not None and step is not None and at >= start]
@@ -64,7 +64,8 @@ def _state(log: Log, updated: float) -> tuple[str, str]:
 def _is_held(path: Path) -> bool:
     """Whether a process on this machine holds the writer's lock on the log; the lock itself is not touched.
 
-    Trying the lock would be simpler, but a training that starts at that moment could not get the lock.
+    False on systems without /proc/locks. Trying the lock would be simpler, but a training that starts at that moment
+    could not get the lock.
     """
     with suppress(OSError):
         inode = f":{path.stat().st_ino} "

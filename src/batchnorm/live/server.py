@@ -64,7 +64,9 @@ def listen(port: int = 0) -> socket.socket:
         else:
             return listener
     wanted = f"port {port}" if port else f"a port from {PORT} to {PORT + _PORTS - 1}"
-    raise OSError(f"expected {wanted} of {HOST} to be free, got none. Choose another with --port N.")
+    raise OSError(
+        f"expected {wanted} of {HOST} to be free, got a port in use or not permitted. Choose another with --port N."
+    )
 
 
 def application(feed: Feed, *, port: int, token: str, closing: threading.Event | None = None) -> AccessGuard:
@@ -113,9 +115,9 @@ def _layer(feed: Feed, query: QueryParams) -> Response:
     except ModuleNotFoundError as error:
         data = {"problem": f"Percentiles need {error.name}, not installed here. Run: pip install {error.name}"}
     except OSError:
-        data = {"problem": "The log is gone from its folder."}
+        data = {"problem": "The log is gone from its folder, or cannot be opened."}
     except (ValueError, IndexError):
-        return JSONResponse({"problem": "expected the number of a layer, got something else."}, 404)
+        return JSONResponse({"problem": "Expected the number of a layer of a log that can be read, got another."}, 404)
     return JSONResponse(data)
 
 

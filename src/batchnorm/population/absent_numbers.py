@@ -1,8 +1,8 @@
 """Tensors without values in a forward pass: an error that names the tensor, instead of torch's unclear error.
 
-A tensor without values may still get values for a pass (FSDP, offloading), so before a pass a model is refused only if
-that is impossible, for fake tensors. During a pass, a module of torch.nn is stopped if its memory is still missing when
-it begins, because its forward fetches nothing. Some operators would end the process if the pass continued.
+A tensor without values may still get values for a pass (FSDP, offloading). Only fake tensors cannot, so before a pass
+only a model with fake tensors is refused. During a pass, a module of torch.nn or ours is stopped if its memory is still
+missing when it begins, because its forward fetches nothing. Some operators would end the process if the pass continued.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ def _named(path: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _missing_values(model: nn.Module, error: BaseException) -> str:
-    """The cause of a failed pass, as the end of a sentence; "" if it was not a tensor without values."""
+    """The cause of a failed pass, as the end of a sentence: a tensor without values, or a DTensor with plain inputs.
+
+    "" if neither caused it.
+    """
     names = {module: path for path, module in model.named_modules()}
     module = _innermost(error, names)
     own = _named(names[module], module)

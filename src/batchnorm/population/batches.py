@@ -98,12 +98,12 @@ def _kind_of(model: nn.Module, batch: Batch) -> object:
 def arguments(model: nn.Module, batch: Batch) -> tuple[Arguments, Keywords]:
     """The positional and keyword arguments with which a model is called for a batch.
 
-    A batch with names (mapping, named tuple, dataclass) is passed by name if ``forward`` requires some of the names or
-    accepts all of them. It is passed whole if ``forward`` has one required argument and indexes it by these names or
-    annotates it with the batch's class, or if ``forward`` has none of the names. In the last case a named tuple is
-    treated as a tuple. From a tuple or list, ``forward`` gets the first element, or as many as it requires, or the
-    whole tuple as one argument if ``forward`` unpacks this argument or annotates it as a tuple or list. Anything else
-    is passed whole.
+    A batch with names (mapping, named tuple, dataclass) is passed whole if ``forward`` has one required argument and
+    indexes it by these names or annotates it with the batch's class. Otherwise it is passed by name if it has all names
+    that ``forward`` requires, or, for a mapping, if ``forward`` accepts all its names. Otherwise a named tuple is
+    treated as a tuple, and other batches are passed whole. From a tuple or list, ``forward`` gets the first element, or
+    as many as it requires, or the whole tuple as one argument if ``forward`` unpacks this argument or annotates it as a
+    tuple or list. Anything else is passed whole.
     """
     possible = call_forms(model, batch)
     return possible[_settled(model, batch, len(possible))]

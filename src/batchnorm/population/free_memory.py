@@ -33,7 +33,7 @@ def _of_machine() -> int:
 
 
 def _of_control_group() -> int:
-    """Bytes that a container may still use; 2^62 if there is no container."""
+    """Bytes that a container may still use; 2^62 if there is no container, or it has no limit that can be read."""
     folder = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError, KeyError):
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))

@@ -89,6 +89,7 @@ def freeze(model: Model, affine: bool = False) -> Model:
         affine: Also set ``requires_grad`` of gamma and beta to False, so that they are not trained.
 
     Raises:
+        TypeError: If ``affine`` is not True or False.
         ValueError: If a layer has no stored statistics; then no layer is changed.
 
     Warns:
@@ -125,6 +126,9 @@ def unfreeze(model: Model) -> Model:
     Classes are as before, ``requires_grad`` of gamma and beta is as before ``affine=True``, and each layer has the mode
     that was last set. If False was assigned to a layer's flag, the layer gets the mode of its parent module, because a
     tool may have restored the False that it read from the frozen layer. Layers that are not frozen do not change.
+
+    Raises:
+        RuntimeError: If a frozen layer's class was changed later, such as by a parametrization.
     """
     layers, parents = _layers(model), _holders(model)
     for path, layer in reversed(layers.items()):

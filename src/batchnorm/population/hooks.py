@@ -59,14 +59,14 @@ class Hook:
 
     Args:
         work: Called with the hook's arguments.
-        is_always: Whether it also works during compilation or CUDA graph capture.
+        is_always: Whether it also works during compilation, torch.jit.trace or CUDA graph capture.
     """
 
     def __init__(self, work: Callable[..., None] | None = None, *, is_always: bool = False) -> None:
         self._work, self._is_always = work, is_always
 
     def __call__(self, *arguments: Any) -> None:
-        """Call ``work``, but not during compilation or CUDA graph capture unless ``is_always``."""
+        """Call ``work``, but not during compilation, torch.jit.trace or CUDA graph capture unless ``is_always``."""
         if self._work is not None and (self._is_always or not (torch.compiler.is_compiling() or _is_recorded())):
             self._work(*arguments)
 

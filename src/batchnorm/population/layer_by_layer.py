@@ -83,7 +83,7 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
 
 
 def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
-    """Moments of the inputs, from one pass for the order and one pass per layer that ends at the layer."""
+    """Moments of the inputs, from a pass for the order and one per layer that ends there (two if layers are reused)."""
     traces = observation.run(lambda *_: None)
     order = execution_order(traces)
     most = {path: max(trace.count(path) for trace in traces) for path in order}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @final
 class ModelMarks:
-    """Records the objects in a model, to see whether a pass replaces them, writes to them, or draws random numbers."""
+    """Records the objects in a model, to see whether a pass replaces them, writes to them, or uses its generators."""
 
     def __init__(self, model: nn.Module) -> None:
         self._holders: list[Any] = []
@@ -54,6 +54,6 @@ class ModelMarks:
 
 
 def _address_and_version(tensor: Tensor) -> tuple[int, int]:
-    """Address of a tensor's memory, and the number of writes to the tensor."""
+    """Address of a tensor's memory (0 if it has none), and the number of writes to it (0 for an inference tensor)."""
     address = tensor.data_ptr() if tensor.layout == torch.strided and torch._C._has_storage(tensor) else 0
     return address, 0 if tensor.is_inference() else tensor._version

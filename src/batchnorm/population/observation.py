@@ -49,7 +49,7 @@ class InputMoments:
         moments: Moments of the finite channels of each input, float64; one count for all channels if none was excluded.
         inputs: Number of inputs with a finite channel.
         spoiled: Number of inputs with an excluded channel.
-        left_out: Whether each channel was excluded from an input, (C,); False if none was.
+        left_out: For each channel whether it was excluded from an input, (C,); False if no channel was.
         values: Number of values per channel, including excluded ones.
     """
 
@@ -94,7 +94,7 @@ class Observation:
         layers: The observed layers, by path.
         batches: The batches, repeated for each pass, each time from the same random state.
         forward: Called with the model and a batch.
-        examples: Number of examples in the last whole pass.
+        examples: Number of examples in the batches of the last pass, skipped ones included.
     """
 
     who: str

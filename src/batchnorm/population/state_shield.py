@@ -80,7 +80,7 @@ def preserve_state(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _take_back(steps: list[Undo]) -> None:
-    """Run all steps, also if one of them fails: everything that can be restored is restored."""
+    """Run all steps, also if some fail, so that everything possible is restored; then raise the first error."""
     errors: list[Exception] = []
     for step in steps:
         try:
@@ -93,7 +93,10 @@ def _take_back(steps: list[Undo]) -> None:
 
 @contextmanager
 def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
-    """A block after which every global random state, and those of ``generators``, are as before."""
+    """A block after which random states are as before: of torch, Python, NumPy if loaded, and ``generators``.
+
+    The states of torch are those of the CPU and, if CUDA was in use before the block, of all CUDA devices.
+    """
     states = [(put_back, read()) for read, put_back in _random_sources(*generators)]
     try:
         yield
@@ -103,7 +106,7 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
 
 
 def random_state() -> tuple[object, ...]:
-    """Every global random state, for comparison."""
+    """The random states of torch, Python and NumPy that ``preserve_random_state`` restores, for comparison."""
     return tuple(_comparable(read()) for read, _ in _random_sources())
 
 

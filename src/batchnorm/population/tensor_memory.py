@@ -71,7 +71,8 @@ def _surely_has_values(tensor: Tensor) -> bool:
 def whole(tensor: Tensor, size: int | None = None) -> Tensor | None:
     """A tensor's values as a plain dense tensor without gradient, copied only if necessary; None if they are absent.
 
-    No other rank is involved. A sharded tensor is whole if each rank holds all of it.
+    Also None if the number of values is not ``size``. No other rank is involved. A sharded tensor is whole if each rank
+    holds all of it.
 
     Args:
         tensor: A tensor of any kind.

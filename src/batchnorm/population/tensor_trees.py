@@ -1,7 +1,7 @@
-"""Trees of tensors: the tensors in a batch or output made of tuples, lists, mappings, dataclasses and batch objects.
+"""Trees of tensors: the tensors in a batch or output made of tuples, lists, mappings and dataclasses.
 
-Everything else is a leaf. The rows of a leaf are the first axis of a tensor, or the sequences of a packed or nested
-tensor.
+Everything else is a leaf, also a batch object, such as a batch of graphs. The rows of a leaf are the first axis of a
+tensor, or the sequences of a packed or nested tensor.
 """
 
 from __future__ import annotations
