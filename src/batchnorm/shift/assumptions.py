@@ -103,8 +103,8 @@ def check(
         data: The data's name in the report.
 
     Raises:
-        ValueError: If there are fewer than 2 observations, activations are not finite, or a layer does not receive
-            each example once.
+        ValueError: If there are fewer than 2 observations, activations are not finite, a layer does not run in a pass,
+            or layers receive different numbers of examples.
         RuntimeError: If the monitor is observing.
     """
     if monitor.is_observing:
@@ -243,7 +243,11 @@ def _order(reference: Reference, z: Tensor, q: Tensor, limit: float) -> Conditio
     for at in range(half, len(z), _ROUND):
         evidence = evidence.after(z[at : at + _ROUND], q[at : at + _ROUND])
         most = max(most, evidence.log)
-    claim = "the second half is unlike the first" if reference.clean is None else "they are unlike the calibration's"
+    claim = (
+        "the second half is unlike the first"
+        if reference.clean is None
+        else "these observations are unlike the calibration's"
+    )
     text = f"evidence that {claim}: {_size(most)}; 1 is none, the limit is {_size(limit)}"
     if most < math.log(_SUSPECT):
         return Condition(name, HOLDS, text, "")

@@ -54,7 +54,7 @@ def facts(verdict: ShiftVerdict) -> Iterator[tuple[str, str]]:
             if verdict.rise
             else "the evidence rose from the start"
         )
-        yield "rang", f"after {verdict.rang:,} of {many(verdict.examples, 'example')}; {began}"
+        yield "alarm", f"after {verdict.rang:,} of {many(verdict.examples, 'example')}; {began}"
         yield "first moved", _first(verdict)
     if verdict.hint:
         yield "hint", HINTS[verdict.hint]
