@@ -248,7 +248,7 @@ class Reference:
         if tuple(layers) != self.layers:
             raise ValueError(
                 f"the reference has {len(self.layers)} layers ({', '.join(self.layers[:3])}, ...), got a model with "
-                f"{len(layers)} layers, not the same in this order. Give the reference of this model."
+                f"{len(layers)} layers, whose names or order differ. Give the reference of this model."
             )
         if digest_of(model.state_dict()) != self.digest:
             raise ValueError(

@@ -9,7 +9,7 @@ Each condition "holds", is "doubtful" or is "broken". The conditions on stored m
 measured value is outside its bound by more than c standard errors; with probability 99 %, none of the normal errors of
 all measured values is larger than c. They are doubtful if the value is outside by less, or if its error is too large to
 be sure. Energy that a few examples carry is doubtful, never broken. Neighbours that are alike are broken if the monitor
-would warn about them, and the order is broken if the evidence reaches the monitor's limit; with less evidence against
+would warn about them, and the order is broken if the evidence reaches the monitor's limit; with weaker evidence against
 them both are doubtful. Every condition with too few observations to judge it is doubtful.
 """
 
