@@ -5,8 +5,10 @@
                  caller does not see. If no guard objects, the trial statistics are used: adapted. If a guard keeps
                  objecting: refused.
     adapted      The trial statistics are in use, and grow with each batch. A guard's objection leads to: rolled back.
-    refused, rolled back     The deployed statistics are in use. If a layer's energy changes by a factor of 1.25:
-                 gathering. After ``reset``: watching.
+    refused, rolled back
+                 The deployed statistics are in use. If a layer's energy changes by a factor of 1.25: gathering.
+
+``reset`` leads from each state to: watching.
 
 ``guards`` contains the guards, ``cumulative`` computes the growing statistics.
 """

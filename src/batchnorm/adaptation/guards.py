@@ -170,7 +170,7 @@ def _unsure(before: Predictions) -> float:
 def _need(old: Predictions, before: Predictions) -> str | None:
     if old.doubt_each >= _unsure(before) or old.information < _LEAST_SHARE * before.expected(old.count):
         return None
-    return f"the deployed statistics are as sure as before: a prediction has {old.doubt_each:.2f} nats of entropy"
+    return f"predictions under the deployed statistics are as sure as before: mean entropy {old.doubt_each:.2f} nats"
 
 
 def _gain(new: Predictions, old: Predictions) -> str | None:

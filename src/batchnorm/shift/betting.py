@@ -37,7 +37,7 @@ _MOST = 1e16  # largest distance of a mean, in stored sd
 
 
 def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
-    """Stakes l for the mean of each channel, (stakes, channels): 1, ..., 1/8 divided by the sd, at most 1 / delta."""
+    """Stakes l for means, (stakes, channels): 1, 1/2, 1/4 and 1/8 divided by the channel's sd, at most 1 / delta."""
     stakes = torch.tensor(_STAKES, dtype=torch.float64)[:, None] / kappa.sqrt()
     return torch.minimum(stakes, 1 / delta)
 
@@ -52,9 +52,9 @@ def mean_shift(z: Tensor, kappa: Tensor, delta: Tensor, stakes: Tensor) -> Tenso
 def _phi(stakes: Tensor, moved: Tensor) -> Tensor:
     """phi(stakes * moved), summed over observations: stakes (stakes, channels), moved (n, channels), result as stakes.
 
-    exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or its inverse for y < 0. The factors of
-    eight observations are multiplied before one logarithm is computed. The product does not overflow: a move of more
-    than 1e16 counts as 1e16, and every bet stays fair.
+    exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or its inverse for y < 0. The factors of eight
+    observations are multiplied before one logarithm is computed. The product does not overflow: a move of more than
+    1e16 counts as 1e16, and every bet stays fair.
     """
     total = torch.zeros_like(stakes)
     for rows in moved.split(_AT_ONCE):

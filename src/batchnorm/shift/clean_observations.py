@@ -1,8 +1,8 @@
 """Clean observations: the result of calibration, which has scores, a bag to compare with, marks, and components.
 
-Half of the observations (at most 1,000) define how scores are computed. The others fill the bag. So the scores
-do not depend on the observations in the bag, and the p-values are valid. Marks use all observations; the bounds of
-components use the second part.
+Half of the observations (at most 1,000) define how scores are computed. The others fill the bag. So the scores do not
+depend on the observations in the bag, and the p-values are valid. Marks use all observations; the bounds of components
+use the second part.
 """
 
 from __future__ import annotations

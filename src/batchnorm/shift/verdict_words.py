@@ -120,7 +120,9 @@ def follows(verdict: ShiftVerdict) -> list[str]:
     advice = []
     if verdict.dependent:
         larger = "batch" if verdict.unit == "example" else "a session or a minute, by ShiftMonitor(unit=function)"
-        advice.append(f"Neighbours are alike, so this may be a false alarm or chance. Judge again with unit {larger}.")
+        advice.append(
+            f"Neighbours are alike, so the rate of false alarms is not bounded. Judge again with unit {larger}."
+        )
     if verdict.tails:
         advice.append("Stored variances may be too small for such tails. Judge again with --calibrate clean.py:loader.")
     if verdict.rang is None:
