@@ -410,7 +410,7 @@ def test_for_export_names_subclasses_that_it_leaves():
     class Mine(bn.BatchNorm2d):
         pass
 
-    with pytest.warns(UserWarning, match="leaves layers of subclasses as they are.*: 0"):
+    with pytest.warns(UserWarning, match="does not change layers whose classes are derived from.*: 0"):
         bn.for_export(nn.Sequential(Mine(3)))
 
 

@@ -54,8 +54,9 @@ def refuse_code(target: str) -> None:
 
 @contextmanager
 def as_address_errors(name: str) -> Iterator[None]:
-    """A block in which an error of the user's code becomes an `AddressError`; our own errors and Ctrl-C stay the same.
+    """A block in which an error of the user's code becomes an `AddressError`.
 
+    Ctrl-C stays the same, and so does a ValueError, OSError or ModuleNotFoundError that this package raises.
     ``sys.exit`` in the user's code becomes an `AddressError` too: otherwise exit code 0 could report success.
     """
     try:
@@ -72,7 +73,7 @@ def load(address: str) -> Any:
     """The object that an address names; it is not called.
 
     Raises:
-        ValueError: If ``address`` has another form, or the module has no such name.
+        ValueError: If ``address`` has neither of the two forms, or the module has no such name.
         FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If the module does not exist.
         AddressError: If importing the module raises an error.
@@ -93,11 +94,13 @@ def load(address: str) -> Any:
 def model(address: str, settings: Mapping[str, Any] | None = None, weights: str | None = None, state: str = "") -> Any:
     """The model at an address, or the model that the function there makes from ``settings``.
 
-    ``weights`` is the path of a checkpoint, which must fit the model exactly; None loads no weights.
+    ``weights`` is the path of a checkpoint, which must fit the model exactly; None loads no weights. ``state`` selects
+    a state of the checkpoint, as in ``load_weights``.
 
     Raises:
-        AddressError: If the code raises an error, or gives another object than a model.
-        ValueError: If the settings do not fit the function, or the weights do not fit the model; and as ``load``.
+        AddressError: If the code raises an error, or returns an object that is not a model.
+        ValueError: If the settings do not fit the function, or the weights do not fit the model.
+        Exception: Any error of ``load``, and any error of ``load_weights``.
     """
     from torch import nn
 
@@ -117,8 +120,9 @@ def data(address: str) -> Any:
     """The loader at an address, or the loader that the function or class there returns.
 
     Raises:
-        AddressError: If the code raises an error, or gives something else than batches.
-        ValueError: If the function needs arguments; and as ``load``.
+        AddressError: If the code raises an error, or returns an object that is not an iterable of batches.
+        ValueError: If the function needs arguments.
+        Exception: Any error of ``load``.
     """
     from torch import Tensor
 
@@ -159,7 +163,7 @@ def parsed(settings: Iterable[str]) -> dict[str, Any]:
 def refuse_state(target: str, weights: str | None, state: str) -> None:
     """Refuse ``state`` if there is no checkpoint."""
     if state and not weights:
-        raise ValueError(f"--state selects a state of a checkpoint, got {target} without one. Add --weights FILE.")
+        raise ValueError(f"--state selects a state of a checkpoint, got {target} alone. Add --weights FILE.")
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -201,7 +205,8 @@ def _called(address: str, factory: Any, settings: Mapping[str, Any]) -> Any:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:
         raise ValueError(
-            f"{address} cannot be called with {dict(settings) or 'no arguments'}: {error}. Give arguments by --set."
+            f"{address} cannot be called with {dict(settings) or 'no arguments'}: {error}. "
+            "Give a model's arguments by --set; a function that returns data must need no arguments."
         ) from error
     except ValueError:  # builtins may have no signature
         pass
@@ -245,7 +250,7 @@ def _of_user(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _is_of_user(error: BaseException) -> bool:
-    """Whether the user's code, or installed code that it called, raised the error, and not this package."""
+    """Whether the user's code is in an error's traceback, or code outside of this package raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(_of_user(error)) or not frames[-1].filename.startswith(_OTHERS_FOLDERS[0])
 

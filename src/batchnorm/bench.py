@@ -41,7 +41,7 @@ _TENSORS = 12  # the most tensors of the size of x that a case has in memory at 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call of a layer, and the least memory traffic that it needs, in tensors of the size of x.
+    """One call of a layer; ``limit`` is the least memory traffic that it needs, as numbers of copies and triads.
 
     If channels are last and x is larger than the cache, ``reread`` more reads are needed: no part of x has all values
     of a channel, so all of x must be read before any value can be normalized.
@@ -122,8 +122,8 @@ class CaseInputs:
         """Inputs of a shape, type and layout.
 
         Raises:
-            ValueError: If ``dtype`` is unknown, the shape fits no layer or not the memory, or ``channels_last`` is True
-                for a shape of fewer than 4 axes.
+            ValueError: If ``dtype`` is unknown, no layer has inputs of this shape, the tensors do not fit in memory, or
+                ``channels_last`` is True for a shape of fewer than 4 axes.
         """
         import torch
 
@@ -140,7 +140,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """The shape in a text like "32x64x56x56".
 
     Raises:
-        ValueError: If the text is no shape, or the shape fits no layer or not the memory.
+        ValueError: If the text is no shape, no layer has inputs of this shape, or the tensors do not fit in memory.
     """
     axes = text.lower().split("x")
     if not all(axis.isdecimal() for axis in axes):
@@ -263,8 +263,8 @@ def short_table(
         progress: Called after each case with the share of cases that are measured, 1 at the end.
 
     Raises:
-        ValueError: If a shape fits no layer or not the memory, a type or layout is impossible, ``threads`` is less than
-            1, or ``rounds`` is less than 3.
+        ValueError: If no layer has inputs of a shape, the tensors do not fit in memory, a type or layout is impossible,
+            ``threads`` is less than 1, or ``rounds`` is less than 3.
     """
     from batchnorm.experiment.environment import environment
 
@@ -316,7 +316,7 @@ def threads_of_torch(count: int | None) -> Iterator[int]:
     import torch
 
     if count is not None and count < 1:
-        raise ValueError(f"threads must be 1 or more, got {count}. Leave it out for torch's own number.")
+        raise ValueError(f"threads must be 1 or more, got {count}. Leave threads out for torch's own number.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -357,7 +357,12 @@ def _in_words(row: Timing) -> str:
 
 
 def write(data: Mapping[str, Json], path: str | os.PathLike[str]) -> None:
-    """Write JSON to ``path``; if an error is raised, no file is written or changed."""
+    """Write JSON to ``path``; if an error is raised, no file is written or changed.
+
+    Raises:
+        ValueError: If a number is NaN or infinite.
+        OSError: If the file cannot be written.
+    """
     path = Path(path).resolve()
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     with replacing(path) as file:

@@ -60,7 +60,10 @@ def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_of_others(module: nn.Module) -> bool:
-    """Whether a module has the four tensors of batch norm and a forward, but not torch.nn's class."""
+    """Whether a module has the four tensors of batch norm and a forward, but not torch.nn's class.
+
+    False for modules of TorchScript and of exported programs.
+    """
     if isinstance(module, (_BatchNorm, _InstanceNorm, torch.jit.ScriptModule)) or _is_part_of_program(module):
         return False
     own = vars(module).get("_parameters", {}) | vars(module).get("_buffers", {})
@@ -79,8 +82,9 @@ def live_layers(model: nn.Module) -> dict[str, Any]:
 def out_of_reach(model: nn.Module) -> dict[str, str]:
     """Batch norm that is not a layer: by its dotted path, a text with the reason and a remedy.
 
-    It is an operation of an exported program or of code traced by torch.fx, a module of TorchScript, or a call of
-    torch's function in a module's forward, seen by the names in the forward's code. The model is not run.
+    Four kinds are found: an operation of an exported program, an operation of code traced by torch.fx, a module of
+    TorchScript, and a call of torch's function in a module's forward. Such a call is found by the names in the
+    forward's code; the model is not run.
     """
     reasons: dict[str, str] = {}
     for path, module in model.named_modules():

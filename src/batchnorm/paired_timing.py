@@ -2,8 +2,8 @@
 
 The speed of a shared machine changes from one second to the next, so only times of one round are compared. A round runs
 every contestant once, in a random order. The ratio of two contestants is the median over rounds of the ratios within a
-round. Other programs on the machine slow down calls that wait for all of their threads more than other calls, so their
-share of the processors is measured.
+round. Other programs on the machine slow down every call, and most of all a call that waits for all of its threads. So
+the share of the processors that other programs use is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _IDLE = (3, 4)  # idle and iowait in the first line of /proc/stat
 
 
 def timed(one_call: Callable[[], object], *, at_least: float = 2e-3) -> Contestant:
-    """A contestant that repeats a call for about ``at_least`` seconds, but at most 1,000 times; warms the call up."""
+    """A contestant that repeats a call for about ``at_least`` seconds, but at most 1,000 times.
+
+    The call is first made three times: to warm up, and to estimate its time.
+    """
 
     def contestant(repeats: int) -> float:
         start = time.perf_counter()
@@ -82,7 +85,7 @@ def race(contestants: Mapping[str, Contestant], *, rounds: int, budget: float = 
     """
     if rounds < _LEAST_ROUNDS:
         raise ValueError(
-            f"rounds must be {_LEAST_ROUNDS} or more, to show a spread, got {rounds}. Leave it out for {ROUNDS}."
+            f"rounds must be {_LEAST_ROUNDS} or more, because a spread is shown, got {rounds}. Pass {ROUNDS}, say."
         )
     order, shuffle, end = list(contestants), random.Random(0).shuffle, time.perf_counter() + budget  # noqa: S311
     seconds: dict[str, list[float]] = {name: [] for name in order}
@@ -103,14 +106,14 @@ def others(workers: Sequence[int] = ()) -> Iterator[dict[str, float]]:
     the dictionary stays empty. Other programs are all but this process and the processes with the ids ``workers``.
     """
     shares: dict[str, float] = {}
-    before, start = _foreign(workers), time.perf_counter()
+    before, start = _seconds_of_others(workers), time.perf_counter()
     yield shares
-    after, passed = _foreign(workers), time.perf_counter() - start
+    after, passed = _seconds_of_others(workers), time.perf_counter() - start
     if before is not None and after is not None:
         shares["others"] = round(max(after - before, 0) / (passed * (os.cpu_count() or 1)), 3)
 
 
-def _foreign(workers: Sequence[int]) -> float | None:
+def _seconds_of_others(workers: Sequence[int]) -> float | None:
     """Processor seconds of other programs since the machine started; None if the system does not report them.
 
     On a virtual machine they include the time that its host gave to others ("steal").

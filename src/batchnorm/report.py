@@ -43,7 +43,7 @@ GLYPHS = {Status.SUPPORTED: "✓", Status.NOT_SUPPORTED: "–", Status.OPPOSITE:
 # About this many rows are in the table under a chart: enough to see the finding, few enough for one file.
 _TABLE_ROWS = 40
 
-# If two bounds are closer than this share of a strip's width, in percent, their labels would touch.
+# The labels of two bounds would touch if the bounds are closer than this percentage of a strip's width.
 _CLOSE = 22
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -210,7 +210,7 @@ def _section(outcome: ClaimOutcome) -> _Section:
 
 
 def _neighbours(figures: Sequence[_Figure]) -> Iterator[list[_Figure]]:
-    """Consecutive figures of one column in pairs, which the page shows side by side; an odd last one is alone."""
+    """Consecutive figures of one column in pairs, which the page shows side by side; if odd, the last is alone."""
     for narrow, group in groupby(figures, key=lambda figure: figure.columns == 1):
         if narrow:
             run = list(group)
@@ -354,7 +354,7 @@ def _strip(verdict: Verdict) -> _Strip | None:
 
 
 def _labels(bounds: list[tuple[float, str]]) -> list[tuple[float, str, str]]:
-    """Position, text and anchor of the bounds' labels; if two bounds are close, their labels point away."""
+    """Position, text and anchor of the bounds' labels; the labels of two close bounds point away from each other."""
     close = len(bounds) == 2 and bounds[1][0] - bounds[0][0] < _CLOSE
     anchors = ("end", "start") if close else ("middle", "middle")
     return [(at, text, anchor) for (at, text), anchor in zip(bounds, anchors, strict=False)]

@@ -180,7 +180,10 @@ def averaged_roots(tensors: Sequence[Entry]) -> set[Words]:
 
 
 def _average(layer: LayerTensors, roots: set[Words]) -> Words | None:
-    """The words up to the last one that names an average, () if the whole file is one; None if there is no average."""
+    """The words of a layer up to the last word that names an average; () if the whole file is an average.
+
+    None if the layer is not part of an average.
+    """
     group = () if () in roots else None
     for i, word in enumerate(layer.words):
         head = layer.words[: i + 1]
@@ -202,7 +205,10 @@ def snake(word: str) -> str:
 
 
 def _copy(layers: Sequence[LayerTensors], prefix_length: int = 0) -> Copy:
-    """The layers by name, without the first ``prefix_length`` words and further words that all names begin with."""
+    """The layers by name, without the first ``prefix_length`` words.
+
+    Further words that all names begin with are left out too, if they are dicts of the file or wrappers.
+    """
     length = prefix_length
     while layers and all(_drops(layer, layers[0], length) for layer in layers):
         length += 1

@@ -170,7 +170,12 @@ def unreadable(dtype: str, size: tuple[int, ...], why: str) -> Tensor:
 
 
 def numbers(source: Source, tensor: Tensor) -> array:
-    """All values of ``tensor`` in C order, in an array of its type; float16 and bfloat16 as float32."""
+    """All values of ``tensor`` in C order, in an array of its type; float16 and bfloat16 as float32.
+
+    Raises:
+        RefusalError: If the values cannot be read, are of a type without real numbers, are too many or too far apart in
+            the file, or do not fit the storage.
+    """
     if tensor.why:
         raise RefusalError("a tensor with its own numbers", *tensor.why.split(". ", 1))
     if tensor.dtype not in _LETTERS:

@@ -29,7 +29,11 @@ class Twins:
 
 
 def find_twins(file: Checkpoint) -> Iterator[Twins]:
-    """The parts of a file that have the statistics of an earlier part; each later part is listed once."""
+    """The parts of a file that have the statistics of an earlier part; each later part is listed once.
+
+    At least one layer must come after a weight that differs between the parts. Frozen layers, and modules that both
+    parts share, are not listed. At most 256 pairs of parts are compared.
+    """
     layers = {below(copy, name): stored for copy, named in file.copies.items() for name, stored in named.items()}
     copied_parts: set[str] = set()
     for first, second in islice(_candidates(layers), _MOST_PAIRS):

@@ -71,8 +71,8 @@ def _tensors(kind: str, saved: Saved) -> list[Entry]:
     """The tensors in ``saved``, with the keys that lead to them.
 
     Raises:
-        RefusalError: If ``saved`` is not a container, is data of another kind (``other_files.of_value``), or is a
-            whole object or a plain pickle without tensors.
+        RefusalError: If ``saved`` is not a dict, list or tuple, belongs to another framework
+            (``other_files.of_value``), or is a whole object or a plain pickle without tensors.
     """
     if not isinstance(saved, dict | list | tuple):
         raise RefusalError("a dict of tensors", in_words(saved), RESAVE)
@@ -225,7 +225,7 @@ def _of_channels(layer: LayerTensors) -> dict[str, Tensor]:
     another size and is left out.
 
     Raises:
-        RefusalError: If running_mean and running_var have different shapes.
+        RefusalError: If running_mean and running_var have different shapes; axes of length 1 do not count.
     """
     tensors = {
         key: tensor

@@ -1,4 +1,4 @@
-"""Loads a state of a checkpoint into a model, strictly, and says which of its states a model can take."""
+"""Loads a state of a checkpoint into a model, strictly, and finds the states of the checkpoint that fit a model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def load_weights(network: nn.Module, path: str, state: str = "") -> str:
         The state's name; "" if the file has no batch norm layers.
 
     Raises:
-        ValueError: If the file is not a checkpoint, or a name or shape does not fit; the message has at most
-            two of these differences.
+        ValueError: If the file is not a checkpoint of torch.save or safetensors, has no state named ``state``, or a
+            name or shape does not fit. The message has at most two of these differences.
+        Exception: FileNotFoundError, PermissionError and ModuleNotFoundError as ``checkpoint.read``.
     """
     file, name = chosen(network, path, state)
     part = file.states[name] if name else None
@@ -68,9 +69,10 @@ def choice(network: nn.Module, path: str, state: str = "") -> tuple[str, str]:
 def states(network: nn.Module, file: Checkpoint) -> Checkpoint:
     """The checkpoint, split into the states that a model can load.
 
-    If a state has exactly the model's layers, the checkpoint is returned unchanged. A dict with exactly the model's
-    layers is one state, even if its names look like those of several. Otherwise each module in the file that has
-    exactly the model's tensors becomes a state, if there are several such modules.
+    The checkpoint is returned unchanged if a state has exactly the model's layers, if the model has no batch norm
+    layers, and if the file is an ONNX file. A dict with exactly the model's layers is one state, even if its names look
+    like those of several states. Otherwise each module in the file that has exactly the model's tensors becomes a
+    state, if there are several such modules.
     """
     layers = _layers(network)
     if not layers or file.format == "onnx" or any(state.layers.keys() == layers for state in file.states.values()):

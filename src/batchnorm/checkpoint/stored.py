@@ -117,8 +117,8 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     # ONNX: by layer, our name for the activation that is the only reader of its result
     activations: Mapping[str, str] = field(default_factory=dict)
-    # ONNX: by layer with a variance near 0, the norm of each row of the weights right before it; None if its input is
-    # not the result of weights
+    # ONNX: by layer with a variance near 0, the norm of each row of the weights right before the layer; None if the
+    # layer's input is not the result of weights
     filters: Mapping[str, array[float] | None] = field(default_factory=dict)
     # whether some layers were pickled as modules, which only their own code can save again
     is_whole: bool = False

@@ -22,7 +22,7 @@ class Sidecar:
     """A kind of file beside a checkpoint.
 
     Args:
-        kind: The metadata entry batchnorm.``kind`` of a file has its JSON data.
+        kind: The JSON data of a file are in its metadata, under the key batchnorm.``kind``.
         suffix: The ending of all files of this kind.
         what: The kind in words, for errors, such as "a bank".
         version: Version of the contents; ``read`` refuses files of other versions.

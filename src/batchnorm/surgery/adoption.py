@@ -101,7 +101,7 @@ def origin_of(layer: nn.Module) -> Origin | None:
 
 
 def give_back(layer: nn.Module) -> None:
-    """Give an adopted layer its former class and children back, in place, after ``revert`` made it torch's."""
+    """Give an adopted layer its former class and children back, in place; ``revert`` has made it a torch.nn layer."""
     origin: Origin = vars(layer).pop(_ORIGIN)
     was_frozen, training = isinstance(layer, Frozen), vars(layer)["training"]
     layer.__class__ = origin.kind

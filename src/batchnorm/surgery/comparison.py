@@ -1,13 +1,14 @@
 """Whether two models compute the same: outputs, gradients and buffers on one example, in eval and in train mode.
 
 Both run in float64 if the model can. A mistake in structure changes values by about their own size. Rounding changes
-them far less than the limit: sqrt(eps) times the largest value, which is half of the type's digits.
+values far less than the limit: sqrt(eps), half of the type's digits, times the largest output, the largest gradient, or
+for a buffer the larger of 1 and its largest value.
 
 The example does not determine every value. If two inputs of a maximum are equal, if an input of ReLU is 0, or if a flat
 image leaves a batch without variance, rounding alone decides the index, the slope or the sign. Such a tie explains a
-difference if the original changes about as much when noise of eps^(3/4) of the example's size is added, which is far
-above rounding and far below the limit. If anything differs, both models must also agree on noisy copies of the example:
-there ties have probability 0, unless the model makes them itself.
+difference of an output or a buffer if the original changes about as much when noise of eps^(3/4) of the example's size
+is added. This noise is far above rounding and far below the limit. If anything differs, both models must also agree on
+noisy copies of the example: on these copies ties have probability 0, unless the model makes them itself.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Value = Batch | nn.Module
 Widen = Callable[[Value], Value]
 
 OUTPUTS, GRADIENTS, BUFFERS = "the output", "the gradients", "the buffers"
-_TRIES = 8  # noise changes a tie of two with probability 1/2, and misses it 8 times with probability 2^-8
+_TRIES = 8  # noise changes a tie of two values with probability 1/2; 8 tries all miss it with probability 2^-8
 _NOISY_COPIES = 2  # noisy copies on which both models must agree
 _TINY, _NOISE = None, 0.1  # sizes of the noise relative to the example; None stands for eps^(3/4)
 _EXPLAINED_SHARE = 0.25  # smallest ratio of a change by noise to the difference that it explains
@@ -44,7 +45,8 @@ def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
 
     Raises:
         ValueError: If the original does not run on ``example``.
-        RuntimeError: If the results differ, with the largest difference; or if the result does not run.
+        RuntimeError: If the results differ, with the largest relative difference of the first group that differs
+            (outputs, gradients, buffers); or if ``result`` does not run.
     """
     for mode in (False, True):
         expected, widen, gradients = _measure_widest(original, example, mode)

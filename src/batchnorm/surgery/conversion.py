@@ -40,8 +40,8 @@ def convert(
 
     The copy computes the same as the model in train and in eval mode. Everything about a layer is carried over: names
     and sharing, parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The
-    state_dict has the same keys. These layers are left as they are: SyncBatchNorm, lazy layers, subclasses of ours,
-    parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
+    state_dict has the same keys. These layers are left as they are: SyncBatchNorm, lazy layers, layers of classes
+    derived from ours, parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
 
     A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
     both modes and computes only batch norm and at most one activation that our layers have. Our layer must also give
@@ -83,7 +83,8 @@ def convert(
             model is unchanged.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch; if
+            ``fuse`` or ``inplace`` is not True or False.
         ValueError: If ``memory`` is neither None nor "save"; if the model does not run on ``example`` in both modes; or
             with ``fuse``, if nothing can be fused because code around batch norm layers cannot be traced, or if the
             model is compiled.
@@ -136,7 +137,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     than the parameters. Subclasses of our layers are left as they are.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or ``inplace`` is not True or False.
         ValueError: If a layer was constructed with an activation (``act``).
         RuntimeError: If the model cannot be copied.
 

@@ -7,7 +7,8 @@ without values. A forward gets a graph only if that run is valid for all later r
 - operations inside of a context (no_grad, autocast, saved-tensor hooks, a device) are refused: a graph does not record
   the context;
 - setting attributes, drawing random numbers and making constants are refused: a graph does not repeat them;
-- optional arguments without known values, and questions for the type of a value, are refused: a tracer answers wrongly.
+- optional arguments whose values are not known are refused;
+- questions for the type of a value are refused, because a tracer answers them wrongly.
 """
 
 from __future__ import annotations
@@ -220,7 +221,10 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
 
 
 def _takes_options(module: nn.Module) -> bool:
-    """Whether a module has children and optional arguments, and neither ``*args`` nor ``**kwargs``."""
+    """Whether a module has children, and its class's forward has optional arguments, but no ``*args`` or ``**kwargs``.
+
+    False for modules of TorchScript, and for a forward that was put on the instance.
+    """
     if not any(module.children()) or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
         return False
     kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
@@ -256,7 +260,7 @@ def traced(module: nn.Module, arguments: Options | None = None) -> Graph:
 
 @contextmanager
 def without_effects(module: nn.Module) -> Iterator[None]:
-    """A block that runs a module's forward and leaves the module as it was.
+    """A block that runs a module's forward; at its end the module has its attributes back, but not values of tensors.
 
     Raises:
         TraceError: If the forward raises, or has an effect that a graph does not repeat.

@@ -1,4 +1,4 @@
-"""for_export: the model with torch.nn's layers and activations only, for tools that look at the classes of modules."""
+"""for_export: a copy of the model with torch.nn's layers and activations, for tools that look at classes of modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchnorm.population.freezing import Frozen, unfreeze
 from batchnorm.population.tensor_trees import Batch
 from batchnorm.surgery import fusion
 from batchnorm.surgery.conversion import revert
-from batchnorm.surgery.folding.fold_and_unfold import fold as folded
+from batchnorm.surgery.folding.fold_and_unfold import fold as fold_layers
 from batchnorm.surgery.folding_placeholder import FoldedAway
 from batchnorm.surgery.group_norm import GroupNormAct
 from batchnorm.surgery.patterns import activation_module, is_ours
@@ -34,7 +34,10 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
     model do not need this copy: in eval mode our layers call torch's own operator.
 
     A layer that was constructed with ``act`` becomes a module with two children, ``norm`` and ``act``, so its
-    state_dict keys get ``norm.`` in front of their last part. All other keys stay, except those of folded layers.
+    state_dict keys get ``norm.`` in front of their last part. All other keys stay, except those of folded layers. Three
+    kinds of modules keep classes of this package or of the user: such a module with ``norm`` and ``act``, layers whose
+    class is derived from our layers, and with ``fold`` the module in the place of a folded layer if it runs code of the
+    layer's class or makes its input contiguous.
 
     Args:
         model: Not changed.
@@ -42,12 +45,14 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
         example: A batch for ``fold``; required with ``fold=True``.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or ``fold`` is not True or False; with ``fold``, also if
+            ``example`` is no batch or ``model`` is a program of TorchScript.
         ValueError: If ``fold`` is True without an example, or if folding raises it.
         RuntimeError: If the model cannot be copied.
 
     Warns:
-        UserWarning: If layers of subclasses of ours are left as they are, with their paths.
+        UserWarning: If the class of a layer is derived from our layers. Such layers stay as they are, and the warning
+            lists their paths.
 
     Example:
         >>> from batchnorm import BatchNorm2d
@@ -59,7 +64,7 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
     require_flag(fold, "fold")
     if fold and example is None:
         raise ValueError("for_export(fold=True) needs an example, got none. Pass one batch of inputs as example=.")
-    model = folded(model, example, report=None) if fold else duplicate(model, "for_export")
+    model = fold_layers(model, example, report=None) if fold else duplicate(model, "for_export")
     fusion.unfuse(model)
     _thaw(model)
     model = _rebuilt(model, _separate)
@@ -82,12 +87,15 @@ class Separate(nn.Module):
 
 
 def _separate(module: Any) -> nn.Module:
-    """The replacement for a module that applies an activation itself or for a folded layer; others unchanged."""
+    """The module that replaces a folded layer, or a module that applies an activation; any other module itself.
+
+    One of our layers loses its activation in place.
+    """
     act = applied_by(module)
     param = 0.0 if act is None else module.act_param
     norm = module
     if isinstance(module, FoldedAway) and (module._then is not None or module._moved):
-        return module  # it does more than apply an activation, with torch's operations only
+        return module  # it also makes its input contiguous or runs the layer's code: these are torch's operations
     if isinstance(module, FoldedAway):
         norm = nn.Identity().train(module.training)
     elif act is None or not (is_ours(module) or isinstance(module, GroupNormAct)):
@@ -121,8 +129,8 @@ def _warn_of_subclasses(model: nn.Module) -> None:
     subclassed = [path for path, layer in find(model).items() if isinstance(layer, LAYERS) and not is_ours(layer)]
     if subclassed:
         warnings.warn(
-            "for_export leaves layers of subclasses as they are, which may do more than batch norm: "
-            f"{', '.join(subclassed)}. Choose their replacements with batchnorm.replace.",
+            "for_export does not change layers whose classes are derived from this package's layers, because they may "
+            f"do more than batch norm: {', '.join(subclassed)}. Choose their replacements with batchnorm.replace.",
             UserWarning,
             stacklevel=3,
         )

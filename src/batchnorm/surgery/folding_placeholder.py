@@ -18,15 +18,16 @@ from batchnorm.surgery.rewriting import Code
 class FoldedAway(nn.Identity):
     """Takes the place of a batch norm layer that was folded into one or more other layers.
 
-    It holds the layer and the original weights and biases of the other layers. They are not in the state_dict, but
+    It stores the layer and the original weights and biases of the other layers. They are not in the state_dict, but
     ``half``, ``to`` and similar methods convert them. It adds the residual and applies the activation if the layer did.
 
     Args:
         layer: The folded layer.
         partners: The layers that it was folded into, by path.
         tensors: For each partner its weight and bias from before the fold.
-        then: Code of what the layer did with the normalized values, if its class is not ours or torch.nn's; else None.
-        moved: Whether the result is made contiguous: there are views or transpositions between layer and partner.
+        then: Code of what a layer of another library did with the normalized values; None if it did nothing more, and
+            for layers of torch.nn and ours.
+        moved: Whether the input is made contiguous first: there are views or transpositions between layer and partner.
     """
 
     _applies_act = True

@@ -117,7 +117,7 @@ def _is_sole(places: _Places, registered: Counter, callers: Callers) -> bool:
 
 
 def _fits(places: _Places, fits: dict[Node, bool]) -> bool:
-    """Whether the run reached an addition of the layer, and its operands always had the same shape, type and device.
+    """Whether a run reached an addition of the layer, and its operands always had one shape, type, device and layout.
 
     A layer without additions always fits.
     """

@@ -44,7 +44,8 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
         the result is beta.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, ``groups`` is not a whole number, or ``inplace`` is not True or
+            False.
         ValueError: If ``groups`` is below 1 or does not divide the channels of a layer; if a layer is lazy or
             parametrized; if a layer may do more than batch norm, because its class is neither torch.nn's nor ours or
             its ``forward`` was replaced. The model is then unchanged.
@@ -60,7 +61,7 @@ def to_group_norm(model: Model, groups: int | None = None, *, inplace: bool = Fa
     """
     require_module(model, "to_group_norm")
     if groups is not None:
-        require_whole_number(groups, "groups", "None chooses.")
+        require_whole_number(groups, "groups", "Pass None to choose for each layer.")
     require_flag(inplace, "inplace")
     check_memory(model, "to_group_norm")
     return replace(model, lambda path, layer: _grouped(path, layer, groups), inplace=inplace)

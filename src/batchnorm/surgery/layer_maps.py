@@ -47,7 +47,10 @@ _CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
 @final
 @dataclass(frozen=True)
 class Parts:
-    """A layer in eval mode: the map ``affine``, then the operations ``then`` on its result; None if there are none."""
+    """A layer in eval mode: the map ``affine``, then the operations ``then`` on its result.
+
+    ``then`` is None if there are no such operations.
+    """
 
     affine: Affine
     then: Graph | None = None
@@ -107,9 +110,9 @@ def _unknown(layer: nn.Module, why: str) -> str:
 
 
 def _exact(layer: Any, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype = torch.float64) -> Affine | None:
-    """The map by the formula, if the measured map agrees with it; else the measured map, None if measured in float32.
+    """The map by the formula (``Affine.of``), which has all digits of float64, if the measured map agrees with it.
 
-    The formula has all digits of float64.
+    If it does not agree, or if the layer has no eps: the measured map, or None if it was measured in float32.
     """
     measured = Affine(scale, shift) if dtype == torch.float64 else None
     if not isinstance(getattr(layer, "eps", None), (int, float)):

@@ -178,7 +178,7 @@ def _input(node: Node) -> Node | None:
 
 
 def _operands(node: Node) -> list[Node]:
-    """The operands of an addition, of an addition in place only the first; [] for other nodes.
+    """The two operands of an addition; for an addition in place, only the first operand; [] for other nodes.
 
     A layer that makes one of these operands can do the addition itself.
     """

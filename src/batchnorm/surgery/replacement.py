@@ -63,8 +63,9 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
 
     A new layer of ours gets the activation, ``memory`` and ``single_element`` of an old layer of ours, except those
     that it sets itself. A layer that ``convert`` fused can be replaced by any other module: the activation is then
-    applied at its original place. A layer constructed with ``act`` can only be replaced by a layer of ours,
-    or by a module that is or contains a module of this activation or a module with an attribute ``act``.
+    applied at its original place. A layer constructed with ``act`` can be replaced by a layer of ours, by torch.nn's
+    module of this activation, by a module whose attribute ``act`` is not None, or by a module that contains one of the
+    last two. Other modules are refused.
 
     Args:
         model: Not changed, unless ``inplace``.
@@ -75,7 +76,8 @@ def replace(model: Model, make: Callable[[str, _BatchNorm], nn.Module | None], *
             go on working.
 
     Raises:
-        TypeError: If ``model`` or a result of ``make`` is not an ``nn.Module``.
+        TypeError: If ``model`` or a result of ``make`` is not an ``nn.Module``, ``make`` is not a function, or
+            ``inplace`` is not True or False.
         ValueError: If a result of ``make`` contains the layer, was returned before, or would lose the activation that
             the layer was constructed with; or if the layer is parametrized or lazy. The model is then unchanged.
         RuntimeError: If the model cannot be copied.

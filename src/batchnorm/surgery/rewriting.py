@@ -1,8 +1,8 @@
 """The replacements for fused activations in a model, and how they are undone.
 
-If the activation was a module, an ``Absorbed`` takes its place, which returns its input. If it was an operation in a
-module's forward, the module gets a subclass of its class with a new forward (``Rewritten``). Its attributes, children,
-hooks and methods stay; to undo this, it gets its old class back.
+If the activation was a module, an ``Absorbed``, which returns its input, takes its place. If it was an operation in a
+module's forward, that module gets a subclass of its class with a new forward (``Rewritten``). The module's attributes,
+children, hooks and methods stay; to undo the fusion, the module gets its old class back.
 
 Later, other code may replace a fused layer by a layer that does not apply the activation, as conversions of torch.nn's
 batch norm do. ``Absorbed`` and ``Rewritten`` detect that when they run. Then the activation is applied at its original
@@ -134,11 +134,12 @@ class Absorbed(nn.Identity):
 
 
 def dropped(model: nn.Module) -> dict[str, str]:
-    """Lost activations: the path of each module whose former layer applied an activation, and the activation's name.
+    """Activations that no module of the model applies any more: the path of a module, and the activation's name.
 
-    A module is listed in two cases. It has the tensors of a layer of ours that is not part of the model; or it is the
-    placeholder of an activation whose layer is not part of the model, and is not the model's first module without
-    children.
+    A module is listed in two cases. It has the tensors of a layer of ours that applied an activation and is not part of
+    the model; or it is the placeholder of an activation whose layer is not part of the model. The model's first module
+    without children is not listed as a placeholder: the model may be a part of the original that begins behind the
+    layer.
     """
     parts = dict(model.named_modules())
     ids_in_use = {id(t) for part in parts.values() if applied_by(part) for t in _tensors(part)}

@@ -51,7 +51,7 @@ class InputShapes:
                 copy without values.
         """
         if module in self._mixed:
-            raise TraceError("it is called with inputs of several shapes")
+            raise TraceError("it is called with different inputs, or with a tensor that has no copy without values")
         if module not in self._seen:
             raise TraceError("it did not run on the example")
         return self._seen[module]

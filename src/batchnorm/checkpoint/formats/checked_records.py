@@ -42,7 +42,7 @@ class Source:
         return self._record(name).size
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, check: bool = True) -> bytes:
-        """Bytes ``start`` to ``stop`` of a record, after the whole record was compared with its CRC.
+        """Bytes ``start`` to ``stop`` of a record, after the whole record was compared with its CRC, if it has one.
 
         Args:
             name: Name of the record.

@@ -137,7 +137,10 @@ def _read_inside(node: NodeProto) -> Iterator[str]:
 
 
 def _kept(node: NodeProto, scope: Scope) -> str:
-    """The input whose values a node passes on, in a sum the one that is not constant; "" if it makes new values."""
+    """The input whose values a node passes on; for a sum, the input that is not constant.
+
+    "" if the node makes new values, or if not exactly one input of a sum is not constant.
+    """
     if node.domain not in _DOMAINS or node.op_type not in _KEEPING_OPERATORS | _MOVING_OPERATORS:
         return ""
     if node.op_type not in {"Add", "Sub"}:

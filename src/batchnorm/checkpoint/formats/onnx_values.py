@@ -154,7 +154,7 @@ _DOMAINS = {"", "ai.onnx", "com.microsoft"}
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Node:
-    """The attributes of a node, by name; None if it does not have one."""
+    """The attributes of a node, by name; None for a name that the node does not have."""
 
     node: NodeProto
     scope: Scope

@@ -19,7 +19,7 @@ from batchnorm.checkpoint.refusal import RefusalError, brief
 
 # a value of the header, which may be of any type
 Json: TypeAlias = Any
-_LONGEST_HEADER = 1 << 25  # bytes: 300,000 tensors
+_LONGEST_HEADER = 1 << 25  # bytes, which are enough for 300,000 tensors
 _TYPES = {
     "F64": "float64",
     "F32": "float32",

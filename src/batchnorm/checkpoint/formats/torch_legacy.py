@@ -1,11 +1,11 @@
 """torch's format before 1.6, which ``_use_new_zipfile_serialization=False`` still writes.
 
 Five pickles follow each other: a magic number, the protocol, facts about the system, what was saved, and the keys of
-its storages. Behind them is for each storage its number of elements (8 bytes) and then its bytes. All numbers are
+its storages. After the pickles each storage follows: its number of elements (8 bytes), then its bytes. All numbers are
 little-endian.
 
-A plain pickle is a single pickle. It contains the bytes of its arrays, and each storage of torch in it is a whole file
-of this format.
+``read_pickle`` reads a file of pickle.dump, which is one pickle. The bytes of NumPy arrays are in the pickle. Each
+torch storage in it is stored as a whole file of torch.save, in this format.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read(file: BinaryIO) -> tuple[Saved, Source]:
 
 def read_pickle(file: BinaryIO) -> tuple[Saved, Source]:
     """The value of a plain pickle, whose tensors contain their bytes, and a source without records."""
-    return stack_machine.load(file, nested=_nested), Source(file, {})
+    return stack_machine.load(file, nested=_storage_in_bytes), Source(file, {})
 
 
 def _pickles(file: BinaryIO) -> tuple[Saved, object, dict[str, Storage]]:
@@ -51,8 +51,8 @@ def _pickles(file: BinaryIO) -> tuple[Saved, object, dict[str, Storage]]:
     return saved, stack_machine.load(file), storages
 
 
-def _nested(data: bytes | str | Span) -> Storage:
-    """The storage in ``data``: a file of torch.save inside of a pickle, with a single storage."""
+def _storage_in_bytes(data: bytes | str | Span) -> Storage:
+    """The one storage in ``data``: the bytes of a file of torch.save, which are themselves inside of a pickle."""
     held = Held.of(data)
     if held is None:
         raise RefusalError("the bytes of a storage", brief(data))
@@ -67,9 +67,10 @@ def _nested(data: bytes | str | Span) -> Storage:
 
 
 def _records(file: BinaryIO, keys: object, storages: dict[str, Storage], start: int, end: int) -> dict[str, FileRecord]:
-    """The bytes of each storage, by key: they follow each other from ``start``, and the file ends at ``end``.
+    """The bytes of each storage, by key. The file ends at ``end``.
 
-    The type of a storage's elements is the type in its first mention.
+    The storages follow each other from ``start``; before each are 8 bytes with its number of elements. If the pickle
+    names a storage several times, with different types, the first type counts.
     """
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         raise RefusalError("a list of the storages' keys", brief(keys))

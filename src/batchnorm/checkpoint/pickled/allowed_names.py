@@ -78,9 +78,11 @@ def storage(identity: object) -> Storage:
 
 
 def key(value: object) -> Saved:
-    """The dict key for ``value``: plain values, short tuples of them, and names are their own keys.
+    """The dict key for ``value``.
 
-    Tensors, objects, other tuples and storages get a new key that equals nothing else; all others are refused.
+    Plain values, tuples of at most 64 plain values, names and Opaque values are their own keys; integers from 2^64 are
+    not plain. Tensors, objects, other tuples and storages get a new key that equals no other key. Any other value is
+    refused.
     """
     if _is_plain(value) or isinstance(value, Opaque | Name):
         return value
@@ -99,9 +101,10 @@ def _is_plain(value: object) -> bool:
 def call(function: object, arguments: object) -> Saved:
     """The result of a call in a pickle; refused unless it is known to be harmless.
 
-    An unknown class becomes an Object if it is called without arguments (a subclass of dict), with one plain value or
-    container (an enum, a subclass of set), with a default_factory, or with the values and the maxlen of a deque. A
-    class of torch must be called with one int, as its enums are. Any other unknown call is refused: it might run code.
+    An unknown class becomes an Object if it is called without arguments (a subclass of dict), with one plain value, one
+    dict or one short sequence (an enum, a subclass of set), with a default_factory, or with the values and the maxlen
+    of a deque. A class of torch must be called with one int, as its enums are. Any other unknown call is refused: it
+    might run code.
     """
     if not isinstance(function, Name | Opaque | Object) or type(arguments) is not tuple:
         raise RefusalError("a known name and its arguments", in_words(function))

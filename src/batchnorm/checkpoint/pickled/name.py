@@ -30,7 +30,7 @@ class Name:
 
     @property
     def is_class(self) -> bool:
-        """Whether an unknown name is written like a class, and not one of Python's library or NumPy."""
+        """Whether an unknown name is written like a class, and is neither in Python's library nor in NumPy."""
         last = self.name.rpartition(".")[2].lstrip("_")
         return not self.is_known and self.package not in _PACKAGES_THAT_RUN_CODE and last[:1].isupper()
 

@@ -36,7 +36,10 @@ def tensor_v3(base: Saved, offset: Saved, size: Saved, stride: Saved, *rest: Sav
 
 
 def local_part(tensor: Saved, kind: object, state: object) -> Saved:
-    """A tensor of a subclass. If it wraps a local tensor that is the whole tensor, that local tensor."""
+    """A tensor of a subclass; if its local tensor is the whole tensor, that local tensor.
+
+    If the local tensor is only a part or a summand, the result is the tensor with this reason why it cannot be read.
+    """
     local = _attributes(state).get("_local_tensor")
     if not isinstance(tensor, Tensor) or not tensor.why or not isinstance(local, Tensor):
         return tensor

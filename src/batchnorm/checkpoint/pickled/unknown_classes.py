@@ -1,7 +1,8 @@
 """Objects of unknown classes as data: their attributes and items by name.
 
 A pickled ``nn.Module`` has its tensors in ``_parameters`` and ``_buffers`` and its children in ``_modules``. It is
-replaced by its state dict: the same names with dots, in torch's order, each module's own tensors first.
+replaced by its state dict: the same names with dots, in torch's order, each module's own tensors first. Buffers that
+torch leaves out of a state dict (persistent=False) are included.
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def sizes(graph: Graph, inputs: InputShapes) -> Sizes:
 
 
 def before(node: Node, results: Sizes, axes: dict[Node, int]) -> dict[Node, Channels] | str:
-    """For the nodes that make a layer's input, the layer's channel that each of their channels becomes; -1 for none.
+    """For each node that makes a part of a layer's input: the layer's channel for each of the node's channels.
+
+    A channel that is not in the layer's input has the number -1.
 
     Args:
         node: The node that calls the layer.
@@ -117,9 +119,9 @@ def before(node: Node, results: Sizes, axes: dict[Node, int]) -> dict[Node, Chan
 
 
 def behind(node: Node, results: Sizes, axes: dict[Node, int]) -> tuple[Node, Channels] | str:
-    """The node that reads a layer's result, and for each of its channels the layer's channel, -1 for other values.
+    """The node that reads a layer's result, and for each of the node's channels the layer's channel (-1: no channel).
 
-    A text with the reason instead, if the layer cannot be folded into that node.
+    If the layer cannot be folded into that node, the result is a text with the reason.
     """
     path, waiting, partners = [node], [node], set()
     while waiting:

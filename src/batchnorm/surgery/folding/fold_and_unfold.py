@@ -128,7 +128,8 @@ def fold(
         report: Called with a ``Folding``: the result for each layer, and the measured difference. None: no report.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch.
+        TypeError: If ``model`` is not an ``nn.Module``, or is a program of TorchScript; if ``example`` is no batch; if
+            ``inplace`` is not True or False.
         ValueError: If the model does not run on ``example``, also because its tensors have no values (fake, or on the
             meta device); if it returns no tensors or is compiled; or if the comparison fails, with the difference.
         RuntimeError: If the model cannot be copied.
@@ -190,7 +191,7 @@ def unfold(model: Model, *, inplace: bool = False) -> Model:
         inplace: Change ``model`` itself and return it.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``.
+        TypeError: If ``model`` is not an ``nn.Module``, or ``inplace`` is not True or False.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -291,7 +292,7 @@ def _eps(tensor: Tensor) -> float:
 
 
 def _largest(a: Tensor, b: Tensor | None = None) -> float:
-    """The largest finite absolute value of ``a``, or difference from ``b``; equal values, also NaN, do not differ."""
+    """The largest finite absolute value of ``a``; with ``b``, the largest absolute difference (NaN equals NaN)."""
     a = a.to("cpu", torch.complex128 if a.is_complex() else torch.float64)
     if b is None:
         a = a[a.isfinite()]

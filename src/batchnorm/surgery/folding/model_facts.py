@@ -69,7 +69,7 @@ class ModelFacts:
     owners: Counter
     read: set[int]
     linear: set[nn.Module]  # convolutions and linear layers that return their sum unchanged, see is_linear
-    holding: set[nn.Module]  # those whose forward processes the sum further, such as by a batch norm layer inside
+    holding: set[nn.Module]  # convolutions and linear layers that process the sum further, such as by batch norm inside
     sizes: Sizes = field(default_factory=dict, init=False)  # in graphs with operations that only move values
     parts: dict[nn.Module, Parts | str]  # what each batch norm layer does, or why that is not known
 
