@@ -91,7 +91,7 @@ def test_a_spread_is_median_and_quartiles():
 
 def test_a_timed_call_is_warmed_up_and_repeated():
     calls = []
-    contestant = paired_timing.timed(lambda: calls.append(None), at_least=0.0)
+    contestant = paired_timing.timed(lambda: calls.append(None), aimed_seconds=0.0)
     before = len(calls)
     assert before >= 1
     contestant()

@@ -130,8 +130,9 @@ class InputNorm(nn.Module):
             key: The input's key in batches that are mappings.
 
         Raises:
-            ValueError: If there is no value at all, NaN with ``nan="raise"``, an infinity, a value whose square
-                does not fit float64, no ``key`` in a batch that is a mapping, or batches differ in their features.
+            ValueError: If ``nan`` is neither "raise" nor "omit"; if there is no value at all, NaN with ``nan="raise"``,
+                an infinity, a value whose square does not fit float64, no ``key`` in a batch that is a mapping, or
+                batches differ in their features.
             TypeError: If ``data`` or a batch is of no type described above.
 
         Warns:

@@ -26,8 +26,8 @@ _LEAST_ROUNDS = 3
 _IDLE = (3, 4)  # idle and iowait in the first line of /proc/stat
 
 
-def timed(one_call: Callable[[], object], *, at_least: float = 2e-3) -> Contestant:
-    """A contestant that repeats a call for about ``at_least`` seconds, but at most 1,000 times.
+def timed(one_call: Callable[[], object], *, aimed_seconds: float = 2e-3) -> Contestant:
+    """A contestant that repeats a call for about ``aimed_seconds``, but at most 1,000 times.
 
     The call is first made three times: to warm up, and to estimate its time.
     """
@@ -39,7 +39,7 @@ def timed(one_call: Callable[[], object], *, at_least: float = 2e-3) -> Contesta
         return (time.perf_counter() - start) / repeats
 
     one_call()
-    repeats = max(1, min(ceil(at_least / max(contestant(2), 1e-9)), 1000))
+    repeats = max(1, min(ceil(aimed_seconds / max(contestant(2), 1e-9)), 1000))
     return lambda: contestant(repeats)
 
 

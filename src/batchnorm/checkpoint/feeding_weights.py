@@ -38,7 +38,7 @@ class Feeders:
                         self._places[entry.path, words[:depth], channels].append(i)
 
     def of(self, layer: LayerTensors, channels: int) -> Tensor | None:
-        """The weight that makes a layer's inputs; None if no weight has its number of channels."""
+        """The weight that makes a layer's inputs; None if no weight in the layer's dict has as many channels."""
         at = self._starts[layer.path, layer.words]
         for depth in range(len(layer.words) - 1, len(layer.path) - 1, -1):
             indices = self._places.get((layer.path, layer.words[:depth], channels), [])

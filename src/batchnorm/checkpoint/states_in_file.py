@@ -1,10 +1,11 @@
 """Finds the states in a dict that has several: a network and its average, a student and its teacher.
 
 Such a dict has the same layers in several modules: ``net.1`` and ``net_ema.1``. A module is a state if a word in its
-path names an average or one of two networks (``ema``, ``teacher``, ``target``). Then each neighbour with the same
-layers is a state too; such a neighbour may also be the rest of the dict around the module. All other layers form a
-further state. Modules without such words (``left`` and ``right``) stay one state; a path or a model can choose one of
-them.
+path names an average or one of two networks (``ema``, ``teacher``, ``target``), and if a neighbour has at least its
+layers, with as many channels. Each such neighbour is a state too; it may also be the rest of the dict around the
+module. All other layers form a further state. If the modules with such words and their neighbours have fewer than half
+of the dict's layers, they are a part of one model, and the dict stays one state. Modules without such words (``left``
+and ``right``) stay one state; a path or a model can choose one of them.
 """
 
 from __future__ import annotations

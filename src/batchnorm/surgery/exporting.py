@@ -34,10 +34,11 @@ def for_export(model: Model, *, fold: bool = False, example: Batch = None) -> Mo
     model do not need this copy: in eval mode our layers call torch's own operator.
 
     A layer that was constructed with ``act`` becomes a module with two children, ``norm`` and ``act``, so its
-    state_dict keys get ``norm.`` in front of their last part. All other keys stay, except those of folded layers. Three
-    kinds of modules keep classes of this package or of the user: such a module with ``norm`` and ``act``, layers whose
-    class is derived from our layers, and with ``fold`` the module in the place of a folded layer if it runs code of the
-    layer's class or makes its input contiguous.
+    state_dict keys get ``norm.`` in front of their last part. All other keys stay, except those of folded layers.
+
+    Three kinds of modules in the copy are still not of torch.nn's classes: the module with ``norm`` and ``act``; layers
+    whose class is derived from our layers; and with ``fold`` the module in the place of a folded layer, if it runs code
+    of that layer's class or makes its input contiguous.
 
     Args:
         model: Not changed.

@@ -1,8 +1,8 @@
 """memory="save" for a whole model: set on each layer where it is safe, with hooks around the model's forward.
 
-A layer with a leaky ReLU writes its result over its input. So it gets ``memory="save"`` only if the code shows that
-nothing else reads the input. Results of other layers are computed again in the backward pass. This needs the context
-``batchnorm.memory.saving`` around the model's forward: one hook enters it, another hook leaves it.
+With ``memory="save"``, a layer with a leaky ReLU writes its result over its input. So it gets this setting only if the
+code shows that nothing else reads the input. Results of other layers are computed again in the backward pass. This
+needs the context ``batchnorm.memory.saving`` around the model's forward: one hook enters it, another hook leaves it.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class _Machine:
         return self.take(self.unsigned(width))
 
     def stretch(self, width: int) -> bytes | Span:
-        """As many bytes as the next ``width`` bytes say, as a number; a long run stays in the file as a Span."""
+        """The bytes whose number is in the next ``width`` bytes; 4,096 bytes or more stay in the file, as a Span."""
         size = self.unsigned(width)
         if size < _SHORTEST_SPAN:
             return self.take(size)
@@ -265,7 +265,7 @@ def _build(machine: _Machine) -> None:
 
 
 def _fill(machine: _Machine, target: Object, state: Saved) -> None:
-    """Fill an object with its ``__dict__``, and with its slots if given; another state becomes the item "state"."""
+    """Fill an object with its ``__dict__``, and with its slots if given; any other state becomes the item "state"."""
     parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
     if not all(part is None or isinstance(part, dict) for part in parts):
         target["state"] = state

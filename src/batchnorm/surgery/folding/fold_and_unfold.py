@@ -116,7 +116,8 @@ def fold(
 
     The weights are computed in float64 and rounded once. Model and copy are then compared on the example, in their own
     type and, if they run in float64, also in float64. An error is raised if outputs differ by more than sqrt(eps) times
-    the largest output, which is half of the type's digits: rounding does not explain such a difference.
+    the largest output, which is half of the type's digits: rounding does not explain such a difference. On a GPU,
+    float32 outputs are compared with the eps of float16, because their factors may be rounded to TF32.
 
     Args:
         model: Not changed, unless ``inplace``. Its mode does not matter.
