@@ -167,7 +167,7 @@ def test_text_that_names_no_shape_is_refused(text, words):
         ({"dtype": "int8"}, "dtype must be one of float32, .* got 'int8'. Leave dtype out"),
         ({"shapes": [(4, 3)], "channels_last": True}, "needs shapes of 4 or 5 axes, got 4x3. Leave"),
         ({"shapes": [(1, 3)]}, "at least 2 values per channel, got 1x3. Write"),
-        ({"threads": 0}, "threads must be 1 or more, got 0. Leave it out"),
+        ({"threads": 0}, "threads must be 1 or more, got 0. Leave threads out"),
         ({"rounds": 2}, "rounds must be 3 or more, because a spread is shown, got 2. Pass 21"),
     ],
 )

@@ -236,7 +236,7 @@ TENSORS = {
     "huge by product": (tensor(numbers(*[2**40] * 60), numbers(*[0] * 60)), "values in batch norm layers, got"),
     "expanded": (tensor(numbers(2**23), numbers(0)), "at most 4,194,304 channels"),
     "far apart": (tensor(numbers(2), numbers(2**60)), "a tensor that ends at"),
-    "fewer strides": (tensor(numbers(2, 2), numbers(1)), "a stride for each axis of a tensor, got 1 for 2"),
+    "fewer strides": (tensor(numbers(2, 2), numbers(1)), "a stride for each axis, got 1 for 2 axes"),
     "no sizes": (tensor(b"N", numbers(1)), "a tensor's storage, size and stride, got a Storage, None"),
     "no record": (tensor(FOUR, numbers(1), key="../0"), "expected a record ../0, got none"),
     "other record size": (tensor(FOUR, numbers(1), numel=5), "expected 20 bytes in record 0, got 16"),

@@ -174,7 +174,7 @@ def test_functions_that_call_each_other_without_end_are_refused(tmp_path):
     graph = helper.make_graph([node("F0", names, "y", domain="own")], "g", ends[:1], ends[1:], tensors)
     model = helper.make_model(graph, functions=functions, opset_imports=opset)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match="at most 64 functions in functions"):
+    with pytest.raises(ValueError, match="at most 64 nested calls of functions"):
         read(tmp_path / "m.onnx")
 
 

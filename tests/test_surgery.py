@@ -373,7 +373,7 @@ def test_a_model_that_is_bound_to_its_type_is_compared_in_it():
     assert type(convert(net, example=x).bn) is bn.BatchNorm1d
     result = convert(net)
     result.bn.bias.data += 1
-    with pytest.raises(RuntimeError, match=r"in eval mode a difference of .* in the output"):
+    with pytest.raises(RuntimeError, match=r"in eval mode a relative difference of .* in the output"):
         comparison.check(net, result, x)
 
 

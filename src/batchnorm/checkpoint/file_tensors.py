@@ -129,7 +129,8 @@ class Tensor:
     def __post_init__(self) -> None:
         axes = (self.offset, *self.size, *self.stride)
         if len(self.size) != len(self.stride) or len(self.size) > _MOST_AXES:
-            raise RefusalError("a stride for each axis of a tensor", f"{len(self.stride)} for {len(self.size)}")
+            what = f"at most {_MOST_AXES} axes in a tensor, and a stride for each axis"
+            raise RefusalError(what, f"{len(self.stride)} for {len(self.size)} axes")
         if not all(type(number) is int and 0 <= number < 1 << 63 for number in axes):
             wrong = next(number for number in axes if type(number) is not int or not 0 <= number < 1 << 63)
             raise RefusalError("whole numbers from 0 for a tensor's offset, size and stride", brief(wrong))

@@ -64,7 +64,7 @@ def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
             raise RuntimeError(
                 _message(
                     mode,
-                    f"a difference of {worst.gap:.3g} in {worst.what} ({worst.name}), where rounding explains "
+                    f"a relative difference of {worst.gap:.3g} in {worst.what} ({worst.name}), where rounding explains "
                     f"{worst.line:.2g}",
                 )
             )

@@ -88,7 +88,7 @@ def convert(
         ValueError: If ``memory`` is neither None nor "save"; if the model does not run on ``example`` in both modes; or
             with ``fuse``, if nothing can be fused because code around batch norm layers cannot be traced, or if the
             model is compiled.
-        RuntimeError: If the comparison fails, with the largest difference; or if the model cannot be copied.
+        RuntimeError: If the comparison fails, with the largest relative difference; or if the model cannot be copied.
 
     Warns:
         UserWarning: If some of the code around batch norm layers cannot be traced, or if layers of other classes stay;

@@ -89,7 +89,7 @@ class Scope:
             if name not in scope.given:
                 return scope, name
             scope, name = scope.given[name]
-        raise RefusalError(f"at most {_LONGEST_CHAIN} functions in functions", f"more, for {brief(name)}")
+        raise RefusalError(f"at most {_LONGEST_CHAIN} nested calls of functions", f"more, for {brief(name)}")
 
 
 @final
@@ -225,7 +225,7 @@ def _constant(node: _Node) -> ndarray:
     for name, field_, kind in _PLAIN:
         if (value := node[name]) is not None:
             return np.array(getattr(value, field_), kind)
-    raise UnreadError(f"a Constant node holds no numbers. {_REMEDY}")
+    raise UnreadError(f"a Constant node contains no numbers. {_REMEDY}")
 
 
 _PLAIN = (
