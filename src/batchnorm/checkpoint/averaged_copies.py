@@ -84,7 +84,10 @@ class Copy:
 
 
 def entries(saved: Saved) -> Iterator[Entry]:
-    """In the file's order, all tensors and counters in dicts, lists and tuples; a repeated container is read once."""
+    """In the file's order, all tensors and counters in dicts, lists and tuples; a repeated container is read once.
+
+    Containers more than 32 levels deep and keys of more than 1,000 characters are skipped.
+    """
     for path, first, value in _containers(saved):
         if path == first:
             yield from (Entry(path, str(key), item) for key, item in _named(value) if _is_entry(key, item))

@@ -6,9 +6,10 @@ for a buffer the larger of 1 and its largest value.
 
 The example does not determine every value. If two inputs of a maximum are equal, if an input of ReLU is 0, or if a flat
 image leaves a batch without variance, rounding alone decides the index, the slope or the sign. Such a tie explains a
-difference of an output or a buffer if the original changes about as much when noise of eps^(3/4) of the example's size
-is added. This noise is far above rounding and far below the limit. If anything differs, both models must also agree on
-noisy copies of the example: on these copies ties have probability 0, unless the model makes them itself.
+difference if the original changes about as much when noise of eps^(3/4) of the example's size is added. This noise is
+far above rounding and far below the limit. Every difference of outputs and buffers needs such an explanation. If
+anything differs, also a gradient, both models must then agree on noisy copies of the example: on these copies ties have
+probability 0, unless the model makes them itself.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
         )
         wide_example = widen(example)
         try:
-            odd = _odd(expected, pair.measure(duplicate(result, "convert"), wide_example))
+            gaps = _differences(expected, pair.measure(duplicate(result, "convert"), wide_example))
         except Exception as error:
             raise RuntimeError(_message(mode, f"{type(error).__name__} on the example: {error}")) from error
-        values = [each for each in odd if each.what != GRADIENTS]
-        if odd and not (pair.explains(values, expected, wide_example) and pair.agrees_near(wide_example, expected)):
-            worst = odd[0]
+        values = [each for each in gaps if each.what != GRADIENTS]
+        if gaps and not (pair.explains(values, expected, wide_example) and pair.agrees_near(wide_example, expected)):
+            worst = gaps[0]
             raise RuntimeError(
                 _message(
                     mode,
@@ -72,7 +73,7 @@ def check(original: nn.Module, result: nn.Module, example: Batch) -> None:
 
 @final
 @dataclass(frozen=True)
-class _Odd:
+class _Difference:
     """A difference ``gap`` that is larger than the limit ``line``, and the name of the values that differ."""
 
     gap: float
@@ -90,12 +91,12 @@ class _Pair:
     result: nn.Module
     measure: Callable[[nn.Module, Batch], Measured]
 
-    def explains(self, odd: list[_Odd], expected: Measured, example: Batch) -> bool:
+    def explains(self, differences: list[_Difference], expected: Measured, example: Batch) -> bool:
         """Whether tiny noise on the example changes the original's values by about as much as the models differ."""
-        unexplained = {(each.what, each.name): each.gap for each in odd}
+        unexplained = {(each.what, each.name): each.gap for each in differences}
         for seed in range(_TRIES if unexplained else 0):
             moved = self.measure(duplicate(self.original, "convert"), _moved(example, seed, _TINY))
-            for each in _odd(expected, moved):
+            for each in _differences(expected, moved):
                 if each.gap >= unexplained.get((each.what, each.name), torch.inf) * _EXPLAINED_SHARE:
                     del unexplained[each.what, each.name]
             if not unexplained:
@@ -111,10 +112,10 @@ class _Pair:
                 measured = self.measure(duplicate(self.original, "convert"), near)
                 if _are_as_finite(measured, expected):
                     try:
-                        odd = _odd(measured, self.measure(duplicate(self.result, "convert"), near))
+                        differences = _differences(measured, self.measure(duplicate(self.result, "convert"), near))
                     except Exception:  # noqa: BLE001 - the original did run
                         return False
-                    if not self.explains(odd, measured, near):
+                    if not self.explains(differences, measured, near):
                         return False
                     agreed += 1
             if agreed == _NOISY_COPIES:
@@ -249,22 +250,22 @@ def _weights(y: Tensor) -> Tensor:
     return torch.arange(y.numel(), device=y.device, dtype=y.dtype).cos().reshape(y.shape)
 
 
-def _odd(expected: Measured, got: Measured) -> list[_Odd]:
+def _differences(expected: Measured, got: Measured) -> list[_Difference]:
     """The values that differ by more than rounding: by group, in each group the largest difference first."""
-    odd: list[_Odd] = []
+    differences: list[_Difference] = []
     for group, tensors in expected.items():
         others = got[group]
         if tensors.keys() != others.keys():
             name = min(tensors.keys() ^ others.keys())
-            odd.append(_Odd(torch.inf, 0.0, group, f"{name} is in one of them only"))
+            differences.append(_Difference(torch.inf, 0.0, group, f"{name} is in one of them only"))
             continue
         # relative to the largest value of the group: some gradients, as of a bias before batch norm, are near 0
         scale = 1.0 if group == BUFFERS else max((_size(t) for t in tensors.values()), default=1.0)
         types = [t.dtype for t in [*tensors.values(), *others.values()] if t.is_floating_point()]
         line = max((torch.finfo(dtype).eps ** 0.5 for dtype in types), default=0.0)
-        gaps = (_Odd(_gap(t, others[name], scale), line, group, name) for name, t in tensors.items())
-        odd += sorted((each for each in gaps if not each.gap <= line), key=lambda each: -each.gap)
-    return odd
+        gaps = (_Difference(_gap(t, others[name], scale), line, group, name) for name, t in tensors.items())
+        differences += sorted((each for each in gaps if not each.gap <= line), key=lambda each: -each.gap)
+    return differences
 
 
 def _size(tensor: Tensor) -> float:

@@ -203,7 +203,7 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
     seen: Arguments = {}
     mixed: set[nn.Module] = set()
 
-    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def add_arguments(module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = inspect.signature(module.forward).bind(*args, **kwargs)
         call.apply_defaults()
         values = {name: call.arguments[name] for name in _optional(module)}
@@ -213,7 +213,7 @@ def observed_arguments(model: nn.Module) -> Iterator[Arguments]:
 
     with_options = [module for module in model.modules() if _takes_options(module)]
     try:
-        with attached(module.register_forward_pre_hook(look, with_kwargs=True) for module in with_options):
+        with attached(module.register_forward_pre_hook(add_arguments, with_kwargs=True) for module in with_options):
             yield seen
     finally:
         for module in mixed:

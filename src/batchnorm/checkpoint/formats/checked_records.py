@@ -49,6 +49,9 @@ class Source:
             start: Index of the first byte.
             stop: Index after the last byte, at most the record's size. None: the record's size.
             check: Whether the record is compared with its CRC. If not, only the bytes asked for are read.
+
+        Raises:
+            RefusalError: If there is no such record, it has fewer bytes, its CRC differs, or the file was cut off.
         """
         record = self._record(name)
         stop = record.size if stop is None else stop

@@ -42,6 +42,10 @@ def load(
         file: Open for reading.
         storages: Filled with each storage of the pickle by its key; the first mention of a key counts.
         nested: Reads a storage that is a file of torch.save inside of the pickle. None: such storages are refused.
+
+    Raises:
+        RefusalError: If the pickle is cut off or too large, has an opcode of no plain value, or calls a function that
+            is not known to be harmless. Damaged bytes may raise other built-in errors.
     """
     machine = _Machine(file, {} if storages is None else storages, nested)
     for _ in range(_MOST_STEPS):

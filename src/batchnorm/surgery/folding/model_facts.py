@@ -57,8 +57,9 @@ def fresh(example: Batch) -> Batch:
 class ModelFacts:
     """Facts about a model.
 
-    ``ranks`` has the numbers of axes of each layer's inputs, None if the model was not run. ``owners`` counts the names
-    of each tensor, and ``read`` has the tensors that other code reads, both by ``id``.
+    ``ranks`` has the numbers of axes of each batch norm layer's inputs; None if the model was not run. ``owners``
+    counts the names of each tensor, and ``read`` has the tensors that code outside of the forwards of convolutions,
+    linear layers and batch norm layers reads; both are by ``id``.
     """
 
     names: dict[nn.Module, str]
@@ -177,11 +178,11 @@ def observed(model: nn.Module, example: Batch) -> tuple[Callers, dict[nn.Module,
 def _observed_ranks(layers: Container[nn.Module]) -> Iterator[dict[nn.Module, set[int]]]:
     ranks: dict[nn.Module, set[int]] = defaultdict(set)
 
-    def look(module: nn.Module, args: tuple[Batch, ...]) -> None:
+    def add_rank(module: nn.Module, args: tuple[Batch, ...]) -> None:
         if module in layers and args and isinstance(args[0], Tensor):
             ranks[module].add(args[0].ndim)
 
-    with attached([hooks_of_all.register_module_forward_pre_hook(look)]):
+    with attached([hooks_of_all.register_module_forward_pre_hook(add_rank)]):
         yield ranks
 
 
