@@ -85,7 +85,7 @@ def race(contestants: Mapping[str, Contestant], *, rounds: int, budget: float = 
     """
     if rounds < _LEAST_ROUNDS:
         raise ValueError(
-            f"rounds must be {_LEAST_ROUNDS} or more, because a spread is shown, got {rounds}. Pass {ROUNDS}, say."
+            f"rounds must be {_LEAST_ROUNDS} or more, because a spread is shown, got {rounds}. Pass {ROUNDS}."
         )
     order, shuffle, end = list(contestants), random.Random(0).shuffle, time.perf_counter() + budget  # noqa: S311
     seconds: dict[str, list[float]] = {name: [] for name in order}

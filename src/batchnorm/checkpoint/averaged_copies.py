@@ -3,10 +3,10 @@
 A tensor's words are the keys that lead to its module: data["state_dict"]["module.bn1.running_mean"] has the words
 state_dict, module, bn1. A layer is recognized by the names of its statistics. A copy is averaged if one of its first
 words names an average (``ema``, ``model_ema``, ``state_dict_ema``, ``shadow``, ``swa``), if torch's AveragedModel saved
-``n_averaged`` beside it, or if Lightning saved ``current_model_state`` beside it. A module inside of a dict whose name
-alone names an average counts only if the model has all of its layers too. All other layers are the model's own. They
-form one copy, even if they come from several dicts. If a file has only averages, the first averaged copy takes the
-place of the model's own. A state is what a model loads: a copy, or the part of a copy in one dict (``q_net`` and
+``n_averaged`` beside it, or if Lightning saved ``current_model_state`` beside it. If only the name of a module inside
+of a dict says so, the module counts as an average only if the model has all of its layers too. All other layers are the
+model's own. They form one copy, even if they come from several dicts. If a file has only averages, the first averaged
+copy takes the place of the model's own. A state is what a model loads: a copy, or the part of a copy in one dict (``q_net`` and
 ``q_net_target``, ``generator`` and ``discriminator``, list members).
 
 The names of a copy's layers leave out the words that all of them begin with, if these words are dicts of the file or

@@ -69,9 +69,9 @@ def choice(network: nn.Module, path: str, state: str = "") -> tuple[str, str]:
 def states(network: nn.Module, file: Checkpoint) -> Checkpoint:
     """The checkpoint, split into the states that a model can load.
 
-    The checkpoint is returned unchanged if a state has exactly the model's layers, if the model has no batch norm
-    layers, and if the file is an ONNX file. A dict with exactly the model's layers is one state, even if its names look
-    like those of several states. Otherwise each module in the file that has exactly the model's tensors becomes a
+    The checkpoint is returned unchanged in three cases: a state has exactly the model's layers, the model has no batch
+    norm layers, or the file is an ONNX file. A dict with exactly the model's layers is one state, even if its names
+    look like those of several states. Otherwise each module in the file that has exactly the model's tensors becomes a
     state, if there are several such modules.
     """
     layers = _layers(network)

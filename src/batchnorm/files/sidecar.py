@@ -22,7 +22,7 @@ class Sidecar:
     """A kind of file beside a checkpoint.
 
     Args:
-        kind: The JSON data of a file are in its metadata, under the key batchnorm.``kind``.
+        kind: Part of the key batchnorm.``kind`` in a file's metadata, under which the file's JSON data are stored.
         suffix: The ending of all files of this kind.
         what: The kind in words, for errors, such as "a bank".
         version: Version of the contents; ``read`` refuses files of other versions.

@@ -8,8 +8,8 @@ The example does not determine every value. If two inputs of a maximum are equal
 image leaves a batch without variance, rounding alone decides the index, the slope or the sign. Such a tie explains a
 difference if the original changes about as much when noise of eps^(3/4) of the example's size is added. This noise is
 far above rounding and far below the limit. Every difference of outputs and buffers needs such an explanation. If
-anything differs, also a gradient, both models must then agree on noisy copies of the example: on these copies ties have
-probability 0, unless the model makes them itself.
+anything differs, gradients included, both models must then agree on noisy copies of the example: on these copies ties
+have probability 0, unless the model makes them itself.
 """
 
 from __future__ import annotations
