@@ -6,8 +6,8 @@ words names an average (``ema``, ``model_ema``, ``state_dict_ema``, ``shadow``, 
 ``n_averaged`` beside it, or if Lightning saved ``current_model_state`` beside it. If only the name of a module inside
 of a dict says so, the module counts as an average only if the model has all of its layers too. All other layers are the
 model's own. They form one copy, even if they come from several dicts. If a file has only averages, the first averaged
-copy takes the place of the model's own. A state is what a model loads: a copy, or the part of a copy in one dict (``q_net`` and
-``q_net_target``, ``generator`` and ``discriminator``, list members).
+copy takes the place of the model's own. A state is what a model loads: a copy, or the part of a copy in one dict
+(``q_net`` and ``q_net_target``, ``generator`` and ``discriminator``, list members).
 
 The names of a copy's layers leave out the words that all of them begin with, if these words are dicts of the file or
 wrappers (``module``, ``_orig_mod``, ``model``). So the names in different copies agree.
