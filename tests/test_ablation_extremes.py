@@ -422,7 +422,8 @@ def test_batches_that_are_no_rows_are_trained_with_and_asked_about_whole(kind: s
     assert found.by_key["test-time-stored"].status is not Status.INVALID
     assert (
         found.by_key["test-time-alone"].statement
-        == "batches are not rows of examples, or no output has one row for each example"
+        == "batches are not rows of 2 examples or more, no output has a row for each example, or layers store no "
+        "statistics"
     )
     ablation.look(subject, subject.fresh(0), range(2), "batchnorm why")
 

@@ -183,7 +183,7 @@ def errors() -> list[tuple]:
     return [
         (net, x, mean, Homemade(), None, TypeError, "needs a torch.optim.Optimizer, got Homemade"),
         (net, x, mean, torch.optim.LBFGS(net.parameters()), None, TypeError, "without a closure, got LBFGS"),
-        (net, x, mean, other, None, ValueError, "optimizer of the model's parameters, got one with 2 others"),
+        (net, x, mean, other, None, ValueError, "optimizer of the model's parameters, got one with 2 other parameters"),
         (net, x, mean, sgd, ["4"], ValueError, "names of trained parameters, or of modules .* got '4'"),
         (
             single,

@@ -86,7 +86,7 @@ def look(
 
 
 def _asked(claims: list[Claim], seed: int, seeds: int, seconds: float, say: Say) -> list[ClaimOutcome]:
-    """The outcome of each claim with its seconds; those of the first include ``seconds``, the time of the training."""
+    """The outcome of each claim with its seconds; the first outcome's include ``seconds``, the time of the training."""
     from batchnorm.experiment.outcomes import ClaimOutcome
     from batchnorm.experiment.run_settings import RunSettings
 

@@ -1,10 +1,13 @@
-"""The arms: one model with four kinds of normalization, and with the same parameters and first weights in all.
+"""The arms: one model, made four times with different normalization.
+
+All arms have the same parameters and, for one seed, the same initial weights:
 
     with       y = gamma (x - mu_B) / sqrt(var_B + eps) + beta      batch norm as it is in the model
     without    y = gamma x + beta                                   the same parameters, no statistics
     once       y = gamma (x - mu_0) / sqrt(var_0 + eps) + beta      mu_0, var_0 of the first training batch, fixed
-    scaled     as ``without``, with an InputNorm before the model   only for float inputs with features
+    scaled     as ``without``, with an InputNorm before the model
 
+The last arm exists only if the input is one floating-point tensor of two or more axes (``effort`` has all conditions).
 In the last three arms the layers are frozen: for ``without`` and ``scaled`` they store mean 0 and variance 1 - eps, for
 ``once`` the statistics of the first batch. So the other parts of a layer (an activation, a residual) still work.
 """
@@ -35,7 +38,7 @@ CALLED = {
 
 
 def make_arm(subject: Subject, arm: str, seed: int) -> nn.Module:
-    """A new model for an arm, with the first weights of a seed, in train mode."""
+    """A new model for an arm, with the initial weights that the seed gives, in train mode."""
     model = subject.fresh(seed)
     if arm == ONCE:
         fix(model, next(subject.data.deal(seed)))
@@ -54,10 +57,12 @@ def strip(model: nn.Module) -> None:
 
 
 def fix(model: nn.Module, batch: Batch) -> None:
-    """Make every batch norm layer normalize by the statistics of this batch, in train mode, from now on.
+    """Freeze every batch norm layer with the statistics that its inputs have on this batch.
 
-    On this batch the outputs equal those of the model in train mode, except for rounding: the stored variance is the
-    biased one, as in train mode.
+    The model runs once, in its present mode (train mode in ``make_arm``). The stored variance is the biased one, as in
+    train mode, so on this batch the outputs stay the same, except for rounding. They change if a layer is called
+    several times (the statistics of its calls are pooled), or if the forward draws random numbers. A layer that does
+    not run keeps its statistics; if it has none, it gets mean 0 and variance 1.
     """
     moments: dict[str, Moments] = {}
 

@@ -17,7 +17,8 @@ from batchnorm.layers import batch_norms
 
 SECONDS = 150.0  # planned duration of a study, unless steps and seeds are set
 _PILOT = 12  # steps of a timed run, which has as many looks as a longer run
-_SLOW, _FEW = 0.2, 2  # if a run of 1 step takes more than 0.2 s, a timed run has 2, and looks count as _LOOKING steps
+# if a run of 1 step takes more than 0.2 s, the timed run has 2 more steps, and all looks count as _LOOKING steps
+_SLOW, _FEW = 0.2, 2
 _LOOKING = 40
 _POPULATION, _ALONE = 512, 17  # examples for population statistics, and passes for examples alone
 # with these gaps, a slightly slower machine chooses the same number of steps
@@ -37,7 +38,7 @@ class Cost:
     Args:
         step: One training step.
         run: The rest of a run, without its steps.
-        looks: All looks at one run.
+        looks: All measurements during one run ("looks", in ``watched_runs``).
         questions: All questions for one seed.
     """
 

@@ -65,7 +65,9 @@ def left_out(plan: StudyPlan | None) -> dict[str, str]:
     if plan is None:
         return {"speed, learning rates, shift, smoothness": "they need training, and --no-train was given"}
     reasons = dict(plan.left_out)
-    reasons["whether the noise regularizes"] = "training with smaller groups at a fixed batch was left out"
+    reasons["whether the noise regularizes"] = (
+        "training with smaller groups normalized together, at a fixed optimizer batch, was left out"
+    )
     return reasons
 
 

@@ -25,7 +25,8 @@ class Grid:
     Args:
         rates: Learning rates, the same for every arm.
         losses: Arm -> the loss before each step, (seeds, rates, steps); infinity from divergence on.
-        pair: The two arms that are compared and define the levels; the question supposes that the second is faster.
+        pair: The two arms that are compared and define the levels (``question_criteria``); the question supposes that
+            the second is faster.
         failed: Arm that could not be trained -> the reason; such an arm has no losses.
     """
 

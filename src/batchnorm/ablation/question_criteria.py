@@ -15,7 +15,7 @@ from batchnorm.experiment.judgement import Criteria
 
 TARGET = 0.8  # steps are counted until the loss has fallen by this share of the better arm's decrease
 USABLE = 0.5  # at a usable learning rate the loss falls at least by this share of the better arm's decrease
-LEARNED = 0.25  # an arm has learned if in every seed the final loss is below ``start`` by this share of it or more
+LEARNED = 0.25  # an arm has learned if in every seed the final loss is below ``start`` by this share of |start|
 
 CRITERIA = Criteria.read("ablation", target=TARGET, usable=USABLE, learned=LEARNED)
 judge = CRITERIA.judge

@@ -67,7 +67,8 @@ class Data:
 
         Raises:
             TypeError: If the data are one tensor.
-            ValueError: If there are no batches, no batch has two examples, or no batch is left to train with.
+            ValueError: If there are no batches, a batch has no examples that can be counted, no batch has two examples,
+                or no batch is left to train with.
         """
         usable, dropped = _usable(_read(train, examples, "--data"))
         held = usable[_EVERY - 1 :: _EVERY] or usable[-1:]
@@ -115,7 +116,7 @@ class Data:
 
 
 def regrouped(batches: Sequence[Batch], size: int, seed: int) -> list[Batch] | None:
-    """The examples of ``batches`` in random batches of ``size``; None if the batches cannot be joined."""
+    """The examples of ``batches`` in random batches of ``size``, without a rest; None if they cannot be joined."""
     pool = joined(batches)
     if pool is None:
         return None
@@ -125,7 +126,7 @@ def regrouped(batches: Sequence[Batch], size: int, seed: int) -> list[Batch] | N
 
 
 def inputs_of(batch: Batch) -> Tensor | None:
-    """The model's input in a batch if it is one floating-point tensor with features, else None."""
+    """The first part of a batch, or the batch itself; None unless it is a floating-point tensor of two axes or more."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     is_one = isinstance(first, Tensor) and first.is_floating_point() and first.ndim >= 2
     return first if is_one else None

@@ -82,7 +82,7 @@ class Subject:
         return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
 
     def to_device(self) -> Subject:
-        """The same subject with data on the model's device, and without cutting batches if the model cannot use parts.
+        """The same subject with data on the model's device, and with whole batches only if the model cannot use parts.
 
         Raises:
             ValueError: If a batch has no finite loss before any training.
@@ -178,8 +178,8 @@ def quiet_divergence() -> Iterator[None]:
 def undisturbed(subject: Subject) -> Iterator[None]:
     """A block that restores random states, and runs on one thread if the model's layers are small.
 
-    For small tensors several threads are slower than one, several times so on a busy machine. The size of the layers
-    decides, and not a measured time, so that the same command always gives the same numbers.
+    For small tensors several threads are slower than one, and several times slower on a busy machine. The size of the
+    layers decides, and not a measured time, so that the same command always gives the same numbers.
     """
     threads = torch.get_num_threads()
     with preserve_random_state():

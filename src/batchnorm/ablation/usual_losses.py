@@ -20,7 +20,7 @@ def default_loss(output: Answer, batch: Batch) -> Tensor:
     Axes of length 1 do not count in the comparison of shapes of numbers.
 
     Raises:
-        ValueError: If output and targets fit neither loss.
+        ValueError: If output and targets fit neither loss, or the batch has no targets.
     """
     target = target_of(batch)
     if not isinstance(output, Tensor):

@@ -26,9 +26,9 @@ class Claim:
         name: Name of the claim on the command line.
         title: Title of a few words.
         sentence: What is claimed, in one or two sentences.
-        arms: The arms, data and budget of the experiment: two to four sentences.
-        how_to_read: Two sentences on reading the charts.
-        not_shown: The limits of the experiment: one to three sentences.
+        arms: The arms, data and budget of the experiment.
+        how_to_read: How to read the charts.
+        not_shown: The limits of the experiment.
         sources: Papers that the experiment follows.
         run: Measures and returns the Result. Its module imports torch, so it is loaded when a claim runs.
     """
@@ -99,7 +99,7 @@ class Result:
 
     Args:
         verdicts: One verdict for each of the claim's criteria; the first is the main verdict.
-        charts: One chart or more.
+        charts: The charts; [] if the claim could not be measured.
         numbers: Further figures worth quoting: "quantity, unit" -> number.
     """
 

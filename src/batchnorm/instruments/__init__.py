@@ -1,8 +1,8 @@
 """Instruments: measure what batch norm does in a user's own model, during the training or once.
 
-``watch`` measures during a whole training and costs little time; ``probe`` measures once. Measurements are of two
-cheap tiers: the free tier reads the running averages (``snapshots``, ``free_tier``, ``gamma_and_beta``), and the probe
-tier runs the model on a fixed batch (``probe_tier``, ``signal_propagation``, ``layer_drift``). More expensive
+``watch`` measures during a whole training and costs little time; ``probe`` measures once. Their measurements are cheap
+and of two tiers: the free tier reads the running averages (``snapshots``, ``free_tier``, ``gamma_and_beta``), and the
+probe tier runs the model on a fixed batch (``probe_tier``, ``signal_propagation``, ``layer_drift``). More expensive
 measurements are separate calls: ``gradient_shift``, ``landscape``, ``Angles``, ``gradient_depth``, ``train_eval_gap``
 and ``companion_flips``. No instrument changes the model.
 """

@@ -54,11 +54,11 @@ class WeightAngle:
     Args:
         name: The parameter's name.
         filters: Number of filters; a filter has the entries of the weight that feed one output channel.
-        angle: Angle per step in radians, rms over filters and steps.
+        angle: Angle per step in radians, rms over filters and steps, without filters of zeros.
         effective_rate: eta divided by the median of ||w||^2 over filters, with w from before the last measured step.
         invariance: |<w, g>| / (||w|| ||g||), median over filters, then over steps; NaN without gradients.
         tolerance: An ``invariance`` below this counts as 0; a tenth of the value for unrelated directions.
-        invariant: Whether ``invariance`` is below ``tolerance``.
+        invariant: Whether ``invariance`` is below ``tolerance``; False without gradients.
         equilibrium: theta* in radians, rms over steps; None if the weight is not invariant, if it has no weight decay,
             or if there is no formula for the optimizer.
         ratio: angle / theta*; None without theta*.
@@ -109,15 +109,17 @@ class Angles:
 
     How to read it: ratio 1 is equilibrium, where learning rate and weight decay alone determine how fast a layer turns.
     Above 1 the weight is still too short (it turns too fast and grows), below 1 it is still too long. The ratio
-    misleads in three cases: before five or more time constants have passed, also after a change of the learning rate;
-    when gradients of successive steps agree or oppose each other, as early in training, with large batches or large
-    rates; and when a closure computes the gradients inside of the step, because ``invariance`` then uses the gradients
-    of the step before. If a weight should be invariant and is not, its batch norm is in eval mode, the loss has a
-    penalty on the weight, its outputs also go past the batch norm, or its outputs vary by less than the layer's eps.
+    misleads in three cases: until five time constants have passed since the start or since a change of the learning
+    rate; when gradients of successive steps agree or oppose each other, as early in training, with large batches or
+    large rates; and when a closure computes the gradients inside of the step, because ``invariance`` then uses the
+    gradients of the step before. If a weight should be invariant and is not, there are four usual causes: its batch
+    norm is in eval mode; the loss has a penalty on the weight; the weight's outputs also go past the batch norm; or the
+    variance of these outputs is not far above the layer's eps.
 
     Args:
         model: The model whose weights of two axes or more are measured, one filter for each output channel.
-        optimizer: A torch.optim optimizer; theta* is known for SGD, and for AdamW without amsgrad only.
+        optimizer: A torch.optim optimizer. theta* is known for SGD, and without amsgrad for AdamW and for Adam with
+            decoupled_weight_decay; it is not known for their subclasses.
         every: Measure one step in this many.
         keep: Number of measured steps that are remembered; older steps are dropped.
 
@@ -176,7 +178,7 @@ class Angles:
             ValueError: If ``last`` is below 1.
         """
         if last is not None and last < 1:
-            raise ValueError(f"report needs last of 1 or more, got {last}. Leave it out for all steps.")
+            raise ValueError(f"report needs last of 1 or more, got {last}. Leave last out for all steps.")
         if not self._steps:
             raise RuntimeError("Angles measured no step. Call optimizer.step() inside of the block.")
         steps = list(self._steps)[-last if last else 0 :]

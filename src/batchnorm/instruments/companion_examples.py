@@ -1,8 +1,8 @@
 """Companions: how much a prediction depends on the other examples in the batch.
 
 In train mode a batch norm layer makes every output depend on all examples of its batch. Each example runs through the
-model several times, each time with M - 1 other companions drawn at random from a pool; nothing else changes. With p_c
-the probability, over such batches, that the prediction is class c:
+model several times, in batches of M. For each batch M - 1 companions are drawn at random from a pool; nothing else
+changes. With p_c the probability, over such batches, that the prediction is class c:
 
     flip rate        probability that two batches of companions lead to different predictions, 1 - sum_c p_c^2
     variance         Var(logit) over batches of companions, mean over logits
@@ -47,10 +47,11 @@ class Companions:
         flip_rate: Flip rate, mean over examples.
         flip_error: Standard error of ``flip_rate``, from the scatter over examples; NaN for a single example.
         flips: Flip rate of each example.
-        from_eval: Share of predictions that differ from eval mode, mean over examples.
+        from_eval: Share of predictions that differ from the prediction in eval mode, mean over examples.
         variance: Variance of a logit over companions, mean over logits and examples, in units of the logit squared.
         variances: The same for each example.
-        relative: ``variance`` as a share of the variance between the examples' mean logits; NaN for one example.
+        relative: ``variance`` divided by the variance between the examples' mean logits; NaN for one example, infinite
+            or NaN if all examples have the same mean logits.
         batch: M, the batch size with the example included.
         repeats: Batches of companions for each example.
     """
@@ -86,13 +87,14 @@ def companion_flips(
 ) -> Companions:
     """How often a prediction changes with the other examples of its batch; the model is not changed.
 
-    Every example runs with the same batches of companions. Dropout is off. Batch norm layers are in train mode, except
-    for layers that are in eval mode in a model in train mode. Costs (examples x (repeats + 1)) forward passes of a
-    batch.
+    Every example runs with the same batches of companions. Dropout is off. Batch norm layers run in train mode; but if
+    the model is in train mode, its batch norm layers in eval mode stay in eval mode. Costs (examples x (repeats + 1))
+    forward passes of a batch.
 
-    Unit: flip rates are shares, variances are in units of the logit squared. Noise floor: the smallest flip rate above
-    0 is 2 / repeats. For one example and one logit, the relative error of a variance of R draws is sqrt(2 / (R - 1)).
-    Without batch norm, and with ``train=False``, all numbers are exactly 0 unless another module mixes examples.
+    Unit: flip rates are shares, variances are in units of the logit squared. Noise floor: the smallest flip rate of
+    an example above 0 is 2 / repeats. For one example and one logit, the relative error of a variance of R draws is
+    sqrt(2 / (R - 1)). Without batch norm, and with ``train=False``, all numbers are exactly 0 unless another module
+    mixes examples.
 
     How to read it: in train mode the numbers are the noise that batch norm adds to predictions in training; it falls
     as 1 / ``batch``. With ``train=False`` a number other than 0 shows a leak: a module that is not batch norm mixes

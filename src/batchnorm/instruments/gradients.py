@@ -4,11 +4,11 @@ With z_l the input of layer l, l counted in the order of execution, and L the lo
 
     S_l = sum over examples, channels and positions of (dL/dz_l)^2        log S_l = c - l log(factor)
 
-The backward pass through one layer multiplies S by ``factor``, which is computed from the median slope over all pairs
-of layers. A deep net of linear layers of equal width, each followed by batch norm and ReLU, has the factor
-pi / (pi - 1) = 1.467 at initialization for large batches and widths. Without an activation the factor is
-(N - 2) / (N - 3) for batches of N examples; without batch norm it is 1 (Yang et al. 2019, "A Mean Field Theory of
-Batch Normalization"). The gradient of a weight is a sum of one term per example and position, and
+where c is a constant. The backward pass through one layer multiplies S by ``factor``, which is computed from the median
+slope over all pairs of layers. A deep net of linear layers of equal width, each followed by batch norm and ReLU, has
+the factor pi / (pi - 1) = 1.467 at initialization for large batches and widths. Without an activation the factor is
+(N - 2) / (N - 3) for batches of N examples; without batch norm it is 1 (Yang et al. 2019, "A Mean Field Theory of Batch
+Normalization"). The gradient of a weight is a sum of one term per example and position, and
 
     cancellation = mean |sum of terms| / mean (sum of |terms|)                     [means over the weight's entries]
 
@@ -76,9 +76,10 @@ class GradientDepth:
 
     Args:
         layers: The layers that ran, in the order of execution.
-        factor: The factor by which S grows per layer in the backward pass; NaN for fewer than two layers.
+        factor: The factor by which S grows per layer in the backward pass; NaN for fewer than two layers with a
+            gradient.
         error: Standard error of log(factor), from the scatter of log S from layer to layer; NaN for fewer than three
-            layers.
+            layers with a gradient.
         cancellations: Cancellation of each trained weight of a linear layer or convolution, in the order of execution.
         loss: Loss of the batch.
     """
@@ -106,15 +107,15 @@ def gradient_depth(model: nn.Module, batch: Batch, loss: Loss, layers: Sequence[
     eval mode is measured in train mode; in a model in train mode every module keeps its mode, as in training. Dropout
     draws the same numbers as a training step would.
 
-    Unit: S is in units of loss^2 / input^2; ``factor`` and ``cancellation`` have no unit. Noise floor: ``error`` for
+    Unit: S is in units of loss^2 / input^2; ``factor`` and the cancellations have no unit. Noise floor: ``error`` for
     the logarithm of the factor, mostly from the random weights; the cancellation of K independent normal terms is
-    about 1 / sqrt(K), not 0. It is not computed for inputs of batch norm, whose gradients always sum to 0.
+    about 1 / sqrt(K), not 0. No cancellation is computed for inputs of batch norm, whose gradients always sum to 0.
 
     How to read it: with a factor above 1 gradients explode towards the input, below 1 they vanish. Layers of batch norm
     and ReLU have the factor 1.47 at initialization. The factor misleads if widths differ much (S is a sum over
     channels), and with skip connections (the gradient that goes past the layer counts too, and a layer is not a step of
-    depth). If the loss is a mean over N examples, S is smaller by 1 / N^2 in all layers, which does not change the
-    factor. Cancellation depends on the batch: it is smaller for larger batches.
+    depth). If the loss is the mean over N examples instead of the sum, S is divided by N^2 in all layers, which does
+    not change the factor. Cancellation depends on the batch: it is smaller for larger batches.
 
     Args:
         model: Any module, compiled or not.
@@ -166,7 +167,10 @@ def training(model: nn.Module, what: str) -> Iterator[None]:
 
 @contextmanager
 def refuse_single_values(model: nn.Module, what: str) -> Iterator[None]:
-    """A block that raises, with the layer's name, if a layer would compute the variance of a single value."""
+    """A block that raises, with the layer's name, if a layer would compute the variance of a single value.
+
+    It does not raise for a layer of this package that is set to accept single values (``single_element``).
+    """
 
     def check(name: str, layer: nn.Module, x: Tensor) -> None:
         alone = isinstance(x, Tensor) and x.ndim > 1 and x[:, :1].numel() == 1

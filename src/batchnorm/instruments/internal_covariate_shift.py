@@ -99,8 +99,8 @@ def gradient_shift(
 
     A copy of ``optimizer`` takes the step that the optimizer would take now on this batch, with its momentum, weight
     decay and learning rates. Gamma and beta are parameters like others. The model runs in train mode, so running
-    statistics are not used; the modules of a model in train mode keep their modes. Costs 2 + len(layers) forward
-    and backward passes and the memory of two more models and one more optimizer state.
+    statistics are not used; the modules of a model in train mode keep their modes. Costs two forward and backward
+    passes, one more for each chosen weight, and the memory of two more models and one more optimizer state.
 
     Unit: ``ics`` in loss per unit of the weight; ``relative`` and ``cosine`` have no unit. Noise floor: ``floor``, from
     a second evaluation without a step.
@@ -123,7 +123,8 @@ def gradient_shift(
     Raises:
         TypeError: If ``optimizer`` is no torch.optim optimizer, needs a closure (LBFGS), or the loss returns no tensor.
         ValueError: If ``optimizer`` has none of the model's parameters, a name is unknown, there is no weight to
-            choose, a layer receives one value per channel, or the loss is not a finite scalar.
+            choose, a parameter cannot be read, a layer receives one value per channel, or the loss is not a finite
+            scalar with a gradient.
 
     References:
         Santurkar et al. 2018, section 2.2.
@@ -161,8 +162,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tenso
     own = set(map(id, parameters))
     if not any(id(p) in own for p in _held(optimizer)):
         raise ValueError(
-            f"{what} needs an optimizer of the model's parameters, got one with {len(_held(optimizer))} others. "
-            "Make it from this model's parameters(), after the model was moved or converted."
+            f"{what} needs an optimizer of the model's parameters, got one with "
+            f"{len(_held(optimizer))} other parameters. Make it from this model's parameters(), after the model was "
+            "moved or converted."
         )
 
 

@@ -16,8 +16,9 @@ class Schedule:
     """When the next look is due, by steps and by the time that looks have taken.
 
     Most changes happen early in a training, so the first looks are ten steps apart, and after step s the distance is
-    s / 5, up to ``every`` steps. A look waits if it would bring the share of time above ``budget``. The expected time
-    of a look is the time of the last look of its kind; before the first look it is 0 unless ``expect`` sets it.
+    s / 5, up to ``every`` steps. A look is put off if it would bring the share of time above ``budget``. The expected
+    time of a look is the time of the last look of its kind ("free" or "probe"); before the first look it is 0 unless
+    ``expect`` sets it.
 
     Args:
         every: Steps between looks, 1 or more.
@@ -27,7 +28,7 @@ class Schedule:
 
     def __init__(self, every: int, budget: float, clock: Callable[[], float] = time.perf_counter) -> None:
         if every < 1:
-            raise ValueError(f"every must be 1 step or more, got {every}.")
+            raise ValueError(f"every must be 1 step or more, got {every}. Use 100, for example.")
         if not budget > 0:
             raise ValueError(f"budget must be above 0, got {budget}. Use 0.02 for 2 % of the time, or do not watch.")
         self.every, self.budget = every, budget

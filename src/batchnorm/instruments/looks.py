@@ -1,4 +1,4 @@
-"""Looks: records of a window of steps or of a pass over the probe batch, and the events between two looks."""
+"""Looks: each returns a record, of a window of steps or of a pass over the probe batch, and reports what changed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ def _rows(values: Mapping[str, Tensor]) -> dict[str, Row]:
 
 
 def _early(layers: Layers) -> float:
-    """Number of updates after which initial values make up less than 1 % of every running average."""
+    """Number of updates after which initial values make up less than 1 % of every running average.
+
+    Layers with momentum None or 0 are left out; 0 if no layer is left.
+    """
     momenta = [layer.momentum for layer in layers.layers if layer.momentum]
     return max((4.6 / momentum for momentum in momenta), default=0.0)
 

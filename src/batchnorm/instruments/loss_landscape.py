@@ -1,6 +1,6 @@
 """Landscape: the loss and its gradient along the next step of training.
 
-At parameters w with loss L, gradient g and update u (-rate g, or what an optimizer would do), for fractions f:
+At parameters w with loss L, gradient g and update u (-rate g, or what an optimizer would do), at fractions f of u:
 
     loss range       = max_f L(w + f u) - min_f L(w + f u)
     gradient change  = max_f ||grad L(w + f u) - g||              (small: the gradient is predictive)
@@ -113,7 +113,8 @@ def landscape(
         TypeError: If ``optimizer`` is no torch.optim optimizer, needs a closure (LBFGS), or the loss returns no tensor.
         ValueError: If not exactly one of ``optimizer`` and ``lr`` is given, the optimizer has none of the model's
             parameters, there are fewer than two different fractions, a fraction or ``lr`` is not positive, the update
-            or gradient is 0, a layer receives one value per channel, or the loss at w is not a finite scalar.
+            or gradient is 0, a parameter cannot be read, a layer receives one value per channel, or the loss before the
+            step is not a finite scalar with a gradient.
 
     References:
         Santurkar et al. 2018, section 3.1; Cohen et al. 2021.
@@ -173,7 +174,8 @@ def _check(
         raise ValueError(f"landscape needs a positive lr, got {lr}. Pass the learning rate of training.")
     if len(set(fractions)) < 2 or not all(0 < f < math.inf for f in fractions):
         raise ValueError(
-            f"landscape needs two or more positive fractions, got {tuple(fractions)}. Leave them out for 1/2 to 4."
+            f"landscape needs two or more different positive fractions, got {tuple(fractions)}. Leave "
+            "them out for 1/2 to 4."
         )
     if optimizer is not None:
         check_optimizer(optimizer, parameters, "landscape")

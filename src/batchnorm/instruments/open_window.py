@@ -1,4 +1,4 @@
-"""The open window: copies of what layers store after each step, until there are enough for a look."""
+"""The open window: copies of what layers store after each step, until there are enough for a measurement ("look")."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Steps:
         self._inner: dict[int, set[int]] = {}  # thread -> parameters updated by inner calls of its present outer call
         self._own: set[int] = set()
         self._misses = 0
-        self._moved: set[int] = set()  # parameters since the last step began
+        self._moved: set[int] = set()  # parameters updated since the last step began
         self._versions = -1
         self._handles: list[RemovableHandle] = []
 

@@ -3,8 +3,8 @@
 After a step with several passes, the running averages contain a mean over the batches of these passes. Four
 micro-batches are four independent samples, but two passes of one batch (SAM, activation checkpointing, two views, a
 closure that is evaluated again) are one sample. The mean alone does not show which is the case. So the averages are
-copied before the second and each later pass of a step. From the copies the statistics of every pass are computed, and
-compared only with the same pass of other steps.
+copied before the second and each later pass of a step. From the copies the statistics of every pass are computed. They
+are compared only with the statistics of the same pass in other steps.
 
 A forward pre-hook of each layer makes the copies; it also runs when autograd recomputes activations. Compiled code does
 not call the hooks of inner modules, so for a compiled model the hook of the outermost module makes the copies.
@@ -106,7 +106,7 @@ class Passes:
                 self._note(index)
 
     def _pass(self, index: int, module: nn.Module, _: tuple[Tensor, ...]) -> None:
-        if module is self._layers.layers[index] and module.training:  # no replica of DataParallel
+        if module is self._layers.layers[index] and module.training:  # not for replicas of DataParallel
             self._note(index)
 
     def _note(self, index: int) -> None:

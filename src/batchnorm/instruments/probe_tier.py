@@ -1,7 +1,8 @@
 """The probe tier: the inputs of every batch norm layer for a fixed batch of examples.
 
-The examples pass through the model twice, in eval mode and with the layers in train mode. Then the model's state is
-restored bit for bit (``preserve_state``). Dropout is off in both passes, so that only batch norm differs.
+The examples pass through the model twice: in eval mode, and with the batch norm layers in train mode (if some of them
+were in train mode before, only these layers). Then the model's state is restored bit for bit (``preserve_state``).
+Dropout is off in both passes, so that only batch norm differs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def probe(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Record:
     in both modes. ``batchnorm.record.QUANTITIES`` explains each quantity, its unit and when it misleads.
 
     Inputs are measured in eval mode. If a layer did not run, or its inputs are NaN or infinite, the numbers that are
-    computed from its inputs are None. If a layer is called several times, its first call is measured.
+    computed from its inputs are None. If a layer is called several times, its first call is measured. Under
+    torch.distributed a model with SyncBatchNorm runs in eval mode only: the loss in train mode and the difference
+    between outputs are then left out.
 
     Args:
         model: Any model with batch norm layers of torch.nn or of this package, compiled or not.
@@ -122,7 +125,7 @@ class Probe:
         return cls(lambda model: model(*copied_args, **copied_kwargs))
 
     def look(self, model: nn.Module, layers: Layers) -> View:
-        """Run the batch through the model and measure it; the model's state is restored, also after an error."""
+        """Run the batch through the model and measure the layers; the state is restored, also after an error."""
         view = View(layers)
         with preserve_state(model), preserve_random_state(), uncompiled(), torch.no_grad():
             were_training = [layer for layer in layers.layers if layer.training]
@@ -240,7 +243,8 @@ def stored(layer: _BatchNorm, moments: Moments) -> tuple[Tensor, Tensor]:
 def gap(layer: _BatchNorm, moments: Moments) -> float:
     """Rms difference between a layer's outputs by batch statistics and its outputs by stored statistics.
 
-    In standard deviations of the outputs by stored statistics; 0 for a layer that stores no statistics.
+    In standard deviations of the outputs by stored statistics; 0 for a layer that stores no statistics, and infinite or
+    NaN if the outputs do not vary.
     """
     mean, var = stored(layer, moments)
     gain = Layers({"": layer}).affine()[0].square()

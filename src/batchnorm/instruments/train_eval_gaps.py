@@ -71,8 +71,8 @@ class LayerGap:
     Args:
         name: Dotted path of the layer.
         share: By how much the loss in eval mode falls if this layer alone gets exact statistics.
-        t_mean: Distance between the stored and the exact mean, in standard errors, rms over channels; NaN for a single
-            batch.
+        t_mean: Distance between the stored and the exact mean, in standard errors, rms over channels that vary; NaN for
+            a single batch, or if no channel varies.
         t_var: The same for the logarithm of the variance.
     """
 
@@ -94,7 +94,7 @@ class TrainEvalGap:
         noise: L_pop - L_batch.
         stale: L_eval - L_pop.
         layers: The measured layers, in the order of execution.
-        together: The stale part minus the sum of all shares, which no layer explains alone.
+        together: The stale part minus the sum of all shares: the part of it that no single layer explains.
         batches: Number of batches.
         examples: Number of examples.
     """
@@ -143,13 +143,14 @@ def train_eval_gap(
     differences. If the stored statistics are exact, the stale part is exactly 0.
 
     How to read it: a noise part below 0 means that train mode is worse, as with small batches. ``recalibrate`` repairs
-    a stale part above 0. A correct running average has a t below 2; above 4 it is stale. If rare examples are very
-    large, ``t_var`` may exceed 4 by chance. In train mode a batch of M values makes the standard deviation of a channel
-    too small by the factor sqrt((M - 1) / M), in eval mode this factor is missing: at M = 2 outputs are 29 % smaller in
-    eval mode, which counts as noise part. The numbers mislead with other data than in training, since exact statistics
-    then adapt the model to the new data; with other augmentation in one of the modes; and with batches of another size
-    than in training. Shares do not add up if several layers are wrong (``together``). Behind another batch norm layer
-    all batches have nearly the same statistics, so even a large t may change the loss little: read the share first.
+    a stale part above 0. For a correct running average t is below 2; a t above 4 shows that it is stale. If rare
+    examples are very large, ``t_var`` may exceed 4 by chance. In train mode a batch of M values makes the standard
+    deviation of a channel too small by the factor sqrt((M - 1) / M), in eval mode this factor is missing: at M = 2
+    outputs are 29 % smaller in eval mode, which counts as noise part. The numbers mislead with other data than in
+    training, since exact statistics then adapt the model to the new data; with other augmentation than in training; and
+    with batches of another size than in training. Shares do not add up if several layers are wrong (``together``).
+    Behind another batch norm layer all batches have nearly the same statistics, so even a large t may change the loss
+    little: read the share first.
 
     Args:
         model: Any model with batch norm, compiled or not.

@@ -67,7 +67,7 @@ _TABLE = (
         lambda m: m > 16,
         "a batch's mean varies as much as a mean of {value:.1f} independent values: normalization is noisy",
     ),
-    _Alarm("gamma", "BN111", lambda g: g < 1e-3, lambda g: g > 1e-2, "the median |gamma| fell to {value:.2g}"),
+    _Alarm("gamma", "BN111", lambda g: g < 1e-3, lambda g: g > 1e-2, "the median |gamma| is only {value:.2g}"),
     _Alarm("dead", "BN106", lambda d: d > 0.5, lambda d: d < 0.4, "{value:.0%} of the channels are dead"),
 )
 

@@ -72,17 +72,18 @@ def watch(
     step. Measurements ("looks") are ``every`` steps apart; at the start they are closer, and if they would take more
     than ``budget`` of the training time, they are further apart. A look has two tiers:
 
-    - free, from the running averages after ``WINDOW`` consecutive steps: batch noise, effective batch size, equivalent
-      dropout, staleness of stored statistics, gap between stored and batch statistics, shift, gamma and beta, dead
-      channels;
-    - probe, at every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode.
+    - free, from the running averages after each of eight or more steps in a row: batch noise, effective batch size,
+      equivalent dropout, staleness of stored statistics, gap between stored and batch statistics, shift, gamma and
+      beta, dead channels;
+    - probe, at every second look, from a fixed batch: drift, signal propagation, loss in train and eval mode. A sharded
+      model is measured without this tier.
 
-    If a layer's statistics do not change (frozen, momentum 0, unused), its numbers that need them are None. If a
-    step has several passes, each pass is compared with the same pass of other steps. If the training calls a compiled
-    model other than ``model``, single passes cannot be recorded; if a step then has several passes, noise is None, and
-    an event says why.
-    An error of the measurement ends it with a RuntimeWarning, and the training continues. Under torch.distributed only
-    rank 0 measures. With plain batch norm it measures its own batches, with SyncBatchNorm those of all ranks.
+    If a layer's statistics do not change (frozen, momentum 0, unused), its numbers that need new statistics are None.
+    If a step has several passes, each pass is compared with the same pass of other steps. If the training calls a
+    compiled model other than ``model``, single passes cannot be recorded; if a step then has several passes, noise is
+    None, and an event says why. An error of the measurement ends it with a RuntimeWarning, and the training continues.
+    Under torch.distributed only rank 0 measures: with plain batch norm the batches of rank 0, with SyncBatchNorm the
+    batches of all ranks.
 
     Args:
         model: Any model with batch norm; it may be compiled or wrapped.

@@ -2,7 +2,7 @@
 
 With re-estimated statistics, a convolution without padding followed by batch norm has the same output for x and for
 c x + d if c > 0: conv(c x + d) = c conv(x) + d sum(w), and batch norm removes scale and offset of a channel. So a
-change of contrast and brightness is repaired except for eps. Noise, and a change with c < 0, are not repaired so.
+change of contrast and brightness is repaired except for eps. Noise, and a change with c < 0, are not repaired exactly.
 """
 
 from __future__ import annotations
@@ -194,7 +194,10 @@ def _listen(findings: Findings, shift: str, model: nn.Sequential, x: Tensor) -> 
 def _follow(
     findings: Findings, shift: str, model: nn.Sequential, learned: Tensor, x: Tensor, test: data_sets.Examples
 ) -> None:
-    """Record when an adapter adapts on the images ``x``; its monitor is calibrated on the training images."""
+    """Record when an adapter adapts on the images ``x``, and its test accuracy after them.
+
+    The adapter's monitor is calibrated on the training images.
+    """
     model = copy.deepcopy(model)
     monitor = ShiftMonitor(model, ALPHA, examples=None, budget=None)
     monitor.calibrate(learned.split(100))
@@ -255,11 +258,11 @@ def _laws(model: nn.Module) -> list[Moments]:
 
 
 def recovered(clean: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Share of the lost accuracy that was won back: values for the seeds, (seeds,), with the right mean and spread.
+    """Share of the lost accuracy that was won back: one value for each seed, (seeds,), for a confidence interval.
 
-    The mean is the accuracy won by all seeds divided by the accuracy lost by all seeds, because the loss of a single
-    seed may be near 0. The spread is that of this ratio by the delta method (Cochran 1977, Sampling Techniques, chapter
-    6).
+    The mean of the values is the accuracy won by all seeds divided by the accuracy lost by all seeds, because the loss
+    of a single seed may be near 0. The spread is that of this ratio by the delta method (Cochran 1977, Sampling
+    Techniques, chapter 6).
     """
     lost, won = clean - before, after - before
     share = won.sum() / lost.sum()

@@ -44,7 +44,11 @@ class Record:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, quantity: str) -> dict[str, float | None]:
-        """Layer -> number, for one quantity."""
+        """Layer -> number, for one quantity.
+
+        Raises:
+            KeyError: If the record does not have the quantity.
+        """
         if quantity not in self.values:
             raise KeyError(f"expected one of {', '.join(self.values)}, got {quantity!r}.")
         return dict(zip(self.layers, self.values[quantity], strict=True))

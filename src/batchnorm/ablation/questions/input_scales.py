@@ -25,7 +25,8 @@ _HUGE = 1e9  # ratios of at least this are written in scientific notation, with 
 def inputs(data: Data) -> Tensor | None:
     """All training inputs in one tensor, (N, ...), on the CPU.
 
-    None unless every batch is one float tensor, and all have the same shape except for the number of examples.
+    None unless each is a floating-point tensor of two axes or more, and all have the same shape except for the number
+    of examples.
     """
     tensors = [x for x in map(inputs_of, data.train) if x is not None]
     fits = len(tensors) == len(data.train) and len({x.shape[1:] for x in tensors}) == 1
@@ -100,8 +101,8 @@ def _condition(x: Tensor) -> float:
 def _conditions(x: Tensor) -> Numbers:
     """Condition numbers before and after normalization.
 
-    Of all features if they are at most 4,096 and there are twice as many examples, else of channels under the same
-    conditions; {} if there are too many channels too.
+    Of all features, if they are at most 4,096 and at most half as many as the examples. Otherwise of channels, if they
+    are at most 4,096 and at most half as many as the values of a channel; {} if there are more.
     """
     flat, what = x.flatten(1), "features"
     if flat.shape[1] > min(_MOST_FEATURES, len(x) // 2):

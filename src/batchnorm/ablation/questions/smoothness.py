@@ -1,4 +1,7 @@
-"""Question "smooth": is the loss smoother along the gradient, at an equal rate and at the best rate of each arm?"""
+"""Question "smooth": is the loss smoother along the gradient, at an equal rate and at the best rate of each arm?
+
+beta-hat is the largest change of the gradient per distance (``beta`` in ``instruments.loss_landscape``).
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _STORED = ("running averages (eval mode)", "population statistics")
 
 @dataclass(frozen=True, slots=True)
 class HeldOutReading:
-    """Mean held-out loss and accuracy; the accuracy is None if the targets are no classes."""
+    """Mean held-out loss and accuracy; the accuracy is None for a user's own loss, or if the targets are no classes."""
 
     loss: float
     accuracy: float | None
@@ -50,9 +50,11 @@ class ModelReadings:
     Args:
         batch: Size of the test batches -> the reading by batch statistics.
         stored: The reading by stored statistics; None if a layer stores no statistics.
-        population: The reading by exact statistics; None without layers to recalibrate or without finite statistics.
+        population: The reading by exact statistics; None if ``stored`` is None, without layers to recalibrate, or
+            without finite statistics.
         alone: Largest difference between an example's output alone and in a batch, in standard deviations of the
-            outputs; None if it cannot be measured, for example if no output has one row for each example.
+            outputs; None if ``stored`` is None, or if it cannot be measured, for example if no output has one row for
+            each example.
     """
 
     batch: dict[int, HeldOutReading]
@@ -217,13 +219,18 @@ def _judge_stored(found: list[ModelReadings]) -> Verdict:
     )  # fmt: skip
 
 
+_UNKNOWN_ALONE = (
+    "batches are not rows of 2 examples or more, no output has a row for each example, or layers store no statistics"
+)
+
+
 def _judge_alone(found: list[ModelReadings]) -> Verdict:
     values = [r.alone for r in found if r.alone is not None]
     whole = len(values) == len(found)
     return judge(
         "test-time-alone", values if whole else [],
         "In eval mode the output of an example alone and in a batch differs by at most {most:.1g} standard deviations.",
-        failed_guard="" if whole else "batches are not rows of examples, or no output has one row for each example",
+        failed_guard="" if whole else _UNKNOWN_ALONE,
         most=max(values) if whole else nan,
     )  # fmt: skip
 

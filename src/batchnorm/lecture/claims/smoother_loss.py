@@ -2,7 +2,8 @@
 
 At parameters w of a training run, with gradient g on the batch of the step, the loss and its gradient are evaluated at
 w - d g for d = rate * (1/2, 1, 2, 4). ``instruments.loss_landscape`` computes how rough the loss is there: its range,
-the change of the gradient, beta-hat, and the cosine between g and the gradient after a step. beta-hat depends on the
+the change of the gradient, beta-hat (the largest change of the gradient per distance), and the cosine between g and the
+gradient after a step. beta-hat depends on the
 scale of the weights: if all weights before batch norm are doubled, the network computes the same function, but its
 beta-hat is divided by four. So rate × beta-hat and the cosine are always reported too.
 """
