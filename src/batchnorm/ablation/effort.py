@@ -17,7 +17,7 @@ from batchnorm.layers import batch_norms
 
 SECONDS = 150.0  # planned duration of a study, unless steps and seeds are set
 _PILOT = 12  # steps of a timed run, which has as many looks as a longer run
-# if a run of 1 step takes more than 0.2 s, the timed run has 2 more steps, and all looks count as _LOOKING steps
+# if a run of 1 step takes more than 0.2 s, the timed run has 2 more steps, and the measurements of a run count as 40
 _SLOW, _FEW = 0.2, 2
 _LOOKING = 40
 _POPULATION, _ALONE = 512, 17  # examples for population statistics, and passes for examples alone

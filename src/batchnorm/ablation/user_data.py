@@ -63,7 +63,9 @@ class Data:
 
     @classmethod
     def of(cls, train: Iterable[Batch], test: Iterable[Batch] | None = None, *, examples: int = EXAMPLES) -> Data:
-        """Read one pass, up to ``examples`` examples; without ``test`` every fifth batch is held out.
+        """Read one pass, up to ``examples`` examples or 256 MiB; without ``test`` every fifth batch is held out.
+
+        Of fewer than five batches the last one is held out.
 
         Raises:
             TypeError: If the data are one tensor.
@@ -116,7 +118,7 @@ class Data:
 
 
 def regrouped(batches: Sequence[Batch], size: int, seed: int) -> list[Batch] | None:
-    """The examples of ``batches`` in random batches of ``size``, without a rest; None if they cannot be joined."""
+    """The examples of ``batches`` in random full batches of ``size``; None if ``batches`` cannot be joined."""
     pool = joined(batches)
     if pool is None:
         return None

@@ -82,7 +82,7 @@ class Subject:
         return None if self.loss is not None else accuracy(call(model, batch), _with_target(model, batch))
 
     def to_device(self) -> Subject:
-        """The same subject with data on the model's device, and with whole batches only if the model cannot use parts.
+        """The same subject with data on the model's device; batches stay whole if the model cannot use parts of them.
 
         Raises:
             ValueError: If a batch has no finite loss before any training.

@@ -110,7 +110,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], level: float) -> Estimate:
-    """Mean over seeds with Student's t interval; equal values give an interval of width 0."""
+    """Mean over two or more seeds with Student's t interval; equal values give an interval of width 0."""
     import numpy as np
     from scipy import stats
 

@@ -3,8 +3,8 @@
 A window of W consecutive steps gives W batch means m_i and unbiased variances v_i of each channel (``snapshots``). If
 a step has several forward passes, each pass gives such a mean and variance (``window_readings``). Noise, M_eff, dropout
 and gap are computed from single passes, staleness from whole steps. The variance of batch means is computed from
-second differences, so that a constant drift within the window does not count. With momentum a, ``share`` of
-``snapshots``, and s^2 the mean of v_i:
+second differences, so that a constant drift within the window does not count. With momentum a, ``share`` as
+in ``snapshots``, and s^2 the mean of v_i:
 
     Var(mu_B)        = mean (m_(i+1) - 2 m_i + m_(i-1))^2 / 6 / share,      Var(log s_B^2) likewise from log v_i
     noise power      = Var(mu_B) / s^2 + Var(log s_B^2) / 4     [ (kappa + 3) / (4 M) ]

@@ -34,7 +34,7 @@ class Steps:
         layers: The batch norm layers; a write to their statistics shows a pass in train mode.
         taken: Called after each step with the id of the optimizer that made the step.
         foreign: Called after each outermost call of an optimizer with none of the model's parameters.
-        broken: Called with the error that an optimizer raised while its parameters were read.
+        broken: Called with an error of the counting, for example if an optimizer's parameters cannot be read.
     """
 
     def __init__(

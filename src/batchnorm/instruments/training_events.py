@@ -177,4 +177,4 @@ def postponed(looks: int, budget: float) -> str:
     return f"{looks} looks were put off to stay under {budget:.1%} of the time"
 
 
-NO_PROBE = "no probe was measured: the model's forward hooks did not run, as in a compiled model; pass probe="
+NO_PROBE = "no probe was measured: no forward hook of the model ran in train mode, as in a compiled model; pass probe="

@@ -100,7 +100,7 @@ def watch(
     Raises:
         TypeError: If ``model``, ``probe`` or ``log`` is of a wrong type.
         ValueError: If the model has no batch norm, or has fake tensors, if ``every`` or ``budget`` is out of range, or
-            if the log's folder has the log of another model or a log that is being written.
+            if the log's folder has the log of another model, a log of a newer version, or a log that is being written.
         OSError: If the log cannot be written at the start.
 
     Example:
@@ -213,7 +213,9 @@ class Watch:
                 return record
         if not self._on:
             raise RuntimeError(f"{too_short(self.steps - self._began, LEAST - 1)}.")
-        raise RuntimeError(f"nothing was measured yet after {self.steps} steps. Read it later, or set every= lower.")
+        raise RuntimeError(
+            f"nothing was measured yet after {self.steps} steps. Read it later, lower every=, or raise budget=."
+        )
 
     @property
     def cost(self) -> float:

@@ -2,7 +2,7 @@
 
 batch        statistics of the test batch, for batches of several sizes (only batch norm is in train mode)
 stored       running averages, as in eval mode
-population   exact statistics of the training data with the final weights (``recalibrate``)
+population   exact statistics of at most 512 training examples with the final weights (``recalibrate``)
 """
 
 from __future__ import annotations
