@@ -176,6 +176,7 @@ def _first_logits(
 def _joined(one: Batch, many: Batch, i: int, rows: Tensor, count: int, size: int) -> Batch:
     """Example ``i`` of ``one`` in front of ``rows`` of ``many``; other values are those of ``one``."""
     if isinstance(one, Tensor) and isinstance(many, Tensor) and one.ndim and len(one) == count and len(many) == size:
+        _require_form(one, many)
         return torch.cat([one[i : i + 1], many[rows.to(many.device)]])
     if type(one) is not type(many):
         raise ValueError(
@@ -183,10 +184,26 @@ def _joined(one: Batch, many: Batch, i: int, rows: Tensor, count: int, size: int
             f"{type(many).__name__}. Take both from batches of one loader."
         )
     if isinstance(one, Mapping):
+        _require_form(one, {key: many[key] for key in one if key in many})
         return {key: _joined(one[key], many[key], i, rows, count, size) for key in one}
     if isinstance(one, (tuple, list)):
+        _require_form(one, many)
         return [_joined(a, b, i, rows, count, size) for a, b in zip(one, many, strict=True)]
     return one
+
+
+def _require_form(one: Batch, many: Batch) -> None:
+    if _form(one) != _form(many):
+        raise ValueError(
+            f"companion_flips needs examples and pool of one form, got {_form(one)} and {_form(many)}. "
+            "Take both from batches of one loader."
+        )
+
+
+def _form(value: Batch) -> str:
+    if isinstance(value, Tensor):
+        return f"examples of shape {tuple(value.shape[1:])}"
+    return f"keys {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"{len(value)} parts"
 
 
 def _logits(output: Answer) -> Tensor:
