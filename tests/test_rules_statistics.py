@@ -176,7 +176,7 @@ def test_a_name_that_says_nothing_makes_foreign_statistics_a_warning():
     (error,), (warning,) = findings("BN115", copies()), findings("BN115", copies("target"))
     assert (error.severity, warning.severity) == (Severity.ERROR, Severity.WARNING)
     assert warning.layer == "target"
-    assert "unless these layers were frozen" in warning.consequence
+    assert "only if these layers were frozen" in warning.consequence
 
 
 @pytest.mark.parametrize(

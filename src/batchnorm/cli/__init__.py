@@ -1,4 +1,4 @@
-"""The command line. It imports neither torch nor altair. A command's module is imported when it runs or is listed."""
+"""The command line. It imports neither torch nor altair; a command's module is imported when it is called or listed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class _Commands(click.Group):
         return None
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command. These three errors become a message and exit code 2; --debug shows the traceback."""
+        """Run the command; without --debug, ValueError, OSError and ModuleNotFoundError give a message and exit code 2.
+
+        Ctrl-C gives exit code 130; if the reader of the output has ended, the exit code is 141.
+        """
         try:
             super().invoke(ctx)
         except KeyboardInterrupt:

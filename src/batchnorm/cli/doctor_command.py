@@ -130,7 +130,7 @@ def _examined(asked: DoctorOptions) -> Diagnosis:
 
 
 def _examined_model(asked: DoctorOptions) -> Diagnosis:
-    """The diagnosis of the model, with every state of its checkpoint that fits, or as it is without --weights."""
+    """The diagnosis of the model with each state of its checkpoint that fits; without --weights, as the model is."""
     from batchnorm.doctor import examine
 
     named = asked.model

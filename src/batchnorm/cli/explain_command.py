@@ -73,7 +73,7 @@ def _alike(name: str) -> list[str]:
 
 
 def _shared(name: str, code: str) -> int:
-    """Length of the common beginning of both."""
+    """Length of the beginning that ``name`` and ``code`` share."""
     return max(length for length in range(len(name) + 1) if code.startswith(name[:length]))
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # rules whose faults show in a file, but not in a model that was loaded from it
 _OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
+_WITHOUT_CHECKPOINT = "a model without --weights", "Give --weights FILE, or leave --in-place out"
 
 
 @click.command()
@@ -114,8 +115,8 @@ def _check_options(asked: FixOptions) -> None:
 def _place(target: str, source: str | None, output: Path | None, *, in_place: bool, force: bool) -> Path:
     """The file to write, checked before the work begins."""
     if in_place and (output or source is None):
-        other = "-o" if output else "a model without --weights"
-        raise ValueError(f"--in-place writes over the checkpoint, got {other} as well. Leave one of the two out.")
+        other, remedy = ("-o as well", "Leave one of the two out") if output else _WITHOUT_CHECKPOINT
+        raise ValueError(f"--in-place writes over the checkpoint, got {other}. {remedy}.")
     if in_place:
         return Path(str(source)).resolve()
     is_safetensors = source is not None and checkpoint.format_of(source) == "safetensors"
@@ -124,7 +125,7 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
     if (place.suffix.lower() == ".safetensors") != is_safetensors:
         raise ValueError(f"fix keeps the format of {source or target}, got -o {place}. Name it {place.stem}{suffix}.")
     if source and place.exists() and Path(source).exists() and place.samefile(source):
-        raise ValueError(f"{place} is the checkpoint itself. Pass --in-place to write over it.")
+        raise ValueError(f"{place} is the checkpoint itself. Pass --in-place in place of -o to write over it.")
     if place.is_dir():
         raise ValueError(f"cannot write {place}: it is a folder. Choose another place with -o FILE.")
     if place.exists() and not place.is_file():
@@ -158,7 +159,7 @@ def _file(asked: FixOptions) -> Mended:
 
 
 def _states(plan: MendingPlan, state: str) -> tuple[str, ...]:
-    """Sentences that name the mended states, if there are several; or one that says that there are no layers."""
+    """Sentences that name the mended states if there are several; or a note that the file has no batch norm layers."""
     state = with_state(plan.file, state)[1] if state else ""
     others = [name for name in plan.file.states if state and name != state]
     if len(plan.file.states) < 2:

@@ -56,7 +56,7 @@ _ALPHA, _UNIT = 0.01, "example"
 )  # fmt: skip
 @click.option(
     "--unit", type=click.Choice(["example", "batch"]), default=_UNIT, show_default=True,
-    help="Unit of an observation; use batch if neighbouring examples are similar.",
+    help="What counts as one observation; use batch if neighbouring examples are similar.",
 )  # fmt: skip
 @click.option(
     "--max-examples",
@@ -184,7 +184,7 @@ def _check_place(path: Path) -> None:
 
 
 def _judged(asked: ShiftOptions) -> tuple[Report, bool]:
-    """The report, and whether no shift was found."""
+    """The report; and True if no shift was found."""
     from batchnorm.shift.verdict import judge
     from batchnorm.shift.verdict_report import report
 

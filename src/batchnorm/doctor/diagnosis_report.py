@@ -31,7 +31,7 @@ def report(
         source: The file to name for findings without a place in code; by default the target.
         fail_on: The lowest severity at which a check of JUnit fails. None: no check fails.
         verbose: Whether the text lists every check that did not run.
-        command: The command that was called; "" if the text shall not end with a command to call next.
+        command: The command that was called; "" leaves out the line that names the command to mend the target.
     """
     rows = [_row(diagnosis.target, finding) for finding in diagnosis.findings]
     records = json.loads(diagnosis.to_json())["findings"]

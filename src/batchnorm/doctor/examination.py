@@ -102,9 +102,11 @@ def examine(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        TypeError: If the target is neither a path nor an ``nn.Module``, or a setting is not a whole number.
-        ValueError: If the file is not a checkpoint or has no such state, data are given for a file or a state for a
-            model, or a setting is out of range.
+        TypeError: If the target is neither a path nor an ``nn.Module``, or is a model of torch.jit.freeze; if a setting
+            is not a whole number; or if the optimizer, the reference or a layer's batchnorm_ignore has a wrong type.
+        ValueError: If the file is not a checkpoint or has no such state; if data, an example, an optimizer or a
+            reference are given for a file, or a state for a model; if a setting is out of range; or if a layer's
+            batchnorm_ignore names no rule.
         Exception: An error of the model on the data in eval mode.
 
     Example:
@@ -203,7 +205,7 @@ def _are_same(some: Mapping[str, Stored], others: Mapping[str, Stored]) -> bool:
 
 
 def _is_meant(file: Checkpoint | None, state: str) -> Callable[[Finding | Unknown], bool]:
-    """A test whether a finding or an unknown is about one state of the file."""
+    """A function that returns whether a finding or an unknown is about ``state``; always True if ``state`` is ""."""
     if file is None or not state:
         return lambda _: True
     layers = set(file.states[state].layers.values())
@@ -233,7 +235,7 @@ def _of_state(diagnosis: Diagnosis, file: Checkpoint, name: str) -> Diagnosis:
 
 
 def _states(file: Checkpoint | None) -> tuple[str, ...]:
-    """Sentences that name the states, if there are several, and the states that repeat another."""
+    """Sentences about a file's states: their names if there are several, second names, and repeated layers."""
     if file is None:
         return ()
     lines = [f"{name} is {state} itself, under another name" for name, state in file.aliases.items()]
@@ -278,7 +280,7 @@ def _diagnosis(evidence: Evidence, selection: Selection, state: str, measured_on
 
 
 def looks(copy: str, part: Evidence, rules: Iterable[Rule]) -> Iterator[tuple[Rule, list[Finding], list[Unknown]]]:
-    """Findings and unknowns of each rule in one part. Those about the whole part get ``copy`` as their layer."""
+    """Findings and unknowns of each rule in one part; ``copy`` becomes the layer of those about the whole part."""
     for rule in rules:
         if not rule.missing(part):
             findings, unknown = rule.look(part)

@@ -28,13 +28,14 @@ def concise(diagnosis: DiagnosisValue) -> list[str]:
 def full(diagnosis: DiagnosisValue, *, width: int = 80, verbose: bool = False, command: str = "") -> str:
     """Text for people: families of rules, worst first, each with its findings.
 
-    A healthy target has three lines, besides notes.
+    Without findings and without ``verbose`` the text has three lines besides the notes: headline, numbers, and a hint
+    about checks that did not run.
 
     Args:
         diagnosis: The diagnosis.
         width: Columns to wrap at.
         verbose: Also list every check that did not run, with the reason.
-        command: The command that was called; "" if the text shall not end with a command to call next.
+        command: The command that was called; "" leaves out the line that names the command to mend the target.
     """
     lines = wrapped(headline(diagnosis), width)
     lines += [line for note in diagnosis.notes for line in wrapped(note, width, 4)]
@@ -168,7 +169,7 @@ def _why(some: list[str]) -> str:
 
 
 def _next(diagnosis: DiagnosisValue, *, hint: bool) -> Iterator[str]:
-    """What to type next."""
+    """The commands to type next: one that mends or measures the target if ``hint``, and one that explains a rule."""
     if not diagnosis.findings:
         return
     commands = {f.fixable: f.remedy for f in reversed(diagnosis.findings) if isinstance(f.remedy, CommandLine)}

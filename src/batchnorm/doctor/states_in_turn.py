@@ -23,7 +23,7 @@ from batchnorm.doctor.mending.remedies import Change
 from batchnorm.doctor.mending.treatment import differences, treat
 from batchnorm.rules.finding import Finding
 
-_FOREIGN = "BN115"  # needs all states of a file: a model with one of them does not show it
+_FOREIGN = "BN115"  # statistics of other weights; found only in a file with all its states, not in a loaded model
 
 
 @final
@@ -41,7 +41,7 @@ class Treated:
 @final
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """The states of a file that are loaded into a model, that were not asked for, and that do not fit the model."""
+    """The states of a file: states to load into a model, states that were not asked for, and states that do not fit."""
 
     file: Checkpoint
     loaded: tuple[str, ...]
@@ -65,7 +65,10 @@ class Loading:
         return (*lines, *(f"not loaded: {name}: {reason}" for name, reason in self.others.items()))
 
     def named(self, state: str, layer: str) -> str:
-        """The name of a layer: in the model for the first loaded state, in the file for other states."""
+        """The name of a layer: in the model for the first loaded state, in the file for other states.
+
+        If ``layer`` is "" and the state is not the first, the name is the state's.
+        """
         return layer if state == self.loaded[0] else self.in_file(state, layer) if layer else state
 
     def in_file(self, state: str, layer: str) -> str:
@@ -147,7 +150,7 @@ def _with(network: nn.Module, path: str, state: str, look: Callable[[], Diagnosi
 def _of_file(
     plan: Loading, selection: Selection, diagnoses: Mapping[str, Diagnosis]
 ) -> tuple[list[Finding], list[LayerRow]]:
-    """Findings and rows of states that do not fit, and findings of foreign statistics that no data contradict."""
+    """Findings and rows of states that do not fit; and findings of foreign statistics (BN115) that no data refute."""
     diagnosis = examine(plan.file.path, selection=selection)
     unfit = {layer for name in plan.unfit for layer in plan.file.states[name].layers.values()}
     findings = [finding for finding in diagnosis.findings if finding.layer in unfit]
@@ -160,7 +163,7 @@ def _of_file(
 
 
 def _shows_a_fit(diagnosis: Diagnosis) -> bool:
-    """Whether there were data, and they agree with the stored statistics."""
+    """Whether the stored statistics were compared with data, and agree with them."""
     return "BN116" in diagnosis.checked and not any(f.code == "BN116" for f in diagnosis.findings)
 
 
@@ -220,7 +223,7 @@ def _names(network: nn.Module, plan: Loading, state: str, layers: Iterable[str])
 
 
 def _in_file(plan: Loading, state: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Findings by names in the file. If it has several states, a finding about a whole state gets the state's name."""
+    """Findings by names in the file. If the file has several states, a finding about a whole state gets its name."""
     state_name = state if len(plan.file.states) > 1 else ""
     for finding in findings:
         yield replace(finding, layer=plan.in_file(state, finding.layer) if finding.layer else state_name)

@@ -24,7 +24,7 @@ from batchnorm.population.eager import uncompiled
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_trees import tensors_in
 
-_MOST = 8  # examples that run alone
+_MOST = 8  # number of examples that run alone
 
 
 def dependence(model: nn.Module, examples: Batch, *, rtol: float | None = None, atol: float | None = None) -> str:
@@ -112,7 +112,7 @@ def _count(examples: Batch) -> int:
 
 
 def _example(value: Batch, i: int, size: int) -> Batch:
-    """The batch that has only example i of a batch."""
+    """The part of a batch that belongs to example i. Values without one row for each example stay as they are."""
     if isinstance(value, Tensor):
         return value[i : i + 1] if value.ndim and len(value) == size else value
     if isinstance(value, Mapping):

@@ -104,7 +104,7 @@ class Recalibrate(Callback):
     frozen, or in eval mode while the model trains, keep their statistics.
 
     Args:
-        max_examples: Largest number of examples to measure; None: a whole epoch.
+        max_examples: Largest number of examples to measure; None: all batches of an epoch, or of ``loader``.
         every_n_epochs: n, to measure also before the validation of every n-th epoch; None measures only at the end.
         loader: The batches to measure; None: the trainer's training dataloader.
         forward: A function ``forward(module, batch)``, needed if the module's forward accepts neither a batch nor its
@@ -112,8 +112,8 @@ class Recalibrate(Callback):
         exact: False for one pass over the data, as in ``batchnorm.recalibrate``.
 
     Raises:
-        ValueError: While fitting, if ``loader`` is None and the trainer has none or several training dataloaders; and
-            every error of ``batchnorm.recalibrate``.
+        ValueError: If ``every_n_epochs`` is below 1. While fitting: if ``loader`` is None and the trainer has no
+            training dataloader or several of them; and every error of ``batchnorm.recalibrate``.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class FreezeBatchNorm(Callback):
     Args:
         parts: Dotted paths of the modules whose layers are frozen; empty for all layers.
         from_epoch: First epoch with frozen layers.
-        until_epoch: First epoch after it in which layers are not frozen; None keeps them frozen.
+        until_epoch: First epoch in which layers are no longer frozen; None keeps them frozen.
         affine: Whether gamma and beta are frozen too.
 
     Raises:
@@ -221,7 +221,7 @@ class FreezeBatchNorm(Callback):
 
 
 def _thaw(module: nn.Module, training: bool) -> None:
-    """Unfreeze, and set the layers to the model's mode; after validation Lightning put frozen layers into eval mode."""
+    """Unfreeze, and set the layers to the model's mode: after validation Lightning leaves frozen layers in eval."""
     layers = [layer for layer in batch_norms(module).values() if isinstance(layer, Frozen)]
     unfreeze(module)
     for layer in layers:

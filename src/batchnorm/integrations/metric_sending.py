@@ -6,7 +6,7 @@ import warnings
 from types import TracebackType
 from typing import final
 
-_PATIENCE = 3  # failures in a row; a client that waits for a dead server can take minutes each time
+_PATIENCE = 3  # failures in a row before nothing more is sent: a dead server can delay each call by minutes
 
 
 @final

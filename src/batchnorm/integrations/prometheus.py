@@ -6,9 +6,9 @@
     batchnorm_shift_layer_log_evidence{layer}, ...
 
 A scrape changes nothing. It uses the monitor's lock only while it copies the means of the layers, and only if the
-evidence is new. It may have to wait while the monitor counts a batch. At most seven observations wait for the next
-round of the monitor; a scrape does not include them. The evidence is replaced as a whole, so a scrape during a forward
-pass reads the old or the new evidence, never a mixture.
+evidence is new. It may have to wait while the monitor counts a batch. The monitor collects at least eight observations
+(examples or whole batches) before it updates the evidence. So a scrape may lack the last seven observations. The
+evidence is replaced as a whole, so a scrape during a forward pass reads the old or the new evidence, never a mixture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Session: consecutive ``watch`` runs, started and ended by the events of a framework.
+"""Session: one ``watch`` for each training, started and ended by the events of a framework.
 
 A framework can train several times with one callback, and most frameworks do not report a training that ends by an
 exception. If a watch is still open when the next training begins, it is ended at that time.
@@ -17,7 +17,7 @@ from batchnorm.instruments.probe_tier import Loss
 
 
 class WatchArguments(TypedDict, total=False):
-    """The arguments of ``batchnorm.watch``, described there."""
+    """The arguments of ``batchnorm.watch``, except the model; ``watch`` describes them."""
 
     log: str | os.PathLike[str] | None
     every: int
@@ -52,7 +52,7 @@ class Session:
             self.run.stop(reason)
 
     def note_loss(self, value: Any, times: float = 1.0) -> None:
-        """Log the loss of this step, if it is a number."""
+        """Log the loss of this step times ``times``, if the loss is a number and a watch has been started."""
         is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         if self.run is not None and is_number:
             self.run.log(loss=value * times)

@@ -43,7 +43,8 @@ class TextTable:
 class Facts:
     """Pairs of a name and a text, such as the facts of one finding; ``code`` has the names whose texts are code.
 
-    ``pages`` are pairs of a title and a preformatted text. An HTML page shows them in a fold titled ``summary``.
+    ``pages`` are pairs of a title and a preformatted text. An HTML page shows them in a fold titled ``summary``,
+    Markdown shows them after the facts, and plain text leaves them out.
     """
 
     title: str

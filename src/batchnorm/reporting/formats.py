@@ -21,7 +21,7 @@ from batchnorm.reporting.text import columns, paragraphs, plain
 @final
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A function that makes the text of a report, and the ending of files in this format; "" without an ending."""
+    """An output format: the function that makes its text, and the ending of its files; "" if it has no ending."""
 
     make: Callable[[Report], str]
     suffix: str = ""

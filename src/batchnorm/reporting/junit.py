@@ -10,7 +10,7 @@ from batchnorm.reporting.text import plain
 
 
 def junit(report: Report) -> str:
-    """The report as XML; rows below ``fail_on`` are output of their check, but do not make it fail."""
+    """The report as XML; if all rows of a check are below ``fail_on``, they are the check's output, not a failure."""
     root = Element("testsuites", name=report.command)
     notes = [Suite(name="target", checks=[Check(name="notes", output="\n".join(map(plain, report.notes)))])]
     for suite in [*(notes if report.notes else ()), *report.suites]:

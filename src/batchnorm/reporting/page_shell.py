@@ -72,7 +72,7 @@ def digest(text: str) -> str:
 
 
 def template(name: str, **filters: Callable[..., object]) -> Template:
-    """A template in templates/; ``filters`` are its filters besides ``plain``.
+    """A template in the folder templates; ``filters`` are functions that it may use besides the filter ``plain``.
 
     Raises:
         ModuleNotFoundError: If jinja2 is missing.

@@ -82,7 +82,7 @@ class Report:
         records: One JSON value for each row, for the format jsonl.
         lines: One line of text for each row, for the format concise.
         headline: The result in one sentence.
-        document: Paragraphs and tables, from which Markdown, text and the page are made unless they have a function.
+        document: Paragraphs and tables for the text, page and Markdown whose function (see below) is None.
         rows: The results.
         rules: The rules that were applied.
         suites: The checks by groups.

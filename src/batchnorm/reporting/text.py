@@ -16,7 +16,7 @@ _GAP = "  "
 
 
 def plain(text: str) -> str:
-    """The text with every unprintable character escaped: it could control a terminal, begin a line or be invisible."""
+    """The text with every unprintable character escaped: such a character could control a terminal or begin a line."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -24,7 +24,8 @@ LARGEST_EPS = 1e-3  # the largest eps in common use, TensorFlow's default
 # the gain |gamma| / sqrt(var + eps) of an ordinary channel is about 1; with gamma = 1 it is at most 316 for eps = 1e-5
 # and at most 32 for eps = 1e-3
 STEEP = 100.0
-STEEPER = 10.0  # times the median of gain times weight norm over the other channels
+# the product of gain and weight norm must exceed this many times its median over the channels that vary
+TIMES_MEDIAN = 10.0
 # a sum of a thousand channels that each vary by this much varies by about 0.03
 FAINT = 1e-3
 RARELY = 0.01  # share of a channel's values
@@ -52,16 +53,17 @@ def constant_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """A channel hardly varied in training, but it strongly magnifies any later change of its input.
 
     Why:
-        A constant channel has a variance near 0, so division by sqrt(var + eps) magnifies its input up to 316 times at
-        eps = 1e-5. That has no effect on the training data. On new data a small change becomes the largest signal of
-        the layer.
+        A constant channel has a variance near 0, so division by sqrt(var + eps) magnifies its input: up to 316 times
+        with gamma = 1 and eps = 1e-5. That has no effect on the training data. On new data a small change becomes the
+        largest signal of the layer.
 
     How:
         running_var < eps / 10,000, and the gain |gamma| / sqrt(var + eps) is above 100. Behind a convolution or linear
         layer the norm of the channel's weights counts too: gain times norm must be more than 10 times its median over
-        the channels that vary. Weights that decayed together with the variance magnify nothing (BN106). Not reported
-        behind a depthwise convolution, if BN106 names the channel in the layer before it. Not checked if it is not
-        known what is before the layer, or if a file does not store eps and a variance is below 1e-7.
+        the channels that vary. If weight decay has made the weights small as well as the variance, gain times norm is
+        small and nothing is magnified. Not reported if BN106 names the same channel of the layer before, and only a
+        depthwise convolution and an activation are between the two layers. Not checked if it is not known what is
+        before the layer, or if a file does not store eps and a variance is below 1e-7.
 
     Example:
         A padded corner of images; a one-hot feature that is 0 in all training data.
@@ -99,7 +101,7 @@ def _magnifies(evidence: Evidence, stored: Stored, norms: Sequence[float], chann
         return True
     constant = set(_constant(evidence, stored))
     others = [_gain(evidence, stored, i) * norms[i] for i in range(stored.channels) if i not in constant]
-    return _gain(evidence, stored, channel) * norms[channel] > STEEPER * (median(others) if others else 1.0)
+    return _gain(evidence, stored, channel) * norms[channel] > TIMES_MEDIAN * (median(others) if others else 1.0)
 
 
 def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
@@ -113,30 +115,34 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
         One of two conditions. (1) The output hardly varies: |gamma| < 0.001 and |beta| < 0.001; or var < 10 eps, the
         gain |gamma| / sqrt(var + eps) is at most 100, and gain times sqrt(var) < 0.001. (2) Only an activation reads
         the output, and the activation is hardly ever active. The layer itself, the traced code or the ONNX graph must
-        show that. With data of at least 32 examples and 300 values, no value is in the range in which the activation
-        varies (above 0 for ReLU, 0 to 6 for ReLU6, above -3 for hardswish). Without such data, gamma z + beta with a
-        standard normal z is in that range with a probability below 0.01. If something is added to the output before the
-        activation, only (1) is used. Not checked if no code shows what follows the layer.
+        show this activation. With data of at least 32 examples and 300 values, all values of the channel are on one
+        side of the range in which the activation varies (above 0 for ReLU, 0 to 6 for ReLU6, above -3 for hardswish).
+        Without such data, an output with a normal distribution of mean beta and sd gain times sqrt(var) is in that
+        range with a probability below 0.01. If something is added to the output before the activation, only (1) is
+        used. Layers with initial statistics, or with gamma 0 in every channel, are not judged. If a ReLU behind some
+        channel would hardly ever be active, and it is not known what follows the layer, the rule cannot judge the
+        layer.
 
     Example:
         12 of 512 channels after training with strong weight decay
 
     Fix:
-        The model's outputs are right, so the channels can stay. Or prune them, and add the constant that the next layer
-        receives from them to its bias.
+        The model's outputs are right, so the channels can stay. Or prune them. The next layer receives a constant from
+        each of them: multiply the constant by the next layer's weights for that channel, and add the result to the next
+        layer's bias.
 
     References:
         Liu et al. 2017, "Learning Efficient Convolutional Networks through Network Slimming".
     """
     for name, stored in evidence.stored.items():
-        if not _may_be_dead(stored):
+        if not _can_be_judged(stored):
             continue
         still = still_channels(evidence, stored)
         inactive, how = _rarely_active(evidence, stored)
         if channels := tuple(sorted(still | inactive)):
             what = [f"{len(still)} hardly vary" if still else "", f"{len(inactive)} are {how}" if inactive else ""]
             yield Finding(name, f"{some_of(channels, stored)}: {', '.join(filter(None, what))}", channels=channels)
-        elif not evidence.activation(name) and _is_open(evidence, stored):
+        elif not evidence.activation(name) and _could_be_dead_behind_relu(evidence, stored):
             yield Unknown(
                 name,
                 "a ReLU behind some channel would hardly ever be active, and it is not known what follows the layer",
@@ -144,7 +150,10 @@ def dead_channel(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
 
 def dead_before(evidence: Evidence, layer: str) -> set[int]:
-    """Channels that a depthwise convolution computes from a dead channel, which BN106 names in the layer before."""
+    """Channels that are computed from one dead channel each, because BN106 names that channel in the layer before.
+
+    Between the two layers there must be only an activation and a depthwise convolution; otherwise the set is empty.
+    """
     before = evidence.graph.channel_by_channel.get(layer) if evidence.graph else None
     stored = evidence.stored.get(before or "")
     return set() if stored is None else dead_channels(evidence, stored)
@@ -152,10 +161,10 @@ def dead_before(evidence: Evidence, layer: str) -> set[int]:
 
 def dead_channels(evidence: Evidence, stored: Stored) -> set[int]:
     """Channels that BN106 names."""
-    return still_channels(evidence, stored) | (_rarely_active(evidence, stored)[0] if _may_be_dead(stored) else set())
+    return still_channels(evidence, stored) | (_rarely_active(evidence, stored)[0] if _can_be_judged(stored) else set())
 
 
-def _may_be_dead(stored: Stored) -> bool:
+def _can_be_judged(stored: Stored) -> bool:
     return _is_whole(stored) and not stored.is_initial and not stored.is_silent
 
 
@@ -184,7 +193,7 @@ def _gain(evidence: Evidence, stored: Stored, channel: int) -> float:
 
 def still_channels(evidence: Evidence, stored: Stored) -> set[int]:
     """Channels that BN106 names because their output hardly varies, whatever module follows."""
-    return {i for i in range(stored.channels) if _is_still(evidence, stored, i)} if _may_be_dead(stored) else set()
+    return {i for i in range(stored.channels) if _is_still(evidence, stored, i)} if _can_be_judged(stored) else set()
 
 
 def _is_still(evidence: Evidence, stored: Stored, channel: int) -> bool:
@@ -206,7 +215,7 @@ def _rarely_active(evidence: Evidence, stored: Stored) -> tuple[set[int], str]:
         return set(), ""
     low, high = ACTIVE[act]
     measured = (evidence.measured or {}).get(stored.name)
-    if measured is not None and _tells_activity(measured):
+    if measured is not None and _has_enough_data(measured):
         pairs = enumerate(zip(measured.lowest or (), measured.highest or (), strict=True))
         never = {i for i, (lowest, highest) in pairs if highest <= low or lowest >= high}
         return never, f"never active behind {act} in {measured.examples} examples"
@@ -214,14 +223,17 @@ def _rarely_active(evidence: Evidence, stored: Stored) -> tuple[set[int], str]:
     return inactive, f"hardly ever active behind {act}, if values are normally distributed"
 
 
-def _is_open(evidence: Evidence, stored: Stored) -> bool:
-    """Whether an unknown ReLU could make a channel dead. False if all code was read: then there is no activation."""
+def _could_be_dead_behind_relu(evidence: Evidence, stored: Stored) -> bool:
+    """Whether some channel would be dead if a ReLU followed the layer, and it is not known whether one does.
+
+    Call it only if no activation is known. If the code of all modules was traced, no activation follows.
+    """
     if evidence.graph is not None and not evidence.graph.unread:
         return False
     return any(_activity(evidence, stored, i, *ACTIVE["relu"]) < RARELY for i in range(stored.channels))
 
 
-def _tells_activity(found: Measured) -> bool:
+def _has_enough_data(found: Measured) -> bool:
     values = found.examples * found.values_per_example
     return found.lowest is not None and found.examples >= FEWEST_EXAMPLES and values >= FEWEST_VALUES
 
@@ -231,7 +243,10 @@ def _affine(stored: Stored, channel: int) -> tuple[float, float]:
 
 
 def _activity(evidence: Evidence, stored: Stored, channel: int, low: float, high: float) -> float:
-    """P(low < y < high) for a normal eval output y by the stored values; 1 if one of them is not a finite number."""
+    """Probability that a channel's eval output lies between low and high, if it is normally distributed.
+
+    Its mean is beta, its sd is gain times sqrt(var). 1 if the gain, var or beta is not finite, or if var is negative.
+    """
     var, (_, beta) = (stored.running_var or (1.0,) * stored.channels)[channel], _affine(stored, channel)
     sd = _gain(evidence, stored, channel) * math.sqrt(max(var, 0.0))
     if not (var >= 0 and math.isfinite(sd) and math.isfinite(beta)):

@@ -86,11 +86,14 @@ def few_updates(evidence: Evidence) -> Iterator[Finding | Unknown]:
 
     How:
         r = (1 - momentum)^num_batches_tracked is above 0.01, and there is a proof. (If a file does not store momentum,
-        0.1 is assumed.) With data of mean m and variance v: the stored statistics are at most half as far from (1 - r)
-        m and r + (1 - r) v as from m and v. Without data: two variances are exactly r, as in channels that never
-        varied; or four layers have their smallest variance just above r. Not reported if a variance is below r, which
-        updates cannot produce, if the counter is 0, or for momentum=None. Not checked if there is nothing but a small
-        counter: recalibrate and update_bn leave one too.
+        0.1 is assumed.) Proof with data of mean m and variance v: after these updates the stored statistics should be
+        (1 - r) m and r + (1 - r) v. They are less than half as far from these values as from m and v, and the ratio of
+        stored to measured variance differs between channels as r explains. Proof without data: two variances are
+        exactly r, as in channels that never varied; or the smallest variance of each layer with this counter, in at
+        least four layers, is at most 1.1 r, and some variance is above 3 r. Not reported for frozen layers, if the
+        counter is 0, if momentum is None, or if a variance is below r (updates cannot make it so small). A small
+        counter alone is no proof, because recalibrate and update_bn set one too: the rule then says that it cannot
+        judge.
 
     Example:
         A short fine-tuning with momentum=0.01: after 100 batches 37 % of the initial values are left.
@@ -130,11 +133,11 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
         In a file: two parts have the same layers and, bit for bit, the same statistics, but a weight before some layer
         differs. So the statistics of one part were copied to the other. An error if a name says that a part is an
         average (ema, swa, averaged), a warning for other names (q_net and q_net_target). Not reported if only weights
-        behind the last layer differ, such as two heads; if the statistics are initial; if some layers have statistics
-        of their own; for frozen layers without a counter; or if the weights differ only in their type. In a model: the
-        model is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so that the
-        weights in eval mode are averages. Without data these cases look the same after a new measurement of the
-        statistics. Not reported if data show that the statistics fit.
+        behind the last layer differ, such as two heads; if the statistics are initial; if some layers of the two parts
+        have different statistics; for frozen layers without a counter; or if the weights differ only in their type. In
+        a model: the model is in an AveragedModel that does not average buffers, or the optimizer is schedule-free, so
+        that the weights in eval mode are averages. Without data the rule cannot see that the statistics were measured
+        again, and reports these two cases anyway. Not reported if data show that the statistics fit.
 
     Example:
         AveragedModel(model), saved without update_bn
@@ -145,8 +148,8 @@ def averaged_weights(evidence: Evidence) -> Iterator[Finding]:
     References:
         Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima", section 3.2.
     """
-    for layer, measured, severity in _reasons_for_averages(evidence):
-        unless = "" if severity is Severity.ERROR else ", unless these layers were frozen on purpose"
+    for layer, measured, severity in _parts_with_other_statistics(evidence):
+        unless = "" if severity is Severity.ERROR else ". That is right only if these layers were frozen on purpose"
         yield Finding(
             layer,
             measured,
@@ -167,13 +170,15 @@ def stale_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
     How:
         For each channel, t = (stored - measured) / standard error, for the mean and for the log of the variance. The
         standard error has two parts: the noise of a running average with momentum a over batches of M_eff independent
-        values, sd sqrt(a / ((2 - a) M_eff)), and the noise of the measured value. Reported if a tenth of the channels
-        meet three conditions. |t| is above 4. The difference is more than 0.1 sd or a factor of 1.25 in variance. The
-        difference is shown for any distribution of the examples: their clipped scores have a larger mean than any
-        distribution with the stored statistics allows, with an error probability of at most 0.01 for a layer. Not
-        checked if examples too rare to be among the data can explain the difference, as with a variance that is only
-        smaller. Needs 4 batches and a momentum. The rule cannot know whether the data are training data. If they are
-        not, the statistics may be right and the data different; BN401 reports a large shift.
+        values, sd sqrt(a / ((2 - a) M_eff)), and the noise of the measured value. Reported if a tenth of the channels,
+        and at least one, meet three conditions. |t| is above 4, for the mean or the variance. The mean differs by more
+        than 0.1 sd, or the variance by a factor of more than 1.25. The difference is proven without an assumption about
+        the distribution of the examples: a test with an error probability of at most 0.01 for a layer rejects that the
+        data have the stored statistics. The rule cannot judge a difference that rare examples missing from the data may
+        explain: for example, the data's variance is smaller than the stored one, and the means agree. Channels that are
+        constant in the data do not count, and layers with initial statistics are left out (BN101). Needs 4 batches and
+        a momentum between 0 and 2. The rule cannot know whether the data are training data. If they are not, the
+        statistics may be right and the data different; BN401 reports a large shift.
 
     Example:
         After 20 steps at a high learning rate: loss 0.356 with measured statistics, 0.476 with the stored ones.
@@ -224,7 +229,7 @@ def _t(measured: Measured, channel: int) -> float:
     return max(values, key=abs)
 
 
-def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str, Severity]]:
+def _parts_with_other_statistics(evidence: Evidence) -> Iterator[tuple[str, str, Severity]]:
     """Each part that has statistics of other weights, with the evidence in words and the severity."""
     structure, optimizer = evidence.structure, evidence.optimizer
     if evidence.measured and _fit(evidence):
@@ -232,13 +237,16 @@ def _reasons_for_averages(evidence: Evidence) -> Iterator[tuple[str, str, Severi
     if structure and "AveragedModel" in structure.wrappers and structure.averages_buffers is False:
         yield "", "AveragedModel with use_buffers=False", Severity.ERROR
     if optimizer and optimizer.is_schedule_free:
-        yield "", f"{optimizer.kind} evaluates averages", Severity.ERROR
+        yield "", f"with {optimizer.kind} the weights in eval mode are averages", Severity.ERROR
     if evidence.file:
-        yield from (_copied(evidence.file, twins) for twins in find_twins(evidence.file))
+        yield from (_reason_of_twins(evidence.file, twins) for twins in find_twins(evidence.file))
 
 
-def _copied(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
-    """The reason for two parts with equal statistics. It names the average, or the second part if none is known."""
+def _reason_of_twins(file: Checkpoint, twins: Twins) -> tuple[str, str, Severity]:
+    """Place, evidence in words and severity for two parts with equal statistics.
+
+    The place is the part that is an average. If both parts or neither are averages, it is the second part.
+    """
     first, second = twins.first, twins.second
     if _is_average(file, first) and not _is_average(file, second):
         first, second = second, first

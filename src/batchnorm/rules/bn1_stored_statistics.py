@@ -65,8 +65,8 @@ def negative_variance(evidence: Evidence) -> Iterator[Finding]:
     """A stored variance is negative.
 
     Why:
-        If var < -eps, the square root is NaN. If -eps < var < 0, the channel is magnified more than a variance of 0
-        would do.
+        If var < -eps, the square root is NaN. If var = -eps, outputs are infinite or NaN. If -eps < var < 0, the
+        channel is magnified more than a variance of 0 would do.
 
     How:
         running_var < 0. A value of at least -eps / 2^24 is rounding, and the safe fix sets it to 0. A lower value has

@@ -45,9 +45,9 @@ def correlated_batches(evidence: Evidence) -> Iterator[Finding | Unknown]:
     How:
         An F-test of batch means against the means of single examples, in every channel of a layer. Reported if three
         conditions are met. The test's p, times the numbers of channels and layers, is below 0.001. Batch means vary as
-        if a batch had fewer than half of its examples. In each of 1,999 random orders of the examples, the ranks in
-        the batches differ less; this test is valid for any distribution. Needs 4 batches, in the loader's order. Layers
-        whose inputs do not have one row per example are left out.
+        if a batch had fewer than half of its examples. In each of 1,999 random orders of the examples, batches differ
+        less in the ranks of their examples; this test is valid for any distribution. Needs 4 batches, in the loader's
+        order. Layers whose inputs do not have one row per example are left out.
 
     Example:
         DataLoader(images_sorted_by_class, batch_size=32)  # shuffle=False
@@ -117,8 +117,8 @@ def non_finite_batch(evidence: Evidence) -> Iterator[Finding]:
         training goes on, but eval outputs are NaN.
 
     How:
-        NaN and infinite values in the inputs of layers, in eval mode. Only the first layer that receives them is named.
-        Not reported behind a layer whose stored values cause them (BN102, BN103, BN107).
+        Counts NaN and infinite values in the inputs of layers, in eval mode. Only the first layer that receives them is
+        named. Not reported behind a layer whose stored values cause them (BN102, BN103, BN107).
 
     Example:
         images[17, 0, 0, 0] = float("inf")
@@ -148,13 +148,13 @@ def train_eval_gap(evidence: Evidence) -> Iterator[Finding | Unknown]:
     How:
         The root mean square difference between a layer's outputs in both modes, in standard deviations of the output.
         It has two parts: noise (statistics of a batch against those of all the data) and stale (statistics of all the
-        data against the stored ones). Only channels whose statistics differ for any distribution of the examples (as in
-        BN116) count for the stale part. Reported if it is above 0.25, and above 3 times the gap that averaging and the
-        choice of examples explain: noise sqrt(m / (2 - m) + 1 / batches) for momentum m. Not checked if examples too
-        rare to be among the data can explain the gap. Needs 4 batches. Not reported for frozen layers and for layers
-        that were never updated (BN101). The finding names a cause if the numbers show it: the stored statistics are at
-        most half as far from a mixture of the data's statistics with the initial ones, or from unbiased variances of
-        single batches, as from the data's statistics.
+        data against the stored ones). Only channels whose statistics are proven to differ without an assumption about
+        the distribution of the examples (as in BN116) count for the stale part. Reported if it is above 0.25, and above
+        3 times the gap that averaging and the choice of examples explain: noise sqrt(m / (2 - m) + 1 / batches) for
+        momentum m. The rule cannot judge a gap that rare examples missing from the data may explain. Needs 4 batches.
+        Not reported for frozen layers and for layers that were never updated (BN101). The finding names a cause if the
+        numbers show it: a mixture of the data's statistics with the initial ones, or unbiased variances of single
+        batches. Then the stored statistics are less than half as far from these values as from the data's statistics.
 
     Example:
         Training stopped after 20 steps, or weights were averaged after the statistics were stored.
@@ -196,13 +196,13 @@ def constant_on_data(evidence: Evidence) -> Iterator[Finding]:
     """A channel has the same value in all the data.
 
     Why:
-        In train mode the channel's output is beta plus rounding errors, because its input is divided by sqrt(eps). That
-        magnifies rounding errors 316 times at eps = 1e-5.
+        In train mode the channel's output is beta plus magnified rounding errors: with gamma = 1 and eps = 1e-5,
+        division by sqrt(eps) magnifies them 316 times.
 
     How:
         Over all examples, a channel's standard deviation is not larger than the rounding error of its mean. Not
-        reported if BN106 names all of these channels, by its condition (1), or in the layer before a depthwise
-        convolution.
+        reported if BN106 names all of these channels: by its condition (1), or in the layer before, with only an
+        activation and a depthwise convolution between the two layers.
 
     Example:
         A column of zeros; a filter behind a ReLU that is never active
@@ -246,7 +246,7 @@ def _noise_of_averaging(evidence: Evidence, layer: str) -> float:
 
 
 def _cause(evidence: Evidence, layer: str, found: Measured) -> str:
-    """Why stored statistics differ from those of the data, in words, as far as the numbers show it."""
+    """Why stored statistics differ from those of the data, in words, if the numbers show it; else a general cause."""
     claim, share = claims(evidence)[layer]
     if claim is StartResidue.SHOWN and share > _SHARE_WORTH_A_WORD:
         return f"{share:.0%} of the stored statistics are still the initial ones"

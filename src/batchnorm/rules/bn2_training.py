@@ -29,9 +29,10 @@ def small_batch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         time the model uses other statistics than in training.
 
     How:
-        The given batch size, or else the loader's, times the number of processes if every layer that is not frozen is a
-        SyncBatchNorm. Limit: 8 (ResNet-50 on ImageNet: 24.8 % error at 8, 27.3 % at 4, 34.7 % at 2). Positions of an
-        image are values too, but similar ones, so they are not counted. Not reported if every layer is frozen.
+        Compares the given batch size, or else the loader's, with the limit. The size is multiplied by the number of
+        processes if every layer that is not frozen is a SyncBatchNorm. Limit: 8 (ResNet-50 on ImageNet: 24.8 % error at
+        8, 27.3 % at 4, 34.7 % at 2). Positions of an image are values too, but similar ones, so they are not counted.
+        Not reported if every layer is frozen.
 
     Example:
         DataLoader(data, batch_size=2)

@@ -51,10 +51,10 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
     How:
         The layer was called more than once in one forward pass; or, if calls are not known, it is registered under
         several names. In a file of torch.save: the mean and variance of two names in one state are the same bytes of
-        the file. That proves one layer, but not two calls. So the severity is only info if the weight before the layer,
-        or the module around it, is stored once too: then the names may be two ways to one call, as in self.body =
-        self.encoder.body. In an ONNX file: several nodes use the same four tensors and normalize different inputs. A
-        file of safetensors does not show sharing.
+        the file. That proves that both names mean one layer, but not that the layer is called twice. So the severity is
+        only info if the weight before the layer, or the module around it, is stored once too. Then the names may be two
+        ways to one call, as after self.body = self.encoder.body. In an ONNX file: several nodes use the same four
+        tensors and normalize different inputs. A file of safetensors does not show sharing.
 
     Example:
         x = self.bn(self.conv1(x)); x = self.bn(self.conv2(x))

@@ -35,12 +35,13 @@ def shifted_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
         another scale or another domain the outputs are then not normalized, and accuracy drops.
 
     How:
-        For each channel, the distance of the data's mean from the stored one, in stored standard deviations (limit 1),
-        and the ratio of the data's variance to the stored one (limits 1/4 and 4). Reported if a quarter of a layer's
-        channels are outside of a limit, and differ for any distribution of the examples (as in BN116). Only the first
-        such layer in execution order is named, because its outputs shift the inputs of later layers. Not checked if
-        examples too rare to be among the data can explain the difference, as with a variance that is only smaller.
-        Constant channels (BN211) and layers that were never updated do not count.
+        Measures, for each channel, the distance of the data's mean from the stored one, in stored standard deviations
+        (limit 1), and the ratio of the data's variance to the stored one (limits 1/4 and 4). Reported if a quarter of a
+        layer's channels are outside of a limit, and are proven to differ without an assumption about the distribution
+        of the examples (as in BN116). Only the first such layer in execution order is named, because its outputs shift
+        the inputs of later layers. The rule cannot judge a difference that rare examples missing from the data may
+        explain: for example, the data's variance is smaller than the stored one, and the means agree. Constant channels
+        (BN211) and layers that were never updated do not count.
 
     Example:
         A model trained on images in 0..1 gets images in 0..255.
@@ -77,14 +78,14 @@ def unscaled_inputs(evidence: Evidence) -> Iterator[Finding | Unknown]:
     """Input features range over very different scales.
 
     Why:
-        A gradient of the first layer's weights is proportional to the scale of the weight's feature. One learning rate
-        then is too large for some weights and too small for others, and batch norm behind that layer does not help.
+        The gradient of a weight in the first layer is proportional to the scale of its feature. Then one learning rate
+        is too large for some weights and too small for others, and batch norm behind that layer does not help.
 
     How:
-        Standard deviation and mean of each input feature (axis 1). Reported if the largest standard deviation is above
-        100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant features are left out.
-        Not reported for models that begin with InputNorm or batch norm. Not checked for integer inputs and for more
-        than 4096 features.
+        Measures the standard deviation and mean of each input feature (axis 1). Reported if the largest standard
+        deviation is above 100 times the smallest, or a mean is farther than 10 standard deviations from 0. Constant
+        features are left out. Not reported for models that begin with InputNorm or batch norm. Not checked for integer
+        inputs and for more than 4096 features.
 
     Example:
         Columns age (20..80) and income (20000..200000) straight from the table.

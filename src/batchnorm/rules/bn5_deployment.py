@@ -97,11 +97,12 @@ def eps_mismatch(evidence: Evidence) -> Iterator[Finding | Unknown]:
         variance.
 
     How:
-        Each layer's eps is compared with that of the reference's layer of the same name. If there is none, it is
-        compared with the eps of more than half of the layers. Reported if the difference changes the output of a
-        channel with the layer's median variance by more than 2^-11, the rounding error of half precision. Without such
-        a reference, not reported if two or more layers with this eps are all the layers of a part of the model, such as
-        a head of another library. Only ONNX files and files with a whole model store eps.
+        Each layer's eps is compared with that of the reference's layer of the same name. If the reference has no such
+        layer, or no reference was given, it is compared with the eps that more than half of the layers have. Reported
+        if the difference changes the output of a channel with the layer's median variance by more than 2^-11, the
+        rounding error of half precision. Without a reference layer of the same name, not reported if two or more layers
+        with this eps are all the layers of a part of the model, such as a head of another library. Only ONNX files and
+        files with a whole model store eps.
 
     Example:
         Keras weights in nn.BatchNorm2d(8), whose eps is 1e-5.
@@ -299,9 +300,9 @@ def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
         something else, without an error.
 
     How:
-        A module has the same tensor objects as a layer with act= that is not part of the model: its running_mean or
-        running_var, or both gamma and beta if that layer no longer exists. Or the model has a placeholder that convert
-        put in place of an activation, but not the layer that applies the activation. Values that were copied
+        A module has tensor objects of a layer with act= that is not part of the model. These are running_mean or
+        running_var; or, if that layer no longer exists, both gamma and beta. Or the model has a placeholder that
+        convert put in place of an activation, but not the layer that applies the activation. Values that were copied
         (load_state_dict, data.copy_) or computed again (fuse_conv_bn_eval) do not show a lost activation. Only a
         comparison with the original model does, as BN502 with reference=.
 
@@ -321,7 +322,7 @@ def activation_dropped(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _usual_eps(known: Mapping[str, float]) -> float | None:
-    """The eps of more than half of the layers; None if there is none."""
+    """The eps that more than half of the layers have; None if no eps is so frequent."""
     (eps, count), *_ = Counter(known.values()).most_common(1) or [(0.0, 0)]
     return eps if 2 * count > len(known) else None
 
@@ -354,5 +355,5 @@ def _differing(ours: Stored, theirs: Stored, eps: float) -> tuple[int, ...]:
 
 
 def _near(a: float, b: float, distance: float) -> bool:
-    """Whether two numbers are equal, NaN or infinity too, or differ by at most ``distance``."""
+    """Whether two numbers differ by at most ``distance``. NaN equals NaN, and an infinity equals itself."""
     return a == b or (math.isnan(a) and math.isnan(b)) or (abs(a - b) < math.inf and abs(a - b) <= distance)

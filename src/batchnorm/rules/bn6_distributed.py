@@ -56,7 +56,7 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _model_to_convert(evidence: Evidence) -> str:
-    """Code for the model to convert: with for_export if a layer applies an activation, or that would be lost."""
+    """Code of the model to convert, with for_export if a layer applies an activation, which would otherwise be lost."""
     applies = any(module.act for module in (evidence.modules or {}).values())
     return "batchnorm.for_export(model)" if applies else "model"
 

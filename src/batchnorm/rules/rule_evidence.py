@@ -1,7 +1,8 @@
 """Evidence: everything that rules may read, as plain values that need no torch.
 
-A part that was not examined is None, and ``unknown`` may have the reason. From a file come ``stored`` and ``file``. A
-model adds ``modules`` and ``structure``, data add ``measured`` and ``run``, the training loop's settings add ``loop``.
+A part that was not examined is None, and ``unknown`` may have the reason. A file gives ``stored`` and ``file``. A model
+gives ``stored``, ``modules``, ``structure`` and, if its code can be traced, ``graph``. Data add ``measured`` and
+``run``, the training loop's settings add ``loop``.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Measured:
     # order; and its value for independent examples
     effective_examples: float | None = None
     batch_examples: float | None = None
-    # probability of an F this large if batches were drawn at random from normal examples
+    # p of an F-test of batch means against the means of single examples, for the channel with the largest F, times the
+    # number of channels; at most 1
     clustering_p: float | None = None
     non_finite: int = 0  # inputs that are NaN or infinite
     constant: tuple[int, ...] = ()  # channels that have the same value in all the data

@@ -37,15 +37,15 @@ USUAL_MOMENTUM = 0.1
 _ROUNDING = 2.0**-23
 # if a layer's statistics differ by less than this (see ``_distance``), its outputs change by less than 5 %
 MATTERS = 0.05
-_NEARER = 0.5  # largest ratio of two distances; chance makes one of two smaller, but rarely by half over all channels
+_NEARER = 0.5  # largest ratio of two distances: by chance one is smaller, but rarely half as large over all channels
 _FLOOR_CHANNELS, _FLOOR_LAYERS = 2, 4
 _FLOOR, _FAR = 1.1, 3.0  # times r: limits of "just above r" and of "far above r"
 
 
 class StartResidue(Enum):
-    """Whether a layer's statistics still contain the initial values, which its counter claims."""
+    """Whether a layer's statistics still contain the initial values, as its counter claims."""
 
-    GONE = "gone"  # the share is below RESIDUE, or the claim is refuted
+    GONE = "gone"  # the share is at most RESIDUE, the claim is refuted, or all statistics are the initial ones (BN101)
     OPEN = "open"  # neither refuted nor proven
     SHOWN = "shown"
 
@@ -82,7 +82,10 @@ def misfit(evidence: Evidence, name: str) -> float | None:
 
 
 def is_nearer(stored: Stored, mean: Sequence[float], var: Sequence[float], found: Measured, eps: float) -> bool:
-    """Whether ``mean`` and ``var`` are less than half as far from the stored statistics as those of the data."""
+    """Whether ``mean`` and ``var`` are less than half as far from the stored statistics as those of the data.
+
+    False if the data's distance is at most MATTERS, or if a distance cannot be computed.
+    """
     own = _distance(stored, found.mean, found.var, eps)
     other = _distance(stored, mean, var, eps)
     return own is not None and other is not None and own > MATTERS and other < _NEARER * own
@@ -124,7 +127,10 @@ def _by_data(stored: Stored, found: Measured, share: float, eps: float) -> Start
 
 
 def _has_pattern(stored: Stored, var: Sequence[float], found: Measured, eps: float) -> bool:
-    """Whether ``var`` is less than half as far from the stored variances as the data's, scaled by their best factor."""
+    """Whether ``var`` explains the stored variances better than the data's variances times one factor.
+
+    "Better" means less than half the distance: the root mean square of log ratios. The factor is the best one.
+    """
     triples = zip(stored.running_var or (), var, found.var, strict=False)
     logs = [
         (math.log((v_s + eps) / (v + eps)), math.log((v_s + eps) / (v_data + eps)))

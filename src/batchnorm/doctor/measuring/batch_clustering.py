@@ -26,14 +26,14 @@ from torch import Tensor
 
 from batchnorm.moments import Moments
 
-# with fewer batches (three degrees of freedom) the variance of batch means is hardly known
+# 4 batches give three degrees of freedom; with fewer, the variance of batch means is hardly known
 MIN_BATCHES = 4
 # random orders; with the observed order there are 2,000, so the smallest p is 1 / 2,000: half of a finding's limit
 _ORDERS = 1999
 _ORDERS_AT_ONCE = 32
 _FINE = 2**12  # parts of an sd: values in one part count as equal, because rounding depends on the batch size
 _TINY = 1e-300
-_STEPS = 1000  # of the continued fraction, which needs O(sqrt(d1 + d2))
+_STEPS = 1000  # most steps of the continued fraction in ``_beta``; it needs O(sqrt(d1 + d2)) steps
 
 
 @final
@@ -53,9 +53,9 @@ class Clustering:
 
 
 def clustering(parts: Sequence[Moments]) -> Clustering | None:
-    """The clustering of a statistic with its moments in each batch; None with too few data, or if no channel varies.
+    """The clustering of a statistic of examples, from its moments in each batch. Constant channels are ignored.
 
-    Constant channels are ignored.
+    None with fewer than 4 batches, with fewer than 2 examples per batch on average, or if no channel varies.
     """
     total = sum(parts, Moments.empty())
     batches, count = len(parts), total.count
@@ -80,7 +80,7 @@ def order_p(batches: Sequence[Tensor]) -> float:
     """p of a permutation test: share of random orders in which batches differ as much as observed, at least 1/2000.
 
     Uses the statistic (column) in which batches differ most, by its ranks: the sum over batches of size times squared
-    distance of the batch's mean rank from the overall mean rank. 1 if no statistic varies.
+    distance of the batch's mean rank from the overall mean rank. The result is 1 if no statistic varies.
 
     Args:
         batches: One tensor for each batch, (N_b, K): K statistics of each example.
@@ -117,7 +117,10 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def _scatter(ranks: Tensor, ends: Tensor) -> Tensor:
-    """Sum over batches of (sum of ranks)^2 / size, for the column with the largest: (orders, N, K) -> (orders,)."""
+    """For each order, the largest over columns of the sum over batches of (sum of ranks)^2 / size.
+
+    ``ranks`` has shape (orders, N, K), the result (orders,). ``ends`` are the positions behind the last row of a batch.
+    """
     sums = ranks.cumsum(1)[:, ends - 1].diff(dim=1, prepend=torch.zeros(1, 1, 1).expand(len(ranks), 1, ranks.shape[2]))
     sizes = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))
     return (sums.square() / sizes[:, None]).sum(1).amax(1)

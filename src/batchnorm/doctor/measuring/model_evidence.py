@@ -75,7 +75,7 @@ def modules_of(model: nn.Module) -> dict[str, Module]:
 
 def _settings(known: Mapping[str, nn.Module], path: str, layer: Any) -> Module:
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    affine = list(layer.parameters())  # with subparameters, as parametrizations have them
+    affine = list(layer.parameters())  # also those of submodules: torch's parametrizations move gamma into one
     ignored = getattr(layer, "batchnorm_ignore", None) or ()
     # a layer of another library without this flag always uses its stored statistics
     fixed = not isinstance(layer, nn.modules.batchnorm._NormBase) and not hasattr(layer, "track_running_stats")

@@ -103,7 +103,10 @@ def _nodes(model: nn.Module, known: dict[nn.Module, Flow], callers: Callers) -> 
 
 
 def _channel_by_channel(nodes: list[Node], paths: dict[nn.Module, str]) -> dict[str, str]:
-    """Layers behind a depthwise convolution, with the layer before it: their channels correspond one to one."""
+    """Layers behind a depthwise convolution, with the batch norm layer before it, whose channels correspond one to one.
+
+    The layer before must be followed by an activation that alone reads its result, or apply the activation itself.
+    """
     layers = {}
     for node in nodes:
         layer = _module(node)

@@ -39,6 +39,8 @@ def reference_of(model: nn.Module, reference: nn.Module | str | os.PathLike[str]
 
     Raises:
         TypeError: If ``reference`` is neither a model nor a path.
+        FileNotFoundError, ValueError: As ``checkpoint.read``, if ``reference`` is a path.
+        Exception: An error of one of the two models on the example.
     """
     if isinstance(reference, (str, os.PathLike)):
         file = checkpoint.read(reference)

@@ -57,7 +57,7 @@ class Step:
 @final
 @dataclass(frozen=True, slots=True)
 class BatchDependence:
-    """Relative difference between an example's outputs alone and among others, and the largest one by rounding."""
+    """Relative difference between an example's outputs alone and among others; and the largest by rounding alone."""
 
     change: float | None = None
     tolerance: float = 0.0
@@ -66,10 +66,11 @@ class BatchDependence:
 
 
 def example_subset(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> ExampleSubset:
-    """Up to ``most`` examples of a batch on which the model runs in eval mode; it must run on the whole batch.
+    """Up to ``most`` examples of a batch on which the model runs in eval mode; or the whole batch if it cannot be cut.
 
-    Nodes of a graph and packed points are not examples: the model fails if some are missing. Examples may get other
-    outputs than in the whole batch: ``batch_dependence`` measures that.
+    The model must run on the whole batch. Rows that are nodes of a graph or packed points are not examples: the model
+    fails if some of them are missing. Examples may get other outputs than in the whole batch: ``batch_dependence``
+    measures that.
     """
     size = examples_in(batch) or 0
     if size <= 2:

@@ -7,14 +7,15 @@ channel, and w their mean square deviation from m. An example has three bounded 
 
 If m and s^2 are exact, E[(u - m) / s] = 0 and E[((u - m) / s)^2] <= E[w / s^2] <= 1. With z = (u - m) / s, |z| exceeds
 B by at most z^2 / (4 B). So |E c| <= 1 / (4 B) =: tau, and E q <= 1. No higher moment is bounded, so rare examples may
-be arbitrarily large. There are two values of B: a small B allows high stakes, which need few examples; a large B has a
-small tau, which small shifts need. For a score y with an expectation of at most t, and a stake l with l (t - y) < 1,
+be arbitrarily large. For a score y with an expectation of at most t, and a positive number l (the stake of the bet)
+with l (t - y) < 1,
 
     E_l = prod over examples of (1 + l (y - t))
 
 is positive and has an expectation of at most 1, if examples are independent. The same is true of the mean of E_l over
-fixed stakes and all scores, the evidence of a channel. If the stored statistics are exact (the null), it exceeds 1 / p
-with probability at most p. Two effects weaken it:
+fixed stakes and all scores, the evidence of a channel. If the stored statistics are exact (the null), the evidence
+exceeds 1 / p with probability at most p. There are two values of B: with a small B, stakes may be high, and few
+examples are enough; with a large B, tau is small, and small shifts are found. Two effects weaken the evidence:
 
 - A running average of n_s examples is noisy. Let V be the variance of the score. If the average's noise in E y is
   sub-Gaussian with variance V / n_s, the expectation of E_l^h is at most exp(h^2 l^2 n^2 V / (2 n_s)) for any h up to 1

@@ -35,7 +35,11 @@ _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 @final
 @dataclass(frozen=True, slots=True)
 class MendingPlan:
-    """The changes that mend a file. Keys are layers by their names in the model; for further copies, in the file."""
+    """The changes that mend a file.
+
+    Keys of ``changes`` are the names of layers: names in the model for the first copy in the file, for further copies
+    names in the file.
+    """
 
     file: Checkpoint
     after: Checkpoint
@@ -168,13 +172,13 @@ def _findings(file: Checkpoint, selection: Selection | None) -> tuple[Finding, .
     results = (each for copy, part in parts(evidence, equal=True) for each in looks(copy, part, rules))
     found = [finding for _, findings, _ in results for finding in findings]
     found = [finding for finding in found if selection is None or not selection.silences(finding)]
-    # a prefix without a wrapper is of the file itself, such as "state_dict.", or of a model in a model
+    # fix removes only prefixes of wrappers; "state_dict." belongs to the file, "model." to a model in a model
     wraps = _without_wrappers(file.prefix) != file.prefix
     return order(finding for finding in found if finding.code != "BN507" or wraps)
 
 
 def _joined(change: Change | None, live: Change, stored: Stored) -> Change:
-    """A layer's change in the file, with the numbers that changed in the model."""
+    """The change of a layer in the file, joined with the numbers of the same layer that changed in the model."""
     after = stored if change is None else change.after
     new: dict[str, Any] = {key: getattr(live.after, key) for key in TENSORS if changed(live.before, live.after, key)}
     if live.before.num_batches_tracked != live.after.num_batches_tracked:

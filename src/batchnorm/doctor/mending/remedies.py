@@ -67,7 +67,7 @@ def zero_variance(stored: Stored, eps: float) -> Stored:
 
 
 def typical_statistics(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remedy's arguments
-    """Replace impossible means and variances by the lower median of the layer's others; by 0 and 1 if there are none.
+    """Replace impossible means and variances by the lower median of the layer's possible ones; by 0 and 1 without any.
 
     Nothing is known about such a channel. With the median its outputs have a size like those of other channels. A
     variance of 0 would magnify them by 1/sqrt(eps), 316 at eps = 1e-5.
@@ -102,7 +102,7 @@ def new_counter(stored: Stored, eps: float) -> Stored:  # noqa: ARG001 - a remed
 
 
 def track(layer: _BatchNorm) -> None:
-    """Let train mode update the stored statistics again."""
+    """Set track_running_stats to True, so that train mode updates the stored statistics again."""
     layer.track_running_stats = True
 
 

@@ -43,7 +43,7 @@ class TensorEntry(TypedDict):
 def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping[Keys, str]) -> None:
     """Write ``source`` to an open file, with edited tensors and without the prefix of names.
 
-    Everything that is not edited keeps its bytes. Tensors keep their order if no size changes.
+    Everything that is not edited keeps its bytes. Tensors keep their order if none is added and no size changes.
     """
     prefix = prefixes.get((), "")
     with source.open("rb") as old:

@@ -3,7 +3,7 @@
 First, settings and values that need no data are mended, by the table of remedies. Then the layers that are still sick
 are measured on data; healthy layers keep their statistics. A mended layer changes the inputs of later layers. So layers
 whose fault shows without data are measured first. Then the model is examined again, and layers that do not fit their
-inputs are measured, until there are no more of them.
+inputs are measured, until the examination names no further layer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def treat(
             other channels.
 
     Raises:
-        TypeError: If ``model`` is not an ``nn.Module``, or ``diagnosis`` is not a ``Diagnosis``.
+        TypeError: If ``model`` is not an ``nn.Module``, ``diagnosis`` is not a ``Diagnosis``, or ``unsafe`` is no bool.
         ValueError: If the diagnosis names layers that the model does not have, or as ``recalibrate``.
         RuntimeError: If the model cannot be copied.
 

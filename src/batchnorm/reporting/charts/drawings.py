@@ -260,7 +260,7 @@ def _dots_height(chart: Chart) -> int:
 
 
 def _lanes(chart: Chart) -> int:
-    """Number of lines of a category: the number of series, or 1 if no category has more than one value in a panel."""
+    """Number of lines for the dots of a category: the number of series; 1 if no category has two values in a panel."""
     places = Counter((row.get("row"), row.get("panel"), row["label"]) for row in chart.rows)
     return len(chart.series) if max(places.values()) > 1 else 1
 

@@ -43,8 +43,8 @@ class Scale:
 def scale(chart: Chart, which: Literal["x", "y"]) -> Scale:
     """The scale of an axis of ``chart``: its fixed domain, or a range of every value with its interval, in all panels.
 
-    A range has a margin of 4 %, on a logarithmic axis of the logarithms; a linear x axis of lines and ribbons has none.
-    The margin never crosses 0, nor 100 % of a share.
+    At both ends a range has a margin of 4 % of its length; on a logarithmic axis lengths are measured in logarithms. A
+    linear x axis of lines and ribbons has no margin. The margin never crosses 0, nor 100 % on an axis in percent.
 
     Raises:
         ValueError: If the axis is missing, a value is not finite, or a logarithmic axis has a value that is not

@@ -17,7 +17,7 @@ _DOTTED = 16
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a series is drawn: its role decides the colour; shade, shape and dash distinguish series of one role."""
+    """How a series is drawn: its role decides the hue; shade, shape and dash distinguish series of one role."""
 
     colour: str
     shape: str

@@ -25,7 +25,7 @@ def to_svg(drawing: alt.LayerChart, prefix: str) -> str:
 
     Args:
         drawing: The drawing of a panel.
-        prefix: Beginning of the names inside the element, which must be unique in the page.
+        prefix: Beginning of the names inside the element. No other drawing of the page may have the same prefix.
     """
     import vl_convert
 
