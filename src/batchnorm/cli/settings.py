@@ -46,7 +46,7 @@ def settings(folder: Path | None = None) -> ProjectSettings:
     BATCHNORM_FAIL_ON and BATCHNORM_OUTPUT_FORMAT replace the settings of the file.
 
     Raises:
-        ValueError: If the file cannot be read, or has an unknown key or a wrong value, or BATCHNORM_FAIL_ON has one.
+        ValueError: If the file cannot be read or has an unknown key, or if it or BATCHNORM_FAIL_ON has a wrong value.
     """
     project = _from_file(folder or _here())
     project = replace(

@@ -28,8 +28,8 @@ def concise(diagnosis: DiagnosisValue) -> list[str]:
 def full(diagnosis: DiagnosisValue, *, width: int = 80, verbose: bool = False, command: str = "") -> str:
     """Text for people: families of rules, worst first, each with its findings.
 
-    Without findings and without ``verbose`` the text has three lines besides the notes: headline, numbers, and a hint
-    about checks that did not run.
+    Without findings and without ``verbose`` the text has up to three lines besides the notes: the headline, the numbers
+    and, if some checks did not run, a hint about them.
 
     Args:
         diagnosis: The diagnosis.

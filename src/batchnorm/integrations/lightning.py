@@ -221,7 +221,7 @@ class FreezeBatchNorm(Callback):
 
 
 def _thaw(module: nn.Module, training: bool) -> None:
-    """Unfreeze, and set the layers to the model's mode: after validation Lightning leaves frozen layers in eval."""
+    """Unfreeze, and set layers to the model's mode: Lightning leaves frozen layers in eval mode after validation."""
     layers = [layer for layer in batch_norms(module).values() if isinstance(layer, Frozen)]
     unfreeze(module)
     for layer in layers:

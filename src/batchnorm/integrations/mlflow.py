@@ -60,7 +60,7 @@ class MLflowSink:
         return [Metric(metric_name(name), value, now, step) for name, value in values.items()]
 
     def close(self) -> None:
-        """End the run if the sink started it."""
+        """End the run if the sink started it and it is still the active run."""
         if not self._owns:
             return
         import mlflow

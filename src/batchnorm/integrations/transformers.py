@@ -72,7 +72,7 @@ class BatchNormCallback(TrainerCallback):
 
 
 def _called(model: nn.Module, batch: Batch) -> object:
-    """The model's output for a batch, called as by the Trainer: with those fields that its forward accepts."""
+    """The model's output for a batch, called as by the Trainer: with the fields that the model's forward accepts."""
     if not isinstance(batch, Mapping):
         return call(model, batch)
     parameters = inspect.signature(model.forward).parameters

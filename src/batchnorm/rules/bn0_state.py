@@ -25,8 +25,8 @@ def eval_layer_in_training(evidence: Evidence) -> Iterator[Finding]:
 
     How:
         The model's training flag is True, the layer's is False, and the layer's gamma or beta requires a gradient. Not
-        reported for layers that batchnorm.freeze froze, and for layers whose gamma and beta require no gradient: there
-        eval mode is intended.
+        reported for layers that are frozen (by batchnorm.freeze or by their class), and for layers whose gamma and beta
+        require no gradient: in these cases eval mode is intended.
 
     Example:
         model.train(); model.layer3[1].bn2.eval()
@@ -53,8 +53,8 @@ def thawed_frozen_layer(evidence: Evidence) -> Iterator[Finding]:
         change although no weight did.
 
     How:
-        The model and the layer are in train mode, gamma and beta exist and neither requires a gradient, and the layer
-        tracks statistics with a momentum other than 0.
+        The model and the layer are in train mode. Gamma and beta exist, and neither requires a gradient. The layer is
+        not frozen, and it tracks statistics with a momentum other than 0.
 
     Example:
         model.backbone.requires_grad_(False); model.train()

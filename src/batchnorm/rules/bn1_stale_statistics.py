@@ -40,7 +40,7 @@ def never_updated_statistics(evidence: Evidence) -> Iterator[Finding]:
         In a layer every running_mean is exactly 0 and every running_var exactly 1, and the model is trained: some layer
         has other statistics, some gamma or beta differs from its initial value, or some num_batches_tracked is above 0.
         A counter of 0 proves nothing: some published models without a fault have it. Not reported if the data have mean
-        0 and variance 1.
+        0 and variance 1, up to 0.05 sd.
 
     Example:
         Weights copied into a model by name, but not the buffers: load_state_dict(..., strict=False)

@@ -62,8 +62,9 @@ def last_batch_of_one(evidence: Evidence) -> Iterator[Finding | Unknown]:
         1, raises ValueError at the end of the first epoch. Other layers train on the statistics of one example.
 
     How:
-        The length of the data set modulo the batch size is 1, the batch size is above 1, and drop_last is False. Not
-        reported if every layer is frozen. With data, the finding names the layers that receive one value per channel.
+        The length of the data set modulo the batch size is 1, the batch size is above 1, and drop_last is False; or the
+        last batch of a list of batches has one example. Not reported if every layer is frozen. With data, the finding
+        names the layers that receive one value per channel.
 
     Example:
         DataLoader(TensorDataset(torch.randn(65, 3)), batch_size=32)
@@ -216,10 +217,10 @@ def training_step_fails(evidence: Evidence) -> Iterator[Finding | Unknown]:
         The model runs in eval mode but not in train mode, so it cannot be trained as it is.
 
     How:
-        One forward and backward pass in train mode on up to 8 examples, with the mean square of the outputs as loss. If
-        the model fails on the first element of a batch, it is called with all elements, such as inputs and labels. Not
-        checked if a batch has one example, or if the model needs arguments that the batch lacks and fails outside of
-        its batch norm layers.
+        The rule runs one forward and backward pass in train mode on up to 8 examples; the loss is the mean square of
+        each output, summed over outputs. If the model fails on the first element of a batch, it is called with all
+        elements, such as inputs and labels. Not checked if a batch has one example, or if the model needs arguments
+        that the batch lacks and fails outside of its batch norm layers.
 
     Example:
         A layer that receives (1, C), because the model passes examples to it one by one

@@ -46,7 +46,8 @@ def reference_kernels(evidence: Evidence) -> Iterator[Finding]:
         Installed from source on a machine without a C++ compiler.
 
     Fix:
-        Install a C++20 compiler and run pip install --force-reinstall --no-deps batchnorm.
+        Unset BATCHNORM_KERNELS if it is set. Otherwise install a C++20 compiler, and run pip install --force-reinstall
+        --no-deps batchnorm.
     """
     if evidence.environment and evidence.environment.kernels == "reference":
         yield Finding("", "reference kernels")

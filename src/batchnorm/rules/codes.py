@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def codes(given: str | Iterable[str]) -> tuple[str, ...]:
-    """The codes, or beginnings of codes, of the rules that ``given`` names, separated by commas.
+    """The codes, or beginnings of codes, of the rules that ``given`` names. A text may name several, with commas.
 
     Raises:
         ValueError: If a name is not known. The message offers the most similar name.

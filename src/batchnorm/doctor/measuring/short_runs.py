@@ -92,8 +92,9 @@ def example_subset(model: nn.Module, batch: Batch, most: int = _EXAMPLES) -> Exa
 def train_step(model: nn.Module, some: ExampleSubset) -> Step:
     """One forward and backward pass in train mode on a few examples; frozen layers stay frozen.
 
-    The loss is the mean square of all floating-point outputs. If the model fails on the first element of a
-    batch, it gets all elements, such as labels. A step with a single example is not tried: batch norm may need two.
+    The loss is the sum of the mean squares of the floating-point outputs that have a gradient. If the model fails on
+    the first element of a batch, it is called with all elements, such as inputs and labels. A step with a single
+    example is not tried, because batch norm may need two.
     """
     batch = some.batch
     if (examples_in(batch) or 0) < 2:

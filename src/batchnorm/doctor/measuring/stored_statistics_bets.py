@@ -72,7 +72,7 @@ class Score:
     moments: Moments = field(default_factory=Moments.empty)
 
     def add(self, y: Tensor, mask: Tensor) -> None:
-        """Count scores (N, C) where the mask is True."""
+        """Count the scores ``y`` of N examples, shape (N, C), where ``mask`` is True."""
         new = torch.stack([torch.log1p(stake * (y - self.limit)).where(mask, 0.0).sum(0) for stake in self.stakes])
         self.sums = new if self.sums is None else self.sums + new
         self.moments += Moments.of(y, mask=mask)
@@ -89,14 +89,18 @@ class Score:
 
 @dataclass
 class Bets:
-    """Evidence of examples against a layer's stored mean and variance, (C,) in float64; NaN gives no evidence."""
+    """Evidence of examples against a layer's stored mean and variance, tensors (C,) of float64. NaN gives none."""
 
     mean: Tensor
     var: Tensor  # eps included
     scores: list[Score] = field(default_factory=lambda: [*_scores()])
 
     def add(self, mean: Tensor, var: Tensor, mask: Tensor | None) -> None:
-        """Count examples. ``mean`` and ``var`` (biased) are of each example's values: (N, C) in float64."""
+        """Count N examples.
+
+        ``mean`` and ``var`` are those of each example's values in each channel, shape (N, C), float64; ``var`` is
+        biased. Where ``mask`` is False, or a value is not finite, nothing is counted.
+        """
         z = (mean - self.mean) * self.var.rsqrt()
         q = (var + (mean - self.mean).square()) / self.var
         finite = z.isfinite() & q.isfinite() if mask is None else z.isfinite() & q.isfinite() & mask
