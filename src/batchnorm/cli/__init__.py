@@ -1,4 +1,4 @@
-"""The command line. It imports neither torch nor altair; a command's module is imported when it is called or listed."""
+"""The command line, without torch and altair. A command's module is imported when the command runs or is listed."""
 
 from __future__ import annotations
 
