@@ -6,7 +6,8 @@
                  objecting: refused.
     adapted      The trial statistics are in use, and grow with each batch. A guard's objection leads to: rolled back.
     refused, rolled back
-                 The deployed statistics are in use. If a layer's energy changes by a factor of 1.25: gathering.
+                 The deployed statistics are in use. If a layer's energy (the mean square of its standardized inputs)
+                 changes by a factor of 1.25: gathering.
 
 ``reset`` leads from each state to: watching.
 
@@ -98,9 +99,10 @@ class Adapter:
     says so. With predicted classes but no probabilities, the guard "need" objects unless nearly all predictions are the
     same. A calibrated monitor distinguishes another mix of classes, which needs no new statistics, from other inputs.
 
-    Only ``running_mean`` and ``running_var`` are written, and the block restores them at its end. Passes in train mode
-    are ignored. A trial calls ``model.forward`` a second time on copies of the inputs, without the hooks of the model
-    itself. A compiled model is called a second time, uncompiled, in each pass of a trial and while it is adapted.
+    Only ``running_mean`` and ``running_var`` are written, and the block restores them at its end. Passes with
+    a layer to adapt in train mode are ignored. A trial calls ``model.forward`` a second time on copies of the inputs,
+    without the hooks of the model itself. A compiled model is called a second time, uncompiled, in each pass of a trial
+    and while it is adapted.
 
     Args:
         monitor: The monitor whose alarm starts a trial. It detects sooner if it observes all examples of a batch.

@@ -28,7 +28,7 @@ class PredictionWindow:
         self._answers: deque[Predictions] = deque(maxlen=size)
 
     def add_answers(self, p: Tensor | None, examples: int) -> None:
-        """Add predicted probabilities ``p``, (N, K); None if there are no classes."""
+        """Count ``examples``, and add their predicted probabilities ``p``, (N, K); None if there are no classes."""
         self.examples += examples
         if p is not None:
             self._answers.extend(Predictions.of(row[None]) for row in p[-self.size :])

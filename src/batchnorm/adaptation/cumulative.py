@@ -60,7 +60,7 @@ class Cumulative:
 
 
 def faded(examples: float, new: int, floor: float) -> float:
-    """Factor for the weight of old examples, with which ``new`` examples get at least the share 1 - (1 - floor)^new."""
+    """Factor for the weight of old examples, so that the share of ``new`` ones is at least 1 - (1 - floor)^new."""
     if not examples:
         return 1.0
     weight = max(new / (examples + new), 1 - (1 - floor) ** new)

@@ -5,7 +5,8 @@
 - Mix. A different mix of the same examples does not explain how far the inputs moved. If only the shares of the classes
   changed, the deployed statistics fit as well as before and new ones would fit worse. Needs a calibrated monitor.
 - Need. Predictions under the deployed statistics have become uncertain, or hardly depend on the input.
-- Gain. On the latest examples, predictions under the new statistics carry clearly more information.
+- Gain. On the latest examples, predictions under the new statistics carry clearly more information (``predictions``)
+  than those under the deployed statistics.
 - Information. Predictions under the new statistics carry most of the information of the predictions before the alarm. A
   window of few classes fails here, and its statistics should not be used. After two windows, half of the information is
   enough if no mix of classes can move inputs so far, or if predictions are very uncertain under the deployed statistics
@@ -94,6 +95,8 @@ def required_share(
 
 def against_use(window: PredictionWindow, before: Predictions | None, limits: Limits, share: float) -> str | None:
     """Why the statistics of a window should no longer be used; None if no guard objects.
+
+    With fewer than 32 predictions in the window, only energies are judged.
 
     Args:
         window: Predictions and energies under the new statistics.

@@ -44,7 +44,7 @@ class PagePosition:
         return cls(match[1], tuple(map(int, match[2][1:].split("-")))) if match else cls()
 
     def continues(self, other: PagePosition, *, by: float = math.inf) -> bool:
-        """Whether this is at most ``by`` lines later in the same log, without a new start, which may rename layers."""
+        """Whether this is at most ``by`` lines later in the same log. False after a new start: it may rename layers."""
         more = [a - b for a, b in zip(self.counts, other.counts, strict=True)]
         return self.identity == other.identity and more[0] == 0 and min(more) >= 0 and sum(more) <= by
 
@@ -135,6 +135,7 @@ class Feed:
         Raises:
             IndexError: If there is no such layer.
             OSError: If the log has vanished or cannot be opened.
+            ValueError: If its contents cannot be read.
             ModuleNotFoundError: If safetensors or numpy is missing.
         """
         with self._lock:

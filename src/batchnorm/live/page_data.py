@@ -26,7 +26,7 @@ _LARGEST_STEP = 2**53  # JavaScript's largest exact integer
 def new_data(log: Log, seen: Mapping[str, int], *, most: int = MOST) -> dict[str, JsonValue]:
     """Data from the lines after the first ``seen[kind]`` lines of each kind, thinned to ``most`` lines of each kind.
 
-    Events are not thinned: these are the new ones among the last 200 events of the log.
+    Events are not thinned: of the last 200 events of the log, the new ones are returned.
     """
     layers = log.layers
 

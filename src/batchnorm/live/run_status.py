@@ -43,7 +43,7 @@ def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
 
 
 def _rate(log: Log, pulses: list[dict[str, JsonValue]]) -> float | None:
-    """Steps per second over the last progress lines of this start; None if fewer than two, or no time between."""
+    """Steps per second over the last progress lines of this start; None for fewer than two lines or at one time."""
     start = number(log.start.get("time")) or 0.0
     marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]
     points = [(at, step) for at, step in marks if at is not None and step is not None and at >= start]

@@ -117,7 +117,7 @@ def _layer(feed: Feed, query: QueryParams) -> Response:
     except OSError:
         data = {"problem": "The log is gone from its folder, or cannot be opened."}
     except (ValueError, IndexError):
-        return JSONResponse({"problem": "Expected the number of a layer of a log that can be read, got another."}, 404)
+        return JSONResponse({"problem": "Expected the number of a layer of a readable log. Reload the page."}, 404)
     return JSONResponse(data)
 
 

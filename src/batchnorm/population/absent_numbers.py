@@ -1,8 +1,9 @@
 """Tensors without values in a forward pass: an error that names the tensor, instead of torch's unclear error.
 
 A tensor without values may still get values for a pass (FSDP, offloading). Only fake tensors cannot, so before a pass
-only a model with fake tensors is refused. During a pass, a module of torch.nn or ours is stopped if its memory is still
-missing when it begins, because its forward fetches nothing. Some operators would end the process if the pass continued.
+only a model with fake tensors is refused. During a pass, a module of torch.nn or ours raises an error if one of its
+tensors still has no values when its forward begins, because such a forward fetches nothing. If the pass continued, some
+operators would end the process.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def why_whole(
     run. The model is left as it was, bit for bit.
 
     Args:
-        model: The model; it runs twice.
+        model: The model; it runs at most twice.
         batch: A batch, in a form that ``recalibrate`` accepts.
         count: Number of rows, fewer than the batch has.
         forward: Called as ``forward(model, batch)`` instead of the usual rules.

@@ -57,8 +57,9 @@ _WORKING_FORMS: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDiction
 def call(model: nn.Module, batch: Batch) -> object:
     """The model's output for a batch of any kind, by the rules in the docstring of ``recalibrate``.
 
-    If the forward's signature is ambiguous (``forward_signatures``) and the first call form fails, the second call form
-    is tried, and then used for all batches of the same kind.
+    If the forward's signature is ambiguous (``forward_signatures``) and the first call form raises an AttributeError,
+    TypeError, ValueError or LookupError, the second call form is tried. If it works, it is used for all batches of the
+    same kind; else the first error is raised.
 
     Raises:
         TypeError: If ``batch`` is not a batch.
@@ -171,6 +172,11 @@ class Batches:
 
     A batch without rows is not cut, so the limit may be exceeded. Tensors that belong to the loader are copied, one
     batch at a time. Error messages name ``who`` as the caller.
+
+    Raises:
+        TypeError: If ``loader`` is not an iterable of batches, or ``max_examples`` is not a whole number.
+        ValueError: If ``max_examples`` is below 1. A pass raises it if there is no batch, if the number of batches
+            differs from that of an earlier pass, or if examples must be counted in a batch without tensors.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ def free_memory(device: torch.device | None) -> int:
     """Free bytes for new tensors on a device; on the CPU the smaller number of the machine's and its control group's.
 
     Args:
-        device: None for the CPU. For a device that is neither the CPU nor CUDA the result is 1 GiB.
+        device: None for the CPU. For a device that is neither the CPU nor CUDA, or if the system does not say how much
+            memory is free, the result is at most 1 GiB.
     """
     if device is not None and device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,7 +1,9 @@
 """Exact statistics: measures each layer after all layers before it are finished, in execution order.
 
-If it is certain that waiting changes no result, the forwards of all batches run once, in ``lock_step``. Otherwise each
-layer costs a pass that ends at the layer.
+In ``lock_step`` the forward of every batch waits at each layer until that layer is finished, so one pass over the data
+is enough, except for a few forwards that check the model and batches for which the memory is too small. It is used if
+it is certain that waiting does not change the result. Otherwise each layer costs a pass that ends at the layer (a full
+pass if the model is sharded), after one pass that finds the order.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class LayerMoments(dict[str, Moments]):
     """Moments of the inputs of each layer, by dotted path, in execution order.
 
     Attributes:
-        restarted: Why each layer needed its own pass, as the end of a sentence; "" if one pass was enough.
+        restarted: The reason why each layer needed its own pass, as words that can follow "because"; "" if one pass was
+            enough.
     """
 
     def __init__(self, found: Mapping[str, InputMoments] | None = None, restarted: str = "") -> None:
@@ -62,8 +65,8 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
     Args:
         observation: The model, its layers and its data.
         finish: Called with a layer's path and the moments of its inputs, in execution order.
-        memory: Most bytes of memory for waiting forwards; None for half of the free memory on the model's device. It
-            does not change the result, bit for bit.
+        memory: Most bytes of memory for waiting forwards; None for half of the free memory on the model's device. The
+            result is the same, bit for bit, with any ``memory``.
 
     Returns:
         The moments by path, and why forwards were restarted for each layer; "" if they were not restarted.
@@ -79,16 +82,21 @@ def measured(observation: Observation, finish: Finish, memory: int | None) -> tu
         except UnsuitedError as error:
             why = str(error)
         stored.put(observation.layers)
-    return _restarted(observation, finish), why
+    return _with_restarts(observation, finish), why
 
 
-def _restarted(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
-    """Moments of the inputs, from a pass for the order and one per layer that ends there (two if layers are reused)."""
+def _with_restarts(observation: Observation, finish: Finish) -> dict[str, InputMoments]:
+    """Moments of the inputs, from one pass that finds the order, and one pass for each layer, which ends at the layer.
+
+    If any layer is called more than once in a forward, there are two passes for each layer. A sharded model's passes
+    run to their end.
+    """
     traces = observation.run(lambda *_: None)
     order = execution_order(traces)
     most = {path: max(trace.count(path) for trace in traces) for path in order}
     moments: dict[str, InputMoments] = {}
-    # the first calls of reused layers are measured first: their statistics do not depend on the old statistics
+    # If a layer is called several times, its later calls see results of earlier calls. So each layer first stores the
+    # statistics of its first call, which do not depend on its old statistics; then all calls are measured.
     for first_only in [True, False] if max(most.values(), default=0) > 1 else [False]:
         for path in order:
             calls = 1 if first_only else most[path]

@@ -66,10 +66,11 @@ def recalibrate(
     If forwards can be paused, the cost is about one pass over the data plus three forwards: each forward pauses at the
     next layer that is not measured until the forwards of all batches have reached it. The first batch shows whether the
     model allows this; at the end the first two batches show whether pausing changed any layer's input. If the model
-    does not allow it, the result says why; for example, a forward calls a layer several times, draws random numbers or
-    changes attributes of the model, weights are sharded or offloaded, or greenlet is not installed. The cost is then
-    one full pass to find the execution order, and for each layer one pass that ends at it: for L layers about (L + 1) /
-    2 + 1 full passes of computing, and L + 1 passes of loading. The result is the same, bit for bit.
+    does not allow it, ``restarted`` of the result says why; for example, a forward calls a layer several times, draws
+    random numbers or changes attributes of the model, weights are sharded or offloaded, or greenlet is not installed.
+    The cost is then one full pass to find the execution order, and for each layer one pass that ends at it: for L
+    layers about (L + 1) / 2 + 1 full passes of computing, and L + 1 passes of loading. For a sharded model every pass
+    is a full pass. The result is the same, bit for bit.
 
     Every pass starts from the same random state, so a loader that shuffles or augments returns the same examples each
     time. A generator or another one-shot iterator is read into memory first. If a layer is called several times in one
@@ -89,8 +90,9 @@ def recalibrate(
             one required argument and indexes it by these names or annotates it with the batch's class. Otherwise it is
             passed by name if it has all names that ``forward`` requires, or, for a mapping, if ``forward`` accepts all
             its names. Otherwise a named tuple is treated as a tuple, and other batches are passed whole. If ``forward``
-            allows two of these ways, the second is tried when the first raises an error. Anything else is passed whole.
-            Tensors are moved to the model's device, batch objects by their ``to``.
+            allows two of these ways, the second is tried when the first raises an AttributeError, TypeError, ValueError
+            or LookupError. Anything else is passed whole. Tensors are moved to the model's device, batch objects by
+            their ``to``.
         max_examples: Stop after this many examples; the last batch is cut to its first rows. It is used whole if its
             tensors have different first axes, or if the model's outputs for the first rows alone are not those that
             these rows get within the whole batch.
@@ -108,8 +110,7 @@ def recalibrate(
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, ``loader`` is not an iterable of batches, or another argument
-        has
-            a wrong type.
+            has a wrong type.
         ValueError: If there is no batch, a channel gets fewer than 2 finite values, a statistic does not fit the
             buffer's dtype, ``max_examples`` is below 1, or is given and a batch contains no tensors by which to count
             examples, a second pass over ``loader`` gives another number of batches, ``memory`` is negative, or tensors

@@ -26,7 +26,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def keep_together(module: nn.Module) -> Callable[[], None] | None:
-    """A function that makes an FSDP2 module's parameters sharded or whole, as they are now; None for other modules.
+    """A function that later makes an FSDP2 module's parameters sharded or whole as now; None for other modules.
 
     The function gathers parameters if they are whole now, so every rank must call it.
     """
@@ -60,7 +60,7 @@ def own_shards(flat: Tensor) -> list[Tensor]:
 
 
 def holds_shards(module: nn.Module) -> bool | None:
-    """Whether an FSDP2 module's own parameters are sharded now; None if it has no parameters."""
+    """Whether an FSDP2 module's own parameters are sharded now; None if the module has no own parameters."""
     first = next(_own_parameters(module), None)
     return None if first is None else hasattr(first, "full_tensor")
 

@@ -1,4 +1,4 @@
-"""Modes: torch's modes of a thread, saved and restored so that a waiting forward does not affect other forwards."""
+"""Modes: torch's modes of a thread, saved and restored because in ``lock_step`` several forwards share the thread."""
 
 from __future__ import annotations
 

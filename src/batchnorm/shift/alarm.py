@@ -68,7 +68,8 @@ class Alarm:
             layers together did.
         hint: What the change looks like: "inputs", "late layers only", "another mix", or "" if it looks like none of
             these. If it is "" and the reference is calibrated with unit "example", the monitor sets the hint later: to
-            "inputs" when a component has moved far enough, or to "another mix" 128 observations after the alarm.
+            "inputs" when a principal component has moved far enough, or to "another mix" 128 observations after the
+            alarm.
         layers: The evidence for every layer.
         seconds: Unix time of the alarm.
     """
@@ -133,8 +134,8 @@ def first_moved(layers: Sequence[LayerShift], limit: float) -> str | None:
 def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = None) -> str:
     """What the change looks like; a hint, not a proof.
 
-    - "inputs": a component moved further than any mix that keeps half of the examples can move it, or, if ``furthest``
-      is None, the first layers moved.
+    - "inputs": a principal component of neighbouring channels moved further than any mix that keeps half of the
+      examples can move it; or ``furthest`` is None, and a layer among the first third moved.
     - "another mix": no component moved that far. If only the shares of the classes change, the new examples are old
       examples with weights w, and no mean moves by more than sd(w) of its standard deviations (Cauchy-Schwarz). sd(w)
       is 1 if half of the examples no longer come, and 3 if one of ten equal classes is left. Few observations measure
@@ -146,7 +147,7 @@ def hint(layers: Sequence[LayerShift], limit: float, furthest: float | None = No
     Args:
         layers: The evidence for each layer.
         limit: Log evidence at which a layer counts as moved.
-        furthest: Largest movement of a component, in sd; None if unknown, as from a checkpoint alone.
+        furthest: Largest movement of a principal component, in sd; None if unknown, as from a checkpoint alone.
     """
     if furthest is not None:
         return "inputs" if furthest > MIX else ""

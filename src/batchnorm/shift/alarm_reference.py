@@ -1,7 +1,8 @@
 """Reference: the bounds of clean data at the batch norm layers, from the checkpoint alone or from calibration.
 
-*From a checkpoint*: a trained model stores the mean and variance of its training data. Let z be a channel's mean in one
-observation, in stored standard deviations, and Q a layer's energy. On clean data
+*From a checkpoint*: a trained model stores the mean and variance of its training data. An observation is one example,
+or the mean of several examples (``observation_units``). Let z be a channel's mean in one observation, standardized by
+the stored statistics, and Q a layer's energy: the mean square of its standardized inputs. On clean data
 
     |E[z | past]| <= delta,     Var(z | past) <= kappa,     E[Q | past] <= 1 + d.
 
@@ -12,9 +13,9 @@ are larger. An exponential average with momentum a over batches of B examples co
     delta = max(0.1, 3 / sqrt(n)),     d = max(0.1, 3 sqrt((k - 1) / n)),
 
 with k = 3, the kurtosis of normal values, or the declared kurtosis. An average over few batches misses rare, large
-examples: if the data have such examples, recalibrate first, or declare the kurtosis. Without rare, large examples the
-energy is lower, and stored statistics give no bound for that. So less energy is evidence only if ``kurtosis`` is
-declared: then Var(Q) <= k - (1 - d)^2.
+examples: if the data have such examples, recalibrate first, or declare the kurtosis. Observations without rare, large
+examples have less energy, and stored statistics do not bound how much less. So less energy is evidence only if
+``kurtosis`` is declared: then Var(Q) <= k - (1 - d)^2.
 
 *Calibrated*, from at least 200 clean observations: nothing is assumed about their distribution. New observations are
 compared with them by rank (``conformal``, ``scores``); the promise only needs that later clean observations are
@@ -63,7 +64,7 @@ class Reference:
         std: Stored standard deviation, sqrt(var + eps), (channels,).
         delta: Largest |E z|, (channels,); delta, kappa, d and v are not used if calibrated.
         kappa: Largest variance of z, (channels,).
-        d: Largest excess of E Q over 1, (layers,).
+        d: Largest |E Q - 1|, (layers,); only the bound E Q <= 1 + d is used if ``v`` is None.
         v: Largest variance of Q, (layers,); None if no kurtosis was declared.
         clean: Result of the calibration; None from a checkpoint alone.
         unit: What one observation is.
@@ -118,7 +119,9 @@ class Reference:
         return digest.hexdigest()
 
     def furthest(self, z: Tensor, q: Tensor) -> float | None:
-        """Largest movement of a component beyond its tolerance, in sd of one observation.
+        """Largest distance of a principal component from its center beyond its tolerance, in sd of one observation.
+
+        It is negative if no component is beyond its tolerance (see ``batchnorm.shift.principal_components``).
 
         Args:
             z: Channel means, (channels,), averaged over observations.
@@ -267,6 +270,6 @@ def _stored(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _error(layer: _BatchNorm, batch: int) -> float:
-    """Three standard errors of a stored mean, an exponential average, in sd of an example; 0 without a momentum."""
-    momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # frozen layers of other libraries have no momentum
+    """Three standard errors of a stored mean, in sd of an example; 0 for momentum None, the mean over all batches."""
+    momentum = getattr(layer, "momentum", _USUAL_MOMENTUM) or 0.0  # frozen layers of other libraries lack the attribute
     return 3 * (momentum / ((2 - momentum) * batch)) ** 0.5

@@ -42,6 +42,7 @@ HOLDS, DOUBTFUL, BROKEN = "holds", "doubtful", "broken"
 _CONFIDENCE = 0.99
 _ROUND = 8  # observations per update of the evidence
 _SUSPECT = 10.0  # evidence that clean data reach with probability at most 1/10
+_LARGER = "Use a larger unit: --unit batch, or ShiftMonitor(unit=function) with one key for a session or a minute."
 _NEIGHBOURS = 128  # observations, two windows of ``observation_units.Autocorrelation``
 
 
@@ -223,7 +224,7 @@ def _neighbours(reference: Reference, z: Tensor) -> Condition:
     correlation.add(z, reference.center, reference.spread)
     if correlation.count < _NEIGHBOURS:
         return Condition(name, DOUBTFUL, f"not judged: {len(z)} observations", f"Give {_NEIGHBOURS} or more.")
-    text, larger = f"correlation {correlation.r:.2f}", "Use a larger unit: --unit batch, or a function that gives keys."
+    text, larger = f"correlation {correlation.r:.2f}", _LARGER
     if correlation.is_wrong:
         return Condition(name, BROKEN, text, larger)
     # 0.1 is allowed, and a standard error is at most 1 / sqrt(n)

@@ -1,25 +1,29 @@
 """Betting: factors that grow when observations contradict the null, with proofs that their expectation is at most 1.
 
 An e-process is the wealth of a gambler who bets against a null hypothesis at fair or worse odds. Under the null its
-expectation never exceeds 1, so the probability that it ever reaches 1 / alpha is at most alpha (Ville 1939). Let z be a
-channel's standardized mean in one observation, Q a layer's energy (mean square of its standardized inputs), F the past,
-and l the stake of a bet. The null hypothesis is
+expectation never exceeds 1, so the probability that it ever reaches 1 / alpha is at most alpha (Ville 1939).
+
+An observation is one example, or the mean of several examples (``observation_units``). Let z be the mean of a channel
+in one observation, minus the stored mean, divided by the stored standard deviation (sd). Let Q be a layer's energy in
+it: the mean square of the layer's standardized inputs. F is the past, and l the stake of a bet. The null hypothesis is
 
     |E[z | F]| <= delta,     Var(z | F) <= kappa,     |E[Q | F] - 1| <= d,     Var(Q | F) <= v,     Q >= 0.
 
-Each function returns the logarithm of one factor. The proofs that its expectation given F is at most 1:
+``mean_shift``, ``energy_up`` and ``energy_down`` return logarithms of factors, summed over observations, for each
+stake. The proofs that the expectation of each factor, given F, is at most 1:
 
 ``mean_shift`` (Catoni's bet, Wang and Ramdas 2023): let y = l (s z - delta) with s = +1 or -1, and phi(y) =
 log(1 + y + y^2 / 2) for y >= 0, otherwise -log(1 - y + y^2 / 2); exp phi(y) <= 1 + y + y^2 / 2. Let m = delta - E[s z],
-which lies in [0, 2 delta]. Then E exp phi(y) <= 1 - l m + l^2 (kappa + m^2) / 2 <= exp(l^2 kappa / 2) if l m <= 2, and
-so if l <= 1 / delta. z need not be bounded or have a certain shape: only its mean and variance are assumed.
+which lies in [0, 2 delta]. Then E exp phi(y) <= 1 - l m + l^2 (kappa + m^2) / 2 <= exp(l^2 kappa / 2) if l m <= 2. As
+m <= 2 delta, l <= 1 / delta is enough. z need not be bounded or have a certain distribution: only the bounds on its
+mean and variance are assumed.
 
 ``energy_up``: 1 + l (Q - (1 + d)) is at least 1 - l (1 + d) > 0 for l < 1 / (1 + d), and its expectation is at most 1.
-Only the bound on E[Q] is assumed.
+Only Q >= 0 and the upper bound on E[Q] are assumed.
 
 ``energy_down`` (Bennett 1962): let x = 1 - d - Q <= 1, m = -E[x] in [0, 2 d], psi(l) = exp(l) - l - 1. As
-(exp(l x) - l x - 1) / x^2 grows with x, E exp(l x) <= 1 - l m + (v + m^2) psi(l) <= exp(v psi(l)) if m psi(l) <= l, and
-so if 2 d <= l / psi(l).
+(exp(l x) - l x - 1) / x^2 grows with x, E exp(l x) <= 1 - l m + (v + m^2) psi(l) <= exp(v psi(l)) if m psi(l) <= l. As
+m <= 2 d, 2 d <= l / psi(l) is enough.
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ from torch import Tensor
 # stakes that suit shifts of about 1, 1/2, 1/4 and 1/8 of a standard deviation of the observations
 _STAKES = (1.0, 0.5, 0.25, 0.125)
 STAKES, SIDES = len(_STAKES), 2  # number of stakes; number of sides of a mean, higher and lower
-# shares of the energy whose loss the stakes of ``energy_down`` suit
+# lost shares of the energy; for each there is a stake of ``energy_down`` that suits it
 _LOSSES = (0.75, 0.5, 0.25, 0.1)
-_AT_ONCE = 8  # observations whose factors are multiplied before the logarithm
-_MOST = 1e16  # largest distance of a mean, in stored sd
+_OBSERVATIONS_PER_LOG = 8  # observations whose factors are multiplied before the logarithm
+_LARGEST_GAIN = 1e16  # stored sd: a mean that moved further in the direction of a bet counts as this far
 
 
 def mean_stakes(kappa: Tensor, delta: Tensor) -> Tensor:
-    """Stakes l for means, (stakes, channels): 1, 1/2, 1/4 and 1/8 divided by the channel's sd, at most 1 / delta."""
+    """Stakes l for means, (stakes, channels): 1, 1/2, 1/4 and 1/8 divided by sqrt(kappa), at most 1 / delta."""
     stakes = torch.tensor(_STAKES, dtype=torch.float64)[:, None] / kappa.sqrt()
     return torch.minimum(stakes, 1 / delta)
 
@@ -50,15 +54,16 @@ def mean_shift(z: Tensor, kappa: Tensor, delta: Tensor, stakes: Tensor) -> Tenso
 
 
 def _phi(stakes: Tensor, moved: Tensor) -> Tensor:
-    """phi(stakes * moved), summed over observations: stakes (stakes, channels), moved (n, channels), result as stakes.
+    """phi(stakes * moved), summed over observations: stakes (stakes, channels), moved (n, channels).
 
-    exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2, or its inverse for y < 0. The factors of eight
-    observations are multiplied before one logarithm is computed. The product does not overflow: a move of more than
-    1e16 counts as 1e16, and every bet stays fair.
+    The result has the shape of ``stakes``. exp phi(y) is 1 + |y| + y^2 / 2 = ((1 + |y|)^2 + 1) / 2 for y >= 0, and one
+    divided by this for y < 0. The factors of eight observations are multiplied before one logarithm is computed. The
+    product of gains does not overflow, because a gain of more than 1e16 counts as 1e16. The product of losses may: then
+    the factor is 0 and its logarithm -inf. Every bet stays fair.
     """
     total = torch.zeros_like(stakes)
-    for rows in moved.split(_AT_ONCE):
-        above, below = rows.clamp(0, _MOST), rows.clamp(max=0)
+    for rows in moved.split(_OBSERVATIONS_PER_LOG):
+        above, below = rows.clamp(0, _LARGEST_GAIN), rows.clamp(max=0)
         for at, stake in enumerate(stakes):
             gain, loss = (above * stake).add_(1).square_().add_(1), (below * stake).sub_(1).square_().add_(1)
             total[at] += gain.prod(0).div_(loss.prod(0)).log_()
@@ -76,7 +81,7 @@ def energy_up(q: Tensor, d: Tensor, stakes: Tensor) -> Tensor:
 
 
 def down_stakes(d: Tensor, v: Tensor) -> Tensor:
-    """Stakes l for less energy, (stakes, layers): the best stakes if 3/4, 1/2, 1/4 or 1/10 of the energy is lost.
+    """Stakes l for less energy, (stakes, layers): the best if 3/4, 1/2, 1/4 or 1/10 of the energy is lost and d = 0.
 
     A stake is halved until 2 d <= l / psi(l), as the proof requires.
     """

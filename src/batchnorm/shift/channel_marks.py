@@ -38,7 +38,7 @@ class Marks:
     Args:
         upper: Upper marks, (marks, channels); larger observations are beyond them.
         lower: Lower marks, (marks, channels); smaller observations are beyond them.
-        shares: Largest share of clean observations beyond each mark, (marks,).
+        shares: Upper bound S of the share of clean observations beyond each mark, (marks,).
     """
 
     upper: Tensor
@@ -77,7 +77,7 @@ def _how_many(is_so: Tensor) -> Tensor:
 
 
 def _most(n: int, k: int, error: float) -> float:
-    """The share S beyond a mark with which fewer than k of n draws are beyond it, with probability ``error``."""
+    """The share S beyond a mark for which fewer than k of n draws are beyond the mark with probability ``error``."""
     counts = torch.arange(k, dtype=torch.float64)
     ways = math.lgamma(n + 1) - torch.lgamma(counts + 1) - torch.lgamma(n - counts + 1)
     low, high = 0.0, 1.0

@@ -2,7 +2,7 @@
 
 Half of the observations (at most 1,000) define how scores are computed. The others fill the bag. So the scores do not
 depend on the observations in the bag, and the p-values are valid. Marks use all observations; the bounds of components
-use the second part.
+use the observations in the bag.
 """
 
 from __future__ import annotations

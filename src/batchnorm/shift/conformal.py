@@ -40,14 +40,14 @@ EDGE = 1  # cells below an observation's own that count as at least as strange
 _LATER = 64  # observations that are counted together, since counting many costs as much as counting one
 _POWERS = (0.1, 0.25, 0.5, 0.75)
 _SLOPES = (0.5, 0.9)
-_FAR = 1e15  # spreads from the middle: larger and infinite distances are in the first or the last cell
+_FAR = 1e15  # largest distance from the middle, in spreads; larger and infinite distances count as this
 BETS = len(_POWERS) + len(_SLOPES)
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Bag:
-    """A bag: for each score, the number of clean observations whose score is in a cell or in a higher cell.
+    """A bag: for each score and cell, the number of clean observations whose score is in this or in a higher cell.
 
     Args:
         above: These counts, (scores, cells), int32; the first column is the number of counted observations.
@@ -81,7 +81,7 @@ class Bag:
     def is_whole(self) -> bool:
         """Whether observations can have produced these counts.
 
-        They are int32, the first column is one positive number, and no column exceeds the column before it.
+        Counts are int32, the first column is one positive number, and no column exceeds the column before it.
         """
         counts = self.counts
         whole = bool((counts[:, :1] == counts[:1, :1]).all()) and int(counts[0, 0]) > 0

@@ -1,8 +1,8 @@
 """E-processes: evidence that detects a shift as fast after a million clean observations as at the start.
 
-A product of factors shrinks while nothing happens, and this loss delays detection later. So half of the stake goes into
-the product P from the start, and half is spread over products that start in each round t; S is their sum. With the
-factor e of round t,
+A bet's wealth is a product of factors (``betting``). It shrinks while nothing happens, and this loss delays detection
+later. So half of the initial wealth goes into the product P, which begins at the start. The other half is spread over
+products, one of which begins in each round t; S is their sum. With the factor e of round t,
 
     E = (P + S + rest) / 2,      P' = P e,      S' = (S + w_t) e,      rest = 1 - w_1 - ... - w_t,
 
@@ -33,8 +33,8 @@ class EProcesses:
         product: log P, any shape.
         restarted: log S, the same shape.
         updates: Number of rounds; their sizes may differ.
-        rest: Share of the spread stake that has not started yet.
-        is_spread: Whether half of the stake is spread over later starts; False for e-SR.
+        rest: Sum of the weights of products that have not begun yet; 0 for e-SR.
+        is_spread: Whether half of the wealth is spread over later starts; False for e-SR.
     """
 
     product: Tensor
@@ -74,7 +74,7 @@ class EProcesses:
         total = wealth.logsumexp(0) - math.log(len(wealth))
         if not self.is_spread:
             return total
-        # the total is the mean of (P + S) / 2; the stake that has not started is still missing
+        # the total is the mean of (P + S) / 2; rest / 2 is still missing
         return torch.logaddexp(total, torch.full_like(total, math.log(self.rest / 2)))
 
     def merged(self, others: list[EProcesses]) -> EProcesses:

@@ -1,16 +1,18 @@
 """Evidence: combines all bets against one reference, for the model, its layers and its channels.
 
-From a checkpoint alone every channel of every layer bets on a higher and a lower mean, and every layer on more energy,
-with four stakes each; on less energy only with a declared kurtosis. Against a calibrated reference every score of every
-layer bets on small p-values; marks of channels' means also bet, to name channels.
+From a checkpoint alone there are bets on a higher and on a lower mean of every channel, and on more energy of every
+layer, with four stakes each. Bets on less energy are added only if a kurtosis is declared. Against a calibrated
+reference there are bets on small p-values of every score of every layer (``scores``, ``conformal``). To name channels,
+there are also bets that a channel's mean is beyond its marks (``channel_marks``).
 
 Testing many places costs the logarithm of their number. From a checkpoint all bets are fair given the same past, and an
 average of e-processes of one past is an e-process however dependent they are (Vovk and Wang 2021): the evidence is the
 average over stakes, signs and channels of a layer, over kinds of bets, and over layers.
 
 Bets on ranks of one score are fair given this score's past only. Other scores may carry more information, and an
-average of such e-processes need not be one (Choe and Ramdas 2024). So with weights w_j that sum to 1, over scores of a
-kind, kinds and layers, the evidence is the largest w_j E_j. Each w_j E_j reaches 1 / alpha with probability at most
+average of such e-processes need not be one (Choe and Ramdas 2024). Let E_j be the e-process of score j, and w_j weights
+that sum to 1: equal for layers, for the kinds of a layer and for the scores of a kind. The evidence is the largest
+w_j E_j. Each w_j E_j reaches 1 / alpha with probability at most
 alpha w_j (Ville 1939), so the probability that any of them reaches it is at most alpha. Little evidence is lost,
 because one term usually dominates the sum.
 
@@ -46,7 +48,7 @@ class ShiftEvidence:
     """E-processes of every channel and layer after ``observations`` observations.
 
     Args:
-        reference: The reference that they bet against.
+        reference: The bounds of clean data that the bets are against.
         mean: Bets on higher and lower means, (2, stakes, channels); mean, up and down are None if calibrated.
         up: Bets on more energy, (stakes, layers).
         down: Bets on less energy, (stakes, layers); None also if no kurtosis was declared.

@@ -29,8 +29,8 @@ _FURTHEST, _STEPS, _NORMAL = 40.0, 161, 63  # largest move, in mean absolute dev
 def least_visible_shift(evidence: ShiftEvidence, alpha: float) -> float:
     """The smallest move of a channel's mean, in stored sd, that would have raised an alarm: median over channels.
 
-    For an even number of channels the median is the lower middle value. Infinite only if calibrated, if for most
-    channels no move of up to 40 mean absolute deviations would have raised an alarm in so few observations.
+    For an even number of channels the median is the lower middle value. With a calibrated reference it is infinite if
+    for most channels no move of up to 40 mean absolute deviations would have raised an alarm in so few observations.
     """
     moves = _by_bets(evidence, alpha) if evidence.bag is None else _by_ranks(evidence, alpha)
     return float(moves.median())

@@ -203,7 +203,7 @@ class ShiftMonitor:
 
     @property
     def cost(self) -> float:
-        """Time of observing as a share of the inference time without it."""
+        """The time of observing divided by the remaining inference time."""
         return self._costs.cost
 
     @property
@@ -254,7 +254,10 @@ class ShiftMonitor:
                 self.stream.warn("budget", problem)
 
     def _can_pass_again(self) -> bool:
-        """Whether an uncompiled second pass can measure the batch: a compiled model in eval mode. Else warn."""
+        """Whether an uncompiled second pass can measure the batch: only that of a compiled model. Else warn.
+
+        False too, with a warning, if all layers are in train mode.
+        """
         if all(layer.training for layer in self.layers.values()):
             message = "the model is in train mode, and does not use its stored statistics. Call eval()."
             self.stream.warn("train", message)
@@ -296,8 +299,9 @@ class ShiftMonitor:
             max_examples: Largest number of examples to use; None uses all.
 
         Raises:
+            TypeError: If ``loader`` is not an iterable of batches.
             ValueError: If there are too few observations, activations are not finite, a layer does not run in a pass,
-                or layers receive different numbers of examples.
+                layers receive different numbers of examples, or the unit's function returns too few keys.
             RuntimeError: If the monitor is observing.
         """
         if self.is_observing:
@@ -360,7 +364,7 @@ class ShiftMonitor:
         )
 
     def pooled_over_ranks(self, group: torch.distributed.ProcessGroup | None = None) -> Alarm | None:
-        """``pooled`` over the ranks of torch.distributed; every rank must call it, and all get the same result."""
+        """``pooled`` over the ranks of torch.distributed; every rank must call it, and each gets the same result."""
         self.stream.update()
         states: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(states, self.stream.state(), group=group)

@@ -18,14 +18,14 @@ from batchnorm.call_types import Batch
 from batchnorm.shift.layer_observer import random_rows
 from batchnorm.shift.stream_state import StreamState
 
-_WINDOW = 64  # longer than the runs of similar examples in a sorted file
+_WINDOW = 64  # observations in a window; runs of similar examples must be shorter to be noticed
 _CHANNELS = 256  # most channels whose correlation is measured
 
 Unit = str | Callable[[Batch], Sequence[Hashable]]
 
 
 def name_of(unit: Unit) -> str:
-    """The reference's name for the unit.
+    """The reference's name for the unit: "example", "batch", or "key" for a function.
 
     Raises:
         ValueError: If ``unit`` is not a unit.
@@ -157,10 +157,11 @@ class Grouping:
 class Autocorrelation:
     """Correlation of neighbouring observations, in windows of 64 and pooled over channels.
 
-    In each window, around its own mean, r = sum_t z_t z_(t+1) / sum_t z_t^2 + 1 / 64; the second term corrects the bias
-    from subtracting the window's own mean. r is the mean over windows, so a shift in the middle of a stream affects one
-    window only. Its standard error is at most 1 / sqrt(n) for n observations in whole windows. So ``is_wrong`` says
-    that the unit is too small if r is above 0.1 + 4 / sqrt(n), after at least two windows.
+    Let z_t be the observations of a window minus the window's mean. Its correlation is sum_t z_t z_(t+1) / sum_t z_t^2
+    + 1 / 64; the second term corrects the bias from subtracting the mean. r is the average over windows, so a shift in
+    the middle of a stream affects one window only. The standard error of r is at most 1 / sqrt(n) for n observations in
+    whole windows. ``is_wrong`` says that the unit is too small if r is above 0.1 + 4 / sqrt(n), after at least two
+    windows.
     """
 
     def __init__(self) -> None:

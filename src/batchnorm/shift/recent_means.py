@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchnorm.shift.stream_state import StreamState
 
-_RISE = 0.05  # added to the lowest logarithm in each round, so that it is forgotten
+_RISE = 0.05  # added to the lowest log evidence in each round, so that an old lowest value is forgotten
 
 
 @final

@@ -25,7 +25,7 @@ from batchnorm.shift.tails import Tail, Tails
 
 LOGGER = logging.getLogger("batchnorm.shift")
 LOGGER.addHandler(logging.NullHandler())  # messages go to configured loggers only, not to standard error
-_ROUND = 8  # observations that wait, or more, before the evidence is updated, which takes a millisecond or two
+_ROUND = 8  # the evidence is updated when so many observations wait: an update takes a millisecond or two
 
 
 @final
@@ -99,7 +99,7 @@ class Stream:
             self.update()
 
     def update(self) -> float:
-        """Add waiting observations to the evidence now; return its logarithm. Raises the alarm at the limit."""
+        """Add waiting observations to the evidence now, and return its logarithm; at the limit the alarm is raised."""
         with self.lock:
             if self._waiting:
                 first, *rest = self._waiting
@@ -120,7 +120,7 @@ class Stream:
         self._watch_tails(q)
 
     def _since_clean(self, evidence: ShiftEvidence) -> float:
-        """Log evidence; for e-SR without its growth on clean data, which is one per observation."""
+        """Log evidence; with ``arl`` minus log(observations), because it grows so much on clean data."""
         return evidence.log - (math.log(evidence.observations) if self.arl is not None else 0.0)
 
     def _judge(self) -> None:
@@ -136,7 +136,7 @@ class Stream:
             self._call(self.alarm)
 
     def _settle(self, alarm: Alarm, sums: Tensor, n: int) -> None:
-        """Set a missing hint: "inputs" once a component has moved far, "another mix" after SETTLED observations."""
+        """Set a missing hint: "inputs" once a component moved far, or "another mix" after SETTLED observations."""
         self._later.take(sums, n)
         if alarm.hint or (furthest := self.reference.furthest(*self.means)) is None:
             return
@@ -147,7 +147,7 @@ class Stream:
         self.alarm = replace(alarm, hint=about)
 
     def _watch_tails(self, q: Tensor) -> None:
-        """Warn if a heavy tail makes the checkpoint's promise doubtful; calibrated, nothing is assumed of tails."""
+        """Warn if a heavy tail makes the checkpoint's promise doubtful; a calibrated one assumes nothing of tails."""
         if self.alarm is not None or self.reference.clean is not None:
             return
         self._tails.add(self.reference.of_layers(q))
@@ -182,17 +182,17 @@ class Stream:
 
     @property
     def means(self) -> Tensor:
-        """Means of z and q, (2, channels): since the evidence began to rise, if it is at the limit now, else of all."""
+        """Means of z and q, (2, channels): since the evidence began to rise if it is at the limit now, else of all."""
         with self.lock:
             return self._means()
 
     def furthest(self) -> tuple[float, float] | None:
-        """Largest movement of a component since the evidence began to rise, or since ``look_anew``.
+        """Largest movement of a principal component since the evidence began to rise, or since ``look_anew``.
 
         Returns:
             The distance, in sd of an observation (see ``Reference.furthest``), and its typical increase by chance:
-            sqrt(2 log(2 m) / n), the largest of m normal errors after n observations. None without observations, or if
-            distances are unknown.
+            sqrt(2 log(2 m) / n), the largest of m components' normal errors after n observations. None without
+            observations, or if ``Reference.furthest`` is None.
         """
         with self.lock:
             means, n = self._recent.means, self._recent.count
@@ -272,7 +272,11 @@ class Stream:
         self._tails.put(state)
 
     def check(self, state: StreamState) -> None:
-        """Refuse a state that is damaged or belongs to a stream with other settings."""
+        """Refuse a state that is damaged or belongs to a stream with other settings.
+
+        Raises:
+            ValueError: If the state is damaged, or belongs to another reference, unit, alpha or arl.
+        """
         about = state.about
         wrong = [f"{name} {about.get(name)!r}" for name, own in self.kind.items() if about.get(name) != own]
         if wrong:

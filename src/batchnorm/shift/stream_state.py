@@ -26,7 +26,8 @@ class StreamState:
     """A stream's state at one moment, or a part of it; ``|`` joins parts.
 
     Args:
-        tensors: E-processes, sums and waiting observations, in float64, and the counts of the bag, int32.
+        tensors: E-processes, sums and observations that are not in the evidence yet, in float64, and the counts of the
+            bag, int32.
         about: All other values, as JSON data: counts, the alarm, and the reference and unit of the stream.
     """
 
@@ -114,6 +115,11 @@ class StreamState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamState:
-        """Read a file that ``save`` wrote; errors are those of ``Sidecar.read``."""
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            ValueError: If the file is damaged, or of another kind or version.
+            OSError: If the file cannot be read.
+        """
         about, tensors = FILE.read(path)
         return cls(tensors, about)

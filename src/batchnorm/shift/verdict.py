@@ -94,8 +94,8 @@ class ShiftVerdict:
         rise: Number of examples after which the evidence began to rise to the limit, roughly; None if it did not.
         first: The first layer in forward order whose own evidence reached the limit; None if no layer's did.
         hint: What the change looked like at the alarm; "" if that is not clear or there was no alarm.
-        layers: Every layer. Distances are measured on the examples since the evidence began to rise if it is at the
-            limit at the end, else on all examples. If the evidence has fallen below the limit after an alarm, the
+        layers: Every layer. If the evidence has reached the limit at the end, distances are measured on the examples
+            since it began to rise, else on all examples. If the evidence has fallen below the limit after an alarm, the
             values are those at the alarm.
         correlation: Correlation of neighbouring observations; of those before the evidence rose if these are at least
             100, else of all.
@@ -175,6 +175,7 @@ def judge(
             command.
 
     Raises:
+        TypeError: If ``loader`` is not an iterable of batches, or ``max_examples`` is not a whole number.
         ValueError: If the data give no observation with finite activations, the reference's numbers are not finite, a
             layer does not run in a pass, layers receive different numbers of examples, or pictures are asked for and
             the inputs are not pictures.
@@ -226,7 +227,7 @@ def _verdict(watch: _Watch, *, seconds: float, **names: str) -> ShiftVerdict:
 def _rise(trail: list[tuple[int, float]], alarm: Alarm | None) -> int | None:
     """Number of examples at the lowest evidence before the alarm: clean data lower it, so the change began near it.
 
-    None if there was no alarm.
+    0 if the evidence was lowest after the first round. None if there was no alarm.
     """
     if alarm is None:
         return None
@@ -262,7 +263,7 @@ class _Watch:
         self.batches = self.left_out = 0
 
     def see(self, inputs: Batch, z: Tensor, q: Tensor) -> None:
-        """Count one batch. Examples are observed in rounds of 8, however large the batches are."""
+        """Count one batch: with unit "example" in rounds of 8 examples, else as one round."""
         self.batches += 1
         finite = z.isfinite().all(1) & q.isfinite().all(1)
         self.left_out += int((~finite).sum())
@@ -333,7 +334,7 @@ def _pixels(inputs: Batch) -> Tensor:
     x = next(iter(inputs.values()), None) if isinstance(inputs, dict) else inputs
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in {1, 3}:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"pictures need inputs (N, C, H, W) with C = 1 or 3, got {shape}. Leave --images out.")
+        raise ValueError(f"pictures need inputs (N, C, H, W) with C = 1 or 3, got {shape}. Ask for no pictures.")
     return x
 
 

@@ -20,7 +20,7 @@ LOST = 7  # from this power of ten on, odds are given as a power of ten without 
 
 
 def odds(log_evidence: float) -> str:
-    """Evidence x as "1 in x", rounded down to two digits; "none" if x is at most 1."""
+    """Evidence x as "1 in x", rounded down to two digits, or "1 in 10^n" from 10^7 on; "none" if x is at most 1."""
     tens = log_evidence / math.log(10)
     if log_evidence <= 0:
         return "none"
