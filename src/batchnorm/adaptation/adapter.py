@@ -179,7 +179,7 @@ class Adapter:
         outer = self.monitor.observed
         before, hush, after = (Hook(work, is_always=True) for work in (self._before, self._hush, self._after))
         self._handles = [
-            # these hooks run before the monitor's, so that the monitor does not observe a trial
+            # ``before`` runs before the monitor's hooks, so that the monitor does not observe a trial
             outer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             outer.register_forward_pre_hook(hush),
             outer.register_forward_hook(after, with_kwargs=True, always_call=True),

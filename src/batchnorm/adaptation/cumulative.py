@@ -1,9 +1,9 @@
 """Cumulative statistics: moments of all inputs since a start, used by the layers while they grow.
 
-All examples since the start count equally, together with ``prior`` stored examples, until 1 / ``floor`` examples have
-passed. After that a new example has weight ``floor`` and old examples lose weight, so that the statistics follow later
-changes. A batch's statistics include the batch: a layer counts its input first and normalizes by the result, so later
-layers count inputs that are already normalized.
+All examples since the start count equally, and the stored statistics count as ``prior`` examples, until 1 / ``floor``
+examples have passed. After that a new example has weight ``floor`` and old examples lose weight, so that the statistics
+follow later changes. A batch's statistics include the batch: a layer counts its input first and normalizes by the
+result, so later layers count inputs that are already normalized.
 """
 
 from __future__ import annotations

@@ -12,19 +12,19 @@ from batchnorm.record.log_entry import JsonValue
 
 # a running training writes once a second; a first step that compiles, or a validation, takes longer
 _SILENCE = 30.0  # seconds without a new line
-_PULSES = 12  # progress lines for the mean speed
+_PROGRESS_LINES = 12  # progress lines for the mean speed
 _LOCKS = Path("/proc/locks")
 
 
 def status(log: Log) -> dict[str, JsonValue]:
     """The training's status as numbers, and its state: "finished", "writing" or "silent"."""
-    pulses = log.rows("progress", first=max(0, log.count("progress") - _PULSES))
-    updated = _updated(log, pulses)
+    progress = log.rows("progress", first=max(0, log.count("progress") - _PROGRESS_LINES))
+    updated = _updated(log, progress)
     state, reason = _state(log, updated)
     return {
         "step": log.step,
-        "rate": _rate(log, pulses),
-        "cost": number(pulses[-1].get("cost")) if pulses else None,
+        "rate": _rate(log, progress),
+        "cost": number(progress[-1].get("cost")) if progress else None,
         "updated": updated,
         "now": time.time(),
         "state": state,
@@ -33,19 +33,19 @@ def status(log: Log) -> dict[str, JsonValue]:
     }
 
 
-def _updated(log: Log, pulses: list[dict[str, JsonValue]]) -> float:
+def _updated(log: Log, progress: list[dict[str, JsonValue]]) -> float:
     """Unix time of the last line with a time; if there is none, that of the file, which copying may have changed."""
-    last = [*pulses[-1:]]
+    last = [*progress[-1:]]
     for kind in ("free", "probe", "lab", "event", "end"):
         last += log.rows(kind, first=max(0, log.count(kind) - 1))
     times = [seconds for row in last if (seconds := number(row.get("seconds"))) and seconds > 0]
     return max(times) if times else (log.folder / "record.jsonl").stat().st_mtime
 
 
-def _rate(log: Log, pulses: list[dict[str, JsonValue]]) -> float | None:
+def _rate(log: Log, progress: list[dict[str, JsonValue]]) -> float | None:
     """Steps per second over the last progress lines of this start; None for fewer than two lines or at one time."""
     start = number(log.start.get("time")) or 0.0
-    marks = [(number(row.get("seconds")), number(row.get("step"))) for row in pulses]
+    marks = [(number(row.get("seconds")), number(row.get("step"))) for row in progress]
     points = [(at, step) for at, step in marks if at is not None and step is not None and at >= start]
     if len(points) < 2 or points[-1][0] <= points[0][0]:
         return None

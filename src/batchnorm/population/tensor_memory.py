@@ -147,7 +147,7 @@ def storage_size(tensor: Tensor) -> int | None:
 
 
 def resize_storage(tensor: Tensor, size: int | None) -> None:
-    """Free memory, or allocate it again, without its contents."""
+    """Free a tensor's memory, or allocate it again without its contents; nothing happens if ``size`` is None."""
     if size is not None and storage_size(tensor) != size:
         memory_of(tensor).untyped_storage().resize_(size)
 

@@ -49,9 +49,9 @@ class LayerShift:
     kl: float
 
     @classmethod
-    def of_dict(cls, told: Mapping[str, Any]) -> LayerShift:
+    def of_dict(cls, values: Mapping[str, Any]) -> LayerShift:
         """The layer from its dict, also from a dict read from JSON."""
-        fields: dict[str, Any] = {**told, "channels": tuple(told["channels"])}
+        fields: dict[str, Any] = {**values, "channels": tuple(values["channels"])}
         return cls(**fields)
 
 
@@ -83,10 +83,10 @@ class Alarm:
     seconds: float
 
     @classmethod
-    def of_dict(cls, told: Mapping[str, Any]) -> Alarm:
+    def of_dict(cls, values: Mapping[str, Any]) -> Alarm:
         """The alarm from its dict, also from a dict read from JSON."""
-        fields: dict[str, Any] = dict(told)
-        fields["layers"] = [LayerShift.of_dict(layer) for layer in told["layers"]]
+        fields: dict[str, Any] = dict(values)
+        fields["layers"] = [LayerShift.of_dict(layer) for layer in values["layers"]]
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:

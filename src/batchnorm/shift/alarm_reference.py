@@ -18,8 +18,8 @@ examples have less energy, and stored statistics do not bound how much less. So 
 ``kurtosis`` is declared: then Var(Q) <= k - (1 - d)^2.
 
 *Calibrated*, from at least 200 clean observations: nothing is assumed about their distribution. New observations are
-compared with them by rank (``conformal``, ``scores``); the promise only needs that later clean observations are
-exchangeable with them.
+compared with them by rank (``conformal``, ``scores``). The bound on false alarms only needs that later clean
+observations are exchangeable with them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _BATCH = 64  # examples in a training batch, by default
 _USUAL_MOMENTUM = 0.1
 _LEAST_ERROR = 0.1  # smallest assumed error of stored statistics
 NORMAL = 3.0  # kurtosis of normal values
-_TOLERANCE = 0.02  # movement of components, in sd, that a hint ignores
+_TOLERANCE = 0.02  # movement of principal components, in sd, that an alarm's hint ignores
 
 
 @final
@@ -173,7 +173,7 @@ class Reference:
         Args:
             z: Channel means in stored standard deviations, (observations, channels).
             q: Energies of channels, (observations, channels).
-            tolerance: Movement of components, in sd, that a hint ignores.
+            tolerance: Movement of principal components, in sd, that an alarm's hint ignores.
 
         Raises:
             ValueError: If there are fewer than 200 observations, or some of them are not finite.

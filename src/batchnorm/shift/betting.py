@@ -10,7 +10,7 @@ it: the mean square of the layer's standardized inputs. F is the past, and l the
     |E[z | F]| <= delta,     Var(z | F) <= kappa,     |E[Q | F] - 1| <= d,     Var(Q | F) <= v,     Q >= 0.
 
 ``mean_shift``, ``energy_up`` and ``energy_down`` return logarithms of factors, summed over observations, for each
-stake. The proofs that the expectation of each factor, given F, is at most 1:
+stake (and each side of a mean). The proofs that the expectation of a factor, given F, is at most 1:
 
 ``mean_shift`` (Catoni's bet, Wang and Ramdas 2023): let y = l (s z - delta) with s = +1 or -1, and phi(y) =
 log(1 + y + y^2 / 2) for y >= 0, otherwise -log(1 - y + y^2 / 2); exp phi(y) <= 1 + y + y^2 / 2. Let m = delta - E[s z],

@@ -29,7 +29,9 @@ def passes(
         who: The caller's name in error messages.
 
     Raises:
-        ValueError: If a layer does not run in a pass, or layers receive different numbers of examples.
+        TypeError: If ``loader`` is not an iterable of batches, or ``max_examples`` is not a whole number.
+        ValueError: If there is no batch, a layer does not run in a pass, or layers receive different numbers of
+            examples.
     """
     batches = Batches(loader, max_examples, device_of(model), who=who)
     with preserve_state(model), preserve_random_state(*batches.generators):

@@ -12,9 +12,8 @@ average over stakes, signs and channels of a layer, over kinds of bets, and over
 Bets on ranks of one score are fair given this score's past only. Other scores may carry more information, and an
 average of such e-processes need not be one (Choe and Ramdas 2024). Let E_j be the e-process of score j, and w_j weights
 that sum to 1: equal for layers, for the kinds of a layer and for the scores of a kind. The evidence is the largest
-w_j E_j. Each w_j E_j reaches 1 / alpha with probability at most
-alpha w_j (Ville 1939), so the probability that any of them reaches it is at most alpha. Little evidence is lost,
-because one term usually dominates the sum.
+w_j E_j. Each w_j E_j reaches 1 / alpha with probability at most alpha w_j (Ville 1939), so the probability that any of
+them reaches it is at most alpha. Little evidence is lost, because one term usually dominates the sum.
 
 For an average run length let S_j be the process of score j (``e_processes``). S_j - t cannot grow in expectation, so
 S_j reaches c within t observations with probability at most t / c, and the largest w_j S_j reaches 2 arl with

@@ -62,10 +62,10 @@ class _OpenObservation:
 
 @final
 class Grouping:
-    """Groups examples into observations: each example alone, one per batch, or one per run of equal keys.
+    """Groups examples into observations: one per example, per batch, or per run of neighbouring examples with one key.
 
-    The last run of keys stays open until another key comes. Means of few examples vary more than means of many, so
-    compared observations must have the same number of examples.
+    The last run stays open until another key comes. Means of few examples vary more than means of many, so with a
+    calibrated reference and unit "batch" all observations have the same number of examples.
 
     Args:
         unit: What one observation is.

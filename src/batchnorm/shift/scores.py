@@ -44,7 +44,7 @@ KIND_OF = (
 _FLOOR = 1e-3  # smallest relative energy of a channel in the logarithm
 _SPREAD = 0.02  # smallest mean absolute deviation of channels and components
 _WIDTH = 0.1  # smallest mean absolute deviation of scores
-_MOST = 1e12  # largest mean, in stored sd, and largest energy; larger values are clipped
+_LARGEST_VALUE = 1e12  # largest mean, in stored sd, and largest energy; larger values are clipped
 
 
 @final
@@ -150,7 +150,7 @@ def _first(x: Tensor) -> Tensor:
 
 def _single(x: Tensor) -> Tensor:
     """The values in float32, at half the cost, and at most 1e12 in size; scores of clean observations use it too."""
-    return x.float().clamp_(-_MOST, _MOST)
+    return x.float().clamp_(-_LARGEST_VALUE, _LARGEST_VALUE)
 
 
 def _log(relative: Tensor) -> Tensor:

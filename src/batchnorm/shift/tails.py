@@ -1,16 +1,16 @@
 """Tails: whether a few examples carry so much of a layer's energy that stored variances may be far off.
 
-From a checkpoint alone a layer's energy is assumed to be at most 1 + d, where d is three standard errors of a stored
-variance for values of kurtosis k (``alarm_reference``). The standard error of a layer's energy Q grows with the square
-root of E[Q^2] / E[Q]^2 - 1, which is k - 1 if all values of an example have one size, and less otherwise. If, for the
-observed ratio m = E[Q^2] / E[Q]^2,
+The energy Q of a layer is the mean square of its standardized inputs in one observation. From a checkpoint alone its
+expectation is assumed to be at most 1 + d, where d is three standard errors of a stored variance for values of kurtosis
+k (``alarm_reference``). Let m be the observed E[Q^2] / E[Q]^2. The standard error of Q's mean grows with the square
+root of m - 1, which is k - 1 if all values of an example have one size, and less otherwise. If
 
     m > 1 + (k - 1) (3 / 2)^2,
 
 d covers fewer than two standard errors, and the condition is doubtful; k is 3, or a larger declared value. With 3 the
-bound is 5.5. One normal channel alone has m = 3. Nothing is judged before 512 observations; then m has a standard error
-of at most sqrt(24 / 512) = 0.22, so 5.5 is more than ten standard errors away. More channels or positions make m
-smaller.
+bound is 5.5. One normal channel alone has m = 3. Nothing is judged before 512 observations; then m of a normal
+channel has a standard error of at most sqrt(24 / 512) = 0.22, so 5.5 is more than ten standard errors away. More
+channels or positions make m smaller.
 
 Observations after an alarm do not count: they are shifted, and carry no information about clean data.
 """

@@ -94,9 +94,9 @@ class ShiftVerdict:
         rise: Number of examples after which the evidence began to rise to the limit, roughly; None if it did not.
         first: The first layer in forward order whose own evidence reached the limit; None if no layer's did.
         hint: What the change looked like at the alarm; "" if that is not clear or there was no alarm.
-        layers: Every layer. If the evidence has reached the limit at the end, distances are measured on the examples
-            since it began to rise, else on all examples. If the evidence has fallen below the limit after an alarm, the
-            values are those at the alarm.
+        layers: Every layer. If the evidence is at the limit or above it at the end, distances are measured on the
+            examples since it began to rise, else on all examples. If the evidence has fallen below the limit after an
+            alarm, the values are those at the alarm.
         correlation: Correlation of neighbouring observations; of those before the evidence rose if these are at least
             100, else of all.
         dependent: Whether that correlation is too large for the unit.
@@ -176,9 +176,9 @@ def judge(
 
     Raises:
         TypeError: If ``loader`` is not an iterable of batches, or ``max_examples`` is not a whole number.
-        ValueError: If the data give no observation with finite activations, the reference's numbers are not finite, a
-            layer does not run in a pass, layers receive different numbers of examples, or pictures are asked for and
-            the inputs are not pictures.
+        ValueError: If there is no batch or no observation with finite activations, the reference's numbers are not
+            finite, a layer does not run in a pass, layers receive different numbers of examples, or pictures are asked
+            for and the inputs are not pictures.
         RuntimeError: If the monitor is observing: these passes would be in its stream.
     """
     if monitor.is_observing:
@@ -334,7 +334,7 @@ def _pixels(inputs: Batch) -> Tensor:
     x = next(iter(inputs.values()), None) if isinstance(inputs, dict) else inputs
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in {1, 3}:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"pictures need inputs (N, C, H, W) with C = 1 or 3, got {shape}. Ask for no pictures.")
+        raise ValueError(f"pictures need inputs (N, C, H, W) with C = 1 or 3, got {shape}. Ask for 0 pictures.")
     return x
 
 
