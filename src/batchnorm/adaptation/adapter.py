@@ -2,8 +2,8 @@
 
     watching     The deployed statistics are in use. An alarm leads to: gathering.
     gathering    The deployed statistics are in use. The model also answers each batch under trial statistics, which the
-                 caller does not see. If no guard objects, the trial statistics are used: adapted. If a guard keeps
-                 objecting: refused.
+                 caller does not see. If no guard objects, the trial statistics are used: adapted. If a guard still
+                 objects after four windows of examples, or the model raises an error in the trial: refused.
     adapted      The trial statistics are in use, and grow with each batch. A guard's objection leads to: rolled back.
     refused, rolled back
                  The deployed statistics are in use. If a layer's energy (the mean square of its standardized inputs)

@@ -14,7 +14,7 @@ _LEAST_EXPECTED = 1e-12
 
 @final
 class PredictionWindow:
-    """The last ``size`` examples, or all since the start if there are fewer.
+    """Predictions and energies of the last ``size`` examples, or of all since the start if there are fewer.
 
     Args:
         size: Number of examples.
@@ -24,7 +24,7 @@ class PredictionWindow:
         self.size = size
         self.examples = 0  # number of examples since the start
         self._energies: dict[str, tuple[float, float]] = {}  # by layer: running means of energy and expected energy
-        self._measured = 0
+        self._measured = 0  # number of examples in the running means
         self._answers: deque[Predictions] = deque(maxlen=size)
 
     def add_answers(self, p: Tensor | None, examples: int) -> None:

@@ -33,7 +33,7 @@ class Cumulative:
     def __init__(self, stored: Statistics, prior: float, floor: float) -> None:
         self._stored, self._prior, self._floor = stored, prior, floor
         self._moments: dict[str, tuple[Moments, float]] = {}  # of a layer's inputs; weight of its examples
-        self.energies: dict[str, tuple[float, float]] = {}  # of a layer's last input, and of all its earlier inputs
+        self.energies: dict[str, tuple[float, float]] = {}  # of a layer's last input, and of its earlier inputs
 
     def see(self, path: str, layer: _BatchNorm, x: Tensor) -> None:
         """Count the input of a layer, and let the layer normalize by the result."""

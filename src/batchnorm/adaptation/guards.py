@@ -3,8 +3,10 @@
 *Before use.* New statistics are used if none of these guards objects:
 
 - Mix. A different mix of the same examples does not explain how far the inputs moved. If only the shares of the classes
-  changed, the deployed statistics fit as well as before and new ones would fit worse. Needs a calibrated monitor.
-- Need. Predictions under the deployed statistics have become uncertain, or hardly depend on the input.
+  changed, the deployed statistics fit as well as before and new ones would fit worse. This guard never objects without
+  a monitor that is calibrated with unit "example".
+- Need. Predictions under the deployed statistics have become uncertain, or hardly depend on the input. This guard is
+  not asked if no mix of classes can move inputs so far.
 - Gain. On the latest examples, predictions under the new statistics carry clearly more information (``predictions``)
   than those under the deployed statistics.
 - Information. Predictions under the new statistics carry most of the information of the predictions before the alarm. A

@@ -43,7 +43,10 @@ def _updated(log: Log, progress: list[dict[str, JsonValue]]) -> float:
 
 
 def _rate(log: Log, progress: list[dict[str, JsonValue]]) -> float | None:
-    """Steps per second over the last progress lines of this start; None for fewer than two lines or at one time."""
+    """Steps per second over the last progress lines of this start.
+
+    None if there are fewer than two such lines, or if the last line is not later than the first.
+    """
     start = number(log.start.get("time")) or 0.0
     marks = [(number(row.get("seconds")), number(row.get("step"))) for row in progress]
     points = [(at, step) for at, step in marks if at is not None and step is not None and at >= start]

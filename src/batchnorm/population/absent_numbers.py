@@ -99,7 +99,7 @@ def _refuse(path: str, module: nn.Module, _: object) -> None:
 def _is_used(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a module of torch.nn reads this tensor; users may attach tensors that it does not read."""
     name = name.rpartition(".")[2]
-    if name == "num_batches_tracked":  # a counter can only lack memory
+    if name == "num_batches_tracked":  # only a counter whose memory was freed is missed, and only in train mode
         return module.training and is_freed(tensor)
     return name.startswith(_READ)
 
@@ -145,9 +145,9 @@ def _missing_values(model: nn.Module, error: BaseException) -> str:
     return ""
 
 
-def _innermost(error: BaseException, known: dict[nn.Module, str]) -> nn.Module:
+def _innermost(error: BaseException, paths: dict[nn.Module, str]) -> nn.Module:
     """The innermost module of the model whose code raised the error; the model itself if there is none."""
-    return next(iter([module for module in modules_behind(error) if module in known][::-1]), next(iter(known)))
+    return next(iter([module for module in modules_behind(error) if module in paths][::-1]), next(iter(paths)))
 
 
 def modules_behind(error: BaseException) -> Iterator[nn.Module]:

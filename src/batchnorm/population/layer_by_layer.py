@@ -1,9 +1,9 @@
 """Exact statistics: measures each layer after all layers before it are finished, in execution order.
 
 In ``lock_step`` the forward of every batch waits at each layer until that layer is finished, so one pass over the data
-is enough, except for a few forwards that check the model and batches for which the memory is too small. It is used if
-it is certain that waiting does not change the result. Otherwise each layer costs a pass that ends at the layer (a full
-pass if the model is sharded), after one pass that finds the order.
+is enough, except for a few forwards that check the model and batches for which the memory is too small. Lock step
+is used if it is certain that waiting does not change the result. Otherwise each layer costs a pass that ends at the
+layer (a full pass if the model is sharded), after one pass that finds the order.
 """
 
 from __future__ import annotations

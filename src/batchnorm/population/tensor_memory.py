@@ -50,7 +50,7 @@ def emptiness(tensor: Tensor) -> str:
     if _is_transformed(tensor):
         return "is inside a transform of torch.func. Do this outside of it"
     if is_fake(tensor):
-        return "is fake and has no numbers. Use a model outside of FakeTensorMode"
+        return "is fake and has no numbers. Make it outside of FakeTensorMode"
     if tensor.is_meta:
         return "is on the meta device and has no numbers. Load its values first, or offload without buffers"
     if not is_distributed(tensor) and is_freed(tensor):

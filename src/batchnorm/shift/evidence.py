@@ -169,21 +169,21 @@ class ShiftEvidence:
         return replace(self, **merged, observations=count)
 
 
-def shapes(known: Reference) -> dict[str, tuple[int, ...]]:
+def shapes(reference: Reference) -> dict[str, tuple[int, ...]]:
     """Shapes of the bets against a reference, by their names in ``ShiftEvidence``."""
-    channels, layers = sum(known.sizes), len(known.sizes)
-    if known.clean is not None:
+    channels, layers = sum(reference.sizes), len(reference.sizes)
+    if reference.clean is not None:
         return {"ranks": (conformal.BETS, len(KIND_OF) * layers), "marks": (2, channel_marks.BETS, channels)}
-    energies = ("up",) if known.v is None else ("up", "down")
+    energies = ("up",) if reference.v is None else ("up", "down")
     return {"mean": (betting.SIDES, betting.STAKES, channels), **dict.fromkeys(energies, (betting.STAKES, layers))}
 
 
-def stakes_for(known: Reference) -> tuple[Tensor, ...]:
+def stakes_for(reference: Reference) -> tuple[Tensor, ...]:
     """Stakes for means, for more energy and, if its variance has a bound, for less energy; () if calibrated."""
-    if known.clean is not None:
+    if reference.clean is not None:
         return ()
-    stakes = betting.mean_stakes(known.kappa, known.delta), betting.up_stakes(known.d)
-    return stakes if known.v is None else (*stakes, betting.down_stakes(known.d, known.v))
+    stakes = betting.mean_stakes(reference.kappa, reference.delta), betting.up_stakes(reference.d)
+    return stakes if reference.v is None else (*stakes, betting.down_stakes(reference.d, reference.v))
 
 
 def _bet(wealth: EProcesses | None, factors: Tensor, observations: int) -> EProcesses:

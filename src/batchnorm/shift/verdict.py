@@ -101,7 +101,7 @@ class ShiftVerdict:
             100, else of all.
         dependent: Whether that correlation is too large for the unit.
         sight: The smallest move of a channel's mean, in stored sd, that would have raised an alarm with so many
-            observations: median over channels. Infinite if no move would have.
+            observations: median over channels. Infinite if no move that was tried would have.
         seconds: Duration of the check.
         pictures: The examples near the alarm that add most to the evidence; () if no pictures were asked for.
         tails: Why a condition of a checkpoint's promise is doubtful; "" if none is, or if calibrated.
