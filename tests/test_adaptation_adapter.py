@@ -393,12 +393,18 @@ def test_a_compiled_model_is_measured_by_a_pass_of_its_own(trained, model):
         ({"prior": -1}, "prior must be a number of examples, 0 or more, got -1"),
         ({"minimum": 1}, "2 <= minimum <= window, got minimum 1, window 64"),
         ({"window": 8}, "2 <= minimum <= window, got minimum 16, window 8"),
+        ({"minimum": float("nan")}, "2 <= minimum <= window, got minimum nan, window 64"),
         ({"floor": 0}, "floor must be between 0 and 1, got 0"),
     ],
 )
 def test_errors_say_what_was_expected(model, options, message):
     with pytest.raises(ValueError, match=message):
         bn.Adapter(bn.ShiftMonitor(model), **options)
+
+
+def test_a_window_that_is_no_whole_number_is_refused(model):
+    with pytest.raises(TypeError, match=r"window must be a whole number, got float"):
+        bn.Adapter(bn.ShiftMonitor(model), window=64.5)
 
 
 @pytest.mark.parametrize(

@@ -554,11 +554,23 @@ def test_what_cannot_calibrate_is_refused(net: Net, tmp_path: Path) -> None:
         ({"arl": 1.0}, "arl must be more than 1 observation, got 1.0"),
         ({"examples": 0}, "examples must be 1 or more, got 0"),
         ({"budget": 0.0}, "budget must be above 0, got 0.0"),
+        ({"batch": 0}, "batch must be 1 or more, got 0"),
+        ({"batch": -3}, "batch must be 1 or more, got -3"),
+        ({"kurtosis": float("inf")}, "kurtosis must be finite and 1 or more, got inf"),
+        ({"kurtosis": float("nan")}, "kurtosis must be finite and 1 or more, got nan"),
         ({"unit": "frame"}, "unit must be 'example', 'batch' or a function .* got 'frame'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(net: Net, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        ShiftMonitor(net, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"batch": None}, {"batch": float("nan")}, {"batch": 64.5}, {"examples": 1.5}, {"examples": True}]
+)
+def test_counts_that_are_no_whole_numbers_are_refused(net: Net, arguments: dict) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))} must be a whole number, got"):
         ShiftMonitor(net, **arguments)
 
 

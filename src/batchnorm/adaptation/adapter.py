@@ -35,7 +35,7 @@ from batchnorm.adaptation.guards import Limits, against_start, against_use, requ
 from batchnorm.adaptation.layer_statistics import adaptable
 from batchnorm.adaptation.predictions import Predictions
 from batchnorm.adaptation.trial_statistics import Trial
-from batchnorm.argument_types import require_number, require_type
+from batchnorm.argument_types import require_number, require_type, require_whole_number
 from batchnorm.call_types import Answer, Arguments, Keywords
 from batchnorm.population.absent_numbers import note_absence
 from batchnorm.population.hooks import Hook, detach, seeing
@@ -115,7 +115,8 @@ class Adapter:
             the predicted class of each example, (N,); None if there are no classes.
 
     Raises:
-        TypeError: If ``monitor`` is not a ShiftMonitor, or an argument that must be a number is not.
+        TypeError: If ``monitor`` is not a ShiftMonitor, or an argument that must be a number, or a whole number
+            (``window``), is not.
         ValueError: If an argument is out of range, or the model has no layer to adapt.
     """
 
@@ -354,10 +355,10 @@ class Adapter:
 
 def _check(prior: float, minimum: int, floor: float, window: int) -> None:
     for name, value in (("prior", prior), ("minimum", minimum), ("floor", floor), ("window", window)):
-        require_number(value, name, "Leave it out for the default.")
+        (require_whole_number if name == "window" else require_number)(value, name, "Leave it out for the default.")
     if not (prior >= 0 and math.isfinite(prior)):
         raise ValueError(f"prior must be a number of examples, 0 or more, got {prior}. 16 is usual.")
-    if minimum < 2 or window < minimum:
+    if not 2 <= minimum <= window:
         raise ValueError(f"Adapter needs 2 <= minimum <= window, got minimum {minimum}, window {window}. Try 16, 64.")
     if not 0 < floor < 1:
         raise ValueError(f"floor must be between 0 and 1, got {floor}. 0.001 remembers about 1000 examples.")

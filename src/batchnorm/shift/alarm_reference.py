@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.argument_types import require_whole_number
 from batchnorm.files.sidecar import Sidecar
 from batchnorm.other_libraries import channels_of, eps_of
 from batchnorm.population.freezing import has_stored_statistics
@@ -155,7 +156,14 @@ class Reference:
             batch: Examples in a training batch; the precision of stored statistics depends on it.
             kurtosis: Largest fourth moment of standardized inputs on clean data, 3 for normal inputs. None: not known;
                 the precision of stored variances is computed with 3.
+
+        Raises:
+            TypeError: If ``batch`` is not a whole number.
+            ValueError: If ``batch`` is below 1.
         """
+        require_whole_number(batch, "batch", "Leave it out for the default.")
+        if batch < 1:
+            raise ValueError(f"batch must be 1 or more, got {batch}. Give the number of examples in a training batch.")
         mean, std = (torch.cat(parts) for parts in zip(*map(_stored, layers.values()), strict=True))
         sizes = torch.tensor([channels_of(layer) for layer in layers.values()])
         errors = torch.tensor([_error(layer, batch) for layer in layers.values()], dtype=torch.float64)

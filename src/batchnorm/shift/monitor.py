@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.argument_types import require_number
+from batchnorm.argument_types import require_number, require_whole_number
 from batchnorm.call_types import Arguments, Batch, Keywords
 from batchnorm.layers import batch_norms, is_compiled, unwrapped
 from batchnorm.other_libraries import layers_of_others, unreached
@@ -64,8 +65,7 @@ class ShiftMonitor:
         model: Any model with batch norm layers that store statistics, torch.nn's or ours, compiled or not.
         alpha: Largest probability that clean data ever raise an alarm.
         unit: What one observation is: "example"; "batch", if examples of a batch or neighbouring batches may be alike;
-            or a function of the model's inputs that returns a key for each example: neighbouring examples with the same
-            key form one observation.
+            or a function from the inputs to a key per example: neighbours with the same key form one observation.
         arl: Smallest average number of observations until a false alarm; used instead of ``alpha``. The alarm's power
             to detect a later shift does not fall with time.
         reference: The result of ``calibrate``, or its file. None: the checkpoint's own statistics are the reference.
@@ -83,7 +83,7 @@ class ShiftMonitor:
         on_alarm: Called once, with the alarm. Exceptions that it raises are logged.
 
     Raises:
-        TypeError: If the model is not a module, or an argument that must be a number is not.
+        TypeError: If the model is not a module, or an argument that must be a number, or a whole number, is not.
         ValueError: If the model has no batch norm layer that stores statistics, an argument is out of range, or the
             reference is out of date, damaged, or belongs to another model or unit.
         OSError: If the reference's file cannot be read.
@@ -254,10 +254,7 @@ class ShiftMonitor:
                 self.stream.warn("budget", problem)
 
     def _can_pass_again(self) -> bool:
-        """Whether an uncompiled second pass can measure the batch: only that of a compiled model. Else warn.
-
-        False too, with a warning, if all layers are in train mode.
-        """
+        """Whether an uncompiled second pass can measure the batch: of a compiled model in eval mode. Else warn."""
         if all(layer.training for layer in self.layers.values()):
             message = "the model is in train mode, and does not use its stored statistics. Call eval()."
             self.stream.warn("train", message)
@@ -389,7 +386,8 @@ def _check(alpha: float, arl: float | None, examples: int | None, budget: float 
     given = {"alpha": alpha, "arl": arl, "examples": examples, "budget": budget, "kurtosis": kurtosis}
     for name, value in given.items():
         if value is not None or name == "alpha":
-            require_number(value, name, "Leave it out for the default.")
+            require = require_whole_number if name == "examples" else require_number
+            require(value, name, "Leave it out for the default.")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}. Use 0.01 for at most 1 % false alarms.")
     if arl is not None and not arl > 1:
@@ -398,5 +396,5 @@ def _check(alpha: float, arl: float | None, examples: int | None, budget: float 
         raise ValueError(f"examples must be 1 or more, got {examples}. Use None for all examples of a batch.")
     if budget is not None and not budget > 0:
         raise ValueError(f"budget must be above 0, got {budget}. Use 0.01 for 1 % of the time, or None for no limit.")
-    if kurtosis is not None and not kurtosis >= 1:
-        raise ValueError(f"kurtosis must be 1 or more, got {kurtosis}. Use 3 for normal values, None if it is unknown.")
+    if kurtosis is not None and not 1 <= kurtosis < math.inf:
+        raise ValueError(f"kurtosis must be finite and 1 or more, got {kurtosis}. Use 3 for normal values, else None.")
