@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.adaptation.bank import FILE
 
 
 @pytest.fixture
@@ -57,6 +58,28 @@ def test_using_goes_back_to_what_was_before_also_on_exceptions(model):
         raise ZeroDivisionError
     assert bits(model) == before
     assert bank.current is None
+
+
+@pytest.mark.parametrize("damage", ["no tensor", "other shape", "other type", "no stored", "no names"])
+def test_a_damaged_file_is_refused_and_the_bank_stays(model, tmp_path, damage):
+    bank, path = bn.DomainBank(model), tmp_path / "a.bnbank.safetensors"
+    bank.add("night", night())
+    bank.save(path)
+    about, tensors = FILE.read(path)
+    if damage == "no tensor":
+        del tensors["1/var/4"]
+    elif damage == "other shape":
+        tensors["1/mean/1"] = torch.zeros(1)
+    elif damage == "other type":
+        tensors["1/mean/1"] = tensors["1/mean/1"].double()
+    elif damage == "no stored":
+        about["names"] = ["dawn", "night"]
+    else:
+        del about["names"]
+    FILE.write(path, about, tensors)
+    with pytest.raises(ValueError, match=r"a.bnbank.safetensors is a damaged bank"):
+        bank.load(path)
+    assert list(bank) == ["stored", "night"]
 
 
 def test_without_a_loader_what_is_in_use_is_kept(model):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
@@ -174,17 +174,28 @@ class DomainBank:
         """Replace all domains, also "stored", by those of a file, and return this bank; the model is not changed.
 
         Raises:
-            ValueError: If the file is not a bank, or was made with other weights or layers.
+            ValueError: If the file is not a bank, is damaged, or was made with other weights or layers.
             OSError: If the file cannot be read.
         """
         about, tensors = FILE.read(path)
-        if about["digest"] != weights_digest(self.model, self._layers):
+        names = _names(path, about)
+        if about.get("digest") != weights_digest(self.model, self._layers):
             raise ValueError(
                 f"a bank belongs to the weights that it was made with, got a model with other weights than {path}. "
                 "Load those weights into the model first, or make a new bank."
             )
-        self._sets = {name: self._set(i, tensors) for i, name in enumerate(about["names"])}
+        if not all(self._is_whole(i, tensors) for i in range(len(names))):
+            raise _damaged(path)
+        self._sets = {name: self._set(i, tensors) for i, name in enumerate(names)}
         return self
+
+    def _is_whole(self, i: int, tensors: dict[str, Tensor]) -> bool:
+        """Whether a file has the statistics of domain ``i`` for every layer, in the layer's shapes and types."""
+        stored = self._sets[STORED]
+        needed = {f"{i}/mean/{path}": like for path, like in stored.mean.items()}
+        needed |= {f"{i}/var/{path}": like for path, like in stored.var.items()}
+        pairs = [(tensors.get(key), like) for key, like in needed.items()]
+        return all(t is not None and (t.shape, t.dtype) == (like.shape, like.dtype) for t, like in pairs)
 
     def _set(self, i: int, tensors: dict[str, Tensor]) -> Statistics:
         stored = self._sets[STORED]
@@ -193,6 +204,17 @@ class DomainBank:
             for kind, values in (("mean", stored.mean), ("var", stored.var))
         ]
         return Statistics(*parts)
+
+
+def _names(path: str | os.PathLike[str], about: dict[str, Any]) -> list[str]:
+    names = about.get("names")
+    if not isinstance(names, list) or STORED not in names or not all(isinstance(name, str) for name in names):
+        raise _damaged(path)
+    return names
+
+
+def _damaged(path: str | os.PathLike[str]) -> ValueError:
+    return ValueError(f"{path} is a damaged bank: parts are missing or of other sizes. Make a new bank.")
 
 
 def weights_digest(model: nn.Module, layers: Layers) -> str:
