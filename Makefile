@@ -7,7 +7,7 @@ ALL := .venv/.integrations
 # an environment that keeps Python from writing what it compiled would have every run compile all tests anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help why test check planted bench bench-quick bench-shift bench-recalibration bench-watch acceptance precision sanitize docs clean browser
+.PHONY: help why test check planted bench bench-quick bench-shift bench-padding bench-recalibration bench-watch acceptance precision sanitize docs clean browser
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ bench-shift: $(STAMP)  ## the shift alarm and the adapter at full size, compared
 	$(BIN)/python benchmarks/shift/bench_adaptation.py
 	$(BIN)/python benchmarks/shift/bench_clean_streams.py
 	$(BIN)/python benchmarks/shift/bench_overhead.py
+
+bench-padding: $(STAMP)  ## what a mask costs a layer (two minutes)
+	$(BIN)/python benchmarks/bench_padding.py
 
 bench-recalibration: $(STAMP)  ## exact statistics compared with torch's update_bn (three minutes)
 	$(BIN)/python benchmarks/bench_recalibration.py

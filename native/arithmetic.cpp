@@ -1,6 +1,7 @@
 // Forward and backward passes in train mode, and normalization by given statistics, for one instruction set (ISA).
 #include "arithmetic.hpp"
 #include "plan.hpp"
+#include "valid.hpp"
 
 #include <vector>
 
@@ -69,11 +70,27 @@ template <class T, class A> void measure_all(const Layer &layer, const T *x) {
     if (!plan.together) return measure_apart<T, A>(plan, layer, x);
     plan.run([&](int64_t, const Window &window) { measure_window<T, A>(plan, layer, x, window); });
 }
+template <class T, class A> void measure_valid(const Layer &layer, const T *x) {
+    const Padded padded(layer.shape, layer.valid);
+    measure(double(padded.count()), padded.guess<T, A>(x), layer.mean, layer.var,
+            [&](const Guess<A> *guesses, Sums *sums) { padded.sum<A, 2>(guesses, sums, moments_of<T, A>(x)); });
+}
 template <class T> void moments(const Layer &layer, const T *x, bool exact) {
-    exact ? measure_all<T, double>(layer, x) : measure_all<T, Wide<T>>(layer, x);
+    using W = Wide<T>;
+    if (layer.valid) return exact ? measure_valid<T, double>(layer, x) : measure_valid<T, W>(layer, x);
+    exact ? measure_all<T, double>(layer, x) : measure_all<T, W>(layer, x);
 }
 
 // ---- forward
+
+// Calls run.template operator()<A>() with the class of the layer's activation.
+template <class Work> void with_act(const Layer &layer, const Work &run) {
+    switch (layer.act) {
+    case Act::none: return run.template operator()<Identity>();
+    case Act::relu: return run.template operator()<Relu>();
+    default: return run.template operator()<Curve>();
+    }
+}
 
 template <class W> All<W> coefficients(const Layer &layer, int64_t first, int64_t number) {
     All<W> all;
@@ -96,6 +113,14 @@ template <class T> ApplyForward<T> forward_for(const Layer &layer, const Forward
     }
 }
 
+template <class T, class A> void normalize_valid(const Layer &layer, const Forward &job) {
+    const All<Wide<T>> all = coefficients<Wide<T>>(layer, 0, layer.shape.channels);
+    const Padded padded(layer.shape, layer.valid);
+    T *y = static_cast<T *>(job.y);
+    if (job.residual) padded.apply<Wide<T>, 3>(all.data(), y, forward_of<T, A, true>(layer, job, 0));
+    else padded.apply<Wide<T>, 3>(all.data(), y, forward_of<T, A, false>(layer, job, 0));
+}
+
 template <class T> void train(const Layer &layer, const Forward &job) {
     using W = Wide<T>;
     const T *x = static_cast<const T *>(job.x);
@@ -114,6 +139,7 @@ template <class T> void train(const Layer &layer, const Forward &job) {
 }
 
 template <class T> void normalize(const Layer &layer, const Forward &job) {
+    if (layer.valid) return with_act(layer, [&]<class A>() { normalize_valid<T, A>(layer, job); });
     const auto apply = forward_for<T>(layer, job);
     const All<Wide<T>> all = coefficients<Wide<T>>(layer, 0, layer.shape.channels);
     const Plan plan(layer.shape, sizeof(T), true);
@@ -179,6 +205,12 @@ template <class T> void backward(const Layer &layer, const Backward &job) {
     plan.run([&](int64_t, const Window &window) { apply(layer, job, grad, window, &all[window.channel]); });
 }
 
+template <class T, class A> void sum_valid(const Layer &layer, const Backward &job, const All<Wide<T>> &all, Sums *sums) {
+    const Padded padded(layer.shape, layer.valid);
+    if (job.other && layer.act != Act::none) padded.sum<Wide<T>, 4>(all.data(), sums, products_of<T, A, true, false>(layer, job, 0));
+    else padded.sum<Wide<T>, 4>(all.data(), sums, products_of<T, A, false, false>(layer, job, 0));
+}
+
 template <class T> void sum_gradients(const Layer &layer, const Backward &job, const Halves &halves) {
     using W = Wide<T>;
     const auto sum = backward_for<T>(layer, job).sum;
@@ -186,7 +218,9 @@ template <class T> void sum_gradients(const Layer &layer, const Backward &job, c
     const All<W> all = coefficients<W>(layer, 0, channels);
     const Plan plan = backward_plan(layer, job, sizeof(T));
     std::vector<Sums> sums(channels);
-    if (plan.together)
+    if (layer.valid)
+        with_act(layer, [&]<class A>() { sum_valid<T, A>(layer, job, all, sums.data()); });
+    else if (plan.together)
         plan.run([&](int64_t, const Window &window) { sum(layer, job, window, &all[window.channel], &sums[window.channel]); });
     else
         sum_apart(plan, sums.data(), [&](const Window &window, Sums *part) { sum(layer, job, window, &all[window.channel], part); });
@@ -205,8 +239,12 @@ template <class T> void input_gradient(const Layer &layer, const Backward &job, 
         const Sums means = halves.means ? Sums{halves.means[c], halves.means[channels + c]} : Sums{};
         all.emplace_back(layer, c, halves.means ? &means : nullptr);
     }
-    const Plan plan(layer.shape, 2 * sizeof(T), true);
     const T *grad = static_cast<const T *>(job.grad);
+    if (layer.valid) return with_act(layer, [&]<class A>() {
+        const Padded padded(layer.shape, layer.valid);
+        padded.apply<W, FIELDS>(all.data(), static_cast<T *>(job.d_x), gradient_of<T, A, false>(layer, job, grad, 0));
+    });
+    const Plan plan(layer.shape, 2 * sizeof(T), true);
     plan.run([&](int64_t, const Window &window) { apply(layer, job, grad, window, &all[window.channel]); });
 }
 

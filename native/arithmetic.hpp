@@ -31,6 +31,7 @@ struct Layer {
     double eps;
     Act act;
     double param; // of the activation
+    const uint8_t *valid = nullptr; // (outer, inner): which positions are no padding; null: all. Not for train and backward
 };
 
 struct Forward {

@@ -66,9 +66,9 @@ nb::list activations() {
 }
 
 Layer layer(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
-            Address bias, double eps, int act, double param) {
+            Address bias, double eps, int act, double param, Address valid = 0) {
     return {Type(type), {outer, channels, inner}, at<double>(mean), at<double>(var), at(weight), at(bias), eps,
-            activation(act), param};
+            activation(act), param, at<uint8_t>(valid)};
 }
 
 int64_t train(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
@@ -90,31 +90,32 @@ void backward(int type, int64_t outer, int64_t channels, int64_t inner, Address 
 }
 
 void normalize(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
-               Address bias, double eps, int act, double param, Address x, Address residual, Address y) {
+               Address bias, double eps, int act, double param, Address valid, Address x, Address residual, Address y) {
     nb::gil_scoped_release free;
-    chosen.load()->normalize(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+    chosen.load()->normalize(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param, valid),
                                  {at(x), at(residual), at(y)});
 }
 
-void moments(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address x, bool exact) {
+void moments(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address valid, Address x,
+             bool exact) {
     nb::gil_scoped_release free;
-    chosen.load()->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0), at(x), exact);
+    chosen.load()->moments(layer(type, outer, channels, inner, mean, var, 0, 0, 0, 0, 0, valid), at(x), exact);
 }
 
 void sum_gradients(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
-                   Address bias, double eps, int act, double param, Address grad, Address x, Address other,
+                   Address bias, double eps, int act, double param, Address valid, Address grad, Address x, Address other,
                    bool other_is_y, bool x_is_y, Address d_residual, Address sums) {
     nb::gil_scoped_release free;
-    chosen.load()->sum_gradients(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+    chosen.load()->sum_gradients(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param, valid),
                                  {at(grad), at(x), at(other), other_is_y, x_is_y, false, nullptr, at(d_residual)},
                                  {at<double>(sums), nullptr});
 }
 
 void input_gradient(int type, int64_t outer, int64_t channels, int64_t inner, Address mean, Address var, Address weight,
-                    Address bias, double eps, int act, double param, Address grad, Address x, bool x_is_y, Address means,
-                    Address d_x) {
+                    Address bias, double eps, int act, double param, Address valid, Address grad, Address x, bool x_is_y,
+                    Address means, Address d_x) {
     nb::gil_scoped_release free;
-    chosen.load()->input_gradient(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param),
+    chosen.load()->input_gradient(layer(type, outer, channels, inner, mean, var, weight, bias, eps, act, param, valid),
                                   {at(grad), at(x), nullptr, false, x_is_y, false, at(d_x)},
                                   {nullptr, at<double>(means)});
 }

@@ -102,6 +102,16 @@ template <class T> inline Vec<T> load(const T *from, First lanes) { return load(
 template <class T> inline void store(T *to, Vec<T> values, Whole) { store(to, values); }
 template <class T> inline void store(T *to, Vec<T> values, First lanes) { store(to, values, lanes.count); }
 
+// The same where memory behind the last value may be read, and set to 0: padding is there.
+struct Near { int count; };
+template <class V> inline V alive(V values, Near lanes) {
+    V distance; // from the first dead lane
+    for (int lane = 0; lane < LANES; ++lane) distance[lane] = lane - lanes.count;
+    return distance < 0 ? values : V{};
+}
+template <class T> inline Vec<T> load(const T *from, Near lanes) { return alive(load(from), lanes); }
+template <class T> inline void store(T *to, Vec<T> values, Near lanes) { store(to, alive(values, lanes)); }
+
 // Calls visit(i, lanes) for the vectors of `count` values.
 template <class Visit> inline void for_vectors(int64_t count, const Visit &visit) {
     int64_t i = 0;

@@ -27,9 +27,9 @@ struct Window {
 constexpr int64_t BLOCK = 4096; // most values that are summed in float32, in 64 or more lanes, before float64
 constexpr int64_t ROWS = 64;    // the same for the values of a column
 
-template <class T, class Pointer> inline auto from(Pointer pointer, const Window &window) {
+template <class T, class Pointer> inline auto values_at(Pointer pointer, int64_t at) {
     using P = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const T *, T *>;
-    return pointer ? static_cast<P>(pointer) + window.at : nullptr;
+    return pointer ? static_cast<P>(pointer) + at : nullptr;
 }
 
 // ---- values for each column, or one for all
@@ -192,14 +192,18 @@ template <class V> inline V alive(V values, First lanes) {
     return values;
 }
 
-// Sums of deviations from each channel's guess, and of their squares, in the type A.
-template <class T, class A> void sum_moments(const T *x, const Window &window, const Guess<A> *guesses, Sums *sums) {
-    x += window.at;
-    sum<A, 2>(window, guesses, sums, [&](Vec<A> &first, Vec<A> &second, int64_t i, const Values<A, 2> &guess, auto lanes) {
+// Adds a value's deviation from its channel's guess, and the square of the deviation, in the type A.
+template <class T, class A> auto moments_of(const T *x) {
+    return [x](Vec<A> &first, Vec<A> &second, int64_t i, const Values<A, 2> &guess, auto lanes) {
         const Vec<A> deviation = alive(load_as<A>(x + i, lanes) * guess[1] - guess[0], lanes);
         first += deviation;
         second += deviation * deviation;
-    });
+    };
+}
+
+// Sums of deviations from each channel's guess, and of their squares, in the type A.
+template <class T, class A> void sum_moments(const T *x, const Window &window, const Guess<A> *guesses, Sums *sums) {
+    sum<A, 2>(window, guesses, sums, moments_of<T, A>(x + window.at));
 }
 
 // ---- values and gradients
@@ -237,18 +241,21 @@ template <class T, class C, class Lanes> inline Inside<T> inside_again(const T *
     return {(p - of[SHIFT]) * of[UNSCALE], p};
 }
 
+// Writes y for values of the tensors from index `at` on.
+template <class T, class A, bool with_residual> auto forward_of(const Layer &layer, const Forward &job, int64_t at) {
+    const T *x = values_at<T>(job.x, at), *residual = values_at<T>(job.residual, at);
+    T *y = values_at<T>(job.y, at);
+    return [=, &layer](int64_t i, const Values<Wide<T>, 3> &of, auto lanes) {
+        const auto [_, p] = inside<with_residual, T>(x + i, with_residual ? residual + i : nullptr, false, of, lanes);
+        store(y + i, A::value(p, layer), lanes);
+    };
+}
+
 // y of a window.
 template <class T, class A, bool with_residual>
 void apply_forward(const Layer &layer, const Forward &job, const Window &window, const Coefficients<Wide<T>> *channels) {
-    using W = Wide<T>;
-    const T *x = from<T>(job.x, window), *residual = from<T>(job.residual, window);
-    T *y = from<T>(job.y, window);
-    spread<W, 3>(window, channels, [&](const auto &each) {
-        for_values(window, each, [&](int64_t i, const Values<W, 3> &of, auto lanes) {
-            const auto [_, p] = inside<with_residual, T>(x + i, with_residual ? residual + i : nullptr, false, of, lanes);
-            store(y + i, A::value(p, layer), lanes);
-        });
-    });
+    const auto visit = forward_of<T, A, with_residual>(layer, job, window.at);
+    spread<Wide<T>, 3>(window, channels, [&](const auto &each) { for_values(window, each, visit); });
 }
 
 template <bool with_other, bool inverted, class T, class C, class Lanes>
@@ -257,39 +264,45 @@ inline Inside<T> inside(const Layer &layer, const Backward &job, const T *x, con
     else return inside<with_other>(x, other, job.other_is_y, of, lanes);
 }
 
-// Sums of the gradient g of p and of g (x - mean); with a residual, g is stored, because it is the residual's gradient.
-template <class T, class A, bool with_other, bool inverted>
-void sum_products(const Layer &layer, const Backward &job, const Window &window, const Coefficients<Wide<T>> *channels,
-                  Sums *sums) {
+// Adds the gradient g of p, and g (x - mean); with a residual, g is stored, because it is the residual's gradient.
+template <class T, class A, bool with_other, bool inverted> auto products_of(const Layer &layer, const Backward &job, int64_t at) {
     using W = Wide<T>;
-    const T *grad = from<T>(job.grad, window), *x = from<T>(job.x, window), *other = from<T>(job.other, window);
-    T *d_residual = from<T>(job.d_residual, window);
-    sum<W, 4>(window, channels, sums, [&](Vec<W> &first, Vec<W> &second, int64_t i, const Values<W, 4> &of, auto lanes) {
+    const T *grad = values_at<T>(job.grad, at), *x = values_at<T>(job.x, at), *other = values_at<T>(job.other, at);
+    T *d_residual = values_at<T>(job.d_residual, at);
+    return [=, &layer, &job](Vec<W> &first, Vec<W> &second, int64_t i, const Values<W, 4> &of, auto lanes) {
         const auto [deviation, p] =
             inside<with_other, inverted>(layer, job, x + i, with_other ? other + i : nullptr, of, lanes);
         const Vec<W> g = alive(A::gradient(load(grad + i, lanes), p, layer), lanes);
         if constexpr (with_other) store(d_residual + i, g, lanes);
         first += g;
         second += alive(g * deviation, lanes);
-    });
+    };
 }
 
-// d_x of a window; the activation is Identity if `grad` is already the gradient of p.
+template <class T, class A, bool with_other, bool inverted>
+void sum_products(const Layer &layer, const Backward &job, const Window &window, const Coefficients<Wide<T>> *channels,
+                  Sums *sums) {
+    sum<Wide<T>, 4>(window, channels, sums, products_of<T, A, with_other, inverted>(layer, job, window.at));
+}
+
+// Writes d_x; the activation is Identity if `grad` is already the gradient of p.
+template <class T, class A, bool inverted> auto gradient_of(const Layer &layer, const Backward &job, const T *grad, int64_t at) {
+    using W = Wide<T>;
+    const T *x = values_at<T>(job.x, at);
+    T *d_x = values_at<T>(job.d_x, at);
+    grad += at;
+    return [=, &layer, &job](int64_t i, const Values<W, FIELDS> &of, auto lanes) {
+        const auto [deviation, p] = inside<false, inverted, T>(layer, job, x + i, nullptr, of, lanes);
+        const Vec<W> g = A::gradient(load(grad + i, lanes), p, layer);
+        store(d_x + i, g * of[BACK] - deviation * of[RSTD] * of[ALONG] - of[EVEN], lanes);
+    };
+}
+
 template <class T, class A, bool inverted>
 void apply_backward(const Layer &layer, const Backward &job, const T *grad, const Window &window,
                     const Coefficients<Wide<T>> *channels) {
-    using W = Wide<T>;
-    const T *x = from<T>(job.x, window);
-    T *d_x = from<T>(job.d_x, window);
-    grad += window.at;
-    spread<W, FIELDS>(window, channels, [&](const auto &each) {
-        for_values(window, each, [&](int64_t i, const Values<W, FIELDS> &of, auto lanes) {
-            const auto [deviation, p] =
-                inside<false, inverted, T>(layer, job, x + i, nullptr, of, lanes);
-            const Vec<W> g = A::gradient(load(grad + i, lanes), p, layer);
-            store(d_x + i, g * of[BACK] - deviation * of[RSTD] * of[ALONG] - of[EVEN], lanes);
-        });
-    });
+    const auto visit = gradient_of<T, A, inverted>(layer, job, grad, window.at);
+    spread<Wide<T>, FIELDS>(window, channels, [&](const auto &each) { for_values(window, each, visit); });
 }
 
 } // namespace

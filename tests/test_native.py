@@ -292,3 +292,57 @@ def test_a_lazily_negated_tensor_is_read_with_its_sign():
     expected = cpu.train_backward(-grad, forward)[:3]
     found = cpu.train_backward(torch._neg_view(grad), forward)[:3]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# -- padding --------------------------------------------------------------------------------------------------
+
+
+def runs(outer, inner):
+    """Valid positions with runs of all lengths, at the ends of lines too, and lines without any."""
+    valid = torch.rand(outer, inner) > torch.linspace(0, 1, outer).unsqueeze(1)
+    valid[0], valid[-1] = True, False
+    return valid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("act", [None, "relu", "gelu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 1), (9, 3, 17), (4, 2, 40), (3, 2, 5000), (70, 33), (9, 1), (600, 20)])
+def test_valid_positions_are_summed_and_written_as_the_reference_does(
+    shape, dtype, act, with_residual, instruction_set
+):
+    """All halves of both passes; NaN in the padding of every input, and no value behind the tensors is touched."""
+    guard = 64
+    positions = runs(shape[0], shape[2] if len(shape) == 3 else 1)
+    valid = positions if len(shape) == 3 else positions[:, 0].contiguous()
+
+    def tensor():
+        memory = torch.full((torch.Size(shape).numel() + guard,), 7.0, dtype=dtype)
+        x = memory[:-guard].view(shape)
+        x.copy_(torch.where(valid.unsqueeze(1), torch.randn(shape) * 2 + 1, torch.nan))
+        return x
+
+    x, grad, residual = tensor(), tensor(), tensor() if with_residual else None
+    layer = Layer(torch.rand(shape[1]) + 0.5, torch.randn(shape[1]), 1e-5, act, 0.0)
+    if dtype == torch.float64:
+        layer = layer._replace(weight=layer.weight.double(), bias=layer.bias.double())
+    found, right = cpu.measure(x, valid), reference.measure(x, valid)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    for mine, theirs in zip(found, right, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    pairs = []
+    for kernel in (cpu, reference):
+        y = kernel.normalize(x, right, layer, residual, valid)
+        forward = ForwardPass(x, right, layer, residual=residual, valid=valid)
+        sums, g = kernel.sum_gradients(grad, forward)
+        pairs.append((y, g, kernel.input_gradient(grad, forward, sums / valid.sum(), g), sums))
+    for mine, theirs in zip(*pairs, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            size = theirs.abs().max().item() + 1
+            assert torch.allclose(mine.double(), theirs.double(), rtol=0, atol=tolerance * size)
+    for mine in pairs[0][:3]:
+        if mine is not None:
+            assert not mine.movedim(1, -1)[~valid].any()
+    for t in (x, grad):
+        assert (t.as_strided((guard,), (1,), t.numel()) == 7).all()

@@ -53,6 +53,22 @@ def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
     )
 
 
+def about_few_counts(layer: _BatchNorm, x: Tensor, least: float | None) -> str:
+    """The error for a batch with padding or weights that leave a channel without a variance."""
+    name = type(layer).__name__
+    if least == 1:
+        return about_a_single_value(layer, x)
+    if least == 0:
+        return (
+            f"{name} needs 2 valid positions in train mode, got none. In mask= True means valid: pass ~mask if yours "
+            "means padding. Or leave such a batch out, or call eval(), which returns 0 there."
+        )
+    return (
+        f"{name} needs weights that add up to more than 1 in every channel, got {least:g}. A weight counts as so many "
+        "equal values: multiply the weights by a number."
+    )
+
+
 def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
     """Raise the error that says what is wrong with an input that a layer cannot normalize."""
     name = type(layer).__name__
@@ -116,6 +132,16 @@ def check_memory(memory: object) -> None:
     """Refuse an unknown value of the setting ``memory``."""
     if memory not in {None, "save"}:
         raise ValueError(f"memory must be None or 'save', got {memory!r}. Leave it out for the usual memory use.")
+
+
+def check_padding(padding: object) -> None:
+    """Refuse a value of ``padding`` that does not exist.
+
+    Raises:
+        ValueError: If it is neither "zero" nor "keep".
+    """
+    if padding not in {"zero", "keep"}:
+        raise ValueError(f"padding must be 'zero' or 'keep', got {padding!r}. Omit it for 'zero'.")
 
 
 def check_single_element(policy: object) -> None:

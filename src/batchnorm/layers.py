@@ -9,7 +9,7 @@ It can add a residual and apply an activation in the same pass over memory.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import kernels
 from batchnorm.argument_types import require_type
-from batchnorm.kernels import ChannelStatistics, Layer, Running, activations
+from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.kernels.shapes import values_per_channel
 from batchnorm.layer_checks import (
@@ -26,40 +26,19 @@ from batchnorm.layer_checks import (
     STATISTICS,
     about_a_single_value,
     about_eps,
+    about_few_counts,
     check_memory,
+    check_padding,
     check_single_element,
     check_sizes,
     check_state,
     promoted,
     refuse,
 )
+from batchnorm.layer_settings import SETTINGS, Setting, give_up, is_subclass
 from batchnorm.ownership import claim
-from batchnorm.tracing import call_whole
-
-SETTINGS = {"act", "act_param", "memory", "single_element"}
-
-
-class _Setting:
-    """A setting of a layer; if a subclass uses the same name for a parameter, buffer or child, it is that."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, layer: Any, owner: type | None = None) -> Any:
-        if layer is None:
-            return self
-        if self.name not in vars(layer).get("_given_up", ()):
-            return getattr(layer, f"_{self.name}")
-        for table in ("_parameters", "_buffers", "_modules"):
-            if self.name in vars(layer)[table]:
-                return vars(layer)[table][self.name]
-        raise AttributeError(f"{type(layer).__name__!r} object has no attribute {self.name!r}")
-
-
-def _give_up(layer: nn.Module, name: str) -> None:
-    """Let a subclass use a setting's name for an attribute of its own; nothing if it is no setting or no subclass."""
-    if name in SETTINGS and type(layer).__module__ != __name__:
-        vars(layer)["_given_up"] = vars(layer).get("_given_up", frozenset()) | {name}
+from batchnorm.padded_batches import least_count, sample_of
+from batchnorm.sequences import of_sequences
 
 
 class _Layer(_BatchNorm):
@@ -83,17 +62,19 @@ class _Layer(_BatchNorm):
         act_param: float | None = None,
         memory: Literal["save"] | None = None,
         single_element: Literal["error", "population"] = "error",
+        padding: Literal["zero", "keep"] = "zero",
     ) -> None:
         check_sizes(num_features, eps)
         check_memory(memory)
         check_single_element(single_element)
+        check_padding(padding)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not weight:
             self.register_parameter("weight", None)
         if not bias:
             self.register_parameter("bias", None)
-        self._memory, self._single_element = memory, single_element
+        self._memory, self._single_element, self._padding = memory, single_element, padding
         self._skipped, self._reported = torch.zeros((), dtype=torch.long, device=device), 0
         self._widen_statistics({})
         self._activate(act, param)
@@ -104,21 +85,23 @@ class _Layer(_BatchNorm):
     _act_param: float = 0.0
     _memory: Literal["save"] | None = None
     _single_element: Literal["error", "population"] = "error"
+    _padding: Literal["zero", "keep"] = "zero"
     # a plain attribute: a buffer would be a sixth key of the state_dict
     _skipped: Tensor | None = None
     _reported: int = 0
 
-    act: Any = _Setting()
-    act_param: Any = _Setting()
-    memory: Any = _Setting()
-    single_element: Any = _Setting()
+    act: Any = Setting()
+    act_param: Any = Setting()
+    memory: Any = Setting()
+    padding: Any = Setting()
+    single_element: Any = Setting()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""
         if name not in SETTINGS:
             super().__setattr__(name, value)
-        elif type(self).__module__ != __name__:
-            _give_up(self, name)
+        elif is_subclass(self):
+            give_up(self, name)
             super().__setattr__(name, value)
         elif name == "act":
             self._activate(value, self._act_param if value == self._act else activations.parameter(value, None))
@@ -126,22 +109,22 @@ class _Layer(_BatchNorm):
             number = value if activations.has_parameter(self._act) else value or None
             self._activate(self._act, activations.parameter(self._act, number))
         else:
-            {"memory": check_memory, "single_element": check_single_element}[name](value)
+            {"memory": check_memory, "padding": check_padding, "single_element": check_single_element}[name](value)
             super().__setattr__(f"_{name}", value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter; in a subclass its name may be that of one of the layer's settings."""
-        _give_up(self, name)
+        give_up(self, name)
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Add a buffer; in a subclass its name may be that of one of the layer's settings."""
-        _give_up(self, name)
+        give_up(self, name)
         super().register_buffer(name, tensor, persistent)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a child; in a subclass its name may be that of one of the layer's settings."""
-        _give_up(self, name)
+        give_up(self, name)
         super().add_module(name, module)
 
     def _activate(self, act: str | None, param: float) -> None:
@@ -165,39 +148,76 @@ class _Layer(_BatchNorm):
         """Number of batches in which some channel's statistics were NaN or infinite, so that they were not stored."""
         return 0 if self._skipped is None else int(self._skipped)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: A002 - torch.nn's name
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 - torch.nn's name
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        length_axis: int | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Normalize the input, add the residual and apply ``act``; the result has the input's memory format.
 
         In train mode, and if no statistics are stored, the batch is normalized by its own statistics; otherwise by the
         stored statistics. Train mode also moves these towards those of the batch, unless the batch is empty.
 
+        Padding, as ``mask`` or ``lengths`` show it, is neither read nor counted: it may be NaN. Its results, after the
+        residual and the activation, and its gradients are 0. With ``padding="keep"`` it is normalized like all other
+        values, and not counted.
+
         Args:
-            input: Values to normalize.
+            input: Values to normalize. ``BatchNorm1d`` also accepts a ``PackedSequence``, and a nested tensor (N, j, C)
+                of layout jagged, with channels last; both have no padding and give a result of their own kind.
             residual: A tensor of the input's shape, added before the activation; None adds nothing. The result has the
                 type of ``input + residual``, or of the input.
+            mask: Bool, True = valid: (N, ...) without the channels, (N, 1, ...), or the input's shape. None: all valid.
+            lengths: Number of valid positions of each example, (N,), in place of a mask.
+            length_axis: The axis along which ``lengths`` count; only an input (N, C, L) has one by default, 2.
+            weight: How many values each value counts as in the statistics, 0 or more: (N,), or of a mask's shapes.
 
         Raises:
-            ValueError: If a shape does not fit the layer, or if the batch's statistics are needed and it has one value
-                per channel or eps is 0.
-            TypeError: If the input or the residual is not floating-point.
+            ValueError: If a shape does not fit the layer, if the batch's statistics are needed and it has one valid
+                value per channel or none or eps is 0, or if a length or weight is out of range.
+            TypeError: If the input or the residual is not floating-point, or if a mask, length or weight has a wrong
+                type.
         """
-        if not isinstance(input, Tensor) and (node := call_whole(self, input, residual)) is not None:
-            return node
+        options = {"mask": mask, "lengths": lengths, "length_axis": length_axis, "weight": weight}
+        if not isinstance(input, Tensor) or input.is_nested:
+            return of_sequences(self, input, residual, **options)
         self._check_input(input)
-        weight, bias, mean, var = self._state()
-        check_state(self, input, weight, bias, mean, var)
+        gamma, beta, mean, var = self._state()
+        check_state(self, input, gamma, beta, mean, var)
         if residual is not None:
             input, residual = promoted(self, input, residual)  # noqa: A001
-        layer = Layer(weight, bias, self.eps, self._act, self._act_param)
+        layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
+        if (mask is not None or lengths is not None or length_axis is not None or weight is not None) and input.numel():
+            sample = sample_of(type(self).__name__, input, **options, keep=self._padding == "keep")
+            return self._of_sample(input, layer, residual, sample)
         stored = mean is not None and var is not None
         if stored and not self._measures(input):
             return kernels.normalize(input, ChannelStatistics(mean, var), layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
             raise ValueError(about_a_single_value(self, input) if count == 1 else about_eps(self.eps))
-        moves = stored and self.training and self.track_running_stats and count
-        running = Running(mean, var, *self._counters(), self.momentum) if moves else None
-        return kernels.train(input, layer, residual, running, save=self._memory is not None)
+        return kernels.train(input, layer, residual, self._running() if count else None, save=self._memory is not None)
+
+    def _of_sample(self, x: Tensor, layer: Layer, residual: Tensor | None, sample: Sample) -> Tensor:
+        """Normalize by the statistics of a part of the batch, or by stored statistics."""
+        mean, var = self._state()[2:]
+        least = least_count(x, sample) if self.training or mean is None or var is None else None
+        measures = mean is None or var is None or (self.training and not self._is_alone(least))
+        if not measures:
+            return kernels.normalize_sample(x, sample, ChannelStatistics(mean, var), layer, residual)
+        if not self.eps > 0 or (least is not None and not least > 1):
+            raise ValueError(about_few_counts(self, x, least) if self.eps > 0 else about_eps(self.eps))
+        return kernels.train_sample(x, sample, layer, residual, self._running())
+
+    def _running(self) -> Running | None:
+        """The running statistics that a batch in train mode moves; None if it moves none."""
+        mean, var = self._state()[2:]
+        moves = self.training and self.track_running_stats and mean is not None and var is not None
+        return Running(mean, var, *self._counters(), self.momentum) if moves else None
 
     def _state(self) -> Any:
         """Gamma, beta and the stored statistics, read from the dicts: ``self.weight`` would take ten times as long."""
@@ -223,8 +243,11 @@ class _Layer(_BatchNorm):
 
     def _measures(self, x: Tensor) -> bool:
         """Whether a layer with stored statistics normalizes ``x`` by the statistics of ``x``."""
-        alone = self._single_element == "population" and values_per_channel(x) == 1
-        return self.training and not alone
+        return self.training and not self._is_alone(values_per_channel(x))
+
+    def _is_alone(self, count: float | None) -> bool:
+        """Whether a single value per channel is normalized by stored statistics also in train mode."""
+        return self._single_element == "population" and count == 1
 
     def _check_input(self, x: Tensor) -> None:
         good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(1) == self.num_features
@@ -274,6 +297,8 @@ class _Layer(_BatchNorm):
             )
         if self._memory is not None:
             parts.append(f"memory={self._memory!r}")
+        if self._padding != "zero":
+            parts.append(f"padding={self._padding!r}")
         if self._single_element != "error":
             parts.append(f"single_element={self._single_element!r}")
         if type(self._skipped) is Tensor and not self._skipped.is_meta and self.skipped_updates:
@@ -342,6 +367,8 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
             is written over the input, and the backward pass recovers the input, unless gamma is near 0. Other
             results are computed again in the backward pass, if the forward pass ran inside
             ``batchnorm.memory.saving()``; models from ``convert(model, memory="save")`` run inside it.
+        padding: Results at the padding that ``mask`` or ``lengths`` show: "zero" sets them to 0; "keep" normalizes
+            padding like all other values.
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
             ValueError; "population" normalizes it by the stored statistics and does not change them.
 

@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 
 
-def call_whole(module: nn.Module, *inputs: Any) -> Any:
+def call_whole(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     """The call of ``module`` as one node, if torch.fx traces a model that contains it; None if torch.fx does not trace.
 
     Raises:
@@ -25,5 +25,8 @@ def call_whole(module: nn.Module, *inputs: Any) -> Any:
         kind = type(module).__name__
         raise TraceError(f"torch.fx needs a model that contains {kind}, got {kind} itself. Wrap it: nn.Sequential(it).")
     return tracer.create_proxy(
-        "call_module", tracer.path_of_module(module), tuple(x for x in inputs if x is not None), {}
+        "call_module",
+        tracer.path_of_module(module),
+        tuple(x for x in inputs if x is not None),
+        {name: value for name, value in options.items() if value is not None},
     )

@@ -15,21 +15,25 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
-from batchnorm.kernels import autograd_node, choice, operators, reference, torch_batch_norm
+from batchnorm.kernels import autograd_node, choice, operators, reference, samples, torch_batch_norm
 from batchnorm.kernels.choice import is_plain, is_recorded, is_torchs
 from batchnorm.kernels.interface import ChannelStatistics, Layer
 from batchnorm.kernels.operators import train_backward, train_forward
 from batchnorm.kernels.running_statistics import Running
+from batchnorm.kernels.samples import Sample
 from batchnorm.kernels.shapes import check_layout, values_per_channel
 
 __all__ = [
     "ChannelStatistics",
     "Layer",
     "Running",
+    "Sample",
     "normalize",
+    "normalize_sample",
     "train",
     "train_backward",
     "train_forward",
+    "train_sample",
     "update_running",
 ]
 
@@ -86,6 +90,25 @@ def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: 
     check_layout(x)
     kernel = torch_batch_norm if is_recorded(x) else reference
     return kernel.normalize(x, statistics, layer, residual)
+
+
+def train_sample(
+    x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None = None, running: Running | None = None
+) -> Tensor:
+    """As ``train``, by the moments of a sample of the batch; padding is 0 in the result and in gradients."""
+    check_layout(x)
+    y, statistics = samples.train(x, sample, layer, residual)
+    if running is not None:
+        update_running(running, statistics, 2)
+    return y
+
+
+def normalize_sample(
+    x: Tensor, sample: Sample, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None
+) -> Tensor:
+    """As ``normalize``; padding is 0 in the result and in gradients."""
+    check_layout(x)
+    return samples.normalize(x, sample, statistics, layer, residual)
 
 
 def update_running(running: Running, statistics: ChannelStatistics, count: int) -> None:

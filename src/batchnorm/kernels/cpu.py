@@ -62,7 +62,7 @@ def train_forward(
 
 def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
     """As reference.train_backward; a gradient of another layout is copied into that of ``x`` first."""
-    x, statistics, layer, _, y, constant = forward
+    x, statistics, layer, _, y, constant, _ = forward
     grad, other = like(x, grad), _other(forward)
     d_x, d_residual = torch.empty_like(x), None if other is None else torch.empty_like(x)
     d_weight, d_bias = _pair(x, wide_dtype(x.dtype))
@@ -74,49 +74,53 @@ def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
     return d_x, d_weight, d_bias, d_residual
 
 
-def measure(x: Tensor, *, exact: bool = False) -> ChannelStatistics:
+def measure(x: Tensor, valid: Tensor | None = None, *, exact: bool = False) -> ChannelStatistics:
     """As reference.measure, with the bits of ``train_forward``; with ``exact`` every value is added in float64."""
     mean, var = _pair(x, torch.float64)
-    _native.moments(*_head(x), address(mean), address(var), address(x), exact)
+    _native.moments(*_head(x), address(mean), address(var), address(valid), address(x), exact)
     return ChannelStatistics(mean, var)
 
 
-def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
+def normalize(
+    x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
     """As reference.normalize."""
     y, residual = torch.empty_like(x), None if residual is None else like(x, residual)
     described, _kept = _described(x, *_exact(x, statistics), layer)
-    _native.normalize(*described, address(x), address(residual), address(y))
+    _native.normalize(*described, address(valid), address(x), address(residual), address(y))
     return y
 
 
 def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
     """As reference.sum_gradients, with sums in float64 and the bits of ``train_backward``."""
-    x, statistics, layer, _, y, _ = forward
+    x, statistics, layer, _, y, _, valid = forward
     grad, other = like(x, grad), _other(forward)
-    d_residual, sums = None if other is None else torch.empty_like(x), torch.empty(2, x.size(1), dtype=torch.float64)
+    make = torch.empty_like if valid is None else torch.zeros_like
+    d_residual, sums = None if other is None else make(x), torch.empty(2, x.size(1), dtype=torch.float64)
     described, _kept = _described(x, *_exact(x, statistics), layer)
     _native.sum_gradients(
-        *described, address(grad), address(x), address(other), y is not None, y is x, address(d_residual), address(sums)
-    )
+        *described, address(valid), address(grad), address(x), address(other), y is not None, y is x,
+        address(d_residual), address(sums),
+    )  # fmt: skip
     return sums, d_residual
 
 
 def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None) -> Tensor:
     """As reference.input_gradient, with the bits of ``train_backward``."""
-    x, statistics, layer, _, y, _ = forward
+    x, statistics, layer, _, y, _, valid = forward
     if g is None and forward.gradient_of_p and y is not x:
         raise ValueError("input_gradient needs g if there are an activation and a residual. Pass sum_gradients' g.")
     layer = layer if g is None else layer._replace(act=None)
     grad, d_x = like(x, grad if g is None else g), torch.empty_like(x)
     means = None if means is None else means.to(torch.float64).contiguous()
     described, _kept = _described(x, *_exact(x, statistics), layer)
-    _native.input_gradient(*described, address(grad), address(x), y is x, address(means), address(d_x))
+    _native.input_gradient(*described, address(valid), address(grad), address(x), y is x, address(means), address(d_x))
     return d_x
 
 
 def _other(forward: ForwardPass) -> Tensor | None:
     """The tensor besides x that the activation's derivative is computed from: y, the residual or None."""
-    x, _, layer, residual, y, _ = forward
+    x, _, layer, residual, y, *_ = forward
     return None if layer.act is None or y is x else like(x, residual if y is None else y)
 
 

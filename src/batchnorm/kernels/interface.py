@@ -72,6 +72,8 @@ class ForwardPass(NamedTuple):
         y: The result, or None. If ``activations.sign_shows``, y can be passed in place of the residual. If y and x are
             the same tensor, y was written over x, and the native kernels recover x.
         constant: Whether the statistics were stored statistics, which do not depend on x.
+        valid: Which positions are no padding, bool (N, ...) without the channels, contiguous; None: all. Values and
+            gradients of padding are not read, and are 0 in results.
     """
 
     x: Tensor
@@ -80,6 +82,7 @@ class ForwardPass(NamedTuple):
     residual: Tensor | None = None
     y: Tensor | None = None
     constant: bool = False
+    valid: Tensor | None = None
 
     @property
     def gradient_of_p(self) -> bool:
@@ -122,4 +125,19 @@ class Kernel(Protocol):
         self, grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None
     ) -> Tensor:
         """d_x, value by value; ``g`` comes from ``sum_gradients``; ``means`` is None for constant statistics."""
+        ...
+
+
+class PaddedKernel(Kernel, Protocol):
+    """A kernel that leaves padding out: ``valid`` is that of ``ForwardPass``."""
+
+    def measure(self, x: Tensor, valid: Tensor | None = None) -> ChannelStatistics:
+        """Mean and biased variance of the valid positions of every channel."""
+        ...
+
+    def normalize(
+        self, x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As in ``Kernel``; 0 in the padding."""
         ...

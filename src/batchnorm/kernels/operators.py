@@ -138,6 +138,7 @@ class Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     statistics: ChannelStatistics
+    valid: Tensor
     settings: tuple[float, str | None, float]  # the attributes of a Layer except its tensors
     has_residual: bool
     inplace: bool
@@ -149,7 +150,7 @@ class Context(Protocol):
 
 def save(ctx: Context, forward: ForwardPass, *statistics: Tensor) -> None:
     """Keep a forward pass for ``saved``: with the residual or y if the backward pass needs one of them."""
-    x, _, layer, residual, y, _ = forward
+    x, _, layer, residual, y, *_ = forward
     ctx.settings = layer[2:]
     ctx.has_residual = residual is not None
     if residual is None or layer.act is None:
@@ -170,7 +171,7 @@ def saved(ctx: Context, statistics: ChannelStatistics | None = None) -> ForwardP
 
 def differentiable_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
     """As ``laid_out_backward``, but by the operator ``train_backward``, which can be differentiated again."""
-    x, statistics, (weight, bias, *rest), residual, y, _ = forward
+    x, statistics, (weight, bias, *rest), residual, y, *_ = forward
     eps, act, param = rest
     return train_backward(grad, x, *statistics, weight, eps, bias, act, param, residual, y)
 
@@ -207,7 +208,7 @@ train_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _save_for_double_backward(ctx: Context, inputs: Sequence[Flat], output: tuple[Tensor, ...]) -> None:  # noqa: ARG001 - torch passes it by name
-    grad, (x, _, layer, residual, y, _) = _of_backward(*inputs)
+    grad, (x, _, layer, residual, y, *_) = _of_backward(*inputs)
     ctx.settings = layer[2:]
     ctx.save_for_backward(grad, x, layer.weight, layer.bias, residual, y)
 
@@ -216,7 +217,7 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
     """Derivatives of the backward pass: torch differentiates the specification, with statistics as functions of x."""
     *tensors, y = ctx.saved_tensors
     if tensors[1].numel() == 0:  # the statistics are NaN, but no value depends on them
-        gradients = [None if t is None else torch.zeros_like(t) for t in tensors]
+        found = [None if t is None else torch.zeros_like(t) for t in tensors]
     else:
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -226,12 +227,12 @@ def _double_backward(ctx: Context, *cotangents: Gradient) -> tuple[Gradient, ...
             outputs = reference.train_backward(
                 grad, ForwardPass(x, reference.measure(x), layer, residual=residual, y=y)
             )
-            gradients = _gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
-    d_grad, d_x, d_weight, d_bias, d_residual = gradients
+            found = gradients(outputs, (grad, x, *others), cotangents, create_graph=higher)
+    d_grad, d_x, d_weight, d_bias, d_residual = found
     return d_grad, d_x, None, None, d_weight, None, d_bias, None, None, d_residual, None
 
 
-def _gradients(
+def gradients(
     outputs: Sequence[Gradient], inputs: Sequence[Tensor | None], cotangents: Sequence[Gradient], *, create_graph: bool
 ) -> list[Gradient]:
     """torch.autograd.grad for inputs and outputs that may be None; the gradient of None is None."""

@@ -56,8 +56,10 @@ def train_backward(grad: Tensor, forward: ForwardPass) -> Gradients:
     return _input_gradient(g, z, forward, means), d_weight, d_bias, d_residual
 
 
-def measure(x: Tensor) -> ChannelStatistics:
-    """Mean and biased variance of every channel; NaN for an empty batch."""
+def measure(x: Tensor, valid: Tensor | None = None) -> ChannelStatistics:
+    """Mean and biased variance of every channel; NaN for an empty batch, or one that is all padding."""
+    if valid is not None:
+        return measure_counted(x, valid.unsqueeze(1))[0]
     x, exact = x.to(wide_dtype(x.dtype)), exact_dtype(x.device)
     axes = _axes(x)
     near = x.mean(axes)
@@ -67,30 +69,68 @@ def measure(x: Tensor) -> ChannelStatistics:
     return ChannelStatistics(near.to(exact) + low, var.clamp_min(0))
 
 
-def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
+def measure_counted(x: Tensor, counts: Tensor) -> tuple[ChannelStatistics, Tensor]:
+    """Mean and biased variance of every channel if a value counts as ``counts`` values, and the sum of counts (C,).
+
+    Counts are 0 or more, or bool, and broadcast to ``x``. A value with count 0 may be NaN or infinite. Without any
+    count the statistics are NaN.
+    """
+    x, exact = torch.where(counts > 0, x, 0).to(wide_dtype(x.dtype)), exact_dtype(x.device)
+    axes, counts = _axes(x), counts.to(exact)
+    total = counts.expand_as(x).sum(axes)
+    near = ((x * counts).sum(axes) / total).to(x.dtype)
+    deviation = (x - along_channels(near, x)).to(exact)
+    low = (deviation * counts).sum(axes) / total
+    var = (deviation.square() * counts).sum(axes) / total - low.square()
+    return ChannelStatistics(near.to(exact) + low, var.clamp_min(0)), total
+
+
+def normalize(
+    x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
     """``x`` normalized by given statistics, value by value: an example's result does not depend on its batch."""
+    if valid is not None:
+        x, residual = without_padding(x, valid), None if residual is None else without_padding(residual, valid)
     z = _standardize(x, statistics, layer.eps)
-    return activate(_scale_and_shift(z, layer, residual), layer.act, layer.param).to(x.dtype)
+    y = activate(_scale_and_shift(z, layer, residual), layer.act, layer.param).to(x.dtype)
+    return y if valid is None else without_padding(y, valid)
+
+
+def without_padding(x: Tensor, valid: Tensor) -> Tensor:
+    """``x`` with 0 where ``valid``, bool (N, ...) without the channels, is False."""
+    return torch.where(valid.unsqueeze(1), x, 0)
 
 
 def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
     """Sum g and sum g z, in one tensor (2, C); and g, or None unless ``forward.gradient_of_p``."""
+    grad, forward = _without_padding(grad, forward)
     z, g = _z_and_gradient_of_p(grad, forward)
     return torch.stack(_sums(g, z)), g.to(forward.x.dtype) if forward.gradient_of_p else None
 
 
 def input_gradient(grad: Tensor, forward: ForwardPass, means: Tensor | None, g: Tensor | None = None) -> Tensor:
     """d_x from the means of g and g z (2, C), or None for constant statistics; ``g`` is computed if it is None."""
+    grad, forward = _without_padding(grad, forward)
     if g is None:
         z, g = _z_and_gradient_of_p(grad, forward)
     else:
         z = _standardize(forward.x, forward.statistics, forward.layer.eps)
-    return _input_gradient(g.to(z.dtype), z, forward, None if means is None else means.unbind())
+    d_x = _input_gradient(g.to(z.dtype), z, forward, None if means is None else means.unbind())
+    return d_x if forward.valid is None else without_padding(d_x, forward.valid)
+
+
+def _without_padding(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, ForwardPass]:
+    """The gradient and the tensors of a forward pass with 0 in the padding: it may hold NaN, and 0 times NaN is NaN."""
+    if (valid := forward.valid) is None:
+        return grad, forward
+    residual, y = (None if t is None else without_padding(t, valid) for t in (forward.residual, forward.y))
+    x = without_padding(forward.x, valid)
+    return without_padding(grad, valid), forward._replace(x=x, residual=residual, y=y)
 
 
 def _z_and_gradient_of_p(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor]:
     """z and g = a'(p) d_y, both in the type of z."""
-    x, statistics, layer, residual, y, _ = forward
+    x, statistics, layer, residual, y, *_ = forward
     z = _standardize(x, statistics, layer.eps)
     grad = grad.to(z.dtype)
     if layer.act is None:

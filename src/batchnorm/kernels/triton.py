@@ -134,7 +134,7 @@ def _read_by_backward(
     grad: Tensor, forward: ForwardPass
 ) -> tuple[tuple[Tensor, *tuple[Tensor | None, ...]], Tensor | None]:
     """The tensors that a backward pass reads, and an empty one for g; None instead unless ``forward.gradient_of_p``."""
-    x, statistics, layer, residual, y, _ = forward
+    x, statistics, layer, residual, y, *_ = forward
     other = None if layer.act is None else like(x, residual if y is None else y)
     mean_and_var = [per_channel(x, t) for t in statistics]
     return (like(x, grad), x, other, *mean_and_var, *_affine(x, layer)), None if other is None else torch.empty_like(x)

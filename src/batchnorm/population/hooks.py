@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.call_types import Arguments, Keywords
 from batchnorm.layers import input_of
+from batchnorm.padded_batches import valid_positions
 
 Seen = TypeVar("Seen", bound=nn.Module)
 
@@ -37,16 +38,20 @@ def detach(handles: list[RemovableHandle]) -> None:
 
 
 @contextmanager
-def seeing(layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object]) -> Iterator[None]:
+def seeing(
+    layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object], *, without_padding: bool = False
+) -> Iterator[None]:
     """A block in which ``see`` gets each input of a layer before the layer uses it.
 
     Args:
         layers: The layers, by path.
         see: Called with the path, the layer and the input.
+        without_padding: Whether ``see`` gets the valid positions alone, (M, C), if the call shows padding.
     """
 
     def hook(path: str, layer: Seen, args: Arguments, kwargs: Keywords) -> None:
-        see(path, layer, input_of(args, kwargs))
+        x = input_of(args, kwargs)
+        see(path, layer, valid_positions(layer, x, kwargs) if without_padding else x)
 
     handles = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())
     with attached(handles):

@@ -128,7 +128,7 @@ class LockStep:
             UnsuitedError: If it is not certain that waiting changes nothing.
         """
         try:
-            with seeing(self._view.layers, self._enter):
+            with seeing(self._view.layers, self._enter, without_padding=True):
                 self._begin()
                 state = random_state()
                 self._go_on(finish)
@@ -186,7 +186,7 @@ class LockStep:
             entered.add(path)
 
         state = random_state()
-        with preserve_random_state(), self._without_waiting(), seeing(self._view.layers, see):
+        with preserve_random_state(), self._without_waiting(), seeing(self._view.layers, see, without_padding=True):
             marks = ModelMarks(self._view.model)
             with held:
                 settings = shared_settings()
@@ -277,7 +277,7 @@ class LockStep:
             def see(path: str, _: nn.Module, x: Tensor, digests: dict[str, tuple[object, ...]] = digests) -> None:
                 digests[path] = digest(x, InputMoments.of(x))
 
-            with preserve_random_state(), seeing(self._view.layers, see):
+            with preserve_random_state(), seeing(self._view.layers, see, without_padding=True):
                 self._view.end_early(batch)
             is_same = list(digests.items()) == list(forward.digests.items())
             self._require(is_same, "a layer receives other values from a forward that waits")

@@ -121,7 +121,7 @@ class Observation:
             entered[path] += 1
             look(path, x, entered[path] - 1)
 
-        with seeing(self.layers, see), preserve_random_state(*self.batches.generators):
+        with seeing(self.layers, see, without_padding=True), preserve_random_state(*self.batches.generators):
             for index, batch in enumerate(self.batches):
                 self.examples += examples_in(batch) or 0
                 if index < skip:

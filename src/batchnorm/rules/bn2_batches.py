@@ -99,7 +99,8 @@ def padding_counted(evidence: Evidence) -> Iterator[Finding]:
         pad_sequence(sounds, batch_first=True).transpose(1, 2)  ->  Conv1d  ->  BatchNorm1d
 
     Fix:
-        Normalize valid positions only: select them with a mask as (values, C), normalize them, and write them back.
+        Layers of this package leave padding out: batchnorm.convert(model), then with batchnorm.padding(model, lengths)
+        around each call of the model, or layer(x, mask=mask) in its forward. True means valid.
 
     References:
         pytorch#70529, deepspeech.pytorch#312.

@@ -20,7 +20,8 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import kind_of, require_callable, require_flag, require_module
-from batchnorm.layers import LAYERS, SETTINGS, BatchNorm1d, batch_norms
+from batchnorm.layer_settings import SETTINGS
+from batchnorm.layers import LAYERS, BatchNorm1d, batch_norms
 from batchnorm.other_libraries import layers_of_others
 from batchnorm.ownership import claim
 from batchnorm.population.tensor_memory import emptiness, is_fake, require

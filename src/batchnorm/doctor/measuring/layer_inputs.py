@@ -70,8 +70,15 @@ class InputMeasurement:
     given: int = 0  # sizes of the model's batches, added up over the layer's calls
     bets: Bets | None = None
 
-    def add(self, x: Tensor, examples: int) -> None:
-        """Count one input of the layer; the model's batch had ``examples`` examples."""
+    def add(self, x: Tensor, examples: int, valid: Tensor | None = None) -> None:
+        """Count one input of the layer; the model's batch had ``examples`` examples.
+
+        ``valid`` is the mask of a call that leaves padding out, bool and broadcastable to ``x``. Examples that are all
+        padding do not count.
+        """
+        if valid is not None:
+            has_values = valid.expand_as(x).reshape(len(x), -1).any(1)
+            x, valid = x[has_values], valid.expand_as(x)[has_values]
         if not x.numel():
             return
         x = x.detach()
@@ -79,23 +86,24 @@ class InputMeasurement:
         self.given += examples or len(x)
         self.is_clusterable &= len(x) == examples
         self.rounding = torch.finfo(x.dtype).eps
-        values, mask = Moments.of(x), None
+        values, mask = Moments.of(x, mask=valid), None
         if not bool(torch.isfinite(values.m2).all()):
-            finite = torch.isfinite(x)
+            finite = torch.isfinite(x) if valid is None else torch.isfinite(x) | ~valid
             self.non_finite += x.numel() - int(finite.sum())
             mask = finite.reshape(*x.shape[:2], -1).all(2)  # (N, C)
-            values = Moments.of(x, mask=mask.reshape(*mask.shape, *[1] * (x.ndim - 2)))
+            whole_examples = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
+            values = Moments.of(x, mask=whole_examples if valid is None else whole_examples & valid)
         self.values.append(values)
         axes = [0, *range(2, x.ndim)]
-        self.extremes.append((x.amin(axes).double(), x.amax(axes).double()))
-        var, mean = _by_example(x)
+        self.extremes.append((_where(valid, x, torch.inf).amin(axes), _where(valid, x, -torch.inf).amax(axes)))
+        var, mean = _by_example(x) if valid is None else _by_example_of_valid(x, valid)
         self.means.append(Moments.of(mean, mask=mask))
         self._bet(mean, var, mask, values)
         if len(self.rows) < _MOST_IN_PERMUTATION_TEST:
             picked = torch.linspace(0, mean.shape[1] - 1, min(self.columns, mean.shape[1])).long().unique()
             self.rows.append(mean[:_MOST_IN_PERMUTATION_TEST, picked.to(mean.device)].cpu())
         self.squares.append(Moments.of(var + (mean - values.mean).square(), mask=mask))
-        if x.ndim == 3:
+        if x.ndim == 3 and valid is None:
             self.padding.append((_equal_at_end(x).cpu(), x.shape[2]))
 
     def _bet(self, mean: Tensor, var: Tensor, mask: Tensor | None, values: Moments) -> None:
@@ -237,6 +245,17 @@ def _by_example(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(wide, dtype=torch.float64), wide.double()
     var, mean = torch.var_mean(wide, tuple(range(2, x.ndim)), correction=0)
     return var.double(), mean.double()
+
+
+def _by_example_of_valid(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over the valid positions, of which each channel of each example has one or more."""
+    moments = Moments.of(x, (0, 1), mask=valid)
+    return moments.var, moments.mean
+
+
+def _where(valid: Tensor | None, x: Tensor, otherwise: float) -> Tensor:
+    """``x`` in float64, with another value in the padding."""
+    return x.double() if valid is None else torch.where(valid, x, otherwise).double()
 
 
 def _equal_at_end(x: Tensor) -> Tensor:

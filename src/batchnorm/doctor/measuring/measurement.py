@@ -30,6 +30,7 @@ from batchnorm.doctor.measuring.short_runs import BatchDependence, Step, batch_d
 from batchnorm.inputs import InputNorm
 from batchnorm.layers import batch_norms
 from batchnorm.moments import Moments
+from batchnorm.padded_batches import valid_mask
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import Batches, call, device_of, on_device_of
 from batchnorm.population.eager import uncompiled
@@ -242,7 +243,7 @@ class _View:
         # a user's class may give its input any name, and may have further inputs
         x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
         if x is not None and name not in self._lazy:
-            self.gauges[name].add(x, self._size)
+            self.gauges[name].add(x, self._size, valid_mask(self.gauges[name].layer, x, kwargs))
 
 
 def _not_features(x: Tensor | None) -> str | None:

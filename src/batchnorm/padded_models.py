@@ -1,0 +1,173 @@
+"""``padding``: a block in which every layer of a model knows the lengths of the batch, behind strided layers too.
+
+A convolution or pooling with kernel k, stride s, dilation d and padding p on both sides makes of an example of length l
+
+    floor((l + 2 p - d (k - 1) - 1) / s) + 1
+
+positions, as many as it makes of the example alone; a transposed convolution makes
+
+    (l - 1) s - 2 p + d (k - 1) + output_padding + 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
+from torch.utils.hooks import RemovableHandle
+
+from batchnorm.argument_types import require_callable, require_module
+from batchnorm.call_types import Arguments, Keywords
+from batchnorm.layers import LAYERS, batch_norms, input_of
+from batchnorm.population.hooks import attached
+
+# lengths behind a module, from the module and the lengths before it
+Rule = Callable[[nn.Module, Tensor], Tensor]
+_KNOWN = (_ConvNd, _MaxPoolNd, _AvgPoolNd)
+
+
+@contextmanager
+def padding(
+    model: nn.Module, lengths: Tensor | Sequence[int], *, length_axis: int = 2, rule: Rule | None = None
+) -> Iterator[None]:
+    """A block in which the layers of this package leave out the padding of the batches that the model runs on.
+
+    Every layer gets ``lengths=`` for the size that its input has along ``length_axis``. The first size is that of the
+    first convolution, pooling or layer of this package. Convolutions and poolings change lengths as in the formula of
+    this module, and read 0 in the padding; maximum pooling reads -infinity. So in eval mode the valid results of a
+    padded batch are those of each example alone, to rounding. Average pooling with ``ceil_mode`` or
+    ``count_include_pad=False`` is an exception at the last position of an example. The model is not changed.
+
+    Args:
+        model: A model with layers of this package, inside of any module.
+        lengths: Number of valid positions of each example of the batch, (N,), before the first module.
+        length_axis: The axis of the layers' inputs along which examples end early: 2 for (N, C, L).
+        rule: Called with a convolution, a pooling, or another module that changes the size along that axis, and the
+            lengths before it; returns the lengths behind it, or None to use the formula. Only convolutions and poolings
+            have a formula.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module`` or ``rule`` not a function.
+        ValueError: If the model has no layer of this package, or also has batch norm of others; in the block, if
+            lengths are not known for the size of a layer's input, or do not fit it.
+
+    Example:
+        >>> import torch, batchnorm
+        >>> model = torch.nn.Sequential(torch.nn.Conv1d(2, 3, 3, stride=2, padding=1), batchnorm.BatchNorm1d(3))
+        >>> with batchnorm.padding(model, [8, 5]):
+        ...     y = model(torch.randn(2, 2, 8))
+        >>> y[1, :, 3:].abs().max().item()
+        0.0
+    """
+    require_module(model, "padding")
+    if rule is not None:
+        require_callable(rule, "padding needs a function rule(module, lengths)", "Or leave it out.")
+    layers = _ours(model)
+    by_size = _LengthsBySize(torch.as_tensor(lengths), length_axis, rule)
+
+    def handles() -> Iterator[RemovableHandle]:
+        yield model.register_forward_pre_hook(by_size.start)
+        for layer in layers:
+            yield layer.register_forward_pre_hook(by_size.give, with_kwargs=True, prepend=True)  # others see it
+        for module in model.modules():
+            if isinstance(module, _KNOWN):
+                yield module.register_forward_pre_hook(by_size.clear, with_kwargs=True)
+            if not isinstance(module, LAYERS):
+                yield module.register_forward_hook(by_size.follow, with_kwargs=True)
+
+    with attached(handles()):
+        yield
+
+
+@final
+class _LengthsBySize:
+    """Lengths of the examples, by the size of tensors along the length axis; the latest of a size counts."""
+
+    def __init__(self, lengths: Tensor, axis: int, rule: Rule | None) -> None:
+        self._lengths, self._axis, self._rule = lengths, axis, rule
+        self._table: dict[int, Tensor] = {}
+
+    def start(self, *_: Any) -> None:
+        """Forget the sizes of the batch before."""
+        self._table.clear()
+
+    def give(self, _layer: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+        """Add the lengths to the arguments of a layer."""
+        size = input_of(args, kwargs).shape[self._axis]
+        return args, kwargs | {"lengths": self._of(size), "length_axis": self._axis}
+
+    def clear(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+        """Let a convolution or pooling read in the padding what it reads outside of an example that is alone."""
+        x = input_of(args, kwargs)
+        size = x.shape[self._axis]
+        valid = torch.arange(size, device=x.device) < self._of(size).to(x.device).unsqueeze(1)
+        valid = valid.reshape(valid.shape[0], *[1] * (self._axis - 1), size, *[1] * (x.ndim - self._axis - 1))
+        cleared = torch.where(valid, x, -torch.inf if isinstance(module, _MaxPoolNd) else 0)
+        return (
+            tuple(cleared if value is x else value for value in args),
+            {name: cleared if value is x else value for name, value in kwargs.items()},
+        )
+
+    def follow(self, module: nn.Module, args: Arguments, kwargs: Keywords, result: Any) -> None:
+        """Compute the lengths behind a module from those before it."""
+        x = input_of(args, kwargs)
+        if not all(isinstance(t, Tensor) and t.ndim > self._axis for t in (x, result)):
+            return
+        before, behind = x.shape[self._axis], result.shape[self._axis]
+        if isinstance(module, _KNOWN) or (before in self._table and before != behind):
+            new = self._behind(module, before)
+            if new is not None:
+                self._table[behind] = new
+
+    def _behind(self, module: nn.Module, before: int) -> Tensor | None:
+        new = None if self._rule is None else self._rule(module, self._of(before))
+        return _by_formula(module, self._of(before), self._axis - 2) if new is None else new
+
+    def _of(self, size: int) -> Tensor:
+        """The lengths for a size; the first size of a batch has the lengths that the block was given."""
+        if not self._table:
+            self._table[size] = self._lengths
+        if size not in self._table:
+            raise ValueError(
+                f"padding needs the lengths for each size of axis {self._axis}, knows them for "
+                f"{', '.join(map(str, self._table))}, got an input of size {size}. Give rule=, which computes them for "
+                "the module that changes the size."
+            )
+        return self._table[size]
+
+
+def _ours(model: nn.Module) -> list[nn.Module]:
+    """The layers of this package in a model, which has no other batch norm layers."""
+    layers = batch_norms(model)
+    others = [f"{type(layer).__name__} at {path!r}" for path, layer in layers.items() if not isinstance(layer, LAYERS)]
+    if others or not layers:
+        found = others[0] if others else "no batch norm layer"
+        raise ValueError(
+            f"padding needs layers of this package, got {found}. Convert the model: batchnorm.convert(model)."
+        )
+    return list(layers.values())
+
+
+def _by_formula(module: Any, lengths: Tensor, axis: int) -> Tensor | None:
+    """Lengths behind a convolution or pooling along one of its axes; None for other modules."""
+    if not isinstance(module, _KNOWN):
+        return None
+    kernel, stride, dilation = (
+        _along(getattr(module, name, 1), axis) for name in ("kernel_size", "stride", "dilation")
+    )
+    reach = dilation * (kernel - 1)
+    if isinstance(module, _ConvTransposeNd):
+        more = _along(module.output_padding, axis) - 2 * _along(module.padding, axis)
+        return torch.where(lengths > 0, (lengths - 1) * stride + reach + 1 + more, 0)
+    both = reach if module.padding == "same" else 0 if module.padding == "valid" else 2 * _along(module.padding, axis)
+    extra = stride - 1 if getattr(module, "ceil_mode", False) else 0
+    return torch.where(lengths > 0, ((lengths + both - reach - 1 + extra) // stride + 1).clamp_min(0), 0)
+
+
+def _along(value: Any, axis: int) -> int:
+    return value if isinstance(value, int) else value[axis]

@@ -1,0 +1,466 @@
+"""Padding, lengths and weights: results and statistics are those of the float64 oracle on the valid positions alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from test_layers import check_stored_statistics, made
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import batchnorm
+from batchnorm.kernels import Sample, reference
+from batchnorm.kernels.reference import wide_dtype
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+CASES = {
+    "rows": (BatchNorm1d, (40, 3)),
+    "short lines": (BatchNorm1d, (6, 3, 7)),
+    "long lines": (BatchNorm1d, (3, 2, 1100)),
+    "images": (BatchNorm2d, (4, 5, 6, 3)),
+    "volumes": (BatchNorm3d, (2, 3, 4, 2, 3)),
+}
+cases = pytest.mark.parametrize(("cls", "shape"), CASES.values(), ids=CASES)
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+
+
+def batch(shape, dtype=torch.float64, *, channels_last=False):
+    """Values, and the valid positions (N, ...): some positions of all examples."""
+    x = (torch.randn(shape) * 2 + 3).to(dtype)
+    valid = torch.rand(shape[0], *shape[2:]) > 0.4
+    return (x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x), valid
+
+
+def spoiled(x: Tensor, valid: Tensor) -> Tensor:
+    """A tensor with NaN in the padding, in its memory layout."""
+    return torch.empty_like(x).copy_(torch.where(valid.unsqueeze(1), x, torch.nan))
+
+
+def rows(x: Tensor, valid: Tensor) -> Tensor:
+    """The valid positions of ``x`` as a batch (M, C)."""
+    return x.movedim(1, -1)[valid]
+
+
+@cases
+@dtypes
+@layouts
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_valid_positions_are_normalized_as_if_they_were_the_batch(cls, shape, dtype, channels_last, training):
+    x, valid = batch(shape, dtype, channels_last=channels_last)
+    layer = made(cls, shape[1], dtype=dtype).train(training)
+    before = oracle.exact(layer.running_mean).copy(), oracle.exact(layer.running_var).copy()
+    given, grad = spoiled(x, valid).requires_grad_(), torch.randn(shape).to(dtype)
+    y = layer(given, mask=valid)
+    y.backward(spoiled(grad, valid))
+    values, wide = (oracle.exact(rows(x, valid)), oracle.exact(rows(grad, valid))), wide_dtype(dtype)
+    gamma, beta = oracle.exact(layer.weight), oracle.exact(layer.bias)
+    if training:
+        right = oracle.train(*values, gamma, beta, layer.eps)
+        bound = oracle.train_rounding(*values, gamma, right, layer.eps, wide)
+    else:
+        right = oracle.evaluate(*values, *before, gamma, beta, layer.eps)
+        bound = oracle.evaluate_rounding(*values, *before, gamma, right, layer.eps, wide)
+    found = [rows(y, valid), rows(given.grad, valid), layer.weight.grad, layer.bias.grad]
+    for value, expected, error in zip(found, right, bound, strict=True):
+        oracle.assert_within(value, expected, error)
+    check_stored_statistics(layer, values[0], before, wide)
+    assert not rows(y, ~valid).any()
+    assert not rows(given.grad, ~valid).any()
+    assert y.stride() == x.stride()
+
+
+@cases
+@pytest.mark.parametrize("act", [None, "relu", "gelu"])
+@pytest.mark.parametrize("kernel", ["native", "formula"])
+def test_a_residual_and_an_activation_are_left_out_of_the_padding_too(cls, shape, act, kernel):
+    """A residual that is NaN there has the gradient 0, and the result is 0 although act(beta) is not."""
+    x, valid = batch(shape)
+    residual = torch.randn(shape, dtype=x.dtype)
+    layer, plain = made(cls, shape[1], dtype=x.dtype, act=act), made(BatchNorm1d, shape[1], dtype=x.dtype, act=act)
+    plain.load_state_dict(layer.state_dict())
+    mask = valid if kernel == "native" else valid.unsqueeze(1).expand(shape)
+    given = [spoiled(x, valid).requires_grad_(), spoiled(residual, valid).requires_grad_()]
+    packed = [rows(x, valid).requires_grad_(), rows(residual, valid).requires_grad_()]
+    y, right, grad = layer(*given, mask=mask), plain(*packed), torch.randn(shape, dtype=x.dtype)
+    y.backward(spoiled(grad, valid))
+    right.backward(rows(grad, valid))
+    assert torch.allclose(rows(y, valid), right)
+    assert not rows(y, ~valid).any()
+    for mine, theirs in zip(given, packed, strict=True):
+        assert torch.allclose(rows(mine.grad, valid), theirs.grad)
+        assert not rows(mine.grad, ~valid).any()
+    for name in ("weight", "bias"):
+        assert torch.allclose(getattr(layer, name).grad, getattr(plain, name).grad)
+
+
+@cases
+def test_a_kept_padding_is_normalized_and_has_a_gradient_but_is_not_counted(cls, shape):
+    x, valid = batch(shape)
+    layer = made(cls, shape[1], dtype=x.dtype, padding="keep")
+    mean, var = (t.detach() for t in reference.measure(rows(x, valid)))
+    given = x.clone().requires_grad_()
+    y = layer(given, mask=valid)
+    layer.eval()
+    layer.running_mean, layer.running_var = mean, var
+    assert torch.allclose(y, layer(x))
+    y.sum().backward()
+    assert rows(given.grad, ~valid).abs().max() > 0
+
+
+@cases
+@pytest.mark.parametrize("kernel", ["native", "formula"])
+def test_derivatives_agree_with_finite_differences(cls, shape, kernel):
+    shape = (*shape[:2], *[min(size, 5) for size in shape[2:]])
+    x, valid = batch((min(shape[0], 5), *shape[1:]))
+    mask = valid if kernel == "native" else valid.unsqueeze(1).expand(x.shape)
+    layer = made(cls, shape[1], dtype=x.dtype, act="silu").eval()
+    layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    residual = torch.randn_like(x)
+    inputs = [t.detach().requires_grad_() for t in (x, layer.weight, layer.bias, residual)]
+
+    def function(x, weight, bias, residual):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, residual), {"mask": mask})
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_a_weight_is_a_number_of_equal_values():
+    x, weight = torch.randn(6, 3, 5, dtype=torch.float64), torch.tensor([2, 1, 0, 3, 1, 1])
+    layer, plain = (BatchNorm1d(3, dtype=x.dtype) for _ in range(2))
+    given, repeated = x.clone().requires_grad_(), x.repeat_interleave(weight, 0).requires_grad_()
+    y, right = layer(given, weight=weight), plain(repeated)
+    assert torch.allclose(y.repeat_interleave(weight, 0), right)
+    assert torch.allclose(layer.running_mean, plain.running_mean)
+    assert torch.allclose(layer.running_var, plain.running_var)
+    (y.square() * weight.reshape(-1, 1, 1)).sum().backward()
+    right.square().sum().backward()
+    examples = torch.arange(6).repeat_interleave(weight)
+    assert torch.allclose(given.grad, torch.zeros_like(x).index_add(0, examples, repeated.grad), atol=1e-12)
+    assert y[2].abs().min() > 0  # an example of weight 0 is normalized like the others
+
+
+@pytest.mark.parametrize("form", ["(N, L)", "(N, 1, L)", "(N, C, L)", "lengths", "list of lengths"])
+def test_masks_of_all_shapes_and_lengths_say_the_same(form):
+    x, lengths = torch.randn(4, 3, 9), torch.tensor([9, 5, 1, 0])
+    valid = torch.arange(9) < lengths.unsqueeze(1)
+    options = {
+        "(N, L)": {"mask": valid},
+        "(N, 1, L)": {"mask": valid.unsqueeze(1)},
+        "(N, C, L)": {"mask": valid.unsqueeze(1).expand(4, 3, 9)},
+        "lengths": {"lengths": lengths},
+        "list of lengths": {"lengths": lengths.tolist(), "length_axis": -1},
+    }[form]
+    layer, plain = BatchNorm1d(3), BatchNorm1d(3)
+    y = layer(x, **options)
+    assert torch.allclose(rows(y, valid), plain(rows(x, valid)), atol=1e-6)
+    assert torch.allclose(layer.running_var, plain.running_var)
+
+
+def test_a_mask_may_differ_between_channels():
+    x, mask = torch.randn(8, 3, 5, dtype=torch.float64), torch.rand(8, 3, 5) > 0.5
+    layer = BatchNorm1d(3, dtype=x.dtype, momentum=1.0)
+    layer(torch.where(mask, x, torch.nan), mask=mask)
+    for c in range(3):
+        values = x[:, c][mask[:, c]]
+        assert torch.isclose(layer.running_mean[c], values.mean())
+        assert torch.isclose(layer.running_var[c], values.var())
+
+
+@pytest.mark.parametrize("axis", [2, 3, -1])
+def test_lengths_count_along_the_axis_that_is_named(axis):
+    x, lengths = torch.randn(3, 2, 6, 6), torch.tensor([6, 4, 2])
+    y = BatchNorm2d(2)(x, lengths=lengths, length_axis=axis)
+    for example, length in enumerate(lengths):
+        outside = y[example].movedim(axis if axis < 0 else axis - 1, 0)[length:]
+        assert not outside.any()
+
+
+def test_packed_and_nested_sequences_have_no_padding():
+    lengths, x = torch.tensor([5, 3, 2]), torch.randn(3, 5, 4)
+    layer, plain, third = (BatchNorm1d(4, momentum=1.0) for _ in range(3))
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    result = layer(packed)
+    assert torch.allclose(result.data, plain(packed.data))
+    assert torch.equal(result.batch_sizes, packed.batch_sizes)
+    nested = torch.nested.nested_tensor([e[:n] for e, n in zip(x, lengths, strict=True)], layout=torch.jagged)
+    whole = third(nested)
+    assert torch.equal(whole.offsets(), nested.offsets())
+    assert torch.allclose(whole.values().sort(0).values, result.data.sort(0).values, atol=1e-6)
+    assert torch.allclose(layer.running_var, third.running_var)
+    with pytest.raises(ValueError, match="needs a packed or nested input alone"):
+        layer(packed, lengths=lengths)
+    with pytest.raises(TypeError, match="BatchNorm2d needs a tensor"):
+        BatchNorm2d(4)(packed)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@cases
+def test_results_have_the_same_bits_for_any_number_of_threads(cls, shape, threads):
+    torch.manual_seed(0)
+    x, valid = batch((64, *shape[1:]), torch.float32)
+    layer = cls(shape[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        right = layer(x, mask=valid)
+        torch.set_num_threads(threads)
+        assert torch.equal(layer(x, mask=valid), right)
+    finally:
+        torch.set_num_threads(before)
+
+
+@cases
+def test_a_mask_without_padding_changes_nothing(cls, shape):
+    x, _ = batch(shape, torch.float32)
+    layer, plain = cls(shape[1]), cls(shape[1])
+    assert torch.allclose(layer(x, mask=torch.ones(shape[0], *shape[2:], dtype=torch.bool)), plain(x), atol=1e-6)
+    assert torch.allclose(layer.running_var, plain.running_var, rtol=1e-6)
+
+
+def test_all_positions_masked():
+    layer = BatchNorm1d(3)
+    x, none = torch.full((2, 3, 4), torch.nan), torch.zeros(2, 4, dtype=torch.bool)
+    before = layer.running_mean.clone()
+    with pytest.raises(ValueError, match="needs 2 valid positions in train mode, got none"):
+        layer(x, mask=none)
+    one = none.clone()
+    one[0, 0] = True
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x, mask=one)
+    assert torch.equal(layer.running_mean, before)
+    assert layer.num_batches_tracked == 0
+    assert torch.equal(layer.eval()(x, mask=none), torch.zeros(2, 3, 4))
+
+
+def test_one_valid_value_is_normalized_by_stored_statistics_where_that_is_the_policy():
+    layer = BatchNorm1d(3, single_element="population")
+    x, one = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.bool)
+    one[0, 0] = True
+    assert torch.allclose(layer(x, mask=one)[0, :, 0], x[0, :, 0], atol=1e-4)
+    assert layer.num_batches_tracked == 0
+
+
+WRONG = {
+    "ints": ({"mask": torch.ones(4, 9)}, TypeError, "True means valid, got torch.float32.*pass ~mask"),
+    "list": ({"mask": [[True]]}, TypeError, "True means valid, got list"),
+    "shape": (
+        {"mask": torch.ones(4, 8, dtype=torch.bool)},
+        ValueError,
+        r"of shape \(4, 9\), \(4, 1, 9\) or \(4, 3, 9\)",
+    ),
+    "device": ({"mask": torch.ones(4, 9, dtype=torch.bool, device="meta")}, ValueError, "on cpu.*got .* on meta"),
+    "both": ({"mask": torch.ones(4, 9, dtype=torch.bool), "lengths": [1, 1, 1, 1]}, ValueError, "got both"),
+    "long": ({"lengths": [9, 5, 10, 1]}, ValueError, "lengths from 0 to 9.*got 1 to 10"),
+    "negative length": ({"lengths": [9, 5, -1, 1]}, ValueError, "got -1 to 9"),
+    "few": ({"lengths": [9, 5]}, ValueError, r"shape \(4,\), got \(2,\)"),
+    "relative": ({"lengths": torch.tensor([1.0, 0.5, 0.2, 0.1])}, TypeError, "whole numbers, got torch.float32"),
+    "text": ({"lengths": "9513"}, TypeError, "whole numbers, got str"),
+    "axis": ({"lengths": [9, 5, 3, 1], "length_axis": 1}, ValueError, "length_axis= to be 2 .*got 1"),
+    "axis alone": ({"length_axis": 2}, ValueError, "lengths= with length_axis="),
+    "negative": ({"weight": torch.tensor([1.0, -1.0, 1.0, 1.0])}, ValueError, "weights of 0 or more, got -1"),
+    "NaN": ({"weight": torch.tensor([1.0, torch.nan, 1.0, 1.0])}, ValueError, "weights of 0 or more"),
+    "bool": ({"weight": torch.ones(4, dtype=torch.bool)}, TypeError, "weight of numbers, got torch.bool"),
+    "small": ({"weight": torch.full((4,), 0.01)}, ValueError, "add up to more than 1"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "words"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_say_what_was_expected(options, error, words):
+    layer = BatchNorm1d(3)
+    with pytest.raises(error, match=words):
+        layer(torch.randn(4, 3, 9), **options)
+    assert layer.num_batches_tracked == 0
+
+
+def test_lengths_of_images_need_an_axis():
+    with pytest.raises(ValueError, match=r"length_axis= to be 2 or 3 for an input of shape \(2, 3, 4, 4\), got None"):
+        BatchNorm2d(3)(torch.randn(2, 3, 4, 4), lengths=[4, 2])
+    with pytest.raises(ValueError, match="an input"):
+        BatchNorm1d(3)(torch.randn(2, 3), lengths=[1, 1])
+
+
+def test_a_compiler_a_transform_and_torch_fx_see_the_mask():
+    x, valid = batch((6, 3, 7), torch.float32)
+    layer = BatchNorm1d(3).eval()
+    right = layer(x, mask=valid)
+    assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask=valid), right, atol=1e-6)
+    stacked = torch.func.vmap(lambda x, valid: layer(x, mask=valid))(x.repeat(2, 1, 1, 1), valid.repeat(2, 1, 1))
+    assert torch.allclose(stacked[1], right, atol=1e-6)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = layer
+
+        def forward(self, x, valid):
+            return self.bn(x, mask=valid)
+
+    assert torch.equal(torch.fx.symbolic_trace(Net())(x, valid), right)
+
+
+def test_a_compiled_training_step_stores_the_same_statistics():
+    x, valid = batch((6, 3, 7), torch.float32)
+    layer, plain = BatchNorm1d(3), BatchNorm1d(3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, mask=valid), plain(x, mask=valid), atol=1e-6)
+    assert torch.allclose(layer.running_mean, plain.running_mean, atol=1e-6)
+    assert torch.allclose(layer.running_var, plain.running_var, atol=1e-6)
+    assert layer.num_batches_tracked == 1
+
+
+def test_counts_of_a_sample_are_its_mask_times_its_weight():
+    mask, weight = torch.tensor([[True, False]]), torch.tensor([[2.0, torch.nan]])
+    assert torch.equal(Sample(mask, weight).counts, torch.tensor([[2.0, 0.0]]))
+
+
+# -- whole models ---------------------------------------------------------------------------------------------
+
+
+POOLS = {"no pooling": nn.Identity, "mean": nn.AvgPool1d, "maximum": nn.MaxPool1d}
+
+
+def encoder(stride, pool):
+    """Convolutions with strides, dilation and batch norm, with statistics of their own."""
+    model = nn.Sequential(
+        nn.Conv1d(4, 8, 5, stride=stride, padding=2), BatchNorm1d(8, act="relu"),
+        POOLS[pool](3, 2, padding=1),
+        nn.Conv1d(8, 6, 3, padding="same", dilation=2), nn.Dropout(0.1), BatchNorm1d(6), nn.SiLU(),
+        nn.ConvTranspose1d(6, 5, 4, stride=2, padding=1), BatchNorm1d(5),
+    )  # fmt: skip
+    model(torch.randn(16, 4, 40))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(("stride", "pool"), [*itertools.product([1, 2, 3], POOLS)])
+def test_the_valid_results_of_a_padded_batch_are_those_of_each_example_alone(stride, pool):
+    model, lengths = encoder(stride, pool), [50, 31, 17, 8]
+    x = torch.randn(4, 4, 50, dtype=torch.float64)
+    for example, length in enumerate(lengths):
+        x[example, :, length:] = torch.nan
+    with batchnorm.padding(model, lengths):
+        y = model(x)
+    for example, length in enumerate(lengths):
+        alone = model(x[example : example + 1, :, :length])[0]
+        assert torch.allclose(y[example, :, : alone.shape[1]], alone, rtol=0, atol=1e-12)
+        assert not y[example, :, alone.shape[1] :].any()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_padding_counts_only_valid_positions_in_training():
+    model, lengths = nn.Sequential(nn.Conv1d(2, 3, 1), BatchNorm1d(3, momentum=1.0)), torch.tensor([7, 3])
+    x = torch.randn(2, 2, 7)
+    with batchnorm.padding(model, lengths):
+        model(x)
+    values = rows(model[0](x), torch.arange(7) < lengths.unsqueeze(1))
+    assert torch.allclose(model[1].running_mean, values.mean(0), atol=1e-6)
+    assert torch.allclose(model[1].running_var, values.var(0), atol=1e-6)
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x[:, :, ::2]
+
+
+def test_a_rule_says_how_other_modules_change_lengths():
+    model = nn.Sequential(BatchNorm1d(2), Halved(), BatchNorm1d(2)).eval()
+    x = torch.randn(2, 2, 9)
+    with (
+        batchnorm.padding(model, [9, 4]),
+        pytest.raises(ValueError, match=r"knows them for 9, got an input of size 5.*rule="),
+    ):
+        model(x)
+    with batchnorm.padding(model, [9, 4], rule=lambda _, lengths: (lengths + 1) // 2):
+        assert not model(x)[1, :, 2:].any()
+    assert model(x)[1, :, 2:].any()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.BatchNorm1d(2)), "got BatchNorm1d at '0'.*batchnorm.convert"),
+        (nn.Linear(1, 1), "no batch norm"),
+    ],
+)
+def test_padding_needs_layers_of_this_package(model, words):
+    with pytest.raises(ValueError, match=words), batchnorm.padding(model, [1]):
+        pass
+
+
+# -- statistics and the doctor --------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A model that gets padded sequences with their lengths."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv1d(2, channels, 1), BatchNorm1d(channels), BatchNorm1d(channels)
+
+    def forward(self, x, lengths):
+        return self.last(self.bn(self.conv(x), lengths=lengths).relu(), lengths=lengths)
+
+
+def padded(examples, length=12):
+    lengths = torch.randint(2, length, (examples,))
+    lengths[0] = length
+    x = torch.randn(examples, 2, length) + 2
+    return torch.where(torch.arange(length) < lengths.reshape(-1, 1, 1), x, 0), lengths
+
+
+@pytest.mark.parametrize("memory", [None, 0], ids=["waiting", "restarted"])
+def test_recalibrate_counts_what_the_layers_count(memory):
+    model, batches = Masked(), [padded(8) for _ in range(3)]
+    found = batchnorm.recalibrate(model, batches, memory=memory)
+    values = torch.cat([rows(model.conv(x), torch.arange(12) < n.unsqueeze(1)) for x, n in batches])
+    assert torch.allclose(model.bn.running_mean, values.mean(0), atol=1e-6)
+    assert torch.allclose(model.bn.running_var, values.var(0), rtol=1e-5)
+    assert found["bn"].count.tolist() == [len(values)] * 3
+    model.eval()
+    with torch.no_grad():
+        inner = torch.cat([rows(model.bn(model.conv(x)).relu(), torch.arange(12) < n.unsqueeze(1)) for x, n in batches])
+    assert torch.allclose(model.last.running_var, inner.var(0), rtol=1e-5)
+
+
+def test_recalibrate_inside_of_padding_counts_valid_positions():
+    model, batches = nn.Sequential(nn.Conv1d(2, 3, 1), BatchNorm1d(3)), [padded(8) for _ in range(3)]
+
+    def forward(model, batch):
+        with batchnorm.padding(model, batch[1]):
+            return model(batch[0])
+
+    batchnorm.recalibrate(model, batches, forward=forward)
+    values = torch.cat([rows(model[0](x), torch.arange(12) < n.unsqueeze(1)) for x, n in batches])
+    assert torch.allclose(model[1].running_var, values.var(0), rtol=1e-5)
+
+
+def test_exact_statistics_refuse_a_mask_for_each_channel():
+    class PerChannel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn(x, mask=x > 0)
+
+    with pytest.raises(ValueError, match=r"for all channels, got \(4, 3, 5\)"):
+        batchnorm.recalibrate(PerChannel(), [torch.randn(4, 3, 5)])
+
+
+def test_the_doctor_finds_counted_padding_and_nothing_once_the_lengths_are_given():
+    class Counting(Masked):
+        def forward(self, x, lengths):
+            return self.last(self.bn(self.conv(x)).relu())
+
+    batches = [padded(16) for _ in range(6)]
+    codes = {}
+    for cls in (Counting, Masked):
+        model = cls()
+        batchnorm.recalibrate(model, batches)
+        codes[cls] = {finding.code for finding in batchnorm.examine(model.eval(), batches).findings}
+    assert "BN207" in codes[Counting]
+    assert "BN207" not in codes[Masked]
