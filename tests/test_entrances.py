@@ -334,6 +334,7 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "for_export": (bn.for_export, ("model",)),
     "freeze": (bn.freeze, ("model",)),
     "frozen": (lambda it: entered(bn.frozen(it)), ("model",)),
+    "padding": (lambda it: entered(bn.padding(it, [2, 2])), ("model",)),
     "preserve_state": (lambda it: entered(bn.preserve_state(it)), ("model",)),
     "probe": (lambda it: bn.probe(it, batches()[0]), ("model",)),
     "replace": (lambda it: bn.replace(it, lambda path, layer: None), ("model",)),
@@ -368,6 +369,10 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "freeze": (lambda it: bn.freeze(model(), it), FLAG),
     "frozen": (lambda it: entered(bn.frozen(model(), it)), FLAG),
     "probe": (lambda it: bn.probe(model(), it), A_BATCH),
+    "padding": (
+        lambda it: entered(bn.padding(bn.convert(model()), [2, 2], rule=it)),
+        ("None", "class", "function"),
+    ),
     "replace": (lambda it: bn.replace(model(), it), ("class", "function")),
     "revert": (lambda it: bn.revert(model(), inplace=it), FLAG),
     "to_group_norm": (lambda it: bn.to_group_norm(model(), it), ("None",)),
