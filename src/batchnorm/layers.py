@@ -182,9 +182,10 @@ class _Layer(_BatchNorm):
             TypeError: If the input or the residual is not floating-point, or if a mask, length or weight has a wrong
                 type.
         """
-        options = {"mask": mask, "lengths": lengths, "length_axis": length_axis, "weight": weight}
         if not isinstance(input, Tensor) or input.is_nested:
-            return of_sequences(self, input, residual, **options)
+            return of_sequences(
+                self, input, residual, mask=mask, lengths=lengths, length_axis=length_axis, weight=weight
+            )
         self._check_input(input)
         gamma, beta, mean, var = self._state()
         check_state(self, input, gamma, beta, mean, var)
@@ -192,32 +193,35 @@ class _Layer(_BatchNorm):
             input, residual = promoted(self, input, residual)  # noqa: A001
         layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
         if (mask is not None or lengths is not None or length_axis is not None or weight is not None) and input.numel():
-            sample = sample_of(type(self).__name__, input, **options, keep=self._padding == "keep")
-            return self._of_sample(input, layer, residual, sample)
+            keep = self._padding == "keep"
+            sample = sample_of(type(self).__name__, input, mask, lengths, length_axis, weight, keep=keep)
+            return self._of_sample(input, layer, residual, sample, mean, var)
         stored = mean is not None and var is not None
         if stored and not self._measures(input):
             return kernels.normalize(input, ChannelStatistics(mean, var), layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
             raise ValueError(about_a_single_value(self, input) if count == 1 else about_eps(self.eps))
-        return kernels.train(input, layer, residual, self._running() if count else None, save=self._memory is not None)
+        running = self._running(mean, var) if count else None
+        return kernels.train(input, layer, residual, running, save=self._memory is not None)
 
-    def _of_sample(self, x: Tensor, layer: Layer, residual: Tensor | None, sample: Sample) -> Tensor:
-        """Normalize by the statistics of a part of the batch, or by stored statistics."""
-        mean, var = self._state()[2:]
+    def _of_sample(
+        self, x: Tensor, layer: Layer, residual: Tensor | None, sample: Sample, mean: Tensor | None, var: Tensor | None
+    ) -> Tensor:
+        """Normalize by the statistics of a part of the batch, or by the stored ``mean`` and ``var``."""
         least = least_count(x, sample) if self.training or mean is None or var is None else None
         measures = mean is None or var is None or (self.training and not self._is_alone(least))
         if not measures:
             return kernels.normalize_sample(x, sample, ChannelStatistics(mean, var), layer, residual)
         if not self.eps > 0 or (least is not None and not least > 1):
             raise ValueError(about_few_counts(self, x, least) if self.eps > 0 else about_eps(self.eps))
-        return kernels.train_sample(x, sample, layer, residual, self._running())
+        return kernels.train_sample(x, sample, layer, residual, self._running(mean, var))
 
-    def _running(self) -> Running | None:
-        """The running statistics that a batch in train mode moves; None if it moves none."""
-        mean, var = self._state()[2:]
-        moves = self.training and self.track_running_stats and mean is not None and var is not None
-        return Running(mean, var, *self._counters(), self.momentum) if moves else None
+    def _running(self, mean: Tensor | None, var: Tensor | None) -> Running | None:
+        """The stored ``mean`` and ``var`` if a batch in train mode moves them; None if it moves nothing."""
+        if mean is None or var is None or not (self.training and self.track_running_stats):
+            return None
+        return Running(mean, var, *self._counters(), self.momentum)
 
     def _state(self) -> Any:
         """Gamma, beta and the stored statistics, read from the dicts: ``self.weight`` would take ten times as long."""

@@ -45,7 +45,7 @@ def sample_of(
         raise ValueError(f"{name} needs mask= or lengths=, got both. Leave one out: they say the same.")
     if length_axis is not None and lengths is None:
         raise ValueError(f"{name} needs lengths= with length_axis=, got no lengths. Give them, or leave both out.")
-    valid = _valid(name, x, mask) if lengths is None else _from_lengths(name, x, lengths, length_axis)
+    valid = _valid(name, x, mask) if lengths is None else valid_by_lengths(name, x, lengths, length_axis)
     return Sample(valid, None if weight is None else _weight(name, x, weight), keep=keep)
 
 
@@ -125,7 +125,8 @@ def _broadcast(name: str, x: Tensor, values: Tensor, what: str) -> Tensor:
     return values.unsqueeze(1) if values.shape == without_channels and values.ndim < x.ndim else values
 
 
-def _from_lengths(name: str, x: Tensor, lengths: Lengths, axis: int | None) -> Tensor:
+def valid_by_lengths(name: str, x: Tensor, lengths: Lengths, axis: int | None) -> Tensor:
+    """The positions of an input before each example's length along an axis: bool, broadcastable to ``x``."""
     axis = _axis(name, x, axis)
     lengths = _whole_numbers(name, x, lengths)
     size = x.shape[axis]

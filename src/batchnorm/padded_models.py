@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from batchnorm.argument_types import require_callable, require_module
 from batchnorm.call_types import Arguments, Keywords
 from batchnorm.layers import LAYERS, batch_norms, input_of
+from batchnorm.padded_batches import valid_by_lengths
 from batchnorm.population.hooks import attached
 
 # lengths behind a module, from the module and the lengths before it
@@ -104,9 +105,7 @@ class _LengthsBySize:
     def clear(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         """Let a convolution or pooling read in the padding what it reads outside of an example that is alone."""
         x = input_of(args, kwargs)
-        size = x.shape[self._axis]
-        valid = torch.arange(size, device=x.device) < self._of(size).to(x.device).unsqueeze(1)
-        valid = valid.reshape(valid.shape[0], *[1] * (self._axis - 1), size, *[1] * (x.ndim - self._axis - 1))
+        valid = valid_by_lengths(type(module).__name__, x, self._of(x.shape[self._axis]), self._axis)
         cleared = torch.where(valid, x, -torch.inf if isinstance(module, _MaxPoolNd) else 0)
         return (
             tuple(cleared if value is x else value for value in args),

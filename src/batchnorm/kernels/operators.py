@@ -139,6 +139,7 @@ class Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     statistics: ChannelStatistics
     valid: Tensor
+    count: Tensor
     settings: tuple[float, str | None, float]  # the attributes of a Layer except its tensors
     has_residual: bool
     inplace: bool

@@ -106,12 +106,12 @@ def _by_kernels(
     x: Tensor, valid: Tensor, layer: Layer, residual: Tensor | None
 ) -> tuple[Tensor, ChannelStatistics, Tensor]:
     measured: list[ChannelStatistics] = []  # filled by the forward pass
-    y = _Train.apply(x, layer.weight, layer.bias, residual, (layer, valid, measured))
-    statistics = measured[0]
-    return y, statistics, valid.count_nonzero().to(statistics.var.dtype)
+    count = valid.count_nonzero().to(reference.exact_dtype(x.device))
+    y = _TrainValid.apply(x, layer.weight, layer.bias, residual, (layer, valid, count, measured))
+    return y, measured[0], count
 
 
-class _Train(Function):
+class _TrainValid(Function):
     """Batch norm by the moments of the valid positions."""
 
     @staticmethod
@@ -121,10 +121,10 @@ class _Train(Function):
         _weight: Tensor | None,
         _bias: Tensor | None,
         residual: Tensor | None,
-        call: tuple[Layer, Tensor, list[ChannelStatistics]],
+        call: tuple[Layer, Tensor, Tensor, list[ChannelStatistics]],
     ) -> Tensor:
         """y; weight and bias are those of the layer, given so that autograd knows of them."""
-        layer, ctx.valid, measured = call
+        layer, ctx.valid, ctx.count, measured = call
         ctx.settings = layer[2:]
         ctx.save_for_backward(x, layer.weight, layer.bias, residual)
         kernel = _kernel_for(x)
@@ -136,8 +136,8 @@ class _Train(Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         x, weight, bias, residual = inputs = ctx.saved_tensors
         layer = Layer(weight, bias, *ctx.settings)
-        if torch.is_grad_enabled() or not is_plain(grad):  # this pass may itself be differentiated
-            is_higher = torch.is_grad_enabled()
+        is_higher = torch.is_grad_enabled()
+        if is_higher or not is_plain(grad):  # this pass may itself be differentiated
             with torch.enable_grad():
                 y, *_ = _by_formula(x, Sample(ctx.valid.unsqueeze(1)), layer, residual)
             tracked = [t if t is not None and t.requires_grad else None for t in inputs]
@@ -145,7 +145,7 @@ class _Train(Function):
         kernel = _kernel_for(x)
         forward = ForwardPass(x, ctx.statistics, layer, residual=residual, valid=ctx.valid)
         sums, d_residual = kernel.sum_gradients(grad, forward)
-        d_x = kernel.input_gradient(grad, forward, sums / ctx.valid.count_nonzero(), d_residual)
+        d_x = kernel.input_gradient(grad, forward, sums / ctx.count, d_residual)
         if residual is not None and d_residual is None:
             d_residual = reference.without_padding(grad, ctx.valid)
         d_bias, d_weight = (
