@@ -15,6 +15,7 @@ import batchnorm
 from batchnorm.kernels import Sample, reference
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.padded_models import _by_formula
 
 CASES = {
     "rows": (BatchNorm1d, (40, 3)),
@@ -359,6 +360,15 @@ def test_padding_counts_only_valid_positions_in_training():
     values = rows(model[0](x), torch.arange(7) < lengths.unsqueeze(1))
     assert torch.allclose(model[1].running_mean, values.mean(0), atol=1e-6)
     assert torch.allclose(model[1].running_var, values.var(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "around"), [(2, 3, 0), (3, 2, 1), (2, 2, 1), (3, 4, 1), (5, 3, 2)])
+def test_poolings_change_lengths_as_torch_does(kernel, stride, around, ceil_mode):
+    pool = nn.MaxPool1d(kernel, stride, padding=around, ceil_mode=ceil_mode)
+    lengths = torch.arange(kernel, 20)
+    right = [pool(torch.zeros(1, 1, int(length))).shape[2] for length in lengths]
+    assert _by_formula(pool, lengths, 0).tolist() == right
 
 
 class Halved(nn.Module):

@@ -164,8 +164,11 @@ def _by_formula(module: Any, lengths: Tensor, axis: int) -> Tensor | None:
         more = _along(module.output_padding, axis) - 2 * _along(module.padding, axis)
         return torch.where(lengths > 0, (lengths - 1) * stride + reach + 1 + more, 0)
     both = reach if module.padding == "same" else 0 if module.padding == "valid" else 2 * _along(module.padding, axis)
-    extra = stride - 1 if getattr(module, "ceil_mode", False) else 0
-    return torch.where(lengths > 0, ((lengths + both - reach - 1 + extra) // stride + 1).clamp_min(0), 0)
+    is_ceil = getattr(module, "ceil_mode", False)
+    found = (lengths + both - reach - 1 + (stride - 1 if is_ceil else 0)) // stride + 1
+    if is_ceil:  # torch leaves out a last window that begins behind the example and its left padding
+        found = found - ((found - 1) * stride >= lengths + both // 2).long()
+    return torch.where(lengths > 0, found.clamp_min(0), 0)
 
 
 def _along(value: Any, axis: int) -> int:
