@@ -316,7 +316,7 @@ def test_a_compiled_training_step_stores_the_same_statistics():
 
 def test_counts_of_a_sample_are_its_mask_times_its_weight():
     mask, weight = torch.tensor([[True, False]]), torch.tensor([[2.0, torch.nan]])
-    assert torch.equal(Sample(mask, weight).counts, torch.tensor([[2.0, 0.0]]))
+    assert torch.equal(Sample(mask, weight).counts(torch.zeros(1, 2)), torch.tensor([[2.0, 0.0]]))
 
 
 # -- whole models ---------------------------------------------------------------------------------------------

@@ -1,13 +1,45 @@
-"""Settings of a layer beyond torch.nn's arguments; a subclass can use their names for attributes of its own."""
+"""Settings of a layer beyond torch.nn's arguments: a table of their defaults and checks, and the attributes of a layer.
+
+A subclass can use the names of settings for attributes of its own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, final
 
-from torch import nn
+from torch import Tensor, nn
 
-SETTINGS = {"act", "act_param", "memory", "padding", "single_element"}
+from batchnorm.kernels import activations
+from batchnorm.layer_checks import STATISTICS, check_memory, check_padding, check_single_element
+from batchnorm.ownership import claim
+
 _MODULE = "batchnorm.layers"  # where our own classes are; all others with these settings are subclasses
+
+
+@final
+class SettingRule(NamedTuple):
+    """What is allowed as a setting.
+
+    Attributes:
+        default: ``repr`` omits it.
+        check: Raises for a value that does not exist.
+        is_composed: Whether another value than the default changes which values a batch is normalized by, or when they
+            are stored: see ``batch_statistics``.
+    """
+
+    default: object
+    check: Callable[[object], None]
+    is_composed: bool = False
+
+
+# act and act_param are checked together, by ``activations``; all others are independent
+RULES = {
+    "memory": SettingRule(None, check_memory),
+    "padding": SettingRule("zero", check_padding),
+    "single_element": SettingRule("error", check_single_element),
+}
+SETTINGS = {"act", "act_param", *RULES}
 
 
 class Setting:
@@ -25,6 +57,89 @@ class Setting:
             if self.name in vars(layer)[table]:
                 return vars(layer)[table][self.name]
         raise AttributeError(f"{type(layer).__name__!r} object has no attribute {self.name!r}")
+
+
+class LayerSettings(nn.Module):
+    """The settings of a layer: forward reads ``_NAME``, users read and set ``NAME``.
+
+    The class attributes ``_NAME`` serve a layer whose ``__init__`` did not run: its ``__class__`` was assigned, or its
+    subclass did not call ``__init__``.
+    """
+
+    _act: str | None = None
+    _act_param: float = 0.0
+    _memory: Literal["save"] | None = None
+    _padding: Literal["zero", "keep"] = "zero"
+    _single_element: Literal["error", "population"] = "error"
+    _is_composed: bool = False
+
+    act: Any = Setting()
+    act_param: Any = Setting()
+    memory: Any = Setting()
+    padding: Any = Setting()
+    single_element: Any = Setting()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""
+        if name not in SETTINGS:
+            super().__setattr__(name, value)
+        elif is_subclass(self):
+            give_up(self, name)
+            super().__setattr__(name, value)
+        elif name == "act":
+            self._activate(value, self._act_param if value == self._act else activations.parameter(value, None))
+        elif name == "act_param":
+            number = value if activations.has_parameter(self._act) else value or None
+            self._activate(self._act, activations.parameter(self._act, number))
+        else:
+            self._set(**{name: value})
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter; in a subclass its name may be that of one of the layer's settings."""
+        give_up(self, name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer; in a subclass its name may be that of one of the layer's settings."""
+        give_up(self, name)
+        super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child; in a subclass its name may be that of one of the layer's settings."""
+        give_up(self, name)
+        super().add_module(name, module)
+
+    def _set(self, **settings: object) -> None:
+        """Check settings of ``RULES``, and set all of them or none."""
+        for name, value in settings.items():
+            RULES[name].check(value)
+        vars(self).update({f"_{name}": value for name, value in settings.items()})
+        composing = (name for name, rule in RULES.items() if rule.is_composed)
+        vars(self)["_is_composed"] = any(getattr(self, f"_{name}") != RULES[name].default for name in composing)
+
+    def _activate(self, act: str | None, param: float) -> None:
+        """Apply this activation from now on, and record it with the layer's tensors."""
+        before = self._act
+        vars(self).update(_act=act, _act_param=param)
+        if before is not None:
+            claim(self, self._own_tensors(), None)
+        self._claim()
+
+    def _claim(self) -> None:
+        if self._act is not None:
+            claim(self, self._own_tensors(), self._act)
+
+    def _own_tensors(self) -> list[Tensor | None]:
+        tables = self._parameters | self._buffers
+        return [tables.get(name) for name in ("weight", "bias", *STATISTICS)]
+
+    def _settings_repr(self) -> list[str]:
+        """The settings that differ from their defaults, as arguments of the class."""
+        parts = [] if self._act is None else [f"act={self._act!r}"]
+        if activations.has_parameter(self._act):
+            parts.append(f"act_param={self._act_param}")
+        values = {name: getattr(self, f"_{name}") for name in RULES}
+        return parts + [f"{name}={value!r}" for name, value in values.items() if value != RULES[name].default]
 
 
 def give_up(layer: nn.Module, name: str) -> None:

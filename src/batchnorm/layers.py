@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import kernels
+from batchnorm import batch_statistics, kernels
 from batchnorm.argument_types import require_type
 from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
 from batchnorm.kernels.reference import wide_dtype
@@ -26,22 +26,17 @@ from batchnorm.layer_checks import (
     STATISTICS,
     about_a_single_value,
     about_eps,
-    about_few_counts,
-    check_memory,
-    check_padding,
-    check_single_element,
     check_sizes,
     check_state,
     promoted,
     refuse,
 )
-from batchnorm.layer_settings import SETTINGS, Setting, give_up, is_subclass
-from batchnorm.ownership import claim
-from batchnorm.padded_batches import least_count, sample_of
+from batchnorm.layer_settings import SETTINGS, LayerSettings
+from batchnorm.padded_batches import sample_of
 from batchnorm.sequences import of_sequences
 
 
-class _Layer(_BatchNorm):
+class _Layer(LayerSettings, _BatchNorm):
     """The code that the three layers share; each inherits it before the class of torch.nn."""
 
     _shapes: ClassVar[dict[int, str]]
@@ -65,83 +60,20 @@ class _Layer(_BatchNorm):
         padding: Literal["zero", "keep"] = "zero",
     ) -> None:
         check_sizes(num_features, eps)
-        check_memory(memory)
-        check_single_element(single_element)
-        check_padding(padding)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._set(memory=memory, single_element=single_element, padding=padding)
         if not weight:
             self.register_parameter("weight", None)
         if not bias:
             self.register_parameter("bias", None)
-        self._memory, self._single_element, self._padding = memory, single_element, padding
         self._skipped, self._reported = torch.zeros((), dtype=torch.long, device=device), 0
         self._widen_statistics({})
         self._activate(act, param)
 
-    # Settings that forward reads, under names that a subclass hardly uses by chance. These class attributes serve a
-    # layer whose __init__ did not run: its __class__ was assigned, or its subclass did not call __init__.
-    _act: str | None = None
-    _act_param: float = 0.0
-    _memory: Literal["save"] | None = None
-    _single_element: Literal["error", "population"] = "error"
-    _padding: Literal["zero", "keep"] = "zero"
     # a plain attribute: a buffer would be a sixth key of the state_dict
     _skipped: Tensor | None = None
     _reported: int = 0
-
-    act: Any = Setting()
-    act_param: Any = Setting()
-    memory: Any = Setting()
-    padding: Any = Setting()
-    single_element: Any = Setting()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""
-        if name not in SETTINGS:
-            super().__setattr__(name, value)
-        elif is_subclass(self):
-            give_up(self, name)
-            super().__setattr__(name, value)
-        elif name == "act":
-            self._activate(value, self._act_param if value == self._act else activations.parameter(value, None))
-        elif name == "act_param":
-            number = value if activations.has_parameter(self._act) else value or None
-            self._activate(self._act, activations.parameter(self._act, number))
-        else:
-            {"memory": check_memory, "padding": check_padding, "single_element": check_single_element}[name](value)
-            super().__setattr__(f"_{name}", value)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter; in a subclass its name may be that of one of the layer's settings."""
-        give_up(self, name)
-        super().register_parameter(name, param)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Add a buffer; in a subclass its name may be that of one of the layer's settings."""
-        give_up(self, name)
-        super().register_buffer(name, tensor, persistent)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a child; in a subclass its name may be that of one of the layer's settings."""
-        give_up(self, name)
-        super().add_module(name, module)
-
-    def _activate(self, act: str | None, param: float) -> None:
-        """Apply this activation from now on, and record it with the layer's tensors."""
-        before = self._act
-        vars(self).update(_act=act, _act_param=param)
-        if before is not None:
-            claim(self, self._own_tensors(), None)
-        self._claim()
-
-    def _claim(self) -> None:
-        if self._act is not None:
-            claim(self, self._own_tensors(), self._act)
-
-    def _own_tensors(self) -> list[Tensor | None]:
-        tables = self._parameters | self._buffers
-        return [tables.get(name) for name in ("weight", "bias", *STATISTICS)]
 
     @property
     def skipped_updates(self) -> int:
@@ -192,30 +124,20 @@ class _Layer(_BatchNorm):
         if residual is not None:
             input, residual = promoted(self, input, residual)  # noqa: A001
         layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
+        sample = None
         if (mask is not None or lengths is not None or length_axis is not None or weight is not None) and input.numel():
             keep = self._padding == "keep"
             sample = sample_of(type(self).__name__, input, mask, lengths, length_axis, weight, keep=keep)
-            return self._of_sample(input, layer, residual, sample, mean, var)
-        stored = mean is not None and var is not None
-        if stored and not self._measures(input):
-            return kernels.normalize(input, ChannelStatistics(mean, var), layer, residual)
+        stored = None if mean is None or var is None else ChannelStatistics(mean, var)
+        if sample is not None or self._is_composed:
+            return batch_statistics.normalized(self, input, sample or Sample(), layer, residual, stored)
+        if stored is not None and not self._measures(input):
+            return kernels.normalize(input, stored, layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
             raise ValueError(about_a_single_value(self, input) if count == 1 else about_eps(self.eps))
         running = self._running(mean, var) if count else None
         return kernels.train(input, layer, residual, running, save=self._memory is not None)
-
-    def _of_sample(
-        self, x: Tensor, layer: Layer, residual: Tensor | None, sample: Sample, mean: Tensor | None, var: Tensor | None
-    ) -> Tensor:
-        """Normalize by the statistics of a part of the batch, or by the stored ``mean`` and ``var``."""
-        least = least_count(x, sample) if self.training or mean is None or var is None else None
-        measures = mean is None or var is None or (self.training and not self._is_alone(least))
-        if not measures:
-            return kernels.normalize_sample(x, sample, ChannelStatistics(mean, var), layer, residual)
-        if not self.eps > 0 or (least is not None and not least > 1):
-            raise ValueError(about_few_counts(self, x, least) if self.eps > 0 else about_eps(self.eps))
-        return kernels.train_sample(x, sample, layer, residual, self._running(mean, var))
 
     def _running(self, mean: Tensor | None, var: Tensor | None) -> Running | None:
         """The stored ``mean`` and ``var`` if a batch in train mode moves them; None if it moves nothing."""
@@ -294,17 +216,7 @@ class _Layer(_BatchNorm):
         parts = [super().extra_repr()]
         if self.affine and self.weight is None:
             parts.append("weight=False")
-        if self._act is not None:
-            parts.append(
-                f"act={self._act!r}"
-                + (f", act_param={self._act_param}" if activations.has_parameter(self._act) else "")
-            )
-        if self._memory is not None:
-            parts.append(f"memory={self._memory!r}")
-        if self._padding != "zero":
-            parts.append(f"padding={self._padding!r}")
-        if self._single_element != "error":
-            parts.append(f"single_element={self._single_element!r}")
+        parts += self._settings_repr()
         if type(self._skipped) is Tensor and not self._skipped.is_meta and self.skipped_updates:
             parts.append(f"skipped_updates={self.skipped_updates}")
         return ", ".join(parts)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from batchnorm.call_types import Keywords
 from batchnorm.kernels import Sample
 from batchnorm.kernels.choice import is_plain
+from batchnorm.kernels.shapes import values_per_channel
 
 # a mask as the layers' arguments have it, or None
 Mask = Tensor | None
@@ -78,7 +79,9 @@ def valid_positions(layer: nn.Module, x: Any, options: Keywords) -> Any:
 
 def least_count(x: Tensor, sample: Sample) -> float | None:
     """The smallest sum of counts of a channel; None where asking an accelerator or a compiler would make it wait."""
-    counts = sample.counts
+    if sample.is_whole:
+        return values_per_channel(x)
+    counts = sample.counts(x)
     if not (counts.is_cpu and is_plain(x, counts)):
         return None
     axes = [axis for axis in range(x.ndim) if axis != 1]

@@ -17,19 +17,23 @@ from torch import Tensor
 
 from batchnorm.kernels import autograd_node, choice, operators, reference, samples, torch_batch_norm
 from batchnorm.kernels.choice import is_plain, is_recorded, is_torchs
-from batchnorm.kernels.interface import ChannelStatistics, Layer
+from batchnorm.kernels.interface import ChannelStatistics, Group, Layer, Measured
 from batchnorm.kernels.operators import train_backward, train_forward
 from batchnorm.kernels.running_statistics import Running
-from batchnorm.kernels.samples import Sample
+from batchnorm.kernels.samples import Adjust, Sample
 from batchnorm.kernels.shapes import check_layout, values_per_channel
 
 __all__ = [
+    "Adjust",
     "ChannelStatistics",
+    "Group",
     "Layer",
+    "Measured",
     "Running",
     "Sample",
     "normalize",
     "normalize_sample",
+    "store",
     "train",
     "train_backward",
     "train_forward",
@@ -93,14 +97,26 @@ def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: 
 
 
 def train_sample(
-    x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None = None, running: Running | None = None
-) -> Tensor:
-    """As ``train``, by the moments of a sample of the batch; padding is 0 in the result and in gradients."""
+    x: Tensor,
+    sample: Sample,
+    layer: Layer,
+    residual: Tensor | None = None,
+    *,
+    group: Group | None = None,
+    adjust: Adjust | None = None,
+) -> tuple[Tensor, Measured]:
+    """As ``train``, by the moments of a sample of the batch, and these moments; padding is 0 in result and gradients.
+
+    Args:
+        x: The batch (N, C, ...).
+        sample: The values that count, and the padding.
+        layer: The layer's parameters and settings.
+        residual: Added before the activation.
+        group: Further batches whose moments count too.
+        adjust: Changes the layer's parameters once the moments are known.
+    """
     check_layout(x)
-    y, statistics = samples.train(x, sample, layer, residual)
-    if running is not None:
-        update_running(running, statistics, 2)
-    return y
+    return samples.train(x, sample, layer, residual, group=group, adjust=adjust)
 
 
 def normalize_sample(
@@ -119,6 +135,11 @@ def update_running(running: Running, statistics: ChannelStatistics, count: int) 
         operators.update_running(*operators.flat_update(running, statistics, count))
     else:
         operators.move(running, statistics, count)
+
+
+def store(running: Running, measured: Measured) -> None:
+    """Move running statistics in place towards moments of any count; a channel of count 1 or less keeps its own."""
+    update_running(running, measured.for_count_2(), 2)
 
 
 def _constant(function: Function) -> Function:

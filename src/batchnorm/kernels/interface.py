@@ -14,8 +14,8 @@ Each pass over a batch has two halves, because every value of the result depends
 ``train_forward`` and ``train_backward`` do both halves in one call, which reads memory once if a channel fits the
 cache; the results are the same. Between the halves a caller can change which values the statistics are computed from:
 
-- Synchronized batch norm: the caller adds ``Moments.from_var(count, *statistics)`` of all processes, and also ``sums``
-  and ``count``. d_gamma and d_beta are the process's own sums, because DistributedDataParallel adds the gradients.
+- A ``Group`` of batches, of several processes or micro-batches: it merges the moments of all of them, and adds their
+  ``sums``. d_gamma and d_beta are the batch's own sums, because DistributedDataParallel or autograd adds the gradients.
 - Statistics of a part of the values, or of other examples: ``normalize`` accepts any statistics. For a value that the
   statistics do not depend on, ``input_gradient`` is called with ``means`` None.
 - Stored statistics are constants: ``means`` is None for every value.
@@ -58,6 +58,44 @@ class ChannelStatistics(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+
+@final
+class Measured(NamedTuple):
+    """Moments by which a batch is normalized.
+
+    Attributes:
+        statistics: Mean and biased variance, (C,); NaN if the count is 0.
+        count: Number of values of each channel, () or (C,), in float64.
+    """
+
+    statistics: ChannelStatistics
+    count: Tensor
+
+    def detached(self) -> Measured:
+        """The same numbers, as constants."""
+        mean, var = self.statistics
+        return Measured(ChannelStatistics(mean.detach(), var.detach()), self.count)
+
+    def for_count_2(self) -> ChannelStatistics:
+        """The mean with half of the unbiased variance: ``update_running`` with a count of 2 stores these moments.
+
+        The variance is not finite in a channel whose count is 1 or less.
+        """
+        mean, var = self.statistics
+        return ChannelStatistics(mean, var * (self.count / (self.count - 1)) / 2)
+
+
+class Group(Protocol):
+    """Batches that are normalized together: of several processes, or several micro-batches of a step."""
+
+    def union(self, own: Measured) -> Measured:
+        """The moments of all batches of the group, from those of this batch; the same bits for every batch."""
+        ...
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The sums (2, C) of all batches of the group, from the sums of this batch, in the backward pass."""
+        ...
 
 
 @final

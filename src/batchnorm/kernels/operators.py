@@ -23,7 +23,7 @@ from torch._functorch.autograd_function import VmapInfo
 from batchnorm.kernels import choice, reference
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import kernel_for
-from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Layer
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Group, Layer
 from batchnorm.kernels.running_statistics import Running
 
 # for each argument, the axis of the models; None if the argument is shared
@@ -138,8 +138,9 @@ class Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     statistics: ChannelStatistics
-    valid: Tensor
+    valid: Tensor | None
     count: Tensor
+    group: Group | None
     settings: tuple[float, str | None, float]  # the attributes of a Layer except its tensors
     has_residual: bool
     inplace: bool

@@ -1,15 +1,18 @@
-"""Samples: which values of a batch the moments of a channel are taken over, and which values are padding.
+"""Samples: which values the moments of a channel are computed from, and which values are padding.
 
 With counts c of the values x of a channel, 0 in the padding:
 
     n = sum c       mean = sum c x / n      var = sum c (x - mean)^2 / n
     d_x = gamma rstd (g - c d_beta / n - c z d_gamma / n)
 
-and the unbiased variance is var n / (n - 1): a count of 2 is the same as two equal values.
+and the unbiased variance is var n / (n - 1): a count of 2 is the same as two equal values. The sums can include the
+values of other batches, those of a ``Group``: then n, mean, var, sum g and sum g z are of all of them, while the
+gradients of gamma and beta stay those of this batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 import torch
@@ -18,8 +21,9 @@ from torch.autograd import Function
 
 from batchnorm.kernels import choice, cpu, operators, reference
 from batchnorm.kernels.choice import is_plain
-from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Layer, PaddedKernel
+from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Group, Layer, Measured, PaddedKernel
 from batchnorm.kernels.operators import Context
+from batchnorm.kernels.shapes import values_per_channel
 
 
 @final
@@ -39,8 +43,14 @@ class Sample(NamedTuple):
     keep: bool = False
 
     @property
-    def counts(self) -> Tensor:
-        """How many values each value counts as, bool or a number."""
+    def is_whole(self) -> bool:
+        """Whether every value counts as one."""
+        return self.valid is None and self.weight is None
+
+    def counts(self, x: Tensor) -> Tensor:
+        """How many values each value counts as, bool or a number, broadcastable to ``x``."""
+        if self.is_whole:
+            return torch.ones([1] * x.ndim, device=x.device)
         if self.valid is None or self.weight is None:
             return self.valid if self.weight is None else self.weight  # type: ignore[return-value] - one is given
         return torch.where(self.valid, self.weight, 0)
@@ -56,18 +66,35 @@ class Sample(NamedTuple):
         return x if self.keep or self.valid is None else torch.where(self.valid, x, 0)
 
 
-def train(x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None) -> tuple[Tensor, ChannelStatistics]:
-    """The batch normalized by the moments of a sample; and its mean with half of its unbiased variance.
+# a layer's parameters as they are applied, from these parameters and the moments that the batch is normalized by
+Adjust = Callable[[Layer, Measured], Layer]
 
-    With these, ``update_running`` for a count of 2 stores the unbiased variance. It is not finite in a channel whose
-    counts add up to 1 or less. Differentiable any number of times in x, weight, bias and residual.
+
+def train(
+    x: Tensor,
+    sample: Sample,
+    layer: Layer,
+    residual: Tensor | None,
+    *,
+    group: Group | None = None,
+    adjust: Adjust | None = None,
+) -> tuple[Tensor, Measured]:
+    """The batch normalized by the moments of a sample, and these moments, which have no gradient.
+
+    Differentiable in x, weight, bias and residual, without a group any number of times.
     """
     valid = sample.positions(x)
-    if valid is not None and is_plain(x, residual, layer.weight, layer.bias, valid):
-        y, (mean, var), count = _by_kernels(x, valid, layer, residual)
+    by_kernels = (sample.is_whole or valid is not None) and is_plain(x, residual, layer.weight, layer.bias, valid)
+    measured = _measured(x, valid) if by_kernels else Measured(*reference.measure_counted(x, sample.counts(x)))
+    if group is not None:
+        measured = group.union(measured)
+    if adjust is not None:
+        layer = adjust(layer, measured.detached())
+    if by_kernels:
+        y = _ByMoments.apply(x, layer.weight, layer.bias, residual, (layer, valid, measured, group))
     else:
-        y, (mean, var), count = _by_formula(x, sample, layer, residual)
-    return y, ChannelStatistics(mean.detach(), var.detach() * (count / (count - 1)) / 2)
+        y = _normalize_by_formula(x, sample, measured.statistics, layer, residual)
+    return y, measured.detached()
 
 
 def normalize(
@@ -79,20 +106,13 @@ def normalize(
         t is not None and t.requires_grad for t in (x, layer.weight, layer.bias, residual, *statistics)
     )
     if valid is not None and not is_tracked and is_plain(x, residual, layer.weight, layer.bias, valid, *statistics):
-        return _kernel_for(x).normalize(x, statistics, layer, residual, valid)
+        return _padded_kernel(x).normalize(x, statistics, layer, residual, valid)
     return _normalize_by_formula(x, sample, statistics, layer, residual)
 
 
-def _kernel_for(x: Tensor) -> PaddedKernel:
+def _padded_kernel(x: Tensor) -> PaddedKernel:
     """The native kernel if it reads ``x``, otherwise the reference."""
     return cpu if choice.kernel_for(x) is cpu else reference
-
-
-def _by_formula(
-    x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None
-) -> tuple[Tensor, ChannelStatistics, Tensor]:
-    statistics, count = reference.measure_counted(x, sample.counts)
-    return _normalize_by_formula(x, sample, statistics, layer, residual), statistics, count
 
 
 def _normalize_by_formula(
@@ -102,17 +122,20 @@ def _normalize_by_formula(
     return sample.hidden(reference.normalize(sample.hidden(x), statistics, layer, residual))
 
 
-def _by_kernels(
-    x: Tensor, valid: Tensor, layer: Layer, residual: Tensor | None
-) -> tuple[Tensor, ChannelStatistics, Tensor]:
-    measured: list[ChannelStatistics] = []  # filled by the forward pass
-    count = valid.count_nonzero().to(reference.exact_dtype(x.device))
-    y = _TrainValid.apply(x, layer.weight, layer.bias, residual, (layer, valid, count, measured))
-    return y, measured[0], count
+def _measured(x: Tensor, valid: Tensor | None) -> Measured:
+    """The moments of a batch's values, or of its valid positions, by a kernel."""
+    x, exact = x.detach(), reference.exact_dtype(x.device)
+    if valid is None:
+        return Measured(_measure(x), torch.tensor(values_per_channel(x), dtype=exact, device=x.device))
+    return Measured(_padded_kernel(x).measure(x, valid), valid.count_nonzero().to(exact))
 
 
-class _TrainValid(Function):
-    """Batch norm by the moments of the valid positions."""
+def _measure(x: Tensor) -> ChannelStatistics:
+    return choice.kernel_for(x).measure(x)
+
+
+class _ByMoments(Function):
+    """Batch norm by moments of the batch, or of a group of batches."""
 
     @staticmethod
     def forward(
@@ -121,34 +144,47 @@ class _TrainValid(Function):
         _weight: Tensor | None,
         _bias: Tensor | None,
         residual: Tensor | None,
-        call: tuple[Layer, Tensor, Tensor, list[ChannelStatistics]],
+        call: tuple[Layer, Tensor | None, Measured, Group | None],
     ) -> Tensor:
-        """y; weight and bias are those of the layer, given so that autograd knows of them."""
-        layer, ctx.valid, ctx.count, measured = call
+        """y; weight and bias are those of the layer, passed as arguments so that autograd tracks them."""
+        layer, ctx.valid, (ctx.statistics, ctx.count), ctx.group = call
         ctx.settings = layer[2:]
         ctx.save_for_backward(x, layer.weight, layer.bias, residual)
-        kernel = _kernel_for(x)
-        ctx.statistics = kernel.measure(x, ctx.valid)
-        measured.append(ctx.statistics)
-        return kernel.normalize(x, ctx.statistics, layer, residual, ctx.valid)
+        if ctx.valid is None:
+            return choice.kernel_for(x).normalize(x, ctx.statistics, layer, residual)
+        return _padded_kernel(x).normalize(x, ctx.statistics, layer, residual, ctx.valid)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        x, weight, bias, residual = inputs = ctx.saved_tensors
+        x, weight, bias, residual = ctx.saved_tensors
         layer = Layer(weight, bias, *ctx.settings)
-        is_higher = torch.is_grad_enabled()
-        if is_higher or not is_plain(grad):  # this pass may itself be differentiated
-            with torch.enable_grad():
-                y, *_ = _by_formula(x, Sample(ctx.valid.unsqueeze(1)), layer, residual)
-            tracked = [t if t is not None and t.requires_grad else None for t in inputs]
-            return *operators.gradients([y], tracked, [grad], create_graph=is_higher), None
-        kernel = _kernel_for(x)
+        if torch.is_grad_enabled() or not is_plain(grad):  # this pass may itself be differentiated
+            return *_differentiable_backward(ctx, grad, layer), None
+        kernel = choice.kernel_for(x) if ctx.valid is None else _padded_kernel(x)
         forward = ForwardPass(x, ctx.statistics, layer, residual=residual, valid=ctx.valid)
         sums, d_residual = kernel.sum_gradients(grad, forward)
-        d_x = kernel.input_gradient(grad, forward, sums / ctx.count, d_residual)
+        total = sums if ctx.group is None else ctx.group.total(sums)
+        # a count of 0 is that of an empty group, whose sums are 0
+        d_x = kernel.input_gradient(grad, forward, total / ctx.count.clamp_min(1), d_residual)
         if residual is not None and d_residual is None:
-            d_residual = reference.without_padding(grad, ctx.valid)
+            d_residual = grad if ctx.valid is None else reference.without_padding(grad, ctx.valid)
         d_bias, d_weight = (
             None if t is None else each.to(t.dtype) for t, each in zip((bias, weight), sums, strict=True)
         )
         return d_x, d_weight, d_bias, d_residual, None
+
+
+def _differentiable_backward(ctx: Context, grad: Tensor, layer: Layer) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and residual that can be differentiated again: those of the formula."""
+    if ctx.group is not None:
+        raise RuntimeError(
+            "second derivatives of a batch that is normalized together with others need gradients of the others, "
+            "which this process does not have. Compute them in one process, or call eval()."
+        )
+    x, *_, residual = inputs = ctx.saved_tensors
+    sample = Sample(None if ctx.valid is None else ctx.valid.unsqueeze(1))
+    with torch.enable_grad():
+        statistics, _ = reference.measure_counted(x, sample.counts(x))
+        y = _normalize_by_formula(x, sample, statistics, layer, residual)
+    tracked = [t if t is not None and t.requires_grad else None for t in inputs]
+    return operators.gradients([y], tracked, [grad], create_graph=torch.is_grad_enabled())

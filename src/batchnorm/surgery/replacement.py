@@ -20,7 +20,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import kind_of, require_callable, require_flag, require_module
-from batchnorm.layer_settings import SETTINGS
+from batchnorm.layer_settings import RULES
 from batchnorm.layers import LAYERS, BatchNorm1d, batch_norms
 from batchnorm.other_libraries import layers_of_others
 from batchnorm.ownership import claim
@@ -193,9 +193,8 @@ def _carry_settings(layer: nn.Module, new: nn.Module) -> None:
         return
     if new._act is None and layer._act is not None:
         new._activate(layer._act, layer._act_param)
-    for name in SETTINGS - {"act", "act_param"}:
-        if getattr(new, f"_{name}") == getattr(type(new), f"_{name}"):  # the default
-            vars(new)[f"_{name}"] = getattr(layer, f"_{name}")
+    defaults = (name for name, rule in RULES.items() if getattr(new, f"_{name}") == rule.default)
+    new._set(**{name: getattr(layer, f"_{name}") for name in defaults})
 
 
 def _become(layer: nn.Module, new: nn.Module) -> None:
