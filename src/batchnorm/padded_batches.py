@@ -118,6 +118,8 @@ def _weight(name: str, x: Tensor, weight: Any) -> Tensor:
 
 def _broadcast(name: str, x: Tensor, values: Tensor, what: str) -> Tensor:
     """A mask or weight in a shape that broadcasts to ``x``: (N, 1, ...), or that of ``x``."""
+    if torch.jit.is_tracing():  # sizes are tensors
+        return values.unsqueeze(1) if values.ndim < x.ndim else values
     without_channels = (x.shape[0], *x.shape[2:])
     shapes = [without_channels, (x.shape[0], 1, *x.shape[2:]), tuple(x.shape)]
     if values.shape not in {*shapes, (x.shape[0], *[1] * (x.ndim - 1))} or values.device != x.device:

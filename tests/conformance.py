@@ -1,0 +1,422 @@
+"""The layers' conformance table: options, properties that a layer keeps under each option, and the page with the ticks.
+
+    python -m conformance        (in the folder tests) writes docs/conformance.md
+
+``test_conformance`` runs every cell: a tick is a property that was checked; a number is an exception, seen to fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from layouts import LAYOUTS
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm.kernels import choice
+from batchnorm.kernels.activations import activate
+from batchnorm.kernels.reference import wide_dtype
+from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
+C = 3
+SHAPES: dict[str, tuple[type, tuple[int, ...]]] = {
+    "(N, C)": (BatchNorm1d, (12, C)),
+    "(N, C, L)": (BatchNorm1d, (6, C, 8)),
+    "(N, C, H, W)": (BatchNorm2d, (6, C, 4, 3)),
+    "(N, C, D, H, W)": (BatchNorm3d, (6, C, 2, 3, 2)),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Keywords = dict[str, Any]
+
+
+# --- options ----------------------------------------------------------------------------------------------
+
+
+def valid_positions(x: Tensor) -> Tensor:
+    """A mask (N, ...) with some padding; the first two examples are valid."""
+    positions = torch.arange(x[:, 0].numel()).reshape(x.shape[0], *x.shape[2:])
+    return (positions % 5 != 3) | (torch.arange(x.shape[0]) < 2).reshape(-1, *[1] * (x.ndim - 2))
+
+
+def few_weights(x: Tensor) -> Tensor:
+    """A weight for each example, 0 among them."""
+    return 1 + torch.arange(x.shape[0]) % 3 / 2.0 - (torch.arange(x.shape[0]) == 1).float()
+
+
+def some_lengths(x: Tensor) -> Keywords:
+    """Lengths along axis 2."""
+    return {"lengths": 1 + (torch.arange(x.shape[0]) * 3) % x.shape[2], "length_axis": 2}
+
+
+def some_residual(x: Tensor) -> Keywords:
+    """A residual of the input's type."""
+    return {"residual": torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype)}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to use a layer.
+
+    Args:
+        settings: Arguments of the class.
+        arguments: Further arguments of a call, from its input.
+        least_axes: Least number of axes of an input.
+        formula: ``expected`` or another function with its arguments.
+    """
+
+    settings: Keywords = field(default_factory=dict)
+    arguments: Callable[[Tensor], Keywords] = lambda x: {}
+    least_axes: int = 2
+    formula: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+
+
+def expected(layer: nn.Module, x: Tensor, arguments: Keywords) -> tuple[Tensor, Tensor, Tensor]:
+    """y and the stored statistics afterwards, in float64, from the formulas of the documentation alone."""
+    counts = counts_of(x, arguments)
+    total = counts.expand_as(x).sum(others(x))
+    stored = layer.running_mean.double(), layer.running_var.double()
+    mean = (counts * x).sum(others(x)) / total
+    var = (counts * (x - along(mean, x)) ** 2).sum(others(x)) / total
+    m = layer.momentum
+    after = stored[0] * (1 - m) + m * mean, stored[1] * (1 - m) + m * var * total / (total - 1)
+    if not layer.training:
+        (mean, var), after = stored, stored
+    p = (x - along(mean, x)) / (along(var, x) + layer.eps).sqrt()
+    p = p * along(layer.weight.double(), x) + along(layer.bias.double(), x)
+    y = activate(p + arguments.get("residual", 0), layer.act, layer.act_param)
+    is_padding = padding_in(x, arguments) if layer.padding == "zero" else None
+    return (y if is_padding is None else torch.where(is_padding, 0, y)), *(t.detach() for t in after)
+
+
+def padding_in(x: Tensor, arguments: Keywords) -> Tensor | None:
+    if "mask" in arguments:
+        return ~arguments["mask"].reshape(x.shape[0], 1, *x.shape[2:])
+    if "lengths" in arguments:
+        positions = torch.arange(x.shape[2]).reshape(-1, *[1] * (x.ndim - 3))
+        return positions >= arguments["lengths"].reshape(-1, *[1] * (x.ndim - 1))
+    return None
+
+
+def counts_of(x: Tensor, arguments: Keywords) -> Tensor:
+    padding = padding_in(x, arguments)
+    counts = torch.ones([1] * x.ndim, dtype=torch.float64) if padding is None else (~padding).double()
+    if "weight" in arguments:
+        counts = counts * arguments["weight"].double().reshape(-1, *[1] * (x.ndim - 1))
+    return counts
+
+
+def along(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def others(x: Tensor) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis != 1]
+
+
+OPTIONS: dict[str, Option] = {
+    "plain": Option(),
+    "act, residual": Option({"act": "leaky_relu"}, some_residual),
+    'memory="save"': Option({"memory": "save", "act": "leaky_relu"}),
+    "mask": Option(arguments=lambda x: {"mask": valid_positions(x)}),
+    "lengths": Option(arguments=some_lengths, least_axes=3),
+    "weight": Option(arguments=lambda x: {"weight": few_weights(x)}),
+    'padding="keep"': Option({"padding": "keep"}, lambda x: {"mask": valid_positions(x)}),
+    "momentum 0.3": Option({"momentum": 0.3}),
+}
+
+
+def inputs_of(option: Option) -> list[tuple[type, tuple[int, ...]]]:
+    return [(kind, shape) for kind, shape in SHAPES.values() if len(shape) >= option.least_axes]
+
+
+def made(option: Option, kind: type, dtype: torch.dtype = torch.float64, *, training: bool = True) -> nn.Module:
+    """A layer with parameters and stored statistics that are not at their initial values."""
+    layer = kind(C, dtype=dtype, **option.settings).train(training)
+    with torch.no_grad():
+        for t, low, high in (
+            (layer.weight, 0.5, 2), (layer.bias, -1, 1), (layer.running_mean, 1, 3), (layer.running_var, 2, 6),
+        ):  # fmt: skip
+            t.copy_(torch.linspace(low, high, C))
+    return layer
+
+
+def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    return (2 + 2 * torch.randn(shape, dtype=torch.float64)).to(dtype)
+
+
+def right(option: Option, layer: nn.Module, x: Tensor, arguments: Keywords) -> tuple[Tensor, Tensor, Tensor]:
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in arguments.items() if torch.is_tensor(t)}
+    return (option.formula or expected)(layer, x.double(), arguments | wide)
+
+
+def close(found: Tensor, value: Tensor, dtype: torch.dtype) -> None:
+    """Within 64 roundings of the arithmetic and 2 of the type, of the largest number that the formula adds."""
+    size = value.detach().abs().max() + 8  # gamma z and beta are below 8
+    u = 64 * torch.finfo(wide_dtype(dtype)).eps + 2 * torch.finfo(dtype).eps
+    assert found.shape == value.shape
+    assert (found.double() - value.double()).abs().max() <= u * size
+
+
+# --- properties -------------------------------------------------------------------------------------------
+
+
+def agrees_with_the_formula(option: Option, *, training: bool, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    for kind, shape in inputs_of(option):
+        for dtype in dtypes:
+            layer, x = made(option, kind, dtype, training=training), batch(shape, dtype)
+            check(option, layer, x, x)
+
+
+def check(option: Option, layer: nn.Module, x: Tensor, given: Tensor) -> None:
+    """Result, gradients and stored statistics of a layer on ``given``, whose values are those of ``x``."""
+    arguments = option.arguments(x)
+    twin, exact = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    value, *after = right(option, twin, exact, arguments)
+    grad = torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype)
+    leaf = given.detach().requires_grad_()
+    y = layer(leaf.clone(memory_format=torch.preserve_format) if layer.memory else leaf, **arguments)
+    assert y.dtype == x.dtype
+    close(y, value, x.dtype)
+    wanted = torch.autograd.grad(value, (exact, twin.weight, twin.bias), grad.double())
+    found = torch.autograd.grad(y, (leaf, layer.weight, layer.bias), grad)
+    for mine, theirs in zip(found, wanted, strict=True):
+        close(mine, theirs, x.dtype)
+    for stored, theirs in zip((layer.running_mean, layer.running_var), after, strict=True):
+        close(stored, theirs, torch.float32 if x.dtype != torch.float64 else x.dtype)
+
+
+def any_layout(option: Option) -> None:
+    for kind, shape in inputs_of(option):
+        for layout in LAYOUTS:
+            given, layer = layout(batch(shape)), made(option, kind)
+            layer.eps = 1.0  # the variance of an expanded tensor may be 0
+            check(option, layer, given, given)
+
+
+def empty_batches_change_nothing(option: Option) -> None:
+    for kind, shape in inputs_of(option):
+        layer = made(option, kind)
+        before = copy.deepcopy(layer.state_dict())
+        x = torch.zeros(0, *shape[1:], dtype=torch.float64, requires_grad=True)
+        y = layer(x, **option.arguments(x.detach()))
+        y.sum().backward()
+        assert y.shape == x.grad.shape == x.shape
+        assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
+
+
+def autocast_leaves_types_alone(option: Option) -> None:
+    for kind, shape in inputs_of(option):
+        x = batch(shape, torch.float32)
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                results.append(made(option, kind, torch.float32)(x.clone(), **option.arguments(x)))
+        assert torch.equal(*results)
+
+
+def kernels_agree(option: Option) -> None:
+    """The reference kernels, which BATCHNORM_KERNELS=reference selects, compute the same."""
+    before = choice._FORCED
+    try:
+        choice._FORCED = "reference"
+        for training in (True, False):
+            agrees_with_the_formula(option, training=training, dtypes=DTYPES[1:2])
+    finally:
+        choice._FORCED = before
+
+
+def compiles_whole(option: Option) -> None:
+    for kind, shape in inputs_of(option)[1:2]:
+        for training in (True, False):
+            torch.compiler.reset()
+            layer, twin, x = made(option, kind, training=training), made(option, kind, training=training), batch(shape)
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            same_step(compiled, twin, layer, x, option.arguments(x))
+
+
+def same_step(one: Callable[..., Tensor], twin: nn.Module, layer: nn.Module, x: Tensor, arguments: Keywords) -> None:
+    """A forward and backward pass of ``one``, which runs ``layer``, and of its twin give the same."""
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    for leaf, module in zip(leaves, (one, twin), strict=True):
+        module(leaf, **arguments).square().sum().backward()
+    close(leaves[0].grad, leaves[1].grad, x.dtype)
+    for mine, theirs in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
+        close(mine, theirs, x.dtype)
+
+
+def exports(option: Option) -> None:
+    """torch.export in both modes: the train program moves the statistics with the layer's momentum and eps."""
+    for kind, shape in inputs_of(option)[1:2]:
+        for training in (True, False):
+            layer, twin, x = made(option, kind, training=training), made(option, kind, training=training), batch(shape)
+            program = torch.export.export(layer, (x,), option.arguments(x)).module()
+            close(program(x, **option.arguments(x)), twin(x.clone(), **option.arguments(x)), x.dtype)
+            state = program.state_dict()
+            for name in ("running_mean", "running_var"):
+                close(state[name], twin.state_dict()[name], x.dtype)
+
+
+def runs_in_onnx(option: Option) -> None:
+    """The eval result of onnxruntime, from an ONNX program of opset 17."""
+    import onnxruntime
+
+    for kind, shape in inputs_of(option)[1:2]:
+        x = batch(shape, torch.float32)
+        layer, arguments = made(option, kind, torch.float32, training=False), option.arguments(x)
+        tensors = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
+        call = WithArguments(layer, arguments).eval()
+        file, names = io.BytesIO(), ["x", *tensors]
+        torch.onnx.export(call, (x, *tensors.values()), file, dynamo=False, opset_version=17, input_names=names)
+        session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+        present = {node.name for node in session.get_inputs()}
+        feeds = {name: t.numpy() for name, t in {"x": x, **tensors}.items() if name in present}
+        found = torch.from_numpy(session.run(None, feeds)[0])
+        close(found, layer(x.clone(), **arguments).detach(), torch.float32)
+
+
+class WithArguments(nn.Module):
+    """A call with keyword arguments; those that are tensors are given by position."""
+
+    def __init__(self, layer: nn.Module, arguments: Keywords) -> None:
+        super().__init__()
+        self.layer, self.arguments = layer, arguments
+        self.names = [name for name, value in arguments.items() if torch.is_tensor(value)]
+
+    def forward(self, x: Tensor, *values: Tensor) -> Tensor:
+        return self.layer(x, **self.arguments | dict(zip(self.names, values, strict=True)))
+
+
+def is_vectorized(option: Option) -> None:
+    """vmap over two models gives the results of each, in both modes."""
+    for kind, shape in inputs_of(option)[1:2]:
+        for training in (True, False):
+            layers = [made(option, kind, training=training) for _ in range(2)]
+            with torch.no_grad():
+                layers[1].weight.mul_(2)
+            x = batch(shape)
+            values = torch.stack([layer(x.clone(), **option.arguments(x)) for layer in copy.deepcopy(layers)])
+            parameters, buffers = stack_module_state(layers)
+            one = copy.deepcopy(layers[0])
+            arguments = option.arguments(x)
+            found = vmap(
+                lambda p, b, x, one=one, more=arguments: functional_call(one, (p, b), (x,), more), (0, 0, None)
+            )
+            close(found(parameters, buffers, x), values, x.dtype)
+
+
+def has_functional_gradients(option: Option) -> None:
+    kind, shape = inputs_of(option)[1]
+    layer, twin, x = made(option, kind), made(option, kind), batch(shape)
+    leaf, arguments = x.clone().requires_grad_(), option.arguments(x)
+    twin(leaf, **arguments).square().sum().backward()
+    found = torch.func.grad(lambda x: layer(x, **arguments).square().sum())(x)
+    close(found, leaf.grad, x.dtype)
+
+
+def has_second_derivatives(option: Option) -> None:
+    layer, x = made(option, BatchNorm1d), batch((4, C, 3)).requires_grad_()
+    layer.track_running_stats, arguments = False, option.arguments(x.detach())
+    assert torch.autograd.gradgradcheck(lambda x: layer(x * 1, **arguments), (x,))
+
+
+def copies_are_the_same(option: Option) -> None:
+    for kind, shape in inputs_of(option):
+        layer, x = made(option, kind), batch(shape)
+        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        y = layer(x.clone(), **option.arguments(x))
+        for other in copies:
+            assert repr(other) == repr(made(option, kind))
+            assert torch.equal(other(x.clone(), **option.arguments(x)), y)
+
+
+def state_is_torchs(option: Option) -> None:
+    """The five keys of torch.nn's layer, which loads the state, and whose state loads."""
+    for kind, _ in inputs_of(option):
+        layer = made(option, kind)
+        theirs = next(c for c in kind.__mro__ if c.__module__.startswith("torch.nn"))(C, dtype=torch.float64)
+        assert list(layer.state_dict()) == list(theirs.state_dict())
+        theirs.load_state_dict(layer.state_dict())
+        layer.load_state_dict(theirs.state_dict())
+
+
+def recomputation_stores_nothing(option: Option, *, reentrant: bool) -> None:
+    for kind, shape in inputs_of(option):
+        layer, twin, x = made(option, kind), made(option, kind), batch(shape)
+        recomputed = partial(checkpoint, partial(layer, **option.arguments(x)), use_reentrant=reentrant)
+        same_step(lambda leaf, run=recomputed, **_: run(leaf), twin, layer, x, option.arguments(x))
+
+
+PROPERTIES: dict[str, Callable[[Option], None]] = {
+    "formula, train, four types": partial(agrees_with_the_formula, training=True),
+    "formula, eval, four types": partial(agrees_with_the_formula, training=False),
+    "contiguous, channels_last, strided, expanded inputs": any_layout,
+    "empty batches": empty_batches_change_nothing,
+    "reference kernels": kernels_agree,
+    "autocast": autocast_leaves_types_alone,
+    "torch.compile(fullgraph=True)": compiles_whole,
+    "torch.export, train and eval": exports,
+    "ONNX (opset 17, eval) in onnxruntime": runs_in_onnx,
+    "vmap over models": is_vectorized,
+    "torch.func.grad": has_functional_gradients,
+    "second derivatives": has_second_derivatives,
+    "copies and pickles": copies_are_the_same,
+    "state_dict of torch.nn": state_is_torchs,
+}
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """A property that does not hold under an option: the error that shows it, and the reason."""
+
+    error: type[Exception]
+    match: str
+    reason: str
+
+
+EXCEPTIONS: dict[tuple[str, str], Exempt] = {
+    ("second derivatives", 'memory="save"'): Exempt(
+        RuntimeError, "wrote the result over the input",
+        "The result was written over the input, which second derivatives need. Set `memory=None`.",
+    ),
+}  # fmt: skip
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+INTRODUCTION = f"""# Conformance
+
+What holds for the layers under each option. `tests/test_conformance.py` runs every cell: a tick is a check that
+passed, and a number leads to the reason below the table. Inputs are {", ".join(f"`{shape}`" for shape in SHAPES)};
+compilers, exporters and transforms are checked on `(N, C, L)`. "Formula" compares result, gradients and stored
+statistics with the formula in float64, for inputs of float64, float32, bfloat16 and float16, within 64 roundings of the
+arithmetic and 2 of the type.
+
+"""
+
+
+def page() -> str:
+    """The table in Markdown, with the reasons of its exceptions."""
+    reasons = list(dict.fromkeys(exempt.reason for exempt in EXCEPTIONS.values()))
+
+    def cell(name: str, option: str) -> str:
+        exempt = EXCEPTIONS.get((name, option))
+        return "✓" if exempt is None else str(1 + reasons.index(exempt.reason))
+
+    head = f"| | {' | '.join(f'`{option}`' for option in OPTIONS)} |\n|---|{'---|' * len(OPTIONS)}\n"
+    rows = (f"| {name} | {' | '.join(cell(name, option) for option in OPTIONS)} |\n" for name in PROPERTIES)
+    notes = (f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
+    return f"{INTRODUCTION}{head}{''.join(rows)}\n{''.join(notes)}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
