@@ -15,6 +15,8 @@ torch.nn's layer counts the zeros of the padding, ours gets ``mask=``. The scrip
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import time
 
 import torch
@@ -97,38 +99,54 @@ def first_layer(model: Encoder, x: Tensor, lengths: Tensor) -> tuple[float, floa
     return rows.mean().item(), rows.std(0, correction=0).mean().item()
 
 
-def trained(kind: type, seed: int, steps: int) -> dict[str, float]:
-    """One arm with one seed; both arms get the same first weights and the same batches."""
-    torch.manual_seed(seed)
+class Arm:
+    """One encoder in training."""
+
+    def __init__(self, kind: type, seed: int) -> None:
+        torch.manual_seed(seed)  # the same first weights in both arms
+        self.model = Encoder(kind)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)
+        self.durations: list[float] = []
+
+    def step(self, x: Tensor, lengths: Tensor, classes: Tensor) -> None:
+        """One step of training, and its duration."""
+        begin = time.perf_counter()
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(x, lengths), classes).backward()
+        self.optimizer.step()
+        self.durations.append(time.perf_counter() - begin)
+
+    @torch.no_grad()
+    def results(self, x: Tensor, lengths: Tensor, classes: Tensor) -> dict[str, float]:
+        """What it does with test sequences, in padded batches of 32 and one by one."""
+        self.model.eval()
+        padded = torch.cat([self.model(*batch) for batch in zip(x.split(32), lengths.split(32), strict=True)])
+        alone = [self.model(x[i : i + 1, :, :n], lengths[i : i + 1]) for i, n in enumerate(lengths.tolist())]
+        return {
+            "accuracy, padded": (padded.argmax(1) == classes).double().mean().item(),
+            "accuracy, alone": (torch.cat(alone).argmax(1) == classes).double().mean().item(),
+            "largest difference": (padded - torch.cat(alone)).abs().max().item(),
+            "ms per step": 1000 * statistics.median(self.durations),
+        }
+
+
+def trained(seed: int, steps: int) -> list[dict[str, float]]:
+    """Both arms with one seed, on the same batches, in turn."""
     generator = torch.Generator().manual_seed(1000 + seed)
     patterns = 0.8 * torch.randn(CLASSES, CHANNELS, 7, generator=generator)
-    model = Encoder(kind)
+    arms = [Arm(kind, seed) for kind in ARMS.values()]
     x, lengths, _ = sequences(256, generator, patterns)
-    mean, deviation = first_layer(model, x, lengths)
-    model.batch_norm.reset_running_stats()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    durations = []
+    padding = 1 - lengths.sum().item() / x.shape[0] / LONGEST
+    first = [first_layer(copy.deepcopy(arm.model), x, lengths) for arm in arms]
     for _ in range(steps):
-        x, lengths, classes = sequences(32, generator, patterns)
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x, lengths), classes).backward()
-        optimizer.step()
-        durations.append(time.perf_counter() - begin)
-    x, lengths, classes = sequences(1024, generator, patterns)
-    model.eval()
-    with torch.no_grad():
-        padded = torch.cat([model(*batch) for batch in zip(x.split(32), lengths.split(32), strict=True)])
-        alone = torch.cat([model(x[i : i + 1, :, :n], lengths[i : i + 1]) for i, n in enumerate(lengths.tolist())])
-    return {
-        "padding": 1 - lengths.sum().item() / x.shape[0] / LONGEST,
-        "mean": mean,
-        "sd": deviation,
-        "accuracy, padded": (padded.argmax(1) == classes).double().mean().item(),
-        "accuracy, alone": (alone.argmax(1) == classes).double().mean().item(),
-        "largest difference": (padded - alone).abs().max().item(),
-        "ms per step": 1000 * sorted(durations)[steps // 2],
-    }
+        batch = sequences(32, generator, patterns)
+        for arm in arms:
+            arm.step(*batch)
+    test = sequences(1024, generator, patterns)
+    return [
+        {"padding": padding, "mean": mean, "sd": sd} | arm.results(*test)
+        for arm, (mean, sd) in zip(arms, first, strict=True)
+    ]
 
 
 def main() -> None:
@@ -137,12 +155,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
-    rows = {
-        arm: [trained(kind, seed, arguments.steps) for seed in range(arguments.seeds)] for arm, kind in ARMS.items()
-    }
-    print(f"{'':20}" + "".join(f"{arm:>28}" for arm in rows) + f"{'paired difference':>28}")
-    for name in next(iter(rows.values()))[0]:
-        counted, masked = (torch.tensor([row[name] for row in runs], dtype=torch.float64) for runs in rows.values())
+    runs = [trained(seed, arguments.steps) for seed in range(arguments.seeds)]
+    print(f"{'':20}" + "".join(f"{arm:>28}" for arm in (*ARMS, "paired difference")))
+    for name in runs[0][0]:
+        counted, masked = torch.tensor([[arm[name] for arm in run] for run in runs], dtype=torch.float64).T
         print(f"{name:20}" + "".join(f"{with_error(values):>28}" for values in (counted, masked, masked - counted)))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -403,6 +404,14 @@ arithmetic and 2 of the type.
 
 """
 
+CAPABILITIES = """## Capabilities
+
+Libraries of batch normalization in autumn 2026, as their sources say. A test shows each capability of this package.
+
+| capability | others | this package | tests |
+|---|---|---|---|
+"""
+
 
 def page() -> str:
     """The table in Markdown, with the reasons of its exceptions."""
@@ -415,7 +424,20 @@ def page() -> str:
     head = f"| | {' | '.join(f'`{option}`' for option in OPTIONS)} |\n|---|{'---|' * len(OPTIONS)}\n"
     rows = (f"| {name} | {' | '.join(cell(name, option) for option in OPTIONS)} |\n" for name in PROPERTIES)
     notes = (f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))
-    return f"{INTRODUCTION}{head}{''.join(rows)}\n{''.join(notes)}"
+    return f"{INTRODUCTION}{head}{''.join(rows)}\n{''.join(notes)}\n{_capabilities()}"
+
+
+def capabilities() -> list[dict[str, Any]]:
+    """The rows of capabilities.toml."""
+    return tomllib.loads((Path(__file__).parent / "capabilities.toml").read_text())["capability"]
+
+
+def _capabilities() -> str:
+    rows = (
+        f"| {row['name']} | {row['others']} | {row['ours']} | {', '.join(f'`{test}`' for test in row['tests'])} |\n"
+        for row in capabilities()
+    )
+    return f"{CAPABILITIES}{''.join(rows)}"
 
 
 if __name__ == "__main__":

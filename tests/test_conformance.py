@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import conformance
 import pytest
 from conformance import EXCEPTIONS, OPTIONS, PROPERTIES
@@ -29,3 +32,11 @@ def test_the_page_has_the_table():
 
 def test_an_exception_names_a_cell():
     assert set(EXCEPTIONS) <= {(name, option) for name in PROPERTIES for option in OPTIONS}
+
+
+@pytest.mark.parametrize("row", conformance.capabilities(), ids=lambda row: row["name"])
+def test_a_capability_is_shown_by_tests_that_exist(row):
+    assert row["tests"] or row["ours"].startswith("no")
+    for name in row["tests"]:
+        file, function = name.split("::")
+        assert re.search(rf"^def {function}\(", (Path(__file__).parent / f"{file}.py").read_text(), re.MULTILINE), name
