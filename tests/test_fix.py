@@ -480,7 +480,9 @@ def wrong(*args, words):
         ),
         wrong("model.pt", "--weights", "model.pt", words="--weights needs a model, got the file 'model.pt'"),
         wrong("model.pt", "--set", "a=1", words="--set needs a model"),
-        wrong("model.pt", "-o", "model.pt", words="model.pt is the checkpoint itself. Pass --in-place in place of -o"),
+        wrong(
+            "model.pt", "-o", "model.pt", words="model.pt is the checkpoint itself. To write over it, pass --in-place"
+        ),
         wrong("model.pt", "-o", "out.safetensors", words="keeps the format of model.pt"),
         wrong("model.pt", "-o", ".", words="it is a folder"),
         wrong("model.pt", "-o", "out.pt", "--in-place", words="--in-place writes over the checkpoint, got -o"),

@@ -14,6 +14,7 @@ from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, batches, require_torch, running
 from batchnorm.cli.output_files import write
 from batchnorm.cli.settings import FAIL_ON, baseline_of, fails, limit_of, read_baseline, refuse_empty, settings
+from batchnorm.cli.typed_command import refuse_with_file
 from batchnorm.reporting import formats
 
 if TYPE_CHECKING:
@@ -113,19 +114,9 @@ def _examined(asked: DoctorOptions) -> Diagnosis:
 
     if asked.model.is_code:
         return _examined_model(asked)
-    target, weights = asked.model.address, asked.model.weights
+    target = asked.model.address
     addresses.refuse_code(target)
-    needs_model = {
-        "--weights": weights,
-        "--data": asked.data,
-        "--set": asked.model.given,
-        "--reference": asked.reference,
-    }
-    for name, value in needs_model.items():
-        if value:
-            raise ValueError(
-                f"{name} needs a model, got the file {target!r}. Give the model: model.py:make_model --weights {target}"
-            )
+    refuse_with_file(target, ("--weights", "--data", "--set", "--reference"))
     return examine(target, selection=asked.selection, state=asked.model.state)
 
 

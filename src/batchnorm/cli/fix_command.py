@@ -19,6 +19,8 @@ from batchnorm.cli import shared_options as options
 from batchnorm.cli.coloring import show
 from batchnorm.cli.model_address import ModelAddress, batches, require_torch
 from batchnorm.cli.settings import refuse_empty, settings
+from batchnorm.cli.typed_command import option_words, refuse_with_file
+from batchnorm.reporting.command_line import file_word
 from batchnorm.reporting.text import columns
 
 if TYPE_CHECKING:
@@ -41,7 +43,9 @@ _WITHOUT_CHECKPOINT = "a model without --weights", "Give --weights FILE, or leav
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model, and to mend.")
 @click.option("--state", default="", metavar="PATH", help="Only this state of the checkpoint.  [default: all]")
 @click.option("--data", metavar="ADDRESS", help="Training data to measure statistics on: data.py:train_loader.")
-@click.option("--unsafe-fixes", "unsafe", is_flag=True, help="Also apply fixes without data that change eval outputs.")
+@click.option(
+    "--unsafe-fixes", "unsafe", is_flag=True, help="Also apply fixes that need no data but change eval outputs."
+)
 @click.option("--diff", is_flag=True, help="Show the changes, but write nothing.")
 @click.option("--in-place", is_flag=True, help="Write over the checkpoint itself.")
 @click.option("--force", is_flag=True, help="Write over an existing file.")
@@ -57,10 +61,10 @@ def fix(
 ) -> None:  # fmt: skip
     """Write a copy of TARGET in which the findings of doctor are mended.
 
-    TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model, with --weights. Without
-    further options, only fixes are applied that leave eval outputs as they are. With a model and --data, statistics
-    are measured again. Every state of the checkpoint is mended, averaged copies too: if TARGET is a model, each state
-    is loaded into it.
+    TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model. For a model, a copy of the
+    file of --weights is written, or without --weights the model's state dict. Without further options, only fixes are
+    applied that leave eval outputs as they are. With a model and --data, statistics are measured again. Every state of
+    the checkpoint is mended, averaged copies too: if TARGET is a model, each state is loaded into it.
 
     Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 the command could not run.
     """
@@ -69,19 +73,19 @@ def fix(
     asked = FixOptions(ModelAddress(target, weights, state, given), data, chosen, unsafe)
     if not asked.model.is_code:
         addresses.refuse_code(target)
-        _check_options(asked)
+        refuse_with_file(target, ("--weights", "--data", "--set"))
     place = _place(target, asked.source, output, in_place=in_place, force=force or diff)
     outcome, write = (_model if asked.model.is_code else _file)(asked)
     if not diff and not outcome.is_empty:
         write(place)
-    _tell(outcome, place, diff=diff, again=asked.again(place))
+    _tell(outcome, place, diff=diff, again=_examination(asked, place))
     sys.exit(1 if outcome.has_error else 0)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class FixOptions:
-    """The options of the command line."""
+    """The options about the target and the fixes. The options about the file to write go to ``_place``."""
 
     model: ModelAddress
     data: str | None
@@ -93,23 +97,12 @@ class FixOptions:
         """The checkpoint; None for a model without --weights."""
         return self.model.weights if self.model.is_code else self.model.address
 
-    def again(self, place: Path) -> str:
-        """The command that examines the result."""
-        if not self.model.is_code:
-            return f"batchnorm doctor {shlex.quote(str(place))}"
-        data = f" --data {shlex.quote(self.data)}" if self.data else ""
-        return f"batchnorm doctor {replace(self.model, weights=str(place), state='')}{data}"
 
-
-def _check_options(asked: FixOptions) -> None:
-    model = asked.model
-    for name, values in (("--weights", [model.weights]), ("--data", [asked.data]), ("--set", model.given)):
-        if any(values):
-            option = "" if name == "--weights" else f" {name} {' '.join(map(str, values))}"
-            raise ValueError(
-                f"{name} needs a model, got the file {model.address!r}. Give the model that the file belongs to: "
-                f"batchnorm fix model.py:make_model --weights {model.address}{option}"
-            )
+def _examination(asked: FixOptions, place: Path) -> str:
+    """The command that examines the result, with the user's options that doctor has too."""
+    target = [asked.model.address, "--weights", str(place)] if asked.model.is_code else []
+    options = shlex.join([*target, *option_words(("--state", "--set", "--data", "--select", "--ignore"))])
+    return " ".join(filter(None, ("batchnorm doctor", "" if target else file_word(str(place)), options)))
 
 
 def _place(target: str, source: str | None, output: Path | None, *, in_place: bool, force: bool) -> Path:
@@ -123,9 +116,9 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
     suffix = ".safetensors" if is_safetensors else ".pt"
     place = output or _beside(source, suffix, Path(target.rpartition(":")[0]).stem)
     if (place.suffix.lower() == ".safetensors") != is_safetensors:
-        raise ValueError(f"fix keeps the format of {source or target}, got -o {place}. Name it {place.stem}{suffix}.")
+        raise ValueError(f"{_format(source, suffix)}, got -o {place}. Name it {place.with_suffix(suffix)}.")
     if source and place.exists() and Path(source).exists() and place.samefile(source):
-        raise ValueError(f"{place} is the checkpoint itself. Pass --in-place in place of -o to write over it.")
+        raise ValueError(f"{place} is the checkpoint itself. To write over it, pass --in-place and leave -o out.")
     if place.is_dir():
         raise ValueError(f"cannot write {place}: it is a folder. Choose another place with -o FILE.")
     if place.exists() and not place.is_file():
@@ -133,6 +126,10 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
     if place.exists() and not force:
         raise ValueError(f"{place} exists already. Pass --force to write over it, or another place with -o FILE.")
     return Path(os.path.realpath(place)) if place.is_symlink() else place  # the link stays, its target is written
+
+
+def _format(source: str | None, suffix: str) -> str:
+    return f"fix keeps the format of {source}" if source else f"fix writes the state dict of a model to a {suffix} file"
 
 
 def _beside(source: str | None, suffix: str, name: str) -> Path:
@@ -257,10 +254,16 @@ def _no_bytecode() -> Iterator[None]:
 
 @contextmanager
 def _warnings_printed() -> Iterator[None]:
-    """A block whose warnings (RuntimeWarning) are printed to standard error afterwards."""
+    """A block whose RuntimeWarnings are printed to standard error, also if it fails. Other warnings are dropped."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield
+        try:
+            yield
+        finally:
+            _print(caught)
+
+
+def _print(caught: Iterable[warnings.WarningMessage]) -> None:
     for text in dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)):
         click.echo(f"warning: {text}", err=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -165,7 +166,7 @@ def read_baseline(path: str) -> set[tuple[str, str]]:
         baseline = json.loads(Path(path).read_text(encoding="utf-8"))
         return {(entry["code"], entry["layer"]) for entry in baseline["findings"]}
     except FileNotFoundError:
-        raise FileNotFoundError(f"no baseline {path}. Write it with --write-baseline {path}.") from None
+        raise FileNotFoundError(f"no baseline {path}. Write it with --write-baseline {shlex.quote(path)}.") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a baseline: {type(error).__name__}. Write a baseline with --write-baseline."

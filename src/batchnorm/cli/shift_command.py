@@ -18,8 +18,9 @@ from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
 from batchnorm.cli.settings import refuse_empty, settings
+from batchnorm.cli.typed_command import with_model
 from batchnorm.reporting import formats
-from batchnorm.reporting.command_line import CommandLine
+from batchnorm.reporting.command_line import CommandLine, number_word
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +122,7 @@ class ShiftOptions:
         words = ["--data", self.data]
         words += ["--reference", self.reference] if self.reference else []
         words += ["--calibrate", self.calibrate] if self.calibrate else []
-        words += [] if self.alpha == _ALPHA else ["--alpha", f"{self.alpha:g}"]
+        words += [] if self.alpha == _ALPHA else ["--alpha", number_word(self.alpha)]
         words += [] if self.unit == _UNIT else ["--unit", self.unit]
         words += ["--max-examples", str(self.most)] if self.most else []
         return CommandLine("batchnorm shift", str(self.model), shlex.join(words))
@@ -151,8 +152,7 @@ def _check(asked: ShiftOptions, chosen: str, data: str) -> None:
     if not addresses.is_address(model.address):
         addresses.refuse_code(model.address)
         raise ValueError(
-            f"shift needs a model, got {model.address!r}. Give the address of its function: "
-            f"model.py:make_model --weights {model.address}"
+            f"shift needs a model, got {model.address!r}. Give the address of its function: {with_model(model.address)}"
         )
     addresses.refuse_state(model.address, model.weights, model.state)
     if asked.reference and asked.calibrate:

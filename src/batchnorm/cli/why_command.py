@@ -16,7 +16,9 @@ from batchnorm.cli import shared_options as options
 from batchnorm.cli.model_address import ModelAddress, running
 from batchnorm.cli.preconditions import check_writable, require
 from batchnorm.cli.terminal import Talk, progress_bar
+from batchnorm.cli.typed_command import with_model
 from batchnorm.lecture import NAMES
+from batchnorm.reporting.command_line import number_word
 from batchnorm.reporting.text import many
 
 if TYPE_CHECKING:
@@ -197,7 +199,8 @@ class WhyOptions:
         }  # fmt: skip
         for option, value in given.items():
             if value:
-                raise click.UsageError(f"{option} needs a model, got none. Name a model: why model.py:make_model.")
+                data = "" if self.data else " --data data.py:loader"
+                raise click.UsageError(f"{option} needs a model, got none. Name a model: {with_model()}{data}")
 
     def check(self, claims: tuple[str, ...], *, full: bool) -> None:
         """Refuse options that contradict each other."""
@@ -209,7 +212,7 @@ class WhyOptions:
         addresses.refuse_code(address)
         if not addresses.is_address(address):
             raise click.UsageError(
-                f"a model is file.py:function or package.module:function, got {address!r}. Add :function to it."
+                f"a model is file.py:function or package.module:function, got {address!r}. {_remedy(address)}"
             )
         addresses.refuse_state(address, self.model.weights, self.model.state)
         if not self.data:
@@ -223,10 +226,17 @@ class WhyOptions:
         options = {"--data": self.data, "--test": self.test, "--loss": self.loss}
         address, *rest = self.model.words
         words = [address, *(word for name, value in options.items() if value for word in (name, value)), *rest]
-        words += ["--rates", ",".join(f"{rate:g}" for rate in self.rates)] if self.rates else []
+        words += ["--rates", ",".join(map(number_word, self.rates))] if self.rates else []
         words += ["--no-train"] if self.no_train else []
         words += ["--steps", str(steps)] if steps else []
         return shlex.join(["batchnorm", "why", *words, "--seed", str(self.seed), "--seeds", str(seeds)])
+
+
+def _remedy(address: str) -> str:
+    """What to give in place of a target that is no address of code: a checkpoint needs the model that it belongs to."""
+    if not Path(address).is_file():
+        return "Add :function to it."
+    return f"Give the model that the file belongs to: {with_model(address)}"
 
 
 def _model(asked: WhyOptions, talk: Talk, *, quiet: bool) -> Answers:

@@ -145,7 +145,7 @@ def _of_file(path: str | os.PathLike[str], state: str, name: str) -> tuple[Evide
     """The evidence of a file, and the name of the state that was asked for."""
     file = checkpoint.read(path)
     file, state = with_state(file, state) if state else (file, "")
-    return Evidence(name or file.path, file.every, file=file), state
+    return Evidence(name or file.path, file.every, file=file, state=state), state
 
 
 def _check(**settings: int | None) -> None:

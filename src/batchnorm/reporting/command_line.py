@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import final
 
 
@@ -25,3 +26,13 @@ class CommandLine(str):
         line = super().__new__(cls, " ".join(filter(None, (program, target, options))))
         line.program, line.target, line.options = program, target, options
         return line
+
+
+def file_word(path: str) -> str:
+    """A file's path as a word of a command line: quoted, and "./" before a name that would read as an option."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
+
+
+def number_word(value: float) -> str:
+    """A number as a word of a command line: as short as possible, and read back as exactly this number."""
+    return short if float(short := f"{value:g}") == value else repr(value)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from batchnorm.rules.finding import Finding, Severity, Unknown
-from batchnorm.rules.phrases import listed
+from batchnorm.rules.phrases import count_calls, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,10 +75,11 @@ def shared_layer(evidence: Evidence) -> Iterator[Finding | Unknown]:
         if (count := calls.get(name, len(names.get(name, ())))) > 1:
             yield Finding(name, f"used at {count} places")
     if evidence.file and not evidence.graph:
-        yield from (_stored_once(shared, evidence.file) for shared in evidence.file.shared)
+        remedy = f"count its calls: {count_calls(evidence)}"
+        yield from (_stored_once(shared, evidence.file, remedy) for shared in evidence.file.shared)
 
 
-def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
+def _stored_once(shared: Shared, file: Checkpoint, remedy: str) -> Finding:
     """The finding for one layer with several names in a file. torch.save does not prove that each of them is called."""
     names = [file.shown(name) for name in shared.names]
     if shared.is_called:
@@ -103,7 +104,7 @@ def _stored_once(shared: Shared, file: Checkpoint) -> Finding:
         limit="one name, or names of one call",
         consequence="Harmless if the names are two ways to the same call. If each is called on inputs of its "
         f"own, {mixture}",
-        remedy="count its calls: batchnorm doctor model.py:make_model --data data.py:loader",
+        remedy=remedy,
         severity=Severity.INFO,
     )
 

@@ -6,7 +6,7 @@ import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from batchnorm.reporting.command_line import CommandLine
+from batchnorm.reporting.command_line import CommandLine, file_word
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,10 +84,18 @@ def measure_again(evidence: Evidence) -> str:
     return "batchnorm.recalibrate(model, loader)"
 
 
+def count_calls(evidence: Evidence) -> str:
+    """The command that runs the model of a file on data, and so counts the calls of its layers."""
+    return f"batchnorm doctor model.py:make_model --weights {_target(evidence)} --data data.py:loader"
+
+
 def _is_known(evidence: Evidence) -> bool:
     return evidence.modules is None or ":" in evidence.target
 
 
 def _target(evidence: Evidence) -> str:
-    """The target as text for a shell. File names are quoted; a model's target is already part of a command line."""
-    return shlex.quote(evidence.target) if evidence.modules is None else evidence.target
+    """The target as text for a shell. A file's name is quoted; a model's target is already part of a command line."""
+    if evidence.modules is not None:
+        return evidence.target
+    state = f" --state {shlex.quote(evidence.state)}" if evidence.state else ""
+    return f"{file_word(evidence.target)}{state}"

@@ -203,6 +203,7 @@ class Evidence:
     target: str  # as the user wrote it; remedies repeat it
     stored: Mapping[str, Stored]
     file: Checkpoint | None = None
+    state: str = ""  # the state of the file that the user asked for; "" for all; remedies repeat it
     modules: Mapping[str, Module] | None = None
     structure: Structure | None = None
     graph: Graph | None = None
