@@ -190,6 +190,24 @@ def test_the_margin_of_a_scale_stays_between_zero_and_all_of_a_share():
     assert (shared.low, shared.high) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("values", "percent", "ends"),
+    [
+        ([-1.0, -0.01], False, (-1 - 0.04 * 0.99, 0)),
+        ([-0.5, 0.0], False, (-0.5 - 0.04 * 0.5, 0)),
+        ([1.01, 2.0], True, (1, 2 + 0.04 * 0.99)),
+        ([1.01, 2.0], False, (1.01 - 0.04 * 0.99, 2 + 0.04 * 0.99)),
+        ([-0.01, 1.01], True, (-0.01 - 0.04 * 1.02, 1.01 + 0.04 * 1.02)),
+        ([1.0, 1.0], True, (0.96, 1)),
+        ([-5.0, -5.0], False, (-5.2, -4.8)),
+        ([0.0, 0.0], True, (0, 1)),
+    ],
+)
+def test_no_margin_crosses_zero_or_all_of_a_share(values, percent, ends):
+    shared = scale(lines(values, y=Axis("y", percent=percent)), "y")
+    assert (shared.low, shared.high) == pytest.approx(ends, rel=1e-15)
+
+
 def test_a_constant_value_still_gets_a_scale_of_some_width():
     for value in (0.0, 5.0, -5.0):
         shared = scale(lines([value, value]), "y")
@@ -276,7 +294,7 @@ def test_a_logarithmic_axis_refuses_a_negative_end_of_an_interval():
 
 
 def test_a_value_that_is_not_finite_is_refused():
-    message = "y values must be finite, got nan in 'A title'. Leave such rows out: that is a gap."
+    message = "y values must be finite, got nan in 'A title'. Leave such rows out; the chart then shows a gap."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         panels(lines([1.0, float("nan")]))
 
@@ -289,7 +307,9 @@ def test_a_chart_without_rows_is_refused():
 
 def test_a_missing_axis_is_refused():
     chart = dataclasses.replace(lines([1.0]), x=None)
-    with pytest.raises(ValueError, match=r"^a chart of lines needs an x axis, got None in 'A title'\. Add the axis\.$"):
+    with pytest.raises(
+        ValueError, match=r"^a chart of lines needs an axis for x, got None in 'A title'\. Add the axis\.$"
+    ):
         panels(chart)
 
 

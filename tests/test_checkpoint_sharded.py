@@ -189,7 +189,11 @@ UNREAD = {
     "given back": (given_back, "memory was freed before saving. Save whole tensors: get_model_state_dict("),
     "of the other sign": (
         lambda: {"0.running_mean": torch.ones(2), "0.running_var": torch.tensor([1j, 2j]).conj().imag},
-        "stored with the other sign. Save tensor.resolve_neg()."),
+        "stored with all signs flipped. Save tensor.resolve_neg()."),
+    # torch pickles types without a storage class by another function
+    "of the other sign, without storage class": (
+        lambda: {"0.running_mean": torch.ones(2), "0.running_var": torch._neg_view(torch.ones(2, dtype=torch.uint16))},
+        "stored with all signs flipped. Save tensor.resolve_neg()."),
 }  # fmt: skip
 
 

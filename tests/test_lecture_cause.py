@@ -166,8 +166,16 @@ def test_without_a_known_speed_up_there_is_no_share_of_it() -> None:
     assert cut.failed_guard == "not every seed reached 95% in 80 steps with and without batch norm"
     level = _judged(_sweep(80, 10, 80), _sweep(10, 10, 10))
     assert level.status is Status.INVALID
-    assert level.failed_guard == "in one seed or more batch norm gave no speed-up"
+    assert level.failed_guard == "batch norm gave no speed-up in at least one seed"
     assert "an unknown share" in level.sentence
+
+
+def test_only_the_arm_with_noise_is_labelled_with_noise() -> None:
+    arms = {"without": _sweep(80, 80, 80), "with": _sweep(10, 10, 10), "noisy": _sweep(20, 20, 20)}
+    numbers = shift_as_cause._numbers(arms, {arm: _watched(20.0) for arm in arms})
+    labels = [label for label in numbers if label.startswith("steps to")]
+    assert labels == [f"steps to 95% accuracy in train mode, {CALLED[arm]}" for arm in ("with", "noisy")]
+    assert [label for label in numbers if "noise on" in label] == []
 
 
 @pytest.mark.slow

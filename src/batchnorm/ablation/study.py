@@ -19,7 +19,8 @@ from batchnorm.experiment.figures_in_words import Figure
 from batchnorm.experiment.run_settings import Progress, RunSettings
 
 Advance = Callable[[float], None]
-# Called with the subject, its models (one for each seed, or one for all), and the seeds, which also draw examples
+# Called with the subject, its models (one for each seed; or only one, if the model is not trained), and the seeds. The
+# seeds also choose the examples.
 Measure = Callable[["Subject", Sequence[nn.Module], Sequence[int]], Result]
 PAIR = (WITHOUT, WITH)
 
@@ -50,7 +51,7 @@ class Study:
         return self.watched[arm, self.grid.best(arm)]
 
     def idle(self) -> tuple[str, ...]:
-        """Of the arms with and without batch norm, the arms that did not learn at any rate."""
+        """Those of the two arms (with and without batch norm) that learned at none of the rates."""
         return tuple(arm for arm in PAIR if all(self.grid.unlearned(arm, n) for n in range(len(self.plan.rates))))
 
     def advice(self) -> str:
@@ -69,17 +70,23 @@ class Study:
         return "" if finite else "with batch norm a seed diverged at the best rate"
 
     def unlearned(self, *, equal: bool) -> str:
-        """Why the arms with and without batch norm cannot be compared at these rates; "" if they can."""
+        """Why the arms with and without batch norm cannot be compared; "" if they can.
+
+        They are compared at the shared rate if ``equal``, otherwise at each arm's best rate.
+        """
         at = {arm: self.grid.shared() if equal else self.grid.best(arm) for arm in PAIR}
         return " and ".join(filter(None, (self.grid.unlearned(arm, at[arm]) for arm in PAIR)))
 
     def unwatched(self, *, equal: bool) -> str:
-        """Why the measurements during the training at these rates are incomplete; "" if they are complete."""
+        """Why the measurements during the training are incomplete; "" if they are complete.
+
+        They are those at the shared rate if ``equal``, otherwise those at each arm's best rate.
+        """
         runs = [run for arm in PAIR for run in (self.equal(arm) if equal else self.best(arm))]
         return next((f"a run could not be measured: {run.failed}" for run in runs if run.failed), "")
 
     def late(self) -> tuple[str, ...]:
-        """Of the arms with and without batch norm, the arms in which a seed never reached the target."""
+        """Those of the two arms (with and without batch norm) in which a seed missed the target at the best rate."""
         return tuple(arm for arm in PAIR if self.grid.arrival(arm).late)
 
 

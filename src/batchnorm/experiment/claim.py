@@ -14,7 +14,7 @@ from batchnorm.experiment.run_settings import Progress, RunSettings
 from batchnorm.files.room_tables import Table, room_table
 from batchnorm.reporting.charts.chart_data import Axis, Chart, Role, Row
 
-# Figures worth quoting: "quantity, unit" -> number
+# Figures worth quoting: "quantity", "quantity, unit" or "quantity, arm" -> number; or a text; None: not measured
 Numbers = dict[str, float | int | str | None]
 
 
@@ -30,7 +30,7 @@ class Claim:
         how_to_read: How to read the charts.
         not_shown: The limits of the experiment.
         sources: Papers that the experiment follows.
-        run: Measures and returns the Result. Its module imports torch, so it is loaded when a claim runs.
+        run: Measures and returns the Result. The module of ``run`` imports torch.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Result:
     Args:
         verdicts: One verdict for each of the claim's criteria; the first is the main verdict.
         charts: The charts; [] if the claim could not be measured.
-        numbers: Further figures worth quoting: "quantity, unit" -> number.
+        numbers: Further figures worth quoting, by their names.
     """
 
     verdicts: Sequence[Verdict]

@@ -32,10 +32,11 @@ class Percentiles:
         self._contents.clear()
 
     def of_layer(self, log: Log, rows: list[dict[str, JsonValue]], layer: int) -> dict[str, JsonValue]:
-        """The steps, and for each name a list with five percentiles, or None, for each step.
+        """The steps, and for each name a list with one entry per step: five percentiles, or None.
 
-        None means that the file cannot be read, has no array of this name and of shape (layers, 5), or has a percentile
-        of this layer that is not finite.
+        Rows without a valid step are left out, and percentiles are rounded to 4 digits. None means that the file cannot
+        be read or is larger than 16 MB, has no array of this name and of shape (layers, 5), or has a percentile of this
+        layer that is not finite.
 
         Raises:
             ModuleNotFoundError: If safetensors or numpy is missing.
@@ -56,7 +57,10 @@ class Percentiles:
 
 
 def _read(log: Log, row: Mapping[str, JsonValue]) -> dict[str, np.ndarray]:
-    """The arrays of a line; {} if they cannot be read, which leaves a gap in the chart."""
+    """The arrays of the file that a row of the log names; {} if it is larger than 16 MB or cannot be read.
+
+    The chart then has a gap.
+    """
     from safetensors import SafetensorError
 
     path = log.folder / str(row.get("file"))

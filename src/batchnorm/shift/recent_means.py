@@ -1,8 +1,8 @@
-"""Recent means: sums over the observations since the evidence was lowest.
+"""Recent means: means over the observations since the evidence of a shift was last at its lowest.
 
 On clean data the evidence falls to new lows again and again; after a change it rises. A mean over the whole stream
-would dilute a change by all clean observations before it. With an average run length the evidence rises and falls on
-clean data, so the lowest value is forgotten gradually.
+would dilute a change by all clean observations before it. If the stream is set to an average run length (``arl``), the
+evidence also rises at times on clean data; so the lowest value slowly loses its force.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _RISE = 0.05  # added to the lowest log evidence in each round, so that an old l
 
 @final
 class RecentMeans:
-    """Sums of channel means and energies since the evidence was lowest.
+    """Sums over observations, and their means: of z (channel means) and q (channel energies, that is mean squares).
+
+    ``add`` counts the observations since the evidence was lowest, ``take`` counts every observation.
 
     Args:
         channels: Number of channels of all layers.
@@ -33,7 +35,13 @@ class RecentMeans:
         self._least = 0.0  # lowest log evidence, plus _RISE for each later round; 0 before any observation
 
     def add(self, sums: Tensor, count: int, log: float) -> None:
-        """Add a round of observations; ``log`` is the logarithm of the evidence after it."""
+        """Add a round of observations; or, if the evidence is at its lowest after it, forget all observations.
+
+        Args:
+            sums: Sums of z and q over the round, (2, channels).
+            count: Number of observations of the round.
+            log: Logarithm of the evidence after the round; with ``arl`` minus log(observations).
+        """
         self._least += _RISE
         if log <= self._least:
             self.restart()
@@ -47,7 +55,7 @@ class RecentMeans:
 
     @property
     def means(self) -> Tensor | None:
-        """Means of z and q, (2, channels); None if there are no observations."""
+        """Means of the channel means and of the energies, (2, channels); None if there are no observations."""
         return self.sums / self.count if self.count else None
 
     def restart(self) -> None:

@@ -1,4 +1,7 @@
-"""What torch's functions in a pickle rebuild: views of storages, or tensors with the reason why they cannot be read."""
+"""Replacements for the torch functions that rebuild tensors in a pickle: views of storages, or unreadable tensors.
+
+An unreadable tensor has the reason why it cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,39 @@ _SAVE_WHOLE = (
 
 
 def tensor(base: object, offset: Saved, size: Saved, stride: Saved, *rest: object) -> Tensor:
-    """A view of a storage; ``rest`` is requires_grad, hooks, and a dict of flags: with "neg", all signs are flipped."""
+    """A view of a storage; unreadable if the flag "neg" is set, because then the stored signs are flipped.
+
+    ``rest`` is requires_grad, hooks, and a dict of flags, which may be missing.
+    """
     if not isinstance(base, Storage) or not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
         raise RefusalError("a tensor's storage, size and stride", f"{brief(base)}, {brief(size)} and {brief(stride)}")
-    bits = rest[2] if len(rest) > 2 and isinstance(rest[2], dict) else {}
-    why = "stored with the other sign. Save tensor.resolve_neg()." if bits.get("neg") else ""
-    view = Tensor(base, base.dtype, offset=offset, size=tuple(size), stride=tuple(stride), why=why)
+    view = Tensor(base, base.dtype, offset=offset, size=tuple(size), stride=tuple(stride), why=_flipped(*rest[2:3]))
     is_empty = not base.numel and view.numel
     return replace(view, why=f"a tensor whose memory was freed before saving. {_SAVE_WHOLE}") if is_empty else view
 
 
+def _flipped(flags: object = None) -> str:
+    """Why a tensor with these flags cannot be read; "" if it can."""
+    is_flipped = isinstance(flags, dict) and flags.get("neg")
+    return "stored with all signs flipped. Save tensor.resolve_neg()." if is_flipped else ""
+
+
 def tensor_v3(base: Saved, offset: Saved, size: Saved, stride: Saved, *rest: Saved) -> Tensor:
-    """A view in a type that has no storage class; ``rest`` is requires_grad, hooks, dtype."""
-    view = tensor(base, offset, size, stride)
+    """A view in a type that has no storage class.
+
+    ``rest`` is requires_grad, hooks, dtype, and a dict of flags, which may be missing; they are as in ``tensor``.
+    """
+    view = tensor(base, offset, size, stride, *rest[:2], *rest[3:4])
     if len(rest) < 3 or not isinstance(rest[2], Name) or rest[2].dtype not in BYTES:
         raise RefusalError("a tensor's type", brief(rest[2]) if len(rest) > 2 else "none")
     return replace(view, dtype=rest[2].dtype)
 
 
 def local_part(tensor: Saved, kind: object, state: object) -> Saved:
-    """A tensor of a subclass; if its local tensor is the whole tensor, that local tensor.
+    """The tensor of a subclass (such as DTensor), or its local tensor if that has the whole tensor.
 
-    If the local tensor is only a part or a summand, the result is the tensor with this reason why it cannot be read.
+    If the local tensor is only a part, or one term of a sum over devices, the tensor is returned as unreadable, and its
+    reason says so.
     """
     local = _attributes(state).get("_local_tensor")
     if not isinstance(tensor, Tensor) or not tensor.why or not isinstance(local, Tensor):
@@ -47,12 +61,16 @@ def local_part(tensor: Saved, kind: object, state: object) -> Saved:
     partial = [value for value in placements if _is_partial(value)] if isinstance(placements, tuple) else []
     if local.size == tensor.size and not partial:
         return local
-    part = "a summand" if partial else f"a part of {local.shape} out of {tensor.shape}"
-    return replace(tensor, why=f"{part} of a {_last(kind)}. {_SAVE_WHOLE}")
+    numbers = f"only {local.shape} of the {tensor.shape} numbers of a"
+    part = "one term of the sum that makes up a" if partial else numbers
+    return replace(tensor, why=f"{part} {_last(kind)}. {_SAVE_WHOLE}")
 
 
 def _attributes(state: object) -> dict[Saved, Saved]:
-    """The attributes in an object's state: a dict, or a pair with a second dict for slots; {} for other states."""
+    """The attributes in an object's state.
+
+    The state is a dict, or a pair of dicts, the second for slots; for any other state the result is {}.
+    """
     if isinstance(state, tuple):
         return {name: value for part in state[:2] if isinstance(part, dict) for name, value in part.items()}
     return state if isinstance(state, dict) else {}
@@ -110,7 +128,10 @@ def _is_size(value: object) -> bool:
 
 
 def of_numpy(data: object, dtype: object, *_: object) -> Saved:
-    """A tensor of a device, pickled as a NumPy array (float32 if NumPy lacks its type); an Opaque if unreadable."""
+    """A tensor of a device that torch pickles as a NumPy array, such as XLA; an Opaque if it cannot be read.
+
+    The tensor is float32 if NumPy lacks its type.
+    """
     if not isinstance(data, Tensor) or not isinstance(dtype, Name) or dtype.dtype not in BYTES:
-        return Opaque("torch.Tensor of a device", is_reported=True)
+        return Opaque("a torch.Tensor pickled as a NumPy array", is_reported=True)
     return data

@@ -35,13 +35,14 @@ from batchnorm.lecture.rate_sweep import (
 )
 from batchnorm.reporting.charts.chart_data import Chart, Role
 
-# The outputs of batch norm have standard deviation 1 at the start, so the shift is in standard deviations. These are
-# the smallest round values with which a[2] drifts more than without batch norm; they were chosen by the drift alone.
+# The outputs of batch norm have standard deviation 1 at the start, so the shift is in standard deviations.
+# SHIFT and SCALE are the smallest round values with which a[2], the inputs of layer 3, drifts more than without batch
+# norm. Only the drift was looked at when they were chosen.
 SHIFT = 1.0  # the mean of a unit moves by -SHIFT .. SHIFT
 SCALE = 1.5  # the standard deviation of a unit is multiplied by 1 / SCALE .. SCALE
 WINDOW = 100  # steps over which the drift is averaged; the slowest arm needs about 100 steps to the target
 EVERY = 10  # steps between two measurements of a[2]
-READ = 5  # steps between two measurements of the accuracy in train mode, as in the sweeps
+READ = 5  # steps between two measurements of the accuracy in train mode; the sweeps measure in eval mode
 PROBE = 256
 LAYER = 3
 CALLED = {
@@ -55,8 +56,8 @@ CALLED = {
 class Noisy(nn.Module):
     """Batch norm, followed in train mode by a random shift and scale of every unit, drawn anew at each call.
 
-    All examples of a batch get the same shift and scale, so that only the distribution of the next layer's inputs
-    changes.
+    All examples of a batch get the same shift and scale: the distribution of the next layer's inputs changes, the
+    order of the examples in each unit does not.
 
     Args:
         width: Number of units.
@@ -113,10 +114,11 @@ class ArmAtBestRate:
         rate: The arm's best rate.
         drift: Drift of a[2] per EVERY steps, averaged over the window, (S,).
         floor: Noise floor of the drift, (S,).
-        relative: Change of layer 3's gradient by a step of earlier layers, divided by the gradient's length, (S,).
-        cosine: Cosine between layer 3's gradients before and after this step, (S,).
-        reached: First step with the target accuracy, measured in train mode with the noise on, (S,); infinity if it was
-            not reached in the window.
+        relative: Change of layer 3's gradient by a step of earlier layers, divided by the gradient's length; mean over
+            the measured steps, (S,).
+        cosine: Cosine between layer 3's gradients before and after such a step; mean over the measured steps, (S,).
+        reached: First step with the target accuracy, measured in train mode, so with the noise of the arm if it has
+            any, (S,); infinity if it was not reached in the window.
     """
 
     rate: float
@@ -156,10 +158,11 @@ def _watch(settings: RunSettings, arm: str, rate: float) -> ArmAtBestRate:
 
 
 def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
-    """How a step of the layers before layer 3 changes the gradient of W3: relative change and cosine, (2, R).
+    """How a step of the layers before layer 3 changes the gradient of W3: relative change and cosine, (2, S).
 
-    After Santurkar et al. 2018, definition 2.1: the gradient with all parameters from before the step is compared with
-    the gradient in which the layers before layer 3 have made the step, on the same batch and with the same noise.
+    After Santurkar et al. 2018, definition 2.1. Two gradients of W3 are compared, on the same batch and with the same
+    noise: one with all parameters as before the step, one with the layers before layer 3 as after the step. S is the
+    number of seeds.
     """
     moved = {
         name: after.parameters[name].detach() if int(name.split(".")[0][-1]) < LAYER else value
@@ -170,7 +173,7 @@ def gradient_shift(after: Ensemble, before: dict[str, Tensor], batch: Examples, 
 
 
 def _gradient(net: Ensemble, parameters: dict[str, Tensor], batch: Examples, seed: int) -> Tensor:
-    """Gradient of the loss with respect to W3, (R, ...)."""
+    """Gradient of the loss with respect to W3, (S, ...) for S seeds."""
     weight = f"w{LAYER}.weight"
     parameters = parameters | {weight: parameters[weight].detach().requires_grad_()}
     with _noise_from(seed):
@@ -195,7 +198,7 @@ def _judge(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Verdi
     if best["without"].late or best["with"].late:
         failed = f"not every seed reached {TARGET:.0%} in {best['with'].last} steps with and without batch norm"
     elif not bool((best["without"].steps > best["with"].steps).all()):
-        failed = "in one seed or more batch norm gave no speed-up"
+        failed = "batch norm gave no speed-up in at least one seed"
     elif not moved["noisy"] >= moved["without"]:
         failed = f"the drift is {moved['noisy']:.2g} with the noise, below {moved['without']:.2g} without batch norm"
     return judge(
@@ -218,11 +221,11 @@ def _numbers(sweeps: dict[str, Sweep], watched: dict[str, ArmAtBestRate]) -> Num
         numbers[f"{shift}, cosine, {CALLED[arm]}"] = paired_seeds.mean(measured.cosine)
     read = {arm: watched[arm].reached for arm in ("with", "noisy")}
     for arm, reached in read.items():
-        numbers[f"steps to {TARGET:.0%} read in train mode, noise on, {CALLED[arm]}"] = paired_seeds.mean(
+        numbers[f"steps to {TARGET:.0%} accuracy in train mode, {CALLED[arm]}"] = paired_seeds.mean(
             paired_seeds.median(reached)
         )
     share = _lost(sweeps["without"].best().steps, *read.values())
-    numbers["share of the log speed-up lost, accuracy read in train mode, noise on"] = paired_seeds.mean(share)
+    numbers["share of the log speed-up lost, accuracy in train mode"] = paired_seeds.mean(share)
     return numbers
 
 

@@ -41,18 +41,23 @@ class Scale:
 
 
 def scale(chart: Chart, which: Literal["x", "y"]) -> Scale:
-    """The scale of an axis of ``chart``: its fixed domain, or a range of every value with its interval, in all panels.
+    """The scale of an axis of ``chart``, the same in all panels: the axis's fixed domain, or a range of its values.
 
-    At both ends a range has a margin of 4 % of its length; on a logarithmic axis lengths are measured in logarithms. A
-    linear x axis of lines and ribbons has no margin. The margin never crosses 0, nor 100 % on an axis in percent.
+    The range contains every value and the ends of its interval. At both ends a linear range has a margin of 4 % of its
+    length. If all values are equal, the margin is 4 % of their size; for values that are all 0, the range is 0 to 1.
+    The margin never crosses 0, nor 100 % on an axis in percent. A linear x axis of lines and ribbons has no margin,
+    unless all values are equal. On a logarithmic axis the margin is 4 % of the length in logarithms, but at least a
+    factor of 1.02.
 
     Raises:
-        ValueError: If the axis is missing, a value is not finite, or a logarithmic axis has a value that is not
-            positive; the message names the chart.
+        ValueError: If the axis is missing, there are no values, a value is not finite, or a logarithmic axis has a
+            value that is not positive; the message names the chart.
     """
     axis = chart.x if which == "x" else chart.y
     if axis is None:
-        raise ValueError(f"a chart of {chart.kind} needs an {which} axis, got None in {chart.title!r}. Add the axis.")
+        raise ValueError(
+            f"a chart of {chart.kind} needs an axis for {which}, got None in {chart.title!r}. Add the axis."
+        )
     values = _values(chart, which)
     _check(chart, which, axis, [*values, *(axis.domain or ())])
     low, high = axis.domain or _ends(chart, which, axis, values)
@@ -75,7 +80,8 @@ def _check(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> Non
     for value in values:
         if not math.isfinite(value):
             raise ValueError(
-                f"{which} values must be finite, got {value} in {chart.title!r}. Leave such rows out: that is a gap."
+                f"{which} values must be finite, got {value} in {chart.title!r}. Leave such rows out; the chart "
+                "then shows a gap."
             )
         if axis.log and value <= 0:
             raise ValueError(
@@ -91,10 +97,12 @@ def _ends(chart: Chart, which: str, axis: Axis, values: Sequence[float]) -> tupl
         return low / margin, high * margin
     if which == "x" and chart.kind in {"lines", "ribbons"} and low < high:
         return low, high
-    margin = 0.04 * (high - low) or 0.04 * abs(high) or 1.0
-    bottom = 0.0 if low >= 0 > low - margin else low - margin
-    top = 1.0 if axis.percent and high <= 1 < high + margin else high + margin
-    return bottom, top
+    margin = 0.04 * (high - low) or 0.04 * abs(high)
+    if not margin:
+        return 0.0, 1.0
+    bounds = (0.0, 1.0) if axis.percent else (0.0,)
+    bottom = max([low - margin, *(bound for bound in bounds if bound <= low and bound < high)])
+    return bottom, min([high + margin, *(bound for bound in bounds if bound >= high and bound > bottom)])
 
 
 def log_ticks(low: float, high: float, measured: Sequence[float] = ()) -> list[float]:
