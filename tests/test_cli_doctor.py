@@ -354,6 +354,22 @@ def test_explain_shows_a_page(args):
         assert word in result.output
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_rules_and_pages_fit_the_terminal(width):
+    rules = call("rules", env={"COLUMNS": str(width)}).output
+    assert max(map(len, rules.splitlines())) <= width
+    assert re.findall(r"^BN\d+", rules, re.MULTILINE) == list(RULES)
+    titles = " ".join(rules.split())
+    assert all(word in titles for rule in RULES.values() for word in rule.title.split())
+    for rule in RULES.values():
+        page = call("explain", rule.code, env={"COLUMNS": str(width)}).output
+        code = dict(rule.sections)["Example"]
+        assert code in "\n".join(line.removeprefix("    ") for line in page.splitlines())
+        words = [line for line in page.splitlines() if line.strip() not in code]
+        assert max(map(len, words)) <= width
+        assert page.split() == [rule.code, rule.slug, f"({rule.severity})", *rule.page.split()]
+
+
 @pytest.mark.slow
 def test_explain_and_rules_as_json_have_every_rule():
     pages = json.loads(call("explain", "--all", "--output-format", "json").output)

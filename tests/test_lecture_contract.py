@@ -10,6 +10,7 @@ from batchnorm import lecture
 from batchnorm.experiment.claim import Result
 from batchnorm.experiment.judgement import Status
 from batchnorm.lecture.claim_criteria import CRITERIA
+from batchnorm.lecture.claims import black_cats, hidden_units
 from batchnorm.lecture.rate_sweep import sweep
 
 FIELDS = {"x": "x", "y": "y", "low": "y", "high": "y"}
@@ -32,6 +33,13 @@ def test_every_criterion_is_judged_in_the_order_of_the_table(name, result):
 
 def test_no_criterion_is_without_a_claim():
     assert sum(len(CRITERIA.of(name)) for name in lecture.NAMES) == len(CRITERIA)
+
+
+def test_medians_over_an_even_number_of_seeds_are_the_mean_of_the_two_in_the_middle():
+    values = torch.tensor([0.1, 0.2, 0.4, 0.8])
+    assert hidden_units._largest(values) == "0.3"
+    assert black_cats._pictures(100 * values) == 30
+    assert black_cats._pictures(torch.tensor([1.0, 2.0, torch.inf, torch.inf])) is None
 
 
 def test_a_verdict_says_what_it_is_based_on(result):

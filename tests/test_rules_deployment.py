@@ -50,6 +50,16 @@ def test_other_statistics_are_named_beside_other_outputs():
     assert (finding.layer, finding.channels) == ("bn", (1,))
 
 
+def test_the_remedy_for_other_statistics_fits_a_folded_model_and_a_layer_of_another_width():
+    other = replace(STORED, running_mean=values(9.0, 9.0))
+    (folded,) = findings("BN508", compared(stored={"bn": other, "folded": other}))
+    assert folded.remedy == "copy the reference's running_mean and running_var into the layer of the same name"
+    wide = replace(STORED, running_mean=values(9.0, 9.0, 9.0), running_var=values(1.0, 1.0, 1.0))
+    (narrow,) = findings("BN508", compared(stored={"bn": wide}))
+    assert "pass the version that the model was made from" in narrow.remedy
+    assert "2 channels, not 3" in narrow.remedy
+
+
 @pytest.mark.parametrize(
     ("mean", "var", "fires"),
     [

@@ -6,6 +6,7 @@ import pytest
 from test_rules_batches import HEALTHY as ONE_PROCESS
 from test_rules_batches import MODULE, findings
 
+from batchnorm.reporting.severity import Severity
 from batchnorm.rules.rule_evidence import Loop, Structure
 
 PARALLEL = Structure(training=True, wrappers=("DistributedDataParallel",), broadcasts_buffers=True)
@@ -37,17 +38,21 @@ def test_small_batches_of_processes_that_do_not_synchronize(evidence, told):
 
 
 @pytest.mark.parametrize(
-    ("evidence", "fires"),
+    ("evidence", "severity"),
     [
-        (processes(kind="SyncBatchNorm", is_sync=True), True),
-        (processes(is_sync=True, device="cuda"), False),
-        (processes(is_sync=True, device="xpu"), False),
-        (processes(is_sync=True, frozen=True), False),
-        (processes(), False),
+        (processes(kind="SyncBatchNorm", is_sync=True), Severity.ERROR),
+        (processes(HEALTHY.structure, Loop(batch_size=32, world_size=2), is_sync=True), Severity.ERROR),
+        (processes(HEALTHY.structure, Loop(batch_size=32), is_sync=True), Severity.INFO),
+        (processes(HEALTHY.structure, is_sync=True), Severity.INFO),
+        (processes(None, is_sync=True), Severity.INFO),
+        (processes(is_sync=True, device="cuda"), None),
+        (processes(is_sync=True, device="xpu"), None),
+        (processes(is_sync=True, frozen=True), None),
+        (processes(), None),
     ],
 )
-def test_synchronized_layers_on_a_cpu(evidence, fires):
-    assert bool(findings("BN602", evidence)) is fires
+def test_synchronized_layers_on_a_cpu_are_an_error_only_with_several_processes(evidence, severity):
+    assert [finding.severity for finding in findings("BN602", evidence)] == ([] if severity is None else [severity])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from difflib import SequenceMatcher
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 import click
@@ -13,20 +14,20 @@ from batchnorm.cli.settings import complete
 from batchnorm.reporting import formats
 from batchnorm.reporting.blocks import Facts, TextTable
 from batchnorm.reporting.rows import Report
-from batchnorm.reporting.text import aligned, many
+from batchnorm.reporting.text import aligned, many, wrapped
 from batchnorm.rules import FAMILIES, RULES
 from batchnorm.rules.codes import codes
 from batchnorm.rules.phrases import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from batchnorm.reporting.blocks import Block
     from batchnorm.reporting.json_values import Json
     from batchnorm.rules.finding import Rule
 
 _FAMILY = len("BN1")
-_ONE_LINE = 1000  # columns: each rule is one line, for programs such as grep
+_INDENT = " " * 4  # before the text of a section
 _TABLE = ("code", "name", "severity", "finds")
 
 
@@ -45,11 +46,28 @@ def explain(rule: tuple[str, ...], every: bool, output_format: str) -> None:
             "explain needs a rule, got none. Give one, such as batchnorm explain BN101; batchnorm rules lists all."
         )
     selected = [r for code, r in RULES.items() if every or code.startswith(prefixes)]
-    pages = "\n\n".join(f"{r.code} {r.slug} ({r.severity})\n\n{r.page}" for r in selected)
     text = markdown(selected) if every else "\n\n".join(map(_section, selected))
     facts = [Facts(f"{r.code} {r.slug}", [("finds", r.title)], r.severity, pages=r.sections) for r in selected]
-    report = _report("explain", selected, facts, full=lambda _: pages, md=lambda: text)
+    report = _report("explain", selected, facts, full=lambda width: _pages(selected, width), md=lambda: text)
     click.echo(formats.rendered(report, output_format))
+
+
+def _pages(chosen: Iterable[Rule], width: int) -> str:
+    """The pages of rules as plain text. Examples are code, whose lines stay as they are."""
+    return "\n\n".join("\n".join(_page(rule, width)) for rule in chosen)
+
+
+def _page(rule: Rule, width: int) -> Iterator[str]:
+    yield from (f"{rule.code} {rule.slug} ({rule.severity})", "", *wrapped(rule.title, width))
+    for name, text in rule.sections:
+        yield from ("", f"{name}:")
+        yield from indent(text, _INDENT).split("\n") if name == "Example" else _paragraphs(text, width)
+
+
+def _paragraphs(text: str, width: int) -> Iterator[str]:
+    for number, paragraph in enumerate(text.split("\n\n")):
+        yield from ([""] if number else [])
+        yield from wrapped(" ".join(paragraph.split()), width, len(_INDENT), indent=len(_INDENT))
 
 
 def _wanted(rule: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,8 +101,8 @@ def rules(output_format: str) -> None:
     """List every rule of the doctor."""
     rows = [(rule.code, rule.slug, str(rule.severity), rule.title) for rule in RULES.values()]
     table = TextTable(_TABLE, rows, words=4)
-    text = "\n".join(aligned(table, _ONE_LINE)[1:])
-    click.echo(formats.rendered(_report("rules", RULES.values(), [table], full=lambda _: text), output_format))
+    report = _report("rules", RULES.values(), [table], full=lambda width: "\n".join(aligned(table, width)[1:]))
+    click.echo(formats.rendered(report, output_format))
 
 
 def _report(

@@ -275,7 +275,8 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         model.train(); model(x)  # a look at the shapes, before saving
 
     Fix:
-        Load the reference's running_mean and running_var; or nothing, if the model was recalibrated on purpose.
+        Copy the reference's running_mean and running_var into the layers of the same names: a folded model has fewer
+        layers, so that load_state_dict does not fit. Do nothing if the model was recalibrated on purpose.
 
     References:
         pytorch/ao PR 4758.
@@ -287,8 +288,10 @@ def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:
         ours = evidence.stored.get(name)
         if ours and (channels := _differing(ours, theirs, evidence.eps(name))):
             yield Finding(
-                name, f"{len(channels)} of {ours.channels} channels differ from the reference's", channels=channels
-            )
+                name, f"{len(channels)} of {ours.channels} channels differ from the reference's", channels=channels,
+                remedy="" if ours.channels == theirs.channels else "pass the version that the model was made from as "
+                f"reference: its layer of this name has {ours.channels} channels, not {theirs.channels}",
+            )  # fmt: skip
 
 
 def activation_dropped(evidence: Evidence) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from batchnorm.reporting.severity import Severity
 from batchnorm.rules.finding import Finding
 from batchnorm.rules.phrases import listed
 
@@ -41,18 +42,22 @@ def unsynchronized(evidence: Evidence) -> Iterator[Finding]:
     References:
         Peng et al. 2018, "MegDet"; pytorch#30718.
     """
-    structure, loop = evidence.structure, evidence.loop
-    world = loop.world_size if loop else 1
-    parallel = world > 1 or (structure is not None and _PARALLEL in structure.wrappers)
+    loop = evidence.loop
     size = loop.batch_size if loop else None
     layers = [name for name, module in (evidence.modules or {}).items() if not module.is_sync and not module.frozen]
-    if parallel and layers and (size is None or size < ENOUGH_EXAMPLES):
+    if _has_several_processes(evidence) and layers and (size is None or size < ENOUGH_EXAMPLES):
         yield Finding(
             "",
             f"no synchronization in {listed(layers)}; "
             f"{'an unknown number of' if size is None else size} examples in a process",
             remedy=f"torch.nn.SyncBatchNorm.convert_sync_batchnorm({_model_to_convert(evidence)})",
         )
+
+
+def _has_several_processes(evidence: Evidence) -> bool:
+    """Whether the caller or a wrapper of the model says that several processes train together."""
+    structure, loop = evidence.structure, evidence.loop
+    return (loop is not None and loop.world_size > 1) or (structure is not None and _PARALLEL in structure.wrappers)
 
 
 def _model_to_convert(evidence: Evidence) -> str:
@@ -69,8 +74,8 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
         train mode on a CPU. Without a process group, and in eval mode, it computes the same as batch norm.
 
     How:
-        The layer is a SyncBatchNorm, is not frozen, and has its tensors on the CPU. The mode of the model and the
-        process group are not checked.
+        The layer is a SyncBatchNorm, is not frozen, and has its tensors on the CPU. An error if the model contains
+        DistributedDataParallel, or world_size is above 1; otherwise info. The mode of the model is not checked.
 
     Example:
         ValueError: SyncBatchNorm expected input tensor to be on GPU
@@ -81,9 +86,10 @@ def sync_on_cpu(evidence: Evidence) -> Iterator[Finding]:
     References:
         pytorch#78078.
     """
+    severity = Severity.ERROR if _has_several_processes(evidence) else Severity.INFO
     for name, module in (evidence.modules or {}).items():
         if module.is_sync and module.device == "cpu" and not module.frozen:
-            yield Finding(name, f"{module.kind} on the CPU")
+            yield Finding(name, f"{module.kind} on the CPU", severity=severity)
 
 
 def buffers_not_broadcast(evidence: Evidence) -> Iterator[Finding]:

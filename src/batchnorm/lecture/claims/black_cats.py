@@ -273,8 +273,8 @@ def _repaired(findings: Findings) -> str:
     return f"a guarded repair then gets {answers} (it began in {began} of {len(findings['adapted', 'coloured'])} seeds)"
 
 
-def _pictures(rang: Tensor, of: Callable[[Tensor], Tensor] = torch.median) -> int | None:
-    """A number of pictures over seeds, by default the median (the lower of the two in the middle); None if infinite."""
+def _pictures(rang: Tensor, of: Callable[[Tensor], Tensor] = paired_seeds.median) -> int | None:
+    """A number of pictures over seeds, by default the median, rounded down; None if it is infinite."""
     number = float(of(rang))
     return int(number) if math.isfinite(number) else None
 

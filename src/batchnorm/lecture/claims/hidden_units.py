@@ -70,7 +70,7 @@ def _judge_rate(activation: str, arms: dict[str, Sweep]) -> Verdict:
 
 def _largest(rates: Tensor) -> str:
     """The median over seeds in words; a median of 0 means that at least half of the seeds have no usable rate."""
-    median = float(rates.median())
+    median = float(paired_seeds.median(rates))
     if not median:
         return "not in the grid"
     return f"{median:g}" + (" (the grid's largest)" if median == RATES[-1] else "")
@@ -98,7 +98,7 @@ def _usable(sweeps: dict[str, dict[str, Sweep]], verdicts: list[Verdict]) -> Cha
         for name, arm in arms.items():
             final = arm.accuracy[-1]  # (seeds, rates)
             rows += paired_seeds.curve(arm.rates, final.T, series=f"{name} batch norm", panel=_NAMES[activation])
-            counts[name] = int((final.median(0).values >= USABLE).sum())
+            counts[name] = int((paired_seeds.median(final, 0) >= USABLE).sum())
         summaries.append(f"{_NAMES[activation]} {counts['with']} with batch norm and {counts['without']} without")
     return chart(
         "lecture", "hidden", "usable", rows, SERIES, rates=len(RATES), usable=USABLE, counts=", ".join(summaries),
