@@ -334,7 +334,9 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "for_export": (bn.for_export, ("model",)),
     "freeze": (bn.freeze, ("model",)),
     "frozen": (lambda it: entered(bn.frozen(it)), ("model",)),
+    "merge_statistics": (bn.merge_statistics, ()),
     "padding": (lambda it: entered(bn.padding(it, [2, 2])), ("model",)),
+    "parameter_groups": (lambda it: bn.parameter_groups(it, 0.1), ("model",)),
     "preserve_state": (lambda it: entered(bn.preserve_state(it)), ("model",)),
     "probe": (lambda it: bn.probe(it, batches()[0]), ("model",)),
     "replace": (lambda it: bn.replace(it, lambda path, layer: None), ("model",)),
@@ -368,6 +370,12 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "for_export": (lambda it: bn.for_export(model(), fold=it), FLAG),
     "freeze": (lambda it: bn.freeze(model(), it), FLAG),
     "frozen": (lambda it: entered(bn.frozen(model(), it)), FLAG),
+    "merge_statistics": (lambda it: bn.merge_statistics([model(), model()], it), ("None",)),
+    "merge_statistics, local": (lambda it: bn.merge_statistics([model()] * 2, local=it), ()),
+    "merge_statistics, correction": (lambda it: bn.merge_statistics([model()] * 2, correction=it), ()),
+    "parameter_groups": (lambda it: bn.parameter_groups(model(), it), NUMBER),
+    "parameter_groups, biases": (lambda it: bn.parameter_groups(model(), 0.1, decay_biases=it), FLAG),
+    "parameter_groups, frozen": (lambda it: bn.parameter_groups(model(), 0.1, frozen=it), FLAG),
     "probe": (lambda it: bn.probe(model(), it), A_BATCH),
     "padding": (
         lambda it: entered(bn.padding(bn.convert(model()), [2, 2], rule=it)),
@@ -392,6 +400,10 @@ OUT_OF_RANGE = {
     ("InputNorm", "None"),  # the size of no axis
     ("examine", "generator"),  # of words
     ("treat, data", "generator"),
+    ("merge_statistics, local", "str"),
+    ("merge_statistics, local", "dict"),
+    ("merge_statistics, local", "generator"),
+    ("merge_statistics, correction", "int"),
     ("calibrate", "list"),
     ("calibrate", "DataLoader"),
     ("ShiftMonitor", "int"),

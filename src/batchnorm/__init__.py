@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from batchnorm.adaptation import Adapter, DomainBank, adapt, adapted
     from batchnorm.allocator import tune_allocator
+    from batchnorm.averaging import merge_statistics
     from batchnorm.doctor import examine, treat
     from batchnorm.inputs import InputNorm
     from batchnorm.instruments import probe, watch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
     from batchnorm.shift import ShiftMonitor
     from batchnorm.surgery import convert, find, fold, for_export, replace, revert, to_group_norm, unfold
+    from batchnorm.weight_decay import parameter_groups
 
 __version__ = "0.1.0"
 
@@ -44,7 +46,9 @@ __all__ = [
     "for_export",
     "freeze",
     "frozen",
+    "merge_statistics",
     "padding",
+    "parameter_groups",
     "preserve_state",
     "probe",
     "recalibrate",
@@ -61,6 +65,7 @@ __all__ = [
 _NAMES = {
     "adaptation": ("Adapter", "DomainBank", "adapt", "adapted"),
     "allocator": ("tune_allocator",),
+    "averaging": ("merge_statistics",),
     "doctor": ("examine", "treat"),
     "inputs": ("InputNorm",),
     "instruments": ("probe", "watch"),
@@ -70,6 +75,7 @@ _NAMES = {
     "population": ("freeze", "frozen", "preserve_state", "recalibrate", "unfreeze"),
     "shift": ("ShiftMonitor",),
     "surgery": ("convert", "find", "fold", "for_export", "replace", "revert", "to_group_norm", "unfold"),
+    "weight_decay": ("parameter_groups",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

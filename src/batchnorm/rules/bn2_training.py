@@ -172,7 +172,7 @@ def weight_decay_on_affine(evidence: Evidence) -> Iterator[Finding]:
         torch.optim.AdamW(model.parameters(), weight_decay=0.05)
 
     Fix:
-        A parameter group with weight_decay=0 for all parameters that have one axis.
+        torch.optim.AdamW(batchnorm.parameter_groups(model, weight_decay=0.05))
 
     References:
         Goyal et al. 2017, section 5.1. He et al. 2019, "Bag of Tricks", section 3.1. pytorch#1402.

@@ -1,0 +1,387 @@
+"""merge_statistics: one state dict from several, for federated learning and for soups of models.
+
+Let state i have the mean m_i and the biased variance v_i of n_i values of a channel. With n = sum n_i, all values
+together have (Chan, Golub and LeVeque 1979)
+
+    m = sum n_i m_i / n      v = sum n_i v_i / n + sum n_i (m_i - m)^2 / n
+
+The second sum is the variance between the states. A mean of running variances loses it.
+
+Which tensors belong together is read from their names (``layers_in_state``), and what each tensor becomes is decided in
+one place, ``_Merger.merged``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.argument_types import kind_of, require_number, require_type, require_whole_number
+from batchnorm.averaging.layers_in_state import COUNTER, Group, groups_of, local_names
+from batchnorm.moments import Moments
+from batchnorm.population.tensor_memory import require, same_bits
+
+State = Mapping[str, Any] | nn.Module
+
+_WHO = "merge_statistics"
+_REMEDY = "Pass a list of state dicts or models: [a.state_dict(), b.state_dict()]."
+
+
+@torch.no_grad()
+def merge_statistics(
+    states: Sequence[State],
+    counts: Sequence[float] | None = None,
+    *,
+    local: str | Iterable[str] = (),
+    others: Literal["average", "keep"] = "average",
+    correction: int = 1,
+) -> dict[str, Any]:
+    """A new state dict with the batch norm statistics of all states' data together, and averages of the other tensors.
+
+    If all states have the same weights, and each state's statistics are the moments of its own data (``recalibrate``
+    measures these), the result has exactly the moments of the union of the data. If the weights differ, the values
+    that the statistics describe come from different networks: the result has the moments of the mixture of these
+    values, which the network with averaged weights does not produce. ``weights_agree`` says which of the two it is. In
+    the second case measure the statistics of the averaged network: ``recalibrate(model, loader)``.
+
+    =====================================  ===================================================================
+    tensors                                in the result
+    =====================================  ===================================================================
+    running_mean, running_var              moments of the union or mixture, with the variance between states
+    count, mean, var of an ``InputNorm``   moments of the union; their own counts are used, not ``counts``
+    num_batches_tracked                    the largest of the states: a sum would grow with every round
+    other floating and complex tensors     mean weighted by ``counts``; with ``others="keep"`` the first state's
+    integers, bool, values of other types  the first state's
+    =====================================  ===================================================================
+
+    The first state is the first one with a count above 0. A tensor that has the same bits in all states is unchanged,
+    so statistics that no state updated stay as they are. Names that share one tensor in every state share one in the
+    result. Sums are computed in float64 and rounded once, to the type of the first state. Statistics of instance norm
+    are averaged by ``counts`` if models are passed; in state dicts they have the names of batch norm and count as such.
+
+    Args:
+        states: State dicts or models, which are not changed. Models of one architecture have the same names.
+        counts: For each state the number of values per channel behind its statistics (examples times positions). A
+            state with count 0 is left out, whatever it contains. None: the states count alike, and no correction is
+            made for the number of values: for soups, whose numbers of values are not known.
+        local: Tensors that stay with their states (FedBN, Li et al. 2021) and that the result leaves out; load the
+            result with ``strict=False``. "statistics": running_mean, running_var and num_batches_tracked of all
+            layers. "batch_norm": weight and bias of these layers too. Otherwise one path or several: all tensors at
+            or below these paths.
+        others: "average" or "keep", for tensors that are no statistics.
+        correction: 1 if running_var is unbiased, as torch's layers store it; 0 if it is biased, as Keras, Flax and
+            detectron2's NaiveSyncBatchNorm store it. The result's variance is of the same kind.
+
+    Returns:
+        An ``OrderedDict`` with new tensors, on the devices of the first state's tensors.
+
+    Raises:
+        TypeError: If a state is neither a mapping nor a model, an argument has a wrong type, or a tensor is quantized
+            or sparse.
+        ValueError: If there are no states; if the number of counts is not that of the states; if a count is negative,
+            NaN, infinite, or above 0 and not above ``correction``; if all counts are 0; if names or shapes differ
+            between states; if a statistic is NaN, infinite or a negative variance, or another tensor is NaN; if a
+            result does not fit its type; if a path of ``local`` has no tensors; or if a tensor has no numbers.
+
+    Example:
+        >>> a, b = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        >>> with torch.no_grad():
+        ...     a.running_mean.fill_(0.0), b.running_mean.fill_(6.0)
+        (tensor([0.]), tensor([6.]))
+        >>> merge_statistics([a, b], [1000, 1000])["running_var"]  # the mean of both variances is 1
+        tensor([10.0040])
+    """
+    _check(others, correction)
+    parties = _parties(states, counts, correction)
+    excluded = _excluded(parties, local)
+    merger = _Merger(parties, keep=others == "keep", correction=0 if counts is None else int(correction))
+    return merger.result(excluded)
+
+
+def weights_agree(states: Sequence[State]) -> bool:
+    """Whether all states have the same tensors, bit for bit, apart from the statistics of batch norm.
+
+    Then merged statistics are those of the union of all data, otherwise of a mixture. Errors as ``merge_statistics``.
+    """
+    parties = _parties(states, None, 1)
+    _require_same_names(parties, set())
+    _require_same_shapes(parties, set())
+    names = [name for name in parties[0].tensors if name.rpartition(".")[2] != COUNTER]
+    statistics = {name for group in groups_of(names) for name in group.names.values()}
+    return all(_agree([party.tensors[name] for party in parties]) for name in names if name not in statistics)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Party:
+    """One state that is merged: its number in the argument, its tensors, and its count."""
+
+    number: int
+    tensors: Mapping[str, Any]
+    count: float
+    instance_norms: frozenset[str]  # their paths, which only a model shows
+
+    @property
+    def name(self) -> str:
+        """The state in messages."""
+        return f"state {self.number}"
+
+
+def _check(others: object, correction: object) -> None:
+    if others not in {"average", "keep"}:
+        raise ValueError(f"others must be 'average' or 'keep', got {others!r}. Leave it out to average.")
+    require_whole_number(correction, "correction", "Use 1 for torch's unbiased running_var, 0 for a biased one.")
+    if correction not in {0, 1}:
+        raise ValueError(f"correction must be 0 or 1, got {correction}. Use 1 for torch's unbiased running_var.")
+
+
+def _parties(states: Sequence[State], counts: Sequence[float] | None, correction: int) -> list[Party]:
+    """The states with a count above 0, checked one by one."""
+    if isinstance(states, (str, bytes, Mapping, nn.Module)) or not isinstance(states, Iterable):
+        raise TypeError(f"{_WHO} needs several states, got {kind_of(states)}. {_REMEDY}")
+    every = list(states)
+    if not every:
+        raise ValueError(f"{_WHO} needs at least one state, got none. {_REMEDY}")
+    for number, state in enumerate(every):
+        require_type(state, (Mapping, nn.Module), f"{_WHO} needs state dicts or models", f"State {number}: {_REMEDY}")
+    numbers = _counts(counts, len(every), correction)
+    parties = [_party(number, state, numbers[number]) for number, state in enumerate(every) if numbers[number]]
+    for party in parties:
+        _require_usable(party)
+    return parties
+
+
+def _counts(counts: Sequence[float] | None, length: int, correction: int) -> list[float]:
+    if counts is None:
+        return [1.0] * length
+    what = "the number of values per channel behind each state, such as counts=[1000, 500]"
+    if isinstance(counts, (str, bytes, Mapping, nn.Module)) or not isinstance(counts, Iterable):
+        raise TypeError(f"counts must be one number for each state, got {kind_of(counts)}. Pass {what}.")
+    every = [counts] if isinstance(counts, Tensor) and counts.ndim == 0 else list(counts)
+    for count in every:
+        require_number(count, "a count", f"Pass {what}.")
+    if len(every) != length:
+        raise ValueError(f"counts must be one number for each of {length} states, got {len(every)}. Pass {what}.")
+    numbers = [float(count) for count in every]
+    for number in numbers:
+        if not 0 <= number < math.inf:
+            raise ValueError(f"a count must be finite and 0 or more, got {number:g}. Pass {what}.")
+        if 0 < number <= correction:
+            raise ValueError(
+                f"a count must be above {correction}, got {number:g}. Pass {what}; or counts=None, if the states shall "
+                "count alike."
+            )
+    if not any(numbers):
+        raise ValueError(f"{_WHO} needs a count above 0, got 0 for every state. Pass {what}.")
+    return numbers
+
+
+def _party(number: int, state: State, count: float) -> Party:
+    if isinstance(state, nn.Module):
+        modules = state.named_modules(remove_duplicate=False)
+        instance = frozenset(path for path, part in modules if isinstance(part, nn.modules.instancenorm._InstanceNorm))
+        return Party(number, state.state_dict(), count, instance)
+    return Party(number, state, count, frozenset())
+
+
+def _require_usable(party: Party) -> None:
+    tensors = {name: value for name, value in party.tensors.items() if isinstance(value, Tensor)}
+    require({f"{party.name}: {name}": tensor for name, tensor in tensors.items()}, _WHO)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            what = "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise TypeError(
+                f"{_WHO} needs dense tensors, got {name!r} of {party.name}, which is {what}. Convert it with "
+                f"{'dequantize' if tensor.is_quantized else 'to_dense'}(), or merge before that step."
+            )
+
+
+def _excluded(parties: Sequence[Party], local: str | Iterable[str]) -> set[str]:
+    names = dict.fromkeys(name for party in parties for name in party.tensors)
+    return local_names(list(names), local)
+
+
+def _require_same_names(parties: Sequence[Party], excluded: set[str]) -> None:
+    """Refuse states with different names; a counter may be missing, as in files from before torch 0.4.1."""
+    first = parties[0]
+    for party in parties[1:]:
+        missing = [n for n in first.tensors if n not in party.tensors and not _may_miss(n, excluded)]
+        further = [n for n in party.tensors if n not in first.tensors and not _may_miss(n, excluded)]
+        if missing or further:
+            kinds = (("without", missing), ("with", further))
+            found = " and ".join(f"{word} {_some(names)}" for word, names in kinds if names)
+            raise ValueError(
+                f"{_WHO} needs the same names in all states, got {party.name} {found}, unlike {first.name}. Pass "
+                "states of one architecture, without prefixes of wrappers; tensors that stay with their states go into "
+                "local=."
+            )
+
+
+def _may_miss(name: str, excluded: set[str]) -> bool:
+    return name in excluded or name.rpartition(".")[2] == COUNTER
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _require_same_shapes(parties: Sequence[Party], excluded: set[str]) -> None:
+    first = parties[0]
+    for party in parties[1:]:
+        for name, value in first.tensors.items():
+            other = party.tensors.get(name)
+            if name in excluded or other is None or _shape(value) == _shape(other):
+                continue
+            raise ValueError(
+                f"{_WHO} needs tensors of one shape under each name, got {name!r} of {_shape(value)} in {first.name} "
+                f"and of {_shape(other)} in {party.name}. Pass states of one architecture, or put {name!r} into local=."
+            )
+
+
+def _shape(value: Any) -> object:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "another type"
+
+
+def _agree(values: Sequence[Any]) -> bool:
+    """Whether all values are tensors of the same bits, or none is a tensor."""
+    first, *rest = values
+    if not isinstance(first, Tensor):
+        return not any(isinstance(value, Tensor) for value in rest)
+    return all(first.dtype == value.dtype and same_bits(first.cpu(), value.cpu()) for value in rest)
+
+
+@final
+class _Merger:
+    """Computes the tensors of the result, those of a layer's statistics together."""
+
+    def __init__(self, parties: Sequence[Party], *, keep: bool, correction: int) -> None:
+        self.parties, self.keep, self.correction = parties, keep, correction
+        self.first = parties[0]
+
+    def result(self, excluded: set[str]) -> dict[str, Any]:
+        """The merged state dict."""
+        _require_same_names(self.parties, excluded)
+        _require_same_shapes(self.parties, excluded)
+        names = [name for name in self._names() if name not in excluded]
+        groups = {name: group for group in groups_of(names) for name in group.names.values()}
+        merged: OrderedDict[str, Any] = OrderedDict()
+        copies: dict[tuple, str] = {}
+        for name in names:
+            values = [party.tensors[name] for party in self.parties if name in party.tensors]
+            first_name = copies.setdefault(_memory(values, name), name)
+            if first_name != name:
+                merged[name] = merged[first_name]
+            elif name not in merged:
+                merged.update(self.merged(name, values, groups.get(name)))
+        result: Any = OrderedDict((name, merged[name]) for name in names)
+        if (metadata := getattr(self.first.tensors, "_metadata", None)) is not None:
+            result._metadata = metadata.copy()
+        return result
+
+    def _names(self) -> list[str]:
+        """The first state's names, then counters that only other states have."""
+        return list(dict.fromkeys(name for party in self.parties for name in party.tensors))
+
+    def merged(self, name: str, values: Sequence[Any], group: Group | None) -> dict[str, Any]:
+        """The result for a tensor; for a statistic of a layer, the results for all of its statistics."""
+        if name.rpartition(".")[2] == COUNTER:
+            return {name: _largest(values)}
+        if group is not None and not group.is_complete:
+            raise ValueError(
+                f"{_WHO} needs both statistics of a layer, got {name!r} of {self.first.name} alone. Save the whole "
+                "state dict again, or put the layer into local=."
+            )
+        if group is not None and not all(_agree(self._values(each)) for each in group.names.values()):
+            return self._statistics(group)
+        return {name: self._average(name, values, keep=self.keep and group is None)}
+
+    def _values(self, name: str) -> list[Tensor]:
+        return [party.tensors[name] for party in self.parties]
+
+    def _statistics(self, group: Group) -> dict[str, Tensor]:
+        for party in self.parties:
+            _require_statistics(party, group)
+        if group.path in self.first.instance_norms:
+            return {name: self._average(name, self._values(name), keep=False) for name in group.names.values()}
+        own = group.names.get("count")
+        correction = 0 if own else self.correction
+        moments = [self._moments(party, group, correction) for party in self.parties]
+        total = reduce(add, moments)
+        mean, var = total.mean, total.m2 / (total.count - correction)
+        if own:  # a feature without values keeps mean 0 and variance 1, as InputNorm stores it
+            empty = total.count == 0
+            mean, var = torch.where(empty, 0.0, mean), torch.where(empty, 1.0, var)
+        found = {"mean": mean, "var": var, "count": total.count}
+        return {name: self._rounded(name, found[role]) for role, name in group.names.items()}
+
+    def _moments(self, party: Party, group: Group, correction: int) -> Moments:
+        mean, var = (_wide(party.tensors[group.names[role]]) for role in ("mean", "var"))
+        count = _wide(party.tensors[group.names["count"]]) if "count" in group.names else party.count
+        return Moments.from_var(count, mean, var, correction=correction)
+
+    def _average(self, name: str, values: Sequence[Any], *, keep: bool) -> Any:
+        first = values[0]
+        if not isinstance(first, Tensor):
+            return first
+        if keep or not (first.is_floating_point() or first.is_complex()) or _agree(values):
+            return first.detach().clone()
+        for party, value in zip(self.parties, values, strict=True):
+            if bool(value.isnan().any()):
+                raise ValueError(
+                    f"{_WHO} needs numbers in every tensor, got NaN in {name!r} of {party.name}. Leave this state out "
+                    "by count 0, or go back to an earlier checkpoint of it."
+                )
+        total = sum(party.count for party in self.parties)
+        terms = (_wide(value) * (party.count / total) for party, value in zip(self.parties, values, strict=True))
+        return reduce(add, terms).to(first.dtype).to(first.device)
+
+    def _rounded(self, name: str, value: Tensor) -> Tensor:
+        first = self.first.tensors[name]
+        rounded = value.to(first.dtype)
+        if not bool(rounded.isfinite().all()):
+            raise ValueError(
+                f"{_WHO} needs statistics that fit {str(first.dtype).removeprefix('torch.')}, got {name!r} up to "
+                f"{float(value.abs().max()):.3g}. Store statistics as float32: batchnorm fix, or layer.float()."
+            )
+        return rounded.to(first.device)
+
+
+def _require_statistics(party: Party, group: Group) -> None:
+    for role, name in group.names.items():
+        values = _wide(party.tensors[name])
+        wrong = ~values.isfinite() if role == "mean" else ~(values.isfinite() & (values >= 0))
+        if bool(wrong.any()):
+            channels = wrong.flatten().nonzero().flatten().tolist()
+            what = "finite means" if role == "mean" else "finite variances and counts of 0 or more"
+            raise ValueError(
+                f"{_WHO} needs {what}, got {float(values.flatten()[channels[0]]):g} in {name!r} of {party.name}, "
+                f"channel {channels[0]} ({len(channels)} of {values.numel()} channels). Leave this state out by count "
+                "0, or measure its statistics again: batchnorm.recalibrate(model, loader)."
+            )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, where every type can be widened, in double precision."""
+    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _largest(values: Sequence[Any]) -> Any:
+    """The largest counter: a number, or a tensor of the first one's type and shape."""
+    largest = max(values, key=lambda value: float(value.max()) if isinstance(value, Tensor) else float(value))
+    first = values[0]
+    return largest.detach().to(first.device, first.dtype, copy=True) if isinstance(first, Tensor) else largest
+
+
+def _memory(values: Sequence[Any], name: str) -> tuple:
+    """A key that two names have in common if every state has one tensor under both."""
+    if not all(isinstance(value, Tensor) and value.numel() for value in values):
+        return (name,)
+    return tuple((v.data_ptr(), v.dtype, tuple(v.shape), v.stride(), v.device) for v in values)
