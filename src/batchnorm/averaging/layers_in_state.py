@@ -19,6 +19,11 @@ COUNTER = "num_batches_tracked"
 # the roles of a layer's tensors, by the last part of their names
 _ROLES = {"running_mean": "mean", "running_var": "var"}
 _ROLES_OF_INPUTS = {"mean": "mean", "var": "var", "count": "count"}
+# what ``local`` may say in place of a path: the tensors of every batch norm layer that it leaves out
+_LEAVES = {
+    "statistics": {*_ROLES, COUNTER},
+    "batch_norm": {*_ROLES, COUNTER, "weight", "bias"},
+}
 
 
 @final
@@ -50,21 +55,19 @@ def groups_of(names: Iterable[str]) -> list[Group]:
 
 
 def local_names(names: Sequence[str], local: str | Iterable[str]) -> set[str]:
-    """The names that ``local`` keeps out of the merged state: "statistics", "batch_norm", or all below some paths.
+    """The names that ``local`` leaves out of the merged state.
 
     Raises:
         TypeError: If ``local`` is no text and no texts.
         ValueError: If no name is at or below one of the paths.
     """
     layers = [group.path for group in groups_of(names) if "count" not in group.names]
-    if isinstance(local, str) and local in {"statistics", "batch_norm"}:
-        leaves = {*_ROLES, COUNTER, *(("weight", "bias") if local == "batch_norm" else ())}
-        return {name for name in names if name.rpartition(".")[0] in layers and name.rpartition(".")[2] in leaves}
-    paths = [local] if isinstance(local, str) else _texts(local)
     found: set[str] = set()
-    for path in paths:
+    for path in [local] if isinstance(local, str) else _texts(local):
         below = {name for name in names if name == path or name.startswith(f"{path}.")}
-        if not below:
+        if not below and (leaves := _LEAVES.get(path)):
+            below = {name for name in names if name.rpartition(".")[0] in layers and name.rpartition(".")[2] in leaves}
+        elif not below:
             known = ", ".join(map(repr, layers[:3])) or "none"
             raise ValueError(
                 f"local must be 'statistics', 'batch_norm' or paths of modules, got {path!r}, which has no tensors. "

@@ -73,9 +73,9 @@ def merge_statistics(
             state with count 0 is left out, whatever it contains. None: the states count alike, and no correction is
             made for the number of values: for soups, whose numbers of values are not known.
         local: Tensors that stay with their states (FedBN, Li et al. 2021) and that the result leaves out; load the
-            result with ``strict=False``. "statistics": running_mean, running_var and num_batches_tracked of all
-            layers. "batch_norm": weight and bias of these layers too. Otherwise one path or several: all tensors at
-            or below these paths.
+            result with ``strict=False``. A path, or several: all tensors at or below it. "statistics" in place of a
+            path: running_mean, running_var and num_batches_tracked of all layers; "batch_norm": weight and bias of
+            these layers too.
         others: "average" or "keep", for tensors that are no statistics.
         correction: 1 if running_var is unbiased, as torch's layers store it; 0 if it is biased, as Keras, Flax and
             detectron2's NaiveSyncBatchNorm store it. The result's variance is of the same kind.
@@ -99,8 +99,16 @@ def merge_statistics(
         >>> merge_statistics([a, b], [1000, 1000])["running_var"]  # the mean of both variances is 1
         tensor([10.0040])
     """
+    return merged(states, counts, local=local, others=others, correction=correction)
+
+
+def merged(
+    states: Sequence[State], counts: Sequence[float] | None, *, local: str | Iterable[str], others: str,
+    correction: int, names: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """As ``merge_statistics``; ``names`` are those of the states in messages, "state 0", "state 1", ... by default."""
     _check(others, correction)
-    parties = _parties(states, counts, correction)
+    parties = _parties(states, counts, correction, names)
     excluded = _excluded(parties, local)
     merger = _Merger(parties, keep=others == "keep", correction=0 if counts is None else int(correction))
     return merger.result(excluded)
@@ -122,17 +130,12 @@ def weights_agree(states: Sequence[State]) -> bool:
 @final
 @dataclass(frozen=True, slots=True)
 class Party:
-    """One state that is merged: its number in the argument, its tensors, and its count."""
+    """One state that is merged: its name in messages, its tensors, and its count."""
 
-    number: int
+    name: str
     tensors: Mapping[str, Any]
     count: float
     instance_norms: frozenset[str]  # their paths, which only a model shows
-
-    @property
-    def name(self) -> str:
-        """The state in messages."""
-        return f"state {self.number}"
 
 
 def _check(others: object, correction: object) -> None:
@@ -143,7 +146,9 @@ def _check(others: object, correction: object) -> None:
         raise ValueError(f"correction must be 0 or 1, got {correction}. Use 1 for torch's unbiased running_var.")
 
 
-def _parties(states: Sequence[State], counts: Sequence[float] | None, correction: int) -> list[Party]:
+def _parties(
+    states: Sequence[State], counts: Sequence[float] | None, correction: int, names: Sequence[str] = ()
+) -> list[Party]:
     """The states with a count above 0, checked one by one."""
     if isinstance(states, (str, bytes, Mapping, nn.Module)) or not isinstance(states, Iterable):
         raise TypeError(f"{_WHO} needs several states, got {kind_of(states)}. {_REMEDY}")
@@ -153,7 +158,8 @@ def _parties(states: Sequence[State], counts: Sequence[float] | None, correction
     for number, state in enumerate(every):
         require_type(state, (Mapping, nn.Module), f"{_WHO} needs state dicts or models", f"State {number}: {_REMEDY}")
     numbers = _counts(counts, len(every), correction)
-    parties = [_party(number, state, numbers[number]) for number, state in enumerate(every) if numbers[number]]
+    shown = names or [f"state {number}" for number in range(len(every))]
+    parties = [_party(*each) for each in zip(shown, every, numbers, strict=True) if each[-1]]
     for party in parties:
         _require_usable(party)
     return parties
@@ -184,12 +190,12 @@ def _counts(counts: Sequence[float] | None, length: int, correction: int) -> lis
     return numbers
 
 
-def _party(number: int, state: State, count: float) -> Party:
+def _party(name: str, state: State, count: float) -> Party:
     if isinstance(state, nn.Module):
         modules = state.named_modules(remove_duplicate=False)
         instance = frozenset(path for path, part in modules if isinstance(part, nn.modules.instancenorm._InstanceNorm))
-        return Party(number, state.state_dict(), count, instance)
-    return Party(number, state, count, frozenset())
+        return Party(name, state.state_dict(), count, instance)
+    return Party(name, state, count, frozenset())
 
 
 def _require_usable(party: Party) -> None:

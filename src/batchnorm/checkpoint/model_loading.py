@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,36 @@ def _prefixes_beside(file: Checkpoint, state: State | None) -> Iterator[str]:
             yield other.prefix.removeprefix(state.prefix)
 
 
+def state_dict_of(file: Checkpoint, name: str) -> dict[str, Any]:
+    """A state of a file as a model would load it: without its prefix, and with the versions of its modules.
+
+    Args:
+        file: A file of torch.save or safetensors.
+        name: A name in ``file.states``; "" if the file has no batch norm layers.
+
+    Raises:
+        ValueError: If torch or safetensors cannot read the file, or it has no dict of tensors there.
+        ModuleNotFoundError: If torch or safetensors is missing.
+    """
+    state = file.states[name] if name else None
+    nested, prefix = _dict(file, state), state.prefix if state else ""
+    result: Any = OrderedDict(_below(nested, prefix))
+    if isinstance(versions := getattr(nested, "_metadata", None), dict):
+        result._metadata = OrderedDict(_below({"": {}, **versions}, prefix))
+    return result
+
+
 def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
+    return _below(_dict(file, state), state.prefix if state else "")
+
+
+def _below(nested: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose names begin with a prefix, by the rest of their names."""
+    names = (name for name in nested if isinstance(name, str) and name.startswith(prefix))
+    return {name.removeprefix(prefix): nested[name] for name in names}
+
+
+def _dict(file: Checkpoint, state: State | None) -> Mapping[str, Any]:
     if file.format == "onnx":
         raise ValueError(f"{file.path} is an ONNX model, expected a checkpoint. Pass it without a model.")
     from batchnorm.checkpoint import tensor_loading
@@ -154,6 +184,4 @@ def _tensors(file: Checkpoint, state: State | None) -> dict[str, Tensor]:
             f"expected a dict of tensors, got a {type(nested).__name__} in {file.path}. "
             "Save a state dict: torch.save(model.state_dict(), path)."
         )
-    prefix = state.prefix if state else ""
-    names = (name for name in nested if isinstance(name, str) and name.startswith(prefix))
-    return {name.removeprefix(prefix): nested[name] for name in names}
+    return nested

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import warnings
@@ -18,6 +17,7 @@ from batchnorm.checkpoint.states_in_file import with_state
 from batchnorm.cli import shared_options as options
 from batchnorm.cli.coloring import show
 from batchnorm.cli.model_address import ModelAddress, batches, require_torch
+from batchnorm.cli.output_files import free
 from batchnorm.cli.settings import refuse_empty, settings
 from batchnorm.cli.typed_command import option_words, refuse_with_file
 from batchnorm.reporting.command_line import file_word
@@ -119,13 +119,7 @@ def _place(target: str, source: str | None, output: Path | None, *, in_place: bo
         raise ValueError(f"{_format(source, suffix)}, got -o {place}. Name it {place.with_suffix(suffix)}.")
     if source and place.exists() and Path(source).exists() and place.samefile(source):
         raise ValueError(f"{place} is the checkpoint itself. To write over it, pass --in-place and leave -o out.")
-    if place.is_dir():
-        raise ValueError(f"cannot write {place}: it is a folder. Choose another place with -o FILE.")
-    if place.exists() and not place.is_file():
-        raise ValueError(f"cannot write {place}: it is a pipe or device. Choose another place with -o FILE.")
-    if place.exists() and not force:
-        raise ValueError(f"{place} exists already. Pass --force to write over it, or another place with -o FILE.")
-    return Path(os.path.realpath(place)) if place.is_symlink() else place  # the link stays, its target is written
+    return free(place, force=force)
 
 
 def _format(source: str | None, suffix: str) -> str:

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from batchnorm.files.whole import replacing
+
+
+def free(place: Path, *, force: bool) -> Path:
+    """The place where a binary file will be written; for a link, its target.
+
+    Raises:
+        ValueError: If the place is a folder, pipe or device; or without ``force`` if there is a file.
+    """
+    if place.is_dir():
+        raise ValueError(f"cannot write {place}: it is a folder. Choose another place with -o FILE.")
+    if place.exists() and not place.is_file():
+        raise ValueError(f"cannot write {place}: it is a pipe or device. Choose another place with -o FILE.")
+    if place.exists() and not force:
+        raise ValueError(f"{place} exists already. Pass --force to write over it, or another place with -o FILE.")
+    return Path(os.path.realpath(place)) if place.is_symlink() else place  # the link stays, its target is written
 
 
 def write(path: Path, text: str) -> None:
