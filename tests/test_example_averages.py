@@ -23,19 +23,20 @@ def test_the_variance_between_clients_and_a_measurement_lower_the_loss_of_the_av
         assert found["local"] < found["usual"] / 2, found
 
 
+def two_layers() -> nn.Sequential:
+    first, second = nn.BatchNorm1d(5, eps=1e-12), nn.BatchNorm1d(4, eps=1e-12)
+    return nn.Sequential(nn.Linear(3, 5), first, nn.ReLU(), nn.Linear(5, 4), second).double().eval()
+
+
 def outputs(net: nn.Sequential, path: int, x: Tensor) -> Tensor:
-    return net[: path + 1].eval()(x)
+    return net[: path + 1](x)
 
 
 def test_measured_statistics_give_the_average_the_mean_and_sd_that_repair_asks_for():
     """REPAIR: mean and sd of each activation are the averages of those of both ends, here in float64."""
     torch.manual_seed(0)
     x = torch.randn(4000, 3, dtype=torch.float64)
-    ends = [
-        nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, eps=1e-12), nn.ReLU(), nn.Linear(5, 4), nn.BatchNorm1d(4, eps=1e-12))
-        .double()
-        for _ in range(2)
-    ]  # fmt: skip
+    ends = [two_layers() for _ in range(2)]
     for net in ends:
         for path in (1, 4):
             nn.init.uniform_(net[path].weight, 0.5, 2), nn.init.normal_(net[path].bias)
