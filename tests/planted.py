@@ -437,6 +437,14 @@ def bn509(_: Any) -> dict:
     return {"target": model}
 
 
+def bn510(folder: Any) -> dict:
+    state = trained().state_dict()
+    return {"target": saved(folder / "adapter.pt", {
+        "base_model.model.conv.lora_A.weight": state["stem.0.weight"],
+        "base_model.model.bn1.weight": state["stem.1.weight"], "base_model.model.bn1.bias": state["stem.1.bias"],
+    })}  # fmt: skip
+
+
 def bn601(_: Any) -> dict:
     return {"target": trained(), "batch_size": 4, "world_size": 8}
 
@@ -471,7 +479,8 @@ FAULTS = {
     "BN204": bn204, "BN205": bn205, "BN206": bn206, "BN207": bn207, "BN208": bn208, "BN209": bn209, "BN210": bn210,
     "BN211": bn211, "BN212": bn212, "BN213": bn213, "BN301": bn301, "BN302": bn302, "BN303": bn303, "BN304": bn304,
     "BN401": bn401, "BN402": bn402, "BN501": bn501, "BN502": bn502, "BN503": bn503, "BN504": bn504, "BN505": bn505,
-    "BN506": bn506, "BN507": bn507, "BN508": bn508, "BN509": bn509, "BN601": bn601, "BN602": bn602, "BN603": bn603,
+    "BN506": bn506, "BN507": bn507, "BN508": bn508, "BN509": bn509, "BN510": bn510, "BN601": bn601,
+    "BN602": bn602, "BN603": bn603,
 }  # fmt: skip
 
 

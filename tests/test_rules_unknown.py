@@ -75,6 +75,7 @@ BLIND = {
     "BN506": [(with_run("companions"), "it raised"), (FULL, "alone")],
     "BN507": [(FULL, "a file")],
     "BN508": [(replace(FULL, reference=OtherVersion("r", stored={"other": STORED})), "name")],
+    "BN510": [(FULL, "a file")],
     "BN601": [(replace(FULL, structure=None), "a model")],
     "BN602": [(UNTOLD, "its settings cannot be read")],
     "BN603": [(replace(FULL, structure=None), "a model")],

@@ -25,6 +25,7 @@ from batchnorm.checkpoint.file_tensors import Tensor, first_bytes, numbers
 from batchnorm.checkpoint.formats import other_files
 from batchnorm.checkpoint.formats.checked_records import Source
 from batchnorm.checkpoint.identical_parts import statistics_of
+from batchnorm.checkpoint.left_out_statistics import is_adapter, without_statistics
 from batchnorm.checkpoint.pickled.allowed_names import VERSIONS
 from batchnorm.checkpoint.pickled.name import in_words
 from batchnorm.checkpoint.pickled.unknown_classes import (
@@ -102,6 +103,8 @@ def _file(
         prefix="".join(f"{word}." for word in own.prefix),
         names=tuple(_names(tensors, copies or [own], layers)),
         keys={name: layer.place for name, layer in own.layers.items()},
+        without_statistics=without_statistics(tensors),
+        is_adapter=is_adapter(entry.key for entry in tensors),
         unread=left,
         is_plain=kind != "pickle" and not left and not has_objects(saved) and not any(map(_is_array, tensors)),
         is_whole=any(is_of_module(saved, layer.path) for layer in layers),

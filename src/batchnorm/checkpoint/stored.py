@@ -129,6 +129,10 @@ class Checkpoint:
     # data["state_dict"]["module.bn1.running_mean"], a layer at ("",) at data["running_mean"]; for ONNX, the names of
     # the node's tensors
     keys: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    # layers whose names say batch norm and that have gamma and beta but no statistics: path in the file, channels
+    without_statistics: Mapping[str, int] = field(default_factory=dict)
+    # whether names of tensors are those of an adapter (PEFT, LoRA), which belongs to another model's file
+    is_adapter: bool = False
     # classes of objects that were not read, such as argparse.Namespace
     unread: tuple[str, ...] = ()
     # whether the file has only tensors and plain values, so that torch.load(weights_only=True) accepts it

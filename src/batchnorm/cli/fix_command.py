@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from batchnorm.rules.finding import Finding
 
 # rules whose faults show in a file, but not in a model that was loaded from it
-_OF_FILES = {"BN108", "BN112", "BN115", "BN507"}
+_OF_FILES = {"BN108", "BN112", "BN115", "BN507", "BN510"}
 _WITHOUT_CHECKPOINT = "a model without --weights", "Give --weights FILE, or leave --in-place out"
 
 
@@ -42,6 +42,7 @@ _WITHOUT_CHECKPOINT = "a model without --weights", "Give --weights FILE, or leav
 @click.argument("target")
 @click.option("--weights", metavar="FILE", help="Checkpoint to load into the model, and to mend.")
 @click.option("--state", default="", metavar="PATH", help="Only this state of the checkpoint.  [default: all]")
+@click.option("--base", metavar="FILE", help="Only copy missing statistics from this file, the base of an adapter.")
 @click.option("--data", metavar="ADDRESS", help="Training data to measure statistics on: data.py:train_loader.")
 @click.option(
     "--unsafe-fixes", "unsafe", is_flag=True, help="Also apply fixes that need no data but change eval outputs."
@@ -58,28 +59,69 @@ _WITHOUT_CHECKPOINT = "a model without --weights", "Give --weights FILE, or leav
 def fix(
     target: str, weights: str | None, data: str | None, unsafe: bool, diff: bool, in_place: bool, force: bool,
     output: Path | None, given: tuple[str, ...], select: tuple[str, ...], ignore: tuple[str, ...], state: str,
+    base: str | None,
 ) -> None:  # fmt: skip
     """Write a copy of TARGET in which the findings of doctor are mended.
 
     TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model. For a model, a copy of the
     file of --weights is written, or without --weights the model's state dict. Without further options, only fixes are
     applied that leave eval outputs as they are. With a model and --data, statistics are measured again. Every state of
-    the checkpoint is mended, averaged copies too: if TARGET is a model, each state is loaded into it.
+    the checkpoint is mended, averaged copies too: if TARGET is a model, each state is loaded into it. With --base, statistics that TARGET lacks are copied from another file, and nothing else changes.
 
     Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 the command could not run.
     """
-    refuse_empty({"--weights": weights, "--data": data})
+    refuse_empty({"--weights": weights, "--data": data, "--base": base})
     chosen = options.selection(select, ignore, settings())
     asked = FixOptions(ModelAddress(target, weights, state, given), data, chosen, unsafe)
     if not asked.model.is_code:
         addresses.refuse_code(target)
         refuse_with_file(target, ("--weights", "--data", "--set"))
     place = _place(target, asked.source, output, in_place=in_place, force=force or diff)
+    if base is not None:
+        _refuse_with_base(asked)
+        sys.exit(_fill(target, base, place, diff=diff))
     outcome, write = (_model if asked.model.is_code else _file)(asked)
     if not diff and not outcome.is_empty:
         write(place)
     _tell(outcome, place, diff=diff, again=_examination(asked, place))
     sys.exit(1 if outcome.has_error else 0)
+
+
+def _refuse_with_base(asked: FixOptions) -> None:
+    if asked.model.is_code:
+        raise ValueError(
+            f"--base needs a file to fill, got the model {asked.model.address}. Give the file in place of the model: "
+            "batchnorm fix FILE --base BASE"
+        )
+    for name, value in (("--state", asked.model.state), ("--unsafe-fixes", asked.unsafe)):
+        if value:
+            raise ValueError(f"--base only copies missing statistics, got {name} as well. Run fix again for the rest.")
+
+
+def _fill(target: str, base: str, place: Path, *, diff: bool) -> int:
+    """Write the file with the base's statistics; the exit code."""
+    from batchnorm.doctor.mending import filled_checkpoint
+    from batchnorm.doctor.mending import outcome as words
+    from batchnorm.rules.phrases import listed
+
+    filling = filled_checkpoint.plan(target, base)
+    lines = [f"{target}: no statistics are missing"] if not filling.layers and not filling.absent else []
+    if filling.layers:
+        if filling.file.format == "pt":
+            require_torch("a file of torch.save")
+        if not diff:
+            filled_checkpoint.write(filling, place)
+        count = len(filling.layers)
+        lines += [
+            f"{target}: {'would fill' if diff else 'filled'} {count} layer{'s' * (count != 1)} with the statistics of "
+            f"{base}: {listed(filling.names)}",
+            "if they changed in training, measure them again: batchnorm.recalibrate(model, loader)",
+            f"would write {place} (--diff: nothing written)" if diff else f"wrote {place}",
+        ]
+    if filling.absent:
+        lines.append(f"not filled, since {base} has no statistics of such layers: {listed(filling.absent)}")
+    show(words.wrapped(lines, columns()))
+    return 1 if filling.absent else 0
 
 
 @final

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from batchnorm.rules.finding import Finding, Unknown
-from batchnorm.rules.phrases import listed
+from batchnorm.rules.phrases import fill_from_base, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -258,6 +258,44 @@ def wrapper_prefix(evidence: Evidence) -> Iterator[Finding]:
             f"every name begins with {prefix!r}",
             remedy=f'torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "{prefix}")',
         )
+
+
+def statistics_left_out(evidence: Evidence) -> Iterator[Finding | Unknown]:
+    """A file has gamma and beta of layers, but not their statistics.
+
+    Why:
+        A file of parameters alone (model.named_parameters(), "only what is trained", an adapter of PEFT or LoRA) has no
+        buffers. Loaded into a new model, gamma and beta meet mean 0 and variance 1; loaded into the base model, they
+        meet the base's statistics, although train mode has updated them since.
+
+    How:
+        A module of the file has a weight and a bias of one axis and equal length, no running_mean, running_var or
+        num_batches_tracked, and a name that says batch norm: bn1, batch_norm, BatchNorm_0. Layers with other names,
+        such as downsample.1, cannot be told from other normalizations. An adapter without such a module is not judged:
+        only its base shows which layers there are.
+
+    Example:
+        torch.save(dict(model.named_parameters()), "model.pt")
+
+    Fix:
+        batchnorm fix FILE --base BASE copies the statistics of the base model's file. If they changed in training, save
+        model.state_dict(), or measure them again. Ignore this finding if the layers have track_running_stats=False.
+
+    References:
+        peft#1732, peft PR 3481.
+    """
+    file = evidence.file
+    if file is None:
+        return
+    if layers := file.without_statistics:
+        what = "an adapter" if file.is_adapter else "the file"
+        yield Finding(
+            "",
+            f"{what} has gamma and beta, but no statistics, of {listed(layers)}",
+            remedy=fill_from_base(evidence),
+        )
+    elif file.is_adapter and not evidence.stored:
+        yield Unknown("", "an adapter's file does not show the base model's layers")
 
 
 def reference_statistics(evidence: Evidence) -> Iterator[Finding | Unknown]:

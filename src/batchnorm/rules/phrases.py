@@ -89,6 +89,13 @@ def count_calls(evidence: Evidence) -> str:
     return f"batchnorm doctor model.py:make_model --weights {_target(evidence)} --data data.py:loader"
 
 
+def fill_from_base(evidence: Evidence) -> str:
+    """The command that copies statistics from the base model's file; advice for a file that ``fix`` cannot write."""
+    if is_written(evidence):
+        return CommandLine("batchnorm fix", _target(evidence), "--base BASE")
+    return "save model.state_dict(), which has the buffers too"
+
+
 def _is_known(evidence: Evidence) -> bool:
     return evidence.modules is None or ":" in evidence.target
 

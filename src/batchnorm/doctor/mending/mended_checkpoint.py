@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 from batchnorm import checkpoint
 from batchnorm.checkpoint import Checkpoint, Stored
@@ -27,6 +27,7 @@ from batchnorm.rules.bn1_stored_statistics import HALF
 from batchnorm.rules.finding import Finding
 from batchnorm.rules.rule_evidence import Evidence
 
+Writer = Callable[[Path, BinaryIO, Sequence[Edit], Mapping[Keys, str]], None]
 _READERS = {"pt": torch_zip.read, "legacy": torch_legacy.read, "safetensors": safetensors_file.read}
 # what DataParallel, DistributedDataParallel, torch.compile and DeepSpeed put in front of every name
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
@@ -72,7 +73,7 @@ def plan(
         ValueError: As ``checkpoint.read``; or if the file is an ONNX model or a plain pickle, or lacks the state or a
             layer of ``live``.
     """
-    file = _mendable(path)
+    file = mendable(path)
     if state:
         file, state = with_state(file, state)
     model_eps = eps or {}
@@ -84,7 +85,7 @@ def plan(
     )
     changes |= _of_models(file, found, live or {})
     wraps = not state and any(finding.code == "BN507" for finding in found)
-    prefixes = _prefixes(*_structure(Path(file.path))) if wraps else {}
+    prefixes = _prefixes(*structure(Path(file.path))) if wraps else {}
     after = _with_layers(file, lambda name, stored: changes[name].after if name in changes else stored)
     after = replace(after, prefix=_without_wrappers(file.prefix) if prefixes else file.prefix)
     return MendingPlan(
@@ -98,7 +99,8 @@ _UNMENDABLE = {
 }
 
 
-def _mendable(path: str | os.PathLike[str]) -> Checkpoint:
+def mendable(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at a path; a ValueError if ``fix`` cannot write files of its format."""
     file = checkpoint.read(path)
     if file.format in _UNMENDABLE:
         kind, remedy = _UNMENDABLE[file.format]
@@ -131,15 +133,20 @@ def write(plan: MendingPlan, output: Path) -> None:
         ModuleNotFoundError: If the file is one of torch.save, and torch is not installed.
     """
     source = Path(plan.file.path)
-    if plan.file.format == "safetensors":
+    edits = list(_edits(plan, *structure(source)))
+    with replacing(output, like=source) as file:
+        writer_of(plan.file)(source, file, edits, plan.prefixes)
+        file.flush()
+        _verify(plan, file.name)
+
+
+def writer_of(file: Checkpoint) -> Writer:
+    """The function that writes a copy of a file with edits and without prefixes of names."""
+    if file.format == "safetensors":
         from batchnorm.doctor.mending import safetensors_files as files
     else:
         from batchnorm.doctor.mending import torch_files as files
-    edits = list(_edits(plan, *_structure(source)))
-    with replacing(output, like=source) as file:
-        files.write(source, file, edits, plan.prefixes)
-        file.flush()
-        _verify(plan, file.name)
+    return files.write
 
 
 def _verify(plan: MendingPlan, written: str) -> None:
@@ -191,7 +198,7 @@ def _joined(change: Change | None, live: Change, stored: Stored) -> Change:
     )
 
 
-def _structure(path: Path) -> tuple[list[Copy], list[Entry]]:
+def structure(path: Path) -> tuple[list[Copy], list[Entry]]:
     """The copies of the model in a file, with the keys of their layers; and all tensors of the file."""
     with path.open("rb") as file:
         kind = detection.of(file)

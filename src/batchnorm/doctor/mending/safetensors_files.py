@@ -84,7 +84,8 @@ def _layout(
         if edit.values is None and entry and math.prod(entry["shape"]) != 1:
             entry["shape"] = []  # a counter is one number
     new = [name for name in fresh if name not in header]
-    entries |= {name: {"dtype": dtypes[name], "shape": [], "data_offsets": [sys.maxsize] * 2} for name in new}
+    shapes = {edit.name: [] if edit.values is None else [len(edit.values)] for edit in edits}
+    entries |= {name: {"dtype": dtypes[name], "shape": shapes[name], "data_offsets": [sys.maxsize] * 2} for name in new}
     order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
     if any(name not in header or sizes[name] != _size(header[name]) for name in fresh):
         order.sort(key=lambda name: -_item(entries[name], sizes.get(name)))

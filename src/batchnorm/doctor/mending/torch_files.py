@@ -56,7 +56,7 @@ def write(source: Path, file: BinaryIO, edits: Sequence[Edit], prefixes: Mapping
         container, name = places[key]
         container[name] = container[name].clone()
     for edit in edits:
-        _apply(edit, places, new_tensors)
+        _apply(edit, saved, places, new_tensors)
     for path, prefix in prefixes.items():
         _take_off(_at(saved, path), prefix)
     torch.save(saved, file, _use_new_zipfile_serialization=zipfile.is_zipfile(source))
@@ -101,9 +101,13 @@ def _is_same(a: Edit | None, b: Edit | None) -> bool:
     return a.values is b.values or repr(a.values) == repr(b.values)
 
 
-def _apply(edit: Edit, places: dict[Keys, Place], new_tensors: dict[int, Tensor]) -> None:
+def _apply(edit: Edit, saved: Any, places: dict[Keys, Place], new_tensors: dict[int, Tensor]) -> None:
     if edit.values is None:
-        _count(edit, places)
+        _count(edit, saved, places)
+        return
+    if edit.key not in places:
+        new = torch.tensor(edit.values, dtype=torch.float64).to(getattr(torch, edit.dtype))
+        _insert(_at(saved, edit.key[:-1]), edit.key[-1], new)
         return
     container, key = places[edit.key]
     old = container[key]
@@ -113,9 +117,8 @@ def _apply(edit: Edit, places: dict[Keys, Place], new_tensors: dict[int, Tensor]
         container[key] = new_tensors[id(old)]
 
 
-def _count(edit: Edit, places: dict[Keys, Place]) -> None:
+def _count(edit: Edit, saved: Any, places: dict[Keys, Place]) -> None:
     """Set a counter; in place if it is a tensor of one number, so that tensors that share its memory change too."""
-    path, name = edit.key[:-1], edit.key[-1]
     kind = getattr(torch, edit.dtype)
     if edit.key in places:
         container, key = places[edit.key]
@@ -124,8 +127,7 @@ def _count(edit: Edit, places: dict[Keys, Place]) -> None:
         else:
             container[key] = torch.tensor(edit.count, dtype=kind)
     else:
-        neighbour = next(other for other in places if other[:-1] == path and _module(other[-1]) == _module(name))
-        _insert(places[neighbour][0], name, torch.tensor(edit.count, dtype=kind))
+        _insert(_at(saved, edit.key[:-1]), edit.key[-1], torch.tensor(edit.count, dtype=kind))
 
 
 def _module(name: object) -> str:
@@ -133,12 +135,12 @@ def _module(name: object) -> str:
 
 
 def _insert(container: dict, name: Any, tensor: Tensor) -> None:
-    """Put a tensor under its name: in its old place, or after the last tensor of the layer, as torch does."""
+    """Put a tensor under its name: in its old place, or after the last tensor of the layer as torch does; else last."""
     if name in container:
         container[name] = tensor
         return
     items = list(container.items())
-    last = max(i for i, (key, _) in enumerate(items) if _module(key) == _module(name))
+    last = max((i for i, (key, _) in enumerate(items) if _module(key) == _module(name)), default=len(items) - 1)
     container.clear()
     container.update([*items[: last + 1], (name, tensor), *items[last + 1 :]])
 
