@@ -12,14 +12,16 @@ the batch, and each further setting changes one step:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.kernels import ChannelStatistics, Layer, Sample
+from batchnorm.kernels import ChannelStatistics, Layer, Sample, reference
 from batchnorm.layer_checks import about_eps, about_few_counts
 from batchnorm.padded_batches import least_count
+from batchnorm.recomputation import first_values
 
 
 def normalized(
@@ -37,6 +39,8 @@ def normalized(
     """
     least = least_count(x, sample) if layer.training or stored is None else None
     if stored is not None and not (layer.training and not layer._is_alone(least)):
+        if layer.training:
+            stored = first_stored(layer, reference.measure_counted(x.detach(), sample.counts(x))[0], stored)
         return kernels.normalize_sample(x, sample, stored, parameters, residual)
     if not layer.eps > 0 or (least is not None and not least > 1):
         raise ValueError(about_few_counts(layer, x, least) if layer.eps > 0 else about_eps(layer.eps))
@@ -45,3 +49,8 @@ def normalized(
     if running is not None:
         kernels.store(running, measured)
     return y
+
+
+def first_stored(layer: Any, moments: Sequence[Tensor], stored: ChannelStatistics) -> ChannelStatistics:
+    """The stored statistics by which a batch in train mode is normalized: in a repeated forward those of the first."""
+    return ChannelStatistics(*first_values(layer, moments, lambda: stored))

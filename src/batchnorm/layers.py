@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import batch_statistics, kernels
 from batchnorm.argument_types import require_type
 from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
+from batchnorm.kernels.recomputation import is_repeated
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.kernels.shapes import values_per_channel
 from batchnorm.layer_checks import (
@@ -92,7 +93,8 @@ class _Layer(LayerSettings, _BatchNorm):
         """Normalize the input, add the residual and apply ``act``; the result has the input's memory format.
 
         In train mode, and if no statistics are stored, the batch is normalized by its own statistics; otherwise by the
-        stored statistics. Train mode also moves these towards those of the batch, unless the batch is empty.
+        stored statistics. Train mode also moves these towards those of the batch, unless the batch is empty or the call
+        repeats an earlier one inside a backward pass, as activation checkpointing does.
 
         Padding, as ``mask`` or ``lengths`` show it, is neither read nor counted: it may be NaN. Its results, after the
         residual and the activation, and its gradients are 0. With ``padding="keep"`` it is normalized like all other
@@ -132,6 +134,8 @@ class _Layer(LayerSettings, _BatchNorm):
         if sample is not None or self._is_composed:
             return batch_statistics.normalized(self, input, sample or Sample(), layer, residual, stored)
         if stored is not None and not self._measures(input):
+            if self.training:
+                stored = batch_statistics.first_stored(self, (input,), stored)
             return kernels.normalize(input, stored, layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
@@ -140,8 +144,8 @@ class _Layer(LayerSettings, _BatchNorm):
         return kernels.train(input, layer, residual, running, save=self._memory is not None)
 
     def _running(self, mean: Tensor | None, var: Tensor | None) -> Running | None:
-        """The stored ``mean`` and ``var`` if a batch in train mode moves them; None if it moves nothing."""
-        if mean is None or var is None or not (self.training and self.track_running_stats):
+        """The stored ``mean`` and ``var`` if a batch moves them; None in eval mode and inside a backward pass."""
+        if mean is None or var is None or not (self.training and self.track_running_stats) or is_repeated():
             return None
         return Running(mean, var, *self._counters(), self.momentum)
 

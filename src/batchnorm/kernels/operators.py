@@ -8,7 +8,8 @@ gradient, so running statistics have operators of their own. ``moved_running`` c
 caller copies. ``update_running`` changes them in place, for torch.func.grad, vjp and jvp: inside these nothing can be
 copied into a tensor that is no argument of the transformed function. But ``torch.func.functionalize`` refuses an
 operator that mutates its arguments, and so does ``draft_export`` after a batch that moved nothing. Under
-``torch.func.vmap`` the models of an ensemble become additional channels of one call.
+``torch.func.vmap`` the models of an ensemble become additional channels of one call. Inside a backward pass both leave
+running statistics as they are: there a forward is repeated (``recomputation``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from batchnorm.kernels import choice, reference
 from batchnorm.kernels.activations import sign_shows
 from batchnorm.kernels.choice import kernel_for
 from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Gradients, Group, Layer
+from batchnorm.kernels.recomputation import is_repeated
 from batchnorm.kernels.running_statistics import Running
 
 # for each argument, the axis of the models; None if the argument is shared
@@ -301,12 +303,14 @@ train_backward.register_vmap(_in_one_call(train_backward))
 def _moved(*flat: Flat) -> tuple[Tensor, ...]:
     running, statistics, count = _of_update(*flat)
     mean, var, batches, skipped = stored = tuple(t.clone() for t in running[:4])
-    choice.update_running(Running(mean, var, batches, skipped, running.momentum), statistics, count)
+    if not is_repeated():
+        choice.update_running(Running(mean, var, batches, skipped, running.momentum), statistics, count)
     return stored
 
 
 def _update(*flat: Flat) -> None:
-    choice.update_running(*_of_update(*flat))
+    if not is_repeated():
+        choice.update_running(*_of_update(*flat))
 
 
 moved_running = torch.library.custom_op("batchnorm::moved_running", _moved, mutates_args=(), schema=_MOVED)
