@@ -341,6 +341,7 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "probe": (lambda it: bn.probe(it, batches()[0]), ("model",)),
     "replace": (lambda it: bn.replace(it, lambda path, layer: None), ("model",)),
     "revert": (bn.revert, ("model",)),
+    "step": (lambda it: entered(bn.step(it)), ("model",)),
     "to_group_norm": (bn.to_group_norm, ("model",)),
     "treat": (bn.treat, ("model",)),
     "unfold": (bn.unfold, ("model",)),
@@ -447,7 +448,7 @@ NOT_CALLED = {"__version__", "tune_allocator"}  # which take nothing
 
 def test_the_tables_name_every_public_name():
     assert set(FIRST) == set(bn.__all__) - NOT_CALLED
-    one_argument = {"DomainBank", "find", "preserve_state", "unfreeze"}
+    one_argument = {"DomainBank", "find", "preserve_state", "step", "unfreeze"}
     assert {name.partition(",")[0] for name in SECOND} - {"calibrate"} == set(FIRST) - one_argument
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from batchnorm.inputs import InputNorm
     from batchnorm.instruments import probe, watch
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from batchnorm.micro_batches import step
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
     from batchnorm.shift import ShiftMonitor
@@ -54,6 +55,7 @@ __all__ = [
     "recalibrate",
     "replace",
     "revert",
+    "step",
     "to_group_norm",
     "treat",
     "tune_allocator",
@@ -70,6 +72,7 @@ _NAMES = {
     "inputs": ("InputNorm",),
     "instruments": ("probe", "watch"),
     "layers": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
+    "micro_batches": ("step",),
     "moments": ("Moments",),
     "padded_models": ("padding",),
     "population": ("freeze", "frozen", "preserve_state", "recalibrate", "unfreeze"),

@@ -12,16 +12,35 @@ the batch, and each further setting changes one step:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.kernels import ChannelStatistics, Layer, Sample, reference
+from batchnorm.kernels import ChannelStatistics, Layer, Measured, Running, Sample, reference
 from batchnorm.layer_checks import about_eps, about_few_counts
 from batchnorm.padded_batches import least_count
 from batchnorm.recomputation import first_values
+
+
+class Step(Protocol):
+    """Batches of a layer whose statistics are stored once, at the end of a block; set as ``layer._step``.
+
+    Attributes:
+        is_joined: Whether a batch is normalized by the moments of all of them, so that it may have one value or none.
+    """
+
+    is_joined: bool
+
+    def train(
+        self, x: Tensor, sample: Sample, layer: Layer, residual: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Measured]:
+        """As ``kernels.train_sample``."""
+        ...
+
+    def store(self, running: Running, measured: Measured) -> None:
+        """As ``kernels.store``, once the block ends."""
+        ...
 
 
 def normalized(
@@ -37,20 +56,35 @@ def normalized(
         residual: Added before the activation.
         stored: The layer's stored statistics; None without any.
     """
-    least = least_count(x, sample) if layer.training or stored is None else None
+    step = layer._step
+    is_counted = (layer.training or stored is None) and not (step is not None and step.is_joined)
+    least = least_count(x, sample) if is_counted else None
     if stored is not None and not (layer.training and not layer._is_alone(least)):
         if layer.training:
-            stored = first_stored(layer, reference.measure_counted(x.detach(), sample.counts(x))[0], stored)
+            stored = stored_for_one(layer, x, sample, stored)
         return kernels.normalize_sample(x, sample, stored, parameters, residual)
-    if not layer.eps > 0 or (least is not None and not least > 1):
+    if not layer.eps > 0 or (least is not None and not least > 1 and x.numel()):
         raise ValueError(about_few_counts(layer, x, least) if layer.eps > 0 else about_eps(layer.eps))
-    y, measured = kernels.train_sample(x, sample, parameters, residual)
-    running = None if stored is None else layer._running(*stored)
-    if running is not None:
-        kernels.store(running, measured)
+    train = kernels.train_sample if step is None else step.train
+    y, measured = train(x, sample, parameters, residual)
+    if x.numel():
+        _store(layer, stored, measured)
     return y
 
 
-def first_stored(layer: Any, moments: Sequence[Tensor], stored: ChannelStatistics) -> ChannelStatistics:
-    """The stored statistics by which a batch in train mode is normalized: in a repeated forward those of the first."""
-    return ChannelStatistics(*first_values(layer, moments, lambda: stored))
+def stored_for_one(layer: Any, x: Tensor, sample: Sample, stored: ChannelStatistics) -> ChannelStatistics:
+    """The stored statistics that normalize one value per channel in train mode: in a repetition, those of the first.
+
+    The value does not move them, but counts in the moments of a step.
+    """
+    measured = Measured(*reference.measure_counted(x.detach(), sample.counts(x)))
+    if layer._step is not None:
+        _store(layer, stored, measured)
+    return ChannelStatistics(*first_values(layer, measured.statistics, lambda: stored))
+
+
+def _store(layer: Any, stored: ChannelStatistics | None, measured: Measured) -> None:
+    """Move a layer's stored statistics, or let a step keep the moments until it ends."""
+    running = None if stored is None else layer._running(*stored)
+    if running is not None:
+        (kernels.store if layer._step is None else layer._step.store)(running, measured)

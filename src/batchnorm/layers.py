@@ -75,6 +75,8 @@ class _Layer(LayerSettings, _BatchNorm):
     # a plain attribute: a buffer would be a sixth key of the state_dict
     _skipped: Tensor | None = None
     _reported: int = 0
+    # inside a block of ``micro_batches``: what happens to the batches of a step
+    _step: batch_statistics.Step | None = None
 
     @property
     def skipped_updates(self) -> int:
@@ -131,11 +133,11 @@ class _Layer(LayerSettings, _BatchNorm):
             keep = self._padding == "keep"
             sample = sample_of(type(self).__name__, input, mask, lengths, length_axis, weight, keep=keep)
         stored = None if mean is None or var is None else ChannelStatistics(mean, var)
-        if sample is not None or self._is_composed:
+        if sample is not None or self._is_composed or self._step is not None:
             return batch_statistics.normalized(self, input, sample or Sample(), layer, residual, stored)
         if stored is not None and not self._measures(input):
             if self.training:
-                stored = batch_statistics.first_stored(self, (input,), stored)
+                stored = batch_statistics.stored_for_one(self, input, Sample(), stored)
             return kernels.normalize(input, stored, layer, residual)
         count = values_per_channel(input)
         if count == 1 or not self.eps > 0:
@@ -325,6 +327,18 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Every batch norm layer of a model by its dotted path: ours, torch.nn's and SyncBatchNorm."""
     require_type(model, nn.Module, "a model must be an nn.Module", "Pass the model itself.")
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def require_ours(model: nn.Module, who: str) -> dict[str, _Layer]:
+    """The layers of this package in a model, by path; ``who`` begins the error if there are none, or others too."""
+    layers = batch_norms(model)
+    others = [f"{type(layer).__name__} at {path!r}" for path, layer in layers.items() if not isinstance(layer, _Layer)]
+    if others or not layers:
+        found = others[0] if others else "no batch norm layer"
+        raise ValueError(
+            f"{who} needs layers of this package, got {found}. Convert the model: batchnorm.convert(model)."
+        )
+    return {path: layer for path, layer in layers.items() if isinstance(layer, _Layer)}
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_callable, require_module
 from batchnorm.call_types import Arguments, Keywords
-from batchnorm.layers import LAYERS, batch_norms, input_of
+from batchnorm.layers import LAYERS, input_of, require_ours
 from batchnorm.padded_batches import valid_by_lengths
 from batchnorm.population.hooks import attached
 
@@ -68,7 +68,7 @@ def padding(
     require_module(model, "padding")
     if rule is not None:
         require_callable(rule, "padding needs a function rule(module, lengths)", "Or leave it out.")
-    layers = _ours(model)
+    layers = require_ours(model, "padding").values()
     by_size = _LengthsBySize(torch.as_tensor(lengths), length_axis, rule)
 
     def handles() -> Iterator[RemovableHandle]:
@@ -138,18 +138,6 @@ class _LengthsBySize:
                 "the module that changes the size."
             )
         return self._table[size]
-
-
-def _ours(model: nn.Module) -> list[nn.Module]:
-    """The layers of this package in a model, which has no other batch norm layers."""
-    layers = batch_norms(model)
-    others = [f"{type(layer).__name__} at {path!r}" for path, layer in layers.items() if not isinstance(layer, LAYERS)]
-    if others or not layers:
-        found = others[0] if others else "no batch norm layer"
-        raise ValueError(
-            f"padding needs layers of this package, got {found}. Convert the model: batchnorm.convert(model)."
-        )
-    return list(layers.values())
 
 
 def _by_formula(module: Any, lengths: Tensor, axis: int) -> Tensor | None:

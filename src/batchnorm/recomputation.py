@@ -88,7 +88,8 @@ def _repeated(
         return first.values
     warn(
         f"{type(layer).__name__} is computed again in a backward pass, and none of its latest "
-        f"{_MOST_FORWARDS} forwards had this batch: the result depends on stored statistics that may have moved since, so gradients may be wrong. "
+        f"{_MOST_FORWARDS} forwards had this batch: the result depends on stored statistics that may have moved since, "
+        "so gradients may be wrong. "
         "Call backward() after fewer forwards, and keep preserve_rng_state=True.",
         RuntimeWarning,
         stacklevel=3,

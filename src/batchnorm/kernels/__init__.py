@@ -37,6 +37,7 @@ __all__ = [
     "train",
     "train_backward",
     "train_forward",
+    "train_measured",
     "train_sample",
     "update_running",
 ]
@@ -66,6 +67,21 @@ def train(
             running = running._replace(skipped=torch.zeros_like(running.batches))
         update_running(running, ChannelStatistics(*(t.detach() for t in statistics)), values_per_channel(x))
     return y
+
+
+def train_measured(
+    x: Tensor, layer: Layer, residual: Tensor | None = None, *, save: bool = False
+) -> tuple[Tensor, Measured]:
+    """As ``train`` without running statistics, and the batch's moments, as constants; the input is read as often."""
+    if not is_plain(x, residual, layer.weight, layer.bias):
+        check_layout(x)
+        y, statistics = _watched_forward(x, layer, residual, moves=False)
+    elif is_torchs(x):
+        y, statistics = torch_batch_norm.train_measured(x, layer, residual)
+    else:
+        y, statistics = autograd_node.train_measured(x, layer, residual, None, save=save)
+    count = x.new_full((), values_per_channel(x), dtype=reference.exact_dtype(x.device))
+    return y, Measured(statistics, count).detached()
 
 
 def _watched_forward(
@@ -123,6 +139,8 @@ def normalize_sample(
     x: Tensor, sample: Sample, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None
 ) -> Tensor:
     """As ``normalize``; padding is 0 in the result and in gradients."""
+    if sample.is_whole:
+        return normalize(x, statistics, layer, residual)
     check_layout(x)
     return samples.normalize(x, sample, statistics, layer, residual)
 

@@ -29,14 +29,21 @@ Step = tuple[Layer, Running | None, bool]
 
 def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | None, *, save: bool) -> Tensor:
     """As kernels.train. With ``save``, y is written over x if x can be recovered; otherwise y can be computed again."""
+    return train_measured(x, layer, residual, running, save=save)[0]
+
+
+def train_measured(
+    x: Tensor, layer: Layer, residual: Tensor | None, running: Running | None, *, save: bool
+) -> tuple[Tensor, ChannelStatistics]:
+    """As ``train``, and the batch's statistics."""
     inplace = save and _is_invertible(x, layer, residual)
     step = layer, running, inplace
     if not _tracked(x, layer.weight, layer.bias, residual):
-        return _forward(x, residual, step)[0]
+        return _forward(x, residual, step)
     y = _Train.apply(x, layer.weight, layer.bias, residual, step)
     if save and not inplace and (residual is None or not sign_shows(layer.act, layer.param)):  # else backward keeps y
         memory.remember(y, _recipe(ForwardPass(x, y.grad_fn.statistics, layer, residual)))
-    return y
+    return y, y.grad_fn.statistics
 
 
 def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None) -> Tensor:

@@ -20,15 +20,30 @@ from batchnorm.kernels.shapes import values_per_channel
 
 def train(x: Tensor, layer: Layer, residual: Tensor | None, running: Running | None) -> Tensor:
     """As kernels.train, for a batch of at least 2 values per channel."""
+    y, mean, var = _batch_norm(x, layer)
+    if running is not None:
+        update_running(running, _biased(x, mean, var), values_per_channel(x))
+    return _activated(y, layer, residual)
+
+
+def train_measured(x: Tensor, layer: Layer, residual: Tensor | None) -> tuple[Tensor, ChannelStatistics]:
+    """As ``train``, and the batch's statistics."""
+    y, mean, var = _batch_norm(x, layer)
+    return _activated(y, layer, residual), _biased(x, mean, var)
+
+
+def _batch_norm(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch normalized, its mean and its unbiased variance."""
     wide = wide_dtype(x.dtype)
     mean, var = (x.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
     affine = (_cast(t, wide) for t in (layer.weight, layer.bias))
     y = F.batch_norm(x, mean, var, *affine, training=True, momentum=1.0, eps=layer.eps)
-    if running is not None:
-        count, exact = values_per_channel(x), exact_dtype(x.device)
-        biased = var.to(exact) * ((count - 1) / count)
-        update_running(running, ChannelStatistics(mean.to(exact), biased), count)
-    return _activated(y, layer, residual)
+    return y, mean, var
+
+
+def _biased(x: Tensor, mean: Tensor, var: Tensor) -> ChannelStatistics:
+    count, exact = values_per_channel(x), exact_dtype(x.device)
+    return ChannelStatistics(mean.to(exact), var.to(exact) * ((count - 1) / count))
 
 
 def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None = None) -> Tensor:
