@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.argument_types import require_number, require_whole_number
+from batchnorm.channel_axis import axis_of, shape_as_given
 
 STATISTICS = ("running_mean", "running_var")
 # the input shapes of each layer, by their number of axes
@@ -42,14 +43,15 @@ def promoted(layer: _BatchNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Te
 
 
 def about_a_single_value(layer: _BatchNorm, x: Tensor) -> str:
-    """The text of the error for a batch with one value per channel."""
+    """The text of the error for a batch ``x``, (N, C, ...), with one value per channel."""
+    shape = shape_as_given(layer, x)
     advice = "or construct the layer with track_running_stats=True and call eval()."
     if layer.running_mean is not None:
         advice = "call eval(), or construct the layer with single_element='population'."
     return (
-        f"{type(layer).__name__} needs more than 1 value per channel, got shape {tuple(x.shape)}: one value "
+        f"{type(layer).__name__} needs more than 1 value per channel, got shape {tuple(shape)}: one value "
         f"has no variance. Use drop_last=True in the loader, {advice} In torch.nn's words: Expected more than 1 "
-        f"value per channel when training, got input size {x.shape}"
+        f"value per channel when training, got input size {shape}"
     )
 
 
@@ -76,7 +78,7 @@ def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
     if x.ndim not in shapes:
-        layouts = " or ".join(shapes.values())
+        layouts = " or ".join(_layout(layer, text) for text in shapes.values())
         sizes = " or ".join(f"{ndim}D" for ndim in shapes)
         raise ValueError(
             f"{name} needs {layouts}, got {tuple(x.shape)}. {_layer_for(x.ndim)} In torch.nn's words: expected "
@@ -86,13 +88,25 @@ def refuse(layer: _BatchNorm, shapes: Mapping[int, str], x: object) -> None:
         fix = "Call x.dequantize() first" if x.is_quantized else "Call x.float() first"
         fix = "Normalize x.real and x.imag separately" if x.is_complex() else fix
         raise TypeError(f"{name} needs a floating-point input, got {x.dtype}. {fix}.")
-    last = x.shape[-1] == layer.num_features
-    fix = " The last axis has this size: x.movedim(-1, 1) moves it to axis 1." if last else ""
+    axis = axis_of(layer)
+    fix = _other_axis(-axis) if x.shape[-axis] == layer.num_features else ""
     stored = next((name for name in (*STATISTICS, "weight") if getattr(layer, name) is not None), "input")
     raise ValueError(
-        f"{stored} should contain {x.shape[1]} elements not {layer.num_features}: {name}({layer.num_features}) needs "
-        f"{layer.num_features} channels on axis 1, got {tuple(x.shape)}.{fix}"
+        f"{stored} should contain {x.shape[axis]} elements not {layer.num_features}: {name}({layer.num_features}) "
+        f"needs {layer.num_features} channels on axis {axis}, got {tuple(x.shape)}.{fix}"
     )
+
+
+def _other_axis(axis: int) -> str:
+    """A sentence that says what to do if the size of another axis is the number of channels."""
+    if axis == 1:
+        return " Axis 1 has this size: construct the layer with axis=1."
+    return " The last axis has this size: construct the layer with axis=-1, or move it by x.movedim(-1, 1)."
+
+
+def _layout(layer: _BatchNorm, text: str) -> str:
+    """A shape of ``SHAPES``, with the channels where the layer has them: "(N, L, C)"."""
+    return text if axis_of(layer) == 1 or text == "(N, C)" else text.replace(" C,", "").replace(")", ", C)")
 
 
 def check_state(layer: _BatchNorm, x: Tensor, *state: Tensor | None) -> None:
@@ -142,6 +156,13 @@ def check_padding(padding: object) -> None:
     """
     if padding not in {"zero", "keep"}:
         raise ValueError(f"padding must be 'zero' or 'keep', got {padding!r}. Omit it for 'zero'.")
+
+
+def check_axis(axis: object) -> None:
+    """Refuse an axis of the channels that is neither 1 nor -1."""
+    require_whole_number(axis, "axis", "Leave it out for 1, or use -1 for channels on the last axis.")
+    if axis not in {1, -1}:
+        raise ValueError(f"axis must be 1 or -1, got {axis}. Move the channels to one of these: x.movedim({axis}, 1).")
 
 
 def check_single_element(policy: object) -> None:

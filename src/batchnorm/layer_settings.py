@@ -5,13 +5,13 @@ A subclass can use the names of settings for attributes of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, final
 
 from torch import Tensor, nn
 
 from batchnorm.kernels import activations
-from batchnorm.layer_checks import STATISTICS, check_memory, check_padding, check_single_element
+from batchnorm.layer_checks import STATISTICS, check_axis, check_memory, check_padding, check_single_element
 from batchnorm.ownership import claim
 
 _MODULE = "batchnorm.layers"  # where our own classes are; all others with these settings are subclasses
@@ -26,11 +26,14 @@ class SettingRule(NamedTuple):
         check: Raises for a value that does not exist.
         is_composed: Whether another value than the default changes which values a batch is normalized by, or when they
             are stored: see ``batch_statistics``.
+        effect: In which mode a layer of torch.nn, which lacks the setting, gives other results: "eval" includes train
+            mode, "train" is train mode only, "" is neither.
     """
 
     default: object
     check: Callable[[object], None]
     is_composed: bool = False
+    effect: Literal["", "train", "eval"] = ""
 
 
 # act and act_param are checked together, by ``activations``; all others are independent
@@ -38,6 +41,7 @@ RULES = {
     "memory": SettingRule(None, check_memory),
     "padding": SettingRule("zero", check_padding),
     "single_element": SettingRule("error", check_single_element),
+    "axis": SettingRule(1, check_axis, effect="eval"),
 }
 SETTINGS = {"act", "act_param", *RULES}
 
@@ -71,6 +75,7 @@ class LayerSettings(nn.Module):
     _memory: Literal["save"] | None = None
     _padding: Literal["zero", "keep"] = "zero"
     _single_element: Literal["error", "population"] = "error"
+    _axis: Literal[1, -1] = 1
     _is_composed: bool = False
 
     act: Any = Setting()
@@ -78,6 +83,7 @@ class LayerSettings(nn.Module):
     memory: Any = Setting()
     padding: Any = Setting()
     single_element: Any = Setting()
+    axis: Any = Setting()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""
@@ -138,8 +144,20 @@ class LayerSettings(nn.Module):
         parts = [] if self._act is None else [f"act={self._act!r}"]
         if activations.has_parameter(self._act):
             parts.append(f"act_param={self._act_param}")
-        values = {name: getattr(self, f"_{name}") for name in RULES}
-        return parts + [f"{name}={value!r}" for name, value in values.items() if value != RULES[name].default]
+        return parts + settings_in_use(self, RULES)
+
+
+def settings_in_use(layer: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those settings of a layer that differ from their defaults, as arguments of its class; [] for other layers."""
+    if not isinstance(layer, LayerSettings):
+        return []
+    values = {name: getattr(layer, f"_{name}") for name in names}
+    return [f"{name}={value!r}" for name, value in values.items() if value != RULES[name].default]
+
+
+def lost_in_torch(layer: nn.Module, effect: Literal["train", "eval"]) -> list[str]:
+    """The settings in use without which a layer gives other results in a mode, as arguments of its class."""
+    return settings_in_use(layer, [name for name, rule in RULES.items() if rule.effect == effect])
 
 
 def give_up(layer: nn.Module, name: str) -> None:

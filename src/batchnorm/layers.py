@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import batch_statistics, kernels
 from batchnorm.argument_types import require_type
+from batchnorm.channel_axis import channels_second
 from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
 from batchnorm.kernels.recomputation import is_repeated
 from batchnorm.kernels.reference import wide_dtype
@@ -59,11 +60,12 @@ class _Layer(LayerSettings, _BatchNorm):
         memory: Literal["save"] | None = None,
         single_element: Literal["error", "population"] = "error",
         padding: Literal["zero", "keep"] = "zero",
+        axis: Literal[1, -1] = 1,
     ) -> None:
         check_sizes(num_features, eps)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._set(memory=memory, single_element=single_element, padding=padding)
+        self._set(memory=memory, single_element=single_element, padding=padding, axis=axis)
         if not weight:
             self.register_parameter("weight", None)
         if not bias:
@@ -109,7 +111,8 @@ class _Layer(LayerSettings, _BatchNorm):
                 type of ``input + residual``, or of the input.
             mask: Bool, True = valid: (N, ...) without the channels, (N, 1, ...), or the input's shape. None: all valid.
             lengths: Number of valid positions of each example, (N,), in place of a mask.
-            length_axis: The axis along which ``lengths`` count; only an input (N, C, L) has one by default, 2.
+            length_axis: The axis along which ``lengths`` count; only an input (N, C, L) has one by default, 2, and
+                with ``axis=-1`` an input (N, L, C), 1.
             weight: How many values each value counts as in the statistics, 0 or more: (N,), or of a mask's shapes.
 
         Raises:
@@ -123,27 +126,33 @@ class _Layer(LayerSettings, _BatchNorm):
                 self, input, residual, mask=mask, lengths=lengths, length_axis=length_axis, weight=weight
             )
         self._check_input(input)
-        gamma, beta, mean, var = self._state()
-        check_state(self, input, gamma, beta, mean, var)
         if residual is not None:
             input, residual = promoted(self, input, residual)  # noqa: A001
-        layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
+        is_moved = self._axis != 1 and input.ndim > 2
+        x, residual = (channels_second(self, t) for t in (input, residual)) if is_moved else (input, residual)
         sample = None
         if (mask is not None or lengths is not None or length_axis is not None or weight is not None) and input.numel():
-            keep = self._padding == "keep"
-            sample = sample_of(type(self).__name__, input, mask, lengths, length_axis, weight, keep=keep)
+            sample = sample_of(self, x, mask, lengths, length_axis, weight, keep=self._padding == "keep")
+        y = self._normalized(x, residual, sample)
+        return y.movedim(1, -1) if is_moved else y
+
+    def _normalized(self, x: Tensor, residual: Tensor | None, sample: Sample | None) -> Tensor:
+        """The result for ``x``, (N, C, ...), and the values of it that count; None: all."""
+        gamma, beta, mean, var = self._state()
+        check_state(self, x, gamma, beta, mean, var)
+        layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
         stored = None if mean is None or var is None else ChannelStatistics(mean, var)
         if sample is not None or self._is_composed or self._step is not None:
-            return batch_statistics.normalized(self, input, sample or Sample(), layer, residual, stored)
-        if stored is not None and not self._measures(input):
+            return batch_statistics.normalized(self, x, sample or Sample(), layer, residual, stored)
+        if stored is not None and not self._measures(x):
             if self.training:
                 stored = batch_statistics.stored_for_one(self, input, Sample(), stored)
-            return kernels.normalize(input, stored, layer, residual)
-        count = values_per_channel(input)
+            return kernels.normalize(x, stored, layer, residual)
+        count = values_per_channel(x)
         if count == 1 or not self.eps > 0:
-            raise ValueError(about_a_single_value(self, input) if count == 1 else about_eps(self.eps))
+            raise ValueError(about_a_single_value(self, x) if count == 1 else about_eps(self.eps))
         running = self._running(mean, var) if count else None
-        return kernels.train(input, layer, residual, running, save=self._memory is not None)
+        return kernels.train(x, layer, residual, running, save=self._memory is not None)
 
     def _running(self, mean: Tensor | None, var: Tensor | None) -> Running | None:
         """The stored ``mean`` and ``var`` if a batch moves them; None in eval mode and inside a backward pass."""
@@ -182,7 +191,7 @@ class _Layer(LayerSettings, _BatchNorm):
         return self._single_element == "population" and count == 1
 
     def _check_input(self, x: Tensor) -> None:
-        good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(1) == self.num_features
+        good = isinstance(x, Tensor) and x.dim() in self._shapes and x.size(self._axis) == self.num_features
         if not (good and x.is_floating_point() and self.eps >= 0):
             refuse(self, self._shapes, x)
 
@@ -293,6 +302,7 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
             padding like all other values.
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
             ValueError; "population" normalizes it by the stored statistics and does not change them.
+        axis: -1 if inputs have their channels on the last axis: (N, L, C) or (N, H, W, C). Nothing is copied.
 
     Example:
         >>> layer = BatchNorm1d(3)

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.argument_types import require_callable, require_module
 from batchnorm.call_types import Arguments, Keywords
+from batchnorm.channel_axis import axis_of
 from batchnorm.layers import LAYERS, input_of, require_ours
 from batchnorm.padded_batches import valid_by_lengths
 from batchnorm.population.hooks import attached
@@ -47,7 +48,8 @@ def padding(
     Args:
         model: A model with layers of this package, inside of any module.
         lengths: Number of valid positions of each example of the batch, (N,), before the first module.
-        length_axis: The axis of the layers' inputs along which examples end early: 2 for (N, C, L).
+        length_axis: The axis of inputs with channels on axis 1 along which examples end early: 2 for (N, C, L). For a
+            layer with ``axis=-1`` this means axis 1 of its inputs (N, L, C).
         rule: Called with a convolution, a pooling, or another module that changes the size along that axis, and the
             lengths before it; returns the lengths behind it, or None to use the formula. Only convolutions and poolings
             have a formula.
@@ -97,10 +99,10 @@ class _LengthsBySize:
         """Forget the sizes of the batch before."""
         self._table.clear()
 
-    def give(self, _layer: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+    def give(self, layer: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         """Add the lengths to the arguments of a layer."""
-        size = input_of(args, kwargs).shape[self._axis]
-        return args, kwargs | {"lengths": self._of(size), "length_axis": self._axis}
+        axis = self._axis - (axis_of(layer) == -1)
+        return args, kwargs | {"lengths": self._of(input_of(args, kwargs).shape[axis]), "length_axis": axis}
 
     def clear(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
         """Let a convolution or pooling read in the padding what it reads outside of an example that is alone."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.call_types import Arguments, Keywords
+from batchnorm.channel_axis import channels_second
 from batchnorm.layers import input_of
 from batchnorm.padded_batches import valid_positions
 
@@ -41,7 +42,7 @@ def detach(handles: list[RemovableHandle]) -> None:
 def seeing(
     layers: Mapping[str, Seen], see: Callable[[str, Seen, Tensor], object], *, without_padding: bool = False
 ) -> Iterator[None]:
-    """A block in which ``see`` gets each input of a layer before the layer uses it.
+    """A block in which ``see`` gets each input of a layer, as (N, C, ...), before the layer uses it.
 
     Args:
         layers: The layers, by path.
@@ -50,7 +51,7 @@ def seeing(
     """
 
     def hook(path: str, layer: Seen, args: Arguments, kwargs: Keywords) -> None:
-        x = input_of(args, kwargs)
+        x = channels_second(layer, input_of(args, kwargs))
         see(path, layer, valid_positions(layer, x, kwargs) if without_padding else x)
 
     handles = (layer.register_forward_pre_hook(partial(hook, path), with_kwargs=True) for path, layer in layers.items())

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.call_types import Arguments, Keywords
+from batchnorm.channel_axis import channels_second
 from batchnorm.layers import input_of
 from batchnorm.population.hooks import Hook, attached
 from batchnorm.population.tensor_memory import whole
@@ -131,7 +132,7 @@ class LayerObserver:
         start = time.perf_counter()
         x = input_of(args, kwargs)
         if x is not None and (x := whole(x)) is not None:  # also from a DTensor; None during tracing
-            current.statistics[name] = self._statistics(name, current.of(x))
+            current.statistics[name] = self._statistics(name, current.of(channels_second(module, x)))
         current.seconds += time.perf_counter() - start
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import require_flag, require_module
+from batchnorm.layer_settings import lost_in_torch
 from batchnorm.layers import OURS, _Layer
 from batchnorm.other_libraries import as_sentence, out_of_reach
 from batchnorm.population.absent_numbers import require_real
@@ -133,12 +134,14 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     """A copy of the model with torch.nn's layers in the place of ours, and activations where ``convert`` found them.
 
     Rewritten modules get their original forward back. Everything is carried over as by ``convert``, except what
-    torch.nn's layers lack: ``memory``, ``single_element``, the count of skipped updates, and statistics in a wider type
-    than the parameters. Subclasses of our layers are left as they are.
+    torch.nn's layers lack: ``memory``, ``single_element``, ``padding``, the count of skipped updates, and statistics in
+    a wider type than the parameters. A layer with a setting that changes results in eval mode, such as ``axis=-1``, is
+    refused. Subclasses of our layers are left as they are.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``inplace`` is not True or False.
-        ValueError: If a layer was constructed with an activation (``act``).
+        ValueError: If a layer was constructed with an activation (``act``), or has a setting that torch.nn's layers
+            lack and that changes results in eval mode.
         RuntimeError: If the model cannot be copied.
 
     Example:
@@ -154,6 +157,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
             f"revert needs layers whose activation convert fused, got layers constructed with one: {', '.join(own)}. "
             "Use batchnorm.for_export: it puts the activation into a module behind the layer."
         )
+    _check_settings(model)
     model = model if inplace else duplicate(model, "revert")
     fusion.unfuse(model)
     stop_saving(model)
@@ -164,6 +168,16 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
         if adoption.origin_of(layer) is not None:
             adoption.give_back(layer)
     return model
+
+
+def _check_settings(model: nn.Module) -> None:
+    """Raise if torch.nn's layers would give other results in eval mode."""
+    for path, layer in find(model).items():
+        if is_ours(layer) and (settings := lost_in_torch(layer, "eval")):
+            raise ValueError(
+                f"revert and for_export need layers that torch.nn has too, got {' and '.join(settings)} at {path!r}. "
+                "Set the default on the layer if results may change, or use torch.export, which needs no other layers."
+            )
 
 
 def _to_ours(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.argument_types import require_flag, require_module, require_whole_number
 from batchnorm.kernels.activations import activate
+from batchnorm.layer_settings import settings_in_use
 from batchnorm.surgery.layer_maps import KINDS
 from batchnorm.surgery.patterns import written_kind
 from batchnorm.surgery.replacement import check_memory, replace
@@ -78,6 +79,11 @@ def _grouped(path: str, layer: _BatchNorm, groups: int | None) -> nn.GroupNorm:
         raise ValueError(
             f"to_group_norm needs layers of torch.nn or batchnorm, got {type(layer).__name__} at {path!r}, which may "
             "do more than batch norm. Choose its replacement with batchnorm.replace."
+        )
+    if settings := settings_in_use(layer, ["axis"]):
+        raise ValueError(
+            f"to_group_norm needs layers with channels on axis 1, got {settings[0]} at {path!r}. Choose its "
+            "replacement with batchnorm.replace."
         )
     count = layer.num_features
     if groups is not None and (groups < 1 or count % groups):

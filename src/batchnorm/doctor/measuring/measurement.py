@@ -23,6 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.call_types import Arguments, Batch
+from batchnorm.channel_axis import channels_second
 from batchnorm.doctor.measuring.batch_clustering import order_p
 from batchnorm.doctor.measuring.layer_inputs import InputMeasurement, is_measurable, plain
 from batchnorm.doctor.measuring.live_layers import layers_of
@@ -243,7 +244,9 @@ class _View:
         # a user's class may give its input any name, and may have further inputs
         x = next(filter(is_measurable, tensors_in((args, kwargs))), None)
         if x is not None and name not in self._lazy:
-            self.gauges[name].add(x, self._size, valid_mask(self.gauges[name].layer, x, kwargs))
+            layer = self.gauges[name].layer
+            x = channels_second(layer, x)
+            self.gauges[name].add(x, self._size, valid_mask(layer, x, kwargs))
 
 
 def _not_features(x: Tensor | None) -> str | None:

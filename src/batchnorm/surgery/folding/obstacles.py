@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from batchnorm.layer_settings import lost_in_torch
 from batchnorm.other_libraries import channels_of
 from batchnorm.population.freezing import has_stored_statistics
 from batchnorm.population.tensor_memory import absence
@@ -49,6 +50,8 @@ def about_state(layer: Any) -> str | None:
         return f"is a {type(layer).__name__} {what}"
     if is_watched(layer):
         return "has hooks that see its input or its result"
+    if settings := lost_in_torch(layer, "eval"):
+        return f"has {' and '.join(settings)}, which a convolution or linear layer lacks"
     if not has_stored_statistics(layer):
         return "stores no statistics"
     if layer.running_mean.is_meta or layer.running_var.is_meta:
