@@ -350,6 +350,9 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "BatchNorm1d": (bn.BatchNorm1d, ("int",)),
     "BatchNorm2d": (bn.BatchNorm2d, ("int",)),
     "BatchNorm3d": (bn.BatchNorm3d, ("int",)),
+    "LazyBatchNorm1d": (bn.LazyBatchNorm1d, NUMBER),
+    "LazyBatchNorm2d": (bn.LazyBatchNorm2d, NUMBER),
+    "LazyBatchNorm3d": (bn.LazyBatchNorm3d, NUMBER),
     "InputNorm": (bn.InputNorm, ("int",)),
     "Moments": (lambda it: bn.Moments(it, torch.zeros(3), torch.zeros(3)), ("int", "float")),
 }
@@ -393,6 +396,9 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "BatchNorm1d": (partial(bn.BatchNorm1d, 3), NUMBER),
     "BatchNorm2d": (partial(bn.BatchNorm2d, 3), NUMBER),
     "BatchNorm3d": (partial(bn.BatchNorm3d, 3), NUMBER),
+    "LazyBatchNorm1d": (lambda it: bn.LazyBatchNorm1d(axis=it), ("int",)),
+    "LazyBatchNorm2d": (lambda it: bn.LazyBatchNorm2d(axis=it), ("int",)),
+    "LazyBatchNorm3d": (lambda it: bn.LazyBatchNorm3d(axis=it), ("int",)),
     "InputNorm": (partial(bn.InputNorm, 3), ("int",)),
     "Moments": (lambda it: bn.Moments(torch.ones(()), it, torch.zeros(())), NUMBER),
 }

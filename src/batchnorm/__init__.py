@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchnorm.instruments import probe, watch
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.micro_batches import step
+    from batchnorm.lazy_layers import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
     from batchnorm.shift import ShiftMonitor
@@ -35,6 +36,9 @@ __all__ = [
     "BatchNorm3d",
     "DomainBank",
     "InputNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "Moments",
     "ShiftMonitor",
     "__version__",
@@ -73,6 +77,7 @@ _NAMES = {
     "instruments": ("probe", "watch"),
     "layers": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
     "micro_batches": ("step",),
+    "lazy_layers": ("LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"),
     "moments": ("Moments",),
     "padded_models": ("padding",),
     "population": ("freeze", "frozen", "preserve_state", "recalibrate", "unfreeze"),

@@ -14,7 +14,8 @@ from batchnorm.kernels import activations
 from batchnorm.layer_checks import STATISTICS, check_axis, check_memory, check_padding, check_single_element
 from batchnorm.ownership import claim
 
-_MODULE = "batchnorm.layers"  # where our own classes are; all others with these settings are subclasses
+# where our own classes are; all others with these settings are subclasses
+_MODULES = {"batchnorm.layers", "batchnorm.lazy_layers"}
 
 
 @final
@@ -168,4 +169,4 @@ def give_up(layer: nn.Module, name: str) -> None:
 
 def is_subclass(layer: nn.Module) -> bool:
     """Whether a layer of ours is of a class that somebody else wrote."""
-    return type(layer).__module__ != _MODULE
+    return type(layer).__module__ not in _MODULES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -11,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.argument_types import require_flag, require_module
-from batchnorm.layer_settings import lost_in_torch
+from batchnorm.layer_settings import RULES, lost_in_torch
 from batchnorm.layers import OURS, _Layer
+from batchnorm.lazy_layers import OURS_LAZY
 from batchnorm.other_libraries import as_sentence, out_of_reach
 from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import require_examples
@@ -27,6 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _REMEDY = "Pass inplace=True, and neither fuse nor example,"
 _THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+_THEIRS_LAZY = {ours: theirs for theirs, ours in OURS_LAZY.items()}
 
 
 def convert(
@@ -41,8 +44,9 @@ def convert(
 
     The copy computes the same as the model in train and in eval mode. Everything about a layer is carried over: names
     and sharing, parameters and statistics, training flag, device, types, ``requires_grad``, hooks, freezing. The
-    state_dict has the same keys. These layers are left as they are: SyncBatchNorm, lazy layers, layers of classes
-    derived from ours, parametrized layers, layers whose ``forward`` was replaced, and layers with ``eps=0``.
+    state_dict has the same keys. torch.nn's lazy layers become ours. These layers are left as they are: SyncBatchNorm,
+    layers of classes derived from ours, parametrized layers, layers whose ``forward`` was replaced, and layers with
+    ``eps=0``.
 
     A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
     both modes and computes only batch norm and at most one activation that our layers have. Our layer must also give
@@ -151,7 +155,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     """
     require_module(model, "revert")
     require_flag(inplace, "inplace")
-    own = [path for path, layer in find(model).items() if is_ours(layer) and fusion.applies_its_own(layer)]
+    own = [path for path, layer in find(model).items() if _is_reverted(layer) and fusion.applies_its_own(layer)]
     if own:
         raise ValueError(
             f"revert needs layers whose activation convert fused, got layers constructed with one: {', '.join(own)}. "
@@ -161,6 +165,7 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
     model = model if inplace else duplicate(model, "revert")
     fusion.unfuse(model)
     stop_saving(model)
+    _change_lazy(model, _THEIRS_LAZY)
     layers = [layer for layer in find(model).values() if is_ours(layer)]
     replace(model, lambda _, layer: _remade(layer, _THEIRS.get(written_kind(layer))), inplace=True)
     for layer in layers:
@@ -173,14 +178,32 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
 def _check_settings(model: nn.Module) -> None:
     """Raise if torch.nn's layers would give other results in eval mode."""
     for path, layer in find(model).items():
-        if is_ours(layer) and (settings := lost_in_torch(layer, "eval")):
+        if _is_reverted(layer) and (settings := lost_in_torch(layer, "eval")):
             raise ValueError(
                 f"revert and for_export need layers that torch.nn has too, got {' and '.join(settings)} at {path!r}. "
                 "Set the default on the layer if results may change, or use torch.export, which needs no other layers."
             )
 
 
+def _is_reverted(layer: nn.Module) -> bool:
+    return is_ours(layer) or type(layer) in _THEIRS_LAZY
+
+
+def _change_lazy(model: nn.Module, kinds: Mapping[Any, type]) -> None:
+    """Change the classes of lazy layers in place; an attribute that only our layers have is removed."""
+    ours = {"_skipped", "_reported", *(f"_{name}" for name in RULES), "_act", "_act_param", "_is_composed"}
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if type(layer) in kinds and "forward" not in vars(layer) and layer.eps > 0:
+            layer.__class__ = kinds[type(layer)]
+            for name in ours & vars(layer).keys():
+                del vars(layer)[name]
+            if isinstance(layer, _Layer):
+                layer._widen_statistics({})
+
+
 def _to_ours(model: nn.Module) -> None:
+    _change_lazy(model, OURS_LAZY)
     layers: dict[str, Any] = find(model)
     others = {path: layer for path, layer in layers.items() if adoption.is_of_another_class(layer)}
     answers = {path: _adoptable(layer) for path, layer in others.items()}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from batchnorm.argument_types import require_flag, require_module
+from batchnorm.layer_settings import is_subclass
 from batchnorm.layers import LAYERS
 from batchnorm.population.freezing import Frozen, unfreeze
 from batchnorm.population.tensor_trees import Batch
@@ -127,7 +128,7 @@ def _thaw(model: nn.Module) -> None:
 
 
 def _warn_of_subclasses(model: nn.Module) -> None:
-    subclassed = [path for path, layer in find(model).items() if isinstance(layer, LAYERS) and not is_ours(layer)]
+    subclassed = [path for path, layer in find(model).items() if isinstance(layer, LAYERS) and is_subclass(layer)]
     if subclassed:
         warnings.warn(
             "for_export does not change layers whose classes are derived from this package's layers, because they may "
