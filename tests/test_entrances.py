@@ -354,6 +354,8 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "LazyBatchNorm2d": (bn.LazyBatchNorm2d, NUMBER),
     "LazyBatchNorm3d": (bn.LazyBatchNorm3d, NUMBER),
     "InputNorm": (bn.InputNorm, ("int",)),
+    "Ramp": (lambda it: bn.Ramp(it, 3, -1, 99), NUMBER),
+    "Renorm": (bn.Renorm, (*NUMBER, "class", "function")),
     "Moments": (lambda it: bn.Moments(it, torch.zeros(3), torch.zeros(3)), ("int", "float")),
 }
 SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
@@ -400,6 +402,8 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "LazyBatchNorm2d": (lambda it: bn.LazyBatchNorm2d(axis=it), ("int",)),
     "LazyBatchNorm3d": (lambda it: bn.LazyBatchNorm3d(axis=it), ("int",)),
     "InputNorm": (partial(bn.InputNorm, 3), ("int",)),
+    "Ramp": (lambda it: bn.Ramp(1, it, -1, 99), NUMBER),
+    "Renorm": (lambda it: bn.Renorm(3, it), (*NUMBER, "class", "function")),
     "Moments": (lambda it: bn.Moments(torch.ones(()), it, torch.zeros(())), NUMBER),
 }
 # of a right type, with a value that cannot be

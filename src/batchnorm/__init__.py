@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from batchnorm.inputs import InputNorm
     from batchnorm.instruments import probe, watch
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-    from batchnorm.micro_batches import step
     from batchnorm.lazy_layers import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+    from batchnorm.micro_batches import step
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
     from batchnorm.shift import ShiftMonitor
     from batchnorm.surgery import convert, find, fold, for_export, replace, revert, to_group_norm, unfold
+    from batchnorm.variants.renorm import Ramp, Renorm
     from batchnorm.weight_decay import parameter_groups
 
 __version__ = "0.1.0"
@@ -40,6 +41,8 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "Ramp",
+    "Renorm",
     "ShiftMonitor",
     "__version__",
     "adapt",
@@ -84,6 +87,7 @@ _NAMES = {
     "shift": ("ShiftMonitor",),
     "surgery": ("convert", "find", "fold", "for_export", "replace", "revert", "to_group_norm", "unfold"),
     "weight_decay": ("parameter_groups",),
+    "variants.renorm": ("Ramp", "Renorm"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

@@ -3,10 +3,10 @@
 A layer's own batch is the usual case, which ``layers`` computes in one pass. Here the moments are those of a sample of
 the batch, and each further setting changes one step:
 
-    measure     the moments of the sample
+    measure     the moments of the sample, or of each ghost batch
     group       merges them with those of other batches
-    adjust      changes gamma and beta by them
-    normalize   by them, or by the stored statistics
+    adjust      changes gamma and beta by them: batch renorm
+    normalize   by them, or by the stored statistics, mixed with an example's own if it has a weight
     store       moves the stored statistics towards them
 """
 
@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from batchnorm import kernels
-from batchnorm.kernels import ChannelStatistics, Layer, Measured, Running, Sample, reference
+from batchnorm.kernels import Adjust, ChannelStatistics, Layer, Measured, Running, Sample, reference
 from batchnorm.layer_checks import about_eps, about_few_counts
-from batchnorm.padded_batches import least_count
 from batchnorm.recomputation import first_values
+from batchnorm.variants import ghost_batches, own_weight, renorm
 
 
 class Step(Protocol):
@@ -57,16 +57,21 @@ def normalized(
         stored: The layer's stored statistics; None without any.
     """
     step = layer._step
-    is_counted = (layer.training or stored is None) and not (step is not None and step.is_joined)
-    least = least_count(x, sample) if is_counted else None
+    is_measured = layer.training or stored is None
+    batches = ghost_batches.parts(x, sample, residual, layer._ghost_batch_size) if is_measured else []
+    is_judged = is_measured and not (step is not None and step.is_joined)
+    least = ghost_batches.least_of(batches) if is_judged else None
     if stored is not None and not (layer.training and not layer._is_alone(least)):
         if layer.training:
             stored = stored_for_one(layer, x, sample, stored)
-        return kernels.normalize_sample(x, sample, stored, parameters, residual)
-    if not layer.eps > 0 or (least is not None and not least > 1 and x.numel()):
+        return by_stored(layer, x, sample, parameters, residual, stored)
+    renorm.check_stored(type(layer).__name__, layer._renorm, is_tracked=stored is not None)
+    if not x.numel() and (step is None or not step.is_joined):
+        return kernels.train(x, parameters, residual)
+    if not layer.eps > 0 or (least is not None and not least > 1):
         raise ValueError(about_few_counts(layer, x, least) if layer.eps > 0 else about_eps(layer.eps))
     train = kernels.train_sample if step is None else step.train
-    y, measured = train(x, sample, parameters, residual)
+    y, measured = ghost_batches.train(batches, parameters, x, train, _adjustment(layer, stored))
     if x.numel():
         _store(layer, stored, measured)
     return y
@@ -88,3 +93,26 @@ def _store(layer: Any, stored: ChannelStatistics | None, measured: Measured) -> 
     running = None if stored is None else layer._running(*stored)
     if running is not None:
         (kernels.store if layer._step is None else layer._step.store)(running, measured)
+
+
+def by_stored(
+    layer: Any, x: Tensor, sample: Sample, parameters: Layer, residual: Tensor | None, stored: ChannelStatistics
+) -> Tensor:
+    """The result by stored statistics; in eval mode an example's own statistics have the layer's ``own_weight``."""
+    if layer._own_weight and not layer.training and x.numel():
+        return own_weight.normalize(x, sample, stored, parameters, residual, layer._own_weight)
+    return kernels.normalize_sample(x, sample, stored, parameters, residual)
+
+
+def _adjustment(layer: Any, stored: ChannelStatistics | None) -> Adjust | None:
+    """How batch renorm changes gamma and beta; None without it. A repetition uses the values of the first forward."""
+    if not layer._renorm or stored is None:
+        return None
+    limits = (renorm.Renorm() if layer._renorm is True else layer._renorm).limits(layer._counters()[0])
+    present = (*stored, *limits)
+
+    def adjust(parameters: Layer, measured: Measured) -> Layer:
+        mean, var, *most = first_values(layer, measured.statistics, lambda: present)
+        return renorm.renormalized(parameters, measured, ChannelStatistics(mean, var), most)
+
+    return adjust

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def about_few_counts(layer: _BatchNorm, x: Tensor, least: float | None) -> str:
     """The error for a batch with padding or weights that leave a channel without a variance."""
     name = type(layer).__name__
     if least == 1:
-        return about_a_single_value(layer, x)
+        size: Any = getattr(layer, "_ghost_batch_size", None)
+        return about_a_single_value(layer, x) if size is None else _about_a_ghost_batch(layer, x, size)
     if least == 0:
         return (
             f"{name} needs 2 valid positions in train mode, got none. In mask= True means valid: pass ~mask if yours "
@@ -68,6 +70,14 @@ def about_few_counts(layer: _BatchNorm, x: Tensor, least: float | None) -> str:
     return (
         f"{name} needs weights that add up to more than 1 in every channel, got {least:g}. A weight counts as so many "
         "equal values: multiply the weights by a number."
+    )
+
+
+def _about_a_ghost_batch(layer: _BatchNorm, x: Tensor, size: int) -> str:
+    return (
+        f"{type(layer).__name__} needs more than 1 value per channel in every ghost batch, got a single value in one: "
+        f"ghost_batch_size={size} for shape {tuple(shape_as_given(layer, x))}. Use a larger ghost_batch_size, or "
+        "construct the layer with single_element='population'."
     )
 
 

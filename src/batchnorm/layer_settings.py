@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from batchnorm.kernels import activations
 from batchnorm.layer_checks import STATISTICS, check_axis, check_memory, check_padding, check_single_element
 from batchnorm.ownership import claim
+from batchnorm.variants.ghost_batches import check_ghost_batch_size
+from batchnorm.variants.own_weight import check_own_weight
+from batchnorm.variants.renorm import Renorm, check_renorm
 
 # where our own classes are; all others with these settings are subclasses
 _MODULES = {"batchnorm.layers", "batchnorm.lazy_layers"}
@@ -43,6 +46,9 @@ RULES = {
     "padding": SettingRule("zero", check_padding),
     "single_element": SettingRule("error", check_single_element),
     "axis": SettingRule(1, check_axis, effect="eval"),
+    "renorm": SettingRule(False, check_renorm, is_composed=True, effect="train"),
+    "ghost_batch_size": SettingRule(None, check_ghost_batch_size, is_composed=True, effect="train"),
+    "own_weight": SettingRule(0.0, check_own_weight, effect="eval"),
 }
 SETTINGS = {"act", "act_param", *RULES}
 
@@ -77,6 +83,9 @@ class LayerSettings(nn.Module):
     _padding: Literal["zero", "keep"] = "zero"
     _single_element: Literal["error", "population"] = "error"
     _axis: Literal[1, -1] = 1
+    _renorm: bool | Renorm = False
+    _ghost_batch_size: int | None = None
+    _own_weight: float = 0.0
     _is_composed: bool = False
 
     act: Any = Setting()
@@ -85,6 +94,9 @@ class LayerSettings(nn.Module):
     padding: Any = Setting()
     single_element: Any = Setting()
     axis: Any = Setting()
+    renorm: Any = Setting()
+    ghost_batch_size: Any = Setting()
+    own_weight: Any = Setting()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""

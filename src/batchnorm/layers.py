@@ -36,6 +36,7 @@ from batchnorm.layer_checks import (
 from batchnorm.layer_settings import SETTINGS, LayerSettings
 from batchnorm.padded_batches import sample_of
 from batchnorm.sequences import of_sequences
+from batchnorm.variants.renorm import Renorm, check_stored
 
 
 class _Layer(LayerSettings, _BatchNorm):
@@ -61,11 +62,18 @@ class _Layer(LayerSettings, _BatchNorm):
         single_element: Literal["error", "population"] = "error",
         padding: Literal["zero", "keep"] = "zero",
         axis: Literal[1, -1] = 1,
+        renorm: bool | Renorm = False,
+        ghost_batch_size: int | None = None,
+        own_weight: float = 0.0,
     ) -> None:
         check_sizes(num_features, eps)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._set(memory=memory, single_element=single_element, padding=padding, axis=axis)
+        self._set(
+            memory=memory, single_element=single_element, padding=padding, axis=axis, renorm=renorm,
+            ghost_batch_size=ghost_batch_size, own_weight=own_weight,
+        )  # fmt: skip
+        check_stored(type(self).__name__, renorm, is_tracked=track_running_stats)
         if not weight:
             self.register_parameter("weight", None)
         if not bias:
@@ -146,7 +154,9 @@ class _Layer(LayerSettings, _BatchNorm):
             return batch_statistics.normalized(self, x, sample or Sample(), layer, residual, stored)
         if stored is not None and not self._measures(x):
             if self.training:
-                stored = batch_statistics.stored_for_one(self, input, Sample(), stored)
+                stored = batch_statistics.stored_for_one(self, x, Sample(), stored)
+            if self._own_weight:
+                return batch_statistics.by_stored(self, x, Sample(), layer, residual, stored)
             return kernels.normalize(x, stored, layer, residual)
         count = values_per_channel(x)
         if count == 1 or not self.eps > 0:
@@ -303,6 +313,13 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
         single_element: What train mode does with one value per channel, which has no variance: "error" raises
             ValueError; "population" normalizes it by the stored statistics and does not change them.
         axis: -1 if inputs have their channels on the last axis: (N, L, C) or (N, H, W, C). Nothing is copied.
+        renorm: Batch renorm (Ioffe 2017): train mode normalizes nearly by the stored statistics, as eval mode does.
+            True uses the paper's limits, a ``Renorm`` others. The stored statistics move as usual.
+        ghost_batch_size: Largest number of examples that train mode normalizes together (Hoffer et al. 2017): N
+            examples are K = ceil(N / size) ghost batches, each normalized by its own moments; example i belongs to
+            ghost batch i mod K. The stored statistics move once, by the moments of the whole batch.
+        own_weight: Weight, from 0 to 1, of an example's own statistics in eval mode (Summers and Dinneen 2020); the
+            stored statistics have the rest.
 
     Example:
         >>> layer = BatchNorm1d(3)

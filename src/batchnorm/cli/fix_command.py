@@ -66,7 +66,8 @@ def fix(
     TARGET is a checkpoint (.pt, .pth, .ckpt, .safetensors) or a model, model.py:make_model. For a model, a copy of the
     file of --weights is written, or without --weights the model's state dict. Without further options, only fixes are
     applied that leave eval outputs as they are. With a model and --data, statistics are measured again. Every state of
-    the checkpoint is mended, averaged copies too: if TARGET is a model, each state is loaded into it. With --base, statistics that TARGET lacks are copied from another file, and nothing else changes.
+    the checkpoint is mended, averaged copies too: if TARGET is a model, each state is loaded into it. With
+    --base, statistics that TARGET lacks are copied from another file, and nothing else changes.
 
     Exit codes: 0 no error is left, 1 errors are left or a state does not fit the model, 2 the command could not run.
     """

@@ -31,6 +31,7 @@ __all__ = [
     "Measured",
     "Running",
     "Sample",
+    "measure_sample",
     "normalize",
     "normalize_sample",
     "store",
@@ -133,6 +134,12 @@ def train_sample(
     """
     check_layout(x)
     return samples.train(x, sample, layer, residual, group=group, adjust=adjust)
+
+
+def measure_sample(x: Tensor, sample: Sample) -> Measured:
+    """The moments of a sample of the batch, with a gradient if ``x`` has one."""
+    check_layout(x)
+    return samples.measure(x, sample)
 
 
 def normalize_sample(

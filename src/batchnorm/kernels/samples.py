@@ -84,7 +84,8 @@ def train(
     Differentiable in x, weight, bias and residual, without a group any number of times.
     """
     valid = sample.positions(x)
-    by_kernels = (sample.is_whole or valid is not None) and is_plain(x, residual, layer.weight, layer.bias, valid)
+    tensors = (x, residual, layer.weight, layer.bias, valid)
+    by_kernels = (sample.is_whole or valid is not None) and is_plain(*tensors) and not x.is_complex()
     measured = _measured(x, valid) if by_kernels else Measured(*reference.measure_counted(x, sample.counts(x)))
     if group is not None:
         measured = group.union(measured)
@@ -95,6 +96,14 @@ def train(
     else:
         y = _normalize_by_formula(x, sample, measured.statistics, layer, residual)
     return y, measured.detached()
+
+
+def measure(x: Tensor, sample: Sample) -> Measured:
+    """The moments of a sample of the batch, with a gradient if ``x`` has one."""
+    valid, is_tracked = sample.positions(x), torch.is_grad_enabled() and x.requires_grad
+    if not is_tracked and (sample.is_whole or valid is not None) and is_plain(x, valid) and not x.is_complex():
+        return _measured(x, valid)
+    return Measured(*reference.measure_counted(x, sample.counts(x)))
 
 
 def normalize(

@@ -139,14 +139,18 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
 
     Rewritten modules get their original forward back. Everything is carried over as by ``convert``, except what
     torch.nn's layers lack: ``memory``, ``single_element``, ``padding``, the count of skipped updates, and statistics in
-    a wider type than the parameters. A layer with a setting that changes results in eval mode, such as ``axis=-1``, is
-    refused. Subclasses of our layers are left as they are.
+    a wider type than the parameters. ``renorm`` and ``ghost_batch_size`` are lost with a warning. A layer with a
+    setting that changes results in eval mode, ``axis=-1`` or ``own_weight``, is refused. Subclasses of our layers are
+    left as they are.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``, or ``inplace`` is not True or False.
         ValueError: If a layer was constructed with an activation (``act``), or has a setting that torch.nn's layers
             lack and that changes results in eval mode.
         RuntimeError: If the model cannot be copied.
+
+    Warns:
+        UserWarning: If layers have settings that torch.nn's layers lack and that change results in train mode.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
@@ -176,13 +180,22 @@ def revert(model: Model, *, inplace: bool = False) -> Model:
 
 
 def _check_settings(model: nn.Module) -> None:
-    """Raise if torch.nn's layers would give other results in eval mode."""
+    """Raise if torch.nn's layers would give other results in eval mode; warn if they would in train mode."""
+    lost = []
     for path, layer in find(model).items():
         if _is_reverted(layer) and (settings := lost_in_torch(layer, "eval")):
             raise ValueError(
                 f"revert and for_export need layers that torch.nn has too, got {' and '.join(settings)} at {path!r}. "
                 "Set the default on the layer if results may change, or use torch.export, which needs no other layers."
             )
+        if _is_reverted(layer):
+            lost += [f"{setting} at {path!r}" for setting in lost_in_torch(layer, "train")]
+    if lost:
+        warnings.warn(
+            f"torch.nn's layers train without these settings: {', '.join(lost)}. In eval mode nothing changes.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _is_reverted(layer: nn.Module) -> bool:
