@@ -12,13 +12,15 @@ the batch, and each further setting changes one step:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from batchnorm import kernels
+from batchnorm import kernels, processes
 from batchnorm.kernels import Adjust, ChannelStatistics, Layer, Measured, Running, Sample, reference
-from batchnorm.layer_checks import about_eps, about_few_counts
+from batchnorm.layer_checks import about_eps, about_few_counts, about_few_counts_of_ranks
 from batchnorm.recomputation import first_values
 from batchnorm.variants import ghost_batches, own_weight, renorm
 
@@ -56,36 +58,84 @@ def normalized(
         residual: Added before the activation.
         stored: The layer's stored statistics; None without any.
     """
-    step = layer._step
+    step, exchange = layer._step, processes.exchange_of(layer, x)
+    is_joined = (step is not None and step.is_joined) or (exchange is not None and layer._ghost_batch_size is None)
     is_measured = layer.training or stored is None
     batches = ghost_batches.parts(x, sample, residual, layer._ghost_batch_size) if is_measured else []
-    is_judged = is_measured and not (step is not None and step.is_joined)
-    least = ghost_batches.least_of(batches) if is_judged else None
+    least = ghost_batches.least_of(batches) if is_measured and x.numel() and not is_joined else None
     if stored is not None and not (layer.training and not layer._is_alone(least)):
         if layer.training:
-            stored = stored_for_one(layer, x, sample, stored)
+            stored = stored_for_one(layer, measured_one(x, sample), stored)
         return by_stored(layer, x, sample, parameters, residual, stored)
     renorm.check_stored(type(layer).__name__, layer._renorm, is_tracked=stored is not None)
-    if not x.numel() and (step is None or not step.is_joined):
+    if not x.numel() and exchange is None and not is_joined:
         return kernels.train(x, parameters, residual)
     if not layer.eps > 0 or (least is not None and not least > 1):
         raise ValueError(about_few_counts(layer, x, least) if layer.eps > 0 else about_eps(layer.eps))
-    train = kernels.train_sample if step is None else step.train
-    y, measured = ghost_batches.train(batches, parameters, x, train, _adjustment(layer, stored))
-    if x.numel():
+    try:
+        y, measured = _trained(layer, x, batches, parameters, _adjustment(layer, stored), exchange)
+    except processes.TooFewValuesError as few:
+        return _of_too_few_values(few, layer, x, sample, parameters, residual, stored)
+    if x.numel() or exchange is not None:
         _store(layer, stored, measured)
     return y
 
 
-def stored_for_one(layer: Any, x: Tensor, sample: Sample, stored: ChannelStatistics) -> ChannelStatistics:
+def _of_too_few_values(
+    few: processes.TooFewValuesError,
+    layer: Any,
+    x: Tensor,
+    sample: Sample,
+    parameters: Layer,
+    residual: Tensor | None,
+    stored: ChannelStatistics | None,
+) -> Tensor:
+    """The result if the batches of all ranks leave a channel without a variance, which every rank knows."""
+    if few.is_empty:  # every rank returns its empty batch
+        return kernels.train(x, parameters, residual)
+    if stored is not None and layer._is_alone(few.least):
+        stored = stored_for_one(layer, few.measured, stored)
+        return kernels.normalize_sample(x, sample, stored, parameters, residual)
+    raise ValueError(about_few_counts_of_ranks(layer, few.least, few.ranks)) from None
+
+
+def _trained(
+    layer: Any,
+    x: Tensor,
+    batches: Sequence[ghost_batches.Part],
+    parameters: Layer,
+    adjust: Adjust | None,
+    exchange: processes.Exchange | None,
+) -> tuple[Tensor, Measured]:
+    """The result by the moments of the batch, and the moments to store.
+
+    Ghost batches are parts of the batch of one rank; the moments that they store are those of all ranks.
+    """
+    train = kernels.train_sample if layer._step is None else layer._step.train
+    if exchange is None or layer._ghost_batch_size is None:
+        return ghost_batches.train(batches, parameters, x, partial(train, group=exchange), adjust)
+    y, measured = ghost_batches.train(batches, parameters, x, train, adjust)
+    return y, exchange.union(measured)
+
+
+def stored_for_one(layer: Any, measured: Measured, stored: ChannelStatistics) -> ChannelStatistics:
     """The stored statistics that normalize one value per channel in train mode: in a repetition, those of the first.
 
     The value does not move them, but counts in the moments of a step.
+
+    Args:
+        layer: The layer.
+        measured: The moments of the value.
+        stored: The layer's stored statistics.
     """
-    measured = Measured(*reference.measure_counted(x.detach(), sample.counts(x)))
     if layer._step is not None:
         _store(layer, stored, measured)
     return ChannelStatistics(*first_values(layer, measured.statistics, lambda: stored))
+
+
+def measured_one(x: Tensor, sample: Sample) -> Measured:
+    """The moments of a batch with one value per channel; its variance is 0."""
+    return Measured(*reference.measure_counted(x.detach(), sample.counts(x)))
 
 
 def _store(layer: Any, stored: ChannelStatistics | None, measured: Measured) -> None:

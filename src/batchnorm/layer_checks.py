@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.argument_types import require_number, require_whole_number
+from batchnorm.argument_types import require_flag, require_number, require_whole_number
 from batchnorm.channel_axis import axis_of, shape_as_given
 
 STATISTICS = ("running_mean", "running_var")
@@ -78,6 +78,18 @@ def _about_a_ghost_batch(layer: _BatchNorm, x: Tensor, size: int) -> str:
         f"{type(layer).__name__} needs more than 1 value per channel in every ghost batch, got a single value in one: "
         f"ghost_batch_size={size} for shape {tuple(shape_as_given(layer, x))}. Use a larger ghost_batch_size, or "
         "construct the layer with single_element='population'."
+    )
+
+
+def about_few_counts_of_ranks(layer: _BatchNorm, least: float, ranks: str) -> str:
+    """The error, the same on every rank, for batches that together leave a channel without a variance."""
+    advice = "or construct the layer with track_running_stats=True and call eval()"
+    if layer.running_mean is not None:
+        advice = "call eval(), or construct the layer with single_element='population'"
+    return (
+        f"{type(layer).__name__} needs more than 1 value per channel in the batches of {ranks} together, got "
+        f"{least:g}: one value has no variance. Use drop_last=True in the loader, pass ~mask if True means padding, "
+        f"{advice}. In torch's words: Expected more than 1 value per channel when training"
     )
 
 
@@ -173,6 +185,11 @@ def check_axis(axis: object) -> None:
     require_whole_number(axis, "axis", "Leave it out for 1, or use -1 for channels on the last axis.")
     if axis not in {1, -1}:
         raise ValueError(f"axis must be 1 or -1, got {axis}. Move the channels to one of these: x.movedim({axis}, 1).")
+
+
+def check_sync(sync: object) -> None:
+    """Refuse a value of the setting ``sync`` that is neither True nor False."""
+    require_flag(sync, "sync")
 
 
 def check_single_element(policy: object) -> None:

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, final
 from torch import Tensor, nn
 
 from batchnorm.kernels import activations
-from batchnorm.layer_checks import STATISTICS, check_axis, check_memory, check_padding, check_single_element
+from batchnorm.layer_checks import STATISTICS, check_axis, check_memory, check_padding, check_single_element, check_sync
 from batchnorm.ownership import claim
+from batchnorm.processes import NamedGroup, check_process_group, ranks_in_words
 from batchnorm.variants.ghost_batches import check_ghost_batch_size
 from batchnorm.variants.own_weight import check_own_weight
 from batchnorm.variants.renorm import Renorm, check_renorm
@@ -32,12 +33,14 @@ class SettingRule(NamedTuple):
             are stored: see ``batch_statistics``.
         effect: In which mode a layer of torch.nn, which lacks the setting, gives other results: "eval" includes train
             mode, "train" is train mode only, "" is neither.
+        show: How ``repr`` writes a value.
     """
 
     default: object
     check: Callable[[object], None]
     is_composed: bool = False
     effect: Literal["", "train", "eval"] = ""
+    show: Callable[[object], str] = repr
 
 
 # act and act_param are checked together, by ``activations``; all others are independent
@@ -49,6 +52,9 @@ RULES = {
     "renorm": SettingRule(False, check_renorm, is_composed=True, effect="train"),
     "ghost_batch_size": SettingRule(None, check_ghost_batch_size, is_composed=True, effect="train"),
     "own_weight": SettingRule(0.0, check_own_weight, effect="eval"),
+    # not composed: in one process, the usual case, such a layer does what all others do
+    "sync": SettingRule(False, check_sync),
+    "process_group": SettingRule(None, check_process_group, show=ranks_in_words),
 }
 SETTINGS = {"act", "act_param", *RULES}
 
@@ -86,6 +92,8 @@ class LayerSettings(nn.Module):
     _renorm: bool | Renorm = False
     _ghost_batch_size: int | None = None
     _own_weight: float = 0.0
+    _sync: bool = False
+    _process_group: Any = None
     _is_composed: bool = False
 
     act: Any = Setting()
@@ -97,6 +105,8 @@ class LayerSettings(nn.Module):
     renorm: Any = Setting()
     ghost_batch_size: Any = Setting()
     own_weight: Any = Setting()
+    sync: Any = Setting()
+    process_group: Any = Setting()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. A setting of the layer is checked as in ``__init__``; in a subclass its name is free."""
@@ -132,9 +142,19 @@ class LayerSettings(nn.Module):
         """Check settings of ``RULES``, and set all of them or none."""
         for name, value in settings.items():
             RULES[name].check(value)
+        if settings.get("process_group") is not None:
+            settings["sync"] = True
+        elif settings.get("sync") is not None and not settings["sync"]:
+            settings["process_group"] = None
         vars(self).update({f"_{name}": value for name, value in settings.items()})
         composing = (name for name, rule in RULES.items() if rule.is_composed)
         vars(self)["_is_composed"] = any(getattr(self, f"_{name}") != RULES[name].default for name in composing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes for a copy or a pickle, in which a process group is stored by its name."""
+        state: Any = super().__getstate__()
+        group = self._process_group
+        return state if group is None else state | {"_process_group": NamedGroup.of(group)}
 
     def _activate(self, act: str | None, param: float) -> None:
         """Apply this activation from now on, and record it with the layer's tensors."""
@@ -165,7 +185,7 @@ def settings_in_use(layer: nn.Module, names: Iterable[str]) -> list[str]:
     if not isinstance(layer, LayerSettings):
         return []
     values = {name: getattr(layer, f"_{name}") for name in names}
-    return [f"{name}={value!r}" for name, value in values.items() if value != RULES[name].default]
+    return [f"{name}={RULES[name].show(value)}" for name, value in values.items() if value != RULES[name].default]
 
 
 def lost_in_torch(layer: nn.Module, effect: Literal["train", "eval"]) -> list[str]:

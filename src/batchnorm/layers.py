@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import batch_statistics, kernels
+from batchnorm import batch_statistics, kernels, processes
 from batchnorm.argument_types import require_type
 from batchnorm.channel_axis import channels_second
 from batchnorm.kernels import ChannelStatistics, Layer, Running, Sample, activations
@@ -37,6 +37,9 @@ from batchnorm.layer_settings import SETTINGS, LayerSettings
 from batchnorm.padded_batches import sample_of
 from batchnorm.sequences import of_sequences
 from batchnorm.variants.renorm import Renorm, check_stored
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _Layer(LayerSettings, _BatchNorm):
@@ -65,13 +68,15 @@ class _Layer(LayerSettings, _BatchNorm):
         renorm: bool | Renorm = False,
         ghost_batch_size: int | None = None,
         own_weight: float = 0.0,
+        sync: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_sizes(num_features, eps)
         param = activations.parameter(act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._set(
             memory=memory, single_element=single_element, padding=padding, axis=axis, renorm=renorm,
-            ghost_batch_size=ghost_batch_size, own_weight=own_weight,
+            ghost_batch_size=ghost_batch_size, own_weight=own_weight, sync=sync, process_group=process_group,
         )  # fmt: skip
         check_stored(type(self).__name__, renorm, is_tracked=track_running_stats)
         if not weight:
@@ -150,11 +155,14 @@ class _Layer(LayerSettings, _BatchNorm):
         check_state(self, x, gamma, beta, mean, var)
         layer = Layer(gamma, beta, self.eps, self._act, self._act_param)
         stored = None if mean is None or var is None else ChannelStatistics(mean, var)
-        if sample is not None or self._is_composed or self._step is not None:
+        is_composed = (
+            self._is_composed or self._step is not None or (self._sync and processes.group_of(self) is not None)
+        )
+        if sample is not None or is_composed:
             return batch_statistics.normalized(self, x, sample or Sample(), layer, residual, stored)
         if stored is not None and not self._measures(x):
             if self.training:
-                stored = batch_statistics.stored_for_one(self, x, Sample(), stored)
+                stored = batch_statistics.stored_for_one(self, batch_statistics.measured_one(x, Sample()), stored)
             if self._own_weight:
                 return batch_statistics.by_stored(self, x, Sample(), layer, residual, stored)
             return kernels.normalize(x, stored, layer, residual)
@@ -258,6 +266,8 @@ class _Layer(LayerSettings, _BatchNorm):
         """Restore the attributes of a pickled or copied layer; old pickles have public names for the settings."""
         if "single_element" in state and "_single_element" not in state:
             state = {f"_{name}" if name in SETTINGS else name: value for name, value in state.items()}
+        if isinstance(group := state.get("_process_group"), processes.NamedGroup):
+            state = state | {"_process_group": group.resolved()}
         super().__setstate__(state)
         self._claim()
 
@@ -320,6 +330,9 @@ class BatchNorm1d(_Layer, nn.BatchNorm1d):
             ghost batch i mod K. The stored statistics move once, by the moments of the whole batch.
         own_weight: Weight, from 0 to 1, of an example's own statistics in eval mode (Summers and Dinneen 2020); the
             stored statistics have the rest.
+        sync: Whether train mode normalizes by the moments of the batches of all processes of torch.distributed, on any
+            backend. The batches may differ in size, or be empty. In one process nothing changes.
+        process_group: Synchronize the processes of this group only; naming a group sets ``sync``. None: all processes.
 
     Example:
         >>> layer = BatchNorm1d(3)

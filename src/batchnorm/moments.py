@@ -173,15 +173,7 @@ class Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         a, b = self._matched(other)
-        count = a.count + b.count
-        delta = b.mean - a.mean
-        mean = a.mean + delta * (b.count / count)
-        m2 = a.m2 + b.m2 + delta.square() * (a.count * b.count / count)
-        return unchecked(
-            count,
-            torch.where(b.count == 0, a.mean, torch.where(a.count == 0, b.mean, mean)),
-            torch.where(b.count == 0, a.m2, torch.where(a.count == 0, b.m2, m2)),
-        )
+        return unchecked(*merged((a.count, a.mean, a.m2), (b.count, b.mean, b.m2)))
 
     def __radd__(self, other: object) -> Moments:
         """``sum(parts)`` starts from 0, which counts as no values."""
@@ -300,6 +292,23 @@ class Moments:
             "Moments must have the same channels, got shapes "
             f"{tuple(self.shape)} and {tuple(other.shape)}. Measure both with the same channel_axis."
         )
+
+
+def merged(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and m2 of the values of ``a`` and ``b`` together, from count, mean and m2 of each.
+
+    A side with count 0 leaves the other side's mean and m2 as they are, bit for bit, also if its own are NaN.
+    """
+    (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = a, b
+    count = count_a + count_b
+    divisor, delta = torch.where(count == 0, 1, count), mean_b - mean_a
+    mean = mean_a + delta * (count_b / divisor)
+    m2 = m2_a + m2_b + delta.square() * (count_a * count_b / divisor)
+    return (
+        count,
+        torch.where(count_b == 0, mean_a, torch.where(count_a == 0, mean_b, mean)),
+        torch.where(count_b == 0, m2_a, torch.where(count_a == 0, m2_b, m2)),
+    )
 
 
 def unchecked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:

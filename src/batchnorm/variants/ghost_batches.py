@@ -57,8 +57,8 @@ def check_ghost_batch_size(size: object) -> None:
 
 
 def parts(x: Tensor, sample: Sample, residual: Tensor | None, size: int | None) -> list[Part]:
-    """The ghost batches of a batch (N, C, ...), in one or two parts; the batch itself if ``size`` is None."""
-    if size is None:
+    """The ghost batches of a batch (N, C, ...), in one or two parts; the batch itself if it is empty or not cut."""
+    if size is None or not x.shape[0]:
         return [Part(x, sample, residual, 1)]
     found = []
     for start, end, ghosts in _sections(x.shape[0], int(size)):
@@ -135,8 +135,6 @@ def union(found: Sequence[Measured], channels: int) -> Measured:
 def _sections(examples: int, size: int) -> Iterator[tuple[int, int, int]]:
     """The parts of a batch: their first example, the one behind their last, and their number of ghost batches."""
     ghosts = -(-examples // size)
-    if not ghosts:
-        return
     each, larger = divmod(examples, ghosts)  # so many ghost batches have one example more
     middle = larger * (each + 1)
     if larger:

@@ -1,0 +1,181 @@
+"""The exchange of a layer: merges the moments of all ranks, and adds the sums of their backward passes.
+
+With counts n_r, means m_r and biased variances v_r of the ranks r, and n, m, v those of the union, the gradients of a
+loss that depends on m and v, added up over the losses of all ranks, are
+
+    d_m_r = n_r / n (d_m + 2 (m_r - m) d_v)        d_v_r = n_r / n d_v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd import Function
+
+from batchnorm.kernels import ChannelStatistics, Measured
+from batchnorm.kernels.choice import is_plain
+from batchnorm.kernels.reference import exact_dtype
+from batchnorm.kernels.shapes import values_per_channel
+from batchnorm.moments import merged
+from batchnorm.processes.agreement import LayerInGroup, layer_in_group
+from batchnorm.processes.collectives import gathered, recorded
+from batchnorm.processes.membership import NamedGroup, ranks_in_words
+
+# tensors of several ranks, each (ranks, C)
+Stack = tuple[Tensor, ...]
+
+
+@final
+class TooFewValuesError(Exception):
+    """Raised on every rank if the union of all batches has no variance.
+
+    Attributes:
+        measured: The moments of the union.
+        ranks: The ranks in words.
+        is_empty: Whether all batches are empty: of no examples, not of padding alone.
+    """
+
+    def __init__(self, measured: Measured, ranks: str, *, is_empty: bool) -> None:
+        super().__init__(measured)
+        self.measured, self.ranks, self.is_empty = measured, ranks, is_empty
+
+    @property
+    def least(self) -> float:
+        """The smallest count of a channel."""
+        return float(self.measured.count.min())
+
+
+def group_of(layer: Any) -> Any:
+    """The process group whose batches a call of the layer is normalized with; None if the batch is alone.
+
+    It is alone in eval mode, without ``sync``, without an initialized process group, and in a group of one process.
+
+    Raises:
+        RuntimeError: If the layer was loaded with a group that this run does not have.
+    """
+    if not (layer._sync and layer.training and distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = layer._process_group
+    group = distributed.group.WORLD if group is None else group
+    if isinstance(group, NamedGroup) and isinstance(group := group.resolved(), NamedGroup):
+        raise RuntimeError(  # noqa: TRY004 - the layer's state is wrong, not an argument
+            f"{type(layer).__name__} needs its process group, got {group!r}, which this run does not have. Set "
+            "layer.process_group to a group of this run, or to None for all processes."
+        )
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def exchange_of(layer: Any, x: Tensor) -> Exchange | None:
+    """The exchange of a layer with the other ranks for the batch ``x``; None if the batch is alone.
+
+    A program of torch.compile does not compare layers: each rank traces it at another time.
+    """
+    group = group_of(layer)
+    if group is None:
+        return None
+    own = None if torch.compiler.is_compiling() else layer_in_group(layer, group)
+    return Exchange(group, values_per_channel(x), own)
+
+
+@final
+class Exchange:
+    """A ``kernels.Group``: the batches that the ranks of a process group have in one call of a layer.
+
+    Args:
+        group: The process group.
+        size: Values of each channel in this rank's batch, padding included.
+        own: The layer, as the ranks of the group compare it; None in a program, which does not compare.
+    """
+
+    def __init__(self, group: Any, size: int, own: LayerInGroup | None) -> None:
+        self.group, self.size, self.own = group, size, own
+
+    def union(self, own: Measured) -> Measured:
+        """The moments of the batches of all ranks; differentiable in ``own``, whose gradient needs one collective.
+
+        Raises:
+            RuntimeError: On every rank, if the ranks call different layers; if the exchange fails.
+            TooFewValuesError: If a channel of the union has a count of 1 or less; not on accelerators and under
+                compilers, which do not know the count.
+        """
+        (mean, var), count = own
+        count = count.expand_as(mean)
+        # torch differentiates a program's collective itself, and its compiler warns of our node
+        mean, var, count = self.merged(mean, var, count) if self.own is None else _Union.apply(mean, var, count, self)
+        return Measured(ChannelStatistics(mean, var), count)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The sums (2, C) of all ranks, added in rank order, in float64 (float32 on Apple's GPUs)."""
+        rows = self._gathered([sums.to(exact_dtype(sums.device)).reshape(-1)], "backward")
+        return _folded(_added, (rows,))[0].view_as(sums)
+
+    def merged(self, mean: Tensor, var: Tensor, count: Tensor) -> Stack:
+        """Mean, variance and count (C,) of the union, from those of this rank."""
+        # without values the moments are NaN, which would become the gradients of other ranks
+        mean, var = (torch.where(count == 0, 0, each) for each in (mean, var))
+        values = [mean.new_full((1,), self.size), count, mean, var * count]
+        rows = self._gathered(values, "forward")
+        sizes, (counts, means, m2s) = rows[:, 0], rows[:, 1:].unflatten(1, (3, -1)).unbind(1)
+        count, mean, m2 = _folded(merged, (counts.detach(), means, m2s))
+        measured = Measured(ChannelStatistics(mean, m2 / count), count)
+        if rows.is_cpu and is_plain(rows) and count.numel() and not bool((count > 1).all()):
+            raise TooFewValuesError(measured, ranks_in_words(self.group), is_empty=not sizes.any())
+        return *measured.statistics, count
+
+    def _gathered(self, parts: list[Tensor], direction: str) -> Tensor:
+        """The parts of all ranks in one collective: (ranks, K), in rank order; a header precedes the first one."""
+        own = self.own
+        if own is None:
+            return recorded(torch.cat(parts), self.group)
+        if direction not in own.compared:
+            own.compare(direction, parts[0].device)
+        marked = torch.cat([parts[0].new_full((1,), own.fingerprint), *parts])
+        rows = gathered(marked, self.group, own.name, direction)
+        if rows.is_cpu and is_plain(rows) and not bool((rows[:, 0] == own.fingerprint).all()):
+            own.compare(direction, rows.device)
+        return rows[:, 1:]
+
+
+def _added(a: Stack, b: Stack) -> Stack:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _folded(combine: Callable[[Stack, Stack], Stack], parts: Stack) -> Stack:
+    """The parts of all ranks combined, neighbours first: (ranks, ...) -> (...); only the ranks decide the order."""
+    while (ranks := len(parts[0])) > 1:
+        even = ranks - ranks % 2
+        pairs = combine(tuple(p[0:even:2] for p in parts), tuple(p[1:even:2] for p in parts))
+        parts = tuple(torch.cat([new, old[even:]]) for new, old in zip(pairs, parts, strict=True))
+    return tuple(p[0] for p in parts)
+
+
+class _Context(Protocol):
+    """The object in which the node keeps what its backward pass needs."""
+
+    saved_tensors: tuple[Tensor, ...]
+    exchange: Exchange
+    save_for_backward: Callable[..., None]
+    mark_non_differentiable: Callable[..., None]
+
+
+class _Union(Function):
+    """The moments of the union, differentiable in those of this rank."""
+
+    @staticmethod
+    def forward(ctx: _Context, mean: Tensor, var: Tensor, count: Tensor, exchange: Exchange) -> Stack:
+        """Mean, variance and count of the union."""
+        of_all = exchange.merged(mean, var, count)
+        distance = torch.where(count == 0, 0, mean - of_all[0])
+        ctx.exchange = exchange
+        ctx.save_for_backward(distance, count / of_all[2].clamp_min(1e-300))
+        ctx.mark_non_differentiable(of_all[2])
+        return of_all
+
+    @staticmethod
+    def backward(ctx: _Context, d_mean: Tensor, d_var: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
+        distance, share = ctx.saved_tensors
+        d_mean, d_var = ctx.exchange.total(torch.stack([d_mean, d_var])).unbind()
+        return share * (d_mean + 2 * distance * d_var), share * d_var, None, None

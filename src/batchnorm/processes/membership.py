@@ -1,0 +1,102 @@
+"""Process groups as settings of a layer: which are accepted, and how they are shown, copied and pickled."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from torch import distributed, nn
+
+
+def check_process_group(group: object) -> None:
+    """Refuse a value that is no process group of which this rank is a member; None is accepted.
+
+    Raises:
+        TypeError: If it is no ``ProcessGroup``.
+        ValueError: If this rank is not in the group. Outside of a group, ``new_group`` returns a number.
+    """
+    if group is None or isinstance(group, NamedGroup):
+        return
+    if not distributed.is_available():
+        raise ValueError("process_group needs a torch built with torch.distributed. Leave it out.")
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_about_outsider("what new_group returns on a rank outside of the group"))
+    if not isinstance(group, distributed.ProcessGroup):
+        advice = " A DeviceMesh gives one: mesh.get_group()." if hasattr(group, "get_group") else ""
+        raise TypeError(
+            f"process_group must be a ProcessGroup of torch.distributed or None, got {type(group).__name__}. Create "
+            f"one with torch.distributed.new_group(ranks).{advice}"
+        )
+    if distributed.is_initialized() and distributed.get_rank(group) < 0:
+        raise ValueError(_about_outsider(f"a group of {ranks_in_words(group)}"))
+
+
+def _about_outsider(got: str) -> str:
+    rank = f"rank {distributed.get_rank()}" if distributed.is_initialized() else "this process"
+    return (
+        f"process_group must contain {rank}, got {got}. Every rank calls torch.distributed.new_group for every group, "
+        "and gives its layers the group that it is in."
+    )
+
+
+def is_synchronized(layer: nn.Module) -> bool:
+    """Whether a layer in train mode waits for other processes: torch's SyncBatchNorm, and ours with ``sync``."""
+    return isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "_sync", False) is True
+
+
+def members(group: Any) -> list[int]:
+    """The global ranks of a group, in the order of their ranks in the group."""
+    return distributed.get_process_group_ranks(group)
+
+
+def ranks_in_words(group: Any) -> str:
+    """A group by its global ranks, such as "ranks 0, 1"; by its class if it is no longer registered."""
+    if isinstance(group, NamedGroup):
+        return repr(group)
+    try:
+        return f"ranks {', '.join(map(str, members(group)))}"
+    except (KeyError, RuntimeError, ValueError):
+        return f"<a destroyed {type(group).__name__}>"
+
+
+@final
+class NamedGroup:
+    """A process group in the state of a layer that is copied or pickled: torch's groups allow neither.
+
+    A copy in the same process has the same group. A pickle has the group's name and ranks; where it is loaded, the
+    group of this name with these ranks is looked up.
+
+    Args:
+        group: The process group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group: Any = group
+        self.name, self.ranks = group.group_name, members(group)
+
+    @staticmethod
+    def of(group: Any) -> NamedGroup:
+        """A group by its name; a group that is one already stays the same object."""
+        return group if isinstance(group, NamedGroup) else NamedGroup(group)
+
+    def resolved(self) -> Any:
+        """The process group; this object itself if this process has no such group."""
+        if self.group is None and distributed.is_available() and distributed.is_initialized():
+            self.group = _registered(self.name, self.ranks)
+        return self if self.group is None else self.group
+
+    def __deepcopy__(self, _memo: dict[int, object]) -> NamedGroup:
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"group": None, "name": self.name, "ranks": self.ranks}
+
+    def __repr__(self) -> str:
+        return f"<ranks {', '.join(map(str, self.ranks))} of another run>"
+
+
+def _registered(name: str, ranks: list[int]) -> Any:
+    try:
+        group: Any = distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+        return group if members(group) == ranks else None
+    except (LookupError, RuntimeError, ValueError):
+        return None

@@ -1,0 +1,610 @@
+"""What every rank of torch.distributed checks: ``python rank_checks.py`` runs all checks that are meant for its world.
+
+Each check is a function without arguments that every rank calls; it knows the batches of all ranks, so it can compare
+with one process that has them all. A failed assertion on one rank is told by that rank; others may time out then.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.processes import collectives
+
+# a check, and the numbers of ranks that it is made for
+CHECKS: dict[str, tuple[Callable[[], object], tuple[int, ...]]] = {}
+SECONDS = 30
+C = 6
+
+
+def check(*worlds: int) -> Callable:
+    def register(function: Callable[[], object]) -> Callable[[], object]:
+        CHECKS[function.__name__] = (function, worlds)
+        return function
+
+    return register
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def batches(sizes: list[int], *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """The batches of all ranks; values are far from zero, and each rank has another mean."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (100 + 5 * i + (i + 1) * torch.randn(n, C, *shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for i, n in enumerate(sizes)
+    ]
+
+
+def sizes(*of_ranks: int) -> list[int]:
+    return list(of_ranks[: world()])
+
+
+def on_every_rank(value: Any) -> list[Any]:
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def trained_together(layer: nn.Module, xs: list[Tensor], **options: list[Any]) -> dict[str, Tensor]:
+    """One pass on this rank's batch: y, d_x, and the gradients of gamma and beta added over the ranks."""
+    x = xs[rank()].clone().requires_grad_()
+    y = layer(x, **{name: values[rank()] for name, values in options.items()})
+    (y * weight_of(y, rank())).sum().backward()
+    result = {"y": y.detach(), "d_x": x.grad}
+    for name, p in layer.named_parameters():
+        dist.all_reduce(p.grad)
+        result[name] = p.grad
+    return result | {name: b.clone() for name, b in layer.named_buffers()}
+
+
+def weight_of(y: Tensor, i: int) -> Tensor:
+    """Weights of the loss, which differ between all values."""
+    generator = torch.Generator().manual_seed(100 + i)
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+
+
+def trained_alone(layer: nn.Module, xs: list[Tensor], **options: list[Any]) -> dict[str, Tensor]:
+    """The same in one process, on the batches of all ranks in a row; y and d_x of this rank."""
+    layer.sync = False
+    x = torch.cat(xs).requires_grad_()
+    y = layer(x, **{name: None if values[0] is None else torch.cat(values) for name, values in options.items()})
+    weight = torch.cat([weight_of(part, i) for i, part in enumerate(y.split([len(b) for b in xs]))])
+    (y * weight).sum().backward()
+    parts = [len(b) for b in xs]
+    result = {"y": y.detach().split(parts)[rank()], "d_x": x.grad.split(parts)[rank()]}
+    result |= {name: p.grad for name, p in layer.named_parameters()}
+    return result | {name: b.clone() for name, b in layer.named_buffers()}
+
+
+def oracle(xs: list[Tensor], eps: float = 1e-5) -> dict[str, np.ndarray]:
+    """NumPy in float64, from the formulas of Ioffe and Szegedy, for gamma 1 and beta 0."""
+    x = np.concatenate([np.asarray(b, dtype=np.float64) for b in xs])
+    g = np.concatenate([np.asarray(weight_of(b, i), dtype=np.float64) for i, b in enumerate(xs)])
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    count = x.size // x.shape[1]
+    mean = x.mean(axes, keepdims=True)
+    var = ((x - mean) ** 2).mean(axes, keepdims=True)
+    z = (x - mean) / np.sqrt(var + eps)
+    d_x = (g - g.mean(axes, keepdims=True) - z * (g * z).mean(axes, keepdims=True)) / np.sqrt(var + eps)
+    own = slice(sum(len(b) for b in xs[: rank()]), sum(len(b) for b in xs[: rank() + 1]))
+    return {
+        "y": z[own], "d_x": d_x[own], "weight": (g * z).sum(axes), "bias": g.sum(axes),
+        "running_mean": 0.1 * mean.reshape(-1), "running_var": 0.9 + 0.1 * var.reshape(-1) * count / (count - 1),
+    }  # fmt: skip
+
+
+def ulps(a: Tensor, b: Any) -> float:
+    """The largest difference in units in the last place of the largest value of ``b``."""
+    b = torch.as_tensor(b)
+    if not b.numel():
+        return 0.0
+    largest = float(b.abs().max()) or 1.0
+    return float((a.double() - b.double()).abs().max()) / (torch.finfo(a.dtype).eps * largest)
+
+
+def require_close(found: dict[str, Tensor], expected: dict[str, Any], limit: float) -> dict[str, float]:
+    """Every value within ``limit`` ulps of the largest; returns the distances."""
+    names = [name for name, value in found.items() if value.is_floating_point()]
+    distances = {name: ulps(found[name], expected[name]) for name in names}
+    assert all(value <= limit for value in distances.values()), distances
+    return distances
+
+
+def require_same_bits(layer: nn.Module) -> None:
+    state = [tensor.numpy().tobytes() for tensor in layer.state_dict().values()]
+    assert all(other == state for other in on_every_rank(state))
+
+
+def layer(**options: Any) -> Any:
+    return bn.BatchNorm1d(C, sync=True, dtype=torch.float64, **options)
+
+
+# 100 / sd is at most 100: x - mean has lost 2 digits, 1 ulp of x is 128 of z; sums over 80 values add a factor of 10
+ULPS = 1300.0
+
+
+@check(2, 3, 4)
+def unequal_batches_equal_one_process() -> object:
+    xs = batches(sizes(5, 3, 7, 1), 4)
+    distances = require_close(trained_together(layer(), xs), trained_alone(layer(), xs), ULPS)
+    require_close(trained_together(layer(), xs), oracle(xs), ULPS)
+    together = layer()
+    trained_together(together, xs)
+    require_same_bits(together)
+    return distances
+
+
+@check(2, 3)
+def an_empty_rank_takes_part() -> object:
+    xs = batches([0, 9, 4][: world()], 4)
+    together = layer()
+    distances = require_close(trained_together(together, xs), trained_alone(layer(), xs), ULPS)
+    require_same_bits(together)
+    assert together.num_batches_tracked == 1
+    return distances
+
+
+@check(2)
+def batches_that_are_all_empty_change_nothing() -> None:
+    together = layer()
+    x = torch.zeros(0, C, 4, dtype=torch.float64, requires_grad=True)
+    y = together(x)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+    assert together.num_batches_tracked == 0
+    assert together.running_mean.count_nonzero() == 0
+
+
+@check(2, 3)
+def masked_ranks_equal_one_process() -> object:
+    xs = batches(sizes(4, 5, 3), 8)
+    # all of rank 1 is padding, and padding is NaN
+    masks = [torch.rand(len(x), 8, generator=torch.Generator().manual_seed(i)) < 0.6 for i, x in enumerate(xs)]
+    masks[1] = torch.zeros_like(masks[1])
+    xs = [torch.where(mask.unsqueeze(1), x, torch.nan) for x, mask in zip(xs, masks, strict=True)]
+    together = layer()
+    found = trained_together(together, xs, mask=masks)
+    distances = require_close(found, trained_alone(layer(), xs, mask=masks), ULPS)
+    padding = ~masks[rank()].unsqueeze(1).expand_as(found["y"])
+    assert found["y"][padding].count_nonzero() == found["d_x"][padding].count_nonzero() == 0
+    require_same_bits(together)
+    return distances
+
+
+@check(2)
+def a_mask_on_one_rank_only_counts_there() -> object:
+    xs = batches([4, 5], 8)
+    masks = [torch.ones(4, 8, dtype=torch.bool), torch.arange(8).expand(5, 8) < 3]
+    x = xs[rank()].clone().requires_grad_()
+    y = layer()(x, mask=masks[1] if rank() else None)
+    (y * weight_of(y, rank())).sum().backward()
+    return require_close({"y": y.detach(), "d_x": x.grad}, trained_alone(layer(), xs, mask=masks), ULPS)
+
+
+@check(2, 3)
+def weights_equal_one_process() -> object:
+    xs = batches(sizes(4, 5, 3), 8)
+    weights = [torch.rand(len(x), generator=torch.Generator().manual_seed(i)).double() * 3 for i, x in enumerate(xs)]
+    weights[0][0] = 0
+    together = layer()
+    found = trained_together(together, xs, weight=weights)
+    distances = require_close(found, trained_alone(layer(), xs, weight=weights), ULPS)
+    require_same_bits(together)
+    return distances
+
+
+@check(2)
+def padding_can_be_kept() -> object:
+    xs = batches([4, 5], 8)
+    masks = [torch.arange(8).expand(len(x), 8) < 3 + i for i, x in enumerate(xs)]
+    found = trained_together(layer(padding="keep"), xs, mask=masks)
+    return require_close(found, trained_alone(layer(padding="keep"), xs, mask=masks), ULPS)
+
+
+@check(2)
+def activation_and_residual_stay_local() -> object:
+    xs, residuals = batches([4, 5], 8), batches([4, 5], 8, seed=1)
+    found = trained_together(layer(act="silu"), xs, residual=residuals)
+    return require_close(found, trained_alone(layer(act="silu"), xs, residual=residuals), ULPS)
+
+
+@check(2)
+def every_type_and_layout_equals_one_process() -> object:
+    distances = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for form in (torch.contiguous_format, torch.channels_last):
+            xs = [x.to(memory_format=form) for x in batches([4, 5], 8, 8, dtype=dtype)]
+            made = [bn.BatchNorm2d(C, sync=True, act="relu") for _ in range(2)]
+            found, alone = trained_together(made[0], xs), trained_alone(made[1], xs)
+            distances[f"{dtype} {form}"] = require_close(found, alone, 8)
+            require_same_bits(made[0])
+    return distances
+
+
+@check(2, 4)
+def too_few_values_raise_the_same_error_on_every_rank() -> str:
+    xs = batches([1, *[0] * (world() - 1)])
+    text = message(ValueError, layer(), xs[rank()])
+    assert f"in the batches of ranks {', '.join(map(str, range(world())))} together, got 1" in text
+    assert "Expected more than 1 value per channel when training" in text
+    assert set(on_every_rank(text)) == {text}
+    mask = torch.zeros(len(xs[rank()]), dtype=torch.bool)
+    assert "together, got 0" in message(ValueError, layer(), xs[rank()], mask=mask if rank() == 0 else None)
+    return text
+
+
+def message(kind: type[Exception], function: Callable, *args: Any, **kwargs: Any) -> str:
+    try:
+        function(*args, **kwargs)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+@check(2)
+def one_value_on_each_rank_is_enough() -> object:
+    xs = batches([1, 1])
+    found, alone = trained_together(layer(), xs), trained_alone(layer(), xs)
+    # of two values z is 1 and -1, so d_x is 0 but for eps: what is left of terms of the size of 1
+    assert (found.pop("d_x") - alone.pop("d_x")).abs().max() < 1e-13
+    return require_close(found, alone, ULPS)
+
+
+@check(2)
+def a_single_value_of_all_ranks_may_use_stored_statistics() -> None:
+    xs = batches([0, 1])
+    together = layer(single_element="population")
+    y = together(xs[rank()])
+    assert torch.allclose(y, xs[rank()] / (1 + 1e-5) ** 0.5, rtol=1e-12)
+    assert together.num_batches_tracked == 0
+    pair = batches([1, 1])
+    together(pair[rank()])
+    assert together.num_batches_tracked == 1
+
+
+@check(3)
+def a_value_that_is_not_finite_leaves_out_its_channel_on_every_rank() -> None:
+    xs = batches([4, 5, 3])
+    xs[1][2, 3] = torch.inf
+    together = layer()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        together(xs[rank()])
+    assert ["1 of 6 channels" in str(w.message) for w in caught] == [True]
+    assert together.skipped_updates == 1
+    assert together.running_mean[3] == 0
+    require_same_bits(together)
+
+
+@check(2)
+def cumulative_averages_have_the_same_bits() -> None:
+    together = layer(momentum=None)
+    for step in range(3):
+        together(batches([3, 6], seed=step)[rank()])
+    require_same_bits(together)
+    alone = bn.BatchNorm1d(C, momentum=None, dtype=torch.float64)
+    for step in range(3):
+        alone(torch.cat(batches([3, 6], seed=step)))
+    require_close(dict(together.named_buffers()), dict(alone.named_buffers()), ULPS)
+
+
+@check(2, 3)
+def after_the_first_call_each_pass_is_one_collective() -> None:
+    calls = []
+    real = collectives._all_gather
+    collectives._all_gather = lambda rows, values, group: (calls.append(len(values)), real(rows, values, group))[1]
+    try:
+        together, xs = layer(), batches(sizes(3, 4, 5), 2)
+        for _ in range(2):
+            together(xs[rank()].requires_grad_()).sum().backward()
+    finally:
+        collectives._all_gather = real
+    moments, sums = 2 + 3 * C, 1 + 2 * C
+    assert calls == [512, moments, 512, sums, moments, sums], calls
+
+
+@check(2)
+def no_sum_of_squares_is_taken() -> float:
+    """Mean 1e8 and sd 1 in float64: a sum of squares would lose all digits of the variance."""
+    generator = torch.Generator().manual_seed(0)
+    xs = [1e8 + torch.randn(50, C, generator=generator, dtype=torch.float64) for _ in range(2)]
+    together = layer(momentum=1.0)
+    together(xs[rank()])
+    exact = np.concatenate([x.numpy().astype(np.longdouble) for x in xs]).var(0, ddof=1)
+    distance = float(np.abs(together.running_var.numpy() / exact - 1).max())
+    assert distance < 1e-7, distance  # the inputs have 8 digits behind the mean
+    return distance
+
+
+@check(2)
+def eval_mode_and_a_layer_without_sync_do_not_wait() -> None:
+    if rank() == 0:  # the other rank calls nothing
+        layer().eval()(batches([3])[0])
+        bn.BatchNorm1d(C)(batches([3], dtype=torch.float32)[0])
+        untracked = layer(track_running_stats=False).eval()
+        untracked(batches([3])[0])
+
+
+@check(2, 4)
+def training_in_ddp_equals_one_process() -> object:
+    """20 steps of a network in float64 on halves of a batch, and in one process on all of it."""
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(5, C), bn.BatchNorm1d(C, sync=True), nn.ReLU(),
+            nn.Linear(C, C), bn.BatchNorm1d(C, sync=True, act="relu"), nn.Linear(C, 1),
+        ).double()  # fmt: skip
+
+    generator = torch.Generator().manual_seed(3)
+    data = torch.randn(20, 8 * world(), 5, generator=generator, dtype=torch.float64)
+    together, alone = network(), network()
+    for each in (alone[1], alone[4]):
+        each.sync = False
+    ddp = nn.parallel.DistributedDataParallel(together)
+    for net, own in ((ddp, slice(8 * rank(), 8 * rank() + 8)), (alone, slice(None))):
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        for x in data[:, own]:
+            optimizer.zero_grad()
+            net(x).sub(x.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    require_same_bits(together)
+    states = together.state_dict(), alone.state_dict()
+    distances = {
+        k: float((states[0][k] - v).abs().max() / v.abs().max()) for k, v in states[1].items() if v.is_floating_point()
+    }
+    # each of 20 steps multiplies a difference of some ulps by a factor of the order of 2
+    assert max(distances.values()) < 1e-9, distances
+    return {"largest relative difference": max(distances.values())}
+
+
+@check(2)
+def layers_that_differ_raise_the_same_error_on_every_rank() -> list[str]:
+    x = batches([3, 3])[rank()]
+    wide = bn.BatchNorm1d(C + 2 * rank(), sync=True)
+    texts = [message(RuntimeError, wide, torch.randn(3, C + 2 * rank()))]
+    assert "BatchNorm1d(6)" in texts[0]
+    assert "BatchNorm1d(8)" in texts[0]
+    texts.append(message(RuntimeError, layer(eps=1e-3 if rank() else 1e-5), x))
+    assert "eps=1e-05" in texts[1]
+    assert "eps=0.001" in texts[1]
+    pair = nn.ModuleDict({"first": layer(), "second": layer()})
+
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = pair
+
+        def forward(self, x: Tensor, names: list[str]) -> Tensor:
+            for name in names:
+                x = self.encoder[name](x)
+            return x
+
+    model, order = Swapped(), ["first", "second"]
+    texts.append(message(RuntimeError, model, x, order[:: -1 if rank() else 1]))
+    assert "'encoder.first', a BatchNorm1d(6)" in texts[2]
+    assert "'encoder.second', a BatchNorm1d(6)" in texts[2]
+    model(x, order).sum().backward()
+    # both layers have met by now: a later exchange finds it by the fingerprint
+    texts.append(message(RuntimeError, model, x, order[:: -1 if rank() else 1]))
+    assert "'encoder.second'" in texts[3]
+    for text in texts:
+        assert set(on_every_rank(text)) == {text}
+        assert " on rank 0" in text
+        assert " on rank 1" in text
+        assert "same model on every rank" in text
+    return texts
+
+
+@check(2)
+def a_layer_more_on_one_rank_is_found_in_the_backward_pass() -> str:
+    layers = nn.Sequential(*[layer() for _ in range(1 + rank())])
+    y = layers[0](batches([3, 3])[rank()].requires_grad_())
+    text = message(RuntimeError, layers[1], y) if rank() else message(RuntimeError, y.sum().backward)
+    assert "in the backward pass on rank 0" in text
+    assert "in the forward pass on rank 1" in text
+    assert set(on_every_rank(text)) == {text}
+    return text
+
+
+@check(3, 4)
+def groups_synchronize_their_own_ranks() -> None:
+    groups = [dist.new_group([0, 1]), dist.new_group(list(range(2, world())))]
+    own = groups[rank() // 2]
+    together = bn.BatchNorm1d(C, process_group=own, dtype=torch.float64)
+    assert together.sync is True
+    assert f"process_group=ranks {'0, 1' if rank() < 2 else '2' + ', 3' * (world() == 4)}" in repr(together)
+    xs = batches(sizes(5, 3, 7, 2))
+    y = together(xs[rank()]).detach()
+    members = dist.get_process_group_ranks(own)
+    expected = bn.BatchNorm1d(C, dtype=torch.float64)(torch.cat([xs[i] for i in members]))
+    parts = expected.split([len(xs[i]) for i in members])
+    assert ulps(y, parts[members.index(rank())].detach()) < ULPS
+    text = message(ValueError, bn.BatchNorm1d, C, process_group=groups[1 - rank() // 2])
+    assert f"process_group must contain rank {rank()}" in text
+    assert "new_group" in text
+    together.sync = False
+    assert together.process_group is None
+    together.process_group = own
+    assert together.sync is True
+
+
+@check(2)
+def copies_and_pickles_keep_their_group() -> None:
+    group = dist.new_group([0, 1])
+    together = bn.BatchNorm1d(C, process_group=group)
+    assert copy.deepcopy(together).process_group is group
+    loaded = pickle.loads(pickle.dumps(together))
+    assert loaded.process_group is group
+    x = batches([4, 2], dtype=torch.float32)[rank()]
+    assert copy.deepcopy(together)(x).equal(loaded(x))
+    state = pickle.dumps(together)
+    dist.destroy_process_group(group)
+    gone = pickle.loads(state)
+    text = message(RuntimeError, gone, x)
+    assert "got <ranks 0, 1 of another run>" in text
+    gone.eval()(x)
+    gone.process_group = None
+    assert gone.sync is True
+    gone.train()(x)
+    assert "a destroyed ProcessGroup" in repr(together)
+
+
+class Networks:
+    """Networks of one batch norm layer, for the ways in which torch runs several processes."""
+
+    @staticmethod
+    def made(layer: nn.Module) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(C, C), layer, nn.Linear(C, 1))
+
+    KINDS: ClassVar[dict[str, Callable[[], nn.Module]]] = {
+        "local": lambda: bn.BatchNorm1d(C),
+        "sync": lambda: bn.BatchNorm1d(C, sync=True),
+        "frozen": lambda: bn.freeze(bn.BatchNorm1d(C)),
+        "averaged": lambda: bn.BatchNorm1d(C, momentum=None, sync=True, act="relu"),
+    }
+
+
+@check(2)
+def two_forward_passes_before_one_backward_pass_work_in_ddp() -> None:
+    """A GAN's discriminator sees real and made examples; every forward of DDP writes into the buffers."""
+    options = [{}, {"static_graph": True}, {"find_unused_parameters": True}, {"broadcast_buffers": False}]
+    for make in Networks.KINDS.values():
+        for each in options:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers
+                model = nn.parallel.DistributedDataParallel(Networks.made(make()), **each)
+            for step in range(2):
+                real, fake = batches([4, 3], seed=step, dtype=torch.float32)[rank()].split([2, 4 - 2 - rank()])
+                fake = torch.cat([fake, fake])
+                (model(real).mean() - model(fake).square().mean()).backward()
+            gradients = [p.grad.tolist() for p in model.parameters()]
+            assert on_every_rank(gradients) == [gradients] * 2
+
+
+@check(2)
+def gradients_accumulate_without_sync_of_ddp() -> object:
+    """no_sync leaves out DDP's own exchange of gradients, not that of the layer."""
+    model = nn.parallel.DistributedDataParallel(Networks.made(bn.BatchNorm1d(C, sync=True)).double())
+    alone = Networks.made(bn.BatchNorm1d(C)).double()
+    xs = [batches([4, 4], seed=seed) for seed in range(2)]
+    with model.no_sync():
+        model(xs[0][rank()]).square().mean().backward()
+    model(xs[1][rank()]).square().mean().backward()
+    for pair in xs:
+        alone(torch.cat(pair)).square().mean().backward()
+    found = {name: p.grad for name, p in model.module.named_parameters()}
+    # batch norm takes the mean away, so the bias in front of it has no gradient but rounding
+    assert found.pop("0.bias").abs().max() < 1e-12
+    return require_close(found, {name: p.grad for name, p in alone.named_parameters()}, ULPS)
+
+
+@check(2)
+def fsdp2_keeps_statistics_in_float32() -> object:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    distances = {}
+    for dtype, limit in ((None, ULPS), (torch.bfloat16, 8)):
+        model = Networks.made(bn.BatchNorm1d(C, sync=True))
+        alone = copy.deepcopy(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+        xs = batches([4, 4], dtype=torch.float32)
+        y = model(xs[rank()])
+        y.float().square().mean().backward()
+        assert model[1].running_mean.dtype == model[1].running_var.dtype == torch.float32
+        with torch.autocast("cpu", dtype or torch.float32, enabled=False):
+            alone = alone if dtype is None else alone.to(dtype)
+            alone[1].sync = False
+            expected = alone(torch.cat(xs).to(y.dtype))
+        distances[str(dtype)] = ulps(y.detach(), expected.detach()[4 * rank() : 4 * rank() + 4])
+        assert distances[str(dtype)] < limit, distances
+        state = [model[1].running_mean.tolist(), model[1].running_var.tolist()]
+        assert on_every_rank(state) == [state] * 2
+    return distances
+
+
+@check(2, 3)
+def a_program_of_torch_compile_has_the_collective_in_one_graph() -> object:
+    """Also where a rank's batch is all padding, and in a named group."""
+    distances = {}
+    masks = [
+        torch.ones(4, 2, dtype=torch.bool),
+        torch.zeros(3, 2, dtype=torch.bool),
+        torch.zeros(5, 2, dtype=torch.bool),
+    ]
+    cases = {"whole": {}, "masked": {"mask": masks[: world()]}, "group": {}}
+    for case, options in cases.items():
+        torch._dynamo.reset()
+        group = dist.group.WORLD if case == "group" else None
+        eager, compiled = (bn.BatchNorm1d(C, process_group=group, sync=True, act="silu") for _ in range(2))
+        program = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        for step in range(2):
+            xs = batches(sizes(4, 3, 5), 2, dtype=torch.float32, seed=step)
+            found, expected = (trained_together(each, xs, **options) for each in (program, eager))
+            found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+            # d_x is a difference of terms up to 100 times as large
+            distances[f"{case} {step}"] = require_close(found, expected, 400)
+            eager.zero_grad()
+            compiled.zero_grad()
+        require_same_bits(compiled)
+    return distances
+
+
+@check(2)
+def recomputed_segments_exchange_again() -> object:
+    from torch.utils.checkpoint import checkpoint
+
+    xs = batches([4, 3])
+    found = []
+    for use in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        together = layer()
+        x = xs[rank()].clone().requires_grad_()
+        use(lambda x, together=together: together(x).sin(), x).sum().backward()
+        found.append({"x": x.grad, "weight": together.weight.grad})
+    return require_close(*found, 0)
+
+
+@check(2)
+def a_model_in_train_mode_may_be_copied_and_its_copy_run() -> None:
+    model = Networks.made(bn.BatchNorm1d(C, sync=True))
+    x = batches([4, 3], dtype=torch.float32)[rank()]
+    y = model(x)
+    assert copy.deepcopy(model)(x).equal(y)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:]
+    results = {}
+    for name, (function, worlds) in CHECKS.items():
+        if world() in worlds and (not wanted or name in wanted):
+            try:
+                results[name] = ["ok", function()]
+            except Exception:  # noqa: BLE001 - told by name
+                results[name] = ["failed", traceback.format_exc()]
+    print(json.dumps(results), flush=True)  # noqa: T201 - read by test_processes
+    dist.destroy_process_group()
