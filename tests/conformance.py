@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
+from batchnorm import step
 from batchnorm.kernels import choice
 from batchnorm.kernels.activations import activate
 from batchnorm.kernels.reference import wide_dtype
 from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.variants.renorm import Renorm
 
 PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 C = 3
@@ -37,6 +39,7 @@ SHAPES: dict[str, tuple[type, tuple[int, ...]]] = {
     "(N, C, D, H, W)": (BatchNorm3d, (6, C, 2, 3, 2)),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+RMAX, DMAX, GHOST, OWN = 1.25, 0.25, 3, 0.25
 Keywords = dict[str, Any]
 
 
@@ -72,31 +75,80 @@ class Option:
         settings: Arguments of the class.
         arguments: Further arguments of a call, from its input.
         least_axes: Least number of axes of an input.
-        formula: ``expected`` or another function with its arguments.
+        normalized: Called with the layer, x and the counts in float64, in place of ``by_moments``.
     """
 
     settings: Keywords = field(default_factory=dict)
     arguments: Callable[[Tensor], Keywords] = lambda x: {}
     least_axes: int = 2
-    formula: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    normalized: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
 
-def expected(layer: nn.Module, x: Tensor, arguments: Keywords) -> tuple[Tensor, Tensor, Tensor]:
+def expected(option: Option, layer: nn.Module, x: Tensor, arguments: Keywords) -> tuple[Tensor, Tensor, Tensor]:
     """y and the stored statistics afterwards, in float64, from the formulas of the documentation alone."""
     counts = counts_of(x, arguments)
-    total = counts.expand_as(x).sum(others(x))
-    stored = layer.running_mean.double(), layer.running_var.double()
-    mean = (counts * x).sum(others(x)) / total
-    var = (counts * (x - along(mean, x)) ** 2).sum(others(x)) / total
-    m = layer.momentum
-    after = stored[0] * (1 - m) + m * mean, stored[1] * (1 - m) + m * var * total / (total - 1)
-    if not layer.training:
-        (mean, var), after = stored, stored
-    p = (x - along(mean, x)) / (along(var, x) + layer.eps).sqrt()
+    after = stored = stored_in(layer)
+    if layer.training:
+        (mean, var), total, m = moments(x, counts), counts.expand_as(x).sum(others(x)), layer.momentum
+        after = stored[0] * (1 - m) + m * mean, stored[1] * (1 - m) + m * var * total / (total - 1)
+    p = (option.normalized or by_moments)(layer, x, counts)
     p = p * along(layer.weight.double(), x) + along(layer.bias.double(), x)
     y = activate(p + arguments.get("residual", 0), layer.act, layer.act_param)
     is_padding = padding_in(x, arguments) if layer.padding == "zero" else None
     return (y if is_padding is None else torch.where(is_padding, 0, y)), *(t.detach() for t in after)
+
+
+def stored_in(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return layer.running_mean.double(), layer.running_var.double()
+
+
+def moments(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, if each value counts as ``counts`` values."""
+    total = counts.expand_as(x).sum(others(x))
+    mean = (counts * x).sum(others(x)) / total
+    return mean, (counts * (x - along(mean, x)) ** 2).sum(others(x)) / total
+
+
+def by_moments(layer: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + eps), of the batch or, in eval mode, as stored."""
+    mean, var = moments(x, counts) if layer.training else stored_in(layer)
+    return (x - along(mean, x)) / (along(var, x) + layer.eps).sqrt()
+
+
+def by_renorm(layer: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    """r z + d: Ioffe 2017, algorithm 1, with RMAX and DMAX."""
+    z = by_moments(layer, x, counts)
+    if not layer.training:
+        return z
+    (mean, var), (stored, stored_var) = moments(x.detach(), counts), stored_in(layer)
+    sigma = (stored_var + layer.eps).sqrt()
+    r = ((var + layer.eps).sqrt() / sigma).clamp(1 / RMAX, RMAX)
+    return z * along(r, x) + along(((mean - stored) / sigma).clamp(-DMAX, DMAX), x)
+
+
+def by_ghost_batches(layer: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    """Each of K ghost batches by its own moments: example i is in ghost batch i mod K."""
+    if not layer.training:
+        return by_moments(layer, x, counts)
+    ghosts, y = -(-len(x) // GHOST), torch.empty_like(x)
+    counts = counts.expand(len(x), *counts.shape[1:])
+    for k in range(ghosts):
+        y[k::ghosts] = by_moments(layer, x[k::ghosts], counts[k::ghosts])
+    return y
+
+
+def by_own_weight(layer: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    """In eval mode each example by a mixture of its own moments and the stored ones: Summers and Dinneen 2020."""
+    if layer.training:
+        return by_moments(layer, x, counts)
+    mean, var = stored_in(layer)
+    rows = []
+    for example in x.split(1):
+        own_mean, own_var = moments(example, torch.ones([1] * x.ndim))
+        mixed = OWN * own_mean + (1 - OWN) * mean
+        spread = OWN * own_var + (1 - OWN) * var + OWN * (1 - OWN) * (own_mean - mean) ** 2
+        rows.append((example - along(mixed, x)) / (along(spread, x) + layer.eps).sqrt())
+    return torch.cat(rows)
 
 
 def padding_in(x: Tensor, arguments: Keywords) -> Tensor | None:
@@ -109,6 +161,9 @@ def padding_in(x: Tensor, arguments: Keywords) -> Tensor | None:
 
 
 def counts_of(x: Tensor, arguments: Keywords) -> Tensor:
+    """How many values each value counts as."""
+    if "counts" in arguments:
+        return arguments["counts"]
     padding = padding_in(x, arguments)
     counts = torch.ones([1] * x.ndim, dtype=torch.float64) if padding is None else (~padding).double()
     if "weight" in arguments:
@@ -132,8 +187,28 @@ OPTIONS: dict[str, Option] = {
     "lengths": Option(arguments=some_lengths, least_axes=3),
     "weight": Option(arguments=lambda x: {"weight": few_weights(x)}),
     'padding="keep"': Option({"padding": "keep"}, lambda x: {"mask": valid_positions(x)}),
-    "momentum 0.3": Option({"momentum": 0.3}),
+    "axis=-1": Option({"axis": -1}),
+    "axis=-1, mask": Option({"axis": -1}, lambda x: {"mask": valid_positions(x)}),
+    "renorm": Option({"renorm": Renorm(RMAX, DMAX)}, normalized=by_renorm),
+    "ghost_batch_size": Option({"ghost_batch_size": GHOST}, normalized=by_ghost_batches),
+    "own_weight": Option({"own_weight": OWN}, normalized=by_own_weight),
 }
+
+
+class Call(nn.Module):
+    """Calls a layer for an input (N, C, ...), wherever the layer has its channels; tensors are given by position."""
+
+    def __init__(self, layer: nn.Module, arguments: Keywords) -> None:
+        super().__init__()
+        self.layer, self.arguments = layer, arguments
+        self.names = [name for name, value in arguments.items() if torch.is_tensor(value)]
+
+    def forward(self, x: Tensor, *values: Tensor) -> Tensor:
+        arguments = self.arguments | dict(zip(self.names, values, strict=False))
+        if self.layer.axis == 1 or x.ndim == 2:
+            return self.layer(x, **arguments)
+        y = self.layer(x.permute(0, *range(2, x.ndim), 1), **arguments)
+        return y.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
 
 
 def inputs_of(option: Option) -> list[tuple[type, tuple[int, ...]]]:
@@ -157,7 +232,7 @@ def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
 
 def right(option: Option, layer: nn.Module, x: Tensor, arguments: Keywords) -> tuple[Tensor, Tensor, Tensor]:
     wide = {name: t.double() if t.is_floating_point() else t for name, t in arguments.items() if torch.is_tensor(t)}
-    return (option.formula or expected)(layer, x.double(), arguments | wide)
+    return expected(option, layer, x.double(), arguments | wide)
 
 
 def close(found: Tensor, value: Tensor, dtype: torch.dtype) -> None:
@@ -185,7 +260,7 @@ def check(option: Option, layer: nn.Module, x: Tensor, given: Tensor) -> None:
     value, *after = right(option, twin, exact, arguments)
     grad = torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype)
     leaf = given.detach().requires_grad_()
-    y = layer(leaf.clone(memory_format=torch.preserve_format) if layer.memory else leaf, **arguments)
+    y = Call(layer, arguments)(leaf.clone(memory_format=torch.preserve_format) if layer.memory else leaf)
     assert y.dtype == x.dtype
     close(y, value, x.dtype)
     wanted = torch.autograd.grad(value, (exact, twin.weight, twin.bias), grad.double())
@@ -209,7 +284,7 @@ def empty_batches_change_nothing(option: Option) -> None:
         layer = made(option, kind)
         before = copy.deepcopy(layer.state_dict())
         x = torch.zeros(0, *shape[1:], dtype=torch.float64, requires_grad=True)
-        y = layer(x, **option.arguments(x.detach()))
+        y = Call(layer, option.arguments(x.detach()))(x)
         y.sum().backward()
         assert y.shape == x.grad.shape == x.shape
         assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
@@ -221,7 +296,7 @@ def autocast_leaves_types_alone(option: Option) -> None:
         results = []
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                results.append(made(option, kind, torch.float32)(x.clone(), **option.arguments(x)))
+                results.append(Call(made(option, kind, torch.float32), option.arguments(x))(x.clone()))
         assert torch.equal(*results)
 
 
@@ -241,17 +316,17 @@ def compiles_whole(option: Option) -> None:
         for training in (True, False):
             torch.compiler.reset()
             layer, twin, x = made(option, kind, training=training), made(option, kind, training=training), batch(shape)
-            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-            same_step(compiled, twin, layer, x, option.arguments(x))
+            run = torch.compile(Call(layer, option.arguments(x)), fullgraph=True, backend="aot_eager")
+            same_step(run, layer, Call(twin, option.arguments(x)), x)
 
 
-def same_step(one: Callable[..., Tensor], twin: nn.Module, layer: nn.Module, x: Tensor, arguments: Keywords) -> None:
-    """A forward and backward pass of ``one``, which runs ``layer``, and of its twin give the same."""
+def same_step(run: Callable[[Tensor], Tensor], layer: nn.Module, twin: Call, x: Tensor) -> None:
+    """A forward and backward pass of ``run``, which calls the layer, and of its twin give the same."""
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    for leaf, module in zip(leaves, (one, twin), strict=True):
-        module(leaf, **arguments).square().sum().backward()
+    for leaf, call in zip(leaves, (run, twin), strict=True):
+        call(leaf).square().sum().backward()
     close(leaves[0].grad, leaves[1].grad, x.dtype)
-    for mine, theirs in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
+    for mine, theirs in zip(layer.state_dict().values(), twin.layer.state_dict().values(), strict=True):
         close(mine, theirs, x.dtype)
 
 
@@ -259,12 +334,12 @@ def exports(option: Option) -> None:
     """torch.export in both modes: the train program moves the statistics with the layer's momentum and eps."""
     for kind, shape in inputs_of(option)[1:2]:
         for training in (True, False):
-            layer, twin, x = made(option, kind, training=training), made(option, kind, training=training), batch(shape)
-            program = torch.export.export(layer, (x,), option.arguments(x)).module()
-            close(program(x, **option.arguments(x)), twin(x.clone(), **option.arguments(x)), x.dtype)
-            state = program.state_dict()
+            x = batch(shape)
+            call, twin = (Call(made(option, kind, training=training), option.arguments(x)) for _ in range(2))
+            program = torch.export.export(call.train(training), (x,)).module()
+            close(program(x), twin(x.clone()), x.dtype)
             for name in ("running_mean", "running_var"):
-                close(state[name], twin.state_dict()[name], x.dtype)
+                close(program.state_dict()[f"layer.{name}"], twin.layer.state_dict()[name], x.dtype)
 
 
 def runs_in_onnx(option: Option) -> None:
@@ -275,69 +350,57 @@ def runs_in_onnx(option: Option) -> None:
         x = batch(shape, torch.float32)
         layer, arguments = made(option, kind, torch.float32, training=False), option.arguments(x)
         tensors = {name: value for name, value in arguments.items() if torch.is_tensor(value)}
-        call = WithArguments(layer, arguments).eval()
+        call = Call(layer, arguments).eval()
         file, names = io.BytesIO(), ["x", *tensors]
         torch.onnx.export(call, (x, *tensors.values()), file, dynamo=False, opset_version=17, input_names=names)
         session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
         present = {node.name for node in session.get_inputs()}
         feeds = {name: t.numpy() for name, t in {"x": x, **tensors}.items() if name in present}
         found = torch.from_numpy(session.run(None, feeds)[0])
-        close(found, layer(x.clone(), **arguments).detach(), torch.float32)
-
-
-class WithArguments(nn.Module):
-    """A call with keyword arguments; those that are tensors are given by position."""
-
-    def __init__(self, layer: nn.Module, arguments: Keywords) -> None:
-        super().__init__()
-        self.layer, self.arguments = layer, arguments
-        self.names = [name for name, value in arguments.items() if torch.is_tensor(value)]
-
-    def forward(self, x: Tensor, *values: Tensor) -> Tensor:
-        return self.layer(x, **self.arguments | dict(zip(self.names, values, strict=True)))
+        close(found, call(x.clone()).detach(), torch.float32)
 
 
 def is_vectorized(option: Option) -> None:
     """vmap over two models gives the results of each, in both modes."""
     for kind, shape in inputs_of(option)[1:2]:
         for training in (True, False):
-            layers = [made(option, kind, training=training) for _ in range(2)]
-            with torch.no_grad():
-                layers[1].weight.mul_(2)
             x = batch(shape)
-            values = torch.stack([layer(x.clone(), **option.arguments(x)) for layer in copy.deepcopy(layers)])
-            parameters, buffers = stack_module_state(layers)
-            one = copy.deepcopy(layers[0])
-            arguments = option.arguments(x)
-            found = vmap(
-                lambda p, b, x, one=one, more=arguments: functional_call(one, (p, b), (x,), more), (0, 0, None)
-            )
+            calls = [Call(made(option, kind, training=training), option.arguments(x)) for _ in range(2)]
+            with torch.no_grad():
+                calls[1].layer.weight.mul_(2)
+            values = torch.stack([call(x.clone()) for call in copy.deepcopy(calls)])
+            parameters, buffers = stack_module_state(calls)
+            one = copy.deepcopy(calls[0])
+            found = vmap(lambda p, b, x, one=one: functional_call(one, (p, b), (x,)), (0, 0, None))
             close(found(parameters, buffers, x), values, x.dtype)
 
 
 def has_functional_gradients(option: Option) -> None:
     kind, shape = inputs_of(option)[1]
-    layer, twin, x = made(option, kind), made(option, kind), batch(shape)
-    leaf, arguments = x.clone().requires_grad_(), option.arguments(x)
-    twin(leaf, **arguments).square().sum().backward()
-    found = torch.func.grad(lambda x: layer(x, **arguments).square().sum())(x)
-    close(found, leaf.grad, x.dtype)
+    x = batch(shape)
+    call, twin = (Call(made(option, kind), option.arguments(x)) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    twin(leaf).square().sum().backward()
+    close(torch.func.grad(lambda x: call(x).square().sum())(x), leaf.grad, x.dtype)
 
 
 def has_second_derivatives(option: Option) -> None:
     layer, x = made(option, BatchNorm1d), batch((4, C, 3)).requires_grad_()
-    layer.track_running_stats, arguments = False, option.arguments(x.detach())
-    assert torch.autograd.gradgradcheck(lambda x: layer(x * 1, **arguments), (x,))
+    layer.running_mean.fill_(100)  # so far away that all corrections of renorm are at their limits, and constant
+    layer.running_var.fill_(0.01)
+    layer.momentum = 0.0
+    call = Call(layer, option.arguments(x.detach()))
+    assert torch.autograd.gradgradcheck(lambda x: call(x * 1), (x,))
 
 
 def copies_are_the_same(option: Option) -> None:
     for kind, shape in inputs_of(option):
         layer, x = made(option, kind), batch(shape)
         copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
-        y = layer(x.clone(), **option.arguments(x))
+        y = Call(layer, option.arguments(x))(x.clone())
         for other in copies:
             assert repr(other) == repr(made(option, kind))
-            assert torch.equal(other(x.clone(), **option.arguments(x)), y)
+            assert torch.equal(Call(other, option.arguments(x))(x.clone()), y)
 
 
 def state_is_torchs(option: Option) -> None:
@@ -350,11 +413,28 @@ def state_is_torchs(option: Option) -> None:
         layer.load_state_dict(theirs.state_dict())
 
 
-def recomputation_stores_nothing(option: Option, *, reentrant: bool) -> None:
+def recomputation_stores_nothing(option: Option) -> None:
     for kind, shape in inputs_of(option):
-        layer, twin, x = made(option, kind), made(option, kind), batch(shape)
-        recomputed = partial(checkpoint, partial(layer, **option.arguments(x)), use_reentrant=reentrant)
-        same_step(lambda leaf, run=recomputed, **_: run(leaf), twin, layer, x, option.arguments(x))
+        for reentrant in (True, False):
+            x = batch(shape)
+            call, twin = (Call(made(option, kind), option.arguments(x)) for _ in range(2))
+            same_step(partial(checkpoint, call, use_reentrant=reentrant), call.layer, twin, x)
+
+
+def a_step_stores_the_union(option: Option) -> None:
+    """Two micro-batches in bn.step: the stored statistics are those of one batch of all their values."""
+    for kind, shape in inputs_of(option):
+        layer, x = made(option, kind), batch((2 * shape[0], *shape[1:]))
+        micros = x.chunk(2)
+        one = made(OPTIONS["plain"], kind)
+        one.momentum, joined = layer.momentum, [counts_of(micro, option.arguments(micro)) for micro in micros]
+        _, *after = expected(OPTIONS["plain"], one, x, {"counts": torch.cat([c.expand_as(micros[0]) for c in joined])})
+        with step(layer):
+            for micro in micros:
+                Call(layer, option.arguments(micro))(micro)
+        for found, value in zip((layer.running_mean, layer.running_var), after, strict=True):
+            close(found, value, x.dtype)
+        assert int(layer.num_batches_tracked) == 1
 
 
 PROPERTIES: dict[str, Callable[[Option], None]] = {
@@ -370,6 +450,8 @@ PROPERTIES: dict[str, Callable[[Option], None]] = {
     "vmap over models": is_vectorized,
     "torch.func.grad": has_functional_gradients,
     "second derivatives": has_second_derivatives,
+    "activation checkpointing, reentrant or not": recomputation_stores_nothing,
+    "micro-batches in bn.step": a_step_stores_the_union,
     "copies and pickles": copies_are_the_same,
     "state_dict of torch.nn": state_is_torchs,
 }

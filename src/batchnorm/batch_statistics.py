@@ -159,7 +159,7 @@ def _adjustment(layer: Any, stored: ChannelStatistics | None) -> Adjust | None:
     if not layer._renorm or stored is None:
         return None
     limits = (renorm.Renorm() if layer._renorm is True else layer._renorm).limits(layer._counters()[0])
-    present = (*stored, *limits)
+    present = tuple(kernels.snapshot(t) for t in (*stored, *limits))
 
     def adjust(parameters: Layer, measured: Measured) -> Layer:
         mean, var, *most = first_values(layer, measured.statistics, lambda: present)

@@ -20,7 +20,8 @@ def axis_of(layer: object) -> int:
 def channels_second(layer: object, x: Any) -> Any:
     """A layer's input (N, ..., C) as a view (N, C, ...); ``x`` itself if it has that shape or is no dense tensor."""
     is_last = axis_of(layer) == -1 and isinstance(x, Tensor) and not x.is_nested and x.ndim > 2
-    return x.movedim(-1, 1) if is_last else x
+    # not movedim: torch's older ONNX exporter writes a wrong permutation for a negative axis
+    return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1)) if is_last else x
 
 
 def shape_as_given(layer: object, x: Tensor) -> Size:

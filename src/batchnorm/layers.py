@@ -147,7 +147,7 @@ class _Layer(LayerSettings, _BatchNorm):
         if (mask is not None or lengths is not None or length_axis is not None or weight is not None) and input.numel():
             sample = sample_of(self, x, mask, lengths, length_axis, weight, keep=self._padding == "keep")
         y = self._normalized(x, residual, sample)
-        return y.movedim(1, -1) if is_moved else y
+        return y.permute(0, *range(2, y.ndim), 1) if is_moved else y
 
     def _normalized(self, x: Tensor, residual: Tensor | None, sample: Sample | None) -> Tensor:
         """The result for ``x``, (N, C, ...), and the values of it that count; None: all."""

@@ -34,6 +34,7 @@ __all__ = [
     "measure_sample",
     "normalize",
     "normalize_sample",
+    "snapshot",
     "store",
     "train",
     "train_backward",
@@ -109,7 +110,9 @@ def normalize(x: Tensor, statistics: ChannelStatistics, layer: Layer, residual: 
     if is_plain(x, residual, layer.weight, layer.bias, *statistics):
         return autograd_node.normalize(x, statistics, layer, residual)
     check_layout(x)
-    kernel = torch_batch_norm if is_recorded(x) else reference
+    # torch's operator has no gradient in the statistics, which an example's own weight makes functions of x
+    is_constant = not any(t.requires_grad for t in statistics)
+    kernel = torch_batch_norm if is_recorded(x) and is_constant else reference
     return kernel.normalize(x, statistics, layer, residual)
 
 
@@ -165,6 +168,11 @@ def update_running(running: Running, statistics: ChannelStatistics, count: int) 
 def store(running: Running, measured: Measured) -> None:
     """Move running statistics in place towards moments of any count; a channel of count 1 or less keeps its own."""
     update_running(running, measured.for_count_2(), 2)
+
+
+def snapshot(values: Tensor) -> Tensor:
+    """Values of a buffer before this batch moves it; in a compiled program also for the backward pass."""
+    return operators.snapshot(values) if torch.compiler.is_compiling() else values
 
 
 def _constant(function: Function) -> Function:

@@ -377,3 +377,27 @@ def _fitting(stored: Tensor, moved: Tensor) -> Tensor:
         return moved
     torch._sync(moved)
     return torch._from_functional_tensor(moved)
+
+
+# --- snapshots --------------------------------------------------------------------------------------------
+
+
+def _snapshot(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+# torch.compile computes cheap values again in the backward pass, also from buffers that have moved since; no operator
+# that it does not know
+snapshot = torch.library.custom_op(
+    "batchnorm::snapshot", _snapshot, mutates_args=(), schema="(Tensor values) -> Tensor"
+)
+
+
+@snapshot.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+@snapshot.register_vmap
+def _(_: VmapInfo, in_dims: Axes, values: Tensor) -> tuple[Tensor, int | None]:
+    return values.clone(), in_dims[0]
