@@ -487,3 +487,11 @@ ENTRY = '{"dtype":"F32","shape":[4],"data_offsets":[%d,%d]}'
 )
 def test_names_and_bytes_of_two_tensors_are_refused(tmp_path, header, message):
     assert re.search(message, refused(tmp_path, in_safetensors(header.encode(), bytes(32))))
+
+
+def test_a_tensor_with_more_values_than_any_layer_has_says_what_is_possible(tmp_path):
+    many = torch.zeros(1).expand((1 << 22) + 1)  # one number in the file
+    message = refused(tmp_path, saved({"running_mean": many, "running_var": many}))
+    assert "expected at most 4,194,304 channels in a layer, got 4194305. Load the file into its model" in message
+    assert "batchnorm.doctor.examine(model)" in message
+    assert "again" not in message

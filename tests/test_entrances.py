@@ -215,7 +215,7 @@ def test_memory_that_is_fetched_for_a_pass_is_no_reason_to_refuse(how):
 def test_a_mistake_of_another_kind_is_not_taken_for_absent_numbers():
     net = model()
     freed(net[4].weight)
-    with pytest.raises(RuntimeError, match="channels"):  # before the layer that lacks its weight
+    with pytest.raises(ValueError, match="channels"):  # before the layer that lacks its weight
         call(net, torch.randn(8, 5, 8, 8))
 
 

@@ -40,6 +40,10 @@ _LETTERS = {
 }
 _MOST_AXES = 64  # torch's own limit
 _MOST_VALUES = 1 << 22  # of one tensor; no network has that many channels in a layer
+_TOO_MANY = (
+    "Load the file into its model, and examine the model: batchnorm.doctor.examine(model). If the tensor does not "
+    "belong to a batch norm layer, rename it."
+)
 _MOST_BYTES = 1 << 24  # between the first and the last value of one tensor
 _HASHED_BYTES = 4096  # at most, of a tensor
 
@@ -182,7 +186,7 @@ def numbers(source: Source, tensor: Tensor) -> array:
     if tensor.dtype not in _LETTERS:
         raise RefusalError("real numbers of 8 to 64 bits", f"{brief(tensor.dtype)}", "Convert the tensor to float32.")
     if tensor.numel > _MOST_VALUES:
-        raise RefusalError(f"at most {_MOST_VALUES:,} channels in a layer", f"{brief(tensor.numel)}")
+        raise RefusalError(f"at most {_MOST_VALUES:,} channels in a layer", f"{brief(tensor.numel)}", _TOO_MANY)
     if not tensor.numel:
         return array(_LETTERS[tensor.dtype])
     start, stop = _span(source, tensor)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from batchnorm.argument_types import kind_of, require_whole_number
 from batchnorm.population.absent_numbers import named_absences, require_batch
+from batchnorm.population.batch_misfits import named_misfits
 from batchnorm.population.forward_signatures import call_forms, code_of, names_in
 from batchnorm.population.state_shield import preserve_random_state
 from batchnorm.population.tensor_memory import AbsenceError
@@ -64,11 +65,12 @@ def call(model: nn.Module, batch: Batch) -> object:
     Raises:
         TypeError: If ``batch`` is not a batch.
         AbsenceError: If values that the pass needs cannot be read.
+        ValueError: If a layer of torch.nn cannot use the type or the shape of the batch.
     """
     require_examples(batch, "a pass of the model")
     possible = call_forms(model, batch)
     first = _settled(model, batch, len(possible))
-    with named_absences(model):
+    with named_absences(model), named_misfits(model, batch):
         try:
             return _called(model, possible[first])
         except _WRONG_FORM_ERRORS as error:

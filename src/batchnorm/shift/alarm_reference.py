@@ -63,9 +63,9 @@ class Reference:
         sizes: Number of channels of each layer.
         mean: Stored mean of each channel, (channels,).
         std: Stored standard deviation, sqrt(var + eps), (channels,).
-        delta: Largest |E z|, (channels,); delta, kappa, d and v are not used if calibrated.
+        delta: Largest absolute value of E z, (channels,); delta, kappa, d and v are not used if calibrated.
         kappa: Largest variance of z, (channels,).
-        d: Largest |E Q - 1|, (layers,); only the bound E Q <= 1 + d is used if ``v`` is None.
+        d: Largest absolute value of E Q - 1, (layers,); only the bound E Q <= 1 + d is used if ``v`` is None.
         v: Largest variance of Q, (layers,); None if no kurtosis was declared.
         clean: Result of the calibration; None from a checkpoint alone.
         unit: What one observation is.

@@ -142,7 +142,7 @@ def _integer(machine: _Machine) -> int | bool:
 def _long(machine: _Machine, width: int) -> int:
     size = machine.unsigned(width)
     if size > _LONGEST_INTEGER:
-        raise RefusalError(f"integers of at most {_LONGEST_INTEGER} bytes", f"{size}")
+        raise RefusalError(f"integers of at most {_LONGEST_INTEGER} bytes", f"{size}", RESAVE)
     return int.from_bytes(machine.take(size), "little", signed=True)
 
 

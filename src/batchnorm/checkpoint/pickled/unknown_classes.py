@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-from batchnorm.checkpoint.refusal import RefusalError
+from batchnorm.checkpoint.refusal import RESAVE, RefusalError
 
 # a value in a pickle: a plain value, a tensor, an object, or a dict, list or tuple of such values
 Saved: TypeAlias = Any
@@ -150,7 +150,7 @@ def _state_dict(root: Object, most: int) -> tuple[dict[str, Saved], dict[str, La
         if name in modules:
             continue
         if len(tensors) + len(modules) >= most:
-            raise RefusalError(f"at most {_MOST_NAMES:,} tensors in pickled modules", "more")
+            raise RefusalError(f"at most {_MOST_NAMES:,} tensors in pickled modules", "more", RESAVE)
         if module.modules is not None:  # it is already a state dict, as part of another value
             tensors.update({_joined(name, key): value for key, value in module.items()})
             modules.update({_joined(name, key).rstrip("."): value for key, value in module.modules.items()})
