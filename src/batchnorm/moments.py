@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from batchnorm.argument_types import kind_of
 from batchnorm.kernels import cpu
 from batchnorm.kernels.choice import is_plain, kernel_for
+from batchnorm.moment_arguments import as_float64, channel_axes, weight_of_each_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +65,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         for name in ("count", "mean", "m2"):
-            value = _as_float64(name, getattr(self, name))
+            value = as_float64(name, getattr(self, name))
             # a copy, so that moments do not change with a buffer that is updated in place
             object.__setattr__(self, name, value.detach().clone())
         if self.mean.shape != self.m2.shape or self.count.shape not in {torch.Size(), self.mean.shape}:
@@ -110,14 +110,14 @@ class Moments:
             raise TypeError(f"Moments.of needs a tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
         if x.is_complex():
             raise TypeError(f"Moments.of needs a real tensor, got {x.dtype}. Measure x.real and x.imag separately.")
-        channels = _axes(channel_axis, x.ndim)
+        channels = channel_axes(channel_axis, x.ndim)
         if weight is None and mask is None and channels == [1] and _is_native(x):
             mean, var = cpu.measure(x.detach(), exact=True)
             count = x.numel() // len(mean)
             return unchecked(torch.tensor(count, dtype=torch.float64), mean, var * count)
         others = [axis for axis in range(x.ndim) if axis not in channels]
         order = (*others, *channels)
-        weights = _weight_of_each_value(x, weight, mask)
+        weights = weight_of_each_value(x, weight, mask)
         weights = None if weights is None else weights.permute(order)
         return _in_chunks(x.detach().permute(order), weights, len(others))  # (others..., channels...)
 
@@ -322,55 +322,6 @@ def unchecked(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
 def _is_native(x: Tensor) -> bool:
     """Whether the native kernels measure ``x``: they read it once or twice, torch three times."""
     return x.is_floating_point() and is_plain(x) and kernel_for(x) is cpu
-
-
-def _as_float64(name: str, values: object) -> Tensor:
-    try:
-        return torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"Moments needs numbers as {name}, got {kind_of(values)}. Measure a tensor with Moments.of(x)."
-        ) from error
-
-
-def _axes(channel_axis: int | Sequence[int] | None, ndim: int) -> list[int]:
-    if channel_axis is None:
-        return []
-    axes = [channel_axis] if isinstance(channel_axis, int) else list(channel_axis)
-    for axis in axes:
-        if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"Moments.of needs channel_axis inside a tensor of {ndim} dimensions, got {channel_axis}. "
-                "Use channel_axis=None for one channel."
-            )
-    axes = [axis % ndim for axis in axes]
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"Moments.of needs each channel axis once, got {channel_axis}. Leave out the repeated axis.")
-    return axes
-
-
-def _weight_of_each_value(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """``weight`` where ``mask`` is True and 0 elsewhere, in the shape of ``x``; None without weight and mask."""
-    if weight is None and mask is None:
-        return None
-    weights = torch.ones((), device=x.device) if weight is None else weight.detach()
-    mask = torch.ones((), device=x.device, dtype=torch.bool) if mask is None else mask
-    if mask.dtype != torch.bool:
-        raise TypeError(f"Moments.of needs a boolean mask, got {mask.dtype}. Use weight= for numbers.")
-    try:
-        counted = torch.where(mask, weights.double(), 0.0)
-        expanded = counted.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"Moments.of needs weight and mask that broadcast to {tuple(x.shape)}, got {tuple(weights.shape)} and "
-            f"{tuple(mask.shape)}. Give both size 1 on the axes on which they do not vary."
-        ) from None
-    if bool((counted < 0).any()) or not bool(torch.isfinite(counted).all()):
-        raise ValueError(
-            "Moments.of needs weights that are finite and 0 or more, got a negative, NaN or infinite "
-            "weight. Leave values out with mask=."
-        )
-    return expanded
 
 
 def _in_chunks(x: Tensor, weight: Tensor | None, reduced: int) -> Moments:

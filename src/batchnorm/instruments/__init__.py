@@ -15,7 +15,8 @@ from batchnorm.instruments.loss_landscape import landscape
 from batchnorm.instruments.probe_tier import probe
 from batchnorm.instruments.sinks import Sink
 from batchnorm.instruments.train_eval_gaps import train_eval_gap
-from batchnorm.instruments.watched_training import Watch, watch
+from batchnorm.instruments.watch_block import watch
+from batchnorm.instruments.watched_training import Watch
 
 __all__ = [
     "Angles",

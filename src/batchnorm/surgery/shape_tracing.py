@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.population.hooks import attached
 from batchnorm.population.tensor_trees import Batch, Leaf
-from batchnorm.surgery.dataflow import surroundings, without_effects
+from batchnorm.surgery.trace_effects import surroundings, without_effects
 
 Operation = Callable[..., object]
 Given = tuple[Batch, Batch]  # arguments and keyword arguments, with a node in place of each tensor
