@@ -7,6 +7,7 @@ import torch
 from command_line import told
 from torch import Tensor, nn
 
+import batchnorm as bn
 from batchnorm.doctor import examine
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import call
@@ -73,6 +74,12 @@ def test_a_batch_that_does_not_fit_is_named_with_a_remedy(make, batch, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         call(make().eval(), batch)
     assert caught.value.__cause__ is not None  # torch's own error
+
+
+def test_a_layer_with_channels_on_the_last_axis_gets_a_remedy_for_that_axis():
+    with pytest.raises(ValueError, match="4") as caught:
+        call(bn.BatchNorm1d(4, axis=-1).eval(), torch.rand(8, 4, 5))
+    assert "axis 1" not in str(caught.value)
 
 
 @pytest.mark.parametrize("run", [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from batchnorm.cli.coloring import show
 from batchnorm.cli.model_address import require_torch
 from batchnorm.cli.output_files import free
 from batchnorm.cli.preconditions import check_writable
+from batchnorm.reporting.command_line import file_word
 from batchnorm.reporting.text import columns
 
 if TYPE_CHECKING:
@@ -100,4 +100,4 @@ def _told(states: Sequence[FileState], counts: str | None, place: Path, *, size:
         lines.append("without --counts, the files count alike")
     if layers:
         lines.append(_AGREE if agree else _DIFFER)
-    return wrapped([*lines, f"wrote {place}", f"next: batchnorm doctor {shlex.quote(str(place))}"], columns())
+    return wrapped([*lines, f"wrote {place}", f"next: batchnorm doctor {file_word(str(place))}"], columns())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from batchnorm.channel_axis import axis_of
 from batchnorm.population.tensor_trees import tensors_in
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _wrong_shape(layer: nn.Module, x: Tensor, batch: Sequence[Tensor]) -> str:
     if isinstance(layer, _ConvNd):
         return _wrong_channels(layer, x)
     if isinstance(layer, _BatchNorm):
-        return "" if x.dim() < 2 else _wrong_count(layer.num_features, x, axis=1)
+        return "" if x.dim() < 2 else _wrong_count(layer.num_features, x, axis=axis_of(layer))
     if isinstance(layer, (nn.Linear, nn.RNNBase)) and x.dim():
         return _wrong_count(layer.in_features if isinstance(layer, nn.Linear) else layer.input_size, x, axis=-1)
     return ""
