@@ -304,7 +304,8 @@ STAYS = {
     "clamp": (Clamped(4), "'1' is a Clamped that applies what our layers do not: clamp"),
     "dropout": (Dropping(4), "'1' is a Dropping that computes something else than our layer"),
     "stored in train mode": (Counting(4), "'1' is a Counting that computes something else than our layer"),
-    "frozen": (FrozenByHand(4), "'1' is a FrozenByHand, which measures nothing in train mode"),
+    "frozen with an activation": (FrozenWithAct(4), "'1' is a FrozenWithAct, which measures nothing in train mode"),
+    "frozen and cut off": (Clipped(4), "'1' is a Clipped, which measures nothing in train mode and computes something"),
     "four tensors": (Activated(4), "'1' is a Activated, which is not derived from a layer of torch.nn"),
 }
 

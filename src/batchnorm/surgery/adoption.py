@@ -23,6 +23,7 @@ from batchnorm.other_libraries import measures
 from batchnorm.population.freezing import Frozen, freeze, has_stored_statistics
 from batchnorm.surgery import comparison
 from batchnorm.surgery.dataflow import Flow, name_of, traced
+from batchnorm.surgery.frozen_layers import attributes_of, is_frozen_class, restore
 from batchnorm.surgery.fusion import _MARK
 from batchnorm.surgery.layer_maps import KINDS, graph_of_layer, parts_of
 from batchnorm.surgery.patterns import FusedActivation, activation_of, written_kind
@@ -35,10 +36,21 @@ _EXAMPLES = 5
 @final
 @dataclass(frozen=True)
 class Origin:
-    """The former class of a layer, and the children that our layer does not use."""
+    """The former class of a layer, the children that our layer does not use, and what a frozen layer stored."""
 
     kind: type
     children: dict[str, nn.Module]
+    # of a class that is always frozen: its attributes, and its buffers' names; None for other classes
+    attributes: dict[str, Any] | None = None
+    buffers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Origin:
+        """The origin of a layer, before it becomes ours."""
+        children: dict[str, Any] = dict(layer._modules)
+        if not is_frozen_class(layer):
+            return cls(written_kind(layer), children)
+        return cls(written_kind(layer), children, attributes_of(layer), tuple(layer._buffers))
 
 
 def is_of_another_class(layer: nn.Module) -> bool:
@@ -85,10 +97,10 @@ def is_same(layer: _BatchNorm, new: nn.Module) -> bool:
     return True
 
 
-def adopt(layer: Any, kind: type, children: dict[str, nn.Module], act: FusedActivation | None) -> None:
-    """Set the activation of a layer whose class is now ours, and store its former class and children, in place."""
-    vars(layer)[_ORIGIN] = Origin(kind, children)
-    for name in children:
+def adopt(layer: Any, origin: Origin, act: FusedActivation | None) -> None:
+    """Set the activation of a layer whose class is now ours, and store what it was before, in place."""
+    vars(layer)[_ORIGIN] = origin
+    for name in origin.children:
         layer._modules.pop(name, None)
     if act is not None:
         layer.act, layer.act_param = act.name, act.parameter
@@ -104,6 +116,10 @@ def give_back(layer: nn.Module) -> None:
     """Give an adopted layer its former class and children back, in place; ``revert`` has made it a torch.nn layer."""
     origin: Origin = vars(layer).pop(_ORIGIN)
     was_frozen, training = isinstance(layer, Frozen), vars(layer)["training"]
+    if origin.attributes is not None:
+        if was_frozen:  # a layer that was unfrozen stays a layer of torch.nn, which learns
+            restore(layer, origin.kind, origin.attributes, origin.buffers)
+        return
     layer.__class__ = origin.kind
     layer._modules.update({name: child.train(training) for name, child in origin.children.items()})
     if was_frozen:

@@ -14,7 +14,7 @@ have probability 0, unless the model makes them itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
@@ -225,8 +225,14 @@ def _measure(model: nn.Module, example: Batch, mode: bool, gradients: bool) -> M
         GRADIENTS: dict(
             part for name, grad in (inputs | parameters).items() if grad is not None for part in _plain(name, grad)
         ),
-        BUFFERS: {name: part for name, buffer in model.named_buffers() for name, part in _plain(name, buffer)},
+        BUFFERS: {name: part for own, buffer in _fixed(model) for name, part in _plain(own, buffer)},
     }
+
+
+def _fixed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers, and the parameters without gradient, which are buffers in frozen layers of other libraries."""
+    yield from model.named_buffers()
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
 
 
 def _dense(output: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ from batchnorm.population.absent_numbers import require_real
 from batchnorm.population.batches import require_examples
 from batchnorm.population.freezing import Frozen, freeze
 from batchnorm.population.tensor_trees import Batch
-from batchnorm.surgery import adoption, comparison, fusion
+from batchnorm.surgery import adoption, comparison, frozen_layers, fusion
 from batchnorm.surgery.patterns import is_ours, written_kind
 from batchnorm.surgery.replacement import duplicate, find, replace
 from batchnorm.surgery.saving import save_memory, stop_saving
@@ -50,8 +50,10 @@ def convert(
 
     A subclass of torch.nn's layers, such as timm's ``BatchNormAct2d``, becomes ours if its forward can be traced in
     both modes and computes only batch norm and at most one activation that our layers have. Our layer must also give
-    the same numbers on a random batch, in eval and in train mode. ``revert`` restores the class of such a layer. Other
-    layers of other libraries stay, and a warning names them.
+    the same numbers on a random batch, in eval and in train mode. A frozen layer of another library, such as
+    torchvision's and detectron2's ``FrozenBatchNorm2d``, becomes a frozen layer of ours whose gamma and beta need no
+    gradient, if it computes batch norm. ``revert`` restores the class of both kinds, but a frozen layer that was
+    unfrozen becomes torch.nn's. Other layers of other libraries stay, and a warning names them.
 
     With ``fuse`` a layer also applies the activation behind it (ReLU, LeakyReLU, ELU, SiLU, exact GELU, Hardswish, as
     module, function or method). If the code adds a tensor between layer and activation, the layer adds it too. If the
@@ -220,11 +222,11 @@ def _to_ours(model: nn.Module) -> None:
     layers: dict[str, Any] = find(model)
     others = {path: layer for path, layer in layers.items() if adoption.is_of_another_class(layer)}
     answers = {path: _adoptable(layer) for path, layer in others.items()}
-    before = {path: (written_kind(layer), dict(layer._modules)) for path, layer in others.items()}
+    origins = {path: adoption.Origin.of(layer) for path, layer in others.items()}
     replace(model, lambda path, layer: None if isinstance(answers.get(path), str) else _as_ours(layer), inplace=True)
     for path, layer in layers.items():
         if path in others and not isinstance(act := answers[path], str):
-            adoption.adopt(layer, *before[path], act)
+            adoption.adopt(layer, origins[path], act)
         if is_ours(layer):
             layer._widen_statistics({})
     _warn_of_others(model, layers, answers)
@@ -232,6 +234,8 @@ def _to_ours(model: nn.Module) -> None:
 
 def _adoptable(layer: _BatchNorm) -> Any:
     """The activation of a layer that ours can replace, None if it has none; a text with the reason if ours cannot."""
+    if frozen_layers.is_frozen_class(layer):
+        return None if frozen_layers.as_ours(layer) is not None else frozen_layers.why_not(layer)
     act = adoption.activation_in(layer)
     if isinstance(act, str):
         return act
@@ -244,6 +248,8 @@ def _adoptable(layer: _BatchNorm) -> Any:
 
 
 def _as_ours(layer: _BatchNorm) -> _BatchNorm | None:
+    if frozen_layers.is_frozen_class(layer):
+        return frozen_layers.as_ours(layer)
     kind: Any = adoption.base_of(layer) if adoption.is_of_another_class(layer) else written_kind(layer)
     return _remade(layer, OURS.get(kind))
 

@@ -226,6 +226,9 @@ def _merged(old: dict[str, Any], made: dict[str, Any], like: Tensor | None) -> d
     for name, tensor in old["_buffers"].items():  # a frozen layer of another library keeps gamma and beta there
         if name in made["_parameters"] and _fits(tensor, made["_parameters"][name]):
             merged["_parameters"][name] = nn.Parameter(tensor.detach(), made["_parameters"][name].requires_grad)
+    for name, tensor in old["_parameters"].items():
+        if name in made["_buffers"] and tensor is not None and _fits(tensor, made["_buffers"][name]):
+            merged["_buffers"][name] = tensor.detach()
     kept = {name for name, t in merged["_buffers"].items() if name in old["_buffers"] and t is old["_buffers"][name]}
     unsaved = "_non_persistent_buffers_set"
     merged[unsaved] = (old[unsaved] & kept) | (made[unsaved] - kept)
