@@ -1,4 +1,4 @@
-"""What every rank of torch.distributed checks: ``python rank_checks.py`` runs all checks that are meant for its world.
+"""What every rank of torch.distributed checks: ``main`` runs all checks that are made for its number of ranks.
 
 Each check is a function without arguments that every rank calls; it knows the batches of all ranks, so it can compare
 with one process that has them all. A failed assertion on one rank is told by that rank; others may time out then.
@@ -594,17 +594,21 @@ def a_model_in_train_mode_may_be_copied_and_its_copy_run() -> None:
     assert copy.deepcopy(model)(x).equal(y)
 
 
-if __name__ == "__main__":
+def main(*names: str) -> None:
+    """Run the checks, or those with these names, and print what came out of each as JSON."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    wanted = sys.argv[1:]
     results = {}
     for name, (function, worlds) in CHECKS.items():
-        if world() in worlds and (not wanted or name in wanted):
+        if world() in worlds and (not names or name in names):
             try:
                 results[name] = ["ok", function()]
             except Exception:  # noqa: BLE001 - told by name
                 results[name] = ["failed", traceback.format_exc()]
     print(json.dumps(results), flush=True)  # noqa: T201 - read by test_processes
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
