@@ -314,6 +314,10 @@ FLAG: tuple[str, ...] = ()
 NUMBER = ("int", "float")
 
 
+def added(output: Tensor, _micro: object) -> Tensor:
+    return output.sum()
+
+
 def entered(block: Any) -> None:
     with block:
         pass
@@ -342,6 +346,7 @@ FIRST: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     "replace": (lambda it: bn.replace(it, lambda path, layer: None), ("model",)),
     "revert": (bn.revert, ("model",)),
     "step": (lambda it: entered(bn.step(it)), ("model",)),
+    "step_backward": (lambda it: bn.step_backward(it, batches(), added), ("model",)),
     "to_group_norm": (bn.to_group_norm, ("model",)),
     "treat": (bn.treat, ("model",)),
     "unfold": (bn.unfold, ("model",)),
@@ -389,6 +394,15 @@ SECOND: dict[str, tuple[Callable[[Any], object], tuple[str, ...]]] = {
     ),
     "replace": (lambda it: bn.replace(model(), it), ("class", "function")),
     "revert": (lambda it: bn.revert(model(), inplace=it), FLAG),
+    "step_backward": (lambda it: bn.step_backward(bn.convert(model()).train(), it, added), LOADER),
+    "step_backward, loss": (
+        lambda it: bn.step_backward(bn.convert(model()).train(), batches(), it),
+        ("class", "function"),
+    ),
+    "step_backward, segments": (
+        lambda it: bn.step_backward(bn.convert(model()).train(), batches(), added, segments=it),
+        ("int",),
+    ),
     "to_group_norm": (lambda it: bn.to_group_norm(model(), it), ("None",)),
     "treat": (lambda it: bn.treat(model(), it), ("None",)),
     "treat, data": (lambda it: bn.treat(model(), data=it), (*LOADER, "None")),

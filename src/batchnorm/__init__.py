@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from batchnorm.instruments import probe, watch
     from batchnorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from batchnorm.lazy_layers import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
-    from batchnorm.micro_batches import step
+    from batchnorm.micro_batches import step, step_backward
     from batchnorm.moments import Moments
     from batchnorm.population import freeze, frozen, preserve_state, recalibrate, unfreeze
     from batchnorm.shift import ShiftMonitor
@@ -63,6 +63,7 @@ __all__ = [
     "replace",
     "revert",
     "step",
+    "step_backward",
     "to_group_norm",
     "treat",
     "tune_allocator",
@@ -79,7 +80,7 @@ _NAMES = {
     "inputs": ("InputNorm",),
     "instruments": ("probe", "watch"),
     "layers": ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
-    "micro_batches": ("step",),
+    "micro_batches": ("step", "step_backward"),
     "lazy_layers": ("LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"),
     "moments": ("Moments",),
     "padded_models": ("padding",),

@@ -21,7 +21,15 @@ from torch.autograd import Function
 
 from batchnorm.kernels import choice, cpu, operators, reference
 from batchnorm.kernels.choice import is_plain
-from batchnorm.kernels.interface import ChannelStatistics, ForwardPass, Group, Layer, Measured, PaddedKernel
+from batchnorm.kernels.interface import (
+    ChannelStatistics,
+    ForwardPass,
+    Group,
+    Kernel,
+    Layer,
+    Measured,
+    PaddedKernel,
+)
 from batchnorm.kernels.operators import Context
 from batchnorm.kernels.shapes import values_per_channel
 
@@ -94,7 +102,7 @@ def train(
     if by_kernels:
         y = _ByMoments.apply(x, layer.weight, layer.bias, residual, (layer, valid, measured, group))
     else:
-        y = _normalize_by_formula(x, sample, measured.statistics, layer, residual)
+        y = normalize_by_formula(x, sample, measured.statistics, layer, residual)
     return y, measured.detached()
 
 
@@ -116,7 +124,7 @@ def normalize(
     )
     if valid is not None and not is_tracked and is_plain(x, residual, layer.weight, layer.bias, valid, *statistics):
         return _padded_kernel(x).normalize(x, statistics, layer, residual, valid)
-    return _normalize_by_formula(x, sample, statistics, layer, residual)
+    return normalize_by_formula(x, sample, statistics, layer, residual)
 
 
 def _padded_kernel(x: Tensor) -> PaddedKernel:
@@ -124,9 +132,10 @@ def _padded_kernel(x: Tensor) -> PaddedKernel:
     return cpu if choice.kernel_for(x) is cpu else reference
 
 
-def _normalize_by_formula(
+def normalize_by_formula(
     x: Tensor, sample: Sample, statistics: ChannelStatistics, layer: Layer, residual: Tensor | None
 ) -> Tensor:
+    """As ``normalize``, by torch's operators: differentiable in the statistics too."""
     residual = None if residual is None else sample.hidden(residual)
     return sample.hidden(reference.normalize(sample.hidden(x), statistics, layer, residual))
 
@@ -169,18 +178,42 @@ class _ByMoments(Function):
         layer = Layer(weight, bias, *ctx.settings)
         if torch.is_grad_enabled() or not is_plain(grad):  # this pass may itself be differentiated
             return *_differentiable_backward(ctx, grad, layer), None
-        kernel = choice.kernel_for(x) if ctx.valid is None else _padded_kernel(x)
         forward = ForwardPass(x, ctx.statistics, layer, residual=residual, valid=ctx.valid)
-        sums, d_residual = kernel.sum_gradients(grad, forward)
+        sums, d_p = sum_gradients(grad, forward)
         total = sums if ctx.group is None else ctx.group.total(sums)
-        # a count of 0 is that of an empty group, whose sums are 0
-        d_x = kernel.input_gradient(grad, forward, total / ctx.count.clamp_min(1), d_residual)
-        if residual is not None and d_residual is None:
-            d_residual = grad if ctx.valid is None else reference.without_padding(grad, ctx.valid)
+        d_x, d_residual = gradients_by_total(grad, forward, total, ctx.count, d_p)
         d_bias, d_weight = (
             None if t is None else each.to(t.dtype) for t, each in zip((bias, weight), sums, strict=True)
         )
         return d_x, d_weight, d_bias, d_residual, None
+
+
+def sum_gradients(grad: Tensor, forward: ForwardPass) -> tuple[Tensor, Tensor | None]:
+    """As the kernels' function, by the kernel for the input: the sums (2, C), and the gradient of p or None."""
+    return _kernel_of(forward).sum_gradients(grad, forward)
+
+
+def gradients_by_total(
+    grad: Tensor, forward: ForwardPass, total: Tensor, count: Tensor, d_p: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the input and of the residual, from the sums (2, C) of all batches of a group.
+
+    Args:
+        grad: The gradient of y.
+        forward: The forward pass.
+        total: The sums over the group, which ``count`` values were normalized with.
+        count: Values of each channel, () or (C,).
+        d_p: The second result of ``sum_gradients``.
+    """
+    # a count of 0 is that of an empty group, whose sums are 0
+    d_x = _kernel_of(forward).input_gradient(grad, forward, total / count.clamp_min(1), d_p)
+    if forward.residual is None or d_p is not None:
+        return d_x, d_p
+    return d_x, grad if forward.valid is None else reference.without_padding(grad, forward.valid)
+
+
+def _kernel_of(forward: ForwardPass) -> PaddedKernel | Kernel:
+    return choice.kernel_for(forward.x) if forward.valid is None else _padded_kernel(forward.x)
 
 
 def _differentiable_backward(ctx: Context, grad: Tensor, layer: Layer) -> list[Tensor | None]:
@@ -194,6 +227,6 @@ def _differentiable_backward(ctx: Context, grad: Tensor, layer: Layer) -> list[T
     sample = Sample(None if ctx.valid is None else ctx.valid.unsqueeze(1))
     with torch.enable_grad():
         statistics, _ = reference.measure_counted(x, sample.counts(x))
-        y = _normalize_by_formula(x, sample, statistics, layer, residual)
+        y = normalize_by_formula(x, sample, statistics, layer, residual)
     tracked = [t if t is not None and t.requires_grad else None for t in inputs]
     return operators.gradients([y], tracked, [grad], create_graph=torch.is_grad_enabled())

@@ -66,7 +66,8 @@ def why_not(model: nn.Module) -> str:
     return ""
 
 
-def _greenlet() -> ModuleType:
+def greenlets() -> ModuleType:
+    """The module greenlet, which is loaded when forwards wait."""
     import greenlet
 
     return greenlet
@@ -109,7 +110,7 @@ class LockStep:
 
     def __init__(self, observation: Observation, stored: Statistics, memory: int) -> None:
         self._view, self._stored, self._memory = observation, stored, memory
-        self._loop = _greenlet().getcurrent()  # starts the forwards, and continues when one waits
+        self._loop = greenlets().getcurrent()  # starts the forwards, and continues when one waits
         self._thread = threading.get_ident()
         self._modes = Modes.now()
         self._forwards: list[_Forward] = []
@@ -161,7 +162,7 @@ class LockStep:
 
     def _start(self, index: int, batch: Batch) -> None:
         forward = _Forward(index)
-        forward.run = _greenlet().greenlet(partial(self._view.end_early, batch))
+        forward.run = greenlets().greenlet(partial(self._view.end_early, batch))
         forward.run.gr_context = copy_context()
         self._forwards.append(forward)
         state = random_state()

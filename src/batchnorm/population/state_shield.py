@@ -97,12 +97,22 @@ def preserve_random_state(*generators: torch.Generator) -> Iterator[None]:
 
     The states of torch are those of the CPU and, if CUDA was in use before the block, of all CUDA devices.
     """
-    states = [(put_back, read()) for read, put_back in _random_sources(*generators)]
+    put_back = random_states(*generators)
     try:
         yield
     finally:
+        put_back()
+
+
+def random_states(*generators: torch.Generator) -> Callable[[], None]:
+    """A function that puts the present random states back, those of ``preserve_random_state``, as often as called."""
+    states = [(put_back, read()) for read, put_back in _random_sources(*generators)]
+
+    def put_back_all() -> None:
         for put_back, state in states:
             put_back(state)
+
+    return put_back_all
 
 
 def random_state() -> tuple[object, ...]:
