@@ -42,7 +42,9 @@ def normalize(
     )
     assert values is not None  # noqa: S101 - x is no None
     sample = sample._replace(valid=valid, weight=counts)
-    own = kernels.measure_sample(values, sample)
+    # with a mask, also one that is True everywhere, a channel's sums have the same bits beside any other channels
+    counted = Sample(torch.ones_like(values[:, :1], dtype=torch.bool)) if sample.is_whole else sample
+    own = kernels.measure_sample(values, counted)
     statistics = _mixed(own, ChannelStatistics(*(t.repeat(examples) for t in stored)), weight)
     y = kernels.normalize_sample(values, sample, statistics, repeated(layer, examples), rest)
     return laid_out_as(x, y.reshape(x.shape))
@@ -52,7 +54,7 @@ def _mixed(own: Measured, stored: ChannelStatistics, weight: float) -> ChannelSt
     """The moments of a mixture of own and stored values; the stored moments for a channel without own values."""
     has_values = own.count > 0
     mean, var = (torch.where(has_values, t, s.to(t.dtype)) for t, s in zip(own.statistics, stored, strict=True))
-    a = torch.where(has_values, weight, 0.0).to(var.dtype)
+    a = has_values.to(var.dtype) * weight
     distance = mean - stored.mean.to(mean.dtype)
     between = a * (1 - a) * distance.square()
     return ChannelStatistics(mean - (1 - a) * distance, a * var + (1 - a) * stored.var.to(var.dtype) + between)
